@@ -1,0 +1,25 @@
+"""From code to a serving bucket."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from tasks.export import export
+from tasks.promote import promote
+from tasks.register import register
+from tasks.report import report
+from tasks.run import begin
+from tasks.train import train
+from tasks.validate import validate
+
+
+@flow(name="train-and-ship")
+async def train_and_ship(job: str = "examples/digits/job.yaml") -> str:
+    """Train a model, prove its exports equal to it, and put it live. `job` is the path of a job file."""
+    run = await begin(job)
+    trained = await train(run)
+    exported = await export(run, trained)
+    validated = await validate(run, exported)
+    registered = await register(run, trained, validated)
+    promoted = await promote(run, registered, validated)
+    return await report(run, trained, registered, promoted)

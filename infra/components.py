@@ -1,0 +1,206 @@
+"""The processes of the local stack, each as a value: what to run, where, and how to tell that it answers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra.errors import ServiceError
+from infra.processes import PidFile
+from infra.settings import LOOPBACK, Settings
+
+WORK_POOL = "local"
+WORKER_NAME = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One process of the stack, as a value: nothing is started by making one."""
+
+    name: str
+    """Also the name of its pid file and log."""
+    title: str
+    url: str
+    """Where to look at it."""
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    folder: Path
+    """Its data and current folder."""
+    port: int | None
+    port_variable: str | None
+    """The environment variable that changes `port`."""
+    configuration: Mapping[str, str]
+    """Settings that cannot change while it runs."""
+    ready: Callable[[PidFile], bool]
+    """Whether it answers; raises nothing."""
+
+
+def components(settings: Settings) -> list[Component]:
+    """The components that are ours to run with these settings."""
+    found = []
+    if settings.s3_is_local:
+        found.append(_s3(settings))
+    if settings.mlflow_is_local:
+        found.append(_mlflow(settings))
+    if settings.prefect_is_local:
+        found += [_prefect(settings), _worker(settings)]
+    return found
+
+
+def _s3(settings: Settings) -> Component:
+    folder = settings.home / "s3"
+    return Component(
+        name="s3",
+        title="S3",
+        url=f"http://{LOOPBACK}:{settings.s3_port}",
+        argv=python("ministack"),
+        environment={
+            **_environment(settings),
+            "BIND_HOST": LOOPBACK,
+            "GATEWAY_PORT": str(settings.s3_port),
+            "SERVICES": "s3",
+            "S3_PERSIST": "1",
+            "PERSIST_STATE": "1",
+            "S3_DATA_DIR": str(folder / "data"),
+            "STATE_DIR": str(folder / "state"),
+            "LOG_LEVEL": "WARNING",
+        },
+        folder=folder,
+        port=settings.s3_port,
+        port_variable="SHIP_S3_PORT",
+        configuration={"SHIP_S3_PORT": str(settings.s3_port)},
+        ready=lambda _: answers(f"http://{LOOPBACK}:{settings.s3_port}/_ministack/health"),
+    )
+
+
+def _mlflow(settings: Settings) -> Component:
+    folder = settings.home / "mlflow"
+    environment = _environment(settings)
+    # The server must use its own database, not itself.
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    environment.pop("MLFLOW_REGISTRY_URI", None)
+    # Off: nothing here uses server-side jobs, and they double the start and cost 1 GB.
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    return Component(
+        name="mlflow",
+        title="MLflow",
+        url=settings.mlflow_url,
+        argv=(
+            *python("mlflow", "server", "--host", LOOPBACK, "--port", str(settings.mlflow_port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+            *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+        ),
+        environment=environment,
+        folder=folder,
+        port=settings.mlflow_port,
+        port_variable="SHIP_MLFLOW_PORT",
+        configuration={"SHIP_MLFLOW_PORT": str(settings.mlflow_port)},
+        ready=lambda _: answers(f"{settings.mlflow_url}/health"),
+    )
+
+
+def _prefect(settings: Settings) -> Component:
+    return Component(
+        name="prefect",
+        title="Prefect",
+        url=settings.prefect_ui_url,
+        argv=python("prefect", "server", "start", "--host", LOOPBACK, "--port", str(settings.prefect_port)),
+        environment=prefect_environment(settings),
+        folder=settings.home / "prefect",
+        port=settings.prefect_port,
+        port_variable="SHIP_PREFECT_PORT",
+        configuration={"SHIP_PREFECT_PORT": str(settings.prefect_port)},
+        ready=lambda _: answers(f"{settings.prefect_api_url}/health"),
+    )
+
+
+def _worker(settings: Settings) -> Component:
+    # Everything its flow runs inherit. An address that changed while it runs would be ignored silently.
+    addresses = {
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "MLFLOW_TRACKING_URI": settings.mlflow_url,
+        "AWS_ENDPOINT_URL": settings.s3_endpoint or "",
+        "SHIP_BUCKET": settings.bucket,
+    }
+    return Component(
+        name="worker",
+        title="Prefect worker",
+        url=f"{settings.prefect_ui_url}/work-pools/work-pool/{WORK_POOL}",
+        argv=python("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", WORKER_NAME),
+        # Ten seconds, the default, is most of the time between a click and the first line of a short run.
+        environment={**prefect_environment(settings), "PREFECT_WORKER_QUERY_SECONDS": "2"},
+        folder=settings.home / "prefect",
+        port=None,
+        port_variable=None,
+        configuration=addresses,
+        ready=lambda record: _worker_is_online(settings, record),
+    )
+
+
+def python(module: str, *arguments: str) -> tuple[str, ...]:
+    """Run a module of the environment this runs in, whatever PATH says; -P keeps the current folder out of it."""
+    return (sys.executable, "-P", "-m", module, *arguments)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    environment = settings.child_environment()
+    scripts = str(Path(sys.executable).absolute().parent)
+    environment["PATH"] = os.pathsep.join(part for part in (scripts, environment.get("PATH")) if part)
+    # A company proxy must not be asked for our own machine.
+    for variable in ("NO_PROXY", "no_proxy"):
+        environment[variable] = ",".join(part for part in (environment.get(variable), LOOPBACK, "localhost") if part)
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["DO_NOT_TRACK"] = "1"
+    return environment
+
+
+def prefect_environment(settings: Settings) -> dict[str, str]:
+    environment = _environment(settings)
+    environment["PREFECT_HOME"] = str(settings.home / "prefect")
+    environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    # A profile chosen for another server is not in this PREFECT_HOME, and its absence is an error.
+    environment.pop("PREFECT_PROFILE", None)
+    environment.pop("PREFECT_PROFILES_PATH", None)
+    return environment
+
+
+@functools.cache
+def _client() -> httpx.Client:
+    # One for all: a new client loads the TLS certificates each time, and health is asked for many times a second.
+    return httpx.Client(trust_env=False)
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of the address succeeds."""
+    try:
+        return _client().get(url, timeout=3).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, Any]) -> httpx.Response:
+    """One call to the local Prefect server. Raises ServiceError when it does not answer."""
+    try:
+        return _client().request(method, settings.prefect_api_url + path, json=dict(body), timeout=10)
+    except httpx.HTTPError as error:
+        raise ServiceError(f"Prefect at {settings.prefect_api_url} did not answer: {error}") from error
+
+
+def _worker_is_online(settings: Settings, record: PidFile) -> bool:
+    """Whether the server has heard from this worker, not from the one before it."""
+    try:
+        reply = prefect_api(settings, "POST", f"/work_pools/{WORK_POOL}/workers/filter", {})
+    except ServiceError:
+        return False
+    for worker in reply.json() if reply.is_success else []:
+        if worker["name"] == WORKER_NAME and worker["status"] == "ONLINE" and worker["last_heartbeat_time"]:
+            return datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= record.create_time
+    return False

@@ -1,0 +1,94 @@
+"""Deploy what prefect.yaml lists, when it or the code it names has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from infra.errors import SettingsError
+from infra.settings import project_folder
+
+TIMEOUT_SECONDS = 180.0
+Api = Callable[[str, str, Mapping[str, Any]], httpx.Response]
+
+
+def deploy(
+    *,
+    api: Api,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    state: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Run `command` (`prefect deploy --all`) in the project's folder, unless that would change nothing.
+
+    `state` is the file that remembers what was deployed last. Without a prefect.yaml above the current folder there is
+    nothing to deploy. Raises SettingsError with the command's last lines when it fails.
+    """
+    project = project_folder()
+    if project is None:
+        report("deployments: none, no prefect.yaml in this folder or above it")
+        return
+    began = time.monotonic()
+    fingerprint = _fingerprint(project)
+    names = _names(project / "prefect.yaml")
+    if state.exists() and state.read_text() == fingerprint and names <= _deployed(api):
+        report(f"deployments: {', '.join(sorted(names))} (unchanged)")
+        return
+    try:
+        done = subprocess.run(
+            command,
+            cwd=project,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+        output, failed = done.stdout, done.returncode != 0
+    except subprocess.TimeoutExpired:
+        output, failed = f"no end after {TIMEOUT_SECONDS:.0f} s", True
+    # One invalid entry makes the command skip the others, so its word is not enough.
+    missing = names - _deployed(api)
+    if failed or missing:
+        last = "\n".join(output.splitlines()[-20:])
+        raise SettingsError(
+            f"{project / 'prefect.yaml'} could not be deployed"
+            + (f" (missing: {', '.join(sorted(missing))})" if missing else "")
+            + f". The end of `prefect deploy --all`:\n{last}"
+        )
+    state.write_text(fingerprint)
+    report(f"deployments: {', '.join(sorted(names))} ({time.monotonic() - began:.1f} s)")
+
+
+def _names(file: Path) -> set[str]:
+    """Names of the deployments in a prefect.yaml. Raises SettingsError when it is not YAML with named deployments."""
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+        return {str(deployment["name"]) for deployment in content.get("deployments") or []}
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
+        raise SettingsError(f"{file}: expected a mapping with a list of named deployments, got {error}") from None
+
+
+def _deployed(api: Api) -> set[str]:
+    reply = api("POST", "/deployments/filter", {"limit": 200})
+    return {deployment["name"] for deployment in reply.json()} if reply.is_success else set()
+
+
+def _fingerprint(project: Path) -> str:
+    """Changes with prefect.yaml and the Python packages beside it: a deployment holds its flow's parameter schema."""
+    digest = hashlib.sha256((project / "prefect.yaml").read_bytes())
+    digest.update(str(project).encode())
+    for source in sorted(project.glob("*/*.py")):
+        if (source.parent / "__init__.py").exists():
+            stat = source.stat()
+            digest.update(f"{source.relative_to(project)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

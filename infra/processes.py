@@ -1,0 +1,208 @@
+"""Background processes that outlive the command that starts them, each described by one pid file.
+
+A pid alone proves nothing: the kernel gives it to somebody else later. A pid file therefore also holds the process's
+creation time and a random token that every descendant inherits in its environment. Only a process that shows one of
+the two is ever signalled, and descendants are found even after their parent was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"
+GRACE_SECONDS = 5.0
+"""How long a process may take to end after SIGTERM before it gets SIGKILL."""
+CREATION_TOLERANCE_SECONDS = 0.05
+"""Creation times are read in clock ticks (10 ms)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidFile:
+    """What was started, and the proof of which process that is."""
+
+    name: str
+    pid: int
+    create_time: float
+    """Creation time of the process in seconds since the epoch, as psutil gives it."""
+    port: int | None
+    """TCP port it listens on, if any."""
+    token: str
+    """Random value of SHIP_PROCESS_TOKEN in the environment of the process and its descendants."""
+    configuration: dict[str, str]
+    """The settings it was started with, to notice when they change."""
+
+    @classmethod
+    def read(cls, path: Path) -> PidFile | None:
+        """The pid file's content, or None when there is none or it is unreadable (a torn write proves nothing)."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Write by rename, so that a reader never sees half a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(asdict(self), indent=1))
+        draft.replace(path)
+
+    def process(self) -> psutil.Process | None:
+        """The process itself, or None when it has ended or its pid now belongs to somebody else."""
+        try:
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            same_start = abs(process.create_time() - self.create_time) < CREATION_TOLERANCE_SECONDS
+            # The wall clock that creation times are derived from can be set; the token cannot.
+            return process if same_start or _token(process) == self.token else None
+        except psutil.NoSuchProcess:
+            return None
+
+    def family(self) -> list[psutil.Process]:
+        """The process and every descendant alive, also those that changed session or lost their parent."""
+        family: set[psutil.Process] = set()
+        if (leader := self.process()) is not None:
+            family.add(leader)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family.update(leader.children(recursive=True))
+        for process in psutil.process_iter():
+            if process not in family and _token(process) == self.token:
+                family.add(process)
+        return [process for process in family if process.pid not in _own_line()]
+
+
+def _token(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(TOKEN_VARIABLE)
+    except (psutil.Error, OSError):
+        return None
+
+
+def _own_line() -> set[int]:
+    """This process and its ancestors: stopping a stack from inside one of its own runs must not cut our own branch."""
+    this = psutil.Process()
+    return {this.pid, *(parent.pid for parent in this.parents())}
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    name: str,
+    environment: Mapping[str, str],
+    folder: Path,
+    log: Path,
+    pid_file: Path,
+    port: int | None,
+    configuration: Mapping[str, str],
+) -> PidFile:
+    """Start `argv` in `folder` in its own session, output to `log`, and write its pid file.
+
+    The log of the previous start is kept as `NAME.log.1`.
+    """
+    for needed in (folder, log.parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(log.name + ".1"))
+    token = uuid.uuid4().hex
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            list(argv),
+            cwd=folder,
+            env={**environment, TOKEN_VARIABLE: token},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    record = PidFile(
+        name=name,
+        pid=child.pid,
+        create_time=psutil.Process(child.pid).create_time(),
+        port=port,
+        token=token,
+        configuration=dict(configuration),
+    )
+    record.write(pid_file)
+    # It is meant to outlive us: without this, Python warns about a child that was never waited for.
+    child.returncode = 0
+    return record
+
+
+def stop(pid_files: Iterable[Path], grace_s: float = GRACE_SECONDS) -> list[str]:
+    """End the processes of these pid files with all their descendants, and remove the files.
+
+    SIGTERM first, SIGKILL after `grace_s` seconds. Returns the names of those that had something running.
+    """
+    records = {path: record for path in pid_files if (record := PidFile.read(path)) is not None}
+    stopped = []
+    family: list[psutil.Process] = []
+    for record in records.values():
+        if members := record.family():
+            stopped.append(record.name)
+            family += members
+    _signal(family, force=False)
+    psutil.wait_procs(family, timeout=grace_s)
+    # Looked up again: a member may have started another one while it was being stopped.
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline:
+        left = [member for record in records.values() for member in record.family()]
+        left += [member for member in family if _alive(member) and member not in left]
+        if not left:
+            break
+        _signal(left, force=True)
+        psutil.wait_procs(left, timeout=1)
+    for path in records:
+        path.unlink(missing_ok=True)
+    return stopped
+
+
+def _signal(processes: Iterable[psutil.Process], *, force: bool) -> None:
+    for process in processes:
+        # psutil compares creation times before it sends, so a pid reused meanwhile is safe here too.
+        with contextlib.suppress(psutil.Error):
+            process.kill() if force else process.terminate()
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on the port now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As servers do: connections that are merely winding down do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def port_holder(port: int) -> str:
+    """Who listens on the port, for an error message: "pid 42 (nginx)", or "another program" when we may not see it."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections(kind="tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None:
+                    break
+                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return "another program"
+
+
+def last_lines(log: Path, count: int = 20) -> str:
+    """The last `count` lines of a log, or a note that it is empty."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(lines[-count:]) or "(the log is empty)"

@@ -1,0 +1,67 @@
+"""Stage folders of a run: written in a work folder, completed by a manifest written last and one rename.
+
+A folder that has its manifest is complete; running the stage again finds it, verifies every file by hash, and
+does nothing. Anything else that lies there is left over from a death and is thrown away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+MANIFEST = "STAGE.json"
+
+
+class StageFolder:
+    """One stage of one run."""
+
+    def __init__(self, run: Path, name: str, inputs: str) -> None:
+        """inputs: digest of everything the stage depends on; a complete stage with other inputs is redone."""
+        self.path = run / name
+        """Where the files are once the stage is complete."""
+        self.work = run / f"{name}.work"
+        """Where they are written until then."""
+        self._inputs = inputs
+
+    def is_complete(self) -> bool:
+        """Whether the stage ended with these inputs and every file is still what it was."""
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            return False
+        said = json.loads(manifest.read_text())
+        return said["inputs"] == self._inputs and said["files"] == _hashes(self.path)
+
+    def begin(self) -> Path:
+        """An empty work folder."""
+        for leftover in (self.work, self.path):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        self.work.mkdir(parents=True)
+        return self.work
+
+    def finish(self) -> str:
+        """Complete the stage; returns the digest that the next stage depends on."""
+        table = {"inputs": self._inputs, "files": _hashes(self.work)}
+        (self.work / MANIFEST).write_text(json.dumps(table, indent=1))
+        self.work.rename(self.path)
+        return self.digest()
+
+    def digest(self) -> str:
+        """Hash of the complete stage's manifest."""
+        return file_sha256(self.path / MANIFEST)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }

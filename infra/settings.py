@@ -1,0 +1,127 @@
+"""Where the services are. Everything comes from environment variables; see the table in README.md.
+
+A part whose address is given is somebody else's: it is used, never started or stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra.errors import SettingsError
+
+LOOPBACK = "127.0.0.1"
+LOCAL_BUCKET = "models"
+
+
+def project_folder() -> Path | None:
+    """The folder of the nearest `prefect.yaml`: the current one or one above it."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "prefect.yaml").is_file()), None)
+
+
+def _default_home() -> Path:
+    """`.ship` in the project's folder, else in the current one."""
+    return (project_folder() or Path.cwd()) / ".ship"
+
+
+class Settings(BaseSettings):
+    """Addresses, ports and folders, read from the environment when constructed."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    home: Path = Field(default_factory=_default_home, validation_alias="SHIP_HOME")
+    """Folder for all local state: service data, logs, pids and run directories."""
+    prefect_port: int = Field(4200, validation_alias="SHIP_PREFECT_PORT", ge=1, le=65535)
+    """Port of the local Prefect server."""
+    mlflow_port: int = Field(5000, validation_alias="SHIP_MLFLOW_PORT", ge=1, le=65535)
+    """Port of the local MLflow server."""
+    s3_port: int = Field(4566, validation_alias="SHIP_S3_PORT", ge=1, le=65535)
+    """Port of the local S3 server."""
+
+    external_prefect: str | None = Field(None, validation_alias="PREFECT_API_URL")
+    external_mlflow: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
+    external_s3: str | None = Field(None, validation_alias="AWS_ENDPOINT_URL")
+    external_bucket: str | None = Field(None, validation_alias="SHIP_BUCKET")
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read the environment. Raises SettingsError naming the variable, its value and what was expected."""
+        try:
+            # An empty variable means "not set", as in the AWS and Prefect clients.
+            settings = cls(_env_ignore_empty=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise SettingsError(
+                f"environment variable {name}: expected {first['msg'].lower()}, got {os.environ.get(name)!r}"
+            ) from None
+        return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
+
+    @property
+    def prefect_is_local(self) -> bool:
+        return self.external_prefect is None or self.external_prefect == self._local_prefect
+
+    @property
+    def mlflow_is_local(self) -> bool:
+        return self.external_mlflow is None or self.external_mlflow == self._local_mlflow
+
+    @property
+    def s3_is_local(self) -> bool:
+        """Naming a bucket or an endpoint means the store is yours."""
+        if self.external_s3 == self._local_s3:
+            return True
+        return self.external_s3 is None and self.external_bucket is None
+
+    @property
+    def _local_prefect(self) -> str:
+        return f"http://{LOOPBACK}:{self.prefect_port}/api"
+
+    @property
+    def _local_mlflow(self) -> str:
+        return f"http://{LOOPBACK}:{self.mlflow_port}"
+
+    @property
+    def _local_s3(self) -> str:
+        return f"http://{LOOPBACK}:{self.s3_port}"
+
+    @property
+    def prefect_api_url(self) -> str:
+        return self.external_prefect or self._local_prefect
+
+    @property
+    def prefect_ui_url(self) -> str:
+        return self.prefect_api_url.removesuffix("/").removesuffix("/api")
+
+    @property
+    def mlflow_url(self) -> str:
+        return self.external_mlflow or self._local_mlflow
+
+    @property
+    def s3_endpoint(self) -> str | None:
+        """None means AWS itself."""
+        return self._local_s3 if self.s3_is_local else self.external_s3
+
+    @property
+    def bucket(self) -> str:
+        return self.external_bucket or LOCAL_BUCKET
+
+    @property
+    def runs(self) -> Path:
+        """Folder of run directories, one a flow run."""
+        return self.home / "runs"
+
+    def child_environment(self) -> dict[str, str]:
+        """The current environment with every service address made explicit, for processes we start."""
+        environment = dict(os.environ)
+        environment["SHIP_HOME"] = str(self.home)
+        environment["SHIP_PREFECT_PORT"] = str(self.prefect_port)
+        environment["SHIP_MLFLOW_PORT"] = str(self.mlflow_port)
+        environment["SHIP_S3_PORT"] = str(self.s3_port)
+        environment["PREFECT_API_URL"] = self.prefect_api_url
+        environment["MLFLOW_TRACKING_URI"] = self.mlflow_url
+        return environment

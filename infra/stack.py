@@ -1,0 +1,336 @@
+"""The local stack: an S3 server, an MLflow server, and a Prefect server with one worker, as plain processes.
+
+    S3 ───────── bucket
+    MLflow
+    Prefect ──── work pool ──┬── worker
+                             └── deployments (prefect.yaml)
+
+The three servers start at the same time. All state is in one folder (`settings.home`): s3, mlflow, prefect, logs and
+pids. A part whose address is given in the environment is somebody else's: it is used, never started or stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from infra import deployments
+from infra.components import WORK_POOL, Component, answers, components, prefect_api, prefect_environment, python
+from infra.errors import ServiceError, SettingsError
+from infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
+from infra.settings import Settings
+
+START_SECONDS = 90.0
+"""How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
+POLL_SECONDS = 0.2
+
+State = Literal["up", "down", "not answering", "external", "port taken"]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """One row of `ship status`."""
+
+    title: str
+    url: str
+    pid: int | None
+    state: State
+
+
+def status(settings: Settings) -> list[Status]:
+    """The state of every part, without changing anything."""
+    ours = {component.name: component for component in components(settings)}
+    rows = []
+    for name, title, address in (
+        ("s3", "S3", settings.s3_endpoint or f"s3://{settings.bucket}"),
+        ("mlflow", "MLflow", settings.mlflow_url),
+        ("prefect", "Prefect", settings.prefect_ui_url),
+        ("worker", "Prefect worker", "not ours: Prefect is external"),
+    ):
+        component = ours.get(name)
+        if component is None:
+            rows.append(Status(title=title, url=address, pid=None, state="external"))
+            continue
+        record = PidFile.read(_pid_file(settings, name))
+        process = record.process() if record else None
+        if record is not None and process is not None:
+            state: State = "up" if component.ready(record) else "not answering"
+            rows.append(Status(title=title, url=component.url, pid=process.pid, state=state))
+        else:
+            taken = component.port is not None and not port_is_free(component.port) and not (record and record.family())
+            rows.append(Status(title=title, url=component.url, pid=None, state="port taken" if taken else "down"))
+    return rows
+
+
+def up(settings: Settings, report: Report = lambda line: None) -> None:
+    """Start what is not running, wait until everything answers, deploy what prefect.yaml lists.
+
+    Idempotent. Raises SettingsError before anything is started when a port is taken or the running stack has other
+    settings; ServiceError when a component does not come up, after stopping what this call started.
+    """
+    ours = components(settings)
+    with _alone(settings, report), _default_interrupt():
+        for name in _external_names(ours):
+            report(f"{name}: external, not started here")
+        running = _running(settings, ours)
+        _check_ports(ours, running)
+        with ThreadPoolExecutor(max_workers=5, thread_name_prefix="stack") as pool:
+            deploying = _start_all(settings, ours, running, pool, report)
+            # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
+            if deploying is not None:
+                deploying.result()
+
+
+def down(settings: Settings, report: Report = lambda line: None) -> None:
+    """Stop every process that the pid files prove to be ours, with all descendants. Idempotent; data stays."""
+    if not settings.home.exists():
+        return
+    with _alone(settings, report):
+        # The worker first, so that its runs end while the server can still write that down.
+        stopped = stop([_pid_file(settings, "worker")])
+        server = PidFile.read(_pid_file(settings, "prefect"))
+        # Never on a server that merely has the same address.
+        if server is not None and server.process() is not None and server.port == settings.prefect_port:
+            with contextlib.suppress(ServiceError):
+                _end_lost_runs(settings)
+        stopped += stop([_pid_file(settings, name) for name in ("prefect", "mlflow", "s3")])
+        for name in stopped:
+            report(f"{name}: stopped")
+
+
+def _external_names(ours: list[Component]) -> list[str]:
+    names = {component.name for component in ours}
+    missing = [title for name, title in (("s3", "S3"), ("mlflow", "MLflow")) if name not in names]
+    if "prefect" not in names:
+        missing.append("Prefect (and with it the worker and the deployments)")
+    return missing
+
+
+@contextlib.contextmanager
+def _alone(settings: Settings, report: Report) -> Iterator[None]:
+    """One command at a time changes the stack of a home. The kernel frees the lock even after kill -9."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with (settings.home / "stack.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another ship command is changing this stack; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _default_interrupt() -> Iterator[None]:
+    """Let children receive SIGINT even when we were started with `&`, which makes the whole line ignore it.
+
+    An ignored signal stays ignored across exec, a handled one returns to its default; Prefect cancels runs by SIGINT.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _pid_file(settings: Settings, name: str) -> Path:
+    return settings.home / "pids" / f"{name}.json"
+
+
+def _log(settings: Settings, name: str) -> Path:
+    return settings.home / "logs" / f"{name}.log"
+
+
+def _running(settings: Settings, ours: list[Component]) -> dict[str, PidFile]:
+    """Components that are alive. Raises SettingsError when they were started with other settings."""
+    wanted = {component.name: component for component in ours}
+    running: dict[str, PidFile] = {}
+    for name in ("s3", "mlflow", "prefect", "worker"):
+        record = PidFile.read(_pid_file(settings, name))
+        if record is None:
+            continue
+        if record.process() is None:
+            # Killed from outside. Its children may still hold the port or, worse, train on.
+            stop([_pid_file(settings, name)])
+            continue
+        if name not in wanted:
+            raise SettingsError(
+                f"{name} of this stack is running (pid {record.pid}) although the environment now names another one: "
+                "run `ship down` first"
+            )
+        for variable, value in wanted[name].configuration.items():
+            if (was := record.configuration.get(variable)) != value:
+                raise SettingsError(
+                    f"{name} is running (pid {record.pid}) with {variable}={was}, expected {value}: "
+                    "run `ship down` first, or set the variable as it was"
+                )
+        running[name] = record
+    return running
+
+
+def _check_ports(ours: list[Component], running: Mapping[str, PidFile]) -> None:
+    """Raises SettingsError when a port is asked for twice or held by somebody else."""
+    owners: dict[int, Component] = {}
+    for component in ours:
+        if component.port is None:
+            continue
+        if (other := owners.setdefault(component.port, component)) is not component:
+            raise SettingsError(
+                f"{other.port_variable} and {component.port_variable} are both {component.port}: "
+                "every server needs its own port"
+            )
+        if component.name not in running and not port_is_free(component.port):
+            raise SettingsError(
+                f"port {component.port}, needed for {component.title}, is taken by {port_holder(component.port)}: "
+                f"stop that, or set {component.port_variable} to a free port"
+            )
+
+
+def _start_all(
+    settings: Settings,
+    ours: list[Component],
+    running: Mapping[str, PidFile],
+    pool: ThreadPoolExecutor,
+    report: Report,
+) -> Future[None] | None:
+    """Bring every component up; returns the deployment, which may still be at work.
+
+    When one fails, those that this call started are stopped: half a stack would look like a whole one later.
+    """
+    by_name = {component.name: component for component in ours}
+    begun: list[Component] = []
+    deploying: list[Future[None]] = []
+    cancelled = threading.Event()
+
+    def bring_up(name: str) -> None:
+        if cancelled.is_set():
+            return
+        component = by_name[name]
+        began = time.monotonic()
+        record = running.get(name)
+        if record is not None and component.ready(record):
+            report(f"{component.title}: already up at {component.url}")
+            return
+        if record is not None and not _wait(settings, component, record, cancelled):
+            # Alive but mute for so long: hung.
+            stop([_pid_file(settings, name)])
+            record = None
+        if record is None:
+            begun.append(component)
+            record = _start(settings, component)
+            if not _wait(settings, component, record, cancelled):
+                raise ServiceError(
+                    f"{component.title} did not answer within {START_SECONDS:.0f} s. "
+                    + _log_excerpt(_log(settings, name))
+                )
+        report(f"{component.title}: up at {component.url} ({time.monotonic() - began:.1f} s)")
+
+    def s3() -> None:
+        bring_up("s3")
+        # The server takes unsigned requests, so the usual case costs no client library.
+        if not answers(f"{settings.s3_endpoint}/{settings.bucket}?location"):
+            from infra.objectstore import ObjectStore
+
+            ObjectStore.from_settings(settings).create_bucket_if_missing()
+
+    def prefect() -> None:
+        bring_up("prefect")
+        _create_work_pool(settings)
+        if "worker" not in running:
+            _end_lost_runs(settings)
+        deploying.append(pool.submit(deploy))
+        bring_up("worker")
+
+    def deploy() -> None:
+        deployments.deploy(
+            api=lambda method, path, body: prefect_api(settings, method, path, body),
+            command=python("prefect", "--no-prompt", "deploy", "--all"),
+            environment=prefect_environment(settings),
+            state=settings.home / "prefect" / "deployed",
+            report=report,
+        )
+
+    chains: list[Future[None]] = []
+    for name, chain in (("s3", s3), ("mlflow", lambda: bring_up("mlflow")), ("prefect", prefect)):
+        if name in by_name:
+            chains.append(pool.submit(chain))
+    try:
+        done, _ = wait(chains, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        # The other chains must not start more behind our back.
+        cancelled.set()
+        wait(chains)
+        stop([_pid_file(settings, component.name) for component in begun])
+        raise
+    return deploying[0] if deploying else None
+
+
+def _start(settings: Settings, component: Component) -> PidFile:
+    return start(
+        component.argv,
+        name=component.name,
+        environment=component.environment,
+        folder=component.folder,
+        log=_log(settings, component.name),
+        pid_file=_pid_file(settings, component.name),
+        port=component.port,
+        configuration=component.configuration,
+    )
+
+
+def _wait(settings: Settings, component: Component, record: PidFile, cancelled: threading.Event) -> bool:
+    """Wait until the component answers: True, or False after START_SECONDS. Raises ServiceError when it dies first."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if record.process() is None:
+            raise ServiceError(
+                f"{component.title} ended while it was starting. " + _log_excerpt(_log(settings, component.name))
+            )
+        if component.ready(record):
+            return True
+        if cancelled.wait(POLL_SECONDS):
+            raise ServiceError(f"{component.title}: given up because another part of the stack failed")
+    return False
+
+
+def _log_excerpt(log: Path) -> str:
+    return f"The end of {log}:\n{last_lines(log)}"
+
+
+def _create_work_pool(settings: Settings) -> None:
+    reply = prefect_api(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process"})
+    # 409: it is there already. The worker fills in the job template.
+    if not (reply.is_success or reply.status_code == httpx.codes.CONFLICT):
+        raise ServiceError(f"Prefect did not create the work pool {WORK_POOL!r}: {reply.status_code} {reply.text}")
+
+
+def _end_lost_runs(settings: Settings) -> None:
+    """Mark runs crashed whose worker is gone. Prefect would show them as running for ever."""
+    lost = prefect_api(
+        settings,
+        "POST",
+        "/flow_runs/filter",
+        {
+            "work_pools": {"name": {"any_": [WORK_POOL]}},
+            "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
+        },
+    )
+    state = {"type": "CRASHED", "name": "Crashed", "message": "The worker of the local stack was stopped."}
+    for run in lost.json() if lost.is_success else []:
+        prefect_api(settings, "POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})

@@ -1,0 +1,158 @@
+"""Run stages in child processes that have torch, forked from one process that imported it once.
+
+The other end is `torchworker/host.py`; the protocol is described there. One host serves one Prefect process and
+dies with it: its standard input is a pipe that only this process holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from infra.errors import WorkerError
+
+Events = Callable[[dict[str, Any]], None]
+POLL_SECONDS = 0.1
+
+
+class WorkerHost:
+    """A running `python -m torchworker.host`. Not started until the first use."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                # -P: the current folder is not on the import path, so a user's files cannot shadow ours.
+                [sys.executable, "-P", "-m", "torchworker.host"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=_environment(),
+                # Its own session: Ctrl-C reaches this process, which then decides.
+                start_new_session=True,
+            )
+        self._waiting: dict[int, Future[int]] = {}
+        self._lock = threading.Lock()
+        self._last_id = 0
+        threading.Thread(target=self._listen, name="worker-host", daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = json.loads(line)
+            if "id" in message:
+                with self._lock:
+                    future = self._waiting.pop(message["id"])
+                future.set_result(message["status"])
+        self._process.wait()
+        with self._lock:
+            orphans, self._waiting = self._waiting, {}
+        for future in orphans.values():
+            future.set_exception(
+                WorkerError(f"the worker host ended (status {self._process.returncode}); its log: {self._log}")
+            )
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write((json.dumps(message) + "\n").encode())
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise WorkerError(f"the worker host is gone; its log: {self._log}") from error
+
+    async def run(
+        self, stage: str, request: Path, *, log: Path, events: Path | None = None, on_event: Events | None = None
+    ) -> int:
+        """Run one stage in a fresh child and return its exit status (negative: the signal that ended it).
+
+        request: the stage's request file; log: file for the child's output; events: file of JSON lines that
+        is followed while the child runs, each line given to on_event.
+
+        If the caller is cancelled, the child and everything it started are killed before this returns.
+        """
+        future: Future[int] = Future()
+        with self._lock:
+            self._last_id += 1
+            job_id = self._last_id
+            self._waiting[job_id] = future
+            self._send({"id": job_id, "stage": stage, "request": str(request), "log": str(log)})
+        ended = asyncio.wrap_future(future)
+        follower = _Follower(events, on_event) if events is not None and on_event is not None else None
+        try:
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=POLL_SECONDS if follower else None)
+                if follower:
+                    follower.poll()
+            return ended.result()
+        finally:
+            if not future.done():
+                with contextlib.suppress(WorkerError):
+                    self._send({"kill": job_id})
+
+    def close(self) -> None:
+        """End the host and everything it started; it notices that its input is closed."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class _Follower:
+    """Reads complete lines that were appended to a file since the last look."""
+
+    def __init__(self, path: Path, on_event: Events) -> None:
+        self._path, self._on_event, self._offset = path, on_event, 0
+
+    def poll(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
+            self._on_event(json.loads(line))
+
+
+def _environment() -> dict[str, str]:
+    environment = dict(os.environ)
+    # What user code prints is in the log when it is printed, not when the process ends.
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+_hosts: dict[int, WorkerHost] = {}
+
+
+def worker_host(log: Path) -> WorkerHost:
+    """The host of this process, started on first use and again if it died; closed when the process exits."""
+    host = _hosts.get(os.getpid())
+    if host is None or not host.alive:
+        host = _hosts[os.getpid()] = WorkerHost(log)
+        atexit.register(host.close)
+    return host

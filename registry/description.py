@@ -1,0 +1,165 @@
+"""The markdown that people read on a model version's page in MLflow.
+
+That page shows neither metrics nor files of its own, so the description carries them. Its first line is plain
+text, because lists of versions show it unrendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+PARITY = "parity"
+"""The gate that compares an artifact with the model that was trained."""
+
+
+class Verdict(Protocol):
+    """One gate on one format, with its numbers."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def gate(self) -> str: ...
+    @property
+    def case(self) -> str:
+        """What it was measured on: `batch 1`, `360 samples`."""
+
+    @property
+    def measured(self) -> float | None:
+        """None when it could not be measured."""
+
+    @property
+    def limit(self) -> str:
+        """The condition in words: `<= 8`."""
+
+    @property
+    def passed(self) -> bool: ...
+    @property
+    def note(self) -> str: ...
+
+
+def describe(
+    *,
+    model: str,
+    release: str,
+    formats: Mapping[str, str],
+    sizes: Mapping[str, int],
+    verdicts: Sequence[Verdict],
+    metrics: Mapping[str, Mapping[str, float]],
+    training: Mapping[str, float],
+    links: Mapping[str, str],
+    reference: str = "the trained model",
+) -> str:
+    """Describe one version.
+
+    `formats` maps a format to its file name, `sizes` a file name to bytes, `metrics` a format to its measured
+    values, `training` is the last epoch's line of the history, `links` maps a text to a URL (an empty URL is
+    left out), `reference` says what parity was measured against.
+    """
+    parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
+    gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
+    intro = [
+        _first_line(model, release, formats, verdicts, metrics),
+        " · ".join([f"Release `{release}`", *(f"[{_cell(text)}]({url})" for text, url in links.items() if url)]),
+    ]
+    sections = []
+    if parity:
+        sections.append(f"### Parity\nDifference from {reference}.\n\n{_verdict_table(parity, with_gate=False)}")
+    if metrics:
+        sections.append(f"### Metrics\n{_metric_table(metrics)}")
+    if gates:
+        sections.append(f"### Gates\n{_verdict_table(gates, with_gate=True)}")
+    if sizes:
+        format_of = {file: name for name, file in formats.items()}
+        files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
+        sections.append(f"### Files\n{table(('file', 'format', 'size'), files)}")
+    if training:
+        epoch = f" ({number(training['epoch'])})" if "epoch" in training else ""
+        values = [(name, number(value)) for name, value in training.items() if name not in ("epoch", "time")]
+        sections.append(f"### Last epoch{epoch}\n{table(('metric', 'value'), values)}")
+    # MLflow's page sets no space between a table and the next heading.
+    return "\n\n".join([*intro, "\n\n&nbsp;\n\n".join(sections)]).rstrip() + "\n"
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut `text` to at most `limit` characters, at the end of a line where there is one."""
+    if len(text) <= limit:
+        return text
+    ending = "\n\n(shortened: the version's files hold the full report)\n"
+    cut = text[: limit - len(ending)]
+    return (cut.rpartition("\n")[0] or cut).rstrip() + ending
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    # MLflow's page leaves no room between columns; a no-break space does, also where the text is read raw.
+    gap = "\u00a0" * 2
+    body = [[_cell(value) + gap for value in row] for row in (header, *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (body[0], ["---"] * len(header), *body[1:]))
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; whole numbers without a point."""
+    if value is None:
+        return "not measured"
+    if float(value).is_integer() and abs(value) < 1e12:
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def file_size(size: int) -> str:
+    """Bytes in decimal units: `1.2 MB`."""
+    amount = float(size)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+def _first_line(
+    model: str,
+    release: str,
+    formats: Mapping[str, str],
+    verdicts: Sequence[Verdict],
+    metrics: Mapping[str, Mapping[str, float]],
+) -> str:
+    failed = sum(not verdict.passed for verdict in verdicts)
+    if not verdicts:
+        outcome = "not validated"
+    elif failed:
+        outcome = f"{failed} of {len(verdicts)} gates failed"
+    else:
+        outcome = f"all {len(verdicts)} gates passed"
+    # Lists of versions show about fifteen characters, so the model's name comes late.
+    first_metric = next(((name, value) for values in metrics.values() for name, value in values.items()), None)
+    quality = f"{first_metric[0]} {number(first_metric[1])}, " if first_metric else ""
+    return f"{quality}{outcome}: {model} {release} as {', '.join(formats)}."
+
+
+def _verdict_table(verdicts: Sequence[Verdict], *, with_gate: bool) -> str:
+    """One line a condition, one column a format; notes below."""
+    formats = list(dict.fromkeys(verdict.format for verdict in verdicts))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    notes = []
+    for verdict in verdicts:
+        condition = (*((verdict.gate,) if with_gate else ()), verdict.case, verdict.limit)
+        value = number(verdict.measured)
+        cell = f"{value} ✓" if verdict.passed else f"**{value} ✗ failed**"
+        lines.setdefault(condition, {})[verdict.format] = cell
+        if verdict.note:
+            notes.append(f"- {verdict.format}, {verdict.gate}, {verdict.case}: {_cell(verdict.note)}")
+    header = (*(("gate",) if with_gate else ()), "case", "limit", *formats)
+    rows = [(*condition, *(cells.get(name, "") for name in formats)) for condition, cells in lines.items()]
+    return "\n\n".join([table(header, rows), *(["\n".join(notes)] if notes else [])])
+
+
+def _metric_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    rows = [(name, *(number(values[name]) if name in values else "" for values in metrics.values())) for name in names]
+    return table(("metric", *metrics), rows)
+
+
+def _cell(text: str) -> str:
+    # A pipe or a line break would end the cell early.
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,77 @@
+"""Verdicts as people read them, and the one gate that needs the live release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from infra.errors import GateError
+from registry.description import Verdict, number
+from registry.job import METRIC_DIRECTIONS, Job
+
+
+def worst(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Each quality metric at its worst over the formats: any of them may be the one that serves.
+
+    metrics: format to metric to value. Latencies are left out: they belong to a machine, not to a model.
+    """
+    found: dict[str, float] = {}
+    for values in metrics.values():
+        for name, value in values.items():
+            if name.startswith("p50_ms"):
+                continue
+            pick = min if METRIC_DIRECTIONS[name] == "higher" else max
+            found[name] = pick(found.get(name, value), value)
+    return found
+
+
+def improvement(metric: str, candidate: float, live: float) -> float:
+    """How much better the candidate is, positive when better whatever the metric's direction."""
+    return candidate - live if METRIC_DIRECTIONS[metric] == "higher" else live - candidate
+
+
+def require_not_worse(job: Job, candidate: Mapping[str, float], live: Mapping[str, float] | None, name: str) -> None:
+    """Hold a candidate against the live release by the job's `vs_live` gates.
+
+    live: the metrics in the live release's manifest, None when nothing is live; name: the live release's id.
+    Raises GateError with a table when any gate fails; a metric that the live release lacks is a failure.
+    """
+    limits = {metric: gate.vs_live for metric, gate in job.gates.items() if gate.vs_live is not None}
+    if live is None or not limits:
+        return
+    rows, failed = [], []
+    for metric, limit in limits.items():
+        if metric not in live:
+            failed.append(f"{metric}: the live release records none; promote once without vs_live to record it")
+            rows.append((metric, number(candidate[metric]), "none", "cannot be compared", f">= {limit:g}", "FAILED"))
+            continue
+        gain = improvement(metric, candidate[metric], live[metric])
+        passed = gain >= limit
+        if not passed:
+            failed.append(f"{metric} {number(candidate[metric])} against {number(live[metric])}")
+        outcome = "passed" if passed else "FAILED"
+        rows.append((metric, number(candidate[metric]), number(live[metric]), f"{gain:+.4g}", f">= {limit:g}", outcome))
+    if failed:
+        header = ("metric", "candidate", f"live {name}", "improvement", "vs_live", "verdict")
+        raise GateError(
+            f"{job.name}: the candidate is worse than the live release {name}: {'; '.join(failed)}. "
+            "The live release stays.",
+            text_table(header, rows),
+        )
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Every gate with its numbers and limit, as aligned text."""
+    header = ("format", "gate", "case", "measured", "limit", "verdict", "note")
+    rows = [
+        (v.format, v.gate, v.case, number(v.measured), v.limit, "passed" if v.passed else "FAILED", v.note)
+        for v in verdicts
+    ]
+    return text_table(header, rows)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,295 @@
+"""The job file: what to train, export, gate and release. YAML, validated before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from infra.errors import JobError
+
+METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
+    "accuracy": "higher",
+    "mean_squared_error": "lower",
+    "mean_absolute_error": "lower",
+    "p50_ms": "lower",
+}
+"""What a gate can be put on, and which direction is better. A test keeps it equal to torchworker's."""
+
+Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]
+Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
+Format = Literal["torchscript", "onnx", "pt2"]
+
+
+def _is_reference(value: str) -> str:
+    module, colon, attribute = value.partition(":")
+    parts = [*module.split("."), *attribute.split(".")]
+    if not colon or not all(part.isidentifier() for part in parts):
+        raise ValueError("a reference module:attribute, such as digits:build_model")
+    return value
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Target = Annotated[str, AfterValidator(_is_reference)]
+
+
+class Factory(_Part):
+    """A callable in your code and the keyword arguments it is called with."""
+
+    factory: Target = Field(description="module:attribute, importable from the project folder")
+    args: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments")
+
+
+class Train(_Part):
+    """How the model is trained."""
+
+    epochs: int = Field(ge=1, description="passes over the training data")
+    processes: int = Field(1, ge=1, le=1024, description="ranks on this machine, data-parallel with gloo")
+    batch_size: int = Field(64, ge=1, description="samples per optimizer step over all processes")
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, shuffling and dropout")
+    loss: Loss | Factory = Field("cross_entropy", description="a torch.nn.functional loss, or loss(outputs, target)")
+    optimizer: Optimizer | Factory = Field("adam", description="a torch.optim class, or factory(parameters, lr=…)")
+    learning_rate: float = Field(1e-3, gt=0, description="given to the optimizer as lr")
+    metrics: tuple[Metric, ...] | None = Field(
+        None, strict=False, description="measured on the validation data; the loss decides when absent"
+    )
+    threads: int | None = Field(None, ge=1, description="torch threads of each process; cores ÷ processes when absent")
+    data_workers: int = Field(0, ge=0, description="DataLoader worker processes of each rank")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"a batch_size that the processes can share evenly: {self.batch_size} is not a multiple of "
+                f"{self.processes}"
+            )
+        return self
+
+
+class Export(_Part):
+    """What is made of the trained weights."""
+
+    formats: tuple[Format, ...] = Field(
+        ("torchscript", "onnx", "pt2"), min_length=1, strict=False, description="artifacts of the release"
+    )
+    batch: int = Field(64, ge=2, description="batch size at which the model is captured; the batch stays dynamic")
+    validation_samples: int = Field(
+        10_000, ge=1, description="at most this many validation samples are used to gate artifacts"
+    )
+
+    @model_validator(mode="after")
+    def _no_duplicates(self) -> Self:
+        if len(set(self.formats)) != len(self.formats):
+            raise ValueError("each format once")
+        return self
+
+
+class Gate(_Part):
+    """Limits on one measurement; a candidate outside them is not registered and not promoted."""
+
+    min: float | None = Field(None, description="smallest value that passes")
+    max: float | None = Field(None, description="largest value that passes")
+    vs_live: float | None = Field(
+        None, description="smallest improvement over the live release that passes; negative allows a loss"
+    )
+
+    @model_validator(mode="after")
+    def _has_limit(self) -> Self:
+        if self.min is None and self.max is None and self.vs_live is None:
+            raise ValueError("at least one of min, max, vs_live")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min <= max, and {self.min:g} > {self.max:g}")
+        return self
+
+
+class Release(_Part):
+    """Where a release goes."""
+
+    channel: str = Field("prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="the pointer that is moved")
+
+
+class Job(_Part):
+    """One model, from code to serving bucket."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="model name in MLflow and in the bucket")
+    project: str = Field(".", description="folder put first on the import path, relative to the job file")
+    model: Factory = Field(description="called with args; returns a torch.nn.Module")
+    data: Factory = Field(description='called with split="train" | "validation"; returns a map-style dataset')
+    train: Train
+    export: Export = Export()
+    gates: dict[Literal["accuracy", "mean_squared_error", "mean_absolute_error", "p50_ms"], Gate] = Field(
+        default_factory=dict, description="limits by metric name, or p50_ms: milliseconds at batch 1"
+    )
+    release: Release = Release()
+
+    @model_validator(mode="after")
+    def _latency_is_absolute(self) -> Self:
+        gate = self.gates.get("p50_ms")
+        if gate is not None and (gate.vs_live is not None or gate.min is not None):
+            raise ValueError("only max for gates.p50_ms: a latency recorded on another day is no measure for today's")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured: what the job names or the loss suggests, and whatever a gate needs."""
+        chosen: list[str] = list(self.train.metrics or ())
+        if not chosen and isinstance(self.train.loss, str):
+            chosen = [_METRIC_OF_LOSS[self.train.loss]]
+        return tuple(dict.fromkeys([*chosen, *(gate for gate in self.gates if gate != "p50_ms")]))
+
+    @property
+    def threads(self) -> int:
+        """torch threads of each rank."""
+        cores = len(os.sched_getaffinity(0))
+        return self.train.threads or max(1, cores // self.train.processes)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that change when anything in the job changes."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_METRIC_OF_LOSS: Mapping[str, str] = {
+    "cross_entropy": "accuracy",
+    "binary_cross_entropy_with_logits": "accuracy",
+    "mse_loss": "mean_squared_error",
+    "l1_loss": "mean_absolute_error",
+    "smooth_l1_loss": "mean_absolute_error",
+}
+
+
+def load_job(path: Path) -> tuple[Job, Path]:
+    """Read and validate a job file; also the absolute project folder.
+
+    Raises JobError with one line a mistake: where, what was expected, what was given.
+    """
+    if not path.is_file():
+        patterns = ("*.yaml", "jobs/*.yaml", "examples/*/job.yaml")
+        near = [str(found) for pattern in patterns for found in sorted(Path().glob(pattern)) if _looks_like_job(found)]
+        hint = f"; job files here: {', '.join(near[:5])}" if near else ""
+        raise JobError(f"job file {path}: expected a YAML file, found none{hint}")
+    text = path.read_text()
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise JobError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(document, dict):
+        raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
+    try:
+        job = Job.model_validate(document)
+    except ValidationError as error:
+        lines = list(_explain(error, path, text))
+        raise JobError("\n".join(lines)) from None
+    folder = (path.parent / job.project).resolve()
+    if not folder.is_dir():
+        raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
+    return job, folder
+
+
+def _looks_like_job(path: Path) -> bool:
+    text = path.read_text(errors="replace")
+    return all(f"{key}:" in text for key in ("name", "model", "data", "train"))
+
+
+def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:
+    # Unions add the name of the alternative that was tried; only the user's keys are shown.
+    found = [([part for part in item["loc"] if _in_document(part)], item) for item in error.errors()]
+    seen: set[str] = set()
+    for keys, item in found:
+        key = ".".join(str(part) for part in keys)
+        deeper = any(len(other) > len(keys) and other[: len(keys)] == keys for other, _ in found)
+        if key in seen or deeper:
+            continue
+        seen.add(key)
+        place = f"{path}:{_line_of(text, keys)}: {key}" if keys else f"{path}"
+        given = _shown(item["input"])
+        match item["type"]:
+            case "extra_forbidden":
+                yield f"{place}: unknown key{_did_you_mean(keys)}"
+            case "missing":
+                yield f"{place}: missing; expected {_describe_key(keys)}"
+            case "value_error":
+                yield f"{place}: expected {item['ctx']['error']}, got {given}"
+            case "string_pattern_mismatch":
+                yield f"{place}: expected lower-case letters, digits, dots, dashes or underscores, got {given}"
+            case "literal_error" if keys[-1] in ("loss", "optimizer"):
+                yield f"{place}: expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
+            case _:
+                expected = item["msg"].removeprefix("Input should be ").removeprefix("String should ")
+                yield f"{place}: expected {expected}, got {given}"
+
+
+def _in_document(part: int | str) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part != "Factory" and not part.startswith("literal"))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
+    """The part of the job that holds the last key."""
+    parts: dict[str, type[BaseModel]] = {
+        "model": Factory, "data": Factory, "train": Train, "export": Export, "release": Release,
+    }  # fmt: skip
+    if len(keys) == 1:
+        return Job
+    if keys[0] == "gates":
+        return Gate if len(keys) == 3 else None
+    if keys[0] == "train" and len(keys) == 3:
+        return Factory
+    return parts.get(str(keys[0])) if len(keys) == 2 else None
+
+
+def _did_you_mean(keys: list[int | str]) -> str:
+    model = _model_at(keys)
+    if model is None:
+        return ""
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(keys[-1]), known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def _describe_key(keys: list[int | str]) -> str:
+    model = _model_at(keys)
+    field = model.model_fields.get(str(keys[-1])) if model else None
+    return field.description if field is not None and field.description else "a value"
+
+
+def _line_of(text: str, keys: list[int | str]) -> int:
+    """1-based line of the deepest key that is in the file."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert node is not None, "the document was validated, so it is not empty"
+    line = node.start_mark.line
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if k.value == str(key)]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line
+        else:
+            break
+    return int(line) + 1
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON schema of the job file, for editors; kept in `docs/job.schema.json`."""
+    schema = Job.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "train-and-ship job", **schema}

@@ -1,0 +1,76 @@
+"""`ship check`: build everything a job refers to, try it once, and say what would be trained and shipped."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from infra.workerhost import WorkerHost
+from registry.job import Job, load_job
+from tasks.requests import project_of, train_settings
+from tasks.worker import call_worker
+from torchworker.contract import FORMAT_FILES, CheckRequest, CheckResult, TensorSpec, decode
+
+
+def check(job_file: Path) -> None:
+    """Print the job's facts. Raises JobError with one message a mistake."""
+    job, folder = load_job(job_file)
+    result = asyncio.run(_build(job, folder))
+    _print(job, folder, result, Console())
+
+
+async def _build(job: Job, folder: Path) -> CheckResult:
+    with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
+        work = Path(name)
+        host = WorkerHost(work / "host.log")
+        try:
+            request = CheckRequest(project=project_of(job, folder), train=train_settings(job))
+            reply = await call_worker(host, "check", request, work)
+        finally:
+            host.close()
+    result: CheckResult = decode(CheckResult, reply)
+    return result
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.name}: {spec.dtype} [{', '.join(str(size) for size in spec.shape)}]"
+
+
+def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> None:
+    facts = Table(title=f"{job.name}", show_header=False, title_justify="left")
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    train = job.train
+    loss = train.loss if isinstance(train.loss, str) else train.loss.factory
+    optimizer = train.optimizer if isinstance(train.optimizer, str) else train.optimizer.factory
+    for name, value in (
+        ("project", str(folder)),
+        ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
+        ("data", f"{job.data.factory}: {result.train_samples:,} training, {result.validation_samples:,} validation"),
+        ("inputs", "\n".join(_tensor(spec) for spec in result.inputs)),
+        ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
+        ("target", _tensor(result.target)),
+        ("loss", f"{loss}, {result.loss:.4g} on one batch before training"),
+        (
+            "training",
+            f"{train.epochs} epochs, batch {train.batch_size} over {train.processes} processes × {job.threads} "
+            f"threads, {optimizer}, learning rate {train.learning_rate:g}, seed {train.seed}",
+        ),
+        ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}" for kind in job.export.formats)),
+        ("release", f"channel {job.release.channel}"),
+    ):
+        facts.add_row(name, escape(value))
+    console.print(facts)
+    gates = Table(title="gates", title_justify="left")
+    for column in ("measured", "min", "max", "against live"):
+        gates.add_column(column)
+    gates.add_row("parity of every format", "", "1 (× its own rounding)", "")
+    for name, gate in job.gates.items():
+        limits = (gate.min, gate.max, gate.vs_live)
+        gates.add_row(name, *("" if limit is None else f"{limit:g}" for limit in limits))
+    console.print(gates)

@@ -1,0 +1,81 @@
+"""The `ship` command."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import typer
+
+# Only light imports here: `ship --help` must be instant. Each command imports what it needs.
+app = typer.Typer(
+    name="ship",
+    help="Train a PyTorch model, prove its exports equal to it, and ship it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def up() -> None:
+    """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
+    from infra import stack
+    from infra.settings import Settings
+
+    began = time.monotonic()
+    settings = Settings.load()
+    stack.up(settings, typer.echo)
+    bucket = f"s3://{settings.bucket}" + (f" at {settings.s3_endpoint}" if settings.s3_endpoint else "")
+    typer.echo(
+        f"\nReady in {time.monotonic() - began:.1f} s\n"
+        f"  Prefect  {settings.prefect_ui_url}\n"
+        f"  MLflow   {settings.mlflow_url}\n"
+        f"  bucket   {bucket}\n"
+        f"  logs     {settings.home / 'logs'}"
+    )
+
+
+@app.command()
+def down() -> None:
+    """Stop the local stack and everything it started; data stays."""
+    from infra import stack
+    from infra.settings import Settings
+
+    stack.down(Settings.load(), typer.echo)
+
+
+@app.command()
+def status() -> None:
+    """Show the state of the stack; exits with 1 unless everything is up."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from infra import stack
+    from infra.settings import Settings
+
+    rows = stack.status(Settings.load())
+    colours = {"up": "green", "external": "cyan"}
+    table = Table("component", "url", "pid", "state")
+    for row in rows:
+        colour = colours.get(row.state, "red")
+        table.add_row(row.title, row.url, str(row.pid or ""), f"[{colour}]{row.state}[/]")
+    Console().print(table)
+    if any(row.state not in colours for row in rows):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: one clear message instead of a traceback. Exits 2 for the user's mistakes, 1 for other failures."""
+    from infra.errors import ShipError, UserError
+
+    try:
+        app()
+    except ShipError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text(str(error), style="red"))
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

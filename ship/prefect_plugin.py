@@ -1,0 +1,52 @@
+"""Small comforts for the prefect command when it runs in this project's folder (see prefect.toml).
+
+- `prefect deployment run train-and-ship`: a name without a slash means the deployment and the flow of that name.
+- SHIP_PREFECT_PORT alone is enough for the command to find a local server on another port.
+
+Prefect loads this while it is being imported, so it prints nothing and imports Prefect only inside functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from prefect.plugins import HookContext, SetupResult
+
+# The name Prefect's plugin manager has; prefect.plugins.register_hook is the same marker, but importing it here would
+# import Prefect in every process that only looks at entry points.
+hook = pluggy.HookimplMarker("prefect-experimental")
+
+
+@hook
+def setup_environment(*, ctx: HookContext) -> SetupResult | None:
+    """Called by Prefect once, before any command. Without the private class below, only the short name is lost."""
+    from prefect.plugins import SetupResult
+
+    try:
+        from prefect.client.orchestration._deployments.client import DeploymentAsyncClient
+    except ImportError:
+        pass
+    else:
+        _accept_bare_names(DeploymentAsyncClient)
+    port = os.environ.get("SHIP_PREFECT_PORT")
+    if port and not os.environ.get("PREFECT_API_URL"):
+        return SetupResult(env={"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
+    return None
+
+
+def _accept_bare_names(client_class: Any) -> None:
+    """Make `read_deployment_by_name("n")` mean "n/n", which is an error otherwise. Names with a slash are untouched."""
+    read = client_class.read_deployment_by_name
+    if hasattr(read, "__wrapped__"):
+        return
+
+    @functools.wraps(read)
+    async def read_deployment_by_name(self: Any, name: str) -> Any:
+        return await read(self, name if "/" in name else f"{name}/{name}")
+
+    client_class.read_deployment_by_name = read_deployment_by_name

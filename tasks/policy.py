@@ -1,0 +1,36 @@
+"""Prefect policy shared by the stages: what is retried, and how a mistake is logged."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from prefect import Task
+from prefect.client.schemas.objects import State, TaskRun
+
+from infra.errors import ShipError, UserError
+
+
+def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether the error that ended the attempt says that a retry can help. Anything unforeseen is not retried."""
+    return isinstance(state.data, ShipError) and state.data.retryable
+
+
+class _QuietMistakes(logging.Filter):
+    """A user's mistake is logged as its message; only unforeseen errors show a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, UserError):
+            record.exc_info = None
+            record.exc_text = None
+            record.msg, record.args = str(error), ()
+        return True
+
+
+def quiet_mistakes() -> None:
+    """Install the filter on Prefect's run loggers; calling it again changes nothing."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(present, _QuietMistakes) for present in logger.filters):
+            logger.addFilter(_QuietMistakes())

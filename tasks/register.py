@@ -1,0 +1,172 @@
+"""Stage: assemble the release and record it as one MLflow model version with every format."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from registry.release import Manifest, build_manifest
+
+from infra.provenance import environment_lock
+from infra.rundir import StageFolder, file_sha256
+from registry import mlflow_versions
+from registry.description import describe
+from registry.mlflow_versions import RegisteredVersion, VersionRecord
+from tasks.policy import worth_retrying
+from tasks.run import Run
+from tasks.train import Trained
+from tasks.validate import Validated
+from torchworker.contract import GOLDEN, WEIGHTS, TensorSpec
+
+JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A release on disk and its version in MLflow."""
+
+    folder: Path
+    manifest: Manifest
+    version: RegisteredVersion
+    description: str
+
+
+@task(
+    name="register",
+    task_run_name="register",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=[1, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def register(run: Run, trained: Trained, validated: Validated) -> Registered:
+    """Assemble the release folder and register it; a retry finds the version that it already made."""
+    with run.timed("register"):
+        folder = _assemble(run, trained, validated)
+        formats = {kind: result.file for kind, result in validated.exported.formats.items()}
+        manifest = build_manifest(
+            folder,
+            model=run.job.name,
+            formats=formats,
+            signature=_signature(validated),
+            metrics=validated.quality,
+        )
+        description = _description(run, trained, validated, manifest)
+        record = _record(run, trained, validated, folder, manifest, description)
+        version = await asyncio.to_thread(_register_once, record, run.settings.mlflow_url)
+    get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
+    return Registered(folder=folder, manifest=manifest, version=version, description=description)
+
+
+def _register_once(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
+    made = mlflow_versions.find_version(record.model, record.tags["flow_run_id"], record.tags["release"], tracking_uri)
+    return made or mlflow_versions.register(record, tracking_uri)
+
+
+def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
+    """The files of the release, hard links where they already exist."""
+    stage = StageFolder(run.folder, "release", inputs=validated.digest)
+    if not stage.is_complete():
+        files = stage.begin() / "files"
+        files.mkdir()
+        exported = validated.exported
+        for name in [*(result.file for result in exported.formats.values()), GOLDEN]:
+            os.link(exported.folder / name, files / name)
+        os.link(trained.weights, files / WEIGHTS)
+        _write_json(files / JOB, run.job.model_dump(mode="json"))
+        _write_json(files / VERDICTS, dataclasses.asdict(validated.result))
+        _write_json(files / LINEAGE, _lineage(run, trained))
+        (files / ENVIRONMENT).write_text("\n".join(environment_lock()) + "\n")
+        stage.finish()
+    return stage.path / "files"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _lineage(run: Run, trained: Trained) -> dict[str, Any]:
+    result = trained.result
+    return {
+        "git_commit": run.git_commit,
+        "flow_run_id": run.flow_run_id,
+        "job_digest": run.job.digest(),
+        "data_fingerprint": result.data_fingerprint,
+        "train_samples": result.train_samples,
+        "validation_samples": result.validation_samples,
+        "training_environment": dict(result.environment),
+        "history": [dict(row) for row in result.history],
+    }
+
+
+def _specs(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in tensors]
+
+
+def _signature(validated: Validated) -> dict[str, list[dict[str, Any]]]:
+    reference = validated.exported.reference
+    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs)}
+
+
+def _description(run: Run, trained: Trained, validated: Validated, manifest: Manifest) -> str:
+    return describe(
+        model=run.job.name,
+        release=manifest.release,
+        formats=manifest.formats,
+        sizes={name: entry.bytes for name, entry in manifest.files.items()},
+        verdicts=validated.result.verdicts,
+        metrics=validated.result.metrics,
+        training=trained.result.history[-1],
+        links={"Prefect run": run.flow_run_url},
+        reference=validated.result.reference,
+    )
+
+
+def _record(
+    run: Run, trained: Trained, validated: Validated, folder: Path, manifest: Manifest, description: str
+) -> VersionRecord:
+    job, result = run.job, trained.result
+    artifacts = set(manifest.formats.values())
+    train = job.train.model_dump(mode="json")
+    return VersionRecord(
+        model=job.name,
+        folder=folder,
+        formats=manifest.formats,
+        extra_files=[name for name in manifest.files if name not in artifacts],
+        signature=_signature(validated),
+        params={
+            "model": job.model.factory,
+            "data": job.data.factory,
+            **{f"model.{name}": str(value) for name, value in job.model.args.items()},
+            **{f"data.{name}": str(value) for name, value in job.data.args.items()},
+            **{f"train.{name}": str(value) for name, value in train.items() if value is not None},
+            "export.formats": ",".join(job.export.formats),
+        },
+        history=result.history,
+        metrics={
+            f"{kind}.{name}": value
+            for kind, values in validated.result.metrics.items()
+            for name, value in values.items()
+        },
+        dataset_name=job.data.factory,
+        dataset_digest=result.data_fingerprint,
+        dataset_source=f"{job.data.factory} at {run.git_commit}",
+        dataset_profile={"train_samples": result.train_samples, "validation_samples": result.validation_samples},
+        tags={
+            "git_commit": run.git_commit,
+            "flow_run_id": run.flow_run_id,
+            "flow_run_url": run.flow_run_url,
+            "release": manifest.release,
+            **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
+        },
+        description=description,
+        run_name=run.flow_run_name,
+    )

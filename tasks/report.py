@@ -1,0 +1,71 @@
+"""The last page of a run: one markdown artifact that says what was trained, proven and released."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger, task
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from registry.description import table
+from tasks.promote import Promoted
+from tasks.register import Registered
+from tasks.run import Run
+from tasks.train import Trained
+
+
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE)
+async def report(run: Run, trained: Trained, registered: Registered, promoted: Promoted) -> str:
+    """Write the report; returns the release's id."""
+    markdown = render(run, trained, registered, promoted)
+    (run.folder / "report.md").write_text(markdown)
+    await acreate_markdown_artifact(markdown, key=f"report-{_key(run.job.name)}", description=_title(run, promoted))
+    logger = get_run_logger()
+    logger.info("timings: %s", run.write_timings())
+    return registered.manifest.release
+
+
+def _key(name: str) -> str:
+    """Prefect artifact keys hold letters, digits and dashes."""
+    return name.replace("_", "-").replace(".", "-")
+
+
+def _title(run: Run, promoted: Promoted) -> str:
+    return f"{run.job.name} release {promoted.pointer.release} is live on {promoted.pointer.channel}"
+
+
+def render(run: Run, trained: Trained, registered: Registered, promoted: Promoted) -> str:
+    """The report as markdown."""
+    pointer, version, result = promoted.pointer, registered.version, trained.result
+    prefix = f"s3://{run.settings.bucket}/models/{run.job.name}"
+    where = [
+        (
+            "MLflow version",
+            f"[{run.job.name} version {version.version}, alias {promoted.alias}]({version.version_url})",
+        ),
+        ("MLflow run", f"[parameters, curves, data]({version.run_url})"),
+        ("Release", f"`{prefix}/releases/{pointer.release}/`"),
+        ("Channel", f"`{prefix}/channels/{pointer.channel}.json`, generation {pointer.generation}"),
+        ("Replaces", f"`{pointer.previous}`" if pointer.previous else "nothing, this is the first"),
+        ("Run directory", f"`{run.folder}`"),
+    ]
+    trained_what = [
+        ("model", f"`{run.job.model.factory}` {dict(run.job.model.args) or ''}"),
+        ("data", f"`{run.job.data.factory}`, {result.train_samples:,} samples, {result.validation_samples:,} held out"),
+        ("data fingerprint", f"`{result.data_fingerprint}`"),
+        ("git commit", f"`{run.git_commit}`"),
+        ("processes", result.environment["processes"]),
+        ("torch", result.environment["torch"]),
+    ]
+    names = [name for name in result.history[0] if name not in ("time", "epoch")]
+    curves = [(f"{row['epoch']:g}", *(f"{row[name]:.4g}" for name in names)) for row in result.history]
+    seconds = [(stage, f"{value:.2f}") for stage, value in run.seconds.items()]
+    return "\n\n".join(
+        [
+            f"# {_title(run, promoted)}",
+            table(("where", "link"), where),
+            f"## What was trained\n\n{table(('what', 'value'), trained_what)}",
+            f"## What was proven\n\n{registered.description}",
+            f"## Learning curves\n\n{table(('epoch', *names), curves)}",
+            f"## Seconds by stage\n\n{table(('stage', 'seconds'), seconds)}",
+        ]
+    )

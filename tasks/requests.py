@@ -1,0 +1,54 @@
+"""From the job file to what worker processes are told. No Prefect here: `ship check` uses it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from registry.job import Factory, Job
+from torchworker.contract import Gate, Project, Reference, TrainSettings
+
+
+def project_of(job: Job, folder: Path) -> Project:
+    """The user code that the job names. folder: absolute project folder."""
+    return Project(
+        name=job.name,
+        folder=str(folder),
+        model=_reference(job.model, "model.factory"),
+        data=_reference(job.data, "data.factory"),
+        loss=job.train.loss if isinstance(job.train.loss, str) else _reference(job.train.loss, "train.loss.factory"),
+        metrics=job.metrics,
+    )
+
+
+def _reference(factory: Factory, where: str) -> Reference:
+    return Reference(target=factory.factory, args=factory.args, where=where)
+
+
+def train_settings(job: Job) -> TrainSettings:
+    train = job.train
+    optimizer = train.optimizer
+    return TrainSettings(
+        processes=train.processes,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        optimizer=optimizer if isinstance(optimizer, str) else _reference(optimizer, "train.optimizer.factory"),
+        learning_rate=train.learning_rate,
+        threads=job.threads,
+        data_workers=train.data_workers,
+    )
+
+
+def fixed_gates(job: Job) -> list[Gate]:
+    """Gates that a candidate can be held against alone; `vs_live` waits for the live release."""
+    return [
+        Gate(name=name, min=gate.min, max=gate.max)
+        for name, gate in job.gates.items()
+        if gate.min is not None or gate.max is not None
+    ]
+
+
+def user_modules(job: Job) -> list[str]:
+    """Top-level modules that the job refers to."""
+    factories = [job.model, job.data, job.train.loss, job.train.optimizer]
+    return sorted({item.factory.partition(":")[0].partition(".")[0] for item in factories if isinstance(item, Factory)})

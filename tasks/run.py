@@ -1,0 +1,99 @@
+"""One run of the flow: its job, its folder, where the services are, and how long each stage took."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.objectstore import ObjectStore
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from infra.provenance import git_commit
+from infra.settings import Settings
+from infra.workerhost import WorkerHost, worker_host
+from registry import mlflow_versions
+from registry.job import Job, load_job
+from tasks.policy import quiet_mistakes
+from tasks.requests import project_of
+from torchworker.contract import Project
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every stage needs to know."""
+
+    job: Job
+    project: Project
+    settings: Settings
+    folder: Path
+    """Run directory: one folder a stage, kept when a run is retried."""
+    flow_run_id: str
+    flow_run_name: str
+    git_commit: str
+    host: WorkerHost
+    store: ObjectStore
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by stage."""
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time inside to the stage's seconds."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def write_timings(self) -> Path:
+        """`timings.json` in the run directory: seconds by stage."""
+        path = self.folder / "timings.json"
+        path.write_text(json.dumps({"stages": self.seconds}, indent=1))
+        return path
+
+    @property
+    def flow_run_url(self) -> str:
+        return f"{self.settings.prefect_ui_url}/runs/flow-run/{self.flow_run_id}"
+
+
+@task(name="begin", task_run_name="begin", cache_policy=NO_CACHE)
+async def begin(job_file: str) -> Run:
+    """Validate the job, and make sure that every service answers, before any work starts."""
+    began = time.perf_counter()
+    quiet_mistakes()
+    job, project_folder = load_job(Path(job_file))
+    settings = Settings.load()
+    flow_run_id = str(flow_run.get_id())
+    folder = settings.runs / job.name / flow_run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    # Workers import torch while this process imports MLflow and talks to the services.
+    host = worker_host(folder / "host.log")
+    store = ObjectStore.from_settings(settings)
+    await asyncio.gather(
+        asyncio.to_thread(mlflow_versions.check_reachable, settings.mlflow_url),
+        asyncio.to_thread(_check_store, store),
+    )
+    run = Run(
+        job=job,
+        project=project_of(job, project_folder),
+        settings=settings,
+        folder=folder,
+        flow_run_id=flow_run_id,
+        flow_run_name=str(flow_run.get_name()),
+        git_commit=git_commit(project_folder),
+        host=host,
+        store=store,
+    )
+    run.seconds["begin"] = time.perf_counter() - began
+    return run
+
+
+def _check_store(store: ObjectStore) -> None:
+    store.check()
+    store.probe()

@@ -1,0 +1,151 @@
+"""Stage: distributed training. In: the job. Out: weights, history and data fingerprint."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from infra.rundir import StageFolder
+from registry import mlflow_versions
+from tasks.policy import worth_retrying
+from tasks.requests import train_settings
+from tasks.run import Run
+from tasks.worker import call_worker
+from torchworker.contract import RESULT, Reply, TrainRequest, TrainResult, decode
+
+ARTIFACT_SECONDS = 2.0
+LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A complete training stage."""
+
+    folder: Path
+    result: TrainResult
+    digest: str
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / self.result.weights
+
+
+@task(
+    name="train",
+    task_run_name="train",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=1,
+    retry_condition_fn=worth_retrying,
+)
+async def train(run: Run) -> Trained:
+    """Train in child processes; skipped when this run has already trained."""
+    stage = StageFolder(run.folder, "train", inputs=run.job.digest())
+    with run.timed("train"):
+        if stage.is_complete():
+            get_run_logger().info("train: already complete in this run, verified by hash")
+        else:
+            await _train(run, stage)
+    reply = Reply.read(stage.path / RESULT)
+    result: TrainResult = decode(TrainResult, reply.result)
+    return Trained(folder=stage.path, result=result, digest=stage.digest())
+
+
+async def _train(run: Run, stage: StageFolder) -> None:
+    work = stage.begin()
+    progress = _Progress(run.job.train.epochs)
+    request = TrainRequest(project=run.project, train=train_settings(run.job), folder=str(work))
+    reporter = asyncio.create_task(progress.keep_artifact())
+    # MLflow takes more than a second to import and this process has nothing else to do now.
+    warm_up = asyncio.create_task(asyncio.to_thread(mlflow_versions.warm_up))
+    try:
+        await call_worker(run.host, "train", request, work, progress.on_event)
+        await progress.finish()
+    finally:
+        reporter.cancel()
+    await warm_up
+    stage.finish()
+
+
+class _Progress:
+    """Turns worker events into log lines and one Prefect progress artifact."""
+
+    def __init__(self, epochs: int) -> None:
+        self._logger = get_run_logger()
+        self._epochs = epochs
+        self._percent = 0.0
+        self._description = "starting"
+        self._artifact: UUID | None = None
+        self._logged = time.monotonic()
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "started":
+                self._logger.info(
+                    "training on %d processes (%s): %s samples, %s held out",
+                    event["processes"], event["device"], f"{event['train_samples']:,}",
+                    f"{event['validation_samples']:,}",
+                )  # fmt: skip
+            case "epoch":
+                self._percent = 100 * event["epoch"] / self._epochs
+                self._description = describe_epoch(event)
+                self._say()
+            case "step":
+                self._percent = 100 * event["step"] / event["steps"]
+                self._description = (
+                    f"epoch {event['epoch']}/{self._epochs}  step {event['step']}/{event['steps']}  "
+                    f"loss {event['loss']:.4f}  {_rate(event)}"
+                )
+                # A long epoch would otherwise be silent.
+                if time.monotonic() - self._logged >= LOG_SECONDS:
+                    self._say()
+
+    def _say(self) -> None:
+        self._logged = time.monotonic()
+        self._logger.info(self._description)
+
+    async def keep_artifact(self) -> None:
+        """Update the artifact every few seconds until cancelled."""
+        self._artifact = await _created(self._percent, "Training starts")
+        while True:
+            await asyncio.sleep(ARTIFACT_SECONDS)
+            await aupdate_progress_artifact(self._artifact, self._percent, self._description)
+
+    async def finish(self) -> None:
+        if self._artifact is None:
+            self._artifact = await _created(100.0, self._description)
+        else:
+            await aupdate_progress_artifact(self._artifact, 100.0, self._description)
+
+
+async def _created(percent: float, description: str) -> UUID:
+    artifact: UUID = await acreate_progress_artifact(percent, key="training-progress", description=description)
+    return artifact
+
+
+def describe_epoch(event: dict[str, Any]) -> str:
+    """`epoch 3/12  loss 0.0473  validation loss 0.0391  accuracy 0.9889  7,163 samples/s  ETA 2 s`."""
+    metrics = "  ".join(
+        f"{name.removeprefix('validation_').replace('_', ' ')} {value:.4f}"
+        for name, value in event.items()
+        if name.startswith("validation_") and name != "validation_loss"
+    )
+    return (
+        f"epoch {event['epoch']}/{event['epochs']}  loss {event['train_loss']:.4f}  "
+        f"validation loss {event['validation_loss']:.4f}  {metrics}  {_rate(event)}"
+    )
+
+
+def _rate(event: dict[str, Any]) -> str:
+    seconds = round(event["eta_seconds"])
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    eta = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+    return f"{event['samples_per_second']:,.0f} samples/s  ETA {eta}"

@@ -1,0 +1,43 @@
+"""Call one stage in a worker process: write the request, wait, read the reply. No Prefect here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infra.errors import JobError, WorkerError
+from infra.workerhost import Events, WorkerHost
+from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply
+
+
+async def call_worker(
+    host: WorkerHost, stage: str, request: Message, folder: Path, on_event: Events | None = None
+) -> Mapping[str, Any]:
+    """The stage's result as plain JSON. folder: existing folder for request, reply, events and log.
+
+    Raises JobError when the user's code, data or configuration is at fault, WorkerError when the worker died.
+    Both name the log.
+    """
+    request.write(folder / REQUEST)
+    log = folder / f"{stage}.log"
+    status = await host.run(
+        stage, folder / REQUEST, log=log, events=folder / EVENTS if on_event else None, on_event=on_event
+    )
+    if not (folder / RESULT).exists():
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        raise WorkerError(f"{stage}: the worker process {how} and left no result.\n{_tail(log)}")
+    reply = Reply.read(folder / RESULT)
+    if reply.failure is not None:
+        rank = f" (rank {reply.failure.rank})" if reply.failure.rank is not None else ""
+        if reply.failure.kind == "user":
+            shown = f"\n{reply.failure.traceback}" if stage == "train" and reply.failure.traceback else ""
+            raise JobError(f"{reply.failure.message}{rank}{shown}")
+        raise WorkerError(f"{stage}: {reply.failure.message}{rank}\n{_tail(log)}")
+    assert reply.result is not None
+    return reply.result
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    text = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join([f"Last lines of {log}:", *text[-lines:]])

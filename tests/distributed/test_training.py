@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infra.errors import JobError, WorkerError
+from infra.workerhost import WorkerHost
+from registry.job import load_job
+from tasks.requests import project_of, train_settings
+from tasks.worker import call_worker
+from tests.distributed.conftest import Train
+from tests.projects import DIGITS, write_project
+from torchworker.contract import TrainRequest
+
+
+def below(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def nothing_left_below(pid: int, seconds: float = 3.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while below(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not below(pid)
+
+
+def test_two_ranks_train_the_digits_to_97_percent_and_report_every_epoch(train: Train) -> None:
+    events: list[dict[str, Any]] = []
+    result = train(DIGITS, events.append)
+
+    assert result.history[-1]["validation_accuracy"] >= 0.97
+    assert [row["epoch"] for row in result.history] == list(range(1, 13))
+    assert (result.train_samples, result.validation_samples) == (1437, 360)
+    started = next(event for event in events if event["event"] == "started")
+    assert started["processes"] == 2
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert len(epochs) == 12
+    assert all(event["samples_per_second"] > 0 and event["eta_seconds"] >= 0 for event in epochs)
+
+
+def test_the_same_job_gives_the_same_weights_bit_for_bit(train: Train, tmp_path: Path) -> None:
+    job = write_project(tmp_path / "p")
+    train(job)
+    train(job)
+
+    first, second = (
+        hashlib.sha256((tmp_path / name / "weights.safetensors").read_bytes()).hexdigest()
+        for name in ("train0", "train1")
+    )
+    assert first == second
+
+
+def test_the_data_fingerprint_does_not_depend_on_the_number_of_processes(train: Train, tmp_path: Path) -> None:
+    two = train(write_project(tmp_path / "two"))
+    one = train(write_project(tmp_path / "one", train={"epochs": 1, "processes": 1, "batch_size": 32}))
+    # 96 samples do not divide by 5: the sampler repeats some, the fingerprint must not.
+    five = train(write_project(tmp_path / "five", train={"epochs": 1, "processes": 5, "batch_size": 10}))
+
+    assert one.data_fingerprint == two.data_fingerprint == five.data_fingerprint
+
+
+def test_the_data_fingerprint_changes_with_one_changed_sample(train: Train, tmp_path: Path) -> None:
+    before = train(write_project(tmp_path / "p"))
+    extra = """
+        original = build_dataset
+        def build_dataset(split):
+            dataset = original(split)
+            dataset.tensors[0][5, 2] += 1e-6
+            return dataset
+    """
+    after = train(write_project(tmp_path / "q", extra=extra))
+
+    assert before.data_fingerprint != after.data_fingerprint
+
+
+def test_validation_is_exact_when_the_ranks_have_unequal_shares(train: Train, tmp_path: Path) -> None:
+    extra = """
+        original = build_dataset
+        def build_dataset(split):
+            return original(split) if split == "train" else TensorDataset(*original(split)[:7])
+    """
+    # A learning rate this small leaves the model as it was initialised, the same for both.
+    shared = {"epochs": 1, "learning_rate": 1e-30}
+    one = train(write_project(tmp_path / "p", extra=extra, train={**shared, "processes": 1}))
+    two = train(write_project(tmp_path / "q", extra=extra, train={**shared, "processes": 2}))
+
+    assert one.history[0]["validation_loss"] == pytest.approx(two.history[0]["validation_loss"], rel=1e-6)
+    assert one.history[0]["validation_accuracy"] == two.history[0]["validation_accuracy"]
+
+
+def test_an_exception_in_user_code_is_named_with_rank_line_and_traceback(
+    train: Train, host: WorkerHost, tmp_path: Path
+) -> None:
+    extra = """
+        import os
+        class Fails(nn.Linear):
+            def forward(self, x):
+                if self.training and os.environ["RANK"] == "1":
+                    raise KeyError("no such gene")
+                return super().forward(x)
+        def build_model():
+            return Fails(4, 3)
+    """
+    with pytest.raises(JobError) as caught:
+        train(write_project(tmp_path / "p", extra=extra))
+
+    message = str(caught.value)
+    assert "no such gene" in message
+    assert "(rank 1)" in message
+    assert "plain.py:" in message and "in forward" in message
+    assert "Connection" not in message
+    assert nothing_left_below(host.pid)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_says_where(train: Train, tmp_path: Path) -> None:
+    extra = """
+        calls = 0
+        def loss(outputs, target):
+            global calls
+            calls += 1
+            value = nn.functional.cross_entropy(outputs, target)
+            return value * float("nan") if calls > 3 else value
+    """
+    job = {"epochs": 3, "processes": 2, "batch_size": 32, "loss": {"factory": "plain:loss"}}
+    with pytest.raises(JobError, match=r"loss became nan at epoch 1, step 3 of 9 .*learning_rate"):
+        train(write_project(tmp_path / "p", extra=extra, train=job))
+
+
+def test_labels_out_of_range_are_named_before_the_loss_sees_them(train: Train, tmp_path: Path) -> None:
+    extra = """
+        original = build_dataset
+        def build_dataset(split):
+            dataset = original(split)
+            if split == "train":
+                dataset.tensors[1][3] = 7
+            return dataset
+    """
+    with pytest.raises(JobError, match=r"labels must be in 0\.\.2 because the model has 3 outputs, got .* to 7"):
+        train(write_project(tmp_path / "p", extra=extra))
+
+
+def test_a_validation_set_that_fails_is_found_before_the_first_epoch(train: Train, tmp_path: Path) -> None:
+    extra = """
+        original = build_dataset
+        def build_dataset(split):
+            return original(split) if split == "train" else TensorDataset(torch.randn(8, 5), torch.zeros(8).long())
+    """
+    events: list[dict[str, Any]] = []
+    with pytest.raises(JobError, match=r"forward failed on input float32 \[8, 5\]"):
+        train(write_project(tmp_path / "p", extra=extra), events.append)
+    assert events == []
+
+
+def test_a_killed_rank_is_the_named_cause_and_nothing_is_left(host: WorkerHost, train: Train, tmp_path: Path) -> None:
+    extra = """
+        import os, signal
+        class Dies(nn.Linear):
+            def forward(self, x):
+                if self.training and os.environ["RANK"] == "1":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().forward(x)
+        def build_model():
+            return Dies(4, 3)
+    """
+    with pytest.raises(WorkerError, match="rank 1 was killed by SIGKILL") as caught:
+        train(write_project(tmp_path / "p", extra=extra))
+    assert caught.value.retryable
+    assert nothing_left_below(host.pid)
+
+
+SLOW = """
+    import time
+    original = build_dataset
+    class Slow:
+        def __init__(self, inner): self.inner = inner
+        def __len__(self): return len(self.inner)
+        def __getitem__(self, index):
+            time.sleep(0.05)
+            return self.inner[index]
+    def build_dataset(split):
+        return Slow(original(split))
+"""
+
+
+def test_everything_listens_on_loopback_only(host: WorkerHost, train: Train, tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def look(event: dict[str, Any]) -> None:
+        for process in below(host.pid):
+            seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+
+    train(write_project(tmp_path / "p", extra=SLOW, train={"epochs": 1, "processes": 2, "batch_size": 32}), look)
+
+    assert seen == {"127.0.0.1"}
+
+
+def test_cancelling_the_caller_ends_every_process(host: WorkerHost, tmp_path: Path) -> None:
+    job, folder = load_job(write_project(tmp_path / "p", extra=SLOW))
+    request = TrainRequest(project=project_of(job, folder), train=train_settings(job), folder=str(tmp_path))
+
+    async def cancel_once_started() -> None:
+        started = asyncio.Event()
+        call = asyncio.create_task(call_worker(host, "train", request, tmp_path, lambda event: started.set()))
+        waiting = asyncio.create_task(started.wait())
+        await asyncio.wait({call, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert not call.done()
+        assert len(below(host.pid)) == 3  # the agent and two ranks
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(cancel_once_started())
+    assert nothing_left_below(host.pid)
+
+
+@pytest.mark.parametrize("victim", ["flow", "host", "agent"])
+def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: Path) -> None:
+    job = write_project(tmp_path / "p", extra=SLOW)
+    script = tmp_path / "flow.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from infra.workerhost import worker_host\n"
+        "from registry.job import load_job\n"
+        "from tasks.requests import project_of, train_settings\n"
+        "from tasks.worker import call_worker\n"
+        "from torchworker.contract import TrainRequest\n"
+        f"work = Path({str(tmp_path)!r})\n"
+        f"job, folder = load_job(Path({str(job)!r}))\n"
+        "request = TrainRequest(project=project_of(job, folder), train=train_settings(job), folder=str(work))\n"
+        "host = worker_host(work / 'host.log')\n"
+        "asyncio.run(call_worker(host, 'train', request, work, lambda event: print(host.pid, flush=True)))\n"
+    )
+    flow = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert flow.stdout is not None
+    host_pid = int(flow.stdout.readline())
+    tree = [psutil.Process(host_pid), *below(host_pid)]
+    assert len(tree) == 4  # host, agent, two ranks
+    agent = psutil.Process(host_pid).children()[0]
+
+    os.kill({"flow": flow.pid, "host": host_pid, "agent": agent.pid}[victim], signal.SIGKILL)
+
+    watched = tree if victim != "agent" else [process for process in tree if process.pid != host_pid]
+    _, alive = psutil.wait_procs(watched, timeout=5)
+    flow.kill()
+    flow.wait()
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

@@ -1,0 +1,85 @@
+"""The markdown on a model version's page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from registry import description
+
+
+@dataclass(frozen=True)
+class Verdict:
+    format: str
+    gate: str
+    case: str
+    measured: float | None
+    limit: str
+    passed: bool = True
+    note: str = ""
+
+
+def describe(**changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "model": "digits",
+        "release": "r-1",
+        "formats": {"onnx": "model.onnx", "pt2": "model.pt2"},
+        "sizes": {"model.onnx": 14_900, "model.pt2": 2_500_000},
+        "verdicts": [
+            Verdict("onnx", "parity", "batch 1", 1.25, "<= 8"),
+            Verdict("pt2", "parity", "batch 1", 0.0, "<= 8"),
+            Verdict("onnx", "accuracy", "360 samples", 0.97777, ">= 0.97"),
+        ],
+        "metrics": {"onnx": {"accuracy": 0.97777}, "pt2": {"accuracy": 0.97777}},
+        "training": {"epoch": 12, "train_loss": 0.05, "time": 1e9},
+        "links": {"flow run": "http://127.0.0.1:4200/runs", "nowhere": ""},
+        **changes,
+    }
+    return description.describe(**arguments)
+
+
+def lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_first_line_is_plain_and_says_what_matters() -> None:
+    assert lines(describe())[0] == "accuracy 0.9778, all 3 gates passed: digits r-1 as onnx, pt2."
+
+
+def test_formats_are_columns_and_conditions_are_lines() -> None:
+    text = lines(describe())
+    assert "| case | limit | onnx | pt2 |" in text
+    assert "| batch 1 | <= 8 | 1.25 ✓ | 0 ✓ |" in text
+    assert "| accuracy | 360 samples | >= 0.97 | 0.9778 ✓ |" in text
+    assert "| accuracy | 0.9778 | 0.9778 |" in text
+
+
+def test_files_are_listed_with_their_sizes() -> None:
+    assert "| `model.onnx` | onnx | 14.9 kB |" in lines(describe())
+    assert "| `model.pt2` | pt2 | 2.5 MB |" in lines(describe())
+
+
+def test_a_failed_gate_stands_out_with_its_note() -> None:
+    failed = Verdict("onnx", "accuracy", "360 samples", None, ">= 0.97", passed=False, note="a | b\nc")
+    text = lines(describe(verdicts=[failed]))
+    assert "1 of 1 gates failed" in text[0]
+    assert "| accuracy | 360 samples | >= 0.97 | **not measured ✗ failed** |" in text
+    assert "- onnx, accuracy, 360 samples: a \\| b c" in text
+
+
+def test_a_link_without_an_address_is_left_out() -> None:
+    assert "Release `r-1` · [flow run](http://127.0.0.1:4200/runs)" in lines(describe())
+
+
+def test_a_description_can_do_without_everything_optional() -> None:
+    text = describe(sizes={}, verdicts=[], metrics={}, training={}, links={})
+    assert text == "not validated: digits r-1 as onnx, pt2.\n\nRelease `r-1`\n"
+
+
+def test_shortening_ends_at_a_line_and_says_so() -> None:
+    text = description.shorten("first line\n" * 100, 200)
+    assert len(text) <= 200
+    assert text.startswith("first line\n")
+    assert "shortened" in text
+    assert description.shorten("short", 200) == "short"
+    assert len(description.shorten("x" * 500, 200)) <= 200

@@ -1,0 +1,285 @@
+"""What the Prefect side and a worker process say to each other: plain dataclasses, one JSON file each way.
+
+The request is written to `request.json` in the stage's folder, the worker answers with `result.json` (a
+`Reply`) and, while it works, appends one JSON object a line to `events.jsonl`. Nothing here imports torch, so
+both sides can afford it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+REQUEST = "request.json"
+RESULT = "result.json"
+EVENTS = "events.jsonl"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden.safetensors"
+VALIDATION = "validation.safetensors"
+
+FORMAT_FILES: Mapping[str, str] = {
+    "torchscript": "model.torchscript",
+    "onnx": "model.onnx",
+    "pt2": "model.pt2",
+}
+"""Artifact file of each format."""
+
+METRICS: Mapping[str, Literal["higher", "lower"]] = {
+    "accuracy": "higher",
+    "mean_squared_error": "lower",
+    "mean_absolute_error": "lower",
+}
+"""Quality metrics that need no user code, and which direction is better."""
+
+LOSSES = ("cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits")
+"""Well-known losses: functions of `torch.nn.functional`, called as loss(outputs, targets)."""
+
+OPTIMIZERS: Mapping[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"}
+"""Well-known optimizers: classes of `torch.optim`."""
+
+
+class Message:
+    """A dataclass that crosses a process boundary as JSON."""
+
+    def write(self, path: Path) -> None:
+        """Write atomically: a reader sees the whole message or none."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(dataclasses.asdict(self), indent=1))  # type: ignore[call-overload]
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        decoded: Self = decode(cls, json.loads(path.read_text()))
+        return decoded
+
+
+def decode(kind: Any, value: Any) -> Any:
+    """Rebuild a (nested) dataclass from what `dataclasses.asdict` made of it.
+
+    Raises TypeError for missing or unknown fields: both sides are one version of one package, so a mismatch
+    is a bug, not something to guess about.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        fields: dict[str, Any] = {name: decode(hints.get(name, Any), item) for name, item in value.items()}
+        return kind(**fields)  # type: ignore[operator]
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        # `str | Reference`: only a dataclass was turned into a mapping.
+        fits = [option for option in options if dataclasses.is_dataclass(option) == isinstance(value, dict)]
+        return decode((fits or options)[0], value)
+    if origin in (tuple, list, Sequence) or getattr(origin, "__name__", "") == "Sequence":
+        return tuple(decode(arguments[0], item) for item in value)
+    if origin is dict or getattr(origin, "__name__", "") == "Mapping":
+        return {key: decode(arguments[1], item) for key, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A thing in user code."""
+
+    target: str
+    """`module:attribute`."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments it is called with."""
+    where: str
+    """The job key that named it, for messages: `model.factory`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project(Message):
+    """The user code that a job trains. Everything a process needs to rebuild model and data."""
+
+    name: str
+    folder: str
+    """Absolute folder put first on the import path of worker processes."""
+    model: Reference
+    data: Reference
+    loss: str | Reference
+    """A name in LOSSES or a reference to a callable loss(outputs, targets) -> scalar tensor."""
+    metrics: Sequence[str]
+    """Names in METRICS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    processes: int
+    """World size: one process a rank."""
+    epochs: int
+    batch_size: int
+    """Samples per optimizer step over all processes."""
+    seed: int
+    optimizer: str | Reference
+    learning_rate: float
+    threads: int
+    """torch intra-op threads of each rank."""
+    data_workers: int
+    """DataLoader worker processes of each rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest(Message):
+    project: Project
+    train: TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """Facts about the job, measured by building it."""
+
+    parameters: int
+    """Number of trainable scalar parameters."""
+    parameter_bytes: int
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    target: TensorSpec
+    train_samples: int
+    validation_samples: int
+    loss: float
+    """Loss of the untrained model on one batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(Message):
+    project: Project
+    train: TrainSettings
+    folder: str
+    """Absolute output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    weights: str
+    history: Sequence[Mapping[str, float]]
+    """One mapping an epoch: epoch, train_loss, validation_loss, validation_<metric>, samples_per_second,
+    seconds, time (unix seconds)."""
+    train_samples: int
+    validation_samples: int
+    data_fingerprint: str
+    """Order-independent hash of every training sample as it was fed to the model in the first epoch."""
+    environment: Mapping[str, str]
+    """Versions and thread counts that can change the bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One named tensor of a signature."""
+
+    name: str
+    dtype: str
+    """Without the torch prefix: `float32`."""
+    shape: Sequence[int | str]
+    """A string is a dynamic dimension's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(Message):
+    project: Project
+    folder: str
+    """Absolute output folder, shared by the exports that run side by side."""
+    weights: str
+    format: str
+    """A key of FORMAT_FILES, or `golden` for reference inputs and outputs and the validation data."""
+    batch: int
+    """Batch size at which the model is captured."""
+    seed: int
+    validation_limit: int
+    """At most this many validation samples are kept for the quality gate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    file: str
+    """File name in the folder."""
+    method: str
+    """How it was captured, in words for the report."""
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One fixed limit on a quality metric or a latency."""
+
+    name: str
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateRequest(Message):
+    folder: str
+    """Absolute folder with artifacts, golden and validation tensors."""
+    formats: Mapping[str, str]
+    """Format to file name."""
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    metrics: Sequence[str]
+    gates: Sequence[Gate]
+    forbidden_modules: Sequence[str]
+    """Top-level modules of user code, which this process must not be able to import."""
+    forbidden_folder: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One gate on one format, with its numbers."""
+
+    format: str
+    gate: str
+    """`parity`, a metric's name, or `p50_ms`."""
+    case: str
+    """What it was measured on: `batch 1`, `360 samples`."""
+    measured: float | None
+    """None when it could not be measured, which is a failure."""
+    limit: str
+    """The condition in words: `<= 8`."""
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateResult(Message):
+    verdicts: Sequence[Verdict]
+    metrics: Mapping[str, Mapping[str, float]]
+    """Format to metric to value; metric `p50_ms.batch_<n>` in milliseconds."""
+    reference: str
+    """What parity was measured against, in words."""
+    validation_samples: int
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a worker stopped."""
+
+    kind: Literal["user", "worker"]
+    """`user`: their code, data or configuration; a retry cannot help. `worker`: the machine or ours."""
+    message: str
+    """One message for a person: what, where, expected, got, what to do."""
+    traceback: str = ""
+    """Frames from the user's code on; empty when the message says it all."""
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply(Message):
+    """The worker's answer: exactly one of the two is set."""
+
+    result: Mapping[str, Any] | None = None
+    failure: Failure | None = None

@@ -1,0 +1,278 @@
+"""Export trained weights to one format, or write the reference data that artifacts are held against.
+
+Each call runs in a fresh process: exporters keep global state (a second dynamic-length ONNX export in one
+process can fail), and a trace may change a model it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from torchworker.contract import FORMAT_FILES, GOLDEN, VALIDATION, ExportRequest, ExportResult, Project
+from torchworker.failure import UserMistake, describe, user_line
+from torchworker.project import (
+    batches,
+    build_dataset,
+    build_model,
+    enter,
+    forward,
+    name_inputs,
+    name_outputs,
+    specs,
+)
+from torchworker.weights import load_weights, state_hash
+
+OPSET = 20
+"""ONNX operator set: what torch 2.13's exporter writes natively."""
+ONNX_SINGLE_FILE_BYTES = 1_900_000_000
+"""A protobuf file ends at 2 GiB; stay clear of it."""
+REFERENCE_THREADS = 1
+"""Reference outputs are computed on one thread, so that they do not depend on the machine's cores."""
+
+
+def export(request: ExportRequest) -> ExportResult:
+    """Write one file into the request's folder.
+
+    Raises UserMistake when the model cannot be captured faithfully, with the line and the ways out.
+    """
+    began = time.perf_counter()
+    torch.set_num_threads(REFERENCE_THREADS)
+    torch.manual_seed(request.seed)
+    enter(request.project)
+    model = build_model(request.project)
+    load_weights(model, Path(request.weights))
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    dataset = build_dataset(request.project, "validation")
+    inputs, _ = next(batches(dataset, request.batch, request.project))
+    named = _enlarged(name_inputs(model, inputs, request.project), request.batch)
+    with torch.no_grad():
+        outputs = name_outputs(forward(model, named, request.project), request.project)
+        before = state_hash(model)
+        if request.format == "golden":
+            file, method = _write_reference(request, model, named)
+        else:
+            path = Path(request.folder) / FORMAT_FILES[request.format]
+            write = {"torchscript": _torchscript, "onnx": _onnx, "pt2": _pt2}[request.format]
+            method = write(copy.deepcopy(model), named, list(outputs), path, request.project)
+            file = path.name
+    if state_hash(model) != before:
+        raise UserMistake(
+            f"export: running the model in eval mode changed its own parameters or buffers while making "
+            f"{request.format}; an exported model must not keep state between calls"
+        )
+    return ExportResult(
+        file=file,
+        method=method,
+        inputs=specs(named),
+        outputs=specs(outputs),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _enlarged(named: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Repeat a short batch up to the size of capture, so that a small validation set still exports at it."""
+    enlarged = {}
+    for name, tensor in named.items():
+        repeats = -(-batch // tensor.shape[0])
+        enlarged[name] = torch.cat([tensor] * repeats)[:batch].contiguous()
+    return enlarged
+
+
+# --- reference data -------------------------------------------------------------------------------------------
+
+
+def golden_sizes(batch: int) -> list[int]:
+    """Batch sizes that artifacts are compared at: one, the one of capture, and a larger odd one."""
+    return [1, batch, 2 * batch + 1]
+
+
+def _write_reference(request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor]) -> tuple[str, str]:
+    """`golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size.
+
+    `validation.safetensors`: inputs and targets for the quality gate. Tensor names are
+    `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`, `batch_<n>.float64.<name>`; `input.<name>` and `target`.
+    """
+    from safetensors.torch import save_file
+
+    project, folder = request.project, Path(request.folder)
+    double = _double_model(model)
+    stored: dict[str, Tensor] = {}
+    with_double = double is not None
+    for size in golden_sizes(request.batch):
+        batch = _enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
+        eager = _twice(model, batch, project)
+        exact = _in_double(double, batch, project) if double is not None and with_double else None
+        with_double = exact is not None
+        for name, tensor in batch.items():
+            stored[f"batch_{size}.input.{name}"] = tensor.contiguous()
+        for name, tensor in eager.items():
+            stored[f"batch_{size}.eager.{name}"] = tensor.contiguous()
+        for name, tensor in (exact or {}).items():
+            stored[f"batch_{size}.float64.{name}"] = tensor.contiguous()
+    if not with_double:
+        stored = {name: tensor for name, tensor in stored.items() if ".float64." not in name}
+    save_file(_unshared(stored), folder / GOLDEN)
+    _write_validation(request, model, folder)
+    return GOLDEN, "eager, checked against float64" if with_double else "eager only; the model does not run in float64"
+
+
+def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> dict[str, Tensor]:
+    """Eager outputs, after making sure that a second call gives the same and leaves the inputs alone."""
+    kept = {name: tensor.clone() for name, tensor in batch.items()}
+    first = name_outputs(forward(model, batch, project), project)
+    second = name_outputs(forward(model, batch, project), project)
+    for name, tensor in first.items():
+        if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
+            raise UserMistake(
+                f"export: output {name!r} differs between two calls on the same inputs in eval mode; a model with "
+                "randomness or state in forward cannot be proven equal to its export"
+            )
+    for name, tensor in batch.items():
+        if not torch.equal(tensor.nan_to_num(), kept[name].nan_to_num()):
+            raise UserMistake(
+                f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
+            )
+    return first
+
+
+def _double_model(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model).double()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+def _in_double(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> dict[str, Tensor] | None:
+    """Outputs in float64, or None when the model fixes a precision inside."""
+    doubled = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    try:
+        outputs = name_outputs(forward(model, doubled, project), project)
+    except UserMistake:
+        return None
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
+        return None
+    return outputs
+
+
+def _write_validation(request: ExportRequest, model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    dataset = build_dataset(request.project, "validation")
+    parts: dict[str, list[Tensor]] = {}
+    for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
+        for name, tensor in name_inputs(model, inputs, request.project).items():
+            parts.setdefault(f"input.{name}", []).append(tensor)
+        parts.setdefault("target", []).append(target)
+    save_file({name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}, folder / VALIDATION)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory; slices of one batch do."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+# --- formats --------------------------------------------------------------------------------------------------
+
+
+def _torchscript(
+    model: nn.Module, named: Mapping[str, Tensor], outputs: list[str], path: Path, project: Project
+) -> str:
+    """Script, which keeps control flow; else trace, accepted only when it raises no TracerWarning."""
+    warnings.simplefilter("ignore", DeprecationWarning)
+    try:
+        program: Any = torch.jit.script(model)
+        method = "torch.jit.script"
+    except Exception as script_error:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                program = torch.jit.trace(model, tuple(named.values()))  # type: ignore[no-untyped-call]
+            except Exception as error:
+                raise UserMistake(
+                    f"export: TorchScript can neither script the model ({_brief(script_error)}) nor trace it "
+                    f"({describe(error)}{user_line(error, project.folder)})"
+                ) from error
+        baked = [str(w.message).split("\n")[0] for w in caught if issubclass(w.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
+        if baked:
+            raise UserMistake(
+                "export: TorchScript cannot script the model "
+                f"({_brief(script_error)}), and tracing it would bake in a decision made on the example data: "
+                f"{baked[0]} Make the branch torch.cond or scriptable, or leave torchscript out of export.formats"
+            ) from script_error
+        method = "torch.jit.trace"
+    program.save(str(path))
+    return method
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def capture(model: nn.Module, named: Mapping[str, Tensor], project: Project) -> tuple[ExportedProgram, str]:
+    """torch.export with a dynamic first dimension on every input: non-strict, then strict.
+
+    A named Dim makes torch refuse to specialise it; Dim.AUTO would do so silently.
+    """
+    batch = Dim("batch", min=1)
+    shapes = tuple({0: batch} if tensor.dim() else None for tensor in named.values())
+    errors = []
+    for strict in (False, True):
+        try:
+            program = torch.export.export(model, tuple(named.values()), dynamic_shapes=shapes, strict=strict)
+            return program, f"torch.export, {'strict' if strict else 'non-strict'}"
+        except Exception as error:
+            errors.append(error)
+    first = errors[0]
+    raise UserMistake(
+        f"export: torch.export cannot capture the model with a dynamic batch: {_brief(first)}"
+        f"{user_line(first, project.folder)}. Ways out for a decision on data: torch.cond, while_loop, or a fixed "
+        "number of steps with a mask; or leave onnx and pt2 out of export.formats"
+    ) from first
+
+
+def _pt2(model: nn.Module, named: Mapping[str, Tensor], outputs: list[str], path: Path, project: Project) -> str:
+    program, method = capture(model, named, project)
+    torch.export.save(program, str(path))
+    return method
+
+
+def _onnx(model: nn.Module, named: Mapping[str, Tensor], outputs: list[str], path: Path, project: Project) -> str:
+    """torch's dynamo-based exporter from the exported program; one file, named inputs and outputs."""
+    # The exporter reports progress on standard output and logs every missing optional decomposition.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program, method = capture(model, named, project)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    if size > ONNX_SINGLE_FILE_BYTES:
+        raise UserMistake(
+            f"export: the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB; "
+            "leave onnx out of export.formats"
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        onnx_program = torch.onnx.export(
+            program,
+            tuple(named.values()),
+            input_names=list(named),
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    unfaithful = [str(w.message) for w in caught if "duplicated values" in str(w.message)]
+    if unfaithful or onnx_program is None:
+        raise UserMistake(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
+    onnx_program.save(str(path), external_data=False)
+    return f"{method} → ONNX opset {OPSET}"

@@ -1,0 +1,84 @@
+"""Turning what went wrong in a worker process into one message a person can act on."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from torchworker.contract import Failure
+
+
+class UserMistake(Exception):
+    """The user's code, data or configuration is at fault. The message says what, where, expected, got."""
+
+
+class RankFailure(Exception):
+    """The root cause among the ranks of a distributed run, already described."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def _is_inside(frame: traceback.FrameSummary, folder: Path) -> bool:
+    return Path(frame.filename).is_relative_to(folder)
+
+
+def user_frames(trace: TracebackType | None, folder: str) -> list[traceback.FrameSummary]:
+    """Frames of a traceback from the first one in the user's folder on; empty when none is theirs."""
+    if not folder:
+        return []
+    frames = traceback.extract_tb(trace)
+    root = Path(folder)
+    for position, frame in enumerate(frames):
+        if _is_inside(frame, root):
+            return list(frames[position:])
+    return []
+
+
+def user_line(error: BaseException, folder: str) -> str:
+    """` (digits.py:31, in forward: self.classify(x))` for the deepest line of theirs, or an empty string."""
+    root = Path(folder)
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({Path(error.filename).name}:{error.lineno})"
+    theirs = [frame for frame in user_frames(error.__traceback__, folder) if _is_inside(frame, root)]
+    if not theirs:
+        return ""
+    last = theirs[-1]
+    source = linecache.getline(last.filename, last.lineno or 0).strip()
+    return f" ({Path(last.filename).relative_to(root)}:{last.lineno}, in {last.name}: {source})"
+
+
+def describe(error: BaseException) -> str:
+    """`ValueError: text`, on one line unless the text has several."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def user_error(what: str, error: BaseException, folder: str) -> UserMistake:
+    """A UserMistake that names what failed, the error and the line of theirs it came from."""
+    mistake = UserMistake(f"{what}: {describe(error)}{user_line(error, folder)}")
+    mistake.__cause__ = error
+    return mistake
+
+
+def failure_of(error: BaseException, folder: str, rank: int | None = None) -> Failure:
+    """The Failure that a reply carries for this exception."""
+    if isinstance(error, UserMistake):
+        cause = error.__cause__
+        frames = user_frames(cause.__traceback__, folder) if cause is not None else []
+        listing = "".join(traceback.format_list(frames))
+        if cause is not None and listing:
+            listing += describe(cause)
+        return Failure(kind="user", message=str(error), traceback=listing, rank=rank)
+    frames = user_frames(error.__traceback__, folder)
+    if frames:
+        listing = "".join(traceback.format_list(frames)) + describe(error)
+        return Failure(
+            kind="user", message=f"{describe(error)}{user_line(error, folder)}", traceback=listing, rank=rank
+        )
+    return Failure(
+        kind="worker", message=describe(error), traceback="".join(traceback.format_exception(error)), rank=rank
+    )

@@ -1,0 +1,278 @@
+"""The user's model, data and loss, rebuilt in a worker process from references. The only importer of user code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from torchworker.contract import OPTIMIZERS, Project, Reference, TensorSpec, TrainSettings
+from torchworker.failure import UserMistake, describe, user_error, user_line
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def enter(project: Project) -> None:
+    """Put the project's folder first on the import path, as `python script.py` in it would."""
+    if project.folder not in sys.path:
+        sys.path.insert(0, project.folder)
+
+
+def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
+    """The callable behind `module:attribute`.
+
+    Raises UserMistake when the module does not import (with the nested error), the attribute is missing, or
+    it is not callable.
+    """
+    module_name, _, attribute = reference.target.partition(":")
+    named = f"{reference.where}: {reference.target}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise UserMistake(
+                f"{named}: expected a module {module_name!r} in {project.folder} or installed, found none"
+            ) from None
+        raise user_error(f"{named}: importing {module_name!r} failed", error, project.folder) from error
+    except (Exception, SystemExit) as error:
+        raise user_error(f"{named}: importing {module_name!r} failed", error, project.folder) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = ", ".join(sorted(name for name in vars(module) if not name.startswith("_"))[:12])
+            raise UserMistake(
+                f"{named}: module {module_name!r} ({module.__file__}) has no {part!r}; it has: {public or 'nothing'}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserMistake(f"{named}: expected something callable, got {type(found).__name__}")
+    return typing.cast(Callable[..., Any], found)
+
+
+def _call(reference: Reference, project: Project, **extra: Any) -> Any:
+    function = resolve(reference, project)
+    arguments = {**extra, **reference.args}
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    try:
+        return function(**arguments)
+    except (Exception, SystemExit) as error:
+        raise user_error(f"{reference.where}: {reference.target}({shown}) failed", error, project.folder) from error
+
+
+def build_model(project: Project) -> nn.Module:
+    """The untrained model. Raises UserMistake unless it is an nn.Module with parameters to train."""
+    model = _call(project.model, project)
+    if not isinstance(model, nn.Module):
+        raise UserMistake(
+            f"{project.model.where}: {project.model.target} must return a torch.nn.Module, got {type(model).__name__}"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserMistake(f"{project.model.where}: the model has no parameters to train")
+    return model
+
+
+def build_dataset(project: Project, split: str) -> Dataset[Any]:
+    """The `train` or `validation` dataset: map-style, not empty, items (inputs, target)."""
+    dataset = _call(project.data, project, split=split)
+    asked = f"{project.data.where}: {project.data.target}(split={split!r})"
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserMistake(
+            f"{asked} must return a map-style dataset (with __len__ and __getitem__), got {type(dataset).__name__}"
+        )
+    if len(dataset) == 0:
+        raise UserMistake(f"{asked} returned an empty dataset; expected at least one sample")
+    return typing.cast(Dataset[Any], dataset)
+
+
+def build_loss(project: Project) -> Loss:
+    """loss(outputs, target) -> scalar tensor."""
+    if isinstance(project.loss, str):
+        return typing.cast(Loss, getattr(nn.functional, project.loss))
+    return resolve(project.loss, project)
+
+
+def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """A well-known optimizer by name, or factory(parameters, lr=…)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if isinstance(settings.optimizer, str):
+        kind = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
+        return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate))
+    reference = settings.optimizer
+    factory = resolve(reference, project)
+    try:
+        optimizer = factory(parameters, **{"lr": settings.learning_rate, **reference.args})
+    except Exception as error:
+        raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserMistake(
+            f"{reference.where}: {reference.target} must return a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
+    """A collated batch as (inputs, target)."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise UserMistake(
+            f"{project.data.where}: each item must be a pair (inputs, target), got {type(batch).__name__}{size}"
+        )
+    inputs, target = batch
+    if not isinstance(target, Tensor):
+        raise UserMistake(
+            f"{project.data.where}: the target of an item must collate to one tensor, got {type(target).__name__}"
+        )
+    return inputs, target
+
+
+def name_inputs(model: nn.Module, inputs: Any, project: Project) -> dict[str, Tensor]:
+    """Inputs by the names of forward's parameters, in forward's order.
+
+    A tensor is the first parameter, a tuple or list is positional, a dict is by name.
+    """
+    names = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    takes = f"{project.model.where}: forward takes ({', '.join(names)})"
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, Mapping):
+        unknown = [name for name in inputs if name not in names]
+        if unknown:
+            raise UserMistake(f"{takes} but the data gives inputs named {sorted(inputs)}")
+        named = {name: inputs[name] for name in names if name in inputs}
+        if list(named) != names[: len(named)]:
+            raise UserMistake(
+                f"{takes} but the data gives only {sorted(named)}; give every parameter before the last one given"
+            )
+    elif isinstance(inputs, tuple | list):
+        if len(inputs) > len(names):
+            raise UserMistake(f"{takes} but the data gives {len(inputs)} inputs")
+        named = dict(zip(names, inputs, strict=False))
+    else:
+        raise UserMistake(
+            f"{project.data.where}: inputs must be a tensor, a tuple of tensors or a dict of tensors, "
+            f"got {type(inputs).__name__}"
+        )
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise UserMistake(f"{project.data.where}: input {name!r} must be a tensor, got {type(value).__name__}")
+    return named
+
+
+def name_outputs(outputs: Any, project: Project) -> dict[str, Tensor]:
+    """Outputs by name: `output` for a tensor, `output_0`… for a tuple, the keys of a dict."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if isinstance(outputs, Mapping):
+        named = {str(name): value for name, value in outputs.items()}
+    elif isinstance(outputs, tuple | list):
+        named = {f"output_{position}": value for position, value in enumerate(outputs)}
+    else:
+        named = {}
+    if not named or not all(isinstance(value, Tensor) for value in named.values()):
+        raise UserMistake(
+            f"{project.model.where}: forward must return a tensor, a tuple of tensors or a dict of tensors, "
+            f"got {type(outputs).__name__}"
+        )
+    return named
+
+
+def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | None = None) -> Any:
+    """Call the model on a batch's inputs; a failure becomes one message with shapes and the user's line.
+
+    call: what to call instead of the model itself, such as its DistributedDataParallel wrapper.
+    """
+    named = name_inputs(model, inputs, project)
+    try:
+        return (call or model)(*named.values())
+    except Exception as error:
+        shapes = ", ".join(f"{name} {describe_tensor(value)}" for name, value in named.items())
+        raise user_error(f"{project.model.where}: forward failed on {shapes}", error, project.folder) from error
+
+
+def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:
+    """For cross_entropy with class indices: every label must be one of the model's outputs.
+
+    On a GPU an index out of range ends in an assertion of the device that names nothing, so look first.
+    target: [batch, …] integer; outputs: [batch, classes, …].
+    """
+    if project.loss != "cross_entropy" or target.is_floating_point() or outputs.dim() < 2 or target.numel() == 0:
+        return
+    classes = outputs.shape[1]
+    low, high = (int(value) for value in torch.aminmax(target))
+    # -100 is the index that cross_entropy ignores.
+    if high >= classes or (low < 0 and bool(((target < 0) & (target != -100)).any())):
+        raise UserMistake(
+            f"{project.data.where}: labels must be in 0..{classes - 1} because the model has {classes} outputs, "
+            f"got labels from {low} to {high}"
+        )
+
+
+def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project) -> Tensor:
+    """The scalar loss. Raises UserMistake for labels out of range, a failing loss or a wrong result."""
+    if isinstance(outputs, Tensor):
+        check_labels(target, outputs, project)
+    name = project.loss if isinstance(project.loss, str) else project.loss.target
+    try:
+        value = loss(outputs, target)
+    except Exception as error:
+        shown = describe_tensor(outputs) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserMistake(
+            f"train.loss: {name}(outputs {shown}, target {describe_tensor(target)}) failed: "
+            f"{describe(error)}{user_line(error, project.folder)}"
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise UserMistake(f"train.loss: {name} must return one number as a tensor, got {_shown(value)}")
+    return value
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    """`float32 [64, 1, 8, 8]`."""
+    return f"{dtype_name(tensor)} {list(tensor.shape)}"
+
+
+def _shown(value: Any) -> str:
+    return describe_tensor(value) if isinstance(value, Tensor) else type(value).__name__
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def specs(named: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """Signature of named tensors whose first dimension is the batch."""
+    return tuple(_spec(name, tensor) for name, tensor in named.items())
+
+
+def _spec(name: str, tensor: Tensor) -> TensorSpec:
+    shape: list[int | str] = list(tensor.shape)
+    if shape:
+        shape[0] = "batch"
+    return TensorSpec(name=name, dtype=dtype_name(tensor), shape=shape)
+
+
+def batches(
+    dataset: Dataset[Any], size: int, project: Project, limit: int | None = None
+) -> Iterator[tuple[Any, Tensor]]:
+    """Batches of (inputs, target) in order, for reference data: at most `limit` samples."""
+    from torch.utils.data import DataLoader, Subset
+
+    count = len(dataset)  # type: ignore[arg-type]
+    chosen: Dataset[Any] = dataset if limit is None or limit >= count else Subset(dataset, range(limit))
+    try:
+        for batch in DataLoader(chosen, batch_size=size):
+            yield split_batch(batch, project)
+    except UserMistake:
+        raise
+    except Exception as error:
+        raise user_error(f"{project.data.where}: reading an item failed", error, project.folder) from error

@@ -1,0 +1,68 @@
+"""Load an artifact and call it on named tensors, without the code that made it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
+"""Inputs by name → outputs in the order of the signature."""
+
+
+def load(kind: str, path: Path, threads: int) -> Call:
+    """kind: `torchscript`, `onnx` or `pt2`; threads: intra-op threads of the runtime."""
+    if kind == "onnx":
+        return _onnx(path, threads)
+    torch.set_num_threads(threads)
+    return _torchscript(path) if kind == "torchscript" else _pt2(path)
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = outputs.values()
+    return [tensor for item in outputs for tensor in _flat(item)]
+
+
+def _torchscript(path: Path) -> Call:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return _flat(program(*inputs.values()))
+
+    return call
+
+
+def _pt2(path: Path) -> Call:
+    program = torch.export.load(str(path)).module()
+
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return _flat(program(*inputs.values()))
+
+    return call
+
+
+def _onnx(path: Path, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    wanted: Sequence[str] = [item.name for item in session.get_inputs()]
+
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        fed = {name: inputs[name].contiguous().numpy() for name in wanted}
+        return [torch.from_numpy(array) for array in session.run(None, fed)]
+
+    return call

@@ -1,0 +1,29 @@
+"""Model weights as safetensors: no pickle, tied parameters stored once."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Parameters and buffers of the model on the CPU."""
+    save_model(model, str(path))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load in place. Raises RuntimeError when names or shapes do not match."""
+    load_model(model, str(path), strict=True)
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer, to see whether an export changed the model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
