@@ -68,7 +68,7 @@ def check_same_job() -> None:
 def stages_of_ours(last_line: str) -> dict[str, float]:
     if not last_line.startswith("timings: "):
         sys.exit(f"expected 'timings: PATH' as the last line of our command, got {last_line!r}")
-    found = json.loads(Path(last_line.removeprefix("timings: ")).read_text())
+    found = json.loads((ROOT / last_line.removeprefix("timings: ")).read_text())
     return dict(found.get("seconds", found))
 
 
@@ -83,7 +83,7 @@ def children_cpu() -> float:
 
 def timed(side: str, command: list[str]) -> Timing:
     cpu, begin = children_cpu(), time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     wall = time.perf_counter() - begin
     if done.returncode:
         sys.exit(f"{side} failed ({done.returncode}): {shlex.join(command)}\n{done.stdout}\n{done.stderr}")
@@ -120,12 +120,13 @@ def stage_medians(timings: list[Timing]) -> dict[str, float]:
 
 def section(rounds: list[dict[str, Timing]], command: list[str]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "prefect", "mlflow", "onnxruntime"))
+    shown = shlex.join([Path(command[0]).name, *command[1:]])
     lines = [
         "## `ship run` against the same job written by hand",
         "",
         f"{datetime.date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.",
         "Measured with `python benchmarks/ship_vs_by_hand.py`: examples/digits, both sides alternately on a running "
-        f"local stack, one uncounted round first. Ours is `{shlex.join(Path(p).name if i == 0 else p for i, p in enumerate(command))}`.",
+        f"local stack, one uncounted round first. Ours is `{shown}`.",
         "",
         "| round | first | ours, s | by hand, s | ratio | ours, CPU s | by hand, CPU s | CPU ratio |",
         "|---|---|---|---|---|---|---|---|",

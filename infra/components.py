@@ -175,7 +175,8 @@ def prefect_environment(settings: Settings) -> dict[str, str]:
 @functools.cache
 def _client() -> httpx.Client:
     # One for all: a new client loads the TLS certificates each time, and health is asked for many times a second.
-    return httpx.Client(trust_env=False)
+    # Connections are not kept: a server that was restarted meanwhile would look dead once.
+    return httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def answers(url: str) -> bool:

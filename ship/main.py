@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import typer
 
@@ -65,6 +66,32 @@ def status() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def check(job: Path) -> None:
+    """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
+    from ship.check import check
+
+    check(job)
+
+
+@app.command()
+def run(job: Path) -> None:
+    """Train, export, validate, register and promote one job, here and now."""
+    from ship.run import run
+
+    run(job)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of job files, for editors (docs/job.schema.json)."""
+    import json
+
+    from registry.job import job_schema
+
+    typer.echo(json.dumps(job_schema(), indent=2))
+
+
 def main() -> None:
     """Entry point: one clear message instead of a traceback. Exits 2 for the user's mistakes, 1 for other failures."""
     from infra.errors import ShipError, UserError
@@ -79,3 +106,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

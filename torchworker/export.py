@@ -274,5 +274,21 @@ def _onnx(model: nn.Module, named: Mapping[str, Tensor], outputs: list[str], pat
     unfaithful = [str(w.message) for w in caught if "duplicated values" in str(w.message)]
     if unfaithful or onnx_program is None:
         raise UserMistake(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
+    _name_batch_dimension(onnx_program.model)
     onnx_program.save(str(path), external_data=False)
     return f"{method} → ONNX opset {OPSET}"
+
+
+def _name_batch_dimension(model: Any) -> None:
+    """Call the dynamic dimension `batch` throughout; the exporter leaves torch's symbol, such as `s97`.
+
+    model: onnx_ir.Model.
+    """
+    from onnx_ir import SymbolicDim
+
+    symbols = {value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)}
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, SymbolicDim) and size in symbols:
+                value.shape[axis] = SymbolicDim("batch")

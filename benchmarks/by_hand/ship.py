@@ -114,6 +114,7 @@ def register(model: nn.Module, report: dict[str, dict[str, float]], out: Path) -
             signature=infer_signature({"image": example}, {"logits": model(torch.from_numpy(example)).numpy()}),
             extra_files=[str(out / f) for f in (FILES["torchscript"], FILES["pt2"], "report.json")],
             save_as_external_data=False,
+            onnx_execution_providers=["CPUExecutionProvider"],
             pip_requirements=[f"onnxruntime=={onnxruntime.__version__}"],
         )
     version = mlflow.register_model(logged.model_uri, NAME).version

@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: make ship, make test. The rest is for developers.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: ship test check bench up down clean
+
+ship: up
+	$(BIN)/ship run examples/digits/job.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# What CI runs before it lets a change in: style, types, tests.
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: up
+	$(BIN)/python benchmarks/ship_vs_by_hand.py
+
+up: $(READY)
+	$(BIN)/ship up
+
+down: $(READY)
+	$(BIN)/ship down
+
+# Stops the stack and deletes the environment and every local run, version and release.
+clean:
+	if [ -x $(BIN)/ship ]; then $(BIN)/ship down; fi
+	rm -rf $(VENV) .ship build *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "train-and-ship needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[local,examples,dev]'
+	touch $(READY)

@@ -1,0 +1,39 @@
+"""`ship run`: the flow in this process, its log in this terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import httpx
+import typer
+
+from infra.errors import ServiceError
+from infra.settings import Settings
+from registry.job import load_job
+
+
+def run(job_file: Path) -> None:
+    """Run train-and-ship once. Raises ShipError with one message when it does not end with a promotion."""
+    # Before Prefect is imported: a mistake in the job file is answered at once.
+    load_job(job_file)
+    settings = Settings.load()
+    _require_prefect(settings)
+    # Prefect reads its settings when it is imported.
+    os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+    from flows.train_and_ship import train_and_ship
+
+    release = asyncio.run(train_and_ship(job=str(job_file)))
+    typer.echo(f"\nreleased {release}")
+
+
+def _require_prefect(settings: Settings) -> None:
+    try:
+        answer = httpx.get(f"{settings.prefect_api_url}/health", timeout=5)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServiceError(
+            f"Prefect: expected a server at {settings.prefect_api_url}, got {type(error).__name__}: {error}. "
+            "`ship up` starts a local one; PREFECT_API_URL names another"
+        ) from None

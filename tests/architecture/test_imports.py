@@ -1,0 +1,147 @@
+"""Who may import whom, and what a rank process must not have loaded."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.projects import REPOSITORY
+
+OURS = ("flows", "tasks", "registry", "infra", "torchworker", "ship")
+ALLOWED = {
+    "flows": {"flows", "tasks"},
+    "tasks": {"tasks", "registry", "infra", "torchworker.contract"},
+    "registry": {"registry", "infra"},
+    "infra": {"infra"},
+    "torchworker": {"torchworker"},
+    # The command line sits above everything.
+    "ship": set(OURS) - {"torchworker"} | {"torchworker.contract"},
+}
+ONLY_IN = {
+    "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py"],
+    "mlflow": ["registry/mlflow_versions.py"],
+    "boto3": ["infra/objectstore.py"],
+    "botocore": ["infra/objectstore.py"],
+    "onnx": [],
+    "onnxruntime": ["torchworker/runtimes.py"],
+}
+WORKER_MAY_IMPORT = {"torch", "safetensors", "onnxruntime", "onnx_ir", "torchworker"}
+
+
+def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted((REPOSITORY / package).rglob("*.py")):
+        yield path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every imported module, wherever the statement stands, except for type checking alone."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_allowed(name: str, allowed: set[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_packages_import_only_the_layers_below_them(package: str) -> None:
+    for file, tree in modules(package):
+        for name in imports(tree):
+            if name.partition(".")[0] in OURS and name != "torchworker":
+                assert is_allowed(name, ALLOWED[package]), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_each_service_is_spoken_to_in_one_place(package: str) -> None:
+    for file, tree in modules(package):
+        for name in imports(tree):
+            places = ONLY_IN.get(name.partition(".")[0])
+            if places is not None:
+                assert any(file.startswith(place) for place in places), f"{file} imports {name}"
+
+
+def test_workers_import_the_standard_library_torch_and_themselves() -> None:
+    for file, tree in modules("torchworker"):
+        for name in imports(tree):
+            top = name.partition(".")[0]
+            assert top in sys.stdlib_module_names | WORKER_MAY_IMPORT, f"{file} imports {name}"
+
+
+def test_the_contract_needs_no_torch() -> None:
+    script = "import sys, torchworker.contract; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "False"
+
+
+def test_a_rank_process_never_loads_prefect_mlflow_or_boto3() -> None:
+    script = (
+        "import sys, json\n"
+        "import torchworker.host, torchworker.train, torchworker.export, torchworker.check, torchworker.validate\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    loaded = set(json.loads(subprocess.check_output([sys.executable, "-P", "-c", script], text=True)))
+    assert "torch" in loaded
+    assert not loaded & {"prefect", "mlflow", "boto3", "botocore", "pydantic", "flows", "tasks", "registry", "infra"}
+
+
+def test_importing_the_rank_package_costs_at_most_a_fifth_more_than_bare_torch() -> None:
+    def seconds(statement: str) -> float:
+        """CPU seconds, which a busy machine does not stretch."""
+        script = f"import time; {statement}; print(time.process_time())"
+        return float(subprocess.check_output([sys.executable, "-P", "-c", script], text=True))
+
+    bare, ours = [], []
+    for _ in range(3):
+        bare.append(seconds("import torch, torch.distributed.launcher.api"))
+        ours.append(seconds("import torch, torch.distributed.launcher.api, torchworker.train"))
+    assert statistics.median(ours) <= 1.2 * statistics.median(bare)
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    script = "import sys, ship.main; print(sorted({'torch', 'prefect', 'mlflow', 'boto3'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
+
+
+def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
+    # A copy: building in place leaves a build folder behind.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for package in OURS:
+        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if name.endswith(".py")}
+    expected = {file for package in OURS for file, _ in modules(package)}
+    assert packed == expected
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(OURS)
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "ship = ship.main:main" in text and "[prefect.plugins]" in text
+
+
+def test_no_module_of_ours_hides_a_standard_library_module() -> None:
+    assert not set(OURS) & set(sys.stdlib_module_names)

@@ -1,0 +1,69 @@
+"""A real stack for tests that need one: `stack`, started on first use, on free ports, in a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import stack as local_stack
+from infra.settings import LOOPBACK, Settings
+
+# Addresses and accounts of the developer's own services must never be used, nor written to, by a test.
+FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nobody listens. All are held until all are found, so that they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for candidate in sockets:
+            candidate.bind((LOOPBACK, 0))
+        return [candidate.getsockname()[1] for candidate in sockets]
+    finally:
+        for candidate in sockets:
+            candidate.close()
+
+
+def stack_environment(home: Path, ports: list[int]) -> dict[str, str]:
+    """The variables that put a stack in `home` on these three ports (Prefect, MLflow, S3)."""
+    prefect, mlflow, s3 = ports
+    return {
+        "SHIP_HOME": str(home),
+        "SHIP_PREFECT_PORT": str(prefect),
+        "SHIP_MLFLOW_PORT": str(mlflow),
+        "SHIP_S3_PORT": str(s3),
+        "PREFECT_API_URL": f"http://{LOOPBACK}:{prefect}/api",
+        "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{mlflow}",
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def pytest_configure() -> None:
+    # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
+    home = Path(tempfile.mkdtemp(prefix="ship-tests-"))
+    for variable in FOREIGN:
+        os.environ.pop(variable, None)
+    os.environ.update(stack_environment(home, free_ports(3)))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Settings]:
+    """The settings of a running local stack; os.environ points every client to it."""
+    settings = Settings.load()
+    try:
+        local_stack.up(settings)
+        yield settings
+    finally:
+        local_stack.down(settings)

@@ -1,0 +1,3 @@
+from tests.distributed.conftest import host
+
+__all__ = ["host"]

@@ -1,0 +1,271 @@
+"""Each test trains a small project for real, exports it and holds the artifacts against it in the clean room."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from infra.errors import JobError
+from infra.workerhost import WorkerHost
+from registry.job import load_job
+from tasks.requests import fixed_gates, project_of, train_settings, user_modules
+from tasks.worker import call_worker
+from tests.projects import write_project
+from torchworker.contract import (
+    FORMAT_FILES,
+    ExportRequest,
+    ExportResult,
+    TrainRequest,
+    ValidateRequest,
+    ValidateResult,
+    decode,
+)
+
+ONE = {"epochs": 1, "processes": 1, "batch_size": 32}
+
+
+@dataclass
+class Shop:
+    """Drives the worker stages of one job file."""
+
+    host: WorkerHost
+    job_file: Path
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.job, self.project_folder = load_job(self.job_file)
+        self.project = project_of(self.job, self.project_folder)
+        for name in ("train", "export", "validate"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, ExportResult] = {}
+
+    def train(self) -> None:
+        folder = self.folder / "train"
+        request = TrainRequest(project=self.project, train=train_settings(self.job), folder=str(folder))
+        asyncio.run(call_worker(self.host, "train", request, folder))
+
+    def export(self, *kinds: str) -> None:
+        for kind in ("golden", *kinds):
+            call = self.folder / "export" / f"call-{kind}"
+            call.mkdir(exist_ok=True)
+            request = ExportRequest(
+                project=self.project,
+                folder=str(self.folder / "export"),
+                weights=str(self.folder / "train" / "weights.safetensors"),
+                format=kind,
+                batch=8,
+                seed=0,
+                validation_limit=1000,
+            )
+            self.results[kind] = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, call)))
+
+    def validate(self) -> ValidateResult:
+        golden = self.results["golden"]
+        request = ValidateRequest(
+            folder=str(self.folder / "export"),
+            formats={kind: result.file for kind, result in self.results.items() if kind != "golden"},
+            inputs=golden.inputs,
+            outputs=golden.outputs,
+            metrics=self.job.metrics,
+            gates=fixed_gates(self.job),
+            forbidden_modules=user_modules(self.job),
+            forbidden_folder=str(self.project_folder),
+            threads=1,
+        )
+        reply = asyncio.run(call_worker(self.host, "validate", request, self.folder / "validate"))
+        result: ValidateResult = decode(ValidateResult, reply)
+        return result
+
+
+Open = Callable[..., Shop]
+
+
+@pytest.fixture
+def shop(host: WorkerHost, tmp_path: Path) -> Open:
+    def open_shop(extra: str = "", **job: object) -> Shop:
+        job_file = write_project(tmp_path / "project", extra=extra, **{"train": ONE, **job})
+        opened = Shop(host, job_file, tmp_path / "run")
+        opened.train()
+        return opened
+
+    return open_shop
+
+
+def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(shop: Open) -> None:
+    opened = shop(gates={"accuracy": {"min": 0.0}, "p50_ms": {"max": 1000}})
+    opened.export(*FORMAT_FILES)
+    result = opened.validate()
+
+    assert result.passed
+    assert result.reference == "the model in float64"
+    for kind in FORMAT_FILES:
+        mine = [verdict for verdict in result.verdicts if verdict.format == kind]
+        assert [(v.gate, v.case) for v in mine] == [
+            ("parity", "batch 1"),
+            ("parity", "batch 8"),
+            ("parity", "batch 17"),
+            ("accuracy", "96 samples"),
+            ("p50_ms", "batch 1"),
+        ]
+        assert set(result.metrics[kind]) == {"accuracy", "p50_ms.batch_1", "p50_ms.batch_8"}
+    assert len({values["accuracy"] for values in result.metrics.values()}) == 1
+
+
+def test_onnx_is_one_file_with_named_inputs_outputs_and_a_dynamic_batch(shop: Open) -> None:
+    opened = shop("""
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(4, 3)
+            def forward(self, features):
+                return {"logits": self.linear(features), "scaled": self.linear(features) * 2}
+        def build_model():
+            return Named()
+        def loss(outputs, target):
+            return nn.functional.cross_entropy(outputs["logits"], target)
+    """, train={**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]})  # fmt: skip
+    opened.export("onnx", "pt2")
+    graph = onnx.load(str(opened.folder / "export" / "model.onnx"), load_external_data=False).graph
+
+    assert [item.name for item in graph.input] == ["features"]
+    assert [item.name for item in graph.output] == ["logits", "scaled"]
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert not list((opened.folder / "export").glob("*.data"))
+    assert opened.validate().passed
+
+
+def test_an_artifact_with_other_weights_fails_parity_in_every_case(shop: Open) -> None:
+    opened = shop()
+    opened.export("torchscript")
+    path = opened.folder / "export" / "model.torchscript"
+    program = torch.jit.load(str(path))
+    with torch.no_grad():
+        next(program.parameters()).add_(1e-4)
+    program.save(str(path))
+    result = opened.validate()
+
+    parity = [verdict for verdict in result.verdicts if verdict.gate == "parity"]
+    assert parity and not any(verdict.passed for verdict in parity)
+    assert not result.passed
+
+
+def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(shop: Open) -> None:
+    opened = shop()
+    opened.export("onnx", "torchscript")
+    (opened.folder / "export" / "model.onnx").write_bytes(b"not a model")
+    result = opened.validate()
+
+    failed = [verdict for verdict in result.verdicts if not verdict.passed]
+    assert [(verdict.format, verdict.case, verdict.measured) for verdict in failed] == [("onnx", "load", None)]
+
+
+def test_a_gate_that_fails_says_what_was_measured_and_the_limit(shop: Open) -> None:
+    opened = shop(gates={"accuracy": {"min": 0.999}})
+    opened.export("onnx")
+    result = opened.validate()
+
+    (failed,) = [verdict for verdict in result.verdicts if not verdict.passed]
+    assert failed.gate == "accuracy" and failed.limit == ">= 0.999"
+    assert failed.measured is not None and failed.measured < 0.999
+
+
+BRANCH = """
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+        def forward(self, x):
+            if x.sum() > 0:
+                return self.linear(x)
+            return self.linear(-x){tail}
+    def build_model():
+        return Branches()
+"""
+
+
+def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_the_line(shop: Open) -> None:
+    opened = shop(BRANCH.format(tail=""))
+    opened.export("torchscript")
+    assert opened.results["torchscript"].method == "torch.jit.script"
+    assert opened.validate().passed
+
+    with pytest.raises(JobError, match=r"(?s)torch.export cannot capture.*plain.py:\d+.*torch\.cond"):
+        opened.export("pt2")
+    with pytest.raises(JobError, match=r"torch.export cannot capture"):
+        opened.export("onnx")
+
+
+def test_a_trace_that_would_bake_in_a_branch_is_refused(shop: Open) -> None:
+    # A numpy round trip cannot be scripted, so only tracing is left, and the branch would be frozen.
+    opened = shop(BRANCH.format(tail=" + float(x.numpy().size) * 0"))
+    with pytest.raises(JobError, match="tracing it would bake in a decision made on the example data"):
+        opened.export("torchscript")
+
+
+def model(body: str) -> str:
+    head = "class M(nn.Linear):\n    def forward(self, x):\n"
+    return head + textwrap.indent(textwrap.dedent(body), "        ") + "\ndef build_model():\n    return M(4, 3)\n"
+
+
+def test_randomness_in_forward_is_refused(shop: Open) -> None:
+    opened = shop(model("return super().forward(x + torch.rand_like(x))"))
+    with pytest.raises(JobError, match="differs between two calls"):
+        opened.export()
+
+
+def test_an_input_changed_in_place_is_refused(shop: Open) -> None:
+    opened = shop(model("return super().forward(x.mul_(1.5) if not self.training else x)"))
+    with pytest.raises(JobError, match=r"differs between two calls|changes its input 'x' in place"):
+        opened.export()
+
+
+def test_state_kept_between_calls_is_refused(shop: Open) -> None:
+    opened = shop("""
+        class M(nn.Linear):
+            def __init__(self):
+                super().__init__(4, 3)
+                self.register_buffer("calls", torch.zeros(()))
+            def forward(self, x):
+                self.calls.add_(1)
+                return super().forward(x)
+        def build_model():
+            return M()
+    """)
+    with pytest.raises(JobError, match="changed its own parameters or buffers"):
+        opened.export()
+
+
+def test_a_model_that_fixes_float32_inside_is_compared_with_eager_and_says_so(shop: Open) -> None:
+    opened = shop(model("return super().forward(x.float()) if self.weight.dtype == torch.float32 else x.half()"))
+    opened.export("onnx")
+    result = opened.validate()
+
+    assert "float32 eager" in result.reference
+    assert result.passed
+
+
+def test_the_clean_room_cannot_import_user_code_by_name_or_from_its_folder(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    (tmp_path / "helper.py").write_text("")
+    script = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from torchworker.validate import forbid_user_code\n"
+        f"forbid_user_code(['plain'], {str(tmp_path)!r})\n"
+        "for name in ('plain', 'helper'):\n"
+        "    try:\n"
+        "        __import__(name)\n"
+        "    except ImportError as error:\n"
+        "        print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ImportError", "ModuleNotFoundError"]

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+
+START_SECONDS = 60
+
+
+@dataclass
+class S3Server:
+    """A real S3 server (MiniStack) on loopback that keeps its data in a folder."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "BIND_HOST": "127.0.0.1",
+            "GATEWAY_PORT": str(self.port),
+            "SERVICES": "s3",
+            "S3_PERSIST": "1",
+            "PERSIST_STATE": "1",
+            "S3_DATA_DIR": str(self.folder / "data"),
+            "STATE_DIR": str(self.folder / "state"),
+            "LOG_LEVEL": "WARNING",
+        }
+        log = self.folder / "log"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ministack"],
+                env=environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and whatever it started."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/_ministack/health", timeout=1).is_success
+        except httpx.HTTPError:
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("s3"), free_port())
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def store_url(s3_server: S3Server) -> str:
+    """Address of a running S3 server."""
+    return s3_server.url
+
+
+Connect = Callable[..., ObjectStore]
+
+
+@pytest.fixture
+def connect(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Connect:
+    """Make an ObjectStore from settings as a person would give them: an external store with credentials."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "SHIP_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def make(bucket: str, url: str = store_url) -> ObjectStore:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv("SHIP_BUCKET", bucket)
+        return ObjectStore.from_settings(Settings.load())
+
+    return make
+
+
+@pytest.fixture
+def bucket(connect: Connect) -> str:
+    """A new bucket on the running server."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    connect(name).create_bucket_if_missing()
+    return name
+
+
+@pytest.fixture
+def object_store(connect: Connect, bucket: str) -> ObjectStore:
+    """A new, empty bucket."""
+    return connect(bucket)

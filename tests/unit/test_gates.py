@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.errors import GateError
+from registry.gates import require_not_worse, verdict_table, worst
+from registry.job import Job, load_job
+from tests.projects import write_project
+from torchworker.contract import Verdict
+
+
+def job(folder: Path, **gates: object) -> Job:
+    return load_job(write_project(folder, gates=gates))[0]
+
+
+def test_the_worst_format_speaks_for_the_release() -> None:
+    metrics = {
+        "onnx": {"accuracy": 0.98, "mean_squared_error": 0.2, "p50_ms.batch_1": 3.0},
+        "pt2": {"accuracy": 0.97, "mean_squared_error": 0.1, "p50_ms.batch_1": 1.0},
+    }
+    assert worst(metrics) == {"accuracy": 0.97, "mean_squared_error": 0.2}
+
+
+def test_a_candidate_within_the_margin_of_the_live_release_passes(tmp_path: Path) -> None:
+    plain = job(tmp_path, accuracy={"vs_live": -0.01})
+    require_not_worse(plain, {"accuracy": 0.98}, {"accuracy": 0.985}, "r1")
+    require_not_worse(plain, {"accuracy": 0.10}, None, "")
+
+
+def test_a_candidate_beyond_the_margin_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    plain = job(tmp_path, accuracy={"vs_live": -0.01})
+    with pytest.raises(GateError) as caught:
+        require_not_worse(plain, {"accuracy": 0.95}, {"accuracy": 0.985}, "r1")
+    assert "accuracy 0.95 against 0.985" in str(caught.value)
+    assert "-0.035" in caught.value.table and "FAILED" in caught.value.table
+
+
+def test_for_an_error_metric_lower_is_better(tmp_path: Path) -> None:
+    plain = job(tmp_path, mean_squared_error={"vs_live": 0})
+    require_not_worse(plain, {"mean_squared_error": 0.1}, {"mean_squared_error": 0.2}, "r1")
+    with pytest.raises(GateError):
+        require_not_worse(plain, {"mean_squared_error": 0.3}, {"mean_squared_error": 0.2}, "r1")
+
+
+def test_a_metric_that_the_live_release_never_recorded_fails_closed(tmp_path: Path) -> None:
+    plain = job(tmp_path, accuracy={"vs_live": 0})
+    with pytest.raises(GateError, match="the live release records none"):
+        require_not_worse(plain, {"accuracy": 1.0}, {"mean_squared_error": 0.2}, "r1")
+
+
+def test_the_table_shows_numbers_limits_and_what_was_not_measured() -> None:
+    table = verdict_table(
+        [
+            Verdict(format="onnx", gate="parity", case="batch 1", measured=0.25, limit="<= 1", passed=True),
+            Verdict(format="pt2", gate="accuracy", case="9 samples", measured=None, limit=">= 1", passed=False),
+        ]
+    )
+    assert "onnx    parity    batch 1    0.25          <= 1   passed" in table
+    assert "pt2     accuracy  9 samples  not measured  >= 1   FAILED" in table

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from infra.errors import JobError
+from registry.job import METRIC_DIRECTIONS, Job, job_schema, load_job
+from tests.projects import DIGITS, REPOSITORY
+from torchworker import contract
+
+GOOD = """\
+name: plain
+model: {factory: plain:build_model}
+data: {factory: plain:build_dataset}
+train:
+  epochs: 2
+"""
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    return str(caught.value).replace(str(path), "job.yaml")
+
+
+def test_the_example_job_is_valid_and_its_project_is_beside_it() -> None:
+    job, folder = load_job(DIGITS)
+    assert (job.name, job.metrics, folder) == ("digits", ("accuracy",), DIGITS.parent)
+
+
+def test_a_missing_job_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"nowhere\.yaml: expected a YAML file, found none"):
+        load_job(tmp_path / "nowhere.yaml")
+
+
+def test_a_yaml_error_is_named_with_its_line(tmp_path: Path) -> None:
+    assert refused(tmp_path, GOOD + "export: [\n").startswith("job.yaml:7:1: not valid YAML")
+    assert refused(tmp_path, "name: a\nmodel: b: c\n").startswith("job.yaml:2:")
+
+
+def test_an_empty_file_is_not_a_job(tmp_path: Path) -> None:
+    assert "expected keys such as name, model, data, train" in refused(tmp_path, "")
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_key_that_was_meant(tmp_path: Path) -> None:
+    assert refused(tmp_path, GOOD + "  learning_rat: 1\n") == (
+        "job.yaml:6: train.learning_rat: unknown key; did you mean learning_rate?"
+    )
+
+
+def test_a_wrong_type_says_what_was_expected_and_what_was_given(tmp_path: Path) -> None:
+    text = GOOD.replace("epochs: 2", "epochs: many")
+    assert refused(tmp_path, text) == 'job.yaml:5: train.epochs: expected a valid integer, got "many" (str)'
+
+
+def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
+    message = refused(tmp_path, GOOD.replace("data: {factory: plain:build_dataset}\n", ""))
+    assert message.startswith("job.yaml:1: data: missing; expected called with split=")
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("plain:build_model", "plain").replace("epochs: 2", "epochs: 0") + "gates: {acuracy: {min: 1}}\n"
+    lines = refused(tmp_path, text).splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["model.factory", "train.epochs", "gates.acuracy"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("  processes: 3\n  batch_size: 64\n", "64 is not a multiple of 3"),
+        ("  optimizer: adamm\n", "'rmsprop' or {factory: module:attribute}, got \"adamm\""),
+        ("export: {formats: []}\n", "export.formats"),
+        ("export: {formats: [onnx, onnx]}\n", "each format once"),
+        ("gates: {accuracy: {}}\n", "at least one of min, max, vs_live"),
+        ("gates: {accuracy: {min: 0.9, max: 0.1}}\n", "0.9 > 0.1"),
+        ("gates: {p50_ms: {vs_live: 0}}\n", "only max for gates.p50_ms"),
+        ("project: nowhere\n", "project: expected a folder"),
+        ("release: {channel: ../prod}\n", "lower-case letters"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(tmp_path: Path, keys: str, expected: str) -> None:
+    assert expected in refused(tmp_path, GOOD + keys)
+
+
+def test_a_gate_adds_its_metric(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD + "gates: {mean_absolute_error: {max: 1}, p50_ms: {max: 5}}\n")
+    assert load_job(path)[0].metrics == ("accuracy", "mean_absolute_error")
+
+
+def test_the_published_schema_is_current_and_accepts_the_example() -> None:
+    published = json.loads((REPOSITORY / "docs" / "job.schema.json").read_text())
+    assert published == job_schema(), "run: python -m ship.main schema > docs/job.schema.json"
+    jsonschema.validate(yaml.safe_load(DIGITS.read_text()), published)
+
+
+def test_the_job_and_the_worker_agree_on_names() -> None:
+    assert {name: way for name, way in METRIC_DIRECTIONS.items() if name != "p50_ms"} == dict(contract.METRICS)
+    schema = json.dumps(Job.model_json_schema())
+    for name in (*contract.LOSSES, *contract.OPTIMIZERS, *contract.FORMAT_FILES):
+        assert f'"{name}"' in schema
