@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import statistics
@@ -65,15 +66,16 @@ def check_same_job() -> None:
             sys.exit(f"{name} differs: {JOB.name} has {ours}, by_hand/train.py has {theirs}")
 
 
-def stages_of_ours(last_line: str) -> dict[str, float]:
-    if not last_line.startswith("timings: "):
-        sys.exit(f"expected 'timings: PATH' as the last line of our command, got {last_line!r}")
-    found = json.loads((ROOT / last_line.removeprefix("timings: ")).read_text())
-    return dict(found.get("seconds", found))
+def stages_of_ours(printed: str) -> dict[str, float]:
+    """`timings: PATH` is the last line of `ship run`, or a log line with a prefix."""
+    found = re.findall(r"timings: (\S.*?)\s*$", printed, re.MULTILINE)
+    if not found:
+        sys.exit(f"our command did not print 'timings: PATH'; it printed:\n{printed}")
+    return dict(json.loads((ROOT / found[-1]).read_text())["stages"])
 
 
-def stages_of_by_hand(last_line: str) -> dict[str, float]:
-    return dict(json.loads(last_line)["seconds"])
+def stages_of_by_hand(printed: str) -> dict[str, float]:
+    return dict(json.loads(printed.strip().splitlines()[-1])["seconds"])
 
 
 def children_cpu() -> float:
@@ -87,8 +89,7 @@ def timed(side: str, command: list[str]) -> Timing:
     wall = time.perf_counter() - begin
     if done.returncode:
         sys.exit(f"{side} failed ({done.returncode}): {shlex.join(command)}\n{done.stdout}\n{done.stderr}")
-    last_line = (done.stdout.strip().splitlines() or [""])[-1]
-    stages = stages_of_ours(last_line) if side == "ours" else stages_of_by_hand(last_line)
+    stages = stages_of_ours(done.stderr + done.stdout) if side == "ours" else stages_of_by_hand(done.stdout)
     return Timing(wall=wall, cpu=children_cpu() - cpu, stages=stages)
 
 
@@ -183,6 +184,8 @@ def main() -> None:
 
     check_services()
     check_same_job()
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"the machine is busy (load average {load:.1f}): read the CPU columns rather than the wall clock")
     commands = {"ours": shlex.split(options.ours), "by_hand": [sys.executable, str(BY_HAND / "ship.py")]}
     text = section(run(options.rounds, commands), commands["ours"])
     print(f"\n{text}")

@@ -22,6 +22,7 @@ from infra.errors import ServiceError, SettingsError, ShipError, StoreRefused
 from infra.settings import Settings
 
 if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
     from mypy_boto3_s3 import S3Client
 
 CONNECT_SECONDS = 5
@@ -30,9 +31,10 @@ READ_SECONDS = 60
 ATTEMPTS = 3
 """Tries of each request inside the client library."""
 CONNECTIONS = 32
-MULTIPART_BYTES = 64 * 2**20
-"""Files above this go up in parts."""
-PART_BYTES = 32 * 2**20
+MULTIPART_BYTES, PART_BYTES = 64 * 2**20, 32 * 2**20
+"""Files above the first go up in parts of the second."""
+LOCAL_PART_BYTES = 8 * 2**20
+"""Both of these for the local server: its time for a request grows with the square of the body (64 MiB: 14 s)."""
 PARTS_AT_ONCE = 4
 PIECE_BYTES = 2**20
 RACERS = 8
@@ -45,7 +47,6 @@ _TOKEN_CODES = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "Request
 _CREDENTIAL_CODES = frozenset([*_LOGIN_CODES, *_TOKEN_CODES])
 _REGION_CODES = frozenset(["PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"])
 _DAMAGED_CODES = frozenset(["BadDigest", "InvalidDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"])
-_CONFLICT_CODES = frozenset(["PreconditionFailed", "ConditionalRequestConflict", "OperationAborted"])
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine"
 
 
@@ -102,6 +103,9 @@ class ObjectStore:
         self.bucket = bucket
         self.address = address
         self._is_local = is_local
+        self.multipart_bytes = LOCAL_PART_BYTES if is_local else MULTIPART_BYTES
+        """Larger files go up in parts, which the store may not check as a whole."""
+        self._part_bytes = LOCAL_PART_BYTES if is_local else PART_BYTES
         self._traits: StoreTraits | None = None
         self._probing = threading.Lock()
 
@@ -205,7 +209,7 @@ class ObjectStore:
         with self._translated(f"download {key}"):
             try:
                 self._client.download_file(
-                    self.bucket, key, str(path), Config=_transfer_config(), Callback=progress or _no_progress
+                    self.bucket, key, str(path), Config=self._transfer_config(), Callback=progress or _no_progress
                 )
             except self._client.exceptions.ClientError as error:
                 if _status(error) == 404:
@@ -233,13 +237,13 @@ class ObjectStore:
         progress: called with the number of bytes that just left, from any thread; may run backwards when a part is
         sent again.
 
-        Up to 64 MiB this is one conditional PUT. Above, completing a multipart upload is not conditional in every
-        store, so the key is looked at first, and somebody who uploads the same key at the same time may be
-        overwritten: use keys whose content is known by the caller, and read back. Raises PreconditionFailed when the
-        key exists, and ServiceError when the store refused a body that was damaged on the way.
+        Up to `multipart_bytes` this is one conditional PUT. Above, the end of a multipart upload is not conditional in
+        every store, so the key is looked at first, and somebody who uploads the same key at the same time may be
+        overwritten: use keys whose content the caller knows, and read back. Raises PreconditionFailed when the key
+        exists, and ServiceError when the store refused a body that was damaged on the way.
         """
         size = path.stat().st_size
-        if size <= MULTIPART_BYTES:
+        if size <= self.multipart_bytes:
             # One read: what is hashed by the client library is what is sent.
             self._put(key, path.read_bytes(), sha256=sha256, IfNoneMatch="*")
             if progress:
@@ -256,7 +260,7 @@ class ObjectStore:
                 self.bucket,
                 key,
                 ExtraArgs=extra,
-                Config=_transfer_config(),
+                Config=self._transfer_config(),
                 Callback=progress or _no_progress,
             )
 
@@ -281,8 +285,8 @@ class ObjectStore:
             quoted = pool.submit(self._probe_conditions, keys["conditions"])
             checksum = pool.submit(self._probe_checksum, keys["checksum"])
             try:
-                self._probe_race(keys["race"], pool)
-                return StoreTraits(etag_quoted=quoted.result(), checks_sha256=checksum.result())
+                winners = self._probe_race(keys["race"], pool)
+                traits = StoreTraits(etag_quoted=quoted.result(), checks_sha256=checksum.result())
             finally:
                 # A write that is still under way would outlive its deletion.
                 wait([quoted, checksum])
@@ -290,6 +294,9 @@ class ObjectStore:
                     # A bucket may forbid deletion; the probe's own verdict matters more.
                     with contextlib.suppress(ShipError):
                         done.result()
+        if winners != 1:
+            raise self._refused(f"{RACERS} PUTs with If-None-Match: * at the same time had {winners} winners, not 1")
+        return traits
 
     def _probe_conditions(self, key: str) -> bool:
         """Returns whether If-Match wants the ETag quoted."""
@@ -308,16 +315,15 @@ class ObjectStore:
             raise self._refused("a PUT with a stale If-Match replaced the object")
         return match.startswith('"')
 
-    def _probe_race(self, key: str, pool: ThreadPoolExecutor) -> None:
+    def _probe_race(self, key: str, pool: ThreadPoolExecutor) -> int:
+        """Returns how many of the racers created the object."""
         start = threading.Barrier(RACERS)
 
         def race(racer: int) -> bool:
             start.wait(timeout=READ_SECONDS)
             return self._probe_put(key, f"{racer}".encode(), "If-None-Match", IfNoneMatch="*") is not None
 
-        winners = sum(pool.map(race, range(RACERS)))
-        if winners != 1:
-            raise self._refused(f"{RACERS} PUTs with If-None-Match: * at the same time had {winners} winners, not 1")
+        return sum(pool.map(race, range(RACERS)))
 
     def _probe_checksum(self, key: str) -> bool:
         """Returns whether a body that is not what its SHA-256 says is refused."""
@@ -382,6 +388,17 @@ class ObjectStore:
                 raise PreconditionFailed(f"cannot write {key}: it is gone") from error
         return _quoted(reply["ETag"])
 
+    def _transfer_config(self) -> TransferConfig:
+        from boto3.s3.transfer import TransferConfig
+
+        return TransferConfig(
+            multipart_threshold=self.multipart_bytes,
+            multipart_chunksize=self._part_bytes,
+            max_concurrency=PARTS_AT_ONCE,
+            # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
+            preferred_transfer_client="classic",
+        )
+
     def _delete(self, key: str) -> None:
         with self._translated(f"delete {key}"):
             self._client.delete_object(Bucket=self.bucket, Key=key)
@@ -417,18 +434,6 @@ def _client(endpoint: str | None, local: bool) -> S3Client:
     )
     config = Config(**options, proxies={}, use_fips_endpoint=False, use_dualstack_endpoint=False)
     return session.client("s3", endpoint_url=endpoint, config=config)
-
-
-def _transfer_config() -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(
-        multipart_threshold=MULTIPART_BYTES,
-        multipart_chunksize=PART_BYTES,
-        max_concurrency=PARTS_AT_ONCE,
-        # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
-        preferred_transfer_client="classic",
-    )
 
 
 def _no_progress(count: int) -> None:
@@ -489,14 +494,14 @@ def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -
     said = error.response.get("Error", {})
     code, text = str(said.get("Code", "")), str(said.get("Message", ""))
     where = f"s3://{bucket} at {address}"
-    if code in _CONFLICT_CODES or status == 412:
-        return PreconditionFailed(f"cannot {action} in {where}: {status} {code}")
     if code == "NoSuchBucket":
         return SettingsError(_no_such_bucket(bucket, address, local))
     if code in ("BucketAlreadyExists", "InvalidBucketName"):
         return SettingsError(
             f"bucket {bucket!r} cannot be made at {address}: {code}: {text}; set SHIP_BUCKET to another"
         )
+    if status in (409, 412):
+        return PreconditionFailed(f"cannot {action} in {where}: {status} {code}")
     if code in _REGION_CODES:
         return SettingsError(f"{where} is in another region ({code}: {text}); set AWS_REGION to the bucket's")
     if code in _CREDENTIAL_CODES or status in (401, 403):

@@ -31,7 +31,7 @@ class StageFolder:
         if not manifest.is_file():
             return False
         said = json.loads(manifest.read_text())
-        return said["inputs"] == self._inputs and said["files"] == _hashes(self.path)
+        return bool(said["inputs"] == self._inputs and said["files"] == _hashes(self.path))
 
     def begin(self) -> Path:
         """An empty work folder."""

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from infra.errors import ReleaseError, ServiceError
-from infra.objectstore import MULTIPART_BYTES, ObjectStore, PreconditionFailed
+from infra.objectstore import ObjectStore, PreconditionFailed
 from registry.release import (
     MANIFEST,
     FileEntry,
@@ -158,7 +158,7 @@ def publish(store: ObjectStore, folder: Path, manifest: Manifest, progress: Prog
                 pass
         _require_object(store, key, entry)
         # Parts have checksums of their own only. What an uploader left that died before this line is read back too.
-        checked = traits.checks_sha256 and entry.bytes <= MULTIPART_BYTES
+        checked = traits.checks_sha256 and entry.bytes <= store.multipart_bytes
         if not checked and not complete:
             _require_content(store, key, entry)
         meter.finish(name, entry.bytes)
@@ -270,6 +270,12 @@ def read_pointer(store: ObjectStore, model: str, channel: str) -> Pointer | None
     if (pointer.model, pointer.channel) != (model, channel):
         raise ReleaseError(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
     return replace(pointer, etag=found[1])
+
+
+def read_live(store: ObjectStore, model: str, channel: str) -> tuple[Pointer | None, Manifest | None]:
+    """What is live on a channel and its manifest; ReleaseError when its manifest is missing or altered."""
+    pointer = read_pointer(store, model, channel)
+    return pointer, _live_manifest(store, pointer)
 
 
 def read_history(store: ObjectStore, model: str, channel: str) -> list[Pointer]:

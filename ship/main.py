@@ -50,14 +50,15 @@ def down() -> None:
 def status() -> None:
     """Show the state of the stack; exits with 1 unless everything is up."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from infra import stack
     from infra.settings import Settings
 
     rows = stack.status(Settings.load())
     colours = {"up": "green", "external": "cyan"}
-    table = Table("component", "url", "pid", "state")
+    # Folded, not cut: an address is there to be copied.
+    table = Table("component", Column("url", overflow="fold"), "pid", Column("state", no_wrap=True))
     for row in rows:
         colour = colours.get(row.state, "red")
         table.add_row(row.title, row.url, str(row.pid or ""), f"[{colour}]{row.state}[/]")

@@ -1,4 +1,4 @@
-"""Prefect policy shared by the stages: what is retried, and how a mistake is logged."""
+"""Prefect policy shared by the stages: what is retried, and how an error is logged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 
-from infra.errors import ShipError, UserError
+from infra.errors import ShipError
 
 
 def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -17,11 +17,11 @@ def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -
 
 
 class _QuietMistakes(logging.Filter):
-    """A user's mistake is logged as its message; only unforeseen errors show a traceback."""
+    """An error raised on purpose is logged as its message; only unforeseen ones show a traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, UserError):
+        if isinstance(error, ShipError):
             record.exc_info = None
             record.exc_text = None
             record.msg, record.args = str(error), ()

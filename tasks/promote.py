@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from registry.bucket import Pointer, move_channel, publish
+from registry.bucket import Pointer, move_channel, publish, read_live
 from registry.release import Manifest
 
 from infra.errors import GateError
@@ -69,12 +69,13 @@ async def promote(run: Run, registered: Registered, validated: Validated) -> Pro
 
 
 def _publish_and_move(run: Run, registered: Registered, validated: Validated) -> tuple[Pointer, int]:
-    published = publish(run.store, registered.folder, registered.manifest)
-
     def accept(pointer: Pointer | None, live: Manifest | None) -> None:
         metrics = live.metrics if live is not None else None
         require_not_worse(run.job, validated.quality, metrics, pointer.release if pointer else "")
 
+    # Asked twice: here so that a worse candidate is not uploaded, and again for what is live when the pointer moves.
+    accept(*read_live(run.store, run.job.name, run.job.release.channel))
+    published = publish(run.store, registered.folder, registered.manifest)
     pointer = move_channel(
         run.store,
         registered.manifest,

@@ -61,7 +61,9 @@ def export(model: nn.Module, images: Tensor, out: Path) -> None:
 
 
 def load(out: Path) -> dict[str, Run]:
-    session = onnxruntime.InferenceSession(out / FILES["onnx"], providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(out / FILES["onnx"], options, providers=["CPUExecutionProvider"])
     return {
         "torchscript": torch.jit.load(out / FILES["torchscript"]),
         "onnx": lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0]),
@@ -172,6 +174,8 @@ def promote(out: Path, version: str) -> str:
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # A model this small gains nothing from more, and on a busy machine the threads wait for each other.
+    torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     last = STARTED
 

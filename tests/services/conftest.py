@@ -115,14 +115,14 @@ def connect(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Connect:
 
 
 @pytest.fixture
-def bucket(connect: Connect) -> str:
-    """A new bucket on the running server."""
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    connect(name).create_bucket_if_missing()
-    return name
+def object_store(connect: Connect) -> ObjectStore:
+    """A new, empty bucket."""
+    store = connect(f"test-{uuid.uuid4().hex[:12]}")
+    store.create_bucket_if_missing()
+    return store
 
 
 @pytest.fixture
-def object_store(connect: Connect, bucket: str) -> ObjectStore:
-    """A new, empty bucket."""
-    return connect(bucket)
+def bucket(object_store: ObjectStore) -> str:
+    """The name of that bucket."""
+    return object_store.bucket

@@ -173,8 +173,7 @@ class FaultProxy:
         assert address.hostname is not None and address.port is not None
         self._host, self._port = address.hostname, address.port
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         return self
@@ -220,6 +219,12 @@ class FaultProxy:
             return Reply(reply.status, reply.getheaders(), reply.read())
         finally:
             connection.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # The usual 5 makes the sixth client that connects at once wait a second.
+    request_queue_size = 128
 
 
 _HOP_BY_HOP = frozenset(["connection", "keep-alive", "transfer-encoding", "expect", "date", "server"])

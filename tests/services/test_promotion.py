@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from infra.errors import GateError, ReleaseError, ServiceError, SettingsError, StoreRefused
-from infra.objectstore import MULTIPART_BYTES, ObjectStore, PreconditionFailed
+from infra.objectstore import LOCAL_PART_BYTES, ObjectStore, PreconditionFailed
 from infra.settings import Settings
 from registry.bucket import (
     Accept,
@@ -40,6 +41,7 @@ from tests.services.fault_proxy import (
     Fault,
     FaultProxy,
     PassOn,
+    Reply,
     Rule,
     StripHeaders,
 )
@@ -251,8 +253,9 @@ def test_bytes_that_are_there_are_not_sent_again(faulty: ObjectStore, proxy: Fau
 
 def test_progress_ends_at_the_size_of_the_release(object_store: ObjectStore, tmp_path: Path) -> None:
     manifest = make_release(tmp_path / "release")
+    seen: list[tuple[int, int]] = []
     for _ in range(2):
-        seen: list[tuple[int, int]] = []
+        seen.clear()
         publish(object_store, tmp_path / "release", manifest, lambda done, total: seen.append((done, total)))
         assert seen[-1] == (manifest.total_bytes, manifest.total_bytes)
 
@@ -396,17 +399,26 @@ def test_without_checksums_in_the_store_files_are_read_back(
     assert store.head(key_of(manifest, MANIFEST)) is None
 
 
-def test_a_file_above_the_multipart_size_is_published_and_fetched(object_store: ObjectStore, tmp_path: Path) -> None:
+def test_a_file_that_goes_up_in_parts_is_published_and_fetched(
+    object_store: ObjectStore, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("SHIP_BUCKET")
+    monkeypatch.setenv("SHIP_S3_PORT", str(s3_server.port))
+    store = ObjectStore.from_settings(Settings.load())
+    store.create_bucket_if_missing()
     folder = tmp_path / "release"
     folder.mkdir()
-    (folder / "model.onnx").write_bytes(random.Random(0).randbytes(MULTIPART_BYTES + 12_345))
+    (folder / "model.onnx").write_bytes(random.Random(0).randbytes(2 * LOCAL_PART_BYTES + 12_345))
     manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature={}, metrics={})
     seen: list[int] = []
-    assert publish(object_store, folder, manifest, lambda done, _: seen.append(done)).present_bytes == 0
-    assert seen[-1] == manifest.total_bytes and len(seen) > 10
-    assert publish(object_store, folder, manifest).sent_bytes == 0
-    fetch_release(object_store, MODEL, manifest.release, tmp_path / "copy")
+    assert publish(store, folder, manifest, lambda done, _: seen.append(done)).present_bytes == 0
+    assert seen[-1] == manifest.total_bytes and len(seen) >= 3
+    assert publish(store, folder, manifest).sent_bytes == 0
+    fetch_release(store, MODEL, manifest.release, tmp_path / "copy")
     verify_folder(tmp_path / "copy", manifest)
+    stored = store.head(key_of(manifest, "model.onnx"))
+    assert stored is not None and '-3"' in stored.etag
 
 
 def test_two_publishers_of_the_same_release_both_succeed(object_store: ObjectStore, tmp_path: Path) -> None:
@@ -579,8 +591,7 @@ def test_a_store_that_acknowledges_a_move_without_doing_it_is_not_believed(
 
     class Lie(Answer):
         def apply(self, request: Any, forward: Any) -> Any:
-            reply = Answer.apply(self, request, forward)
-            return type(reply)(200, [("ETag", '"0"')], b"")
+            return Reply(200, [("ETag", '"0"')], b"")
 
     proxy.add(Rule(Lie(200, ""), "PUT", POINTER))
     with pytest.raises(ReleaseError, match="acknowledged generation 1"):
@@ -650,7 +661,7 @@ def test_racing_promoters_get_unique_generations_and_a_history_without_a_hole(
     assert sorted(pointer.generation for pointer in moves) == list(range(1, promoters * moves_each + 1))
     history = read_history(object_store, MODEL, CHANNEL)
     assert history == sorted(moves, key=lambda pointer: pointer.generation)
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in itertools.pairwise(history):
         assert after.previous == before.release
 
 

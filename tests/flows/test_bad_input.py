@@ -1,0 +1,141 @@
+"""Each mistake: one message, no traceback, a non-zero exit, no half-made release, no orphan process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.objectstore import ObjectStore
+from infra.settings import LOOPBACK, Settings
+from tests.conftest import free_ports
+from tests.flows.conftest import Command, Ended, orphans
+from tests.projects import write_project
+from tests.services.fault_proxy import FaultProxy, Rule, StripHeaders
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    train = {"epochs": 1, "processes": 1, "batch_size": 32}
+    return str(write_project(tmp_path, name="mistaken", train=train, export={"formats": ["torchscript"]}))
+
+
+def refused(ended: Ended, store: ObjectStore, *words: str) -> None:
+    for word in words:
+        assert word in ended.errors, ended.text
+    assert ended.status in (1, 2)
+    assert "Traceback" not in ended.text
+    assert store.list_keys("models/mistaken/") == {}
+    assert orphans() == []
+
+
+def nowhere() -> str:
+    return f"http://{LOOPBACK}:{free_ports(1)[0]}"
+
+
+def test_a_missing_job_file(command: Command, store: ObjectStore) -> None:
+    refused(command("ship", "run", "nowhere.yaml"), store, "nowhere.yaml: expected a YAML file, found none")
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_a_job_with_mistakes_is_refused_by_check_and_by_run(
+    command: Command, store: ObjectStore, tmp_path: Path, verb: str
+) -> None:
+    job = write_project(tmp_path, name="mistaken", nmae="x", train={"epochs": "many"})
+    refused(command("ship", verb, str(job)), store, "nmae: unknown key; did you mean name?", "expected a valid integer")
+
+
+MISTAKES = {
+    "import": ({"model": {"factory": "nested:build"}}, "No module named 'nothere' (nested.py:1"),
+    "module": ({"model": {"factory": "absent:build"}}, "expected a module 'absent'"),
+    "attribute": ({"model": {"factory": "plain:bild_model"}}, "has no 'bild_model'; it has:"),
+    "callable": ({"model": {"factory": "plain:CONSTANT"}}, "expected something callable, got int"),
+    "result": ({"model": {"factory": "plain:not_a_model"}}, "must return a torch.nn.Module, got list"),
+    "argument": ({"model": {"factory": "plain:build_model", "args": {"depth": 3}}}, "unexpected keyword argument"),
+    "empty": ({"data": {"factory": "plain:empty"}}, "returned an empty dataset"),
+    "labels": ({"data": {"factory": "plain:labels"}}, "labels must be in 0..2"),
+    "item": ({"data": {"factory": "plain:raises"}}, "reading an item failed: OSError: disk gone (plain.py:"),
+    "forward": ({"model": {"factory": "plain:narrow"}}, "forward failed on input float32 [32, 4]"),
+    "loss": ({"train": {"epochs": 1, "loss": {"factory": "plain:nan_loss"}}}, "expected a finite number"),
+}
+
+EXTRA = """
+    CONSTANT = 3
+
+    def not_a_model():
+        return []
+
+    def narrow():
+        return nn.Linear(3, 3)
+
+    def empty(split):
+        return TensorDataset(torch.zeros(0, 4), torch.zeros(0).long())
+
+    def labels(split):
+        return TensorDataset(torch.zeros(9, 4), torch.arange(9))
+
+    class Raises(TensorDataset):
+        def __getitem__(self, index):
+            raise OSError("disk gone")
+
+    def raises(split):
+        return Raises(torch.zeros(9, 4), torch.zeros(9).long())
+
+    def nan_loss(outputs, target):
+        return outputs.sum() * float("nan")
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_names_what_is_wrong_in_user_code(
+    command: Command, store: ObjectStore, tmp_path: Path, mistake: str
+) -> None:
+    keys, message = MISTAKES[mistake]
+    (tmp_path / "nested.py").write_text("import nothere\n")
+    job = write_project(tmp_path, extra=EXTRA, name="mistaken", **keys)
+    refused(command("ship", "check", str(job)), store, message)
+
+
+def test_run_stops_at_a_loss_that_becomes_nan(command: Command, store: ObjectStore, tmp_path: Path) -> None:
+    train = {"epochs": 1, "processes": 2, "batch_size": 32, "learning_rate": 1e38, "optimizer": "sgd"}
+    job = write_project(tmp_path, name="mistaken", train=train)
+    refused(command("ship", "run", str(job)), store, "the loss became", "learning_rate 1e+38")
+
+
+def test_an_unreachable_prefect(command: Command, store: ObjectStore, job: str) -> None:
+    url = nowhere()
+    refused(command("ship", "run", job, PREFECT_API_URL=f"{url}/api"), store, "Prefect", url, "ship up")
+
+
+def test_an_unreachable_mlflow(command: Command, store: ObjectStore, job: str) -> None:
+    url = nowhere()
+    refused(command("ship", "run", job, MLFLOW_TRACKING_URI=url), store, "MLflow", url)
+
+
+def mine(url: str, bucket: str = "models") -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "SHIP_BUCKET": bucket,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def test_an_unreachable_s3(command: Command, store: ObjectStore, job: str) -> None:
+    url = nowhere()
+    refused(command("ship", "run", job, **mine(url)), store, url)
+
+
+def test_a_bucket_that_does_not_exist(command: Command, store: ObjectStore, stack: Settings, job: str) -> None:
+    assert stack.s3_endpoint
+    refused(command("ship", "run", job, **mine(stack.s3_endpoint, "no-such-bucket")), store, "no-such-bucket")
+
+
+def test_a_store_that_ignores_conditional_writes(
+    command: Command, store: ObjectStore, stack: Settings, job: str
+) -> None:
+    assert stack.s3_endpoint
+    with FaultProxy(stack.s3_endpoint) as proxy:
+        proxy.add(Rule(StripHeaders(("if-match", "if-none-match")), method="PUT"))
+        refused(command("ship", "run", job, **mine(proxy.url)), store, "If-None-Match")

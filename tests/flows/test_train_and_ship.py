@@ -1,0 +1,195 @@
+"""The whole flow against the real local stack."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from prefect import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import Artifact, FlowRun
+from safetensors.numpy import load_file
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.bucket import fetch_release, read_history, read_pointer
+from tests.flows.conftest import Command, Ended, live, orphans
+from tests.projects import write_project
+
+JOB = "examples/digits/job.yaml"
+
+
+@pytest.fixture(scope="module")
+def shipped(command: Command) -> Ended:
+    """The digits example, shipped once by `ship run`."""
+    ended = command("ship", "run", JOB)
+    assert ended.status == 0, ended.text
+    return ended
+
+
+def flow_run_of(ended: Ended) -> str:
+    found = re.search(r"flow-run/([0-9a-f-]{36})", ended.text)
+    assert found, ended.text
+    return found[1]
+
+
+def read_run(flow_run_id: str) -> tuple[FlowRun, list[Artifact]]:
+    async def read() -> tuple[FlowRun, list[Artifact]]:
+        async with get_client() as client:
+            run = await client.read_flow_run(flow_run_id)
+            chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+            return run, await client.read_artifacts(artifact_filter=chosen)
+
+    return asyncio.run(read())
+
+
+def test_a_person_sees_progress_with_a_rate_and_an_eta(shipped: Ended) -> None:
+    epochs = re.findall(r"epoch (\d+)/12  loss .* accuracy .* samples/s  ETA \d+ s", shipped.text)
+    assert epochs == [str(number) for number in range(1, 13)]
+
+
+def test_the_release_is_live_complete_and_holds_every_format(
+    shipped: Ended, store: ObjectStore, tmp_path: Path
+) -> None:
+    pointer = read_pointer(store, "digits", "prod")
+    assert pointer is not None
+    assert f"released {pointer.release}" in shipped.output
+    fetch_release(store, "digits", pointer.release, tmp_path / "release")
+
+    names = {path.name for path in (tmp_path / "release").iterdir()}
+    assert {
+        "MANIFEST.json", "model.onnx", "model.pt2", "model.torchscript", "weights.safetensors", "golden.safetensors",
+        "job.json", "verdicts.json", "lineage.json", "environment.txt",
+    } == names  # fmt: skip
+    manifest = json.loads((tmp_path / "release" / "MANIFEST.json").read_text())
+    assert manifest["metrics"]["accuracy"] >= 0.97
+    assert manifest["signature"]["inputs"] == [{"name": "image", "dtype": "float32", "shape": ["batch", 1, 8, 8]}]
+
+
+def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended, stack: Settings) -> None:
+    client = MlflowClient(stack.mlflow_url)
+    version = client.get_model_version_by_alias("digits", "champion")
+    run = client.get_run(version.run_id)
+
+    assert run.data.params["train.epochs"] == "12"
+    assert len(client.get_metric_history(version.run_id, "validation_accuracy")) == 12
+    assert run.inputs.dataset_inputs[0].dataset.digest
+    assert version.tags["flow_run_id"] == flow_run_of(shipped)
+    assert len(version.tags["sha256.model.onnx"]) == 64
+    first, *rest = (version.description or "").splitlines()
+    assert re.fullmatch(r"accuracy 0\.9\d+, all 12 gates passed: digits \w+ as onnx, pt2, torchscript\.", first)
+    assert any("parity" in line.lower() for line in rest)
+
+
+def test_pyfunc_loads_the_champion_and_predicts_what_eager_did(
+    shipped: Ended, stack: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    pointer = read_pointer(store, "digits", "prod")
+    assert pointer is not None
+    fetch_release(store, "digits", pointer.release, tmp_path / "release")
+    golden = load_file(tmp_path / "release" / "golden.safetensors")
+    mlflow.set_tracking_uri(stack.mlflow_url)
+    outputs: Any = mlflow.pyfunc.load_model("models:/digits@champion").predict(
+        {"image": golden["batch_64.input.image"]}
+    )
+
+    np.testing.assert_allclose(outputs["output"], golden["batch_64.eager.output"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_run_page_has_progress_and_one_report_with_links(shipped: Ended, stack: Settings) -> None:
+    run, artifacts = read_run(flow_run_of(shipped))
+    assert run.state is not None and run.state.is_completed()
+    by_type = {artifact.type: artifact for artifact in artifacts}
+
+    assert set(by_type) == {"progress", "markdown"}
+    assert by_type["progress"].data == 100.0
+    report = str(by_type["markdown"].data)
+    for part in ("What was trained", "Parity", "Gates", "Learning curves", stack.mlflow_url, "s3://models/"):
+        assert part in report
+
+
+def test_nothing_of_a_run_stays_behind(shipped: Ended) -> None:
+    assert orphans() == []
+
+
+def test_the_bare_deployment_name_runs_and_promotes_the_next_release(
+    shipped: Ended, command: Command, store: ObjectStore
+) -> None:
+    before = live(store, "digits")
+    assert before is not None
+    ended = command("prefect", "deployment", "run", "train-and-ship", "--watch")
+    assert ended.status == 0, ended.text
+    after = read_pointer(store, "digits", "prod")
+
+    assert after is not None
+    assert (after.generation, after.previous) == (before[0] + 1, before[1])
+    assert [move.generation for move in read_history(store, "digits", "prod")] == list(range(1, after.generation + 1))
+
+
+def test_the_full_deployment_name_and_the_nightly_schedule_exist(command: Command) -> None:
+    ended = command("prefect", "deployment", "inspect", "train-and-ship/train-and-ship")
+    assert ended.status == 0, ended.text
+    assert "'slug': 'nightly'" in ended.output
+    assert "'cron': '0 2 * * *'" in ended.output and "'timezone': 'UTC'" in ended.output
+
+
+QUICK = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
+
+
+def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    job = write_project(tmp_path, **QUICK, name="hopeless", gates={"accuracy": {"min": 0.9999}})
+    ended = command("ship", "run", str(job))
+
+    assert ended.status == 2
+    assert re.search(r"torchscript +accuracy +96 samples +0\.\d+ +>= 0.9999 +FAILED", ended.text)
+    assert "Traceback" not in ended.text
+    assert live(store, "hopeless") is None and store.list_keys("models/hopeless/") == {}
+    assert MlflowClient(stack.mlflow_url).search_registered_models("name = 'hopeless'") == []
+    assert orphans() == []
+
+
+def test_a_candidate_worse_than_the_live_release_does_not_replace_it(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    good = {**QUICK, "train": {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}}
+    job = write_project(tmp_path / "good", **good, name="guarded", gates={"accuracy": {"vs_live": 0}})
+    assert command("ship", "run", str(job)).status == 0
+    before = live(store, "guarded")
+
+    job = write_project(tmp_path / "bad", **QUICK, name="guarded", gates={"accuracy": {"vs_live": 0}})
+    ended = command("ship", "run", str(job))
+    assert ended.status == 2
+    assert "the candidate is worse than the live release" in ended.errors
+    assert "Traceback" not in ended.text
+    assert live(store, "guarded") == before
+    assert len({key.split("/")[3] for key in store.list_keys("models/guarded/releases/")}) == 1
+
+
+def test_a_training_failure_shows_the_users_line_and_leaves_nothing(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    extra = """
+        class Fails(nn.Linear):
+            def forward(self, x):
+                if self.training:
+                    raise KeyError("no such gene")
+                return super().forward(x)
+        def build_model():
+            return Fails(4, 3)
+    """
+    job = write_project(tmp_path, extra=extra, name="fails", train={"epochs": 1, "processes": 2, "batch_size": 32})
+    ended = command("ship", "run", str(job))
+
+    assert ended.status == 2
+    assert "no such gene" in ended.errors and "plain.py:" in ended.errors
+    assert "site-packages/prefect" not in ended.text
+    assert live(store, "fails") is None and orphans() == []
