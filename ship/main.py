@@ -84,13 +84,14 @@ def run(job: Path) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of job files, for editors (docs/job.schema.json)."""
+def schema(markdown: bool = False) -> None:
+    """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""
     import json
 
     from registry.job import job_schema
+    from ship.job_reference import job_reference
 
-    typer.echo(json.dumps(job_schema(), indent=2))
+    typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
 
 
 def main() -> None:

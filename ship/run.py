@@ -11,15 +11,18 @@ import typer
 
 from infra.errors import ServiceError
 from infra.settings import Settings
+from infra.workerhost import worker_host
 from registry.job import load_job
 
 
 def run(job_file: Path) -> None:
     """Run train-and-ship once. Raises ShipError with one message when it does not end with a promotion."""
     # Before Prefect is imported: a mistake in the job file is answered at once.
-    load_job(job_file)
+    job, _ = load_job(job_file)
     settings = Settings.load()
     _require_prefect(settings)
+    # Workers import torch while this process imports Prefect.
+    worker_host(settings.runs / job.name / "host.log")
     # Prefect reads its settings when it is imported.
     os.environ["PREFECT_API_URL"] = settings.prefect_api_url
     from flows.train_and_ship import train_and_ship

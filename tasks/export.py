@@ -1,8 +1,7 @@
-"""Stage: one artifact a format, and the reference data they are held against, each in a fresh process."""
+"""Stage: one artifact a format, and the reference data they are held against."""
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +15,19 @@ from tasks.train import Trained
 from tasks.worker import call_worker
 from torchworker.contract import RESULT, ExportRequest, ExportResult, Reply, decode
 
-REFERENCE = "golden"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A complete export stage."""
 
     folder: Path
-    formats: dict[str, ExportResult]
-    reference: ExportResult
+    result: ExportResult
     digest: str
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Format to file name."""
+        return {kind: artifact.file for kind, artifact in self.result.artifacts.items()}
 
 
 @task(
@@ -41,38 +42,23 @@ async def export(run: Run, trained: Trained) -> Exported:
     """Write every format of the job side by side; all of them or none."""
     logger = get_run_logger()
     stage = StageFolder(run.folder, "export", inputs=trained.digest)
-    wanted = [REFERENCE, *run.job.export.formats]
     with run.timed("export"):
         if stage.is_complete():
             logger.info("export: already complete in this run, verified by hash")
         else:
             work = stage.begin()
-            async with asyncio.TaskGroup() as group:
-                for kind in wanted:
-                    group.create_task(_export_one(run, trained, kind, work))
+            request = ExportRequest(
+                project=run.project,
+                folder=str(work),
+                weights=str(trained.weights),
+                formats=run.job.export.formats,
+                batch=run.job.export.batch,
+                seed=run.job.train.seed,
+                validation_limit=run.job.export.validation_samples,
+            )
+            await call_worker(run.host, "export", request, work)
             stage.finish()
-    results = {kind: _result(stage.path / "calls" / kind) for kind in wanted}
-    for kind in run.job.export.formats:
-        logger.info("%s: %s in %.1f s", kind, results[kind].method, results[kind].seconds)
-    reference = results.pop(REFERENCE)
-    return Exported(folder=stage.path, formats=results, reference=reference, digest=stage.digest())
-
-
-async def _export_one(run: Run, trained: Trained, kind: str, work: Path) -> None:
-    call = work / "calls" / kind
-    call.mkdir(parents=True)
-    request = ExportRequest(
-        project=run.project,
-        folder=str(work),
-        weights=str(trained.weights),
-        format=kind,
-        batch=run.job.export.batch,
-        seed=run.job.train.seed,
-        validation_limit=run.job.export.validation_samples,
-    )
-    await call_worker(run.host, "export", request, call)
-
-
-def _result(call: Path) -> ExportResult:
-    result: ExportResult = decode(ExportResult, Reply.read(call / RESULT).result)
-    return result
+    result: ExportResult = decode(ExportResult, Reply.read(stage.path / RESULT).result)
+    for kind, artifact in result.artifacts.items():
+        logger.info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
+    return Exported(folder=stage.path, result=result, digest=stage.digest())

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from registry.bucket import Pointer, move_channel, publish, read_live
-from registry.release import Manifest
 
 from infra.errors import GateError
 from registry import mlflow_versions
+from registry.bucket import Pointer, move_channel, publish, read_live
 from registry.gates import require_not_worse
+from registry.release import Manifest
 from tasks.policy import worth_retrying
 from tasks.register import Registered
 from tasks.run import Run

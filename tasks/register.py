@@ -13,13 +13,13 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from registry.release import Manifest, build_manifest
 
 from infra.provenance import environment_lock
 from infra.rundir import StageFolder, file_sha256
 from registry import mlflow_versions
 from registry.description import describe
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
+from registry.release import Manifest, build_manifest
 from tasks.policy import worth_retrying
 from tasks.run import Run
 from tasks.train import Trained
@@ -51,11 +51,10 @@ async def register(run: Run, trained: Trained, validated: Validated) -> Register
     """Assemble the release folder and register it; a retry finds the version that it already made."""
     with run.timed("register"):
         folder = _assemble(run, trained, validated)
-        formats = {kind: result.file for kind, result in validated.exported.formats.items()}
         manifest = build_manifest(
             folder,
             model=run.job.name,
-            formats=formats,
+            formats=validated.exported.formats,
             signature=_signature(validated),
             metrics=validated.quality,
         )
@@ -78,7 +77,7 @@ def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
         files = stage.begin() / "files"
         files.mkdir()
         exported = validated.exported
-        for name in [*(result.file for result in exported.formats.values()), GOLDEN]:
+        for name in [*exported.formats.values(), GOLDEN]:
             os.link(exported.folder / name, files / name)
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
@@ -112,7 +111,7 @@ def _specs(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
 
 
 def _signature(validated: Validated) -> dict[str, list[dict[str, Any]]]:
-    reference = validated.exported.reference
+    reference = validated.exported.result
     return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs)}
 
 

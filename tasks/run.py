@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.objectstore import ObjectStore
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from infra.objectstore import ObjectStore
 from infra.provenance import git_commit
 from infra.settings import Settings
 from infra.workerhost import WorkerHost, worker_host
@@ -73,7 +73,7 @@ async def begin(job_file: str) -> Run:
     folder = settings.runs / job.name / flow_run_id
     folder.mkdir(parents=True, exist_ok=True)
     # Workers import torch while this process imports MLflow and talks to the services.
-    host = worker_host(folder / "host.log")
+    host = worker_host(folder.parent / "host.log")
     store = ObjectStore.from_settings(settings)
     await asyncio.gather(
         asyncio.to_thread(mlflow_versions.check_reachable, settings.mlflow_url),

@@ -53,9 +53,9 @@ async def validate(run: Run, exported: Exported) -> Validated:
             work = stage.begin()
             request = ValidateRequest(
                 folder=str(exported.folder),
-                formats={kind: result.file for kind, result in exported.formats.items()},
-                inputs=exported.reference.inputs,
-                outputs=exported.reference.outputs,
+                formats=exported.formats,
+                inputs=exported.result.inputs,
+                outputs=exported.result.outputs,
                 metrics=run.job.metrics,
                 gates=fixed_gates(run.job),
                 forbidden_modules=user_modules(run.job),

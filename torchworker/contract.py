@@ -186,10 +186,10 @@ class TensorSpec:
 class ExportRequest(Message):
     project: Project
     folder: str
-    """Absolute output folder, shared by the exports that run side by side."""
+    """Absolute output folder."""
     weights: str
-    format: str
-    """A key of FORMAT_FILES, or `golden` for reference inputs and outputs and the validation data."""
+    formats: Sequence[str]
+    """Keys of FORMAT_FILES."""
     batch: int
     """Batch size at which the model is captured."""
     seed: int
@@ -198,14 +198,24 @@ class ExportRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportResult:
+class Artifact(Message):
+    """One format, captured."""
+
     file: str
     """File name in the folder."""
     method: str
     """How it was captured, in words for the report."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    artifacts: Mapping[str, Artifact]
+    """By format."""
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
-    seconds: float
+    reference: str
+    """How the reference outputs were made, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

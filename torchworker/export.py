@@ -1,25 +1,41 @@
-"""Export trained weights to one format, or write the reference data that artifacts are held against.
+"""Export trained weights, and write the reference data that artifacts are held against.
 
-Each call runs in a fresh process: exporters keep global state (a second dynamic-length ONNX export in one
-process can fail), and a trace may change a model it is given.
+Each format is captured in a process of its own: exporters keep global state (a second dynamic-length ONNX
+export in one process can fail), and a trace may change a model it is given.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils.data import Dataset
 
-from torchworker.contract import FORMAT_FILES, GOLDEN, VALIDATION, ExportRequest, ExportResult, Project
-from torchworker.failure import UserMistake, describe, user_line
+from torchworker.contract import (
+    FORMAT_FILES,
+    GOLDEN,
+    VALIDATION,
+    Artifact,
+    ExportRequest,
+    ExportResult,
+    Failure,
+    Project,
+    Reply,
+    decode,
+)
+from torchworker.failure import Described, UserMistake, describe, failure_of, user_line
+from torchworker.lifeline import die_with_parent
 from torchworker.project import (
     batches,
     build_dataset,
@@ -41,11 +57,10 @@ REFERENCE_THREADS = 1
 
 
 def export(request: ExportRequest) -> ExportResult:
-    """Write one file into the request's folder.
+    """Write reference data, then every format, into the request's folder.
 
     Raises UserMistake when the model cannot be captured faithfully, with the line and the ways out.
     """
-    began = time.perf_counter()
     torch.set_num_threads(REFERENCE_THREADS)
     torch.manual_seed(request.seed)
     enter(request.project)
@@ -55,30 +70,84 @@ def export(request: ExportRequest) -> ExportResult:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     dataset = build_dataset(request.project, "validation")
+    # The user's code may have changed it on import.
+    torch.set_num_threads(REFERENCE_THREADS)
     inputs, _ = next(batches(dataset, request.batch, request.project))
     named = _enlarged(name_inputs(model, inputs, request.project), request.batch)
     with torch.no_grad():
-        outputs = name_outputs(forward(model, named, request.project), request.project)
         before = state_hash(model)
-        if request.format == "golden":
-            file, method = _write_reference(request, model, named)
+        outputs = name_outputs(forward(model, named, request.project), request.project)
+        reference = _write_reference(request, model, named, dataset)
+        if state_hash(model) != before:
+            raise UserMistake(
+                "export: running the model in eval mode changed its own parameters or buffers; an exported model "
+                "must not keep state between calls"
+            )
+        artifacts = _side_by_side(request, model, named, list(outputs))
+    return ExportResult(artifacts=artifacts, inputs=specs(named), outputs=specs(outputs), reference=reference)
+
+
+def _side_by_side(
+    request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], outputs: list[str]
+) -> dict[str, Artifact]:
+    """Each format in a fork of this process, which has the model and has exported nothing.
+
+    A fork spares every exporter the import of the user's code. It is safe here: torch runs on one thread, so
+    there is no thread pool to lose.
+    """
+    folder = Path(request.folder)
+    children: dict[int, str] = {}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for kind in request.formats:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            die_with_parent(parent)
+            os._exit(_export_child(kind, request, model, named, outputs))
+        children[pid] = kind
+    statuses = {}
+    for pid, kind in children.items():
+        statuses[kind] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    artifacts, failures = {}, []
+    for kind, status in statuses.items():
+        reply = folder / f"export-{kind}.json"
+        if not reply.exists():
+            raise RuntimeError(f"the export to {kind} ended with status {status} and left no result")
+        said = Reply.read(reply)
+        reply.unlink()
+        if said.failure is not None:
+            failures.append(said.failure)
         else:
-            path = Path(request.folder) / FORMAT_FILES[request.format]
-            write = {"torchscript": _torchscript, "onnx": _onnx, "pt2": _pt2}[request.format]
-            method = write(copy.deepcopy(model), named, list(outputs), path, request.project)
-            file = path.name
-    if state_hash(model) != before:
-        raise UserMistake(
-            f"export: running the model in eval mode changed its own parameters or buffers while making "
-            f"{request.format}; an exported model must not keep state between calls"
-        )
-    return ExportResult(
-        file=file,
-        method=method,
-        inputs=specs(named),
-        outputs=specs(outputs),
-        seconds=time.perf_counter() - began,
-    )
+            artifacts[kind] = decode(Artifact, said.result)
+    if failures:
+        raise Described(_joined(failures))
+    return artifacts
+
+
+def _joined(failures: list[Failure]) -> Failure:
+    """Every format's failure in one message; the user's mistakes count when there are any."""
+    mine = [failure for failure in failures if failure.kind == "user"] or failures
+    return replace(mine[0], message="\n".join(failure.message for failure in mine))
+
+
+def _export_child(
+    kind: str, request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], outputs: list[str]
+) -> int:
+    path = Path(request.folder) / FORMAT_FILES[kind]
+    write = {"torchscript": _torchscript, "onnx": _onnx, "pt2": _pt2}[kind]
+    began = time.perf_counter()
+    try:
+        with torch.no_grad():
+            method = write(model, named, outputs, path, request.project)
+        artifact = Artifact(file=path.name, method=method, seconds=time.perf_counter() - began)
+        reply = Reply(result=asdict(artifact))
+    except (Exception, SystemExit) as error:
+        reply = Reply(failure=failure_of(error, request.project.folder))
+    reply.write(Path(request.folder) / f"export-{kind}.json")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 0 if reply.failure is None else 1
 
 
 def _enlarged(named: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
@@ -98,7 +167,9 @@ def golden_sizes(batch: int) -> list[int]:
     return [1, batch, 2 * batch + 1]
 
 
-def _write_reference(request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor]) -> tuple[str, str]:
+def _write_reference(
+    request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], dataset: Dataset[Any]
+) -> str:
     """`golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size.
 
     `validation.safetensors`: inputs and targets for the quality gate. Tensor names are
@@ -124,8 +195,8 @@ def _write_reference(request: ExportRequest, model: nn.Module, named: Mapping[st
     if not with_double:
         stored = {name: tensor for name, tensor in stored.items() if ".float64." not in name}
     save_file(_unshared(stored), folder / GOLDEN)
-    _write_validation(request, model, folder)
-    return GOLDEN, "eager, checked against float64" if with_double else "eager only; the model does not run in float64"
+    _write_validation(request, model, dataset, folder)
+    return "eager, checked against float64" if with_double else "eager only; the model does not run in float64"
 
 
 def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> dict[str, Tensor]:
@@ -166,10 +237,9 @@ def _in_double(model: nn.Module, batch: Mapping[str, Tensor], project: Project) 
     return outputs
 
 
-def _write_validation(request: ExportRequest, model: nn.Module, folder: Path) -> None:
+def _write_validation(request: ExportRequest, model: nn.Module, dataset: Dataset[Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    dataset = build_dataset(request.project, "validation")
     parts: dict[str, list[Tensor]] = {}
     for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
         for name, tensor in name_inputs(model, inputs, request.project).items():

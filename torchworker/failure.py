@@ -14,8 +14,8 @@ class UserMistake(Exception):
     """The user's code, data or configuration is at fault. The message says what, where, expected, got."""
 
 
-class RankFailure(Exception):
-    """The root cause among the ranks of a distributed run, already described."""
+class Described(Exception):
+    """A failure in another process (a rank, an exporter) that is already described."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)

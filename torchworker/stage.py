@@ -16,7 +16,7 @@ from torchworker.contract import (
     TrainRequest,
     ValidateRequest,
 )
-from torchworker.failure import RankFailure, failure_of
+from torchworker.failure import Described, failure_of
 
 
 def _work(stage: str, request: Path) -> Any:
@@ -53,7 +53,7 @@ def run_stage(stage: str, request: str) -> int:
     path = Path(request)
     try:
         reply = Reply(result=dataclasses.asdict(_work(stage, path)))
-    except RankFailure as error:
+    except Described as error:
         reply = Reply(failure=error.failure)
     except (Exception, SystemExit) as error:
         reply = Reply(failure=failure_of(error, _user_folder(stage, path)))

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchworker import rendezvous
 from torchworker.contract import EVENTS, WEIGHTS, Failure, Project, TrainRequest, TrainResult, TrainSettings, decode
 from torchworker.events import EventLog
-from torchworker.failure import RankFailure, UserMistake, failure_of, user_error
+from torchworker.failure import Described, UserMistake, failure_of, user_error
 from torchworker.fingerprint import Fingerprint
 from torchworker.lifeline import die_with_parent
 from torchworker.metrics import first_output, metric_sum
@@ -48,7 +48,7 @@ STEP_EVENT_SECONDS = 0.25
 def train(request: TrainRequest, path: Path) -> TrainResult:
     """Launch the ranks of one training run and wait for them.
 
-    Raises RankFailure with the root cause when a rank fails.
+    Raises Described with the root cause when a rank fails.
     """
     folder = Path(request.folder)
     rendezvous.register()
@@ -72,7 +72,7 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
     try:
         results = elastic_launch(config, run_rank)(str(path), os.getpid())
     except ChildFailedError as error:
-        raise RankFailure(_root_cause(folder, error, request.train.processes)) from error
+        raise Described(_root_cause(folder, error, request.train.processes)) from error
     result: TrainResult = results[0]
     return result
 

@@ -22,6 +22,7 @@ from tasks.worker import call_worker
 from tests.projects import write_project
 from torchworker.contract import (
     FORMAT_FILES,
+    Artifact,
     ExportRequest,
     ExportResult,
     TrainRequest,
@@ -46,35 +47,34 @@ class Shop:
         self.project = project_of(self.job, self.project_folder)
         for name in ("train", "export", "validate"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, ExportResult] = {}
+        self.result: ExportResult | None = None
 
     def train(self) -> None:
         folder = self.folder / "train"
         request = TrainRequest(project=self.project, train=train_settings(self.job), folder=str(folder))
         asyncio.run(call_worker(self.host, "train", request, folder))
 
-    def export(self, *kinds: str) -> None:
-        for kind in ("golden", *kinds):
-            call = self.folder / "export" / f"call-{kind}"
-            call.mkdir(exist_ok=True)
-            request = ExportRequest(
-                project=self.project,
-                folder=str(self.folder / "export"),
-                weights=str(self.folder / "train" / "weights.safetensors"),
-                format=kind,
-                batch=8,
-                seed=0,
-                validation_limit=1000,
-            )
-            self.results[kind] = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, call)))
+    def export(self, *kinds: str) -> dict[str, Artifact]:
+        folder = self.folder / "export"
+        request = ExportRequest(
+            project=self.project,
+            folder=str(folder),
+            weights=str(self.folder / "train" / "weights.safetensors"),
+            formats=kinds,
+            batch=8,
+            seed=0,
+            validation_limit=1000,
+        )
+        self.result = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, folder)))
+        return dict(self.result.artifacts)
 
     def validate(self) -> ValidateResult:
-        golden = self.results["golden"]
+        assert self.result is not None
         request = ValidateRequest(
             folder=str(self.folder / "export"),
-            formats={kind: result.file for kind, result in self.results.items() if kind != "golden"},
-            inputs=golden.inputs,
-            outputs=golden.outputs,
+            formats={kind: artifact.file for kind, artifact in self.result.artifacts.items()},
+            inputs=self.result.inputs,
+            outputs=self.result.outputs,
             metrics=self.job.metrics,
             gates=fixed_gates(self.job),
             forbidden_modules=user_modules(self.job),
@@ -194,8 +194,7 @@ BRANCH = """
 
 def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_the_line(shop: Open) -> None:
     opened = shop(BRANCH.format(tail=""))
-    opened.export("torchscript")
-    assert opened.results["torchscript"].method == "torch.jit.script"
+    assert opened.export("torchscript")["torchscript"].method == "torch.jit.script"
     assert opened.validate().passed
 
     with pytest.raises(JobError, match=r"(?s)torch.export cannot capture.*plain.py:\d+.*torch\.cond"):

@@ -62,7 +62,7 @@ def test_their_modules_win_in_their_code_and_lose_in_ours(hostile: Path, tmp_pat
                     project=project,
                     folder=str(tmp_path / "export"),
                     weights=str(tmp_path / "train" / "weights.safetensors"),
-                    format="onnx",
+                    formats=["onnx"],
                     batch=8,
                     seed=0,
                     validation_limit=10,

@@ -363,6 +363,20 @@ def test_a_local_file_that_changed_after_hashing_is_not_sent(object_store: Objec
     assert object_store.head(key_of(manifest, "file0.bin")) is None
 
 
+def test_other_bytes_that_appear_under_a_files_name_are_not_overwritten(
+    object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    manifest = make_release(tmp_path / "release")
+    key = key_of(manifest, "file3.bin")
+    # After the publisher looked at what is there, right before its own PUT.
+    proxy.add(Rule(PassOn(), "PUT", "/file3.bin", times=1, before=lambda: ignore(object_store.put_new(key, b"other"))))
+    with pytest.raises(ReleaseError, match=r"file3\.bin: expected 1,003 bytes in the bucket, got 5"):
+        publish(faulty, tmp_path / "release", manifest)
+    found = object_store.get(key)
+    assert found is not None and found[0] == b"other"
+    assert object_store.head(key_of(manifest, MANIFEST)) is None
+
+
 def test_bytes_damaged_on_the_way_are_refused_by_the_store_and_sent_again(
     object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from infra.errors import JobError
 from registry.job import METRIC_DIRECTIONS, Job, job_schema, load_job
+from ship.job_reference import job_reference
 from tests.projects import DIGITS, REPOSITORY
 from torchworker import contract
 
@@ -96,7 +97,7 @@ def test_a_gate_adds_its_metric(tmp_path: Path) -> None:
 
 def test_the_published_schema_is_current_and_accepts_the_example() -> None:
     published = json.loads((REPOSITORY / "docs" / "job.schema.json").read_text())
-    assert published == job_schema(), "run: python -m ship.main schema > docs/job.schema.json"
+    assert published == job_schema(), "run: ship schema > docs/job.schema.json"
     jsonschema.validate(yaml.safe_load(DIGITS.read_text()), published)
 
 
@@ -105,3 +106,8 @@ def test_the_job_and_the_worker_agree_on_names() -> None:
     schema = json.dumps(Job.model_json_schema())
     for name in (*contract.LOSSES, *contract.OPTIMIZERS, *contract.FORMAT_FILES):
         assert f'"{name}"' in schema
+
+
+def test_the_page_about_the_job_file_is_current() -> None:
+    page = (REPOSITORY / "docs" / "job-file.md").read_text()
+    assert page == job_reference(), "run: ship schema --markdown > docs/job-file.md"

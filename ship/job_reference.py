@@ -1,0 +1,90 @@
+"""docs/job-file.md: every key of the job file, written from the models that validate it."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from registry.job import Export, Factory, Gate, Job, Release, Train
+
+HEAD = """# The job file
+
+YAML. Only `name`, `model`, `data` and `train.epochs` are required. Unknown keys are errors. A *reference* is
+`module:attribute`, importable from the project folder.
+
+This page is written by `ship schema --markdown > docs/job-file.md`; a test keeps it current.
+"""
+
+AFTER = """
+## What your code gets
+
+- `model.factory(**args)` returns a `torch.nn.Module`. It is called in every rank after the seed is set.
+- `data.factory(split=…, **args)` returns a map-style dataset for `"train"` and for `"validation"`. Items are
+  `(inputs, target)`; inputs are a tensor, a tuple of tensors in the order of `forward`'s parameters, or a dict by their
+  names. The first dimension of every batch is the batch, and the only one that stays dynamic in the artifacts.
+- A loss by reference is called as `loss(outputs, target)` and returns one number as a tensor.
+- An optimizer by reference is called as `factory(parameters, lr=learning_rate, **args)`.
+- Metrics are computed on the model's output, or the first of a tuple or dict.
+"""
+
+
+def job_reference() -> str:
+    """The page as markdown."""
+    sections: list[tuple[str, type[BaseModel]]] = [
+        ("", Job),
+        ("train", Train),
+        ("export", Export),
+        ("gates.<metric>", Gate),
+        ("release", Release),
+    ]
+    tables = [_table(prefix, part) for prefix, part in sections]
+    factory = "\n".join(["## A reference with arguments", "", *_rows("", Factory)])
+    return "\n\n".join([HEAD.rstrip(), *tables, factory, AFTER.strip()]) + "\n"
+
+
+def _table(prefix: str, part: type[BaseModel]) -> str:
+    title = f"## `{prefix}`" if prefix else "## Top level"
+    return "\n".join([title, "", (part.__doc__ or "").strip(), "", *_rows(prefix, part)])
+
+
+def _rows(prefix: str, part: type[BaseModel]) -> list[str]:
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for name, field in part.model_fields.items():
+        key = f"{prefix}.{name}" if prefix else name
+        cells = (f"`{key}`", _type(field.annotation), _default(field), (field.description or "see below"))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+def _type(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(option) for option in arguments if option is not type(None))
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "`{factory, args}`" if kind is Factory else "mapping"
+    names = {str: "text", int: "whole number", float: "number"}
+    return names.get(kind, "reference" if "Annotated" in str(kind) else str(kind))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "–"
+    if value == {}:
+        return "none"
+    if isinstance(value, BaseModel):
+        return "see below"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{item}`" for item in value)
+    return f"`{value}`"
