@@ -67,6 +67,11 @@ def _s3(settings: Settings) -> Component:
             "BIND_HOST": LOOPBACK,
             "GATEWAY_PORT": str(settings.s3_port),
             "SERVICES": "s3",
+            # On by default whatever SERVICES says, and the first listens on every interface whatever BIND_HOST says.
+            "IOT_MTLS_ENABLED": "0",
+            "SFTP_ENABLED": "0",
+            # With a Docker socket it would remove the containers of any other MiniStack on this machine.
+            "DOCKER_HOST": f"unix://{folder / 'no-docker.sock'}",
             "S3_PERSIST": "1",
             "PERSIST_STATE": "1",
             "S3_DATA_DIR": str(folder / "data"),

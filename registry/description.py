@@ -64,7 +64,8 @@ def describe(
     ]
     sections = []
     if parity:
-        sections.append(f"### Parity\nDifference from {reference}.\n\n{_verdict_table(parity, with_gate=False)}")
+        unit = f"How much of the allowed difference from {reference} each artifact uses; above 1 fails."
+        sections.append(f"### Parity\n{unit}\n\n{_verdict_table(parity, with_gate=False)}")
     if metrics:
         sections.append(f"### Metrics\n{_metric_table(metrics)}")
     if gates:
@@ -78,7 +79,7 @@ def describe(
         values = [(name, number(value)) for name, value in training.items() if name not in ("epoch", "time")]
         sections.append(f"### Last epoch{epoch}\n{table(('metric', 'value'), values)}")
     # MLflow's page sets no space between a table and the next heading.
-    return "\n\n".join([*intro, "\n\n&nbsp;\n\n".join(sections)]).rstrip() + "\n"
+    return "\n\n".join([*intro, "\n\n\u00a0\n\n".join(sections)]).rstrip() + "\n"
 
 
 def shorten(text: str, limit: int) -> str:
@@ -138,7 +139,7 @@ def _first_line(
 
 
 def _verdict_table(verdicts: Sequence[Verdict], *, with_gate: bool) -> str:
-    """One line a condition, one column a format; notes below."""
+    """One line a condition, one column a format; what is known of failures below."""
     formats = list(dict.fromkeys(verdict.format for verdict in verdicts))
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     notes = []
@@ -147,7 +148,7 @@ def _verdict_table(verdicts: Sequence[Verdict], *, with_gate: bool) -> str:
         value = number(verdict.measured)
         cell = f"{value} ✓" if verdict.passed else f"**{value} ✗ failed**"
         lines.setdefault(condition, {})[verdict.format] = cell
-        if verdict.note:
+        if verdict.note and not verdict.passed:
             notes.append(f"- {verdict.format}, {verdict.gate}, {verdict.case}: {_cell(verdict.note)}")
     header = (*(("gate",) if with_gate else ()), "case", "limit", *formats)
     rows = [(*condition, *(cells.get(name, "") for name in formats)) for condition, cells in lines.items()]

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.errors import GateError
 from registry import mlflow_versions
-from registry.bucket import Pointer, move_channel, publish, read_live
+from registry.bucket import Pointer, move_channel, publish, read_live, read_pointer
 from registry.gates import require_not_worse
 from registry.release import Manifest
 from tasks.policy import worth_retrying
@@ -59,8 +59,10 @@ async def promote(run: Run, registered: Registered, validated: Validated) -> Pro
             await asyncio.to_thread(mlflow_versions.set_alias, name, CHALLENGER, registered.version.version, uri)
             raise
         alias = alias_of(channel)
-        # The pointer decides; the alias is repeated until it agrees.
-        await asyncio.to_thread(mlflow_versions.set_alias, name, alias, pointer.mlflow_version, uri)
+        # The pointer decides, and by now another run may have moved it on: the alias follows what is live.
+        live = await asyncio.to_thread(read_pointer, run.store, name, channel)
+        version = (live or pointer).mlflow_version
+        await asyncio.to_thread(mlflow_versions.set_alias, name, alias, version, uri)
     get_run_logger().info(
         "%s is live on %s: generation %d, release %s, %s bytes sent",
         name, channel, pointer.generation, pointer.release, f"{sent:,}",

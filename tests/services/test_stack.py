@@ -111,6 +111,8 @@ def make_stack(folder: Path) -> Stack:
     # Only the ports: home and addresses have to be found without help.
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment.update({name: value for name, value in ours.items() if name in PORTS})
+    # MiniStack's MQTT listener ignores BIND_HOST. On its fixed default port, another MiniStack would hide that.
+    environment["IOT_MTLS_PORT"] = str(free_ports(1)[0])
     return Stack(folder, environment)
 
 

@@ -1,0 +1,3 @@
+from tests.flows.conftest import command
+
+__all__ = ["command"]

@@ -1,0 +1,86 @@
+"""What the README says is run: its commands, its example project and its Python."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.settings import Settings
+from tests.flows.conftest import Command
+from tests.projects import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
+
+
+def write_example(folder: Path) -> None:
+    """The project of the section `Bring your own model`."""
+    for block in (*blocks("python"), *blocks("yaml")):
+        named = re.match(r"# (mine/\S+)\n", block)
+        if named:
+            path = folder / named[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block)
+
+
+def test_every_make_command_is_a_target() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    named = {words[1] for words in commands() if words[0] == "make"} | set(re.findall(r"`make (\w+)`", README))
+    assert {"ship", "test", "check", "bench", "down"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_the_example_project_imports_nothing_of_ours(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    code = (tmp_path / "mine" / "iris.py").read_text()
+    assert not re.search(r"\b(flows|tasks|registry|infra|torchworker|ship)\b", code)
+
+
+def test_every_command_works_as_written(command: Command, tmp_path: Path) -> None:
+    write_example(tmp_path)
+    ran = 0
+    for words in commands():
+        if words[0] == "make":
+            continue
+        # The example is written outside the repository.
+        words = [str(tmp_path / word) if word.startswith("mine/") else word for word in words]
+        if words[:3] == ["prefect", "deployment", "run"]:
+            words.append("--watch")
+        ended = command(*words)
+        assert ended.status == 0, f"{shlex.join(words)}\n{ended.text}"
+        ran += 1
+    assert ran == 6
+
+
+def test_the_python_that_loads_a_model_works(command: Command, stack: Settings) -> None:
+    assert command("ship", "run", "examples/digits/job.yaml").status == 0
+    (block,) = [block for block in blocks("python") if "pyfunc" in block]
+    code = block.replace("http://127.0.0.1:5000", stack.mlflow_url)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_setting_is_in_the_table() -> None:
+    for field in Settings.model_fields.values():
+        assert f"`{field.validation_alias}`" in README
