@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from infra import stack as local_stack
+from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
+from infra.workerhost import WorkerHost
+from tests.projects import REPOSITORY
 
 # Addresses and accounts of the developer's own services must never be used, nor written to, by a test.
 FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")
@@ -58,6 +64,22 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def text(self) -> str:
+        return self.output + self.errors
+
+
+Command = Callable[..., Ended]
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Settings]:
     """The settings of a running local stack; os.environ points every client to it."""
@@ -67,3 +89,35 @@ def stack() -> Iterator[Settings]:
         yield settings
     finally:
         local_stack.down(settings)
+
+
+@pytest.fixture(scope="session")
+def command(stack: Settings) -> Command:
+    """Run an installed command from the repository against the stack; variables given by name are added."""
+
+    def run(*argv: str, **variables: str) -> Ended:
+        done = subprocess.run(
+            [Path(sys.executable).with_name(argv[0]), *argv[1:]],
+            cwd=REPOSITORY,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def store(stack: Settings) -> ObjectStore:
+    """The stack's object store."""
+    return ObjectStore.from_settings(stack)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerHost]:
+    """A worker host, for tests that run stages without Prefect."""
+    started = WorkerHost(tmp_path_factory.mktemp("host") / "host.log")
+    yield started
+    started.close()

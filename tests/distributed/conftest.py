@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,6 @@ from tasks.worker import call_worker
 from torchworker.contract import TrainRequest, TrainResult, decode
 
 Train = Callable[..., TrainResult]
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerHost]:
-    started = WorkerHost(tmp_path_factory.mktemp("host") / "host.log")
-    yield started
-    started.close()
 
 
 @pytest.fixture

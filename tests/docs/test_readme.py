@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.settings import Settings
-from tests.flows.conftest import Command
+from tests.conftest import Command
 from tests.projects import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

@@ -8,8 +8,8 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
-from tests.conftest import free_ports
-from tests.flows.conftest import Command, Ended, orphans
+from tests.conftest import Command, Ended, free_ports
+from tests.flows.live import orphans
 from tests.projects import write_project
 from tests.services.fault_proxy import FaultProxy, Rule, StripHeaders
 

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.bucket import fetch_release, read_history, read_pointer
-from tests.flows.conftest import Command, Ended, live, orphans
+from tests.conftest import Command, Ended
+from tests.flows.live import live, orphans
 from tests.projects import write_project
 
 JOB = "examples/digits/job.yaml"

@@ -38,6 +38,10 @@ class S3Server:
             "BIND_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(self.port),
             "SERVICES": "s3",
+            # It would also listen for MQTT and SFTP, on every interface, and look for Docker containers.
+            "IOT_MTLS_ENABLED": "0",
+            "SFTP_ENABLED": "0",
+            "DOCKER_HOST": f"unix://{self.folder / 'no-docker.sock'}",
             "S3_PERSIST": "1",
             "PERSIST_STATE": "1",
             "S3_DATA_DIR": str(self.folder / "data"),

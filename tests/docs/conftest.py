@@ -1,3 +1,0 @@
-from tests.flows.conftest import command
-
-__all__ = ["command"]

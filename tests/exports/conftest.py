@@ -1,3 +1,0 @@
-from tests.distributed.conftest import host
-
-__all__ = ["host"]
