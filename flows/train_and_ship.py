@@ -7,14 +7,14 @@ from prefect import flow
 from tasks.export import export
 from tasks.promote import promote
 from tasks.register import register
-from tasks.report import report
+from tasks.report import Shipped, report
 from tasks.run import begin
 from tasks.train import train
 from tasks.validate import validate
 
 
 @flow(name="train-and-ship")
-async def train_and_ship(job: str = "examples/digits/job.yaml") -> str:
+async def train_and_ship(job: str = "examples/digits/job.yaml") -> Shipped:
     """Train a model, prove its exports equal to it, and put it live. `job` is the path of a job file."""
     run = await begin(job)
     trained = await train(run)

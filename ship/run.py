@@ -27,8 +27,15 @@ def run(job_file: Path) -> None:
     os.environ["PREFECT_API_URL"] = settings.prefect_api_url
     from flows.train_and_ship import train_and_ship
 
-    release = asyncio.run(train_and_ship(job=str(job_file)))
-    typer.echo(f"\nreleased {release}")
+    shipped = asyncio.run(train_and_ship(job=str(job_file)))
+    typer.echo(
+        f"\n{shipped.title}\n"
+        f"  run      {shipped.run_url}\n"
+        f"  version  {shipped.version_url}\n"
+        f"  release  {shipped.release_uri}\n"
+        f"  report   {shipped.report}\n"
+        f"timings: {shipped.timings}"
+    )
 
 
 def _require_prefect(settings: Settings) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from prefect import get_run_logger, task
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from registry.bucket import release_prefix
 from registry.description import table
 from tasks.promote import Promoted
 from tasks.register import Registered
@@ -13,15 +17,35 @@ from tasks.run import Run
 from tasks.train import Trained
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """Where to look at what a run made."""
+
+    title: str
+    release: str
+    run_url: str
+    version_url: str
+    release_uri: str
+    report: Path
+    timings: Path
+
+
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE)
-async def report(run: Run, trained: Trained, registered: Registered, promoted: Promoted) -> str:
-    """Write the report; returns the release's id."""
+async def report(run: Run, trained: Trained, registered: Registered, promoted: Promoted) -> Shipped:
+    """Write the report, as a Prefect artifact and as a file of the run."""
     markdown = render(run, trained, registered, promoted)
-    (run.folder / "report.md").write_text(markdown)
+    path = run.folder / "report.md"
+    path.write_text(markdown)
     await acreate_markdown_artifact(markdown, key=f"report-{_key(run.job.name)}", description=_title(run, promoted))
-    logger = get_run_logger()
-    logger.info("timings: %s", run.write_timings())
-    return registered.manifest.release
+    return Shipped(
+        title=_title(run, promoted),
+        release=registered.manifest.release,
+        run_url=run.flow_run_url,
+        version_url=registered.version.version_url,
+        release_uri=f"s3://{run.settings.bucket}/{release_prefix(run.job.name, registered.manifest.release)}",
+        report=path,
+        timings=run.write_timings(),
+    )
 
 
 def _key(name: str) -> str:

@@ -61,7 +61,8 @@ def test_the_release_is_live_complete_and_holds_every_format(
 ) -> None:
     pointer = read_pointer(store, "digits", "prod")
     assert pointer is not None
-    assert f"released {pointer.release}" in shipped.output
+    assert f"digits release {pointer.release} is live on prod" in shipped.output
+    assert f"s3://models/models/digits/releases/{pointer.release}/" in shipped.output
     fetch_release(store, "digits", pointer.release, tmp_path / "release")
 
     names = {path.name for path in (tmp_path / "release").iterdir()}
