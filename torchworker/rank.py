@@ -1,0 +1,73 @@
+"""One rank of a training run, started by torch's launcher: a fork here, or `torchrun -m torchworker.rank FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from torchworker.contract import RESULT, Failure, Reply, TrainRequest, TrainResult
+from torchworker.failure import failure_of
+from torchworker.lifeline import die_with_parent
+from torchworker.loop import Loop
+from torchworker.project import enter
+
+LOST_CONNECTION = "LostConnection"
+
+
+def failure_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its Failure before it ends."""
+    return folder / f"failure-rank{rank}.json"
+
+
+def run_rank(request_file: str, agent: int) -> TrainResult | None:
+    """Entry of one rank. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from torch's launcher."""
+    die_with_parent(agent)
+    request = TrainRequest.read(Path(request_file))
+    rank = int(os.environ["RANK"])
+    try:
+        torch.set_num_threads(request.train.threads)
+        enter(request.project)
+        return Loop(request).fit()
+    except (Exception, SystemExit) as error:
+        failure = failure_of(error, request.project.folder, rank)
+        if _is_lost_connection(error):
+            failure = dataclasses.replace(failure, kind="worker", message=f"{LOST_CONNECTION}: {failure.message}")
+        _write_failure(failure_file(Path(request.folder), rank), failure)
+        raise
+
+
+def _is_lost_connection(error: BaseException | None) -> bool:
+    """Whether another rank went away: what torch raises for that, also when user code was in the middle of a call.
+
+    A connection of the user's own (to a database, say) raises other types, or lacks gloo's words.
+    """
+    while error is not None:
+        words = str(error)
+        lost = "gloo" in words.lower() or "Connection closed by peer" in words or "Connection reset by peer" in words
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and lost):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _write_failure(path: Path, failure: Failure) -> None:
+    path.write_text(json.dumps(dataclasses.asdict(failure)))
+
+
+def main() -> None:
+    """Entry for torchrun on any machine: rank 0 also writes `result.json` into the run's folder."""
+    request_file = sys.argv[1]
+    result = run_rank(request_file, os.getppid())
+    if result is not None:
+        folder = Path(TrainRequest.read(Path(request_file)).folder)
+        Reply(result=dataclasses.asdict(result)).write(folder / RESULT)
+
+
+if __name__ == "__main__":
+    main()
