@@ -16,7 +16,10 @@ from registry.job import load_job
 
 
 def run(job_file: Path, resume: str) -> None:
-    """Run train-and-ship once, going on with an earlier run when `resume` names one. Raises ShipError with one message when it does not end with a promotion."""
+    """Run train-and-ship once, going on with an earlier run when `resume` names one.
+
+    Raises ShipError with one message when it does not end with a promotion.
+    """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, _ = load_job(job_file)
     settings = Settings.load()
