@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -139,10 +140,19 @@ class Gate(_Part):
         return self
 
 
+def _is_channel(value: str) -> str:
+    """A channel other than prod is also an MLflow alias, and some of those are taken."""
+    if value in ("latest", "champion", "challenger") or re.fullmatch(r"v\d+", value):
+        raise ValueError("a channel that MLflow can have as an alias: not latest, champion, challenger or v and digits")
+    return value
+
+
 class Release(_Part):
     """Where a release goes."""
 
-    channel: str = Field("prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="the pointer that is moved")
+    channel: Annotated[str, AfterValidator(_is_channel)] = Field(
+        "prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="the pointer that is moved"
+    )
 
 
 class Job(_Part):
@@ -158,6 +168,12 @@ class Job(_Part):
         default_factory=dict, description="limits by metric name, or p50_ms: milliseconds at batch 1"
     )
     release: Release = Release()
+
+    @model_validator(mode="after")
+    def _split_is_ours(self) -> Self:
+        if "split" in self.data.args:
+            raise ValueError("data.args without split, which is given: train, then validation")
+        return self
 
     @model_validator(mode="after")
     def _latency_is_absolute(self) -> Self:
@@ -182,8 +198,16 @@ class Job(_Part):
 
     def digest(self) -> str:
         """16 hexadecimal digits that change when anything in the job changes."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self.model_dump(mode="json"))
+
+    def training_digest(self) -> str:
+        """The same for what training depends on: a gate or a format that is changed later needs no new training."""
+        kept = self.model_dump(mode="json", include={"name", "project", "model", "data", "train"})
+        return _digest({**kept, "metrics": self.metrics})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _METRIC_OF_LOSS: Mapping[str, str] = {
@@ -205,7 +229,10 @@ def load_job(path: Path) -> tuple[Job, Path]:
         near = [str(found) for pattern in patterns for found in sorted(Path().glob(pattern)) if _looks_like_job(found)]
         hint = f"; job files here: {', '.join(near[:5])}" if near else ""
         raise JobError(f"job file {path}: expected a YAML file, found none{hint}")
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"job file {path}: expected UTF-8 text that can be read, got {error}") from None
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -253,9 +280,19 @@ def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:
                 yield f"{place}: expected lower-case letters, digits, dots, dashes or underscores, got {given}"
             case "literal_error" if keys[-1] in ("loss", "optimizer", "schedule"):
                 yield f"{place}: expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
+            case "float_type" if isinstance(item["input"], str) and _is_number(item["input"]):
+                yield f"{place}: YAML reads {item['input']} as text; write it with a point, such as 1.0e-3 or 0.001"
             case _:
                 expected = item["msg"].removeprefix("Input should be ").removeprefix("String should ")
                 yield f"{place}: expected {expected}, got {given}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _in_document(part: int | str) -> bool:

@@ -29,8 +29,12 @@ def run(job_file: Path, resume: str) -> None:
     # Prefect reads its settings when it is imported.
     os.environ["PREFECT_API_URL"] = settings.prefect_api_url
     from flows.train_and_ship import train_and_ship
+    from tasks.policy import TerminationSignal
 
-    shipped = asyncio.run(train_and_ship(job=str(job_file), resume=resume))
+    try:
+        shipped = asyncio.run(train_and_ship(job=str(job_file), resume=resume))
+    except TerminationSignal as stop:
+        raise typer.Exit(128 + stop.signal) from None
     typer.echo(
         f"\n{shipped.title}\n"
         f"  run      {shipped.run_url}\n"

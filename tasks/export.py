@@ -41,7 +41,7 @@ class Exported:
 async def export(run: Run, trained: Trained) -> Exported:
     """Write every format of the job side by side; all of them or none."""
     logger = get_run_logger()
-    stage = StageFolder(run.folder, "export", inputs=trained.digest)
+    stage = StageFolder(run.folder, "export", inputs=f"{trained.digest} {run.job.export.model_dump_json()}")
     with run.timed("export"):
         if stage.is_complete():
             logger.info("export: already complete in this run, verified by hash")

@@ -7,8 +7,11 @@ from typing import Any
 
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import TerminationSignal
 
 from infra.errors import ShipError
+
+__all__ = ["TerminationSignal", "quiet_mistakes", "worth_retrying"]
 
 
 def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:

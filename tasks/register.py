@@ -95,7 +95,8 @@ def _write_json(path: Path, value: Any) -> None:
 def _lineage(run: Run, trained: Trained) -> dict[str, Any]:
     result = trained.result
     return {
-        "git_commit": run.git_commit,
+        "git_commit": trained.git_commit,
+        "shipping_git_commit": run.git_commit,
         "flow_run_id": run.flow_run_id,
         "job_digest": run.job.digest(),
         "data_fingerprint": result.data_fingerprint,
@@ -157,10 +158,10 @@ def _record(
         },
         dataset_name=job.data.factory,
         dataset_digest=result.data_fingerprint,
-        dataset_source=f"{job.data.factory} at {run.git_commit}",
+        dataset_source=f"{job.data.factory} at {trained.git_commit}",
         dataset_profile={"train_samples": result.train_samples, "validation_samples": result.validation_samples},
         tags={
-            "git_commit": run.git_commit,
+            "git_commit": trained.git_commit,
             "flow_run_id": run.flow_run_id,
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,

@@ -24,6 +24,7 @@ from torchworker.contract import RESULT, Reply, TrainRequest, TrainResult, decod
 
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0
+COMMIT = "git_commit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Trained:
     folder: Path
     result: TrainResult
     digest: str
+
+    @property
+    def git_commit(self) -> str:
+        """The commit of the project when training started; a retry may run on a later one."""
+        return (self.folder / COMMIT).read_text()
 
     @property
     def weights(self) -> Path:
@@ -49,7 +55,7 @@ class Trained:
 )
 async def train(run: Run) -> Trained:
     """Train in child processes; skipped when this run has already trained."""
-    stage = StageFolder(run.folder, "train", inputs=run.job.digest())
+    stage = StageFolder(run.folder, "train", inputs=run.job.training_digest())
     with run.timed("train"):
         if stage.is_complete():
             get_run_logger().info("train: already complete in this run, verified by hash")
@@ -62,6 +68,7 @@ async def train(run: Run) -> Trained:
 
 async def _train(run: Run, stage: StageFolder) -> None:
     work = stage.begin()
+    (work / COMMIT).write_text(run.git_commit)
     progress = _Progress(run.job.train.epochs)
     # Beside the stage's folder: it outlives attempts.
     checkpoints = run.folder / "checkpoints"

@@ -45,7 +45,7 @@ class Validated:
 async def validate(run: Run, exported: Exported) -> Validated:
     """Raises GateError with the whole table when any gate fails or could not be evaluated."""
     logger = get_run_logger()
-    stage = StageFolder(run.folder, "validate", inputs=exported.digest)
+    stage = StageFolder(run.folder, "validate", inputs=f"{exported.digest} {run.job.digest()}")
     with run.timed("validate"):
         if stage.is_complete():
             logger.info("validate: already complete in this run, verified by hash")

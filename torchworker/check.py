@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+import tempfile
+from pathlib import Path
+from typing import Any
 
-from torchworker.contract import CheckRequest, CheckResult
-from torchworker.failure import UserMistake, describe
-from torchworker.metrics import first_output, metric_sum
+import torch
+from torch import nn
+
+from torchworker.contract import WEIGHTS, CheckRequest, CheckResult, Project
+from torchworker.failure import UserMistake, user_error
 from torchworker.project import (
+    Loss,
+    apply_gradients,
+    backward,
     batches,
     build_dataset,
     build_loss,
@@ -15,13 +22,15 @@ from torchworker.project import (
     build_optimizer,
     build_schedule,
     compute_loss,
-    describe_tensor,
     enter,
     forward,
     name_inputs,
     name_outputs,
+    require_gradients,
     specs,
+    try_metric,
 )
+from torchworker.weights import load_weights, save_weights
 
 
 def check(request: CheckRequest) -> CheckResult:
@@ -32,7 +41,8 @@ def check(request: CheckRequest) -> CheckResult:
     enter(project)
     loss = build_loss(project)
     model = build_model(project)
-    build_schedule(project, settings, build_optimizer(project, settings, model), steps=1)
+    optimizer = build_optimizer(project, settings, model)
+    build_schedule(project, settings, optimizer, steps=1)
     model.eval()
     sizes = {}
     for split in ("validation", "train"):
@@ -48,7 +58,8 @@ def check(request: CheckRequest) -> CheckResult:
                     "number; look for NaN or inf in the inputs, and for a log or division of zero"
                 )
             for metric in project.metrics:
-                _try_metric(metric, outputs, target)
+                try_metric(metric, outputs, target)
+    _try_step(model, inputs, target, loss, optimizer, project)
     if sizes["train"] < settings.processes:
         raise UserMistake(
             f"train.processes: {settings.processes} processes need at least as many training samples, "
@@ -68,12 +79,21 @@ def check(request: CheckRequest) -> CheckResult:
     )
 
 
-def _try_metric(metric: str, outputs: object, target: torch.Tensor) -> None:
+def _try_step(
+    model: nn.Module, inputs: Any, target: torch.Tensor, loss: Loss, optimizer: torch.optim.Optimizer, project: Project
+) -> None:
+    """One training step, and the weights to a file and back: what would otherwise fail in or after training."""
+    model.train()
+    backward(compute_loss(loss, forward(model, inputs, project), target, project), project)
+    require_gradients(model, project)
+    apply_gradients(optimizer, project)
     try:
-        metric_sum(metric, first_output(outputs), target)
-    except (RuntimeError, TypeError, IndexError) as error:
-        shown = describe_tensor(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise UserMistake(
-            f"metrics: {metric} cannot be computed on outputs {shown} and target {describe_tensor(target)}: "
-            f"{describe(error)}"
+        with tempfile.TemporaryDirectory() as folder:
+            save_weights(model, Path(folder) / WEIGHTS)
+            load_weights(build_model(project), Path(folder) / WEIGHTS)
+    except UserMistake:
+        raise
+    except Exception as error:
+        raise user_error(
+            f"{project.model.where}: its weights cannot be saved and loaded", error, project.folder
         ) from error

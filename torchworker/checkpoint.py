@@ -21,8 +21,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.utils import _pytree as pytree
 
 MANIFEST = "CHECKPOINT.json"
@@ -94,6 +92,10 @@ class Checkpoints:
 
         state: tensors and plain values that every rank has, such as state dicts; own: this rank's JSON values.
         """
+        # Half a second of import that a short run does not need.
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
         began = time.perf_counter()
         self.wait()
         work = self._folder / f"step-{step:08d}.work"
@@ -160,6 +162,8 @@ class Checkpoints:
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Fill `state`, which has the structure that was saved, with what was saved; any world size can."""
+        import torch.distributed.checkpoint as dcp
+
         dcp.load(state, checkpoint_id=str(path), process_group=self._group)  # type: ignore[attr-defined]
 
     def own(self, path: Path, rank: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ EVENTS = "events.jsonl"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
+PROBE = "probe.safetensors"
 
 FORMAT_FILES: Mapping[str, str] = {
     "torchscript": "model.torchscript",
@@ -223,6 +224,8 @@ class ExportRequest(Message):
     seed: int
     validation_limit: int
     """At most this many validation samples are kept for the quality gate."""
+    only: str | None = None
+    """Make this one format, in this process and without reference data."""
 
 
 @dataclass(frozen=True, kw_only=True)

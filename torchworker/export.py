@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -25,6 +27,8 @@ from torch.utils.data import Dataset
 from torchworker.contract import (
     FORMAT_FILES,
     GOLDEN,
+    PROBE,
+    REQUEST,
     VALIDATION,
     Artifact,
     ExportRequest,
@@ -36,6 +40,7 @@ from torchworker.contract import (
 )
 from torchworker.failure import Described, UserMistake, describe, failure_of, user_line
 from torchworker.lifeline import die_with_parent
+from torchworker.parity import compare
 from torchworker.project import (
     batches,
     build_dataset,
@@ -65,7 +70,13 @@ def export(request: ExportRequest) -> ExportResult:
     torch.manual_seed(request.seed)
     enter(request.project)
     model = build_model(request.project)
-    load_weights(model, Path(request.weights))
+    try:
+        load_weights(model, Path(request.weights))
+    except (RuntimeError, ValueError) as error:
+        raise UserMistake(
+            f"{request.project.model.where}: the trained weights do not fit the model as it is now: {describe(error)}. "
+            "If its code was changed after training, start a new run"
+        ) from error
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -75,9 +86,10 @@ def export(request: ExportRequest) -> ExportResult:
     inputs, _ = next(batches(dataset, request.batch, request.project))
     named = _enlarged(name_inputs(model, inputs, request.project), request.batch)
     with torch.no_grad():
+        _require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_hash(model)
         outputs = name_outputs(forward(model, named, request.project), request.project)
-        reference = _write_reference(request, model, named, dataset)
+        reference = "" if request.only else _write_reference(request, model, named, dataset)
         if state_hash(model) != before:
             raise UserMistake(
                 "export: running the model in eval mode changed its own parameters or buffers; an exported model "
@@ -85,6 +97,28 @@ def export(request: ExportRequest) -> ExportResult:
             )
         artifacts = _side_by_side(request, model, named, list(outputs))
     return ExportResult(artifacts=artifacts, inputs=specs(named), outputs=specs(outputs), reference=reference)
+
+
+def _require_trained(model: nn.Module, probe: Path, project: Project) -> None:
+    """The model rebuilt from its weights must give what the trained one gave at the end of training."""
+    from safetensors.torch import load_file
+
+    stored = load_file(probe)
+    inputs = {name.removeprefix("input."): tensor for name, tensor in stored.items() if name.startswith("input.")}
+    inputs = {name: inputs[name] for name in name_inputs(model, inputs, project)}
+    outputs = name_outputs(forward(model, inputs, project), project)
+    double = _double_model(model)
+    exact = (_in_double(double, inputs, project) if double is not None else None) or {}
+    for name, tensor in outputs.items():
+        # The stored outputs are the ones on trial: the rounding that is allowed is the rebuilt model's own.
+        outcome = compare(stored[f"output.{name}"], tensor, exact.get(name))
+        if not outcome.passed:
+            raise UserMistake(
+                f"export: rebuilt from its weights, the model gives other outputs than when it was trained ({name}: "
+                f"{outcome.reason or f'max |Δ| {outcome.max_difference:.1e}'}); forward uses something that is neither "
+                "a parameter nor a persistent buffer, or its code was changed since: register_buffer it, or make it "
+                "from a fixed seed"
+            )
 
 
 def _side_by_side(
@@ -96,6 +130,33 @@ def _side_by_side(
     there is no thread pool to lose.
     """
     folder = Path(request.folder)
+    if request.only is not None:
+        _export_child(request.only, request, model, named, outputs)
+        statuses = {request.only: 0}
+    elif threading.active_count() > 1 or torch.get_num_threads() != REFERENCE_THREADS:
+        statuses = _in_new_interpreters(request)
+    else:
+        statuses = _in_forks(request, model, named, outputs)
+    artifacts, failures = {}, []
+    for kind, status in statuses.items():
+        reply = folder / f"export-{kind}.json"
+        if not reply.exists():
+            raise RuntimeError(f"the export to {kind} ended with status {status} and left no result")
+        said = Reply.read(reply)
+        if request.only is None:
+            reply.unlink()
+        if said.failure is not None:
+            failures.append(said.failure)
+        else:
+            artifacts[kind] = decode(Artifact, said.result)
+    if failures:
+        raise Described(_joined(failures))
+    return artifacts
+
+
+def _in_forks(
+    request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], outputs: list[str]
+) -> dict[str, int]:
     children: dict[int, str] = {}
     sys.stdout.flush()
     sys.stderr.flush()
@@ -106,23 +167,19 @@ def _side_by_side(
             die_with_parent(parent)
             os._exit(_export_child(kind, request, model, named, outputs))
         children[pid] = kind
-    statuses = {}
-    for pid, kind in children.items():
-        statuses[kind] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    artifacts, failures = {}, []
-    for kind, status in statuses.items():
-        reply = folder / f"export-{kind}.json"
-        if not reply.exists():
-            raise RuntimeError(f"the export to {kind} ended with status {status} and left no result")
-        said = Reply.read(reply)
-        reply.unlink()
-        if said.failure is not None:
-            failures.append(said.failure)
-        else:
-            artifacts[kind] = decode(Artifact, said.result)
-    if failures:
-        raise Described(_joined(failures))
-    return artifacts
+    return {kind: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, kind in children.items()}
+
+
+def _in_new_interpreters(request: ExportRequest) -> dict[str, int]:
+    """The user's code has threads, which a fork would lose together with the locks they hold: start afresh."""
+    running = {}
+    for kind in request.formats:
+        folder = Path(request.folder) / f"only-{kind}"
+        folder.mkdir()
+        replace(request, only=kind).write(folder / REQUEST)
+        argv = [sys.executable, "-P", "-m", "torchworker.stage", "export", str(folder / REQUEST)]
+        running[kind] = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    return {kind: process.wait() for kind, process in running.items()}
 
 
 def _joined(failures: list[Failure]) -> Failure:
@@ -136,6 +193,7 @@ def _export_child(
 ) -> int:
     path = Path(request.folder) / FORMAT_FILES[kind]
     write = {"torchscript": _torchscript, "onnx": _onnx, "pt2": _pt2}[kind]
+    torch.set_num_threads(REFERENCE_THREADS)
     began = time.perf_counter()
     try:
         with torch.no_grad():
@@ -173,7 +231,8 @@ def _write_reference(
     """`golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size.
 
     `validation.safetensors`: inputs and targets for the quality gate. Tensor names are
-    `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`, `batch_<n>.float64.<name>`; `input.<name>` and `target`.
+    `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`, `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`,
+    `float64.<name>` and `target`.
     """
     from safetensors.torch import save_file
 
@@ -195,7 +254,7 @@ def _write_reference(
     if not with_double:
         stored = {name: tensor for name, tensor in stored.items() if ".float64." not in name}
     save_file(_unshared(stored), folder / GOLDEN)
-    _write_validation(request, model, dataset, folder)
+    _write_validation(request, model, double if with_double else None, dataset, folder)
     return "eager, checked against float64" if with_double else "eager only; the model does not run in float64"
 
 
@@ -237,13 +296,22 @@ def _in_double(model: nn.Module, batch: Mapping[str, Tensor], project: Project) 
     return outputs
 
 
-def _write_validation(request: ExportRequest, model: nn.Module, dataset: Dataset[Any], folder: Path) -> None:
+def _write_validation(
+    request: ExportRequest, model: nn.Module, double: nn.Module | None, dataset: Dataset[Any], folder: Path
+) -> None:
+    """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen."""
     from safetensors.torch import save_file
 
     parts: dict[str, list[Tensor]] = {}
     for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
-        for name, tensor in name_inputs(model, inputs, request.project).items():
+        named = name_inputs(model, inputs, request.project)
+        for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
+        for name, tensor in name_outputs(forward(model, named, request.project), request.project).items():
+            parts.setdefault(f"eager.{name}", []).append(tensor)
+        exact = _in_double(double, named, request.project) if double is not None else None
+        for name, tensor in (exact or {}).items():
+            parts.setdefault(f"float64.{name}", []).append(tensor)
         parts.setdefault("target", []).append(target)
     save_file({name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}, folder / VALIDATION)
 

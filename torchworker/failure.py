@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import linecache
+import sysconfig
 import traceback
 from pathlib import Path
 from types import TracebackType
+
+import torch.distributed as dist
 
 from torchworker.contract import Failure
 
@@ -22,8 +25,16 @@ class Described(Exception):
         self.failure = failure
 
 
+ENVIRONMENT = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def is_theirs(path: str, folder: Path) -> bool:
+    """Inside the user's folder, and not in the Python environment, which may itself be inside it (a `.venv`)."""
+    return Path(path).is_relative_to(folder) and not any(Path(path).is_relative_to(place) for place in ENVIRONMENT)
+
+
 def _is_inside(frame: traceback.FrameSummary, folder: Path) -> bool:
-    return Path(frame.filename).is_relative_to(folder)
+    return is_theirs(frame.filename, folder)
 
 
 def user_frames(trace: TracebackType | None, folder: str) -> list[traceback.FrameSummary]:
@@ -82,3 +93,17 @@ def failure_of(error: BaseException, folder: str, rank: int | None = None) -> Fa
     return Failure(
         kind="worker", message=describe(error), traceback="".join(traceback.format_exception(error)), rank=rank
     )
+
+
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether another rank went away: what torch raises for that, also when user code was in the middle of a call.
+
+    A connection of the user's own (to a database, say) raises other types, or lacks gloo's words.
+    """
+    while error is not None:
+        words = str(error)
+        lost = "gloo" in words.lower() or "Connection closed by peer" in words or "Connection reset by peer" in words
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and lost):
+            return True
+        error = error.__cause__
+    return False

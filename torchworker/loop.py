@@ -14,23 +14,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 from torchworker.checkpoint import Checkpoints, random_state, set_random_state
-from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
+from torchworker.contract import EVENTS, PROBE, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
 from torchworker.events import EventLog
-from torchworker.failure import UserMistake, describe, user_error
+from torchworker.failure import UserMistake, is_lost_connection, user_error
 from torchworker.fingerprint import Fingerprint
 from torchworker.metrics import first_output, metric_sum
 from torchworker.project import (
+    apply_gradients,
+    backward,
     batches,
     build_dataset,
     build_loss,
@@ -40,7 +37,11 @@ from torchworker.project import (
     compute_loss,
     dtype_name,
     forward,
+    name_inputs,
+    name_outputs,
+    require_gradients,
     split_batch,
+    try_metric,
 )
 from torchworker.sharding import ResumableSampler, SeededDataset
 from torchworker.weights import save_weights
@@ -48,6 +49,8 @@ from torchworker.weights import save_weights
 STEP_EVENT_SECONDS = 0.25
 STEPS_TO_MEASURE = 20
 """Steps after which the checkpoint interval in seconds is turned into steps."""
+PROBE_SAMPLES = 64
+"""Samples on which the export has to give what the trained model gave."""
 
 
 class Loop:
@@ -76,7 +79,7 @@ class Loop:
         self.validation_size = len(self.validation_set)  # type: ignore[arg-type]
         self.loss = build_loss(project)
         self._try_validation()
-        self.ddp = DistributedDataParallel(self.model)
+        self.ddp = self._data_parallel()
         self.optimizer = build_optimizer(project, settings, self.model)
         # A batch of a rank is what one forward and backward pass takes.
         self.local_batch = settings.batch_size // (self.world * settings.accumulate)
@@ -108,6 +111,15 @@ class Loop:
         self.checkpoint_every = settings.checkpoint_steps or 0
         self.step_seconds = 0.0
         """Of the last optimizer step."""
+
+    def _data_parallel(self) -> DistributedDataParallel:
+        try:
+            return DistributedDataParallel(self.model)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if is_lost_connection(error):
+                raise
+            what = f"{self.project.model.where}: its parameters and buffers cannot be shared between processes"
+            raise user_error(what, error, self.project.folder) from error
 
     def fit(self) -> TrainResult | None:
         """Train to the end; rank 0 saves the weights and returns the result, the others return None."""
@@ -149,6 +161,7 @@ class Loop:
         result = None
         if self.rank == 0:
             save_weights(self.model, self.folder / WEIGHTS)
+            self._save_probe(self.folder / PROBE)
             result = TrainResult(
                 weights=WEIGHTS,
                 history=self.history,
@@ -167,10 +180,22 @@ class Loop:
         dist.destroy_process_group()
         return result
 
+    @torch.no_grad()
+    def _save_probe(self, path: Path) -> None:
+        """What the trained model itself gives on one batch: the export's model, rebuilt from weights, must agree."""
+        self.model.eval()
+        inputs, _ = next(batches(self.validation_set, PROBE_SAMPLES, self.project))
+        outputs = name_outputs(self._forward(self.model, inputs), self.project)
+        tensors = {f"input.{name}": tensor for name, tensor in name_inputs(self.model, inputs, self.project).items()}
+        tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
+        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)
+
     # --- resuming
 
     def _state(self) -> dict[str, Any]:
         """What every rank has alike."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
         return {
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
@@ -204,6 +229,8 @@ class Loop:
         self.notes += damaged
         if path is None:
             return
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
         own = self._read_own(path)
         # DDP arranges its gradient buckets after its first backward pass, and the order in which many ranks
         # sum depends on them. One pass before the state is restored puts them as they were.
@@ -290,11 +317,13 @@ class Loop:
                 self._refuse(number)
             # Weighted by its samples, so that the last, smaller one counts as much as it holds.
             weighted = value * (len(target) / samples) if len(micro) > 1 else value
-            weighted.backward()  # type: ignore[no-untyped-call]
+            backward(weighted, self.project)
             self.sums += torch.tensor([number * len(target), len(target)], dtype=torch.float64)
+        if self.step == self.first_step:
+            require_gradients(self.model, self.project)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
+        apply_gradients(self.optimizer, self.project)
         self.schedule.step()
         self.step_seconds = time.perf_counter() - began
         self._say_step(number)
@@ -356,10 +385,7 @@ class Loop:
         outputs = self._forward(self.model, inputs)
         compute_loss(self.loss, outputs, target, self.project)
         for name in self.project.metrics:
-            try:
-                metric_sum(name, first_output(outputs), target)
-            except (RuntimeError, TypeError, IndexError) as error:
-                raise UserMistake(f"metrics: {name} cannot be computed: {describe(error)}") from error
+            try_metric(name, outputs, target)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
@@ -382,7 +408,13 @@ class Loop:
                 sums[name][1] += count
         table = torch.tensor(list(sums.values()), dtype=torch.float64)
         dist.all_reduce(table)
-        return {f"validation_{name}": float(row[0] / row[1]) for name, row in zip(sums, table, strict=True)}
+        means = {f"validation_{name}": float(row[0] / row[1]) for name, row in zip(sums, table, strict=True)}
+        if not all(math.isfinite(mean) for mean in means.values()):
+            raise UserMistake(
+                f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "
+                f"at learning_rate {self.settings.learning_rate} and the validation data for NaN or inf"
+            )
+        return means
 
     def _data_fingerprint(self) -> str:
         parts: list[tuple[int, int]] = [(0, 0)] * self.world

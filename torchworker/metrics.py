@@ -14,11 +14,24 @@ def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
     """
     if name == "accuracy":
         scores = outputs.dim() == target.dim() + 1
+        if scores and outputs.shape[1] == 1:
+            # One logit in a column of its own is not one class: argmax would always say 0.
+            outputs, scores = outputs.squeeze(1), False
+        _require_same_shape(outputs[:, 0] if scores else outputs, target)
         hits = outputs.argmax(1) == target if scores else (outputs > 0) == (target > 0.5)
         return float(hits.sum()), hits.numel()
+    _require_same_shape(outputs, target)
     difference = outputs.to(torch.float64) - target.to(torch.float64)
     values = difference.square() if name == "mean_squared_error" else difference.abs()
     return float(values.sum()), values.numel()
+
+
+def _require_same_shape(outputs: Tensor, target: Tensor) -> None:
+    """Broadcasting would compare every output with every target."""
+    if outputs.shape != target.shape:
+        raise ValueError(
+            f"expected outputs and target of one shape, got {list(outputs.shape)} and {list(target.shape)}"
+        )
 
 
 def first_output(outputs: object) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from torchworker.contract import OPTIMIZERS, Project, Reference, TensorSpec, TrainSettings
-from torchworker.failure import UserMistake, describe, user_error, user_line
+from torchworker.failure import UserMistake, describe, is_lost_connection, user_error, user_line
+from torchworker.metrics import first_output, metric_sum
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -259,6 +260,48 @@ def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project) -> 
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise UserMistake(f"train.loss: {name} must return one number as a tensor, got {_shown(value)}")
     return value
+
+
+def backward(value: Tensor, project: Project) -> None:
+    """Gradients of a loss; a failure is the user's unless another rank went away."""
+    try:
+        value.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise
+        raise user_error("train.loss: its gradient cannot be computed", error, project.folder) from error
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, project: Project) -> None:
+    """One step of the optimizer."""
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise user_error("train.optimizer: step() failed", error, project.folder) from error
+
+
+def require_gradients(model: nn.Module, project: Project) -> None:
+    """After one backward: every parameter to train took part. DistributedDataParallel waits for all of them."""
+    inner = model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
+    unused = [name for name, item in inner.named_parameters() if item.requires_grad and item.grad is None]
+    if unused:
+        raise UserMistake(
+            f"{project.model.where}: the loss does not depend on {', '.join(unused[:5])}"
+            f"{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}; every parameter must take part in every "
+            "step: use it in forward, remove it, or freeze it with requires_grad_(False)"
+        )
+
+
+def try_metric(metric: str, outputs: object, target: torch.Tensor) -> None:
+    """Raises UserMistake when the metric cannot be computed on these shapes."""
+    try:
+        metric_sum(metric, first_output(outputs), target)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        shown = describe_tensor(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise UserMistake(
+            f"metrics: {metric} cannot be computed on outputs {shown} and target {describe_tensor(target)}: "
+            f"{describe(error)}"
+        ) from error
 
 
 def describe_tensor(tensor: Tensor) -> str:

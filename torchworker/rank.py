@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from torchworker.contract import RESULT, Failure, Reply, TrainRequest, TrainResult
-from torchworker.failure import failure_of
+from torchworker.failure import failure_of, is_lost_connection
 from torchworker.heartbeat import announce, keep_beating
 from torchworker.lifeline import die_with_parent
 from torchworker.loop import Loop
@@ -47,24 +47,10 @@ def run_rank(request_file: str, agent: int) -> TrainResult | None:
         return Loop(request).fit()
     except (Exception, SystemExit) as error:
         failure = failure_of(error, request.project.folder, rank)
-        if _is_lost_connection(error):
+        if is_lost_connection(error):
             failure = dataclasses.replace(failure, kind="worker", message=f"{LOST_CONNECTION}: {failure.message}")
         _write_failure(failure_file(Path(request.folder), rank), failure)
         raise
-
-
-def _is_lost_connection(error: BaseException | None) -> bool:
-    """Whether another rank went away: what torch raises for that, also when user code was in the middle of a call.
-
-    A connection of the user's own (to a database, say) raises other types, or lacks gloo's words.
-    """
-    while error is not None:
-        words = str(error)
-        lost = "gloo" in words.lower() or "Connection closed by peer" in words or "Connection reset by peer" in words
-        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and lost):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _write_failure(path: Path, failure: Failure) -> None:

@@ -47,6 +47,9 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
         fruitless = 1 if after != before else fruitless + 1
         if failure.kind == "user" or fruitless > request.train.restarts:
             raise Described(failure)
+        # The next ranks will need it, and they are forks of this process.
+        import torch.distributed.checkpoint  # noqa: F401
+
         events.write("restarting", cause=failure.message, checkpoint=after.name if after else None)
         for leftover in (*folder.glob("failure-rank*"), *folder.glob("hung-rank*"), *folder.glob("heartbeat-rank*")):
             leftover.unlink()

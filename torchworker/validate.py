@@ -16,13 +16,12 @@ from torch import Tensor
 
 from torchworker import runtimes
 from torchworker.contract import GOLDEN, METRICS, VALIDATION, Gate, ValidateRequest, ValidateResult, Verdict
-from torchworker.failure import describe
+from torchworker.failure import describe, is_theirs
 from torchworker.metrics import metric_sum
 from torchworker.parity import compare
 
 LATENCY_CALLS = 30
 WARM_UP_CALLS = 3
-QUALITY_BATCH = 256
 
 
 class _NoUserCode(importlib.abc.MetaPathFinder):
@@ -34,7 +33,7 @@ class _NoUserCode(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        inside = any(Path(entry).is_relative_to(self._folder) for entry in path or ())
+        inside = any(is_theirs(entry, self._folder) for entry in path or ())
         if fullname.partition(".")[0] in self._modules or inside:
             raise ImportError(f"the artifact needs the training code ({fullname}); a release must stand alone")
         return None
@@ -42,7 +41,7 @@ class _NoUserCode(importlib.abc.MetaPathFinder):
 
 def forbid_user_code(modules: Sequence[str], folder: str) -> None:
     """From here on, importing any of these modules, or anything from the folder, fails."""
-    sys.path[:] = [entry for entry in sys.path if entry and not Path(entry).is_relative_to(folder)]
+    sys.path[:] = [entry for entry in sys.path if entry and not is_theirs(entry, Path(folder))]
     for loaded in list(sys.modules):
         if loaded.partition(".")[0] in modules:
             raise AssertionError(f"user module {loaded} was imported before the clean room was closed")
@@ -56,6 +55,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
     golden = load_file(folder / GOLDEN)
     validation = load_file(folder / VALIDATION)
     samples = len(validation["target"])
+    batch = _sizes(golden)[1]
     has_exact = any(".float64." in name for name in golden)
     verdicts: list[Verdict] = []
     metrics: dict[str, dict[str, float]] = {}
@@ -66,9 +66,9 @@ def validate(request: ValidateRequest) -> ValidateResult:
             verdicts.append(_not_measured(kind, "parity", "load", "loads without training code", describe(error)))
             continue
         verdicts += _parity(kind, call, golden, request)
-        measured, failed = _quality(kind, call, validation, request.metrics, samples)
-        verdicts += failed
-        if not failed:
+        measured, on_validation = _quality(kind, call, validation, request, batch)
+        verdicts += on_validation
+        if measured or not request.metrics:
             measured |= _latency(call, golden)
         metrics[kind] = measured
         verdicts += _gates(kind, measured, request.gates, samples)
@@ -135,22 +135,43 @@ def _parity(kind: str, call: runtimes.Call, golden: Mapping[str, Tensor], reques
 
 
 def _quality(
-    kind: str, call: runtimes.Call, validation: Mapping[str, Tensor], names: Sequence[str], samples: int
+    kind: str, call: runtimes.Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
 ) -> tuple[dict[str, float], list[Verdict]]:
-    """Each metric over the whole validation set, computed from the artifact's own outputs."""
-    inputs = {name.removeprefix("input."): t for name, t in validation.items() if name.startswith("input.")}
-    sums = {name: [0.0, 0] for name in names}
+    """Each metric over the whole validation set from the artifact's own outputs, and parity on the same samples.
+
+    batch: the size of batch that the reference outputs were made in; a model may look across its batch.
+    """
+    samples = len(validation["target"])
+    inputs = {spec.name: validation[f"input.{spec.name}"] for spec in request.inputs}
+    sums = {name: [0.0, 0] for name in request.metrics}
+    ratio, notes = 0.0, {}
     try:
-        for start in range(0, samples, QUALITY_BATCH):
-            part = slice(start, start + QUALITY_BATCH)
+        for start in range(0, samples, batch):
+            part = slice(start, start + batch)
             outputs = call({name: tensor[part].contiguous() for name, tensor in inputs.items()})
-            for name in names:
+            for spec, tensor in zip(request.outputs, outputs, strict=True):
+                exact = validation.get(f"float64.{spec.name}")
+                eager = validation[f"eager.{spec.name}"][part]
+                outcome = compare(tensor, eager, exact[part] if exact is not None else None)
+                if outcome.ratio >= ratio:
+                    ratio = outcome.ratio
+                    notes[spec.name] = outcome.reason or f"max |Δ| {outcome.max_difference:.1e}"
+            for name in request.metrics:
                 value, count = metric_sum(name, outputs[0], validation["target"][part])
                 sums[name][0] += value
                 sums[name][1] += count
     except Exception as error:
         return {}, [_not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))]
-    return {name: total / count for name, (total, count) in sums.items()}, []
+    parity = Verdict(
+        format=kind,
+        gate="parity",
+        case=f"{samples} samples",
+        measured=ratio,
+        limit="<= 1",
+        passed=ratio <= 1,
+        note="; ".join(f"{name}: {note}" for name, note in notes.items()),
+    )
+    return {name: total / count for name, (total, count) in sums.items()}, [parity]
 
 
 def _latency(call: runtimes.Call, golden: Mapping[str, Tensor]) -> dict[str, float]:

@@ -34,7 +34,7 @@ ONLY_IN = {
     "onnx": [],
     "onnxruntime": ["torchworker/runtimes.py"],
 }
-WORKER_MAY_IMPORT = {"torch", "safetensors", "onnxruntime", "onnx_ir", "torchworker"}
+WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchworker"}
 
 
 def modules(package: str) -> Iterator[tuple[str, ast.Module]]:

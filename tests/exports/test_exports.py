@@ -93,9 +93,11 @@ Open = Callable[..., Shop]
 
 @pytest.fixture
 def shop(host: WorkerHost, tmp_path: Path) -> Open:
+    opened_shops = iter(range(9))
+
     def open_shop(extra: str = "", **job: object) -> Shop:
         job_file = write_project(tmp_path / "project", extra=extra, **{"train": ONE, **job})
-        opened = Shop(host, job_file, tmp_path / "run")
+        opened = Shop(host, job_file, tmp_path / f"run{next(opened_shops)}")
         opened.train()
         return opened
 
@@ -115,6 +117,7 @@ def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larg
             ("parity", "batch 1"),
             ("parity", "batch 8"),
             ("parity", "batch 17"),
+            ("parity", "96 samples"),
             ("accuracy", "96 samples"),
             ("p50_ms", "batch 1"),
         ]
@@ -252,6 +255,122 @@ def test_a_model_that_fixes_float32_inside_is_compared_with_eager_and_says_so(sh
 
     assert "float32 eager" in result.reference
     assert result.passed
+
+
+UNSAVED = {
+    "a random projection that is a plain attribute": (
+        """
+        import numpy
+        class M(nn.Linear):
+            def __init__(self):
+                super().__init__(4, 3)
+                self.projection = torch.from_numpy(numpy.random.default_rng().normal(size=(4, 4))).float()
+            def forward(self, x):
+                return super().forward(x @ self.projection)
+        def build_model():
+            return M()
+    """
+    ),
+    "a buffer that is not persistent": (
+        """
+        class M(nn.Linear):
+            def __init__(self):
+                super().__init__(4, 3)
+                self.register_buffer("scale", torch.ones(()), persistent=False)
+            def forward(self, x):
+                if self.training:
+                    self.scale += 0.5
+                return super().forward(x) * self.scale
+        def build_model():
+            return M()
+    """
+    ),
+    "a value remembered from the first batch": (
+        """
+        class M(nn.Linear):
+            mean = None
+            def forward(self, x):
+                if self.mean is None:
+                    self.mean = x.mean() + float(self.training)
+                return super().forward(x - self.mean)
+        def build_model():
+            return M(4, 3)
+    """
+    ),
+}
+
+
+@pytest.mark.parametrize("hidden", UNSAVED)
+def test_a_model_that_its_weights_do_not_bring_back_is_refused(shop: Open, hidden: str) -> None:
+    opened = shop(UNSAVED[hidden])
+    with pytest.raises(
+        JobError, match="rebuilt from its weights, the model gives other outputs than when it was trained"
+    ):
+        opened.export("torchscript")
+
+
+def test_weights_that_no_longer_fit_the_code_are_refused_with_the_way_out(shop: Open) -> None:
+    opened = shop()
+    code = opened.job_file.with_name("plain.py")
+    code.write_text(code.read_text().replace("def build_model(width=8)", "def build_model(width=9)"))
+    with pytest.raises(
+        JobError, match=r"the trained weights do not fit the model as it is now: (?s:.*)start a new run"
+    ):
+        opened.export("torchscript")
+
+
+def test_a_decision_that_capture_hides_is_caught_on_samples_it_did_not_see(shop: Open) -> None:
+    opened = shop(model("""
+        import numpy
+        sign = float(numpy.from_dlpack(x.detach())[0, 0] > 0)
+        return super().forward(x) * (1 + sign)
+    """))  # fmt: skip
+    opened.export("torchscript")
+    result = opened.validate()
+
+    seen = {verdict.case: verdict.passed for verdict in result.verdicts if verdict.gate == "parity"}
+    assert not seen["96 samples"]
+    assert not result.passed
+
+
+def test_user_code_with_threads_is_exported_in_new_interpreters(shop: Open) -> None:
+    opened = shop("""
+        import threading, time
+        def chatter():
+            while True:
+                print("x" * 1000)
+                time.sleep(0.001)
+        threading.Thread(target=chatter, daemon=True).start()
+    """)
+    opened.export("torchscript", "onnx")
+    assert opened.validate().passed
+
+
+def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(shop: Open) -> None:
+    extra = """
+        original = build_dataset
+        def build_dataset(split):
+            inputs, target = original(split).tensors
+            return TensorDataset(inputs, (target > 0).float())
+        def build_model():
+            return nn.Sequential(nn.Linear(4, 1)COLUMN)
+        def loss(outputs, target):
+            return nn.functional.binary_cross_entropy_with_logits(outputs.reshape(-1), target)
+    """
+    job = {"train": {**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]}}
+    accuracies = []
+    for column in ("", ", nn.Flatten(0)"):
+        opened = shop(extra.replace("COLUMN", column), **job)
+        opened.export("torchscript")
+        accuracies.append(opened.validate().metrics["torchscript"]["accuracy"])
+    assert accuracies[0] == accuracies[1] > 0.5
+
+
+def test_a_project_folder_that_holds_the_python_environment_is_validated(shop: Open) -> None:
+    opened = shop()
+    opened.export(*FORMAT_FILES)
+    opened.project_folder = Path(sys.prefix).parent
+    assert opened.validate().passed
 
 
 def test_the_clean_room_cannot_import_user_code_by_name_or_from_its_folder(tmp_path: Path) -> None:

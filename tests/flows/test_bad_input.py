@@ -56,6 +56,8 @@ MISTAKES = {
     "labels": ({"data": {"factory": "plain:labels"}}, "labels must be in 0..2"),
     "item": ({"data": {"factory": "plain:raises"}}, "reading an item failed: OSError: disk gone (plain.py:"),
     "forward": ({"model": {"factory": "plain:narrow"}}, "forward failed on input float32 [32, 4]"),
+    "unused": ({"model": {"factory": "plain:unused"}}, "the loss does not depend on extra.weight"),
+    "detached": ({"train": {"epochs": 1, "loss": {"factory": "plain:detached"}}}, "its gradient cannot be computed"),
     "loss": ({"train": {"epochs": 1, "loss": {"factory": "plain:nan_loss"}}}, "expected a finite number"),
 }
 
@@ -80,6 +82,17 @@ EXTRA = """
 
     def raises(split):
         return Raises(torch.zeros(9, 4), torch.zeros(9).long())
+
+    class Unused(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.extra = nn.Linear(2, 2)
+
+    def unused():
+        return Unused()
+
+    def detached(outputs, target):
+        return nn.functional.cross_entropy(outputs, target).detach()
 
     def nan_loss(outputs, target):
         return outputs.sum() * float("nan")

@@ -83,6 +83,8 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("gates: {p50_ms: {vs_live: 0}}\n", "only max for gates.p50_ms"),
         ("project: nowhere\n", "project: expected a folder"),
         ("release: {channel: ../prod}\n", "lower-case letters"),
+        ("release: {channel: latest}\n", "a channel that MLflow can have as an alias"),
+        ("  learning_rate: 1e-3\n", "YAML reads 1e-3 as text; write it with a point, such as 1.0e-3"),
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path: Path, keys: str, expected: str) -> None:
@@ -111,3 +113,24 @@ def test_the_job_and_the_worker_agree_on_names() -> None:
 def test_the_page_about_the_job_file_is_current() -> None:
     page = (REPOSITORY / "docs" / "job-file.md").read_text()
     assert page == job_reference(), "run: ship schema --markdown > docs/job-file.md"
+
+
+def test_the_split_is_ours_to_give(tmp_path: Path) -> None:
+    text = GOOD.replace("data: {factory: plain:build_dataset}", "data: {factory: 'plain:build', args: {split: train}}")
+    assert "data.args without split" in refused(tmp_path, text)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"name: \xe9\n")
+    with pytest.raises(JobError, match="expected UTF-8 text"):
+        load_job(path)
+
+
+def test_a_gate_or_a_format_that_changes_needs_no_new_training(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    digests = []
+    for extra in ("", "gates: {accuracy: {min: 0.5}}\n", "export: {formats: [onnx]}\n", "  seed: 3\n"):
+        path.write_text(GOOD + extra)
+        digests.append(load_job(path)[0].training_digest())
+    assert digests[0] == digests[1] == digests[2] != digests[3]

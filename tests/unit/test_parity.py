@@ -76,3 +76,8 @@ def test_equal_infinities_and_an_empty_batch_pass() -> None:
     eager = torch.tensor([float("inf"), 1.0, float("nan")])
     assert compare(eager.clone(), eager, eager.double()).passed
     assert compare(torch.zeros(0, 3), torch.zeros(0, 3), None).passed
+
+
+def test_a_model_whose_output_is_nowhere_finite_is_equal_to_nothing() -> None:
+    nothing = torch.full((3, 2), float("nan"))
+    assert not compare(nothing.clone(), nothing, None).passed
