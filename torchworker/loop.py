@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Loop:
     def fit(self) -> TrainResult | None:
         """Train all epochs; rank 0 saves the weights and returns the result, the others return None."""
         settings, project = self.settings, self.project
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=self.request.timeout_s))
         # The same seed everywhere while building, so that a model's random initialisation agrees.
         torch.manual_seed(settings.seed)
         model = build_model(project).to(self.device)

@@ -13,9 +13,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchworker import rendezvous
-from torchworker.contract import Failure, TrainRequest, TrainResult, decode
+from torchworker.contract import LOST_CONNECTION, Failure, TrainRequest, TrainResult, decode
 from torchworker.failure import Described
-from torchworker.rank import LOST_CONNECTION, failure_file, run_rank
+from torchworker.rank import failure_file, run_rank
 
 
 def train(request: TrainRequest, path: Path) -> TrainResult:
