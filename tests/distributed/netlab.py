@@ -49,7 +49,8 @@ class Lab:
         switch = self._make("sw")
         _ip("-n", switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", switch, "link", "set", "br0", "up")
-        names = "".join(f"{address} {host}\n" for host, address in self.addresses.items())
+        # Also as torch asks for them, from sockets that speak both protocols.
+        names = "".join(f"{address} {host}\n::ffff:{address} {host}\n" for host, address in self.addresses.items())
         for host, address in self.addresses.items():
             here = self._make(host)
             _ip("-n", switch, "link", "add", f"p-{host}", "type", "veth", "peer", "name", "eth0", "netns", here)
@@ -60,6 +61,7 @@ class Lab:
             etc = Path("/etc/netns") / here
             etc.mkdir(parents=True)
             (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+            (etc / "resolv.conf").write_text("# Nobody outside can be asked.\n")
 
     def _make(self, host: str) -> str:
         name = self.namespace(host)
