@@ -86,9 +86,6 @@ def test_a_killed_flow_leaves_the_job_running_and_the_next_one_finds_it_by_its_n
     ended = second.ended()
 
     assert len(result_in(ended["done"]).history) == 2
-    assert len(cluster.ask("squeue", "--noheader", "--states=all", "--format=%j").split()) == len(
-        set(cluster.ask("squeue", "--noheader", "--states=all", "--format=%j").split())
-    )
     assert len([path for path in (tmp_path / "attempts").iterdir() if path.is_dir()]) == 1
 
 
@@ -128,18 +125,21 @@ def test_a_job_that_may_shrink_goes_on_without_the_node_that_died(
 def test_a_node_that_dies_ends_a_job_of_fixed_size_and_slurm_says_so(
     cluster: Cluster, start: Start, tmp_path: Path
 ) -> None:
-    flow = start(write_project(tmp_path / "p", extra=SLOW), timeout_s=10)
+    # Ranks that wait longer than Slurm, so that it is Slurm that notices.
+    flow = start(write_project(tmp_path / "p", extra=SLOW), timeout_s=120)
     flow.until("event", "step")
     lost = time.monotonic()
     cluster.lab.power_off("h2")
     try:
         ended = flow.ended()
+        print(cluster.ask("scontrol", "show", "job", "--oneliner"))
     finally:
         cluster.node_up("h2")
 
     assert ended["kind"] == "WorkerError"
+    assert "Slurm lost a node" in ended["error"]
+    assert "Node failure on h2" in ended["error"]
     assert time.monotonic() - lost < 60
-    print(ended["error"])
 
 
 def test_launching_the_same_name_twice_finds_the_first_job(cluster: Cluster, tmp_path: Path) -> None:
