@@ -10,7 +10,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from infra.errors import ServiceError
@@ -127,10 +127,20 @@ class SlurmLauncher:
         except ServiceError as error:
             return Status("unreachable", str(error))
         if done.returncode == 0:
-            return status_of(done.stdout)
+            found = status_of(done.stdout)
+            return self._name_node(done.stdout, found) if found.blames == BLAMES["NODE_FAIL"] else found
         if "Invalid job id" in done.stderr:
             return Status("unknown", f"Slurm does not know job {job} (any more)")
         return Status("unreachable", done.stderr.strip())
+
+    def _name_node(self, record: str, found: Status) -> Status:
+        """The same status with the node that is down; a job's record does not hold it."""
+        nodes = re.search(r" NodeList=(\S+)", record)
+        if nodes is None:
+            return found
+        listed = self._engine.ask("sinfo", "--noheader", "--Node", f"--nodes={nodes[1]}", "--format=%N %T").stdout
+        down = {line.split()[0] for line in listed.splitlines() if " down" in line}
+        return replace(found, blames=f"{found.blames}: {', '.join(sorted(down))}") if down else found
 
     def cancel(self, job: str, grace_s: float = 10.0) -> None:
         if self.status(job).over:
