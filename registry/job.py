@@ -25,6 +25,7 @@ METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
 
 Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+Schedule = Literal["constant", "cosine", "linear"]
 Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
 Format = Literal["torchscript", "onnx", "pt2"]
 
@@ -51,6 +52,14 @@ class Factory(_Part):
     args: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments")
 
 
+class Checkpoint(_Part):
+    """When training saves its state. A run that dies goes on from its newest sound checkpoint."""
+
+    seconds: float = Field(300, gt=0, description="about how far apart checkpoints are")
+    steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints, instead of a time")
+    keep: int = Field(2, ge=1, description="complete checkpoints that stay")
+
+
 class Train(_Part):
     """How the model is trained."""
 
@@ -66,13 +75,30 @@ class Train(_Part):
     )
     threads: int | None = Field(None, ge=1, description="torch threads of each process; cores ÷ processes when absent")
     data_workers: int = Field(0, ge=0, description="DataLoader worker processes of each rank")
+    schedule: Schedule | Factory = Field(
+        "constant", description="learning rate by optimizer step: flat, to 0 by cosine or by a line, or a reference"
+    )
+    accumulate: int = Field(1, ge=1, description="forward and backward passes that make one optimizer step")
+    clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradients")
+    early_stopping: int | None = Field(
+        None, ge=1, description="epochs without a lower validation loss after which training stops"
+    )
+    checkpoint: Checkpoint = Checkpoint()
+    restarts: int = Field(
+        3, ge=0, description="launches in a row that may die without a new checkpoint before the run gives up"
+    )
+    hang_seconds: float = Field(30, gt=0, description="a rank that is silent for longer is handled as dead")
+    collective_seconds: float = Field(
+        600, gt=0, description="an exchange between ranks that takes longer is a lost connection"
+    )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        if self.batch_size % self.processes:
+        if self.batch_size % (self.processes * self.accumulate):
+            passes = f" × accumulate {self.accumulate}" if self.accumulate > 1 else ""
             raise ValueError(
                 f"a batch_size that the processes can share evenly: {self.batch_size} is not a multiple of "
-                f"{self.processes}"
+                f"{self.processes}{passes}"
             )
         return self
 
@@ -225,7 +251,7 @@ def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:
                 yield f"{place}: expected {item['ctx']['error']}, got {given}"
             case "string_pattern_mismatch":
                 yield f"{place}: expected lower-case letters, digits, dots, dashes or underscores, got {given}"
-            case "literal_error" if keys[-1] in ("loss", "optimizer"):
+            case "literal_error" if keys[-1] in ("loss", "optimizer", "schedule"):
                 yield f"{place}: expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
             case _:
                 expected = item["msg"].removeprefix("Input should be ").removeprefix("String should ")
@@ -251,7 +277,7 @@ def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
     if keys[0] == "gates":
         return Gate if len(keys) == 3 else None
     if keys[0] == "train" and len(keys) == 3:
-        return Factory
+        return Checkpoint if keys[1] == "checkpoint" else Factory
     return parts.get(str(keys[0])) if len(keys) == 2 else None
 
 

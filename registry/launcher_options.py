@@ -56,10 +56,6 @@ class Machines(_Part):
     """What every engine over several machines understands."""
 
     min_nodes: int | None = Field(None, ge=1, description="go on with as few machines as this; all when absent")
-    restarts: int = Field(0, ge=0, le=100, description="times that all ranks start again after one was lost")
-    timeout_s: float = Field(
-        300.0, gt=0, strict=False, description="seconds a rank waits for the others before the job has failed"
-    )
     time_limit_s: int | None = Field(None, ge=1, description="seconds after which the engine ends the job")
     python: str | None = Field(
         None, description="interpreter with train-and-ship on every machine; this one's path when absent"
@@ -71,8 +67,6 @@ class Machines(_Part):
     def _enough(self, nodes: int) -> None:
         if self.min_nodes is not None and self.min_nodes > nodes:
             raise ValueError(f"min_nodes <= {nodes}, the number of machines, not {self.min_nodes}")
-        if self.min_nodes is not None and self.min_nodes < nodes and self.restarts < 1:
-            raise ValueError("restarts of at least 1 with min_nodes: going on with fewer machines is a restart")
 
 
 class Local(_Part):
@@ -177,9 +171,12 @@ LauncherOption = Annotated[Launcher, BeforeValidator(_from_name, json_schema_inp
 LOCAL = Launcher(local=Local())
 
 
-def check_processes(processes: int, launcher: Launcher) -> None:
-    """Raises ValueError when the machines cannot run equally many ranks."""
+def check_train(launcher: Launcher, processes: int, restarts: int) -> None:
+    """Raises ValueError when the machines cannot run equally many ranks, or may shrink but not start again."""
     if processes % launcher.nodes:
         raise ValueError(
             f"as many ranks on each machine: processes {processes} is not a multiple of {launcher.nodes} machines"
         )
+    machines = launcher.machines
+    if machines is not None and (machines.min_nodes or launcher.nodes) < launcher.nodes and restarts < 1:
+        raise ValueError("restarts of at least 1 with min_nodes: going on with fewer machines is a restart")

@@ -27,6 +27,7 @@ AFTER = """
   names. The first dimension of every batch is the batch, and the only one that stays dynamic in the artifacts.
 - A loss by reference is called as `loss(outputs, target)` and returns one number as a tensor.
 - An optimizer by reference is called as `factory(parameters, lr=learning_rate, **args)`.
+- A schedule by reference is called as `factory(optimizer, total_steps=…, **args)` and returns a torch `LRScheduler`.
 - Metrics are computed on the model's output, or the first of a tuple or dict.
 """
 

@@ -12,9 +12,10 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from infra.errors import JobError, ShipError, WorkerError
 from infra.launchers.hosts import SSH, HostsLauncher
@@ -30,12 +31,14 @@ from torchworker.contract import (
     REQUEST,
     RESULT,
     Failure,
+    Message,
     Project,
     TrainRequest,
     TrainSettings,
     decode,
 )
 
+CURRENT = "current.json"
 POLL_SECONDS = 0.5
 FILES_SECONDS = 5.0
 """How long a shared file system may take to show what another machine wrote."""
@@ -45,15 +48,20 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class Attempt(Message):
     """What a later process needs to find the job again."""
 
     name: str
     inputs: str
     """Digest of everything the training depends on."""
-    engine: str
+    options: Mapping[str, Any]
+    """`train.launcher` as it was."""
     job: str | None
     """The engine's id; None when the process died before it knew."""
+
+    @property
+    def engine(self) -> str:
+        return next(iter(self.options))
 
 
 def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) -> Launcher:
@@ -74,10 +82,11 @@ def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) 
             )
 
 
-def spec_for(chosen: options.Launcher, processes: int, name: str, out_dir: Path) -> Spec:
-    """One attempt as a value. processes: ranks over all machines."""
+def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir: Path) -> Spec:
+    """One attempt as a value."""
     machines, nodes = chosen.machines, chosen.nodes
     assert machines is not None
+    min_nodes = machines.min_nodes or nodes
     resources = machines if isinstance(machines, options.Slurm | options.Kubernetes) else None
     image = machines.image if isinstance(machines, options.Kubernetes) else None
     return Spec(
@@ -85,57 +94,52 @@ def spec_for(chosen: options.Launcher, processes: int, name: str, out_dir: Path)
         argv=("-m", "torchworker.rank", str(out_dir / REQUEST)),
         out_dir=out_dir,
         nodes=nodes,
-        min_nodes=machines.min_nodes or nodes,
-        nproc=processes // nodes,
+        min_nodes=min_nodes,
+        nproc=train.processes // nodes,
         python=machines.python or ("python" if image else sys.executable),
         env=machines.env,
         cpus=resources.cpus if resources else None,
         mem_mb=resources.mem_mb if resources else None,
         gpus=resources.gpus if resources else 0,
-        max_restarts=machines.restarts,
+        # A job of fixed size is launched again from its newest checkpoint, with a fresh folder and rendezvous.
+        max_restarts=train.restarts if min_nodes < nodes else 0,
         image=image,
         time_limit=machines.time_limit_s,
     )
 
 
 async def train_launched(
-    chosen: options.Launcher, project: Project, train: TrainSettings, folder: Path, inputs: str,
+    chosen: options.Launcher, project: Project, train: TrainSettings, folder: Path, checkpoints: Path, inputs: str,
     on_event: Events, say: Say,
 ) -> Path:  # fmt: skip
     """Train and return the attempt's folder, which holds what a local training stage holds.
 
-    folder: existing folder for attempts, which every machine sees; inputs: digest of what the training depends on.
+    folder: existing folder for attempts; checkpoints: folder that outlives them; every machine sees both under these
+    paths. inputs: digest of what the training depends on.
 
     A cancelled caller cancels the job; a killed one leaves it running for the next call to find. Raises JobError when
     the user's code is at fault or the engine refuses the job, WorkerError when a machine or rank was lost.
     """
     assert chosen.machines is not None
     launcher = launcher_for(chosen.machines)
-    current = folder / "current.json"
-    attempt = await _attempt_under_way(launcher, current, inputs, type(chosen.machines).__name__, say)
+    current = folder / CURRENT
+    attempt = await _attempt_under_way(current, inputs, chosen, say)
     out_dir = folder / attempt.name
-    spec = spec_for(chosen, train.processes, attempt.name, out_dir)
+    spec = spec_for(chosen, train, attempt.name, out_dir)
     try:
         if attempt.job is None:
             out_dir.mkdir(exist_ok=True)
-            request = TrainRequest(
-                project=project, train=train, folder=str(out_dir), timeout_s=chosen.machines.timeout_s
-            )
-            if not (out_dir / REQUEST).exists():
-                request.write(out_dir / REQUEST)
-            job = await asyncio.to_thread(launcher.launch, spec)
-            attempt = Attempt(**{**asdict(attempt), "job": job})
-            _write(current, attempt)
-            say(f"launched {attempt.engine} job {job}: {spec.nodes} machines, {spec.nproc} ranks each")
+            request = TrainRequest(project=project, train=train, folder=str(out_dir), checkpoints=str(checkpoints))
+            request.write(out_dir / REQUEST)
+            attempt = await _launch(launcher, spec, attempt, current)
+            say(f"launched {attempt.engine} job {attempt.job}: {spec.nodes} machines, {spec.nproc} ranks each")
         assert attempt.job is not None
         status = await _wait(launcher, attempt.job, out_dir, on_event, say)
         logs = await asyncio.to_thread(_logs, launcher, attempt.job)
         # Also when all went well: an engine keeps records, services and connections.
         await asyncio.to_thread(launcher.cancel, attempt.job)
     except asyncio.CancelledError:
-        if attempt.job is not None:
-            await asyncio.shield(asyncio.to_thread(launcher.cancel, attempt.job))
-        current.unlink(missing_ok=True)
+        await asyncio.shield(asyncio.to_thread(_cancel, current))
         raise
     except JobError:
         current.unlink(missing_ok=True)
@@ -146,24 +150,47 @@ async def train_launched(
     return out_dir
 
 
-async def _attempt_under_way(launcher: Launcher, current: Path, inputs: str, engine: str, say: Say) -> Attempt:
-    if current.exists():
-        found: Attempt = decode(Attempt, json.loads(current.read_text()))
-        if (found.inputs, found.engine) == (inputs, engine):
-            say(f"found {engine} job {found.job or found.name} of an earlier process and wait for it")
-            return found
-        if found.job is not None and found.engine == engine:
-            say(f"the job file changed: cancelling {engine} job {found.job}")
-            await asyncio.to_thread(launcher.cancel, found.job)
-    attempt = Attempt(name=f"ship-{uuid.uuid4().hex[:16]}", inputs=inputs, engine=engine, job=None)
-    _write(current, attempt)
+async def _attempt_under_way(current: Path, inputs: str, chosen: options.Launcher, say: Say) -> Attempt:
+    found = _read(current)
+    if found is not None and found.inputs == inputs:
+        say(f"found {found.engine} job {found.job or found.name} of an earlier process and wait for it")
+        return found
+    if found is not None:
+        say(f"the job file changed: cancelling {found.engine} job {found.job or found.name}")
+        await asyncio.to_thread(_cancel, current)
+    name = f"ship-{uuid.uuid4().hex[:16]}"
+    attempt = Attempt(name=name, inputs=inputs, options=chosen.model_dump(mode="json", exclude_unset=True), job=None)
+    attempt.write(current)
     return attempt
 
 
-def _write(path: Path, attempt: Attempt) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(asdict(attempt), indent=1))
-    part.replace(path)
+async def _launch(launcher: Launcher, spec: Spec, attempt: Attempt, current: Path) -> Attempt:
+    """Launch and note the engine's id, also when the caller is cancelled meanwhile."""
+    launching = asyncio.ensure_future(asyncio.to_thread(launcher.launch, spec))
+    try:
+        await asyncio.wait({launching})
+    finally:
+        if not launching.done():
+            await asyncio.wait({launching})
+        if launching.exception() is None:
+            attempt = replace(attempt, job=launching.result())
+            attempt.write(current)
+    launching.result()
+    return attempt
+
+
+def _cancel(current: Path) -> None:
+    """Cancel the attempt that the file names, and forget it."""
+    found = _read(current)
+    if found is not None and found.job is not None:
+        machines = options.Launcher.model_validate(found.options).machines
+        assert machines is not None
+        launcher_for(machines).cancel(found.job)
+    current.unlink(missing_ok=True)
+
+
+def _read(current: Path) -> Attempt | None:
+    return Attempt.read(current) if current.exists() else None
 
 
 async def _wait(launcher: Launcher, job: str, out_dir: Path, on_event: Events, say: Say) -> Status:

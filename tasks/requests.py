@@ -15,7 +15,7 @@ def project_of(job: Job, folder: Path) -> Project:
         folder=str(folder),
         model=_reference(job.model, "model.factory"),
         data=_reference(job.data, "data.factory"),
-        loss=job.train.loss if isinstance(job.train.loss, str) else _reference(job.train.loss, "train.loss.factory"),
+        loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,
     )
 
@@ -24,18 +24,31 @@ def _reference(factory: Factory, where: str) -> Reference:
     return Reference(target=factory.factory, args=factory.args, where=where)
 
 
+def _named(choice: str | Factory, where: str) -> str | Reference:
+    return choice if isinstance(choice, str) else _reference(choice, where)
+
+
 def train_settings(job: Job) -> TrainSettings:
     train = job.train
-    optimizer = train.optimizer
     return TrainSettings(
         processes=train.processes,
         epochs=train.epochs,
         batch_size=train.batch_size,
         seed=train.seed,
-        optimizer=optimizer if isinstance(optimizer, str) else _reference(optimizer, "train.optimizer.factory"),
+        optimizer=_named(train.optimizer, "train.optimizer.factory"),
         learning_rate=train.learning_rate,
         threads=job.threads,
         data_workers=train.data_workers,
+        schedule=_named(train.schedule, "train.schedule.factory"),
+        accumulate=train.accumulate,
+        clip_norm=train.clip_norm,
+        early_stopping=train.early_stopping,
+        checkpoint_seconds=train.checkpoint.seconds,
+        checkpoint_steps=train.checkpoint.steps,
+        checkpoint_keep=train.checkpoint.keep,
+        restarts=train.restarts,
+        hang_seconds=train.hang_seconds,
+        collective_seconds=train.collective_seconds,
     )
 
 
@@ -50,5 +63,6 @@ def fixed_gates(job: Job) -> list[Gate]:
 
 def user_modules(job: Job) -> list[str]:
     """Top-level modules that the job refers to."""
-    factories = [job.model, job.data, job.train.loss, job.train.optimizer]
+    train = job.train
+    factories = [job.model, job.data, train.loss, train.optimizer, train.schedule]
     return sorted({item.factory.partition(":")[0].partition(".")[0] for item in factories if isinstance(item, Factory)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,11 @@ async def train(run: Run) -> Trained:
 async def _train(run: Run, stage: StageFolder) -> None:
     work = stage.begin()
     progress = _Progress(run.job.train.epochs)
-    request = TrainRequest(project=run.project, train=train_settings(run.job), folder=str(work))
+    # Beside the stage's folder: it outlives attempts.
+    checkpoints = run.folder / "checkpoints"
+    request = TrainRequest(
+        project=run.project, train=train_settings(run.job), folder=str(work), checkpoints=str(checkpoints)
+    )
     reporter = asyncio.create_task(progress.keep_artifact())
     # MLflow takes more than a second to import and this process has nothing else to do now.
     warm_up = asyncio.create_task(asyncio.to_thread(mlflow_versions.warm_up))
@@ -73,6 +78,7 @@ async def _train(run: Run, stage: StageFolder) -> None:
         reporter.cancel()
     await warm_up
     stage.finish()
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 class _Progress:
@@ -94,6 +100,14 @@ class _Progress:
                     event["processes"], event["device"], f"{event['train_samples']:,}",
                     f"{event['validation_samples']:,}",
                 )  # fmt: skip
+                for note in event["notes"]:
+                    self._logger.warning(note)
+            case "restarting":
+                where = event["checkpoint"] or "the beginning"
+                self._logger.warning("%s; training goes on from %s", event["cause"], where)
+            case "checkpoint":
+                for failure in event["failures"][-1:]:
+                    self._logger.warning(failure)
             case "epoch":
                 self._percent = 100 * event["epoch"] / self._epochs
                 self._description = describe_epoch(event)

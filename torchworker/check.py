@@ -13,6 +13,7 @@ from torchworker.project import (
     build_loss,
     build_model,
     build_optimizer,
+    build_schedule,
     compute_loss,
     describe_tensor,
     enter,
@@ -31,7 +32,7 @@ def check(request: CheckRequest) -> CheckResult:
     enter(project)
     loss = build_loss(project)
     model = build_model(project)
-    build_optimizer(project, settings, model)
+    build_schedule(project, settings, build_optimizer(project, settings, model), steps=1)
     model.eval()
     sizes = {}
     for split in ("validation", "train"):

@@ -48,6 +48,10 @@ OPTIMIZERS: Mapping[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD",
 """Well-known optimizers: classes of `torch.optim`."""
 
 
+SCHEDULES = ("constant", "cosine", "linear")
+"""Well-known learning rate schedules, advanced every optimizer step: flat, half a cosine to 0, a line to 0."""
+
+
 class Message:
     """A dataclass that crosses a process boundary as JSON."""
 
@@ -129,6 +133,26 @@ class TrainSettings:
     """torch intra-op threads of each rank."""
     data_workers: int
     """DataLoader worker processes of each rank."""
+    schedule: str | Reference
+    """A name in SCHEDULES or a reference to factory(optimizer, total_steps=…)."""
+    accumulate: int
+    """Forward and backward passes an optimizer step is made of."""
+    clip_norm: float | None
+    """Largest L2 norm of the gradients, None for no limit."""
+    early_stopping: int | None
+    """Epochs without a lower validation loss after which training stops, None for never."""
+    checkpoint_seconds: float
+    """About how far apart checkpoints are."""
+    checkpoint_steps: int | None
+    """Optimizer steps between checkpoints, instead of a time."""
+    checkpoint_keep: int
+    """How many complete checkpoints stay."""
+    restarts: int
+    """Launches in a row, after the first, that may die without a new checkpoint before the run gives up."""
+    hang_seconds: float
+    """A rank that is silent for longer is killed and handled as dead."""
+    collective_seconds: float
+    """A collective operation that takes longer is a lost connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +182,9 @@ class TrainRequest(Message):
     project: Project
     train: TrainSettings
     folder: str
-    """Absolute output folder."""
-    timeout_s: float = 1800.0
-    """How long a rank waits for the others in a collective. A machine whose link is cut is noticed by nothing else."""
+    """Absolute output folder, empty at the start."""
+    checkpoints: str
+    """Absolute folder of checkpoints, which outlives attempts; training goes on from the newest sound one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +199,8 @@ class TrainResult:
     """Order-independent hash of every training sample as it was fed to the model in the first epoch."""
     environment: Mapping[str, str]
     """Versions and thread counts that can change the bits."""
+    notes: Sequence[str]
+    """What a person should know: resumed from where, with which doubts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def descendants() -> list[int]:
-    """Process ids of all live descendants of this process, children before grandchildren."""
-    parents: dict[int, list[int]] = {}
+def _parents() -> dict[int, list[int]]:
+    """Process ids by the id of their parent, for every process."""
+    found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -41,11 +41,22 @@ def descendants() -> list[int]:
             parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        parents.setdefault(parent, []).append(int(entry.name))
+        found.setdefault(parent, []).append(int(entry.name))
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    return _parents().get(pid, [])
+
+
+def descendants() -> list[int]:
+    """Process ids of all live descendants of this process, children before grandchildren."""
+    parents = _parents()
     found: list[int] = []
     frontier = [os.getpid()]
     while frontier:
-        children = parents.get(frontier.pop(), [])
-        found += children
-        frontier += children
+        below = parents.get(frontier.pop(), [])
+        found += below
+        frontier += below
     return found

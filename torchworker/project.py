@@ -117,6 +117,31 @@ def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module)
     return optimizer
 
 
+def build_schedule(
+    project: Project, settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate schedule that is advanced after every optimizer step; steps: how many there will be."""
+    reference = settings.schedule
+    if reference == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if reference == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if reference == "linear":
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    assert isinstance(reference, Reference), reference
+    factory = resolve(reference, project)
+    try:
+        schedule = factory(optimizer, **{"total_steps": steps, **reference.args})
+    except Exception as error:
+        raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
+    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
+        raise UserMistake(
+            f"{reference.where}: {reference.target} must return a torch.optim.lr_scheduler.LRScheduler, "
+            f"got {type(schedule).__name__}"
+        )
+    return schedule
+
+
 def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
     """A collated batch as (inputs, target)."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torchworker.address import choose_interface
 from torchworker.contract import LOST_CONNECTION, RESULT, Failure, Reply, TrainRequest, TrainResult
 from torchworker.failure import failure_of
+from torchworker.heartbeat import announce, keep_beating
 from torchworker.lifeline import die_with_parent
 from torchworker.loop import Loop
 from torchworker.project import enter
@@ -30,6 +32,11 @@ def run_rank(request_file: str, agent: int) -> TrainResult | None:
     request = TrainRequest.read(Path(request_file))
     rank = int(os.environ["RANK"])
     try:
+        folder = Path(request.folder)
+        announce(folder, rank)
+        # Before any user code, so that a connection that does not come about is noticed within hang_seconds.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=request.train.collective_seconds))
+        keep_beating(folder, rank)
         torch.set_num_threads(request.train.threads)
         enter(request.project)
         return Loop(request).fit()

@@ -13,18 +13,47 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchworker import rendezvous
-from torchworker.contract import LOST_CONNECTION, Failure, TrainRequest, TrainResult, decode
+from torchworker.checkpoint import find_latest
+from torchworker.contract import EVENTS, LOST_CONNECTION, Failure, TrainRequest, TrainResult, decode
+from torchworker.events import EventLog
 from torchworker.failure import Described
+from torchworker.heartbeat import hung_ranks, start_watching, stop_watching
 from torchworker.rank import failure_file, run_rank
 
 
 def train(request: TrainRequest, path: Path) -> TrainResult:
-    """Launch the ranks of one training run and wait for them.
+    """Launch the ranks and see them through: one that dies costs the steps since the last checkpoint.
 
-    Raises Described with the root cause when a rank fails.
+    Every launch has a fresh rendezvous. Raises Described with the root cause when user code failed, or when
+    `restarts` launches in a row have died without a new checkpoint.
     """
     folder = Path(request.folder)
     rendezvous.register()
+    (folder / "ranks").mkdir(exist_ok=True)
+    # Gloo would otherwise look up the host's name, which need not resolve, and listen on that address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    events = EventLog(folder / EVENTS)
+    fruitless = 0
+    while True:
+        before, _ = find_latest(Path(request.checkpoints))
+        watcher = start_watching(folder, request.train.processes, request.train.hang_seconds)
+        try:
+            return _launch(request, path)
+        except ChildFailedError as error:
+            failure = _root_cause(folder, error, request.train.processes)
+        finally:
+            stop_watching(watcher)
+        after, _ = find_latest(Path(request.checkpoints))
+        fruitless = 1 if after != before else fruitless + 1
+        if failure.kind == "user" or fruitless > request.train.restarts:
+            raise Described(failure)
+        events.write("restarting", cause=failure.message, checkpoint=after.name if after else None)
+        for leftover in (*folder.glob("failure-rank*"), *folder.glob("hung-rank*"), *folder.glob("heartbeat-rank*")):
+            leftover.unlink()
+
+
+def _launch(request: TrainRequest, path: Path) -> TrainResult:
+    """One launch of all ranks through torch's elastic launcher. Raises ChildFailedError."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -37,16 +66,9 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
         # This process has torch and no user code, so a fork is a clean rank that need not import torch again.
         start_method="fork",
         local_addr=rendezvous.LOOPBACK,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "ranks"), redirects=Std.ALL),
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(request.folder) / "ranks"), redirects=Std.ALL),
     )
-    (folder / "ranks").mkdir(exist_ok=True)
-    # Gloo would otherwise look up the host's name, which need not resolve, and listen on that address.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        results = elastic_launch(config, run_rank)(str(path), os.getpid())
-    except ChildFailedError as error:
-        raise Described(_root_cause(folder, error, request.train.processes)) from error
-    result: TrainResult = results[0]
+    result: TrainResult = elastic_launch(config, run_rank)(str(path), os.getpid())[0]
     return result
 
 
@@ -62,12 +84,16 @@ def _root_cause(folder: Path, error: ChildFailedError, processes: int) -> Failur
     for failure in said.values():
         if failure.kind == "user":
             return failure
+    for rank, seconds in hung_ranks(folder).items():
+        return Failure(kind="worker", message=f"rank {rank} was silent for {seconds} s and was killed", rank=rank)
     signalled = {rank: item.exitcode for rank, item in error.failures.items() if item.exitcode < 0}
     for rank, code in signalled.items():
         return Failure(kind="worker", message=f"rank {rank} was killed by {_signal_name(-code)}", rank=rank)
     for failure in said.values():
         if LOST_CONNECTION not in failure.message:
             return failure
+    # Torch's launcher reports the first rank that it saw end, which may be one that lost its connection; ranks
+    # that said nothing were killed, by the launcher after that or by what is the cause.
     silent = [str(rank) for rank in range(processes) if rank not in said]
     if silent:
         return Failure(

@@ -25,7 +25,12 @@ def train(host: WorkerHost, tmp_path: Path) -> Train:
         job, folder = load_job(job_file)
         work = tmp_path / f"train{next(runs)}"
         work.mkdir()
-        request = TrainRequest(project=project_of(job, folder), train=train_settings(job), folder=str(work))
+        request = TrainRequest(
+            project=project_of(job, folder),
+            train=train_settings(job),
+            folder=str(work),
+            checkpoints=str(work.parent / "checkpoints"),
+        )
         result: TrainResult = decode(TrainResult, asyncio.run(call_worker(host, "train", request, work, on_event)))
         return result
 

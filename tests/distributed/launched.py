@@ -36,8 +36,8 @@ async def main(job_file: str, options: str, folder: str) -> None:
     chosen = Launcher.model_validate(json.loads(options))
     task = asyncio.create_task(
         train_launched(
-            chosen, project_of(job, project), train_settings(job), Path(folder), job.digest(),
-            lambda event: show(event=event), lambda text: show(say=text),
+            chosen, project_of(job, project), train_settings(job), Path(folder), Path(folder) / "checkpoints",
+            job.digest(), lambda event: show(event=event), lambda text: show(say=text),
         )
     )  # fmt: skip
     # As Prefect does when a flow run is cancelled.

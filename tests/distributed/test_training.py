@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -197,7 +198,9 @@ def test_everything_listens_on_loopback_only(host: WorkerHost, train: Train, tmp
 
     def look(event: dict[str, Any]) -> None:
         for process in below(host.pid):
-            seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+            # The watcher comes and goes with a launch.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
 
     train(write_project(tmp_path / "p", extra=SLOW, train={"epochs": 1, "processes": 2, "batch_size": 32}), look)
 
@@ -206,7 +209,12 @@ def test_everything_listens_on_loopback_only(host: WorkerHost, train: Train, tmp
 
 def test_cancelling_the_caller_ends_every_process(host: WorkerHost, tmp_path: Path) -> None:
     job, folder = load_job(write_project(tmp_path / "p", extra=SLOW))
-    request = TrainRequest(project=project_of(job, folder), train=train_settings(job), folder=str(tmp_path))
+    request = TrainRequest(
+        project=project_of(job, folder),
+        train=train_settings(job),
+        folder=str(tmp_path),
+        checkpoints=str(tmp_path / "c"),
+    )
 
     async def cancel_once_started() -> None:
         started = asyncio.Event()
@@ -214,7 +222,7 @@ def test_cancelling_the_caller_ends_every_process(host: WorkerHost, tmp_path: Pa
         waiting = asyncio.create_task(started.wait())
         await asyncio.wait({call, waiting}, return_when=asyncio.FIRST_COMPLETED)
         assert not call.done()
-        assert len(below(host.pid)) == 3  # the agent and two ranks
+        assert len(below(host.pid)) == 4  # the agent, its watcher and two ranks
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -237,7 +245,8 @@ def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: P
         "from torchworker.contract import TrainRequest\n"
         f"work = Path({str(tmp_path)!r})\n"
         f"job, folder = load_job(Path({str(job)!r}))\n"
-        "request = TrainRequest(project=project_of(job, folder), train=train_settings(job), folder=str(work))\n"
+        "project, settings = project_of(job, folder), train_settings(job)\n"
+        "request = TrainRequest(project=project, train=settings, folder=str(work), checkpoints=str(work / 'c'))\n"
         "host = worker_host(work / 'host.log')\n"
         "asyncio.run(call_worker(host, 'train', request, work, lambda event: print(host.pid, flush=True)))\n"
     )
@@ -245,7 +254,7 @@ def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: P
     assert flow.stdout is not None
     host_pid = int(flow.stdout.readline())
     tree = [psutil.Process(host_pid), *below(host_pid)]
-    assert len(tree) == 4  # host, agent, two ranks
+    assert len(tree) == 5  # host, agent, its watcher, two ranks
     agent = psutil.Process(host_pid).children()[0]
 
     os.kill({"flow": flow.pid, "host": host_pid, "agent": agent.pid}[victim], signal.SIGKILL)

@@ -51,7 +51,9 @@ class Shop:
 
     def train(self) -> None:
         folder = self.folder / "train"
-        request = TrainRequest(project=self.project, train=train_settings(self.job), folder=str(folder))
+        request = TrainRequest(
+            project=self.project, train=train_settings(self.job), folder=str(folder), checkpoints=str(self.folder / "c")
+        )
         asyncio.run(call_worker(self.host, "train", request, folder))
 
     def export(self, *kinds: str) -> dict[str, Artifact]:

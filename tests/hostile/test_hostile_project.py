@@ -55,7 +55,15 @@ def test_their_modules_win_in_their_code_and_lose_in_ours(hostile: Path, tmp_pat
     os.chdir(before)
     try:
         for stage, request in (
-            ("train", TrainRequest(project=project, train=train_settings(job), folder=str(tmp_path / "train"))),
+            (
+                "train",
+                TrainRequest(
+                    project=project,
+                    train=train_settings(job),
+                    folder=str(tmp_path / "train"),
+                    checkpoints=str(tmp_path / "c"),
+                ),
+            ),
             (
                 "export",
                 ExportRequest(

@@ -22,9 +22,11 @@ from infra.launchers.kubernetes import KubernetesLauncher, Volume, manifest
 from infra.launchers.slurm import SlurmLauncher, script
 from infra.launchers.spec import Launcher, Spec, Status
 from infra.launchers.torchrun import agent_argv
-from registry.launcher_options import LOCAL, LauncherOption, check_processes
+from registry.job import Job
+from registry.launcher_options import LOCAL, LauncherOption, check_train
 from tasks.launched import _judge, launcher_for, spec_for
-from torchworker.contract import Failure
+from tasks.requests import train_settings
+from torchworker.contract import Failure, TrainSettings
 
 OUT = Path("/shared/run/ship-1")
 
@@ -39,6 +41,12 @@ def spec(**changes: Any) -> Spec:
 
 def options(value: Any) -> Any:
     return TypeAdapter(LauncherOption).validate_python(value)
+
+
+def settings(**train: Any) -> TrainSettings:
+    document = {"name": "a", "model": {"factory": "a:b"}, "data": {"factory": "a:b"}}
+    known = {"epochs": 1, "batch_size": 96}
+    return train_settings(Job.model_validate({**document, "train": {**known, **train}}))
 
 
 def refused(value: Any) -> str:
@@ -296,7 +304,7 @@ def test_local_is_the_name_of_a_launcher_with_nothing_to_say() -> None:
 
 
 def test_each_launcher_is_one_key_with_its_options() -> None:
-    several = options({"torchrun": {"hosts": ["a", "b"], "address": "c", "min_nodes": 1, "restarts": 2}})
+    several = options({"torchrun": {"hosts": ["a", "b"], "address": "c", "min_nodes": 1}})
     cluster = options({"slurm": {"nodes": 3, "arguments": ["--partition=gpu"], "gpus": 8}})
     pods = options({"kubernetes": {"nodes": 2, "image": "i", "claim": "runs", "mount": "/shared"}})
 
@@ -304,10 +312,10 @@ def test_each_launcher_is_one_key_with_its_options() -> None:
     assert isinstance(launcher_for(several.machines), HostsLauncher)
     assert isinstance(launcher_for(cluster.machines), SlurmLauncher)
     assert isinstance(launcher_for(pods.machines), KubernetesLauncher)
-    made = spec_for(several, 4, "ship-1", OUT)
+    made = spec_for(several, settings(processes=4, restarts=2), "ship-1", OUT)
     assert (made.nodes, made.min_nodes, made.nproc, made.max_restarts) == (2, 1, 2, 2)
-    assert spec_for(cluster, 24, "ship-1", OUT).gpus == 8
-    assert spec_for(pods, 2, "ship-1", OUT).python == "python"
+    assert spec_for(cluster, settings(processes=24), "ship-1", OUT).gpus == 8
+    assert spec_for(pods, settings(processes=2), "ship-1", OUT).python == "python"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +327,6 @@ def test_each_launcher_is_one_key_with_its_options() -> None:
         ("torchrun", "hosts"),
         ({"torchrun": {"hosts": ["a", "a"], "address": "c"}}, "each host once"),
         ({"torchrun": {"hosts": ["a"], "address": "c", "connect": ["ssh", "{host}"]}}, "{host} and {command} in it"),
-        ({"torchrun": {"hosts": ["a", "b"], "address": "c", "min_nodes": 1}}, "restarts of at least 1"),
         ({"slurm": {"nodes": 2, "min_nodes": 3}}, "min_nodes <= 2"),
         ({"slurm": {"arguments": ["--nodes=4"]}}, "options of sbatch other than --nodes"),
         ({"slurm": {"arguments": ["--partition=a\n#SBATCH --uid=0"]}}, "options of sbatch such as"),
@@ -332,10 +339,17 @@ def test_options_that_cannot_work_are_refused(value: Any, message: str) -> None:
     assert message in refused(value)
 
 
-def test_ranks_must_divide_over_the_machines() -> None:
-    check_processes(8, options({"slurm": {"nodes": 2}}))
+def test_a_job_of_fixed_size_is_launched_again_by_us_and_not_by_torchrun() -> None:
+    fixed = options({"slurm": {"nodes": 2}})
+    assert spec_for(fixed, settings(processes=2, restarts=5), "ship-1", OUT).max_restarts == 0
+
+
+def test_ranks_must_divide_over_the_machines_and_shrinking_needs_restarts() -> None:
+    check_train(options({"slurm": {"nodes": 2, "min_nodes": 1}}), processes=8, restarts=1)
     with pytest.raises(ValueError, match="processes 3 is not a multiple of 2 machines"):
-        check_processes(3, options({"slurm": {"nodes": 2}}))
+        check_train(options({"slurm": {"nodes": 2}}), processes=3, restarts=0)
+    with pytest.raises(ValueError, match="restarts of at least 1"):
+        check_train(options({"slurm": {"nodes": 2, "min_nodes": 1}}), processes=2, restarts=0)
 
 
 # Whose fault it was

@@ -1,0 +1,316 @@
+"""Deaths during training cost the steps since the last checkpoint, and nothing else: the weights are the same bits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infra.errors import JobError, WorkerError
+from infra.workerhost import WorkerHost
+from registry.job import load_job
+from tasks.requests import project_of, train_settings
+from tasks.worker import call_worker
+from tests.projects import write_project
+from torchworker.contract import TrainRequest, TrainResult, decode
+
+# Everything that has state: dropout, batch norm, momentum, a schedule, accumulation, augmentation.
+STATEFUL = """
+    import os, signal
+    from pathlib import Path
+
+    class Noisy:
+        def __init__(self, inner): self.inner = inner
+        def __len__(self): return len(self.inner)
+        def __getitem__(self, index):
+            inputs, target = self.inner[index]
+            return inputs + 0.1 * torch.randn(4), target
+
+    original = build_dataset
+    def build_dataset(split):
+        return Noisy(original(split)) if split == "train" else original(split)
+
+    class Net(nn.Module):
+        def __init__(self, dies):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(),
+                nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3),
+            )
+            self.dies, self.calls = dies, 0
+        def forward(self, x):
+            if self.training:
+                self.calls += 1
+                flag = Path(__file__).with_name(f"died-{self.dies}")
+                if self.dies and os.environ["RANK"] == "1" and self.calls == self.dies and not flag.exists():
+                    flag.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return self.net(x)
+
+    def build_model(dies=0):
+        return Net(dies)
+
+    def build_optimizer(parameters, lr):
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+"""
+
+TRAIN: dict[str, Any] = {
+    "epochs": 3,
+    "processes": 2,
+    "batch_size": 24,
+    "accumulate": 2,
+    "clip_norm": 1.0,
+    "learning_rate": 0.05,
+    "schedule": "cosine",
+    "optimizer": {"factory": "plain:build_optimizer"},
+    "checkpoint": {"steps": 1},
+}
+
+
+class Attempt:
+    """Trains a project into a folder whose checkpoints outlive it."""
+
+    def __init__(self, host: WorkerHost, folder: Path) -> None:
+        self.host, self.folder = host, folder
+        self.events: list[dict[str, Any]] = []
+        self.attempts = 0
+
+    def train(
+        self, project: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None, **job: Any
+    ) -> TrainResult:
+        job_file = write_project(project, extra=STATEFUL, **{"train": TRAIN, **job})
+        loaded, folder = load_job(job_file)
+        self.attempts += 1
+        self.work = self.folder / f"attempt{self.attempts}"
+        self.work.mkdir(parents=True)
+        request = TrainRequest(
+            project=project_of(loaded, folder),
+            train=train_settings(loaded),
+            folder=str(self.work),
+            checkpoints=str(self.folder / "checkpoints"),
+        )
+
+        def remember(event: dict[str, Any]) -> None:
+            self.events.append(event)
+            on_event(event)
+
+        reply = asyncio.run(call_worker(self.host, "train", request, self.work, remember))
+        result: TrainResult = decode(TrainResult, reply)
+        return result
+
+    def said(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == name]
+
+    @property
+    def weights(self) -> str:
+        return hashlib.sha256((self.work / "weights.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def attempt(host: WorkerHost, tmp_path: Path) -> Attempt:
+    return Attempt(host, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainResult]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    whole = Attempt(host, folder / "run")
+    result = whole.train(folder / "project")
+    return whole.weights, result
+
+
+def model(dies: int) -> dict[str, Any]:
+    return {"model": {"factory": "plain:build_model", "args": {"dies": dies}}}
+
+
+# 96 samples make 4 steps an epoch of 2 passes each: in the first, before any checkpoint, mid-epoch, at its end.
+@pytest.mark.parametrize("dies_at_pass", [1, 5, 9, 12])
+def test_a_killed_rank_costs_no_bit(
+    attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path, dies_at_pass: int
+) -> None:
+    result = attempt.train(tmp_path / "project", **model(dies_at_pass))
+
+    (restart,) = attempt.said("restarting")
+    assert restart["cause"].startswith("rank 1 ") and "killed" in restart["cause"]
+    assert attempt.weights == uninterrupted[0]
+    assert result.data_fingerprint == uninterrupted[1].data_fingerprint
+    same = [(row["epoch"], row["train_loss"], row["validation_loss"]) for row in uninterrupted[1].history]
+    assert [(row["epoch"], row["train_loss"], row["validation_loss"]) for row in result.history] == same
+
+
+def test_the_agent_or_host_killed_the_next_call_goes_on_from_the_checkpoint(
+    uninterrupted: tuple[str, TrainResult], tmp_path: Path
+) -> None:
+    host = WorkerHost(tmp_path / "host.log")
+    first = Attempt(host, tmp_path / "run")
+
+    def kill_host(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] >= 6 and host.alive:
+            os.kill(host.pid, signal.SIGKILL)
+
+    with pytest.raises(WorkerError):
+        first.train(tmp_path / "project", kill_host)
+    host.close()
+
+    host = WorkerHost(tmp_path / "host.log")
+    try:
+        second = Attempt(host, tmp_path / "run")
+        second.attempts = 1
+        result = second.train(tmp_path / "project")
+    finally:
+        host.close()
+    assert any("resumed from step" in note for note in result.notes)
+    assert second.weights == uninterrupted[0]
+
+
+def stopped_after(attempt: Attempt, project: Path, step: int, **job: Any) -> None:
+    """Run until a checkpoint at or after this step, then kill the agent."""
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and event["step"] >= step:
+            for child in psutil.Process(attempt.host.pid).children():
+                child.kill()
+
+    with pytest.raises(WorkerError):
+        attempt.train(project, kill, **job)
+
+
+def test_another_world_size_goes_on_too_and_says_that_bits_may_differ(attempt: Attempt, tmp_path: Path) -> None:
+    stopped_after(attempt, tmp_path / "project", 5)
+    result = attempt.train(tmp_path / "project", train={**TRAIN, "processes": 3, "batch_size": 24, "accumulate": 1})
+
+    (note,) = [note for note in result.notes if "resumed" in note]
+    assert "written by 2 processes and read by 3: bits may differ" in note
+    assert len(result.history) == 3
+
+
+def test_a_torn_checkpoint_is_found_by_its_hash_and_the_one_before_is_used(
+    attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path
+) -> None:
+    stopped_after(attempt, tmp_path / "project", 5)
+    newest = sorted((attempt.folder / "checkpoints").glob("step-????????"))[-1]
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-7] + b"\0" * 7)
+    result = attempt.train(tmp_path / "project")
+
+    assert any(f"checkpoint {newest.name} is damaged" in note for note in result.notes)
+    assert attempt.weights == uninterrupted[0]
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(attempt: Attempt, tmp_path: Path) -> None:
+    stopped_after(attempt, tmp_path / "project", 2)
+    other = {"train": {**TRAIN, "optimizer": "sgd"}, "model": {"factory": "plain:other"}}
+    path = tmp_path / "project" / "plain.py"
+    with pytest.raises(JobError, match=r"checkpoint of another model: bias is missing there and float32 \[3\] here"):
+        code = STATEFUL + "\n    def other():\n        return nn.Linear(4, 3)\n"
+        job = write_project(tmp_path / "project", extra=code, **{"train": TRAIN, **other})
+        loaded, folder = load_job(job)
+        work = attempt.folder / "other"
+        work.mkdir()
+        request = TrainRequest(
+            project=project_of(loaded, folder),
+            train=train_settings(loaded),
+            folder=str(work),
+            checkpoints=str(attempt.folder / "checkpoints"),
+        )
+        asyncio.run(call_worker(attempt.host, "train", request, work))
+    assert path.exists()
+
+
+def test_a_stopped_rank_is_noticed_and_handled_as_dead(
+    attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path
+) -> None:
+    stopped: list[float] = []
+
+    def stop_a_rank(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and not stopped:
+            beats = attempt.work.glob("heartbeat-rank1")
+            os.kill(int(next(beats).read_text()), signal.SIGSTOP)
+            stopped.append(time.monotonic())
+        if event["event"] == "restarting":
+            stopped.append(time.monotonic())
+
+    attempt.train(tmp_path / "project", stop_a_rank, train={**TRAIN, "hang_seconds": 3})
+
+    (restart,) = attempt.said("restarting")
+    assert "rank 1 was silent for" in restart["cause"]
+    assert stopped[1] - stopped[0] < 10
+    assert attempt.weights == uninterrupted[0]
+
+
+def test_user_errors_are_not_retried(attempt: Attempt, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="loss became"):
+        attempt.train(tmp_path / "project", train={**TRAIN, "learning_rate": 1e38, "clip_norm": None})
+    assert len(attempt.said("started")) == 1
+    assert attempt.said("restarting") == []
+
+
+def test_a_rank_that_always_dies_ends_the_run_with_its_cause(attempt: Attempt, tmp_path: Path) -> None:
+    extra = "\n    class Net(Net):\n        def forward(self, x):\n            os.kill(os.getpid(), 9)\n"
+    job = write_project(
+        tmp_path / "project",
+        extra=STATEFUL + extra,
+        train={**TRAIN, "restarts": 1},
+        model={"factory": "plain:build_model"},
+    )
+    loaded, folder = load_job(job)
+    attempt.folder.mkdir()
+    request = TrainRequest(
+        project=project_of(loaded, folder),
+        train=train_settings(loaded),
+        folder=str(attempt.folder),
+        checkpoints=str(attempt.folder / "checkpoints"),
+    )
+    events: list[dict[str, Any]] = []
+    with pytest.raises(WorkerError, match=r"rank \d .*killed"):
+        asyncio.run(call_worker(attempt.host, "train", request, attempt.folder, events.append))
+    assert [event["event"] for event in events] == ["restarting"]
+
+
+def test_random_kills_of_random_ranks_all_recover_to_the_same_bits(
+    attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path
+) -> None:
+    """benchmarks/kills.py does the same twenty times and measures the time to recover."""
+    chance = random.Random(7)
+    kills = [chance.randint(2, 11) for _ in range(3)]
+
+    def kill_at(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint" and kills and event["step"] >= kills[0]:
+            kills.pop(0)
+            beat = attempt.work / f"heartbeat-rank{chance.randint(0, 1)}"
+            if beat.exists():
+                os.kill(int(beat.read_text()), signal.SIGKILL)
+
+    attempt.train(tmp_path / "project", kill_at)
+    assert attempt.weights == uninterrupted[0]
+    assert attempt.said("restarting")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+    attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path
+) -> None:
+    small = attempt.folder / "checkpoints"
+    small.mkdir(parents=True)
+    # A checkpoint of this run takes about 60 kB: some fit, not all.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], check=True)
+    try:
+        result = attempt.train(tmp_path / "project", train={**TRAIN, "checkpoint": {"steps": 1, "keep": 9}})
+        left = sorted(path.name for path in small.glob("step-*"))
+        sound = [json.loads((small / name / "CHECKPOINT.json").read_text()) for name in left]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert any("was not written" in note and "No space left" in note for note in result.notes)
+    assert sound and not any(name.endswith(".work") for name in left)
+    assert attempt.weights == uninterrupted[0]

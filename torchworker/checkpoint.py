@@ -1,0 +1,204 @@
+"""Checkpoints of a distributed run: written beside the training, complete or absent, verified before use.
+
+Tensors go through torch.distributed.checkpoint, so that another world size can read them. What only one rank
+knows (its random state, its share of sums) is a JSON file a rank. A checkpoint is written as `step-<n>.work`; rank 0
+completes it with `CHECKPOINT.json`, the SHA-256 of every file, and one rename.
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import hashlib
+import json
+import random
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.utils import _pytree as pytree
+
+MANIFEST = "CHECKPOINT.json"
+
+
+def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what they were, and a message for each newer one that is not.
+
+    Reads only.
+    """
+    damaged: list[str] = []
+    for path in sorted(folder.glob("step-????????"), reverse=True):
+        problem = _problem(path)
+        if not problem:
+            return path, damaged
+        damaged.append(f"checkpoint {path.name} is damaged ({problem}) and is not used")
+    return None, damaged
+
+
+def _problem(path: Path) -> str:
+    try:
+        said: dict[str, str] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or torn"
+    found = _hashes(path)
+    if found == said:
+        return ""
+    wrong = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
+    return f"{wrong[0]} is missing, added or changed"
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    hashes = {}
+    for file in sorted(path.iterdir()):
+        if file.name != MANIFEST:
+            with file.open("rb") as opened:
+                hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashes
+
+
+class Checkpoints:
+    """Saves and loads the checkpoints of one run. Every rank makes one and calls the same methods in the same order."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """folder: on a file system that all ranks share; keep: how many complete checkpoints stay."""
+        self._folder, self._keep = folder, keep
+        self._rank = dist.get_rank()
+        # Saving happens in a thread, so its messages need a group that training does not use.
+        self._group = dist.new_group(backend="gloo")
+        self._pending: concurrent.futures.Future[Any] | None = None
+        self._completed = threading.Event()
+        self._abandoned: list[Path] = []
+        self.failures: list[str] = []
+        """Why checkpoints could not be written; training goes on without them."""
+
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """What rank 0 finds, on every rank; leftovers of a death are removed."""
+        found: list[Any] = [None, []]
+        if self._rank == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob("step-*.work"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            found = list(find_latest(self._folder))
+        dist.broadcast_object_list(found, 0)
+        return found[0], found[1]
+
+    def save(self, step: int, state: dict[str, Any], own: dict[str, Any]) -> float:
+        """Start writing a checkpoint and return the seconds that training was held up.
+
+        state: tensors and plain values that every rank has, such as state dicts; own: this rank's JSON values.
+        """
+        began = time.perf_counter()
+        self.wait()
+        work = self._folder / f"step-{step:08d}.work"
+        # All ranks or none: a rank whose disk is full must not leave the others waiting in the save.
+        problem = ""
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            (work / f"rank{self._rank}.json").write_text(json.dumps(own))
+        except OSError as error:
+            problem = str(error)
+        problems: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self._group)
+        if any(problems):
+            self._give_up(work, next(text for text in problems if text))
+            self.wait()
+            return time.perf_counter() - began
+        # async_save copies what is on a GPU; what is on the CPU it would read while training goes on changing it.
+        state = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
+        future = dcp.async_save(  # type: ignore[attr-defined]
+            state,
+            checkpoint_id=str(work),
+            process_group=self._group,
+            # Running statistics differ by rank between two forwards; rank 0's are the ones that count.
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+        )
+        self._pending = cast("concurrent.futures.Future[Any]", future)
+        if self._rank == 0:
+            self._completed.clear()
+            self._pending.add_done_callback(lambda done: self._complete(done, work))
+        return time.perf_counter() - began
+
+    def _complete(self, done: concurrent.futures.Future[Any], work: Path) -> None:
+        """In rank 0's saving thread, after every rank has written: hash, rename, forget the oldest."""
+        try:
+            done.result()
+            (work / MANIFEST).write_text(json.dumps(_hashes(work)))
+            target = work.with_suffix("")
+            # A damaged one of the same step was not used.
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+            for old in sorted(self._folder.glob("step-????????"))[: -self._keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            self._give_up(work, str(error).strip().splitlines()[-1])
+        finally:
+            self._completed.set()
+
+    def _give_up(self, work: Path, reason: str) -> None:
+        self.failures.append(f"checkpoint {work.stem} was not written: {reason}")
+        self._abandoned.append(work)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint being written is complete or has failed."""
+        if self._pending is not None:
+            concurrent.futures.wait([self._pending])
+            self._pending = None
+            if self._rank == 0:
+                # The callback runs after the future is done.
+                self._completed.wait()
+            dist.barrier(group=self._group)
+        # By now no rank writes to what was given up.
+        while self._rank == 0 and self._abandoned:
+            shutil.rmtree(self._abandoned.pop(), ignore_errors=True)
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Fill `state`, which has the structure that was saved, with what was saved; any world size can."""
+        dcp.load(state, checkpoint_id=str(path), process_group=self._group)  # type: ignore[attr-defined]
+
+    def own(self, path: Path, rank: int) -> dict[str, Any]:
+        """What a rank saved for itself; rank 0's values for a rank that the saving run did not have."""
+        first: dict[str, Any] = json.loads((path / "rank0.json").read_text())
+        if rank == 0 or rank >= first["world"]:
+            return first
+        values: dict[str, Any] = json.loads((path / f"rank{rank}.json").read_text())
+        return values
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that user code may draw from, as JSON values."""
+    state: dict[str, Any] = {"torch": _encoded(torch.get_rng_state()), "python": random.getstate()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = _encoded(torch.cuda.get_rng_state())
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = [name, keys.tolist(), *rest]
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue where `random_state` was taken."""
+    torch.set_rng_state(_decoded(state["torch"]))
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(_decoded(state["cuda"]))
+    if "numpy" in state:
+        import numpy
+
+        numpy.random.set_state(tuple(state["numpy"]))
+
+
+def _encoded(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _decoded(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
