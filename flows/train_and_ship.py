@@ -14,9 +14,12 @@ from tasks.validate import validate
 
 
 @flow(name="train-and-ship")
-async def train_and_ship(job: str = "examples/digits/job.yaml") -> Shipped:
-    """Train a model, prove its exports equal to it, and put it live. `job` is the path of a job file."""
-    run = await begin(job)
+async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = "") -> Shipped:
+    """Train a model, prove its exports equal to it, and put it live.
+
+    `job` is the path of a job file; `resume` the id of an earlier run of it to go on with.
+    """
+    run = await begin(job, resume)
     trained = await train(run)
     exported = await export(run, trained)
     validated = await validate(run, exported)

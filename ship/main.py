@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -76,11 +77,14 @@ def check(job: Path) -> None:
 
 
 @app.command()
-def run(job: Path) -> None:
+def run(
+    job: Path,
+    resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
+) -> None:
     """Train, export, validate, register and promote one job, here and now."""
     from ship.run import run
 
-    run(job)
+    run(job, resume)
 
 
 @app.command()

@@ -15,8 +15,11 @@ from infra.workerhost import worker_host
 from registry.job import load_job
 
 
-def run(job_file: Path) -> None:
-    """Run train-and-ship once. Raises ShipError with one message when it does not end with a promotion."""
+def run(job_file: Path, resume: str) -> None:
+    """Run train-and-ship once, going on with an earlier run when `resume` names one.
+
+    Raises ShipError with one message when it does not end with a promotion.
+    """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, _ = load_job(job_file)
     settings = Settings.load()
@@ -27,7 +30,7 @@ def run(job_file: Path) -> None:
     os.environ["PREFECT_API_URL"] = settings.prefect_api_url
     from flows.train_and_ship import train_and_ship
 
-    shipped = asyncio.run(train_and_ship(job=str(job_file)))
+    shipped = asyncio.run(train_and_ship(job=str(job_file), resume=resume))
     typer.echo(
         f"\n{shipped.title}\n"
         f"  run      {shipped.run_url}\n"

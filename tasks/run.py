@@ -14,6 +14,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from infra.errors import JobError
 from infra.objectstore import ObjectStore
 from infra.provenance import git_commit
 from infra.settings import Settings
@@ -63,15 +64,17 @@ class Run:
 
 
 @task(name="begin", task_run_name="begin", cache_policy=NO_CACHE)
-async def begin(job_file: str) -> Run:
-    """Validate the job, and make sure that every service answers, before any work starts."""
+async def begin(job_file: str, resume: str = "") -> Run:
+    """Validate the job, and make sure that every service answers, before any work starts.
+
+    resume: id of an earlier run whose stages and checkpoints are gone on with.
+    """
     began = time.perf_counter()
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
     settings = Settings.load()
     flow_run_id = str(flow_run.get_id())
-    folder = settings.runs / job.name / flow_run_id
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _run_folder(settings.runs / job.name, flow_run_id, resume)
     # Workers import torch while this process imports MLflow and talks to the services.
     host = worker_host(folder.parent / "host.log")
     store = ObjectStore.from_settings(settings)
@@ -92,6 +95,16 @@ async def begin(job_file: str) -> Run:
     )
     run.seconds["begin"] = time.perf_counter() - began
     return run
+
+
+def _run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
+    folder = runs / (resume or flow_run_id)
+    if resume and (folder.parent != runs or not folder.is_dir()):
+        known = sorted((path for path in runs.glob("*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+        names = ", ".join(path.name for path in known[:3])
+        raise JobError(f"resume: expected the id of a run in {runs}, got {resume!r}; the last ones: {names or 'none'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _check_store(store: ObjectStore) -> None:

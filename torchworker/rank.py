@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,9 @@ def failure_file(folder: Path, rank: int) -> Path:
 def run_rank(request_file: str, agent: int) -> TrainResult | None:
     """Entry of one rank. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from torch's launcher."""
     die_with_parent(agent)
+    # A fork inherits the launcher's handlers, which raise: in the middle of user code that looked like its error.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     request = TrainRequest.read(Path(request_file))
     rank = int(os.environ["RANK"])
     try:

@@ -1,0 +1,102 @@
+"""A flow that died goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tests.conftest import Command
+from tests.flows.live import live, orphans
+from tests.projects import REPOSITORY, write_project
+
+SLOW = """
+    import time
+    original = build_dataset
+    class Slow:
+        def __init__(self, inner): self.inner = inner
+        def __len__(self): return len(self.inner)
+        def __getitem__(self, index):
+            time.sleep(0.02)
+            return self.inner[index]
+    def build_dataset(split):
+        return Slow(original(split))
+"""
+
+ASKS_A_FILE = """
+    import os
+    from pathlib import Path
+    class Asks(nn.Linear):
+        def forward(self, x):
+            # Ranks have RANK; the export process has not.
+            if "RANK" not in os.environ and Path(__file__).with_name("broken").exists():
+                raise RuntimeError("not today")
+            return super().forward(x)
+    def build_model():
+        return Asks(4, 3)
+"""
+
+
+def test_a_flow_killed_in_training_goes_on_from_its_checkpoint(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    train = {"epochs": 4, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}
+    job = write_project(tmp_path, extra=SLOW, name="killed", train=train, export={"formats": ["torchscript"]})
+    flow = subprocess.Popen(
+        [Path(sys.executable).with_name("ship"), "run", str(job)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (saved := sorted((stack.runs / "killed").glob("*/checkpoints/step-????????"))):
+        assert flow.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(flow.pid, signal.SIGKILL)
+    flow.wait()
+    run_id = saved[0].parent.parent.name
+    while orphans() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert orphans() == []
+    assert live(store, "killed") is None
+
+    ended = command("ship", "run", str(job), "--resume", run_id)
+    assert ended.status == 0, ended.text
+    assert re.search(r"resumed from step \d+ of 12", ended.text)
+    assert live(store, "killed") is not None
+
+
+def test_a_complete_stage_is_verified_and_not_repeated(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    job = write_project(
+        tmp_path,
+        extra=ASKS_A_FILE,
+        name="mended",
+        train={"epochs": 1, "processes": 1, "batch_size": 32},
+        export={"formats": ["torchscript"]},
+    )
+    (tmp_path / "broken").touch()
+    first = command("ship", "run", str(job))
+    assert first.status == 2 and "not today" in first.errors, first.text
+    (run,) = (path for path in (stack.runs / "mended").iterdir() if path.is_dir())
+    weights = (run / "train" / "weights.safetensors").stat().st_mtime_ns
+
+    (tmp_path / "broken").unlink()
+    second = command("ship", "run", str(job), "--resume", run.name)
+    assert second.status == 0, second.text
+    assert "train: already complete in this run, verified by hash" in second.text
+    assert (run / "train" / "weights.safetensors").stat().st_mtime_ns == weights
+    assert live(store, "mended") is not None
+
+
+def test_a_run_that_does_not_exist_cannot_be_resumed(command: Command) -> None:
+    ended = command("ship", "run", "examples/digits/job.yaml", "--resume", "../..")
+    assert ended.status == 2
+    assert "resume: expected the id of a run in" in ended.errors and "Traceback" not in ended.text
