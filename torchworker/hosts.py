@@ -24,7 +24,7 @@ from torchworker.lifeline import die_with_parent
 
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 15.0
+GRACE_SECONDS = 10.0
 """How long the others may take to notice by themselves that a job is over, and to say why."""
 
 
