@@ -135,6 +135,38 @@ def test_a_link_that_is_cut_is_noticed_in_bounded_time_and_both_sides_stop(
 def test_two_hosts_train_one_model_even_if_the_flow_is_killed_and_the_next_one_finds_the_job(
     lab: Lab, start: Start, tmp_path: Path
 ) -> None:
+    job = write_project(tmp_path / "p", extra=SLOW)
+    first = start(job)
+    first.until("event", "step")
+    before = set(lab.running("h1"))
+    first.process.kill()
+    first.process.wait()
+    second = start(job)
+    assert "found" in second.until("say")
+    assert before & set(lab.running("h1"))
+    ended = second.ended()
+
+    result = result_in(ended["done"])
+    assert len(result.history) == 2
+    assert result.environment["processes"] == "2"
+    assert (Path(ended["done"]) / result.weights).exists()
+    assert len(list((tmp_path / "attempts").glob("ship-*"))) == 1
+    assert nothing_runs(lab)
+
+
+def test_a_cancelled_flow_ends_every_process_on_every_host(lab: Lab, start: Start, tmp_path: Path) -> None:
+    flow = start(write_project(tmp_path / "p", extra=SLOW))
+    flow.until("event", "step")
+    flow.process.terminate()
+
+    assert flow.ended()["kind"] == "CancelledError"
+    assert nothing_runs(lab)
+    assert not (tmp_path / "attempts" / "current.json").exists()
+
+
+def test_an_exception_in_user_code_on_another_host_is_the_error_that_is_shown(
+    lab: Lab, start: Start, tmp_path: Path
+) -> None:
     extra = """
         import os
         class Fails(nn.Linear):
