@@ -97,7 +97,7 @@ class WorkerHost:
             self._waiting[job_id] = future
             self._send({"id": job_id, "stage": stage, "request": str(request), "log": str(log)})
         ended = asyncio.wrap_future(future)
-        follower = _Follower(events, on_event) if events is not None and on_event is not None else None
+        follower = Follower(events, on_event) if events is not None and on_event is not None else None
         try:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=POLL_SECONDS if follower else None)
@@ -121,7 +121,7 @@ class WorkerHost:
             self._process.wait()
 
 
-class _Follower:
+class Follower:
     """Reads complete lines that were appended to a file since the last look."""
 
     def __init__(self, path: Path, on_event: Events) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 REQUEST = "request.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
+FAILURE_FILES = "failure-rank*.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
@@ -37,6 +38,9 @@ METRICS: Mapping[str, Literal["higher", "lower"]] = {
     "mean_absolute_error": "lower",
 }
 """Quality metrics that need no user code, and which direction is better."""
+
+LOST_CONNECTION = "LostConnection"
+"""A rank's failure message starts with this when all it knows is that another rank went away."""
 
 LOSSES = ("cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits")
 """Well-known losses: functions of `torch.nn.functional`, called as loss(outputs, targets)."""

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchworker.contract import RESULT, Failure, Reply, TrainRequest, TrainResult
+from torchworker.address import choose_interface
+from torchworker.contract import LOST_CONNECTION, RESULT, Failure, Reply, TrainRequest, TrainResult
 from torchworker.failure import failure_of, is_lost_connection
 from torchworker.heartbeat import announce, keep_beating
 from torchworker.lifeline import die_with_parent
 from torchworker.loop import Loop
 from torchworker.project import enter
-
-LOST_CONNECTION = "LostConnection"
 
 
 def failure_file(folder: Path, rank: int) -> Path:
@@ -60,6 +59,7 @@ def _write_failure(path: Path, failure: Failure) -> None:
 def main() -> None:
     """Entry for torchrun on any machine: rank 0 also writes `result.json` into the run's folder."""
     request_file = sys.argv[1]
+    choose_interface()
     result = run_rank(request_file, os.getppid())
     if result is not None:
         folder = Path(TrainRequest.read(Path(request_file)).folder)

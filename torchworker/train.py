@@ -14,11 +14,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchworker import rendezvous
 from torchworker.checkpoint import find_latest
-from torchworker.contract import EVENTS, Failure, TrainRequest, TrainResult, decode
+from torchworker.contract import EVENTS, LOST_CONNECTION, Failure, TrainRequest, TrainResult, decode
 from torchworker.events import EventLog
 from torchworker.failure import Described
 from torchworker.heartbeat import hung_ranks, start_watching, stop_watching
-from torchworker.rank import LOST_CONNECTION, failure_file, run_rank
+from torchworker.rank import failure_file, run_rank
 
 
 def train(request: TrainRequest, path: Path) -> TrainResult:

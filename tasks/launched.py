@@ -1,0 +1,259 @@
+"""Train on an engine that outlives this process: launch, or find what was launched, and wait. No Prefect here.
+
+`<folder>/current.json` names the attempt that is under way: it is written before the engine is asked and removed when
+the attempt is over. A process that finds it goes on waiting for that job. Every attempt has a folder of its own, so
+nothing that an earlier one left can be taken for a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from infra.errors import JobError, ShipError, WorkerError
+from infra.launchers.hosts import SSH, HostsLauncher
+from infra.launchers.kubernetes import KubernetesLauncher, Volume
+from infra.launchers.slurm import SlurmLauncher
+from infra.launchers.spec import Launcher, Spec, Status
+from infra.workerhost import Events, Follower
+from registry import launcher_options as options
+from torchworker.contract import (
+    EVENTS,
+    FAILURE_FILES,
+    LOST_CONNECTION,
+    REQUEST,
+    RESULT,
+    Failure,
+    Message,
+    Project,
+    TrainRequest,
+    TrainSettings,
+    decode,
+)
+
+CURRENT = "current.json"
+POLL_SECONDS = 0.5
+FILES_SECONDS = 5.0
+"""How long a shared file system may take to show what another machine wrote."""
+END_SECONDS = 60.0
+"""How long an engine may take to end a job that has written its result."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt(Message):
+    """What a later process needs to find the job again."""
+
+    name: str
+    inputs: str
+    """Digest of everything the training depends on."""
+    options: Mapping[str, Any]
+    """`train.launcher` as it was."""
+    job: str | None
+    """The engine's id; None when the process died before it knew."""
+
+    @property
+    def engine(self) -> str:
+        return next(iter(self.options))
+
+
+def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) -> Launcher:
+    """The engine that a job file asks for."""
+    match chosen:
+        case options.Torchrun():
+            return HostsLauncher(
+                hosts=chosen.hosts, address=chosen.address, port=chosen.port, connect=chosen.connect or SSH
+            )
+        case options.Slurm():
+            return SlurmLauncher(arguments=chosen.arguments, prefix=chosen.prefix)
+        case options.Kubernetes():
+            return KubernetesLauncher(
+                namespace=chosen.namespace,
+                context=chosen.context,
+                volume=Volume(claim=chosen.claim, mount=chosen.mount),
+                secret=chosen.secret,
+            )
+
+
+def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir: Path) -> Spec:
+    """One attempt as a value."""
+    machines, nodes = chosen.machines, chosen.nodes
+    assert machines is not None
+    min_nodes = machines.min_nodes or nodes
+    resources = machines if isinstance(machines, options.Slurm | options.Kubernetes) else None
+    image = machines.image if isinstance(machines, options.Kubernetes) else None
+    return Spec(
+        name=name,
+        argv=("-m", "torchworker.rank", str(out_dir / REQUEST)),
+        out_dir=out_dir,
+        nodes=nodes,
+        min_nodes=min_nodes,
+        nproc=train.processes // nodes,
+        python=machines.python or ("python" if image else sys.executable),
+        env=machines.env,
+        cpus=resources.cpus if resources else None,
+        mem_mb=resources.mem_mb if resources else None,
+        gpus=resources.gpus if resources else 0,
+        # A job of fixed size is launched again from its newest checkpoint, with a fresh folder and rendezvous.
+        max_restarts=train.restarts if min_nodes < nodes else 0,
+        image=image,
+        time_limit=machines.time_limit_s,
+    )
+
+
+async def train_launched(
+    chosen: options.Launcher, project: Project, train: TrainSettings, folder: Path, checkpoints: Path, inputs: str,
+    on_event: Events, say: Say,
+) -> Path:  # fmt: skip
+    """Train and return the attempt's folder, which holds what a local training stage holds.
+
+    folder: existing folder for attempts; checkpoints: folder that outlives them; every machine sees both under these
+    paths. inputs: digest of what the training depends on.
+
+    A cancelled caller cancels the job; a killed one leaves it running for the next call to find. Raises JobError when
+    the user's code is at fault or the engine refuses the job, WorkerError when a machine or rank was lost.
+    """
+    assert chosen.machines is not None
+    launcher = launcher_for(chosen.machines)
+    current = folder / CURRENT
+    attempt = await _attempt_under_way(current, inputs, chosen, say)
+    out_dir = folder / attempt.name
+    spec = spec_for(chosen, train, attempt.name, out_dir)
+    try:
+        if attempt.job is None:
+            out_dir.mkdir(exist_ok=True)
+            request = TrainRequest(project=project, train=train, folder=str(out_dir), checkpoints=str(checkpoints))
+            request.write(out_dir / REQUEST)
+            attempt = await _launch(launcher, spec, attempt, current)
+            say(f"launched {attempt.engine} job {attempt.job}: {spec.nodes} machines, {spec.nproc} ranks each")
+        assert attempt.job is not None
+        status = await _wait(launcher, attempt.job, out_dir, on_event, say)
+        logs = await asyncio.to_thread(_logs, launcher, attempt.job)
+        # Also when all went well: an engine keeps records, services and connections.
+        await asyncio.to_thread(launcher.cancel, attempt.job)
+    except asyncio.CancelledError:
+        await asyncio.shield(asyncio.to_thread(_cancel, current))
+        raise
+    except JobError:
+        current.unlink(missing_ok=True)
+        raise
+    current.unlink()
+    if not (out_dir / RESULT).exists():
+        raise _judge(out_dir, spec, status, logs)
+    return out_dir
+
+
+async def _attempt_under_way(current: Path, inputs: str, chosen: options.Launcher, say: Say) -> Attempt:
+    found = _read(current)
+    if found is not None and found.inputs == inputs:
+        say(f"found {found.engine} job {found.job or found.name} of an earlier process and wait for it")
+        return found
+    if found is not None:
+        say(f"the job file changed: cancelling {found.engine} job {found.job or found.name}")
+        await asyncio.to_thread(_cancel, current)
+    name = f"ship-{uuid.uuid4().hex[:16]}"
+    attempt = Attempt(name=name, inputs=inputs, options=chosen.model_dump(mode="json", exclude_unset=True), job=None)
+    attempt.write(current)
+    return attempt
+
+
+async def _launch(launcher: Launcher, spec: Spec, attempt: Attempt, current: Path) -> Attempt:
+    """Launch and note the engine's id, also when the caller is cancelled meanwhile."""
+    launching = asyncio.ensure_future(asyncio.to_thread(launcher.launch, spec))
+    try:
+        await asyncio.wait({launching})
+    finally:
+        if not launching.done():
+            await asyncio.wait({launching})
+        if launching.exception() is None:
+            attempt = replace(attempt, job=launching.result())
+            attempt.write(current)
+    launching.result()
+    return attempt
+
+
+def _cancel(current: Path) -> None:
+    """Cancel the attempt that the file names, and forget it."""
+    found = _read(current)
+    if found is not None and found.job is not None:
+        machines = options.Launcher.model_validate(found.options).machines
+        assert machines is not None
+        launcher_for(machines).cancel(found.job)
+    current.unlink(missing_ok=True)
+
+
+def _read(current: Path) -> Attempt | None:
+    return Attempt.read(current) if current.exists() else None
+
+
+async def _wait(launcher: Launcher, job: str, out_dir: Path, on_event: Events, say: Say) -> Status:
+    follower = Follower(out_dir / EVENTS, on_event)
+    said = ""
+    finished: float | None = None
+    while True:
+        status = await asyncio.to_thread(launcher.status, job)
+        follower.poll()
+        if status.state in ("queued", "unreachable") and status.reason != said:
+            said = status.reason
+            say(said)
+        if status.over:
+            break
+        if (out_dir / RESULT).exists():
+            finished = finished or time.monotonic()
+            if time.monotonic() - finished > END_SECONDS:
+                break
+        await asyncio.sleep(POLL_SECONDS)
+    for _ in range(round(FILES_SECONDS / POLL_SECONDS)):
+        if _something_said(out_dir):
+            break
+        await asyncio.sleep(POLL_SECONDS)
+    follower.poll()
+    return status
+
+
+def _something_said(out_dir: Path) -> bool:
+    return (out_dir / RESULT).exists() or bool(list(out_dir.glob(FAILURE_FILES)))
+
+
+def _logs(launcher: Launcher, job: str) -> str:
+    try:
+        return launcher.logs(job)
+    except ShipError as error:
+        return f"(no logs: {error})"
+
+
+def _judge(out_dir: Path, spec: Spec, status: Status, logs: str) -> ShipError:
+    """The root cause: the user's exception, before what the engine blames, before what else the ranks said.
+
+    When a machine is lost, all that the ranks of the others see is that their connection closed.
+    """
+    failures: Sequence[Failure] = [
+        decode(Failure, json.loads(path.read_text())) for path in sorted(out_dir.glob(FAILURE_FILES))
+    ]
+    for failure in failures:
+        if failure.kind == "user":
+            shown = f"\n{failure.traceback}" if failure.traceback else ""
+            return JobError(f"{failure.message} (rank {failure.rank}){shown}")
+    message = status.blames
+    for failure in failures:
+        if not message and LOST_CONNECTION not in failure.message:
+            message = f"{failure.message} (rank {failure.rank})"
+    if not message:
+        said = {failure.rank for failure in failures}
+        silent = [str(rank) for rank in range(spec.nodes * spec.nproc) if rank not in said]
+        if silent and failures:
+            message = (
+                f"rank {' and '.join(silent)} ended without a word (killed, or out of memory, or its machine lost)"
+            )
+        elif failures:
+            message = f"{failures[0].message} (rank {failures[0].rank})"
+        else:
+            message = "the job ended without a result and no rank said why"
+    return WorkerError(f"train: {message}\n{status.reason}\n{logs}".rstrip())

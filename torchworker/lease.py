@@ -1,0 +1,43 @@
+"""Run a command for as long as somebody at the other end of standard input says so. On every machine of a job.
+
+`python -m torchworker.lease SECONDS COMMAND…`: each byte on standard input extends the lease; when it runs out or the
+input ends, the command is killed. Its ranks die with it (see lifeline).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+
+from torchworker.lifeline import die_with_parent
+
+
+def main() -> None:
+    seconds, command = float(sys.argv[1]), sys.argv[2:]
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, preexec_fn=functools.partial(die_with_parent, os.getpid())
+    )
+    threading.Thread(target=_hold, args=(child, seconds), daemon=True).start()
+    status = child.wait()
+    # As a shell says it: 128 and the signal.
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+def _hold(child: subprocess.Popen[bytes], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([sys.stdin.fileno()], [], [], left)[0]:
+            if not os.read(sys.stdin.fileno(), 4096):
+                break
+            deadline = time.monotonic() + seconds
+    print("lease: the controller is gone, so this machine stops", file=sys.stderr, flush=True)
+    child.kill()
+
+
+if __name__ == "__main__":
+    main()
