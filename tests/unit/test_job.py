@@ -111,3 +111,17 @@ def test_the_job_and_the_worker_agree_on_names() -> None:
 def test_the_page_about_the_job_file_is_current() -> None:
     page = (REPOSITORY / "docs" / "job-file.md").read_text()
     assert page == job_reference(), "run: ship schema --markdown > docs/job-file.md"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("  launcher: slurmm\n", "job.yaml:6: train.launcher: expected"),
+        ("  launcher: {slurm: {node: 2}}\n", "train.launcher.slurm.node: unknown key; did you mean nodes?"),
+        ("  launcher: {slurn: {nodes: 2}}\n", "train.launcher.slurn: unknown key; did you mean slurm?"),
+        ("  launcher: torchrun\n", "train.launcher.torchrun.hosts: missing; expected names or addresses"),
+        ("  launcher: {slurm: {nodes: 2}}\n", "processes 1 is not a multiple of 2 machines"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_refused_with_its_key(tmp_path: Path, keys: str, expected: str) -> None:
+    assert expected in refused(tmp_path, GOOD + keys)
