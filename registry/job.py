@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from infra.errors import JobError
+from registry.launcher_options import LOCAL, Launcher, LauncherOption, check_train
 
 METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
     "accuracy": "higher",
@@ -65,7 +66,7 @@ class Train(_Part):
     """How the model is trained."""
 
     epochs: int = Field(ge=1, description="passes over the training data")
-    processes: int = Field(1, ge=1, le=1024, description="ranks on this machine, data-parallel with gloo")
+    processes: int = Field(1, ge=1, le=1024, description="ranks over all machines, data-parallel with gloo")
     batch_size: int = Field(64, ge=1, description="samples per optimizer step over all processes")
     seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, shuffling and dropout")
     loss: Loss | Factory = Field("cross_entropy", description="a torch.nn.functional loss, or loss(outputs, target)")
@@ -92,6 +93,15 @@ class Train(_Part):
     collective_seconds: float = Field(
         600, gt=0, description="an exchange between ranks that takes longer is a lost connection"
     )
+
+    launcher: LauncherOption = Field(
+        LOCAL, description="where ranks run: local, or torchrun, slurm or kubernetes with options; see launchers.md"
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_machines(self) -> Self:
+        check_train(self.launcher, self.processes, self.restarts)
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -193,8 +203,9 @@ class Job(_Part):
     @property
     def threads(self) -> int:
         """torch threads of each rank."""
-        cores = len(os.sched_getaffinity(0))
-        return self.train.threads or max(1, cores // self.train.processes)
+        launcher = self.train.launcher
+        cores = launcher.cpus or len(os.sched_getaffinity(0))
+        return self.train.threads or max(1, cores * launcher.nodes // self.train.processes)
 
     def digest(self) -> str:
         """16 hexadecimal digits that change when anything in the job changes."""
@@ -313,6 +324,8 @@ def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
         return Job
     if keys[0] == "gates":
         return Gate if len(keys) == 3 else None
+    if keys[:2] == ["train", "launcher"] and len(keys) > 2:
+        return Launcher.part(str(keys[2])) if len(keys) == 4 else Launcher
     if keys[0] == "train" and len(keys) == 3:
         return Checkpoint if keys[1] == "checkpoint" else Factory
     return parts.get(str(keys[0])) if len(keys) == 2 else None

@@ -143,6 +143,14 @@ class Launcher(_Part):
             raise ValueError("local, or exactly one of torchrun, slurm, kubernetes with its options")
         return self
 
+    @classmethod
+    def part(cls, engine: str) -> type[BaseModel] | None:
+        """The options of one engine."""
+        parts: dict[str, type[BaseModel]] = {
+            "local": Local, "torchrun": Torchrun, "slurm": Slurm, "kubernetes": Kubernetes,
+        }  # fmt: skip
+        return parts.get(engine)
+
     @property
     def chosen(self) -> Local | Torchrun | Slurm | Kubernetes | None:
         return self.local or self.torchrun or self.slurm or self.kubernetes
@@ -151,6 +159,11 @@ class Launcher(_Part):
     def machines(self) -> Torchrun | Slurm | Kubernetes | None:
         """The engine over several machines; None for this one."""
         return self.torchrun or self.slurm or self.kubernetes
+
+    @property
+    def cpus(self) -> int | None:
+        """Cores of each machine, where the job file says so."""
+        return self.machines.cpus if isinstance(self.machines, Slurm | Kubernetes) else None
 
     @property
     def nodes(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from registry.job import Export, Factory, Gate, Job, Release, Train
+from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
 
 HEAD = """# The job file
 
@@ -37,6 +38,9 @@ def job_reference() -> str:
     sections: list[tuple[str, type[BaseModel]]] = [
         ("", Job),
         ("train", Train),
+        ("train.launcher.torchrun", Torchrun),
+        ("train.launcher.slurm", Slurm),
+        ("train.launcher.kubernetes", Kubernetes),
         ("export", Export),
         ("gates.<metric>", Gate),
         ("release", Release),
@@ -66,6 +70,8 @@ def _type(kind: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_type(option) for option in arguments if option is not type(None))
+    if origin is Annotated and arguments[0] is not str:
+        return _type(arguments[0])
     if origin is tuple:
         return f"list of {_type(arguments[0])}"
     if origin is dict:
@@ -82,8 +88,10 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "–"
-    if value == {}:
+    if value in ({}, ()):
         return "none"
+    if value == LOCAL:
+        return "`local`"
     if isinstance(value, BaseModel):
         return "see below"
     if isinstance(value, tuple):

@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.rundir import StageFolder
 from registry import mlflow_versions
+from tasks.launched import train_launched
 from tasks.policy import worth_retrying
 from tasks.requests import train_settings
 from tasks.run import Run
@@ -67,25 +68,33 @@ async def train(run: Run) -> Trained:
 
 
 async def _train(run: Run, stage: StageFolder) -> None:
-    work = stage.begin()
-    (work / COMMIT).write_text(run.git_commit)
     progress = _Progress(run.job.train.epochs)
-    # Beside the stage's folder: it outlives attempts.
-    checkpoints = run.folder / "checkpoints"
-    request = TrainRequest(
-        project=run.project, train=train_settings(run.job), folder=str(work), checkpoints=str(checkpoints)
-    )
     reporter = asyncio.create_task(progress.keep_artifact())
     # MLflow takes more than a second to import and this process has nothing else to do now.
     warm_up = asyncio.create_task(asyncio.to_thread(mlflow_versions.warm_up))
+    # Beside the stage's folder: they outlive attempts.
+    checkpoints, attempts = run.folder / "checkpoints", run.folder / "train.attempts"
+    settings, launcher = train_settings(run.job), run.job.train.launcher
     try:
-        await call_worker(run.host, "train", request, work, progress.on_event)
+        if launcher.machines is None:
+            work = stage.begin()
+            request = TrainRequest(project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints))
+            await call_worker(run.host, "train", request, work, progress.on_event)
+        else:
+            attempts.mkdir(exist_ok=True)
+            trained = await train_launched(
+                launcher, run.project, settings, attempts, checkpoints, run.job.training_digest(), progress.on_event,
+                get_run_logger().info,
+            )  # fmt: skip
+            shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
         await progress.finish()
     finally:
         reporter.cancel()
     await warm_up
+    (stage.work / COMMIT).write_text(run.git_commit)
     stage.finish()
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for folder in (checkpoints, attempts):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Progress:

@@ -134,3 +134,17 @@ def test_a_gate_or_a_format_that_changes_needs_no_new_training(tmp_path: Path) -
         path.write_text(GOOD + extra)
         digests.append(load_job(path)[0].training_digest())
     assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("  launcher: slurmm\n", "job.yaml:6: train.launcher: expected"),
+        ("  launcher: {slurm: {node: 2}}\n", "train.launcher.slurm.node: unknown key; did you mean nodes?"),
+        ("  launcher: {slurn: {nodes: 2}}\n", "train.launcher.slurn: unknown key; did you mean slurm?"),
+        ("  launcher: torchrun\n", "train.launcher.torchrun.hosts: missing; expected names or addresses"),
+        ("  launcher: {slurm: {nodes: 2}}\n", "processes 1 is not a multiple of 2 machines"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_refused_with_its_key(tmp_path: Path, keys: str, expected: str) -> None:
+    assert expected in refused(tmp_path, GOOD + keys)
