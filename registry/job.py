@@ -68,7 +68,7 @@ class Train(_Part):
     epochs: int = Field(ge=1, description="passes over the training data")
     processes: int = Field(1, ge=1, le=1024, description="ranks over all machines, data-parallel with gloo")
     batch_size: int = Field(64, ge=1, description="samples per optimizer step over all processes")
-    seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, shuffling and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds torch: initialisation, shuffling and dropout")
     loss: Loss | Factory = Field("cross_entropy", description="a torch.nn.functional loss, or loss(outputs, target)")
     optimizer: Optimizer | Factory = Field("adam", description="a torch.optim class, or factory(parameters, lr=…)")
     learning_rate: float = Field(1e-3, gt=0, description="given to the optimizer as lr")

@@ -86,7 +86,7 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended
     assert version.tags["flow_run_id"] == flow_run_of(shipped)
     assert len(version.tags["sha256.model.onnx"]) == 64
     first, *rest = (version.description or "").splitlines()
-    assert re.fullmatch(r"accuracy 0\.9\d+, all 12 gates passed: digits \w+ as onnx, pt2, torchscript\.", first)
+    assert re.fullmatch(r"accuracy 0\.9\d+, all 15 gates passed: digits \w+ as onnx, pt2, torchscript\.", first)
     assert any("parity" in line.lower() for line in rest)
 
 
