@@ -81,7 +81,7 @@ def rank_times(event: Mapping[str, Any]) -> RankTimes | None:
 
 def event_points(event: Mapping[str, Any]) -> list[Point]:
     """The curves' next points; none for an event that measured nothing."""
-    when = float(event.get("time") or time.time())
+    when = float(event.get("time", time.time()))
     points = []
     if event.get("event") == "epoch":
         points += _row_points(event, int(event["epoch"]), when)
