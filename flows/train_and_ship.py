@@ -18,7 +18,6 @@ from tasks.validate import validate
     name="train-and-ship",
     on_failure=[end_mlflow_run],
     on_crashed=[end_mlflow_run],
-    on_cancellation=[end_mlflow_run],
 )
 async def train_and_ship(job: str = "examples/digits/job.yaml") -> Shipped:
     """Train a model, prove its exports equal to it, and put it live. `job` is the path of a job file."""

@@ -25,7 +25,7 @@ SEND_SECONDS = 3.0
 """Least time between two batches."""
 SEND_SHARE = 0.01
 """Part of the time that sending may take: on a slow server the batches become fewer and larger."""
-LONGEST_PAUSE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 15.0
 FAILED_PAUSES = 5
 """How much longer the pause is after MLflow did not answer."""
 SYSTEM_SAMPLES = 100_000
@@ -189,4 +189,4 @@ def _end_all() -> None:
     for live in list(_live.values()):
         if not live._stopping.is_set():
             with contextlib.suppress(Exception):
-                live.end("KILLED", "the process ended before its flow run did")
+                live.end("KILLED", "stopped before its end: cancelled, or its process was told to exit")
