@@ -21,6 +21,7 @@ check: $(READY)
 
 bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py
+	$(BIN)/python benchmarks/observation.py
 
 up: $(READY)
 	$(BIN)/ship up

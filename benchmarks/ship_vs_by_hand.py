@@ -5,10 +5,8 @@ round that is not counted, and writes the result into docs/benchmarks.md.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import resource
 import shlex
@@ -19,15 +17,13 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from report import PAGE, ROOT, machine, write
 
-ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "examples/digits/job.yaml"
 BY_HAND = ROOT / "benchmarks/by_hand"
-BEGIN, END = "<!-- ship_vs_by_hand: begin -->", "<!-- ship_vs_by_hand: end -->"
 SERVICES = {
     "Prefect": os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api") + "/health",
     "MLflow": os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000") + "/health",
@@ -120,12 +116,11 @@ def stage_medians(timings: list[Timing]) -> dict[str, float]:
 
 
 def section(rounds: list[dict[str, Timing]], command: list[str]) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "prefect", "mlflow", "onnxruntime"))
     shown = shlex.join([Path(command[0]).name, *command[1:]])
     lines = [
         "## `ship run` against the same job written by hand",
         "",
-        f"{datetime.date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}.",
+        machine("torch", "prefect", "mlflow", "onnxruntime"),
         "Measured with `python benchmarks/ship_vs_by_hand.py`: examples/digits, both sides alternately on a running "
         f"local stack, one uncounted round first. Ours is `{shown}`.",
         "",
@@ -161,23 +156,13 @@ def section(rounds: list[dict[str, Timing]], command: list[str]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, text: str) -> None:
-    """Replace the section between the markers, or append it; other sections of the file stay as they are."""
-    page = path.read_text() if path.exists() else "# Benchmarks\n"
-    if BEGIN not in page:
-        page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds; each runs both sides once")
     ship = str(Path(sys.executable).parent / "ship")
     default = shlex.join([ship, "run", str(JOB.relative_to(ROOT))])
     parser.add_argument("--ours", default=default, help="another command to measure against by_hand")
-    parser.add_argument("--write", type=Path, default=ROOT / "docs/benchmarks.md", help="the markdown file to update")
+    parser.add_argument("--write", type=Path, default=PAGE, help="the markdown file to update")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
@@ -189,7 +174,7 @@ def main() -> None:
     commands = {"ours": shlex.split(options.ours), "by_hand": [sys.executable, str(BY_HAND / "ship.py")]}
     text = section(run(options.rounds, commands), commands["ours"])
     print(f"\n{text}")
-    write(options.write, text)
+    write(options.write, "ship_vs_by_hand", text)
 
 
 if __name__ == "__main__":

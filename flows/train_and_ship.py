@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.export import export
+from tasks.outcome import end_mlflow_run
 from tasks.promote import promote
 from tasks.register import register
 from tasks.report import Shipped, report
@@ -13,7 +14,11 @@ from tasks.train import train
 from tasks.validate import validate
 
 
-@flow(name="train-and-ship")
+@flow(
+    name="train-and-ship",
+    on_failure=[end_mlflow_run],
+    on_crashed=[end_mlflow_run],
+)
 async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = "") -> Shipped:
     """Train a model, prove its exports equal to it, and put it live.
 

@@ -1,7 +1,4 @@
-"""Model versions in MLflow: one run and one version for a release, whatever its formats.
-
-The only module that imports mlflow, and only inside functions, because the import costs more than a second:
-call `warm_up` in a thread while something else is busy.
+"""Model versions in MLflow: one version for a release, whatever its formats, made by the run that trained it.
 
 The version is created last, by one request that carries its tags and description. Its existence means
 complete, and nothing has to be taken back when an earlier step fails.
@@ -10,55 +7,45 @@ complete, and nothing has to be taken back when an earlier step fails.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import importlib.metadata
 import json
-import os
 import platform
-import re
-import ssl
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
-import httpx
 import yaml
 
-from infra.errors import ReleaseError, ServiceError, SettingsError
+from infra.errors import ReleaseError
 from registry.description import shorten
+from registry.mlflow_client import check_reachable, connect, translated, without_credentials
+from registry.mlflow_runs import (
+    BATCH_OF_METRICS,
+    TAG_FLOW_RUN,
+    OpenRun,
+    RunRecord,
+    end_with,
+    metrics_of,
+    missing_points,
+    open_with,
+    params_of,
+    run_tags,
+)
+from registry.observation import Point, history_points
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
     from mlflow.models import Model, ModelSignature
 
 DESCRIPTION_LIMIT = 5000
 """Characters that MLflow's database keeps of a version's description."""
-TAG_FLOW_RUN = "flow_run_id"
 TAG_RELEASE = "release"
-TAG_COMMIT = "git_commit"
 
-_BATCH_OF_METRICS = 1000
-_BATCH_OF_PARAMS = 100
-_PARAM_LENGTH = 6000
-_TAG_LENGTH = 5000
 _DIGEST_LENGTH = 36
-
-_ENVIRONMENT_DEFAULTS = {
-    # mlflow's own default is 7 retries over more than two minutes. These give up about 8 s after a server has
-    # gone, yet outlast its restart.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0.3",
-    # Otherwise every finished run costs one more request and prints two lines.
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # Usage statistics are sent to the makers of mlflow unless somebody asks for that.
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 
 _NEEDS_ONNX = (
     "This version has no ONNX file, and `mlflow.pyfunc.load_model` needs one. Its files can be fetched with "
@@ -83,6 +70,8 @@ class VersionRecord:
     params: Mapping[str, str | int | float | bool]
     history: Sequence[Mapping[str, float]]
     """One mapping an epoch: `epoch`, `time` (unix seconds) and metrics."""
+    points: Sequence[Point] = ()
+    """What else was measured while it trained; each curve in order."""
     metrics: Mapping[str, float]
     """Final metrics, measured on the artifacts."""
     dataset_name: str
@@ -115,71 +104,52 @@ class RegisteredVersion:
     run_url: str
 
 
-def warm_up() -> None:
-    """Import mlflow (1 to 2 s)."""
-    _import_mlflow()
-
-
-def check_reachable(tracking_uri: str) -> None:
-    """Ask the server for its health, within 3 s and without importing mlflow.
-
-    Raises ServiceError. A tracking URI that is no web address (a database) has nothing to ask.
-    """
-    if urlsplit(tracking_uri).scheme not in ("http", "https"):
-        return
-    shown = _without_credentials(tracking_uri)
-    try:
-        answer = httpx.get(
-            f"{tracking_uri.rstrip('/')}/health",
-            timeout=httpx.Timeout(2, connect=1),
-            verify=_tls_verification(),
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = str(error) or type(error).__name__
-        raise ServiceError(
-            f"MLflow at {shown} does not answer ({reason}). Start it with `ship up`, or set MLFLOW_TRACKING_URI."
-        ) from error
-    if answer.status_code != httpx.codes.OK:
-        raise ServiceError(
-            f"expected MLflow at {shown}, got status {answer.status_code} from {shown}/health. "
-            "Is another program listening there? Set MLFLOW_TRACKING_URI or SHIP_MLFLOW_PORT."
-        )
-
-
 def find_version(model: str, flow_run_id: str, release: str, tracking_uri: str) -> RegisteredVersion | None:
     """The version that this flow run registered for this release, or None. Raises ServiceError."""
-    with _translated(f"looking for a version of {model}", tracking_uri):
-        return _find(_client(tracking_uri), model, flow_run_id, release, tracking_uri)
+    with translated(f"looking for a version of {model}", tracking_uri):
+        return _find(connect(tracking_uri), model, flow_run_id, release, tracking_uri)
 
 
 def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
-    """Log a run and create one version with all files of the record. Writes to MLflow.
+    """Complete the flow run's run and create one version with all files of the record. Writes to MLflow.
 
-    The same flow run and release (tags `flow_run_id` and `release`) are registered once: a second call returns
-    the first one's version. When a step fails, the run ends as FAILED and there is no version.
+    The run is continued when there is one with the tag `flow_run_id`: what it lacks of the history and points is
+    added, nothing twice. The same flow run and release (tags `flow_run_id` and `release`) are registered once: a
+    second call returns the first one's version. When a step fails, the run ends as FAILED and there is no version.
 
     Raises ReleaseError for a missing file, SettingsError when MLflow denies access, ServiceError for the rest.
     """
     files = _files(record)
-    with _translated(f"registering {record.model}", tracking_uri):
-        client = _client(tracking_uri)
+    with translated(f"registering {record.model}", tracking_uri):
+        client = connect(tracking_uri)
         flow_run, release = record.tags.get(TAG_FLOW_RUN), record.tags.get(TAG_RELEASE)
         if flow_run and release and (found := _find(client, record.model, flow_run, release, tracking_uri)):
             return found
-        experiment_id = _experiment(client, record.model)
-        run_id = _create_run(client, experiment_id, record)
-        with _failed_unless_finished(client, run_id):
-            model_id = _log_model(client, experiment_id, run_id, record, files)
-            _log_run(client, run_id, model_id, record)
-            client.set_terminated(run_id, "FINISHED")
-            version = _create_version(client, run_id, model_id, record)
-    return _registered(record.model, version, run_id, experiment_id, tracking_uri)
+        run = open_with(client, run_record(record))
+        with _failed_unless_finished(client, run.run_id):
+            model_id = _log_model(client, run.experiment_id, run.run_id, record, files)
+            _log_run(client, run, model_id, record)
+            client.set_terminated(run.run_id, "FINISHED")
+            version = _create_version(client, run.run_id, model_id, record)
+    return _registered(record.model, version, run.run_id, run.experiment_id, tracking_uri)
+
+
+def run_record(record: VersionRecord) -> RunRecord:
+    """The run that a version comes from."""
+    return RunRecord(
+        model=record.model,
+        run_name=record.run_name,
+        params=record.params,
+        tags=record.tags,
+        note=record.description,
+        started=record.started or (record.history[0].get("time") if record.history else None) or time.time(),
+    )
 
 
 def set_alias(model: str, alias: str, version: str, tracking_uri: str) -> None:
     """Point `models:/<model>@<alias>` at a version, in one step. Writes to MLflow. Raises ServiceError."""
-    with _translated(f"setting alias {alias} of {model} to version {version}", tracking_uri):
-        _client(tracking_uri).set_registered_model_alias(model, alias, version)
+    with translated(f"setting alias {alias} of {model} to version {version}", tracking_uri):
+        connect(tracking_uri).set_registered_model_alias(model, alias, version)
 
 
 # ---- the steps of a registration
@@ -197,36 +167,6 @@ def _files(record: VersionRecord) -> dict[str, Path]:
     return {name: (record.folder / name).absolute() for name in names}
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            # The tag answers the question that the page would otherwise ask each visitor.
-            return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage != "active":
-        raise SettingsError(
-            f"MLflow experiment {name!r} was deleted; restore it with `mlflow experiments restore` or rename the job"
-        )
-    return str(found.experiment_id)
-
-
-def _create_run(client: MlflowClient, experiment_id: str, record: VersionRecord) -> str:
-    started = record.started or (record.history[0].get("time") if record.history else None) or time.time()
-    run = client.create_run(
-        experiment_id,
-        start_time=_milliseconds(started),
-        tags=_tags(record),
-        run_name=record.run_name,
-    )
-    return str(run.info.run_id)
-
-
 def _log_model(
     client: MlflowClient, experiment_id: str, run_id: str, record: VersionRecord, files: Mapping[str, Path]
 ) -> str:
@@ -241,8 +181,8 @@ def _log_model(
         experiment_id,
         name="model",
         source_run_id=run_id,
-        tags=_tags(record),
-        params=_params(record),
+        tags=run_tags(record.tags, record.description),
+        params=params_of(record.params),
         model_type="onnx" if "onnx" in record.formats else "",
     )
     model_id = str(logged.model_id)
@@ -326,17 +266,19 @@ def _write_model_files(folder: Path, model: Model, record: VersionRecord) -> set
     return {"MLmodel", "requirements.txt", "python_env.yaml", "conda.yaml"}
 
 
-def _log_run(client: MlflowClient, run_id: str, model_id: str, record: VersionRecord) -> None:
-    """Log params, metrics per epoch, final metrics and the data."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+def _log_run(client: MlflowClient, run: OpenRun, model_id: str, record: VersionRecord) -> None:
+    """Log what the run lacks of the training, the last epoch and the final metrics for the model too, and the data."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
-    metrics = _metrics(record, model_id)
-    params = [Param(key, value) for key, value in _params(record).items()]
-    client.log_batch(run_id, metrics=metrics[:_BATCH_OF_METRICS], params=params[:_BATCH_OF_PARAMS])
-    for start in range(_BATCH_OF_METRICS, len(metrics), _BATCH_OF_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + _BATCH_OF_METRICS])
-    for start in range(_BATCH_OF_PARAMS, len(params), _BATCH_OF_PARAMS):
-        client.log_batch(run_id, params=params[start : start + _BATCH_OF_PARAMS])
+    trained, last, now = history_points(record.history), _last_epoch(record), time.time()
+    metrics = metrics_of(missing_points([*(p for p in trained if p.step < last), *record.points], run.latest))
+    # Known to the run perhaps, which then keeps one of the two, but not to the model.
+    metrics += metrics_of([point for point in trained if point.step == last], model_id)
+    metrics += metrics_of([Point(name, value, last, now) for name, value in record.metrics.items()], model_id)
+    tags = [RunTag(name, value) for name, value in run_tags(record.tags, record.description).items()]
+    client.log_batch(run.run_id, metrics=metrics[:BATCH_OF_METRICS], tags=tags)
+    for start in range(BATCH_OF_METRICS, len(metrics), BATCH_OF_METRICS):
+        client.log_batch(run.run_id, metrics=metrics[start : start + BATCH_OF_METRICS])
     dataset = Dataset(
         name=record.dataset_name,
         digest=record.dataset_digest[:_DIGEST_LENGTH],
@@ -345,7 +287,7 @@ def _log_run(client: MlflowClient, run_id: str, model_id: str, record: VersionRe
         # The digest above may be cut to what MLflow's database keeps.
         profile=json.dumps({**record.dataset_profile, "digest": record.dataset_digest}),
     )
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def _create_version(client: MlflowClient, run_id: str, model_id: str, record: VersionRecord) -> str:
@@ -400,82 +342,8 @@ def _signature(signature: Mapping[str, Sequence[Mapping[str, Any]]]) -> ModelSig
         return None
 
 
-def _metrics(record: VersionRecord, model_id: str) -> list[Metric]:
-    """Every epoch's metrics for the run; the last epoch's and the final ones for the model as well."""
-    from mlflow.entities import Metric
-
-    now = time.time()
-    metrics = []
-    for index, epoch in enumerate(record.history, start=1):
-        owner = model_id if index == len(record.history) else None
-        step, timestamp = int(epoch.get("epoch", index)), _milliseconds(epoch.get("time", now))
-        for name, value in epoch.items():
-            if name not in ("epoch", "time"):
-                metrics.append(Metric(_key(name), float(value), timestamp, step, model_id=owner))
-    for name, value in record.metrics.items():
-        metrics.append(Metric(_key(name), float(value), _milliseconds(now), _last_epoch(record), model_id=model_id))
-    return metrics
-
-
 def _last_epoch(record: VersionRecord) -> int:
     return int(record.history[-1].get("epoch", len(record.history))) if record.history else 0
-
-
-def _tags(record: VersionRecord) -> dict[str, str]:
-    """Tags of the run and of its model; the checksums are on the version, where a reader compares them."""
-    tags = {key: value for key, value in record.tags.items() if not key.startswith("sha256.")}
-    tags |= {
-        "mlflow.source.name": "train-and-ship",
-        "mlflow.source.type": "JOB",
-        "mlflow.user": _user(),
-        "mlflow.note.content": record.description,
-    }
-    if commit := record.tags.get(TAG_COMMIT):
-        tags["mlflow.source.git.commit"] = commit
-    return {key: shorten(value, _TAG_LENGTH) for key, value in tags.items()}
-
-
-def _params(record: VersionRecord) -> dict[str, str]:
-    return {_key(name): str(value)[:_PARAM_LENGTH] for name, value in record.params.items()}
-
-
-def _key(name: str) -> str:
-    """MLflow refuses other characters in the names of metrics and params."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
-
-
-def _user() -> str:
-    # A container may run under a number that has no name.
-    with contextlib.suppress(KeyError, OSError):
-        return getpass.getuser()
-    return "unknown"
-
-
-# ---- talking to the server
-
-
-def _import_mlflow() -> None:
-    for name, value in _ENVIRONMENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-    import mlflow.models
-    import mlflow.types  # noqa: F401
-
-
-def _client(tracking_uri: str) -> MlflowClient:
-    """A client of its own for each call, so that mlflow's global state stays the caller's."""
-    _import_mlflow()
-    import mlflow
-    from mlflow import MlflowClient
-
-    if urlsplit(tracking_uri).scheme not in ("http", "https"):
-        # Used without a server, the registry asks the global tracking store about the model.
-        mlflow.set_tracking_uri(tracking_uri)
-    return MlflowClient(tracking_uri=tracking_uri)
 
 
 def _find(
@@ -496,7 +364,7 @@ def _find(
 
 
 def _registered(model: str, version: str, run_id: str, experiment_id: str, tracking_uri: str) -> RegisteredVersion:
-    site = _without_credentials(tracking_uri) if urlsplit(tracking_uri).scheme in ("http", "https") else ""
+    site = without_credentials(tracking_uri) if urlsplit(tracking_uri).scheme in ("http", "https") else ""
     return RegisteredVersion(
         version=version,
         run_id=run_id,
@@ -511,50 +379,9 @@ def _failed_unless_finished(client: MlflowClient, run_id: str) -> Iterator[None]
     """End the run as FAILED when the block raises, also when it is cancelled."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # Not worth another round of retries when the server is gone: the run then stays unfinished.
         with contextlib.suppress(Exception):
             check_reachable(client.tracking_uri)
-            client.set_terminated(run_id, "FAILED")
+            end_with(client, run_id, "RUNNING", "FAILED", f"register: {error or type(error).__name__}")
         raise
-
-
-@contextlib.contextmanager
-def _translated(action: str, tracking_uri: str) -> Iterator[None]:
-    """Turn what mlflow raises into our errors. ValueError and the like are our own bugs and pass."""
-    _import_mlflow()
-    import requests
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, requests.RequestException) as error:
-        shown = _without_credentials(tracking_uri)
-        try:
-            check_reachable(tracking_uri)
-        except ServiceError as unreachable:
-            raise ServiceError(f"{action}: {unreachable}") from error
-        reason = str(error).partition("\n")[0]
-        if getattr(error, "error_code", "") in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
-            raise SettingsError(
-                f"{action}: MLflow at {shown} denied access ({reason}); "
-                "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-            ) from error
-        raise ServiceError(f"{action}: MLflow at {shown} answered: {reason}") from error
-
-
-def _without_credentials(uri: str) -> str:
-    parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
-    return urlunsplit(parts).rstrip("/") if parts.scheme in ("http", "https") else parts.scheme or uri
-
-
-def _tls_verification() -> bool | ssl.SSLContext:
-    """The same certificates that mlflow trusts."""
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        return False
-    bundle = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or os.environ.get("REQUESTS_CA_BUNDLE")
-    if not bundle:
-        return True
-    return ssl.create_default_context(cafile=bundle)

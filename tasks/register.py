@@ -19,12 +19,14 @@ from infra.rundir import StageFolder, file_sha256
 from registry import mlflow_versions
 from registry.description import describe
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
+from registry.observation import Point, file_points
 from registry.release import Manifest, build_manifest
 from tasks.policy import worth_retrying
+from tasks.requests import run_params
 from tasks.run import Run
 from tasks.train import Trained
 from tasks.validate import Validated
-from torchworker.contract import GOLDEN, WEIGHTS, TensorSpec
+from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, TensorSpec
 
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 
@@ -59,15 +61,13 @@ async def register(run: Run, trained: Trained, validated: Validated) -> Register
             metrics=validated.quality,
         )
         description = _description(run, trained, validated, manifest)
-        record = _record(run, trained, validated, folder, manifest, description)
-        version = await asyncio.to_thread(_register_once, record, run.settings.mlflow_url)
+        shown = await asyncio.to_thread(run.live.stop)
+        # What MLflow could not be told while it happened.
+        points = [] if shown else file_points(trained.folder / EVENTS)
+        record = _record(run, trained, validated, folder, manifest, description, points)
+        version = await asyncio.to_thread(mlflow_versions.register, record, run.settings.mlflow_url)
     get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
     return Registered(folder=folder, manifest=manifest, version=version, description=description)
-
-
-def _register_once(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
-    made = mlflow_versions.find_version(record.model, record.tags["flow_run_id"], record.tags["release"], tracking_uri)
-    return made or mlflow_versions.register(record, tracking_uri)
 
 
 def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
@@ -131,26 +131,25 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
 
 
 def _record(
-    run: Run, trained: Trained, validated: Validated, folder: Path, manifest: Manifest, description: str
+    run: Run,
+    trained: Trained,
+    validated: Validated,
+    folder: Path,
+    manifest: Manifest,
+    description: str,
+    points: Sequence[Point],
 ) -> VersionRecord:
     job, result = run.job, trained.result
     artifacts = set(manifest.formats.values())
-    train = job.train.model_dump(mode="json")
     return VersionRecord(
         model=job.name,
         folder=folder,
         formats=manifest.formats,
         extra_files=[name for name in manifest.files if name not in artifacts],
         signature=_signature(validated),
-        params={
-            "model": job.model.factory,
-            "data": job.data.factory,
-            **{f"model.{name}": str(value) for name, value in job.model.args.items()},
-            **{f"data.{name}": str(value) for name, value in job.data.args.items()},
-            **{f"train.{name}": str(value) for name, value in train.items() if value is not None},
-            "export.formats": ",".join(job.export.formats),
-        },
+        params=run_params(job),
         history=result.history,
+        points=points,
         metrics={
             f"{kind}.{name}": value
             for kind, values in validated.result.metrics.items()

@@ -1,4 +1,4 @@
-"""From the job file to what worker processes are told. No Prefect here: `ship check` uses it too."""
+"""From the job file to what worker processes and MLflow are told. No Prefect here: `ship check` uses it too."""
 
 from __future__ import annotations
 
@@ -66,3 +66,16 @@ def user_modules(job: Job) -> list[str]:
     train = job.train
     factories = [job.model, job.data, train.loss, train.optimizer, train.schedule]
     return sorted({item.factory.partition(":")[0].partition(".")[0] for item in factories if isinstance(item, Factory)})
+
+
+def run_params(job: Job) -> dict[str, str]:
+    """What MLflow lists as the params of a run."""
+    train = job.train.model_dump(mode="json")
+    return {
+        "model": job.model.factory,
+        "data": job.data.factory,
+        **{f"model.{name}": str(value) for name, value in job.model.args.items()},
+        **{f"data.{name}": str(value) for name, value in job.data.args.items()},
+        **{f"train.{name}": str(value) for name, value in train.items() if value is not None},
+        "export.formats": ",".join(job.export.formats),
+    }

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
@@ -19,10 +19,12 @@ from infra.objectstore import ObjectStore
 from infra.provenance import git_commit
 from infra.settings import Settings
 from infra.workerhost import WorkerHost, worker_host
-from registry import mlflow_versions
 from registry.job import Job, load_job
+from registry.live_run import LiveRun
+from registry.mlflow_client import check_reachable
+from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
 from tasks.policy import quiet_mistakes
-from tasks.requests import project_of
+from tasks.requests import project_of, run_params
 from torchworker.contract import Project
 
 
@@ -40,6 +42,8 @@ class Run:
     git_commit: str
     host: WorkerHost
     store: ObjectStore
+    live: LiveRun
+    """The run in MLflow, fed while this one goes on."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage."""
 
@@ -60,7 +64,11 @@ class Run:
 
     @property
     def flow_run_url(self) -> str:
-        return f"{self.settings.prefect_ui_url}/runs/flow-run/{self.flow_run_id}"
+        return _flow_run_url(self.settings, self.flow_run_id)
+
+
+def _flow_run_url(settings: Settings, flow_run_id: str) -> str:
+    return f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id}"
 
 
 @task(name="begin", task_run_name="begin", cache_policy=NO_CACHE)
@@ -79,9 +87,28 @@ async def begin(job_file: str, resume: str = "") -> Run:
     host = worker_host(folder.parent / "host.log")
     store = ObjectStore.from_settings(settings)
     await asyncio.gather(
-        asyncio.to_thread(mlflow_versions.check_reachable, settings.mlflow_url),
+        asyncio.to_thread(check_reachable, settings.mlflow_url),
         asyncio.to_thread(_check_store, store),
     )
+    commit = git_commit(project_folder)
+    # The import of MLflow, more than a second, and the first requests go on in the background.
+    live = LiveRun(
+        RunRecord(
+            model=job.name,
+            run_name=str(flow_run.get_name()),
+            params=run_params(job),
+            tags={
+                TAG_COMMIT: commit,
+                TAG_FLOW_RUN: flow_run_id,
+                "flow_run_url": _flow_run_url(settings, flow_run_id),
+            },
+            note=f"In progress: [Prefect run]({_flow_run_url(settings, flow_run_id)})",
+            started=time.time(),
+        ),
+        settings.mlflow_url,
+        get_run_logger().warning,
+    )
+    live.start()
     run = Run(
         job=job,
         project=project_of(job, project_folder),
@@ -89,9 +116,10 @@ async def begin(job_file: str, resume: str = "") -> Run:
         folder=folder,
         flow_run_id=flow_run_id,
         flow_run_name=str(flow_run.get_name()),
-        git_commit=git_commit(project_folder),
+        git_commit=commit,
         host=host,
         store=store,
+        live=live,
     )
     run.seconds["begin"] = time.perf_counter() - began
     return run

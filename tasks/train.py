@@ -15,17 +15,19 @@ from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifa
 from prefect.cache_policies import NO_CACHE
 
 from infra.rundir import StageFolder
-from registry import mlflow_versions
+from registry.description import file_size, table
+from registry.observation import RankTimes, rank_times
 from tasks.launched import train_launched
 from tasks.policy import worth_retrying
 from tasks.requests import train_settings
 from tasks.run import Run
 from tasks.worker import call_worker
-from torchworker.contract import RESULT, Reply, TrainRequest, TrainResult, decode
+from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResult, decode
 
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0
 COMMIT = "git_commit"
+RANKS_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ async def train(run: Run) -> Trained:
     with run.timed("train"):
         if stage.is_complete():
             get_run_logger().info("train: already complete in this run, verified by hash")
+            run.live.follow(stage.path / EVENTS)
         else:
             await _train(run, stage)
     reply = Reply.read(stage.path / RESULT)
@@ -68,16 +71,18 @@ async def train(run: Run) -> Trained:
 
 
 async def _train(run: Run, stage: StageFolder) -> None:
+    if (stage.work / EVENTS).exists():
+        # Left by an attempt that died, perhaps with steps that MLflow was not told.
+        run.live.follow(stage.work / EVENTS)
     progress = _Progress(run.job.train.epochs)
     reporter = asyncio.create_task(progress.keep_artifact())
-    # MLflow takes more than a second to import and this process has nothing else to do now.
-    warm_up = asyncio.create_task(asyncio.to_thread(mlflow_versions.warm_up))
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / "train.attempts"
     settings, launcher = train_settings(run.job), run.job.train.launcher
     try:
         if launcher.machines is None:
             work = stage.begin()
+            run.live.follow(work / EVENTS)
             request = TrainRequest(project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints))
             await call_worker(run.host, "train", request, work, progress.on_event)
         else:
@@ -90,8 +95,8 @@ async def _train(run: Run, stage: StageFolder) -> None:
         await progress.finish()
     finally:
         reporter.cancel()
-    await warm_up
     (stage.work / COMMIT).write_text(run.git_commit)
+    run.live.send_soon()
     stage.finish()
     for folder in (checkpoints, attempts):
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,9 +109,10 @@ class _Progress:
         self._logger = get_run_logger()
         self._epochs = epochs
         self._percent = 0.0
-        self._description = "starting"
+        self._description = "Training starts"
         self._artifact: UUID | None = None
         self._logged = time.monotonic()
+        self._straggler: int | None = None
 
     def on_event(self, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -126,39 +132,92 @@ class _Progress:
                     self._logger.warning(failure)
             case "epoch":
                 self._percent = 100 * event["epoch"] / self._epochs
-                self._description = describe_epoch(event)
-                self._say()
+                self._show(describe_epoch(event), event)
+                self._say(describe_epoch(event))
             case "step":
                 self._percent = 100 * event["step"] / event["steps"]
-                self._description = (
+                line = (
                     f"epoch {event['epoch']}/{self._epochs}  step {event['step']}/{event['steps']}  "
                     f"loss {event['loss']:.4f}  {_rate(event)}"
                 )
+                self._show(line, event)
                 # A long epoch would otherwise be silent.
                 if time.monotonic() - self._logged >= LOG_SECONDS:
-                    self._say()
+                    self._say(line)
 
-    def _say(self) -> None:
+    def _show(self, line: str, event: dict[str, Any]) -> None:
+        self._description = describe_progress(line, event)
+        times = rank_times(event)
+        if times is not None and times.straggler != self._straggler:
+            self._straggler = times.straggler
+            if times.straggler is not None:
+                self._logger.warning(_describe_straggler(times))
+
+    def _say(self, line: str) -> None:
         self._logged = time.monotonic()
-        self._logger.info(self._description)
+        self._logger.info(line)
 
     async def keep_artifact(self) -> None:
-        """Update the artifact every few seconds until cancelled."""
-        self._artifact = await _created(self._percent, "Training starts")
+        """Update the artifact every few seconds until cancelled; a Prefect that does not answer is asked again."""
+        shown = ""
         while True:
+            if shown != self._description:
+                shown = self._description
+                try:
+                    await self._update(self._percent)
+                except Exception as error:
+                    self._logger.debug("the progress artifact was not updated: %s", error)
             await asyncio.sleep(ARTIFACT_SECONDS)
-            await aupdate_progress_artifact(self._artifact, self._percent, self._description)
 
     async def finish(self) -> None:
+        try:
+            await self._update(100.0)
+        except Exception as error:
+            self._logger.warning("the progress artifact was not updated: %s", error)
+
+    async def _update(self, percent: float) -> None:
         if self._artifact is None:
-            self._artifact = await _created(100.0, self._description)
+            self._artifact = await _created(percent, self._description)
         else:
-            await aupdate_progress_artifact(self._artifact, 100.0, self._description)
+            await aupdate_progress_artifact(self._artifact, percent, self._description)
 
 
 async def _created(percent: float, description: str) -> UUID:
     artifact: UUID = await acreate_progress_artifact(percent, key="training-progress", description=description)
     return artifact
+
+
+def describe_progress(line: str, event: dict[str, Any]) -> str:
+    """The line and, where the event says so, learning rate, memory and each rank's step, as markdown."""
+    parts = [line]
+    facts = []
+    if "learning_rate" in event:
+        facts.append(f"learning rate {event['learning_rate']:.3g}")
+    if "memory_bytes" in event:
+        facts.append(f"memory {file_size(event['memory_bytes'])} in the largest process")
+    if facts:
+        parts.append("  ".join(facts))
+    if times := rank_times(event):
+        # Of many ranks, the slowest say what there is to know.
+        slowest = sorted(times.seconds, key=lambda rank: -times.seconds[rank])[:RANKS_SHOWN]
+        rows = [(f"rank {rank}", _milliseconds(times.seconds[rank])) for rank in sorted(slowest)]
+        if len(times.seconds) > len(rows):
+            rows.append((f"median of {len(times.seconds)}", _milliseconds(times.median)))
+        parts.append(table(("process", "step"), rows))
+        if times.straggler is not None:
+            parts.append(f"**{_describe_straggler(times)}**")
+    return "\n\n".join(parts)
+
+
+def _describe_straggler(times: RankTimes) -> str:
+    return (
+        f"rank {times.slowest} is slow: {_milliseconds(times.seconds[times.slowest])} a step, "
+        f"{times.ratio:.1f} times the median; the others wait for it"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def describe_epoch(event: dict[str, Any]) -> str:

@@ -51,6 +51,14 @@ def read_run(flow_run_id: str) -> tuple[FlowRun, list[Artifact]]:
     return asyncio.run(read())
 
 
+def only_run(stack: Settings, model: str) -> Any:
+    client = MlflowClient(stack.mlflow_url)
+    experiment = client.get_experiment_by_name(model)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
 def test_a_person_sees_progress_with_a_rate_and_an_eta(shipped: Ended) -> None:
     epochs = re.findall(r"epoch (\d+)/12  loss .* accuracy .* samples/s  ETA \d+ s", shipped.text)
     assert epochs == [str(number) for number in range(1, 13)]
@@ -80,8 +88,10 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended
     version = client.get_model_version_by_alias("digits", "champion")
     run = client.get_run(version.run_id)
 
+    assert run.info.status == "FINISHED"
     assert run.data.params["train.epochs"] == "12"
     assert len(client.get_metric_history(version.run_id, "validation_accuracy")) == 12
+    assert "system/cpu_utilization_percentage" in run.data.metrics
     assert run.inputs.dataset_inputs[0].dataset.digest
     assert version.tags["flow_run_id"] == flow_run_of(shipped)
     assert len(version.tags["sha256.model.onnx"]) == 64
@@ -156,6 +166,10 @@ def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
     assert "Traceback" not in ended.text
     assert live(store, "hopeless") is None and store.list_keys("models/hopeless/") == {}
     assert MlflowClient(stack.mlflow_url).search_registered_models("name = 'hopeless'") == []
+    run = only_run(stack, "hopeless")
+    assert run.info.status == "FAILED"
+    assert "gates failed: torchscript accuracy" in run.data.tags["failure"]
+    assert run.data.metrics["validation_accuracy"] < 0.9999
     assert orphans() == []
 
 
@@ -177,7 +191,7 @@ def test_a_candidate_worse_than_the_live_release_does_not_replace_it(
 
 
 def test_a_training_failure_shows_the_users_line_and_leaves_nothing(
-    command: Command, store: ObjectStore, tmp_path: Path
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     extra = """
         class Fails(nn.Linear):
@@ -195,3 +209,5 @@ def test_a_training_failure_shows_the_users_line_and_leaves_nothing(
     assert "no such gene" in ended.errors and "plain.py:" in ended.errors
     assert "site-packages/prefect" not in ended.text
     assert live(store, "fails") is None and orphans() == []
+    run = only_run(stack, "fails")
+    assert run.info.status == "FAILED" and "no such gene" in run.data.tags["failure"]

@@ -6,18 +6,14 @@ import contextlib
 import dataclasses
 import hashlib
 import http.server
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import mlflow
 import numpy
 import onnxruntime
@@ -27,7 +23,9 @@ from mlflow import MlflowClient
 
 from infra.errors import ReleaseError, ServiceError, SettingsError
 from registry import mlflow_versions
+from registry.mlflow_client import check_reachable
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
+from tests.services.conftest import MlflowServer, free_port
 
 FORMATS = {"torchscript": "model.torchscript", "onnx": "model.onnx", "pt2": "model.pt2"}
 EXTRA = ["verdicts.json", "golden.safetensors"]
@@ -35,31 +33,8 @@ EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while not answers(url):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def server(mlflow_server: MlflowServer) -> str:
+    return mlflow_server.url
 
 
 @pytest.fixture(scope="module")
@@ -117,19 +92,6 @@ def record(folder: Path, **changes: Any) -> VersionRecord:
         run_name="r-1",
     )
     return dataclasses.replace(base, **changes)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=1).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def versions(url: str, model: str) -> list[str]:
@@ -313,7 +275,7 @@ def test_a_server_that_is_not_there_is_reported_within_three_seconds() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     started = time.monotonic()
     with pytest.raises(ServiceError, match=rf"MLflow at {url} does not answer.*`ship up`"):
-        mlflow_versions.check_reachable(url)
+        check_reachable(url)
     assert time.monotonic() - started < 3
 
 
@@ -321,18 +283,18 @@ def test_a_server_that_accepts_but_never_answers_is_reported_within_three_second
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         with pytest.raises(ServiceError, match="does not answer"):
-            mlflow_versions.check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}")
+            check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 3.5
 
 
 def test_another_program_on_the_port_is_not_taken_for_mlflow() -> None:
     with answering(lambda path: 403) as url, pytest.raises(ServiceError, match="got status 403"):
-        mlflow_versions.check_reachable(url)
+        check_reachable(url)
 
 
 def test_a_reachable_server_is_reported_as_nothing(server: str) -> None:
-    mlflow_versions.check_reachable(server)
-    mlflow_versions.check_reachable("sqlite:///mlflow.db")
+    check_reachable(server)
+    check_reachable("sqlite:///mlflow.db")
 
 
 def test_denied_access_names_the_credentials_and_hides_those_in_the_address() -> None:
