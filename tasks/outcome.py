@@ -26,7 +26,8 @@ async def end_mlflow_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
     try:
         if (live := live_run(str(flow_run.id))) is not None:
             await asyncio.to_thread(live.end, status, reason)
-        else:
+        elif not state.is_failed():
+            # A flow that failed runs this in its own process: without a live run there, none was begun.
             await _end_from_outside(flow_run, status, reason)
     except (ShipError, OSError) as error:
         # The next run of this model on this machine ends it.
@@ -47,5 +48,6 @@ async def _end_from_outside(flow_run: FlowRun, status: str, reason: str) -> None
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "registry.mlflow_runs"),
         *(job.name, str(flow_run.id), status, reason, Settings.load().mlflow_url),
+        stderr=asyncio.subprocess.DEVNULL,
     )
     await process.wait()
