@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -45,3 +46,13 @@ class Fingerprint:
     def hexdigest(self) -> str:
         """32 hexadecimal digits over the samples and their number."""
         return hashlib.blake2b(f"{self.samples}:{self.total:032x}".encode(), digest_size=16).hexdigest()
+
+
+def whole_fingerprint(mine: Fingerprint) -> str:
+    """The hash over what all ranks have seen. Every rank calls it."""
+    parts: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
+    dist.all_gather_object(parts, (mine.total, mine.samples))
+    whole = Fingerprint()
+    for total, samples in parts:
+        whole.merge(total, samples)
+    return whole.hexdigest()

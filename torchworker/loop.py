@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
-import platform
 import resource
 import time
 from collections.abc import Iterator
@@ -14,16 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 from torchworker.checkpoint import Checkpoints, random_state, set_random_state
-from torchworker.contract import EVENTS, PROBE, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
+from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
 from torchworker.events import EventLog
 from torchworker.failure import UserMistake, is_lost_connection, user_error
-from torchworker.fingerprint import Fingerprint
+from torchworker.fingerprint import Fingerprint, whole_fingerprint
+from torchworker.finish import environment, leave, save_trained
 from torchworker.metrics import first_output, metric_sum
 from torchworker.project import (
     apply_gradients,
@@ -37,20 +35,15 @@ from torchworker.project import (
     compute_loss,
     dtype_name,
     forward,
-    name_inputs,
-    name_outputs,
     require_gradients,
     split_batch,
     try_metric,
 )
 from torchworker.sharding import ResumableSampler, SeededDataset
-from torchworker.weights import save_weights
 
 STEP_EVENT_SECONDS = 0.25
 STEPS_TO_MEASURE = 20
 """Steps after which the checkpoint interval in seconds is turned into steps."""
-PROBE_SAMPLES = 64
-"""Samples on which the export has to give what the trained model gave."""
 
 
 class Loop:
@@ -157,38 +150,23 @@ class Loop:
             self.epoch_step = 0
             self.sums.zero_()
         self.checkpoints.wait()
-        digest = self._data_fingerprint()
+        digest = whole_fingerprint(self.fingerprint)
         result = None
         if self.rank == 0:
-            save_weights(self.model, self.folder / WEIGHTS)
-            self._save_probe(self.folder / PROBE)
+            self.model.eval()
+            save_trained(self.model, self.validation_set, self.project, self.folder)
             result = TrainResult(
                 weights=WEIGHTS,
                 history=self.history,
                 train_samples=self.train_size,
                 validation_samples=self.validation_size,
                 data_fingerprint=digest,
-                environment=self._environment(),
+                environment=environment(self.device),
                 notes=[*self.notes, *self.checkpoints.failures],
             )
-        # Nobody leaves before the weights are on disk: an early exit would look like a lost rank.
-        dist.barrier()
-        # DDP must not be the last owner of the group: its destructor joins gloo's threads while it holds the
-        # interpreter lock that those threads may be waiting for (seen once in some hundred runs).
         del self.ddp
-        gc.collect()
-        dist.destroy_process_group()
+        leave()
         return result
-
-    @torch.no_grad()
-    def _save_probe(self, path: Path) -> None:
-        """What the trained model itself gives on one batch: the export's model, rebuilt from weights, must agree."""
-        self.model.eval()
-        inputs, _ = next(batches(self.validation_set, PROBE_SAMPLES, self.project))
-        outputs = name_outputs(self._forward(self.model, inputs), self.project)
-        tensors = {f"input.{name}": tensor for name, tensor in name_inputs(self.model, inputs, self.project).items()}
-        tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)
 
     # --- resuming
 
@@ -416,14 +394,6 @@ class Loop:
             )
         return means
 
-    def _data_fingerprint(self) -> str:
-        parts: list[tuple[int, int]] = [(0, 0)] * self.world
-        dist.all_gather_object(parts, (self.fingerprint.total, self.fingerprint.samples))
-        whole = Fingerprint()
-        for total, samples in parts:
-            whole.merge(total, samples)
-        return whole.hexdigest()
-
     # --- what is seen of it
 
     def _eta(self) -> float:
@@ -453,14 +423,3 @@ class Loop:
     def _say(self, event: str, **fields: Any) -> None:
         if self.events is not None:
             self.events.write(event, **fields)
-
-    def _environment(self) -> dict[str, str]:
-        return {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "processes": str(self.world),
-            "threads_per_process": str(torch.get_num_threads()),
-            "device": str(self.device),
-            "backend": "gloo",
-        }
