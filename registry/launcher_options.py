@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from registry.parts import Part
 
 
 def _fills_in(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -52,7 +50,7 @@ def _names(value: dict[str, str]) -> dict[str, str]:
 Arguments = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class Machines(_Part):
+class Machines(Part):
     """What every engine over several machines understands."""
 
     min_nodes: int | None = Field(None, ge=1, description="go on with as few machines as this; all when absent")
@@ -69,7 +67,7 @@ class Machines(_Part):
             raise ValueError(f"min_nodes <= {nodes}, the number of machines, not {self.min_nodes}")
 
 
-class Local(_Part):
+class Local(Part):
     """This machine."""
 
 
@@ -129,7 +127,7 @@ class Kubernetes(Machines):
         return self
 
 
-class Launcher(_Part):
+class Launcher(Part):
     """Where the ranks run: exactly one of these."""
 
     local: Local | None = Field(None, description="this machine")

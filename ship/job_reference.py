@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from registry.job import Export, Factory, Gate, Job, Release, Train
+from registry.job import Export, Gate, Job, Release
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
+from registry.parts import Factory
+from registry.train_options import Train
 
 HEAD = """# The job file
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from registry.job import Factory, Job
+from registry.job import Job
+from registry.parts import Factory
 from torchworker.contract import Gate, Project, Reference, TrainSettings
 
 
