@@ -11,9 +11,11 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.errors import GateError
 from registry import mlflow_versions
-from registry.bucket import Pointer, move_channel, publish, read_live, read_pointer
+from registry.channels import move_channel, read_live
 from registry.gates import require_not_worse
+from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest
+from registry.releases import publish
 from tasks.policy import worth_retrying
 from tasks.register import Registered
 from tasks.run import Run

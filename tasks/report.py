@@ -9,8 +9,8 @@ from prefect import task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from registry.bucket import release_prefix
 from registry.description import table
+from registry.keys import release_prefix
 from tasks.promote import Promoted
 from tasks.register import Registered
 from tasks.run import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 
 from infra.objectstore import ObjectStore
-from registry.bucket import read_pointer
+from registry.pointer import read_pointer
 
 
 def live(store: ObjectStore, model: str) -> tuple[int, str] | None:

@@ -19,7 +19,9 @@ from safetensors.numpy import load_file
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from registry.bucket import fetch_release, read_history, read_pointer
+from registry.history import read_history
+from registry.pointer import read_pointer
+from registry.releases import fetch_release
 from tests.conftest import Command, Ended
 from tests.flows.live import live, orphans
 from tests.projects import write_project

@@ -18,19 +18,12 @@ import pytest
 from infra.errors import GateError, ReleaseError, ServiceError, SettingsError, StoreRefused
 from infra.objectstore import LOCAL_PART_BYTES, ObjectStore, PreconditionFailed
 from infra.settings import Settings
-from registry.bucket import (
-    Accept,
-    Pointer,
-    fetch_release,
-    move_channel,
-    pointer_key,
-    publish,
-    read_history,
-    read_pointer,
-    release_prefix,
-    verify_release,
-)
+from registry.channels import Accept, move_channel
+from registry.history import read_history
+from registry.keys import pointer_key, release_prefix
+from registry.pointer import Pointer, read_pointer
 from registry.release import MANIFEST, Manifest, build_manifest, verify_folder
+from registry.releases import fetch_release, publish, verify_release
 from tests.services.conftest import Connect, S3Server, free_port
 from tests.services.fault_proxy import (
     Answer,
@@ -272,7 +265,7 @@ import sys
 from pathlib import Path
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from registry.bucket import publish
+from registry.releases import publish
 from registry.release import decode_manifest
 folder = Path(sys.argv[1])
 publish(ObjectStore.from_settings(Settings.load()), folder, decode_manifest(Path(sys.argv[2]).read_bytes()))

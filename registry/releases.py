@@ -1,0 +1,182 @@
+"""Releases in the bucket: immutable files, and a manifest that is written last.
+
+Functions that write say so; the others only read. All raise SettingsError or ServiceError for the store's faults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.errors import ReleaseError
+from infra.objectstore import ObjectStore, PreconditionFailed
+from registry.keys import release_prefix
+from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, verify_folder
+from registry.transfer import Meter, Progress, in_parallel, put_immutable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What `publish` did."""
+
+    release: str
+    sent_bytes: int
+    present_bytes: int
+    """Size of the files that the bucket had already."""
+
+
+def publish(store: ObjectStore, folder: Path, manifest: Manifest, progress: Progress | None = None) -> Published:
+    """Bring a release into the bucket: files in parallel, the manifest last. Writes; can be repeated.
+
+    Bytes that are there are not sent again. Raises StoreRefused for a store without conditional writes, and
+    ReleaseError when a local file is not what the manifest says, or when the bucket holds other bytes under its name.
+    """
+    traits = store.probe()
+    prefix = release_prefix(manifest.model, manifest.release)
+    present = store.list_keys(prefix)
+    complete = prefix + MANIFEST in present
+    meter = Meter(manifest.total_bytes, progress)
+
+    def bring(name: str) -> bool:
+        """Whether the file was sent."""
+        entry, key, path = manifest.files[name], prefix + name, folder / name
+        sent = False
+        if key not in present:
+            # A wrong body under an immutable key would spoil the release for good.
+            require_file(path, entry)
+            try:
+                store.upload_file_new(path, key, entry.sha256, meter.of(name))
+                sent = True
+            except PreconditionFailed:
+                # Somebody was faster, or our own reply was lost.
+                pass
+        _require_object(store, key, entry)
+        # Parts have checksums of their own only. What an uploader left that died before this line is read back too.
+        checked = traits.checks_sha256 and entry.bytes <= store.multipart_bytes
+        if not checked and not complete:
+            _require_content(store, key, entry)
+        meter.finish(name, entry.bytes)
+        return sent
+
+    # Big files first: the last one to start decides when all are done.
+    names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
+    sent = dict(zip(names, in_parallel(bring, names), strict=True))
+    put_immutable(store, prefix + MANIFEST, manifest.encode(), "another description of the same files")
+    sent_bytes = sum(manifest.files[name].bytes for name in names if sent[name])
+    return Published(release=manifest.release, sent_bytes=sent_bytes, present_bytes=manifest.total_bytes - sent_bytes)
+
+
+def verify_release(store: ObjectStore, model: str, release: str) -> Manifest:
+    """Check that a release is complete: its manifest is its own, and every file has the right size and hash by HEAD.
+
+    Downloads the manifest only. Raises ReleaseError with the file, what was expected and what was found.
+    """
+    prefix = release_prefix(model, release)
+    manifest = read_manifest(store, model, release)
+    in_parallel(lambda name: _require_object(store, prefix + name, manifest.files[name]), manifest.files)
+    return manifest
+
+
+def read_manifest(store: ObjectStore, model: str, release: str, *, sha256: str | None = None) -> Manifest:
+    """A release's manifest. Raises ReleaseError when there is none, or it is not this release's.
+
+    sha256: hexadecimal hash that it must have, where a pointer says so.
+    """
+    key = release_prefix(model, release) + MANIFEST
+    found = store.get(key)
+    if found is None:
+        raise ReleaseError(
+            f"{key}: expected the manifest of a complete release, got none: it was never published to the end"
+        )
+    got = hashlib.sha256(found[0]).hexdigest()
+    if sha256 is not None and got != sha256:
+        raise ReleaseError(f"{key}: expected SHA-256 {sha256}, got {got}: it was altered after it went live")
+    manifest = decode_manifest(found[0])
+    if (manifest.model, manifest.release) != (model, release):
+        raise ReleaseError(
+            f"{key}: expected the manifest of {model} {release}, got that of {manifest.model} {manifest.release}"
+        )
+    return manifest
+
+
+def fetch_release(
+    store: ObjectStore,
+    model: str,
+    release: str,
+    folder: Path,
+    *,
+    manifest_sha256: str | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Download a release into the new folder `folder`, with its MANIFEST.json. Writes to disk only.
+
+    The folder appears complete, by one rename, after every file was verified by hash; one that is there already is
+    verified instead. manifest_sha256: as in `read_manifest`. Raises ReleaseError for files that are missing or altered.
+    """
+    manifest = read_manifest(store, model, release, sha256=manifest_sha256)
+    if folder.exists():
+        verify_folder(folder, manifest)
+        return manifest
+    prefix = release_prefix(model, release)
+    meter = Meter(manifest.total_bytes, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+
+    def fetch(name: str) -> None:
+        path = draft / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not store.download_file(prefix + name, path, meter.of(name)):
+            raise ReleaseError(
+                f"{prefix}{name}: expected a file of {manifest.files[name].bytes:,} bytes in the bucket, got none"
+            )
+        try:
+            require_file(path, manifest.files[name])
+        except ReleaseError as error:
+            raise ReleaseError(f"{prefix}{name}: altered in the bucket: {error}") from None
+        meter.finish(name, manifest.files[name].bytes)
+
+    try:
+        draft.mkdir()
+        in_parallel(fetch, manifest.files)
+        (draft / MANIFEST).write_bytes(manifest.encode())
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Somebody else fetched the same release at the same time.
+            if not folder.is_dir():
+                raise
+            verify_folder(folder, manifest)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return manifest
+
+
+# ---- below
+
+
+def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> None:
+    """Raises ReleaseError unless the object has the entry's size and, by what the store knows of it, its hash."""
+    stored = store.head(key)
+    if stored is None:
+        raise ReleaseError(f"{key}: expected a file of {entry.bytes:,} bytes in the bucket, got none")
+    if stored.bytes != entry.bytes:
+        raise ReleaseError(f"{key}: expected {entry.bytes:,} bytes in the bucket, got {stored.bytes:,}")
+    known = {sha256 for sha256 in (stored.sha256, stored.stored_sha256) if sha256 is not None}
+    if not known:
+        # Brought here by some other tool.
+        _require_content(store, key, entry)
+    elif known != {entry.sha256}:
+        raise ReleaseError(f"{key}: expected SHA-256 {entry.sha256} in the bucket, got {', '.join(sorted(known))}")
+
+
+def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
+    """Read the object back. Raises ReleaseError unless a reader gets exactly the entry's bytes."""
+    got = store.hash(key)
+    if got != (entry.sha256, entry.bytes):
+        raise ReleaseError(
+            f"{key}: expected SHA-256 {entry.sha256} and {entry.bytes:,} bytes when read back, got {got}; "
+            "delete it and publish again"
+        )
