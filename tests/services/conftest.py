@@ -16,6 +16,7 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 
 START_SECONDS = 60
 
@@ -148,6 +149,26 @@ def store_url(s3_server: S3Server) -> str:
     return s3_server.url
 
 
+@pytest.fixture(scope="session")
+def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RgwServer]:
+    """Ceph RGW; the tests that need it are skipped where Debian's packages are not to be had."""
+    server = RgwServer(tmp_path_factory.mktemp("rgw"), free_port())
+    try:
+        server.start()
+        yield server
+    except NotAvailable as error:
+        pytest.skip(str(error))
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session", params=["ministack", "rgw"])
+def each_store_url(request: pytest.FixtureRequest) -> str:
+    """Addresses of both kinds of server. A module whose `store_url` is this one runs its tests against each."""
+    server = request.getfixturevalue("s3_server" if request.param == "ministack" else "rgw_server")
+    return str(server.url)
+
+
 Connect = Callable[..., ObjectStore]
 
 
@@ -156,8 +177,8 @@ def connect(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Connect:
     """Make an ObjectStore from settings as a person would give them: an external store with credentials."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "SHIP_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 

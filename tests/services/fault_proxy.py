@@ -9,6 +9,7 @@ is. A new kind of fault is one more class with an `apply`.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import socket
@@ -20,6 +21,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Protocol, Self
 from urllib.parse import urlsplit
+
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from tests.services.rgw import ACCESS_KEY, SECRET_KEY
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Reply:
     status: int
     headers: list[tuple[str, str]]
     body: bytes
+    cut: bool = False
+    """Close the connection behind it, whatever the headers promised."""
 
 
 Forward = Callable[[Request], Reply]
@@ -106,7 +115,9 @@ class StripHeaders:
 
     def apply(self, request: Request, forward: Forward) -> Reply | None:
         kept = {name: value for name, value in request.headers.items() if name not in self.names}
-        return forward(Request(request.method, request.path, kept, request.body))
+        if kept != request.headers:
+            request = signed(Request(request.method, request.path, kept, request.body))
+        return forward(request)
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,42 @@ class Damage:
     """Pass the request on with the first byte of its body changed."""
 
     def apply(self, request: Request, forward: Forward) -> Reply | None:
-        damaged = bytes([request.body[0] ^ 1]) + request.body[1:]
-        return forward(Request(request.method, request.path, request.headers, damaged))
+        return forward(Request(request.method, request.path, request.headers, _damaged(request.body)))
+
+
+@dataclass(frozen=True)
+class DamageReply:
+    """Change the first byte of the reply's body."""
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        reply = forward(request)
+        return Reply(reply.status, reply.headers, _damaged(reply.body))
+
+
+@dataclass(frozen=True)
+class CutReply:
+    """Let the request happen, and close the connection in the middle of the reply."""
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        reply = forward(request)
+        if not reply.body or request.method == "HEAD":
+            return None
+        headers = [(name, value) for name, value in reply.headers if name.lower() != "content-length"]
+        headers.append(("Content-Length", str(len(reply.body))))
+        return Reply(reply.status, headers, reply.body[: len(reply.body) // 2], cut=True)
+
+
+@dataclass(frozen=True)
+class CutRequest:
+    """Pass on the headers and half of the body, and close both connections."""
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        if request.body:
+            # The server waits for the rest until the connection ends.
+            headers = {**request.headers, "content-length": str(len(request.body))}
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                forward(Request(request.method, request.path, headers, request.body[: len(request.body) // 2]))
+        return None
 
 
 @dataclass(frozen=True)
@@ -145,11 +190,41 @@ class Rule:
     used: int = 0
 
     def matches(self, request: Request) -> bool:
+        """Asked about every request that no earlier rule befell, in order of arrival."""
         return (
             (self.times is None or self.used < self.times)
             and self.method in ("", request.method)
             and re.search(self.path, request.path) is not None
         )
+
+
+def _damaged(body: bytes) -> bytes:
+    return bytes([body[0] ^ 1]) + body[1:] if body else body
+
+
+def signed(request: Request) -> Request:
+    """The request signed again: to a server that checks signatures, what was changed is what the client asked for."""
+    headers = {name: value for name, value in request.headers.items() if name not in _SIGNATURE}
+    changed = AWSRequest(request.method, f"http://{headers['host']}{request.path}", headers, request.body)
+    S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", "us-east-1").add_auth(changed)
+    headers.update({name.lower(): value for name, value in changed.headers.items()})
+    return Request(request.method, request.path, headers, request.body)
+
+
+_SIGNATURE = frozenset(["authorization", "x-amz-date", "x-amz-content-sha256"])
+
+
+@dataclass
+class AtIndex(Rule):
+    """The fault befalls one request by its place in the order of arrival, from 0, and `following` ones behind it."""
+
+    index: int = 0
+    following: int = 0
+    seen: int = 0
+
+    def matches(self, request: Request) -> bool:
+        self.seen += 1
+        return self.index < self.seen <= self.index + 1 + self.following
 
 
 def fault_reply(status: int, code: str) -> Reply:
@@ -167,6 +242,7 @@ class FaultProxy:
     rules: list[Rule] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     """Everything the client sent, in order of arrival."""
+    _under_way: int = 0
 
     def __enter__(self) -> Self:
         address = urlsplit(self.target)
@@ -194,11 +270,25 @@ class FaultProxy:
             self.rules.append(rule)
         return rule
 
+    def settle(self) -> None:
+        """Wait until nothing is under way any more, not even what a client has given up."""
+        while self._under_way:
+            time.sleep(0.005)
+
     def sent(self, method: str, path: str) -> list[Request]:
         """The requests with this method whose path matches the regular expression."""
         return [request for request in self.requests if request.method == method and re.search(path, request.path)]
 
     def handle(self, request: Request) -> Reply | None:
+        with self._lock:
+            self._under_way += 1
+        try:
+            return self._handle(request)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _handle(self, request: Request) -> Reply | None:
         with self._lock:
             self.requests.append(request)
             rule = next((rule for rule in self.rules if rule.matches(request)), None)
@@ -215,6 +305,9 @@ class FaultProxy:
         try:
             # The Host header stays the client's: it is part of what an S3 client signs.
             connection.request(request.method, request.path, body=request.body or None, headers=request.headers)
+            if len(request.body) < int(request.headers.get("content-length", 0)):
+                assert connection.sock is not None
+                connection.sock.shutdown(socket.SHUT_WR)
             reply = connection.getresponse()
             return Reply(reply.status, reply.getheaders(), reply.read())
         finally:
@@ -260,6 +353,8 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(reply.body)
+            if reply.cut:
+                self.close_connection = True
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
 
