@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from infra.errors import JobError
 from registry.launcher_options import Launcher
+from registry.parity_options import Parity
 from registry.parts import Factory, Part
 from registry.train_options import Checkpoint, Train
 
@@ -90,6 +91,7 @@ class Job(Part):
     data: Factory = Field(description='called with split="train" | "validation"; returns a map-style dataset')
     train: Train
     export: Export = Export()
+    parity: Parity = Parity()
     gates: dict[Literal["accuracy", "mean_squared_error", "mean_absolute_error", "p50_ms"], Gate] = Field(
         default_factory=dict, description="limits by metric name, or p50_ms: milliseconds at batch 1"
     )
@@ -234,7 +236,7 @@ def _shown(value: Any) -> str:
 def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
     """The part of the job that holds the last key."""
     parts: dict[str, type[BaseModel]] = {
-        "model": Factory, "data": Factory, "train": Train, "export": Export, "release": Release,
+        "model": Factory, "data": Factory, "train": Train, "export": Export, "parity": Parity, "release": Release,
     }  # fmt: skip
     if len(keys) == 1:
         return Job

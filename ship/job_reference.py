@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from registry.job import Export, Gate, Job, Release
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
+from registry.parity_options import Parity
 from registry.parts import Factory
 from registry.train_options import Train
 
@@ -44,6 +45,7 @@ def job_reference() -> str:
         ("train.launcher.slurm", Slurm),
         ("train.launcher.kubernetes", Kubernetes),
         ("export", Export),
+        ("parity", Parity),
         ("gates.<metric>", Gate),
         ("release", Release),
     ]

@@ -61,6 +61,8 @@ async def validate(run: Run, exported: Exported) -> Validated:
                 forbidden_modules=user_modules(run.job),
                 forbidden_folder=run.project.folder,
                 threads=run.job.threads,
+                not_finite=run.job.parity.not_finite,
+                refusals=run.job.parity.refusals,
             )
             await call_worker(run.host, "validate", request, work)
             stage.finish()

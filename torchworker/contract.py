@@ -23,6 +23,7 @@ FAILURE_FILES = "failure-rank*.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
+PROBES = "probes.safetensors"
 PROBE = "probe.safetensors"
 
 FORMAT_FILES: Mapping[str, str] = {
@@ -276,6 +277,26 @@ class ValidateRequest(Message):
     """Top-level modules of user code, which this process must not be able to import."""
     forbidden_folder: str
     threads: int
+    not_finite: str = "contained"
+    """What is asked of NaN and infinity: `contained`, `same` or `off`."""
+    refusals: str = "known"
+    """What is asked where the model refuses an input: `known`, `same` or `off`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """One question on which an artifact is not the model."""
+
+    format: str
+    probe: str
+    output: str
+    """Empty when the artifact gave no outputs to compare."""
+    note: str
+    """What is wrong, with the worst element: index, expected, got."""
+    ratio: float
+    """How many times the limit; infinite when it is not a matter of rounding."""
+    distribution: Sequence[str]
+    """Elements by size of the difference, one line a decade; empty when there is nothing to count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +324,8 @@ class ValidateResult(Message):
     reference: str
     """What parity was measured against, in words."""
     validation_samples: int
+    mismatches: Sequence[Mismatch] = ()
+    """Where parity failed, the worst first; empty when it passed."""
 
     @property
     def passed(self) -> bool:

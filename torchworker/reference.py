@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,67 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import GOLDEN, VALIDATION, ExportRequest, Project
-from torchworker.failure import UserMistake
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project
+from torchworker.failure import UserMistake, describe
 from torchworker.parity import compare
-from torchworker.project import batches, forward, name_inputs, name_outputs
+from torchworker.probes import BATCHES, POOL, Inputs, Probe, probes, refusals, singles
+from torchworker.project import batches, forward, name_inputs, name_outputs, specs
+
+
+class Answers:
+    """What the model says to a question: as it is, in float64, and with everything moved by its own rounding."""
+
+    def __init__(self, model: nn.Module, project: Project) -> None:
+        self.model, self.project = model, project
+        self.fixed_precision = False
+        """Whether the model was found not to run in float64."""
+        self._double: nn.Module | None = None
+        self._moved: nn.Module | None = None
+
+    def eager(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        return name_outputs(forward(self.model, inputs, self.project), self.project)
+
+    def exact(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Outputs in float64, or nothing when the model fixes a precision inside."""
+        if self.fixed_precision:
+            return {}
+        doubled = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+        try:
+            self._double = self._double or copy.deepcopy(self.model).double()
+            outputs = name_outputs(forward(self._double, doubled, self.project), self.project)
+        except (UserMistake, RuntimeError, TypeError, NotImplementedError):
+            self.fixed_precision = True
+            return {}
+        if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
+            self.fixed_precision = True
+            return {}
+        return outputs
+
+    def moved(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Outputs when each weight and input is moved up or down by half a unit in the last place, at random."""
+        generator = torch.Generator().manual_seed(0)
+        try:
+            if self._moved is None:
+                self._moved = copy.deepcopy(self.model)
+                for tensor in [*self._moved.parameters(), *self._moved.buffers()]:
+                    tensor.copy_(_moved(tensor, generator))
+            nudged = {name: _moved(tensor, generator) for name, tensor in inputs.items()}
+            return name_outputs(forward(self._moved, nudged, self.project), self.project)
+        except (UserMistake, RuntimeError, TypeError, NotImplementedError):
+            return {}
+
+    def complete(self, probe: Probe) -> Probe:
+        """The probe with the model's answers. Raises UserMistake when the model refuses it."""
+        eager = self.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
+        exact = self.exact(probe.inputs)
+        return replace(probe, eager=eager, exact=exact, moved={} if exact else self.moved(probe.inputs))
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    signs = torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1)
+    return (tensor.double() * (1 + signs * torch.finfo(tensor.dtype).eps / 2)).to(tensor.dtype)
 
 
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
@@ -25,15 +86,16 @@ def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
     inputs = {name.removeprefix("input."): tensor for name, tensor in stored.items() if name.startswith("input.")}
     inputs = {name: inputs[name] for name in name_inputs(model, inputs, project)}
     outputs = name_outputs(forward(model, inputs, project), project)
-    double = _double_model(model)
-    exact = (_in_double(double, inputs, project) if double is not None else None) or {}
+    answers = Answers(model, project)
+    exact = answers.exact(inputs)
+    moved = answers.moved(inputs) if not exact else {}
     for name, tensor in outputs.items():
         # The stored outputs are the ones on trial: the rounding that is allowed is the rebuilt model's own.
-        outcome = compare(stored[f"output.{name}"], tensor, exact.get(name))
+        outcome = compare(stored[f"output.{name}"], tensor, exact.get(name), moved.get(name))
         if not outcome.passed:
             raise UserMistake(
                 f"export: rebuilt from its weights, the model gives other outputs than when it was trained ({name}: "
-                f"{outcome.reason or f'max |Δ| {outcome.max_difference:.1e}'}); forward uses something that is neither "
+                f"{outcome.note}); forward uses something that is neither "
                 "a parameter nor a persistent buffer, or its code was changed since: register_buffer it, or make it "
                 "from a fixed seed"
             )
@@ -56,38 +118,132 @@ def golden_sizes(batch: int) -> list[int]:
 def write_reference(
     request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], dataset: Dataset[Any]
 ) -> str:
-    """`golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size.
+    """Three files; returns in words what they were made with.
 
-    `validation.safetensors`: inputs and targets for the quality gate. Tensor names are
-    `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`, `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`,
-    `float64.<name>` and `target`.
+    `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
+    `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
+    with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
+    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`.
     """
     from safetensors.torch import save_file
 
     project, folder = request.project, Path(request.folder)
-    double = _double_model(model)
-    stored: dict[str, Tensor] = {}
-    with_double = double is not None
+    answers = Answers(model, project)
+    golden = []
     for size in golden_sizes(request.batch):
         batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
-        eager = _twice(model, batch, project)
-        exact = _in_double(double, batch, project) if double is not None and with_double else None
-        with_double = exact is not None
-        for name, tensor in batch.items():
-            stored[f"batch_{size}.input.{name}"] = tensor.contiguous()
-        for name, tensor in eager.items():
-            stored[f"batch_{size}.eager.{name}"] = tensor.contiguous()
-        for name, tensor in (exact or {}).items():
-            stored[f"batch_{size}.float64.{name}"] = tensor.contiguous()
-    if not with_double:
-        stored = {name: tensor for name, tensor in stored.items() if ".float64." not in name}
-    save_file(_unshared(stored), folder / GOLDEN)
-    _write_validation(request, model, double if with_double else None, dataset, folder)
-    return "eager, checked against float64" if with_double else "eager only; the model does not run in float64"
+        _twice(model, batch, project)
+        golden.append(answers.complete(Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
+    if answers.fixed_precision:
+        golden = [replace(probe, exact={}, moved=probe.moved or answers.moved(probe.inputs)) for probe in golden]
+    stored: dict[str, Tensor] = {}
+    for probe in golden:
+        for part, tensors in (("input", probe.inputs), ("eager", probe.eager or {}), ("float64", probe.exact)):
+            # safetensors refuses tensors that share memory; slices of one batch do.
+            stored |= {f"{probe.name}.{part}.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(stored, folder / GOLDEN)
+    pool = _write_validation(request, answers, dataset, folder)
+    asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
+    asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
+    for probe in probes(pool):
+        try:
+            asked.append(answers.complete(probe))
+        except UserMistake:
+            # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
+            continue
+    signature = {spec.name: spec for spec in specs(named)}
+    refused = (_apart(answers, question, folder) for question in refusals(pool, signature))
+    asked += [probe for probe in refused if probe is not None]
+    _write_probes(asked, folder / PROBES)
+    if answers.fixed_precision:
+        return "eager, with the rounding of weights and inputs; the model does not run in float64"
+    return "eager, checked against float64"
 
 
-def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> dict[str, Tensor]:
-    """Eager outputs, after making sure that a second call gives the same and leaves the inputs alone."""
+def _apart(answers: Answers, probe: Probe, folder: Path) -> Probe | None:
+    """The model's answer to inputs it should refuse, in a process that may die of them; None when it does.
+
+    User code with threads cannot be forked, and is not asked.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if threading.active_count() > 1:
+        return None
+    kept = folder / "refusal.part"
+    pid = os.fork()
+    if pid == 0:
+        status = 2
+        try:
+            eager = answers.eager(probe.inputs)
+            save_file({name: tensor.contiguous().clone() for name, tensor in eager.items()}, kept)
+            status = 0
+        except UserMistake as error:
+            kept.write_text(describe(error.__cause__ or error))
+            status = 1
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status not in (0, 1):
+        return None
+    answer = replace(probe, eager=load_file(kept)) if status == 0 else replace(probe, error=kept.read_text())
+    kept.unlink()
+    return answer
+
+
+def _write_probes(asked: list[Probe], path: Path) -> None:
+    """Tensors `<probe>/<part>/<name>`, and the list of probes as JSON in the file's metadata."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    listed = []
+    for probe in asked:
+        parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.moved}
+        for part, named in parts.items():
+            tensors |= {f"{probe.name}/{part}/{name}": tensor.contiguous().clone() for name, tensor in named.items()}
+        listed.append(
+            {
+                "name": probe.name,
+                "group": probe.group,
+                "declared": probe.declared,
+                "touched": list(probe.touched),
+                "error": probe.error,
+            }
+        )
+    save_file(tensors, path, metadata={"probes": json.dumps(listed)})
+
+
+def read_probes(folder: Path) -> list[Probe]:
+    """Every probe with the model's answers, the batches of capture first."""
+    from safetensors import safe_open
+
+    parts: dict[str, dict[str, Inputs]] = {}
+    with safe_open(folder / GOLDEN, framework="pt") as golden:
+        for key in golden.keys():  # noqa: SIM118 - not a mapping
+            name, part, tensor = key.split(".", 2)
+            parts.setdefault(name, {}).setdefault(part, {})[tensor] = golden.get_tensor(key)
+    with safe_open(folder / PROBES, framework="pt") as asked:
+        listed = json.loads(asked.metadata()["probes"])
+        for key in asked.keys():  # noqa: SIM118
+            name, part, tensor = key.split("/", 2)
+            parts.setdefault(name, {}).setdefault(part, {})[tensor] = asked.get_tensor(key)
+    return [
+        Probe(
+            name=item["name"],
+            group=item["group"],
+            declared=item["declared"],
+            touched=tuple(item["touched"]),
+            error=item["error"],
+            inputs=parts[item["name"]]["input"],
+            eager=None if item["error"] else parts[item["name"]]["eager"],
+            exact=parts[item["name"]].get("float64", {}),
+            moved=parts[item["name"]].get("moved", {}),
+        )
+        for item in listed
+    ]
+
+
+def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> None:
+    """Raises UserMistake unless a second call gives the same and leaves the inputs alone."""
     kept = {name: tensor.clone() for name, tensor in batch.items()}
     first = name_outputs(forward(model, batch, project), project)
     second = name_outputs(forward(model, batch, project), project)
@@ -102,48 +258,31 @@ def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> d
             raise UserMistake(
                 f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
             )
-    return first
 
 
-def _double_model(model: nn.Module) -> nn.Module | None:
-    try:
-        return copy.deepcopy(model).double()
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
+def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path) -> Inputs:
+    """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
 
-
-def _in_double(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> dict[str, Tensor] | None:
-    """Outputs in float64, or None when the model fixes a precision inside."""
-    doubled = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-    try:
-        outputs = name_outputs(forward(model, doubled, project), project)
-    except UserMistake:
-        return None
-    if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
-        return None
-    return outputs
-
-
-def _write_validation(
-    request: ExportRequest, model: nn.Module, double: nn.Module | None, dataset: Dataset[Any], folder: Path
-) -> None:
-    """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen."""
+    Returns the first samples' inputs, which probes are made from.
+    """
     from safetensors.torch import save_file
 
     parts: dict[str, list[Tensor]] = {}
     for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
-        named = name_inputs(model, inputs, request.project)
-        for name, tensor in named.items():
-            parts.setdefault(f"input.{name}", []).append(tensor)
-        for name, tensor in name_outputs(forward(model, named, request.project), request.project).items():
-            parts.setdefault(f"eager.{name}", []).append(tensor)
-        exact = _in_double(double, named, request.project) if double is not None else None
-        for name, tensor in (exact or {}).items():
-            parts.setdefault(f"float64.{name}", []).append(tensor)
+        named = name_inputs(answers.model, inputs, request.project)
+        probe = answers.complete(Probe(name="", group="", inputs=named))
+        for part, tensors in (
+            ("input", named),
+            ("eager", probe.eager),
+            ("float64", probe.exact),
+            ("moved", probe.moved),
+        ):
+            for name, tensor in (tensors or {}).items():
+                parts.setdefault(f"{part}.{name}", []).append(tensor)
         parts.setdefault("target", []).append(target)
-    save_file({name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}, folder / VALIDATION)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory; slices of one batch do."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    samples = sum(len(target) for target in parts["target"])
+    joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    # A batch that float64 refused has no counterpart: none is better than one that is out of step.
+    joined = {name: tensor for name, tensor in joined.items() if len(tensor) == samples or name.startswith("eager.")}
+    save_file(joined, folder / VALIDATION)
+    return {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,13 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker import runtimes
-from torchworker.contract import GOLDEN, METRICS, VALIDATION, Gate, ValidateRequest, ValidateResult, Verdict
+from torchworker.contract import METRICS, VALIDATION, Gate, TensorSpec, ValidateRequest, ValidateResult, Verdict
 from torchworker.failure import describe, is_theirs
 from torchworker.metrics import metric_sum
 from torchworker.parity import compare
+from torchworker.probes import BATCHES, Probe
+from torchworker.prove import Decisions, Finding, Policy, Trial, prove, verdict
+from torchworker.reference import read_probes
 
 LATENCY_CALLS = 30
 WARM_UP_CALLS = 3
+MISMATCHES = 30
+"""At most this many are reported; the first tell what is wrong."""
+NO_FLOAT64 = "float32 eager, with the rounding of weights and inputs (the model does not run in float64)"
 
 
 class _NoUserCode(importlib.abc.MetaPathFinder):
@@ -52,12 +59,15 @@ def validate(request: ValidateRequest) -> ValidateResult:
     """Parity at every reference batch, quality on the validation set, and latency, for each format."""
     forbid_user_code(request.forbidden_modules, request.forbidden_folder)
     folder = Path(request.folder)
-    golden = load_file(folder / GOLDEN)
+    probes = [_ordered(probe, request.inputs) for probe in read_probes(folder)]
+    golden = [probe for probe in probes if probe.group == BATCHES]
     validation = load_file(folder / VALIDATION)
     samples = len(validation["target"])
-    batch = _sizes(golden)[1]
-    has_exact = any(".float64." in name for name in golden)
+    batch = _size(golden[1])
+    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
+    outputs = [spec.name for spec in request.outputs]
     verdicts: list[Verdict] = []
+    findings: list[Finding] = []
     metrics: dict[str, dict[str, float]] = {}
     for kind, file in request.formats.items():
         try:
@@ -65,9 +75,12 @@ def validate(request: ValidateRequest) -> ValidateResult:
         except Exception as error:
             verdicts.append(_not_measured(kind, "parity", "load", "loads without training code", describe(error)))
             continue
-        verdicts += _parity(kind, call, golden, request)
+        # Named in the log before it is asked: an artifact may take this process down.
+        print(f"validate: {kind}: {len(probes)} probes", flush=True)
+        trial = prove(kind, call, probes, outputs, policy)
         measured, on_validation = _quality(kind, call, validation, request, batch)
-        verdicts += on_validation
+        verdicts += [*trial.verdicts, *on_validation.verdicts]
+        findings += [*trial.findings, *on_validation.findings]
         if measured or not request.metrics:
             measured |= _latency(call, golden)
         metrics[kind] = measured
@@ -75,8 +88,9 @@ def validate(request: ValidateRequest) -> ValidateResult:
     return ValidateResult(
         verdicts=verdicts,
         metrics=metrics,
-        reference="the model in float64" if has_exact else "float32 eager (the model does not run in float64)",
+        reference="the model in float64" if any(probe.exact for probe in golden) else NO_FLOAT64,
         validation_samples=samples,
+        mismatches=[item.mismatch() for item in sorted(findings, key=lambda item: -item.outcome.ratio)[:MISMATCHES]],
     )
 
 
@@ -84,59 +98,14 @@ def _not_measured(kind: str, gate: str, case: str, limit: str, note: str) -> Ver
     return Verdict(format=kind, gate=gate, case=case, measured=None, limit=limit, passed=False, note=note)
 
 
-def _sizes(golden: Mapping[str, Tensor]) -> list[int]:
-    return sorted({int(name.split(".")[0].removeprefix("batch_")) for name in golden})
-
-
-def _inputs(golden: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    prefix = f"batch_{size}.input."
-    return {name.removeprefix(prefix): tensor for name, tensor in golden.items() if name.startswith(prefix)}
-
-
-def _ordered(inputs: Mapping[str, Tensor], request: ValidateRequest) -> dict[str, Tensor]:
-    return {spec.name: inputs[spec.name] for spec in request.inputs}
-
-
-def _parity(kind: str, call: runtimes.Call, golden: Mapping[str, Tensor], request: ValidateRequest) -> list[Verdict]:
-    """One verdict a batch size: the worst ratio over the outputs."""
-    verdicts = []
-    for size in _sizes(golden):
-        inputs = _ordered(_inputs(golden, size), request)
-        try:
-            got = call({name: tensor.clone() for name, tensor in inputs.items()})
-        except Exception as error:
-            verdicts.append(_not_measured(kind, "parity", f"batch {size}", "<= 1", describe(error)))
-            continue
-        if len(got) != len(request.outputs):
-            note = f"{len(got)} outputs, expected {len(request.outputs)}"
-            verdicts.append(_not_measured(kind, "parity", f"batch {size}", "<= 1", note))
-            continue
-        ratio, notes = 0.0, []
-        for spec, tensor in zip(request.outputs, got, strict=True):
-            outcome = compare(
-                tensor,
-                golden[f"batch_{size}.eager.{spec.name}"],
-                golden.get(f"batch_{size}.float64.{spec.name}"),
-            )
-            ratio = max(ratio, outcome.ratio)
-            notes.append(f"{spec.name}: {outcome.reason or f'max |Δ| {outcome.max_difference:.1e}'}")
-        verdicts.append(
-            Verdict(
-                format=kind,
-                gate="parity",
-                case=f"batch {size}",
-                measured=ratio,
-                limit="<= 1",
-                passed=ratio <= 1,
-                note="; ".join(notes),
-            )
-        )
-    return verdicts
+def _ordered(probe: Probe, inputs: Sequence[TensorSpec]) -> Probe:
+    """Inputs in the order of the signature."""
+    return replace(probe, inputs={spec.name: probe.inputs[spec.name] for spec in inputs})
 
 
 def _quality(
     kind: str, call: runtimes.Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
-) -> tuple[dict[str, float], list[Verdict]]:
+) -> tuple[dict[str, float], Trial]:
     """Each metric over the whole validation set from the artifact's own outputs, and parity on the same samples.
 
     batch: the size of batch that the reference outputs were made in; a model may look across its batch.
@@ -144,41 +113,48 @@ def _quality(
     samples = len(validation["target"])
     inputs = {spec.name: validation[f"input.{spec.name}"] for spec in request.inputs}
     sums = {name: [0.0, 0] for name in request.metrics}
-    ratio, notes = 0.0, {}
+    decisions = Decisions()
+    ratio, notes, findings = 0.0, {}, []
     try:
         for start in range(0, samples, batch):
             part = slice(start, start + batch)
-            outputs = call({name: tensor[part].contiguous() for name, tensor in inputs.items()})
-            for spec, tensor in zip(request.outputs, outputs, strict=True):
-                exact = validation.get(f"float64.{spec.name}")
+            fed = {name: tensor[part].contiguous() for name, tensor in inputs.items()}
+            outputs = call(fed)
+            for position, (spec, tensor) in enumerate(zip(request.outputs, outputs, strict=True)):
                 eager = validation[f"eager.{spec.name}"][part]
-                outcome = compare(tensor, eager, exact[part] if exact is not None else None)
+                others = [validation.get(f"{kind}.{spec.name}") for kind in ("float64", "moved")]
+                outcome = compare(tensor, eager, *(None if other is None else other[part] for other in others))
                 if outcome.ratio >= ratio:
                     ratio = outcome.ratio
-                    notes[spec.name] = outcome.reason or f"max |Δ| {outcome.max_difference:.1e}"
+                    notes[spec.name] = outcome.note
+                if not outcome.passed:
+                    probe = Probe(name=f"samples {start} to {start + len(eager)}", group="", inputs=fed)
+                    findings.append(Finding(kind, probe, spec.name, outcome, tensor, eager))
+                if position == 0:
+                    decisions.add(tensor, eager, validation["target"][part], outcome.allowed)
             for name in request.metrics:
                 value, count = metric_sum(name, outputs[0], validation["target"][part])
                 sums[name][0] += value
                 sums[name][1] += count
     except Exception as error:
-        return {}, [_not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))]
-    parity = Verdict(
-        format=kind,
-        gate="parity",
-        case=f"{samples} samples",
-        measured=ratio,
-        limit="<= 1",
-        passed=ratio <= 1,
-        note="; ".join(f"{name}: {note}" for name, note in notes.items()),
-    )
-    return {name: total / count for name, (total, count) in sums.items()}, [parity]
+        failed = _not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
+        return {}, Trial(verdicts=[failed], findings=findings)
+    note = "; ".join(f"{name}: {note}" for name, note in notes.items())
+    verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
+    if "accuracy" in request.metrics and validation[f"eager.{request.outputs[0].name}"].is_floating_point():
+        verdicts.append(decisions.verdict(kind))
+    return {name: total / count for name, (total, count) in sums.items()}, Trial(verdicts=verdicts, findings=findings)
 
 
-def _latency(call: runtimes.Call, golden: Mapping[str, Tensor]) -> dict[str, float]:
+def _size(probe: Probe) -> int:
+    return int(probe.name.removeprefix("batch_"))
+
+
+def _latency(call: runtimes.Call, golden: Sequence[Probe]) -> dict[str, float]:
     """Median wall-clock milliseconds of one call at batch 1 and at the batch of capture."""
     measured = {}
-    for size in _sizes(golden)[:2]:
-        inputs = _inputs(golden, size)
+    for probe in golden[:2]:
+        inputs = probe.inputs
         for _ in range(WARM_UP_CALLS):
             call(inputs)
         times = []
@@ -186,7 +162,7 @@ def _latency(call: runtimes.Call, golden: Mapping[str, Tensor]) -> dict[str, flo
             began = time.perf_counter()
             call(inputs)
             times.append(time.perf_counter() - began)
-        measured[f"p50_ms.batch_{size}"] = statistics.median(times) * 1000
+        measured[f"p50_ms.{probe.name}"] = statistics.median(times) * 1000
     return measured
 
 

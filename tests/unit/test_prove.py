@@ -1,0 +1,291 @@
+"""Artifacts on trial: each is the model with one thing wrong, written as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from torchworker.contract import ExportRequest, Project, Reference, Verdict
+from torchworker.probes import Probe
+from torchworker.prove import KNOWN, Policy, prove
+from torchworker.reference import enlarged, read_probes, write_reference
+from torchworker.runtimes import Call
+
+CODE = Path(__file__).parent
+
+
+def questions(model: nn.Module, folder: Path, *inputs: Tensor) -> list[Probe]:
+    """Every probe for the model, with validation data of these inputs."""
+    nothing = Reference(target="plain:nothing", where="model.factory")
+    project = Project(name="plain", folder=str(CODE), model=nothing, data=nothing, loss="mse_loss", metrics=[])
+    request = ExportRequest(
+        project=project, folder=str(folder), weights="", formats=[], batch=8, seed=0, validation_limit=100
+    )
+    names = ["x", "y"][: len(inputs)]
+    dataset: Dataset[object] = TensorDataset(*inputs, torch.zeros(len(inputs[0])))
+    if len(inputs) > 1:
+        dataset = Pairs(*inputs)
+    model.eval()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        batch = enlarged(dict(zip(names, inputs, strict=True)), 8)
+        write_reference(request, model, batch, dataset)
+    return read_probes(folder)
+
+
+class Pairs(Dataset[object]):
+    def __init__(self, *inputs: Tensor) -> None:
+        self.inputs = inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        return tuple(tensor[index] for tensor in self.inputs), torch.zeros(())
+
+
+def as_artifact(model: nn.Module) -> Call:
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(*inputs.values())]
+
+    return call
+
+
+def failed(verdicts: list[Verdict]) -> str:
+    return "\n".join(f"{item.case}: {item.note}" for item in verdicts if not item.passed)
+
+
+def trial(probes: list[Probe], call: Call, kind: str = "pt2", policy: Policy | None = None) -> str:
+    """What failed, empty when nothing did."""
+    return failed(prove(kind, call, probes, ["output"], policy or Policy()).verdicts)
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.classify = nn.Embedding(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.embed(x).mean(1))
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> tuple[nn.Module, list[Probe]]:
+    model = Dense()
+    return model, questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[nn.Module, list[Probe]]:
+    model = Words()
+    tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
+    return model, questions(model, tmp_path, tokens)
+
+
+def test_the_model_itself_passes(dense: tuple[nn.Module, list[Probe]], words: tuple[nn.Module, list[Probe]]) -> None:
+    assert trial(dense[1], as_artifact(dense[0])) == ""
+    assert trial(words[1], as_artifact(words[0])) == ""
+
+
+def test_nothing_asked_is_nothing_proven(dense: tuple[nn.Module, list[Probe]]) -> None:
+    assert "none was asked" in trial([], as_artifact(dense[0]))
+
+
+def test_probes_stay_in_the_domain_of_the_data(words: tuple[nn.Module, list[Probe]]) -> None:
+    asked = [probe for probe in words[1] if probe.declared]
+    assert len(asked) > 9
+    assert all(int(probe.inputs["x"].min()) >= 0 and int(probe.inputs["x"].max()) < 10 for probe in asked)
+
+
+def test_masks_stay_with_the_samples_they_belong_to(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            if not bool((y.sum(1) > 0).all()) or bool(((y != 0) & (y != 1)).any()):
+                raise ValueError("a mask of zeros and ones that keeps something")
+            return (x * y).sum(1) / y.sum(1)
+
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(6) <= torch.arange(40)[:, None] % 6).float()
+    model = Masked()
+    probes = questions(model, tmp_path, x, mask)
+    assert {probe.group for probe in probes if probe.declared and probe.eager is None} == set()
+    assert any(probe.name == "times1000" for probe in probes)
+    assert trial(probes, as_artifact(model)) == ""
+
+
+def test_state_kept_between_calls_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
+    calls = []
+
+    def counting(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        calls.append(1)
+        # Too little for any one comparison.
+        return [as_artifact(dense[0])(inputs)[0] * (1 + 2e-9 * len(calls)) + 3e-9 * len(calls)]
+
+    assert "it keeps state" in trial(dense[1], counting)
+
+
+def test_writing_into_an_input_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
+    def scribbling(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        outputs = as_artifact(dense[0])(inputs)
+        inputs["x"].mul_(2)
+        return outputs
+
+    assert "writes into its inputs: x" in trial(dense[1], scribbling)
+
+
+def test_an_artifact_that_reads_past_strides_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
+    def contiguous_only(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        x = inputs["x"]
+        return as_artifact(dense[0])({"x": x.as_strided(x.shape, (x.shape[1], 1)) if x.numel() else x})
+
+    assert "not contiguous" in trial(dense[1], contiguous_only)
+
+
+def test_a_batch_baked_in_at_capture_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
+    def baked(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return [as_artifact(dense[0])(inputs)[0][:8]]
+
+    assert "batch 17: batch_17: output: shape [8, 3], expected [17, 3]" in trial(dense[1], baked)
+
+
+def test_other_dtypes_and_arity_are_found(dense: tuple[nn.Module, list[Probe]]) -> None:
+    assert "dtype torch.float64" in trial(dense[1], lambda x: [as_artifact(dense[0])(x)[0].double()])
+    assert "2 outputs, expected 1" in trial(dense[1], lambda x: as_artifact(dense[0])(x) * 2)
+
+
+def test_a_failure_names_probe_element_expected_and_got(dense: tuple[nn.Module, list[Probe]]) -> None:
+    def off(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        output = as_artifact(dense[0])(inputs)[0]
+        if len(output) == 17:
+            output[11, 2] += 0.25
+        return [output]
+
+    found = prove("onnx", off, dense[1], ["output"], Policy()).findings
+    (finding,) = [item for item in found if item.probe.name == "batch_17"]
+    assert finding.outcome.worst is not None and finding.outcome.worst.index == (11, 2)
+    assert finding.outcome.worst.got - finding.outcome.worst.expected == pytest.approx(0.25)
+    assert any("1e-1" in line and "█" in line for line in finding.mismatch().distribution)
+
+
+class Rare(Dense):
+    """Takes another way for the one sample that the data have of its kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(x[0, 0] > 100):
+            return self.layers(x / 100)
+        return self.layers(x)
+
+
+def test_a_branch_that_one_sample_reaches_is_asked_for_by_itself(tmp_path: Path) -> None:
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    x[23, 0] = 200
+    model = Rare()
+    probes = questions(model, tmp_path, x)
+    assert "sample23" in [probe.name for probe in probes]
+    baked = Dense()
+    baked.load_state_dict(model.state_dict())
+    probes = [probe for probe in probes if probe.name.startswith(("batch", "sample"))]
+    assert "sample23: output" in trial(probes, as_artifact(baked.eval()))
+
+
+def test_a_finite_answer_that_hides_a_nan_is_found_and_the_policy_decides(
+    dense: tuple[nn.Module, list[Probe]],
+) -> None:
+    model, probes = dense
+
+    def hides(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return [as_artifact(model)({"x": inputs["x"].nan_to_num(0.0, 0.0, 0.0)})[0]]
+
+    assert "hides the NaN or infinity that the model shows" in trial(probes, hides)
+    assert trial(probes, hides, policy=Policy(not_finite="off")) == ""
+
+
+def test_a_nan_that_reaches_other_samples_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
+    model, probes = dense
+
+    def spreads(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return [as_artifact(model)(inputs)[0] + 0 * inputs["x"].sum()]
+
+    assert "nan.x" in trial(probes, spreads)
+
+
+def test_another_pattern_of_nan_in_the_same_sample_is_for_the_strict_policy(
+    dense: tuple[nn.Module, list[Probe]],
+) -> None:
+    model, probes = dense
+
+    def one_element(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        output = as_artifact(model)(inputs)[0]
+        output[:, 1:] = output[:, 1:].nan_to_num()
+        return [output]
+
+    assert trial(probes, one_element) == ""
+    assert "NaN or infinity in different places" in trial(probes, one_element, policy=Policy(not_finite="same"))
+    assert trial(probes, as_artifact(model), policy=Policy(not_finite="same")) == ""
+
+
+def test_what_the_model_refuses_an_artifact_refuses(words: tuple[nn.Module, list[Probe]]) -> None:
+    model, probes = words
+
+    def wraps(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return as_artifact(model)({"x": torch.where(inputs["x"] == -1, 11, inputs["x"])})
+
+    said = prove("onnx", wraps, probes, ["output"], Policy()).verdicts
+    assert failed(said) == "" and any(KNOWN in item.note for item in said)
+    assert "answers where the model refuses: IndexError" in trial(probes, wraps, "onnx", Policy(refusals="same"))
+    assert "answers where the model refuses: IndexError" in trial(probes, wraps, "pt2")
+    assert trial(probes, wraps, "pt2", Policy(refusals="off")) == ""
+
+
+def test_an_artifact_may_refuse_what_the_signature_does_not_promise(dense: tuple[nn.Module, list[Probe]]) -> None:
+    def careful(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        if len(inputs["x"]) == 0:
+            raise ValueError("at least one sample")
+        return as_artifact(dense[0])(inputs)
+
+    assert trial(dense[1], careful) == ""
+
+
+def test_a_model_that_only_runs_in_float32_is_held_to_its_own_rounding(tmp_path: Path) -> None:
+    class Single(Dense):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.float()) if self.layers[0].weight.dtype == torch.float32 else x.half()
+
+    model = Single()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    assert not any(probe.exact for probe in probes) and all(probe.moved for probe in probes if probe.declared)
+    assert trial(probes, as_artifact(model)) == ""
+    with torch.no_grad():
+        model.layers[3].bias[0] += 1e-5
+    assert "batch 8" in trial(probes, as_artifact(model))
+
+
+def test_a_model_that_takes_the_process_down_on_a_bad_index_is_not_asked_for_it(tmp_path: Path) -> None:
+    class Fragile(Words):
+        def forward(self, x: Tensor) -> Tensor:
+            if bool((x < 0).any()):
+                import os
+
+                os.abort()
+            return super().forward(x)
+
+    tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
+    names = [probe.name for probe in questions(Fragile(), tmp_path, tokens)]
+    assert "too_large.x" in names and "minus_one.x" not in names
