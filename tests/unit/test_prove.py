@@ -283,7 +283,7 @@ def test_a_model_that_takes_the_process_down_on_a_bad_index_is_not_asked_for_it(
             if bool((x < 0).any()):
                 import os
 
-                os.abort()
+                os._exit(9)
             return super().forward(x)
 
     tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
