@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from infra.errors import GateError
 from registry.description import Verdict, number
-from registry.job import METRIC_DIRECTIONS, Job
+from registry.job import Job
 
 
-def worst(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Each quality metric at its worst over the formats: any of them may be the one that serves.
 
     metrics: format to metric to value. Latencies are left out: they belong to a machine, not to a model.
@@ -19,14 +19,14 @@ def worst(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         for name, value in values.items():
             if name.startswith("p50_ms"):
                 continue
-            pick = min if METRIC_DIRECTIONS[name] == "higher" else max
+            pick = min if job.direction(name) == "higher" else max
             found[name] = pick(found.get(name, value), value)
     return found
 
 
-def improvement(metric: str, candidate: float, live: float) -> float:
+def improvement(job: Job, metric: str, candidate: float, live: float) -> float:
     """How much better the candidate is, positive when better whatever the metric's direction."""
-    return candidate - live if METRIC_DIRECTIONS[metric] == "higher" else live - candidate
+    return candidate - live if job.direction(metric) == "higher" else live - candidate
 
 
 def require_not_worse(job: Job, candidate: Mapping[str, float], live: Mapping[str, float] | None, name: str) -> None:
@@ -44,7 +44,7 @@ def require_not_worse(job: Job, candidate: Mapping[str, float], live: Mapping[st
             failed.append(f"{metric}: the live release records none; promote once without vs_live to record it")
             rows.append((metric, number(candidate[metric]), "none", "cannot be compared", f">= {limit:g}", "FAILED"))
             continue
-        gain = improvement(metric, candidate[metric], live[metric])
+        gain = improvement(job, metric, candidate[metric], live[metric])
         passed = gain >= limit
         if not passed:
             failed.append(f"{metric} {number(candidate[metric])} against {number(live[metric])}")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
 from infra.errors import JobError
 from registry.launcher_options import Launcher
 from registry.parity_options import Parity
-from registry.parts import Factory, Part
+from registry.parts import Factory, Part, Target
 from registry.train_options import Checkpoint, Train
 
 METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
@@ -82,17 +82,37 @@ class Release(Part):
     )
 
 
+class Data(Factory):
+    """The dataset's factory, and how its items become batches."""
+
+    collate: Target | Factory | None = Field(
+        None, description="collate(items) returns (inputs, target) of a batch; torch's own when absent"
+    )
+
+
+def _is_measured(name: str, info: ValidationInfo) -> str:
+    """A gate is on a metric of ours, or on one that the job names."""
+    train = info.data.get("train")
+    if train is None:
+        # Its own mistakes are told; which metrics it names is not known.
+        return name
+    known = [*METRIC_DIRECTIONS, *(item.label for item in train.custom_metrics)]
+    if name not in known:
+        raise ValueError(f"something that is measured: {', '.join(known)}")
+    return name
+
+
 class Job(Part):
     """One model, from code to serving bucket."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="model name in MLflow and in the bucket")
     project: str = Field(".", description="folder put first on the import path, relative to the job file")
     model: Factory = Field(description="called with args; returns a torch.nn.Module")
-    data: Factory = Field(description='called with split="train" | "validation"; returns a map-style dataset')
+    data: Data = Field(description='called with split="train" | "validation"; returns a dataset')
     train: Train
     export: Export = Export()
     parity: Parity = Parity()
-    gates: dict[Literal["accuracy", "mean_squared_error", "mean_absolute_error", "p50_ms"], Gate] = Field(
+    gates: dict[Annotated[str, AfterValidator(_is_measured)], Gate] = Field(
         default_factory=dict, description="limits by metric name, or p50_ms: milliseconds at batch 1"
     )
     release: Release = Release()
@@ -113,10 +133,17 @@ class Job(Part):
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured: what the job names or the loss suggests, and whatever a gate needs."""
-        chosen: list[str] = list(self.train.metrics or ())
-        if not chosen and isinstance(self.train.loss, str):
+        chosen: list[str] = [item for item in self.train.metrics or () if isinstance(item, str)]
+        if self.train.metrics is None and isinstance(self.train.loss, str):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]
-        return tuple(dict.fromkeys([*chosen, *(gate for gate in self.gates if gate != "p50_ms")]))
+        return tuple(
+            dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRIC_DIRECTIONS and gate != "p50_ms")])
+        )
+
+    def direction(self, metric: str) -> Literal["higher", "lower"]:
+        """Which direction of a metric, or of p50_ms, is an improvement."""
+        named = {item.label: item.better for item in self.train.custom_metrics}
+        return named.get(metric) or METRIC_DIRECTIONS[metric]
 
     @property
     def threads(self) -> int:
@@ -236,7 +263,7 @@ def _shown(value: Any) -> str:
 def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
     """The part of the job that holds the last key."""
     parts: dict[str, type[BaseModel]] = {
-        "model": Factory, "data": Factory, "train": Train, "export": Export, "parity": Parity, "release": Release,
+        "model": Factory, "data": Data, "train": Train, "export": Export, "parity": Parity, "release": Release,
     }  # fmt: skip
     if len(keys) == 1:
         return Job

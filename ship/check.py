@@ -29,12 +29,20 @@ async def _build(job: Job, folder: Path) -> CheckResult:
         work = Path(name)
         host = WorkerHost(work / "host.log")
         try:
-            request = CheckRequest(project=project_of(job, folder), train=train_settings(job))
+            request = CheckRequest(
+                project=project_of(job, folder),
+                train=train_settings(job),
+                ranks_here=0 if job.train.launcher.machines else job.train.processes,
+            )
             reply = await call_worker(host, "check", request, work)
         finally:
             host.close()
     result: CheckResult = decode(CheckResult, reply)
     return result
+
+
+def _count(samples: int | None) -> str:
+    return "a stream of" if samples is None else f"{samples:,}"
 
 
 def _tensor(spec: TensorSpec) -> str:
@@ -51,7 +59,11 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
     for name, value in (
         ("project", str(folder)),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
-        ("data", f"{job.data.factory}: {result.train_samples:,} training, {result.validation_samples:,} validation"),
+        (
+            "data",
+            f"{job.data.factory}: {_count(result.train_samples)} training, "
+            f"{_count(result.validation_samples)} validation",
+        ),
         ("inputs", "\n".join(_tensor(spec) for spec in result.inputs)),
         ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
         ("target", _tensor(result.target)),

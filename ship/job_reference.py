@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from registry.job import Export, Gate, Job, Release
+from registry.job import Data, Export, Gate, Job, Release
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
 from registry.parity_options import Parity
 from registry.parts import Factory
-from registry.train_options import Train
+from registry.train_options import CustomMetric, Train
 
 HEAD = """# The job file
 
@@ -26,10 +26,20 @@ AFTER = """
 ## What your code gets
 
 - `model.factory(**args)` returns a `torch.nn.Module`. It is called in every rank after the seed is set.
-- `data.factory(split=…, **args)` returns a map-style dataset for `"train"` and for `"validation"`. Items are
-  `(inputs, target)`; inputs are a tensor, a tuple of tensors in the order of `forward`'s parameters, or a dict by their
-  names. The first dimension of every batch is the batch, and the only one that stays dynamic in the artifacts.
-- A loss by reference is called as `loss(outputs, target)` and returns one number as a tensor.
+- `data.factory(split=…, **args)` returns a dataset for `"train"` and for `"validation"`: map-style, or a torch
+  `IterableDataset`. Items are `(inputs, target)`, or what `data.collate` makes that of; inputs are a tensor, a tuple of
+  tensors in the order of `forward`'s parameters, or a dict by their names. The first dimension of every batch is the
+  batch, and the only one that stays dynamic in the artifacts.
+- Of an iterable dataset every rank reads the whole stream and keeps each n-th sample. It starts anew each epoch, after
+  `set_epoch(epoch)` where it has that method; its random draws come from `seed` and the epoch, so all ranks see one
+  order. Without a `len()` an epoch is its first `steps_per_epoch` × `batch_size` samples.
+- When the samples do not divide by the processes, some are used twice in an epoch, and the run says how many.
+  Validation counts each sample once.
+- A loss by reference is called as `loss(outputs, target)` and returns one number as a tensor. Where a loss, a metric or
+  a collate function is a class, it is made with `args` first; a function gets `args` as further keyword arguments.
+- A collate function by reference is called as `collate(items)` and returns `(inputs, target)`.
+- A metric by reference is called once, as `metric(outputs, target)`, with all outputs and targets of the validation set
+  on the CPU in the order of the dataset, and returns one number.
 - An optimizer by reference is called as `factory(parameters, lr=learning_rate, **args)`.
 - A schedule by reference is called as `factory(optimizer, total_steps=…, **args)` and returns a torch `LRScheduler`.
 - Metrics are computed on the model's output, or the first of a tuple or dict.
@@ -41,6 +51,7 @@ def job_reference() -> str:
     sections: list[tuple[str, type[BaseModel]]] = [
         ("", Job),
         ("train", Train),
+        ("train.metrics[…]", CustomMetric),
         ("train.launcher.torchrun", Torchrun),
         ("train.launcher.slurm", Slurm),
         ("train.launcher.kubernetes", Kubernetes),
@@ -81,8 +92,13 @@ def _type(kind: Any) -> str:
     if origin is dict:
         return "mapping"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return "`{factory, args}`" if kind is Factory else "mapping"
-    names = {str: "text", int: "whole number", float: "number"}
+        named = {
+            Factory: "`{factory, args}`",
+            Data: "`{factory, args, collate}`",
+            CustomMetric: "`{factory, args, better, name}`",
+        }
+        return named.get(kind, "mapping")
+    names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
     return names.get(kind, "reference" if "Annotated" in str(kind) else str(kind))
 
 
@@ -100,4 +116,4 @@ def _default(field: FieldInfo) -> str:
         return "see below"
     if isinstance(value, tuple):
         return ", ".join(f"`{item}`" for item in value)
-    return f"`{value}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"

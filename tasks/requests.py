@@ -6,7 +6,7 @@ from pathlib import Path
 
 from registry.job import Job
 from registry.parts import Factory
-from torchworker.contract import Gate, Project, Reference, TrainSettings
+from torchworker.contract import CustomMetric, Gate, Project, Reference, TrainSettings
 
 
 def project_of(job: Job, folder: Path) -> Project:
@@ -16,13 +16,24 @@ def project_of(job: Job, folder: Path) -> Project:
         folder=str(folder),
         model=_reference(job.model, "model.factory"),
         data=_reference(job.data, "data.factory"),
+        collate=_optional(job.data.collate, "data.collate"),
         loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,
+        custom_metrics=[
+            CustomMetric(name=item.label, reference=_reference(item, "train.metrics.factory"), better=item.better)
+            for item in job.train.custom_metrics
+        ],
     )
 
 
 def _reference(factory: Factory, where: str) -> Reference:
     return Reference(target=factory.factory, args=factory.args, where=where)
+
+
+def _optional(choice: str | Factory | None, where: str) -> Reference | None:
+    if isinstance(choice, str):
+        return Reference(target=choice, where=where)
+    return None if choice is None else _reference(choice, f"{where}.factory")
 
 
 def _named(choice: str | Factory, where: str) -> str | Reference:
@@ -34,6 +45,7 @@ def train_settings(job: Job) -> TrainSettings:
     return TrainSettings(
         processes=train.processes,
         epochs=train.epochs,
+        steps_per_epoch=train.steps_per_epoch,
         batch_size=train.batch_size,
         seed=train.seed,
         optimizer=_named(train.optimizer, "train.optimizer.factory"),
@@ -50,23 +62,39 @@ def train_settings(job: Job) -> TrainSettings:
         restarts=train.restarts,
         hang_seconds=train.hang_seconds,
         collective_seconds=train.collective_seconds,
+        device=train.device,
+        backend=train.backend,
+        strategy=train.strategy,
+        comm_hook=train.comm_hook,
+        precision=train.precision,
+        fused=train.fused,
+        channels_last=train.channels_last,
+        compile=train.compile,
+        cudnn_benchmark=train.cudnn_benchmark,
     )
 
 
-def fixed_gates(job: Job) -> list[Gate]:
-    """Gates that a candidate can be held against alone; `vs_live` waits for the live release."""
+def fixed_gates(job: Job, *, custom: bool) -> list[Gate]:
+    """Gates that a candidate can be held against alone; `vs_live` waits for the live release.
+
+    custom: those on metrics in user code, or all others.
+    """
+    theirs = {metric.label for metric in job.train.custom_metrics}
     return [
         Gate(name=name, min=gate.min, max=gate.max)
         for name, gate in job.gates.items()
-        if gate.min is not None or gate.max is not None
+        if (gate.min is not None or gate.max is not None) and (name in theirs) == custom
     ]
 
 
 def user_modules(job: Job) -> list[str]:
     """Top-level modules that the job refers to."""
     train = job.train
-    factories = [job.model, job.data, train.loss, train.optimizer, train.schedule]
-    return sorted({item.factory.partition(":")[0].partition(".")[0] for item in factories if isinstance(item, Factory)})
+    parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *job.train.custom_metrics]
+    named = [item.factory for item in parts if isinstance(item, Factory)]
+    if job.data.collate is not None:
+        named.append(job.data.collate if isinstance(job.data.collate, str) else job.data.collate.factory)
+    return sorted({target.partition(":")[0].partition(".")[0] for target in named})
 
 
 def run_params(job: Job) -> dict[str, str]:

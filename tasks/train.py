@@ -120,7 +120,7 @@ class _Progress:
                 self._logger.info(
                     "training on %d processes (%s): %s samples, %s held out",
                     event["processes"], event["device"], f"{event['train_samples']:,}",
-                    f"{event['validation_samples']:,}",
+                    "a stream" if event["validation_samples"] is None else f"{event['validation_samples']:,}",
                 )  # fmt: skip
                 for note in event["notes"]:
                     self._logger.warning(note)

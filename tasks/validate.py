@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -11,18 +11,22 @@ from prefect.cache_policies import NO_CACHE
 from infra.errors import GateError
 from infra.rundir import StageFolder
 from registry.gates import verdict_table, worst
+from registry.job import Job
 from tasks.export import Exported
 from tasks.policy import worth_retrying
 from tasks.requests import fixed_gates, user_modules
 from tasks.run import Run
 from tasks.worker import call_worker
-from torchworker.contract import RESULT, Reply, ValidateRequest, ValidateResult, decode
+from torchworker.contract import ScoreRequest, ScoreResult, ValidateRequest, ValidateResult, decode
+
+VERDICTS = "verdicts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
     """A candidate that passed every gate that it can be held against alone."""
 
+    job: Job
     exported: Exported
     result: ValidateResult
     folder: Path
@@ -31,7 +35,7 @@ class Validated:
     @property
     def quality(self) -> dict[str, float]:
         """Each metric at its worst over the formats: any of them may be the one that serves."""
-        return worst(self.result.metrics)
+        return worst(self.job, self.result.metrics)
 
 
 @task(
@@ -57,16 +61,19 @@ async def validate(run: Run, exported: Exported) -> Validated:
                 inputs=exported.result.inputs,
                 outputs=exported.result.outputs,
                 metrics=run.job.metrics,
-                gates=fixed_gates(run.job),
+                gates=fixed_gates(run.job, custom=False),
                 forbidden_modules=user_modules(run.job),
                 forbidden_folder=run.project.folder,
                 threads=run.job.threads,
                 not_finite=run.job.parity.not_finite,
                 refusals=run.job.parity.refusals,
             )
-            await call_worker(run.host, "validate", request, work)
+            result: ValidateResult = decode(ValidateResult, await call_worker(run.host, "validate", request, work))
+            if run.job.train.custom_metrics and result.passed:
+                result = await _scored(run, exported, result, work)
+            result.write(work / VERDICTS)
             stage.finish()
-    result: ValidateResult = decode(ValidateResult, Reply.read(stage.path / RESULT).result)
+    result = ValidateResult.read(stage.path / VERDICTS)
     table = verdict_table(result.verdicts)
     if not result.passed:
         failed = [verdict for verdict in result.verdicts if not verdict.passed]
@@ -77,4 +84,25 @@ async def validate(run: Run, exported: Exported) -> Validated:
             table,
         )
     logger.info("all %d gates passed\n%s", len(result.verdicts), table)
-    return Validated(exported=exported, result=result, folder=stage.path, digest=stage.digest())
+    return Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
+
+
+async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
+    """The result with the metrics that are in user code, which the clean room cannot import."""
+    folder = work / "score"
+    folder.mkdir()
+    request = ScoreRequest(
+        project=run.project,
+        folder=str(exported.folder),
+        formats=exported.formats,
+        inputs=exported.result.inputs,
+        batch=run.job.export.batch,
+        gates=fixed_gates(run.job, custom=True),
+        threads=run.job.threads,
+    )
+    scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", request, folder))
+    return replace(
+        result,
+        verdicts=[*result.verdicts, *scored.verdicts],
+        metrics={kind: {**values, **scored.metrics[kind]} for kind, values in result.metrics.items()},
+    )

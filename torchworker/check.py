@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from torchworker.contract import WEIGHTS, CheckRequest, CheckResult, Project
+from torchworker.device import choose_device
 from torchworker.failure import UserMistake, user_error
+from torchworker.metrics import first_output
 from torchworker.project import (
     Loss,
     apply_gradients,
@@ -21,23 +23,29 @@ from torchworker.project import (
     build_model,
     build_optimizer,
     build_schedule,
+    call_metric,
     compute_loss,
     enter,
     forward,
+    length_of,
     name_inputs,
     name_outputs,
     require_gradients,
     specs,
     try_metric,
 )
+from torchworker.randomness import seed_everything
+from torchworker.training_data import TrainingData
 from torchworker.weights import load_weights, save_weights
 
 
 def check(request: CheckRequest) -> CheckResult:
     """One forward and one loss on one batch of each split. Raises UserMistake with what to mend."""
     project, settings = request.project, request.train
+    if request.ranks_here:
+        choose_device(settings, request.ranks_here)
     torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+    seed_everything(settings.seed)
     enter(project)
     loss = build_loss(project)
     model = build_model(project)
@@ -47,7 +55,7 @@ def check(request: CheckRequest) -> CheckResult:
     sizes = {}
     for split in ("validation", "train"):
         dataset = build_dataset(project, split)
-        sizes[split] = len(dataset)  # type: ignore[arg-type]
+        sizes[split] = length_of(dataset)
         inputs, target = next(batches(dataset, settings.batch_size, project))
         with torch.no_grad():
             outputs = forward(model, inputs, project)
@@ -57,14 +65,14 @@ def check(request: CheckRequest) -> CheckResult:
                     f"train.loss: the untrained model's loss on one {split} batch is {float(value)}; expected a finite "
                     "number; look for NaN or inf in the inputs, and for a log or division of zero"
                 )
-            for metric in project.metrics:
-                try_metric(metric, outputs, target)
+            for name in project.metrics:
+                try_metric(name, outputs, target)
+            for metric in project.custom_metrics:
+                call_metric(metric, first_output(outputs), target, project)
+        if split == "train":
+            # Whether an epoch has an end, and a sample for every process.
+            TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
     _try_step(model, inputs, target, loss, optimizer, project)
-    if sizes["train"] < settings.processes:
-        raise UserMistake(
-            f"train.processes: {settings.processes} processes need at least as many training samples, "
-            f"got {sizes['train']}"
-        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     named_target = {"target": target}
     return CheckResult(

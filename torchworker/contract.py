@@ -107,6 +107,16 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CustomMetric:
+    """A metric in user code, called once with all outputs and targets of the validation set."""
+
+    name: str
+    reference: Reference
+    """A callable metric(outputs, target) -> number."""
+    better: Literal["higher", "lower"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Project(Message):
     """The user code that a job trains. Everything a process needs to rebuild model and data."""
 
@@ -115,10 +125,13 @@ class Project(Message):
     """Absolute folder put first on the import path of worker processes."""
     model: Reference
     data: Reference
+    collate: Reference | None
+    """A callable collate(items) -> (inputs, target); torch's own when None."""
     loss: str | Reference
     """A name in LOSSES or a reference to a callable loss(outputs, targets) -> scalar tensor."""
     metrics: Sequence[str]
     """Names in METRICS."""
+    custom_metrics: Sequence[CustomMetric] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +139,8 @@ class TrainSettings:
     processes: int
     """World size: one process a rank."""
     epochs: int
+    steps_per_epoch: int | None
+    """Optimizer steps of an epoch of an iterable dataset without a length."""
     batch_size: int
     """Samples per optimizer step over all processes."""
     seed: int
@@ -153,6 +168,22 @@ class TrainSettings:
     """Launches in a row, after the first, that may die without a new checkpoint before the run gives up."""
     hang_seconds: float
     """A rank that is silent for longer is killed and handled as dead."""
+    device: Literal["auto", "cpu", "cuda"]
+    """`auto`: a CUDA device for each rank where there is one, else the CPU."""
+    backend: Literal["gloo", "nccl"] | None
+    """Of the exchange between ranks; None for what the device is made for."""
+    strategy: Literal["ddp", "fsdp"]
+    comm_hook: Literal["fp16", "bf16"] | None
+    """Precision in which DDP exchanges gradients; None for their own."""
+    precision: Literal["float32", "bf16", "fp16"]
+    """Of autocast in the forward pass and the loss; weights stay in their own."""
+    fused: bool
+    """The optimizer's fused kernels."""
+    channels_last: bool
+    """Images and convolution weights in NHWC order."""
+    compile: bool
+    """torch.compile around the training step's model."""
+    cudnn_benchmark: bool
     collective_seconds: float
     """A collective operation that takes longer is a lost connection."""
 
@@ -161,6 +192,8 @@ class TrainSettings:
 class CheckRequest(Message):
     project: Project
     train: TrainSettings
+    ranks_here: int
+    """Ranks that will run on this machine; 0 when it trains on others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +206,9 @@ class CheckResult:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     target: TensorSpec
-    train_samples: int
-    validation_samples: int
+    train_samples: int | None
+    """None for a stream that does not say."""
+    validation_samples: int | None
     loss: float
     """Loss of the untrained model on one batch."""
 
@@ -330,6 +364,30 @@ class ValidateResult(Message):
     @property
     def passed(self) -> bool:
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest(Message):
+    """Ask for the metrics in user code, of artifacts that passed the clean room."""
+
+    project: Project
+    folder: str
+    """Absolute folder with artifacts and validation tensors."""
+    formats: Mapping[str, str]
+    """Format to file name."""
+    inputs: Sequence[TensorSpec]
+    batch: int
+    """Samples of one call."""
+    gates: Sequence[Gate]
+    """Those on custom metrics."""
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    metrics: Mapping[str, Mapping[str, float]]
+    """Format to metric to value."""
+    verdicts: Sequence[Verdict]
 
 
 @dataclass(frozen=True, kw_only=True)

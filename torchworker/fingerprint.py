@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchworker.failure import UserMistake
+
 _MODULUS = 1 << 128
 
 
@@ -23,20 +25,18 @@ class Fingerprint:
         self.total = 0
         self.samples = 0
 
-    def update(self, inputs: Any, target: Tensor, count: int) -> None:
-        """Add the first `count` samples of a collated batch; every tensor is [batch, …]."""
-        rows = []
-        header = b""
-        for tensor in (leaf for leaf in pytree.tree_leaves((inputs, target)) if isinstance(leaf, Tensor)):
-            header += f"{tensor.dtype}{list(tensor.shape[1:])};".encode()
-            flat = tensor.detach().cpu().contiguous().reshape(tensor.shape[0], -1)
-            rows.append(flat.view(torch.uint8).numpy() if flat.numel() else flat.numpy())
-        for sample in range(count):
-            digest = hashlib.blake2b(header, digest_size=16)
-            for row in rows:
-                digest.update(row[sample].tobytes())
-            self.total = (self.total + int.from_bytes(digest.digest(), "big")) % _MODULUS
-        self.samples += count
+    def add(self, item: Any) -> None:
+        """Add one sample as the dataset gives it: tensors, arrays, images, numbers and text, nested at will.
+
+        Raises UserMistake for a value whose bytes are not known.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for leaf in pytree.tree_leaves(item):
+            header, content = _bytes(leaf)
+            digest.update(header.encode())
+            digest.update(content)
+        self.total = (self.total + int.from_bytes(digest.digest(), "big")) % _MODULUS
+        self.samples += 1
 
     def merge(self, total: int, samples: int) -> None:
         """Add what another rank has seen."""
@@ -46,6 +46,23 @@ class Fingerprint:
     def hexdigest(self) -> str:
         """32 hexadecimal digits over the samples and their number."""
         return hashlib.blake2b(f"{self.samples}:{self.total:032x}".encode(), digest_size=16).hexdigest()
+
+
+def _bytes(leaf: Any) -> tuple[str, bytes]:
+    """What a value is, and its content."""
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        content: bytes = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{leaf.dtype}{list(leaf.shape)};", content
+    if isinstance(leaf, bool | int | float | complex | str | bytes | None):
+        return f"{type(leaf).__name__};", repr(leaf).encode()
+    if hasattr(leaf, "tobytes"):
+        # NumPy has dtype and shape, images have mode and size.
+        traits = [str(getattr(leaf, name, "")) for name in ("dtype", "shape", "mode", "size")]
+        return f"{type(leaf).__name__}{traits};", leaf.tobytes()
+    raise UserMistake(
+        f"data: a sample holds a {type(leaf).__name__}, which cannot be fingerprinted; give tensors, arrays, images, "
+        "numbers or text, and make objects of them in the collate function"
+    )
 
 
 def whole_fingerprint(mine: Fingerprint) -> str:

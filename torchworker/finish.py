@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import PROBE, WEIGHTS, Project
+from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
+from torchworker.device import place
 from torchworker.project import batches, forward, name_inputs, name_outputs
+from torchworker.strategy import is_sharded, whole_model
 from torchworker.weights import save_weights
 
 PROBE_SAMPLES = 64
@@ -22,28 +24,48 @@ PROBE_SAMPLES = 64
 
 
 @torch.no_grad()
-def save_trained(model: nn.Module, validation_set: Dataset[Any], project: Project, folder: Path) -> None:
-    """Write WEIGHTS and PROBE into the folder. model: in eval(), without a wrapper such as DDP.
+def save_trained(
+    model: nn.Module, validation_set: Dataset[Any], project: Project, folder: Path, device: torch.device
+) -> None:
+    """Rank 0 writes WEIGHTS and PROBE into the folder; every rank calls it, as all hold a part of a sharded model.
+
+    model: without a wrapper such as DDP. It ends up in eval(), and on rank 0 on the CPU unless it is sharded.
 
     The probe is what the trained model itself gives on one batch: the export's model, rebuilt from weights, must agree.
     """
-    save_weights(model, folder / WEIGHTS)
+    model.eval()
+    sharded = is_sharded(model)
+    whole = whole_model(model, project)
+    if whole is not None:
+        save_weights(whole, folder / WEIGHTS)
+    if not sharded and whole is None:
+        return
     inputs, _ = next(batches(validation_set, PROBE_SAMPLES, project))
+    if sharded:
+        # Full float32 where the device would take less by itself: the export is compared on a CPU.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        inputs = place(inputs, device, channels_last=False)
     outputs = name_outputs(forward(model, inputs, project), project)
     tensors = {f"input.{name}": tensor for name, tensor in name_inputs(model, inputs, project).items()}
     tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / PROBE)
+    if whole is not None:
+        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / PROBE)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and thread counts that can change the bits."""
+def environment(device: torch.device, settings: TrainSettings) -> dict[str, str]:
+    """Versions, thread counts and hardware that can change the bits."""
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "processes": str(dist.get_world_size()),
         "threads_per_process": str(torch.get_num_threads()),
-        "device": str(device),
+        "device": device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **gpu,
+        "strategy": settings.strategy,
+        "precision": settings.precision,
         "backend": str(dist.get_backend()),
     }
 

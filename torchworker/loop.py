@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
 
 from torchworker.checkpoint import Checkpoints, random_state, set_random_state
 from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
+from torchworker.device import memory_bytes, place
+from torchworker.evaluation import Evaluation
 from torchworker.events import EventLog
-from torchworker.failure import UserMistake, is_lost_connection, user_error
-from torchworker.fingerprint import Fingerprint, whole_fingerprint
+from torchworker.failure import UserMistake
+from torchworker.fingerprint import whole_fingerprint
 from torchworker.finish import environment, leave, save_trained
-from torchworker.metrics import first_output, metric_sum
+from torchworker.metrics import first_output
 from torchworker.project import (
     apply_gradients,
     backward,
@@ -32,14 +31,17 @@ from torchworker.project import (
     build_model,
     build_optimizer,
     build_schedule,
+    call_metric,
     compute_loss,
     dtype_name,
     forward,
+    length_of,
     require_gradients,
-    split_batch,
     try_metric,
 )
-from torchworker.sharding import ResumableSampler, SeededDataset
+from torchworker.randomness import seed_everything
+from torchworker.strategy import autocast, make_scaler, share_model
+from torchworker.training_data import TrainingData, ValidationData
 
 STEP_EVENT_SECONDS = 0.25
 STEPS_TO_MEASURE = 20
@@ -49,13 +51,13 @@ STEPS_TO_MEASURE = 20
 class Loop:
     """State of one rank during training; the process group exists."""
 
-    def __init__(self, request: TrainRequest) -> None:
+    def __init__(self, request: TrainRequest, device: torch.device) -> None:
         self.project: Project = request.project
         self.settings: TrainSettings = request.train
         self.folder = Path(request.folder)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
-        self.device = torch.device("cpu")
+        self.device = device
         self.notes: list[str] = []
         self.events = EventLog(self.folder / EVENTS) if self.rank == 0 else None
         self.checkpoints = Checkpoints(Path(request.checkpoints), self.settings.checkpoint_keep)
@@ -64,33 +66,38 @@ class Loop:
     def _build(self) -> None:
         settings, project = self.settings, self.project
         # The same seed everywhere while building, so that a model's random initialisation agrees.
-        torch.manual_seed(settings.seed)
+        seed_everything(settings.seed)
         self.model = build_model(project).to(self.device)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pin_memory = self.device.type == "cuda"
         train_set = build_dataset(project, "train")
         self.validation_set = build_dataset(project, "validation")
-        self.train_size = len(train_set)  # type: ignore[arg-type]
-        self.validation_size = len(self.validation_set)  # type: ignore[arg-type]
+        self.data = TrainingData(train_set, project, settings, self.world, self.rank, pin_memory)
+        self.train_set = train_set
+        self.notes += self.data.notes
         self.loss = build_loss(project)
-        self._try_validation()
-        self.ddp = self._data_parallel()
-        self.optimizer = build_optimizer(project, settings, self.model)
-        # A batch of a rank is what one forward and backward pass takes.
-        self.local_batch = settings.batch_size // (self.world * settings.accumulate)
-        self.sampler = ResumableSampler(train_set, self.world, self.rank, shuffle=True, seed=settings.seed)
-        self.generator = torch.Generator()
-        self.loader = DataLoader(
-            SeededDataset(train_set, settings.seed),
-            batch_size=self.local_batch,
-            sampler=self.sampler,
-            num_workers=settings.data_workers,
-            persistent_workers=settings.data_workers > 0,
-            generator=self.generator,
+        if isinstance(self.loss, nn.Module):
+            self.loss.to(self.device)
+        example = self._try_validation()
+        self.strategy = share_model(self.model, project, settings, self.device)
+        self.scaler = make_scaler(settings, self.device)
+        self.evaluation = Evaluation(
+            ValidationData(self.validation_set, project, settings, self.world, self.rank, pin_memory),
+            example,
+            self.loss,
+            project,
+            self.device,
+            channels_last=settings.channels_last,
+            collective=self.strategy.collective_forward,
         )
-        self.epoch_steps = math.ceil(len(self.loader) / settings.accumulate)
+        # After sharding: the optimizer's state is as large as the parameters that it is given.
+        self.optimizer = build_optimizer(project, settings, self.model)
+        self.epoch_steps = self.data.epoch_steps
         self.steps = self.epoch_steps * settings.epochs
         self.schedule = build_schedule(project, settings, self.optimizer, self.steps)
         # From here each rank draws its own dropout masks.
-        torch.manual_seed(settings.seed + self.rank)
+        seed_everything(settings.seed + self.rank)
 
         self.epoch = 1
         self.step = 0
@@ -100,19 +107,9 @@ class Loop:
         self.sums = torch.zeros(2, dtype=torch.float64)
         """Loss times samples, and samples, of this rank in this epoch."""
         self.history: list[dict[str, float]] = []
-        self.fingerprint = Fingerprint()
         self.checkpoint_every = settings.checkpoint_steps or 0
         self.step_seconds = 0.0
         """Of the last optimizer step."""
-
-    def _data_parallel(self) -> DistributedDataParallel:
-        try:
-            return DistributedDataParallel(self.model)
-        except (RuntimeError, ValueError, TypeError) as error:
-            if is_lost_connection(error):
-                raise
-            what = f"{self.project.model.where}: its parameters and buffers cannot be shared between processes"
-            raise user_error(what, error, self.project.folder) from error
 
     def fit(self) -> TrainResult | None:
         """Train to the end; rank 0 saves the weights and returns the result, the others return None."""
@@ -122,8 +119,8 @@ class Loop:
             "started",
             processes=self.world,
             device=str(self.device),
-            train_samples=self.train_size,
-            validation_samples=self.validation_size,
+            train_samples=self.data.size,
+            validation_samples=length_of(self.validation_set),
             step=self.step,
             steps=self.steps,
             notes=self.notes,
@@ -140,7 +137,7 @@ class Loop:
                 "train_loss": train_loss,
                 **self._evaluate(),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "samples_per_second": self.train_size * share / seconds,
+                "samples_per_second": self.data.size * share / seconds,
                 "seconds": seconds,
                 "time": time.time(),
             }
@@ -150,21 +147,20 @@ class Loop:
             self.epoch_step = 0
             self.sums.zero_()
         self.checkpoints.wait()
-        digest = whole_fingerprint(self.fingerprint)
+        digest = whole_fingerprint(self.data.fingerprint)
+        save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
         result = None
         if self.rank == 0:
-            self.model.eval()
-            save_trained(self.model, self.validation_set, self.project, self.folder)
             result = TrainResult(
                 weights=WEIGHTS,
                 history=self.history,
-                train_samples=self.train_size,
-                validation_samples=self.validation_size,
+                train_samples=self.data.size,
+                validation_samples=self.evaluation.samples,
                 data_fingerprint=digest,
-                environment=environment(self.device),
+                environment=environment(self.device, self.settings),
                 notes=[*self.notes, *self.checkpoints.failures],
             )
-        del self.ddp
+        self.strategy.release()
         leave()
         return result
 
@@ -178,6 +174,7 @@ class Loop:
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def _own(self) -> dict[str, Any]:
@@ -188,7 +185,7 @@ class Loop:
             "epoch_step": self.epoch_step,
             "world": self.world,
             "sums": self.sums.tolist(),
-            "fingerprint": [self.fingerprint.total, self.fingerprint.samples],
+            "fingerprint": [self.data.fingerprint.total, self.data.fingerprint.samples],
             "history": self.history,
             "shapes": self._shapes(),
             "random": random_state(),
@@ -218,12 +215,13 @@ class Loop:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         set_model_state_dict(self.model, state["model"])
         self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.epoch_step = own["epoch"], own["step"], own["epoch_step"]
         self.history = own["history"]
         note = f"resumed from step {self.step} of {self.steps}"
         if own["world"] == self.world:
             self.sums = torch.tensor(own["sums"], dtype=torch.float64)
-            self.fingerprint.merge(*own["fingerprint"])
+            self.data.fingerprint.merge(*own["fingerprint"])
             set_random_state(own["random"])
         else:
             self._share_sums(path, own["world"])
@@ -249,13 +247,13 @@ class Loop:
         for rank in range(world):
             own = self.checkpoints.own(path, rank)
             self.sums += torch.tensor(own["sums"], dtype=torch.float64)
-            self.fingerprint.merge(*own["fingerprint"])
+            self.data.fingerprint.merge(*own["fingerprint"])
 
     def _arrange_buckets(self) -> None:
         """One forward and backward pass whose gradients are thrown away."""
         self.model.train()
-        inputs, target = next(batches(self.sampler.dataset, self.local_batch, self.project))
-        compute_loss(self.loss, self._forward(self.ddp, inputs), target, self.project).backward()  # type: ignore[no-untyped-call]
+        inputs, target = self._place(next(batches(self.train_set, self.data.local_batch, self.project)))
+        backward(self._loss(inputs, target), self.project)
         self.optimizer.zero_grad()
 
     # --- one epoch
@@ -263,13 +261,7 @@ class Loop:
     def _train_epoch(self) -> float:
         """The rest of this epoch's share of this rank; the mean loss over all samples of all ranks."""
         self.model.train()
-        consumed = self.epoch_step * self.settings.batch_size
-        self.sampler.set_epoch(self.epoch)
-        self.sampler.consumed = min(consumed, self.sampler.total_size)
-        self.generator.manual_seed(self.settings.seed * 1_000_003 + self.epoch * self.world + self.rank)
-        # The sampler repeats samples to give every rank equally many; those are not hashed twice.
-        self._unhashed = len(range(self.rank, self.train_size, self.world)) - consumed // self.world
-        stream = self._batches()
+        stream = self.data.epoch(self.epoch, self.epoch_step)
         for _ in range(self.epoch_step, self.epoch_steps):
             self._optimizer_step(stream)
             self.step += 1
@@ -285,23 +277,24 @@ class Loop:
         micro = [batch for _, batch in zip(range(self.settings.accumulate), stream, strict=False)]
         samples = sum(len(target) for _, target in micro)
         self.optimizer.zero_grad()
-        for position, (inputs, target) in enumerate(micro):
-            self._hash(inputs, target)
+        for position, batch in enumerate(micro):
+            inputs, target = self._place(batch)
             # Gradients are exchanged once a step.
-            self.ddp.require_backward_grad_sync = position == len(micro) - 1
-            value = compute_loss(self.loss, self._forward(self.ddp, inputs), target, self.project)
+            self.strategy.exchange_gradients(position == len(micro) - 1)
+            value = self._loss(inputs, target)
             number = float(value.detach())
             if not math.isfinite(number):
                 self._refuse(number)
             # Weighted by its samples, so that the last, smaller one counts as much as it holds.
             weighted = value * (len(target) / samples) if len(micro) > 1 else value
-            backward(weighted, self.project)
+            backward(self.scaler.scale(weighted), self.project)
             self.sums += torch.tensor([number * len(target), len(target)], dtype=torch.float64)
         if self.step == self.first_step:
             require_gradients(self.model, self.project)
         if self.settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        apply_gradients(self.optimizer, self.project)
+        apply_gradients(self.optimizer, self.project, self.scaler)
         self.schedule.step()
         self.step_seconds = time.perf_counter() - began
         self._say_step(number)
@@ -312,12 +305,6 @@ class Loop:
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
             "the loss for a log or division of zero"
         )
-
-    def _hash(self, inputs: Any, target: Tensor) -> None:
-        if self.epoch == 1 and self._unhashed > 0:
-            count = min(len(target), self._unhashed)
-            self.fingerprint.update(inputs, target, count)
-            self._unhashed -= count
 
     def _is_checkpoint_due(self) -> bool:
         done = self.step - self.first_step
@@ -336,57 +323,34 @@ class Loop:
         losses = [row["validation_loss"] for row in self.history]
         return min(losses[-patience:]) >= min(losses[:-patience])
 
-    def _batches(self) -> Iterator[tuple[Any, Tensor]]:
-        try:
-            for batch in self.loader:
-                yield split_batch(batch, self.project)
-        except (UserMistake, GeneratorExit):
-            raise
-        except Exception as error:
-            where = f" ({error.__notes__[0]})" if getattr(error, "__notes__", None) else ""
-            raise user_error(
-                f"{self.project.data.where}: reading a training item failed{where}", error, self.project.folder
-            ) from error
+    def _loss(self, inputs: Any, target: Tensor) -> Tensor:
+        with autocast(self.settings, self.device):
+            outputs = forward(self.model, inputs, self.project, call=self.strategy.call)
+            return compute_loss(self.loss, outputs, target, self.project)
 
-    def _forward(self, model: nn.Module, inputs: Any) -> Any:
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        return forward(inner, inputs, self.project, call=model)
+    def _place(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
+        placed: tuple[Any, Tensor] = place(batch, self.device, self.settings.channels_last)
+        return placed
 
     # --- validation
 
     @torch.no_grad()
-    def _try_validation(self) -> None:
-        """One validation batch before the first epoch: a mistake there must not cost an epoch to find."""
+    def _try_validation(self) -> tuple[Any, Tensor]:
+        """One validation batch before the first epoch: a mistake there must not cost an epoch to find. The batch."""
         self.model.eval()
         size = max(1, self.settings.batch_size // self.world)
-        inputs, target = next(batches(self.validation_set, size, self.project))
-        outputs = self._forward(self.model, inputs)
+        batch = next(batches(self.validation_set, size, self.project))
+        inputs, target = self._place(batch)
+        outputs = forward(self.model, inputs, self.project)
         compute_loss(self.loss, outputs, target, self.project)
         for name in self.project.metrics:
             try_metric(name, outputs, target)
+        for metric in self.project.custom_metrics:
+            call_metric(metric, first_output(outputs).cpu(), target.cpu(), self.project)
+        return batch
 
-    @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Loss and metrics over the validation set, each sample counted once whatever the world size."""
-        self.model.eval()
-        # Running statistics differ by rank between forwards; rank 0's are the ones that are saved.
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, 0)
-        mine = Subset(self.validation_set, range(self.rank, self.validation_size, self.world))
-        sums = {name: [0.0, 0] for name in ("loss", *self.project.metrics)}
-        for batch in DataLoader(mine, batch_size=max(1, self.settings.batch_size // self.world)):
-            inputs, target = split_batch(batch, self.project)
-            outputs = self._forward(self.model, inputs)
-            value = float(compute_loss(self.loss, outputs, target, self.project))
-            sums["loss"][0] += value * len(target)
-            sums["loss"][1] += len(target)
-            for name in self.project.metrics:
-                part, count = metric_sum(name, first_output(outputs), target)
-                sums[name][0] += part
-                sums[name][1] += count
-        table = torch.tensor(list(sums.values()), dtype=torch.float64)
-        dist.all_reduce(table)
-        means = {f"validation_{name}": float(row[0] / row[1]) for name, row in zip(sums, table, strict=True)}
+        means = self.evaluation(self.model)
         if not all(math.isfinite(mean) for mean in means.values()):
             raise UserMistake(
                 f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "
@@ -414,7 +378,7 @@ class Loop:
 
     def _load(self) -> dict[str, Any]:
         """Seconds of the last step by rank, and the largest memory of a rank. Once an epoch: it is a collective."""
-        mine = (self.step_seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        mine = (self.step_seconds, memory_bytes(self.device))
         every: list[tuple[float, int]] = [(0.0, 0)] * self.world
         dist.all_gather_object(every, mine)
         seconds = {str(rank): item[0] for rank, item in enumerate(every)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import itertools
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from torchworker.contract import OPTIMIZERS, Project, Reference, TensorSpec, TrainSettings
+from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TensorSpec, TrainSettings
 from torchworker.failure import UserMistake, describe, is_lost_connection, user_error, user_line
 from torchworker.metrics import first_output, metric_sum
 
@@ -80,23 +82,68 @@ def build_model(project: Project) -> nn.Module:
 
 
 def build_dataset(project: Project, split: str) -> Dataset[Any]:
-    """The `train` or `validation` dataset: map-style, not empty, items (inputs, target)."""
+    """The `train` or `validation` dataset: map-style or iterable, not empty, items (inputs, target)."""
     dataset = _call(project.data, project, split=split)
     asked = f"{project.data.where}: {project.data.target}(split={split!r})"
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if isinstance(dataset, IterableDataset):
+        empty = _is_empty_stream(dataset, asked, project)
+    elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        empty = len(dataset) == 0
+    else:
         raise UserMistake(
-            f"{asked} must return a map-style dataset (with __len__ and __getitem__), got {type(dataset).__name__}"
+            f"{asked} must return a map-style dataset (with __len__ and __getitem__) or a torch IterableDataset, got "
+            f"{type(dataset).__name__}"
         )
-    if len(dataset) == 0:
+    if empty:
         raise UserMistake(f"{asked} returned an empty dataset; expected at least one sample")
     return typing.cast(Dataset[Any], dataset)
+
+
+def _is_empty_stream(dataset: IterableDataset[Any], asked: str, project: Project) -> bool:
+    nothing = object()
+    try:
+        return next(iter(dataset), nothing) is nothing
+    except Exception as error:
+        raise user_error(f"{asked}: reading the first item failed", error, project.folder) from error
+
+
+def length_of(dataset: Dataset[Any]) -> int | None:
+    """Samples of a dataset; None for an iterable one that does not say."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _function(reference: Reference, project: Project) -> Callable[..., Any]:
+    """What a reference to a function means: a class is instantiated with the args, a function is given them."""
+    found = resolve(reference, project)
+    if not inspect.isclass(found):
+        return functools.partial(found, **reference.args) if reference.args else found
+    made = _call(reference, project)
+    if not callable(made):
+        raise UserMistake(f"{reference.where}: {reference.target} must make something callable, got {type(made)}")
+    return typing.cast(Callable[..., Any], made)
+
+
+def build_collate(project: Project) -> Callable[[list[Any]], Any]:
+    """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names."""
+    if project.collate is None:
+        return default_collate
+    function = _function(project.collate, project)
+    name = f"{project.collate.where}: {project.collate.target}"
+
+    def collate(items: list[Any]) -> Any:
+        try:
+            return function(items)
+        except Exception as error:
+            raise user_error(f"{name} failed on {len(items)} items", error, project.folder) from error
+
+    return collate
 
 
 def build_loss(project: Project) -> Loss:
     """loss(outputs, target) -> scalar tensor."""
     if isinstance(project.loss, str):
         return typing.cast(Loss, getattr(nn.functional, project.loss))
-    return resolve(project.loss, project)
+    return _function(project.loss, project)
 
 
 def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -104,7 +151,8 @@ def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(settings.optimizer, str):
         kind = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
-        return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate))
+        more = {"fused": True} if settings.fused else {}
+        return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate, **more))
     reference = settings.optimizer
     factory = resolve(reference, project)
     try:
@@ -220,7 +268,7 @@ def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | N
     """
     named = name_inputs(model, inputs, project)
     try:
-        return (call or model)(*named.values())
+        return (model if call is None else call)(*named.values())
     except Exception as error:
         shapes = ", ".join(f"{name} {describe_tensor(value)}" for name, value in named.items())
         raise user_error(f"{project.model.where}: forward failed on {shapes}", error, project.folder) from error
@@ -272,10 +320,16 @@ def backward(value: Tensor, project: Project) -> None:
         raise user_error("train.loss: its gradient cannot be computed", error, project.folder) from error
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, project: Project) -> None:
-    """One step of the optimizer."""
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, project: Project, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """One step of the optimizer. scaler: of the loss, when it was scaled."""
     try:
-        optimizer.step()
+        if scaler is not None and scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
     except (RuntimeError, TypeError, ValueError) as error:
         raise user_error("train.optimizer: step() failed", error, project.folder) from error
 
@@ -290,6 +344,17 @@ def require_gradients(model: nn.Module, project: Project) -> None:
             f"{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}; every parameter must take part in every "
             "step: use it in forward, remove it, or freeze it with requires_grad_(False)"
         )
+
+
+def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: Project) -> float:
+    """A metric of the user's own over all samples. outputs, target: on the CPU, [samples, …]."""
+    where = f"{metric.reference.where}: {metric.reference.target}"
+    shapes = f"(outputs {describe_tensor(outputs)}, target {describe_tensor(target)})"
+    function = _function(metric.reference, project)
+    try:
+        return float(function(outputs, target))
+    except Exception as error:
+        raise user_error(f"{where}{shapes} failed", error, project.folder) from error
 
 
 def try_metric(metric: str, outputs: object, target: torch.Tensor) -> None:
@@ -329,16 +394,27 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype_name(tensor), shape=shape)
 
 
+class _Start(IterableDataset[Any]):
+    def __init__(self, dataset: IterableDataset[Any], limit: int) -> None:
+        self._dataset, self._limit = dataset, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._dataset), self._limit)
+
+
 def batches(
     dataset: Dataset[Any], size: int, project: Project, limit: int | None = None
 ) -> Iterator[tuple[Any, Tensor]]:
     """Batches of (inputs, target) in order, for reference data: at most `limit` samples."""
     from torch.utils.data import DataLoader, Subset
 
-    count = len(dataset)  # type: ignore[arg-type]
-    chosen: Dataset[Any] = dataset if limit is None or limit >= count else Subset(dataset, range(limit))
+    chosen = dataset
+    if isinstance(dataset, IterableDataset) and limit is not None:
+        chosen = _Start(dataset, limit)
+    elif limit is not None and limit < len(dataset):  # type: ignore[arg-type]
+        chosen = Subset(dataset, range(limit))
     try:
-        for batch in DataLoader(chosen, batch_size=size):
+        for batch in DataLoader(chosen, batch_size=size, collate_fn=build_collate(project)):
             yield split_batch(batch, project)
     except UserMistake:
         raise

@@ -10,11 +10,11 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from torchworker.address import choose_interface
 from torchworker.contract import LOST_CONNECTION, RESULT, Failure, Reply, TrainRequest, TrainResult
+from torchworker.device import backend_of, choose_device, enter_device, ranks_on_this_machine
 from torchworker.failure import failure_of, is_lost_connection
 from torchworker.heartbeat import announce, keep_beating
 from torchworker.lifeline import die_with_parent
@@ -39,11 +39,16 @@ def run_rank(request_file: str, agent: int) -> TrainResult | None:
         folder = Path(request.folder)
         announce(folder, rank)
         # Before any user code, so that a connection that does not come about is noticed within hang_seconds.
-        dist.init_process_group("gloo", timeout=timedelta(seconds=request.train.collective_seconds))
+        device = choose_device(request.train, *ranks_on_this_machine())
+        enter_device(request.train, device)
+        dist.init_process_group(
+            backend_of(request.train, device),
+            timeout=timedelta(seconds=request.train.collective_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
         keep_beating(folder, rank)
-        torch.set_num_threads(request.train.threads)
         enter(request.project)
-        return Loop(request).fit()
+        return Loop(request, device).fit()
     except (Exception, SystemExit) as error:
         failure = failure_of(error, request.project.folder, rank)
         if is_lost_connection(error):

@@ -13,6 +13,7 @@ from torchworker.contract import (
     CheckRequest,
     ExportRequest,
     Reply,
+    ScoreRequest,
     TrainRequest,
     ValidateRequest,
 )
@@ -33,16 +34,20 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.export import export
 
         return export(ExportRequest.read(request))
+    if stage == "score":
+        from torchworker.score import score
+
+        return score(ScoreRequest.read(request))
     if stage == "validate":
         from torchworker.validate import validate
 
         return validate(ValidateRequest.read(request))
-    raise ValueError(f"stage: expected check, train, export or validate, got {stage!r}")
+    raise ValueError(f"stage: expected check, train, export, validate or score, got {stage!r}")
 
 
 def _user_folder(stage: str, request: Path) -> str:
     """Where the user's code is, to tell their lines from ours; `validate` runs none of it."""
-    if stage not in ("check", "train", "export"):
+    if stage not in ("check", "train", "export", "score"):
         return ""
     folder: str = json.loads(request.read_text())["project"]["folder"]
     return folder

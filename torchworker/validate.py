@@ -84,7 +84,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         if measured or not request.metrics:
             measured |= _latency(call, golden)
         metrics[kind] = measured
-        verdicts += _gates(kind, measured, request.gates, samples)
+        verdicts += judge(kind, measured, request.gates, samples, {})
     return ValidateResult(
         verdicts=verdicts,
         metrics=metrics,
@@ -166,8 +166,10 @@ def _latency(call: runtimes.Call, golden: Sequence[Probe]) -> dict[str, float]:
     return measured
 
 
-def _gates(kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samples: int) -> list[Verdict]:
-    """Fixed limits. A gate on something that was not measured has failed."""
+def judge(
+    kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samples: int, problems: Mapping[str, str]
+) -> list[Verdict]:
+    """Fixed limits. A gate on something that was not measured has failed; problems: why it was not, by name."""
     verdicts = []
     for gate in gates:
         value = measured.get("p50_ms.batch_1" if gate.name == "p50_ms" else gate.name)
@@ -176,7 +178,8 @@ def _gates(kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samp
         conditions += [f"<= {gate.max:g}"] if gate.max is not None else []
         limit = " and ".join(conditions)
         if value is None or value != value:
-            verdicts.append(_not_measured(kind, gate.name, case, limit, "could not be measured"))
+            why = problems.get(gate.name, "could not be measured")
+            verdicts.append(_not_measured(kind, gate.name, case, limit, why))
             continue
         passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
         verdicts.append(Verdict(format=kind, gate=gate.name, case=case, measured=value, limit=limit, passed=passed))

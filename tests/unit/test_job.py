@@ -66,9 +66,9 @@ def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
 
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
-    text = GOOD.replace("plain:build_model", "plain").replace("epochs: 2", "epochs: 0") + "gates: {acuracy: {min: 1}}\n"
+    text = GOOD.replace("plain:build_model", "plain").replace("data:", "dta:") + "gates: {acuracy: {min: 1}}\n"
     lines = refused(tmp_path, text).splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["model.factory", "train.epochs", "gates.acuracy"]
+    assert [line.split(": ")[1] for line in lines] == ["model.factory", "data", "gates.acuracy", "dta"]
 
 
 @pytest.mark.parametrize(

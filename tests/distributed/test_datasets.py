@@ -1,0 +1,229 @@
+"""What a dataset may be: a list or a stream, with a collate function and a loss of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import JobError
+from tests.distributed.conftest import Train
+from tests.projects import write_project
+
+# A stream over the samples of the plain project; SIZE says how long it claims to be.
+STREAM = """
+    from torch.utils.data import IterableDataset
+    listed = build_dataset
+    class Stream(IterableDataset):
+        def __init__(self, split):
+            self.samples = list(listed(split))
+        def __iter__(self):
+            return iter(self.samples)
+    class Sized(Stream):
+        size = 96
+        def __len__(self):
+            return self.size
+    def build_dataset(split, kind="Sized"):
+        return globals()[kind](split)
+"""
+
+
+def test_a_stream_trains_and_has_the_fingerprint_of_the_same_samples_in_a_list(train: Train, tmp_path: Path) -> None:
+    plan = {"epochs": 1, "processes": 2, "batch_size": 32}
+    listed = train(write_project(tmp_path / "list", train=plan))
+    stream = train(write_project(tmp_path / "stream", extra=STREAM, train=plan))
+    unsized = train(
+        write_project(
+            tmp_path / "unsized",
+            extra=STREAM,
+            data={"factory": "plain:build_dataset", "args": {"kind": "Stream"}},
+            train={**plan, "steps_per_epoch": 3},
+        )
+    )
+
+    assert stream.data_fingerprint == unsized.data_fingerprint == listed.data_fingerprint
+    assert (stream.train_samples, stream.validation_samples) == (96, 96)
+
+
+@pytest.mark.parametrize("processes", [1, 5])
+def test_validation_on_a_stream_is_exact_at_every_number_of_processes(
+    train: Train, tmp_path: Path, processes: int
+) -> None:
+    # A learning rate this small leaves the model as it was initialised.
+    plan = {"epochs": 1, "learning_rate": 1e-30, "batch_size": 10}
+    listed = train(write_project(tmp_path / "list", train={**plan, "processes": 1}))
+    stream = train(write_project(tmp_path / "stream", extra=STREAM, train={**plan, "processes": processes}))
+
+    for name in ("validation_loss", "validation_accuracy"):
+        assert stream.history[0][name] == pytest.approx(listed.history[0][name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train_options", "said"),
+    [
+        ("Stream", {}, "train.steps_per_epoch: expected the optimizer steps of an epoch"),
+        ("Sized", {"steps_per_epoch": 3}, "is for iterable datasets without len(); the one of data.factory has 96"),
+        ("Sized", {"data_workers": 2}, "train.data_workers: expected 0 or 1 for an iterable dataset"),
+        ("Stream", {"steps_per_epoch": 4}, "the stream ended after 96 samples; steps_per_epoch asks for 128"),
+        ("Short", {}, "the stream ended after 96 samples; its len() says 97"),
+        ("Long", {}, "the stream gives more samples than the 90 that its len() says"),
+        ("Empty", {}, "returned an empty dataset"),
+        ("Breaks", {}, "reading a training item failed (sample 40 of the stream): KeyError: 'no such file'"),
+    ],
+)
+def test_a_stream_that_is_not_what_it_says_is_refused(
+    train: Train, tmp_path: Path, kind: str, train_options: dict[str, Any], said: str
+) -> None:
+    extra = (
+        STREAM
+        + """
+    class Short(Sized):
+        size = 97
+    class Long(Sized):
+        size = 90
+    class Empty(Sized):
+        def __iter__(self):
+            return iter(())
+    class Breaks(Sized):
+        def __iter__(self):
+            for position, sample in enumerate(self.samples):
+                if position == 40:
+                    raise KeyError("no such file")
+                yield sample
+    """
+    )
+    data = {"factory": "plain:build_dataset", "args": {"kind": kind}}
+    plan = {"epochs": 1, "processes": 2, "batch_size": 32, **train_options}
+    with pytest.raises(JobError) as caught:
+        train(write_project(tmp_path / "p", extra=extra, data=data, train=plan))
+    assert said in str(caught.value)
+
+
+def test_a_shuffling_stream_gives_every_rank_the_same_order_and_each_epoch_another(
+    train: Train, tmp_path: Path
+) -> None:
+    extra = (
+        STREAM
+        + """
+    import os, random
+    from pathlib import Path
+    class Sized(Sized):
+        def __iter__(self):
+            order = random.sample(range(96), 96)
+            with (Path(__file__).parent / f"orders-{os.environ['RANK']}").open("a") as file:
+                file.write(f"{order}\\n")
+            torch.rand(3)
+            return iter([self.samples[index] for index in order])
+    """
+    )
+    job = write_project(tmp_path / "p", extra=extra, train={"epochs": 2, "processes": 2, "batch_size": 32})
+    result = train(job)
+    orders = [(tmp_path / "p" / f"orders-{rank}").read_text().splitlines() for rank in (0, 1)]
+
+    # Besides two epochs: looks at the first item, and validation; rank 0 looks once more at the end.
+    assert orders[0][:-1] == orders[1]
+    assert len(set(orders[0])) > 2
+    listed = train(write_project(tmp_path / "list", train={"epochs": 1, "processes": 2, "batch_size": 32}))
+    assert result.data_fingerprint == listed.data_fingerprint
+
+
+def test_samples_that_are_used_twice_to_fill_the_ranks_are_told(train: Train, tmp_path: Path) -> None:
+    plan = {"epochs": 1, "processes": 5, "batch_size": 10}
+    listed = train(write_project(tmp_path / "list", train=plan))
+    stream = train(write_project(tmp_path / "stream", extra=STREAM, train=plan))
+
+    said = "4 of 96 training samples are used twice an epoch, so that 5 processes get equally many"
+    assert said in listed.notes and said in stream.notes
+    assert listed.data_fingerprint == stream.data_fingerprint
+
+
+def test_a_collate_function_makes_the_batches_everywhere(train: Train, tmp_path: Path) -> None:
+    extra = """
+        class Ragged:
+            # Items are of unequal lengths: only the collate function can make a batch of them.
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                x, y = self.inner[index]
+                return {"values": x[: 2 + index % 3], "name": f"sample {index}", "label": int(y)}
+        original = build_dataset
+        def build_dataset(split):
+            return Ragged(original(split))
+        def pad(items, fill):
+            rows = [nn.functional.pad(item["values"], (0, 4 - len(item["values"])), value=fill) for item in items]
+            return torch.stack(rows), torch.tensor([item["label"] for item in items])
+    """
+    data = {"factory": "plain:build_dataset", "collate": {"factory": "plain:pad", "args": {"fill": 0.0}}}
+    two = train(write_project(tmp_path / "two", extra=extra, data=data))
+    one = train(
+        write_project(tmp_path / "one", extra=extra, data=data, train={"epochs": 1, "processes": 1, "batch_size": 7})
+    )
+
+    assert 0 <= two.history[-1]["validation_accuracy"] <= 1
+    # The fingerprint is of the items, so padding and batches do not change it.
+    assert one.data_fingerprint == two.data_fingerprint
+
+
+def test_an_item_that_cannot_be_fingerprinted_is_named_by_its_type(train: Train, tmp_path: Path) -> None:
+    extra = """
+        class Odd: ...
+        original = build_dataset
+        class Odds:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index): return (*self.inner[index], Odd())
+        def build_dataset(split):
+            return Odds(original(split))
+        def drop(items):
+            return torch.stack([item[0] for item in items]), torch.stack([item[1] for item in items])
+    """
+    data = {"factory": "plain:build_dataset", "collate": "plain:drop"}
+    with pytest.raises(JobError, match="a sample holds a Odd, which cannot be fingerprinted"):
+        train(write_project(tmp_path / "p", extra=extra, data=data))
+
+
+def test_a_collate_function_that_fails_is_named_with_its_line(train: Train, tmp_path: Path) -> None:
+    extra = """
+        def collate(items):
+            raise ValueError("ragged")
+    """
+    data = {"factory": "plain:build_dataset", "collate": "plain:collate"}
+    with pytest.raises(
+        JobError, match=r"data.collate: plain:collate failed on 16 items: ValueError: ragged \(plain.py"
+    ):
+        train(write_project(tmp_path / "p", extra=extra, data=data))
+
+
+def test_a_validation_item_that_raises_is_named_by_its_index(train: Train, tmp_path: Path) -> None:
+    extra = """
+        class Broken(TensorDataset):
+            def __getitem__(self, index):
+                if index == 77:
+                    raise OSError("torn file")
+                return super().__getitem__(index)
+        original = build_dataset
+        def build_dataset(split):
+            return original(split) if split == "train" else Broken(*original(split).tensors)
+    """
+    with pytest.raises(JobError, match=r"reading a validation item failed \(sample 77 of 96\): OSError: torn file"):
+        train(write_project(tmp_path / "p", extra=extra))
+
+
+def test_a_loss_may_be_a_class_that_is_made_with_its_arguments(train: Train, tmp_path: Path) -> None:
+    extra = """
+        class Scaled(nn.Module):
+            def __init__(self, factor):
+                super().__init__()
+                self.factor = factor
+            def forward(self, outputs, target):
+                return self.factor * nn.functional.cross_entropy(outputs, target)
+        def scaled(outputs, target, factor):
+            return factor * nn.functional.cross_entropy(outputs, target)
+    """
+    plan = {"epochs": 1, "processes": 1, "batch_size": 96, "learning_rate": 1e-30}
+    plain = train(write_project(tmp_path / "plain", train=plan))
+    for name in ("Scaled", "scaled"):
+        loss = {"factory": f"plain:{name}", "args": {"factor": 3.0}}
+        tripled = train(write_project(tmp_path / name, extra=extra, train={**plan, "loss": loss}))
+        assert tripled.history[0]["validation_loss"] == pytest.approx(3 * plain.history[0]["validation_loss"])

@@ -1,0 +1,59 @@
+"""Gates on a metric that only the user's code knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.pointer import read_pointer
+from registry.releases import read_manifest
+from tests.conftest import Command
+from tests.flows.live import live
+from tests.projects import write_project
+
+RECALL = """
+    def recall(outputs, target, of):
+        hits = (outputs.argmax(1) == of) & (target == of)
+        return hits.sum() / (target == of).sum()
+    def always(outputs, target):
+        raise LookupError("no table of classes")
+"""
+
+
+def job(folder: Path, name: str, factory: str, gate: dict[str, float], **args: Any) -> str:
+    metric = {"factory": f"plain:{factory}", "args": args, "better": "higher", "name": "recall_of_2"}
+    return str(
+        write_project(
+            folder,
+            extra=RECALL,
+            name=name,
+            train={"epochs": 3, "processes": 1, "batch_size": 16, "learning_rate": 0.05, "metrics": [metric]},
+            export={"formats": ["torchscript", "onnx"]},
+            gates={"recall_of_2": gate},
+        )
+    )
+
+
+def test_a_metric_in_user_code_is_gated_on_each_artifact_and_recorded(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    path = job(tmp_path, "recalled", "recall", {"min": 0.0, "vs_live": -1.0}, of=2)
+    for _ in range(2):
+        ended = command("ship", "run", path)
+        assert ended.status == 0, ended.text
+    assert ended.text.count("recall_of_2") >= 2
+    pointer = read_pointer(store, "recalled", "prod")
+    assert pointer is not None and pointer.generation in (1, 2)
+    assert 0 <= read_manifest(store, "recalled", pointer.release).metrics["recall_of_2"] <= 1
+
+
+def test_a_metric_that_fails_or_falls_short_stops_the_run(command: Command, store: ObjectStore, tmp_path: Path) -> None:
+    short = command("ship", "run", job(tmp_path / "short", "short", "recall", {"min": 1.5}, of=2))
+    assert short.status == 2 and "recall_of_2" in short.errors and "FAILED" in short.errors, short.text
+    assert live(store, "short") is None
+
+    broken = command("ship", "check", job(tmp_path / "broken", "broken", "always", {"min": 0.1}))
+    assert broken.status == 2, broken.text
+    assert "no table of classes" in broken.errors and "Traceback" not in broken.errors
