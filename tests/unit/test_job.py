@@ -148,3 +148,20 @@ def test_a_gate_or_a_format_that_changes_needs_no_new_training(tmp_path: Path) -
 )
 def test_a_launcher_that_cannot_work_is_refused_with_its_key(tmp_path: Path, keys: str, expected: str) -> None:
     assert expected in refused(tmp_path, GOOD + keys)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "expected"),
+    [
+        ("{batch: {axes: {x: 1}}}", "another name than batch"),
+        ("{length: {axes: {x: 0}}}", "export.dynamic.length.axes.x: expected"),
+        ("{length: {axes: {x: 1}, maxx: 3}}", "export.dynamic.length.maxx: unknown key; did you mean max?"),
+        ("{length: {axes: {x: 1}, min: 4, max: 4}}", "expected min < max, and 4 >= 4"),
+        ("{height: {axes: {x: [2, 1]}}, width: {axes: {x: 2}}}", "axis 2 of x, which is both height and width"),
+        ("{length: {min: 1}}", "export.dynamic.length.axes: missing; expected input name: axis"),
+    ],
+)
+def test_a_dynamic_dimension_that_cannot_be_is_refused_with_its_key(
+    tmp_path: Path, dynamic: str, expected: str
+) -> None:
+    assert expected in refused(tmp_path, GOOD + f"export: {{dynamic: {dynamic}}}\n")
