@@ -79,7 +79,7 @@ class Shop:
             inputs=self.result.inputs,
             outputs=self.result.outputs,
             metrics=self.job.metrics,
-            gates=fixed_gates(self.job),
+            gates=fixed_gates(self.job, custom=False),
             forbidden_modules=user_modules(self.job),
             forbidden_folder=str(self.project_folder),
             threads=1,
