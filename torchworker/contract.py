@@ -422,6 +422,8 @@ class Failure:
     traceback: str = ""
     """Frames from the user's code on; empty when the message says it all."""
     rank: int | None = None
+    output: Sequence[str] = ()
+    """The last lines that this rank printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
