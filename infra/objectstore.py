@@ -407,6 +407,11 @@ class ObjectStore:
         return _translated(action, self.address, self.bucket, self._is_local)
 
 
+def s3_client(settings: Settings) -> S3Client:
+    """A client of the store that the settings name, for a library that brings its own ways of reading."""
+    return _client(settings.s3_endpoint, settings.s3_is_local)
+
+
 def _client(endpoint: str | None, local: bool) -> S3Client:
     # Imported on first use: 0.3 s that commands without a store need not pay.
     import boto3

@@ -48,6 +48,11 @@ class Settings(BaseSettings):
     external_s3: str | None = Field(None, validation_alias="AWS_ENDPOINT_URL")
     external_bucket: str | None = Field(None, validation_alias="SHIP_BUCKET")
 
+    signing_key: Path | None = Field(None, validation_alias="SHIP_SIGNING_KEY")
+    """Private key (PEM) that signs each release that is published."""
+    public_key: Path | None = Field(None, validation_alias="SHIP_PUBLIC_KEY")
+    """Public key (PEM) of which a release has to carry a signature before it is used on this machine."""
+
     @classmethod
     def load(cls) -> Self:
         """Read the environment. Raises SettingsError naming the variable, its value and what was expected."""

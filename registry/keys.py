@@ -2,6 +2,7 @@
 
 models/<model>/releases/<release>/<file>…              immutable
 models/<model>/releases/<release>/MANIFEST.json        written last: where it is, every file is
+models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
 models/<model>/channels/<channel>.json                 the pointer, the only key that is ever replaced
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
 """

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infra.errors import ReleaseError
+from registry.pickles import find_pickle
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -55,8 +56,7 @@ class Manifest:
     formats: Mapping[str, str]
     """Format (torchscript, onnx, pt2) to the path of its artifact."""
     signature: Mapping[str, Any]
-    """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
-    `dims`: name, min and max of each, null for no limit."""
+    """`inputs` and `outputs`: name, dtype and shape of each tensor."""
     metrics: Mapping[str, float]
     """Quality measured before release, by metric; what the next candidate is held against."""
     format: int = FORMAT
@@ -120,8 +120,14 @@ def build_manifest(
         _require_path(name)
     if not paths:
         raise ReleaseError(f"release folder {folder}: expected at least one file, found none")
+    kinds = {path: kind for kind, path in formats.items()}
     files = {}
     for name, path in paths.items():
+        if (found := find_pickle(path, kinds.get(name))) is not None:
+            raise ReleaseError(
+                f"{name}: expected no pickle in a release, got one ({found}): reading it runs code; "
+                "save tensors as .safetensors"
+            )
         sha256, size = file_hash(path)
         files[name] = FileEntry(sha256=sha256, bytes=size)
     manifest = Manifest(
@@ -181,6 +187,10 @@ def decode_manifest(encoded: bytes) -> Manifest:
         _require_path(name)
         if not _SHA256.fullmatch(entry.sha256) or entry.bytes < 0:
             raise ReleaseError(f"manifest: {name}: expected a SHA-256 and a size, got {entry}")
+    for name in files:
+        above = next((str(up) for up in PurePosixPath(name).parents if str(up) in files), None)
+        if above is not None:
+            raise ReleaseError(f"manifest: {above} is a file, and the folder of {name}")
     if (expected := release_id(files)) != manifest.release:
         raise ReleaseError(f"manifest: expected release {expected} by its file table, got {manifest.release}")
     for kind, path in manifest.formats.items():
@@ -264,8 +274,8 @@ def _require_path(name: str) -> None:
         or not _encodable(name)
     ):
         raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
-    if name == MANIFEST:
-        raise ReleaseError(f"file name {name!r}: the manifest cannot be one of the files that it lists")
+    if name.startswith("MANIFEST."):
+        raise ReleaseError(f"file name {name!r}: the manifest and its signatures cannot be files that it lists")
     if PurePosixPath(name).suffix.lower() in PICKLE_ENDINGS:
         raise ReleaseError(
             f"{name}: expected no pickle in a release, got a {PurePosixPath(name).suffix} file: reading it runs code; "

@@ -15,6 +15,7 @@ from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore, PreconditionFailed
 from registry.keys import release_prefix
 from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, verify_folder
+from registry.signing import publish_signature
 from registry.transfer import Meter, Progress, in_parallel, put_immutable
 
 
@@ -28,8 +29,17 @@ class Published:
     """Size of the files that the bucket had already."""
 
 
-def publish(store: ObjectStore, folder: Path, manifest: Manifest, progress: Progress | None = None) -> Published:
+def publish(
+    store: ObjectStore,
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress | None = None,
+    *,
+    signing_key: Path | None = None,
+) -> Published:
     """Bring a release into the bucket: files in parallel, the manifest last. Writes; can be repeated.
+
+    signing_key: private key (PEM) to sign it with, before the manifest is written; see registry/signing.py.
 
     Bytes that are there are not sent again. Raises StoreRefused for a store without conditional writes, and
     ReleaseError when a local file is not what the manifest says, or when the bucket holds other bytes under its name.
@@ -64,6 +74,8 @@ def publish(store: ObjectStore, folder: Path, manifest: Manifest, progress: Prog
     # Big files first: the last one to start decides when all are done.
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
     sent = dict(zip(names, in_parallel(bring, names), strict=True))
+    if signing_key is not None:
+        publish_signature(store, manifest, signing_key)
     put_immutable(store, prefix + MANIFEST, manifest.encode(), "another description of the same files")
     sent_bytes = sum(manifest.files[name].bytes for name in names if sent[name])
     return Published(release=manifest.release, sent_bytes=sent_bytes, present_bytes=manifest.total_bytes - sent_bytes)

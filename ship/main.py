@@ -87,6 +87,30 @@ def run(
     run(job, resume)
 
 
+Channel = Annotated[str, typer.Option(help="The channel to follow.")]
+
+
+@app.command()
+def pull(
+    model: str,
+    channel: Channel = "prod",
+    to: Annotated[Path | None, typer.Option(help="Its folder; TO/current leads to what is live.")] = None,
+    follow: Annotated[bool, typer.Option(help="Go on until interrupted.")] = False,
+) -> None:
+    """Bring what is live on a channel to this machine, verified; what was there before stays when that fails."""
+    from ship.pull import pull
+
+    pull(model, channel, to, follow)
+
+
+@app.command()
+def sign(model: str, release: str) -> None:
+    """Sign a release that is in the bucket already, with the key that SHIP_SIGNING_KEY names."""
+    from ship.sign import sign
+
+    sign(model, release)
+
+
 @app.command()
 def schema(markdown: bool = False) -> None:
     """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""

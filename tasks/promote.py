@@ -79,7 +79,7 @@ def _publish_and_move(run: Run, registered: Registered, validated: Validated) ->
 
     # Asked twice: here so that a worse candidate is not uploaded, and again for what is live when the pointer moves.
     accept(*read_live(run.store, run.job.name, run.job.release.channel))
-    published = publish(run.store, registered.folder, registered.manifest)
+    published = publish(run.store, registered.folder, registered.manifest, signing_key=run.settings.signing_key)
     pointer = move_channel(
         run.store,
         registered.manifest,

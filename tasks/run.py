@@ -23,6 +23,7 @@ from registry.job import Job, load_job
 from registry.live_run import LiveRun
 from registry.mlflow_client import check_reachable
 from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
+from registry.signing import load_private_key
 from tasks.policy import quiet_mistakes
 from tasks.requests import project_of, run_params
 from torchworker.contract import Project
@@ -81,6 +82,8 @@ async def begin(job_file: str, resume: str = "") -> Run:
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
     settings = Settings.load()
+    if settings.signing_key is not None:
+        load_private_key(settings.signing_key)
     flow_run_id = str(flow_run.get_id())
     folder = _run_folder(settings.runs / job.name, flow_run_id, resume)
     # Workers import torch while this process imports MLflow and talks to the services.

@@ -16,13 +16,16 @@ import pytest
 
 from tests.projects import REPOSITORY
 
-OURS = ("flows", "tasks", "registry", "infra", "torchworker", "ship")
+OURS = ("flows", "tasks", "registry", "infra", "torchworker", "ship", "shipreader")
 ALLOWED = {
     "flows": {"flows", "tasks"},
     "tasks": {"tasks", "registry", "infra", "torchworker.contract"},
-    "registry": {"registry", "infra"},
+    # What a signature covers is defined by who checks it.
+    "registry": {"registry", "infra", "shipreader.signatures", "shipreader.errors"},
     "infra": {"infra"},
     "torchworker": {"torchworker"},
+    # Installed alone on serving machines.
+    "shipreader": {"shipreader"},
     # The command line sits above everything.
     "ship": set(OURS) - {"torchworker"} | {"torchworker.contract"},
 }
@@ -30,8 +33,8 @@ ONLY_IN = {
     "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py"],
     # The connection, runs and versions: three files, because each is a subject of its own and together they are long.
     "mlflow": ["registry/mlflow_client.py", "registry/mlflow_runs.py", "registry/mlflow_versions.py"],
-    "boto3": ["infra/objectstore.py"],
-    "botocore": ["infra/objectstore.py"],
+    "boto3": ["infra/objectstore.py", "shipreader/bucket.py"],
+    "botocore": ["infra/objectstore.py", "shipreader/bucket.py"],
     "onnx": [],
     "onnxruntime": ["torchworker/runtimes.py"],
 }
@@ -87,6 +90,14 @@ def test_workers_import_the_standard_library_torch_and_themselves() -> None:
         for name in imports(tree):
             top = name.partition(".")[0]
             assert top in sys.stdlib_module_names | WORKER_MAY_IMPORT, f"{file} imports {name}"
+
+
+def test_the_reader_imports_the_standard_library_boto3_and_what_checks_signatures() -> None:
+    for file, tree in modules("shipreader"):
+        for name in imports(tree):
+            top = name.partition(".")[0]
+            allowed = sys.stdlib_module_names | {"shipreader", "boto3", "botocore", "urllib3", "cryptography"}
+            assert top in allowed, f"{file} imports {name}"
 
 
 def test_the_contract_needs_no_torch() -> None:

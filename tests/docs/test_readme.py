@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -64,7 +65,7 @@ def test_every_command_works_as_written(command: Command, tmp_path: Path) -> Non
         ended = command(*words)
         assert ended.status == 0, f"{shlex.join(words)}\n{ended.text}"
         ran += 1
-    assert ran == 6
+    assert ran == 7
 
 
 def test_the_python_that_loads_a_model_works(command: Command, stack: Settings) -> None:
@@ -72,6 +73,16 @@ def test_the_python_that_loads_a_model_works(command: Command, stack: Settings) 
     (block,) = [block for block in blocks("python") if "pyfunc" in block]
     code = block.replace("http://127.0.0.1:5000", stack.mlflow_url)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_python_of_a_serving_machine_works(command: Command, stack: Settings, tmp_path: Path) -> None:
+    assert command("ship", "run", "examples/digits/job.yaml").status == 0
+    (block,) = [block for block in blocks("python") if "shipreader" in block]
+    variables = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
+    environment = {**os.environ, **variables, "AWS_ENDPOINT_URL": stack.s3_endpoint or ""}
+    script = [sys.executable, "-c", block.replace("/srv/digits", str(tmp_path / "digits"))]
+    done = subprocess.run(script, check=True, timeout=120, env=environment, capture_output=True, text=True)
+    assert Path(done.stdout.splitlines()[-1]).name == "model.onnx"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,125 @@
+"""Signatures of releases by a key of your own, in the format of OpenSSF Model Signing.
+
+    models/<model>/releases/<release>/MANIFEST.<key>.sig.json
+
+A signature covers MANIFEST.json and every file. It is written before the manifest, so a release that is complete has
+it. Each key has an object of its own: a second key signs beside the first, which is how keys are changed. Nothing here
+needs a network besides the bucket.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import shipreader.signatures as signatures
+from infra.errors import ReleaseError, SettingsError
+from infra.objectstore import ObjectStore, PreconditionFailed
+from registry.keys import release_prefix
+from registry.release import MANIFEST, Manifest, canonical_json
+from shipreader.errors import ReaderError, Refused
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+
+PASSWORD_VARIABLE = "SHIP_SIGNING_KEY_PASSWORD"
+
+
+def load_private_key(path: Path) -> EllipticCurvePrivateKey:
+    """Raises SettingsError for anything but an elliptic curve key in PEM, and for a wrong password."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(path.read_bytes(), os.environ.get(PASSWORD_VARIABLE, "").encode() or None)
+    except (OSError, ValueError, TypeError) as error:
+        raise SettingsError(
+            f"SHIP_SIGNING_KEY: expected a private key in PEM at {path}, got {type(error).__name__}: {error}; "
+            f"{PASSWORD_VARIABLE} is its password"
+        ) from None
+    if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in signatures.CURVES:
+        raise SettingsError(
+            f"SHIP_SIGNING_KEY: {path}: expected a P-256, P-384 or P-521 key, got {type(key).__name__}; make one with "
+            "`openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key.pem`"
+        )
+    return key
+
+
+def load_public_key(path: Path) -> EllipticCurvePublicKey:
+    """Raises SettingsError for anything but an elliptic curve key in PEM."""
+    try:
+        return signatures.load_keys([path])[0]
+    except ReaderError as error:
+        raise SettingsError(str(error)) from None
+
+
+def sign(manifest: Manifest, private_key: Path) -> bytes:
+    """A key's signature of a release: the bundle. Raises SettingsError when the key cannot be used."""
+    key = load_private_key(private_key)
+    digests = _signed(manifest).digests
+    root = hashlib.sha256(b"".join(bytes.fromhex(digests[name]) for name in sorted(digests))).hexdigest()
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": manifest.model, "digest": {"sha256": root}}],
+        "predicateType": signatures.PREDICATE,
+        "predicate": {
+            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []},
+            "resources": [{"name": n, "algorithm": "sha256", "digest": digests[n]} for n in sorted(digests)],
+        },
+    }
+    payload = canonical_json(statement)
+    signature = key.sign(signatures.covered(payload), signatures.algorithm(key.public_key()))
+    bundle = {
+        "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+        "verificationMaterial": {"publicKey": {"hint": signatures.key_id(key.public_key())}, "tlogEntries": []},
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": signatures.PAYLOAD,
+            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
+        },
+    }
+    return canonical_json(bundle)
+
+
+def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path) -> str:
+    """Sign a release and bring the signature into the bucket; its key. Writes; can be repeated.
+
+    Raises SettingsError when the key cannot be used, and ReleaseError when what lies there already does not hold.
+    """
+    public_key = load_private_key(private_key).public_key()
+    key = signature_key(manifest, public_key)
+    # No two signatures of this kind are alike: one that is there is checked, not compared.
+    if store.get(key) is None:
+        with contextlib.suppress(PreconditionFailed):
+            store.put_new(key, sign(manifest, private_key))
+    require_signature(store, manifest, public_key)
+    return key
+
+
+def require_signature(store: ObjectStore, manifest: Manifest, public_key: EllipticCurvePublicKey) -> None:
+    """Raises ReleaseError unless the release in the bucket carries this key's signature. Reads only."""
+    key = signature_key(manifest, public_key)
+    found = store.get(key)
+    if found is None:
+        raise ReleaseError(
+            f"{key}: expected a signature by key {signatures.key_id(public_key)}, got none: "
+            "the release was published without SHIP_SIGNING_KEY, or with another key"
+        )
+    try:
+        signatures.require_signed(found[0], _signed(manifest), public_key, key)
+    except Refused as error:
+        raise ReleaseError(str(error)) from None
+
+
+def signature_key(manifest: Manifest, public_key: EllipticCurvePublicKey) -> str:
+    """Where a key's signature of a release lies."""
+    return release_prefix(manifest.model, manifest.release) + signatures.file_name(public_key)
+
+
+def _signed(manifest: Manifest) -> signatures.Signed:
+    digests = {name: entry.sha256 for name, entry in manifest.files.items()}
+    return signatures.Signed(manifest.model, {**digests, MANIFEST: manifest.sha256()})

@@ -1,0 +1,86 @@
+"""`ship pull`: what is live on a channel, verified, in a folder of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from infra.errors import ReleaseError, ServiceError, SettingsError
+from infra.objectstore import s3_client
+from infra.settings import Settings
+from shipreader.errors import ReaderError, Refused, Unavailable
+from shipreader.reader import Reader
+from shipreader.records import Release
+
+
+def pull(model: str, channel: str, to: Path | None, follow: bool) -> None:
+    """Print what became current, once or for every move. Raises ShipError when nothing new could be had."""
+    with reader_errors():
+        reader = make_reader(Settings.load(), model, channel, to, on_change=_show if follow else None)
+        if not follow:
+            _show(_pull_once(reader))
+            return
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+        stopping = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopping.set())
+        with reader:
+            stopping.wait()
+
+
+def make_reader(
+    settings: Settings,
+    model: str,
+    channel: str,
+    to: Path | None,
+    on_change: Callable[[Release], None] | None = None,
+    **options: Any,
+) -> Reader:
+    """A reader of the bucket that the settings name. to: its folder, in SHIP_HOME when None; options: as of Reader."""
+    return Reader(
+        model,
+        bucket=settings.bucket,
+        folder=to if to is not None else settings.home / "pulled" / f"{model}.{channel}",
+        channel=channel,
+        client=s3_client(settings),
+        public_keys=[settings.public_key] if settings.public_key is not None else [],
+        on_change=on_change,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def reader_errors() -> Iterator[None]:
+    """Turn what the reader raises into this application's errors."""
+    try:
+        yield
+    except Unavailable as error:
+        raise ServiceError(str(error)) from error
+    except Refused as error:
+        raise ReleaseError(str(error)) from error
+    except ReaderError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _pull_once(reader: Reader) -> Release:
+    try:
+        return reader.pull()
+    except (Unavailable, Refused) as error:
+        kept = reader.current
+        if kept is None:
+            raise
+        raise type(error)(f"{error}\n{kept.folder} stays current: generation {kept.generation}") from error
+
+
+def _show(release: Release) -> None:
+    typer.echo(
+        f"{release.model} {release.channel}: generation {release.generation}, release {release.id}\n"
+        f"  {release.folder.parent.parent / 'current'}"
+    )

@@ -1,0 +1,25 @@
+"""`ship sign`: a signature for a release that was published without one, or with another key."""
+
+from __future__ import annotations
+
+import typer
+
+from infra.errors import SettingsError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.releases import verify_release
+from registry.signing import publish_signature
+
+
+def sign(model: str, release: str) -> None:
+    """Check that the release is complete, and sign it. Raises SettingsError without a key."""
+    settings = Settings.load()
+    if settings.signing_key is None:
+        raise SettingsError(
+            "ship sign: expected SHIP_SIGNING_KEY to name a private key (PEM), got none; see docs/trust.md"
+        )
+    store = ObjectStore.from_settings(settings)
+    # Its files are checked as well as can be without reading them: a reader holds every byte against the manifest.
+    manifest = verify_release(store, model, release)
+    key = publish_signature(store, manifest, settings.signing_key)
+    typer.echo(f"signed: s3://{store.bucket}/{key}")

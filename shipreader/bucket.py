@@ -1,0 +1,134 @@
+"""The few reads that a reader needs from an S3 bucket. It never lists and never writes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shipreader.errors import Refused, Unavailable
+from shipreader.records import FileEntry
+
+CONNECT_SECONDS, READ_SECONDS = 5, 30
+"""Until a connection stands; silence on it."""
+ATTEMPTS = 3
+"""How often in a row a file is asked for without getting any of it."""
+PIECE_BYTES = 2**20
+
+
+def s3_client(endpoint_url: str | None = None) -> Any:
+    """A boto3 client with the standard chains for address, region and credentials."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": 2},
+        # Older stores know neither; every byte is held against the manifest anyway.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.client("s3", endpoint_url=endpoint_url, config=config)
+
+
+class Bucket:
+    """One bucket. Every method raises Unavailable when the store does not give an answer that can be used."""
+
+    def __init__(self, client: Any, name: str) -> None:
+        self._client, self.name = client, name
+
+    def small(self, key: str, limit: int) -> bytes | None:
+        """A small object; None when there is none. Raises Refused when it is longer than `limit` bytes."""
+        found = self.changed(key, None, limit)
+        return None if found is None else found[0]
+
+    def changed(self, key: str, etag: str | None, limit: int) -> tuple[bytes, str] | None:
+        """Content and ETag, in one conditional GET. None when there is none.
+
+        Raises NotModified when the object still has this ETag, and Refused when it is longer than `limit` bytes.
+        """
+        condition = {} if etag is None else {"IfNoneMatch": etag}
+        with self._translated(key):
+            try:
+                reply = self._client.get_object(Bucket=self.name, Key=key, **condition)
+            except self._client.exceptions.NoSuchKey:
+                return None
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 304:
+                    raise NotModified from None
+                raise
+            with contextlib.closing(reply["Body"]) as body:
+                content: bytes = body.read(limit + 1)
+        if len(content) > limit:
+            raise Refused(f"{key}: expected at most {limit:,} bytes, got more")
+        return content, str(reply["ETag"])
+
+    def download(self, key: str, path: Path, entry: FileEntry) -> None:
+        """Write an object to the new file `path`, while it is no longer than the entry says.
+
+        A transfer that breaks off goes on from there. Raises Refused for more, fewer or other bytes.
+        """
+        digest, size, fruitless = hashlib.sha256(), 0, 0
+        # x: a file or a link that is there already is an error, never followed.
+        with path.open("xb") as file:
+            while True:
+                before = size
+                try:
+                    # As stored: a content encoding is not undone, so nothing can unpack to more than it is.
+                    for piece in self._pieces(key, size):
+                        size += len(piece)
+                        if size > entry.bytes:
+                            raise Refused(f"{key}: expected {entry.bytes:,} bytes, got more: altered in the bucket")
+                        digest.update(piece)
+                        file.write(piece)
+                    break
+                except Unavailable:
+                    fruitless = 0 if size > before else fruitless + 1
+                    if fruitless >= ATTEMPTS:
+                        raise
+        if size != entry.bytes:
+            raise Refused(f"{key}: expected {entry.bytes:,} bytes, got {size:,}: altered in the bucket")
+        if digest.hexdigest() != entry.sha256:
+            raise Refused(f"{key}: expected SHA-256 {entry.sha256}, got {digest.hexdigest()}: altered in the bucket")
+
+    def _pieces(self, key: str, start: int) -> Iterator[bytes]:
+        where = {"Range": f"bytes={start}-"} if start else {}
+        with self._translated(key):
+            try:
+                reply = self._client.get_object(Bucket=self.name, Key=key, **where)
+            except self._client.exceptions.NoSuchKey:
+                raise Refused(f"{key}: expected a file of the release, got none: deleted from the bucket") from None
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 416:
+                    # All of it had arrived before the connection broke, or it is shorter by now: the size tells.
+                    return
+                raise
+            with contextlib.closing(reply["Body"]) as body:
+                yield from body.iter_chunks(PIECE_BYTES)
+
+    @contextlib.contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        from botocore import exceptions as botocore
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except botocore.ClientError as error:
+            status, code = _status(error), error.response.get("Error", {}).get("Code", "")
+            hint = ""
+            if status in (401, 403):
+                hint = ": it does not exist, or these credentials may not read it"
+            raise Unavailable(f"s3://{self.name}/{key}: the store answered {status} {code}{hint}") from error
+        except (botocore.BotoCoreError, botocore.HTTPClientError, HTTPError, OSError) as error:
+            raise Unavailable(f"s3://{self.name}/{key}: no answer: {error}") from error
+
+
+class NotModified(Exception):
+    """The object still has the ETag that was asked about."""
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

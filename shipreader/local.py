@@ -1,0 +1,189 @@
+"""The folder on a serving machine.
+
+    <folder>/releases/<release>/            files and MANIFEST.json, complete and verified since it has this name
+    <folder>/releases/<release>.sig.json    the signature that was checked, where one is required
+    <folder>/current -> releases/<release>  what to serve; replaced by one rename
+    <folder>/state.json                     the pointer that `current` follows, so that a restart goes on from there
+
+One process at a time changes it, under a lock that the kernel frees when the process dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shipreader.errors import ReaderError, Refused
+from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest
+
+CURRENT = "current"
+_DRAFT = ".draft-"
+PIECE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class State:
+    """What this folder followed last."""
+
+    bucket: str
+    pointer: Pointer
+    etag: str
+    """Of the pointer's object."""
+    previous: str | None
+    """The release that `current` led to before; kept beside it."""
+
+
+class LocalFolder:
+    """Raises ReaderError for a folder that something else made, and OSError for what the disk refuses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().absolute()
+        self._releases = self.folder / "releases"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the folder, which is made when it is missing."""
+        self._releases.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def state(self) -> State | None:
+        """None for a new folder."""
+        path = self.folder / "state.json"
+        try:
+            document = json.loads(path.read_bytes())
+            return State(**{**document, "pointer": Pointer(**document["pointer"])})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ReaderError(
+                f"{path}: expected what a reader wrote, got {error}; delete {self.folder} to begin anew"
+            ) from None
+
+    def release(self, name: str) -> Path:
+        """Where a release is, or would be."""
+        return self._releases / name
+
+    def signature(self, name: str) -> Path:
+        """Where the signature of a release is, or would be."""
+        return self._releases / f"{name}.sig.json"
+
+    def verified(self, pointer: Pointer) -> Manifest:
+        """Read every byte of a release that is here. Raises Refused for anything but exactly its files."""
+        folder = self.release(pointer.release)
+        found = dict(_walk(folder))
+        if MANIFEST not in found:
+            raise Refused(f"{folder}: expected {MANIFEST}, got none")
+        manifest = decode_manifest(found.pop(MANIFEST).read_bytes(), pointer)
+        for name in sorted(found.keys() | manifest.files.keys()):
+            if name not in manifest.files or name not in found:
+                raise Refused(f"{folder / name}: expected {'a' if name in manifest.files else 'no such'} file")
+            _require_file(found[name], manifest.files[name])
+        return manifest
+
+    def add(self, manifest: Manifest, bring: Callable[[Path, Mapping[str, FileEntry]], None]) -> None:
+        """Make a release appear, complete, by one rename. `bring` fills a new folder with its verified files."""
+        free = shutil.disk_usage(self.folder).free
+        if manifest.total_bytes > free:
+            raise Refused(
+                f"{manifest.model} {manifest.release}: expected room for {manifest.total_bytes:,} bytes "
+                f"in {self.folder}, got {free:,}"
+            )
+        draft = self._releases / f"{_DRAFT}{uuid.uuid4().hex}"
+        try:
+            draft.mkdir()
+            for name in manifest.files:
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            bring(draft, manifest.files)
+            (draft / MANIFEST).write_bytes(manifest.encoded)
+            self.remove(manifest.release)
+            draft.rename(self.release(manifest.release))
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Take a release away, whole, by one rename, and then its bytes."""
+        dead = self._releases / f"{_DRAFT}{uuid.uuid4().hex}"
+        try:
+            self.release(name).rename(dead)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(dead)
+
+    def switch(self, state: State) -> None:
+        """Make `current` lead to a release that is here."""
+        # The state first: `current` is made to follow it when this process dies between the two.
+        _replace(self.folder / "state.json", json.dumps(asdict(state), indent=1).encode())
+        self.point(state.pointer.release)
+
+    def point(self, name: str) -> None:
+        """Make `current` the link to this release."""
+        current, target = self.folder / CURRENT, f"releases/{name}"
+        if current.is_symlink():
+            if str(current.readlink()) == target:
+                return
+        elif current.exists():
+            raise ReaderError(f"{current}: expected a link made by a reader, got something else; choose another folder")
+        draft = self.folder / f"{_DRAFT}{uuid.uuid4().hex}"
+        draft.symlink_to(target)
+        draft.replace(current)
+
+    def prune(self, keep: set[str]) -> None:
+        """Delete every other release, and what dead readers left behind."""
+        for path in self._releases.iterdir():
+            if path.name.startswith(_DRAFT):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name.removesuffix(".sig.json") not in keep:
+                if path.is_dir():
+                    self.remove(path.name)
+                else:
+                    path.unlink()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    draft = path.with_name(f"{_DRAFT}{uuid.uuid4().hex}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below by relative path. Raises Refused for links and special files."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise Refused(f"{folder}: expected the folder of a release")
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                mode = entry.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(mode):
+                    pending.append(Path(entry.path))
+                elif stat.S_ISREG(mode):
+                    yield Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)
+                else:
+                    raise Refused(f"{entry.path}: expected a regular file, got a link or a special file")
+
+
+def _require_file(path: Path, entry: FileEntry) -> None:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            size += len(piece)
+            digest.update(piece)
+    if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
+        raise Refused(
+            f"{path}: expected {entry.bytes:,} bytes with SHA-256 {entry.sha256}, "
+            f"got {size:,} with {digest.hexdigest()}"
+        )

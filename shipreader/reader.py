@@ -1,0 +1,371 @@
+"""Follow a channel: what is live in the bucket becomes `current` on this machine, verified, or stays out.
+
+reader = Reader("digits", bucket="models", folder="/srv/digits", on_change=load)
+with reader:                      # the first release is here, or the constructor's mistakes have been named
+    ...                           # `load(release)` is called for each that follows
+
+Reader("digits", bucket="models", folder="/srv/digits").pull()      # once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shipreader import signatures
+from shipreader.bucket import Bucket, NotModified, s3_client
+from shipreader.errors import ReaderError, Refused, Unavailable
+from shipreader.local import LocalFolder, State
+from shipreader.records import (
+    MANIFEST,
+    MANIFEST_BYTES,
+    POINTER_BYTES,
+    FileEntry,
+    Manifest,
+    Pointer,
+    Release,
+    decode_manifest,
+    decode_pointer,
+    pointer_key,
+    release_prefix,
+)
+
+FILES_AT_ONCE = 4
+LONGEST_PAUSE_SECONDS = 300.0
+"""Between two downloads of a release that was refused; another move of the channel is tried at once."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Status:
+    """For a health check."""
+
+    release: Release | None
+    """What is served."""
+    checked_at: float | None
+    """When the bucket was last found to agree or was followed, in seconds since the epoch."""
+    problem: str
+    """Why the last look changed nothing although it should have; empty when all is well."""
+
+
+class Reader:
+    """One channel of one model in one folder. Safe to use from many threads; several processes may share the folder.
+
+    A release becomes current only after its manifest and every file have the hashes that the pointer and the manifest
+    say, the signature (where keys are given) holds, and `accept` did not object. Generations never go back: a rollback
+    has a higher one. The current release and the one before stay on disk.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        bucket: str,
+        folder: str | Path,
+        channel: str = "prod",
+        client: Any = None,
+        public_keys: Iterable[str | Path] = (),
+        interval: float = 10.0,
+        jitter: float = 0.2,
+        max_bytes: int | None = None,
+        accept: Callable[[Release], None] | None = None,
+        on_change: Callable[[Release], None] | None = None,
+    ) -> None:
+        """client: a boto3 S3 client; None makes one from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, …).
+        public_keys: PEM files; when any are given, a release has to be signed by one of them.
+        interval: seconds between looks at the channel; jitter: the part of it that is random, 0 to 1.
+        max_bytes: refuse larger releases.
+        accept: called with a verified release before it becomes current; whatever it raises keeps it out.
+        on_change: called after a release became current.
+        """
+        self._key = pointer_key(model, channel)
+        if interval <= 0 or not 0 <= jitter <= 1:
+            raise ReaderError(f"expected an interval above 0 and a jitter from 0 to 1, got {interval} and {jitter}")
+        self.model, self.channel = model, channel
+        self._keys = signatures.load_keys(public_keys)
+        self._bucket = Bucket(client if client is not None else s3_client(), bucket)
+        self._local = LocalFolder(Path(folder))
+        self._interval, self._jitter, self._max_bytes = interval, jitter, max_bytes
+        self._accept, self._on_change = accept, on_change
+        self._working, self._stopping = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._state: State | None = None
+        self._status = Status(None, None, "")
+        self._refused: _Refusal | None = None
+
+    # ---- what there is
+
+    @property
+    def current(self) -> Release | None:
+        """The release to serve; None before the first one is here."""
+        return self._status.release
+
+    def status(self) -> Status:
+        return self._status
+
+    def pull(self) -> Release:
+        """Look at the channel once and follow it.
+
+        Raises Unavailable or Refused; what was current before still is then.
+        """
+        with self._working:
+            before = self.current
+            release = self._observed(lambda: self._follow(None))
+        self._announce(before, release)
+        return release
+
+    # ---- in the background
+
+    def start(self) -> Release:
+        """Follow the channel in a thread of its own. Returns once there is something to serve.
+
+        What an earlier process left in the folder will do when the bucket does not answer, or holds something bad.
+        Raises Unavailable or Refused when there is neither.
+        """
+        if self._thread is not None:
+            raise ReaderError("this reader was started already")
+        release = self._first()
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run, name=f"shipreader-{self.model}-{self.channel}", daemon=True)
+        self._thread.start()
+        return release
+
+    def close(self) -> None:
+        """Stop following; `current` stays."""
+        self._stopping.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+
+    def __enter__(self) -> Reader:
+        if self._thread is None:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _first(self) -> Release:
+        try:
+            return self.pull()
+        except (Unavailable, Refused, OSError) as error:
+            kept = self.current
+            if kept is None:
+                raise
+            _log.warning("%s %s: serving release %s, kept from before: %s", self.model, self.channel, kept.id, error)
+            return kept
+
+    def _run(self) -> None:
+        said = self._status.problem
+        while not self._stopping.wait(self._interval * random.uniform(1 - self._jitter, 1 + self._jitter)):
+            try:
+                with self._working:
+                    before = self.current
+                    release = self._observed(lambda: self._follow(self._refused))
+                self._announce(before, release)
+                problem = ""
+            except Exception as error:
+                # Whatever it is, a thread that ended would leave this machine behind without a word.
+                problem = f"{error}" if isinstance(error, (ReaderError, OSError)) else repr(error)
+            # Each thing once: a bucket that is down for a night is one line.
+            if problem != said:
+                kept = self.current.id if self.current else "none"
+                if problem:
+                    _log.error("%s %s: still serving release %s: %s", self.model, self.channel, kept, problem)
+                else:
+                    _log.warning("%s %s: following the channel again", self.model, self.channel)
+            said = problem
+
+    def _announce(self, before: Release | None, release: Release) -> None:
+        if before == release:
+            return
+        _log.info("%s %s: generation %d, release %s", self.model, self.channel, release.generation, release.id)
+        if self._on_change is None:
+            return
+        try:
+            self._on_change(release)
+        except Exception:
+            if self._thread is not threading.current_thread():
+                raise
+            _log.exception("%s %s: on_change failed for release %s", self.model, self.channel, release.id)
+
+    def _observed(self, follow: Callable[[], Release]) -> Release:
+        """Call it and keep the status."""
+        try:
+            release = follow()
+        except Exception as error:
+            self._status = Status(self.current, self._status.checked_at, str(error) or repr(error))
+            raise
+        self._status = Status(release, time.time(), "")
+        return release
+
+    # ---- one look, under the lock
+
+    def _follow(self, refused: _Refusal | None) -> Release:
+        with self._local.locked():
+            held = self._held()
+            known = self._state.etag if held is not None and self._state is not None else None
+            try:
+                found = self._bucket.changed(self._key, known, POINTER_BYTES)
+            except NotModified:
+                assert held is not None
+                self._refused = None
+                return held
+            if found is None:
+                raise Unavailable(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
+            pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
+            if refused is not None and refused.etag == etag and time.monotonic() < refused.until:
+                raise refused.error
+            try:
+                self._require_newer(pointer)
+                release = self._bring(pointer)
+                if self._accept is not None:
+                    self._require_accepted(release)
+            except Refused as error:
+                self._refused = _Refusal.after(self._refused, etag, error, self._interval)
+                raise
+            self._refused = None
+            return self._switch(release, State(self._bucket.name, pointer, etag, self._previous(pointer)))
+
+    def _held(self) -> Release | None:
+        """What the folder has, verified when this process sees it for the first time."""
+        state = self._local.state()
+        if state is None:
+            self._state = None
+            return None
+        pointer = state.pointer
+        if (state.bucket, pointer.model, pointer.channel) != (self._bucket.name, self.model, self.channel):
+            raise ReaderError(
+                f"{self._local.folder}: expected the folder of s3://{self._bucket.name} {self.model} {self.channel}, "
+                f"got that of s3://{state.bucket} {pointer.model} {pointer.channel}; choose another folder"
+            )
+        current = self.current
+        if state == self._state and current is not None:
+            return current
+        self._state = state
+        try:
+            manifest = self._local.verified(pointer)
+            if self._keys:
+                self._require_signed_here(manifest)
+        except Refused as error:
+            _log.warning("%s %s: what is on disk cannot be served: %s", self.model, self.channel, error)
+            return None
+        self._local.point(pointer.release)
+        release = self._release(manifest, pointer)
+        self._status = Status(release, self._status.checked_at, self._status.problem)
+        return release
+
+    def _require_newer(self, pointer: Pointer) -> None:
+        if self._state is None:
+            return
+        held = self._state.pointer
+        if pointer.generation < held.generation or (pointer.generation == held.generation and pointer != held):
+            raise Refused(
+                f"{self._key}: expected generation {held.generation} or later, got another {pointer.generation}: "
+                "the bucket went back in time (a restored backup?). Move the channel anew, or delete "
+                f"{self._local.folder} to follow it"
+            )
+
+    def _bring(self, pointer: Pointer) -> Release:
+        """The release that a pointer names, from disk or from the bucket."""
+        prefix = release_prefix(pointer.model, pointer.release)
+        encoded = self._bucket.small(prefix + MANIFEST, MANIFEST_BYTES)
+        if encoded is None:
+            raise Refused(f"{prefix}{MANIFEST}: expected the manifest of the live release, got none")
+        manifest = decode_manifest(encoded, pointer)
+        if self._keys:
+            # Before any file is asked for.
+            self._local.signature(pointer.release).write_bytes(self._signature(manifest, prefix))
+        if self._max_bytes is not None and manifest.total_bytes > self._max_bytes:
+            raise Refused(f"{prefix}: expected at most {self._max_bytes:,} bytes, got {manifest.total_bytes:,}")
+        try:
+            self._local.verified(pointer)
+        except Refused:
+            self._local.add(manifest, lambda draft, files: self._download(prefix, draft, files))
+        return self._release(manifest, pointer)
+
+    def _download(self, prefix: str, draft: Path, files: Mapping[str, FileEntry]) -> None:
+        pool = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="shipreader")
+        try:
+            jobs = [
+                pool.submit(self._bucket.download, prefix + name, draft / name, entry)
+                for name, entry in sorted(files.items(), key=lambda item: -item[1].bytes)
+            ]
+            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _signature(self, manifest: Manifest, prefix: str) -> bytes:
+        """The signature in the bucket that holds. Raises Refused when there is none by the required keys."""
+        for key in self._keys:
+            name = prefix + signatures.file_name(key)
+            found = self._bucket.small(name, signatures.SIGNATURE_BYTES)
+            if found is not None:
+                signatures.require_signed(found, _signed(manifest), key, name)
+                return found
+        wanted = " or ".join(signatures.key_id(key) for key in self._keys)
+        raise Refused(
+            f"{prefix}: expected a signature by key {wanted}, got none: published without a key, or with another one"
+        )
+
+    def _require_signed_here(self, manifest: Manifest) -> None:
+        path = self._local.signature(manifest.release)
+        if not path.is_file():
+            raise Refused(f"{path}: expected a signature, got none: it was pulled before one was required")
+        signatures.require_signed_by_any(path.read_bytes(), _signed(manifest), self._keys, str(path))
+
+    def _require_accepted(self, release: Release) -> None:
+        assert self._accept is not None
+        try:
+            self._accept(release)
+        except Exception as error:
+            raise Refused(f"release {release.id} was not accepted: {type(error).__name__}: {error}") from error
+
+    def _previous(self, pointer: Pointer) -> str | None:
+        if self._state is None:
+            return None
+        held = self._state.pointer.release
+        return held if held != pointer.release else self._state.previous
+
+    def _switch(self, release: Release, state: State) -> Release:
+        self._local.switch(state)
+        self._state = state
+        self._local.prune({name for name in (release.id, state.previous) if name is not None})
+        return release
+
+    def _release(self, manifest: Manifest, pointer: Pointer) -> Release:
+        folder = self._local.release(pointer.release)
+        return Release(self.channel, pointer.generation, folder, manifest, pointer.moved_at)
+
+
+def _signed(manifest: Manifest) -> signatures.Signed:
+    digests = {name: entry.sha256 for name, entry in manifest.files.items()}
+    return signatures.Signed(manifest.model, {**digests, MANIFEST: hashlib.sha256(manifest.encoded).hexdigest()})
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A pointer that led to something bad."""
+
+    etag: str
+    error: Refused
+    pause: float
+    until: float
+    """On the monotonic clock: not downloaded again before."""
+
+    @staticmethod
+    def after(earlier: _Refusal | None, etag: str, error: Refused, interval: float) -> _Refusal:
+        same = earlier is not None and earlier.etag == etag
+        pause = min(LONGEST_PAUSE_SECONDS, earlier.pause * 2 if same and earlier else interval * 2)
+        return _Refusal(etag, error, pause, time.monotonic() + pause)

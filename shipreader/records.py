@@ -1,0 +1,232 @@
+"""What the bucket says: the pointer of a channel and the manifest of a release, read with suspicion.
+
+The writer's side is registry/bucket.py and registry/release.py of train-and-ship. This is written anew and not shared,
+because a serving machine installs this package alone. A test gives both sides the same bad input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shipreader.errors import ReaderError, Refused
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+"""Layout of pointers and manifests that this reader understands."""
+POINTER_BYTES, MANIFEST_BYTES = 2**20, 16 * 2**20
+"""Longer ones are not read."""
+MOST_FILES = 100_000
+LONGEST_PATH = 512
+PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
+"""Files that run code when they are read: no release has them."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_RELEASE_ID = re.compile(r"[0-9a-f]{20}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a release."""
+
+    sha256: str
+    """64 lower-case hexadecimal digits."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What is live on a channel. Keys that this reader does not need are not read."""
+
+    model: str
+    channel: str
+    generation: int
+    """1 for the first move of the channel, one more for each, rollbacks included."""
+    release: str
+    manifest_sha256: str
+    nonce: str
+    """Random: two moves are never alike."""
+    moved_at: str
+    """UTC, ISO 8601, by the mover's clock."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a release holds."""
+
+    model: str
+    release: str
+    files: Mapping[str, FileEntry]
+    """By relative path with / between its parts."""
+    formats: Mapping[str, str]
+    """Format (torchscript, onnx, pt2) to the path of its artifact."""
+    signature: Mapping[str, Any]
+    """`inputs` and `outputs`: name, dtype and shape of each tensor."""
+    metrics: Mapping[str, float]
+    encoded: bytes
+    """As it lies in the bucket."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Release:
+    """A verified release in a folder of this machine."""
+
+    channel: str
+    generation: int
+    folder: Path
+    """Its own folder, not the link `current`: it stays the same release while you read it."""
+    manifest: Manifest
+    moved_at: str
+    """When it went live. UTC, ISO 8601."""
+
+    @property
+    def model(self) -> str:
+        return self.manifest.model
+
+    @property
+    def id(self) -> str:
+        return self.manifest.release
+
+    def artifact(self, format: str) -> Path:
+        """The file of one format, such as `onnx`. Raises ReaderError when the release has none."""
+        if format not in self.manifest.formats:
+            raise ReaderError(
+                f"{self.model} {self.id}: expected one of {', '.join(self.manifest.formats)}; got {format!r}"
+            )
+        return self.folder / self.manifest.formats[format]
+
+
+def pointer_key(model: str, channel: str) -> str:
+    """Raises ReaderError for names that cannot be part of a key."""
+    for kind, name in (("model", model), ("channel", channel)):
+        if not _NAME.fullmatch(name):
+            raise ReaderError(f"{kind} name: expected lower-case letters, digits, dots, dashes, _; got {name!r}")
+    return f"models/{model}/channels/{channel}.json"
+
+
+def release_prefix(model: str, release: str) -> str:
+    return f"models/{model}/releases/{release}/"
+
+
+def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
+    """Raises Refused unless it is the pointer of this model's channel."""
+    key = pointer_key(model, channel)
+    document = _json_object(encoded, key)
+    values: dict[str, Any] = {name: document.get(name) for name in Pointer.__dataclass_fields__}
+    generation = values.pop("generation")
+    wrong = [name for name, value in values.items() if not isinstance(value, str)]
+    if wrong or type(generation) is not int or generation < 1:
+        raise Refused(f"{key}: expected the record of a move, got {_shown(document)}")
+    pointer = Pointer(generation=generation, **values)
+    if (pointer.model, pointer.channel) != (model, channel):
+        raise Refused(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
+    # It becomes part of keys and paths.
+    if not _RELEASE_ID.fullmatch(pointer.release) or not _SHA256.fullmatch(pointer.manifest_sha256):
+        raise Refused(f"{key}: expected a release id and a SHA-256, got {_shown(document)}")
+    return pointer
+
+
+def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
+    """Read the manifest that a pointer names.
+
+    Raises Refused for other bytes than the pointer's hash says, for another release, and for file names that would
+    leave the folder, fall on one another, or are pickles.
+    """
+    key = release_prefix(pointer.model, pointer.release) + MANIFEST
+    got = hashlib.sha256(encoded).hexdigest()
+    if got != pointer.manifest_sha256:
+        raise Refused(f"{key}: expected SHA-256 {pointer.manifest_sha256}, got {got}: altered after it went live")
+    document = _json_object(encoded, key)
+    try:
+        files = {str(name): FileEntry(item["sha256"], item["bytes"]) for name, item in document["files"].items()}
+        manifest = Manifest(
+            model=document["model"],
+            release=document["release"],
+            files=files,
+            formats=dict(document["formats"]),
+            signature=dict(document["signature"]),
+            metrics=dict(document["metrics"]),
+            encoded=encoded,
+        )
+        table = json.dumps(document["files"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        own = hashlib.sha256(table.encode()).hexdigest()[: len(pointer.release)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(f"{key}: expected a manifest, got {type(error).__name__}: {error}") from None
+    if (manifest.model, manifest.release) != (pointer.model, pointer.release):
+        raise Refused(
+            f"{key}: expected the manifest of {pointer.model} {pointer.release}, "
+            f"got that of {manifest.model} {manifest.release}"
+        )
+    if own != manifest.release:
+        raise Refused(f"{key}: expected release {own} by its file table, got {manifest.release}")
+    if not 0 < len(files) <= MOST_FILES:
+        raise Refused(f"{key}: expected 1 to {MOST_FILES:,} files, got {len(files):,}")
+    for name, entry in files.items():
+        require_path(name, key)
+        if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+            raise Refused(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
+        if type(entry.bytes) is not int or entry.bytes < 0:
+            raise Refused(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
+        parts = name.split("/")
+        above = next((up for end in range(1, len(parts)) if (up := "/".join(parts[:end])) in files), None)
+        if above is not None:
+            raise Refused(f"{key}: {above} is a file, and the folder of {name}")
+    for kind, path in manifest.formats.items():
+        if path not in files:
+            raise Refused(f"{key}: format {kind}: expected one of its files, got {path!r}")
+    return manifest
+
+
+def require_path(name: str, where: str) -> None:
+    """Raises Refused unless `name` stays below the folder it is joined to, and is no pickle."""
+    parts = name.split("/")
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or len(name) > LONGEST_PATH
+        or any(part in ("", ".", "..") for part in parts)
+        or ":" in parts[0]
+        or not _is_utf8(name)
+    ):
+        raise Refused(f"{where}: file name {name!r}: expected a relative path with / between its parts and no ..")
+    if name.startswith("MANIFEST."):
+        raise Refused(f"{where}: file name {name!r}: names that begin so are the release's own")
+    if name.lower().endswith(PICKLE_ENDINGS):
+        raise Refused(f"{where}: {name}: expected no pickle in a release: reading one runs code")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _json_object(encoded: bytes, key: str) -> dict[str, Any]:
+    try:
+        document = json.loads(encoded)
+    except (ValueError, RecursionError):
+        raise Refused(f"{key}: expected JSON, got {encoded[:80]!r}") from None
+    if not isinstance(document, dict):
+        raise Refused(f"{key}: expected a JSON object, got {type(document).__name__}")
+    if document.get("format") != FORMAT:
+        raise Refused(
+            f"{key}: expected format {FORMAT}, got {document.get('format')!r}: written by another version, "
+            "which needs another reader"
+        )
+    return document
+
+
+def _shown(document: Mapping[str, Any]) -> str:
+    return repr(document)[:300]

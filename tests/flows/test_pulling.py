@@ -1,0 +1,97 @@
+"""What the flow shipped, as a serving machine gets it."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.objectstore import ObjectStore
+from registry.pickles import TORCHSCRIPT_ENTRIES, find_pickle
+from registry.pointer import Pointer, read_pointer
+from registry.releases import fetch_release, read_manifest
+from registry.signing import load_public_key, require_signature
+from tests.conftest import Command
+from tests.projects import write_project
+from tests.services.test_signing import key_pair
+
+
+@pytest.fixture(scope="module")
+def live_digits(command: Command, store: ObjectStore) -> Pointer:
+    """The pointer of the digits example, shipped unless another test has done so."""
+    if read_pointer(store, "digits", "prod") is None:
+        ended = command("ship", "run", "examples/digits/job.yaml")
+        assert ended.status == 0, ended.text
+    pointer = read_pointer(store, "digits", "prod")
+    assert pointer is not None
+    return pointer
+
+
+def test_no_file_of_a_release_is_a_pickle_and_torchs_own_archives_name_nothing_but_tensors(
+    live_digits: Pointer, store: ObjectStore, tmp_path: Path
+) -> None:
+    manifest = fetch_release(store, "digits", live_digits.release, tmp_path / "release")
+    kinds = {path: kind for kind, path in manifest.formats.items()}
+    for name in manifest.files:
+        assert find_pickle(tmp_path / "release" / name, kinds.get(name)) is None
+    with zipfile.ZipFile(tmp_path / "release" / "model.torchscript") as archive:
+        pickled = [archive.read(name) for name in archive.namelist() if name.endswith(TORCHSCRIPT_ENTRIES)]
+    named = {str(arg) for data in pickled for op, arg, _ in pickletools.genops(data) if op.name == "GLOBAL"}
+    assert not any(op.name == "STACK_GLOBAL" for data in pickled for op, _, _ in pickletools.genops(data))
+    tensors = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch.jit._pickle build_intlist"}
+    assert {name for name in named - tensors if not re.match(r"__torch__\.|torch \w+Storage$", name)} == set()
+    with zipfile.ZipFile(tmp_path / "release" / "model.pt2") as archive:
+        (sample,) = [name for name in archive.namelist() if name.endswith("/sample_inputs/model.pt")]
+        torch.load(io.BytesIO(archive.read(sample)), weights_only=True)
+        configurations = [archive.read(name) for name in archive.namelist() if name.endswith("_config.json")]
+    assert configurations and not any(b'"use_pickle":true' in text.replace(b" ", b"") for text in configurations)
+
+
+def test_ship_pull_brings_what_is_live_and_says_where(live_digits: Pointer, command: Command, tmp_path: Path) -> None:
+    ended = command("ship", "pull", "digits", "--to", str(tmp_path / "digits"))
+    assert ended.status == 0, ended.text
+    assert re.match(r"digits prod: generation \d+, release [0-9a-f]{20}\n +/.*/digits/current\n", ended.output)
+    assert (tmp_path / "digits" / "current" / "model.onnx").is_file()
+    ended = command("ship", "pull", "digits", "--channel", "canary", "--to", str(tmp_path / "canary"))
+    assert ended.status == 1 and "nothing is live on canary" in ended.errors and "Traceback" not in ended.text
+    ended = command("ship", "pull", "digits", "--to", str(tmp_path / "digits"), SHIP_PUBLIC_KEY="/none.pub")
+    assert ended.status == 2 and "expected a public key in PEM" in ended.errors
+
+
+def test_a_release_is_signed_later_and_then_required_to_be(
+    live_digits: Pointer, command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    key = key_pair(tmp_path)
+    public = {"SHIP_PUBLIC_KEY": str(key.with_suffix(".pub"))}
+    pull = ("ship", "pull", "digits", "--to", str(tmp_path / "digits"))
+    assert command(*pull).status == 0
+    ended = command(*pull, **public)
+    assert ended.status == 1 and "expected a signature by key" in ended.errors
+    sign = ("ship", "sign", "digits", live_digits.release)
+    ended = command(*sign)
+    assert ended.status == 2 and "expected SHIP_SIGNING_KEY" in ended.errors
+    ended = command(*sign, SHIP_SIGNING_KEY=str(key))
+    assert ended.status == 0 and "MANIFEST." in ended.output, ended.text
+    assert command(*pull, **public).status == 0
+
+
+QUICK = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
+
+
+def test_a_run_with_a_key_ships_a_signed_release_and_one_with_a_bad_key_does_not_begin(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    job, key = write_project(tmp_path, **QUICK, name="signed"), key_pair(tmp_path)
+    ended = command("ship", "run", str(job), SHIP_SIGNING_KEY=str(tmp_path / "none.pem"))
+    assert ended.status == 2 and "expected a private key in PEM" in ended.errors and "epoch" not in ended.text
+    ended = command("ship", "run", str(job), SHIP_SIGNING_KEY=str(key))
+    assert ended.status == 0, ended.text
+    pointer = read_pointer(store, "signed", "prod")
+    assert pointer is not None
+    manifest = read_manifest(store, "signed", pointer.release)
+    require_signature(store, manifest, load_public_key(key.with_suffix(".pub")))

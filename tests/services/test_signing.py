@@ -1,0 +1,273 @@
+"""Signed releases: who may use what when a key is required, and what is found when something was altered."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from infra.errors import ReleaseError, SettingsError
+from infra.objectstore import ObjectStore, s3_client
+from infra.settings import Settings
+from registry.keys import release_prefix
+from registry.release import MANIFEST, Manifest
+from registry.releases import publish
+from registry.signing import load_public_key, publish_signature, require_signature, sign, signature_key
+from shipreader.errors import ReaderError, Refused
+from shipreader.reader import Reader
+from tests.services.foreign import tool_python
+from tests.services.test_promotion import CHANNEL, MODEL, make_release, move
+
+
+def key_pair(folder: Path, name: str = "key", curve: ec.EllipticCurve | None = None, password: str = "") -> Path:
+    """A private key in PEM; its public half lies beside it with the ending .pub."""
+    return write_key(folder / f"{name}.pem", ec.generate_private_key(curve or ec.SECP256R1()), password)
+
+
+def write_key(path: Path, key: PrivateKeyTypes, password: str = "") -> Path:
+    encryption = BestAvailableEncryption(password.encode()) if password else NoEncryption()
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    path.with_suffix(".pub").write_bytes(public)
+    return path
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return key_pair(tmp_path)
+
+
+MakeReader = Callable[..., Reader]
+
+
+@pytest.fixture
+def make_reader(object_store: ObjectStore, tmp_path: Path) -> MakeReader:
+    def make(*public_keys: Path, folder: Path = tmp_path / "served") -> Reader:
+        client = s3_client(Settings.load())
+        options: dict[str, Any] = {"bucket": object_store.bucket, "channel": CHANNEL, "client": client}
+        return Reader(MODEL, folder=folder, public_keys=public_keys, **options)
+
+    return make
+
+
+def replace_object(store: ObjectStore, key: str, body: bytes) -> None:
+    stored = store.head(key)
+    assert stored is not None
+    store.replace(key, body, stored.etag)
+
+
+def test_a_signed_release_is_pulled_by_a_reader_that_requires_its_key(
+    object_store: ObjectStore, make_reader: MakeReader, tmp_path: Path
+) -> None:
+    manifest = make_release(tmp_path / "release")
+    for curve in (ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()):
+        key = key_pair(tmp_path, curve.name, curve)
+        public = key.with_suffix(".pub")
+        publish(object_store, tmp_path / "release", manifest, signing_key=key)
+        move(object_store, manifest)
+        assert make_reader(public, folder=tmp_path / f"{curve.name}-served").pull().id == manifest.release
+        # Again, from the folder alone.
+        assert make_reader(public, folder=tmp_path / f"{curve.name}-served").pull().id == manifest.release
+        require_signature(object_store, manifest, load_public_key(public))
+
+
+def test_the_tool_of_openssf_verifies_what_a_reader_has(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    # It needs pyOpenSSL without saying so.
+    tool = tool_python("model-signing==1.1.1", "pyOpenSSL==26.4.0")
+    manifest = make_release(tmp_path / "release")
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    move(object_store, manifest)
+    release = make_reader(key.with_suffix(".pub")).pull()
+    signature = release.folder.with_name(f"{release.id}.sig.json")
+    # The folder's name is not held against the signature's: the reader names folders by release.
+    argv = [str(tool), "-m", "model_signing", "verify", "key", str(release.folder)]
+    argv += ["--signature", str(signature), "--public_key", str(key.with_suffix(".pub"))]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (release.folder / "file0.bin").write_bytes(b"x")
+    assert subprocess.run(argv, capture_output=True).returncode != 0
+
+
+def test_keys_made_by_openssl_work(object_store: ObjectStore, make_reader: MakeReader, tmp_path: Path) -> None:
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    # As docs/trust.md says.
+    make = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", str(key)]
+    subprocess.run(make, check=True, capture_output=True)
+    subprocess.run(["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(public)], check=True)
+    manifest = make_release(tmp_path / "release")
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    move(object_store, manifest)
+    assert make_reader(public).pull().id == manifest.release
+
+
+def test_an_encrypted_key_needs_its_password(key: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    locked = key_pair(tmp_path, "locked", password="open sesame")
+    manifest = make_release(tmp_path / "release")
+    monkeypatch.setenv("SHIP_SIGNING_KEY_PASSWORD", "open sesame")
+    sign(manifest, locked)
+    for wrong in ("", "guess"):
+        monkeypatch.setenv("SHIP_SIGNING_KEY_PASSWORD", wrong)
+        with pytest.raises(SettingsError, match=r"SHIP_SIGNING_KEY: expected a private key.*locked\.pem") as caught:
+            sign(manifest, locked)
+        assert "sesame" not in str(caught.value)
+
+
+def test_a_reader_that_requires_a_key_refuses_an_unsigned_release_before_any_file_is_sent(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    manifest = make_release(tmp_path / "release")
+    publish(object_store, tmp_path / "release", manifest)
+    move(object_store, manifest)
+    with pytest.raises(Refused, match=r"expected a signature by key [0-9a-f]{64}, got none: published without a key"):
+        make_reader(key.with_suffix(".pub")).pull()
+    assert list((tmp_path / "served" / "releases").iterdir()) == []
+    with pytest.raises(ReleaseError, match="got none"):
+        require_signature(object_store, manifest, load_public_key(key.with_suffix(".pub")))
+    # Who requires none takes it, and then it still does not do for one who does.
+    make_reader().pull()
+    with pytest.raises(Refused, match="got none"):
+        make_reader(key.with_suffix(".pub")).pull()
+    assert make_reader(key.with_suffix(".pub")).current is None
+    # Signed later.
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    assert make_reader(key.with_suffix(".pub")).pull().id == manifest.release
+
+
+def test_a_signature_by_another_key_is_refused(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    manifest = make_release(tmp_path / "release")
+    thief = key_pair(tmp_path, "thief")
+    publish(object_store, tmp_path / "release", manifest, signing_key=thief)
+    move(object_store, manifest)
+    reader = make_reader(key.with_suffix(".pub"))
+    with pytest.raises(Refused, match="got none: published without a key, or with another one"):
+        reader.pull()
+    # Even under the name of the right one.
+    bundle = sign(manifest, thief)
+    public = load_public_key(key.with_suffix(".pub"))
+    object_store.put_new(signature_key(manifest, public), bundle)
+    with pytest.raises(Refused, match="expected a signature by key"):
+        reader.pull()
+    # And with the right key's name inside.
+    document = json.loads(bundle)
+    good = sign(manifest, key)
+    document["verificationMaterial"] = json.loads(good)["verificationMaterial"]
+    replace_object(object_store, signature_key(manifest, public), json.dumps(document).encode())
+    with pytest.raises(Refused, match="the signature does not hold"):
+        reader.pull()
+
+
+def forge(bundle: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The bundle with another statement under the old signature."""
+    document = json.loads(bundle)
+    statement = json.loads(base64.b64decode(document["dsseEnvelope"]["payload"]))
+    change(statement)
+    document["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+    return json.dumps(document).encode()
+
+
+def rename_model(statement: dict[str, Any]) -> None:
+    statement["subject"][0]["name"] = "other"
+
+
+def test_an_altered_signature_is_refused(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    manifest = make_release(tmp_path / "release")
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    move(object_store, manifest)
+    place = signature_key(manifest, load_public_key(key.with_suffix(".pub")))
+    good = sign(manifest, key)
+    for altered, reason in (
+        (forge(good, rename_model), "does not hold"),
+        (good.replace(b'"sig":"M', b'"sig":"N'), "does not hold"),
+        (b"", "expected a signature bundle"),
+        (b"{}", "expected a signature bundle"),
+        (b"[" * 100_000, "expected a signature bundle"),
+        (good[:-20], "expected a signature bundle"),
+    ):
+        assert altered != good
+        replace_object(object_store, place, altered)
+        with pytest.raises(Refused, match=reason):
+            make_reader(key.with_suffix(".pub")).pull()
+        with pytest.raises(ReleaseError, match=reason):
+            publish_signature(object_store, manifest, key)
+
+
+def test_a_good_signature_of_another_release_or_model_is_refused(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    manifest, other = make_release(tmp_path / "release"), make_release(tmp_path / "other", seed=1)
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    move(object_store, manifest)
+    place = signature_key(manifest, load_public_key(key.with_suffix(".pub")))
+    of_other = sign(other, key)
+    replace_object(object_store, place, of_other)
+    with pytest.raises(Refused, match=r"got one of another: MANIFEST\.json, file0\.bin.* differ"):
+        make_reader(key.with_suffix(".pub")).pull()
+    renamed = Manifest(**{**vars(manifest), "model": "faces"})
+    of_faces = sign(renamed, key)
+    replace_object(object_store, place, of_faces)
+    with pytest.raises(Refused, match="expected a signature of model digits, got one of faces"):
+        make_reader(key.with_suffix(".pub")).pull()
+
+
+def test_a_description_that_was_improved_under_a_good_signature_is_refused(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    """An intruder who may write the bucket moves the channel to the same files with another manifest."""
+    manifest = make_release(tmp_path / "release")
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    better = Manifest(**{**vars(manifest), "metrics": {"accuracy": 1.0}})
+    replace_object(object_store, release_prefix(MODEL, manifest.release) + MANIFEST, better.encode())
+    move(object_store, better)
+    make_reader(folder=tmp_path / "trusting").pull()
+    with pytest.raises(Refused, match=r"got one of another: MANIFEST\.json differ"):
+        make_reader(key.with_suffix(".pub")).pull()
+
+
+def test_keys_are_changed_by_signing_with_both(
+    object_store: ObjectStore, make_reader: MakeReader, key: Path, tmp_path: Path
+) -> None:
+    manifest, newer = make_release(tmp_path / "release"), key_pair(tmp_path, "newer")
+    for one in (key, newer, newer):
+        publish(object_store, tmp_path / "release", manifest, signing_key=one)
+    move(object_store, manifest)
+    for number, keys in enumerate(([key], [newer], [newer, key])):
+        publics = [one.with_suffix(".pub") for one in keys]
+        assert make_reader(*publics, folder=tmp_path / str(number)).pull().id == manifest.release
+    # A machine that knew the old key alone learns the new one.
+    assert make_reader(newer.with_suffix(".pub"), folder=tmp_path / "0").pull().id == manifest.release
+
+
+def test_keys_of_another_kind_are_named_with_what_to_do(tmp_path: Path, object_store: ObjectStore) -> None:
+    manifest = make_release(tmp_path / "release")
+    edwards = write_key(tmp_path / "edwards.pem", ed25519.Ed25519PrivateKey.generate())
+    with pytest.raises(
+        SettingsError, match=r"expected a P-256, P-384 or P-521 key, got Ed25519PrivateKey; .*openssl genpkey"
+    ):
+        publish(object_store, tmp_path / "release", manifest, signing_key=edwards)
+    with pytest.raises(SettingsError, match=r"expected a private key in PEM at .*none\.pem"):
+        publish(object_store, tmp_path / "release", manifest, signing_key=tmp_path / "none.pem")
+    with pytest.raises(ReaderError, match="expected an elliptic curve key"):
+        Reader(MODEL, bucket="b", folder=tmp_path, client=object(), public_keys=[edwards.with_suffix(".pub")])
+    for wrong in (edwards, tmp_path / "none.pub"):
+        with pytest.raises(ReaderError, match="expected a public key in PEM"):
+            Reader(MODEL, bucket="b", folder=tmp_path, client=object(), public_keys=[wrong])

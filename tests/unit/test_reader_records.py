@@ -1,0 +1,139 @@
+"""The reader's own reading of pointers and manifests: it refuses whatever the writer's side refuses, and says why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import ReleaseError
+from registry.pointer import Pointer, decode_pointer
+from registry.release import MANIFEST, Manifest, build_manifest, canonical_json, decode_manifest
+from shipreader import records
+from shipreader.errors import Refused
+
+FILE = {"sha256": "0" * 64, "bytes": 1}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    (tmp_path / "model.onnx").write_bytes(b"onnx")
+    return build_manifest(tmp_path, model="digits", formats={"onnx": "model.onnx"}, signature={}, metrics={"loss": 0.5})
+
+
+def pointer_to(encoded: bytes, release: str) -> records.Pointer:
+    return records.Pointer("digits", "prod", 1, release, hashlib.sha256(encoded).hexdigest(), "n", "")
+
+
+def both_refuse(document: dict[str, Any], reason: str) -> None:
+    """With the id that belongs to the file table, as an intruder would make it."""
+    try:
+        table = canonical_json(document["files"])
+    except UnicodeEncodeError:
+        table = b""
+    document = {**document, "release": hashlib.sha256(table).hexdigest()[:20]}
+    encoded = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    with pytest.raises(Refused, match=reason):
+        records.decode_manifest(encoded, pointer_to(encoded, document["release"]))
+    with pytest.raises(ReleaseError):
+        decode_manifest(encoded)
+
+
+def test_what_the_writer_writes_is_read(manifest: Manifest) -> None:
+    encoded = manifest.encode()
+    read = records.decode_manifest(encoded, pointer_to(encoded, manifest.release))
+    assert (read.model, read.release, read.formats) == (manifest.model, manifest.release, manifest.formats)
+    assert {name: vars(entry) for name, entry in read.files.items()} == {n: vars(e) for n, e in manifest.files.items()}
+    assert read.metrics == {"loss": 0.5} and read.total_bytes == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../x", "/etc/passwd", "a//b", "./a", "a\\b", "C:/x", "", "a\nb", "a" * 513, "a/", "\ud800"]
+)
+def test_names_that_leave_the_folder_are_refused(manifest: Manifest, name: str) -> None:
+    both_refuse({**json.loads(manifest.encode()), "files": {name: FILE}, "formats": {}}, "relative path|expected")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "MANIFEST.0123456789abcdef.sig.json"])
+def test_names_of_the_releases_own_files_are_refused(manifest: Manifest, name: str) -> None:
+    both_refuse({**json.loads(manifest.encode()), "files": {name: FILE}, "formats": {}}, "release's own")
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "a/b.PICKLE", "weights.pth", "scaler.joblib"])
+def test_pickles_are_refused(manifest: Manifest, name: str) -> None:
+    both_refuse({**json.loads(manifest.encode()), "files": {name: FILE}, "formats": {}}, "no pickle")
+
+
+def test_a_file_that_is_also_a_folder_is_refused(manifest: Manifest) -> None:
+    document = {**json.loads(manifest.encode()), "files": {"a/b": FILE, "a/b/c/d": FILE}, "formats": {}}
+    both_refuse(document, "a/b is a file, and the folder of a/b/c/d")
+
+
+@pytest.mark.parametrize("entry", [{"sha256": "x", "bytes": 1}, {**FILE, "bytes": -1}, {"bytes": 1}, 3, None])
+def test_entries_that_are_no_hash_and_size_are_refused(manifest: Manifest, entry: Any) -> None:
+    both_refuse({**json.loads(manifest.encode()), "files": {"model.onnx": entry}}, "expected")
+
+
+@pytest.mark.parametrize("size", [True, 1.0, "1"])
+def test_sizes_that_are_no_whole_numbers_are_refused(manifest: Manifest, size: Any) -> None:
+    both_refuse({**json.loads(manifest.encode()), "files": {"model.onnx": {**FILE, "bytes": size}}}, "expected a size")
+
+
+def test_a_format_without_its_file_and_a_release_without_files_are_refused(manifest: Manifest) -> None:
+    document = json.loads(manifest.encode())
+    both_refuse({**document, "formats": {"pt2": "model.pt2"}}, "format pt2")
+    both_refuse({**document, "files": {}, "formats": {}}, "expected 1 to")
+
+
+@pytest.mark.parametrize("encoded", [b"", b"{", b"[]", b"null", b'{"format":1}', b'{"format":2}', b"\xff"])
+def test_anything_else_is_refused(encoded: bytes) -> None:
+    with pytest.raises(Refused, match="expected"):
+        records.decode_manifest(encoded, pointer_to(encoded, "0" * 20))
+    with pytest.raises(Refused, match="expected"):
+        records.decode_pointer(encoded, "digits", "prod")
+
+
+def test_another_manifest_than_the_pointer_names_is_refused(manifest: Manifest) -> None:
+    encoded = manifest.encode()
+    good = pointer_to(encoded, manifest.release)
+    with pytest.raises(Refused, match="altered after it went live"):
+        records.decode_manifest(encoded + b" ", good)
+    with pytest.raises(Refused, match="expected the manifest of digits 0000"):
+        records.decode_manifest(encoded, pointer_to(encoded, "0" * 20))
+
+
+def test_a_pointer_is_read_as_it_was_written_and_new_keys_in_it_are_no_harm() -> None:
+    written = Pointer(
+        model="digits", channel="prod", generation=7, release="a" * 20, manifest_sha256="b" * 64, previous=None,
+        nonce="n", moved_at="2026-11-24T00:00:00+00:00", moved_by="me", reason="because", flow_run="",
+        mlflow_version="",
+    )  # fmt: skip
+    assert decode_pointer(written.encode(), "key") == written
+    later = json.dumps({**json.loads(written.encode()), "verdicts": {"accuracy": 1}}).encode()
+    for encoded in (written.encode(), later):
+        read = records.decode_pointer(encoded, "digits", "prod")
+        assert vars(read) == {name: getattr(written, name) for name in vars(read)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "faces"},
+        {"channel": "staging"},
+        {"generation": 0},
+        {"generation": "1"},
+        {"generation": True},
+        {"release": "../../other"},
+        {"release": None},
+        {"manifest_sha256": "x"},
+        {"nonce": 1},
+    ],
+    ids=str,
+)
+def test_a_pointer_that_names_something_else_is_refused(change: dict[str, Any]) -> None:
+    good = {"format": 1, **vars(records.Pointer("digits", "prod", 1, "a" * 20, "b" * 64, "n", ""))}
+    with pytest.raises(Refused, match=r"channels/prod\.json: expected"):
+        records.decode_pointer(json.dumps({**good, **change}).encode(), "digits", "prod")
