@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
 from infra.errors import JobError
+from registry.export_options import Dynamic, Export
 from registry.launcher_options import Launcher
 from registry.parity_options import Parity
 from registry.parts import Factory, Part, Target
@@ -27,26 +28,6 @@ METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
     "p50_ms": "lower",
 }
 """What a gate can be put on, and which direction is better. A test keeps it equal to torchworker's."""
-
-Format = Literal["torchscript", "onnx", "pt2"]
-
-
-class Export(Part):
-    """What is made of the trained weights."""
-
-    formats: tuple[Format, ...] = Field(
-        ("torchscript", "onnx", "pt2"), min_length=1, strict=False, description="artifacts of the release"
-    )
-    batch: int = Field(64, ge=2, description="batch size at which the model is captured; the batch stays dynamic")
-    validation_samples: int = Field(
-        10_000, ge=1, description="at most this many validation samples are used to gate artifacts"
-    )
-
-    @model_validator(mode="after")
-    def _no_duplicates(self) -> Self:
-        if len(set(self.formats)) != len(self.formats):
-            raise ValueError("each format once")
-        return self
 
 
 class Gate(Part):
@@ -271,6 +252,8 @@ def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
         return Gate if len(keys) == 3 else None
     if keys[:2] == ["train", "launcher"] and len(keys) > 2:
         return Launcher.part(str(keys[2])) if len(keys) == 4 else Launcher
+    if keys[:2] == ["export", "dynamic"]:
+        return Dynamic if len(keys) == 4 else None
     if keys[0] == "train" and len(keys) == 3:
         return Checkpoint if keys[1] == "checkpoint" else Factory
     return parts.get(str(keys[0])) if len(keys) == 2 else None

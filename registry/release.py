@@ -56,7 +56,8 @@ class Manifest:
     formats: Mapping[str, str]
     """Format (torchscript, onnx, pt2) to the path of its artifact."""
     signature: Mapping[str, Any]
-    """`inputs` and `outputs`: name, dtype and shape of each tensor."""
+    """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
+    `dims`: name, min and max of each, null for no limit."""
     metrics: Mapping[str, float]
     """Quality measured before release, by metric; what the next candidate is held against."""
     format: int = FORMAT

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from infra.workerhost import WorkerHost
 from registry.job import Job, load_job
-from tasks.requests import project_of, train_settings
+from tasks.requests import dynamic_dims, project_of, train_settings
 from tasks.worker import call_worker
-from torchworker.contract import FORMAT_FILES, CheckRequest, CheckResult, TensorSpec, decode
+from torchworker.contract import FORMAT_FILES, CheckRequest, CheckResult, DynamicDim, TensorSpec, decode
 
 
 def check(job_file: Path) -> None:
@@ -33,6 +33,7 @@ async def _build(job: Job, folder: Path) -> CheckResult:
                 project=project_of(job, folder),
                 train=train_settings(job),
                 ranks_here=0 if job.train.launcher.machines else job.train.processes,
+                dynamic=dynamic_dims(job),
             )
             reply = await call_worker(host, "check", request, work)
         finally:
@@ -47,6 +48,10 @@ def _count(samples: int | None) -> str:
 
 def _tensor(spec: TensorSpec) -> str:
     return f"{spec.name}: {spec.dtype} [{', '.join(str(size) for size in spec.shape)}]"
+
+
+def _dimension(dim: DynamicDim) -> str:
+    return f"{dim.name}: {dim.min} to {dim.max}" if dim.max is not None else f"{dim.name}: {dim.min} or more"
 
 
 def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> None:
@@ -67,6 +72,7 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
         ("inputs", "\n".join(_tensor(spec) for spec in result.inputs)),
         ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
         ("target", _tensor(result.target)),
+        ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
         ("loss", f"{loss}, {result.loss:.4g} on one batch before training"),
         (
             "training",

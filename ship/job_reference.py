@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from registry.job import Data, Export, Gate, Job, Release
+from registry.export_options import Dynamic, Export
+from registry.job import Data, Gate, Job, Release
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
 from registry.parity_options import Parity
 from registry.parts import Factory
@@ -28,8 +29,12 @@ AFTER = """
 - `model.factory(**args)` returns a `torch.nn.Module`. It is called in every rank after the seed is set.
 - `data.factory(split=…, **args)` returns a dataset for `"train"` and for `"validation"`: map-style, or a torch
   `IterableDataset`. Items are `(inputs, target)`, or what `data.collate` makes that of; inputs are a tensor, a tuple of
-  tensors in the order of `forward`'s parameters, or a dict by their names. The first dimension of every batch is the
-  batch, and the only one that stays dynamic in the artifacts.
+  tensors in the order of `forward`'s parameters, or a dict by their names. A parameter with a default may be left out.
+  The first dimension of every batch is the batch. It stays dynamic in the artifacts, and so does what
+  `export.dynamic` names:
+  `dynamic: {length: {axes: {tokens: 1, mask: 1}, min: 1, max: 64}}`.
+- `forward` returns a tensor, or tensors in tuples, lists and dicts, also nested: `{"logits": a, "state": (b, c)}`
+  becomes the outputs logits, state_0 and state_1.
 - Of an iterable dataset every rank reads the whole stream and keeps each n-th sample. It starts anew each epoch, after
   `set_epoch(epoch)` where it has that method; its random draws come from `seed` and the epoch, so all ranks see one
   order. Without a `len()` an epoch is its first `steps_per_epoch` × `batch_size` samples.
@@ -56,6 +61,7 @@ def job_reference() -> str:
         ("train.launcher.slurm", Slurm),
         ("train.launcher.kubernetes", Kubernetes),
         ("export", Export),
+        ("export.dynamic.<name>", Dynamic),
         ("parity", Parity),
         ("gates.<metric>", Gate),
         ("release", Release),

@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.rundir import StageFolder
 from tasks.policy import worth_retrying
+from tasks.requests import dynamic_dims
 from tasks.run import Run
 from tasks.train import Trained
 from tasks.worker import call_worker
@@ -55,6 +56,7 @@ async def export(run: Run, trained: Trained) -> Exported:
                 batch=run.job.export.batch,
                 seed=run.job.train.seed,
                 validation_limit=run.job.export.validation_samples,
+                dynamic=dynamic_dims(run.job),
             )
             await call_worker(run.host, "export", request, work)
             stage.finish()

@@ -113,7 +113,8 @@ def _specs(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
 
 def _signature(validated: Validated) -> dict[str, list[dict[str, Any]]]:
     reference = validated.exported.result
-    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs)}
+    dims = [{"name": dim.name, "min": dim.min, "max": dim.max} for dim in reference.dims]
+    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims}
 
 
 def _description(run: Run, trained: Trained, validated: Validated, manifest: Manifest) -> str:

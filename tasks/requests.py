@@ -6,7 +6,7 @@ from pathlib import Path
 
 from registry.job import Job
 from registry.parts import Factory
-from torchworker.contract import CustomMetric, Gate, Project, Reference, TrainSettings
+from torchworker.contract import CustomMetric, DynamicDim, Gate, Project, Reference, TrainSettings
 
 
 def project_of(job: Job, folder: Path) -> Project:
@@ -72,6 +72,19 @@ def train_settings(job: Job) -> TrainSettings:
         compile=train.compile,
         cudnn_benchmark=train.cudnn_benchmark,
     )
+
+
+def dynamic_dims(job: Job) -> list[DynamicDim]:
+    """The declared dynamic dimensions beside the batch."""
+    return [
+        DynamicDim(
+            name=name,
+            min=dimension.min,
+            max=dimension.max,
+            axes={tensor: axes if isinstance(axes, tuple) else (axes,) for tensor, axes in dimension.axes.items()},
+        )
+        for name, dimension in job.export.dynamic.items()
+    ]
 
 
 def fixed_gates(job: Job, *, custom: bool) -> list[Gate]:

@@ -30,10 +30,11 @@ async def call_worker(
     reply = Reply.read(folder / RESULT)
     if reply.failure is not None:
         rank = f" (rank {reply.failure.rank})" if reply.failure.rank is not None else ""
+        output = [f"Last output{rank}:", *reply.failure.output] if reply.failure.output else []
         if reply.failure.kind == "user":
-            shown = f"\n{reply.failure.traceback}" if stage == "train" and reply.failure.traceback else ""
-            raise JobError(f"{reply.failure.message}{rank}{shown}")
-        raise WorkerError(f"{stage}: {reply.failure.message}{rank}\n{_tail(log)}")
+            trace = [reply.failure.traceback] if stage == "train" and reply.failure.traceback else []
+            raise JobError("\n".join([f"{reply.failure.message}{rank}", *trace, *output]))
+        raise WorkerError("\n".join([f"{stage}: {reply.failure.message}{rank}", *(output or [_tail(log)])]))
     assert reply.result is not None
     return reply.result
 

@@ -29,12 +29,11 @@ from torchworker.project import (
     forward,
     length_of,
     name_inputs,
-    name_outputs,
     require_gradients,
-    specs,
     try_metric,
 )
 from torchworker.randomness import seed_everything
+from torchworker.signature import dims_of, input_specs, output_specs
 from torchworker.training_data import TrainingData
 from torchworker.weights import load_weights, save_weights
 
@@ -74,13 +73,18 @@ def check(request: CheckRequest) -> CheckResult:
             TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
     _try_step(model, inputs, target, loss, optimizer, project)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    named_target = {"target": target}
+    named = name_inputs(model, inputs, project)
+    dims = dims_of(named, request.dynamic, project)
+    model.eval()
+    with torch.no_grad():
+        output = output_specs(model, named, dims, project)
     return CheckResult(
         parameters=sum(parameter.numel() for parameter in trainable),
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trainable),
-        inputs=specs(name_inputs(model, inputs, project)),
-        outputs=specs(name_outputs(outputs, project)),
-        target=specs(named_target)[0],
+        inputs=input_specs(named, dims),
+        outputs=output,
+        target=input_specs({"target": target}, dims_of({"target": target}, (), project))[0],
+        dims=dims,
         train_samples=sizes["train"],
         validation_samples=sizes["validation"],
         loss=float(value),

@@ -189,11 +189,26 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DynamicDim:
+    """A dimension of the inputs whose size may change from call to call."""
+
+    name: str
+    min: int
+    """Smallest size."""
+    max: int | None
+    """Largest size; None for no limit."""
+    axes: Mapping[str, Sequence[int]]
+    """Where it is: input name to axes, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckRequest(Message):
     project: Project
     train: TrainSettings
     ranks_here: int
     """Ranks that will run on this machine; 0 when it trains on others."""
+    dynamic: Sequence[DynamicDim] = ()
+    """Declared dimensions beside the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +221,8 @@ class CheckResult:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     target: TensorSpec
+    dims: Sequence[DynamicDim]
+    """The batch and the declared dimensions."""
     train_samples: int | None
     """None for a stream that does not say."""
     validation_samples: int | None
@@ -263,6 +280,8 @@ class ExportRequest(Message):
     seed: int
     validation_limit: int
     """At most this many validation samples are kept for the quality gate."""
+    dynamic: Sequence[DynamicDim] = ()
+    """Declared dimensions beside the batch."""
     only: str | None = None
     """Make this one format, in this process and without reference data."""
 
@@ -284,6 +303,8 @@ class ExportResult:
     """By format."""
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
+    dims: Sequence[DynamicDim]
+    """The dynamic dimensions that the shapes of inputs and outputs name: the batch, then the declared ones."""
     reference: str
     """How the reference outputs were made, in words."""
 
@@ -401,6 +422,8 @@ class Failure:
     traceback: str = ""
     """Frames from the user's code on; empty when the message says it all."""
     rank: int | None = None
+    output: Sequence[str] = ()
+    """The last lines that this rank printed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TensorSpec, TrainSettings
+from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
 from torchworker.failure import UserMistake, describe, is_lost_connection, user_error, user_line
 from torchworker.metrics import first_output, metric_sum
 
@@ -207,58 +207,92 @@ def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
 
 
 def name_inputs(model: nn.Module, inputs: Any, project: Project) -> dict[str, Tensor]:
-    """Inputs by the names of forward's parameters, in forward's order.
+    """Inputs by the names of forward's parameters, in forward's order; those with a default may be left out.
 
     A tensor is the first parameter, a tuple or list is positional, a dict is by name.
     """
-    names = [
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    takes = f"{project.model.where}: forward takes ({', '.join(names)})"
+    parameters = _parameters(model)
+    takes = f"{project.model.where}: forward takes ({', '.join(str(item) for item in parameters.values())})"
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if isinstance(inputs, Mapping):
-        unknown = [name for name in inputs if name not in names]
+        unknown = [name for name in inputs if name not in parameters]
         if unknown:
             raise UserMistake(f"{takes} but the data gives inputs named {sorted(inputs)}")
-        named = {name: inputs[name] for name in names if name in inputs}
-        if list(named) != names[: len(named)]:
-            raise UserMistake(
-                f"{takes} but the data gives only {sorted(named)}; give every parameter before the last one given"
-            )
+        named = {name: inputs[name] for name in parameters if name in inputs}
     elif isinstance(inputs, tuple | list):
-        if len(inputs) > len(names):
+        if len(inputs) > len(parameters):
             raise UserMistake(f"{takes} but the data gives {len(inputs)} inputs")
-        named = dict(zip(names, inputs, strict=False))
+        named = dict(zip(parameters, inputs, strict=False))
     else:
         raise UserMistake(
             f"{project.data.where}: inputs must be a tensor, a tuple of tensors or a dict of tensors, "
             f"got {type(inputs).__name__}"
         )
+    missing = [name for name, item in parameters.items() if item.default is item.empty and name not in named]
+    if missing:
+        raise UserMistake(f"{takes} but the data gives only {', '.join(named)}; expected {', '.join(missing)} too")
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise UserMistake(f"{project.data.where}: input {name!r} must be a tensor, got {type(value).__name__}")
     return named
 
 
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """What forward takes, by name; not *args and **kwargs, which have no names."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def arguments(model: nn.Module, named: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional arguments up to the first parameter that is left out, and the rest by name."""
+    positional: list[Tensor] = []
+    for name, parameter in _parameters(model).items():
+        if name not in named or parameter.kind is parameter.KEYWORD_ONLY:
+            break
+        positional.append(named[name])
+    rest = {name: tensor for position, (name, tensor) in enumerate(named.items()) if position >= len(positional)}
+    return tuple(positional), rest
+
+
 def name_outputs(outputs: Any, project: Project) -> dict[str, Tensor]:
-    """Outputs by name: `output` for a tensor, `output_0`… for a tuple, the keys of a dict."""
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    if isinstance(outputs, Mapping):
-        named = {str(name): value for name, value in outputs.items()}
-    elif isinstance(outputs, tuple | list):
-        named = {f"output_{position}": value for position, value in enumerate(outputs)}
-    else:
-        named = {}
-    if not named or not all(isinstance(value, Tensor) for value in named.values()):
-        raise UserMistake(
-            f"{project.model.where}: forward must return a tensor, a tuple of tensors or a dict of tensors, "
-            f"got {type(outputs).__name__}"
-        )
+    """Outputs by name, nested ones flattened: `output` for a tensor, `output_0`… for a tuple, the keys of a dict.
+
+    What is inside an output has its name in front: `{"logits": a, "state": (b, c)}` gives logits, state_0 and state_1.
+    None, which forward may return in the place of a tensor, is left out.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in _flattened(outputs, "", project):
+        if name in named:
+            raise UserMistake(f"{project.model.where}: two outputs of forward are both called {name!r}; rename one")
+        named[name] = value
+    if not named:
+        raise UserMistake(f"{project.model.where}: forward must return at least one tensor, got none")
     return named
+
+
+def _flattened(value: Any, name: str, project: Project) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flattened(item, f"{name}_{key}" if name else str(key), project)
+    elif isinstance(value, tuple | list):
+        # A named tuple has names for its items.
+        keys = getattr(value, "_fields", None)
+        for position, item in enumerate(value):
+            if keys is not None:
+                yield from _flattened(item, f"{name}_{keys[position]}" if name else keys[position], project)
+            else:
+                yield from _flattened(item, f"{name or 'output'}_{position}", project)
+    elif value is not None:
+        raise UserMistake(
+            f"{project.model.where}: forward must return tensors, in tuples, lists or dicts if they are several, "
+            f"got {type(value).__name__}{f' at {name}' if name else ''}"
+        )
 
 
 def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | None = None) -> Any:
@@ -268,7 +302,8 @@ def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | N
     """
     named = name_inputs(model, inputs, project)
     try:
-        return (model if call is None else call)(*named.values())
+        args, kwargs = arguments(model, named)
+        return (model if call is None else call)(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(f"{name} {describe_tensor(value)}" for name, value in named.items())
         raise user_error(f"{project.model.where}: forward failed on {shapes}", error, project.folder) from error
@@ -380,18 +415,6 @@ def _shown(value: Any) -> str:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def specs(named: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
-    """Signature of named tensors whose first dimension is the batch."""
-    return tuple(_spec(name, tensor) for name, tensor in named.items())
-
-
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    shape: list[int | str] = list(tensor.shape)
-    if shape:
-        shape[0] = "batch"
-    return TensorSpec(name=name, dtype=dtype_name(tensor), shape=shape)
 
 
 class _Start(IterableDataset[Any]):

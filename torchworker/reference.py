@@ -19,7 +19,8 @@ from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Proj
 from torchworker.failure import UserMistake, describe
 from torchworker.parity import compare
 from torchworker.probes import BATCHES, POOL, Inputs, Probe, probes, refusals, singles
-from torchworker.project import batches, forward, name_inputs, name_outputs, specs
+from torchworker.project import batches, forward, name_inputs, name_outputs
+from torchworker.signature import dims_of, input_specs
 
 
 class Answers:
@@ -151,7 +152,7 @@ def write_reference(
         except UserMistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             continue
-    signature = {spec.name: spec for spec in specs(named)}
+    signature = {spec.name: spec for spec in input_specs(named, dims_of(named, request.dynamic, project))}
     refused = (_apart(answers, question, folder) for question in refusals(pool, signature))
     asked += [probe for probe in refused if probe is not None]
     _write_probes(asked, folder / PROBES)

@@ -25,6 +25,8 @@ def load(kind: str, path: Path, threads: int) -> Call:
 def _flat(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs]
+    if outputs is None:
+        return []
     if isinstance(outputs, Mapping):
         outputs = outputs.values()
     return [tensor for item in outputs for tensor in _flat(item)]
@@ -37,17 +39,28 @@ def _torchscript(path: Path) -> Call:
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return _flat(program(*inputs.values()))
+            return _flat(call_script(program, inputs))
 
     return call
 
 
+def call_script(program: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """Call a TorchScript program: by position, or by name where a parameter before the last is left out."""
+    names = [argument.name for argument in program.forward.schema.arguments][1:]
+    if len(names) == len(inputs) or names[: len(inputs)] == list(inputs):
+        return program(*inputs.values())
+    return program(**inputs)
+
+
 def _pt2(path: Path) -> Call:
-    program = torch.export.load(str(path)).module()
+    exported = torch.export.load(str(path))
+    program = exported.module()
+    positional = exported.call_spec.in_spec.child(0).num_children
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        given = list(inputs.items())
         with torch.no_grad():
-            return _flat(program(*inputs.values()))
+            return _flat(program(*(tensor for _, tensor in given[:positional]), **dict(given[positional:])))
 
     return call
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -19,6 +20,9 @@ from torchworker.events import EventLog
 from torchworker.failure import Described
 from torchworker.heartbeat import hung_ranks, start_watching, stop_watching
 from torchworker.rank import failure_file, run_rank
+
+OUTPUT_LINES = 15
+"""How much of a failed rank's output is shown."""
 
 
 def train(request: TrainRequest, path: Path) -> TrainResult:
@@ -41,6 +45,8 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
             return _launch(request, path)
         except ChildFailedError as error:
             failure = _root_cause(folder, error, request.train.processes)
+            if failure.rank is not None:
+                failure = replace(failure, output=_last_output(folder / "ranks", failure.rank))
         finally:
             stop_watching(watcher)
         after, _ = find_latest(Path(request.checkpoints))
@@ -105,6 +111,18 @@ def _root_cause(folder: Path, error: ChildFailedError, processes: int) -> Failur
             rank=int(silent[0]),
         )
     return next(iter(said.values()))
+
+
+def _last_output(logs: Path, rank: int) -> list[str]:
+    """What a rank of the latest launch printed at the end; of a crash, where Python says that it was."""
+    launches = sorted(logs.glob(f"*/attempt_0/{rank}"), key=lambda path: path.stat().st_mtime_ns)
+    lines: list[str] = []
+    for name in ("stdout.log", "stderr.log"):
+        path = launches[-1] / name if launches else None
+        text = path.read_text(errors="replace") if path is not None and path.exists() else ""
+        crash = text.rfind("Fatal Python error")
+        lines += text[crash:].splitlines()[:OUTPUT_LINES] if crash >= 0 else text.splitlines()[-OUTPUT_LINES:]
+    return lines
 
 
 def _signal_name(number: int) -> str:

@@ -107,6 +107,7 @@ def test_an_exception_in_user_code_is_named_with_rank_line_and_traceback(
         class Fails(nn.Linear):
             def forward(self, x):
                 if self.training and os.environ["RANK"] == "1":
+                    print("the last thing that was seen")
                     raise KeyError("no such gene")
                 return super().forward(x)
         def build_model():
@@ -119,8 +120,28 @@ def test_an_exception_in_user_code_is_named_with_rank_line_and_traceback(
     assert "no such gene" in message
     assert "(rank 1)" in message
     assert "plain.py:" in message and "in forward" in message
+    assert "Last output (rank 1):\nthe last thing that was seen" in message
     assert "Connection" not in message
     assert nothing_left_below(host.pid)
+
+
+def test_a_rank_that_crashes_in_native_code_is_named_with_where_it_was(train: Train, tmp_path: Path) -> None:
+    extra = """
+        import ctypes, os
+        class Crashes(nn.Linear):
+            def forward(self, x):
+                if self.training and os.environ["RANK"] == "1":
+                    ctypes.string_at(0)
+                return super().forward(x)
+        def build_model():
+            return Crashes(4, 3)
+    """
+    plan = {"epochs": 1, "processes": 2, "batch_size": 32, "restarts": 0}
+    with pytest.raises(WorkerError, match=r"rank 1 ") as caught:
+        train(write_project(tmp_path / "p", extra=extra, train=plan))
+    message = str(caught.value)
+    assert "Fatal Python error: Segmentation fault" in message and "plain.py" in message
+    assert "Connection closed" not in message
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_says_where(train: Train, tmp_path: Path) -> None:

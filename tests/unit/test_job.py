@@ -80,6 +80,16 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("export: {formats: [onnx, onnx]}\n", "each format once"),
         ("gates: {accuracy: {}}\n", "at least one of min, max, vs_live"),
         ("gates: {accuracy: {min: 0.9, max: 0.1}}\n", "0.9 > 0.1"),
+        ("  strategy: zero\n", "expected 'ddp' or 'fsdp', got"),
+        ("  backend: mpi\n", "expected 'gloo' or 'nccl', got"),
+        ("  comm_hook: power_sgd\n", "expected 'fp16' or 'bf16', got"),
+        ("  strategy: fsdp\n", "at least 2 processes with strategy: fsdp"),
+        ("  strategy: fsdp\n  processes: 2\n  comm_hook: fp16\n", "no comm_hook with strategy: fsdp"),
+        ("  strategy: fsdp\n  processes: 2\n  precision: fp16\n", "precision: bf16 or float32 with strategy: fsdp"),
+        ("  optimizer: rmsprop\n  fused: true\n", "fused: false for this optimizer"),
+        ("  device: cpu\n  backend: nccl\n", "backend: gloo with device: cpu"),
+        ("  metrics: [{factory: plain:loss, better: lower}]\n", "give loss another `name`"),
+        ("  processes: 3\n", "64 is not a multiple of 3"),
         ("gates: {p50_ms: {vs_live: 0}}\n", "only max for gates.p50_ms"),
         ("project: nowhere\n", "project: expected a folder"),
         ("release: {channel: ../prod}\n", "lower-case letters"),
@@ -148,3 +158,20 @@ def test_a_gate_or_a_format_that_changes_needs_no_new_training(tmp_path: Path) -
 )
 def test_a_launcher_that_cannot_work_is_refused_with_its_key(tmp_path: Path, keys: str, expected: str) -> None:
     assert expected in refused(tmp_path, GOOD + keys)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "expected"),
+    [
+        ("{batch: {axes: {x: 1}}}", "another name than batch"),
+        ("{length: {axes: {x: 0}}}", "export.dynamic.length.axes.x: expected"),
+        ("{length: {axes: {x: 1}, maxx: 3}}", "export.dynamic.length.maxx: unknown key; did you mean max?"),
+        ("{length: {axes: {x: 1}, min: 4, max: 4}}", "expected min < max, and 4 >= 4"),
+        ("{height: {axes: {x: [2, 1]}}, width: {axes: {x: 2}}}", "axis 2 of x, which is both height and width"),
+        ("{length: {min: 1}}", "export.dynamic.length.axes: missing; expected input name: axis"),
+    ],
+)
+def test_a_dynamic_dimension_that_cannot_be_is_refused_with_its_key(
+    tmp_path: Path, dynamic: str, expected: str
+) -> None:
+    assert expected in refused(tmp_path, GOOD + f"export: {{dynamic: {dynamic}}}\n")

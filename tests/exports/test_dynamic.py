@@ -1,0 +1,116 @@
+"""Dimensions that are declared dynamic, inputs that may be left out, nested outputs: through export and clean room."""
+# ruff: noqa: F811
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+
+from infra.errors import JobError
+from tests.exports.test_exports import ONE, Open, shop  # noqa: F401
+from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
+
+SEQUENCES = """
+    class Words(torch.utils.data.Dataset):
+        def __init__(self, split):
+            random = torch.Generator().manual_seed(0 if split == "train" else 1)
+            self.tokens = torch.randint(0, 9, (40, 6), generator=random)
+        def __len__(self):
+            return 40
+        def __getitem__(self, index):
+            tokens = self.tokens[index]
+            return {"tokens": tokens, "padding": tokens.eq(0)}, tokens.sum() % 3
+    def build_dataset(split):
+        return Words(split)
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.classify = nn.Embedding(9, 4), nn.Linear(4, 3)
+            self.position = nn.Parameter(torch.randn(12, 4))
+        def forward(self, tokens, weights: torch.Tensor | None = None, padding: torch.Tensor | None = None):
+            states = self.embed(tokens) + self.position[:tokens.shape[1]]
+            BODY
+            if weights is not None:
+                states = states * weights.unsqueeze(2)
+            if padding is not None:
+                states = states.masked_fill(padding.unsqueeze(2), 0.0)
+            pooled = states.sum(1)
+            return {"logits": self.classify(pooled), "hidden": (states, pooled)}
+    def build_model():
+        return M()
+    def loss(outputs, target):
+        return nn.functional.cross_entropy(outputs["logits"], target)
+"""
+TRAIN = {**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]}
+LENGTH = {"axes": {"tokens": 1, "padding": 1}, "min": 1, "max": 12}
+
+
+def words(shop: Open, body: str = "pass", **length: object):
+    return shop(
+        SEQUENCES.replace("BODY", body), train=TRAIN, export={"batch": 8, "dynamic": {"length": {**LENGTH, **length}}}
+    )
+
+
+def test_every_format_takes_other_lengths_left_out_inputs_and_nested_outputs(shop: Open) -> None:
+    opened = words(shop)
+    opened.export(*FORMAT_FILES)
+    assert opened.validate().passed
+    assert opened.result is not None
+    assert opened.result.inputs == (
+        TensorSpec(name="tokens", dtype="int64", shape=("batch", "length")),
+        TensorSpec(name="padding", dtype="bool", shape=("batch", "length")),
+    )
+    assert opened.result.outputs == (
+        TensorSpec(name="logits", dtype="float32", shape=("batch", 3)),
+        TensorSpec(name="hidden_0", dtype="float32", shape=("batch", "length", 4)),
+        TensorSpec(name="hidden_1", dtype="float32", shape=("batch", 4)),
+    )
+    assert opened.result.dims == (
+        DynamicDim(name="batch", min=1, max=None, axes={"tokens": (0,), "padding": (0,)}),
+        DynamicDim(name="length", min=1, max=12, axes={"tokens": (1,), "padding": (1,)}),
+    )
+    graph = onnx.load(str(opened.folder / "export" / FORMAT_FILES["onnx"])).graph
+    shapes = [[dim.dim_param for dim in item.type.tensor_type.shape.dim] for item in graph.input]
+    assert shapes == [["batch", "length"], ["batch", "length"]]
+    program = torch.export.load(str(opened.folder / "export" / FORMAT_FILES["pt2"])).module()
+    for batch, length in ((1, 1), (1, 12), (9, 7)):
+        tokens = torch.ones(batch, length, dtype=torch.long)
+        assert program(tokens, padding=tokens.eq(0))["hidden"][0].shape == (batch, length, 4)
+    with pytest.raises(AssertionError, match="<= 12"):
+        program(torch.ones(1, 13, dtype=torch.long), padding=torch.zeros(1, 13, dtype=torch.bool))
+
+
+def test_a_decision_on_a_declared_size_is_refused_with_the_line_and_the_condition(shop: Open) -> None:
+    opened = words(shop, body="states = states * 2 if tokens.shape[1] > 4 else states")
+    with pytest.raises(
+        JobError,
+        match=r"keeps one side of a decision on sizes: at batch \d+, length [1-4] .*length > 4 \(plain.py:\d+",
+    ):
+        opened.export("pt2")
+
+
+def test_a_size_that_the_model_fixes_is_refused_with_the_line(shop: Open) -> None:
+    opened = words(shop, body="states = states + torch.ones(6, 4)")
+    with pytest.raises(JobError, match=r"torch.export fixes length at 6.*plain.py:\d+.*take sizes from the inputs"):
+        opened.export("pt2")
+
+
+def test_sizes_that_the_model_itself_does_not_take_are_to_be_declared(shop: Open) -> None:
+    opened = words(shop, max=None)
+    with pytest.raises(JobError, match=r"the model itself fails at batch \d+, length \d+.*plain.py:\d+.*declare"):
+        opened.export("pt2")
+
+
+@pytest.mark.parametrize(
+    ("length", "told"),
+    [
+        ({"axes": {"token": 1}}, "expected inputs among tokens, padding, got 'token'"),
+        ({"axes": {"tokens": 2}}, r"expected an axis below 2.*tokens as int64 \[8, 6\]; got 2"),
+        ({"min": 7}, "got 7 to 12, and the data has 6"),
+    ],
+)
+def test_a_declaration_that_the_data_contradicts_is_refused(shop: Open, length: dict[str, object], told: str) -> None:
+    opened = words(shop, **length)
+    with pytest.raises(JobError, match=r"export.dynamic.length.*" + told):
+        opened.export("torchscript")

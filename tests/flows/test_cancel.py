@@ -1,0 +1,57 @@
+"""Cancelling a run in Prefect while it trains."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import psutil
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tests.conftest import Command
+from tests.flows.live import live
+from tests.flows.test_resume import SLOW
+from tests.projects import write_project
+
+
+def workers_of(run: Path) -> list[psutil.Process]:
+    """Processes that have a file of the run open or in their arguments: agent and ranks."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            files = [file.path for file in process.open_files()]
+        except psutil.Error:
+            continue
+        if any(path.startswith(str(run)) for path in files):
+            found.append(process)
+    return found
+
+
+def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_on_from(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    train = {"epochs": 12, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}
+    job = write_project(tmp_path, extra=SLOW, name="cancelled", train=train, export={"formats": ["torchscript"]})
+    started = command("prefect", "deployment", "run", "train-and-ship", "-p", f"job={job}")
+    found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", started.text)
+    assert started.status == 0 and found, started.text
+    run = stack.runs / "cancelled" / found[0]
+    deadline = time.monotonic() + 90
+    while not list(run.glob("checkpoints/step-????????")):
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.1)
+    assert workers_of(run)
+
+    cancelled = command("prefect", "flow-run", "cancel", found[0])
+    assert cancelled.status == 0, cancelled.text
+    while workers_of(run):
+        assert time.monotonic() < deadline + 60, "processes of the run are still there"
+        time.sleep(0.1)
+    assert live(store, "cancelled") is None
+
+    # As it is now, with fewer epochs left than the whole.
+    again = command("ship", "run", str(job), "--resume", found[0])
+    assert again.status == 0, again.text
+    assert re.search(r"resumed from step \d+ of 36", again.text)

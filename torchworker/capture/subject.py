@@ -1,0 +1,30 @@
+"""What every exporter is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from torchworker.contract import DynamicDim, Project
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to capture, with example inputs."""
+
+    model: nn.Module
+    """In eval mode, its parameters without gradients."""
+    inputs: Mapping[str, Tensor]
+    """Example inputs in forward's order; every dynamic dimension has a size of at least 2."""
+    outputs: Sequence[str]
+    """Names of the flattened outputs."""
+    dims: Sequence[DynamicDim]
+    """The batch and the declared dimensions."""
+    project: Project
+
+    @property
+    def folder(self) -> str:
+        """Where the user's code is."""
+        return self.project.folder
