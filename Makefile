@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ship test check bench up down clean
+.PHONY: ship test check chaos bench up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -18,6 +18,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Every fault at every request of a promotion, on both kinds of store; about half an hour.
+chaos: $(READY)
+	$(BIN)/python -m pytest -m chaos tests/services
 
 bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py

@@ -6,7 +6,9 @@
     │   ├── SettingsError     ports, addresses, credentials, buckets
     │   └── GateError         a gate refused the candidate
     ├── ServiceError          Prefect, MLflow or the bucket did not answer: retried
+    │   ├── StoreFault        the object store answered with a fault: its status says whether a retry can help
     │   └── StoreRefused      the object store cannot keep the promises promotion needs: never retried
+    ├── PreconditionFailed    a conditional write did not happen, or its outcome has to be read
     ├── ReleaseError          a release is incomplete, altered or moved under us: never retried
     └── WorkerError           a child process died without giving a reason: retried
 
@@ -51,10 +53,31 @@ class ServiceError(ShipError):
     retryable = True
 
 
+class StoreFault(ServiceError):
+    """The object store answered with a fault. `status` is the HTTP status."""
+
+    def __init__(self, message: str, *, status: int, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        # Any other 4xx says that the same request will never do; 501 says so too.
+        self.retryable = (status >= 500 and status != 501) or status in (408, 425, 429) or code in _DAMAGED_CODES
+
+
+_DAMAGED_CODES = frozenset(["BadDigest", "InvalidDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"])
+"""The body was not what was sent."""
+
+
 class StoreRefused(ServiceError):
     """The object store ignores conditional writes, so promotion could lose an update."""
 
     retryable = False
+
+
+class PreconditionFailed(ShipError):
+    """A conditional write did not happen, or its outcome has to be read: 412 or 409.
+
+    After a reply was lost, the client's own repetition gets this answer for a write that did happen.
+    """
 
 
 class ReleaseError(ShipError):

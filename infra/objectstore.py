@@ -1,7 +1,6 @@
 """The S3-compatible object store: the only module that imports boto3.
 
-Promotion stands on two promises of a store: a PUT with `If-None-Match: *` creates or fails, and a PUT with `If-Match`
-replaces exactly the object it names or fails. Some stores answer 200 and ignore both, so `probe` finds out.
+What promotion needs of a store, and how that is found out, is in `infra/store_probe.py`.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ import base64
 import contextlib
 import hashlib
 import threading
-import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from infra.errors import ServiceError, SettingsError, ShipError, StoreRefused
+from infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
+from infra.multipart import Budget, PartsUpload, require_sha256
 from infra.settings import Settings
+from infra.store_probe import StoreTraits, probe
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -31,14 +30,17 @@ READ_SECONDS = 60
 ATTEMPTS = 3
 """Tries of each request inside the client library."""
 CONNECTIONS = 32
-MULTIPART_BYTES, PART_BYTES = 64 * 2**20, 32 * 2**20
+MULTIPART_BYTES, PART_BYTES = 16 * 2**20, 16 * 2**20
 """Files above the first go up in parts of the second."""
 LOCAL_PART_BYTES = 8 * 2**20
 """Both of these for the local server: its time for a request grows with the square of the body (64 MiB: 14 s)."""
 PARTS_AT_ONCE = 4
+"""Of one file, up or down."""
+IN_FLIGHT_BYTES = 128 * 2**20
+"""Of all that is read from files and not yet sent: what uploads add to this process, however large the files."""
+QUEUED_PIECES = 16
+"""Of 256 KiB, between the network and the disk for each download."""
 PIECE_BYTES = 2**20
-RACERS = 8
-PROBE_PREFIX = ".probe"
 METADATA_SHA256 = "sha256"
 """User metadata of every object written here: its SHA-256, also where the store keeps no checksums."""
 
@@ -46,35 +48,7 @@ _LOGIN_CODES = ["AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "Sign
 _TOKEN_CODES = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"]
 _CREDENTIAL_CODES = frozenset([*_LOGIN_CODES, *_TOKEN_CODES])
 _REGION_CODES = frozenset(["PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"])
-_DAMAGED_CODES = frozenset(["BadDigest", "InvalidDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"])
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine"
-
-
-class PreconditionFailed(ShipError):
-    """A conditional write did not happen, or its outcome has to be read: 412 or 409.
-
-    After a reply was lost, the client's own repetition gets this answer for a write that did happen.
-    """
-
-
-class StoreFault(ServiceError):
-    """The store answered with a fault. `status` is the HTTP status."""
-
-    def __init__(self, message: str, *, status: int, code: str) -> None:
-        super().__init__(message)
-        self.status = status
-        # Any other 4xx says that the same request will never do; 501 says so too.
-        self.retryable = (status >= 500 and status != 501) or status in (408, 425, 429) or code in _DAMAGED_CODES
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreTraits:
-    """What `probe` found out about a store that keeps its promises."""
-
-    etag_quoted: bool
-    """If-Match wants the ETag in quotation marks, as HTTP says; False where only the bare one is understood."""
-    checks_sha256: bool
-    """A body that does not match its x-amz-checksum-sha256 is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +64,15 @@ class StoredObject:
     """Hexadecimal SHA-256 that the store keeps of the whole object; None where it keeps none, or for parts."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListedObject:
+    """What a listing says about an object."""
+
+    bytes: int
+    etag: str
+    """Entity tag, in quotation marks as HTTP has it."""
+
+
 class ObjectStore:
     """One bucket. Safe to use from many threads.
 
@@ -97,8 +80,10 @@ class ObjectStore:
     answer, or answers with a fault); the others are named.
     """
 
-    def __init__(self, client: S3Client, *, bucket: str, address: str, is_local: bool) -> None:
-        """address: what messages call the store."""
+    def __init__(
+        self, client: S3Client, *, bucket: str, address: str, is_local: bool, kms_key_id: str | None = None
+    ) -> None:
+        """address: what messages call the store; kms_key_id: AWS KMS key that encrypts what is written."""
         self._client = client
         self.bucket = bucket
         self.address = address
@@ -106,6 +91,11 @@ class ObjectStore:
         self.multipart_bytes = LOCAL_PART_BYTES if is_local else MULTIPART_BYTES
         """Larger files go up in parts, which the store may not check as a whole."""
         self._part_bytes = LOCAL_PART_BYTES if is_local else PART_BYTES
+        # ACLs are never sent: buckets of today have them switched off and refuse them.
+        self._encryption: dict[str, Any] = (
+            {} if kms_key_id is None else {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key_id}
+        )
+        self._budget = Budget(IN_FLIGHT_BYTES)
         self._traits: StoreTraits | None = None
         self._probing = threading.Lock()
 
@@ -115,7 +105,8 @@ class ObjectStore:
         endpoint, local = settings.s3_endpoint, settings.s3_is_local
         address = _without_credentials(endpoint) if endpoint else "AWS S3"
         with _translated("connect", address, settings.bucket, local):
-            return cls(_client(endpoint, local), bucket=settings.bucket, address=address, is_local=local)
+            client = _client(endpoint, local)
+        return cls(client, bucket=settings.bucket, address=address, is_local=local, kms_key_id=settings.kms_key_id)
 
     def __repr__(self) -> str:
         return f"ObjectStore(s3://{self.bucket} at {self.address})"
@@ -180,10 +171,15 @@ class ObjectStore:
 
     def list_keys(self, prefix: str) -> dict[str, int]:
         """Every key with this prefix and its size in bytes, sorted by key."""
+        return {key: listed.bytes for key, listed in self.list_objects(prefix).items()}
+
+    def list_objects(self, prefix: str) -> dict[str, ListedObject]:
+        """Every key with this prefix, sorted: one request for each thousand."""
         found = {}
         with self._translated(f"list {prefix}"):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
-                found.update({item["Key"]: item["Size"] for item in page.get("Contents", [])})
+                for item in page.get("Contents", []):
+                    found[item["Key"]] = ListedObject(bytes=item["Size"], etag=_quoted(item["ETag"]))
         return dict(sorted(found.items()))
 
     def hash(self, key: str) -> tuple[str, int] | None:
@@ -231,38 +227,46 @@ class ObjectStore:
         matched = _quoted(etag) if self.probe().etag_quoted else etag.strip('"')
         return self._put(key, body, IfMatch=matched)
 
-    def upload_file_new(self, path: Path, key: str, sha256: str, progress: Callable[[int], None] | None = None) -> None:
-        """Create an object from a file of any size whose hexadecimal SHA-256 is known.
+    def upload_file_new(self, path: Path, key: str, sha256: str, progress: Callable[[int], None] | None = None) -> str:
+        """Create an object from a file of any size whose hexadecimal SHA-256 is known; returns its ETag.
 
-        progress: called with the number of bytes that just left, from any thread; may run backwards when a part is
-        sent again.
+        progress: called with the number of bytes that just arrived, from any thread.
 
-        Up to `multipart_bytes` this is one conditional PUT. Above, the end of a multipart upload is not conditional in
-        every store, so the key is looked at first, and somebody who uploads the same key at the same time may be
-        overwritten: use keys whose content the caller knows, and read back. Raises PreconditionFailed when the key
-        exists, and ServiceError when the store refused a body that was damaged on the way.
+        The file is read once: what is hashed is what is sent, and nothing becomes an object unless it has that hash.
+        Up to `multipart_bytes` it is one conditional PUT. Above, it goes up in parts, whose end is not conditional in
+        every store: there, somebody who uploads the same key at the same time may be overwritten, so use keys whose
+        content the caller knows. Raises PreconditionFailed when the key exists or the outcome has to be read,
+        ReleaseError when the file has another hash, and ServiceError when the store refused a body that was damaged on
+        the way.
         """
         size = path.stat().st_size
-        if size <= self.multipart_bytes:
-            # One read: what is hashed by the client library is what is sent.
-            self._put(key, path.read_bytes(), sha256=sha256, IfNoneMatch="*")
-            if progress:
-                progress(size)
-            return
-        if self.head(key) is not None:
-            raise PreconditionFailed(f"{key} exists in {self!r}")
-        extra: dict[str, Any] = {"Metadata": {METADATA_SHA256: sha256}}
-        if self.probe().checks_sha256:
-            extra["ChecksumAlgorithm"] = "SHA256"
-        with self._translated(f"upload {key}"):
-            self._client.upload_file(
-                str(path),
-                self.bucket,
-                key,
-                ExtraArgs=extra,
-                Config=self._transfer_config(),
-                Callback=progress or _no_progress,
+        report = progress or _no_progress
+        with path.open("rb") as file:
+            if size <= self.multipart_bytes:
+                with self._budget.of(size):
+                    body = file.read(size)
+                    require_sha256(path, hashlib.sha256(body).hexdigest(), sha256)
+                    etag = self._put(key, body, sha256=sha256, IfNoneMatch="*")
+                report(size)
+                return etag
+            if self.head(key) is not None:
+                raise PreconditionFailed(f"{key} exists in {self!r}")
+            upload = PartsUpload(
+                client=self._client,
+                bucket=self.bucket,
+                key=key,
+                translated=self._translated,
+                budget=self._budget,
+                part_bytes=self._part_bytes,
+                parts_at_once=PARTS_AT_ONCE,
+                settings={"Metadata": {METADATA_SHA256: sha256}, "ChecksumAlgorithm": "SHA256", **self._encryption},
             )
+            etag = upload.send(file, path, size, sha256, report)
+        if not etag:
+            # RGW 16 leaves it out of this reply.
+            stored = self.head(key)
+            etag = stored.etag if stored is not None else ""
+        return _quoted(etag)
 
     # ---- trust
 
@@ -274,83 +278,30 @@ class ObjectStore:
         """
         with self._probing:
             if self._traits is None:
-                self._traits = self._probe()
+                self._traits = probe(self)
             return self._traits
 
-    def _probe(self) -> StoreTraits:
-        prefix = f"{PROBE_PREFIX}/{uuid.uuid4().hex}/"
-        keys = {name: f"{prefix}{name}" for name in ("conditions", "race", "checksum")}
-        # The race needs all of its threads at the same time as the two others.
-        with ThreadPoolExecutor(RACERS + 2, thread_name_prefix="probe") as pool:
-            quoted = pool.submit(self._probe_conditions, keys["conditions"])
-            checksum = pool.submit(self._probe_checksum, keys["checksum"])
-            try:
-                winners = self._probe_race(keys["race"], pool)
-                traits = StoreTraits(etag_quoted=quoted.result(), checks_sha256=checksum.result())
-            finally:
-                # A write that is still under way would outlive its deletion.
-                wait([quoted, checksum])
-                for done in [pool.submit(self._delete, key) for key in keys.values()]:
-                    # A bucket may forbid deletion; the probe's own verdict matters more.
-                    with contextlib.suppress(ShipError):
-                        done.result()
-        if winners != 1:
-            raise self._refused(f"{RACERS} PUTs with If-None-Match: * at the same time had {winners} winners, not 1")
-        return traits
+    def put_damaged(self, key: str, body: bytes, damaged: bytes) -> None:
+        """Write an object whose body becomes another of the same length on the way, after it was signed: for `probe`.
 
-    def _probe_conditions(self, key: str) -> bool:
-        """Returns whether If-Match wants the ETag quoted."""
-        first = self._probe_put(key, b"1", "If-None-Match", IfNoneMatch="*")
-        if first is None:
-            raise self._refused("a PUT with If-None-Match: * failed although the key was new")
-        if self._probe_put(key, b"2", "If-None-Match", IfNoneMatch="*") is not None:
-            raise self._refused("a PUT with If-None-Match: * replaced an existing object")
-        for match in (_quoted(first), first.strip('"')):
-            if self._probe_put(key, b"3", "If-Match", IfMatch=match) is not None:
-                break
-        else:
-            raise self._refused("a PUT with If-Match and the object's own ETag failed")
-        # The ETag was right a moment ago: the mistake that a slow promoter makes.
-        if self._probe_put(key, b"4", "If-Match", IfMatch=match) is not None:
-            raise self._refused("a PUT with a stale If-Match replaced the object")
-        return match.startswith('"')
+        Raises StoreFault where the store notices.
+        """
+        assert len(body) == len(damaged)
+        events = self._client.meta.events
 
-    def _probe_race(self, key: str, pool: ThreadPoolExecutor) -> int:
-        """Returns how many of the racers created the object."""
-        start = threading.Barrier(RACERS)
+        def damage(request: Any, **_: Any) -> None:
+            if urlsplit(request.url).path.endswith(key):
+                request.body = damaged
 
-        def race(racer: int) -> bool:
-            start.wait(timeout=READ_SECONDS)
-            return self._probe_put(key, f"{racer}".encode(), "If-None-Match", IfNoneMatch="*") is not None
-
-        return sum(pool.map(race, range(RACERS)))
-
-    def _probe_checksum(self, key: str) -> bool:
-        """Returns whether a body that is not what its SHA-256 says is refused."""
+        events.register("before-send.s3.PutObject", damage)
         try:
-            self._put(key, b"damaged", sha256=hashlib.sha256(b"whole").hexdigest())
-        except StoreFault as fault:
-            if fault.status != 400:
-                raise
-            return True
-        return False
+            self._put(key, body)
+        finally:
+            events.unregister("before-send.s3.PutObject", damage)
 
-    def _probe_put(self, key: str, body: bytes, header: str, **condition: str) -> str | None:
-        """The new ETag, or None when the condition was refused."""
-        try:
-            return self._put(key, body, **condition)
-        except PreconditionFailed:
-            return None
-        except StoreFault as fault:
-            if fault.status == 501:
-                raise self._refused(f"it does not implement {header} on PUT") from fault
-            raise
-
-    def _refused(self, reason: str) -> StoreRefused:
-        return StoreRefused(
-            f"{self.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
-            "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW."
-        )
+    def put_if(self, key: str, body: bytes, **condition: str) -> str:
+        """A PUT under a condition spelled as boto3 has it (`IfMatch`, `IfNoneMatch`), for `probe`; the new ETag."""
+        return self._put(key, body, **condition)
 
     # ---- below
 
@@ -360,13 +311,18 @@ class ObjectStore:
             try:
                 reply = self._client.get_object(Bucket=self.bucket, Key=key, **condition)
                 with contextlib.closing(reply["Body"]) as body:
-                    return body.read(), _quoted(reply["ETag"])
+                    content = body.read()
             except self._client.exceptions.NoSuchKey:
                 return None
             except self._client.exceptions.ClientError as error:
                 if _status(error) == 304:
                     return None
                 raise
+        claimed = reply["Metadata"].get(METADATA_SHA256)
+        if claimed is not None and claimed != (got := hashlib.sha256(content).hexdigest()):
+            # Written with its hash, so the way back is to blame: reading again can help.
+            raise ServiceError(f"read {key} from {self!r}: expected SHA-256 {claimed}, got {got}: damaged on the way")
+        return content, _quoted(reply["ETag"])
 
     def _put(self, key: str, body: bytes, *, sha256: str | None = None, **condition: Any) -> str:
         """sha256: hexadecimal; the body's own when None."""
@@ -381,6 +337,7 @@ class ObjectStore:
                     ChecksumAlgorithm="SHA256",
                     ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode(),
                     Metadata={METADATA_SHA256: sha256},
+                    **self._encryption,
                     **condition,
                 )
             except self._client.exceptions.NoSuchKey as error:
@@ -395,11 +352,12 @@ class ObjectStore:
             multipart_threshold=self.multipart_bytes,
             multipart_chunksize=self._part_bytes,
             max_concurrency=PARTS_AT_ONCE,
+            max_io_queue=QUEUED_PIECES,
             # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
             preferred_transfer_client="classic",
         )
 
-    def _delete(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         with self._translated(f"delete {key}"):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
@@ -426,6 +384,8 @@ def _client(endpoint: str | None, local: bool) -> S3Client:
         # We send SHA-256 where a checksum matters; the default CRC32 trailer breaks older stores over TLS.
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
+        # Over TLS the client library would not sign bodies. Stores that know no checksums compare this hash.
+        "s3": {"payload_signing_enabled": True},
     }
     if not local:
         return boto3.Session().client("s3", endpoint_url=endpoint, config=Config(**options))
@@ -450,6 +410,7 @@ def _translated(action: str, address: str, bucket: str, local: bool) -> Iterator
     """Turn what boto3 raises into this application's errors."""
     import boto3.exceptions
     from botocore import exceptions as botocore
+    from s3transfer.exceptions import S3DownloadFailedError
     from urllib3.exceptions import HTTPError
 
     where = f"s3://{bucket} at {address}"
@@ -489,7 +450,7 @@ def _translated(action: str, address: str, bucket: str, local: bool) -> Iterator
         hint = "is the local stack up? `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
         reason = str(error.kwargs.get("error", error)) if isinstance(error, botocore.BotoCoreError) else str(error)
         raise ServiceError(f"cannot {action} in {where}: no answer ({reason}); {hint}") from error
-    except (botocore.BotoCoreError, HTTPError) as error:
+    except (botocore.BotoCoreError, HTTPError, S3DownloadFailedError) as error:
         raise ServiceError(f"cannot {action} in {where}: {error}") from error
 
 
@@ -505,7 +466,7 @@ def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -
         return SettingsError(
             f"bucket {bucket!r} cannot be made at {address}: {code}: {text}; set SHIP_BUCKET to another"
         )
-    if status in (409, 412):
+    if status in (409, 412) or code == "NoSuchUpload":
         return PreconditionFailed(f"cannot {action} in {where}: {status} {code}")
     if code in _REGION_CODES:
         return SettingsError(f"{where} is in another region ({code}: {text}); set AWS_REGION to the bucket's")

@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     external_mlflow: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
     external_s3: str | None = Field(None, validation_alias="AWS_ENDPOINT_URL")
     external_bucket: str | None = Field(None, validation_alias="SHIP_BUCKET")
+    kms_key_id: str | None = Field(None, validation_alias="SHIP_KMS_KEY_ID")
+    """AWS KMS key that encrypts what is written; None leaves it to the bucket."""
 
     signing_key: Path | None = Field(None, validation_alias="SHIP_SIGNING_KEY")
     """Private key (PEM) that signs each release that is published."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from infra.errors import ReleaseError, ServiceError
-from infra.objectstore import ObjectStore, PreconditionFailed
+from infra.errors import PreconditionFailed, ReleaseError, ServiceError
+from infra.objectstore import ObjectStore
 from registry.history import first_generation, read_record, record, record_if_possible, record_key
 from registry.keys import pointer_key
 from registry.pointer import Pointer, read_pointer
@@ -49,11 +49,13 @@ def move_channel(
     flow_run: str,
     mlflow_version: str,
     accept: Accept | None,
+    etags: Mapping[str, str] | None = None,
 ) -> Pointer:
     """Make a published release live on a channel, once, atomically. Writes; can be repeated.
 
     `accept` is asked about what is live, and again whenever that has changed before our move; None asks nobody and
     reads nothing of the live release, which may be broken. A channel that has this release already is left as it is.
+    etags: as in `verify_release`.
 
     Returns the pointer that this call, or an earlier one, wrote. It was live, but another mover may have followed.
     Raises ReleaseError when the release is incomplete or is not what `manifest` says, GateError from `accept`,
@@ -62,7 +64,7 @@ def move_channel(
     """
     store.probe()
     release, manifest_sha256 = manifest.release, manifest.sha256()
-    stored = verify_release(store, model, release)
+    stored = verify_release(store, model, release, etags=etags)
     if stored.sha256() != manifest_sha256:
         raise ReleaseError(f"release {release} of {model}: the bucket has the same files with another description")
     nonce = uuid.uuid4().hex

@@ -222,12 +222,17 @@ def verify_folder(folder: Path, manifest: Manifest) -> None:
 
 def require_file(path: Path, entry: FileEntry) -> None:
     """Raises ReleaseError unless the file at `path` has the entry's size and hash."""
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise ReleaseError(f"{path}: expected {entry.bytes:,} bytes, got {size:,}")
+    require_size(path, entry)
     sha256, _ = file_hash(path)
     if sha256 != entry.sha256:
         raise ReleaseError(f"{path}: expected SHA-256 {entry.sha256}, got {sha256}")
+
+
+def require_size(path: Path, entry: FileEntry) -> None:
+    """Raises ReleaseError unless the file at `path` has the entry's size."""
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise ReleaseError(f"{path}: expected {entry.bytes:,} bytes, got {size:,}")
 
 
 def file_hash(path: Path) -> tuple[str, int]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.errors import ReleaseError
-from infra.objectstore import ObjectStore, PreconditionFailed
+from infra.errors import PreconditionFailed, ReleaseError
+from infra.objectstore import ObjectStore, StoredObject
 from registry.keys import release_prefix
-from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, verify_folder
+from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, require_size, verify_folder
 from registry.signing import publish_signature
 from registry.transfer import Meter, Progress, in_parallel, put_immutable
 
@@ -27,6 +28,8 @@ class Published:
     sent_bytes: int
     present_bytes: int
     """Size of the files that the bucket had already."""
+    etags: Mapping[str, str]
+    """Of each file, by its path: an object that has this ETag is the one that was verified."""
 
 
 def publish(
@@ -41,8 +44,9 @@ def publish(
 
     signing_key: private key (PEM) to sign it with, before the manifest is written; see registry/signing.py.
 
-    Bytes that are there are not sent again. Raises StoreRefused for a store without conditional writes, and
-    ReleaseError when a local file is not what the manifest says, or when the bucket holds other bytes under its name.
+    Bytes that are there are not sent again. Each file is read once and sent with its hash; what the store does not
+    compare with that is read back. Raises StoreRefused for a store without conditional writes, and ReleaseError when a
+    local file is not what the manifest says, or when the bucket holds other bytes under its name.
     """
     traits = store.probe()
     prefix = release_prefix(manifest.model, manifest.release)
@@ -50,45 +54,60 @@ def publish(
     complete = prefix + MANIFEST in present
     meter = Meter(manifest.total_bytes, progress)
 
-    def bring(name: str) -> bool:
-        """Whether the file was sent."""
+    def bring(name: str) -> tuple[bool, str]:
+        """Whether the file was sent, and its ETag."""
         entry, key, path = manifest.files[name], prefix + name, folder / name
         sent = False
         if key not in present:
-            # A wrong body under an immutable key would spoil the release for good.
-            require_file(path, entry)
+            require_size(path, entry)
             try:
-                store.upload_file_new(path, key, entry.sha256, meter.of(name))
+                etag = store.upload_file_new(path, key, entry.sha256, meter.of(name))
                 sent = True
             except PreconditionFailed:
                 # Somebody was faster, or our own reply was lost.
                 pass
-        _require_object(store, key, entry)
-        # Parts have checksums of their own only. What an uploader left that died before this line is read back too.
-        checked = traits.checks_sha256 and entry.bytes <= store.multipart_bytes
-        if not checked and not complete:
+        if not sent:
+            etag = _require_object(store, key, entry).etag
+        if not traits.checks_bodies and not complete:
+            # Also what an uploader left that died before this line.
             _require_content(store, key, entry)
         meter.finish(name, entry.bytes)
-        return sent
+        return sent, etag
 
     # Big files first: the last one to start decides when all are done.
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
-    sent = dict(zip(names, in_parallel(bring, names), strict=True))
+    brought = dict(zip(names, in_parallel(bring, names), strict=True))
     if signing_key is not None:
         publish_signature(store, manifest, signing_key)
     put_immutable(store, prefix + MANIFEST, manifest.encode(), "another description of the same files")
-    sent_bytes = sum(manifest.files[name].bytes for name in names if sent[name])
-    return Published(release=manifest.release, sent_bytes=sent_bytes, present_bytes=manifest.total_bytes - sent_bytes)
+    sent_bytes = sum(manifest.files[name].bytes for name, (sent, _) in brought.items() if sent)
+    return Published(
+        release=manifest.release,
+        sent_bytes=sent_bytes,
+        present_bytes=manifest.total_bytes - sent_bytes,
+        etags={name: etag for name, (_, etag) in brought.items()},
+    )
 
 
-def verify_release(store: ObjectStore, model: str, release: str) -> Manifest:
-    """Check that a release is complete: its manifest is its own, and every file has the right size and hash by HEAD.
+def verify_release(store: ObjectStore, model: str, release: str, *, etags: Mapping[str, str] | None = None) -> Manifest:
+    """Check that a release is complete: its manifest is its own, and every file is there with its size and hash.
 
-    Downloads the manifest only. Raises ReleaseError with the file, what was expected and what was found.
+    etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one listing
+    tells; without them each file is asked for the hash that the store knows of it. Downloads the manifest only. Raises
+    ReleaseError with the file, what was expected and what was found.
     """
     prefix = release_prefix(model, release)
     manifest = read_manifest(store, model, release)
-    in_parallel(lambda name: _require_object(store, prefix + name, manifest.files[name]), manifest.files)
+    if etags is None:
+        in_parallel(lambda name: _require_object(store, prefix + name, manifest.files[name]), manifest.files)
+        return manifest
+    listed = store.list_objects(prefix)
+    for name, entry in manifest.files.items():
+        found = listed.get(prefix + name)
+        if found is None:
+            raise _missing(prefix + name, entry)
+        if found.etag != etags.get(name):
+            _require_object(store, prefix + name, entry)
     return manifest
 
 
@@ -140,15 +159,18 @@ def fetch_release(
     def fetch(name: str) -> None:
         path = draft / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not store.download_file(prefix + name, path, meter.of(name)):
-            raise ReleaseError(
-                f"{prefix}{name}: expected a file of {manifest.files[name].bytes:,} bytes in the bucket, got none"
-            )
-        try:
-            require_file(path, manifest.files[name])
-        except ReleaseError as error:
-            raise ReleaseError(f"{prefix}{name}: altered in the bucket: {error}") from None
-        meter.finish(name, manifest.files[name].bytes)
+        entry = manifest.files[name]
+        for last in (False, True):
+            if not store.download_file(prefix + name, path, meter.of(name)):
+                raise _missing(prefix + name, entry)
+            try:
+                require_file(path, entry)
+                break
+            except ReleaseError as error:
+                # Once may be the way here, twice is the bucket.
+                if last:
+                    raise ReleaseError(f"{prefix}{name}: altered in the bucket: {error}") from None
+        meter.finish(name, entry.bytes)
 
     try:
         draft.mkdir()
@@ -169,11 +191,15 @@ def fetch_release(
 # ---- below
 
 
-def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> None:
+def _missing(key: str, entry: FileEntry) -> ReleaseError:
+    return ReleaseError(f"{key}: expected a file of {entry.bytes:,} bytes in the bucket, got none")
+
+
+def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> StoredObject:
     """Raises ReleaseError unless the object has the entry's size and, by what the store knows of it, its hash."""
     stored = store.head(key)
     if stored is None:
-        raise ReleaseError(f"{key}: expected a file of {entry.bytes:,} bytes in the bucket, got none")
+        raise _missing(key, entry)
     if stored.bytes != entry.bytes:
         raise ReleaseError(f"{key}: expected {entry.bytes:,} bytes in the bucket, got {stored.bytes:,}")
     known = {sha256 for sha256 in (stored.sha256, stored.stored_sha256) if sha256 is not None}
@@ -182,6 +208,7 @@ def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> None:
         _require_content(store, key, entry)
     elif known != {entry.sha256}:
         raise ReleaseError(f"{key}: expected SHA-256 {entry.sha256} in the bucket, got {', '.join(sorted(known))}")
+    return stored
 
 
 def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:

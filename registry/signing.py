@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import shipreader.signatures as signatures
-from infra.errors import ReleaseError, SettingsError
-from infra.objectstore import ObjectStore, PreconditionFailed
+from infra.errors import PreconditionFailed, ReleaseError, SettingsError
+from infra.objectstore import ObjectStore
 from registry.keys import release_prefix
 from registry.release import MANIFEST, Manifest, canonical_json
 from shipreader.errors import ReaderError, Refused

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from infra.errors import ReleaseError
-from infra.objectstore import ObjectStore, PreconditionFailed
+from infra.errors import PreconditionFailed, ReleaseError
+from infra.objectstore import ObjectStore
 
 FILES_AT_ONCE = 8
 

@@ -90,5 +90,6 @@ def _publish_and_move(run: Run, registered: Registered, validated: Validated) ->
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,
         accept=accept,
+        etags=published.etags,
     )
     return pointer, published.sent_bytes

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from infra import objectstore
-from infra.errors import GateError, ReleaseError, ServiceError, SettingsError, StoreRefused
-from infra.objectstore import LOCAL_PART_BYTES, ObjectStore, PreconditionFailed
+from infra.errors import GateError, PreconditionFailed, ReleaseError, ServiceError, SettingsError, StoreRefused
+from infra.objectstore import LOCAL_PART_BYTES, ObjectStore
 from infra.settings import Settings
 from registry.channels import Accept, move_channel
 from registry.history import read_history
@@ -404,7 +404,7 @@ def test_without_checksums_in_the_store_files_are_read_back(
 
     proxy.add(Rule(Unchecked(()), "PUT"))
     store = connect(bucket, proxy.url)
-    assert not store.probe().checks_sha256
+    assert not store.probe().checks_bodies
     manifest = make_release(tmp_path / "release")
     with pytest.raises(ReleaseError, match=r"file3\.bin: expected SHA-256 .* when read back"):
         publish(store, tmp_path / "release", manifest)
@@ -637,7 +637,7 @@ def test_generations_go_on_after_somebody_deleted_the_pointer(
 ) -> None:
     first, second = (published(object_store, tmp_path / str(seed), seed) for seed in range(2))
     move(object_store, first)
-    object_store._delete(pointer_key(MODEL, CHANNEL))
+    object_store.delete(pointer_key(MODEL, CHANNEL))
     assert move(object_store, second).generation == 2
     assert len(read_history(object_store, MODEL, CHANNEL)) == 2
 

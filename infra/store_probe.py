@@ -1,0 +1,125 @@
+"""Can this store be trusted with promotion? Found out by trying, because some stores answer 200 and ignore conditions.
+
+Promotion stands on two promises: a PUT with `If-None-Match: *` creates or fails, and a PUT with `If-Match` replaces
+exactly the object it names or fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from infra.errors import PreconditionFailed, ShipError, StoreFault, StoreRefused
+
+RACERS = 8
+RACE_SECONDS = 60
+"""Until all racers have a thread."""
+PROBE_PREFIX = ".probe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreTraits:
+    """What `probe` found out about a store that keeps its promises."""
+
+    etag_quoted: bool
+    """If-Match wants the ETag in quotation marks, as HTTP says; False where only the bare one is understood."""
+    checks_bodies: bool
+    """A body that was damaged on the way is refused: by its checksum, or because it is not what was signed."""
+
+
+class Store(Protocol):
+    """What the probe needs of an object store."""
+
+    @property
+    def address(self) -> str: ...
+    def put_if(self, key: str, body: bytes, **condition: str) -> str: ...
+    def put_damaged(self, key: str, body: bytes, damaged: bytes) -> None: ...
+    def delete(self, key: str) -> None: ...
+
+
+def probe(store: Store) -> StoreTraits:
+    """Write a few small objects under `.probe/` and delete them; where deleting is not allowed they stay.
+
+    Raises StoreRefused with the promise that the store does not keep.
+    """
+    prefix = f"{PROBE_PREFIX}/{uuid.uuid4().hex}/"
+    keys = {name: f"{prefix}{name}" for name in ("conditions", "race", "damaged")}
+    # The race needs all of its threads at the same time as the two others.
+    with ThreadPoolExecutor(RACERS + 2, thread_name_prefix="probe") as pool:
+        quoted = pool.submit(_conditions, store, keys["conditions"])
+        checks = pool.submit(_checks_bodies, store, keys["damaged"])
+        try:
+            winners = _race(store, keys["race"], pool)
+            traits = StoreTraits(etag_quoted=quoted.result(), checks_bodies=checks.result())
+        finally:
+            # A write that is still under way would outlive its deletion.
+            wait([quoted, checks])
+            for done in [pool.submit(store.delete, key) for key in keys.values()]:
+                # A bucket may forbid deletion; the probe's own verdict matters more.
+                with contextlib.suppress(ShipError):
+                    done.result()
+    if winners != 1:
+        raise _refused(store, f"{RACERS} PUTs with If-None-Match: * at the same time had {winners} winners, not 1")
+    return traits
+
+
+def _conditions(store: Store, key: str) -> bool:
+    """Returns whether If-Match wants the ETag quoted."""
+    first = _put(store, key, b"1", "If-None-Match", IfNoneMatch="*")
+    if first is None:
+        raise _refused(store, "a PUT with If-None-Match: * failed although the key was new")
+    if _put(store, key, b"2", "If-None-Match", IfNoneMatch="*") is not None:
+        raise _refused(store, "a PUT with If-None-Match: * replaced an existing object")
+    for match in (first, first.strip('"')):
+        if _put(store, key, b"3", "If-Match", IfMatch=match) is not None:
+            break
+    else:
+        raise _refused(store, "a PUT with If-Match and the object's own ETag failed")
+    # The ETag was right a moment ago: the mistake that a slow promoter makes.
+    if _put(store, key, b"4", "If-Match", IfMatch=match) is not None:
+        raise _refused(store, "a PUT with a stale If-Match replaced the object")
+    return match.startswith('"')
+
+
+def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> int:
+    """Returns how many of the racers created the object."""
+    start = threading.Barrier(RACERS)
+
+    def race(racer: int) -> bool:
+        start.wait(timeout=RACE_SECONDS)
+        return _put(store, key, f"{racer}".encode(), "If-None-Match", IfNoneMatch="*") is not None
+
+    return sum(pool.map(race, range(RACERS)))
+
+
+def _checks_bodies(store: Store, key: str) -> bool:
+    try:
+        store.put_damaged(key, b"whole", b"whale")
+    except StoreFault as fault:
+        if fault.status != 400:
+            raise
+        return True
+    return False
+
+
+def _put(store: Store, key: str, body: bytes, header: str, **condition: str) -> str | None:
+    """The new ETag, or None when the condition was refused."""
+    try:
+        return store.put_if(key, body, **condition)
+    except PreconditionFailed:
+        return None
+    except StoreFault as fault:
+        if fault.status == 501:
+            raise _refused(store, f"it does not implement {header} on PUT") from fault
+        raise
+
+
+def _refused(store: Store, reason: str) -> StoreRefused:
+    return StoreRefused(
+        f"{store.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
+        "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW."
+    )
