@@ -89,9 +89,14 @@ def canonical_json(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def is_name(text: str) -> bool:
+    """Whether a model or channel can be called so: it becomes part of keys."""
+    return _NAME.fullmatch(text) is not None
+
+
 def require_name(kind: str, name: str) -> None:
     """Raises ReleaseError unless `name` can be a model or channel name: it becomes part of keys."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ReleaseError(
             f"{kind} name: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, got {name!r}"
         )

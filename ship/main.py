@@ -112,6 +112,19 @@ def sign(model: str, release: str) -> None:
 
 
 @app.command()
+def iam(
+    role: Annotated[str, typer.Argument(help="trainer, promoter, reader or gc.")],
+    model: Annotated[str, typer.Option(help="For this model alone.")] = "*",
+    channel: Annotated[str, typer.Option(help="For this channel alone.")] = "*",
+    kms_key: Annotated[str, typer.Option(help="ARN of the key of a bucket with SSE-KMS.")] = "",
+) -> None:
+    """Print the least-privilege IAM policy of a role on the bucket."""
+    from ship.iam import iam
+
+    iam(role, model, channel, kms_key)
+
+
+@app.command()
 def schema(markdown: bool = False) -> None:
     """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""
     import json

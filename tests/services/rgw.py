@@ -129,6 +129,7 @@ class RgwServer:
     """Short enough for sockets' names: about 60 characters."""
     port: int
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _may_set_policies: bool = False
 
     @property
     def url(self) -> str:
@@ -156,6 +157,24 @@ class RgwServer:
         keys = (f"--access-key={access_key}", f"--secret-key={secret_key}")
         user = ("user", "create", f"--uid={name}", f"--display-name={name}")
         self._call(self._tool("radosgw-admin"), "-n", "client.rgw", *user, *keys)
+
+    def put_user_policy(self, user: str, name: str, document: str) -> None:
+        """Attach an IAM policy to a user, as `aws iam put-user-policy` does."""
+        import boto3
+
+        if not self._may_set_policies:
+            self._call(
+                self._tool("radosgw-admin"), "-n", "client.rgw", "caps", "add", "--uid=test", "--caps=user-policy=*"
+            )
+            self._may_set_policies = True
+        client = boto3.client(
+            "iam",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+        )
+        client.put_user_policy(UserName=user, PolicyName=name, PolicyDocument=document)
 
     def kill(self) -> None:
         """SIGKILL to all three."""

@@ -1,0 +1,177 @@
+"""The generated policies on a store that enforces them: Ceph RGW. Each role does its work, and is denied the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.errors import SettingsError
+from infra.objectstore import ObjectStore, s3_client
+from infra.settings import Settings
+from registry.history import read_history
+from registry.iam import Role, policy
+from registry.keys import pointer_key, release_prefix
+from registry.pointer import read_pointer
+from registry.releases import publish, verify_release
+from shipreader.errors import Unavailable
+from shipreader.reader import Reader
+from tests.services.conftest import Connect
+from tests.services.foreign import tool_python
+from tests.services.rgw import RgwServer
+from tests.services.test_promotion import CHANNEL, MODEL, make_release, move, published
+from tests.services.test_signing import key_pair
+
+
+@pytest.fixture(scope="module")
+def store_url(rgw_server: RgwServer) -> str:
+    return rgw_server.url
+
+
+AsRole = Callable[..., ObjectStore]
+
+
+@pytest.fixture
+def as_role(
+    object_store: ObjectStore, rgw_server: RgwServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> AsRole:
+    """The bucket of `object_store` as a new user sees it who has these roles' policies and nothing else."""
+
+    def make(*roles: Role, model: str = "*", channel: str = "*") -> ObjectStore:
+        name = f"user-{uuid.uuid4().hex[:8]}"
+        rgw_server.create_user(name, f"key-{name}", f"secret-{name}")
+        for role in roles:
+            document = json.dumps(policy(role, object_store.bucket, model=model, channel=channel))
+            rgw_server.put_user_policy(name, role, document)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", f"key-{name}")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"secret-{name}")
+        return connect(object_store.bucket)
+
+    return make
+
+
+def denied(action: Callable[[], object]) -> None:
+    with pytest.raises(SettingsError, match=r"refused these credentials: cannot .* \(403 AccessDenied"):
+        action()
+
+
+def test_a_trainer_publishes_and_signs_but_moves_no_channel(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    live = published(object_store, tmp_path / "live")
+    before = move(object_store, live)
+    trainer = as_role(Role.TRAINER)
+    trainer.check()
+    manifest = make_release(tmp_path / "release", seed=1)
+    publish(trainer, tmp_path / "release", manifest, signing_key=key_pair(tmp_path))
+    assert verify_release(trainer, MODEL, manifest.release) == manifest
+    denied(lambda: move(trainer, manifest))
+    denied(lambda: move(trainer, manifest, channel="staging"))
+    key = pointer_key(MODEL, CHANNEL)
+    denied(lambda: trainer.replace(key, b"{}", before.etag))
+    denied(lambda: trainer.put_new(f"models/{MODEL}/history/{CHANNEL}/00000009.json", b"{}"))
+    denied(lambda: trainer.delete(release_prefix(MODEL, live.release) + "file0.bin"))
+    denied(lambda: trainer.delete(key))
+    assert read_pointer(object_store, MODEL, CHANNEL) == before
+
+
+def test_a_promoter_moves_its_channel_and_no_other_and_adds_to_no_release(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    releases = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
+    promoter = as_role(Role.PROMOTER, channel=CHANNEL)
+    # There, on, and back again.
+    for manifest in (*releases, releases[0]):
+        move(promoter, manifest)
+    assert [record.generation for record in read_history(promoter, MODEL, CHANNEL)] == [1, 2, 3]
+    denied(lambda: move(promoter, releases[0], channel="staging"))
+    denied(lambda: publish(promoter, tmp_path / "new", make_release(tmp_path / "new", seed=2)))
+    denied(lambda: promoter.delete(release_prefix(MODEL, releases[1].release) + "file0.bin"))
+
+
+def test_a_nightly_run_that_may_train_and_stage_cannot_touch_production(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    nightly = as_role(Role.TRAINER, Role.PROMOTER, channel="staging")
+    manifest = make_release(tmp_path / "release")
+    publish(nightly, tmp_path / "release", manifest)
+    assert move(nightly, manifest, channel="staging").generation == 1
+    denied(lambda: move(nightly, manifest))
+
+
+def test_a_reader_follows_its_channel_and_can_do_nothing_else(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    first, second = (published(object_store, tmp_path / str(seed), seed) for seed in range(2))
+    reader_store = as_role(Role.READER, model=MODEL, channel=CHANNEL)
+    client = s3_client(Settings.load())
+    reader = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "served", channel=CHANNEL, client=client)
+    with pytest.raises(Unavailable, match=r"403 .*does not exist, or these credentials may not read it"):
+        reader.pull()
+    # There, on, and back: conditional GETs and all, on RGW.
+    for generation, manifest in enumerate((first, first, second, first), 1):
+        move(object_store, manifest, channel=CHANNEL)
+        release = reader.pull()
+        assert release.id == manifest.release and release.generation == max(1, generation - 1)
+    staging = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "other", channel="staging", client=client)
+    move(object_store, first, channel="staging")
+    with pytest.raises(Unavailable, match="403"):
+        staging.pull()
+    denied(lambda: reader_store.list_keys("models/"))
+    denied(lambda: reader_store.put_new("models/digits/releases/x", b""))
+    denied(lambda: reader_store.put_new(".probe/x", b""))
+    denied(lambda: reader_store.delete(pointer_key(MODEL, CHANNEL)))
+    denied(lambda: reader_store.get(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))
+
+
+def test_a_collector_deletes_releases_but_moves_and_replaces_nothing(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    live, old, other = (published(object_store, tmp_path / str(seed), seed) for seed in range(3))
+    before = move(object_store, live)
+    collector = as_role(Role.COLLECTOR)
+    assert len(collector.list_keys(f"models/{MODEL}/releases/")) == 15
+    collector.put_new(f"models/{MODEL}/tombstones/{old.release}.json", b"{}")
+    collector.delete(release_prefix(MODEL, old.release) + "file0.bin")
+    denied(lambda: move(collector, other))
+    denied(lambda: collector.delete(pointer_key(MODEL, CHANNEL)))
+    denied(lambda: collector.delete(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))
+    denied(lambda: collector.put_new(release_prefix(MODEL, live.release) + "more", b""))
+    assert read_pointer(object_store, MODEL, CHANNEL) == before
+
+
+def test_a_user_without_a_policy_may_do_nothing(object_store: ObjectStore, as_role: AsRole, tmp_path: Path) -> None:
+    move(object_store, published(object_store, tmp_path / "release"))
+    nobody = as_role()
+    denied(lambda: nobody.get(pointer_key(MODEL, CHANNEL)))
+    denied(lambda: nobody.list_keys(""))
+
+
+def test_a_linter_of_iam_policies_has_nothing_to_say() -> None:
+    tool = tool_python("parliament==1.6.4", "setuptools==80.9.0")
+    documents = [
+        policy(role, "models", model=model, channel=channel, kms_key=kms_key)
+        for role in Role
+        for model, channel, kms_key in (
+            ("*", "*", ""),
+            ("digits", "prod", "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"),
+        )
+    ]
+    script = (
+        "import json, sys, parliament\n"
+        "for document in json.load(sys.stdin):\n"
+        "    policy = parliament.analyze_policy_string(json.dumps(document))\n"
+        "    for finding in policy.findings: print(finding)\n"
+        "print('done')\n"
+    )
+    done = subprocess.run([tool, "-c", script], input=json.dumps(documents), capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stdout + done.stderr
+    # It does find things.
+    wrong = json.dumps(
+        [{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:Fly", "Resource": "*"}]}]
+    )
+    assert "UNKNOWN_ACTION" in subprocess.run([tool, "-c", script], input=wrong, capture_output=True, text=True).stdout

@@ -1,0 +1,79 @@
+"""IAM policies as values. That a store denies what they do not allow is in tests/services/test_iam.py."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+
+import pytest
+
+from infra.errors import SettingsError
+from registry.iam import Role, policy
+
+RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channels/prod.json"
+HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"
+
+
+def allowed(role: Role, action: str, key: str, model: str = "*", channel: str = "*") -> bool:
+    arn = f"arn:aws:s3:::models-bucket/{key}"
+    return any(
+        f"s3:{action}" in statement["Action"] and any(fnmatch.fnmatchcase(arn, one) for one in statement["Resource"])
+        for statement in policy(role, "models-bucket", model=model, channel=channel)["Statement"]
+    )
+
+
+def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
+    expected = {
+        ("PutObject", RELEASE): {Role.TRAINER},
+        ("PutObject", POINTER): {Role.PROMOTER},
+        ("PutObject", HISTORY): {Role.PROMOTER},
+        ("PutObject", TOMBSTONE): {Role.TRAINER, Role.PROMOTER, Role.COLLECTOR},
+        ("DeleteObject", RELEASE): {Role.COLLECTOR},
+        ("DeleteObject", POINTER): set(),
+        ("DeleteObject", HISTORY): set(),
+        ("DeleteObject", TOMBSTONE): set(),
+        ("GetObject", RELEASE): set(Role),
+        ("GetObject", POINTER): set(Role),
+        ("GetObject", HISTORY): set(Role) - {Role.READER},
+    }
+    for (action, key), roles in expected.items():
+        assert {role for role in Role if allowed(role, action, key)} == roles, (action, key)
+
+
+def test_a_policy_for_one_model_and_channel_reaches_no_other() -> None:
+    for role, action in itertools.product(Role, ("GetObject", "PutObject", "DeleteObject")):
+        for key in (RELEASE, POINTER, HISTORY, TOMBSTONE):
+            assert not allowed(role, action, key, model="faces")
+        assert not allowed(role, action, "models/digits2/releases/r/model.onnx", model="digits")
+    assert allowed(Role.PROMOTER, "PutObject", POINTER, channel="prod")
+    assert not allowed(Role.PROMOTER, "PutObject", POINTER, channel="staging")
+    assert not allowed(Role.READER, "GetObject", POINTER, channel="staging")
+
+
+def test_nobody_gets_a_wildcard_action_or_the_whole_bucket() -> None:
+    for role in Role:
+        for statement in policy(role, "models-bucket", kms_key="arn:aws:kms:eu-west-1:1:key/k")["Statement"]:
+            assert not any("*" in action for action in statement["Action"])
+            assert not any(arn.endswith(("models-bucket/*", "models-bucket*", ":::*")) for arn in statement["Resource"])
+
+
+def test_readers_cannot_list() -> None:
+    assert "ListBucket" not in json.dumps(policy(Role.READER, "models-bucket"))
+
+
+def test_a_bucket_with_a_key_of_its_own_needs_the_key_too() -> None:
+    def actions(role: Role) -> list[str]:
+        statements = policy(role, "models-bucket", kms_key="arn:aws:kms:eu-west-1:1:key/k")["Statement"]
+        return [action for one in statements for action in one["Action"] if action.startswith("kms:")]
+
+    assert actions(Role.READER) == ["kms:Decrypt"]
+    assert actions(Role.TRAINER) == ["kms:Decrypt", "kms:GenerateDataKey"]
+
+
+@pytest.mark.parametrize("name", ["Digits", "a/b", "", "../x", "a*"])
+def test_names_that_no_model_or_channel_has_are_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="model: expected"):
+        policy(Role.READER, "models-bucket", model=name)
+    with pytest.raises(SettingsError, match="channel: expected"):
+        policy(Role.READER, "models-bucket", channel=name)
