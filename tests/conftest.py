@@ -60,6 +60,18 @@ def pytest_configure() -> None:
     os.environ.update(stack_environment(home, free_ports(3)))
 
 
+MACHINE_WIDE = ("test_several_hosts", "test_slurm")
+"""Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share fixtures, so they stay together when tests run side by side; the longest start first."""
+    for item in items:
+        group = "machine" if item.path.stem in MACHINE_WIDE else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.stem not in MACHINE_WIDE)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
 

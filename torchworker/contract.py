@@ -125,7 +125,7 @@ class Project(Message):
     """Absolute folder put first on the import path of worker processes."""
     model: Reference
     data: Reference
-    collate: Reference | None
+    collate: Reference | None = None
     """A callable collate(items) -> (inputs, target); torch's own when None."""
     loss: str | Reference
     """A name in LOSSES or a reference to a callable loss(outputs, targets) -> scalar tensor."""

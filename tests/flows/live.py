@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 
 from infra.objectstore import ObjectStore
@@ -15,10 +17,11 @@ def live(store: ObjectStore, model: str) -> tuple[int, str] | None:
 
 
 def orphans() -> list[str]:
-    """Worker processes on this machine whose flow process is gone."""
+    """Worker processes of this stack whose flow process is gone."""
     found = []
-    for process in psutil.process_iter(["cmdline", "ppid"]):
-        words = process.info["cmdline"] or []
-        if "torchworker.host" in words and process.info["ppid"] == 1:
+    for process in psutil.process_iter(["cmdline", "ppid", "environ"]):
+        words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        ours = environment.get("SHIP_HOME") == os.environ["SHIP_HOME"]
+        if "torchworker.host" in words and process.info["ppid"] == 1 and ours:
             found.append(" ".join(words))
     return found
