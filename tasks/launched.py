@@ -27,6 +27,7 @@ from registry import launcher_options as options
 from torchworker.contract import (
     EVENTS,
     FAILURE_FILES,
+    HUNG_FILES,
     LOST_CONNECTION,
     REQUEST,
     RESULT,
@@ -242,6 +243,8 @@ def _judge(out_dir: Path, spec: Spec, status: Status, logs: str) -> ShipError:
             shown = f"\n{failure.traceback}" if failure.traceback else ""
             return JobError(f"{failure.message} (rank {failure.rank}){shown}")
     message = status.blames
+    for path in sorted(out_dir.glob(HUNG_FILES)):
+        message = f"rank {path.name.removeprefix('hung-rank')} was silent for {path.read_text()} s and was killed"
     for failure in failures:
         if not message and LOST_CONNECTION not in failure.message:
             message = f"{failure.message} (rank {failure.rank})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -19,12 +20,14 @@ def announce(folder: Path, rank: int) -> None:
     _file(folder, rank).write_text(str(os.getpid()))
 
 
-def keep_beating(folder: Path, rank: int) -> None:
-    """Touch the heartbeat file every second from a thread."""
+def keep_beating(folder: Path, rank: int, watcher: int | None = None) -> None:
+    """Touch the heartbeat file every second from a thread. watcher: descriptor of `watch_this_process`, told too."""
     path = _file(folder, rank)
 
     def beat() -> None:
         while True:
+            if watcher is not None:
+                os.write(watcher, b".")
             time.sleep(BEAT_SECONDS)
             # The folder is gone when the run is over.
             with contextlib.suppress(OSError):
@@ -58,12 +61,41 @@ def start_watching(folder: Path, ranks: int, seconds: float) -> int:
             _kill_unannounced(folder, ranks, parent)
 
 
+def watch_this_process(folder: Path, rank: int, seconds: float) -> int:
+    """Fork a process that kills this one when, after a first beat, it is silent for longer than `seconds`.
+
+    For ranks on other machines, whose agent is torchrun's. Beats go through a pipe, so neither a shared file system nor
+    the clocks of machines have a say. Returns the descriptor for `keep_beating`.
+    """
+    reading, writing = os.pipe()
+    parent = os.getpid()
+    if os.fork():
+        os.close(reading)
+        return writing
+    die_with_parent(parent)
+    os.close(writing)
+    # Meeting the other ranks may take any time; from the first beat on there is no excuse.
+    alive = bool(os.read(reading, 4096))
+    while alive and select.select([reading], [], [], seconds)[0]:
+        alive = bool(os.read(reading, 4096))
+    if alive:
+        # The folder may be gone, or on a file system that is: the kill is what counts.
+        with contextlib.suppress(OSError):
+            _hung_file(folder, rank).write_text(f"{seconds:.0f}")
+        os.kill(parent, signal.SIGKILL)
+    os._exit(0)
+
+
+def _hung_file(folder: Path, rank: int) -> Path:
+    return folder / f"hung-rank{rank}"
+
+
 def _watch(path: Path, rank: int, seconds: float) -> None:
     if not path.exists():
         return
     age = time.time() - path.stat().st_mtime
     if age > seconds:
-        path.with_name(f"hung-rank{rank}").write_text(f"{age:.0f}")
+        _hung_file(path.parent, rank).write_text(f"{age:.0f}")
         os.kill(int(path.read_text()), signal.SIGKILL)
 
 

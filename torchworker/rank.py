@@ -16,7 +16,7 @@ from torchworker.address import choose_interface
 from torchworker.contract import LOST_CONNECTION, RESULT, Failure, Reply, TrainRequest, TrainResult
 from torchworker.device import backend_of, choose_device, enter_device, ranks_on_this_machine
 from torchworker.failure import failure_of, is_lost_connection
-from torchworker.heartbeat import announce, keep_beating
+from torchworker.heartbeat import announce, keep_beating, watch_this_process
 from torchworker.lifeline import die_with_parent
 from torchworker.loop import Loop
 from torchworker.project import enter
@@ -27,8 +27,11 @@ def failure_file(folder: Path, rank: int) -> Path:
     return folder / f"failure-rank{rank}.json"
 
 
-def run_rank(request_file: str, agent: int) -> TrainResult | None:
-    """Entry of one rank. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from torch's launcher."""
+def run_rank(request_file: str, agent: int, watcher: int | None = None) -> TrainResult | None:
+    """Entry of one rank. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from torch's launcher.
+
+    watcher: descriptor of `watch_this_process`, where no watcher of the agent looks after the rank.
+    """
     die_with_parent(agent)
     # A fork inherits the launcher's handlers, which raise: in the middle of user code that looked like its error.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
@@ -46,7 +49,7 @@ def run_rank(request_file: str, agent: int) -> TrainResult | None:
             timeout=timedelta(seconds=request.train.collective_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-        keep_beating(folder, rank)
+        keep_beating(folder, rank, watcher)
         enter(request.project)
         return Loop(request, device).fit()
     except (Exception, SystemExit) as error:
@@ -64,10 +67,13 @@ def _write_failure(path: Path, failure: Failure) -> None:
 def main() -> None:
     """Entry for torchrun on any machine: rank 0 also writes `result.json` into the run's folder."""
     request_file = sys.argv[1]
+    request = TrainRequest.read(Path(request_file))
+    folder = Path(request.folder)
+    # Before anything starts a thread.
+    watcher = watch_this_process(folder, int(os.environ["RANK"]), request.train.hang_seconds)
     choose_interface()
-    result = run_rank(request_file, os.getppid())
+    result = run_rank(request_file, os.getppid(), watcher)
     if result is not None:
-        folder = Path(TrainRequest.read(Path(request_file)).folder)
         Reply(result=dataclasses.asdict(result)).write(folder / RESULT)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.distributed.launched import Launched
@@ -99,6 +100,21 @@ def test_a_host_that_loses_power_is_named_within_seconds(lab: Lab, start: Start,
     assert ended["kind"] == "WorkerError"
     assert "host h2 was lost" in ended["error"]
     assert time.monotonic() - lost < 40
+    assert nothing_runs(lab)
+
+
+def test_a_rank_that_is_stopped_on_another_host_is_noticed_and_named(lab: Lab, start: Start, tmp_path: Path) -> None:
+    flow = start(write_project(tmp_path / "p", extra=SLOW, train=quick(300, hang_seconds=4, epochs=9)))
+    flow.until("event", "step")
+    # A host has process ids of its own, so look from outside. The rank's watcher is a fork of it, without threads.
+    on_host = [psutil.Process(pid) for pid in lab.running("h2")]
+    ranks = [process for process in on_host if process.cmdline()[1:4] == ["-u", "-m", "torchworker.rank"]]
+    (rank,) = [process for process in ranks if process.num_threads() > 1]
+    rank.suspend()
+    ended = flow.ended()
+
+    assert ended["kind"] == "WorkerError"
+    assert "rank 1 was silent for 4 s and was killed" in ended["error"]
     assert nothing_runs(lab)
 
 
