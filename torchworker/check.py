@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torchworker.project import (
     length_of,
     name_inputs,
     require_gradients,
+    require_one_shape,
     try_metric,
 )
 from torchworker.randomness import seed_everything
@@ -55,7 +57,10 @@ def check(request: CheckRequest) -> CheckResult:
     for split in ("validation", "train"):
         dataset = build_dataset(project, split)
         sizes[split] = length_of(dataset)
-        inputs, target = next(batches(dataset, settings.batch_size, project))
+        some = list(islice(batches(dataset, settings.batch_size, project), 2))
+        if split == "validation":
+            require_one_shape(some[0], some[-1], project)
+        inputs, target = some[0]
         with torch.no_grad():
             outputs = forward(model, inputs, project)
             value = compute_loss(loss, outputs, target, project)

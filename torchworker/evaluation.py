@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchworker.contract import Project
 from torchworker.device import place
 from torchworker.metrics import first_output, metric_sum
-from torchworker.project import Loss, call_metric, compute_loss, forward
+from torchworker.project import Loss, call_metric, compute_loss, forward, require_one_shape
 from torchworker.training_data import ValidationData
 
 Batch = tuple[Any, Tensor]
@@ -51,6 +51,9 @@ class Evaluation:
         rows = 0
         kept: list[tuple[Tensor, Tensor]] = []
         for batch, counted in self._batches():
+            if not self.samples:
+                # Now rather than after training, when artifacts are held against these samples.
+                require_one_shape(self._example, batch, self._project)
             inputs, target = place(batch, self._device, self._channels_last)
             outputs = forward(model, inputs, self._project)
             if not counted:

@@ -19,7 +19,7 @@ from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Proj
 from torchworker.failure import UserMistake, describe
 from torchworker.parity import compare
 from torchworker.probes import BATCHES, POOL, Inputs, Probe, probes, refusals, singles
-from torchworker.project import batches, forward, name_inputs, name_outputs
+from torchworker.project import batches, forward, name_inputs, name_outputs, require_one_shape
 from torchworker.signature import dims_of, input_specs
 
 
@@ -269,7 +269,10 @@ def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset
     from safetensors.torch import save_file
 
     parts: dict[str, list[Tensor]] = {}
+    first: Any = None
     for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
+        first = (inputs, target) if first is None else first
+        require_one_shape(first, (inputs, target), request.project)
         named = name_inputs(answers.model, inputs, request.project)
         probe = answers.complete(Probe(name="", group="", inputs=named))
         for part, tensors in (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from infra.errors import JobError
+from ship.check import check
 from tests.distributed.conftest import Train
 from tests.projects import write_project
 
@@ -163,6 +164,40 @@ def test_a_collate_function_makes_the_batches_everywhere(train: Train, tmp_path:
     assert 0 <= two.history[-1]["validation_accuracy"] <= 1
     # The fingerprint is of the items, so padding and batches do not change it.
     assert one.data_fingerprint == two.data_fingerprint
+
+
+def test_validation_batches_of_different_shapes_are_told_by_check_and_in_the_first_epoch(
+    train: Train, tmp_path: Path
+) -> None:
+    extra = """
+        from torch.nn.utils.rnn import pad_sequence
+        class Ragged:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index): return self.inner[index][0][: 4 if index == 40 else 3], self.inner[index][1]
+        original = build_dataset
+        def build_dataset(split):
+            return Ragged(original(split))
+        def pad(items):
+            return pad_sequence([item[0] for item in items], batch_first=True), torch.stack([item[1] for item in items])
+        class Sums(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(1, 3)
+            def forward(self, x):
+                return self.linear(x.sum(1, keepdim=True))
+        def build_model():
+            return Sums()
+    """
+    data = {"factory": "plain:build_dataset", "collate": "plain:pad"}
+    path = write_project(tmp_path / "p", extra=extra, data=data, train={"epochs": 2, "processes": 1, "batch_size": 32})
+    said = (
+        r"validation batches are of different shapes: samples of \[\[3\], \[\]\] and of \[\[4\], \[\]\]; pad them all"
+    )
+    with pytest.raises(JobError, match=said):
+        check(path)
+    with pytest.raises(JobError, match=said):
+        train(path)
 
 
 def test_an_item_that_cannot_be_fingerprinted_is_named_by_its_type(train: Train, tmp_path: Path) -> None:
