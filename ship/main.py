@@ -104,6 +104,21 @@ def pull(
 
 
 @app.command()
+def serve(
+    model: str,
+    channel: Channel = "prod",
+    to: Annotated[Path | None, typer.Option(help="Where releases are kept, as with pull.")] = None,
+    port: Annotated[int, typer.Option(help="HTTP on 127.0.0.1; the next two are gRPC and metrics.")] = 8080,
+    interval: Annotated[float, typer.Option(help="Seconds between looks at the channel.")] = 10.0,
+    batch_size: Annotated[int, typer.Option(help="Requests computed together at most; 1 turns batching off.")] = 64,
+) -> None:
+    """Serve what is live on a channel over HTTP (Open Inference Protocol, MLServer), and follow the channel."""
+    from ship.serve import serve
+
+    serve(model, channel, to, port, interval, batch_size)
+
+
+@app.command()
 def sign(model: str, release: str) -> None:
     """Sign a release that is in the bucket already, with the key that SHIP_SIGNING_KEY names."""
     from ship.sign import sign

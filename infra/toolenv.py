@@ -1,0 +1,48 @@
+"""Other people's programs in environments of their own, kept in the user's cache folder.
+
+For what cannot live beside us because it pins other versions of the same packages. Made once for each list of
+requirements, which should name versions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from infra.errors import ServiceError
+
+
+def cache_folder() -> Path:
+    """Where environments and downloads are kept; safe to delete."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-and-ship"
+
+
+def environment(name: str, requirements: Sequence[str], report: Callable[[str], None] = lambda line: None) -> Path:
+    """The interpreter of an environment that has exactly these requirements; made on first use.
+
+    report: told before the first use, which may take minutes. Raises ServiceError when pip cannot get them.
+    """
+    key = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
+    home = cache_folder() / f"{name}-{key}"
+    home.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may want the same at the same time.
+    with (home.parent / f"{home.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        python = home / "bin" / "python"
+        if not (home / "complete").exists():
+            report(f"setting up {name} in {home}, once")
+            shutil.rmtree(home, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+            done = subprocess.run(install, capture_output=True, text=True)
+            if done.returncode:
+                shutil.rmtree(home)
+                raise ServiceError(f"{name}: pip cannot install it here: {done.stderr.strip()[-1000:]}")
+            (home / "complete").touch()
+    return python

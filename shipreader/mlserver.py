@@ -1,0 +1,76 @@
+"""The folder from which MLServer serves the ONNX artifact of a pulled release.
+
+<repository>/<model>/model-settings.json    replaced by one rename; names the release's own folder, never `current`
+<repository>/<model>/onnx_model.py          what MLServer runs: a copy of the file beside this one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shipreader.errors import ReaderError
+from shipreader.records import Release
+
+BATCH_SIZE, BATCH_SECONDS = 64, 0.002
+"""At most so many requests are put together, and the first of them waits at most so long."""
+DATATYPES = {
+    "float16": "FP16", "float32": "FP32", "float64": "FP64", "bool": "BOOL",
+    "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
+    "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
+}  # fmt: skip
+
+
+def write_model(
+    repository: Path, release: Release, *, batch_size: int = BATCH_SIZE, batch_seconds: float = BATCH_SECONDS
+) -> Path:
+    """Make the model that MLServer loads from a repository folder this release; the path of its settings.
+
+    batch_size: 1 turns batching off, which is also off for models whose first dimension is not the batch. Raises
+    ReaderError for a release without ONNX or with a dtype that the protocol does not have.
+    """
+    folder = repository / release.model
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact = release.artifact("onnx")
+    inputs, outputs = (_tensors(release.manifest.signature[side]) for side in ("inputs", "outputs"))
+    settings: dict[str, Any] = {
+        "name": release.model,
+        "implementation": "onnx_model.OnnxModel",
+        "platform": "onnx",
+        "inputs": inputs,
+        "outputs": outputs,
+        # No version: MLServer then has the new one loaded before it lets go of the old one.
+        "parameters": {
+            "uri": str(artifact),
+            "extra": {"release": release.id, "generation": release.generation},
+        },
+    }
+    if batch_size > 1 and can_batch(release.manifest.signature):
+        settings |= {"max_batch_size": batch_size, "max_batch_time": batch_seconds}
+    shutil.copy(Path(__file__).with_name("onnx_model.py"), folder)
+    path = folder / "model-settings.json"
+    draft = path.with_name(".model-settings.json")
+    draft.write_text(json.dumps(settings, indent=1))
+    draft.replace(path)
+    return path
+
+
+def can_batch(signature: Mapping[str, Any]) -> bool:
+    """Whether the first dimension of every tensor, and no other, is one dynamic dimension: the batch."""
+    shapes = [tensor["shape"] for side in ("inputs", "outputs") for tensor in signature[side]]
+    first = {shape[0] if shape else 0 for shape in shapes}
+    others = [size for shape in shapes for size in shape[1:]]
+    return len(first) == 1 and isinstance(first.pop(), str) and not any(isinstance(size, str) for size in others)
+
+
+def _tensors(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for tensor in tensors:
+        if tensor["dtype"] not in DATATYPES:
+            raise ReaderError(f"{tensor['name']}: the Open Inference Protocol has no {tensor['dtype']}")
+        shape = [-1 if isinstance(size, str) else size for size in tensor["shape"]]
+        found.append({"name": tensor["name"], "datatype": DATATYPES[tensor["dtype"]], "shape": shape})
+    return found
