@@ -4,6 +4,7 @@
     ├── UserError             the user's own mistake: one message, no traceback, never retried
     │   ├── JobError          the job file or something it refers to
     │   ├── SettingsError     ports, addresses, credentials, buckets
+    │   ├── RequestError      what was asked for is not there, or cannot be done now
     │   └── GateError         a gate refused the candidate
     ├── ServiceError          Prefect, MLflow or the bucket did not answer: retried
     │   ├── StoreFault        the object store answered with a fault: its status says whether a retry can help
@@ -37,6 +38,10 @@ class JobError(UserError):
 
 class SettingsError(UserError):
     """An address, port, bucket or credential is not usable."""
+
+
+class RequestError(UserError):
+    """A command named something that is not there, or asked for what cannot be done as things are."""
 
 
 class GateError(UserError):

@@ -11,10 +11,13 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from infra import leftovers
 from infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
 from infra.multipart import Budget, PartsUpload, require_sha256
 from infra.settings import Settings
@@ -71,6 +74,8 @@ class ListedObject:
     bytes: int
     etag: str
     """Entity tag, in quotation marks as HTTP has it."""
+    modified: datetime
+    """When it was written, by the store's clock."""
 
 
 class ObjectStore:
@@ -150,6 +155,19 @@ class ObjectStore:
         """As `get`, but None also when the object still has this ETag."""
         return self._get(key, etag)
 
+    def get_versions(self, key: str) -> list[bytes]:
+        """Contents of a small object as they were, the newest first, where the bucket keeps versions; else the last."""
+        found = []
+        with self._translated(f"read the versions of {key}"):
+            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=key):
+                for item in page.get("Versions", []):
+                    if item["Key"] != key:
+                        continue
+                    reply = self._client.get_object(Bucket=self.bucket, Key=key, VersionId=item["VersionId"])
+                    with contextlib.closing(reply["Body"]) as body:
+                        found.append(body.read())
+        return found
+
     def head(self, key: str) -> StoredObject | None:
         """What is known about an object, or None when there is no such key."""
         with self._translated(f"look at {key}"):
@@ -179,8 +197,33 @@ class ObjectStore:
         with self._translated(f"list {prefix}"):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
-                    found[item["Key"]] = ListedObject(bytes=item["Size"], etag=_quoted(item["ETag"]))
+                    found[item["Key"]] = ListedObject(
+                        bytes=item["Size"], etag=_quoted(item["ETag"]), modified=item["LastModified"]
+                    )
         return dict(sorted(found.items()))
+
+    def now(self) -> datetime:
+        """The time by the store's clock, to the second; this machine's where the store does not say."""
+        with self._translated("ask for the time"):
+            headers = self._client.head_bucket(Bucket=self.bucket)["ResponseMetadata"]["HTTPHeaders"]
+        said = headers.get("date")
+        return parsedate_to_datetime(said) if said else datetime.now(UTC)
+
+    def list_folders(self, prefix: str, begin: str = "") -> list[str]:
+        """Names of the folders right below `prefix` that begin with `begin`, sorted, without the slash."""
+        found = []
+        with self._translated(f"list {prefix}"):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=prefix + begin, Delimiter="/"
+            )
+            for page in pages:
+                found += [item["Prefix"].removeprefix(prefix).rstrip("/") for item in page.get("CommonPrefixes", [])]
+        return sorted(found)
+
+    def has_any(self, prefix: str) -> bool:
+        """Whether there is any key with this prefix."""
+        with self._translated(f"list {prefix}"):
+            return bool(self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"))
 
     def hash(self, key: str) -> tuple[str, int] | None:
         """Read an object back: hexadecimal SHA-256 and size in bytes of what a reader gets; None without such a key."""
@@ -267,6 +310,25 @@ class ObjectStore:
             stored = self.head(key)
             etag = stored.etag if stored is not None else ""
         return _quoted(etag)
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        with self._translated(f"delete {key}"):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def ensure_upload_rule(self, days: int) -> str:
+        """Have the store drop multipart uploads that are not completed within some days; other rules stay.
+
+        Returns what is so now, in words. Stores that cannot, and credentials that may not, are no error.
+        """
+        return leftovers.ensure_upload_rule(self._client, self.bucket, self._translated, days)
+
+    def drop_uploads(self, prefix: str, older_than: timedelta, *, dry_run: bool = False) -> list[str]:
+        """Abort multipart uploads below a prefix that were begun long ago; returns their keys."""
+        begun_before = self.now() - older_than
+        return leftovers.drop_uploads(
+            self._client, self.bucket, self._translated, prefix, begun_before, dry_run=dry_run
+        )
 
     # ---- trust
 
@@ -356,10 +418,6 @@ class ObjectStore:
             # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
             preferred_transfer_client="classic",
         )
-
-    def delete(self, key: str) -> None:
-        with self._translated(f"delete {key}"):
-            self._client.delete_object(Bucket=self.bucket, Key=key)
 
     def _translated(self, action: str) -> contextlib.AbstractContextManager[None]:
         return _translated(action, self.address, self.bucket, self._is_local)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -27,3 +30,13 @@ def environment_lock() -> list[str]:
     """`name==version` of every installed distribution, sorted: what `pip freeze` would say."""
     found = {(item.metadata["Name"] or "").lower().replace("_", "-"): item.version for item in metadata.distributions()}
     return [f"{name}=={version}" for name, version in sorted(found.items()) if name]
+
+
+def who() -> str:
+    """The person and the machine that this process runs as: `ada@host`."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run under a number that has no name.
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

@@ -12,24 +12,33 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from infra.errors import PreconditionFailed, ReleaseError, ServiceError
 from infra.objectstore import ObjectStore
 from registry.history import first_generation, read_record, record, record_if_possible, record_key
 from registry.keys import pointer_key
-from registry.pointer import Pointer, read_pointer
+from registry.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
 from registry.release import Manifest
 from registry.releases import read_manifest, verify_release
+from registry.tombstones import SHORTEST_GRACE, State, boot_seconds, claim, read_tombstone
 
 MOVE_CONFLICTS = 50
 """How often a mover may find that another was faster."""
 MOVE_FAULTS = 5
 """How often in one move the store may not answer, or answer with a fault."""
 LONGEST_PAUSE_SECONDS = 1.0
+CLAIM_FRESH_SECONDS = 60.0
+"""A release that was claimed longer ago is claimed again before the move."""
+CLAIM_HOLDS_SECONDS = SHORTEST_GRACE.total_seconds() / 2
+"""Within this time after a claim no collector can have deleted the release; afterwards the mover looks again."""
 
-Accept = Callable[[Pointer | None, Manifest | None], None]
-"""Given what is live and its manifest, both None on an unused channel; raises GateError to keep it."""
+Accept = Callable[[Pointer | None, Manifest | None], Mapping[str, str] | None]
+"""Given what is live and its manifest, both None on an unused channel; raises GateError to keep it.
+
+Returns verdicts for the record of the move: gate to what was found, in words.
+"""
 
 
 def read_live(store: ObjectStore, model: str, channel: str) -> tuple[Pointer | None, Manifest | None]:
@@ -50,12 +59,15 @@ def move_channel(
     mlflow_version: str,
     accept: Accept | None,
     etags: Mapping[str, str] | None = None,
+    replacing: Callable[[Pointer | None], None] | None = None,
+    kind: str = PROMOTION,
+    verdicts: Mapping[str, str] | None = None,
 ) -> Pointer:
     """Make a published release live on a channel, once, atomically. Writes; can be repeated.
 
     `accept` is asked about what is live, and again whenever that has changed before our move; None asks nobody and
-    reads nothing of the live release, which may be broken. A channel that has this release already is left as it is.
-    etags: as in `verify_release`.
+    reads nothing of the live release, which may be broken. `replacing` is asked likewise, and about the pointer only.
+    A channel that has this release already is left as it is. etags: as in `verify_release`.
 
     Returns the pointer that this call, or an earlier one, wrote. It was live, but another mover may have followed.
     Raises ReleaseError when the release is incomplete or is not what `manifest` says, GateError from `accept`,
@@ -64,12 +76,16 @@ def move_channel(
     """
     store.probe()
     release, manifest_sha256 = manifest.release, manifest.sha256()
+    claim(store, model, release, publishing=False)
+    claimed = boot_seconds()
     stored = verify_release(store, model, release, etags=etags)
     if stored.sha256() != manifest_sha256:
         raise ReleaseError(f"release {release} of {model}: the bucket has the same files with another description")
     nonce = uuid.uuid4().hex
     tried: Pointer | None = None
+    replaced: Pointer | None = None
     accepted: str | None = None
+    found: Mapping[str, str] = {}
     acknowledged = False
     conflicts = faults = 0
     while True:
@@ -77,6 +93,8 @@ def move_channel(
             live = read_pointer(store, model, channel)
             if tried is not None and (mine := _outcome(store, tried, live)) is not None:
                 record_if_possible(store, mine)
+                if boot_seconds() - claimed > CLAIM_HOLDS_SECONDS and live == mine:
+                    _require_not_deleted(store, mine, replaced)
                 return mine
             if acknowledged:
                 raise ReleaseError(
@@ -88,8 +106,11 @@ def move_channel(
                 record(store, live)
                 if (live.release, live.manifest_sha256) == (release, manifest_sha256):
                     return live
-            if accept is not None and accepted != _version(live):
-                accept(live, _live_manifest(store, live))
+            if accepted != _version(live):
+                if replacing is not None:
+                    replacing(live)
+                if accept is not None:
+                    found = accept(live, _live_manifest(store, live)) or {}
                 accepted = _version(live)
             tried = Pointer(
                 model=model,
@@ -104,7 +125,13 @@ def move_channel(
                 reason=reason,
                 flow_run=flow_run,
                 mlflow_version=mlflow_version,
+                kind=kind,
+                verdicts={**(verdicts or {}), **found},
             )
+            if boot_seconds() - claimed > CLAIM_FRESH_SECONDS:
+                claim(store, model, release, publishing=False)
+                claimed = boot_seconds()
+            replaced = live
             _put_pointer(store, tried, live)
             # Read back at once: a 200 is believed when it is seen.
             acknowledged = True
@@ -126,6 +153,38 @@ def move_channel(
 # ---- below
 
 
+def _require_not_deleted(store: ObjectStore, mine: Pointer, replaced: Pointer | None) -> None:
+    """For a mover that stood still between its claim and its move: move back if the release is gone. Writes.
+
+    Raises ReleaseError in that case.
+    """
+    stone = read_tombstone(store, mine.model, mine.release)
+    if stone is None or stone.state in (State.KEPT, State.MARKED):
+        return
+    outcome = "nothing was live before, so this channel has no usable release now"
+    if replaced is not None:
+        back = replace(
+            replaced,
+            generation=mine.generation + 1,
+            previous=mine.release,
+            nonce=uuid.uuid4().hex,
+            moved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            reason=f"release {mine.release} was deleted by `ship gc` while its mover stood still",
+            kind=ROLLBACK,
+            verdicts={},
+        )
+        outcome = f"the channel went back to {replaced.release}"
+        try:
+            record(store, mine)
+            _put_pointer(store, back, mine)
+        except PreconditionFailed:
+            outcome = "another mover has followed"
+    raise ReleaseError(
+        f"{mine.model} {mine.channel}: release {mine.release} was deleted by `ship gc` while its mover stood still for "
+        f"more than {CLAIM_HOLDS_SECONDS / 60:.0f} minutes; {outcome}"
+    )
+
+
 def _outcome(store: ObjectStore, tried: Pointer, live: Pointer | None) -> Pointer | None:
     """The pointer as our attempt wrote it, when it took place: still live, or in the history if others followed."""
     if live is None or live.generation < tried.generation:
@@ -135,9 +194,9 @@ def _outcome(store: ObjectStore, tried: Pointer, live: Pointer | None) -> Pointe
     if live.generation == tried.generation:
         return None
     # Whoever replaced ours made sure first that it is there.
-    key = record_key(tried)
-    found = read_record(store, key)
-    return found if found.nonce == tried.nonce else None
+    key = record_key(tried.model, tried.channel, tried.generation)
+    recorded = read_record(store, key)
+    return recorded if recorded.nonce == tried.nonce else None
 
 
 def _put_pointer(store: ObjectStore, pointer: Pointer, live: Pointer | None) -> None:

@@ -82,6 +82,19 @@ def describe(
     return "\n\n".join([*intro, "\n\n\u00a0\n\n".join(sections)]).rstrip() + "\n"
 
 
+def in_short(verdicts: Sequence[Verdict]) -> dict[str, str]:
+    """One line a gate, for the record of a move: how many were evaluated, and the numbers."""
+    found: dict[str, str] = {}
+    for gate in dict.fromkeys(verdict.gate for verdict in verdicts):
+        of_gate = [verdict for verdict in verdicts if verdict.gate == gate]
+        numbers = sorted(verdict.measured for verdict in of_gate if verdict.measured is not None)
+        measured = f"{number(numbers[0])} to {number(numbers[-1])}" if numbers else "not measured"
+        passed = sum(verdict.passed for verdict in of_gate)
+        limits = ", ".join(dict.fromkeys(verdict.limit for verdict in of_gate))
+        found[gate] = f"{passed} of {len(of_gate)} passed, {measured} ({limits})"
+    return found
+
+
 def shorten(text: str, limit: int) -> str:
     """Cut `text` to at most `limit` characters, at the end of a line where there is one."""
     if len(text) <= limit:

@@ -27,13 +27,14 @@ def read_history(store: ObjectStore, model: str, channel: str) -> list[Pointer]:
     return [move for move in records if move.generation < live.generation] + [live]
 
 
-def record_key(pointer: Pointer) -> str:
-    return f"{history_prefix(pointer.model, pointer.channel)}{pointer.generation:08d}.json"
+def record_key(model: str, channel: str, generation: int) -> str:
+    return f"{history_prefix(model, channel)}{generation:08d}.json"
 
 
 def record(store: ObjectStore, pointer: Pointer) -> None:
     """Make sure that the history has this move. Writes; can be repeated."""
-    put_immutable(store, record_key(pointer), pointer.encode(), "record of another move")
+    key = record_key(pointer.model, pointer.channel, pointer.generation)
+    put_immutable(store, key, pointer.encode(), "record of another move")
 
 
 def record_if_possible(store: ObjectStore, pointer: Pointer) -> None:
@@ -42,6 +43,13 @@ def record_if_possible(store: ObjectStore, pointer: Pointer) -> None:
     except ServiceError as error:
         # The pointer holds the record, and the next mover or reader of the history uses that.
         _log.warning("generation %d is live; its copy in the history follows later: %s", pointer.generation, error)
+
+
+def find_record(store: ObjectStore, model: str, channel: str, generation: int) -> Pointer | None:
+    """The record of one move; None where the history lacks it, as it may lack the last move's for a moment."""
+    key = record_key(model, channel, generation)
+    found = store.get(key)
+    return None if found is None else decode_pointer(found[0], key)
 
 
 def read_record(store: ObjectStore, key: str) -> Pointer:

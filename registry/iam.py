@@ -68,7 +68,8 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
     elif role is Role.PROMOTER:
         statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history)))
     else:
-        statements.append(_allow("Collect", ["s3:DeleteObject"], keys(releases)))
+        statements.append(_allow("Collect", ["s3:DeleteObject", "s3:AbortMultipartUpload"], keys(releases)))
+        statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))
     return _document(statements, kms_key, writes=True)
 
 

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 
 from infra.errors import JobError
 from registry.export_options import Dynamic, Export
+from registry.keys import RESERVED_CHANNELS
 from registry.launcher_options import Launcher
 from registry.parity_options import Parity
 from registry.parts import Factory, Part, Target
@@ -49,9 +49,9 @@ class Gate(Part):
 
 
 def _is_channel(value: str) -> str:
-    """A channel other than prod is also an MLflow alias, and some of those are taken."""
-    if value in ("latest", "champion", "challenger") or re.fullmatch(r"v\d+", value):
-        raise ValueError("a channel that MLflow can have as an alias: not latest, champion, challenger or v and digits")
+    if RESERVED_CHANNELS.fullmatch(value):
+        taken = "latest, champion, challenger, previous or v and digits"
+        raise ValueError(f"a channel that MLflow can have as an alias: not {taken}")
     return value
 
 

@@ -3,13 +3,53 @@
 models/<model>/releases/<release>/<file>…              immutable
 models/<model>/releases/<release>/MANIFEST.json        written last: where it is, every file is
 models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
-models/<model>/channels/<channel>.json                 the pointer, the only key that is ever replaced
+models/<model>/channels/<channel>.json                 the pointer, what a reader follows
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
+models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
 """
 
 from __future__ import annotations
 
-from registry.release import require_name, require_release_id
+import re
+
+from infra.errors import RequestError
+from registry.release import is_name, require_name, require_release_id
+
+RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|v\d+")
+"""A channel other than prod is also an MLflow alias, and these are taken."""
+
+
+def require_channel(channel: str) -> None:
+    """Raises RequestError for names that cannot be both part of a key and an alias in MLflow, or are taken there."""
+    if not is_name(channel) or RESERVED_CHANNELS.fullmatch(channel):
+        raise RequestError(
+            "channel: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, and not latest, "
+            f"champion, challenger, previous or v and digits, which MLflow has other uses for; got {channel!r}"
+        )
+
+
+def releases_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/releases/"
+
+
+def channels_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/channels/"
+
+
+def histories_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/history/"
+
+
+def tombstones_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/tombstones/"
 
 
 def release_prefix(model: str, release: str) -> str:

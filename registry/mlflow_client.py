@@ -52,7 +52,7 @@ def check_reachable(tracking_uri: str) -> None:
         answer = httpx.get(
             f"{tracking_uri.rstrip('/')}/health",
             timeout=httpx.Timeout(2, connect=1),
-            verify=_tls_verification(),
+            verify=tls_verification(),
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
@@ -117,7 +117,7 @@ def without_credentials(uri: str) -> str:
     return urlunsplit(parts).rstrip("/") if parts.scheme in ("http", "https") else parts.scheme or uri
 
 
-def _tls_verification() -> bool | ssl.SSLContext:
+def tls_verification() -> bool | ssl.SSLContext:
     """The same certificates that mlflow trusts."""
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
         return False

@@ -23,6 +23,7 @@ import yaml
 from infra.errors import ReleaseError
 from registry.description import shorten
 from registry.mlflow_client import check_reachable, connect, translated, without_credentials
+from registry.mlflow_rest import TAG_RELEASE
 from registry.mlflow_runs import (
     BATCH_OF_METRICS,
     TAG_FLOW_RUN,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION_LIMIT = 5000
 """Characters that MLflow's database keeps of a version's description."""
-TAG_RELEASE = "release"
 
 _DIGEST_LENGTH = 36
 
@@ -144,12 +144,6 @@ def run_record(record: VersionRecord) -> RunRecord:
         note=record.description,
         started=record.started or (record.history[0].get("time") if record.history else None) or time.time(),
     )
-
-
-def set_alias(model: str, alias: str, version: str, tracking_uri: str) -> None:
-    """Point `models:/<model>@<alias>` at a version, in one step. Writes to MLflow. Raises ServiceError."""
-    with translated(f"setting alias {alias} of {model} to version {version}", tracking_uri):
-        connect(tracking_uri).set_registered_model_alias(model, alias, version)
 
 
 # ---- the steps of a registration

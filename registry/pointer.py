@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore
@@ -34,17 +36,31 @@ class Pointer:
     """Id of the flow run that moved it; empty outside a flow."""
     mlflow_version: str
     """Version of the model in MLflow; empty when it has none."""
+    kind: str = ""
+    """`rollback` for a move away from a release that disappointed; empty for a promotion."""
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    """What was proven before the move, by gate, in words."""
     etag: str = field(default="", compare=False)
     """The object's ETag when it was read; no part of the record."""
 
     def encode(self) -> bytes:
-        """The record as canonical JSON."""
-        record = {name: getattr(self, name) for name in _RECORD}
-        return canonical_json({"format": _POINTER_FORMAT, **record})
+        """The record as canonical JSON. The last two fields are left out when empty."""
+        record: dict[str, Any] = {name: getattr(self, name) for name in _TEXTS}
+        record |= {"format": _POINTER_FORMAT, "generation": self.generation, "previous": self.previous}
+        if self.kind:
+            record["kind"] = self.kind
+        if self.verdicts:
+            record["verdicts"] = dict(self.verdicts)
+        return canonical_json(record)
 
+
+PROMOTION, ROLLBACK = "", "rollback"
 
 _POINTER_FORMAT = 1
-_RECORD = tuple(item.name for item in fields(Pointer) if item.name != "etag")
+_TEXTS = (
+    *("model", "channel", "release", "manifest_sha256", "nonce"),
+    *("moved_at", "moved_by", "reason", "flow_run", "mlflow_version"),
+)
 
 
 def read_pointer(store: ObjectStore, model: str, channel: str) -> Pointer | None:
@@ -65,9 +81,15 @@ def decode_pointer(encoded: bytes, key: str) -> Pointer:
         document = json.loads(encoded)
         if document.get("format") != _POINTER_FORMAT:
             raise ReleaseError(f"{key}: expected format {_POINTER_FORMAT}, got {document.get('format')!r}")
-        pointer = Pointer(**{name: document[name] for name in _RECORD})
-        texts = [getattr(pointer, name) for name in _RECORD if name not in ("generation", "previous")]
-        texts.append(pointer.previous or "")
+        pointer = Pointer(
+            **{name: document[name] for name in _TEXTS},
+            generation=document["generation"],
+            previous=document["previous"],
+            kind=document.get("kind", PROMOTION),
+            verdicts=document.get("verdicts", {}),
+        )
+        texts = [pointer.previous or "", pointer.kind, *(getattr(pointer, name) for name in _TEXTS)]
+        texts += [text for item in pointer.verdicts.items() for text in item]
         if not all(isinstance(text, str) for text in texts) or type(pointer.generation) is not int:
             raise TypeError("a value of another type")
         if pointer.generation < 1:

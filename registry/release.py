@@ -20,6 +20,8 @@ from infra.errors import ReleaseError
 from registry.pickles import find_pickle
 
 MANIFEST = "MANIFEST.json"
+JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
+"""Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
 FORMAT = 1
 """Version of the manifest's layout."""
 RELEASE_ID_DIGITS = 20

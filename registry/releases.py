@@ -17,6 +17,7 @@ from infra.objectstore import ObjectStore, StoredObject
 from registry.keys import release_prefix
 from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, require_size, verify_folder
 from registry.signing import publish_signature
+from registry.tombstones import claim
 from registry.transfer import Meter, Progress, in_parallel, put_immutable
 
 
@@ -49,6 +50,7 @@ def publish(
     local file is not what the manifest says, or when the bucket holds other bytes under its name.
     """
     traits = store.probe()
+    claim(store, manifest.model, manifest.release, publishing=True)
     prefix = release_prefix(manifest.model, manifest.release)
     present = store.list_keys(prefix)
     complete = prefix + MANIFEST in present
@@ -89,17 +91,26 @@ def publish(
     )
 
 
-def verify_release(store: ObjectStore, model: str, release: str, *, etags: Mapping[str, str] | None = None) -> Manifest:
+def verify_release(
+    store: ObjectStore,
+    model: str,
+    release: str,
+    *,
+    etags: Mapping[str, str] | None = None,
+    read_back: bool = False,
+) -> Manifest:
     """Check that a release is complete: its manifest is its own, and every file is there with its size and hash.
 
     etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one listing
-    tells; without them each file is asked for the hash that the store knows of it. Downloads the manifest only. Raises
-    ReleaseError with the file, what was expected and what was found.
+    tells; without them each file is asked for the hash that the store knows of it. read_back: download and hash every
+    file instead, which finds what rotted in the store. Else only the manifest is downloaded. Raises ReleaseError with
+    the file, what was expected and what was found.
     """
     prefix = release_prefix(model, release)
     manifest = read_manifest(store, model, release)
     if etags is None:
-        in_parallel(lambda name: _require_object(store, prefix + name, manifest.files[name]), manifest.files)
+        require = _require_content if read_back else _require_object
+        in_parallel(lambda name: require(store, prefix + name, manifest.files[name]), manifest.files)
         return manifest
     listed = store.list_objects(prefix)
     for name, entry in manifest.files.items():

@@ -24,6 +24,7 @@ def up() -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
     from infra import stack
     from infra.settings import Settings
+    from ship.doctor import mirror_if_possible
 
     began = time.monotonic()
     settings = Settings.load()
@@ -36,6 +37,9 @@ def up() -> None:
         f"  bucket   {bucket}\n"
         f"  logs     {settings.home / 'logs'}"
     )
+    # What moved while MLflow was away.
+    for line in mirror_if_possible(settings):
+        typer.echo(line)
 
 
 @app.command()
@@ -87,7 +91,9 @@ def run(
     run(job, resume)
 
 
-Channel = Annotated[str, typer.Option(help="The channel to follow.")]
+Channel = Annotated[str, typer.Option(help="The channel: prod, staging, or any name.")]
+Why = Annotated[str, typer.Option(help="The reason, for the record.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -137,6 +143,104 @@ def iam(
     from ship.iam import iam
 
     iam(role, model, channel, kms_key)
+
+
+@app.command()
+def history(model: str, channel: Channel = "prod", as_json: Json = False) -> None:
+    """Show every move of a channel: when, who, from what to what, why, by which flow run, with which verdicts."""
+    from ship.history import history
+
+    history(model, channel, as_json)
+
+
+@app.command()
+def live(
+    model: str,
+    channel: Channel = "prod",
+    at: Annotated[
+        str, typer.Option(help='When: "2026-11-17 14:00", local time; or with +01:00, UTC or Europe/Berlin behind it.')
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Show what is live on a channel, or was at a time; exits with 1 when nothing was."""
+    from ship.history import live
+
+    live(model, channel, at, as_json)
+
+
+@app.command()
+def diff(
+    releases: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL] BEFORE AFTER", help="Releases: an id or its beginning, prod, prod~1, v7."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what changed between two releases: metrics, parity, latency, size, code, data, packages, job."""
+    from ship.diff import diff
+
+    diff(releases, as_json)
+
+
+@app.command()
+def rollback(
+    model: str,
+    why: Why,
+    channel: Channel = "prod",
+    to: Annotated[str, typer.Option(help="A release instead: an id or its beginning, prod~2, staging, v7.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Believe the store, read nothing back.")] = False,
+) -> None:
+    """Put back what was live before; going back twice goes back two releases."""
+    from ship.rollback import rollback
+
+    rollback(model, channel, to, why, quick)
+
+
+@app.command()
+def promote(
+    model: str,
+    why: Why,
+    source: Annotated[str, typer.Option("--from", help="A channel, or a release: an id or its beginning, v7.")],
+    to: Annotated[str, typer.Option(help="The channel that is moved.")] = "prod",
+    no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not ask the job's vs_live gates.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also a release that a rollback has just left.")] = False,
+) -> None:
+    """Put a release that is in the bucket already live on a channel."""
+    from ship.rollback import promote
+
+    promote(model, source, to, why, not no_gates, again)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="All models when left out.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be mended.")] = False,
+) -> None:
+    """Compare pointers, histories, releases and MLflow's aliases, and mend what takes no decision."""
+    from ship.doctor import doctor
+
+    doctor(model, dry_run)
+
+
+@app.command()
+def gc(
+    model: Annotated[str, typer.Argument(help="All models when left out.")] = "",
+    keep: Annotated[int, typer.Option(help="How many releases of each channel stay.")] = 5,
+    slowest_reader: Annotated[
+        str, typer.Option(help="How long a release stays after it went off, or in: 12h, 7d.")
+    ] = "7d",
+    grace: Annotated[str, typer.Option(help="Between mark and deletion; at least 1h.")] = "1d",
+    apply: Annotated[bool, typer.Option("--apply", help="Do it; without this, only say what would be done.")] = False,
+    delete_versions: Annotated[
+        bool, typer.Option("--delete-versions", help="In MLflow too, instead of a tag.")
+    ] = False,
+) -> None:
+    """Mark releases that nobody needs any more, and delete those that were marked long enough ago."""
+    from registry.retention import Policy
+    from ship.gc import duration, gc
+
+    reader, wait = duration("--slowest-reader", slowest_reader), duration("--grace", grace)
+    gc(model, Policy(keep_last=keep, slowest_reader=reader, grace=wait), apply, delete_versions)
 
 
 @app.command()

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 from dataclasses import dataclass
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from infra.errors import GateError
-from registry import mlflow_versions
+from infra.provenance import who
 from registry.channels import move_channel, read_live
+from registry.description import in_short
 from registry.gates import require_not_worse
-from registry.pointer import Pointer, read_pointer
+from registry.mirror import alias_of, follow, set_challenger
+from registry.moves import require_not_rolled_back
+from registry.pointer import Pointer
 from registry.release import Manifest
 from registry.releases import publish
 from tasks.policy import worth_retrying
 from tasks.register import Registered
 from tasks.run import Run
 from tasks.validate import Validated
-
-CHAMPION, CHALLENGER = "champion", "challenger"
-PRODUCTION = "prod"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +31,6 @@ class Promoted:
     pointer: Pointer
     sent_bytes: int
     alias: str
-
-
-def alias_of(channel: str) -> str:
-    """The MLflow alias that mirrors a channel: `champion` for prod, else the channel's own name."""
-    return CHAMPION if channel == PRODUCTION else channel
 
 
 @task(
@@ -50,30 +44,31 @@ def alias_of(channel: str) -> str:
 async def promote(run: Run, registered: Registered, validated: Validated) -> Promoted:
     """Publish, move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
-    Raises GateError when what is live by then is better than the job's `vs_live` allows; the version stays in
-    MLflow as the challenger.
+    Raises GateError when what is live by then is better than the job's `vs_live` allows, or when a rollback has just
+    taken this very release off; the version stays in MLflow as the challenger. MLflow decides nothing here: when it
+    does not answer, the release is live all the same and the alias follows later.
     """
     channel, name, uri = run.job.release.channel, run.job.name, run.settings.mlflow_url
+    log = get_run_logger()
     with run.timed("promote"):
         try:
             pointer, sent = await asyncio.to_thread(_publish_and_move, run, registered, validated)
         except GateError:
-            await asyncio.to_thread(mlflow_versions.set_alias, name, CHALLENGER, registered.version.version, uri)
+            for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
+                log.warning(warning)
             raise
-        alias = alias_of(channel)
-        # The pointer decides, and by now another run may have moved it on: the alias follows what is live.
-        live = await asyncio.to_thread(read_pointer, run.store, name, channel)
-        version = (live or pointer).mlflow_version
-        await asyncio.to_thread(mlflow_versions.set_alias, name, alias, version, uri)
-    get_run_logger().info(
+        for warning in await asyncio.to_thread(follow, run.store, name, channel, uri):
+            log.warning(warning)
+    log.info(
         "%s is live on %s: generation %d, release %s, %s bytes sent",
         name, channel, pointer.generation, pointer.release, f"{sent:,}",
     )  # fmt: skip
-    return Promoted(pointer=pointer, sent_bytes=sent, alias=alias)
+    return Promoted(pointer=pointer, sent_bytes=sent, alias=alias_of(channel))
 
 
 def _publish_and_move(run: Run, registered: Registered, validated: Validated) -> tuple[Pointer, int]:
     def accept(pointer: Pointer | None, live: Manifest | None) -> None:
+        require_not_rolled_back(registered.manifest.release, pointer)
         metrics = live.metrics if live is not None else None
         require_not_worse(run.job, validated.quality, metrics, pointer.release if pointer else "")
 
@@ -86,10 +81,11 @@ def _publish_and_move(run: Run, registered: Registered, validated: Validated) ->
         model=run.job.name,
         channel=run.job.release.channel,
         reason="all gates passed",
-        moved_by=getpass.getuser(),
+        moved_by=who(),
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,
         accept=accept,
         etags=published.etags,
+        verdicts=in_short(validated.result.verdicts),
     )
     return pointer, published.sent_bytes

@@ -20,15 +20,13 @@ from registry import mlflow_versions
 from registry.description import describe
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from registry.observation import Point, file_points
-from registry.release import Manifest, build_manifest
+from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from tasks.policy import worth_retrying
 from tasks.requests import run_params
 from tasks.run import Run
 from tasks.train import Trained
 from tasks.validate import Validated
 from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, TensorSpec
-
-JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,6 +129,27 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.kill()
 
 
+Versioned = Callable[[str], str]
+
+
+@pytest.fixture
+def versioned(mlflow_server: MlflowServer) -> Iterator[Versioned]:
+    """Make an MLflow version of the model `digits` that holds a release; afterwards the model is gone."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(mlflow_server.url)
+    client.create_registered_model("digits")
+    run = client.create_run("0").info
+
+    def make(release: str) -> str:
+        source = f"{run.artifact_uri}/model"
+        made = client.create_model_version("digits", source=source, run_id=run.run_id, tags={"release": release})
+        return str(made.version)
+
+    yield make
+    client.delete_registered_model("digits")
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -356,7 +356,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
             if reply.cut:
                 self.close_connection = True
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
+        do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = _serve
 
         def log_message(self, format: str, *arguments: object) -> None:
             pass

@@ -129,7 +129,7 @@ class Scene:
         assert again.generation == len(self.history) + 1 and again.previous == (old.release if old else None)
         assert read_pointer(self.direct, MODEL, CHANNEL) == again
         if old is not None:
-            assert read_record(self.direct, record_key(old)) == old
+            assert read_record(self.direct, record_key(MODEL, CHANNEL, old.generation)) == old
         self.history.append(again)
 
 

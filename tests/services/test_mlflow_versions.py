@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from infra.errors import ReleaseError, ServiceError, SettingsError
 from registry import mlflow_versions
 from registry.mlflow_client import check_reachable
+from registry.mlflow_rest import model_registry
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from tests.services.conftest import MlflowServer, free_port
 
@@ -175,7 +176,7 @@ def test_pages_of_version_and_run_are_linked(server: str, registered: Registered
 def test_the_alias_loads_and_predicts_like_onnxruntime(
     server: str, folder: Path, registered: RegisteredVersion
 ) -> None:
-    mlflow_versions.set_alias("digits", "champion", registered.version, server)
+    model_registry(server).set_alias("digits", "champion", registered.version)
     mlflow.set_tracking_uri(server)
     model = mlflow.pyfunc.load_model("models:/digits@champion")
     assert [tensor.name for tensor in model.metadata.signature.inputs] == ["image"]
@@ -196,7 +197,7 @@ def test_an_alias_moves_to_another_version(server: str, folder: Path) -> None:
         for release in ("a", "b")
     )
     for version in (first, second):
-        mlflow_versions.set_alias("moving", "champion", version.version, server)
+        model_registry(server).set_alias("moving", "champion", version.version)
         found = MlflowClient(server).get_model_version_by_alias("moving", "champion")
         assert found.version == version.version
 

@@ -1,0 +1,32 @@
+"""A release that is in the bucket already goes live on another channel."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from tasks.approval import approval
+from tasks.moves import Moved, ask, choose_existing, move_forward
+
+
+@flow(name="promote")
+async def promote(
+    model: str,
+    why: str,
+    source: str = "staging",
+    channel: str = "prod",
+    approve: bool = False,
+    gates: bool = True,
+    again: bool = False,
+    by: str = "",
+) -> Moved:
+    """Put what is live on `source` live on `channel`, after reading every byte of it back.
+
+    `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve` a person has to say
+    yes on this run's page first. `gates` asks the release's own `vs_live`; `again` allows a release that a rollback has
+    just left. `why` and `by` are for the record.
+    """
+    request = await ask(model, channel, why, by)
+    candidate = await choose_existing(request, source)
+    if approve:
+        candidate = await approval(request, candidate)
+    return await move_forward(request, candidate, gates, again)

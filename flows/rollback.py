@@ -1,0 +1,18 @@
+"""Back to a release that was live before."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from tasks.moves import Moved, ask, choose_earlier, move_back
+
+
+@flow(name="rollback")
+async def rollback(model: str, why: str, channel: str = "prod", to: str = "", by: str = "") -> Moved:
+    """Put back what was live before, after reading every byte of it back.
+
+    `to` names a release instead: an id, `prod~2`, `staging`, or `v7` in MLflow. `why` and `by` are for the record.
+    """
+    request = await ask(model, channel, why, by)
+    earlier = await choose_earlier(request, to)
+    return await move_back(request, earlier)

@@ -1,0 +1,61 @@
+"""Multipart uploads that were never completed: invisible in listings, and paid for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+RULE = "ship-incomplete-uploads"
+"""Id of our lifecycle rule in the bucket."""
+
+Translated = Callable[[str], contextlib.AbstractContextManager[None]]
+"""Turns what boto3 raises while something is done into our errors."""
+
+
+def ensure_upload_rule(client: S3Client, bucket: str, translated: Translated, days: int) -> str:
+    """See `ObjectStore.ensure_upload_rule`."""
+    rules: list[Any] = []
+    with translated("read the lifecycle rules"):
+        try:
+            rules = list(client.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"])
+        except client.exceptions.ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status != 404:
+                return f"not known: the store answers {status} to a question for its lifecycle rules"
+    if any("AbortIncompleteMultipartUpload" in rule and rule["Status"] == "Enabled" for rule in rules):
+        return "a rule of the bucket drops them"
+    rule: Any = {
+        "ID": RULE,
+        "Status": "Enabled",
+        "Filter": {"Prefix": ""},
+        "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": days},
+    }
+    with translated("write the lifecycle rules"):
+        try:
+            # Replaces all of them: there is no way to add one.
+            client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [*rules, rule]})
+        except client.exceptions.ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            return f"no rule: the store answers {status} to one; `ship gc` drops those of its models itself"
+    return f"a new rule of the bucket drops them after {days} days"
+
+
+def drop_uploads(
+    client: S3Client, bucket: str, translated: Translated, prefix: str, begun_before: datetime, *, dry_run: bool
+) -> list[str]:
+    """See `ObjectStore.drop_uploads`."""
+    dropped = []
+    with translated(f"list uploads below {prefix}"):
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get("Uploads", []):
+                if item["Initiated"] >= begun_before:
+                    continue
+                if not dry_run:
+                    client.abort_multipart_upload(Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
+                dropped.append(item["Key"])
+    return dropped

@@ -1,0 +1,258 @@
+"""Rollback, and promotion of a release that is in the bucket already: both verify the target before they move.
+
+All raise RequestError for what cannot be asked for, ReleaseError for a release that is damaged, and the errors of
+`move_channel`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from infra.errors import GateError, ReleaseError, RequestError, ShipError
+from infra.objectstore import ObjectStore
+from registry.channels import move_channel
+from registry.history import find_record
+from registry.keys import release_prefix, require_channel
+from registry.mirror import version_of
+from registry.mlflow_rest import model_registry
+from registry.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
+from registry.release import JOB, Manifest
+from registry.releases import verify_release
+from registry.timeline import rollback_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A release that is to go live on a channel, and what was live when that was decided."""
+
+    model: str
+    channel: str
+    release: str
+    mlflow_version: str
+    """Empty when nobody could tell."""
+    live: Pointer | None
+    """What it is to replace."""
+    expects_live: bool
+    """Given up when something else is live by then: nobody named the release, or this very move was approved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A target whose bytes are what its manifest says."""
+
+    target: Target
+    manifest: Manifest
+    verdicts: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mover:
+    """Who asks for a move, and why."""
+
+    by: str
+    why: str
+    flow_run: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.why.strip():
+            raise RequestError('why: expected a reason for the record, such as --why "errors since 14:00", got nothing')
+
+
+def choose_rollback(store: ObjectStore, model: str, channel: str, release: str | None, tracking_uri: str) -> Target:
+    """What a rollback goes back to: `release`, or what was live before this one. Reads only."""
+    require_channel(channel)
+    live = read_pointer(store, model, channel)
+    if release is not None:
+        _require_another(live, release)
+        return _target(store, model, channel, release, live, tracking_uri)
+    if live is None:
+        raise RequestError(f"{model}: nothing is live on {channel!r}, so there is nothing to go back from; use --to")
+    before = rollback_target(live, lambda generation: _record_of(store, model, channel, generation))
+    if before is None:
+        raise RequestError(
+            f"{model} {channel}: expected a release that was live before {live.release}, found none; name one with --to"
+        )
+    return Target(
+        model=model,
+        channel=channel,
+        release=before.release,
+        mlflow_version=before.mlflow_version,
+        live=live,
+        expects_live=True,
+    )
+
+
+def choose_promotion(store: ObjectStore, model: str, channel: str, release: str, tracking_uri: str) -> Target:
+    """An existing release for a channel. Reads only."""
+    require_channel(channel)
+    live = read_pointer(store, model, channel)
+    _require_another(live, release)
+    return _target(store, model, channel, release, live, tracking_uri)
+
+
+def verify_target(store: ObjectStore, target: Target, *, read_back: bool = True) -> Verified:
+    """Check every byte of the target, or with read_back=False what the store says of its files. Reads only."""
+    manifest = verify_release(store, target.model, target.release, read_back=read_back)
+    how = "read back and hashed" if read_back else "checked by what the store says of them"
+    said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
+    return Verified(target=target, manifest=manifest, verdicts={"bytes": said})
+
+
+def roll_back(store: ObjectStore, verified: Verified, mover: Mover) -> Pointer:
+    """Move the channel to the target. No gate is asked, and what is live may be broken.
+
+    RequestError when the target expects what was live, and something else went live meanwhile.
+    """
+    target = verified.target
+    return _move(store, verified, mover, kind=ROLLBACK, replacing=lambda live: _require_unchanged(target, live))
+
+
+def promote_existing(
+    store: ObjectStore,
+    verified: Verified,
+    mover: Mover,
+    *,
+    gates: bool = True,
+    again: bool = False,
+    verdicts: Mapping[str, str] | None = None,
+) -> Pointer:
+    """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`: GateError.
+
+    gates: False leaves them out, which the record says. again: also a release that a rollback has just left.
+    verdicts: more for the record.
+    """
+    target = verified.target
+    limits = _vs_live(store, target) if gates else None
+
+    def accept(live: Pointer | None, manifest: Manifest | None) -> Mapping[str, str]:
+        if limits is None or live is None or manifest is None:
+            return {"vs_live": "not asked" if limits is None else "nothing was live"}
+        return limits(verified.manifest.metrics, live, manifest)
+
+    def replacing(live: Pointer | None) -> None:
+        _require_unchanged(target, live)
+        if not again:
+            require_not_rolled_back(target.release, live)
+
+    return _move(
+        store,
+        verified,
+        mover,
+        kind=PROMOTION,
+        replacing=replacing,
+        accept=accept if gates else None,
+        verdicts={**(verdicts or {}), **({} if gates else {"vs_live": "not asked"})},
+    )
+
+
+def require_not_rolled_back(release: str, live: Pointer | None) -> None:
+    """Raises GateError when what is live is there because a rollback left `release`."""
+    if live is not None and live.kind == ROLLBACK and live.previous == release:
+        raise GateError(
+            f"{live.model} {live.channel}: release {release} was taken off by a rollback "
+            f"({live.moved_by}, {live.moved_at}: {live.reason}) and does not go live again by itself; "
+            f"`ship promote {live.model} --from {release[:8]} --to {live.channel} --again --why …` puts it back"
+        )
+
+
+def described(live: Pointer | None) -> str:
+    """One line on what is live: release, since when, by whom and why."""
+    if live is None:
+        return "nothing is live"
+    since = f"generation {live.generation}, {live.moved_at}, {live.moved_by}: {live.reason}"
+    return f"release {live.release} is live ({since})"
+
+
+# ---- below
+
+
+def _target(
+    store: ObjectStore, model: str, channel: str, release: str, live: Pointer | None, tracking_uri: str
+) -> Target:
+    try:
+        version = version_of(model_registry(tracking_uri), model, release, "") or ""
+    except ShipError:
+        # The record then names none, and the alias is found by the release, once MLflow is back.
+        version = ""
+    return Target(model=model, channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
+
+
+def _require_unchanged(target: Target, live: Pointer | None) -> None:
+    if target.expects_live and live != target.live:
+        raise RequestError(
+            f"{target.model} {target.channel}: not moved, because somebody else moved it meanwhile: {described(live)}. "
+            "Look again, then ask again if you still want to"
+        )
+
+
+def _require_another(live: Pointer | None, release: str) -> None:
+    if live is not None and live.release == release:
+        raise RequestError(f"{live.model} {live.channel}: {described(live)} already; nothing was moved")
+
+
+def _record_of(store: ObjectStore, model: str, channel: str, generation: int) -> Pointer:
+    move = find_record(store, model, channel, generation)
+    if move is None:
+        raise RequestError(
+            f"{model} {channel}: the record of generation {generation} is lost, so what was live before is not known; "
+            f"name a release with --to, or try `ship doctor {model}` first"
+        )
+    return move
+
+
+def _vs_live(
+    store: ObjectStore, target: Target
+) -> Callable[[Mapping[str, float], Pointer, Manifest], Mapping[str, str]]:
+    """The release's own gates against what is live. Raises GateError when they cannot be read."""
+    from pydantic import ValidationError
+
+    from registry.gates import require_not_worse
+    from registry.job import Job
+
+    key = release_prefix(target.model, target.release) + JOB
+    found = store.get(key)
+    try:
+        if found is None:
+            raise ReleaseError(f"{key}: expected the job that made the release, got none")
+        job = Job.model_validate(json.loads(found[0]))
+    except (ValidationError, ValueError, ReleaseError) as error:
+        raise GateError(
+            f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"
+        ) from None
+
+    def limits(metrics: Mapping[str, float], live: Pointer, manifest: Manifest) -> Mapping[str, str]:
+        require_not_worse(job, metrics, manifest.metrics, live.release)
+        gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
+        said = [f"{metric} {metrics[metric]:.4g} against {manifest.metrics[metric]:.4g}" for metric in gated]
+        return {"vs_live": f"{'; '.join(said) or 'no such gate'} (live {live.release})"}
+
+    return limits
+
+
+def _move(
+    store: ObjectStore,
+    verified: Verified,
+    mover: Mover,
+    *,
+    kind: str,
+    replacing: Callable[[Pointer | None], None],
+    accept: Callable[[Pointer | None, Manifest | None], Mapping[str, str]] | None = None,
+    verdicts: Mapping[str, str] | None = None,
+) -> Pointer:
+    target = verified.target
+    return move_channel(
+        store,
+        verified.manifest,
+        model=target.model,
+        channel=target.channel,
+        reason=mover.why,
+        moved_by=mover.by,
+        flow_run=mover.flow_run,
+        mlflow_version=target.mlflow_version,
+        accept=accept,
+        replacing=replacing,
+        kind=kind,
+        verdicts={**verified.verdicts, **(verdicts or {})},
+    )

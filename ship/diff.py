@@ -1,0 +1,58 @@
+"""`ship diff`: what changed between two releases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import typer
+
+from infra.errors import RequestError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.catalog import models, require_model
+from registry.comparison import Difference, compare
+from registry.gates import text_table
+from registry.references import GRAMMAR, resolve_release
+
+LONGEST = 60
+"""Characters shown of one value; --json has all of it."""
+
+
+def diff(words: Sequence[str], as_json: bool) -> None:
+    """Print the differences. words: `[MODEL] BEFORE AFTER`; the model may be left out where there is one only."""
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    model, before, after = _named(store, words)
+    require_model(store, model)
+    ids = [resolve_release(store, model, name, settings.mlflow_url) for name in (before, after)]
+    found = compare(store, model, *ids)
+    if as_json:
+        rows = [dataclasses.asdict(difference) for difference in found]
+        typer.echo(json.dumps({"model": model, "before": ids[0], "after": ids[1], "differences": rows}, indent=1))
+        return
+    typer.echo(f"{model}: {before} = {ids[0]}, {after} = {ids[1]}\n")
+    typer.echo(_table(found) if found else "no difference")
+
+
+def _named(store: ObjectStore, words: Sequence[str]) -> tuple[str, str, str]:
+    if len(words) == 3:
+        return words[0], words[1], words[2]
+    known = models(store)
+    if len(words) == 2 and len(known) == 1:
+        return known[0], words[0], words[1]
+    raise RequestError(
+        f"expected `ship diff MODEL BEFORE AFTER`, got {' '.join(words)!r}; models: {', '.join(known) or 'none'}. "
+        f"A release is {GRAMMAR}"
+    )
+
+
+def _table(found: Sequence[Difference]) -> str:
+    rows = [(one.group, _short(one.name), _short(one.before), _short(one.after), one.change) for one in found]
+    return text_table(("", "", "before", "after", "change"), rows)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -1,0 +1,48 @@
+"""`ship doctor`: what is wrong in the bucket and in MLflow, and mended where that takes no decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import typer
+
+from infra.errors import ShipError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.catalog import models, require_model
+from registry.doctor import examine
+from registry.mirror import mirror_all
+
+
+def doctor(model: str, dry_run: bool) -> None:
+    """Examine one model, or all. Exits with 1 when something is left that people have to mend."""
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    if model:
+        require_model(store, model)
+    names = [model] if model else models(store)
+    mended = left = 0
+    for name in names:
+        for finding in examine(store, name, settings.mlflow_url, dry_run=dry_run):
+            done = ("would mend" if dry_run else "mended") if finding.can_mend else "to do"
+            typer.echo(f"{done:<10}  {finding.what}")
+            mended += finding.can_mend
+            left += not finding.can_mend
+    examined = f"{len(names)} model{'s' if len(names) != 1 else ''} examined"
+    typer.echo(
+        f"{examined}: {mended} {'to mend' if dry_run else 'mended'}, {left} left to people"
+        if mended or left
+        else f"{examined}: all well"
+    )
+    if left or (dry_run and mended):
+        raise typer.Exit(1)
+
+
+def mirror_if_possible(settings: Settings) -> Iterator[str]:
+    """After `ship up`: MLflow's aliases as the pointers have them, in words; no reason to fail."""
+    try:
+        done = mirror_all(ObjectStore.from_settings(settings), settings.mlflow_url)
+    except ShipError as error:
+        yield f"the MLflow aliases were not compared with the channels: {error}"
+        return
+    yield from (f"mended: {change}" for change in done.changed)

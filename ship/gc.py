@@ -1,0 +1,81 @@
+"""`ship gc`: releases that nobody needs any more are marked, and deleted after a grace."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from datetime import timedelta
+
+import typer
+
+from infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.catalog import models, require_model
+from registry.description import file_size
+from registry.retention import Decision, Policy, Step, carry_out, decide, tell_mlflow
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+WILL = {Step.MARK: "would mark", Step.DELETE: "would delete", Step.UNMARK: "would unmark"}
+DID = {Step.MARK: "marked", Step.DELETE: "deleted", Step.UNMARK: "unmarked"}
+
+
+def duration(option: str, text: str) -> timedelta:
+    """`90m`, `12h`, `7d`. Raises RequestError naming the option."""
+    found = re.fullmatch(r"(\d{1,6})([smhdw])", text)
+    if found is None:
+        raise RequestError(f"{option}: expected a number and one of s, m, h, d, w, such as 7d; got {text!r}")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
+    """Say what would be done with every release, or do it. Exits with 1 when something could not be done."""
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    if model:
+        require_model(store, model)
+    if apply:
+        store.probe()
+    failed = False
+    for name in [model] if model else models(store):
+        try:
+            failed |= _model(store, name, policy, apply)
+        except ReleaseError as error:
+            typer.echo(f"{name}: nothing was touched: {error}", err=True)
+            failed = True
+            continue
+        for key in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
+            typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {key}")
+        if apply:
+            try:
+                for line in tell_mlflow(store, name, settings.mlflow_url, delete_versions=delete_versions):
+                    typer.echo(f"{name}: {line}")
+            except (ServiceError, SettingsError) as error:
+                typer.echo(f"{name}: MLflow's versions are marked by a later `ship gc`: {error}", err=True)
+    if apply:
+        typer.echo(f"incomplete uploads: {store.ensure_upload_rule(max(1, policy.slowest_reader.days))}")
+    else:
+        typer.echo("Nothing was changed; --apply does it.")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _model(store: ObjectStore, model: str, policy: Policy, apply: bool) -> bool:
+    """Print one model's releases, and with `apply` do what is said. Returns whether something was not done."""
+    counted: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for decision in decide(store, model, policy):
+        refusal = carry_out(store, model, decision) if apply else None
+        word = "not done" if refusal is not None else _word(decision, apply)
+        counted[word] += 1
+        sizes[word] += decision.bytes
+        typer.echo(
+            f"{model}  {decision.release}  {file_size(decision.bytes):>9}  {word:<12}  {refusal or decision.why}"
+        )
+    said = ", ".join(f"{count} {word} ({file_size(sizes[word])})" for word, count in counted.items())
+    typer.echo(f"{model}: {said or 'no releases'}")
+    return counted["not done"] > 0
+
+
+def _word(decision: Decision, apply: bool) -> str:
+    return (DID if apply else WILL).get(decision.step, decision.step.value)

@@ -1,0 +1,110 @@
+"""`ship history` and `ship live`: every move of a channel, and what was live when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import typer
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.catalog import channels, require_model
+from registry.history import read_history
+from registry.pointer import Pointer, read_pointer
+from registry.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
+
+UNKNOWN = "unknown"
+
+
+def history(model: str, channel: str, as_json: bool) -> None:
+    """Print every move of a channel, the newest first. Exits with 1 when there is none."""
+    store = ObjectStore.from_settings(Settings.load())
+    require_model(store, model)
+    moves = read_history(store, model, channel)
+    if as_json:
+        typer.echo(json.dumps([json.loads(move.encode()) for move in moves], indent=1))
+    elif moves:
+        _print_moves(moves)
+    if not moves:
+        typer.echo(f"{model}: {channel} was never moved; channels: {_known(store, model)}", err=True)
+        raise typer.Exit(1)
+    if lost := holes(moves):
+        numbers = ", ".join(map(str, lost))
+        typer.echo(
+            f"The records of generations {numbers} are lost; `ship doctor {model}` rebuilds what it can.", err=True
+        )
+
+
+def live(model: str, channel: str, at: str, as_json: bool) -> None:
+    """Print what is live, or was at a time. Exits with 1 when nothing was."""
+    store = ObjectStore.from_settings(Settings.load())
+    when = parse_time(at) if at else None
+    require_model(store, model)
+    moves: Sequence[Pointer] = []
+    if when is None:
+        found = read_pointer(store, model, channel)
+    else:
+        moves = read_history(store, model, channel)
+        found = live_at(moves, when)
+    asked = f"at {_both(when)}" if when else "now"
+    if as_json:
+        typer.echo(json.dumps(json.loads(found.encode()) if found else None, indent=1))
+    elif found is not None:
+        typer.echo(_told(found, asked, moves))
+    if when is not None and (unknown := doubts(moves, found)):
+        numbers = ", ".join(map(str, unknown))
+        typer.echo(f"It is not known when generations {numbers} went live: they may have been live then.", err=True)
+    for earlier, later in disordered(moves):
+        typer.echo(
+            f"The clocks disagree: generation {later.generation} says {later.moved_at}, "
+            f"before generation {earlier.generation} ({earlier.moved_at}).",
+            err=True,
+        )
+    if found is None:
+        first = f"; the first move was at {_both(moved_at(moves[0]))}" if moves else ""
+        typer.echo(f"{model}: nothing was live on {channel} {asked}{first}; channels: {_known(store, model)}", err=True)
+        raise typer.Exit(1)
+
+
+def _known(store: ObjectStore, model: str) -> str:
+    return ", ".join(channels(store, model)) or "none"
+
+
+def _both(time: datetime | None) -> str:
+    """A time in this machine's zone and in UTC."""
+    if time is None:
+        return UNKNOWN
+    local = time.astimezone()
+    return f"{local:%Y-%m-%d %H:%M:%S %z} ({time.astimezone(UTC):%H:%M:%S} UTC)"
+
+
+def _told(move: Pointer, asked: str, moves: Sequence[Pointer]) -> str:
+    until = next((later for later in moves if later.generation == move.generation + 1), None)
+    lines = [
+        f"{move.model} {move.channel} {asked}: release {move.release}",
+        f"  since     {_both(moved_at(move))}, generation {move.generation}",
+        *([f"  until     {_both(moved_at(until))}, generation {until.generation}"] if until else []),
+        f"  by        {move.moved_by}{', a rollback' if move.kind else ''}",
+        f"  why       {move.reason}",
+        f"  before    {move.previous or 'nothing'}",
+        *([f"  version   {move.mlflow_version} in MLflow"] if move.mlflow_version else []),
+        *([f"  flow run  {move.flow_run}"] if move.flow_run else []),
+        *(f"  {gate:<8}  {said}" for gate, said in move.verdicts.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _print_moves(moves: Sequence[Pointer]) -> None:
+    """One line a move, the newest first, and below it what does not fit there."""
+    width = len(str(moves[-1].generation))
+    for move in reversed(moves):
+        time = moved_at(move)
+        when = f"{time.astimezone():%Y-%m-%d %H:%M:%S %z}" if time else UNKNOWN
+        what = f"{move.release} replaced {move.previous or 'nothing'}"
+        typer.echo(f"{move.generation:>{width}}  {when}  {what}  {move.moved_by or UNKNOWN}")
+        details = {move.kind or "why": move.reason, "flow run": move.flow_run, **move.verdicts}
+        for name, said in details.items():
+            if said:
+                typer.echo(f"{'':{width}}    {name}: {said}")

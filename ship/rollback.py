@@ -1,0 +1,63 @@
+"""`ship rollback` and `ship promote`: move a channel to a release that is in the bucket already.
+
+Without Prefect, and without importing mlflow: in an incident every second counts.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from infra.objectstore import ObjectStore
+from infra.provenance import who
+from infra.settings import Settings
+from registry.catalog import require_model
+from registry.mirror import follow
+from registry.moves import (
+    Mover,
+    Verified,
+    choose_promotion,
+    choose_rollback,
+    promote_existing,
+    roll_back,
+    verify_target,
+)
+from registry.pointer import Pointer
+from registry.references import resolve_release
+
+
+def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
+    """Go back to what was live before, or to the release that `to` names."""
+    mover = Mover(by=who(), why=why)
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    require_model(store, model)
+    release = resolve_release(store, model, to, settings.mlflow_url) if to else None
+    target = choose_rollback(store, model, channel, release, settings.mlflow_url)
+    verified = verify_target(store, target, read_back=not quick)
+    _finish(settings, store, verified, roll_back(store, verified, mover))
+
+
+def promote(model: str, source: str, channel: str, why: str, gates: bool, again: bool) -> None:
+    """Put the release that `source` names live on a channel."""
+    mover = Mover(by=who(), why=why)
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    require_model(store, model)
+    release = resolve_release(store, model, source, settings.mlflow_url)
+    target = choose_promotion(store, model, channel, release, settings.mlflow_url)
+    verified = verify_target(store, target)
+    pointer = promote_existing(store, verified, mover, gates=gates, again=again)
+    _finish(settings, store, verified, pointer)
+
+
+def _finish(settings: Settings, store: ObjectStore, verified: Verified, pointer: Pointer) -> None:
+    """Let MLflow follow, and say what happened."""
+    warnings = follow(store, pointer.model, pointer.channel, settings.mlflow_url)
+    typer.echo(
+        f"{pointer.model} {pointer.channel}: release {pointer.release} is live, generation {pointer.generation}\n"
+        f"  replaced  {pointer.previous or 'nothing'}\n"
+        f"  by        {pointer.moved_by}: {pointer.reason}\n"
+        f"  bytes     {verified.verdicts['bytes']}"
+    )
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)

@@ -1,0 +1,134 @@
+"""The steps of a rollback, and of promoting a release that is in the bucket already."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from dataclasses import dataclass
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from infra.objectstore import ObjectStore
+from infra.provenance import who
+from infra.settings import Settings
+from registry.catalog import require_model
+from registry.mirror import follow
+from registry.moves import (
+    Mover,
+    Verified,
+    choose_promotion,
+    choose_rollback,
+    described,
+    promote_existing,
+    roll_back,
+    verify_target,
+)
+from registry.pointer import Pointer
+from registry.references import resolve_release
+from tasks.policy import quiet_mistakes, worth_retrying
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for, by whom and why, and where the services are."""
+
+    model: str
+    channel: str
+    mover: Mover
+    settings: Settings
+    store: ObjectStore
+
+
+Moved = Pointer
+"""What a move leaves behind: the pointer it wrote."""
+
+
+@task(name="ask", task_run_name="ask", cache_policy=NO_CACHE)
+async def ask(model: str, channel: str, why: str, by: str) -> Request:
+    """Check that the model is there and that a reason is given. by: the worker's account when empty."""
+    quiet_mistakes()
+    mover = Mover(by=by or who(), why=why, flow_run=str(flow_run.get_id() or ""))
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    await asyncio.to_thread(require_model, store, model)
+    return Request(model=model, channel=channel, mover=mover, settings=settings, store=store)
+
+
+@task(
+    name="choose-rollback",
+    task_run_name="choose",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def choose_earlier(request: Request, to: str) -> Verified:
+    """What was live before, or the release that `to` names; every byte of it is read back."""
+    return await asyncio.to_thread(_choose_earlier, request, to)
+
+
+def _choose_earlier(request: Request, to: str) -> Verified:
+    uri = request.settings.mlflow_url
+    release = resolve_release(request.store, request.model, to, uri) if to else None
+    return verify_target(request.store, choose_rollback(request.store, request.model, request.channel, release, uri))
+
+
+@task(
+    name="choose-promotion",
+    task_run_name="choose",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def choose_existing(request: Request, source: str) -> Verified:
+    """The release that `source` names; every byte of it is read back."""
+    return await asyncio.to_thread(_choose_existing, request, source)
+
+
+def _choose_existing(request: Request, source: str) -> Verified:
+    uri = request.settings.mlflow_url
+    release = resolve_release(request.store, request.model, source, uri)
+    return verify_target(request.store, choose_promotion(request.store, request.model, request.channel, release, uri))
+
+
+@task(
+    name="move-back",
+    task_run_name="move",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def move_back(request: Request, verified: Verified) -> Moved:
+    """Move the channel, once, atomically, and let MLflow's aliases follow."""
+    pointer = await asyncio.to_thread(roll_back, request.store, verified, request.mover)
+    return await _tell(request, pointer)
+
+
+@task(
+    name="move-forward",
+    task_run_name="move",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
+    """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError."""
+    pointer = await asyncio.to_thread(
+        promote_existing, request.store, verified, request.mover, gates=gates, again=again
+    )
+    return await _tell(request, pointer)
+
+
+async def _tell(request: Request, pointer: Pointer) -> Moved:
+    log = get_run_logger()
+    log.info("%s %s: %s", pointer.model, pointer.channel, described(pointer))
+    follows = (request.store, pointer.model, pointer.channel, request.settings.mlflow_url)
+    for warning in await asyncio.to_thread(follow, *follows):
+        log.warning(warning)
+    # Results hold no ETag: it belongs to the moment it was read.
+    return dataclasses.replace(pointer, etag="")

@@ -1,0 +1,170 @@
+"""Rollback and promotion as flows on the worker, with a person's approval through Prefect's API."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.mlflow_rest import RestRegistry
+from registry.pointer import ROLLBACK, Pointer, read_pointer
+from registry.release import Manifest
+from tests.conftest import Command
+from tests.projects import write_project
+from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.services.test_promotion import move
+from tests.services.test_rollback import with_job
+
+
+@pytest.fixture
+def releases(store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """Two releases of a model of its own on staging, the first of them on prod."""
+    model = f"moves-{uuid.uuid4().hex[:8]}"
+    made = []
+    for number, accuracy in enumerate((0.97, 0.98)):
+        made.append(with_job(store, tmp_path / str(number), accuracy, model=model))
+        move(store, made[-1], model=model, channel="staging", mlflow_version="")
+    move(store, made[0], model=model, mlflow_version="")
+    return made
+
+
+def live(store: ObjectStore, model: str) -> Pointer:
+    pointer = read_pointer(store, model, "prod")
+    assert pointer is not None
+    return pointer
+
+
+class Api:
+    """Prefect's REST API."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.http = httpx.Client(base_url=settings.prefect_api_url, timeout=30, trust_env=False)
+
+    def start(self, flow: str, **parameters: Any) -> str:
+        deployment = self.http.get(f"/deployments/name/{flow}/{flow}").raise_for_status().json()
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        made = self.http.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
+        return str(made.raise_for_status().json()["id"])
+
+    def wait(self, run: str, *states: str) -> dict[str, Any]:
+        """The run, once it is in one of these states."""
+        deadline = time.monotonic() + 120
+        while True:
+            found: dict[str, Any] = self.http.get(f"/flow_runs/{run}").raise_for_status().json()
+            if found["state_name"] in states:
+                return found
+            assert found["state_type"] not in ("COMPLETED", "FAILED", "CRASHED"), found["state"]["message"]
+            assert time.monotonic() < deadline, found["state"]
+            time.sleep(0.3)
+
+    def answer(self, run: str, **values: Any) -> None:
+        for _ in range(20):
+            reply = self.http.post(f"/flow_runs/{run}/resume", json={"run_input": values})
+            if reply.status_code < 500:
+                break
+            # SQLite behind a busy server: "database is locked".
+            time.sleep(0.5)
+        assert reply.raise_for_status().json()["status"] == "ACCEPT", reply.text
+
+
+@pytest.fixture
+def api(stack: Settings) -> Api:
+    return Api(stack)
+
+
+def test_the_rollback_deployment_puts_back_what_was_live(
+    releases: list[Manifest], command: Command, store: ObjectStore
+) -> None:
+    first, second = releases
+    move(store, second, model=first.model, mlflow_version="")
+    words = ["-p", f"model={first.model}", "-p", "why=errors since 14:00", "-p", "by=ada"]
+    ended = command("prefect", "deployment", "run", "rollback", *words, "--watch")
+    assert ended.status == 0, ended.text
+    pointer = live(store, first.model)
+    assert (pointer.release, pointer.kind, pointer.generation) == (first.release, ROLLBACK, 3)
+    assert (pointer.moved_by, pointer.reason) == ("ada", "errors since 14:00")
+    assert len(pointer.flow_run) == 36
+
+
+def test_a_rollback_without_a_reason_is_not_started(command: Command) -> None:
+    ended = command("prefect", "deployment", "run", "rollback")
+    assert ended.status != 0
+    assert "why" in ended.text
+
+
+def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(
+    releases: list[Manifest], api: Api, store: ObjectStore
+) -> None:
+    first, second = releases
+    run = api.start("promote", model=first.model, why="a quiet week", approve=True)
+    paused = api.wait(run, "Paused")
+    schema = paused["state"]["state_details"]["run_input_keyset"]
+    assert schema is not None and live(store, first.model).release == first.release
+    api.answer(run, approve=True, by="grace", comment="looks good")
+    api.wait(run, "Completed")
+    pointer = live(store, first.model)
+    assert (pointer.release, pointer.previous, pointer.flow_run) == (second.release, first.release, run)
+    assert pointer.verdicts["approved"] == "by grace: looks good"
+    assert pointer.verdicts["vs_live"] == f"accuracy 0.98 against 0.97 (live {first.release})"
+
+
+def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
+    releases: list[Manifest], api: Api, store: ObjectStore
+) -> None:
+    first, second = releases
+    run = api.start("promote", model=first.model, why="a quiet week", approve=True)
+    api.wait(run, "Paused")
+    api.answer(run, approve=False, by="grace", comment="not on a Friday")
+    failed = api.wait(run, "Failed")
+    assert f"release {second.release} was not approved by grace: not on a Friday" in failed["state"]["message"]
+    assert live(store, first.model).release == first.release
+
+
+def test_an_approval_is_for_what_was_live_when_it_was_asked(
+    releases: list[Manifest], api: Api, store: ObjectStore, tmp_path: Path
+) -> None:
+    first, _ = releases
+    run = api.start("promote", model=first.model, why="a quiet week", approve=True)
+    api.wait(run, "Paused")
+    other = with_job(store, tmp_path / "other", 0.975, model=first.model)
+    move(store, other, model=first.model, mlflow_version="")
+    api.answer(run, approve=True, by="grace")
+    failed = api.wait(run, "Failed")
+    assert f"somebody else moved it meanwhile: release {other.release} is live" in failed["state"]["message"]
+    assert live(store, first.model).release == other.release
+
+
+def test_a_flow_moves_the_channel_while_mlflow_is_down(
+    releases: list[Manifest], store: ObjectStore, stack: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.promote import promote
+    from tests.services.test_rollback import NOWHERE
+
+    first, second = releases
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    moved = asyncio.run(promote(first.model, "a quiet week"))
+    assert moved.release == second.release == live(store, first.model).release
+
+
+def test_a_release_is_promoted_although_mlflow_went_away_after_it_was_registered(
+    stack: Settings, command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    quick = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
+    job = write_project(tmp_path, **quick, name="mirrorless")
+    with FaultProxy(stack.mlflow_url) as proxy:
+        # All that is asked once the version is made: it is registered, and then nobody is there.
+        proxy.add(Rule(DropRequest(), path="registered-models/(get|alias)"))
+        ended = command("ship", "run", str(job), MLFLOW_TRACKING_URI=proxy.url)
+    assert ended.status == 0, ended.text
+    assert "the MLflow alias champion follows later, with the next move or `ship doctor`" in ended.text
+    pointer = live(store, "mirrorless")
+    assert RestRegistry(stack.mlflow_url).aliases("mirrorless") == {}
+    assert command("ship", "doctor", "mirrorless").status == 0
+    assert RestRegistry(stack.mlflow_url).aliases("mirrorless") == {"champion": pointer.mlflow_version}

@@ -1,0 +1,130 @@
+"""What changed between two releases, as `ship diff` tells it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import ReleaseError, RequestError
+from infra.objectstore import ObjectStore
+from registry.comparison import NONE, Difference, compare
+from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from registry.releases import publish
+from ship.diff import diff
+from tests.services.conftest import S3Server
+from tests.services.test_promotion import MODEL, move, published
+from tests.services.test_rollback import NOWHERE, REPOSITORY, damage
+
+
+@pytest.fixture(scope="session")
+def store_url(s3_server: S3Server) -> str:
+    return s3_server.url
+
+
+def told(
+    store: ObjectStore,
+    folder: Path,
+    *,
+    epochs: int,
+    accuracy: float,
+    parity: float,
+    commit: str,
+    torch: str,
+    **more: Any,
+) -> Manifest:
+    """A release that tells how it came to be, as the register stage writes it."""
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"x" * (1000 * epochs))
+    verdict = {"format": "onnx", "gate": "parity", "case": "batch 1", "measured": parity, "limit": "<= 1"}
+    verdicts = [{**verdict, "measured": parity / 2}, verdict, {**verdict, "gate": "accuracy", "measured": accuracy}]
+    metrics = {"onnx": {"accuracy": accuracy, "p50_ms.batch_1": 0.5 * epochs}}
+    documents = {
+        JOB: {"name": MODEL, "train": {"epochs": epochs, "seed": 0}, "gates": {}},
+        VERDICTS: {"verdicts": verdicts, "metrics": metrics},
+        LINEAGE: {"git_commit": commit, "data_fingerprint": "same", "train_samples": 10, **more},
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document))
+    (folder / ENVIRONMENT).write_text(f"numpy==2.4.6\ntorch=={torch}\n")
+    signature = {"inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}], "outputs": []}
+    manifest = build_manifest(
+        folder, model=MODEL, formats={"onnx": "model.onnx"}, signature=signature, metrics={"accuracy": accuracy}
+    )
+    publish(store, folder, manifest)
+    return manifest
+
+
+@pytest.fixture
+def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """An older and a newer release, both once live on prod."""
+    old = told(object_store, tmp_path / "a", epochs=1, accuracy=0.95, parity=0.2, commit="aaa", torch="2.12")
+    new = told(object_store, tmp_path / "b", epochs=2, accuracy=0.97, parity=0.4, commit="bbb", torch="2.13")
+    for manifest in (old, new):
+        move(object_store, manifest)
+    return [old, new]
+
+
+def test_every_kind_of_change_is_told_and_nothing_else(object_store: ObjectStore, two: list[Manifest]) -> None:
+    found = compare(object_store, MODEL, two[0].release, two[1].release)
+    by_name = {(one.group, one.name): one for one in found}
+    assert by_name["metrics", "accuracy"] == Difference(
+        group="metrics", name="accuracy", before="0.95", after="0.97", change="+0.02 (+2.1%)"
+    )
+    assert (by_name["parity", "onnx"].before, by_name["parity", "onnx"].after) == ("0.2", "0.4")
+    assert by_name["latency", "onnx p50_ms.batch_1"].change == "+0.5 (+100.0%)"
+    assert by_name["size", "model.onnx"].change == "+1000 (+100.0%)"
+    assert (by_name["code", "git_commit"].before, by_name["code", "git_commit"].after) == ("aaa", "bbb")
+    assert by_name["packages", "torch"].after == "2.13"
+    assert by_name["job", "train.epochs"].change == "+1 (+100.0%)"
+    assert not {"data", "signature", "training"} & {one.group for one in found}
+    assert compare(object_store, MODEL, two[0].release, two[0].release) == []
+
+
+def test_what_only_one_of_them_tells_is_a_difference_too(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path
+) -> None:
+    bare = published(object_store, tmp_path / "bare")
+    found = compare(object_store, MODEL, two[0].release, bare.release)
+    assert {one.after for one in found if one.group in ("packages", "code", "job")} == {NONE}
+
+
+def test_a_description_that_was_altered_is_no_answer(object_store: ObjectStore, two: list[Manifest]) -> None:
+    damage(object_store, f"models/{MODEL}/releases/{two[0].release}/{VERDICTS}")
+    with pytest.raises(ReleaseError, match=r"verdicts\.json: expected what the manifest says"):
+        compare(object_store, MODEL, two[0].release, two[1].release)
+
+
+def test_the_command_takes_the_model_from_the_bucket_when_there_is_one(
+    object_store: ObjectStore, two: list[Manifest]
+) -> None:
+    def ship(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [Path(sys.executable).with_name("ship"), "diff", *words],
+            env={**os.environ, "MLFLOW_TRACKING_URI": NOWHERE},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    done = ship("prod~1", "prod")
+    assert done.returncode == 0, done.stderr
+    assert f"prod~1 = {two[0].release}, prod = {two[1].release}" in done.stdout
+    assert any(
+        line.split() == ["job", "train.epochs", "1", "2", "+1", "(+100.0%)"] for line in done.stdout.splitlines()
+    )
+    assert ship(MODEL, two[0].release[:6], "prod").stdout.count("\n") == done.stdout.count("\n")
+    document = json.loads(ship(MODEL, "prod~1", "prod", "--json").stdout)
+    assert {one["group"] for one in document["differences"]} >= {"metrics", "parity", "packages"}
+    assert "no difference" in ship("prod", "prod").stdout
+
+
+def test_without_a_model_it_has_to_be_the_only_one(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"expected `ship diff MODEL BEFORE AFTER`.*models: none"):
+        diff(["prod~1", "prod"], as_json=False)

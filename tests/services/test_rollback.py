@@ -1,0 +1,451 @@
+"""History, rollback and promotion of what is in the bucket, with a real S3 server and a real MLflow beside it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from infra.errors import GateError, ReleaseError, RequestError, ServiceError
+from infra.objectstore import ObjectStore
+from registry.history import read_history
+from registry.mirror import follow, mirror_all, mirror_channel
+from registry.mlflow_rest import ClientRegistry, ModelRegistry, RestRegistry
+from registry.moves import (
+    Mover,
+    choose_promotion,
+    choose_rollback,
+    promote_existing,
+    require_not_rolled_back,
+    roll_back,
+    verify_target,
+)
+from registry.pointer import ROLLBACK, Pointer, read_pointer
+from registry.references import resolve_release
+from registry.release import JOB, Manifest, build_manifest
+from registry.releases import publish
+from tests.services.conftest import Connect, MlflowServer, S3Server, Versioned, free_port
+from tests.services.fault_proxy import FaultProxy, PassOn, Rule
+from tests.services.test_promotion import CHANNEL, MODEL, POINTER, key_of, move, published
+
+REPOSITORY = Path(__file__).parent.parent.parent
+NOWHERE = f"http://127.0.0.1:{free_port()}"
+"""Nobody listens there."""
+MOVER = Mover(by="ada@host", why="errors since 14:00")
+
+
+@pytest.fixture(scope="session")
+def store_url(s3_server: S3Server) -> str:
+    return s3_server.url
+
+
+@pytest.fixture
+def abc(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """Three releases, promoted to prod one after the other."""
+    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(3)]
+    for number, manifest in enumerate(manifests, 1):
+        move(object_store, manifest, mlflow_version=str(number))
+    return manifests
+
+
+def rolled_back(store: ObjectStore, to: str | None = None, uri: str = NOWHERE) -> Pointer:
+    target = choose_rollback(store, MODEL, CHANNEL, to, uri)
+    return roll_back(store, verify_target(store, target), MOVER)
+
+
+def damage(store: ObjectStore, key: str) -> None:
+    stored = store.head(key)
+    assert stored is not None
+    store.replace(key, b"x" * stored.bytes, stored.etag)
+
+
+# ---- rollback
+
+
+def test_a_rollback_puts_back_what_was_live_before_and_says_so(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    pointer = rolled_back(object_store)
+    assert (pointer.release, pointer.previous, pointer.generation) == (abc[1].release, abc[2].release, 4)
+    assert (pointer.kind, pointer.reason, pointer.moved_by) == (ROLLBACK, MOVER.why, MOVER.by)
+    assert pointer.mlflow_version == "2"
+    assert pointer.verdicts == {"bytes": "4 files, 4,006 bytes, read back and hashed"}
+    assert read_history(object_store, MODEL, CHANNEL)[-1] == pointer
+    assert rolled_back(object_store).release == abc[0].release
+    with pytest.raises(RequestError, match=r"live before .*found none; name one with --to"):
+        rolled_back(object_store)
+    assert rolled_back(object_store, abc[2].release).release == abc[2].release
+
+
+def test_a_rollback_needs_a_reason(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    with pytest.raises(RequestError, match="why: expected a reason"):
+        Mover(by="ada", why=" ")
+
+
+def test_a_rollback_to_what_is_live_says_so(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    with pytest.raises(RequestError, match=rf"release {abc[2].release} is live .*already; nothing was moved"):
+        rolled_back(object_store, abc[2].release)
+
+
+def test_a_rollback_to_damaged_bytes_is_refused_and_names_the_file(
+    object_store: ObjectStore, abc: list[Manifest]
+) -> None:
+    damage(object_store, key_of(abc[1], "file2.bin"))
+    with pytest.raises(ReleaseError, match=r"file2\.bin: expected SHA-256"):
+        rolled_back(object_store)
+    live = read_pointer(object_store, MODEL, CHANNEL)
+    assert live is not None and live.release == abc[2].release
+    assert rolled_back(object_store, abc[0].release).release == abc[0].release
+
+
+def test_bytes_that_rotted_under_the_store_are_found_by_reading_them_back(
+    object_store: ObjectStore, abc: list[Manifest], s3_server: S3Server
+) -> None:
+    (file,) = [
+        path
+        for path in (s3_server.folder / "data").rglob("file1.bin")
+        if object_store.bucket in path.parts and abc[1].release in path.parts
+    ]
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(ReleaseError, match=r"file1\.bin: expected SHA-256 .* when read back"):
+        rolled_back(object_store)
+
+
+def test_what_is_live_may_be_broken_when_it_is_rolled_back(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    damage(object_store, key_of(abc[2], "MANIFEST.json"))
+    assert rolled_back(object_store).release == abc[1].release
+
+
+def test_a_rollback_of_nothing_says_so(object_store: ObjectStore, tmp_path: Path) -> None:
+    published(object_store, tmp_path / "release")
+    with pytest.raises(RequestError, match="nothing is live on 'prod'"):
+        rolled_back(object_store)
+
+
+def test_a_rollback_that_a_promotion_overtook_is_given_up(
+    connect: Connect, object_store: ObjectStore, abc: list[Manifest], tmp_path: Path
+) -> None:
+    fix = published(object_store, tmp_path / "fix", 9)
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        store = connect(object_store.bucket, proxy.url)
+        store.probe()
+        proxy.add(Rule(PassOn(), "PUT", POINTER, times=1, before=lambda: _ignore(move(object_store, fix))))
+        with pytest.raises(RequestError, match=f"moved it meanwhile: release {fix.release} is live"):
+            rolled_back(store)
+    live = read_pointer(object_store, MODEL, CHANNEL)
+    assert live is not None and live.release == fix.release
+
+
+def test_a_rollback_to_a_named_release_comes_after_the_promotion_that_overtook_it(
+    connect: Connect, object_store: ObjectStore, abc: list[Manifest], tmp_path: Path
+) -> None:
+    other = published(object_store, tmp_path / "other", 9)
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        store = connect(object_store.bucket, proxy.url)
+        store.probe()
+        proxy.add(Rule(PassOn(), "PUT", POINTER, times=1, before=lambda: _ignore(move(object_store, other))))
+        pointer = rolled_back(store, abc[0].release)
+    assert (pointer.generation, pointer.previous) == (5, other.release)
+
+
+def _ignore(value: object) -> None:
+    pass
+
+
+def test_rollbacks_and_promotions_at_once_all_find_their_place(
+    object_store: ObjectStore, abc: list[Manifest], tmp_path: Path
+) -> None:
+    others = [published(object_store, tmp_path / f"other{seed}", 10 + seed) for seed in range(6)]
+
+    def go(number: int) -> Pointer | RequestError:
+        try:
+            return (
+                move(object_store, others[number]) if number < 6 else rolled_back(object_store, abc[number % 2].release)
+            )
+        except RequestError as error:
+            return error
+
+    with ThreadPoolExecutor(12) as pool:
+        ends = list(pool.map(go, range(12)))
+    moves = read_history(object_store, MODEL, CHANNEL)
+    assert [entry.generation for entry in moves] == list(range(1, len(moves) + 1))
+    for earlier, later in itertools.pairwise(moves):
+        assert later.previous == earlier.release
+    assert {end.nonce for end in ends if isinstance(end, Pointer)} <= {entry.nonce for entry in moves}
+    # Only somebody else's rollback to the same release can have come first.
+    assert all("already" in str(end) for end in ends if isinstance(end, RequestError))
+
+
+def test_what_a_rollback_left_does_not_come_back_by_itself(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    pointer = rolled_back(object_store)
+    with pytest.raises(GateError, match=r"taken off by a rollback \(ada@host, .*errors since 14:00\).*--again"):
+        require_not_rolled_back(abc[2].release, pointer)
+    require_not_rolled_back(abc[0].release, pointer)
+    target = choose_promotion(object_store, MODEL, CHANNEL, abc[2].release, NOWHERE)
+    verified = verify_target(object_store, target)
+    with pytest.raises(GateError, match="taken off by a rollback"):
+        promote_existing(object_store, verified, MOVER, gates=False)
+    assert promote_existing(object_store, verified, MOVER, gates=False, again=True).release == abc[2].release
+
+
+# ---- promotion of what is in the bucket
+
+
+def with_job(store: ObjectStore, folder: Path, accuracy: float, vs_live: float = -0.01, model: str = MODEL) -> Manifest:
+    """A release that carries the job file with its gates."""
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(folder.name.encode())
+    job = {
+        "name": model,
+        "model": {"factory": "digits:build"},
+        "data": {"factory": "digits:data"},
+        "train": {"epochs": 1},
+        "gates": {"accuracy": {"vs_live": vs_live}},
+    }
+    (folder / JOB).write_text(json.dumps(job))
+    manifest = build_manifest(
+        folder, model=model, formats={"onnx": "model.onnx"}, signature={}, metrics={"accuracy": accuracy}
+    )
+    publish(store, folder, manifest)
+    return manifest
+
+
+def promoted(store: ObjectStore, release: str, gates: bool = True) -> Pointer:
+    target = choose_promotion(store, MODEL, CHANNEL, release, NOWHERE)
+    return promote_existing(store, verify_target(store, target), MOVER, gates=gates)
+
+
+def test_a_release_moves_from_staging_to_prod(object_store: ObjectStore, tmp_path: Path) -> None:
+    manifest = with_job(object_store, tmp_path / "a", 0.97)
+    move(object_store, manifest, channel="staging")
+    pointer = promoted(object_store, resolve_release(object_store, MODEL, "staging", NOWHERE))
+    assert (pointer.release, pointer.channel, pointer.generation) == (manifest.release, "prod", 1)
+    assert pointer.verdicts["vs_live"] == "nothing was live"
+    better = with_job(object_store, tmp_path / "b", 0.98)
+    assert promoted(object_store, better.release).verdicts["vs_live"] == (
+        f"accuracy 0.98 against 0.97 (live {manifest.release})"
+    )
+
+
+def test_an_existing_release_is_held_against_what_is_live_by_its_own_gates(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    live = with_job(object_store, tmp_path / "live", 0.97)
+    worse = with_job(object_store, tmp_path / "worse", 0.90)
+    promoted(object_store, live.release)
+    with pytest.raises(GateError, match=f"worse than the live release {live.release}"):
+        promoted(object_store, worse.release)
+    assert promoted(object_store, worse.release, gates=False).verdicts["vs_live"] == "not asked"
+
+
+def test_gates_that_cannot_be_read_have_failed(object_store: ObjectStore, tmp_path: Path) -> None:
+    manifest = published(object_store, tmp_path / "release")
+    with pytest.raises(GateError, match=r"cannot be evaluated: .*job\.json: expected the job.*--no-gates"):
+        promoted(object_store, manifest.release)
+
+
+# ---- names of releases
+
+
+def test_releases_have_many_names(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    ids = [manifest.release for manifest in abc]
+    names = {"prod": ids[2], "prod~0": ids[2], "prod~1": ids[1], "prod~2": ids[0], ids[0]: ids[0], ids[1][:8]: ids[1]}
+    assert {name: resolve_release(object_store, MODEL, name, NOWHERE) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("prod~3", "before the first move, which is prod~2"),
+        ("staging", "Channels: prod"),
+        ("staging~1", "nothing is live on 'staging'; channels: prod"),
+        ("ffffffff", "none of them"),
+        ("../../x", "none of them"),
+        ("v7", "does not answer"),
+    ],
+)
+def test_a_name_that_means_nothing_says_what_would(
+    object_store: ObjectStore, abc: list[Manifest], name: str, said: str
+) -> None:
+    with pytest.raises((RequestError, ServiceError), match=said):
+        resolve_release(object_store, MODEL, name, NOWHERE)
+
+
+# ---- MLflow
+
+
+@pytest.fixture
+def mlflow(mlflow_server: MlflowServer) -> MlflowServer:
+    return mlflow_server
+
+
+def aliases(mlflow: MlflowServer) -> dict[str, int]:
+    return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
+
+
+def test_the_aliases_follow_the_pointers(
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+) -> None:
+    for manifest in abc:
+        versioned(manifest.release)
+    move(object_store, abc[0], channel="staging", mlflow_version="1")
+    mirror_all(object_store, mlflow.url)
+    assert aliases(mlflow) == {"champion": 3, "previous": 2, "staging": 1}
+    rolled_back(object_store, uri=mlflow.url)
+    assert follow(object_store, MODEL, CHANNEL, mlflow.url) == []
+    assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 1}
+    # Nothing is left to do.
+    assert mirror_all(object_store, mlflow.url).changed == ()
+
+
+def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+) -> None:
+    for manifest in abc:
+        versioned(manifest.release)
+    mirror_all(object_store, mlflow.url)
+    mlflow.kill()
+    try:
+        pointer = rolled_back(object_store, abc[0].release, mlflow.url)
+        assert pointer.generation == 4 and pointer.mlflow_version == ""
+        (warning,) = follow(object_store, MODEL, CHANNEL, mlflow.url)
+        assert "the MLflow alias champion follows later, with the next move or `ship doctor`" in warning
+        assert "does not answer" in warning
+    finally:
+        mlflow.start()
+    assert aliases(mlflow) == {"champion": 3, "previous": 2}
+    done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url, dry_run=True)
+    assert len(done.changed) == 2 and aliases(mlflow) == {"champion": 3, "previous": 2}
+    mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+    assert aliases(mlflow) == {"champion": 1, "previous": 3}
+
+
+def test_a_slow_mirror_does_not_undo_a_newer_one(
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+) -> None:
+    for manifest in abc:
+        versioned(manifest.release)
+    with FaultProxy(mlflow.url) as proxy:
+
+        def overtaken() -> None:
+            """While the first mirror is about to set what it has read, the channel moves and the newer one is done."""
+            rolled_back(object_store, abc[0].release)
+            mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+            assert aliases(mlflow)["champion"] == 1
+
+        proxy.add(Rule(PassOn(), "POST", "alias", times=1, before=overtaken))
+        mirror_channel(object_store, MODEL, CHANNEL, proxy.url)
+    assert aliases(mlflow) == {"champion": 1, "previous": 3}
+
+
+def test_a_version_that_is_gone_is_replaced_by_another_of_the_same_release_or_named(
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+) -> None:
+    for manifest in abc:
+        versioned(manifest.release)
+    MlflowClient(mlflow.url).delete_model_version(MODEL, "3")
+    done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+    assert done.missing == (f"alias champion of {MODEL}: MLflow has no version of release {abc[2].release}",)
+    versioned(abc[2].release)
+    mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+    assert aliases(mlflow) == {"champion": 4, "previous": 2}
+    assert resolve_release(object_store, MODEL, "v4", mlflow.url) == abc[2].release
+
+
+def test_the_alias_is_there_at_every_moment(
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+) -> None:
+    for manifest in abc:
+        versioned(manifest.release)
+    with FaultProxy(mlflow.url) as proxy:
+        for release in (None, abc[2].release, abc[0].release):
+            rolled_back(object_store, release)
+            mirror_channel(object_store, MODEL, CHANNEL, proxy.url)
+        assert {request.method for request in proxy.requests} == {"GET", "POST"}
+        assert not [request for request in proxy.requests if "DELETE" in request.method]
+
+
+@pytest.mark.parametrize("kind", [RestRegistry, ClientRegistry])
+def test_the_short_way_to_mlflow_answers_as_its_own_client_does(
+    mlflow: MlflowServer, versioned: Versioned, kind: Callable[[str], ModelRegistry]
+) -> None:
+    registry = kind(mlflow.url)
+    release = "a" * 20
+    first, second = versioned(release), versioned(release)
+    assert registry.versions(MODEL, release) == [second, first]
+    assert registry.versions(MODEL, "b" * 20) == registry.versions("nobody", release) == []
+    assert registry.release(MODEL, first) == release and registry.release(MODEL, "99") is None
+    registry.set_alias(MODEL, "champion", first)
+    assert registry.aliases(MODEL) == {"champion": first} and registry.aliases("nobody") == {}
+    registry.set_tag(MODEL, first, "note", "hello")
+    assert MlflowClient(mlflow.url).get_model_version(MODEL, first).tags["note"] == "hello"
+    registry.delete_version(MODEL, first)
+    registry.delete_version(MODEL, first)
+    assert registry.release(MODEL, first) is None
+    with pytest.raises(ServiceError):
+        registry.set_alias(MODEL, "champion", "99")
+    with pytest.raises(ServiceError, match="does not answer"):
+        kind(NOWHERE).aliases(MODEL)
+
+
+# ---- the commands
+
+
+def ship(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    argv = [Path(sys.executable).with_name("ship"), *words]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": NOWHERE, **variables}
+    return subprocess.run(argv, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def test_the_commands_tell_the_story_of_a_channel(object_store: ObjectStore, abc: list[Manifest]) -> None:
+    done = ship("rollback", MODEL, "--why", "errors [red]since[/] 14:00")
+    assert done.returncode == 0, done.stderr
+    assert f"digits prod: release {abc[1].release} is live, generation 4" in done.stdout
+    assert "warning: the MLflow alias champion follows later" in done.stderr
+
+    shown = ship("history", MODEL).stdout
+    assert "rollback: errors [red]since[/] 14:00" in shown and "tester" in shown and "run-1" in shown
+    assert [line.split()[0] for line in shown.splitlines() if " replaced " in line] == ["4", "3", "2", "1"]
+    records = json.loads(ship("history", MODEL, "--json").stdout)
+    assert [record["generation"] for record in records] == [1, 2, 3, 4]
+
+    live = ship("live", MODEL)
+    assert live.returncode == 0 and f"digits prod now: release {abc[1].release}" in live.stdout
+    third = datetime.fromisoformat(records[2]["moved_at"])
+    then = ship("live", MODEL, "--at", third.isoformat())
+    assert f"release {abc[2].release}" in then.stdout and "until" in then.stdout
+    before = ship(
+        "live", MODEL, "--at", (datetime.fromisoformat(records[0]["moved_at"]) - timedelta(days=1)).isoformat()
+    )
+    assert before.returncode == 1 and before.stdout == ""
+    assert "nothing was live on prod" in before.stderr and "the first move was at" in before.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["rollback", MODEL], 2, "--why"),
+        (["rollback", MODEL, "--why", ""], 2, "expected a reason"),
+        (["rollback", MODEL, "--why", "x", "--to", "prod"], 2, "already"),
+        (["rollback", MODEL, "--why", "x", "--channel", "latest"], 2, "MLflow has other uses"),
+        (["rollback", "nobody", "--why", "x"], 2, "there are: digits"),
+        (["promote", MODEL, "--from", "staging", "--why", "x"], 2, "Channels: prod"),
+        (["live", MODEL, "--channel", "staging"], 1, "nothing was live on staging now; channels: prod"),
+        (["live", MODEL, "--at", "tomorrow"], 2, "expected such as"),
+        (["history", MODEL, "--channel", "staging"], 1, "never moved; channels: prod"),
+        (["history", "No/Body"], 1, "model name"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    object_store: ObjectStore, abc: list[Manifest], words: list[str], status: int, said: str
+) -> None:
+    done = ship(*words)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert said in done.stderr and "Traceback" not in done.stderr
