@@ -35,6 +35,10 @@ class Verdict(Protocol):
     @property
     def passed(self) -> bool: ...
     @property
+    def ran(self) -> bool:
+        """False when this machine could not run the check."""
+
+    @property
     def note(self) -> str: ...
 
 
@@ -138,13 +142,14 @@ def _first_line(
     verdicts: Sequence[Verdict],
     metrics: Mapping[str, Mapping[str, float]],
 ) -> str:
-    failed = sum(not verdict.passed for verdict in verdicts)
-    if not verdicts:
+    ran = [verdict for verdict in verdicts if verdict.ran]
+    failed = sum(not verdict.passed for verdict in ran)
+    if not ran:
         outcome = "not validated"
     elif failed:
-        outcome = f"{failed} of {len(verdicts)} gates failed"
+        outcome = f"{failed} of {len(ran)} gates failed"
     else:
-        outcome = f"all {len(verdicts)} gates passed"
+        outcome = f"all {len(ran)} gates passed"
     # Lists of versions show about fifteen characters, so the model's name comes late.
     first_metric = next(((name, value) for values in metrics.values() for name, value in values.items()), None)
     quality = f"{first_metric[0]} {number(first_metric[1])}, " if first_metric else ""
@@ -159,7 +164,7 @@ def _verdict_table(verdicts: Sequence[Verdict], *, with_gate: bool) -> str:
     for verdict in verdicts:
         condition = (*((verdict.gate,) if with_gate else ()), verdict.case, verdict.limit)
         value = number(verdict.measured)
-        cell = f"{value} ✓" if verdict.passed else f"**{value} ✗ failed**"
+        cell = f"{value} ✓" if verdict.passed else f"**{value} ✗ failed**" if verdict.ran else "not run"
         lines.setdefault(condition, {})[verdict.format] = cell
         if verdict.note and not verdict.passed:
             notes.append(f"- {verdict.format}, {verdict.gate}, {verdict.case}: {_cell(verdict.note)}")

@@ -62,11 +62,14 @@ def require_not_worse(job: Job, candidate: Mapping[str, float], live: Mapping[st
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """Every gate with its numbers and limit, as aligned text."""
     header = ("format", "gate", "case", "measured", "limit", "verdict", "note")
-    rows = [
-        (v.format, v.gate, v.case, number(v.measured), v.limit, "passed" if v.passed else "FAILED", v.note)
-        for v in verdicts
-    ]
+    rows = [(v.format, v.gate, v.case, number(v.measured), v.limit, _outcome(v), v.note) for v in verdicts]
     return text_table(header, rows)
+
+
+def _outcome(verdict: Verdict) -> str:
+    if not verdict.ran:
+        return "not run"
+    return "passed" if verdict.passed else "FAILED"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,3 +22,8 @@ class Parity(Part):
         description="inputs that the model refuses: known, every format refuses them, except that ONNX counts index −1 "
         "from the end; same, no exception; off, not asked",
     )
+    cpp: Literal["when_possible", "required", "off"] = Field(
+        "when_possible",
+        description="TorchScript is also run by a small C++ program, which cmake and a compiler build on the first run "
+        "on a machine: when_possible, reported as not run where they are missing; required, a failure there; off",
+    )

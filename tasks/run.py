@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from registry.live_run import LiveRun
 from registry.mlflow_client import check_reachable
 from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
 from registry.signing import load_private_key
+from tasks.cpp import start_build
 from tasks.policy import quiet_mistakes
 from tasks.requests import project_of, run_params
-from torchworker.contract import Project
+from torchworker.contract import CppResult, Project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Run:
     store: ObjectStore
     live: LiveRun
     """The run in MLflow, fed while this one goes on."""
+    cpp: Future[CppResult] | None
+    """The C++ runner, being looked for or built; None when the job has no use for it."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage."""
 
@@ -113,6 +117,7 @@ async def begin(job_file: str, resume: str = "") -> Run:
     )
     live.start()
     run = Run(
+        cpp=start_build(host, job, folder),
         job=job,
         project=project_of(job, project_folder),
         settings=settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tasks.policy import worth_retrying
 from tasks.requests import fixed_gates, user_modules
 from tasks.run import Run
 from tasks.worker import call_worker
-from torchworker.contract import ScoreRequest, ScoreResult, ValidateRequest, ValidateResult, decode
+from torchworker.contract import CppResult, ScoreRequest, ScoreResult, ValidateRequest, ValidateResult, decode
 
 VERDICTS = "verdicts.json"
 
@@ -55,6 +56,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
             logger.info("validate: already complete in this run, verified by hash")
         else:
             work = stage.begin()
+            runner = await asyncio.wrap_future(run.cpp) if run.cpp is not None else CppResult(runner="")
             request = ValidateRequest(
                 folder=str(exported.folder),
                 formats=exported.formats,
@@ -67,6 +69,10 @@ async def validate(run: Run, exported: Exported) -> Validated:
                 threads=run.job.threads,
                 not_finite=run.job.parity.not_finite,
                 refusals=run.job.parity.refusals,
+                cpp="off" if run.cpp is None else run.job.parity.cpp,
+                runner=runner.runner,
+                no_runner=runner.reason,
+                log=str(work),
             )
             result: ValidateResult = decode(ValidateResult, await call_worker(run.host, "validate", request, work))
             if run.job.train.custom_metrics and result.passed:
@@ -76,14 +82,17 @@ async def validate(run: Run, exported: Exported) -> Validated:
     result = ValidateResult.read(stage.path / VERDICTS)
     table = verdict_table(result.verdicts)
     if not result.passed:
-        failed = [verdict for verdict in result.verdicts if not verdict.passed]
+        failed = [verdict for verdict in result.verdicts if verdict.ran and not verdict.passed]
         worst_of = ", ".join(f"{item.format} {item.gate} ({item.case})" for item in failed)
         raise GateError(
             f"{run.job.name}: {len(failed)} of {len(result.verdicts)} gates failed: {worst_of}. "
             "Nothing was registered or promoted.",
             table,
         )
-    logger.info("all %d gates passed\n%s", len(result.verdicts), table)
+    skipped = [f"{item.format} {item.case}: {item.note}" for item in result.verdicts if not item.ran]
+    if skipped:
+        logger.warning("; ".join(skipped))
+    logger.info("all %d gates passed\n%s", len(result.verdicts) - len(skipped), table)
     return Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
 
 

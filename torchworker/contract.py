@@ -311,6 +311,20 @@ class ExportResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CppRequest(Message):
+    cache: str
+    """Absolute folder that keeps runners, one for each torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CppResult:
+    runner: str
+    """Absolute path of the program; empty when it cannot be built here."""
+    reason: str = ""
+    """Why not."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """One fixed limit on a quality metric or a latency."""
 
@@ -337,6 +351,14 @@ class ValidateRequest(Message):
     """What is asked of NaN and infinity: `contained`, `same` or `off`."""
     refusals: str = "known"
     """What is asked where the model refuses an input: `known`, `same` or `off`."""
+    cpp: str = "off"
+    """Whether artifacts are run without Python too: `when_possible`, `required` or `off`."""
+    runner: str = ""
+    """The C++ runner; empty where there is none."""
+    no_runner: str = ""
+    """Why there is none."""
+    log: str = ""
+    """Absolute folder for logs of processes that validation starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +392,8 @@ class Verdict:
     """The condition in words: `<= 8`."""
     passed: bool
     note: str = ""
+    ran: bool = True
+    """False when the check was not run because this machine cannot; it is neither passed nor failed then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +409,8 @@ class ValidateResult(Message):
 
     @property
     def passed(self) -> bool:
-        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+        ran = [verdict for verdict in self.verdicts if verdict.ran]
+        return bool(ran) and all(verdict.passed for verdict in ran)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 from torchworker.contract import (
     RESULT,
     CheckRequest,
+    CppRequest,
     ExportRequest,
     Reply,
     ScoreRequest,
@@ -38,11 +39,15 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.score import score
 
         return score(ScoreRequest.read(request))
+    if stage == "cpp":
+        from torchworker.cpp_build import build
+
+        return build(CppRequest.read(request))
     if stage == "validate":
         from torchworker.validate import validate
 
         return validate(ValidateRequest.read(request))
-    raise ValueError(f"stage: expected check, train, export, validate or score, got {stage!r}")
+    raise ValueError(f"stage: expected check, train, export, cpp, validate or score, got {stage!r}")
 
 
 def _user_folder(stage: str, request: Path) -> str:

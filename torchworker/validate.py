@@ -15,7 +15,7 @@ from types import ModuleType
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchworker import runtimes
+from torchworker import cpp_runtime, runtimes
 from torchworker.contract import METRICS, VALIDATION, Gate, TensorSpec, ValidateRequest, ValidateResult, Verdict
 from torchworker.failure import describe, is_theirs
 from torchworker.metrics import metric_sum
@@ -85,6 +85,9 @@ def validate(request: ValidateRequest) -> ValidateResult:
             measured |= _latency(call, golden)
         metrics[kind] = measured
         verdicts += judge(kind, measured, request.gates, samples, {})
+        said = _without_python(kind, folder / file, probes, validation, request)
+        verdicts += said.verdicts
+        findings += said.findings
     return ValidateResult(
         verdicts=verdicts,
         metrics=metrics,
@@ -92,6 +95,30 @@ def validate(request: ValidateRequest) -> ValidateResult:
         validation_samples=samples,
         mismatches=[item.mismatch() for item in sorted(findings, key=lambda item: -item.outcome.ratio)[:MISMATCHES]],
     )
+
+
+def _without_python(
+    kind: str, artifact: Path, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
+) -> Trial:
+    """The same questions to the same artifact in the C++ runner; what decides metrics and latency is in Python."""
+    if request.cpp == "off" or kind not in cpp_runtime.KINDS:
+        return Trial(verdicts=[], findings=[])
+    name = f"{kind} in C++"
+    if not request.runner:
+        failed = _not_measured(name, "parity", "without Python", "<= 1", f"not run: {request.no_runner}")
+        return Trial(verdicts=[replace(failed, ran=request.cpp == "required")], findings=[])
+    log = Path(request.log) / f"cpp-{kind}.log"
+    print(f"validate: {name}: {len(probes)} probes", flush=True)
+    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
+    try:
+        with cpp_runtime.running(Path(request.runner), kind, artifact, request.threads, log) as call:
+            trial = prove(name, call, probes, [spec.name for spec in request.outputs], policy)
+            batch = _size([probe for probe in probes if probe.group == BATCHES][1])
+            _, on_samples = _quality(name, call, validation, replace(request, metrics=()), batch)
+    except cpp_runtime.RunnerEnded as error:
+        failed = _not_measured(name, "parity", "without Python", "loads and answers", describe(error))
+        return Trial(verdicts=[failed], findings=[])
+    return Trial(verdicts=[*trial.verdicts, *on_samples.verdicts], findings=[*trial.findings, *on_samples.findings])
 
 
 def _not_measured(kind: str, gate: str, case: str, limit: str, note: str) -> Verdict:

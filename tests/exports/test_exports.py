@@ -13,9 +13,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infra.errors import JobError
 from infra.workerhost import WorkerHost
+from registry.gates import verdict_table
 from registry.job import load_job
 from tasks.requests import dynamic_dims, fixed_gates, project_of, train_settings, user_modules
 from tasks.worker import call_worker
@@ -71,7 +73,7 @@ class Shop:
         self.result = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, folder)))
         return dict(self.result.artifacts)
 
-    def validate(self) -> ValidateResult:
+    def validate(self, cpp: str = "off", runner: str = "", no_runner: str = "") -> ValidateResult:
         assert self.result is not None
         request = ValidateRequest(
             folder=str(self.folder / "export"),
@@ -85,6 +87,10 @@ class Shop:
             threads=1,
             not_finite=self.job.parity.not_finite,
             refusals=self.job.parity.refusals,
+            cpp=cpp,
+            runner=runner,
+            no_runner=no_runner,
+            log=str(self.folder / "validate"),
         )
         reply = asyncio.run(call_worker(self.host, "validate", request, self.folder / "validate"))
         result: ValidateResult = decode(ValidateResult, reply)
@@ -167,6 +173,38 @@ def test_an_artifact_with_other_weights_fails_parity_in_every_case(shop: Open) -
     parity = {verdict.case: verdict.passed for verdict in result.verdicts if verdict.gate == "parity"}
     assert [case for case, passed in parity.items() if passed] == ["predictions"]
     assert not result.passed
+
+
+def test_torchscript_is_run_without_python_and_held_to_the_same_rule(shop: Open, runner: Path) -> None:
+    opened = shop()
+    opened.export("torchscript", "onnx")
+    result = opened.validate("required", str(runner))
+    assert result.passed
+    mine = [verdict.case for verdict in result.verdicts if verdict.format == "torchscript in C++"]
+    assert mine == ["batch 1", "batch 8", "batch 17", "17 probes", "called again", "96 samples"]
+    assert "torchscript in C++" not in result.metrics
+
+    golden = opened.folder / "export" / "golden.safetensors"
+    tensors = load_file(golden)
+    tensors["batch_17.eager.output"] += 1e-4
+    tensors["batch_17.float64.output"] += 1e-4
+    save_file(tensors, golden)
+    failed = [verdict.format for verdict in opened.validate("required", str(runner)).verdicts if not verdict.passed]
+    assert set(failed) == {"torchscript", "torchscript in C++", "onnx"}
+
+
+def test_a_check_that_this_machine_cannot_run_is_not_passed(shop: Open) -> None:
+    opened = shop()
+    opened.export("torchscript")
+    possible = opened.validate("when_possible", no_runner="no cmake on this machine")
+    (verdict,) = [verdict for verdict in possible.verdicts if not verdict.passed]
+    assert (verdict.format, verdict.ran, verdict.note) == (
+        "torchscript in C++",
+        False,
+        "not run: no cmake on this machine",
+    )
+    assert possible.passed and "not run" in verdict_table(possible.verdicts)
+    assert not opened.validate("required", no_runner="no cmake on this machine").passed
 
 
 def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(shop: Open) -> None:

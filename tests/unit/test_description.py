@@ -17,6 +17,7 @@ class Verdict:
     limit: str
     passed: bool = True
     note: str = ""
+    ran: bool = True
 
 
 def describe(**changes: Any) -> str:

@@ -1,0 +1,44 @@
+"""The C++ runner that validation uses: built on the first run on a machine, beside the training."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from infra.errors import ShipError
+from infra.workerhost import WorkerHost
+from registry.job import Job
+from tasks.worker import call_worker
+from torchworker.contract import RESULT, CppRequest, CppResult, decode
+
+
+def cache_folder() -> Path:
+    """Where runners are kept: in the user's cache, because it outlives runs and working copies."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-and-ship" / "cpp"
+
+
+def start_build(host: WorkerHost, job: Job, folder: Path) -> Future[CppResult] | None:
+    """Look for the runner, and build it when there is none, in the background. None when the job has no use for it.
+
+    folder: the run directory. The future never fails: a build that does is a reason why there is no runner.
+    """
+    if job.parity.cpp == "off" or "torchscript" not in job.export.formats:
+        return None
+    built: Future[CppResult] = Future()
+    work = folder / "cpp"
+    work.mkdir(exist_ok=True)
+    # A resumed run asks again: the cache may be another machine's.
+    (work / RESULT).unlink(missing_ok=True)
+
+    def build() -> None:
+        try:
+            request = CppRequest(cache=str(cache_folder()))
+            built.set_result(decode(CppResult, asyncio.run(call_worker(host, "cpp", request, work))))
+        except (ShipError, OSError) as error:
+            built.set_result(CppResult(runner="", reason=str(error).split("\n")[0]))
+
+    threading.Thread(target=build, name="cpp-build", daemon=True).start()
+    return built

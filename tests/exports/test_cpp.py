@@ -1,0 +1,109 @@
+"""Artifacts run without Python, by the real runner, which is built once a machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tasks.cpp import cache_folder
+from torchworker import cpp_build
+from torchworker.contract import CppRequest, CppResult
+from torchworker.cpp_runtime import TYPES, RunnerEnded, running
+
+
+class Everything(nn.Module):
+    """One output of each dtype, in a nested structure."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        if bool(y.min() < 0):
+            raise ValueError("no negative index")
+        return (
+            x + 1,
+            {"b": x.double(), "a": y * 2},
+            [x > 0, x.half(), x.to(torch.bfloat16), y.to(torch.int32), y.to(torch.uint8)],
+        )
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    path = tmp_path / "model.torchscript"
+    torch.jit.script(Everything().eval()).save(str(path))
+    return path
+
+
+def test_every_dtype_and_nested_outputs_come_back_bit_for_bit(runner: Path, artifact: Path, tmp_path: Path) -> None:
+    x, y = torch.randn(3, 2, 4), torch.arange(6).view(2, 3)
+    with running(runner, "torchscript", artifact, 1, tmp_path / "log") as call:
+        got = call({"x": x, "y": y})
+    first, named, listed = Everything()(x, y)
+    expected = [first, named["b"], named["a"], *listed]
+    assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in expected]
+    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
+    assert {tensor.dtype for tensor in expected} <= set(TYPES)
+
+
+def test_empty_and_scalar_tensors_and_other_strides_pass(runner: Path, artifact: Path, tmp_path: Path) -> None:
+    with running(runner, "torchscript", artifact, 1, tmp_path / "log") as call:
+        assert call({"x": torch.zeros(0, 4), "y": torch.ones(1, dtype=torch.long)})[0].shape == (0, 4)
+        assert call({"x": torch.tensor(2.0), "y": torch.tensor(3)})[0].item() == 3
+        x = torch.arange(6.0).view(2, 3).T
+        assert torch.equal(call({"x": x, "y": torch.tensor(3)})[0], x + 1)
+
+
+def test_an_error_of_the_model_is_told_and_the_next_call_works(runner: Path, artifact: Path, tmp_path: Path) -> None:
+    with running(runner, "torchscript", artifact, 1, tmp_path / "log") as call:
+        with pytest.raises(RuntimeError, match="no negative index"):
+            call({"x": torch.zeros(2), "y": torch.tensor([-1])})
+        assert len(call({"x": torch.zeros(2), "y": torch.tensor([1])})) == 8
+
+
+def test_a_runner_that_dies_is_named_with_its_signal(runner: Path, artifact: Path, tmp_path: Path) -> None:
+    with running(runner, "torchscript", artifact, 1, tmp_path / "log") as call:
+        call({"x": torch.zeros(2), "y": torch.tensor([1])})
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        (pid,) = [int(child) for child in children if "ship_runner" in Path(f"/proc/{child}/cmdline").read_text()]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RunnerEnded, match="killed by signal 9"):
+            call({"x": torch.zeros(2), "y": torch.tensor([1])})
+
+
+def test_what_is_no_model_is_refused_when_it_is_loaded(runner: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"not a model")
+    with (
+        pytest.raises(RunnerEnded, match="does not load"),
+        running(runner, "torchscript", tmp_path / "model", 1, tmp_path / "log"),
+    ):
+        pass
+
+
+def test_the_second_build_is_the_first_one(runner: Path) -> None:
+    before = runner.stat().st_mtime_ns
+    assert cpp_build.build(CppRequest(cache=str(cache_folder()))) == CppResult(runner=str(runner))
+    assert runner.stat().st_mtime_ns == before
+
+
+def test_without_a_compiler_there_is_a_reason_and_no_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cpp_build.sysconfig, "get_path", lambda name: str(tmp_path))
+    built = cpp_build.build(CppRequest(cache=str(tmp_path / "cache")))
+    assert built == CppResult(runner="", reason="no cmake and a C++ compiler on this machine")
+
+
+def test_sources_that_do_not_compile_leave_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpp_build.cmake() is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler on this machine")
+    shutil.copytree(cpp_build.SOURCES, tmp_path / "cpp")
+    (tmp_path / "cpp" / "runner.cpp").write_text("int main() { return nothing; }")
+    monkeypatch.setattr(cpp_build, "SOURCES", tmp_path / "cpp")
+    built = cpp_build.build(CppRequest(cache=str(tmp_path / "cache")))
+    assert built.runner == "" and "does not build here" in built.reason and "error" in built.reason
+    assert list((tmp_path / "cache").iterdir()) == []
