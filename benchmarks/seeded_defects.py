@@ -47,7 +47,13 @@ def questions(case: Case, folder: Path) -> tuple[list[Probe], list[Probe]]:
     """Our probes and the validation samples, as the export stage writes them."""
     nothing = Reference(target="defects:none", where="model.factory")
     project = Project(
-        name=case.name, folder=str(Path(__file__).parent), model=nothing, data=nothing, loss="mse_loss", metrics=[]
+        name=case.name,
+        folder=str(Path(__file__).parent),
+        model=nothing,
+        data=nothing,
+        collate=None,
+        loss="mse_loss",
+        metrics=[],
     )
     request = ExportRequest(
         project=project, folder=str(folder), weights="", formats=[], batch=BATCH, seed=0, validation_limit=10_000

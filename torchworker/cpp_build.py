@@ -17,8 +17,6 @@ from torchworker.contract import CppRequest, CppResult
 SOURCES = Path(__file__).with_name("cpp")
 RUNNER = "ship_runner"
 BUILD_SECONDS = 600
-NICENESS = 10
-"""Training goes on meanwhile and comes first."""
 
 
 def build(request: CppRequest) -> CppResult:
@@ -53,7 +51,6 @@ def build(request: CppRequest) -> CppResult:
                     capture_output=True,
                     text=True,
                     timeout=BUILD_SECONDS,
-                    preexec_fn=lambda: os.nice(NICENESS),
                 )
             except subprocess.TimeoutExpired:
                 return CppResult(runner="", reason=f"building it took more than {BUILD_SECONDS} s")

@@ -54,7 +54,7 @@ def running(runner: Path, kind: str, artifact: Path, threads: int, log: Path) ->
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         try:
-            given.write(encode(list(inputs.values())))
+            given.write(encode(inputs))
             given.flush()
             return _read(answers)
         except (BrokenPipeError, EOFError) as error:
@@ -85,10 +85,11 @@ def _ended(process: subprocess.Popen[bytes], log: Path) -> RunnerEnded:
     return RunnerEnded(f"the C++ runner {how}: {' '.join(log.read_text(errors='replace').splitlines()[-3:])}")
 
 
-def encode(tensors: list[Tensor]) -> bytes:
-    """A request: count, then dtype, sizes and elements of each tensor."""
-    parts = [struct.pack("<I", len(tensors))]
-    for tensor in tensors:
+def encode(inputs: Mapping[str, Tensor]) -> bytes:
+    """A request: count, then name, dtype, sizes and elements of each input."""
+    parts = [struct.pack("<I", len(inputs))]
+    for name, tensor in inputs.items():
+        parts.append(struct.pack("<B", len(name.encode())) + name.encode())
         parts.append(struct.pack(f"<BB{tensor.dim()}q", TYPES.index(tensor.dtype), tensor.dim(), *tensor.shape))
         parts.append(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return b"".join(parts)

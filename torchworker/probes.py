@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchworker.contract import TensorSpec
+from torchworker.contract import DynamicDim, TensorSpec
 from torchworker.failure import is_theirs
+from torchworker.signature import BATCH, resized, sizes_of
 
 Inputs = dict[str, Tensor]
 
@@ -66,10 +67,10 @@ class Probe:
     """What the model said when it refused."""
 
 
-def probes(pool: Inputs) -> Iterator[Probe]:
+def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
     """Everything besides the batches of capture and the single samples.
 
-    pool: real samples, [n, …] by input.
+    pool: real samples, [n, …] by input; dims: the dynamic dimensions, the batch among them.
     """
     few = {name: tensor[:DRAWN] for name, tensor in _rows(pool, _pick(pool, DRAWN, 0)).items()}
     real = [name for name, tensor in pool.items() if _is_real(tensor)]
@@ -82,6 +83,8 @@ def probes(pool: Inputs) -> Iterator[Probe]:
     else:
         for seed in range(SEEDS):
             yield Probe(name=f"seed{seed}", group=DRAWS, inputs=_rows(pool, _pick(pool, DRAWN, seed)))
+    for name, sizes in _extremes(few, dims):
+        yield Probe(name=name, group=LENGTHS, inputs=resized(_rows(pool, _pick(pool, 2, 0)), dims, sizes))
     for name, scale in (("times30", 30.0), ("times1000", 1000.0), ("negated", -1.0), ("zero", 0.0)):
         if real:
             yield Probe(name=name, group=SCALES, inputs={**few, **{key: few[key] * scale for key in real}})
@@ -96,9 +99,21 @@ def probes(pool: Inputs) -> Iterator[Probe]:
     yield Probe(name="empty", group=EMPTY, inputs={name: tensor[:0] for name, tensor in few.items()}, declared=False)
 
 
-def refusals(pool: Inputs, specs: Mapping[str, TensorSpec]) -> Iterator[Probe]:
+def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each declared dimension at its smallest and largest; twice its present size and one where it has no end."""
+    present = sizes_of(few, dims)
+    for dim in dims:
+        if dim.name != BATCH:
+            for what, size in (("smallest", dim.min), ("largest", dim.max or 2 * present[dim.name] + 1)):
+                yield f"{what}.{dim.name}", {dim.name: size}
+
+
+def refusals(pool: Inputs, specs: Mapping[str, TensorSpec], dims: Sequence[DynamicDim]) -> Iterator[Probe]:
     """Inputs outside the signature, one thing wrong in each: most models refuse them, and so should an artifact."""
     few = _rows(pool, _pick(pool, 2, 0))
+    for dim in dims:
+        if dim.name != BATCH and dim.max is not None:
+            yield _refused(f"beyond.{dim.name}", resized(few, dims, {dim.name: dim.max + 1}))
     for name, tensor in few.items():
         if not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel():
             for what, value in (("minus_one", -1), ("too_large", torch.iinfo(tensor.dtype).max // 4)):

@@ -146,14 +146,15 @@ def write_reference(
     pool = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
-    for probe in probes(pool):
+    dims = dims_of(named, request.dynamic, project)
+    for probe in probes(pool, dims):
         try:
             asked.append(answers.complete(probe))
         except UserMistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             continue
-    signature = {spec.name: spec for spec in input_specs(named, dims_of(named, request.dynamic, project))}
-    refused = (_apart(answers, question, folder) for question in refusals(pool, signature))
+    signature = {spec.name: spec for spec in input_specs(named, dims)}
+    refused = (_apart(answers, question, folder) for question in refusals(pool, signature, dims))
     asked += [probe for probe in refused if probe is not None]
     _write_probes(asked, folder / PROBES)
     if answers.fixed_precision:

@@ -56,6 +56,20 @@ def test_empty_and_scalar_tensors_and_other_strides_pass(runner: Path, artifact:
         assert torch.equal(call({"x": x, "y": torch.tensor(3)})[0], x + 1)
 
 
+class Optional(nn.Module):
+    def forward(self, x: Tensor, weights: Tensor | None = None, y: Tensor | None = None) -> Tensor | None:
+        if weights is None and y is not None:
+            return x + y
+        return None
+
+
+def test_inputs_that_are_left_out_are_given_by_name(runner: Path, tmp_path: Path) -> None:
+    torch.jit.script(Optional()).save(str(tmp_path / "model"))
+    with running(runner, "torchscript", tmp_path / "model", 1, tmp_path / "log") as call:
+        assert call({"x": torch.tensor(1.0), "y": torch.tensor(2.0)})[0].item() == 3
+        assert call({"x": torch.tensor(1.0)}) == []
+
+
 def test_an_error_of_the_model_is_told_and_the_next_call_works(runner: Path, artifact: Path, tmp_path: Path) -> None:
     with running(runner, "torchscript", artifact, 1, tmp_path / "log") as call:
         with pytest.raises(RuntimeError, match="no negative index"):

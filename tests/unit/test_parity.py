@@ -33,6 +33,33 @@ def test_an_error_far_below_the_usual_tolerances_is_caught() -> None:
     assert not compare(other, eager, exact).passed
 
 
+def test_one_wrong_class_among_large_ones_is_caught() -> None:
+    eager, exact = reference()
+    sizes = torch.tensor([1e-3] + [10.0] * 9)
+    eager, exact = eager * sizes, exact * sizes
+    other = eager.clone()
+    other[:, 0] *= 1.01
+    assert not compare(other, eager, exact).passed
+
+
+def test_a_sigmoid_may_be_off_by_a_unit_in_the_last_place_of_one() -> None:
+    exact = torch.sigmoid(torch.linspace(-7, -4, 64, dtype=torch.float64).view(8, 8))
+    eager = exact.float()
+    assert compare(eager + 9e-8, eager, exact).passed
+    assert not compare(eager + 4e-7, eager, exact).passed
+    assert not compare(-eager - 9e-8, -eager, -exact).passed
+
+
+def test_a_sample_that_falls_the_other_way_in_float64_does_not_loosen_the_rule_for_the_rest() -> None:
+    eager, exact = reference()
+    exact[5] += 3
+    assert compare(eager.clone(), eager, exact).passed
+    other = eager.clone()
+    other[20] += 1e-3
+    assert not compare(other, eager, exact).passed
+    assert not compare(eager.index_fill(0, torch.tensor([5]), 60.0), eager, exact).passed
+
+
 def test_one_wrong_element_is_caught() -> None:
     eager, exact = reference()
     other = eager.clone()

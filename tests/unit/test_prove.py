@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from torchworker.contract import ExportRequest, Project, Reference, Verdict
+from torchworker.contract import DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.probes import Probe
 from torchworker.prove import KNOWN, Policy, prove
 from torchworker.reference import enlarged, read_probes, write_reference
@@ -19,12 +19,21 @@ from torchworker.runtimes import Call
 CODE = Path(__file__).parent
 
 
-def questions(model: nn.Module, folder: Path, *inputs: Tensor) -> list[Probe]:
+def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence[DynamicDim] = ()) -> list[Probe]:
     """Every probe for the model, with validation data of these inputs."""
     nothing = Reference(target="plain:nothing", where="model.factory")
-    project = Project(name="plain", folder=str(CODE), model=nothing, data=nothing, loss="mse_loss", metrics=[])
+    project = Project(
+        name="plain", folder=str(CODE), model=nothing, data=nothing, collate=None, loss="mse_loss", metrics=[]
+    )
     request = ExportRequest(
-        project=project, folder=str(folder), weights="", formats=[], batch=8, seed=0, validation_limit=100
+        project=project,
+        folder=str(folder),
+        weights="",
+        formats=[],
+        batch=8,
+        seed=0,
+        validation_limit=100,
+        dynamic=dynamic,
     )
     names = ["x", "y"][: len(inputs)]
     dataset: Dataset[object] = TensorDataset(*inputs, torch.zeros(len(inputs[0])))
@@ -239,6 +248,30 @@ def test_another_pattern_of_nan_in_the_same_sample_is_for_the_strict_policy(
     assert trial(probes, one_element) == ""
     assert "NaN or infinity in different places" in trial(probes, one_element, policy=Policy(not_finite="same"))
     assert trial(probes, as_artifact(model), policy=Policy(not_finite="same")) == ""
+
+
+def test_declared_lengths_are_asked_at_both_ends_and_beyond(tmp_path: Path) -> None:
+    class Positions(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(9, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classify((self.embed(x) + self.position[: x.shape[1]]).mean(1))
+
+    tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
+    length = DynamicDim(name="length", min=1, max=9, axes={"x": (1,)})
+    model = Positions()
+    probes = questions(model, tmp_path, tokens, dynamic=[length])
+    sizes = {probe.name: probe.inputs["x"].shape[1] for probe in probes if "length" in probe.name}
+    assert sizes == {"smallest.length": 1, "largest.length": 9, "beyond.length": 10}
+    assert trial(probes, as_artifact(model)) == ""
+
+    def short(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return as_artifact(model)({"x": inputs["x"][:, :7]})
+
+    found = trial(probes, short)
+    assert "largest.length: output: max" in found and "answers where the model refuses: RuntimeError" in found
 
 
 def test_what_the_model_refuses_an_artifact_refuses(words: tuple[nn.Module, list[Probe]]) -> None:

@@ -4,8 +4,9 @@
 //
 // One frame after loading and one for each request. All numbers little-endian, as on every machine torch runs on:
 //
-//   request  u32 count, then count tensors: u8 dtype, u8 dimensions, i64 sizes[dimensions], elements
-//   answer   u8 1 and a request-like list of tensors, or u8 0, u32 length and that many bytes of message
+//   tensor   u8 dtype, u8 dimensions, i64 sizes[dimensions], elements
+//   request  u32 count, then count times: u8 length and that many bytes of name, tensor
+//   answer   u8 1, u32 count and count tensors, or u8 0, u32 length and that many bytes of message
 //
 // It ends when standard input does, or with the process that started it.
 
@@ -16,6 +17,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdint>
 #include <functional>
@@ -23,6 +25,8 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -34,6 +38,11 @@ constexpr int kMaxDimensions = 16;
 constexpr int64_t kMaxBytes = int64_t{1} << 36;
 
 using Tensors = std::vector<at::Tensor>;
+
+struct Request {
+  std::vector<std::string> names;
+  Tensors tensors;
+};
 
 bool read_exactly(int fd, void* into, size_t size) {
   auto* place = static_cast<char*>(into);
@@ -79,6 +88,15 @@ at::Tensor read_tensor(int fd) {
   return tensor;
 }
 
+void read_request(int fd, uint32_t count, Request& into) {
+  for (uint32_t index = 0; index < count; ++index) {
+    std::string name(read_number<uint8_t>(fd), ' ');
+    if (!read_exactly(fd, name.data(), name.size())) throw std::runtime_error("the request ends early");
+    into.names.push_back(std::move(name));
+    into.tensors.push_back(read_tensor(fd));
+  }
+}
+
 void write_tensors(int fd, const Tensors& tensors) {
   const uint8_t fine = 1;
   write_exactly(fd, &fine, 1);
@@ -113,24 +131,45 @@ void flatten(const c10::IValue& value, Tensors& into) {
     for (const auto& item : value.toListRef()) flatten(item, into);
   } else if (value.isGenericDict()) {
     for (const auto& item : value.toGenericDict()) flatten(item.value(), into);
-  } else {
+  } else if (!value.isNone()) {
     throw std::runtime_error("an output is neither a tensor nor a tuple, list or dict of tensors");
   }
 }
 
-std::function<Tensors(Tensors)> load(const std::string& kind, const std::string& file) {
+// By position, or by name where a parameter before the last is left out.
+Tensors call_script(torch::jit::Module& module, const Request& request) {
+  std::vector<std::string> parameters;
+  for (const auto& argument : module.get_method("forward").function().getSchema().arguments()) {
+    parameters.push_back(argument.name());
+  }
+  parameters.erase(parameters.begin());  // self
+  const size_t given = request.names.size();
+  const bool positional =
+      parameters.size() == given ||
+      (parameters.size() > given && std::equal(request.names.begin(), request.names.end(), parameters.begin()));
+  std::vector<c10::IValue> arguments;
+  std::unordered_map<std::string, c10::IValue> named;
+  for (size_t index = 0; index < given; ++index) {
+    if (positional) {
+      arguments.emplace_back(request.tensors[index]);
+    } else {
+      named.emplace(request.names[index], request.tensors[index]);
+    }
+  }
+  Tensors outputs;
+  flatten(module.forward(std::move(arguments), named), outputs);
+  return outputs;
+}
+
+std::function<Tensors(const Request&)> load(const std::string& kind, const std::string& file) {
   if (kind == "torchscript") {
     auto module = std::make_shared<torch::jit::Module>(torch::jit::load(file, at::kCPU));
     module->eval();
-    return [module](const Tensors& inputs) {
-      Tensors outputs;
-      flatten(module->forward({inputs.begin(), inputs.end()}), outputs);
-      return outputs;
-    };
+    return [module](const Request& request) { return call_script(*module, request); };
   }
   if (kind == "aoti") {
     auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>(file);
-    return [loader](const Tensors& inputs) { return loader->run(inputs); };
+    return [loader](const Request& request) { return loader->run(request.tensors); };
   }
   throw std::runtime_error("expected torchscript or aoti, got " + kind);
 }
@@ -146,7 +185,7 @@ int main(int argc, char** argv) {
   // What a model prints must not end up between answers.
   const int answers = dup(STDOUT_FILENO);
   dup2(STDERR_FILENO, STDOUT_FILENO);
-  std::function<Tensors(Tensors)> model;
+  std::function<Tensors(const Request&)> model;
   try {
     at::set_num_threads(std::stoi(argv[3]));
     model = load(argv[1], argv[2]);
@@ -158,16 +197,16 @@ int main(int argc, char** argv) {
   const c10::InferenceMode inference;
   uint32_t count = 0;
   while (read_exactly(STDIN_FILENO, &count, sizeof count)) {
-    Tensors inputs;
+    Request request;
     try {
-      for (uint32_t index = 0; index < count; ++index) inputs.push_back(read_tensor(STDIN_FILENO));
+      read_request(STDIN_FILENO, count, request);
     } catch (const std::exception& error) {
       // The rest of the request cannot be found any more.
       write_error(answers, error.what());
       return 1;
     }
     try {
-      write_tensors(answers, model(inputs));
+      write_tensors(answers, model(request));
     } catch (const std::exception& error) {
       write_error(answers, error.what());
     }
