@@ -68,7 +68,9 @@ def train(side: str, host: WorkerHost, job: Job, folder: Path, url: str, server:
     work = folder / uuid.uuid4().hex
     work.mkdir()
     project = project_of(job, ROOT / "examples/digits")
-    request = TrainRequest(project=project, train=train_settings(job), folder=str(work))
+    request = TrainRequest(
+        project=project, train=train_settings(job), folder=str(work), checkpoints=str(work / "checkpoints")
+    )
     flow_run = uuid.uuid4().hex
     record = RunRecord(
         model="observation-benchmark",

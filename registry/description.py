@@ -57,7 +57,7 @@ def describe(
     """Describe one version.
 
     `formats` maps a format to its file name, `sizes` a file name to bytes, `metrics` a format to its measured
-    values, `training` is the last epoch's line of the history, `links` maps a text to a URL (an empty URL is
+    values, `training` holds the last values of the history, `links` maps a text to a URL (an empty URL is
     left out), `reference` says what parity was measured against.
     """
     parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
@@ -79,9 +79,10 @@ def describe(
         files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
         sections.append(f"### Files\n{table(('file', 'format', 'size'), files)}")
     if training:
-        epoch = f" ({number(training['epoch'])})" if "epoch" in training else ""
-        values = [(name, number(value)) for name, value in training.items() if name not in ("epoch", "time")]
-        sections.append(f"### Last epoch{epoch}\n{table(('metric', 'value'), values)}")
+        where = "step" if "step" in training else "epoch"
+        last = f" ({number(training[where])})" if where in training else ""
+        values = [(name, number(value)) for name, value in training.items() if name not in (where, "time")]
+        sections.append(f"### Last {where}{last}\n{table(('metric', 'value'), values)}")
     # MLflow's page sets no space between a table and the next heading.
     return "\n\n".join([*intro, "\n\n\u00a0\n\n".join(sections)]).rstrip() + "\n"
 

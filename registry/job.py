@@ -115,7 +115,8 @@ class Job(Part):
     def metrics(self) -> tuple[str, ...]:
         """What is measured: what the job names or the loss suggests, and whatever a gate needs."""
         chosen: list[str] = [item for item in self.train.metrics or () if isinstance(item, str)]
-        if self.train.metrics is None and isinstance(self.train.loss, str):
+        # A custom loop's loss is its own.
+        if self.train.metrics is None and self.train.entrypoint is None and isinstance(self.train.loss, str):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]
         return tuple(
             dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRIC_DIRECTIONS and gate != "p50_ms")])

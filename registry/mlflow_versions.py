@@ -36,7 +36,7 @@ from registry.mlflow_runs import (
     params_of,
     run_tags,
 )
-from registry.observation import Point, history_points
+from registry.observation import Point, history_points, position
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,7 +69,7 @@ class VersionRecord:
     """`inputs` and `outputs`: items with `name`, `dtype` and `shape`; a string in a shape is a dynamic dimension."""
     params: Mapping[str, str | int | float | bool]
     history: Sequence[Mapping[str, float]]
-    """One mapping an epoch: `epoch`, `time` (unix seconds) and metrics."""
+    """One mapping an epoch or report: `epoch` or `step`, `time` (unix seconds) and metrics."""
     points: Sequence[Point] = ()
     """What else was measured while it trained; each curve in order."""
     metrics: Mapping[str, float]
@@ -337,7 +337,7 @@ def _signature(signature: Mapping[str, Sequence[Mapping[str, Any]]]) -> ModelSig
 
 
 def _last_epoch(record: VersionRecord) -> int:
-    return int(record.history[-1].get("epoch", len(record.history))) if record.history else 0
+    return position(record.history[-1], len(record.history)) if record.history else 0
 
 
 def _find(

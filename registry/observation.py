@@ -1,9 +1,10 @@
 """What a training run says about itself, as points on curves. No MLflow here, no Prefect.
 
-A worker appends events to a file, one JSON object a line (`torchworker/events.py`). Two kinds carry numbers:
+A worker appends events to a file, one JSON object a line (`torchworker/events.py`). Three kinds carry numbers:
 
     epoch   one row of the history; its curves are drawn over epochs
     step    what happens right now, at most a few a second; its curves are drawn over optimizer steps
+    report  what a custom loop reports, one row of its history; its curves are drawn over the step that it gives
 
 Fields that an event lacks are left out, fields that are unknown and are numbers become curves of their own.
 """
@@ -85,6 +86,8 @@ def event_points(event: Mapping[str, Any]) -> list[Point]:
     points = []
     if event.get("event") == "epoch":
         points += _row_points(event, int(event["epoch"]), when)
+    if event.get("event") == "report":
+        points += _report_points(event["metrics"], int(event["step"]), when)
     if event.get("event") in ("epoch", "step") and "step" in event:
         step = int(event["step"])
         if event["event"] == "step":
@@ -103,12 +106,35 @@ def history_points(history: Sequence[Mapping[str, Any]]) -> list[Point]:
     now = time.time()
     points = []
     for number, row in enumerate(history, start=1):
-        points += _row_points(row, int(row.get("epoch", number)), float(row.get("time", now)))
+        place, when = position(row, number), float(row.get("time", now))
+        if "step" in row:
+            metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
+            points += _report_points(metrics, place, when)
+        else:
+            points += _row_points(row, place, when)
     return points
+
+
+def position(row: Mapping[str, Any], number: int) -> int:
+    """What a row of a history is drawn over: its step, its epoch, or else its number from 1."""
+    return int(row.get("step", row.get("epoch", number)))
+
+
+def latest_of(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of everything in a history."""
+    latest: dict[str, float] = {}
+    for row in history:
+        latest |= row
+    return latest
 
 
 def _row_points(row: Mapping[str, Any], epoch: int, when: float) -> list[Point]:
     return [Point(key, value, epoch, when) for key, value in _numbers(row)]
+
+
+def _report_points(metrics: Mapping[str, float], step: int, when: float) -> list[Point]:
+    """Everything in it was measured: a custom loop may report its epoch too."""
+    return [Point(key, float(value), step, when) for key, value in metrics.items()]
 
 
 def _numbers(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from registry.launcher_options import LOCAL, LauncherOption, check_train
-from registry.parts import Factory, Part
+from registry.parts import Factory, Part, Target
 
 Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 Schedule = Literal["constant", "cosine", "linear"]
 Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
+
+
+FOR_ANY_LOOP = frozenset({
+    "entrypoint", "args", "processes", "seed", "metrics", "threads", "checkpoint", "restarts", "hang_seconds",
+    "collective_seconds", "device", "backend", "launcher",
+})  # fmt: skip
+"""What also holds for a custom loop; the other keys are read by the built-in one."""
 
 
 class CustomMetric(Factory):
@@ -39,7 +46,11 @@ class Checkpoint(Part):
 class Train(Part):
     """How the model is trained."""
 
-    epochs: int = Field(ge=1, description="passes over the training data")
+    epochs: int | None = Field(None, ge=1, description="passes over the training data; required without entrypoint")
+    entrypoint: Target | None = Field(
+        None, description="a loop of your own, main(context, **args), in place of the built-in one; see custom-loops.md"
+    )
+    args: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the entrypoint")
     steps_per_epoch: int | None = Field(
         None, ge=1, description="optimizer steps of an epoch, for an iterable dataset that has no len()"
     )
@@ -101,8 +112,30 @@ class Train(Part):
         return self
 
     @model_validator(mode="after")
+    def _one_loop(self) -> Self:
+        if self.entrypoint is None:
+            if self.epochs is None:
+                raise ValueError("epochs, the passes over the training data, or entrypoint, a loop of your own")
+            if self.args:
+                raise ValueError("args only with entrypoint, the loop of your own that they are given to")
+        elif ignored := sorted(self.model_fields_set - FOR_ANY_LOOP):
+            raise ValueError(
+                f"no {' or '.join(ignored)} with entrypoint: only the built-in loop reads "
+                f"{'it' if len(ignored) == 1 else 'them'}; give your loop what it needs as args"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys that the chosen loop does not read."""
+        values: dict[str, Any] = dump(self)
+        if self.entrypoint is None:
+            return {name: value for name, value in values.items() if name not in ("entrypoint", "args")}
+        return {name: value for name, value in values.items() if name in FOR_ANY_LOOP}
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        if self.batch_size % (self.processes * self.accumulate):
+        if self.entrypoint is None and self.batch_size % (self.processes * self.accumulate):
             passes = f" × accumulate {self.accumulate}" if self.accumulate > 1 else ""
             raise ValueError(
                 f"a batch_size that the processes can share evenly: {self.batch_size} is not a multiple of "

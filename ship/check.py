@@ -54,13 +54,28 @@ def _dimension(dim: DynamicDim) -> str:
     return f"{dim.name}: {dim.min} to {dim.max}" if dim.max is not None else f"{dim.name}: {dim.min} or more"
 
 
+def _training(job: Job, result: CheckResult) -> list[tuple[str, str]]:
+    train = job.train
+    ranks = f"{train.processes} processes × {job.threads} threads"
+    if train.entrypoint is not None:
+        arguments = "".join(f", {name}={value!r}" for name, value in train.args.items())
+        return [("training", f"{train.entrypoint}(context{arguments}) in {ranks}, seed {train.seed}; found, not run")]
+    loss = train.loss if isinstance(train.loss, str) else train.loss.factory
+    optimizer = train.optimizer if isinstance(train.optimizer, str) else train.optimizer.factory
+    return [
+        ("loss", f"{loss}, {result.loss:.4g} on one batch before training"),
+        (
+            "training",
+            f"{train.epochs} epochs, batch {train.batch_size} over {ranks}, {optimizer}, learning rate "
+            f"{train.learning_rate:g}, seed {train.seed}",
+        ),
+    ]
+
+
 def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> None:
     facts = Table(title=f"{job.name}", show_header=False, title_justify="left")
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    train = job.train
-    loss = train.loss if isinstance(train.loss, str) else train.loss.factory
-    optimizer = train.optimizer if isinstance(train.optimizer, str) else train.optimizer.factory
     for name, value in (
         ("project", str(folder)),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
@@ -73,12 +88,7 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
         ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
         ("target", _tensor(result.target)),
         ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
-        ("loss", f"{loss}, {result.loss:.4g} on one batch before training"),
-        (
-            "training",
-            f"{train.epochs} epochs, batch {train.batch_size} over {train.processes} processes × {job.threads} "
-            f"threads, {optimizer}, learning rate {train.learning_rate:g}, seed {train.seed}",
-        ),
+        *_training(job, result),
         ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}" for kind in job.export.formats)),
         ("release", f"channel {job.release.channel}"),
     ):

@@ -17,8 +17,8 @@ from registry.train_options import CustomMetric, Train
 
 HEAD = """# The job file
 
-YAML. Only `name`, `model`, `data` and `train.epochs` are required. Unknown keys are errors. A *reference* is
-`module:attribute`, importable from the project folder.
+YAML. Only `name`, `model`, `data` and `train.epochs` (or `train.entrypoint`)
+are required. Unknown keys are errors. A *reference* is `module:attribute`, importable from the project folder.
 
 This page is written by `ship schema --markdown > docs/job-file.md`; a test keeps it current.
 """
@@ -47,6 +47,9 @@ AFTER = """
   on the CPU in the order of the dataset, and returns one number.
 - An optimizer by reference is called as `factory(parameters, lr=learning_rate, **args)`.
 - A schedule by reference is called as `factory(optimizer, total_steps=…, **args)` and returns a torch `LRScheduler`.
+- With `train.entrypoint`, `main(context, **args)` is called in every rank and returns the trained model:
+  [custom loops](custom-loops.md). Only `device`, `backend`, `processes`, `threads`, `seed`, `metrics`, `checkpoint`,
+  `launcher` and what is about failures hold for it too.
 - Metrics are computed on the model's output, or the first of a tuple or dict.
 """
 

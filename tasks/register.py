@@ -19,7 +19,7 @@ from infra.rundir import StageFolder, file_sha256
 from registry import mlflow_versions
 from registry.description import describe
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
-from registry.observation import Point, file_points
+from registry.observation import Point, file_points, latest_of
 from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from tasks.policy import worth_retrying
 from tasks.requests import run_params
@@ -123,7 +123,7 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         sizes={name: entry.bytes for name, entry in manifest.files.items()},
         verdicts=validated.result.verdicts,
         metrics=validated.result.metrics,
-        training=trained.result.history[-1],
+        training=latest_of(trained.result.history),
         links={"Prefect run": run.flow_run_url},
         reference=validated.result.reference,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from tasks.promote import Promoted
 from tasks.register import Registered
 from tasks.run import Run
 from tasks.train import Trained
+
+ROWS = 100
+"""Longest table of learning curves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,6 @@ def render(run: Run, trained: Trained, registered: Registered, promoted: Promote
         ("processes", result.environment["processes"]),
         ("torch", result.environment["torch"]),
     ]
-    names = [name for name in result.history[0] if name not in ("time", "epoch")]
-    curves = [(f"{row['epoch']:g}", *(f"{row[name]:.4g}" for name in names)) for row in result.history]
     seconds = [(stage, f"{value:.2f}") for stage, value in run.seconds.items()]
     return "\n\n".join(
         [
@@ -89,7 +92,25 @@ def render(run: Run, trained: Trained, registered: Registered, promoted: Promote
             table(("where", "link"), where),
             f"## What was trained\n\n{table(('what', 'value'), trained_what)}",
             f"## What was proven\n\n{registered.description}",
-            f"## Learning curves\n\n{table(('epoch', *names), curves)}",
+            f"## Learning curves\n\n{curves(result.history)}",
             f"## Seconds by stage\n\n{table(('stage', 'seconds'), seconds)}",
         ]
     )
+
+
+def curves(history: Sequence[Mapping[str, float]]) -> str:
+    """A table for each kind of row; of many rows a few, evenly spaced and with the last one."""
+    kinds: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+    for row in history:
+        kinds.setdefault(tuple(row), []).append(row)
+    return "\n\n".join(_curve(names, rows) for names, rows in kinds.items())
+
+
+def _curve(keys: Sequence[str], history: Sequence[Mapping[str, float]]) -> str:
+    where = "step" if "step" in keys else "epoch"
+    names = [name for name in keys if name not in ("time", where)]
+    every = math.ceil(len(history) / ROWS)
+    shown = history[::-1][::every][::-1]
+    rows = [(f"{row[where]:g}", *(f"{row[name]:.4g}" for name in names)) for row in shown]
+    left_out = f"\n\n{len(shown)} of {len(history)} rows; MLflow has them all." if every > 1 else ""
+    return table((where, *names), rows) + left_out

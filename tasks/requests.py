@@ -6,7 +6,7 @@ from pathlib import Path
 
 from registry.job import Job
 from registry.parts import Factory
-from torchworker.contract import CustomMetric, DynamicDim, Gate, Project, Reference, TrainSettings
+from torchworker.contract import CustomMetric, DynamicDim, Entrypoint, Gate, Project, Reference, TrainSettings
 
 
 def project_of(job: Job, folder: Path) -> Project:
@@ -43,8 +43,9 @@ def _named(choice: str | Factory, where: str) -> str | Reference:
 def train_settings(job: Job) -> TrainSettings:
     train = job.train
     return TrainSettings(
+        entrypoint=_entrypoint(job),
         processes=train.processes,
-        epochs=train.epochs,
+        epochs=train.epochs or 0,
         steps_per_epoch=train.steps_per_epoch,
         batch_size=train.batch_size,
         seed=train.seed,
@@ -87,6 +88,13 @@ def dynamic_dims(job: Job) -> list[DynamicDim]:
     ]
 
 
+def _entrypoint(job: Job) -> Entrypoint | None:
+    if job.train.entrypoint is None:
+        return None
+    function = Reference(target=job.train.entrypoint, args=job.train.args, where="train.entrypoint")
+    return Entrypoint(function=function, job=job.model_dump(mode="json"))
+
+
 def fixed_gates(job: Job, *, custom: bool) -> list[Gate]:
     """Gates that a candidate can be held against alone; `vs_live` waits for the live release.
 
@@ -107,6 +115,8 @@ def user_modules(job: Job) -> list[str]:
     named = [item.factory for item in parts if isinstance(item, Factory)]
     if job.data.collate is not None:
         named.append(job.data.collate if isinstance(job.data.collate, str) else job.data.collate.factory)
+    if train.entrypoint is not None:
+        named.append(train.entrypoint)
     return sorted({target.partition(":")[0].partition(".")[0] for target in named})
 
 
@@ -118,6 +128,7 @@ def run_params(job: Job) -> dict[str, str]:
         "data": job.data.factory,
         **{f"model.{name}": str(value) for name, value in job.model.args.items()},
         **{f"data.{name}": str(value) for name, value in job.data.args.items()},
-        **{f"train.{name}": str(value) for name, value in train.items() if value is not None},
+        **{f"train.{name}": str(value) for name, value in train.items() if value is not None and name != "args"},
+        **{f"train.args.{name}": str(value) for name, value in job.train.args.items()},
         "export.formats": ",".join(job.export.formats),
     }

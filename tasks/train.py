@@ -74,7 +74,7 @@ async def _train(run: Run, stage: StageFolder) -> None:
     if (stage.work / EVENTS).exists():
         # Left by an attempt that died, perhaps with steps that MLflow was not told.
         run.live.follow(stage.work / EVENTS)
-    progress = _Progress(run.job.train.epochs)
+    progress = _Progress()
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / "train.attempts"
@@ -105,14 +105,14 @@ async def _train(run: Run, stage: StageFolder) -> None:
 class _Progress:
     """Turns worker events into log lines and one Prefect progress artifact."""
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self) -> None:
         self._logger = get_run_logger()
-        self._epochs = epochs
         self._percent = 0.0
         self._description = "Training starts"
         self._artifact: UUID | None = None
         self._logged = time.monotonic()
         self._straggler: int | None = None
+        self._reported = False
 
     def on_event(self, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -124,6 +124,9 @@ class _Progress:
                 )  # fmt: skip
                 for note in event["notes"]:
                     self._logger.warning(note)
+            case "resumed":
+                for note in event["notes"]:
+                    self._logger.warning(note)
             case "restarting":
                 where = event["checkpoint"] or "the beginning"
                 self._logger.warning("%s; training goes on from %s", event["cause"], where)
@@ -131,19 +134,28 @@ class _Progress:
                 for failure in event["failures"][-1:]:
                     self._logger.warning(failure)
             case "epoch":
-                self._percent = 100 * event["epoch"] / self._epochs
+                self._percent = 100 * event["epoch"] / event["epochs"]
                 self._show(describe_epoch(event), event)
                 self._say(describe_epoch(event))
             case "step":
                 self._percent = 100 * event["step"] / event["steps"]
                 line = (
-                    f"epoch {event['epoch']}/{self._epochs}  step {event['step']}/{event['steps']}  "
+                    f"epoch {event['epoch']}/{event['epochs']}  step {event['step']}/{event['steps']}  "
                     f"loss {event['loss']:.4f}  {_rate(event)}"
                 )
                 self._show(line, event)
                 # A long epoch would otherwise be silent.
                 if time.monotonic() - self._logged >= LOG_SECONDS:
                     self._say(line)
+
+            case "report":
+                if "steps" in event:
+                    self._percent = min(100.0, 100 * event["step"] / max(1, event["steps"]))
+                line = describe_report(event)
+                self._show(line, event)
+                if time.monotonic() - self._logged >= LOG_SECONDS or not self._reported:
+                    self._say(line)
+                self._reported = True
 
     def _show(self, line: str, event: dict[str, Any]) -> None:
         self._description = describe_progress(line, event)
@@ -231,6 +243,13 @@ def describe_epoch(event: dict[str, Any]) -> str:
         f"epoch {event['epoch']}/{event['epochs']}  loss {event['train_loss']:.4f}  "
         f"validation loss {event['validation_loss']:.4f}  {metrics}  {_rate(event)}"
     )
+
+
+def describe_report(event: dict[str, Any]) -> str:
+    """`step 40/120  train loss 0.0473  learning rate 0.001`."""
+    total = f"/{event['steps']}" if "steps" in event else ""
+    metrics = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in event["metrics"].items())
+    return f"step {event['step']}{total}  {metrics}"
 
 
 def _rate(event: dict[str, Any]) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchworker.contract import WEIGHTS, CheckRequest, CheckResult, Project
+from torchworker.contract import CheckRequest, CheckResult, Project
 from torchworker.device import choose_device
-from torchworker.failure import UserMistake, user_error
+from torchworker.entrypoint_check import facts_of, resolve_main, try_parts
+from torchworker.failure import UserMistake
+from torchworker.finish import try_weights
 from torchworker.metrics import first_output
 from torchworker.project import (
     Loss,
@@ -29,25 +29,28 @@ from torchworker.project import (
     enter,
     forward,
     length_of,
-    name_inputs,
     require_gradients,
     require_one_shape,
     try_metric,
 )
 from torchworker.randomness import seed_everything
-from torchworker.signature import dims_of, input_specs, output_specs
 from torchworker.training_data import TrainingData
-from torchworker.weights import load_weights, save_weights
 
 
 def check(request: CheckRequest) -> CheckResult:
-    """One forward and one loss on one batch of each split. Raises UserMistake with what to mend."""
+    """One forward and one loss on one batch of each split; a custom loop is found, and not run.
+
+    Raises UserMistake with what to mend.
+    """
     project, settings = request.project, request.train
     if request.ranks_here:
         choose_device(settings, request.ranks_here)
     torch.set_num_threads(settings.threads)
     seed_everything(settings.seed)
     enter(project)
+    if settings.entrypoint is not None:
+        resolve_main(settings.entrypoint, project)
+        return try_parts(project, request.dynamic)
     loss = build_loss(project)
     model = build_model(project)
     optimizer = build_optimizer(project, settings, model)
@@ -77,23 +80,10 @@ def check(request: CheckRequest) -> CheckResult:
             # Whether an epoch has an end, and a sample for every process.
             TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
     _try_step(model, inputs, target, loss, optimizer, project)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    named = name_inputs(model, inputs, project)
-    dims = dims_of(named, request.dynamic, project)
-    model.eval()
-    with torch.no_grad():
-        output = output_specs(model, named, dims, project)
-    return CheckResult(
-        parameters=sum(parameter.numel() for parameter in trainable),
-        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trainable),
-        inputs=input_specs(named, dims),
-        outputs=output,
-        target=input_specs({"target": target}, dims_of({"target": target}, (), project))[0],
-        dims=dims,
-        train_samples=sizes["train"],
-        validation_samples=sizes["validation"],
-        loss=float(value),
-    )
+    return facts_of(
+        model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
+        validation_samples=sizes["validation"], loss=float(value),
+    )  # fmt: skip
 
 
 def _try_step(
@@ -104,13 +94,4 @@ def _try_step(
     backward(compute_loss(loss, forward(model, inputs, project), target, project), project)
     require_gradients(model, project)
     apply_gradients(optimizer, project)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            save_weights(model, Path(folder) / WEIGHTS)
-            load_weights(build_model(project), Path(folder) / WEIGHTS)
-    except UserMistake:
-        raise
-    except Exception as error:
-        raise user_error(
-            f"{project.model.where}: its weights cannot be saved and loaded", error, project.folder
-        ) from error
+    try_weights(model, project)

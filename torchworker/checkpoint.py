@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 MANIFEST = "CHECKPOINT.json"
+STEPS_TO_MEASURE = 20
+"""Steps after which an interval in seconds is turned into steps."""
 
 
 def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -54,11 +57,38 @@ def _problem(path: Path) -> str:
 
 def _hashes(path: Path) -> dict[str, str]:
     hashes = {}
-    for file in sorted(path.iterdir()):
-        if file.name != MANIFEST:
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and name != MANIFEST:
             with file.open("rb") as opened:
-                hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+                hashes[name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return hashes
+
+
+class Interval:
+    """When checkpoints are due: every so many steps, or about every so many seconds, at the same steps in all ranks."""
+
+    def __init__(self, steps: int | None, seconds: float) -> None:
+        self._every, self._seconds = steps or 0, seconds
+        self._calls = 0
+        self._began = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Every rank asks after every step."""
+        if not self._every:
+            self._measure()
+        return self._every > 0 and step % self._every == 0
+
+    def _measure(self) -> None:
+        if not self._calls:
+            self._began = time.perf_counter()
+        self._calls += 1
+        if self._calls > STEPS_TO_MEASURE:
+            # Rank 0's clock decides for all.
+            pace = (time.perf_counter() - self._began) / STEPS_TO_MEASURE
+            every: list[Any] = [max(1, round(self._seconds / pace))]
+            dist.broadcast_object_list(every, 0)
+            self._every = every[0]
 
 
 class Checkpoints:
@@ -87,10 +117,13 @@ class Checkpoints:
         dist.broadcast_object_list(found, 0)
         return found[0], found[1]
 
-    def save(self, step: int, state: dict[str, Any], own: dict[str, Any]) -> float:
+    def save(
+        self, step: int, state: dict[str, Any], own: dict[str, Any], write: Callable[[Path], None] | None = None
+    ) -> float:
         """Start writing a checkpoint and return the seconds that training was held up.
 
-        state: tensors and plain values that every rank has, such as state dicts; own: this rank's JSON values.
+        state: tensors and plain values that every rank has, such as state dicts; own: this rank's JSON values; write:
+        called on rank 0 to write other files into the checkpoint's folder.
         """
         # Half a second of import that a short run does not need.
         import torch.distributed.checkpoint as dcp
@@ -104,6 +137,9 @@ class Checkpoints:
         try:
             work.mkdir(parents=True, exist_ok=True)
             (work / f"rank{self._rank}.json").write_text(json.dumps(own))
+            if write is not None and self._rank == 0:
+                write(work)
+        # shutil.Error is an OSError too.
         except OSError as error:
             problem = str(error)
         problems: list[str] = [""] * dist.get_world_size()
@@ -147,15 +183,19 @@ class Checkpoints:
         self.failures.append(f"checkpoint {work.stem} was not written: {reason}")
         self._abandoned.append(work)
 
-    def wait(self) -> None:
-        """Wait until the checkpoint being written is complete or has failed."""
+    def wait(self, together: bool = True) -> None:
+        """Wait until the checkpoint being written is complete or has failed.
+
+        together: until it is so for every rank; not for one whose process group is gone.
+        """
         if self._pending is not None:
             concurrent.futures.wait([self._pending])
             self._pending = None
             if self._rank == 0:
                 # The callback runs after the future is done.
                 self._completed.wait()
-            dist.barrier(group=self._group)
+            if together:
+                dist.barrier(group=self._group)
         # By now no rank writes to what was given up.
         while self._rank == 0 and self._abandoned:
             shutil.rmtree(self._abandoned.pop(), ignore_errors=True)

@@ -136,10 +136,24 @@ class Project(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entrypoint:
+    """A loop of the user's own, in place of the built-in one."""
+
+    function: Reference
+    """Called in every rank as function(context, **args); returns the trained model."""
+    job: Mapping[str, Any]
+    """The whole job as plain values, for context.job."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
+    """How to train. With an entrypoint, what the built-in loop alone reads has no meaning."""
+
+    entrypoint: Entrypoint | None
     processes: int
     """World size: one process a rank."""
     epochs: int
+    """0 with an entrypoint."""
     steps_per_epoch: int | None
     """Optimizer steps of an epoch of an iterable dataset without a length."""
     batch_size: int
@@ -227,8 +241,8 @@ class CheckResult:
     train_samples: int | None
     """None for a stream that does not say."""
     validation_samples: int | None
-    loss: float
-    """Loss of the untrained model on one batch."""
+    loss: float | None
+    """Loss of the untrained model on one batch; None with an entrypoint, which has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +260,7 @@ class TrainResult:
     weights: str
     history: Sequence[Mapping[str, float]]
     """One mapping an epoch: epoch, train_loss, validation_loss, validation_<metric>, samples_per_second,
-    seconds, time (unix seconds)."""
+    seconds, time (unix seconds). Of a custom loop one a report: step, time and what it reported."""
     train_samples: int
     validation_samples: int
     data_fingerprint: str

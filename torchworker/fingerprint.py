@@ -65,6 +65,13 @@ def _bytes(leaf: Any) -> tuple[str, bytes]:
     )
 
 
+def whole_count(mine: Fingerprint) -> int:
+    """Samples that all ranks have seen. Every rank calls it."""
+    count = torch.tensor(mine.samples)
+    dist.all_reduce(count)
+    return int(count)
+
+
 def whole_fingerprint(mine: Fingerprint) -> str:
     """The hash over what all ranks have seen. Every rank calls it."""
     parts: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()

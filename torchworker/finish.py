@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.utils.data import Dataset
 
 from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
 from torchworker.device import place
-from torchworker.project import batches, forward, name_inputs, name_outputs
+from torchworker.failure import UserMistake, user_error
+from torchworker.project import batches, build_model, forward, name_inputs, name_outputs
 from torchworker.strategy import is_sharded, whole_model
-from torchworker.weights import save_weights
+from torchworker.weights import load_weights, save_weights
 
 PROBE_SAMPLES = 64
 """Samples on which the export has to give what the trained model gave."""
@@ -52,6 +54,19 @@ def save_trained(
         save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / PROBE)
 
 
+def try_weights(model: nn.Module, project: Project) -> None:
+    """The weights to a file and back. Raises UserMistake for what would fail when training is over."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_weights(model, Path(folder) / WEIGHTS)
+            load_weights(build_model(project), Path(folder) / WEIGHTS)
+    except UserMistake:
+        raise
+    except Exception as error:
+        what = f"{project.model.where}: its weights cannot be saved and loaded"
+        raise user_error(what, error, project.folder) from error
+
+
 def environment(device: torch.device, settings: TrainSettings) -> dict[str, str]:
     """Versions, thread counts and hardware that can change the bits."""
     gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
@@ -64,8 +79,8 @@ def environment(device: torch.device, settings: TrainSettings) -> dict[str, str]
         "device": device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         **gpu,
-        "strategy": settings.strategy,
-        "precision": settings.precision,
+        # What a custom loop makes of them is its own.
+        **({} if settings.entrypoint else {"strategy": settings.strategy, "precision": settings.precision}),
         "backend": str(dist.get_backend()),
     }
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchworker.checkpoint import Checkpoints, random_state, set_random_state
+from torchworker.checkpoint import Checkpoints, Interval, random_state, set_random_state
 from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
 from torchworker.device import memory_bytes, place
 from torchworker.evaluation import Evaluation
@@ -44,8 +44,6 @@ from torchworker.strategy import autocast, make_scaler, share_model
 from torchworker.training_data import TrainingData, ValidationData
 
 STEP_EVENT_SECONDS = 0.25
-STEPS_TO_MEASURE = 20
-"""Steps after which the checkpoint interval in seconds is turned into steps."""
 
 
 class Loop:
@@ -107,7 +105,7 @@ class Loop:
         self.sums = torch.zeros(2, dtype=torch.float64)
         """Loss times samples, and samples, of this rank in this epoch."""
         self.history: list[dict[str, float]] = []
-        self.checkpoint_every = settings.checkpoint_steps or 0
+        self.interval = Interval(settings.checkpoint_steps, settings.checkpoint_seconds)
         self.step_seconds = 0.0
         """Of the last optimizer step."""
 
@@ -266,7 +264,7 @@ class Loop:
             self._optimizer_step(stream)
             self.step += 1
             self.epoch_step += 1
-            if self._is_checkpoint_due():
+            if self.interval.is_due(self.step) and self.step < self.steps:
                 self._save()
         total = self.sums.clone()
         dist.all_reduce(total)
@@ -305,16 +303,6 @@ class Loop:
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
             "the loss for a log or division of zero"
         )
-
-    def _is_checkpoint_due(self) -> bool:
-        done = self.step - self.first_step
-        if not self.checkpoint_every and done == STEPS_TO_MEASURE:
-            # Rank 0's clock decides for all: the interval in steps has to be the same everywhere.
-            pace = (time.perf_counter() - self.began) / done
-            every = torch.tensor([max(1, round(self.settings.checkpoint_seconds / pace))])
-            dist.broadcast(every, 0)
-            self.checkpoint_every = int(every)
-        return self.checkpoint_every > 0 and self.step % self.checkpoint_every == 0 and self.step < self.steps
 
     def _stops_early(self) -> bool:
         patience = self.settings.early_stopping

@@ -12,7 +12,7 @@ import torch
 
 def seed_everything(seed: int) -> None:
     """Seed all of them, on every device."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from torchworker.address import choose_interface
@@ -51,7 +52,7 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
         )
         keep_beating(folder, rank, watcher)
         enter(request.project)
-        return Loop(request, device).fit()
+        return _train(request, device)
     except (Exception, SystemExit) as error:
         failure = failure_of(error, request.project.folder, rank)
         if is_lost_connection(error):
@@ -60,8 +61,19 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
         raise
 
 
+def _train(request: TrainRequest, device: torch.device) -> TrainResult | None:
+    if request.train.entrypoint is not None:
+        from torchworker.entrypoint import run_entrypoint
+
+        return run_entrypoint(request, request.train.entrypoint, device)
+    return Loop(request, device).fit()
+
+
 def _write_failure(path: Path, failure: Failure) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(failure)))
+    # Whole or not at all: the launcher kills the ranks that are left as soon as one has ended.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(dataclasses.asdict(failure)))
+    part.replace(path)
 
 
 def main() -> None:

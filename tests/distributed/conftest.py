@@ -13,25 +13,29 @@ from tasks.requests import project_of, train_settings
 from tasks.worker import call_worker
 from torchworker.contract import TrainRequest, TrainResult, decode
 
-Train = Callable[..., TrainResult]
+
+class Train:
+    """Trains job files for real, without Prefect, each into a folder `train<n>`; all share `checkpoints`."""
+
+    def __init__(self, host: WorkerHost, folder: Path) -> None:
+        self._host, self._folder, self._runs = host, folder, iter(range(100))
+
+    def __call__(self, job_file: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainResult:
+        job, project = load_job(job_file)
+        work = self._folder / f"train{next(self._runs)}"
+        work.mkdir()
+        request = TrainRequest(
+            project=project_of(job, project),
+            train=train_settings(job),
+            folder=str(work),
+            checkpoints=str(self._folder / "checkpoints"),
+        )
+        reply = asyncio.run(call_worker(self._host, "train", request, work, on_event))
+        result: TrainResult = decode(TrainResult, reply)
+        return result
 
 
 @pytest.fixture
 def train(host: WorkerHost, tmp_path: Path) -> Train:
-    """Train a job file for real, without Prefect."""
-    runs = iter(range(100))
-
-    def run(job_file: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainResult:
-        job, folder = load_job(job_file)
-        work = tmp_path / f"train{next(runs)}"
-        work.mkdir()
-        request = TrainRequest(
-            project=project_of(job, folder),
-            train=train_settings(job),
-            folder=str(work),
-            checkpoints=str(work.parent / "checkpoints"),
-        )
-        result: TrainResult = decode(TrainResult, asyncio.run(call_worker(host, "train", request, work, on_event)))
-        return result
-
-    return run
+    """Train job files into the test's folder."""
+    return Train(host, tmp_path)

@@ -175,3 +175,40 @@ def test_a_dynamic_dimension_that_cannot_be_is_refused_with_its_key(
     tmp_path: Path, dynamic: str, expected: str
 ) -> None:
     assert expected in refused(tmp_path, GOOD + f"export: {{dynamic: {dynamic}}}\n")
+
+
+CUSTOM = GOOD.replace("epochs: 2", "entrypoint: plain:main")
+
+
+def load(tmp_path: Path, text: str) -> Job:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return load_job(path)[0]
+
+
+def test_a_custom_loop_needs_no_epochs_and_its_loss_suggests_no_metric(tmp_path: Path) -> None:
+    job = load(tmp_path, CUSTOM + "  args: {epochs: 3}\n  processes: 3\n")
+    assert (job.train.entrypoint, job.train.args, job.metrics) == ("plain:main", {"epochs": 3}, ())
+    assert load(tmp_path, CUSTOM + "  metrics: [accuracy]\n").metrics == ("accuracy",)
+
+
+def test_a_dumped_job_holds_only_the_keys_that_its_loop_reads(tmp_path: Path) -> None:
+    custom = load(tmp_path, CUSTOM).model_dump(mode="json")["train"]
+    built_in = load(tmp_path, GOOD).model_dump(mode="json")["train"]
+    assert "entrypoint" in custom and not {"optimizer", "loss", "epochs", "strategy", "precision"} & custom.keys()
+    assert "optimizer" in built_in and not {"entrypoint", "args"} & built_in.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CUSTOM + "  epochs: 3\n", "no epochs with entrypoint: only the built-in loop reads it; give your loop what"),
+        (CUSTOM + "  optimizer: adam\n  schedule: cosine\n", "no optimizer or schedule with entrypoint"),
+        (CUSTOM + "  strategy: fsdp\n  processes: 2\n", "no strategy with entrypoint"),
+        (CUSTOM.replace("plain:main", "main"), "train.entrypoint: expected a reference module:attribute"),
+        (GOOD + "  args: {a: 1}\n", "expected args only with entrypoint"),
+        (GOOD.replace("epochs: 2", "seed: 0"), "expected epochs, the passes over the training data, or entrypoint"),
+    ],
+)
+def test_keys_that_the_chosen_loop_would_not_read_are_refused(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in refused(tmp_path, text)
