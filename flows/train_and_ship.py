@@ -8,6 +8,7 @@ from tasks.export import export
 from tasks.outcome import end_mlflow_run
 from tasks.promote import promote
 from tasks.register import register
+from tasks.rehearse import rehearse
 from tasks.report import Shipped, report
 from tasks.run import begin
 from tasks.train import train
@@ -29,5 +30,6 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
     exported = await export(run, trained)
     validated = await validate(run, exported)
     registered = await register(run, trained, validated)
-    promoted = await promote(run, registered, validated)
+    rehearsed = await rehearse(run, registered, validated)
+    promoted = await promote(run, registered, validated, rehearsed)
     return await report(run, trained, registered, promoted)

@@ -29,20 +29,29 @@ def improvement(job: Job, metric: str, candidate: float, live: float) -> float:
     return candidate - live if job.direction(metric) == "higher" else live - candidate
 
 
-def require_not_worse(job: Job, candidate: Mapping[str, float], live: Mapping[str, float] | None, name: str) -> None:
+def require_not_worse(
+    job: Job, candidate: Mapping[str, float], live: Mapping[str, float], name: str, problem: str = ""
+) -> None:
     """Hold a candidate against the live release by the job's `vs_live` gates.
 
-    live: the metrics in the live release's manifest, None when nothing is live; name: the live release's id.
-    Raises GateError with a table when any gate fails; a metric that the live release lacks is a failure.
+    candidate, live: measured by one process on the same samples; name: the live release's id; problem: why the live
+    release could not be measured. Raises GateError with a table when any gate fails; what was not measured has failed.
     """
     limits = {metric: gate.vs_live for metric, gate in job.gates.items() if gate.vs_live is not None}
-    if live is None or not limits:
+    if not limits:
         return
+    if problem:
+        raise GateError(
+            f"{job.name}: the candidate cannot be held against the live release {name}: {problem}. The live release "
+            f"stays. If it is to be replaced all the same, ship once without vs_live ({', '.join(limits)}): the other "
+            "gates still hold"
+        )
     rows, failed = [], []
     for metric, limit in limits.items():
-        if metric not in live:
-            failed.append(f"{metric}: the live release records none; promote once without vs_live to record it")
-            rows.append((metric, number(candidate[metric]), "none", "cannot be compared", f">= {limit:g}", "FAILED"))
+        if metric not in live or metric not in candidate:
+            failed.append(f"{metric}: not measured on {'the live release' if metric in candidate else 'the candidate'}")
+            shown = [number(side.get(metric)) for side in (candidate, live)]
+            rows.append((metric, *shown, "cannot be compared", f">= {limit:g}", "FAILED"))
             continue
         gain = improvement(job, metric, candidate[metric], live[metric])
         passed = gain >= limit

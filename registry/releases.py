@@ -18,7 +18,7 @@ from registry.keys import release_prefix
 from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, require_size, verify_folder
 from registry.signing import publish_signature
 from registry.tombstones import claim
-from registry.transfer import Meter, Progress, in_parallel, put_immutable
+from registry.transfer import FILES_AT_ONCE, SMALL_FILES_AT_ONCE, Meter, Progress, in_parallel, put_immutable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def publish(
 
     # Big files first: the last one to start decides when all are done.
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
-    brought = dict(zip(names, in_parallel(bring, names), strict=True))
+    brought = dict(zip(names, in_parallel(bring, names, SMALL_FILES_AT_ONCE), strict=True))
     if signing_key is not None:
         publish_signature(store, manifest, signing_key)
     put_immutable(store, prefix + MANIFEST, manifest.encode(), "another description of the same files")
@@ -109,8 +109,9 @@ def verify_release(
     prefix = release_prefix(model, release)
     manifest = read_manifest(store, model, release)
     if etags is None:
-        require = _require_content if read_back else _require_object
-        in_parallel(lambda name: require(store, prefix + name, manifest.files[name]), manifest.files)
+        names, require = manifest.files, _require_content if read_back else _require_object
+        at_once = FILES_AT_ONCE if read_back else SMALL_FILES_AT_ONCE
+        in_parallel(lambda name: require(store, prefix + name, names[name]), names, at_once)
         return manifest
     listed = store.list_objects(prefix)
     for name, entry in manifest.files.items():

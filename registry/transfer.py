@@ -11,6 +11,8 @@ from infra.errors import PreconditionFailed, ReleaseError
 from infra.objectstore import ObjectStore
 
 FILES_AT_ONCE = 8
+SMALL_FILES_AT_ONCE = 32
+"""Where each is one small request, which mostly waits."""
 
 _T = TypeVar("_T")
 
@@ -31,9 +33,9 @@ def put_immutable(store: ObjectStore, key: str, body: bytes, other: str) -> None
         )
 
 
-def in_parallel(function: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
+def in_parallel(function: Callable[[str], _T], names: Iterable[str], at_once: int = FILES_AT_ONCE) -> list[_T]:
     """Call `function` for every name, a few at a time; the results in order. Stops at the first error and raises it."""
-    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="bucket") as pool:
+    with ThreadPoolExecutor(at_once, thread_name_prefix="bucket") as pool:
         futures = [pool.submit(function, name) for name in names]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -10,16 +10,14 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.errors import GateError
 from infra.provenance import who
-from registry.channels import move_channel, read_live
+from registry.channels import move_channel
 from registry.description import in_short
-from registry.gates import require_not_worse
 from registry.mirror import alias_of, follow, set_challenger
 from registry.moves import require_not_rolled_back
 from registry.pointer import Pointer
-from registry.release import Manifest
-from registry.releases import publish
 from tasks.policy import worth_retrying
 from tasks.register import Registered
+from tasks.rehearse import Rehearsed, hold_against
 from tasks.run import Run
 from tasks.validate import Validated
 
@@ -29,7 +27,8 @@ class Promoted:
     """A release that is live on a channel."""
 
     pointer: Pointer
-    sent_bytes: int
+    rehearsed: Rehearsed
+    """The last one: against what was live when the pointer moved."""
     alias: str
 
 
@@ -41,8 +40,8 @@ class Promoted:
     retry_delay_seconds=[1, 2, 5, 15],
     retry_condition_fn=worth_retrying,
 )
-async def promote(run: Run, registered: Registered, validated: Validated) -> Promoted:
-    """Publish, move the pointer, then let the MLflow alias follow it; every step can be repeated.
+async def promote(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Promoted:
+    """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
     Raises GateError when what is live by then is better than the job's `vs_live` allows, or when a rollback has just
     taken this very release off; the version stays in MLflow as the challenger. MLflow decides nothing here: when it
@@ -52,7 +51,7 @@ async def promote(run: Run, registered: Registered, validated: Validated) -> Pro
     log = get_run_logger()
     with run.timed("promote"):
         try:
-            pointer, sent = await asyncio.to_thread(_publish_and_move, run, registered, validated)
+            pointer, rehearsed = await _move(run, registered, validated, rehearsed)
         except GateError:
             for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
                 log.warning(warning)
@@ -61,21 +60,40 @@ async def promote(run: Run, registered: Registered, validated: Validated) -> Pro
             log.warning(warning)
     log.info(
         "%s is live on %s: generation %d, release %s, %s bytes sent",
-        name, channel, pointer.generation, pointer.release, f"{sent:,}",
+        name, channel, pointer.generation, pointer.release, f"{rehearsed.published.sent_bytes:,}",
     )  # fmt: skip
-    return Promoted(pointer=pointer, sent_bytes=sent, alias=alias_of(channel))
+    return Promoted(pointer=pointer, rehearsed=rehearsed, alias=alias_of(channel))
 
 
-def _publish_and_move(run: Run, registered: Registered, validated: Validated) -> tuple[Pointer, int]:
-    def accept(pointer: Pointer | None, live: Manifest | None) -> None:
-        require_not_rolled_back(registered.manifest.release, pointer)
-        metrics = live.metrics if live is not None else None
-        require_not_worse(run.job, validated.quality, metrics, pointer.release if pointer else "")
+async def _move(
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed
+) -> tuple[Pointer, Rehearsed]:
+    """Move the pointer; when another release went live meanwhile, rehearse beside that one first."""
+    while True:
+        rehearsed.require_good_enough()
+        try:
+            return await asyncio.to_thread(_move_from, run, registered, validated, rehearsed), rehearsed
+        except _OtherLive as other:
+            rehearsed = await hold_against(run, registered, validated, rehearsed.published, other.live)
 
-    # Asked twice: here so that a worse candidate is not uploaded, and again for what is live when the pointer moves.
-    accept(*read_live(run.store, run.job.name, run.job.release.channel))
-    published = publish(run.store, registered.folder, registered.manifest, signing_key=run.settings.signing_key)
-    pointer = move_channel(
+
+class _OtherLive(Exception):
+    """What is live is not what the candidate was held against."""
+
+    def __init__(self, live: Pointer | None) -> None:
+        super().__init__("another release went live")
+        self.live = live
+
+
+def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Pointer:
+    """Move the pointer from the release that the candidate was held against. Raises _OtherLive when it is not live."""
+
+    def replacing(live: Pointer | None) -> None:
+        require_not_rolled_back(registered.manifest.release, live)
+        if (live.release if live else "") != rehearsed.live:
+            raise _OtherLive(live)
+
+    return move_channel(
         run.store,
         registered.manifest,
         model=run.job.name,
@@ -84,8 +102,8 @@ def _publish_and_move(run: Run, registered: Registered, validated: Validated) ->
         moved_by=who(),
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,
-        accept=accept,
-        etags=published.etags,
-        verdicts=in_short(validated.result.verdicts),
+        accept=None,
+        replacing=replacing,
+        etags=rehearsed.published.etags,
+        verdicts={**in_short(validated.result.verdicts), **rehearsed.in_words()},
     )
-    return pointer, published.sent_bytes

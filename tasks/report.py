@@ -11,7 +11,7 @@ from prefect import task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from registry.description import table
+from registry.description import number, table
 from registry.keys import release_prefix
 from tasks.promote import Promoted
 from tasks.register import Registered
@@ -62,6 +62,22 @@ def _title(run: Run, promoted: Promoted) -> str:
     return f"{run.job.name} release {promoted.pointer.release} is live on {promoted.pointer.channel}"
 
 
+def _beside_live(promoted: Promoted) -> list[str]:
+    """What came back from the bucket, beside the release that it replaces; nothing when there was none."""
+    rehearsed = promoted.rehearsed
+    if not rehearsed.live:
+        return []
+    title = f"## Beside the live release `{rehearsed.live}`"
+    if rehearsed.result.live_problem:
+        return [f"{title}\n\nIt could not be scored: {rehearsed.result.live_problem}"]
+    mine, theirs = rehearsed.quality, rehearsed.live_quality
+    rows = [(name, number(value), number(theirs.get(name))) for name, value in mine.items()]
+    samples = (
+        f"Both downloaded from the bucket and run by one process on the same {rehearsed.result.samples:,} samples."
+    )
+    return [f"{title}\n\n{samples}\n\n{table(('metric', 'candidate', 'live'), rows)}"] if rows else []
+
+
 def render(run: Run, trained: Trained, registered: Registered, promoted: Promoted) -> str:
     """The report as markdown."""
     pointer, version, result = promoted.pointer, registered.version, trained.result
@@ -92,6 +108,7 @@ def render(run: Run, trained: Trained, registered: Registered, promoted: Promote
             table(("where", "link"), where),
             f"## What was trained\n\n{table(('what', 'value'), trained_what)}",
             f"## What was proven\n\n{registered.description}",
+            *_beside_live(promoted),
             f"## Learning curves\n\n{curves(result.history)}",
             f"## Seconds by stage\n\n{table(('stage', 'seconds'), seconds)}",
         ]

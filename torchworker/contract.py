@@ -452,6 +452,53 @@ class ScoreResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RehearsedRelease:
+    """A release on this disk, as it came from the bucket."""
+
+    folder: str
+    """Absolute."""
+    files: Mapping[str, str]
+    """Path in the folder to hexadecimal SHA-256, as its manifest says."""
+    formats: Mapping[str, str]
+    """Format to file name."""
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearseRequest(Message):
+    candidate: RehearsedRelease
+    live: RehearsedRelease | None
+    """What the candidate is held against; None when nothing is live."""
+    validation: str | None
+    """File of held-out samples; None when there are none, as in the promotion of an old release."""
+    moved: str | None
+    """File of probes; only the model's answers after rounding everything are read, which widen limits."""
+    metrics: Sequence[str]
+    """Names in METRICS."""
+    forbidden_modules: Sequence[str]
+    forbidden_folder: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearseResult(Message):
+    verdicts: Sequence[Verdict]
+    """Of the candidate: what it gives on the golden inputs."""
+    candidate: Mapping[str, Mapping[str, float]]
+    """Format to metric to value."""
+    live: Mapping[str, Mapping[str, float]]
+    """The same of the live release on the same samples; empty when it could not be scored."""
+    live_problem: str
+    """Why not; empty when it was, or when nothing is live."""
+    samples: int
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why a worker stopped."""
 

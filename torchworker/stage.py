@@ -13,6 +13,7 @@ from torchworker.contract import (
     CheckRequest,
     CppRequest,
     ExportRequest,
+    RehearseRequest,
     Reply,
     ScoreRequest,
     TrainRequest,
@@ -35,6 +36,10 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.export import export
 
         return export(ExportRequest.read(request))
+    if stage == "rehearse":
+        from torchworker.rehearse import rehearse
+
+        return rehearse(RehearseRequest.read(request))
     if stage == "score":
         from torchworker.score import score
 
@@ -47,11 +52,11 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.validate import validate
 
         return validate(ValidateRequest.read(request))
-    raise ValueError(f"stage: expected check, train, export, cpp, validate or score, got {stage!r}")
+    raise ValueError(f"stage: expected check, train, export, cpp, validate, score or rehearse, got {stage!r}")
 
 
 def _user_folder(stage: str, request: Path) -> str:
-    """Where the user's code is, to tell their lines from ours; `validate` runs none of it."""
+    """Where the user's code is, to tell their lines from ours; `validate` and `rehearse` run none of it."""
     if stage not in ("check", "train", "export", "score"):
         return ""
     folder: str = json.loads(request.read_text())["project"]["folder"]

@@ -19,9 +19,11 @@ from safetensors.numpy import load_file
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from registry.channels import move_channel
 from registry.history import read_history
 from registry.pointer import read_pointer
-from registry.releases import fetch_release
+from registry.release import MANIFEST, build_manifest
+from registry.releases import fetch_release, publish
 from tests.conftest import Command, Ended
 from tests.flows.live import live, orphans
 from tests.projects import write_project
@@ -175,21 +177,70 @@ def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
     assert orphans() == []
 
 
-def test_a_candidate_worse_than_the_live_release_does_not_replace_it(
+GOOD = {**QUICK, "train": {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}}
+GUARD = {"name": "guarded", "gates": {"accuracy": {"vs_live": 0}}}
+
+
+def relabelled(store: ObjectStore, folder: Path, **changes: Any) -> str:
+    """The live release of `guarded` once more, with another description, made live in its place; returns its id."""
+    live = read_pointer(store, "guarded", "prod")
+    assert live is not None
+    manifest = fetch_release(store, "guarded", live.release, folder)
+    (folder / MANIFEST).unlink()
+    # The id is the hash of the files.
+    (folder / "environment.txt").write_text(folder.name)
+    described = {"signature": manifest.signature, "metrics": manifest.metrics, **changes}
+    made = build_manifest(folder, model="guarded", formats=manifest.formats, **described)
+    publish(store, folder, made)
+    who = {"model": "guarded", "channel": "prod", "moved_by": "tester", "flow_run": "", "mlflow_version": "1"}
+    return move_channel(store, made, **who, reason="relabelled", accept=None).release
+
+
+def test_candidates_are_held_against_the_live_release_itself_not_against_what_it_says_of_itself(
     command: Command, store: ObjectStore, tmp_path: Path
 ) -> None:
-    good = {**QUICK, "train": {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}}
-    job = write_project(tmp_path / "good", **good, name="guarded", gates={"accuracy": {"vs_live": 0}})
-    assert command("ship", "run", str(job)).status == 0
-    before = live(store, "guarded")
+    good_job = write_project(tmp_path / "good", **GOOD, **GUARD)
+    bad_job = write_project(tmp_path / "bad", **QUICK, **GUARD)
+    assert command("ship", "run", str(bad_job)).status == 0
 
-    job = write_project(tmp_path / "bad", **QUICK, name="guarded", gates={"accuracy": {"vs_live": 0}})
-    ended = command("ship", "run", str(job))
+    # It boasts; the better candidate replaces it all the same.
+    relabelled(store, tmp_path / "boasts", metrics={"accuracy": 1.0})
+    ended = command("ship", "run", str(good_job))
+    assert ended.status == 0, ended.text
+    assert re.search(r"rehearsed from the bucket: 3 checks passed; accuracy 0\.\d+, live 0\.\d+", ended.text)
+
+    # It is modest; the worse candidate does not replace it, and stays in the bucket as a release that is not live.
+    relabelled(store, tmp_path / "modest", metrics={"accuracy": 0.0})
+    before = live(store, "guarded")
+    ended = command("ship", "run", str(bad_job))
     assert ended.status == 2
     assert "the candidate is worse than the live release" in ended.errors
     assert "Traceback" not in ended.text
     assert live(store, "guarded") == before
-    assert len({key.split("/")[3] for key in store.list_keys("models/guarded/releases/")}) == 1
+
+
+def test_a_live_release_with_other_inputs_stays_until_a_job_without_vs_live_replaces_it(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    good_job = write_project(tmp_path / "good", **GOOD, **GUARD)
+    before = live(store, "guarded")
+    if before is None:
+        assert command("ship", "run", str(good_job)).status == 0
+        before = live(store, "guarded")
+    assert before is not None
+    signature = fetch_release(store, "guarded", before[1], tmp_path / "last").signature
+    other = {**signature, "inputs": [{**signature["inputs"][0], "name": "renamed"}]}
+    strange = relabelled(store, tmp_path / "strange", signature=other)
+    ended = command("ship", "run", str(good_job))
+    assert ended.status == 2
+    assert re.search(
+        rf"cannot be held against the live release {strange}: torchscript: its inputs are renamed", ended.errors
+    )
+    assert "ship once without vs_live (accuracy)" in ended.errors
+    way_out = write_project(tmp_path / "good", **GOOD, name="guarded", gates={"accuracy": {"min": 0.5}})
+    assert command("ship", "run", str(way_out)).status == 0
+    after = live(store, "guarded")
+    assert after is not None and after[1] != strange
 
 
 def test_a_training_failure_shows_the_users_line_and_leaves_nothing(

@@ -319,6 +319,9 @@ class _Server(ThreadingHTTPServer):
     # The usual 5 makes the sixth client that connects at once wait a second.
     request_queue_size = 128
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone, because it was killed or did not wait, is what these tests are about."""
+
 
 _HOP_BY_HOP = frozenset(["connection", "keep-alive", "transfer-encoding", "expect", "date", "server"])
 

@@ -9,6 +9,7 @@ fetch, 260 MB on disk).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -88,7 +89,11 @@ def packages() -> Path:
         if shutil.which(tool) is None:
             raise NotAvailable(f"Ceph RGW comes from Debian's packages, and this machine has no {tool}")
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ceph-", dir=cache) as name:
+    with (cache / "ceph.lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="ceph-", dir=cache) as name:
+        # Tests run side by side: one of them fetches.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if root.is_dir():
+            return root
         work = Path(name)
         archives, lists, unpacked = work / "archives", work / "lists", work / "root"
         for folder in (archives / "partial", lists / "partial", unpacked):
@@ -108,12 +113,7 @@ def packages() -> Path:
             done = _run("dpkg", "-x", str(package), str(unpacked))
             if done.returncode:
                 raise NotAvailable(f"cannot unpack {package.name}: {done.stderr.strip()}")
-        try:
-            unpacked.rename(root)
-        except OSError:
-            # Another process was faster.
-            if not root.is_dir():
-                raise
+        unpacked.rename(root)
     return root
 
 

@@ -12,6 +12,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from infra import objectstore
 from infra.errors import ShipError
 from infra.objectstore import ObjectStore
 from registry.history import read_history, read_record, record_key
-from registry.pointer import Pointer, read_pointer
+from registry.keys import pointer_key
+from registry.pointer import Pointer, decode_pointer, read_pointer
 from registry.release import Manifest, build_manifest, verify_folder
 from registry.releases import fetch_release
 from tests.services.conftest import Connect, S3Server
@@ -261,3 +263,56 @@ def test_a_promoter_killed_before_or_after_any_request_leaves_the_old_or_the_new
     with PromoterHost() as host:
         for index in range(count):
             kill_at(scene, host, index, after)
+
+
+PROMOTERS, READERS = 32, 8
+
+
+def test_32_promoters_and_8_readers_at_once_see_every_generation_once_and_never_a_torn_release(
+    connect: Connect, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    bucket = object_store.bucket
+    # Everybody has connections of his own.
+    stores = [connect(bucket) for _ in range(PROMOTERS + READERS)]
+    for store in stores:
+        store._traits = object_store.probe()
+    candidates = []
+    for number in range(PROMOTERS):
+        folder = tmp_path / f"candidate{number}"
+        folder.mkdir()
+        for index in range(2):
+            (folder / f"file{index}.bin").write_bytes(random.Random(2 * number + index).randbytes(1000))
+        candidates.append((folder, build_manifest(folder, model=MODEL, formats={}, signature={}, metrics={})))
+    start, over = threading.Barrier(PROMOTERS + READERS), threading.Event()
+
+    def promoter(number: int) -> Pointer:
+        start.wait()
+        folder, manifest = candidates[number]
+        return promote(stores[number], folder, manifest, tmp_path / f"copy{number}")
+
+    def reader(number: int) -> list[int]:
+        store, seen, etag, key = stores[PROMOTERS + number], [0], "", pointer_key(MODEL, CHANNEL)
+        start.wait()
+        while True:
+            last = over.is_set()
+            found = store.get_if_changed(key, etag) if etag else store.get(key)
+            if found is not None:
+                pointer, etag = decode_pointer(found[0], CHANNEL), found[1]
+                assert pointer.generation > seen[-1]
+                seen.append(pointer.generation)
+                copy = tmp_path / f"reader{number}" / pointer.release
+                manifest = fetch_release(store, MODEL, pointer.release, copy, manifest_sha256=pointer.manifest_sha256)
+                verify_folder(copy, manifest)
+            if last:
+                return seen
+
+    with ThreadPoolExecutor(PROMOTERS + READERS) as pool:
+        readers = [pool.submit(reader, number) for number in range(READERS)]
+        try:
+            moves = list(pool.map(promoter, range(PROMOTERS)))
+        finally:
+            over.set()
+        seen = [done.result() for done in readers]
+    assert sorted(pointer.generation for pointer in moves) == list(range(1, PROMOTERS + 1))
+    assert read_history(object_store, MODEL, CHANNEL) == sorted(moves, key=lambda pointer: pointer.generation)
+    assert all(generations[-1] == PROMOTERS for generations in seen)

@@ -143,6 +143,15 @@ def test_a_store_that_does_not_know_a_condition_is_refused(connect: Connect, buc
         connect(bucket, proxy.url).probe()
 
 
+@pytest.mark.parametrize("key", ["/conditions", "/race", "/damaged"])
+@pytest.mark.parametrize("fault", [DropReply(), AnswerAfter(500, "InternalError"), Answer(503, "SlowDown")], ids=str)
+def test_a_good_store_is_not_refused_for_a_reply_that_was_lost(
+    connect: Connect, bucket: str, proxy: FaultProxy, key: str, fault: Fault
+) -> None:
+    proxy.add(Rule(fault, "PUT", key, times=1))
+    assert connect(bucket, proxy.url).probe() == connect(bucket).probe()
+
+
 def test_a_store_that_wants_bare_etags_gets_them(connect: Connect, bucket: str, proxy: FaultProxy) -> None:
     quoted = Rule(Answer(412, "PreconditionFailed"), "PUT")
     proxy.add(quoted)

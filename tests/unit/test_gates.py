@@ -26,7 +26,8 @@ def test_the_worst_format_speaks_for_the_release(tmp_path: Path) -> None:
 def test_a_candidate_within_the_margin_of_the_live_release_passes(tmp_path: Path) -> None:
     plain = job(tmp_path, accuracy={"vs_live": -0.01})
     require_not_worse(plain, {"accuracy": 0.98}, {"accuracy": 0.985}, "r1")
-    require_not_worse(plain, {"accuracy": 0.10}, None, "")
+    # Without the gate nothing is asked, not even whether it could be measured.
+    require_not_worse(job(tmp_path, accuracy={"min": 0.1}), {"accuracy": 0.10}, {}, "r1", "its inputs are others")
 
 
 def test_a_candidate_beyond_the_margin_is_refused_with_the_numbers(tmp_path: Path) -> None:
@@ -44,10 +45,22 @@ def test_for_an_error_metric_lower_is_better(tmp_path: Path) -> None:
         require_not_worse(plain, {"mean_squared_error": 0.3}, {"mean_squared_error": 0.2}, "r1")
 
 
-def test_a_metric_that_the_live_release_never_recorded_fails_closed(tmp_path: Path) -> None:
+def test_what_was_not_measured_on_either_side_fails_closed(tmp_path: Path) -> None:
     plain = job(tmp_path, accuracy={"vs_live": 0})
-    with pytest.raises(GateError, match="the live release records none"):
+    with pytest.raises(GateError, match="accuracy: not measured on the live release"):
         require_not_worse(plain, {"accuracy": 1.0}, {"mean_squared_error": 0.2}, "r1")
+    with pytest.raises(GateError, match="accuracy: not measured on the candidate"):
+        require_not_worse(plain, {}, {"accuracy": 0.2}, "r1")
+    with pytest.raises(GateError):
+        require_not_worse(plain, {"accuracy": float("nan")}, {"accuracy": 0.2}, "r1")
+    with pytest.raises(GateError):
+        require_not_worse(plain, {"accuracy": 0.9}, {"accuracy": float("nan")}, "r1")
+
+
+def test_a_live_release_that_cannot_be_scored_fails_closed_and_the_way_out_is_named(tmp_path: Path) -> None:
+    plain = job(tmp_path, accuracy={"vs_live": 0})
+    with pytest.raises(GateError, match=r"live release r1: its inputs are y.*ship once without vs_live \(accuracy\)"):
+        require_not_worse(plain, {"accuracy": 1.0}, {}, "r1", "its inputs are y")
 
 
 def test_the_table_shows_numbers_limits_and_what_was_not_measured() -> None:

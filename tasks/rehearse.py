@@ -1,0 +1,262 @@
+"""Stage: the release goes to the bucket, comes back, and is tried as servers will get it, beside what is live."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from infra.errors import GateError, JobError, ReleaseError, WorkerError
+from infra.rundir import StageFolder
+from registry.description import file_size, number
+from registry.gates import require_not_worse, verdict_table, worst
+from registry.job import Job
+from registry.pointer import Pointer, read_pointer
+from registry.release import Manifest
+from registry.releases import Published, fetch_release, publish
+from tasks.policy import worth_retrying
+from tasks.register import Registered
+from tasks.requests import user_modules
+from tasks.run import Run
+from tasks.validate import Validated
+from tasks.worker import call_worker
+from torchworker.contract import (
+    PROBES,
+    VALIDATION,
+    RehearsedRelease,
+    RehearseRequest,
+    RehearseResult,
+    ScoreRequest,
+    ScoreResult,
+    TensorSpec,
+    decode,
+)
+
+COMPARED = "compared.json"
+REPORT_SECONDS = 5.0
+"""Between two lines of progress of one upload."""
+KEEP_SECONDS = 24 * 3600
+"""Releases that nobody asked for in this time are dropped from the local copies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsed:
+    """A candidate that is in the bucket and was tried from there."""
+
+    job: Job
+    published: Published
+    result: RehearseResult
+    live: str
+    """The release that it was held against; empty when nothing was live."""
+
+    @property
+    def quality(self) -> dict[str, float]:
+        """Each metric of the candidate at its worst over the formats."""
+        return worst(self.job, self.result.candidate)
+
+    @property
+    def live_quality(self) -> dict[str, float]:
+        """The same of the live release, on the same samples."""
+        return worst(self.job, self.result.live)
+
+    def require_good_enough(self) -> None:
+        """Raises GateError when the live release is better than `vs_live` allows, or could not be scored."""
+        if self.live:
+            require_not_worse(self.job, self.quality, self.live_quality, self.live, self.result.live_problem)
+
+    def in_words(self) -> dict[str, str]:
+        """What was compared, for the record of the move."""
+        mine, theirs = self.quality, self.live_quality
+        both = [name for name in mine if name in theirs]
+        return {f"{name} vs live": f"{number(mine[name])} against {number(theirs[name])}" for name in both}
+
+
+@task(
+    name="rehearse",
+    task_run_name="rehearse",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def rehearse(run: Run, registered: Registered, validated: Validated) -> Rehearsed:
+    """Publish, download into a clean process, run every format on the golden inputs, and score what is live as well.
+
+    Raises GateError when the files from the bucket do not give what was validated. How they compare with the live
+    release is decided when the pointer moves.
+    """
+    with run.timed("rehearse"):
+        published = await asyncio.to_thread(
+            publish,
+            run.store,
+            registered.folder,
+            registered.manifest,
+            _UploadLog(run.job.name).show,
+            signing_key=run.settings.signing_key,
+        )
+        live = await asyncio.to_thread(read_pointer, run.store, run.job.name, run.job.release.channel)
+        return await hold_against(run, registered, validated, published, live)
+
+
+async def hold_against(
+    run: Run, registered: Registered, validated: Validated, published: Published, live: Pointer | None
+) -> Rehearsed:
+    """Try a published candidate beside one live release. Downloads both; writes to this disk only."""
+    copies = run.settings.home / "releases" / run.job.name
+    manifest = registered.manifest
+    candidate = await asyncio.to_thread(_download_anew, run, manifest, copies / manifest.release)
+    # After it: they may be one release.
+    current, problem = await asyncio.to_thread(_live_copy, run, copies, live)
+    stage = StageFolder(run.folder, "rehearse", inputs=f"{manifest.release} {live.nonce if live else ''}")
+    work = stage.begin()
+    exported = validated.exported.folder
+    request = RehearseRequest(
+        candidate=candidate,
+        live=current,
+        validation=str(exported / VALIDATION),
+        moved=str(exported / PROBES),
+        metrics=run.job.metrics,
+        forbidden_modules=user_modules(run.job),
+        forbidden_folder=run.project.folder,
+        threads=run.job.threads,
+    )
+    result: RehearseResult = decode(RehearseResult, await call_worker(run.host, "rehearse", request, work))
+    if not result.passed:
+        failed = [verdict for verdict in result.verdicts if not verdict.passed]
+        names = ", ".join(f"{item.format} ({item.case})" for item in failed)
+        raise GateError(
+            f"{run.job.name}: release {manifest.release}, as it came back from the bucket, fails: {names}. "
+            "It was not made live.",
+            verdict_table(result.verdicts),
+        )
+    result = replace(result, live_problem=problem or result.live_problem)
+    if run.job.train.custom_metrics:
+        result = await _scored(run, request, result, exported, work)
+    result.write(work / COMPARED)
+    stage.finish()
+    rehearsed = Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
+    get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
+    return rehearsed
+
+
+async def _scored(
+    run: Run, request: RehearseRequest, result: RehearseResult, exported: Path, work: Path
+) -> RehearseResult:
+    """The result with the metrics that are in user code, of both releases, which the clean room cannot import."""
+
+    async def score(name: str, release: RehearsedRelease) -> dict[str, dict[str, float]]:
+        folder = work / f"score-{name}"
+        folder.mkdir()
+        for file in release.formats.values():
+            os.link(Path(release.folder) / file, folder / file)
+        os.link(exported / VALIDATION, folder / VALIDATION)
+        asked = ScoreRequest(
+            project=run.project,
+            folder=str(folder),
+            formats=release.formats,
+            inputs=release.inputs,
+            batch=run.job.export.batch,
+            gates=[],
+            threads=run.job.threads,
+        )
+        scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", asked, folder))
+        clean = result.candidate if name == "candidate" else result.live
+        return {kind: {**clean.get(kind, {}), **values} for kind, values in scored.metrics.items()}
+
+    candidate = await score("candidate", request.candidate)
+    if request.live is None or result.live_problem:
+        return replace(result, candidate=candidate)
+    try:
+        return replace(result, candidate=candidate, live=await score("live", request.live))
+    except (JobError, WorkerError) as error:
+        return replace(result, candidate=candidate, live={}, live_problem=f"its own metrics failed: {error}")
+
+
+def _beside(rehearsed: Rehearsed) -> str:
+    if not rehearsed.live:
+        return "; nothing is live to hold it against"
+    if rehearsed.result.live_problem:
+        return f"; the live release {rehearsed.live} could not be scored: {rehearsed.result.live_problem}"
+    theirs = rehearsed.live_quality
+    pairs = [f"{name} {value:.4g}, live {theirs[name]:.4g}" for name, value in rehearsed.quality.items()]
+    return f"; {'; '.join(pairs)}" if pairs else ""
+
+
+def _download_anew(run: Run, manifest: Manifest, folder: Path) -> RehearsedRelease:
+    """The candidate from the bucket, also when a copy lies here: it is the bucket that is tried."""
+    shutil.rmtree(folder, ignore_errors=True)
+    fetched = fetch_release(run.store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
+    return _rehearsed(fetched, folder)
+
+
+def _live_copy(run: Run, copies: Path, live: Pointer | None) -> tuple[RehearsedRelease | None, str]:
+    """The live release from the bucket, or the copy of an earlier run, verified; none and why when it is broken."""
+    if live is None:
+        return None, ""
+    folder = copies / live.release
+    _drop_old(copies, folder)
+
+    def fetch() -> Manifest:
+        return fetch_release(run.store, live.model, live.release, folder, manifest_sha256=live.manifest_sha256)
+
+    try:
+        try:
+            manifest = fetch()
+        except ReleaseError:
+            if not folder.exists():
+                raise
+            # The copy was damaged; the bucket decides.
+            shutil.rmtree(folder)
+            manifest = fetch()
+        folder.touch()
+        return _rehearsed(manifest, folder), ""
+    except (ReleaseError, KeyError, TypeError) as error:
+        return None, f"it is broken: {error}"
+
+
+def _drop_old(copies: Path, keep: Path) -> None:
+    for folder in copies.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if folder != keep and time.time() - folder.stat().st_mtime > KEEP_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
+    return RehearsedRelease(
+        folder=str(folder),
+        files={name: entry.sha256 for name, entry in manifest.files.items()},
+        formats=manifest.formats,
+        inputs=_specs(manifest.signature, "inputs"),
+        outputs=_specs(manifest.signature, "outputs"),
+    )
+
+
+def _specs(signature: Mapping[str, list[Mapping[str, object]]], side: str) -> list[TensorSpec]:
+    return [decode(TensorSpec, spec) for spec in signature.get(side, [])]
+
+
+class _UploadLog:
+    """Says now and then how far an upload is, at which rate, and when it will end."""
+
+    def __init__(self, model: str) -> None:
+        self._model, self._logger = model, get_run_logger()
+        self._began = self._said = time.monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said < REPORT_SECONDS or not done:
+            return
+        self._said = now
+        rate = done / (now - self._began)
+        self._logger.info(
+            "%s: %s of %s in the bucket, %s/s, %d s left",
+            self._model, file_size(done), file_size(total), file_size(int(rate)), round((total - done) / rate),
+        )  # fmt: skip

@@ -1,0 +1,186 @@
+"""The last gate: the files that servers will read, as they came back from the bucket, loaded and run.
+
+The candidate gives its golden outputs again, in every format; then candidate and live release are scored on the same
+validation samples by the same process, so that the two numbers differ by the models alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchworker import runtimes
+from torchworker.contract import (
+    GOLDEN,
+    RehearsedRelease,
+    RehearseRequest,
+    RehearseResult,
+    TensorSpec,
+    Verdict,
+)
+from torchworker.failure import describe
+from torchworker.metrics import metric_sum
+from torchworker.parity import compare
+from torchworker.validate import forbid_user_code
+
+REHEARSAL = "rehearsal"
+"""The gate of these verdicts."""
+
+Metrics = dict[str, dict[str, float]]
+"""Format to metric to value."""
+
+
+class NotComparable(Exception):
+    """Why a release cannot be scored on the candidate's validation samples."""
+
+
+def rehearse(request: RehearseRequest) -> RehearseResult:
+    """Verdicts and metrics of the candidate, and the metrics of the live release or why there are none."""
+    forbid_user_code(request.forbidden_modules, request.forbidden_folder)
+    candidate = request.candidate
+    folder = Path(candidate.folder)
+    _require_files(candidate)
+    golden = _golden(folder, Path(request.moved) if request.moved else None)
+    validation = load_file(request.validation) if request.validation else {}
+    batch = golden[min(1, len(golden) - 1)][0]
+    verdicts: list[Verdict] = []
+    metrics: Metrics = {}
+    for kind, file in candidate.formats.items():
+        try:
+            call = runtimes.load(kind, folder / file, request.threads)
+        except Exception as error:
+            verdicts.append(_verdict(kind, "load", None, describe(error)))
+            continue
+        verdicts += [_again(kind, call, size, parts, candidate) for size, parts in golden]
+        if validation:
+            try:
+                metrics[kind] = _score(call, validation, candidate, request.metrics, batch)
+            except Exception as error:
+                verdicts.append(_verdict(kind, "validation samples", None, describe(error)))
+    live, problem = _live(request, validation, batch)
+    return RehearseResult(
+        verdicts=verdicts,
+        candidate=metrics,
+        live=live,
+        live_problem=problem,
+        samples=len(validation["target"]) if validation else 0,
+    )
+
+
+def _live(request: RehearseRequest, validation: Mapping[str, Tensor], batch: int) -> tuple[Metrics, str]:
+    """The live release's metrics, or none and what is in the way. Never raises for what the live release is like."""
+    live = request.live
+    if live is None or not validation:
+        return {}, ""
+    metrics: Metrics = {}
+    for kind, file in live.formats.items():
+        try:
+            _require_same_inputs(live.inputs, validation)
+            call = runtimes.load(kind, Path(live.folder) / file, request.threads)
+            metrics[kind] = _score(call, validation, live, request.metrics, batch)
+        except Exception as error:
+            return {}, f"{kind}: {error if isinstance(error, NotComparable) else describe(error)}"
+    return metrics, "" if metrics else "it holds no artifact"
+
+
+def _require_files(release: RehearsedRelease) -> None:
+    """What runs here is what the manifest says: hashed by this process, which then loads it."""
+    for name, sha256 in release.files.items():
+        with (Path(release.folder) / name).open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != sha256:
+            raise RuntimeError(f"{release.folder}/{name}: expected SHA-256 {sha256}, got {got}")
+
+
+def _golden(folder: Path, moved: Path | None) -> list[tuple[int, dict[str, dict[str, Tensor]]]]:
+    """By batch size, ascending: `input`, `eager`, and `float64` or `moved` tensors by name.
+
+    moved: file with the model's answers after everything was moved by its rounding, for models without float64. It
+    widens limits only, so it need not come from the bucket.
+    """
+    batches: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in load_file(folder / GOLDEN).items():
+        name, part, of = key.split(".", 2)
+        batches.setdefault(int(name.removeprefix("batch_")), {}).setdefault(part, {})[of] = tensor
+    for key, tensor in (load_file(moved) if moved is not None else {}).items():
+        name, part, of = key.split("/", 2)
+        size = int(name.removeprefix("batch_")) if name.startswith("batch_") else 0
+        if part == "moved" and size in batches:
+            batches[size].setdefault(part, {})[of] = tensor
+    return sorted(batches.items())
+
+
+def _again(
+    kind: str, call: runtimes.Call, size: int, parts: Mapping[str, Mapping[str, Tensor]], release: RehearsedRelease
+) -> Verdict:
+    """Whether the artifact still gives the golden outputs at one batch size, as the clean room saw it do."""
+    case = f"batch {size}"
+    try:
+        got = call({spec.name: parts["input"][spec.name].clone() for spec in release.inputs})
+    except Exception as error:
+        return _verdict(kind, case, None, describe(error))
+    if len(got) != len(release.outputs):
+        return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(release.outputs)}")
+    ratio, notes = 0.0, []
+    for spec, tensor in zip(release.outputs, got, strict=True):
+        exact, moved = (parts.get(part, {}).get(spec.name) for part in ("float64", "moved"))
+        outcome = compare(tensor, parts["eager"][spec.name], exact, moved)
+        ratio = max(ratio, outcome.ratio)
+        notes.append(f"{spec.name}: {outcome.note}")
+    return _verdict(kind, case, ratio, "; ".join(notes))
+
+
+def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
+    """ratio: None when it could not be measured, which is a failure."""
+    return Verdict(
+        format=kind,
+        gate=REHEARSAL,
+        case=case,
+        measured=ratio,
+        limit="<= 1",
+        passed=ratio is not None and ratio <= 1,
+        note=note,
+    )
+
+
+def _require_same_inputs(inputs: Sequence[TensorSpec], validation: Mapping[str, Tensor]) -> None:
+    """Raises NotComparable unless the samples are what a model with these inputs takes."""
+    given = {key.removeprefix("input."): tensor for key, tensor in validation.items() if key.startswith("input.")}
+    wanted = {spec.name: spec for spec in inputs}
+    if given.keys() != wanted.keys():
+        raise NotComparable(f"its inputs are {', '.join(wanted) or 'not known'}, the candidate's {', '.join(given)}")
+    for name, spec in wanted.items():
+        tensor = given[name]
+        dtype, fixed = str(tensor.dtype).removeprefix("torch."), list(spec.shape[1:])
+        same = len(spec.shape) == tensor.dim() and all(
+            isinstance(size, str) or size == got for size, got in zip(fixed, tensor.shape[1:], strict=True)
+        )
+        if dtype != spec.dtype or not same:
+            raise NotComparable(
+                f"its input {name} is {spec.dtype} {list(spec.shape)}, the candidate's {dtype} "
+                f"[batch, {', '.join(map(str, tensor.shape[1:]))}]"
+            )
+
+
+def _score(
+    call: runtimes.Call,
+    validation: Mapping[str, Tensor],
+    release: RehearsedRelease,
+    metrics: Sequence[str],
+    batch: int,
+) -> dict[str, float]:
+    """Each metric over all validation samples, from the artifact's own outputs."""
+    samples = len(validation["target"])
+    sums = {name: [0.0, 0] for name in metrics}
+    for start in range(0, samples, batch):
+        part = slice(start, start + batch)
+        outputs = call({spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in release.inputs})
+        for name in metrics:
+            value, count = metric_sum(name, outputs[0], validation["target"][part])
+            sums[name][0] += value
+            sums[name][1] += count
+    return {name: total / count for name, (total, count) in sums.items()}
