@@ -31,6 +31,10 @@ class Role(StrEnum):
     """Follows a channel: reads, and does not list."""
     COLLECTOR = "gc"
     """Marks and deletes releases. May not move any channel."""
+    VIEWER = "viewer"
+    """Follows a channel and writes its views for other servers. May not touch releases or channels."""
+    SERVER = "server"
+    """A Triton or KServe that reads the channel's views, which it has to list."""
 
 
 def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms_key: str = "") -> Policy:
@@ -50,19 +54,26 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
 
     own = f"models/{model}"
     pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
-    releases, tombstones = f"{own}/releases/*", f"{own}/tombstones/*"
+    releases, tombstones, views = f"{own}/releases/*", f"{own}/tombstones/*", f"{own}/views/{channel}/*"
     if role is Role.READER:
         statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases))]
         return _document(statements, kms_key, writes=False)
+    if role is Role.SERVER:
+        listing = {**_allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{bucket}"])}
+        listing["Condition"] = {"StringLike": {"s3:prefix": [views]}}
+        return _document([listing, _allow("Load", ["s3:GetObject"], keys(views))], kms_key, writes=False)
     # Listing tells names. It cannot be held to a prefix, because looking for the bucket itself has none.
     statements = [
         _allow("See", ["s3:ListBucket", "s3:ListBucketVersions"], [f"arn:aws:s3:::{bucket}"]),
         _allow("Read", ["s3:GetObject", "s3:GetObjectVersion"], keys(f"{own}/*", f"{PROBE_PREFIX}/*")),
         # Before the first write, the store is tried for the conditions that promotion stands on.
         _allow("Probe", ["s3:PutObject", "s3:DeleteObject"], keys(f"{PROBE_PREFIX}/*")),
-        # Whoever publishes or promotes takes the collector's mark away; the collector sets it.
-        _allow("Mark", ["s3:PutObject"], keys(tombstones)),
     ]
+    if role is Role.VIEWER:
+        writing = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
+        return _document([*statements, _allow("View", writing, keys(views))], kms_key, writes=True)
+    # Whoever publishes or promotes takes the collector's mark away; the collector sets it.
+    statements.append(_allow("Mark", ["s3:PutObject"], keys(tombstones)))
     if role is Role.TRAINER:
         statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases)))
     elif role is Role.PROMOTER:

@@ -6,6 +6,7 @@ models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where
 models/<model>/channels/<channel>.json                 the pointer, what a reader follows
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
+models/<model>/views/<channel>/…                       copies for other servers; see registry/views.py
 """
 
 from __future__ import annotations

@@ -125,6 +125,23 @@ def serve(
 
 
 @app.command()
+def view(
+    layout: Annotated[str, typer.Argument(help="triton, kserve or mlserver.")],
+    model: str,
+    channel: Channel = "prod",
+    backend: Annotated[
+        str, typer.Option(help="Triton's: onnxruntime, or python where it has only that.")
+    ] = "onnxruntime",
+    to: Annotated[Path | None, typer.Option(help="Where releases are kept, as with pull.")] = None,
+    follow: Annotated[bool, typer.Option(help="Go on until interrupted.")] = False,
+) -> None:
+    """Write what is live in the layout that another server reads: Triton and KServe in the bucket, MLServer here."""
+    from ship.view import view
+
+    view(layout, model, channel, backend, to, follow)
+
+
+@app.command()
 def sign(model: str, release: str) -> None:
     """Sign a release that is in the bucket already, with the key that SHIP_SIGNING_KEY names."""
     from ship.sign import sign
@@ -134,7 +151,7 @@ def sign(model: str, release: str) -> None:
 
 @app.command()
 def iam(
-    role: Annotated[str, typer.Argument(help="trainer, promoter, reader or gc.")],
+    role: Annotated[str, typer.Argument(help="trainer, promoter, reader, gc, viewer or server.")],
     model: Annotated[str, typer.Option(help="For this model alone.")] = "*",
     channel: Annotated[str, typer.Option(help="For this channel alone.")] = "*",
     kms_key: Annotated[str, typer.Option(help="ARN of the key of a bucket with SSE-KMS.")] = "",

@@ -28,11 +28,8 @@ def pull(model: str, channel: str, to: Path | None, follow: bool) -> None:
             _show(_pull_once(reader))
             return
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-        stopping = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopping.set())
         with reader:
-            stopping.wait()
+            wait_for_signal()
 
 
 def make_reader(
@@ -54,6 +51,14 @@ def make_reader(
         on_change=on_change,
         **options,
     )
+
+
+def wait_for_signal() -> None:
+    """Until Ctrl-C or SIGTERM."""
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    stopping.wait()
 
 
 @contextlib.contextmanager

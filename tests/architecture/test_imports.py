@@ -20,8 +20,15 @@ OURS = ("flows", "tasks", "registry", "infra", "torchworker", "ship", "shipreade
 ALLOWED = {
     "flows": {"flows", "tasks"},
     "tasks": {"tasks", "registry", "infra", "torchworker.contract"},
-    # What a signature covers is defined by who checks it.
-    "registry": {"registry", "infra", "shipreader.signatures", "shipreader.errors"},
+    # What a signature covers is defined by who checks it; views are made of what a reader has.
+    "registry": {
+        "registry",
+        "infra",
+        "shipreader.signatures",
+        "shipreader.errors",
+        "shipreader.records",
+        "shipreader.mlserver",
+    },
     "infra": {"infra"},
     "torchworker": {"torchworker"},
     # Installed alone on serving machines.
@@ -41,7 +48,7 @@ ONLY_IN = {
     "boto3": ["infra/objectstore.py", "shipreader/bucket.py"],
     "botocore": ["infra/objectstore.py", "shipreader/bucket.py"],
     "onnx": [],
-    "onnxruntime": ["torchworker/runtimes.py", "shipreader/onnx_model.py"],
+    "onnxruntime": ["torchworker/runtimes.py", "shipreader/onnx_model.py", "registry/triton_model.py"],
     "mlserver": ["shipreader/onnx_model.py"],
 }
 WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchworker"}

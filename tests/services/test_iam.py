@@ -6,6 +6,7 @@ import json
 import subprocess
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from registry.iam import Role, policy
 from registry.keys import pointer_key, release_prefix
 from registry.pointer import read_pointer
 from registry.releases import publish, verify_release
+from registry.views import write_triton
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
 from tests.services.conftest import Connect
 from tests.services.foreign import tool_python
+from tests.services.onnx_releases import onnx_release
 from tests.services.rgw import RgwServer
 from tests.services.test_promotion import CHANNEL, MODEL, make_release, move, published
 from tests.services.test_signing import key_pair
@@ -142,6 +145,29 @@ def test_a_collector_deletes_releases_but_moves_and_replaces_nothing(
     denied(lambda: collector.delete(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))
     denied(lambda: collector.put_new(release_prefix(MODEL, live.release) + "more", b""))
     assert read_pointer(object_store, MODEL, CHANNEL) == before
+
+
+def test_views_are_written_by_one_role_and_read_by_another(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    manifest = onnx_release(tmp_path / "release", 1.0)
+    publish(object_store, tmp_path / "release", manifest)
+    before = move(object_store, manifest)
+    viewer = as_role(Role.VIEWER, model=MODEL, channel=CHANNEL)
+    client = s3_client(Settings.load())
+    reader = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "served", channel=CHANNEL, client=client)
+    for generation in (1, 2, 3):
+        view = write_triton(viewer, replace(reader.pull(), generation=generation))
+    denied(lambda: move(viewer, manifest, channel="staging"))
+    denied(lambda: viewer.replace(pointer_key(MODEL, CHANNEL), b"{}", before.etag))
+    denied(lambda: viewer.delete(release_prefix(MODEL, manifest.release) + "model.onnx"))
+    server = as_role(Role.SERVER, model=MODEL, channel=CHANNEL)
+    names = {key.removeprefix(view.prefix) for key in server.list_keys(view.prefix)}
+    assert names == {"digits/config.pbtxt", "digits/2/model.onnx", "digits/3/model.onnx"}
+    assert server.get(f"{view.prefix}digits/config.pbtxt") is not None
+    denied(lambda: server.list_keys("models/"))
+    denied(lambda: server.get(pointer_key(MODEL, CHANNEL)))
+    denied(lambda: server.put_new(f"{view.prefix}digits/9/model.onnx", b""))
 
 
 def test_a_user_without_a_policy_may_do_nothing(object_store: ObjectStore, as_role: AsRole, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from registry.iam import Role, policy
 
 RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channels/prod.json"
 HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"
+VIEW = "models/digits/views/prod/triton/digits/7/model.onnx"
 
 
 def allowed(role: Role, action: str, key: str, model: str = "*", channel: str = "*") -> bool:
@@ -28,14 +29,17 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
         ("PutObject", RELEASE): {Role.TRAINER},
         ("PutObject", POINTER): {Role.PROMOTER},
         ("PutObject", HISTORY): {Role.PROMOTER},
+        ("PutObject", VIEW): {Role.VIEWER},
+        ("DeleteObject", VIEW): {Role.VIEWER},
+        ("GetObject", VIEW): set(Role) - {Role.READER},
         ("PutObject", TOMBSTONE): {Role.TRAINER, Role.PROMOTER, Role.COLLECTOR},
         ("DeleteObject", RELEASE): {Role.COLLECTOR},
         ("DeleteObject", POINTER): set(),
         ("DeleteObject", HISTORY): set(),
         ("DeleteObject", TOMBSTONE): set(),
-        ("GetObject", RELEASE): set(Role),
-        ("GetObject", POINTER): set(Role),
-        ("GetObject", HISTORY): set(Role) - {Role.READER},
+        ("GetObject", RELEASE): set(Role) - {Role.SERVER},
+        ("GetObject", POINTER): set(Role) - {Role.SERVER},
+        ("GetObject", HISTORY): set(Role) - {Role.READER, Role.SERVER},
     }
     for (action, key), roles in expected.items():
         assert {role for role in Role if allowed(role, action, key)} == roles, (action, key)

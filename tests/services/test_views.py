@@ -1,0 +1,232 @@
+"""Views in the bucket, read by the servers that they are for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.errors import ReleaseError, SettingsError
+from infra.objectstore import ObjectStore, s3_client
+from infra.settings import Settings
+from registry.releases import publish
+from registry.views import inference_service, triton_config, write_kserve, write_triton
+from shipreader.reader import Reader
+from shipreader.records import Release
+from tests.services.foreign import tool_python
+from tests.services.onnx_releases import onnx_release
+from tests.services.test_promotion import CHANNEL, MODEL, move
+from tests.services.traffic import Traffic
+from tests.services.triton import TritonServer
+
+TRITON = f"models/{MODEL}/views/{CHANNEL}/triton/"
+
+
+@pytest.fixture
+def go_live(object_store: ObjectStore, tmp_path: Path) -> Callable[[float], Release]:
+    """Publish and promote the release with a factor; the release as a reader has it."""
+
+    def live(factor: float) -> Release:
+        folder = tmp_path / "releases" / str(factor)
+        manifest = onnx_release(folder, factor) if not folder.exists() else published[factor]
+        published[factor] = manifest
+        publish(object_store, folder, manifest)
+        move(object_store, manifest)
+        return reader.pull()
+
+    published: dict[float, Any] = {}
+    client = s3_client(Settings.load())
+    reader = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "pulled", channel=CHANNEL, client=client)
+    return live
+
+
+@pytest.fixture
+def triton(object_store: ObjectStore, tmp_path: Path) -> Iterator[TritonServer]:
+    server = TritonServer(tmp_path, f"s3://{object_store.address}/{object_store.bucket}/{TRITON.rstrip('/')}")
+    yield server
+    server.stop()
+
+
+def versions(store: ObjectStore, prefix: str = f"{TRITON}{MODEL}/") -> set[str]:
+    names = {key.removeprefix(prefix).partition("/")[0] for key in store.list_keys(prefix)}
+    return {name for name in names if name.isdecimal()}
+
+
+def test_triton_follows_the_view_through_flips_and_a_rollback_and_no_request_fails(
+    object_store: ObjectStore, go_live: Callable[[float], Release], triton: TritonServer
+) -> None:
+    write_triton(object_store, go_live(1.0), "python")
+    triton.start(MODEL)
+    with Traffic(f"{triton.url}/v2/models/{MODEL}/infer") as traffic:
+        traffic.until(1.0)
+        for factor in (2.0, 3.0, 1.0):
+            write_triton(object_store, go_live(factor), "python")
+            traffic.until(factor)
+    assert traffic.failures == []
+    # The version that answered is the channel's generation; the last one is the rollback.
+    assert set(traffic.factors) == {("1", 1.0), ("2", 2.0), ("3", 3.0), ("4", 1.0)}
+    assert len(traffic.factors) > 100
+    assert versions(object_store) == {"3", "4"}
+
+
+def test_a_version_that_is_half_there_does_not_count(
+    object_store: ObjectStore, go_live: Callable[[float], Release], triton: TritonServer
+) -> None:
+    write_triton(object_store, go_live(1.0), "python")
+    triton.start(MODEL)
+    # A writer that died before the commit.
+    object_store.put_new(f"{TRITON}{MODEL}/2/model.py", b"raise SystemExit")
+    with Traffic(f"{triton.url}/v2/models/{MODEL}/infer", clients=2) as traffic:
+        traffic.until(1.0)
+        # Triton looks every second.
+        start = len(traffic.factors)
+        release = go_live(3.0)
+        write_triton(object_store, replace(release, generation=3), "python")
+        traffic.until(3.0)
+    assert traffic.failures == [] and len(traffic.factors) > start
+    assert {version for version, _ in traffic.factors} == {"1", "3"}
+
+
+def test_a_view_never_goes_back_however_many_write_it(
+    object_store: ObjectStore, go_live: Callable[[float], Release]
+) -> None:
+    release = go_live(1.0)
+    newest = write_triton(object_store, replace(release, generation=9))
+    assert newest.generation == 9
+    assert write_triton(object_store, replace(release, generation=8)).generation == 9
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_triton(object_store, replace(release, generation=n)), range(10, 18)))
+    config = object_store.get(f"{TRITON}{MODEL}/config.pbtxt")
+    assert config is not None and b"versions: [ 17 ]" in config[0]
+    assert {"17"} <= versions(object_store) <= {str(n) for n in range(8, 18)}
+    assert f"{TRITON}{MODEL}/17/model.onnx" in object_store.list_keys(TRITON)
+
+
+def test_a_view_holds_the_bytes_of_the_release_or_is_not_written(
+    object_store: ObjectStore, go_live: Callable[[float], Release]
+) -> None:
+    release = go_live(1.0)
+    object_store.put_new(f"{TRITON}{MODEL}/1/model.onnx", b"something else")
+    with pytest.raises(ReleaseError, match=r"1/model\.onnx: expected"):
+        write_triton(object_store, release)
+    assert object_store.get(f"{TRITON}{MODEL}/config.pbtxt") is None
+    (release.folder / "model.onnx").write_bytes(b"x" * 100)
+    with pytest.raises(ReleaseError, match="expected SHA-256"):
+        write_triton(object_store, replace(release, generation=2))
+    assert object_store.get(f"{TRITON}{MODEL}/config.pbtxt") is None
+
+
+PARSE = """
+import json, sys
+from google.protobuf import json_format, text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+print(json.dumps(json_format.MessageToDict(text_format.Parse(sys.stdin.read(), ModelConfig()))))
+"""
+
+
+def test_the_configuration_is_what_triton_calls_one(go_live: Callable[[float], Release]) -> None:
+    release = go_live(1.0)
+    python = tool_python("nvidia-pytriton==0.7.0", "onnxruntime==1.31.1", "numpy==1.26.4")
+
+    def parsed(release: Release) -> dict[str, Any]:
+        config = triton_config(release, "onnxruntime", 7)
+        answer = subprocess.run([python, "-c", PARSE], input=config, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        return dict(yaml.safe_load(answer.stdout))
+
+    config = parsed(release)
+    assert config["backend"] == "onnxruntime" and config["maxBatchSize"] == 64
+    assert config["input"] == [{"name": "x", "dataType": "TYPE_FP32", "dims": ["4"]}]
+    assert config["versionPolicy"] == {"specific": {"versions": ["7"]}}
+    assert config["parameters"]["release"] == {"stringValue": release.id}
+    # Dimensions besides the batch, no batch at all, and a batch of single numbers.
+    tensors = [
+        {"name": "tokens", "dtype": "int64", "shape": ["batch", "length"]},
+        {"name": "mask", "dtype": "bool", "shape": ["batch", 3]},
+    ]
+    signature = {"inputs": tensors, "outputs": [{"name": "y", "dtype": "float16", "shape": ["batch"]}]}
+    config = parsed(replace(release, manifest=replace(release.manifest, signature=signature)))
+    assert "maxBatchSize" not in config and "dynamicBatching" not in config
+    assert [item["dims"] for item in config["input"]] == [["-1", "-1"], ["-1", "3"]]
+    assert config["output"] == [{"name": "y", "dataType": "TYPE_FP16", "dims": ["-1"]}]
+    signature = {"inputs": [tensors[1]], "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch"]}]}
+    config = parsed(replace(release, manifest=replace(release.manifest, signature=signature)))
+    assert config["maxBatchSize"] == 64 and config["output"][0]["reshape"] == {}
+    with pytest.raises(ReleaseError, match="Triton has no complex64"):
+        odd = {**signature, "inputs": [{"name": "z", "dtype": "complex64", "shape": ["batch", 1]}]}
+        triton_config(replace(release, manifest=replace(release.manifest, signature=odd)), "python", 1)
+    with pytest.raises(SettingsError, match="backend: expected one of onnxruntime, python"):
+        triton_config(release, "tensorrt", 1)
+
+
+def test_kserve_downloads_one_generation_and_no_other(
+    object_store: ObjectStore, go_live: Callable[[float], Release], tmp_path: Path
+) -> None:
+    python = tool_python("kserve-storage==0.21.0")
+    release = go_live(1.0)
+    first = write_kserve(object_store, replace(release, generation=2))
+    write_kserve(object_store, replace(release, generation=20))
+    uri = f"s3://{object_store.bucket}/{first.prefix}"
+    service = inference_service(release, uri)
+    assert service["spec"]["predictor"]["model"]["storageUri"] == uri and uri.endswith("/2/")
+    # What KServe runs before the server of a pod.
+    script = "import sys; from kserve_storage import Storage; Storage.download(sys.argv[1], sys.argv[2])"
+    environment = {**os.environ, "S3_USE_HTTPS": "0", "S3_VERIFY_SSL": "0"}
+    models = tmp_path / "mnt-models"
+    argv = [str(python), "-c", script, uri, str(models)]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {path.relative_to(models).as_posix(): path.read_bytes() for path in models.rglob("*") if path.is_file()}
+    assert set(found) == {f"{MODEL}/config.pbtxt", f"{MODEL}/1/model.onnx"}
+    assert found[f"{MODEL}/1/model.onnx"] == release.artifact("onnx").read_bytes()
+    assert b"versions: [ 1 ]" in found[f"{MODEL}/config.pbtxt"]
+    # The trap: without the slash the other generation comes too.
+    trap = tmp_path / "trap"
+    subprocess.run([*argv[:3], uri.rstrip("/"), str(trap)], env=environment, capture_output=True, check=True)
+    assert len([path for path in trap.rglob("*") if path.is_file()]) == 4
+    with pytest.raises(SettingsError, match="expected a slash at the end"):
+        inference_service(release, uri.rstrip("/"))
+    # A release as it is: the same, for servers that want its own layout.
+    whole = tmp_path / "whole"
+    plain = f"s3://{object_store.bucket}/models/{MODEL}/releases/{release.id}/"
+    subprocess.run([*argv[:3], plain, str(whole)], env=environment, capture_output=True, check=True)
+    assert (whole / "model.onnx").read_bytes() == release.artifact("onnx").read_bytes()
+
+
+def test_kserve_keeps_the_last_two_generations(object_store: ObjectStore, go_live: Callable[[float], Release]) -> None:
+    release = go_live(1.0)
+    for generation in (1, 2, 3, 3):
+        write_kserve(object_store, replace(release, generation=generation))
+    assert versions(object_store, f"models/{MODEL}/views/{CHANNEL}/kserve/") == {"2", "3"}
+
+
+def test_the_command_writes_each_view(
+    object_store: ObjectStore, go_live: Callable[[float], Release], tmp_path: Path
+) -> None:
+    release = go_live(1.0)
+
+    def ship(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [Path(sys.executable).with_name("ship"), "view", *argv]
+        environment = {**os.environ, "SHIP_HOME": str(tmp_path / "home")}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = ship("triton", MODEL)
+    assert done.returncode == 0, done.stderr
+    assert f"--model-repository=s3://{object_store.address}/{object_store.bucket}/{TRITON.rstrip('/')} " in done.stdout
+    assert versions(object_store) == {"1"}
+    done = ship("kserve", MODEL)
+    service = yaml.safe_load(done.stdout)
+    assert service["metadata"]["name"] == f"{MODEL}-{CHANNEL}"
+    assert service["metadata"]["annotations"]["train-and-ship/release"] == release.id
+    done = ship("mlserver", MODEL, "--to", str(tmp_path / "here"))
+    assert (tmp_path / "here" / "mlserver" / "models" / MODEL / "model-settings.json").is_file(), done.stderr
+    done = ship("torchserve", MODEL)
+    assert done.returncode == 2 and "expected one of triton, kserve, mlserver" in done.stderr
