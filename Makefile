@@ -28,6 +28,7 @@ bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py
 	$(BIN)/python benchmarks/observation.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/rollback.py
 
 # Needs nothing running: it starts a Ceph RGW of its own.
 bench-store: $(READY)

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-import httpx
-
 from infra.errors import ServiceError, SettingsError
 
 if TYPE_CHECKING:
@@ -47,6 +45,9 @@ def check_reachable(tracking_uri: str) -> None:
     """
     if urlsplit(tracking_uri).scheme not in ("http", "https"):
         return
+    # Not above: a rollback imports this module and asks nothing here.
+    import httpx
+
     shown = without_credentials(tracking_uri)
     try:
         answer = httpx.get(

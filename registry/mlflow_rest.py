@@ -1,17 +1,20 @@
 """What promotion and rollback want of MLflow's model registry: aliases, tags, and which version holds which release.
 
-Over MLflow's REST API, because importing mlflow takes longer than a whole rollback. Where there is no plain server (a
-database as tracking URI, Databricks, workspaces) mlflow's own client answers the same.
+Over MLflow's REST API, because importing mlflow takes longer than a whole rollback, and with urllib3, because boto3 has
+loaded it already. Where there is no plain server (a database as tracking URI, Databricks, workspaces) mlflow's own
+client answers the same.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
+import urllib3
 
 from infra.errors import ServiceError, SettingsError
 from registry.mlflow_client import connect, tls_verification, translated, without_credentials
@@ -57,21 +60,29 @@ class RestRegistry:
     def __init__(self, tracking_uri: str) -> None:
         self._shown = without_credentials(tracking_uri)
         parts = urlsplit(tracking_uri)
-        account: Any = None
-        headers = {}
+        headers = {"Accept": "application/json"}
+        user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+        if not user and parts.username:
+            user, password = unquote(parts.username), unquote(parts.password or "")
         if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
             headers["Authorization"] = f"Bearer {token}"
-        elif user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-            account = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
-        elif parts.username:
-            account = (parts.username, parts.password or "")
-        self._http = httpx.Client(
-            base_url=f"{self._shown}/api/2.0/mlflow/",
-            auth=account,
-            headers=headers,
-            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            verify=tls_verification(),
-        )
+        elif user:
+            headers |= urllib3.make_headers(basic_auth=f"{user}:{password}")
+        pool: dict[str, Any] = {}
+        if parts.scheme == "https":
+            verification = tls_verification()
+            if isinstance(verification, bool):
+                pool["cert_reqs"] = "CERT_REQUIRED" if verification else "CERT_NONE"
+            else:
+                pool["ssl_context"] = verification
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
+        # Whoever asks decides what happens when nobody answers.
+        pool |= {"headers": headers, "timeout": timeout, "retries": False}
+        proxy = getproxies().get(parts.scheme)
+        if proxy and not proxy_bypass(parts.hostname or ""):
+            self._pool: urllib3.PoolManager = urllib3.ProxyManager(proxy, **pool)
+        else:
+            self._pool = urllib3.PoolManager(**pool)
 
     def aliases(self, model: str) -> Mapping[str, str]:
         found = self._ask("GET", "registered-models/get", {"name": model})
@@ -107,29 +118,29 @@ class RestRegistry:
 
     def _ask(self, method: str, path: str, values: Mapping[str, str]) -> dict[str, Any] | None:
         """The reply's JSON, or None when MLflow says that there is no such thing."""
+        url = f"{self._shown}/api/2.0/mlflow/{path}"
         try:
             if method == "GET":
-                reply = self._http.get(path, params=dict(values))
+                reply = self._pool.request(method, url, fields=dict(values))
             else:
-                reply = self._http.request(method, path, json=dict(values))
-            said = reply.json() if reply.content else {}
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            reason = str(error) or type(error).__name__
-            raise ServiceError(f"MLflow at {self._shown} does not answer ({reason})") from error
+                reply = self._pool.request(method, url, json=dict(values))
+            said = json.loads(reply.data) if reply.data else {}
+        except urllib3.exceptions.HTTPError as error:
+            raise ServiceError(f"MLflow at {self._shown} does not answer ({error})") from error
         except ValueError:
             said = {}
-        if reply.is_success and isinstance(said, dict):
+        if 200 <= reply.status < 300 and isinstance(said, dict):
             return said
         code = str(said.get("error_code", "")) if isinstance(said, dict) else ""
         if code == _MISSING:
             return None
         text = str(said.get("message", "")) if isinstance(said, dict) else ""
-        if reply.status_code in (401, 403):
+        if reply.status in (401, 403):
             raise SettingsError(
-                f"MLflow at {self._shown} denied access ({path}: {reply.status_code} {text}); "
+                f"MLflow at {self._shown} denied access ({path}: {reply.status} {text}); "
                 "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
-        raise ServiceError(f"MLflow at {self._shown} answered {path} with {reply.status_code} {code} {text}".rstrip())
+        raise ServiceError(f"MLflow at {self._shown} answered {path} with {reply.status} {code} {text}".rstrip())
 
 
 class ClientRegistry:

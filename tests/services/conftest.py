@@ -16,6 +16,7 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from tests.conftest import Ended
 from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 
 START_SECONDS = 60
@@ -223,3 +224,23 @@ def object_store(connect: Connect) -> ObjectStore:
 def bucket(object_store: ObjectStore) -> str:
     """The name of that bucket."""
     return object_store.bucket
+
+
+Ship = Callable[..., Ended]
+
+
+@pytest.fixture
+def ship(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ship:
+    """The `ship` command in this process, as its entry point runs it. mlflow: its address, by default nobody's."""
+    from ship.main import main
+
+    def run(*words: str, mlflow: str = f"http://127.0.0.1:{free_port()}") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["ship", *words])
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out, said.err)
+
+    return run

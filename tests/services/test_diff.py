@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,9 @@ from registry.comparison import NONE, Difference, compare
 from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from registry.releases import publish
 from ship.diff import diff
-from tests.services.conftest import S3Server
+from tests.services.conftest import S3Server, Ship
 from tests.services.test_promotion import MODEL, move, published
-from tests.services.test_rollback import NOWHERE, REPOSITORY, damage
+from tests.services.test_rollback import damage
 
 
 @pytest.fixture(scope="session")
@@ -101,28 +98,18 @@ def test_a_description_that_was_altered_is_no_answer(object_store: ObjectStore, 
 
 
 def test_the_command_takes_the_model_from_the_bucket_when_there_is_one(
-    object_store: ObjectStore, two: list[Manifest]
+    object_store: ObjectStore, two: list[Manifest], ship: Ship
 ) -> None:
-    def ship(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [Path(sys.executable).with_name("ship"), "diff", *words],
-            env={**os.environ, "MLFLOW_TRACKING_URI": NOWHERE},
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    done = ship("prod~1", "prod")
-    assert done.returncode == 0, done.stderr
-    assert f"prod~1 = {two[0].release}, prod = {two[1].release}" in done.stdout
+    done = ship("diff", "prod~1", "prod")
+    assert done.status == 0, done.errors
+    assert f"prod~1 = {two[0].release}, prod = {two[1].release}" in done.output
     assert any(
-        line.split() == ["job", "train.epochs", "1", "2", "+1", "(+100.0%)"] for line in done.stdout.splitlines()
+        line.split() == ["job", "train.epochs", "1", "2", "+1", "(+100.0%)"] for line in done.output.splitlines()
     )
-    assert ship(MODEL, two[0].release[:6], "prod").stdout.count("\n") == done.stdout.count("\n")
-    document = json.loads(ship(MODEL, "prod~1", "prod", "--json").stdout)
+    assert ship("diff", MODEL, two[0].release[:6], "prod").output.count("\n") == done.output.count("\n")
+    document = json.loads(ship("diff", MODEL, "prod~1", "prod", "--json").output)
     assert {one["group"] for one in document["differences"]} >= {"metrics", "parity", "packages"}
-    assert "no difference" in ship("prod", "prod").stdout
+    assert "no difference" in ship("diff", "prod", "prod").output
 
 
 def test_without_a_model_it_has_to_be_the_only_one(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

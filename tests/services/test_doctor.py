@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import boto3
@@ -18,10 +16,10 @@ from registry.moves import choose_rollback, roll_back, verify_target
 from registry.pointer import read_pointer
 from registry.rebuild import REBUILT, Rebuilt, rebuild_history
 from registry.release import MANIFEST, Manifest
-from tests.services.conftest import Connect, MlflowServer, S3Server, Versioned
+from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
 from tests.services.test_promotion import CHANNEL, MODEL, key_of, move, published
-from tests.services.test_rollback import MOVER, NOWHERE, REPOSITORY, aliases, damage
+from tests.services.test_rollback import MOVER, NOWHERE, aliases, damage
 
 
 @pytest.fixture(scope="session")
@@ -142,21 +140,14 @@ def test_aliases_are_mended_and_a_dry_run_changes_nothing(
 
 
 def test_the_command_says_what_it_mended_and_what_is_left(
-    object_store: ObjectStore, moves: list[Manifest], mlflow_server: MlflowServer, versioned: Versioned
+    object_store: ObjectStore, moves: list[Manifest], mlflow_server: MlflowServer, versioned: Versioned, ship: Ship
 ) -> None:
     for manifest in moves:
         versioned(manifest.release)
 
     def doctor(*words: str, uri: str = mlflow_server.url) -> tuple[int, str]:
-        done = subprocess.run(
-            [Path(sys.executable).with_name("ship"), "doctor", *words],
-            env={**os.environ, "MLFLOW_TRACKING_URI": uri},
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return done.returncode, done.stdout + done.stderr
+        done = ship("doctor", *words, mlflow=uri)
+        return done.status, done.text
 
     status, said = doctor("--dry-run")
     assert status == 1 and "would mend  alias champion" in said and "2 to mend, 0 left to people" in said

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,10 +25,10 @@ from registry.release import Manifest
 from registry.releases import publish, verify_release
 from registry.retention import TAG_DELETED, Decision, Policy, Step, carry_out, decide, tell_mlflow
 from registry.tombstones import LEASE, State, claim, read_tombstone
-from tests.services.conftest import Connect, MlflowServer, S3Server, Versioned
+from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.services.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
 from tests.services.test_promotion import CHANNEL, MODEL, POINTER, make_release, move, published
-from tests.services.test_rollback import MOVER, NOWHERE, REPOSITORY
+from tests.services.test_rollback import MOVER, NOWHERE
 
 POLICY = Policy(keep_last=2, slowest_reader=timedelta(days=7), grace=timedelta(days=1))
 DAY = timedelta(days=1)
@@ -471,27 +468,22 @@ def test_mlflows_versions_are_tagged_or_deleted_only_when_asked(
 # ---- the command
 
 
-def test_the_command_shows_first_and_does_when_told(object_store: ObjectStore, five: list[Manifest]) -> None:
-    def gc(*words: str) -> subprocess.CompletedProcess[str]:
-        argv = [Path(sys.executable).with_name("ship"), "gc", *words]
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": NOWHERE}
-        return subprocess.run(argv, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-
-    words = ["--keep", "2", "--slowest-reader", "0s"]
-    # The store's clock shows whole seconds.
-    time.sleep(1.1)
-    shown = gc(*words)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("would mark") == 4 and "Nothing was changed; --apply does it." in shown.stdout
+def test_the_command_shows_first_and_does_when_told(
+    object_store: ObjectStore, five: list[Manifest], ship: Ship
+) -> None:
+    words = ["--keep", "2"]
+    shown = ship("gc", *words)
+    assert shown.status == 0, shown.errors
+    assert shown.output.count("would mark") == 4 and "Nothing was changed; --apply does it." in shown.output
     assert [state(object_store, manifest) for manifest in five] == [None] * 5
-    done = gc(MODEL, *words, "--apply")
-    assert done.returncode == 0, done.stderr
-    assert "digits: 3 marked" in done.stdout and "incomplete uploads: a new rule" in done.stdout
+    done = ship("gc", MODEL, *words, "--apply")
+    assert done.status == 0, done.errors
+    assert "digits: 3 marked" in done.output and "incomplete uploads: a new rule" in done.output
     assert [state(object_store, manifest) for manifest in five] == [State.MARKED] * 3 + [None] * 2
     for mistake, said in (
         (["--keep", "1"], "at least 2"),
         (["--grace", "5m"], "at least 1:00:00"),
         (["--grace", "x"], "7d"),
     ):
-        refused = gc(*mistake)
-        assert (refused.returncode, refused.stdout) == (2, "") and said in refused.stderr
+        refused = ship("gc", *mistake)
+        assert (refused.status, refused.output) == (2, "") and said in refused.errors

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -33,7 +31,7 @@ from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.references import resolve_release
 from registry.release import JOB, Manifest, build_manifest
 from registry.releases import publish
-from tests.services.conftest import Connect, MlflowServer, S3Server, Versioned, free_port
+from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned, free_port
 from tests.services.fault_proxy import FaultProxy, PassOn, Rule
 from tests.services.test_promotion import CHANNEL, MODEL, POINTER, key_of, move, published
 
@@ -398,34 +396,28 @@ def test_the_short_way_to_mlflow_answers_as_its_own_client_does(
 # ---- the commands
 
 
-def ship(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    argv = [Path(sys.executable).with_name("ship"), *words]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": NOWHERE, **variables}
-    return subprocess.run(argv, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-
-
-def test_the_commands_tell_the_story_of_a_channel(object_store: ObjectStore, abc: list[Manifest]) -> None:
+def test_the_commands_tell_the_story_of_a_channel(object_store: ObjectStore, abc: list[Manifest], ship: Ship) -> None:
     done = ship("rollback", MODEL, "--why", "errors [red]since[/] 14:00")
-    assert done.returncode == 0, done.stderr
-    assert f"digits prod: release {abc[1].release} is live, generation 4" in done.stdout
-    assert "warning: the MLflow alias champion follows later" in done.stderr
+    assert done.status == 0, done.errors
+    assert f"digits prod: release {abc[1].release} is live, generation 4" in done.output
+    assert "warning: the MLflow alias champion follows later" in done.errors
 
-    shown = ship("history", MODEL).stdout
+    shown = ship("history", MODEL).output
     assert "rollback: errors [red]since[/] 14:00" in shown and "tester" in shown and "run-1" in shown
     assert [line.split()[0] for line in shown.splitlines() if " replaced " in line] == ["4", "3", "2", "1"]
-    records = json.loads(ship("history", MODEL, "--json").stdout)
+    records = json.loads(ship("history", MODEL, "--json").output)
     assert [record["generation"] for record in records] == [1, 2, 3, 4]
 
     live = ship("live", MODEL)
-    assert live.returncode == 0 and f"digits prod now: release {abc[1].release}" in live.stdout
+    assert live.status == 0 and f"digits prod now: release {abc[1].release}" in live.output
     third = datetime.fromisoformat(records[2]["moved_at"])
     then = ship("live", MODEL, "--at", third.isoformat())
-    assert f"release {abc[2].release}" in then.stdout and "until" in then.stdout
+    assert f"release {abc[2].release}" in then.output and "until" in then.output
     before = ship(
         "live", MODEL, "--at", (datetime.fromisoformat(records[0]["moved_at"]) - timedelta(days=1)).isoformat()
     )
-    assert before.returncode == 1 and before.stdout == ""
-    assert "nothing was live on prod" in before.stderr and "the first move was at" in before.stderr
+    assert before.status == 1 and before.output == ""
+    assert "nothing was live on prod" in before.errors and "the first move was at" in before.errors
 
 
 @pytest.mark.parametrize(
@@ -444,8 +436,8 @@ def test_the_commands_tell_the_story_of_a_channel(object_store: ObjectStore, abc
     ],
 )
 def test_a_mistake_is_one_message(
-    object_store: ObjectStore, abc: list[Manifest], words: list[str], status: int, said: str
+    object_store: ObjectStore, abc: list[Manifest], ship: Ship, words: list[str], status: int, said: str
 ) -> None:
     done = ship(*words)
-    assert (done.returncode, done.stdout) == (status, "")
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert (done.status, done.output) == (status, "")
+    assert said in done.errors and "Traceback" not in done.errors
