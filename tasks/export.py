@@ -24,6 +24,8 @@ class Exported:
     folder: Path
     result: ExportResult
     digest: str
+    weights: Path
+    """What every format was made of."""
 
     @property
     def formats(self) -> dict[str, str]:
@@ -63,4 +65,4 @@ async def export(run: Run, trained: Trained) -> Exported:
     result: ExportResult = decode(ExportResult, Reply.read(stage.path / RESULT).result)
     for kind, artifact in result.artifacts.items():
         logger.info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
-    return Exported(folder=stage.path, result=result, digest=stage.digest())
+    return Exported(folder=stage.path, result=result, digest=stage.digest(), weights=trained.weights)

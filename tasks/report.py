@@ -41,7 +41,9 @@ async def report(run: Run, trained: Trained, registered: Registered, promoted: P
     markdown = render(run, trained, registered, promoted)
     path = run.folder / "report.md"
     path.write_text(markdown)
-    await acreate_markdown_artifact(markdown, key=f"report-{_key(run.job.name)}", description=_title(run, promoted))
+    await acreate_markdown_artifact(
+        markdown, key=f"report-{artifact_key(run.job.name)}", description=_title(run, promoted)
+    )
     return Shipped(
         title=_title(run, promoted),
         release=registered.manifest.release,
@@ -53,7 +55,7 @@ async def report(run: Run, trained: Trained, registered: Registered, promoted: P
     )
 
 
-def _key(name: str) -> str:
+def artifact_key(name: str) -> str:
     """Prefect artifact keys hold letters, digits and dashes."""
     return name.replace("_", "-").replace(".", "-")
 

@@ -13,6 +13,7 @@ from infra.errors import GateError
 from infra.rundir import StageFolder
 from registry.gates import verdict_table, worst
 from registry.job import Job
+from tasks.explain import explain
 from tasks.export import Exported
 from tasks.policy import worth_retrying
 from tasks.requests import fixed_gates, user_modules
@@ -84,9 +85,10 @@ async def validate(run: Run, exported: Exported) -> Validated:
     if not result.passed:
         failed = [verdict for verdict in result.verdicts if verdict.ran and not verdict.passed]
         worst_of = ", ".join(f"{item.format} {item.gate} ({item.case})" for item in failed)
+        report = await explain(run, exported, result)
         raise GateError(
             f"{run.job.name}: {len(failed)} of {len(result.verdicts)} gates failed: {worst_of}. "
-            "Nothing was registered or promoted.",
+            f"Nothing was registered or promoted.{f' Where and how much: {report}' if report else ''}",
             table,
         )
     skipped = [f"{item.format} {item.case}: {item.note}" for item in result.verdicts if not item.ran]

@@ -428,6 +428,28 @@ class ValidateResult(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocateRequest(Message):
+    """Ask where artifacts that failed parity leave the model."""
+
+    project: Project
+    folder: str
+    """Absolute folder with artifacts and reference data."""
+    weights: str
+    formats: Mapping[str, str]
+    """Format to file name."""
+    inputs: Sequence[str]
+    """Names in the order of the signature."""
+    probes: Mapping[str, str]
+    """Format to the probe to look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocateResult:
+    where: Mapping[str, str]
+    """Format to the place in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreRequest(Message):
     """Ask for the metrics in user code, of artifacts that passed the clean room."""
 

@@ -65,13 +65,20 @@ def _pt2(path: Path) -> Call:
     return call
 
 
-def _onnx(path: Path, threads: int) -> Call:
+def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) -> Any:
+    """An onnxruntime.InferenceSession on the CPU. model: path or content; as_written: without its optimizations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _onnx(path: Path, threads: int) -> Call:
+    session = onnx_session(str(path), threads)
     wanted: Sequence[str] = [item.name for item in session.get_inputs()]
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:

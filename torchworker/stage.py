@@ -14,6 +14,7 @@ from torchworker.contract import (
     CppRequest,
     ExportRequest,
     RehearseRequest,
+    LocateRequest,
     Reply,
     ScoreRequest,
     TrainRequest,
@@ -40,6 +41,10 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.rehearse import rehearse
 
         return rehearse(RehearseRequest.read(request))
+    if stage == "locate":
+        from torchworker.locate import locate
+
+        return locate(LocateRequest.read(request))
     if stage == "score":
         from torchworker.score import score
 
@@ -52,12 +57,12 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.validate import validate
 
         return validate(ValidateRequest.read(request))
-    raise ValueError(f"stage: expected check, train, export, cpp, validate, score or rehearse, got {stage!r}")
+    raise ValueError(f"stage: expected check, train, export, cpp, validate, locate, score or rehearse, got {stage!r}")
 
 
 def _user_folder(stage: str, request: Path) -> str:
     """Where the user's code is, to tell their lines from ours; `validate` and `rehearse` run none of it."""
-    if stage not in ("check", "train", "export", "score"):
+    if stage not in ("check", "train", "export", "locate", "score"):
         return ""
     folder: str = json.loads(request.read_text())["project"]["folder"]
     return folder

@@ -100,7 +100,7 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended
     assert version.tags["flow_run_id"] == flow_run_of(shipped)
     assert len(version.tags["sha256.model.onnx"]) == 64
     first, *rest = (version.description or "").splitlines()
-    assert re.fullmatch(r"accuracy 0\.9\d+, all 15 gates passed: digits \w+ as onnx, pt2, torchscript\.", first)
+    assert re.fullmatch(r"accuracy 0\.9\d+, all (24|30) gates passed: digits \w+ as onnx, pt2, torchscript\.", first)
     assert any("parity" in line.lower() for line in rest)
 
 
@@ -157,6 +157,31 @@ def test_the_full_deployment_name_and_the_nightly_schedule_exist(command: Comman
 
 
 QUICK = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
+
+
+HIDDEN = """
+    import numpy
+    class Hidden(nn.Linear):
+        def forward(self, x):
+            sign = float(numpy.from_dlpack(x.detach())[0, 0] > 0)
+            return super().forward(x) * (1 + sign)
+    def build_model():
+        return Hidden(4, 3)
+"""
+
+
+def test_an_artifact_that_is_not_the_model_stops_the_flow_and_the_report_says_where(
+    command: Command, tmp_path: Path
+) -> None:
+    job = write_project(
+        tmp_path, extra=HIDDEN, **QUICK, name="hidden", export={"formats": ["torchscript"]}, parity={"cpp": "off"}
+    )
+    ended = command("ship", "run", str(job))
+    assert ended.status == 2, ended.text
+    assert "torchscript parity" in ended.text
+    report = Path(re.search(r"Where and how much: (\S+)", ended.text)[1]).read_text()  # type: ignore[index]
+    assert re.search(r"\*\*Where:\*\* first differs at step \d+ of \d+: mul.*plain.py:\d+: return super", report)
+    assert "expected" in report and "█" in report
 
 
 def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(

@@ -1,0 +1,69 @@
+"""After parity failed: look for the place, and write the report that a person acts on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import get_run_logger
+from prefect.artifacts import acreate_markdown_artifact
+
+from infra.errors import ShipError
+from registry.parity_report import parity_report
+from tasks.export import Exported
+from tasks.report import artifact_key
+from tasks.run import Run
+from tasks.worker import call_worker
+from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
+
+LOCATABLE = ("torchscript", "onnx", "pt2")
+"""Formats that can be looked into. Others are machine code."""
+
+
+async def explain(run: Run, exported: Exported, result: ValidateResult) -> Path | None:
+    """`parity.md` in the run's folder, and the same as a Prefect artifact; None when parity did not fail."""
+    if not result.mismatches:
+        return None
+    where = await _where(run, exported, result)
+    path = run.folder / "parity.md"
+    markdown = parity_report(run.job.name, result.mismatches, where)
+    path.write_text(markdown)
+    get_run_logger().error("\n".join(f"{kind} {place}" for kind, place in where.items()))
+    await acreate_markdown_artifact(
+        markdown, key=f"parity-{artifact_key(run.job.name)}", description=f"{run.job.name}: parity failed"
+    )
+    return path
+
+
+async def _where(run: Run, exported: Exported, result: ValidateResult) -> dict[str, str]:
+    """For each format that failed. User code runs for this, so it is a worker's; that it fails spoils nothing."""
+    probes: dict[str, str] = {}
+    where: dict[str, str] = {}
+    for item in result.mismatches:
+        kind = item.format.removesuffix(" in C++")
+        if kind in LOCATABLE and kind in exported.formats:
+            probes.setdefault(kind, _question(item, run.job.export.batch))
+        else:
+            where[item.format] = "could not be located: this format is compiled code"
+    folder = run.folder / "locate"
+    folder.mkdir(exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    request = LocateRequest(
+        project=run.project,
+        folder=str(exported.folder),
+        weights=str(exported.weights),
+        formats=exported.formats,
+        inputs=[spec.name for spec in exported.result.inputs],
+        probes=probes,
+    )
+    try:
+        found: LocateResult = decode(LocateResult, await call_worker(run.host, "locate", request, folder))
+    except (ShipError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        return {**where, **dict.fromkeys(probes, f"could not be located: {reason}")}
+    return {**where, **found.where}
+
+
+def _question(item: Mismatch, batch: int) -> str:
+    """The probe to look at: the one that failed, or a batch of capture when that was a batch of real samples."""
+    name = item.probe.partition(",")[0]
+    return f"batch_{batch}" if name.startswith("samples ") or not item.output else name
