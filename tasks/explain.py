@@ -10,7 +10,7 @@ from prefect.artifacts import acreate_markdown_artifact
 from infra.errors import ShipError
 from registry.parity_report import parity_report
 from tasks.export import Exported
-from tasks.report import artifact_key
+from tasks.policy import artifact_key
 from tasks.run import Run
 from tasks.worker import call_worker
 from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode

@@ -37,3 +37,8 @@ def quiet_mistakes() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(present, _QuietMistakes) for present in logger.filters):
             logger.addFilter(_QuietMistakes())
+
+
+def artifact_key(name: str) -> str:
+    """Prefect artifact keys hold letters, digits and dashes."""
+    return name.replace("_", "-").replace(".", "-")

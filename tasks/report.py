@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from registry.description import number, table
 from registry.keys import release_prefix
+from tasks.policy import artifact_key
 from tasks.promote import Promoted
 from tasks.register import Registered
 from tasks.run import Run
@@ -53,11 +54,6 @@ async def report(run: Run, trained: Trained, registered: Registered, promoted: P
         report=path,
         timings=run.write_timings(),
     )
-
-
-def artifact_key(name: str) -> str:
-    """Prefect artifact keys hold letters, digits and dashes."""
-    return name.replace("_", "-").replace(".", "-")
 
 
 def _title(run: Run, promoted: Promoted) -> str:
