@@ -59,7 +59,7 @@ def locate(request: LocateRequest) -> LocateResult:
         try:
             with torch.no_grad():
                 steps = record(model, inputs, request)
-                inside = _INSIDE[kind](folder / request.formats[kind], inputs)
+                inside = values_inside(kind, folder / request.formats[kind], inputs)
             where[kind] = first_difference(steps, inside)
         except Exception as error:
             where[kind] = f"could not be located: {describe(error).splitlines()[0][:200]}"
@@ -141,6 +141,11 @@ def _same(one: Tensor, two: Tensor) -> bool:
     difference = (one.double() - two.double()).abs().nan_to_num(0.0, float("inf"), 0.0)
     largest = one.double()[one.isfinite()].abs().max() if bool(one.isfinite().any()) else torch.tensor(0.0)
     return torch.equal(one.isnan(), two.isnan()) and float(difference.max()) <= CLOSE * float(largest)
+
+
+def values_inside(kind: str, path: Path, inputs: Mapping[str, Tensor]) -> Inside:
+    """The inputs and every tensor that the artifact computes from them."""
+    return [*((f"input {name}", tensor) for name, tensor in inputs.items()), *_INSIDE[kind](path, inputs)]
 
 
 class _Watched(torch.fx.Interpreter):

@@ -62,7 +62,7 @@ def test_the_line_of_the_first_layer_that_differs_is_named(kind: str, tmp_path: 
     inputs = {"x": torch.randn(5, 6)}
     with torch.no_grad():
         steps = locate.record(model, inputs, request(tmp_path))
-        where = locate.first_difference(steps, locate._INSIDE[kind](tmp_path / "model", inputs))
+        where = locate.first_difference(steps, locate.values_inside(kind, tmp_path / "model", inputs))
     assert "linear in second (Linear), test_locate.py:" in where
     assert "states = states + self.second(states)" in where
 
@@ -73,7 +73,7 @@ def test_an_artifact_that_is_right_inside_and_wrong_outside_is_told_apart(tmp_pa
     inputs = {"x": torch.randn(5, 6)}
     with torch.no_grad():
         steps = locate.record(model, inputs, request(tmp_path))
-        where = locate.first_difference(steps, locate._INSIDE["torchscript"](tmp_path / "model", inputs))
+        where = locate.first_difference(steps, locate.values_inside("torchscript", tmp_path / "model", inputs))
     assert f"all {len(steps)} steps of the model are found inside" in where
 
 
@@ -92,5 +92,5 @@ def test_a_value_written_over_in_place_is_compared_as_it_was(tmp_path: Path) -> 
     with torch.no_grad():
         steps = locate.record(model, inputs, request(tmp_path))
         # The graph writes in place as well: what is read after it ran is only the last value.
-        where = locate.first_difference(steps, locate._INSIDE["torchscript"](tmp_path / "model", inputs))
+        where = locate.first_difference(steps, locate.values_inside("torchscript", tmp_path / "model", inputs))
     assert "linear in last (Linear)" in where
