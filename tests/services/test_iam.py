@@ -7,6 +7,7 @@ import subprocess
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from registry.iam import Role, policy
 from registry.keys import pointer_key, release_prefix
 from registry.pointer import read_pointer
 from registry.releases import publish, verify_release
+from registry.retention import Policy, carry_out, decide
 from registry.views import write_triton
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
@@ -132,14 +134,19 @@ def test_a_reader_follows_its_channel_and_can_do_nothing_else(
 
 
 def test_a_collector_deletes_releases_but_moves_and_replaces_nothing(
-    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+    object_store: ObjectStore, as_role: AsRole, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     live, old, other = (published(object_store, tmp_path / str(seed), seed) for seed in range(3))
     before = move(object_store, live)
     collector = as_role(Role.COLLECTOR)
-    assert len(collector.list_keys(f"models/{MODEL}/releases/")) == 15
-    collector.put_new(f"models/{MODEL}/tombstones/{old.release}.json", b"{}")
-    collector.delete(release_prefix(MODEL, old.release) + "file0.bin")
+    keep = Policy(slowest_reader=timedelta(0))
+    # Marked, and deleted two days later: what `ship gc` does.
+    for days in (0, 2):
+        monkeypatch.setattr(collector, "now", lambda days=days: datetime.now(UTC) + timedelta(days=days, seconds=5))
+        for decision in decide(collector, MODEL, keep):
+            if decision.release == old.release:
+                assert carry_out(collector, MODEL, decision) is None
+    assert collector.list_keys(release_prefix(MODEL, old.release)) == {}
     denied(lambda: move(collector, other))
     denied(lambda: collector.delete(pointer_key(MODEL, CHANNEL)))
     denied(lambda: collector.delete(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))

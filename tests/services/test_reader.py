@@ -68,10 +68,15 @@ def make_reader(object_store: ObjectStore, connect: Connect, proxy: FaultProxy, 
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 20 s"
+        assert time.monotonic() < deadline, "it did not happen within a minute"
         time.sleep(0.01)
+
+
+def served(reader: Reader) -> Release:
+    assert reader.current is not None
+    return reader.current
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -470,9 +475,9 @@ def test_a_bad_release_is_not_downloaded_again_at_every_look_but_the_next_move_i
         move(object_store, bad)
         until(lambda: "SHA-256" in reader.status().problem)
         looks, downloads = len(proxy.sent("GET", "/channels/")), len(proxy.sent("GET", "/file3"))
-        until(lambda: len(proxy.sent("GET", "/channels/")) >= looks + 8)
+        until(lambda: len(proxy.sent("GET", "/channels/")) >= looks + 12)
         # Pauses of 2, 4, 8… intervals.
-        assert 1 <= len(proxy.sent("GET", "/file3")) - downloads + 1 <= 4
+        assert 1 <= len(proxy.sent("GET", "/file3")) - downloads < 6
         assert reader.current is not None and reader.current.id == first.release
         move(object_store, good)
         until(lambda: reader.current is not None and reader.current.id == good.release)
@@ -528,7 +533,7 @@ def test_a_download_that_breaks_off_goes_on_from_there(
     assert starts[:2] == [None, "bytes=500-"] and len(starts) == 3 and starts[2] in ("bytes=700-", "bytes=750-")
 
 
-def test_many_readers_and_processes_share_a_folder_and_never_see_a_torn_release(
+def test_many_readers_share_a_folder_and_never_see_a_torn_release(
     object_store: ObjectStore, make_reader: MakeReader, tmp_path: Path
 ) -> None:
     releases = [published(object_store, tmp_path / str(seed), seed) for seed in range(4)]
@@ -536,11 +541,12 @@ def test_many_readers_and_processes_share_a_folder_and_never_see_a_torn_release(
     move(object_store, releases[0])
     make_reader().pull()
     stopping = threading.Event()
-    generations: list[int] = []
+    readers: list[Reader] = []
 
     def serve(_: int) -> int:
         looks = 0
         with make_reader(interval=0.01) as reader:
+            readers.append(reader)
             before = 0
             while not stopping.is_set():
                 release = reader.current
@@ -553,7 +559,6 @@ def test_many_readers_and_processes_share_a_folder_and_never_see_a_torn_release(
                     # Two moves since the link was read: only the last two releases are kept.
                     continue
                 looks += 1
-        generations.append(before)
         return looks
 
     with ThreadPoolExecutor(4) as pool:
@@ -561,10 +566,11 @@ def test_many_readers_and_processes_share_a_folder_and_never_see_a_torn_release(
         for turn in range(12):
             move(object_store, releases[(turn + 1) % 4])
             time.sleep(0.05)
-        time.sleep(0.5)
-        stopping.set()
-        assert sum(job.result() for job in serving) > 20
-    assert generations == [13] * 4
+        try:
+            until(lambda: len(readers) == 4 and all(served(reader).generation == 13 for reader in readers))
+        finally:
+            stopping.set()
+        assert all(job.result() > 0 for job in serving)
 
 
 READER = """

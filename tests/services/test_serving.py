@@ -97,7 +97,11 @@ def test_no_request_fails_while_the_channel_moves_on_is_rolled_back_and_meets_a_
             traffic.until(factor)
         # Generation 5 cannot be loaded: 4 stays. 6 is a rollback.
         move(object_store, bad)
-        time.sleep(1.5)
+        log = tmp_path / "served" / "mlserver" / "mlserver.log"
+        deadline = time.monotonic() + 60
+        while "Protobuf parsing failed" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
         traffic.until(1.0)
         move(object_store, two)
         traffic.until(2.0)

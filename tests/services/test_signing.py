@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from shipreader.errors import ReaderError, Refused
 from shipreader.reader import Reader
 from tests.services.foreign import tool_python
 from tests.services.test_promotion import CHANNEL, MODEL, make_release, move
+from tests.services.test_reader import replace_object
 
 
 def key_pair(folder: Path, name: str = "key", curve: ec.EllipticCurve | None = None, password: str = "") -> Path:
@@ -62,12 +64,6 @@ def make_reader(object_store: ObjectStore, tmp_path: Path) -> MakeReader:
         return Reader(MODEL, folder=folder, public_keys=public_keys, **options)
 
     return make
-
-
-def replace_object(store: ObjectStore, key: str, body: bytes) -> None:
-    stored = store.head(key)
-    assert stored is not None
-    store.replace(key, body, stored.etag)
 
 
 def test_a_signed_release_is_pulled_by_a_reader_that_requires_its_key(
@@ -104,6 +100,7 @@ def test_the_tool_of_openssf_verifies_what_a_reader_has(
     assert subprocess.run(argv, capture_output=True).returncode != 0
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="this machine has no openssl command")
 def test_keys_made_by_openssl_work(object_store: ObjectStore, make_reader: MakeReader, tmp_path: Path) -> None:
     key, public = tmp_path / "key.pem", tmp_path / "key.pub"
     # As docs/trust.md says.
