@@ -23,7 +23,9 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("value", [RunsCode(), {"a": 1}, collections.OrderedDict(x=[1.5] * 1000)], ids=["code", "plain", "class"])
+@pytest.mark.parametrize(
+    "value", [RunsCode(), {"a": 1}, collections.OrderedDict(x=[1.5] * 1000)], ids=["code", "plain", "class"]
+)
 def test_a_pickle_under_another_name_is_refused(tmp_path: Path, value: Any, protocol: int) -> None:
     (tmp_path / "labels.txt").write_bytes(pickle.dumps(value, protocol))
     with pytest.raises(ReleaseError, match=r"labels\.txt: expected no pickle in a release, got one \(it is a pickle\)"):
