@@ -47,7 +47,7 @@ from tests.services.fault_proxy import (
 from tests.services.promoter import PromoterHost, promote
 
 MODEL, CHANNEL = "digits", "prod"
-TIMEOUT_SECONDS = 0.5
+TIMEOUT_SECONDS = 1.0
 FAULTS: dict[str, Fault] = {
     "500": Answer(500, "InternalError"),
     "503": Answer(503, "SlowDown"),
