@@ -53,12 +53,15 @@ def describe(
     training: Mapping[str, float],
     links: Mapping[str, str],
     reference: str = "the trained model",
+    captured: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> str:
     """Describe one version.
 
     `formats` maps a format to its file name, `sizes` a file name to bytes, `metrics` a format to its measured
     values, `training` holds the last values of the history, `links` maps a text to a URL (an empty URL is
-    left out), `reference` says what parity was measured against.
+    left out), `reference` says what parity was measured against, `captured` how each format was made and `left_out` why
+    others could not be.
     """
     parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
     gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
@@ -70,6 +73,10 @@ def describe(
     if parity:
         unit = f"How much of the allowed difference from {reference} each artifact uses; above 1 fails."
         sections.append(f"### Parity\n{unit}\n\n{_verdict_table(parity, with_gate=False)}")
+    if captured or left_out:
+        rows = [(name, "yes", how) for name, how in (captured or {}).items()]
+        rows += [(name, "left out", why) for name, why in (left_out or {}).items()]
+        sections.append(f"### Capture\n{table(('format', 'released', 'how, or why not'), rows)}")
     if metrics:
         sections.append(f"### Metrics\n{_metric_table(metrics)}")
     if gates:

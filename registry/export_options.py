@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from registry.parts import Part
 
-Format = Literal["torchscript", "onnx", "pt2"]
+Format = Literal["torchscript", "onnx", "pt2", "aoti"]
 Axis = Annotated[int, Field(ge=1)]
 
 
@@ -39,12 +39,20 @@ class Dynamic(Part):
 class Export(Part):
     """What is made of the trained weights."""
 
-    formats: tuple[Format, ...] = Field(
-        ("torchscript", "onnx", "pt2"), min_length=1, strict=False, description="artifacts of the release"
+    formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = Field(
+        ("torchscript", "onnx", "pt2"),
+        description="artifacts of the release; auto: every format that can capture the model, aoti where a C++ "
+        "compiler is, and the reasons of those that cannot",
     )
     batch: int = Field(64, ge=2, description="batch size at which the model is captured; the batch stays dynamic")
     dynamic: dict[Annotated[str, AfterValidator(_is_dimension)], Dynamic] = Field(
         default_factory=dict, description="further dynamic dimensions by name, see below"
+    )
+    libraries: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part "
+        "of the release",
     )
     validation_samples: int = Field(
         10_000, ge=1, description="at most this many validation samples are used to gate artifacts"
@@ -52,7 +60,7 @@ class Export(Part):
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> Self:
-        if len(set(self.formats)) != len(self.formats):
+        if self.formats != "auto" and len(set(self.formats)) != len(self.formats):
             raise ValueError("each format once")
         return self
 
@@ -68,3 +76,8 @@ class Export(Part):
                         )
                     taken[tensor, axis] = name
         return self
+
+    @property
+    def wanted(self) -> tuple[Format, ...]:
+        """The formats to try."""
+        return get_args(Format) if self.formats == "auto" else self.formats

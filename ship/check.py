@@ -76,6 +76,7 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
     facts = Table(title=f"{job.name}", show_header=False, title_justify="left")
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
+    may_be = ", if it can capture the model" if job.export.formats == "auto" else ""
     for name, value in (
         ("project", str(folder)),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
@@ -89,7 +90,7 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
         ("target", _tensor(result.target)),
         ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
         *_training(job, result),
-        ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}" for kind in job.export.formats)),
+        ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted)),
         ("release", f"channel {job.release.channel}"),
     ):
         facts.add_row(name, escape(value))

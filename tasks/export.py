@@ -42,7 +42,7 @@ class Exported:
     retry_condition_fn=worth_retrying,
 )
 async def export(run: Run, trained: Trained) -> Exported:
-    """Write every format of the job side by side; all of them or none."""
+    """Write every format of the job side by side; all of them or none, or with `auto` those that fit."""
     logger = get_run_logger()
     stage = StageFolder(run.folder, "export", inputs=f"{trained.digest} {run.job.export.model_dump_json()}")
     with run.timed("export"):
@@ -54,7 +54,9 @@ async def export(run: Run, trained: Trained) -> Exported:
                 project=run.project,
                 folder=str(work),
                 weights=str(trained.weights),
-                formats=run.job.export.formats,
+                formats=run.job.export.wanted,
+                auto=run.job.export.formats == "auto",
+                libraries=[str(Path(run.project.folder, name)) for name in run.job.export.libraries],
                 batch=run.job.export.batch,
                 seed=run.job.train.seed,
                 validation_limit=run.job.export.validation_samples,
@@ -65,4 +67,6 @@ async def export(run: Run, trained: Trained) -> Exported:
     result: ExportResult = decode(ExportResult, Reply.read(stage.path / RESULT).result)
     for kind, artifact in result.artifacts.items():
         logger.info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
+    for kind, why in result.left_out.items():
+        logger.warning("%s is left out: %s", kind, why)
     return Exported(folder=stage.path, result=result, digest=stage.digest(), weights=trained.weights)

@@ -75,7 +75,7 @@ def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
         files = stage.begin() / "files"
         files.mkdir()
         exported = validated.exported
-        for name in [*exported.formats.values(), GOLDEN]:
+        for name in [*exported.formats.values(), *exported.result.libraries, GOLDEN]:
             os.link(exported.folder / name, files / name)
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
@@ -126,6 +126,8 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         training=latest_of(trained.result.history),
         links={"Prefect run": run.flow_run_url},
         reference=validated.result.reference,
+        captured={kind: artifact.method for kind, artifact in validated.exported.result.artifacts.items()},
+        left_out=validated.exported.result.left_out,
     )
 
 

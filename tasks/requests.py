@@ -130,5 +130,5 @@ def run_params(job: Job) -> dict[str, str]:
         **{f"data.{name}": str(value) for name, value in job.data.args.items()},
         **{f"train.{name}": str(value) for name, value in train.items() if value is not None and name != "args"},
         **{f"train.args.{name}": str(value) for name, value in job.train.args.items()},
-        "export.formats": ",".join(job.export.formats),
+        "export.formats": job.export.formats if job.export.formats == "auto" else ",".join(job.export.formats),
     }

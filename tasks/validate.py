@@ -61,6 +61,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
             request = ValidateRequest(
                 folder=str(exported.folder),
                 formats=exported.formats,
+                libraries=exported.result.libraries,
                 inputs=exported.result.inputs,
                 outputs=exported.result.outputs,
                 metrics=run.job.metrics,

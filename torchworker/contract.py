@@ -31,6 +31,7 @@ FORMAT_FILES: Mapping[str, str] = {
     "torchscript": "model.torchscript",
     "onnx": "model.onnx",
     "pt2": "model.pt2",
+    "aoti": "model.aoti.pt2",
 }
 """Artifact file of each format."""
 
@@ -290,6 +291,8 @@ class ExportRequest(Message):
     weights: str
     formats: Sequence[str]
     """Keys of FORMAT_FILES."""
+    auto: bool = False
+    """Leave out, and explain, formats that cannot capture the model, instead of giving up."""
     batch: int
     """Batch size at which the model is captured."""
     seed: int
@@ -297,6 +300,8 @@ class ExportRequest(Message):
     """At most this many validation samples are kept for the quality gate."""
     dynamic: Sequence[DynamicDim] = ()
     """Declared dimensions beside the batch."""
+    libraries: Sequence[str] = ()
+    """Absolute paths of shared libraries with custom operators; they become part of the release."""
     only: str | None = None
     """Make this one format, in this process and without reference data."""
 
@@ -316,6 +321,10 @@ class Artifact(Message):
 class ExportResult:
     artifacts: Mapping[str, Artifact]
     """By format."""
+    left_out: Mapping[str, str]
+    """Formats that `auto` tried in vain, and why."""
+    libraries: Sequence[str]
+    """File names of the libraries with custom operators."""
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     dims: Sequence[DynamicDim]
@@ -353,6 +362,8 @@ class ValidateRequest(Message):
     """Absolute folder with artifacts, golden and validation tensors."""
     formats: Mapping[str, str]
     """Format to file name."""
+    libraries: Sequence[str] = ()
+    """File names of libraries with custom operators, loaded before any artifact."""
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     metrics: Sequence[str]
@@ -458,6 +469,8 @@ class ScoreRequest(Message):
     """Absolute folder with artifacts and validation tensors."""
     formats: Mapping[str, str]
     """Format to file name."""
+    libraries: Sequence[str] = ()
+    """File names of libraries with custom operators, loaded before any artifact."""
     inputs: Sequence[TensorSpec]
     batch: int
     """Samples of one call."""

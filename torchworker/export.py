@@ -7,6 +7,7 @@ export in one process can fail), and a trace may change a model it is given.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from torchworker.capture.aoti import aoti
 from torchworker.capture.onnx_model import onnx_model
 from torchworker.capture.pt2 import pt2
 from torchworker.capture.subject import Subject
@@ -92,14 +94,30 @@ def export(request: ExportRequest) -> ExportResult:
             dims=dims,
             project=request.project,
         )
-        artifacts = _side_by_side(request, subject)
+        artifacts, left_out = _side_by_side(request, subject)
     return ExportResult(
-        artifacts=artifacts, inputs=input_specs(named, dims), outputs=outputs, dims=dims, reference=reference
+        artifacts=artifacts,
+        left_out=left_out,
+        libraries=_copy_libraries(request),
+        inputs=input_specs(named, dims),
+        outputs=outputs,
+        dims=dims,
+        reference=reference,
     )
 
 
-def _side_by_side(request: ExportRequest, subject: Subject) -> dict[str, Artifact]:
-    """Each format in a fork of this process, which has the model and has exported nothing.
+def _copy_libraries(request: ExportRequest) -> list[str]:
+    """Into the folder, beside the artifacts that need them. After capture: importing user code may have built them."""
+    for library in map(Path, request.libraries):
+        if not library.is_file():
+            raise UserMistake(f"export.libraries: expected a shared library, found none at {library}")
+        shutil.copyfile(library, Path(request.folder) / library.name)
+    return [Path(library).name for library in request.libraries]
+
+
+def _side_by_side(request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact], dict[str, str]]:
+    """Artifacts by format, and why formats were left out. Each is made in a fork of this process, which has the
+    model and has exported nothing.
 
     A fork spares every exporter the import of the user's code. It is safe here: torch runs on one thread, so
     there is no thread pool to lose.
@@ -112,21 +130,25 @@ def _side_by_side(request: ExportRequest, subject: Subject) -> dict[str, Artifac
         statuses = _in_new_interpreters(request)
     else:
         statuses = _in_forks(request, subject)
-    artifacts, failures = {}, []
+    artifacts: dict[str, Artifact] = {}
+    failures: dict[str, Failure] = {}
     for kind, status in statuses.items():
         reply = folder / f"export-{kind}.json"
         if not reply.exists():
-            raise RuntimeError(f"the export to {kind} ended with status {status} and left no result")
+            ended = f"the export to {kind} ended with status {status} and left no result"
+            failures[kind] = Failure(kind="worker", message=ended)
+            continue
         said = Reply.read(reply)
         if request.only is None:
             reply.unlink()
         if said.failure is not None:
-            failures.append(said.failure)
+            failures[kind] = said.failure
         else:
             artifacts[kind] = decode(Artifact, said.result)
-    if failures:
-        raise Described(_joined(failures))
-    return artifacts
+    broken = [failure for failure in failures.values() if failure.kind == "worker"]
+    if failures and (broken or not request.auto or not artifacts):
+        raise Described(_joined(list(failures.values())))
+    return artifacts, {kind: failure.message for kind, failure in failures.items()}
 
 
 def _in_forks(request: ExportRequest, subject: Subject) -> dict[str, int]:
@@ -163,7 +185,7 @@ def _joined(failures: list[Failure]) -> Failure:
 
 def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
     path = Path(request.folder) / FORMAT_FILES[kind]
-    write = {"torchscript": torchscript, "onnx": onnx_model, "pt2": pt2}[kind]
+    write = {"torchscript": torchscript, "onnx": onnx_model, "pt2": pt2, "aoti": aoti}[kind]
     torch.set_num_threads(REFERENCE_THREADS)
     began = time.perf_counter()
     try:

@@ -262,6 +262,11 @@ def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> N
             )
 
 
+def validation_key(part: str, name: str, start: int) -> str:
+    """Where VALIDATION has the model's answer to the batch of validation samples from `start` on."""
+    return f"{part}.{name}/{start}"
+
+
 def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path) -> Inputs:
     """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
 
@@ -271,23 +276,21 @@ def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset
 
     parts: dict[str, list[Tensor]] = {}
     first: Any = None
+    answered: dict[str, Tensor] = {}
+    start = 0
     for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
         first = (inputs, target) if first is None else first
         require_one_shape(first, (inputs, target), request.project)
         named = name_inputs(answers.model, inputs, request.project)
         probe = answers.complete(Probe(name="", group="", inputs=named))
-        for part, tensors in (
-            ("input", named),
-            ("eager", probe.eager),
-            ("float64", probe.exact),
-            ("moved", probe.moved),
-        ):
+        for name, tensor in named.items():
+            parts.setdefault(f"input.{name}", []).append(tensor)
+        # Batch by batch: how long a decoded sequence gets may depend on the batch.
+        for part, tensors in (("eager", probe.eager), ("float64", probe.exact), ("moved", probe.moved)):
             for name, tensor in (tensors or {}).items():
-                parts.setdefault(f"{part}.{name}", []).append(tensor)
+                answered[validation_key(part, name, start)] = tensor.contiguous().clone()
         parts.setdefault("target", []).append(target)
-    samples = sum(len(target) for target in parts["target"])
+        start += len(target)
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
-    # A batch that float64 refused has no counterpart: none is better than one that is out of step.
-    joined = {name: tensor for name, tensor in joined.items() if len(tensor) == samples or name.startswith("eager.")}
-    save_file(joined, folder / VALIDATION)
+    save_file({**joined, **answered}, folder / VALIDATION)
     return {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,6 +45,9 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     candidate = request.candidate
     folder = Path(candidate.folder)
     _require_files(candidate)
+    for name in candidate.files:
+        if name.endswith(".so"):
+            torch.ops.load_library(str(folder / name))  # type: ignore[no-untyped-call]
     golden = _golden(folder, Path(request.moved) if request.moved else None)
     validation = load_file(request.validation) if request.validation else {}
     batch = golden[min(1, len(golden) - 1)][0]

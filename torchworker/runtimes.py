@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SIGNATURE = "signature"
+"""Key under which an AOTInductor package holds names, dtypes, shapes and ranges of its inputs, as JSON."""
+
 Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Inputs by name → outputs in the order of the signature."""
 
 
 def load(kind: str, path: Path, threads: int) -> Call:
-    """kind: `torchscript`, `onnx` or `pt2`; threads: intra-op threads of the runtime."""
+    """kind: a key of FORMAT_FILES; threads: intra-op threads of the runtime."""
     if kind == "onnx":
         return _onnx(path, threads)
     torch.set_num_threads(threads)
-    return _torchscript(path) if kind == "torchscript" else _pt2(path)
+    return {"torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}[kind](path)
 
 
 def _flat(outputs: Any) -> list[Tensor]:
@@ -37,19 +42,16 @@ def _torchscript(path: Path) -> Call:
         warnings.simplefilter("ignore", DeprecationWarning)
         program = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
 
-    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return _flat(call_script(program, inputs))
-
-    return call
+    return partial(call_script, program)
 
 
-def call_script(program: Any, inputs: Mapping[str, Tensor]) -> Any:
+def call_script(program: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Call a TorchScript program: by position, or by name where a parameter before the last is left out."""
     names = [argument.name for argument in program.forward.schema.arguments][1:]
-    if len(names) == len(inputs) or names[: len(inputs)] == list(inputs):
-        return program(*inputs.values())
-    return program(**inputs)
+    with torch.no_grad():
+        if len(names) == len(inputs) or names[: len(inputs)] == list(inputs):
+            return _flat(program(*inputs.values()))
+        return _flat(program(**inputs))
 
 
 def _pt2(path: Path) -> Call:
@@ -63,6 +65,47 @@ def _pt2(path: Path) -> Call:
             return _flat(program(*(tensor for _, tensor in given[:positional]), **dict(given[positional:])))
 
     return call
+
+
+def _aoti(path: Path) -> Call:
+    package = torch._inductor.aoti_load_package(str(path))
+
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        # Compiled code reads memory in the order that it was compiled for.
+        given = [tensor.contiguous() for tensor in inputs.values()]
+        with torch.no_grad():
+            return list(package.loader.run(given))
+
+    return checked(call, path)
+
+
+def checked(call: Call, path: Path) -> Call:
+    """The call of an AOTInductor package, refusing what the package was not compiled for."""
+    signature = json.loads(torch._inductor.aoti_load_package(str(path)).get_metadata()[SIGNATURE])
+
+    def guarded(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        _require_signature(inputs, signature)
+        return call(inputs)
+
+    return guarded
+
+
+def _require_signature(inputs: Mapping[str, Tensor], signature: Mapping[str, Any]) -> None:
+    """Raises ValueError for a dtype or size that the package was not compiled for; the compiled code does not look."""
+    sizes: dict[str, int] = {}
+    for spec in signature["inputs"]:
+        tensor = inputs[spec["name"]]
+        expected = f"{spec['dtype']} {spec['shape']}"
+        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        wrong = not got.startswith(f"{spec['dtype']} ") or tensor.dim() != len(spec["shape"])
+        for size, found in zip(spec["shape"], tensor.shape, strict=False):
+            if isinstance(size, str):
+                low, high = signature["dims"][size]
+                wrong = wrong or found != sizes.setdefault(size, found) or found < low or found > (high or found)
+            else:
+                wrong = wrong or size != found
+        if wrong:
+            raise ValueError(f"input {spec['name']}: expected {expected} with {signature['dims']}, got {got}")
 
 
 def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) -> Any:

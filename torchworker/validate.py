@@ -12,17 +12,28 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker import cpp_runtime, runtimes
-from torchworker.contract import METRICS, VALIDATION, Gate, TensorSpec, ValidateRequest, ValidateResult, Verdict
+from torchworker.apart import Died, Note, apart
+from torchworker.contract import (
+    METRICS,
+    VALIDATION,
+    Gate,
+    Mismatch,
+    TensorSpec,
+    ValidateRequest,
+    ValidateResult,
+    Verdict,
+)
 from torchworker.failure import describe, is_theirs
 from torchworker.metrics import metric_sum
 from torchworker.parity import compare
 from torchworker.probes import BATCHES, Probe
 from torchworker.prove import Decisions, Finding, Policy, Trial, prove, verdict
-from torchworker.reference import read_probes
+from torchworker.reference import read_probes, validation_key
 
 LATENCY_CALLS = 30
 WARM_UP_CALLS = 3
@@ -59,6 +70,8 @@ def validate(request: ValidateRequest) -> ValidateResult:
     """Parity at every reference batch, quality on the validation set, and latency, for each format."""
     forbid_user_code(request.forbidden_modules, request.forbidden_folder)
     folder = Path(request.folder)
+    for library in request.libraries:
+        torch.ops.load_library(str(folder / library))  # type: ignore[no-untyped-call]
     probes = [_ordered(probe, request.inputs) for probe in read_probes(folder)]
     golden = [probe for probe in probes if probe.group == BATCHES]
     validation = load_file(folder / VALIDATION)
@@ -67,33 +80,44 @@ def validate(request: ValidateRequest) -> ValidateResult:
     policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     outputs = [spec.name for spec in request.outputs]
     verdicts: list[Verdict] = []
-    findings: list[Finding] = []
+    mismatches: list[Mismatch] = []
     metrics: dict[str, dict[str, float]] = {}
-    for kind, file in request.formats.items():
+
+    def examined(kind: str, file: str, note: Note) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None]:
         try:
-            call = runtimes.load(kind, folder / file, request.threads)
+            bare = runtimes.load(kind, folder / file, request.threads)
         except Exception as error:
-            verdicts.append(_not_measured(kind, "parity", "load", "loads without training code", describe(error)))
-            continue
-        # Named in the log before it is asked: an artifact may take this process down.
-        print(f"validate: {kind}: {len(probes)} probes", flush=True)
+            return [_not_measured(kind, "parity", "load", "loads without training code", describe(error))], [], None
+        call = _noted(bare, note)
         trial = prove(kind, call, probes, outputs, policy)
         measured, on_validation = _quality(kind, call, validation, request, batch)
-        verdicts += [*trial.verdicts, *on_validation.verdicts]
-        findings += [*trial.findings, *on_validation.findings]
         if measured or not request.metrics:
-            measured |= _latency(call, golden)
-        metrics[kind] = measured
-        verdicts += judge(kind, measured, request.gates, samples, {})
-        said = _without_python(kind, folder / file, probes, validation, request)
-        verdicts += said.verdicts
-        findings += said.findings
+            measured |= _latency(bare, golden)
+        cpp = _without_python(kind, folder / file, probes, validation, request)
+        found = [*trial.findings, *on_validation.findings, *cpp.findings]
+        found.sort(key=lambda item: -item.outcome.ratio)
+        gates = judge(kind, measured, request.gates, samples, {})
+        told = [*trial.verdicts, *on_validation.verdicts, *gates, *cpp.verdicts]
+        return told, [item.mismatch() for item in found[:MISMATCHES]], measured
+
+    for kind, file in request.formats.items():
+        print(f"validate: {kind}: {len(probes)} probes", flush=True)
+        note = Note()
+        try:
+            # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
+            told, found, measured = apart(lambda kind=kind, file=file, note=note: examined(kind, file, note), note)  # type: ignore[misc]
+        except Died as death:
+            told, found, measured = [_not_measured(kind, "parity", "probes", "survives them", str(death))], [], None
+        verdicts += told
+        mismatches += found
+        if measured is not None:
+            metrics[kind] = measured
     return ValidateResult(
         verdicts=verdicts,
         metrics=metrics,
         reference="the model in float64" if any(probe.exact for probe in golden) else NO_FLOAT64,
         validation_samples=samples,
-        mismatches=[item.mismatch() for item in sorted(findings, key=lambda item: -item.outcome.ratio)[:MISMATCHES]],
+        mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
     )
 
 
@@ -104,14 +128,17 @@ def _without_python(
     if request.cpp == "off" or kind not in cpp_runtime.KINDS:
         return Trial(verdicts=[], findings=[])
     name = f"{kind} in C++"
-    if not request.runner:
-        failed = _not_measured(name, "parity", "without Python", "<= 1", f"not run: {request.no_runner}")
+    if not request.runner or request.libraries:
+        why = request.no_runner if not request.runner else "it does not load libraries with custom operators"
+        failed = _not_measured(name, "parity", "without Python", "<= 1", f"not run: {why}")
         return Trial(verdicts=[replace(failed, ran=request.cpp == "required")], findings=[])
     log = Path(request.log) / f"cpp-{kind}.log"
     print(f"validate: {name}: {len(probes)} probes", flush=True)
     policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     try:
-        with cpp_runtime.running(Path(request.runner), kind, artifact, request.threads, log) as call:
+        with cpp_runtime.running(Path(request.runner), kind, artifact, request.threads, log) as answer:
+            # The runner takes what it is given; whoever calls compiled code checks first.
+            call = runtimes.checked(answer, artifact) if kind == "aoti" else answer
             trial = prove(name, call, probes, [spec.name for spec in request.outputs], policy)
             batch = _size([probe for probe in probes if probe.group == BATCHES][1])
             _, on_samples = _quality(name, call, validation, replace(request, metrics=()), batch)
@@ -119,6 +146,20 @@ def _without_python(
         failed = _not_measured(name, "parity", "without Python", "loads and answers", describe(error))
         return Trial(verdicts=[failed], findings=[])
     return Trial(verdicts=[*trial.verdicts, *on_samples.verdicts], findings=[*trial.findings, *on_samples.findings])
+
+
+def _noted(call: runtimes.Call, note: Note) -> runtimes.Call:
+    """The call, leaving word of what it is asked."""
+
+    def noted(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        told = []
+        for name, tensor in inputs.items():
+            ends = f" from {float(tensor.min()):g} to {float(tensor.max()):g}" if tensor.numel() else ""
+            told.append(f"{name} {list(tensor.shape)}{ends}")
+        note.write(", ".join(told))
+        return call(inputs)
+
+    return noted
 
 
 def _not_measured(kind: str, gate: str, case: str, limit: str, note: str) -> Verdict:
@@ -148,16 +189,16 @@ def _quality(
             fed = {name: tensor[part].contiguous() for name, tensor in inputs.items()}
             outputs = call(fed)
             for position, (spec, tensor) in enumerate(zip(request.outputs, outputs, strict=True)):
-                eager = validation[f"eager.{spec.name}"][part]
-                others = [validation.get(f"{kind}.{spec.name}") for kind in ("float64", "moved")]
-                outcome = compare(tensor, eager, *(None if other is None else other[part] for other in others))
+                eager = validation[validation_key("eager", spec.name, start)]
+                others = [validation.get(validation_key(kind, spec.name, start)) for kind in ("float64", "moved")]
+                outcome = compare(tensor, eager, *others)
                 if outcome.ratio >= ratio:
                     ratio = outcome.ratio
                     notes[spec.name] = outcome.note
                 if not outcome.passed:
                     probe = Probe(name=f"samples {start} to {start + len(eager)}", group="", inputs=fed)
                     findings.append(Finding(kind, probe, spec.name, outcome, tensor, eager))
-                if position == 0:
+                if position == 0 and "accuracy" in request.metrics:
                     decisions.add(tensor, eager, validation["target"][part], outcome.allowed)
             for name in request.metrics:
                 value, count = metric_sum(name, outputs[0], validation["target"][part])
@@ -168,7 +209,7 @@ def _quality(
         return {}, Trial(verdicts=[failed], findings=findings)
     note = "; ".join(f"{name}: {note}" for name, note in notes.items())
     verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
-    if "accuracy" in request.metrics and validation[f"eager.{request.outputs[0].name}"].is_floating_point():
+    if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
         verdicts.append(decisions.verdict(kind))
     return {name: total / count for name, (total, count) in sums.items()}, Trial(verdicts=verdicts, findings=findings)
 

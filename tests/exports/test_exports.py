@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import textwrap
@@ -69,6 +70,8 @@ class Shop:
             seed=0,
             validation_limit=1000,
             dynamic=dynamic_dims(self.job),
+            auto=self.job.export.formats == "auto",
+            libraries=[str(self.project_folder / name) for name in self.job.export.libraries],
         )
         self.result = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, folder)))
         return dict(self.result.artifacts)
@@ -78,6 +81,7 @@ class Shop:
         request = ValidateRequest(
             folder=str(self.folder / "export"),
             formats={kind: artifact.file for kind, artifact in self.result.artifacts.items()},
+            libraries=self.result.libraries,
             inputs=self.result.inputs,
             outputs=self.result.outputs,
             metrics=self.job.metrics,
@@ -250,6 +254,22 @@ def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_t
         opened.export("pt2")
     with pytest.raises(JobError, match=r"torch.export cannot capture"):
         opened.export("onnx")
+
+
+def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(shop: Open) -> None:
+    opened = shop(BRANCH.format(tail=""), export={"formats": "auto"})
+    assert set(opened.export(*opened.job.export.wanted)) == {"torchscript"}
+    assert opened.result is not None
+    assert set(opened.result.left_out) == {"onnx", "pt2", "aoti"}
+    for why in opened.result.left_out.values():
+        assert re.search(r"data-dependent.*\(plain.py:\d+, in forward: if x.sum\(\) > 0:\).*torch.cond", why)
+    assert opened.validate().passed
+
+
+def test_auto_with_nothing_that_fits_fails_with_every_reason(shop: Open) -> None:
+    opened = shop(BRANCH.format(tail=" + float(x.numpy().size) * 0"), export={"formats": "auto"})
+    with pytest.raises(JobError, match=r"(?s)TorchScript cannot capture.*torch.export cannot capture"):
+        opened.export("torchscript", "pt2")
 
 
 def test_a_trace_that_would_bake_in_a_branch_is_refused(shop: Open) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from torchworker.capture.program import capture
 from torchworker.capture.subject import Subject
@@ -26,7 +27,10 @@ def onnx_model(subject: Subject, path: Path) -> str:
     """
     # The exporter reports progress on standard output and logs every missing optional decomposition.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program, method = capture(subject)
+    # One fused operator that ONNX does not have, for what it has operators for.
+    torch.backends.mha.set_fastpath_enabled(False)
+    captured = capture(subject)
+    program = captured.program
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if size > SINGLE_FILE_BYTES:
         raise UserMistake(
@@ -36,25 +40,33 @@ def onnx_model(subject: Subject, path: Path) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            onnx_program = torch.onnx.export(
-                program,
-                (),
-                input_names=list(subject.inputs),
-                output_names=list(subject.outputs),
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
+            onnx_program = _exported(program, subject)
         except Exception as error:
-            raise UserMistake(
-                f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
-            ) from error
+            try:
+                # Some operators have a form in ONNX only once torch has taken them apart.
+                onnx_program = _exported(program.run_decompositions(), subject)
+            except Exception:
+                raise UserMistake(
+                    f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
+                ) from error
     unfaithful = [str(w.message) for w in caught if "duplicated values" in str(w.message)]
     if unfaithful or onnx_program is None:
         raise UserMistake(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
     _name_dimensions(onnx_program.model, subject)
     onnx_program.save(str(path), external_data=False)
-    return f"{method} → ONNX opset {OPSET}"
+    return f"{captured.method} → ONNX opset {OPSET}"
+
+
+def _exported(program: ExportedProgram, subject: Subject) -> Any:
+    return torch.onnx.export(
+        program,
+        (),
+        input_names=list(subject.inputs),
+        output_names=list(subject.outputs),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
 
 
 def _cause(error: BaseException) -> str:

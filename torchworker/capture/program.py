@@ -1,4 +1,4 @@
-"""torch.export, the hub: pt2 and ONNX artifacts are made from the program captured here.
+"""torch.export, the hub: pt2, ONNX and AOTInductor artifacts are made from the program captured here.
 
 Dim.DYNAMIC makes torch refuse a dimension that it had to fix at one number; Dim.AUTO would fix it silently. It
 still narrows ranges silently and leaves conditions on sizes behind, so both are held against what was declared.
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from torchworker.capture.subject import Subject
 from torchworker.failure import UserMistake, describe, is_theirs, user_line
@@ -51,6 +52,7 @@ class _Way:
 
 
 _WAYS = tuple(_Way(strict, oblivious) for oblivious in (True, False) for strict in (False, True))
+_RECURRENT = _Way(strict=False, oblivious=False, patched=True)
 
 
 class _Guards(logging.Handler):
@@ -82,15 +84,35 @@ class _Guards(logging.Handler):
         return ""
 
 
-def capture(subject: Subject) -> tuple[ExportedProgram, str]:
+@dataclass(frozen=True)
+class Captured:
+    """An exported program that holds for every declared size."""
+
+    program: ExportedProgram
+    _way: _Way
+
+    @property
+    def method(self) -> str:
+        """How it was captured, in words."""
+        return f"torch.export, {self._way}"
+
+    @contextlib.contextmanager
+    def assuming(self) -> Iterator[None]:
+        """For what is made from the program: assume no more about sizes than was assumed at capture."""
+        with _settings(self._way):
+            yield
+
+
+def capture(subject: Subject) -> Captured:
     """The exported program and how it was made.
 
     Raises UserMistake when no way gives a program that holds for every declared size, with the user's line.
     """
     refusals: list[UserMistake] = []
     ways = [*_WAYS]
-    if any(isinstance(module, nn.RNNBase) for module in subject.model.modules()):
-        ways.append(_Way(strict=False, oblivious=False, patched=True))
+    if len(subject.dims) > 1 and any(isinstance(module, nn.LSTM | nn.GRU) for module in subject.model.modules()):
+        # Usually unrolled over the length of the example.
+        ways.insert(1, _RECURRENT)
     for way in ways:
         guards = _Guards(subject.folder)
         args, kwargs = arguments(subject.model, subject.inputs)
@@ -101,13 +123,16 @@ def capture(subject: Subject) -> tuple[ExportedProgram, str]:
                 )
         except Exception as error:
             refusals.append(_refused(subject, error, guards))
+            if isinstance(error, GuardOnDataDependentSymNode):
+                # A decision on data is one in every way.
+                break
             continue
         try:
             _require_every_size(program, subject, guards)
         except UserMistake as refusal:
             refusals.append(refusal)
             continue
-        return program, f"torch.export, {way}"
+        return Captured(program, way)
     raise refusals[0]
 
 
@@ -129,6 +154,10 @@ def _settings(way: _Way) -> Iterator[None]:
 
             stack.enter_context(_patches.register_lstm_while_loop_decomposition())
             stack.enter_context(_patches.register_gru_while_loop_decomposition())
+            for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+                # An earlier attempt left the usual kernel in it.
+                operator._dispatch_cache.clear()
+                stack.callback(operator._dispatch_cache.clear)
         yield
 
 
@@ -163,14 +192,14 @@ def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserMistake
         mistake = UserMistake(
             f"export: torch.export fixes {', '.join(dict.fromkeys(places))}, the size of the example"
             f"{_because(subject, guards, r'^Eq')}; take sizes from the inputs (x.shape) instead of writing them down "
-            "or turning them into Python numbers, leave the dimension out of export.dynamic, or leave onnx and pt2 "
-            "out of export.formats"
+            "or turning them into Python numbers, leave the dimension out of export.dynamic, or leave onnx, pt2 and "
+            "aoti out of export.formats"
         )
     else:
         first = next((line.strip() for line in text.splitlines() if line.strip()), "")
         mistake = UserMistake(
             f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
-            f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave onnx and pt2 out of export.formats"
+            f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave onnx, pt2 and aoti out of export.formats"
         )
     mistake.__cause__ = error
     return mistake
@@ -233,7 +262,7 @@ def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Gua
         raise UserMistake(
             f"export: torch.export keeps one side of a decision on sizes: at {tried} the model runs and the program "
             f"would refuse ({refused}){_because(subject, guards)}; declare narrower sizes in export.dynamic, make the "
-            "decision torch.cond, or leave onnx and pt2 out of export.formats"
+            "decision torch.cond, or leave onnx, pt2 and aoti out of export.formats"
         )
 
 

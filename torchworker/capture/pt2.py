@@ -12,6 +12,6 @@ from torchworker.capture.subject import Subject
 
 def pt2(subject: Subject, path: Path) -> str:
     """Write the program and say how it was captured. Raises UserMistake when torch.export cannot capture the model."""
-    program, method = capture(subject)
-    torch.export.save(program, str(path))
-    return method
+    captured = capture(subject)
+    torch.export.save(captured.program, str(path))
+    return captured.method

@@ -6,18 +6,18 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchworker.capture.agreement import disagreement
 from torchworker.capture.subject import Subject
 from torchworker.failure import UserMistake, user_line
-from torchworker.parity import compare
 from torchworker.project import arguments, forward, name_outputs
 from torchworker.runtimes import call_script
-from torchworker.signature import other_sizes, resized
 
 
 class _Unfaithful(Exception):
@@ -34,7 +34,8 @@ def torchscript(subject: Subject, path: Path) -> str:
     for way in (_script, _trace, _mixed):
         try:
             program, method = way(subject)
-            _require_same(program, subject)
+            if differs := disagreement(partial(call_script, program), subject):
+                raise _Unfaithful(differs)
         except _Unfaithful as refusal:
             refusals[way.__name__.strip("_")] = str(refusal)
             continue
@@ -177,32 +178,13 @@ def _prepare_children(
             setattr(module, child_name, _prepared(child, full, seen, traced, subject))
 
 
-def _require_same(program: Any, subject: Subject) -> None:
-    """Raises _Unfaithful when the program differs from the model at another batch, size or single sample."""
-    rows = next(iter(subject.inputs.values())).shape[0]
-    cases = [subject.inputs, resized(subject.inputs, subject.dims, other_sizes(subject.inputs, subject.dims))]
-    cases += [{name: tensor[row : row + 1] for name, tensor in subject.inputs.items()} for row in {0, rows - 1}]
-    for inputs in cases:
-        try:
-            expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
-        except UserMistake:
-            continue
-        shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-        try:
-            got = name_outputs(call_script(program, inputs), subject.project)
-        except Exception as error:
-            raise _Unfaithful(f"on {shown} it fails, and the model does not: {_brief(error)}") from error
-        for (name, tensor), found in zip(expected.items(), got.values(), strict=False):
-            outcome = compare(found, tensor, None)
-            if not outcome.passed:
-                reason = outcome.reason or f"max |Δ| {outcome.max_difference:.1e}"
-                raise _Unfaithful(f"on {shown} output {name} is not the model's: {reason}")
-
-
 def _brief(error: BaseException) -> str:
     """The type, the message's first line and, where TorchScript's compiler names one, the user's line."""
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
     first = lines[0].strip().rstrip(":")[:200] if lines else ""
+    if "redefine method" in first:
+        # What the compiler says the second time about a class that it failed to compile the first time.
+        return "the rest cannot be scripted"
     place = next((line.strip() for line in lines if line.lstrip().startswith('File "')), "")
     if place:
         file, _, rest = place.removeprefix('File "').partition('", line ')

@@ -1,0 +1,87 @@
+"""AOTInductor: the exported program compiled for this kind of processor, for machines without Python.
+
+Its own check of inputs takes torch's compile-time assumptions for limits (a convolution says `batch < 16`), and without
+it a wrong dtype or size is read as if it were right. So the package carries the signature, which readers check.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from torchworker import runtimes
+from torchworker.capture.agreement import disagreement
+from torchworker.capture.program import capture
+from torchworker.capture.subject import Subject
+from torchworker.failure import UserMistake, describe
+from torchworker.project import forward, name_outputs
+from torchworker.signature import input_specs
+
+
+def aoti(subject: Subject, path: Path) -> str:
+    """Compile, write one package and say how.
+
+    Raises UserMistake without a C++ compiler, and for what cannot be compiled.
+    """
+    compiler = _compiler()
+    captured = capture(subject)
+    refusals = []
+    for freezing in (True, False):
+        with captured.assuming():
+            try:
+                torch._inductor.aoti_compile_and_package(
+                    captured.program,
+                    package_path=str(path),
+                    inductor_configs={
+                        "freezing": freezing,
+                        # The other formats are made beside this one.
+                        "compile_threads": 1,
+                        "aot_inductor.metadata": {runtimes.SIGNATURE: _signature(subject)},
+                    },
+                )
+            except Exception as error:
+                refusals.append(f"it cannot be compiled: {describe(error).splitlines()[0][:300]}")
+                continue
+        call = runtimes.load("aoti", path, torch.get_num_threads())
+        differs = disagreement(call, subject) or (_hides_nan(call, subject) if freezing else "")
+        if not differs:
+            return f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {compiler}"
+        refusals.append(differs)
+    path.unlink(missing_ok=True)
+    raise UserMistake(f"export: AOTInductor: {refusals[-1]}; leave aoti out of export.formats")
+
+
+def _hides_nan(call: runtimes.Call, subject: Subject) -> str:
+    """Folding weights also fuses convolutions with what follows, and those kernels may turn NaN into a number."""
+    for name, tensor in subject.inputs.items():
+        if tensor.is_floating_point():
+            inputs = {**subject.inputs, name: torch.full_like(tensor, float("nan"))}
+            expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
+            for found, wanted in zip(call(inputs), expected.values(), strict=True):
+                if bool(wanted.isnan().any()) and not bool(found.isnan().any()):
+                    return f"NaN in {name} gives numbers, where the model gives NaN"
+    return ""
+
+
+def _compiler() -> str:
+    from torch._inductor import cpp_builder
+
+    try:
+        return Path(cpp_builder.get_cpp_compiler()).name
+    except Exception as error:
+        raise UserMistake(
+            "export: AOTInductor needs a C++ compiler and this machine has none; install g++, name one in the variable "
+            "CXX, or leave aoti out of export.formats"
+        ) from error
+
+
+def _signature(subject: Subject) -> str:
+    return json.dumps(
+        {
+            "inputs": [asdict(spec) for spec in input_specs(subject.inputs, subject.dims)],
+            "dims": {dim.name: [dim.min, dim.max] for dim in subject.dims},
+        }
+    )
