@@ -27,6 +27,7 @@ chaos: $(READY)
 bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py
 	$(BIN)/python benchmarks/observation.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/rollback.py
 
