@@ -149,6 +149,28 @@ def test_the_bare_deployment_name_runs_and_promotes_the_next_release(
     assert [move.generation for move in read_history(store, "digits", "prod")] == list(range(1, after.generation + 1))
 
 
+def test_two_releases_can_be_compared_and_the_newer_rolled_back(
+    shipped: Ended, command: Command, store: ObjectStore, stack: Settings
+) -> None:
+    newer = read_pointer(store, "digits", "prod")
+    assert newer is not None
+    if newer.previous is None:
+        assert command("ship", "run", JOB).status == 0
+        newer = read_pointer(store, "digits", "prod")
+        assert newer is not None
+    told = command("ship", "diff", "digits", "prod~1", "prod")
+    assert told.status == 0, told.text
+    groups = {line.split()[0] for line in told.output.splitlines()[4:]}
+    # The same job, data and code twice: what is left is what was measured, and the run.
+    assert "latency" in groups and not groups & {"job", "packages", "data", "signature", "metrics"}
+
+    back = command("ship", "rollback", "digits", "--why", "worse in the field")
+    assert back.status == 0 and "warning" not in back.text, back.text
+    assert live(store, "digits") == (newer.generation + 1, newer.previous)
+    champion = MlflowClient(stack.mlflow_url).get_model_version_by_alias("digits", "champion")
+    assert champion.tags["release"] == newer.previous
+
+
 def test_the_full_deployment_name_and_the_nightly_schedule_exist(command: Command) -> None:
     ended = command("prefect", "deployment", "inspect", "train-and-ship/train-and-ship")
     assert ended.status == 0, ended.text
