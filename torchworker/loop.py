@@ -140,7 +140,7 @@ class Loop:
                 "time": time.time(),
             }
             self.history.append(row)
-            self._say("epoch", epochs=settings.epochs, eta_seconds=self._eta(), **row, **self._load())
+            self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
             self.epoch += 1
             self.epoch_step = 0
             self.sums.zero_()

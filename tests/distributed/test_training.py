@@ -47,6 +47,7 @@ def test_two_ranks_train_the_digits_to_97_percent_and_report_every_epoch(train: 
     epochs = [event for event in events if event["event"] == "epoch"]
     assert len(epochs) == 12
     assert all(event["samples_per_second"] > 0 and event["eta_seconds"] >= 0 for event in epochs)
+    assert all(event["step"] == 23 * event["epoch"] and set(event["step_seconds"]) == {"0", "1"} for event in epochs)
 
 
 def test_the_same_job_gives_the_same_weights_bit_for_bit(train: Train, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended
     assert run.info.status == "FINISHED"
     assert run.data.params["train.epochs"] == "12"
     assert len(client.get_metric_history(version.run_id, "validation_accuracy")) == 12
+    assert len(client.get_metric_history(version.run_id, "ranks/step_seconds_1")) == 12
     assert "system/cpu_utilization_percentage" in run.data.metrics
     assert run.inputs.dataset_inputs[0].dataset.digest
     assert version.tags["flow_run_id"] == flow_run_of(shipped)
