@@ -11,7 +11,7 @@ ship: up
 
 # Many tests wait for a machine or a server to die, so more of them than cores run at once.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder
 
 # What CI runs before it lets a change in: style, types, tests.
 check: $(READY)

@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from infra import stack as local_stack
 from infra.objectstore import ObjectStore
@@ -60,16 +62,26 @@ def pytest_configure() -> None:
     os.environ.update(stack_environment(home, free_ports(3)))
 
 
-MACHINE_WIDE = ("test_several_hosts", "test_slurm")
+MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
 """Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
 
 
+class ByFile(LoadScopeScheduling):
+    """A file's tests share fixtures, so they stay together when tests run side by side."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "machine" if file.endswith(MACHINE_WIDE) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share fixtures, so they stay together when tests run side by side; the longest start first."""
-    for item in items:
-        group = "machine" if item.path.stem in MACHINE_WIDE else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.stem not in MACHINE_WIDE)
+    """What takes longest starts first."""
+    items.sort(key=lambda item: not item.path.name.endswith(MACHINE_WIDE))
 
 
 def pytest_unconfigure() -> None:
