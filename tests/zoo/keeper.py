@@ -1,0 +1,257 @@
+"""Takes every model of the zoo through export and the clean room, and writes docs/exports.md.
+
+python -m tests.zoo.keeper > docs/exports.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils import cpp_extension
+
+from infra.workerhost import WorkerHost
+from registry.job import load_job
+from tasks.requests import dynamic_dims, project_of, user_modules
+from tasks.worker import call_worker
+from tests.zoo.animals import ZOO, Animal
+from torchworker import runtimes
+from torchworker.contract import (
+    FORMAT_FILES,
+    ExportRequest,
+    ExportResult,
+    ValidateRequest,
+    ValidateResult,
+    decode,
+)
+from torchworker.reference import read_probes
+
+MODELS = Path(__file__).with_name("models")
+AT_ONCE = 3
+"""Models that are exported side by side; each exports its formats side by side as well."""
+INITIALISED = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+from torchworker.contract import Project
+from torchworker.finish import save_trained
+from torchworker.project import build_dataset, build_model, enter
+from pathlib import Path
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    pid = os.fork()
+    if pid == 0:
+        project = Project.read(folder / "project.json")
+        store = dist.FileStore(str(folder / "store"), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        torch.manual_seed(0)
+        enter(project)
+        model, data = build_model(project).eval(), build_dataset(project, "validation")
+        save_trained(model, data, project, folder / "trained", torch.device("cpu"))
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, folder
+"""
+"""Weights as training would leave them. Random ones do: what matters here is what is computed with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What became of one model in one format."""
+
+    outcome: str
+    """`exact`, `within`, `refused`, `not asked`."""
+    how: str
+    """How it was captured, or why it was refused."""
+
+
+Row = dict[str, Cell]
+
+
+def operator_library() -> Path | None:
+    """libclamp.so, built once with the wheel's own headers and kept in the user's cache; None without a compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None
+    source = MODELS / "clamp.cpp"
+    key = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "train-and-ship" / "zoo" / key
+    built = cache / "libclamp.so"
+    if not built.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        part = cache / f"libclamp.{os.getpid()}.so"
+        command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *headers, str(source), *libraries]
+        subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(part)], check=True, timeout=240)
+        part.replace(built)
+    return built
+
+
+def visit(folder: Path, animals: Sequence[Animal] = ZOO) -> dict[str, Row]:
+    """Every model's row, by name. folder: empty, for projects and artifacts."""
+    library = operator_library()
+    seen = [animal for animal in animals if library is not None or not animal.libraries]
+    for position, animal in enumerate(seen):
+        _write_project(folder / str(position), animal, library)
+    folders = [str(folder / str(position)) for position in range(len(seen))]
+    subprocess.run([sys.executable, "-c", INITIALISED, *folders], check=True, timeout=240)
+    host = WorkerHost(folder / "host.log")
+    try:
+        rows = asyncio.run(_visit_all(host, folder, seen))
+    finally:
+        host.close()
+    return {animal.name: row for animal, row in zip(seen, rows, strict=True)}
+
+
+async def _visit_all(host: WorkerHost, folder: Path, animals: Sequence[Animal]) -> list[Row]:
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(position: int, animal: Animal) -> Row:
+        async with turn:
+            return await _visit_one(host, folder / str(position), animal)
+
+    return await asyncio.gather(*(one(position, animal) for position, animal in enumerate(animals)))
+
+
+def _write_project(folder: Path, animal: Animal, library: Path | None) -> None:
+    folder.mkdir(parents=True)
+    for code in MODELS.glob("*.py"):
+        shutil.copy(code, folder)
+    for name in animal.libraries:
+        assert library is not None
+        shutil.copy(library, folder / name)
+    job = {
+        "name": "zoo",
+        "model": {"factory": animal.model, "args": dict(animal.args)},
+        "data": {"factory": animal.data},
+        "train": {"epochs": 1},
+        "export": {"batch": 8, "dynamic": dict(animal.dynamic), "libraries": list(animal.libraries)},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    for name in ("trained", "export", "validate"):
+        (folder / name).mkdir()
+    project_of(*load_job(folder / "job.yaml")).write(folder / "project.json")
+
+
+async def _visit_one(host: WorkerHost, folder: Path, animal: Animal) -> Row:
+    job, project_folder = load_job(folder / "job.yaml")
+    project = project_of(job, project_folder)
+    asked = [kind for kind in FORMAT_FILES if kind != "aoti" or animal.compiled]
+    export = ExportRequest(
+        project=project,
+        folder=str(folder / "export"),
+        weights=str(folder / "trained" / "weights.safetensors"),
+        formats=asked,
+        auto=True,
+        batch=job.export.batch,
+        seed=0,
+        validation_limit=1000,
+        dynamic=dynamic_dims(job),
+        libraries=[str(project_folder / name) for name in job.export.libraries],
+    )
+    exported: ExportResult = decode(ExportResult, await call_worker(host, "export", export, folder / "export"))
+    validate = ValidateRequest(
+        folder=str(folder / "export"),
+        formats={kind: artifact.file for kind, artifact in exported.artifacts.items()},
+        libraries=exported.libraries,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        metrics=(),
+        gates=(),
+        forbidden_modules=user_modules(job),
+        forbidden_folder=str(project_folder),
+        threads=1,
+        not_finite=job.parity.not_finite,
+        refusals=job.parity.refusals,
+    )
+    validated: ValidateResult = decode(
+        ValidateResult, await call_worker(host, "validate", validate, folder / "validate")
+    )
+    row = {}
+    for kind in FORMAT_FILES:
+        if kind not in asked:
+            row[kind] = Cell(outcome="not asked", how="")
+        elif kind in exported.left_out:
+            row[kind] = Cell(outcome="refused", how=exported.left_out[kind])
+        else:
+            failed = [item for item in validated.verdicts if item.format == kind and not item.passed]
+            how = exported.artifacts[kind].method
+            if failed:
+                why = f"captured by {how}, but the clean room refuses it: {failed[0].case}: {failed[0].note}"
+                row[kind] = Cell(outcome="refused", how=why)
+            else:
+                outcome = "exact" if _is_exact(folder / "export", kind, exported) else "within"
+                row[kind] = Cell(outcome=outcome, how=how)
+    return row
+
+
+def _is_exact(folder: Path, kind: str, exported: ExportResult) -> bool:
+    """Whether every declared answer is the model's own, bit for bit."""
+    for library in exported.libraries:
+        torch.ops.load_library(str(folder / library))
+    call = runtimes.load(kind, folder / exported.artifacts[kind].file, threads=1)
+    for probe in read_probes(folder):
+        if not probe.declared or probe.eager is None:
+            continue
+        got = call({spec.name: probe.inputs[spec.name].clone() for spec in exported.inputs})
+        for name, tensor in zip((spec.name for spec in exported.outputs), got, strict=True):
+            expected = probe.eager[name]
+            if tensor.shape != expected.shape or not torch.equal(tensor.nan_to_num(), expected.nan_to_num()):
+                return False
+    return True
+
+
+HEAD = """# What can be exported
+
+Written by `python -m tests.zoo.keeper > docs/exports.md`; a test takes every model through export and the clean room
+and compares. *exact*: bit for bit what the model gives, on every probe. *within*: inside the model's own rounding.
+*refused*: nothing is released, for the reason below the table. An empty cell was not asked: compiling takes long.
+Exact or within may differ from processor to processor; this page was written on {capability}.
+
+"""
+
+
+def page(rows: dict[str, Row]) -> str:
+    """docs/exports.md."""
+    lines = ["| model | " + " | ".join(FORMAT_FILES) + " |", "|---|" + "---|" * len(FORMAT_FILES)]
+    reasons = []
+    for name, row in rows.items():
+        cells = ["" if cell.outcome == "not asked" else cell.outcome for cell in row.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        told: dict[str, list[str]] = {}
+        for kind, cell in row.items():
+            if cell.outcome != "not asked":
+                told.setdefault(f"{cell.outcome}: {_steady(cell.how)}", []).append(kind)
+        reasons.append(f"### {name}\n\n" + "\n".join(f"- {', '.join(kinds)}: {why}" for why, kinds in told.items()))
+    head = HEAD.format(capability=torch.backends.cpu.get_cpu_capability())
+    return head + "\n".join(lines) + "\n\n## How, and why not\n\n" + "\n\n".join(reasons) + "\n"
+
+
+def _steady(text: str) -> str:
+    """Without what changes from machine to machine, and without the advice that every refusal ends with."""
+    text = re.split(r"[.;] (?:Ways out:|or leave|leave|take|declare) ", " ".join(text.split()))[0]
+    text = text.removeprefix("export: ").replace("exact: ", "").replace("within: ", "")
+    return re.sub(r"\d\.\de[-+]\d\d", "…", text)
+
+
+def main() -> None:
+    chosen = [animal for animal in ZOO if not sys.argv[1:] or animal.name in sys.argv[1:]]
+    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+        print(page(visit(Path(folder), chosen)), end="")
+
+
+if __name__ == "__main__":
+    main()
