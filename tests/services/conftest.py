@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -136,9 +137,12 @@ Versioned = Callable[[str], str]
 @pytest.fixture
 def versioned(mlflow_server: MlflowServer) -> Iterator[Versioned]:
     """Make an MLflow version of the model `digits` that holds a release; afterwards the model is gone."""
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, MlflowException
 
     client = MlflowClient(mlflow_server.url)
+    # The server is shared, and another file's tests may have left a model of this name.
+    with contextlib.suppress(MlflowException):
+        client.delete_registered_model("digits")
     client.create_registered_model("digits")
     run = client.create_run("0").info
 
