@@ -52,6 +52,8 @@ def test_the_example_project_imports_nothing_of_ours(tmp_path: Path) -> None:
     assert not re.search(r"\b(flows|tasks|registry|infra|torchworker|ship)\b", code)
 
 
+# It trains and ships several times.
+@pytest.mark.timeout(900)
 def test_every_command_works_as_written(command: Command, tmp_path: Path) -> None:
     write_example(tmp_path)
     ran = 0

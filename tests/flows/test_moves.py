@@ -47,17 +47,26 @@ class Api:
     def __init__(self, settings: Settings) -> None:
         self.http = httpx.Client(base_url=settings.prefect_api_url, timeout=30, trust_env=False)
 
+    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """The answer; asked again when SQLite behind a busy server is locked."""
+        for _ in range(20):
+            reply = self.http.request(method, path, json=body)
+            if reply.status_code < 500:
+                break
+            time.sleep(0.5)
+        answer: dict[str, Any] = reply.raise_for_status().json()
+        return answer
+
     def start(self, flow: str, **parameters: Any) -> str:
-        deployment = self.http.get(f"/deployments/name/{flow}/{flow}").raise_for_status().json()
+        deployment = self.ask("GET", f"/deployments/name/{flow}/{flow}")
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        made = self.http.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
-        return str(made.raise_for_status().json()["id"])
+        return str(self.ask("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
 
     def wait(self, run: str, *states: str) -> dict[str, Any]:
         """The run, once it is in one of these states."""
         deadline = time.monotonic() + 120
         while True:
-            found: dict[str, Any] = self.http.get(f"/flow_runs/{run}").raise_for_status().json()
+            found = self.ask("GET", f"/flow_runs/{run}")
             if found["state_name"] in states:
                 return found
             assert found["state_type"] not in ("COMPLETED", "FAILED", "CRASHED"), found["state"]["message"]
@@ -65,13 +74,8 @@ class Api:
             time.sleep(0.3)
 
     def answer(self, run: str, **values: Any) -> None:
-        for _ in range(20):
-            reply = self.http.post(f"/flow_runs/{run}/resume", json={"run_input": values})
-            if reply.status_code < 500:
-                break
-            # SQLite behind a busy server: "database is locked".
-            time.sleep(0.5)
-        assert reply.raise_for_status().json()["status"] == "ACCEPT", reply.text
+        reply = self.ask("POST", f"/flow_runs/{run}/resume", {"run_input": values})
+        assert reply["status"] == "ACCEPT", reply
 
 
 @pytest.fixture

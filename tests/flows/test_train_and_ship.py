@@ -196,9 +196,8 @@ HIDDEN = """
 def test_an_artifact_that_is_not_the_model_stops_the_flow_and_the_report_says_where(
     command: Command, tmp_path: Path
 ) -> None:
-    job = write_project(
-        tmp_path, extra=HIDDEN, **QUICK, name="hidden", export={"formats": ["torchscript"]}, parity={"cpp": "off"}
-    )
+    quick = {**QUICK, "export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}}
+    job = write_project(tmp_path, extra=HIDDEN, name="hidden", **quick)
     ended = command("ship", "run", str(job))
     assert ended.status == 2, ended.text
     assert "torchscript parity" in ended.text

@@ -31,6 +31,9 @@ from tests.services.rgw import RgwServer
 from tests.services.test_promotion import CHANNEL, MODEL, make_release, move, published
 from tests.services.test_signing import key_pair
 
+# A first run may install the judge of policies, and fetches Ceph.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def store_url(rgw_server: RgwServer) -> str:

@@ -282,8 +282,8 @@ def test_a_retry_continues_the_run_and_repeats_no_point(
     again = Training(tmp_path / "again", began=1_700_001_000.0)
     live.follow(again.path)
     again.epoch()
-    run = until(lambda: (run := run_of(flow_run, url)).info.status == "RUNNING" and run)
-    assert "failure" not in run.data.tags
+    # The status is set first, then the tag is removed.
+    until(lambda: (run := run_of(flow_run, url)).info.status == "RUNNING" and "failure" not in run.data.tags)
     again.finish()
     assert register(flow_run, again, url, tmp_path, complete=live.stop()) == run_id
     assert_complete(flow_run, again, url)

@@ -26,6 +26,9 @@ from tests.services.onnx_releases import SIGNATURE, onnx_release
 from tests.services.test_promotion import move
 from tests.services.traffic import Traffic, request_body
 
+# A first run installs MLServer into an environment of its own.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def mlserver() -> None:

@@ -34,6 +34,9 @@ from tests.services.foreign import tool_python
 from tests.services.test_promotion import CHANNEL, MODEL, make_release, move
 from tests.services.test_reader import replace_object
 
+# A first run installs model-signing into an environment of its own.
+pytestmark = pytest.mark.timeout(900)
+
 
 def key_pair(folder: Path, name: str = "key", curve: ec.EllipticCurve | None = None, password: str = "") -> Path:
     """A private key in PEM; its public half lies beside it with the ending .pub."""

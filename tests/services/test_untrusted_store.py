@@ -18,6 +18,9 @@ from registry.release import build_manifest
 from registry.releases import publish
 from tests.services.conftest import START_SECONDS, Connect, free_port
 
+# A first run installs s3rver.
+pytestmark = pytest.mark.timeout(900)
+
 VERSION = "3.7.1"
 KEYS = "S3RVER"
 """Its only user, and his secret."""

@@ -128,6 +128,9 @@ PARSE = """
 import json, sys
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+# A first run installs Triton and KServe's downloader into environments of their own.
+pytestmark = pytest.mark.timeout(900)
 print(json.dumps(json_format.MessageToDict(text_format.Parse(sys.stdin.read(), ModelConfig()))))
 """
 

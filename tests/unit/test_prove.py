@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from torchworker.reference import enlarged, read_probes, write_reference
 from torchworker.runtimes import Call
 
 CODE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_thread_of_the_test_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run side by side have a thread of the runner in their process, which user code has not."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
 
 
 def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence[DynamicDim] = ()) -> list[Probe]:
