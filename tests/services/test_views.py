@@ -29,6 +29,9 @@ from tests.services.triton import TritonServer
 
 TRITON = f"models/{MODEL}/views/{CHANNEL}/triton/"
 
+# A first run installs Triton and KServe's downloader into environments of their own.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture
 def go_live(object_store: ObjectStore, tmp_path: Path) -> Callable[[float], Release]:
@@ -128,9 +131,6 @@ PARSE = """
 import json, sys
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-# A first run installs Triton and KServe's downloader into environments of their own.
-pytestmark = pytest.mark.timeout(900)
 print(json.dumps(json_format.MessageToDict(text_format.Parse(sys.stdin.read(), ModelConfig()))))
 """
 
