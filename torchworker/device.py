@@ -56,6 +56,29 @@ def _check_fit(settings: TrainSettings, device: torch.device) -> None:
         _require_compiler()
 
 
+def half_precision_is_native(dtype: torch.dtype) -> bool:
+    """Whether this CPU has the instructions for float16 or bfloat16 that oneDNN, torch's library for it, wants.
+
+    Without them (AVX-512 on x86) convolutions fall back to plain loops, twenty times as slow as float32 and more.
+    """
+    ask = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }[dtype]
+    return bool(ask())
+
+
+def device_notes(settings: TrainSettings, device: torch.device) -> list[str]:
+    """What the job asks for and this machine is slow at."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
+    if kind is None or device.type != "cpu" or half_precision_is_native(kind):
+        return []
+    return [
+        f"train.precision: this CPU has no instructions for {settings.precision}, which makes convolutions many times "
+        "slower than with float32"
+    ]
+
+
 def _require_compiler() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

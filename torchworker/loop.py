@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchworker.checkpoint import Checkpoints, Interval, random_state, set_random_state
 from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
-from torchworker.device import memory_bytes, place
+from torchworker.device import device_notes, memory_bytes, place
 from torchworker.evaluation import Evaluation
 from torchworker.events import EventLog
 from torchworker.failure import UserMistake
@@ -56,7 +56,7 @@ class Loop:
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
         self.device = device
-        self.notes: list[str] = []
+        self.notes = device_notes(self.settings, device)
         self.events = EventLog(self.folder / EVENTS) if self.rank == 0 else None
         self.checkpoints = Checkpoints(Path(request.checkpoints), self.settings.checkpoint_keep)
         self._build()

@@ -23,6 +23,7 @@ from tasks.worker import call_worker
 from tests.distributed.conftest import Train
 from tests.projects import DIGITS, REPOSITORY, write_project
 from torchworker.contract import ExportRequest, ExportResult, decode
+from torchworker.device import half_precision_is_native
 
 # A model with layers, a tied weight and a running statistic: what sharding has to get right.
 LAYERS = """
@@ -172,6 +173,8 @@ def test_autocast_computes_in_half_precision_and_keeps_the_weights_in_their_own(
 
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "train0").values())
     assert result.environment["precision"] == precision
+    native = half_precision_is_native({"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    assert any("no instructions for" in note for note in result.notes) is not native
 
 
 def test_the_switches_train_the_digits_too(train: Train, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from registry.job import load_job
 from tasks.requests import train_settings
 from tests.projects import write_project
 from torchworker.contract import TrainSettings
-from torchworker.device import backend_of, choose_device
+from torchworker.device import backend_of, choose_device, device_notes
 from torchworker.failure import UserMistake
 
 
@@ -54,3 +54,15 @@ def test_what_does_not_fit_the_gpus_is_refused(
 ) -> None:
     with pytest.raises(UserMistake, match=said):
         choose_device(replace(settings, **options), ranks)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_half_precision_that_this_cpu_has_no_instructions_for_is_told(
+    settings: TrainSettings, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchworker.device.half_precision_is_native", lambda dtype: native)
+    said = device_notes(replace(settings, precision="bf16"), torch.device("cpu"))
+    assert len(said) == (not native)
+    assert all("this CPU has no instructions for bf16" in note for note in said)
+    assert device_notes(settings, torch.device("cpu")) == []
+    assert device_notes(replace(settings, precision="bf16"), torch.device("cuda", 0)) == []
