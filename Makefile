@@ -20,9 +20,9 @@ check: $(READY)
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Every fault at every request of a promotion, on both kinds of store; about half an hour.
+# Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; half an hour.
 chaos: $(READY)
-	$(BIN)/python -m pytest -m chaos tests/services
+	$(BIN)/python -m pytest -m chaos tests/services tests/flows
 
 bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py

@@ -90,7 +90,10 @@ def main() -> None:
         finally:
             host.close()
     print(f"{len(seconds)} of {kills} kills recovered; weights {'identical' if weights == whole else 'DIFFERENT'}")
-    print(f"seconds from kill to the next step: median {statistics.median(seconds):.2f}, largest {max(seconds):.2f}")
+    print(
+        f"seconds from kill to the next step: median {statistics.median(seconds):.2f}, "
+        f"{min(seconds):.2f} to {max(seconds):.2f}"
+    )
     print("causes named:", {cause: causes.count(cause) for cause in sorted(set(causes))})
 
 

@@ -95,7 +95,7 @@ def _lineage(run: Run, trained: Trained) -> dict[str, Any]:
     return {
         "git_commit": trained.git_commit,
         "shipping_git_commit": run.git_commit,
-        "flow_run_id": run.flow_run_id,
+        "flow_run_id": run.origin,
         "job_digest": run.job.digest(),
         "data_fingerprint": result.data_fingerprint,
         "train_samples": result.train_samples,
@@ -162,7 +162,7 @@ def _record(
         dataset_profile={"train_samples": result.train_samples, "validation_samples": result.validation_samples},
         tags={
             "git_commit": trained.git_commit,
-            "flow_run_id": run.flow_run_id,
+            "flow_run_id": run.origin,
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,
             **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},

@@ -110,12 +110,16 @@ async def hold_against(
     run: Run, registered: Registered, validated: Validated, published: Published, live: Pointer | None
 ) -> Rehearsed:
     """Try a published candidate beside one live release. Downloads both; writes to this disk only."""
-    copies = run.settings.home / "releases" / run.job.name
     manifest = registered.manifest
+    stage = StageFolder(run.folder, "rehearse", inputs=f"{manifest.release} {live.nonce if live else ''}")
+    if stage.is_complete():
+        get_run_logger().info("rehearse: already complete in this run, verified by hash")
+        result = RehearseResult.read(stage.path / COMPARED)
+        return Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
+    copies = run.settings.home / "releases" / run.job.name
     candidate = await asyncio.to_thread(_download_anew, run, manifest, copies / manifest.release)
     # After it: they may be one release.
     current, problem = await asyncio.to_thread(_live_copy, run, copies, live)
-    stage = StageFolder(run.folder, "rehearse", inputs=f"{manifest.release} {live.nonce if live else ''}")
     work = stage.begin()
     exported = validated.exported.folder
     request = RehearseRequest(
@@ -128,7 +132,7 @@ async def hold_against(
         forbidden_folder=run.project.folder,
         threads=run.job.threads,
     )
-    result: RehearseResult = decode(RehearseResult, await call_worker(run.host, "rehearse", request, work))
+    result = decode(RehearseResult, await call_worker(run.host, "rehearse", request, work))
     if not result.passed:
         failed = [verdict for verdict in result.verdicts if not verdict.passed]
         names = ", ".join(f"{item.format} ({item.case})" for item in failed)

@@ -41,6 +41,8 @@ class Run:
     folder: Path
     """Run directory: one folder a stage, kept when a run is retried."""
     flow_run_id: str
+    origin: str
+    """Id of the flow run that began it, by which MLflow knows it: a retry keeps its id, `--resume` has a new one."""
     flow_run_name: str
     git_commit: str
     host: WorkerHost
@@ -106,7 +108,7 @@ async def begin(job_file: str, resume: str = "") -> Run:
             params=run_params(job),
             tags={
                 TAG_COMMIT: commit,
-                TAG_FLOW_RUN: flow_run_id,
+                TAG_FLOW_RUN: folder.name,
                 "flow_run_url": _flow_run_url(settings, flow_run_id),
             },
             note=f"In progress: [Prefect run]({_flow_run_url(settings, flow_run_id)})",
@@ -123,6 +125,7 @@ async def begin(job_file: str, resume: str = "") -> Run:
         settings=settings,
         folder=folder,
         flow_run_id=flow_run_id,
+        origin=folder.name,
         flow_run_name=str(flow_run.get_name()),
         git_commit=commit,
         host=host,
