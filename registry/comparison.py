@@ -97,14 +97,21 @@ def _parity(told: _Told) -> dict[str, float]:
     return found
 
 
-def _latencies(told: _Told) -> dict[str, float]:
-    """Milliseconds, by format and batch."""
-    return {
+def _latencies(told: _Told) -> dict[str, Any]:
+    """Milliseconds, by format and batch, and what was fastest."""
+    verdicts = told.document(VERDICTS)
+    found: dict[str, Any] = {
         f"{kind} {name}": value
-        for kind, values in told.document(VERDICTS).get("metrics", {}).items()
+        for kind, values in verdicts.get("metrics", {}).items()
         for name, value in values.items()
         if name.startswith("p50_ms")
     }
+    for kind, item in ((verdicts.get("speed") or {}).get("measured") or {}).items():
+        if item["load_ms"] is not None:
+            found[f"{kind} load_ms"] = item["load_ms"]
+        for speed in item["speeds"]:
+            found |= {f"{kind} {name}.batch_{speed['batch']}": speed[name] for name in ("p50_ms", "p99_ms")}
+    return found | {f"recommended for {purpose}": kind for purpose, kind in told.manifest.serve.items()}
 
 
 def _sizes(told: _Told) -> dict[str, int]:

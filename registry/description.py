@@ -55,13 +55,14 @@ def describe(
     reference: str = "the trained model",
     captured: Mapping[str, str] | None = None,
     left_out: Mapping[str, str] | None = None,
+    speed: str = "",
 ) -> str:
     """Describe one version.
 
     `formats` maps a format to its file name, `sizes` a file name to bytes, `metrics` a format to its measured
     values, `training` holds the last values of the history, `links` maps a text to a URL (an empty URL is
     left out), `reference` says what parity was measured against, `captured` how each format was made and `left_out` why
-    others could not be.
+    others could not be; `speed` is what was measured, as markdown.
     """
     parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
     gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
@@ -81,6 +82,8 @@ def describe(
         sections.append(f"### Metrics\n{_metric_table(metrics)}")
     if gates:
         sections.append(f"### Gates\n{_verdict_table(gates, with_gate=True)}")
+    if speed:
+        sections.append(f"### Speed\n{speed}")
     if sizes:
         format_of = {file: name for name, file in formats.items()}
         files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]

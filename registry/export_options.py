@@ -54,6 +54,15 @@ class Export(Part):
         description="shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part "
         "of the release",
     )
+    serve: Literal["auto", "none"] | Format = Field(
+        "auto",
+        description="what the release recommends to serve with: auto measures every format at batch 1, 8 and 64 and "
+        "names the fastest for latency and for throughput; a format, that one, measured too; none, nothing is measured "
+        "unless a gate asks for it",
+    )
+    threads: int | None = Field(
+        None, ge=1, description="threads of every runtime while it is measured; those of a rank when absent"
+    )
     validation_samples: int = Field(
         10_000, ge=1, description="at most this many validation samples are used to gate artifacts"
     )
@@ -62,6 +71,12 @@ class Export(Part):
     def _no_duplicates(self) -> Self:
         if self.formats != "auto" and len(set(self.formats)) != len(self.formats):
             raise ValueError("each format once")
+        return self
+
+    @model_validator(mode="after")
+    def _serves_what_it_makes(self) -> Self:
+        if self.serve not in ("auto", "none") and self.serve not in self.wanted:
+            raise ValueError(f"serve: auto, none or one of export.formats ({', '.join(self.wanted)}), not {self.serve}")
         return self
 
     @model_validator(mode="after")

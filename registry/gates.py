@@ -1,4 +1,4 @@
-"""Verdicts as people read them, and the one gate that needs the live release."""
+"""Verdicts as people read them, and the gates that need the live release."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from registry.job import Job
 def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Each quality metric at its worst over the formats: any of them may be the one that serves.
 
-    metrics: format to metric to value. Latencies are left out: they belong to a machine, not to a model.
+    metrics: format to metric to value.
     """
     found: dict[str, float] = {}
     for values in metrics.values():
         for name, value in values.items():
-            if name.startswith("p50_ms"):
-                continue
             pick = min if job.direction(name) == "higher" else max
             found[name] = pick(found.get(name, value), value)
     return found
@@ -65,6 +63,36 @@ def require_not_worse(
             f"{job.name}: the candidate is worse than the live release {name}: {'; '.join(failed)}. "
             "The live release stays.",
             text_table(header, rows),
+        )
+
+
+def require_not_slower(
+    job: Job, candidate: Mapping[str, float], live: Mapping[str, float], name: str, problem: str = ""
+) -> None:
+    """Hold a candidate's times, sizes and memory against the live release's by the job's `times_live` gates.
+
+    candidate, live: measured by turns in one run; name: the live release's id; problem: why they could not be. Raises
+    GateError with a table when any gate fails; what was not measured has failed.
+    """
+    limits = {gate: limit.times_live for gate, limit in job.gates.items() if limit.times_live is not None}
+    rows, failed = [], []
+    for gate, limit in limits.items():
+        mine, theirs = candidate.get(gate), live.get(gate)
+        if mine is None or theirs is None or problem:
+            failed.append(f"{gate}: {problem or 'not measured'}")
+            rows.append((gate, number(mine), number(theirs), "cannot be compared", f"<= {limit:g}", "FAILED"))
+            continue
+        passed = mine <= limit * theirs
+        if not passed:
+            failed.append(f"{gate} {number(mine)} against {number(theirs)}")
+        ratio = number(mine / theirs) if theirs else "–"
+        rows.append((gate, number(mine), number(theirs), ratio, f"<= {limit:g}", "passed" if passed else "FAILED"))
+    if failed:
+        raise GateError(
+            f"{job.name}: the candidate is slower or larger than the live release {name} allows: {'; '.join(failed)}. "
+            f"The live release stays. If it is to be replaced all the same, ship once without times_live "
+            f"({', '.join(limits)})",
+            text_table(("gate", "candidate", f"live {name}", "ratio", "times_live", "verdict"), rows),
         )
 
 

@@ -11,41 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from infra.errors import JobError
 from registry.export_options import Dynamic, Export
+from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES, Gate, require_fitting
 from registry.keys import RESERVED_CHANNELS
 from registry.launcher_options import Launcher
 from registry.parity_options import Parity
 from registry.parts import Factory, Part, Target
 from registry.train_options import Checkpoint, Train
-
-METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
-    "accuracy": "higher",
-    "mean_squared_error": "lower",
-    "mean_absolute_error": "lower",
-    "p50_ms": "lower",
-}
-"""What a gate can be put on, and which direction is better. A test keeps it equal to torchworker's."""
-
-
-class Gate(Part):
-    """Limits on one measurement; a candidate outside them is not registered and not promoted."""
-
-    min: float | None = Field(None, description="smallest value that passes")
-    max: float | None = Field(None, description="largest value that passes")
-    vs_live: float | None = Field(
-        None, description="smallest improvement over the live release that passes; negative allows a loss"
-    )
-
-    @model_validator(mode="after")
-    def _has_limit(self) -> Self:
-        if self.min is None and self.max is None and self.vs_live is None:
-            raise ValueError("at least one of min, max, vs_live")
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min <= max, and {self.min:g} > {self.max:g}")
-        return self
 
 
 def _is_channel(value: str) -> str:
@@ -77,7 +60,7 @@ def _is_measured(name: str, info: ValidationInfo) -> str:
     if train is None:
         # Its own mistakes are told; which metrics it names is not known.
         return name
-    known = [*METRIC_DIRECTIONS, *(item.label for item in train.custom_metrics)]
+    known = [*METRIC_DIRECTIONS, *(item.label for item in train.custom_metrics), *SPEED_GATES]
     if name not in known:
         raise ValueError(f"something that is measured: {', '.join(known)}")
     return name
@@ -94,7 +77,7 @@ class Job(Part):
     export: Export = Export()
     parity: Parity = Parity()
     gates: dict[Annotated[str, AfterValidator(_is_measured)], Gate] = Field(
-        default_factory=dict, description="limits by metric name, or p50_ms: milliseconds at batch 1"
+        default_factory=dict, description="limits by metric name, or by p50_ms, p99_ms, load_ms, size_mb, memory_mb"
     )
     release: Release = Release()
 
@@ -104,11 +87,17 @@ class Job(Part):
             raise ValueError("data.args without split, which is given: train, then validation")
         return self
 
+    @field_validator("gates")
+    @classmethod
+    def _gates_fit(cls, gates: dict[str, Gate]) -> dict[str, Gate]:
+        require_fitting(gates)
+        return gates
+
     @model_validator(mode="after")
-    def _latency_is_absolute(self) -> Self:
-        gate = self.gates.get("p50_ms")
-        if gate is not None and (gate.vs_live is not None or gate.min is not None):
-            raise ValueError("only max for gates.p50_ms: a latency recorded on another day is no measure for today's")
+    def _knows_what_serves(self) -> Self:
+        named = [name for name, gate in self.gates.items() if gate.times_live is not None]
+        if named and self.export.serve == "none":
+            raise ValueError(f"export.serve: auto or a format, of which {named[0]} is compared with the live release's")
         return self
 
     @property
@@ -118,12 +107,10 @@ class Job(Part):
         # A custom loop's loss is its own.
         if self.train.metrics is None and self.train.entrypoint is None and isinstance(self.train.loss, str):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]
-        return tuple(
-            dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRIC_DIRECTIONS and gate != "p50_ms")])
-        )
+        return tuple(dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRIC_DIRECTIONS)]))
 
     def direction(self, metric: str) -> Literal["higher", "lower"]:
-        """Which direction of a metric, or of p50_ms, is an improvement."""
+        """Which direction of a metric is an improvement."""
         named = {item.label: item.better for item in self.train.custom_metrics}
         return named.get(metric) or METRIC_DIRECTIONS[metric]
 
@@ -133,6 +120,11 @@ class Job(Part):
         launcher = self.train.launcher
         cores = launcher.cpus or len(os.sched_getaffinity(0))
         return self.train.threads or max(1, cores * launcher.nodes // self.train.processes)
+
+    @property
+    def serve_threads(self) -> int:
+        """Threads with which artifacts are measured."""
+        return self.export.threads or self.threads
 
     def digest(self) -> str:
         """16 hexadecimal digits that change when anything in the job changes."""

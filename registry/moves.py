@@ -226,7 +226,10 @@ def _vs_live(
         require_not_worse(job, metrics, manifest.metrics, live.release)
         gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
         said = [f"{metric} {metrics[metric]:.4g} against {manifest.metrics[metric]:.4g}" for metric in gated]
-        return {"vs_live": f"{'; '.join(said) or 'no such gate'} (live {live.release})"}
+        # Their times are only comparable when they are measured side by side, which train-and-ship does.
+        timed = [name for name, gate in job.gates.items() if gate.times_live is not None]
+        more = {"times_live": f"not measured: {', '.join(timed)}"} if timed else {}
+        return {"vs_live": f"{'; '.join(said) or 'no such gate'} (live {live.release})", **more}
 
     return limits
 

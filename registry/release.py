@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,6 +62,8 @@ class Manifest:
     `dims`: name, min and max of each, null for no limit."""
     metrics: Mapping[str, float]
     """Quality measured before release, by metric; what the next candidate is held against."""
+    serve: Mapping[str, str] = field(default_factory=dict)
+    """`latency` and `throughput` to the format that was fastest at it; empty when nothing was measured."""
     format: int = FORMAT
 
     def encode(self) -> bytes:
@@ -74,6 +76,8 @@ class Manifest:
             "formats": dict(self.formats),
             "signature": dict(self.signature),
             "metrics": dict(self.metrics),
+            # Releases from before there was a recommendation keep their bytes.
+            **({"serve": dict(self.serve)} if self.serve else {}),
         }
         return canonical_json(document)
 
@@ -117,6 +121,7 @@ def build_manifest(
     formats: Mapping[str, str],
     signature: Mapping[str, Any],
     metrics: Mapping[str, float],
+    serve: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Hash every file below `folder` and describe them. Reads only; a MANIFEST.json that lies there is not a member.
 
@@ -145,6 +150,7 @@ def build_manifest(
         formats=dict(sorted(formats.items())),
         signature=signature,
         metrics={name: float(value) for name, value in sorted(metrics.items())},
+        serve=dict(sorted((serve or {}).items())),
     )
     try:
         encoded = manifest.encode()
@@ -181,6 +187,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
             formats={str(name): str(path) for name, path in sorted(document["formats"].items())},
             signature=dict(document["signature"]),
             metrics={str(name): float(value) for name, value in sorted(document["metrics"].items())},
+            serve={str(purpose): str(kind) for purpose, kind in sorted(document.get("serve", {}).items())},
         )
         same = manifest.encode() == encoded
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -199,6 +206,11 @@ def decode_manifest(encoded: bytes) -> Manifest:
         above = next((str(up) for up in PurePosixPath(name).parents if str(up) in files), None)
         if above is not None:
             raise ReleaseError(f"manifest: {above} is a file, and the folder of {name}")
+    for purpose, kind in manifest.serve.items():
+        if kind not in manifest.formats:
+            raise ReleaseError(
+                f"manifest: serve.{purpose}: expected one of {', '.join(manifest.formats)}; got {kind!r}"
+            )
     if (expected := release_id(files)) != manifest.release:
         raise ReleaseError(f"manifest: expected release {expected} by its file table, got {manifest.release}")
     for kind, path in manifest.formats.items():

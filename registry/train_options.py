@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from registry.gate_options import SPEED_GATES
 from registry.launcher_options import LOCAL, LauncherOption, check_train
 from registry.parts import Factory, Part, Target
 
@@ -171,7 +172,7 @@ class Train(Part):
     @model_validator(mode="after")
     def _metrics_have_names(self) -> Self:
         names = [item if isinstance(item, str) else item.label for item in self.metrics or ()]
-        taken = [name for name in ("loss", "learning_rate", "p50_ms") if name in names]
+        taken = [name for name in ("loss", "learning_rate", *SPEED_GATES) if name in names]
         twice = [name for name in names if names.count(name) > 1]
         if taken or twice:
             raise ValueError(f"metrics with names of their own: give {(taken or twice)[0]} another `name`")

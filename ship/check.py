@@ -72,6 +72,13 @@ def _training(job: Job, result: CheckResult) -> list[tuple[str, str]]:
     ]
 
 
+def _served(job: Job) -> str:
+    if job.export.serve == "none":
+        return "nothing is recommended"
+    how = f"{job.serve_threads} threads" if job.serve_threads > 1 else "1 thread"
+    return f"the fastest, measured with {how}" if job.export.serve == "auto" else f"{job.export.serve}, with {how}"
+
+
 def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> None:
     facts = Table(title=f"{job.name}", show_header=False, title_justify="left")
     facts.add_column(style="bold")
@@ -91,15 +98,16 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
         ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
         *_training(job, result),
         ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted)),
+        ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)
     gates = Table(title="gates", title_justify="left")
-    for column in ("measured", "min", "max", "against live"):
+    for column in ("measured", "min", "max", "against live", "times live"):
         gates.add_column(column)
-    gates.add_row("parity of every format", "", "1 (× its own rounding)", "")
+    gates.add_row("parity of every format", "", "1 (× its own rounding)", "", "")
     for name, gate in job.gates.items():
-        limits = (gate.min, gate.max, gate.vs_live)
+        limits = (gate.min, gate.max, gate.vs_live, gate.times_live)
         gates.add_row(name, *("" if limit is None else f"{limit:g}" for limit in limits))
     console.print(gates)

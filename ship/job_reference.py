@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from registry.export_options import Dynamic, Export
-from registry.job import Data, Gate, Job, Release
+from registry.gate_options import Gate
+from registry.job import Data, Job, Release
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
 from registry.parity_options import Parity
 from registry.parts import Factory

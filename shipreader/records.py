@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Manifest:
     metrics: Mapping[str, float]
     encoded: bytes
     """As it lies in the bucket."""
+    serve: Mapping[str, str] = field(default_factory=dict)
+    """`latency` and `throughput` to the format that was fastest at it when the release was made; may be empty."""
 
     @property
     def total_bytes(self) -> int:
@@ -96,6 +98,10 @@ class Release:
     @property
     def id(self) -> str:
         return self.manifest.release
+
+    def recommended(self, purpose: str) -> str | None:
+        """The format that was fastest at `latency` or `throughput` when the release was made; None if not measured."""
+        return self.manifest.serve.get(purpose)
 
     def artifact(self, format: str) -> Path:
         """The file of one format, such as `onnx`. Raises ReaderError when the release has none."""
@@ -157,6 +163,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
             signature=dict(document["signature"]),
             metrics=dict(document["metrics"]),
             encoded=encoded,
+            serve=dict(document.get("serve", {})),
         )
         table = json.dumps(document["files"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         own = hashlib.sha256(table.encode()).hexdigest()[: len(pointer.release)]
@@ -184,6 +191,9 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
     for kind, path in manifest.formats.items():
         if path not in files:
             raise Refused(f"{key}: format {kind}: expected one of its files, got {path!r}")
+    for purpose, kind in manifest.serve.items():
+        if not isinstance(kind, str) or kind not in manifest.formats:
+            raise Refused(f"{key}: serve.{purpose}: expected one of its formats, got {kind!r}")
     return manifest
 
 

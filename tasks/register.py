@@ -21,6 +21,7 @@ from registry.description import describe
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from registry.observation import Point, file_points, latest_of
 from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from registry.speed import speed_markdown, speed_metrics
 from tasks.policy import worth_retrying
 from tasks.requests import run_params
 from tasks.run import Run
@@ -57,6 +58,7 @@ async def register(run: Run, trained: Trained, validated: Validated) -> Register
             formats=validated.exported.formats,
             signature=_signature(validated),
             metrics=validated.quality,
+            serve=validated.serve,
         )
         description = _description(run, trained, validated, manifest)
         shown = await asyncio.to_thread(run.live.stop)
@@ -128,6 +130,7 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         reference=validated.result.reference,
         captured={kind: artifact.method for kind, artifact in validated.exported.result.artifacts.items()},
         left_out=validated.exported.result.left_out,
+        speed=speed_markdown(validated.result.speed) if validated.result.speed else "",
     )
 
 
@@ -155,7 +158,8 @@ def _record(
             f"{kind}.{name}": value
             for kind, values in validated.result.metrics.items()
             for name, value in values.items()
-        },
+        }
+        | (speed_metrics(validated.result.speed) if validated.result.speed else {}),
         dataset_name=job.data.factory,
         dataset_digest=result.data_fingerprint,
         dataset_source=f"{job.data.factory} at {trained.git_commit}",
@@ -165,6 +169,7 @@ def _record(
             "flow_run_id": run.origin,
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,
+            **{f"serve.{purpose}": kind for purpose, kind in manifest.serve.items()},
             **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
         },
         description=description,

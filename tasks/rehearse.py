@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,25 +17,29 @@ from prefect.cache_policies import NO_CACHE
 from infra.errors import GateError, JobError, ReleaseError, WorkerError
 from infra.rundir import StageFolder
 from registry.description import file_size, number
-from registry.gates import require_not_worse, verdict_table, worst
+from registry.gates import require_not_slower, require_not_worse, verdict_table, worst
 from registry.job import Job
 from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest
 from registry.releases import Published, fetch_release, publish
 from tasks.policy import worth_retrying
 from tasks.register import Registered
-from tasks.requests import user_modules
+from tasks.requests import measure_request, user_modules
 from tasks.run import Run
 from tasks.validate import Validated
 from tasks.worker import call_worker
 from torchworker.contract import (
+    GOLDEN,
+    LATENCY,
     PROBES,
     VALIDATION,
+    MeasureResult,
     RehearsedRelease,
     RehearseRequest,
     RehearseResult,
     ScoreRequest,
     ScoreResult,
+    Subject,
     TensorSpec,
     decode,
 )
@@ -68,13 +72,16 @@ class Rehearsed:
         return worst(self.job, self.result.live)
 
     def require_good_enough(self) -> None:
-        """Raises GateError when the live release is better than `vs_live` allows, or could not be scored."""
+        """Raises GateError when the live release is better than the job's gates allow, or could not be measured."""
         if self.live:
-            require_not_worse(self.job, self.quality, self.live_quality, self.live, self.result.live_problem)
+            result = self.result
+            require_not_worse(self.job, self.quality, self.live_quality, self.live, result.live_problem)
+            require_not_slower(self.job, result.candidate_speed, result.live_speed, self.live, result.speed_problem)
 
     def in_words(self) -> dict[str, str]:
         """What was compared, for the record of the move."""
-        mine, theirs = self.quality, self.live_quality
+        mine = self.quality | dict(self.result.candidate_speed)
+        theirs = self.live_quality | dict(self.result.live_speed)
         both = [name for name in mine if name in theirs]
         return {f"{name} vs live": f"{number(mine[name])} against {number(theirs[name])}" for name in both}
 
@@ -144,6 +151,8 @@ async def hold_against(
     result = replace(result, live_problem=problem or result.live_problem)
     if run.job.train.custom_metrics:
         result = await _scored(run, request, result, exported, work)
+    if any(gate.times_live is not None for gate in run.job.gates.values()):
+        result = await _measured(run, request, result, work)
     result.write(work / COMPARED)
     stage.finish()
     rehearsed = Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
@@ -182,6 +191,61 @@ async def _scored(
         return replace(result, candidate=candidate, live=await score("live", request.live))
     except (JobError, WorkerError) as error:
         return replace(result, candidate=candidate, live={}, live_problem=f"its own metrics failed: {error}")
+
+
+async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, work: Path) -> RehearseResult:
+    """The result with times, sizes and memory of both releases, measured by turns on the candidate's inputs."""
+    candidate, live = request.candidate, request.live
+    if live is None:
+        return replace(result, speed_problem=result.live_problem)
+    if live.inputs != candidate.inputs:
+        return replace(result, speed_problem="the live release takes other inputs")
+    folder = work / "measure"
+    folder.mkdir()
+    asked = measure_request(
+        run.job,
+        [*_subjects("candidate", candidate), *_subjects("live", live)],
+        golden=Path(candidate.folder) / GOLDEN,
+        inputs=candidate.inputs,
+        serve="none",
+        project=run.project,
+    )
+    # Fixed limits were asked before.
+    asked = replace(asked, gates=[])
+    speed: MeasureResult = decode(MeasureResult, await call_worker(run.host, "measure", asked, folder))
+    timed = [name for name, gate in run.job.gates.items() if gate.times_live is not None]
+    problems = [f"{name}: {item.problem}" for name, item in speed.measured.items() if item.problem]
+    return replace(
+        result,
+        candidate_speed=_values(speed, "candidate", candidate, timed),
+        live_speed=_values(speed, "live", live, timed),
+        speed_problem="; ".join(problems),
+    )
+
+
+def _subjects(side: str, release: RehearsedRelease) -> list[Subject]:
+    """What a release recommends to serve with; all it has when it recommends nothing."""
+    libraries = [str(Path(release.folder) / name) for name in release.files if name.endswith(".so")]
+    return [
+        Subject(name=f"{side} {kind}", format=kind, file=str(Path(release.folder) / file), libraries=libraries)
+        for kind, file in release.formats.items()
+        if not release.serve or kind in release.serve.values()
+    ]
+
+
+def _values(speed: MeasureResult, side: str, release: RehearsedRelease, gates: Sequence[str]) -> dict[str, float]:
+    """Each gate's value of one release: of the formats that it recommends; of its best one when it recommends none."""
+    values: dict[str, float] = {}
+    for gate in gates:
+        if release.serve and gate in ("p50_ms", "p99_ms"):
+            kinds = [release.serve[LATENCY]]
+        else:
+            kinds = list(dict.fromkeys(release.serve.values() or release.formats))
+        found = [speed.measured[f"{side} {kind}"].value(gate) for kind in kinds]
+        known = [value for value in found if value is not None]
+        if known and len(known) == len(found):
+            values[gate] = max(known) if release.serve else min(known)
+    return values
 
 
 def _beside(rehearsed: Rehearsed) -> str:
@@ -240,6 +304,7 @@ def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
         formats=manifest.formats,
         inputs=_specs(manifest.signature, "inputs"),
         outputs=_specs(manifest.signature, "outputs"),
+        serve=manifest.serve,
     )
 
 

@@ -66,13 +66,15 @@ def _beside_live(promoted: Promoted) -> list[str]:
     if not rehearsed.live:
         return []
     title = f"## Beside the live release `{rehearsed.live}`"
-    if rehearsed.result.live_problem:
-        return [f"{title}\n\nIt could not be scored: {rehearsed.result.live_problem}"]
-    mine, theirs = rehearsed.quality, rehearsed.live_quality
+    result = rehearsed.result
+    if result.live_problem:
+        return [f"{title}\n\nIt could not be scored: {result.live_problem}"]
+    mine = rehearsed.quality | dict(result.candidate_speed)
+    theirs = rehearsed.live_quality | dict(result.live_speed)
     rows = [(name, number(value), number(theirs.get(name))) for name, value in mine.items()]
-    samples = (
-        f"Both downloaded from the bucket and run by one process on the same {rehearsed.result.samples:,} samples."
-    )
+    samples = f"Both downloaded from the bucket and run by one process on the same {result.samples:,} samples."
+    if result.live_speed:
+        samples += " Times, sizes and memory were measured by turns."
     return [f"{title}\n\n{samples}\n\n{table(('metric', 'candidate', 'live'), rows)}"] if rows else []
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from registry.gate_options import SPEED_GATES
 from registry.job import Job
 from registry.parts import Factory
-from torchworker.contract import CustomMetric, DynamicDim, Entrypoint, Gate, Project, Reference, TrainSettings
+from torchworker.contract import (
+    CustomMetric,
+    DynamicDim,
+    Entrypoint,
+    Gate,
+    MeasureRequest,
+    Project,
+    Reference,
+    Subject,
+    TensorSpec,
+    TrainSettings,
+)
 
 
 def project_of(job: Job, folder: Path) -> Project:
@@ -98,14 +111,41 @@ def _entrypoint(job: Job) -> Entrypoint | None:
 def fixed_gates(job: Job, *, custom: bool) -> list[Gate]:
     """Gates that a candidate can be held against alone; `vs_live` waits for the live release.
 
-    custom: those on metrics in user code, or all others.
+    custom: those on metrics in user code, or on all others. Limits on speed are `speed_gates`.
     """
     theirs = {metric.label for metric in job.train.custom_metrics}
     return [
         Gate(name=name, min=gate.min, max=gate.max)
         for name, gate in job.gates.items()
-        if (gate.min is not None or gate.max is not None) and (name in theirs) == custom
+        if (gate.min is not None or gate.max is not None) and name not in SPEED_GATES and (name in theirs) == custom
     ]
+
+
+def speed_gates(job: Job) -> list[Gate]:
+    """Fixed limits on times, sizes and memory."""
+    chosen = [(name, gate.max) for name, gate in job.gates.items() if name in SPEED_GATES]
+    return [Gate(name=name, max=limit) for name, limit in chosen if limit is not None]
+
+
+BATCHES = (1, 8, 64)
+"""Batch sizes at which artifacts are measured."""
+
+
+def measure_request(
+    job: Job, subjects: Sequence[Subject], *, golden: Path, inputs: Sequence[TensorSpec], serve: str, project: Project
+) -> MeasureRequest:
+    """Measure these artifacts side by side. golden: file of reference tensors."""
+    return MeasureRequest(
+        subjects=subjects,
+        golden=str(golden),
+        inputs=inputs,
+        batches=BATCHES,
+        threads=job.serve_threads,
+        serve=serve,
+        gates=speed_gates(job),
+        forbidden_modules=user_modules(job),
+        forbidden_folder=project.folder,
+    )
 
 
 def user_modules(job: Job) -> list[str]:
@@ -131,4 +171,5 @@ def run_params(job: Job) -> dict[str, str]:
         **{f"train.{name}": str(value) for name, value in train.items() if value is not None and name != "args"},
         **{f"train.args.{name}": str(value) for name, value in job.train.args.items()},
         "export.formats": job.export.formats if job.export.formats == "auto" else ",".join(job.export.formats),
+        "export.serve": job.export.serve,
     }

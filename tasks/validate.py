@@ -1,4 +1,4 @@
-"""Stage: parity, quality and latency of every artifact, in a process without the training code."""
+"""Stage: parity, quality and speed of every artifact, in processes without the training code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,24 @@ from infra.errors import GateError
 from infra.rundir import StageFolder
 from registry.gates import verdict_table, worst
 from registry.job import Job
+from registry.speed import speed_text
 from tasks.explain import explain
 from tasks.export import Exported
 from tasks.policy import worth_retrying
-from tasks.requests import fixed_gates, user_modules
+from tasks.requests import fixed_gates, measure_request, speed_gates, user_modules
 from tasks.run import Run
 from tasks.worker import call_worker
-from torchworker.contract import CppResult, ScoreRequest, ScoreResult, ValidateRequest, ValidateResult, decode
+from torchworker.contract import (
+    GOLDEN,
+    CppResult,
+    MeasureResult,
+    ScoreRequest,
+    ScoreResult,
+    Subject,
+    ValidateRequest,
+    ValidateResult,
+    decode,
+)
 
 VERDICTS = "verdicts.json"
 
@@ -38,6 +49,11 @@ class Validated:
     def quality(self) -> dict[str, float]:
         """Each metric at its worst over the formats: any of them may be the one that serves."""
         return worst(self.job, self.result.metrics)
+
+    @property
+    def serve(self) -> dict[str, str]:
+        """`latency` and `throughput` to the format that is recommended; empty when none is."""
+        return dict(self.result.speed.serve) if self.result.speed else {}
 
 
 @task(
@@ -79,6 +95,8 @@ async def validate(run: Run, exported: Exported) -> Validated:
             result: ValidateResult = decode(ValidateResult, await call_worker(run.host, "validate", request, work))
             if run.job.train.custom_metrics and result.passed:
                 result = await _scored(run, exported, result, work)
+            if result.passed and (run.job.export.serve != "none" or speed_gates(run.job)):
+                result = await _measured(run, exported, result, work)
             result.write(work / VERDICTS)
             stage.finish()
     result = ValidateResult.read(stage.path / VERDICTS)
@@ -96,6 +114,8 @@ async def validate(run: Run, exported: Exported) -> Validated:
     if skipped:
         logger.warning("; ".join(skipped))
     logger.info("all %d gates passed\n%s", len(result.verdicts) - len(skipped), table)
+    if result.speed is not None:
+        logger.info("speed, %d threads on %s\n%s", result.speed.threads, result.speed.machine, speed_text(result.speed))
     return Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
 
 
@@ -118,3 +138,23 @@ async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Pa
         verdicts=[*result.verdicts, *scored.verdicts],
         metrics={kind: {**values, **scored.metrics[kind]} for kind, values in result.metrics.items()},
     )
+
+
+async def _measured(run: Run, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
+    """The result with how fast the artifacts are, side by side on this machine, and the limits on that."""
+    folder = work / "measure"
+    folder.mkdir()
+    libraries = [str(exported.folder / name) for name in exported.result.libraries]
+    request = measure_request(
+        run.job,
+        [
+            Subject(name=kind, format=kind, file=str(exported.folder / file), libraries=libraries)
+            for kind, file in exported.formats.items()
+        ],
+        golden=exported.folder / GOLDEN,
+        inputs=exported.result.inputs,
+        serve=run.job.export.serve,
+        project=run.project,
+    )
+    speed: MeasureResult = decode(MeasureResult, await call_worker(run.host, "measure", request, folder))
+    return replace(result, verdicts=[*result.verdicts, *speed.verdicts], speed=speed)

@@ -42,6 +42,18 @@ METRICS: Mapping[str, Literal["higher", "lower"]] = {
 }
 """Quality metrics that need no user code, and which direction is better."""
 
+SPEED_GATES: Mapping[str, str] = {
+    "p50_ms": "median milliseconds of a call at batch 1",
+    "p99_ms": "99th percentile of the same",
+    "load_ms": "milliseconds from the file to the first answer",
+    "size_mb": "megabytes of the file",
+    "memory_mb": "megabytes of memory that loading and calling it takes",
+}
+"""What a gate can be put on beside metrics, of the formats that the release recommends; lower is better."""
+
+LATENCY, THROUGHPUT = "latency", "throughput"
+"""What a format can be recommended for."""
+
 LOST_CONNECTION = "LostConnection"
 """A rank's failure message starts with this when all it knows is that another rank went away."""
 
@@ -349,7 +361,7 @@ class CppResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One fixed limit on a quality metric or a latency."""
+    """One fixed limit on a quality metric, or on one of SPEED_GATES."""
 
     name: str
     min: float | None = None
@@ -387,6 +399,106 @@ class ValidateRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An artifact whose speed is measured."""
+
+    name: str
+    """`onnx`, or `live onnx`."""
+    format: str
+    """A key of FORMAT_FILES."""
+    file: str
+    """Absolute."""
+    libraries: Sequence[str] = ()
+    """Absolute paths of libraries with custom operators, loaded before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest(Message):
+    """Ask how fast, large and quick to load artifacts are, side by side."""
+
+    subjects: Sequence[Subject]
+    golden: str
+    """Absolute file of reference tensors, whose inputs are the ones to call with."""
+    inputs: Sequence[TensorSpec]
+    batches: Sequence[int]
+    """Batch sizes, ascending; those beyond the largest of the reference tensors are left out."""
+    threads: int
+    """Intra-op threads of every runtime."""
+    serve: str
+    """`auto`, the format that the release shall recommend, or `none`."""
+    gates: Sequence[Gate]
+    """Fixed limits on what is measured here."""
+    forbidden_modules: Sequence[str]
+    forbidden_folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Calls of one artifact at one batch size, in rounds that took turns with those of the others."""
+
+    batch: int
+    calls: int
+    p50_ms: float
+    """Wall clock of a call, median."""
+    p99_ms: float
+    """Its 99th percentile; of fewer than 100 calls the slowest."""
+    thread_ms: float
+    """CPU time of the calling thread in a call, the median of the rounds: what an idle machine's clock would show."""
+    cpu_ms: float
+    """CPU time of all threads in a call, the median of the rounds."""
+
+    @property
+    def samples_per_second(self) -> float:
+        return 1000 * self.batch / self.p50_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One artifact in a process of its own."""
+
+    format: str
+    bytes: int
+    """Size of the file."""
+    load_ms: float | None = None
+    """From the file to the first answer, the runtime being imported; the median of several processes."""
+    memory_bytes: int | None = None
+    """Largest resident memory until the end, less what the process had before it loaded the file."""
+    speeds: Sequence[Speed] = ()
+    """One a batch size, ascending."""
+    problem: str = ""
+    """Why there are no numbers."""
+
+    def value(self, gate: str) -> float | None:
+        """What a gate of SPEED_GATES looks at; None when it was not measured."""
+        first = self.speeds[0] if self.speeds else None
+        match gate:
+            case "p50_ms":
+                return first.p50_ms if first else None
+            case "p99_ms":
+                return first.p99_ms if first else None
+            case "load_ms":
+                return self.load_ms
+            case "size_mb":
+                return self.bytes / 1e6
+            case "memory_mb":
+                return self.memory_bytes / 1e6 if self.memory_bytes is not None else None
+        raise ValueError(f"expected one of {', '.join(SPEED_GATES)}, got {gate!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureResult(Message):
+    measured: Mapping[str, Measured]
+    """By the subject's name."""
+    serve: Mapping[str, str]
+    """`latency` and `throughput` to the name of the subject to serve with; empty when nothing is recommended."""
+    verdicts: Sequence[Verdict]
+    """Of the fixed limits."""
+    threads: int
+    machine: str
+    """Processor and how many of it this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mismatch:
     """One question on which an artifact is not the model."""
 
@@ -408,7 +520,7 @@ class Verdict:
 
     format: str
     gate: str
-    """`parity`, a metric's name, or `p50_ms`."""
+    """`parity`, a metric's name, or one of SPEED_GATES."""
     case: str
     """What it was measured on: `batch 1`, `360 samples`."""
     measured: float | None
@@ -425,12 +537,14 @@ class Verdict:
 class ValidateResult(Message):
     verdicts: Sequence[Verdict]
     metrics: Mapping[str, Mapping[str, float]]
-    """Format to metric to value; metric `p50_ms.batch_<n>` in milliseconds."""
+    """Format to metric to value."""
     reference: str
     """What parity was measured against, in words."""
     validation_samples: int
     mismatches: Sequence[Mismatch] = ()
     """Where parity failed, the worst first; empty when it passed."""
+    speed: MeasureResult | None = None
+    """None when the job asks for no measurement, or something failed before it."""
 
     @property
     def passed(self) -> bool:
@@ -498,6 +612,8 @@ class RehearsedRelease:
     """Format to file name."""
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
+    serve: Mapping[str, str] = field(default_factory=dict)
+    """`latency` and `throughput` to the format that it recommends; empty when it recommends none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,6 +643,12 @@ class RehearseResult(Message):
     live_problem: str
     """Why not; empty when it was, or when nothing is live."""
     samples: int
+    candidate_speed: Mapping[str, float] = field(default_factory=dict)
+    """Gate of SPEED_GATES to value; only those with a `times_live`, measured beside the live release."""
+    live_speed: Mapping[str, float] = field(default_factory=dict)
+    """The same of the live release."""
+    speed_problem: str = ""
+    """Why these could not be measured."""
 
     @property
     def passed(self) -> bool:

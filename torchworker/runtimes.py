@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,15 @@ def load(kind: str, path: Path, threads: int) -> Call:
         return _onnx(path, threads)
     torch.set_num_threads(threads)
     return {"torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}[kind](path)
+
+
+def prepare(kind: str, threads: int) -> None:
+    """Import what loading this format needs, so that its own cost can be told apart."""
+    torch.set_num_threads(threads)
+    if kind == "onnx":
+        importlib.import_module("onnxruntime")
+    elif kind == "aoti":
+        importlib.import_module("torch._inductor.package")
 
 
 def _flat(outputs: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torchworker.contract import (
     CppRequest,
     ExportRequest,
     LocateRequest,
+    MeasureRequest,
     RehearseRequest,
     Reply,
     ScoreRequest,
@@ -57,7 +58,12 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.validate import validate
 
         return validate(ValidateRequest.read(request))
-    raise ValueError(f"stage: expected check, train, export, cpp, validate, locate, score or rehearse, got {stage!r}")
+    if stage == "measure":
+        from torchworker.measure import measure
+
+        return measure(MeasureRequest.read(request))
+    known = "check, train, export, cpp, validate, locate, measure, score or rehearse"
+    raise ValueError(f"stage: expected {known}, got {stage!r}")
 
 
 def _user_folder(stage: str, request: Path) -> str:

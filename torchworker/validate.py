@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +33,6 @@ from torchworker.probes import BATCHES, Probe
 from torchworker.prove import Decisions, Finding, Policy, Trial, prove, verdict
 from torchworker.reference import read_probes, validation_key
 
-LATENCY_CALLS = 30
-WARM_UP_CALLS = 3
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
 NO_FLOAT64 = "float32 eager, with the rounding of weights and inputs (the model does not run in float64)"
@@ -67,7 +63,7 @@ def forbid_user_code(modules: Sequence[str], folder: str) -> None:
 
 
 def validate(request: ValidateRequest) -> ValidateResult:
-    """Parity at every reference batch, quality on the validation set, and latency, for each format."""
+    """Parity on every probe and quality on the validation set, for each format."""
     forbid_user_code(request.forbidden_modules, request.forbidden_folder)
     folder = Path(request.folder)
     for library in request.libraries:
@@ -85,14 +81,11 @@ def validate(request: ValidateRequest) -> ValidateResult:
 
     def examined(kind: str, file: str, note: Note) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None]:
         try:
-            bare = runtimes.load(kind, folder / file, request.threads)
+            call = _noted(runtimes.load(kind, folder / file, request.threads), note)
         except Exception as error:
             return [_not_measured(kind, "parity", "load", "loads without training code", describe(error))], [], None
-        call = _noted(bare, note)
         trial = prove(kind, call, probes, outputs, policy)
         measured, on_validation = _quality(kind, call, validation, request, batch)
-        if measured or not request.metrics:
-            measured |= _latency(bare, golden)
         cpp = _without_python(kind, folder / file, probes, validation, request)
         found = [*trial.findings, *on_validation.findings, *cpp.findings]
         found.sort(key=lambda item: -item.outcome.ratio)
@@ -218,30 +211,13 @@ def _size(probe: Probe) -> int:
     return int(probe.name.removeprefix("batch_"))
 
 
-def _latency(call: runtimes.Call, golden: Sequence[Probe]) -> dict[str, float]:
-    """Median wall-clock milliseconds of one call at batch 1 and at the batch of capture."""
-    measured = {}
-    for probe in golden[:2]:
-        inputs = probe.inputs
-        for _ in range(WARM_UP_CALLS):
-            call(inputs)
-        times = []
-        for _ in range(LATENCY_CALLS):
-            began = time.perf_counter()
-            call(inputs)
-            times.append(time.perf_counter() - began)
-        measured[f"p50_ms.{probe.name}"] = statistics.median(times) * 1000
-    return measured
-
-
 def judge(
     kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samples: int, problems: Mapping[str, str]
 ) -> list[Verdict]:
     """Fixed limits. A gate on something that was not measured has failed; problems: why it was not, by name."""
     verdicts = []
     for gate in gates:
-        value = measured.get("p50_ms.batch_1" if gate.name == "p50_ms" else gate.name)
-        case = "batch 1" if gate.name == "p50_ms" else f"{samples} samples"
+        value, case = measured.get(gate.name), f"{samples} samples"
         conditions = [f">= {gate.min:g}"] if gate.min is not None else []
         conditions += [f"<= {gate.max:g}"] if gate.max is not None else []
         limit = " and ".join(conditions)

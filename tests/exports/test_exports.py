@@ -118,7 +118,7 @@ def shop(host: WorkerHost, tmp_path: Path) -> Open:
 
 
 def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(shop: Open) -> None:
-    opened = shop(gates={"accuracy": {"min": 0.0}, "p50_ms": {"max": 1000}})
+    opened = shop(gates={"accuracy": {"min": 0.0}})
     opened.export(*FORMAT_FILES)
     result = opened.validate()
 
@@ -135,9 +135,8 @@ def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larg
             ("parity", "96 samples"),
             ("parity", "predictions"),
             ("accuracy", "96 samples"),
-            ("p50_ms", "batch 1"),
         ]
-        assert set(result.metrics[kind]) == {"accuracy", "p50_ms.batch_1", "p50_ms.batch_8"}
+        assert set(result.metrics[kind]) == {"accuracy"}
     assert len({values["accuracy"] for values in result.metrics.values()}) == 1
 
 

@@ -84,6 +84,8 @@ def test_the_release_is_live_complete_and_holds_every_format(
     } == names  # fmt: skip
     manifest = json.loads((tmp_path / "release" / "MANIFEST.json").read_text())
     assert manifest["metrics"]["accuracy"] >= 0.97
+    assert set(manifest["serve"]) == {"latency", "throughput"}
+    assert set(manifest["serve"].values()) <= set(manifest["formats"])
     assert manifest["signature"]["inputs"] == [{"name": "image", "dtype": "float32", "shape": ["batch", 1, 8, 8]}]
 
 
@@ -100,6 +102,10 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended
     assert run.inputs.dataset_inputs[0].dataset.digest
     assert version.tags["flow_run_id"] == flow_run_of(shipped)
     assert len(version.tags["sha256.model.onnx"]) == 64
+    assert version.tags["serve.latency"] in ("onnx", "pt2", "torchscript")
+    for kind in ("onnx", "pt2", "torchscript"):
+        assert {f"{kind}.{name}" for name in ("load_ms", "size_mb", "memory_mb")} <= run.data.metrics.keys()
+        assert {f"{kind}.samples_per_second.batch_{size}" for size in (1, 8, 64)} <= run.data.metrics.keys()
     first, *rest = (version.description or "").splitlines()
     assert re.fullmatch(r"accuracy 0\.9\d+, all (24|30) gates passed: digits \w+ as onnx, pt2, torchscript\.", first)
     assert any("parity" in line.lower() for line in rest)
@@ -128,7 +134,7 @@ def test_the_run_page_has_progress_and_one_report_with_links(shipped: Ended, sta
     assert set(by_type) == {"progress", "markdown"}
     assert by_type["progress"].data == 100.0
     report = str(by_type["markdown"].data)
-    for part in ("What was trained", "Parity", "Gates", "Learning curves", stack.mlflow_url, "s3://models/"):
+    for part in ("What was trained", "Parity", "Gates", "Speed", "Learning curves", stack.mlflow_url, "s3://models/"):
         assert part in report
 
 
@@ -288,6 +294,40 @@ def test_a_live_release_with_other_inputs_stays_until_a_job_without_vs_live_repl
     assert command("ship", "run", str(way_out)).status == 0
     after = live(store, "guarded")
     assert after is not None and after[1] != strange
+
+
+def test_a_candidate_that_is_much_slower_or_larger_than_the_live_release_stays_out(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    gates = {"size_mb": {"times_live": 1.5}, "p50_ms": {"times_live": 5, "max": 1000}, "memory_mb": {"max": 2000}}
+    small = write_project(tmp_path, **QUICK, name="weighed", gates=gates)
+    assert command("ship", "run", str(small)).status == 0
+    before = live(store, "weighed")
+    again = command("ship", "run", str(small))
+    assert again.status == 0, again.text
+    told = read_pointer(store, "weighed", "prod")
+    assert told is not None and re.fullmatch(r"\S+ against \S+", told.verdicts["p50_ms vs live"])
+
+    large = write_project(
+        tmp_path, **QUICK, name="weighed", gates=gates, model={"factory": "plain:build_model", "args": {"width": 9000}}
+    )
+    ended = command("ship", "run", str(large))
+    assert ended.status == 2, ended.text
+    assert re.search(r"slower or larger than the live release \w+ allows: .*size_mb 0\.\d+ against 0\.0", ended.errors)
+    assert "Traceback" not in ended.text and before is not None
+    now = live(store, "weighed")
+    assert now == (before[0] + 1, told.release)
+
+
+def test_a_limit_on_time_or_memory_that_is_not_kept_registers_and_promotes_nothing(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    job = write_project(tmp_path, **QUICK, name="late", gates={"load_ms": {"max": 0.001}, "memory_mb": {"max": 4000}})
+    ended = command("ship", "run", str(job))
+    assert ended.status == 2
+    assert re.search(r"torchscript +load_ms +artifact +[\d.]+ +<= 0\.001 +FAILED", ended.text)
+    assert re.search(r"torchscript +memory_mb +artifact +[\d.]+ +<= 4000 +passed", ended.text)
+    assert live(store, "late") is None and store.list_keys("models/late/") == {}
 
 
 def test_a_training_failure_shows_the_users_line_and_leaves_nothing(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import GateError
-from registry.gates import require_not_worse, verdict_table, worst
+from registry.gates import require_not_slower, require_not_worse, verdict_table, worst
 from registry.job import Job, load_job
 from tests.projects import write_project
 from torchworker.contract import Verdict
@@ -17,8 +17,8 @@ def job(folder: Path, **gates: object) -> Job:
 
 def test_the_worst_format_speaks_for_the_release(tmp_path: Path) -> None:
     metrics = {
-        "onnx": {"accuracy": 0.98, "mean_squared_error": 0.2, "p50_ms.batch_1": 3.0},
-        "pt2": {"accuracy": 0.97, "mean_squared_error": 0.1, "p50_ms.batch_1": 1.0},
+        "onnx": {"accuracy": 0.98, "mean_squared_error": 0.2},
+        "pt2": {"accuracy": 0.97, "mean_squared_error": 0.1},
     }
     assert worst(job(tmp_path, accuracy={"min": 0.1}), metrics) == {"accuracy": 0.97, "mean_squared_error": 0.2}
 
@@ -61,6 +61,24 @@ def test_a_live_release_that_cannot_be_scored_fails_closed_and_the_way_out_is_na
     plain = job(tmp_path, accuracy={"vs_live": 0})
     with pytest.raises(GateError, match=r"live release r1: its inputs are y.*ship once without vs_live \(accuracy\)"):
         require_not_worse(plain, {"accuracy": 1.0}, {}, "r1", "its inputs are y")
+
+
+def test_times_are_held_against_the_live_release_as_multiples(tmp_path: Path) -> None:
+    plain = job(tmp_path, p50_ms={"times_live": 1.2}, size_mb={"times_live": 1.0})
+    require_not_slower(plain, {"p50_ms": 1.2, "size_mb": 4.0}, {"p50_ms": 1.0, "size_mb": 4.0}, "r1")
+    with pytest.raises(GateError, match=r"p50_ms 1\.5 against 1\..*The live release stays") as caught:
+        require_not_slower(plain, {"p50_ms": 1.5, "size_mb": 4.0}, {"p50_ms": 1.0, "size_mb": 4.0}, "r1")
+    assert "1.5" in caught.value.table and "FAILED" in caught.value.table
+    # Without the gate nothing is asked.
+    require_not_slower(job(tmp_path, p50_ms={"max": 1}), {"p50_ms": 9.0}, {}, "r1", "it died")
+
+
+def test_times_that_could_not_be_measured_beside_live_fail_closed_and_the_way_out_is_named(tmp_path: Path) -> None:
+    plain = job(tmp_path, memory_mb={"times_live": 2})
+    with pytest.raises(GateError, match=r"memory_mb: not measured.*ship once without times_live \(memory_mb\)"):
+        require_not_slower(plain, {"memory_mb": 1.0}, {}, "r1")
+    with pytest.raises(GateError, match="memory_mb: the live release takes other inputs"):
+        require_not_slower(plain, {"memory_mb": 1.0}, {"memory_mb": 1.0}, "r1", "the live release takes other inputs")
 
 
 def test_the_table_shows_numbers_limits_and_what_was_not_measured() -> None:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from infra.errors import JobError
-from registry.job import METRIC_DIRECTIONS, Job, job_schema, load_job
+from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES
+from registry.job import Job, job_schema, load_job
 from ship.job_reference import job_reference
 from tests.projects import DIGITS, REPOSITORY
 from torchworker import contract
@@ -90,7 +91,17 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("  device: cpu\n  backend: nccl\n", "backend: gloo with device: cpu"),
         ("  metrics: [{factory: plain:loss, better: lower}]\n", "give loss another `name`"),
         ("  processes: 3\n", "64 is not a multiple of 3"),
-        ("gates: {p50_ms: {vs_live: 0}}\n", "only max for gates.p50_ms"),
+        ("gates: {p50_ms: {vs_live: 0}}\n", "gates: expected only max and times_live for p50_ms"),
+        ("gates: {memory_mb: {min: 1}}\n", "gates: expected only max and times_live for memory_mb"),
+        ("gates: {size_mb: {max: -1}}\n", "gates: expected a max above 0 for size_mb"),
+        ("gates: {p99_ms: {times_live: 0}}\n", "gates.p99_ms.times_live: expected greater than 0"),
+        ("gates: {accuracy: {times_live: 1.1}}\n", "gates: expected vs_live for accuracy; times_live is for p50_ms"),
+        ("gates: {p95_ms: {max: 1}}\n", "gates.p95_ms: expected something that is measured: accuracy"),
+        ("gates: {p50_ms: {}}\n", "at least one of min, max, vs_live, times_live"),
+        ("export: {serve: fastest}\n", "export.serve: expected"),
+        ("export: {serve: aoti}\n", "one of export.formats (torchscript, onnx, pt2), not aoti"),
+        ("export: {threads: 0}\n", "export.threads: expected"),
+        ("export: {serve: none}\ngates: {load_ms: {times_live: 1.1}}\n", "export.serve: auto or a format, of which"),
         ("project: nowhere\n", "project: expected a folder"),
         ("release: {channel: ../prod}\n", "lower-case letters"),
         ("release: {channel: latest}\n", "a channel that MLflow can have as an alias"),
@@ -114,7 +125,8 @@ def test_the_published_schema_is_current_and_accepts_the_example() -> None:
 
 
 def test_the_job_and_the_worker_agree_on_names() -> None:
-    assert {name: way for name, way in METRIC_DIRECTIONS.items() if name != "p50_ms"} == dict(contract.METRICS)
+    assert dict(METRIC_DIRECTIONS) == dict(contract.METRICS)
+    assert set(SPEED_GATES) == set(contract.SPEED_GATES)
     schema = json.dumps(Job.model_json_schema())
     for name in (*contract.LOSSES, *contract.OPTIMIZERS, *contract.FORMAT_FILES):
         assert f'"{name}"' in schema

@@ -217,3 +217,13 @@ def test_a_foreign_manifest_beside_the_files_is_found(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(build(folder, metrics={"accuracy": 1}).encode())
     with pytest.raises(ReleaseError, match=r"expected the manifest of release \w+, got another"):
         verify_folder(folder, manifest)
+
+
+def test_a_manifest_says_what_to_serve_with_only_when_it_was_measured(folder: Path) -> None:
+    plain, measured = build(folder), build(folder, serve={"throughput": "onnx", "latency": "onnx"})
+    assert b'"serve"' not in plain.encode()
+    assert measured.release == plain.release
+    assert decode_manifest(measured.encode()).serve == {"latency": "onnx", "throughput": "onnx"}
+    for wrong in ({"latency": "aoti"}, {}):
+        with pytest.raises(ReleaseError):
+            decode_manifest(rewrite(measured, serve=wrong))
