@@ -115,7 +115,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
         logger.warning("; ".join(skipped))
     logger.info("all %d gates passed\n%s", len(result.verdicts) - len(skipped), table)
     if result.speed is not None:
-        logger.info("speed, %d threads on %s\n%s", result.speed.threads, result.speed.machine, speed_text(result.speed))
+        logger.info("speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_text(result.speed))
     return Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
 
 
