@@ -15,7 +15,7 @@ import httpx
 
 from infra.errors import ServiceError
 from infra.processes import PidFile
-from infra.settings import LOOPBACK, Settings
+from infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
 
 WORK_POOL = "local"
 WORKER_NAME = "local"
@@ -171,6 +171,7 @@ def prefect_environment(settings: Settings) -> dict[str, str]:
     environment = _environment(settings)
     environment["PREFECT_HOME"] = str(settings.home / "prefect")
     environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+    environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)
     # A profile chosen for another server is not in this PREFECT_HOME, and its absence is an error.
     environment.pop("PREFECT_PROFILE", None)
     environment.pop("PREFECT_PROFILES_PATH", None)

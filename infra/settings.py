@@ -9,13 +9,15 @@ import os
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import SettingsError
 
 LOOPBACK = "127.0.0.1"
 LOCAL_BUCKET = "models"
+HEARTBEAT_SECONDS = 30
+"""Between two signs of life of a flow run; Prefect takes no less."""
 
 
 def project_folder() -> Path | None:
@@ -54,6 +56,11 @@ class Settings(BaseSettings):
     """Private key (PEM) that signs each release that is published."""
     public_key: Path | None = Field(None, validation_alias="SHIP_PUBLIC_KEY")
     """Public key (PEM) of which a release has to carry a signature before it is used on this machine."""
+
+    notify: SecretStr | None = Field(None, validation_alias="SHIP_NOTIFY")
+    """Addresses, for Apprise, of who is told when a run fails or a release goes live."""
+    silent_seconds: int = Field(120, validation_alias="SHIP_SILENT_SECONDS", ge=HEARTBEAT_SECONDS + 5)
+    """A run that gave no sign of life for so long is crashed."""
 
     @classmethod
     def load(cls) -> Self:

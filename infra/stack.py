@@ -24,7 +24,7 @@ from typing import Literal
 
 import httpx
 
-from infra import deployments
+from infra import automations, deployments
 from infra.components import WORK_POOL, Component, answers, components, prefect_api, prefect_environment, python
 from infra.errors import ServiceError, SettingsError
 from infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
@@ -85,11 +85,10 @@ def up(settings: Settings, report: Report = lambda line: None) -> None:
             report(f"{name}: external, not started here")
         running = _running(settings, ours)
         _check_ports(ours, running)
-        with ThreadPoolExecutor(max_workers=5, thread_name_prefix="stack") as pool:
-            deploying = _start_all(settings, ours, running, pool, report)
+        with ThreadPoolExecutor(max_workers=6, thread_name_prefix="stack") as pool:
             # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
-            if deploying is not None:
-                deploying.result()
+            for declared in _start_all(settings, ours, running, pool, report):
+                declared.result()
 
 
 def down(settings: Settings, report: Report = lambda line: None) -> None:
@@ -206,14 +205,15 @@ def _start_all(
     running: Mapping[str, PidFile],
     pool: ThreadPoolExecutor,
     report: Report,
-) -> Future[None] | None:
-    """Bring every component up; returns the deployment, which may still be at work.
+) -> list[Future[None]]:
+    """Bring every component up; returns deployments and automations, which may still be at work.
 
     When one fails, those that this call started are stopped: half a stack would look like a whole one later.
     """
     by_name = {component.name: component for component in ours}
     begun: list[Component] = []
     deploying: list[Future[None]] = []
+    automating: list[Future[None]] = []
     cancelled = threading.Event()
 
     def bring_up(name: str) -> None:
@@ -253,6 +253,7 @@ def _start_all(
         if "worker" not in running:
             _end_lost_runs(settings)
         deploying.append(pool.submit(deploy))
+        automating.append(pool.submit(automate))
         bring_up("worker")
 
     def deploy() -> None:
@@ -261,6 +262,15 @@ def _start_all(
             command=python("prefect", "--no-prompt", "deploy", "--all"),
             environment=prefect_environment(settings),
             state=settings.home / "prefect" / "deployed",
+            report=report,
+        )
+
+    def automate() -> None:
+        automations.automate(
+            settings,
+            command=python("tasks.automations"),
+            environment=prefect_environment(settings),
+            state=settings.home / "prefect" / "automated",
             report=report,
         )
 
@@ -278,7 +288,7 @@ def _start_all(
         wait(chains)
         stop([_pid_file(settings, component.name) for component in begun])
         raise
-    return deploying[0] if deploying else None
+    return [*deploying, *automating]
 
 
 def _start(settings: Settings, component: Component) -> PidFile:

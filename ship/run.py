@@ -10,7 +10,7 @@ import httpx
 import typer
 
 from infra.errors import ServiceError
-from infra.settings import Settings
+from infra.settings import HEARTBEAT_SECONDS, Settings
 from infra.workerhost import worker_host
 from registry.job import load_job
 
@@ -28,6 +28,7 @@ def run(job_file: Path, resume: str) -> None:
     worker_host(settings.runs / job.name / "host.log")
     # Prefect reads its settings when it is imported.
     os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
     from flows.train_and_ship import train_and_ship
     from tasks.policy import TerminationSignal
 

@@ -28,6 +28,7 @@ from registry.moves import (
 from registry.pointer import Pointer
 from registry.references import resolve_release
 from tasks.policy import quiet_mistakes, worth_retrying
+from tasks.tell import PROMOTED, tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,9 @@ async def move_forward(request: Request, verified: Verified, gates: bool, again:
 
 async def _tell(request: Request, pointer: Pointer) -> Moved:
     log = get_run_logger()
-    log.info("%s %s: %s", pointer.model, pointer.channel, described(pointer))
+    title = f"{pointer.model} {pointer.channel}: {described(pointer)}"
+    log.info(title)
+    tell(PROMOTED, pointer.model, title, f"{request.mover.by}: {request.mover.why}")
     follows = (request.store, pointer.model, pointer.channel, request.settings.mlflow_url)
     for warning in await asyncio.to_thread(follow, *follows):
         log.warning(warning)

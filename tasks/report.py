@@ -17,6 +17,7 @@ from tasks.policy import artifact_key
 from tasks.promote import Promoted
 from tasks.register import Registered
 from tasks.run import Run
+from tasks.tell import PROMOTED, tell
 from tasks.train import Trained
 
 ROWS = 100
@@ -45,6 +46,7 @@ async def report(run: Run, trained: Trained, registered: Registered, promoted: P
     await acreate_markdown_artifact(
         markdown, key=f"report-{artifact_key(run.job.name)}", description=_title(run, promoted)
     )
+    tell(PROMOTED, run.job.name, _title(run, promoted), _in_short(run, registered, promoted))
     return Shipped(
         title=_title(run, promoted),
         release=registered.manifest.release,
@@ -54,6 +56,14 @@ async def report(run: Run, trained: Trained, registered: Registered, promoted: P
         report=path,
         timings=run.write_timings(),
     )
+
+
+def _in_short(run: Run, registered: Registered, promoted: Promoted) -> str:
+    """What people are told."""
+    replaced = promoted.pointer.previous
+    compared = [f"{name}: {said}" for name, said in promoted.rehearsed.in_words().items()]
+    links = [f"Run: {run.flow_run_url}", f"Version: {registered.version.version_url}"]
+    return "\n".join([f"Replaces {replaced}" if replaced else "The first release", *compared, *links])
 
 
 def _title(run: Run, promoted: Promoted) -> str:

@@ -1,0 +1,58 @@
+"""Tell the local Prefect server what to do by itself, when that has changed (see tasks/automations.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from infra.errors import SettingsError
+from infra.settings import Settings
+
+TIMEOUT_SECONDS = 120.0
+SOURCES = Path(__file__).parents[1] / "tasks"
+
+
+def automate(
+    settings: Settings,
+    *,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    state: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Run `command` unless `state`, the file that remembers the last time, says that it would change nothing.
+
+    Raises SettingsError with the command's last line when it fails.
+    """
+    fingerprint = _fingerprint(settings)
+    if state.exists() and state.read_text() == fingerprint:
+        return
+    try:
+        done = subprocess.run(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise SettingsError(f"Prefect's automations: no end after {TIMEOUT_SECONDS:.0f} s") from None
+    last = (done.stdout.strip() or "nothing").splitlines()[-1]
+    if done.returncode != 0:
+        raise SettingsError(f"Prefect's automations could not be written: {last}")
+    state.write_text(fingerprint)
+    report(f"automations: {last}")
+
+
+def _fingerprint(settings: Settings) -> str:
+    """Changes with the addresses, which are secret, and with our code."""
+    digest = hashlib.sha256(f"{settings.silent_seconds} {settings.prefect_ui_url}".encode())
+    if settings.notify is not None:
+        digest.update(settings.notify.get_secret_value().encode())
+    for name in ("automations.py", "notification.py", "tell.py"):
+        digest.update((SOURCES / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""What the Prefect server does by itself: it crashes runs that fell silent, and tells people how runs ended.
+
+    python -m tasks.automations     # `ship up` runs it when something changed
+
+The automations are in the Prefect UI, where they can be paused; running this again keeps them so. Each is found again
+by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from uuid import UUID
+
+from apprise import Apprise
+from prefect.automations import Automation
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+
+from infra.errors import SettingsError, ShipError
+from infra.settings import Settings
+from tasks.notification import NotificationAddress
+from tasks.tell import PROMOTED, UNCHANGED
+
+FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
+"""A server may have other people's flows too."""
+BLOCK = "train-and-ship"
+PREFIX = "train-and-ship: "
+ENDED = ("Completed", "Failed", "Crashed", "Cancelled")
+
+
+def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCore]:
+    """block: the document of the addresses; None when nobody wants to be told."""
+    yield _crash_the_silent(settings.silent_seconds)
+    if block is None:
+        return
+    yield _notify(
+        "a run failed",
+        _flow_runs("Failed", "Crashed"),
+        block,
+        "{{ flow.name }} {{ flow_run.parameters.job or flow_run.parameters.model }}: {{ flow_run.state.name }}",
+        f"{{{{ flow_run.state.message }}}}\n\n{settings.prefect_ui_url}/runs/flow-run/{{{{ flow_run.id }}}}",
+    )
+    for title, event in (("a release went live", PROMOTED), ("nothing new for long", UNCHANGED)):
+        trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
+        yield _notify(title, trigger, block, "{{ event.payload.subject }}", "{{ event.payload.body }}")
+
+
+def _flow_runs(*states: str) -> EventTrigger:
+    """One of our flow runs came to one of these states."""
+    return EventTrigger(
+        expect={f"prefect.flow-run.{state}" for state in states},
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        match_related=ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}),
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+
+
+def _notify(title: str, trigger: EventTrigger, block: UUID, subject: str, body: str) -> AutomationCore:
+    action = SendNotification(block_document_id=block, subject=subject, body=body)
+    return AutomationCore(name=PREFIX + title, trigger=trigger, actions=[action])
+
+
+def _crash_the_silent(seconds: int) -> AutomationCore:
+    """As in Prefect's guide to zombie flows (docs.prefect.io/v3/advanced/detect-zombie-flows)."""
+    heartbeat = "prefect.flow-run.heartbeat"
+    return AutomationCore(
+        name=PREFIX + "a run fell silent",
+        trigger=EventTrigger(
+            after={heartbeat},
+            expect={heartbeat, *(f"prefect.flow-run.{state}" for state in ENDED)},
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+            match_related=ResourceSpecification(
+                {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}
+            ),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"No sign of life for {seconds} s.")],
+    )
+
+
+def apply(settings: Settings) -> list[str]:
+    """Make the server's automations of ours these, no more and no fewer; returns their names.
+
+    Raises SettingsError when one of the addresses is none that Apprise knows.
+    """
+    block = None
+    if settings.notify is not None:
+        _require_known(settings.notify.get_secret_value())
+        address = NotificationAddress(url=settings.notify)
+        block = UUID(str(address.save(BLOCK, overwrite=True)))
+    wanted = {automation.name: automation for automation in automations(settings, block)}
+    with get_client(sync_client=True) as client:
+        found = [known for known in client.read_automations() if known.name.startswith(PREFIX)]
+        for known in found:
+            if known.name not in wanted:
+                client.delete_automation(known.id)
+    known_ids = {known.name: known for known in found}
+    for name, automation in wanted.items():
+        if name in known_ids:
+            known = known_ids[name]
+            paused = automation.model_copy(update={"enabled": known.enabled})
+            Automation(id=known.id, **paused.model_dump()).update()
+        else:
+            Automation(**automation.model_dump()).create()
+    return list(wanted)
+
+
+def _require_known(addresses: str) -> None:
+    for number, address in enumerate(addresses.split(), start=1):
+        if Apprise.instantiate(address) is None:
+            # The rest of it is often a secret.
+            kind = address.partition("://")[0] if "://" in address else "no scheme"
+            raise SettingsError(
+                "SHIP_NOTIFY: expected addresses for Apprise, separated by spaces (slack://…, mailtos://…), got "
+                f"{kind} as number {number}, which it cannot read; see https://appriseit.com"
+            )
+
+
+def main() -> int:
+    try:
+        settings = Settings.load()
+        os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+        print(", ".join(apply(settings)))
+    except ShipError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""Events for people: what Prefect's automations send on to whoever wants to be told (see tasks/automations.py)."""
+
+from __future__ import annotations
+
+from prefect.events import emit_event
+
+PROMOTED = "train-and-ship.promoted"
+"""A release went live."""
+UNCHANGED = "train-and-ship.unchanged"
+"""Retraining was skipped for many nights in a row."""
+
+
+def tell(event: str, model: str, subject: str, body: str) -> None:
+    """Emit an event about a model. Sent in the background; a server that does not answer is not waited for."""
+    emit_event(
+        event=event,
+        resource={"prefect.resource.id": f"train-and-ship.model.{model}", "prefect.resource.name": model},
+        payload={"subject": subject, "body": body},
+    )

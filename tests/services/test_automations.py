@@ -1,0 +1,165 @@
+"""What Prefect does by itself, and whom it tells: against a real server and a receiver on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from infra.objectstore import ObjectStore
+from infra.settings import LOOPBACK, Settings
+from tests.conftest import Command
+from tests.flows.live import live
+from tests.flows.test_resume import SLOW
+from tests.projects import REPOSITORY, write_project
+
+SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
+SILENT_SECONDS = 35
+
+
+class Receiver:
+    """Somebody who wants to be told, as a webhook."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.messages.append(json.loads(body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Not in the output of the tests."""
+
+        self.server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
+        self.address = f"json://{LOOPBACK}:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def wait_for(self, words: str, seconds: float) -> dict[str, Any]:
+        """The first message with these words in its title."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for message in list(self.messages):
+                if words in message["title"]:
+                    return message
+            assert time.monotonic() < deadline, [message["title"] for message in self.messages]
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def receiver(command: Command) -> Iterator[Receiver]:
+    """Told of everything; nobody is told afterwards."""
+    receiver = Receiver()
+    automated(command, SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
+    yield receiver
+    assert automated(command) == ["train-and-ship: a run fell silent"]
+    receiver.server.shutdown()
+
+
+def automated(command: Command, **variables: str) -> list[str]:
+    done = command("python", "-P", "-m", "tasks.automations", **variables)
+    assert done.status == 0, done.text
+    return done.output.strip().split(", ")
+
+
+def state_of(stack: Settings, flow_run: str) -> dict[str, Any]:
+    state: dict[str, Any] = httpx.get(f"{stack.prefect_api_url}/flow_runs/{flow_run}").json()["state"]
+    return state
+
+
+def test_people_are_told_what_went_live_and_what_it_replaced(
+    receiver: Receiver, command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    job = write_project(tmp_path, name="told", train=SHORT, export={"formats": ["torchscript"]})
+    done = command("ship", "run", str(job))
+    assert done.status == 0, done.text
+    told = receiver.wait_for("told release", 30)
+    promoted = live(store, "told")
+    assert promoted is not None and promoted[1] in told["title"] and "is live on prod" in told["title"]
+    assert "The first release" in told["message"] and "/runs/flow-run/" in told["message"]
+
+
+def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, command: Command, tmp_path: Path) -> None:
+    job = write_project(
+        tmp_path, name="poor", train=SHORT, export={"formats": ["torchscript"]}, gates={"accuracy": {"min": 0.999}}
+    )
+    done = command("ship", "run", str(job))
+    assert done.status != 0
+    told = receiver.wait_for(f"train-and-ship {job}: Failed", 30)
+    assert "accuracy" in told["message"] and "0.999" in told["message"] and "/runs/flow-run/" in told["message"]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_fell_silent_is_crashed_and_told(
+    receiver: Receiver, command: Command, stack: Settings, tmp_path: Path
+) -> None:
+    train = {**SHORT, "epochs": 40}
+    job = write_project(tmp_path, extra=SLOW, name="silent", train=train, export={"formats": ["torchscript"]})
+    flow = subprocess.Popen(
+        [Path(sys.executable).with_name("ship"), "run", str(job)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def eventually(look: Callable[[], object], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not look():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    eventually(lambda: list((stack.runs / "silent").glob("*-*")), 60)
+    (run,) = (stack.runs / "silent").glob("*-*")
+    heard = {
+        "filter": {
+            "event": {"name": ["prefect.flow-run.heartbeat"]},
+            "resource": {"id": [f"prefect.flow-run.{run.name}"]},
+            "occurred": {"since": "2020-01-01T00:00:00Z"},
+        }
+    }
+    eventually(lambda: httpx.post(f"{stack.prefect_api_url}/events/filter", json=heard).json()["total"], 60)
+    os.kill(flow.pid, signal.SIGKILL)
+    flow.wait()
+    assert state_of(stack, run.name)["type"] == "RUNNING"
+
+    eventually(lambda: state_of(stack, run.name)["type"] == "CRASHED", SILENT_SECONDS + 60)
+    told = receiver.wait_for(f"train-and-ship {job}: Crashed", 30)
+    assert f"No sign of life for {SILENT_SECONDS} s" in told["message"]
+
+
+def test_an_automation_that_was_paused_by_hand_stays_paused(
+    receiver: Receiver, command: Command, stack: Settings
+) -> None:
+    def known() -> dict[str, dict[str, Any]]:
+        reply = httpx.post(f"{stack.prefect_api_url}/automations/filter", json={})
+        return {item["name"]: item for item in reply.json()}
+
+    name = "train-and-ship: a release went live"
+    httpx.patch(f"{stack.prefect_api_url}/automations/{known()[name]['id']}", json={"enabled": False})
+    before = known()
+    automated(command, SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
+    assert known()[name]["enabled"] is False
+    assert {title: item["id"] for title, item in known().items()} == {
+        title: item["id"] for title, item in before.items()
+    }
+
+
+@pytest.mark.parametrize("address", ["carrier-pigeon://secret@home", "somewhere"])
+def test_an_address_that_nobody_can_write_to_is_refused_without_showing_it(command: Command, address: str) -> None:
+    done = command("python", "-P", "-m", "tasks.automations", SHIP_NOTIFY=address)
+    assert done.status == 2 and "SHIP_NOTIFY: expected addresses for Apprise" in done.errors
+    assert "secret" not in done.text and "Traceback" not in done.text
