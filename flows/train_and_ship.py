@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from tasks.alone import alone
 from tasks.export import export
 from tasks.outcome import end_mlflow_run
 from tasks.promote import promote
@@ -25,11 +26,12 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
 
     `job` is the path of a job file; `resume` the id of an earlier run of it to go on with.
     """
-    run = await begin(job, resume)
-    trained = await train(run)
-    exported = await export(run, trained)
-    validated = await validate(run, exported)
-    registered = await register(run, trained, validated)
-    rehearsed = await rehearse(run, registered, validated)
-    promoted = await promote(run, registered, validated, rehearsed)
-    return await report(run, trained, registered, promoted)
+    async with alone(job):
+        run = await begin(job, resume)
+        trained = await train(run)
+        exported = await export(run, trained)
+        validated = await validate(run, exported)
+        registered = await register(run, trained, validated)
+        rehearsed = await rehearse(run, registered, validated)
+        promoted = await promote(run, registered, validated, rehearsed)
+        return await report(run, trained, registered, promoted)

@@ -24,7 +24,7 @@ from typing import Literal
 
 import httpx
 
-from infra import automations, deployments
+from infra import automations, deployments, janitor
 from infra.components import WORK_POOL, Component, answers, components, prefect_api, prefect_environment, python
 from infra.errors import ServiceError, SettingsError
 from infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
@@ -85,6 +85,9 @@ def up(settings: Settings, report: Report = lambda line: None) -> None:
             report(f"{name}: external, not started here")
         running = _running(settings, ours)
         _check_ports(ours, running)
+        freed = janitor.clean(settings.runs)
+        if freed:
+            report(f"half done stages of runs of more than a week ago: {freed / 1e6:,.0f} MB deleted")
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="stack") as pool:
             # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
             for declared in _start_all(settings, ours, running, pool, report):

@@ -1,0 +1,54 @@
+"""Runs of one model never overlap; runs of different models may."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.settings import Settings
+from tests.flows.test_resume import SLOW
+from tests.projects import REPOSITORY, write_project
+
+
+@pytest.mark.timeout(400)
+def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other_models_do_not(
+    stack: Settings, tmp_path: Path
+) -> None:
+    def job_of(name: str, epochs: int) -> Path:
+        train = {"epochs": epochs, "processes": 1, "batch_size": 32}
+        return write_project(tmp_path / name, extra=SLOW, name=name, train=train, export={"formats": ["torchscript"]})
+
+    def start(job: Path, log: str) -> subprocess.Popen[str]:
+        with (tmp_path / log).open("w") as output:
+            argv = [Path(sys.executable).with_name("ship"), "run", str(job)]
+            return subprocess.Popen(argv, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+    def eventually(look: Callable[[], object], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not look():
+            assert time.monotonic() < deadline, "".join(path.read_text() for path in tmp_path.glob("*.log"))
+            time.sleep(0.1)
+
+    def runs(name: str) -> int:
+        return sum(path.is_dir() for path in (stack.runs / name).glob("*-*"))
+
+    first = start(job_of("crowded", 60), "first.log")
+    eventually(lambda: runs("crowded") == 1, 60)
+    second = start(job_of("crowded", 1), "second.log")
+    other = start(job_of("beside", 1), "other.log")
+    eventually(lambda: "another run of crowded is at work" in (tmp_path / "second.log").read_text(), 60)
+    assert other.wait(timeout=120) == 0
+    assert first.poll() is None and runs("crowded") == 1
+
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    # Nobody told the server: the slot's lease runs out.
+    assert second.wait(timeout=200) == 0
+    assert runs("crowded") == 2
