@@ -56,13 +56,15 @@ def describe(
     captured: Mapping[str, str] | None = None,
     left_out: Mapping[str, str] | None = None,
     speed: str = "",
+    int8: str = "",
 ) -> str:
     """Describe one version.
 
     `formats` maps a format to its file name, `sizes` a file name to bytes, `metrics` a format to its measured
     values, `training` holds the last values of the history, `links` maps a text to a URL (an empty URL is
     left out), `reference` says what parity was measured against, `captured` how each format was made and `left_out` why
-    others could not be; `speed` is what was measured, as markdown.
+    others could not be; `speed` and `int8` are
+    what was measured, as markdown.
     """
     parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
     gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
@@ -82,6 +84,8 @@ def describe(
         sections.append(f"### Metrics\n{_metric_table(metrics)}")
     if gates:
         sections.append(f"### Gates\n{_verdict_table(gates, with_gate=True)}")
+    if int8:
+        sections.append(f"### int8\n{int8}")
     if speed:
         sections.append(f"### Speed\n{speed}")
     if sizes:

@@ -36,6 +36,47 @@ class Dynamic(Part):
         return self
 
 
+Int8 = Literal["onnx-int8-dynamic", "onnx-int8-static", "pt2e-int8"]
+
+
+class Quantize(Part):
+    """Which int8 variants are tried, and what they have to keep to: one that does not is left out of the release."""
+
+    formats: Literal["auto"] | Annotated[tuple[Int8, ...], Field(strict=False, min_length=1)] = Field(
+        "auto",
+        description="onnx-int8-dynamic and onnx-int8-static by ONNX Runtime, pt2e-int8 by torchao and AOTInductor "
+        "(needs the extra torchao and a C++ compiler); auto: the first two",
+    )
+    samples: int = Field(256, ge=1, description="training samples from which the ranges of activations are taken")
+    sqnr_db: float = Field(
+        30, gt=0, description="smallest ratio of signal to quantization noise on validation samples, in decibels"
+    )
+    agreement: float = Field(
+        0.99, ge=0, le=1, description="smallest share of validation predictions that are the model's own"
+    )
+    flip_margin: float = Field(
+        0.25,
+        ge=0,
+        description="how sure the model may have been of a prediction that differs, in units of its median margin "
+        "(difference of the two best scores)",
+    )
+    metric_loss: float = Field(
+        0.01,
+        ge=0,
+        description="largest loss of any quality metric: of accuracy its difference, of an error that share of it",
+    )
+    speedup: float = Field(
+        1.05,
+        gt=0,
+        description="how many times as fast as its float format it has to be, at batch 1 or at the largest measured",
+    )
+
+    @property
+    def wanted(self) -> tuple[Int8, ...]:
+        """The variants to try."""
+        return ("onnx-int8-dynamic", "onnx-int8-static") if self.formats == "auto" else self.formats
+
+
 class Export(Part):
     """What is made of the trained weights."""
 
@@ -54,7 +95,10 @@ class Export(Part):
         description="shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part "
         "of the release",
     )
-    serve: Literal["auto", "none"] | Format = Field(
+    quantize: Literal["none", "auto"] | Quantize = Field(
+        "none", description="int8 variants beside the formats; auto: with the defaults below"
+    )
+    serve: Literal["auto", "none"] | Format | Int8 = Field(
         "auto",
         description="what the release recommends to serve with: auto measures every format at batch 1, 8 and 64 and "
         "names the fastest for latency and for throughput; a format, that one, measured too; none, nothing is measured "
@@ -75,9 +119,21 @@ class Export(Part):
 
     @model_validator(mode="after")
     def _serves_what_it_makes(self) -> Self:
-        if self.serve not in ("auto", "none") and self.serve not in self.wanted:
-            raise ValueError(f"serve: auto, none or one of export.formats ({', '.join(self.wanted)}), not {self.serve}")
+        made = (*self.wanted, *self.int8.wanted) if self.int8 is not None else self.wanted
+        if self.serve not in ("auto", "none") and self.serve not in made:
+            raise ValueError(f"serve: auto, none or one of what is made ({', '.join(made)}), not {self.serve}")
+        if self.int8 is not None and "onnx" not in self.wanted:
+            for kind in self.int8.wanted:
+                if kind.startswith("onnx"):
+                    raise ValueError(f"onnx in export.formats, of which {kind} is made")
         return self
+
+    @property
+    def int8(self) -> Quantize | None:
+        """What is asked of int8 variants; None when none are tried."""
+        if self.quantize == "none":
+            return None
+        return Quantize() if self.quantize == "auto" else self.quantize
 
     @model_validator(mode="after")
     def _each_axis_once(self) -> Self:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from infra.errors import JobError
-from registry.export_options import Dynamic, Export
+from registry.export_options import Dynamic, Export, Quantize
 from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES, Gate, require_fitting
 from registry.keys import RESERVED_CHANNELS
 from registry.launcher_options import Launcher
@@ -247,6 +247,8 @@ def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
         return Launcher.part(str(keys[2])) if len(keys) == 4 else Launcher
     if keys[:2] == ["export", "dynamic"]:
         return Dynamic if len(keys) == 4 else None
+    if keys[:2] == ["export", "quantize"]:
+        return Quantize if len(keys) == 3 else None
     if keys[0] == "train" and len(keys) == 3:
         return Checkpoint if keys[1] == "checkpoint" else Factory
     return parts.get(str(keys[0])) if len(keys) == 2 else None

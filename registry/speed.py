@@ -63,6 +63,25 @@ class Measurement(Protocol):
     def machine(self) -> str: ...
 
 
+class Int8(Protocol):
+    """What came of one int8 variant."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is not in the release; empty when it is."""
+
+    @property
+    def sqnr_db(self) -> float: ...
+    @property
+    def agreement(self) -> float | None: ...
+    @property
+    def flip_margin(self) -> float | None: ...
+    @property
+    def losses(self) -> Mapping[str, float]: ...
+    @property
+    def speedups(self) -> Mapping[str, float]: ...
+
+
 HEADER = ("format", "batch", "p50 ms", "p99 ms", "CPU ms", "samples/s", "load ms", "size", "memory", "recommended for")
 
 
@@ -121,3 +140,22 @@ def speed_metrics(found: Measurement) -> dict[str, float]:
             ):
                 metrics[f"{name}.{what}.batch_{speed.batch}"] = value
     return metrics
+
+
+def int8_table(variants: Mapping[str, Int8]) -> str:
+    """Every int8 variant that was made, with its numbers and what became of it, as markdown."""
+    rows = []
+    for kind, found in variants.items():
+        rows.append(
+            (
+                kind,
+                f"{found.sqnr_db:.1f}",
+                "" if found.agreement is None else f"{found.agreement:.2%}",
+                "" if found.flip_margin is None else number(found.flip_margin),
+                ", ".join(f"{name} {number(lost)}" for name, lost in found.losses.items()),
+                ", ".join(f"{times:.2f} at {batch}" for batch, times in found.speedups.items()),
+                f"left out: {found.reason}" if found.reason else "kept",
+            )
+        )
+    header = ("variant", "SQNR, dB", "same predictions", "flip margin", "loses", "times as fast, at batch", "")
+    return table(header, rows)

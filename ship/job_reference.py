@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from registry.export_options import Dynamic, Export
+from registry.export_options import Dynamic, Export, Quantize
 from registry.gate_options import Gate
 from registry.job import Data, Job, Release
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
@@ -66,6 +66,7 @@ def job_reference() -> str:
         ("train.launcher.kubernetes", Kubernetes),
         ("export", Export),
         ("export.dynamic.<name>", Dynamic),
+        ("export.quantize", Quantize),
         ("parity", Parity),
         ("gates.<metric>", Gate),
         ("release", Release),

@@ -34,7 +34,8 @@ def write_model(
     """
     folder = repository / release.model
     folder.mkdir(parents=True, exist_ok=True)
-    artifact = release.artifact("onnx")
+    kind = served(release)
+    artifact = release.artifact(kind)
     inputs, outputs = (_tensors(release.manifest.signature[side]) for side in ("inputs", "outputs"))
     settings: dict[str, Any] = {
         "name": release.model,
@@ -45,7 +46,7 @@ def write_model(
         # No version: MLServer then has the new one loaded before it lets go of the old one.
         "parameters": {
             "uri": str(artifact),
-            "extra": {"release": release.id, "generation": release.generation},
+            "extra": {"release": release.id, "generation": release.generation, "format": kind},
         },
     }
     if batch_size > 1 and can_batch(release.manifest.signature):
@@ -56,6 +57,12 @@ def write_model(
     draft.write_text(json.dumps(settings, indent=1))
     draft.replace(path)
     return path
+
+
+def served(release: Release) -> str:
+    """The ONNX format that the release recommends, for many requests before few; `onnx` when it recommends none."""
+    recommended = [release.recommended(purpose) or "" for purpose in ("throughput", "latency")]
+    return next((kind for kind in recommended if kind.startswith("onnx")), "onnx")
 
 
 def can_batch(signature: Mapping[str, Any]) -> bool:

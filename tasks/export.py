@@ -50,6 +50,7 @@ async def export(run: Run, trained: Trained) -> Exported:
             logger.info("export: already complete in this run, verified by hash")
         else:
             work = stage.begin()
+            int8 = run.job.export.int8
             request = ExportRequest(
                 project=run.project,
                 folder=str(work),
@@ -61,6 +62,8 @@ async def export(run: Run, trained: Trained) -> Exported:
                 seed=run.job.train.seed,
                 validation_limit=run.job.export.validation_samples,
                 dynamic=dynamic_dims(run.job),
+                int8=int8.wanted if int8 is not None else (),
+                calibration_samples=int8.samples if int8 is not None else 0,
             )
             await call_worker(run.host, "export", request, work)
             stage.finish()

@@ -21,7 +21,7 @@ from registry.description import describe
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from registry.observation import Point, file_points, latest_of
 from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
-from registry.speed import speed_markdown, speed_metrics
+from registry.speed import int8_table, speed_markdown, speed_metrics
 from tasks.policy import worth_retrying
 from tasks.requests import run_params
 from tasks.run import Run
@@ -55,7 +55,7 @@ async def register(run: Run, trained: Trained, validated: Validated) -> Register
         manifest = build_manifest(
             folder,
             model=run.job.name,
-            formats=validated.exported.formats,
+            formats=validated.formats,
             signature=_signature(validated),
             metrics=validated.quality,
             serve=validated.serve,
@@ -77,7 +77,7 @@ def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
         files = stage.begin() / "files"
         files.mkdir()
         exported = validated.exported
-        for name in [*exported.formats.values(), *exported.result.libraries, GOLDEN]:
+        for name in [*validated.formats.values(), *exported.result.libraries, GOLDEN]:
             os.link(exported.folder / name, files / name)
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
@@ -128,8 +128,9 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         training=latest_of(trained.result.history),
         links={"Prefect run": run.flow_run_url},
         reference=validated.result.reference,
-        captured={kind: artifact.method for kind, artifact in validated.exported.result.artifacts.items()},
-        left_out=validated.exported.result.left_out,
+        captured={kind: validated.exported.result.artifacts[kind].method for kind in validated.formats},
+        left_out={**validated.exported.result.left_out, **validated.dropped},
+        int8=int8_table(validated.result.int8) if validated.result.int8 else "",
         speed=speed_markdown(validated.result.speed) if validated.result.speed else "",
     )
 

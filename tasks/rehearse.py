@@ -39,8 +39,8 @@ from torchworker.contract import (
     RehearseResult,
     ScoreRequest,
     ScoreResult,
-    Subject,
     TensorSpec,
+    Timed,
     decode,
 )
 
@@ -138,6 +138,7 @@ async def hold_against(
         forbidden_modules=user_modules(run.job),
         forbidden_folder=run.project.folder,
         threads=run.job.threads,
+        sqnr_db=run.job.export.int8.sqnr_db if run.job.export.int8 is not None else 0.0,
     )
     result = decode(RehearseResult, await call_worker(run.host, "rehearse", request, work))
     if not result.passed:
@@ -223,11 +224,11 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
     )
 
 
-def _subjects(side: str, release: RehearsedRelease) -> list[Subject]:
+def _subjects(side: str, release: RehearsedRelease) -> list[Timed]:
     """What a release recommends to serve with; all it has when it recommends nothing."""
     libraries = [str(Path(release.folder) / name) for name in release.files if name.endswith(".so")]
     return [
-        Subject(name=f"{side} {kind}", format=kind, file=str(Path(release.folder) / file), libraries=libraries)
+        Timed(name=f"{side} {kind}", format=kind, file=str(Path(release.folder) / file), libraries=libraries)
         for kind, file in release.formats.items()
         if not release.serve or kind in release.serve.values()
     ]

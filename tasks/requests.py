@@ -13,11 +13,12 @@ from torchworker.contract import (
     DynamicDim,
     Entrypoint,
     Gate,
+    Int8Limits,
     MeasureRequest,
     Project,
     Reference,
-    Subject,
     TensorSpec,
+    Timed,
     TrainSettings,
 )
 
@@ -127,12 +128,26 @@ def speed_gates(job: Job) -> list[Gate]:
     return [Gate(name=name, max=limit) for name, limit in chosen if limit is not None]
 
 
+def int8_limits(job: Job) -> Int8Limits | None:
+    """What is asked of int8 variants; None when none are tried."""
+    asked = job.export.int8
+    if asked is None:
+        return None
+    return Int8Limits(
+        sqnr_db=asked.sqnr_db,
+        agreement=asked.agreement,
+        flip_margin=asked.flip_margin,
+        metric_loss=asked.metric_loss,
+        speedup=asked.speedup,
+    )
+
+
 BATCHES = (1, 8, 64)
 """Batch sizes at which artifacts are measured."""
 
 
 def measure_request(
-    job: Job, subjects: Sequence[Subject], *, golden: Path, inputs: Sequence[TensorSpec], serve: str, project: Project
+    job: Job, subjects: Sequence[Timed], *, golden: Path, inputs: Sequence[TensorSpec], serve: str, project: Project
 ) -> MeasureRequest:
     """Measure these artifacts side by side. golden: file of reference tensors."""
     return MeasureRequest(
@@ -143,6 +158,7 @@ def measure_request(
         threads=job.serve_threads,
         serve=serve,
         gates=speed_gates(job),
+        speedup=job.export.int8.speedup if job.export.int8 is not None else 1.0,
         forbidden_modules=user_modules(job),
         forbidden_folder=project.folder,
     )
@@ -172,4 +188,5 @@ def run_params(job: Job) -> dict[str, str]:
         **{f"train.args.{name}": str(value) for name, value in job.train.args.items()},
         "export.formats": job.export.formats if job.export.formats == "auto" else ",".join(job.export.formats),
         "export.serve": job.export.serve,
+        **({"export.quantize": ",".join(job.export.int8.wanted)} if job.export.int8 is not None else {}),
     }

@@ -17,16 +17,18 @@ from registry.speed import speed_text
 from tasks.explain import explain
 from tasks.export import Exported
 from tasks.policy import worth_retrying
-from tasks.requests import fixed_gates, measure_request, speed_gates, user_modules
+from tasks.requests import fixed_gates, int8_limits, measure_request, speed_gates, user_modules
 from tasks.run import Run
+from tasks.variants import standing, without, worse_dropped
 from tasks.worker import call_worker
 from torchworker.contract import (
     GOLDEN,
+    INT8_OF,
     CppResult,
     MeasureResult,
     ScoreRequest,
     ScoreResult,
-    Subject,
+    Timed,
     ValidateRequest,
     ValidateResult,
     decode,
@@ -49,6 +51,16 @@ class Validated:
     def quality(self) -> dict[str, float]:
         """Each metric at its worst over the formats: any of them may be the one that serves."""
         return worst(self.job, self.result.metrics)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Int8 variants that are not in the release, and why."""
+        return {kind: found.reason for kind, found in self.result.int8.items() if found.reason}
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Format to file name, of what passed."""
+        return standing(self.exported, self.result)
 
     @property
     def serve(self) -> dict[str, str]:
@@ -87,6 +99,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
                 threads=run.job.threads,
                 not_finite=run.job.parity.not_finite,
                 refusals=run.job.parity.refusals,
+                int8=int8_limits(run.job),
                 cpp="off" if run.cpp is None else run.job.parity.cpp,
                 runner=runner.runner,
                 no_runner=runner.reason,
@@ -95,7 +108,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
             result: ValidateResult = decode(ValidateResult, await call_worker(run.host, "validate", request, work))
             if run.job.train.custom_metrics and result.passed:
                 result = await _scored(run, exported, result, work)
-            if result.passed and (run.job.export.serve != "none" or speed_gates(run.job)):
+            if result.passed and (run.job.export.serve != "none" or speed_gates(run.job) or result.int8):
                 result = await _measured(run, exported, result, work)
             result.write(work / VERDICTS)
             stage.finish()
@@ -110,13 +123,30 @@ async def validate(run: Run, exported: Exported) -> Validated:
             f"Nothing was registered or promoted.{f' Where and how much: {report}' if report else ''}",
             table,
         )
+    validated = Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
+    _require_demanded(validated)
+    for kind, why in validated.dropped.items():
+        logger.warning("%s is not in the release: %s", kind, why)
     skipped = [f"{item.format} {item.case}: {item.note}" for item in result.verdicts if not item.ran]
     if skipped:
         logger.warning("; ".join(skipped))
     logger.info("all %d gates passed\n%s", len(result.verdicts) - len(skipped), table)
     if result.speed is not None:
         logger.info("speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_text(result.speed))
-    return Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
+    return validated
+
+
+def _require_demanded(validated: Validated) -> None:
+    """Raises GateError when the format that the job wants to serve with is not in the release."""
+    serve = validated.job.export.serve
+    if serve in ("auto", "none") or serve in validated.formats:
+        return
+    why = {**validated.exported.result.left_out, **validated.dropped}.get(serve, "it was not made")
+    raise GateError(
+        f"{validated.job.name}: export.serve: {serve} is not in the release: {why}. Nothing was registered or "
+        "promoted; serve: auto takes what is fastest",
+        verdict_table(validated.result.verdicts),
+    )
 
 
 async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
@@ -126,18 +156,19 @@ async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Pa
     request = ScoreRequest(
         project=run.project,
         folder=str(exported.folder),
-        formats=exported.formats,
+        formats=standing(exported, result),
         inputs=exported.result.inputs,
         batch=run.job.export.batch,
         gates=fixed_gates(run.job, custom=True),
         threads=run.job.threads,
     )
     scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", request, folder))
-    return replace(
+    result = replace(
         result,
-        verdicts=[*result.verdicts, *scored.verdicts],
+        verdicts=[*result.verdicts, *(item for item in scored.verdicts if item.format not in INT8_OF)],
         metrics={kind: {**values, **scored.metrics[kind]} for kind, values in result.metrics.items()},
     )
+    return worse_dropped(run.job, result, scored)
 
 
 async def _measured(run: Run, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
@@ -148,8 +179,8 @@ async def _measured(run: Run, exported: Exported, result: ValidateResult, work: 
     request = measure_request(
         run.job,
         [
-            Subject(name=kind, format=kind, file=str(exported.folder / file), libraries=libraries)
-            for kind, file in exported.formats.items()
+            Timed(name=kind, format=kind, file=str(exported.folder / file), libraries=libraries)
+            for kind, file in standing(exported, result).items()
         ],
         golden=exported.folder / GOLDEN,
         inputs=exported.result.inputs,
@@ -157,4 +188,9 @@ async def _measured(run: Run, exported: Exported, result: ValidateResult, work: 
         project=run.project,
     )
     speed: MeasureResult = decode(MeasureResult, await call_worker(run.host, "measure", request, folder))
+    for kind, speedups in speed.speedups.items():
+        found = replace(result.int8[kind], speedups=speedups)
+        result = replace(result, int8={**result.int8, kind: found})
+        if kind in speed.too_slow:
+            result = without(result, kind, speed.too_slow[kind])
     return replace(result, verdicts=[*result.verdicts, *speed.verdicts], speed=speed)

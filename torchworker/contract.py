@@ -35,6 +35,16 @@ FORMAT_FILES: Mapping[str, str] = {
 }
 """Artifact file of each format."""
 
+INT8_FILES: Mapping[str, str] = {
+    "onnx-int8-dynamic": "model.int8-dynamic.onnx",
+    "onnx-int8-static": "model.int8-static.onnx",
+    "pt2e-int8": "model.int8.aoti.pt2",
+}
+"""Artifact file of each int8 variant; a release has those that are smaller and faster and as good."""
+
+INT8_OF: Mapping[str, str] = {"onnx-int8-dynamic": "onnx", "onnx-int8-static": "onnx", "pt2e-int8": "aoti"}
+"""The float format that each variant has to be faster than, and whose runtime loads it."""
+
 METRICS: Mapping[str, Literal["higher", "lower"]] = {
     "accuracy": "higher",
     "mean_squared_error": "lower",
@@ -314,6 +324,10 @@ class ExportRequest(Message):
     """Declared dimensions beside the batch."""
     libraries: Sequence[str] = ()
     """Absolute paths of shared libraries with custom operators; they become part of the release."""
+    int8: Sequence[str] = ()
+    """Keys of INT8_FILES to try; those that cannot be made are left out."""
+    calibration_samples: int = 256
+    """Training samples that int8 ranges are taken from."""
     only: str | None = None
     """Make this one format, in this process and without reference data."""
 
@@ -334,7 +348,7 @@ class ExportResult:
     artifacts: Mapping[str, Artifact]
     """By format."""
     left_out: Mapping[str, str]
-    """Formats that `auto` tried in vain, and why."""
+    """Formats that `auto` tried in vain, and int8 variants that could not be made, and why."""
     libraries: Sequence[str]
     """File names of the libraries with custom operators."""
     inputs: Sequence[TensorSpec]
@@ -369,6 +383,41 @@ class Gate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Limits:
+    """What an int8 variant has to keep to. In the job file: `export.quantize`."""
+
+    sqnr_db: float
+    """Smallest ratio of signal to quantization noise, in decibels."""
+    agreement: float
+    """Smallest share of predictions that are the model's own."""
+    flip_margin: float
+    """How sure the model may have been of a prediction that differs, in units of its median margin."""
+    metric_loss: float
+    """Largest loss of a quality metric: of accuracy its difference, of an error a share of it."""
+    speedup: float
+    """How many times as fast as its float format it has to be, at batch 1 or at the largest that is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8:
+    """What came of one int8 variant."""
+
+    reason: str = ""
+    """Why it is not in the release; empty when it is."""
+    sqnr_db: float = 0.0
+    """Over the validation samples; infinite where nothing differs."""
+    golden_sqnr_db: float = 0.0
+    """Over the golden inputs, which a rehearsal asks again."""
+    agreement: float | None = None
+    """None where the model makes no predictions."""
+    flip_margin: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Metric to how much worse it is than the model's own."""
+    speedups: Mapping[str, float] = field(default_factory=dict)
+    """Batch size to how many times as fast as its float format it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidateRequest(Message):
     folder: str
     """Absolute folder with artifacts, golden and validation tensors."""
@@ -388,6 +437,8 @@ class ValidateRequest(Message):
     """What is asked of NaN and infinity: `contained`, `same` or `off`."""
     refusals: str = "known"
     """What is asked where the model refuses an input: `known`, `same` or `off`."""
+    int8: Int8Limits | None = None
+    """What is asked of int8 variants; None when there are none."""
     cpp: str = "off"
     """Whether artifacts are run without Python too: `when_possible`, `required` or `off`."""
     runner: str = ""
@@ -399,7 +450,7 @@ class ValidateRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Timed:
     """An artifact whose speed is measured."""
 
     name: str
@@ -416,7 +467,7 @@ class Subject:
 class MeasureRequest(Message):
     """Ask how fast, large and quick to load artifacts are, side by side."""
 
-    subjects: Sequence[Subject]
+    subjects: Sequence[Timed]
     golden: str
     """Absolute file of reference tensors, whose inputs are the ones to call with."""
     inputs: Sequence[TensorSpec]
@@ -428,6 +479,8 @@ class MeasureRequest(Message):
     """`auto`, the format that the release shall recommend, or `none`."""
     gates: Sequence[Gate]
     """Fixed limits on what is measured here."""
+    speedup: float = 1.0
+    """How many times as fast as its float format an int8 variant has to be."""
     forbidden_modules: Sequence[str]
     forbidden_folder: str
 
@@ -491,6 +544,10 @@ class MeasureResult(Message):
     """By the subject's name."""
     serve: Mapping[str, str]
     """`latency` and `throughput` to the name of the subject to serve with; empty when nothing is recommended."""
+    speedups: Mapping[str, Mapping[str, float]]
+    """Int8 variant to batch size to how many times as fast as its float format it is."""
+    too_slow: Mapping[str, str]
+    """Int8 variants that are not fast enough, and how fast they are."""
     verdicts: Sequence[Verdict]
     """Of the fixed limits."""
     threads: int
@@ -543,6 +600,8 @@ class ValidateResult(Message):
     validation_samples: int
     mismatches: Sequence[Mismatch] = ()
     """Where parity failed, the worst first; empty when it passed."""
+    int8: Mapping[str, Int8] = field(default_factory=dict)
+    """Every int8 variant that was made, kept or not."""
     speed: MeasureResult | None = None
     """None when the job asks for no measurement, or something failed before it."""
 
@@ -630,6 +689,8 @@ class RehearseRequest(Message):
     forbidden_modules: Sequence[str]
     forbidden_folder: str
     threads: int
+    sqnr_db: float = 0.0
+    """What int8 variants of the candidate have to reach on the golden inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)

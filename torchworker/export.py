@@ -12,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset
 
 from torchworker.capture.aoti import aoti
 from torchworker.capture.onnx_model import onnx_model
@@ -24,6 +27,7 @@ from torchworker.capture.subject import Subject
 from torchworker.capture.torchscript import torchscript
 from torchworker.contract import (
     FORMAT_FILES,
+    INT8_FILES,
     PROBE,
     REQUEST,
     Artifact,
@@ -40,6 +44,7 @@ from torchworker.project import (
     build_dataset,
     build_model,
     enter,
+    length_of,
     name_inputs,
 )
 from torchworker.reference import enlarged, require_trained, write_reference
@@ -94,7 +99,7 @@ def export(request: ExportRequest) -> ExportResult:
             dims=dims,
             project=request.project,
         )
-        artifacts, left_out = _side_by_side(request, subject)
+        artifacts, left_out = _all(request, subject)
     return ExportResult(
         artifacts=artifacts,
         left_out=left_out,
@@ -115,9 +120,30 @@ def _copy_libraries(request: ExportRequest) -> list[str]:
     return [Path(library).name for library in request.libraries]
 
 
-def _side_by_side(request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """Artifacts by format, and why formats were left out. Each is made in a fork of this process, which has the
-    model and has exported nothing.
+def _all(request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact], dict[str, str]]:
+    """Artifacts by format, int8 variants among them, and why some were left out."""
+    if request.only is not None:
+        artifacts, failures = _side_by_side([request.only], request, subject)
+        return artifacts, {kind: failure.message for kind, failure in failures.items()}
+    artifacts, failures = _side_by_side(request.formats, request, subject)
+    broken = [failure for failure in failures.values() if failure.kind == "worker"]
+    if failures and (broken or not request.auto or not artifacts):
+        raise Described(_joined(list(failures.values())))
+    # From the float artifacts, so after them. One that cannot be made is no reason to stop.
+    able = [kind for kind in request.int8 if kind == "pt2e-int8" or "onnx" in artifacts]
+    smaller, failed = _side_by_side(able, request, subject)
+    left_out = {kind: failure.message for kind, failure in [*failures.items(), *failed.items()]}
+    for kind in request.int8:
+        if kind not in able:
+            left_out[kind] = "it is made of the onnx artifact, and there is none"
+    return artifacts | smaller, left_out
+
+
+def _side_by_side(
+    kinds: Sequence[str], request: ExportRequest, subject: Subject
+) -> tuple[dict[str, Artifact], dict[str, Failure]]:
+    """Artifacts by format, and what failed. Each is made in a fork of this process, which has the model and has
+    exported nothing.
 
     A fork spares every exporter the import of the user's code. It is safe here: torch runs on one thread, so
     there is no thread pool to lose.
@@ -127,9 +153,9 @@ def _side_by_side(request: ExportRequest, subject: Subject) -> tuple[dict[str, A
         _export_child(request.only, request, subject)
         statuses = {request.only: 0}
     elif threading.active_count() > 1 or torch.get_num_threads() != REFERENCE_THREADS:
-        statuses = _in_new_interpreters(request)
+        statuses = _in_new_interpreters(kinds, request)
     else:
-        statuses = _in_forks(request, subject)
+        statuses = _in_forks(kinds, request, subject)
     artifacts: dict[str, Artifact] = {}
     failures: dict[str, Failure] = {}
     for kind, status in statuses.items():
@@ -145,17 +171,14 @@ def _side_by_side(request: ExportRequest, subject: Subject) -> tuple[dict[str, A
             failures[kind] = said.failure
         else:
             artifacts[kind] = decode(Artifact, said.result)
-    broken = [failure for failure in failures.values() if failure.kind == "worker"]
-    if failures and (broken or not request.auto or not artifacts):
-        raise Described(_joined(list(failures.values())))
-    return artifacts, {kind: failure.message for kind, failure in failures.items()}
+    return artifacts, failures
 
 
-def _in_forks(request: ExportRequest, subject: Subject) -> dict[str, int]:
+def _in_forks(kinds: Sequence[str], request: ExportRequest, subject: Subject) -> dict[str, int]:
     children: dict[int, str] = {}
     sys.stdout.flush()
     sys.stderr.flush()
-    for kind in request.formats:
+    for kind in kinds:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -165,10 +188,10 @@ def _in_forks(request: ExportRequest, subject: Subject) -> dict[str, int]:
     return {kind: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, kind in children.items()}
 
 
-def _in_new_interpreters(request: ExportRequest) -> dict[str, int]:
+def _in_new_interpreters(kinds: Sequence[str], request: ExportRequest) -> dict[str, int]:
     """The user's code has threads, which a fork would lose together with the locks they hold: start afresh."""
     running = {}
-    for kind in request.formats:
+    for kind in kinds:
         folder = Path(request.folder) / f"only-{kind}"
         folder.mkdir()
         replace(request, only=kind).write(folder / REQUEST)
@@ -184,13 +207,12 @@ def _joined(failures: list[Failure]) -> Failure:
 
 
 def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
-    path = Path(request.folder) / FORMAT_FILES[kind]
-    write = {"torchscript": torchscript, "onnx": onnx_model, "pt2": pt2, "aoti": aoti}[kind]
+    path = Path(request.folder) / {**FORMAT_FILES, **INT8_FILES}[kind]
     torch.set_num_threads(REFERENCE_THREADS)
     began = time.perf_counter()
     try:
         with torch.no_grad():
-            method = write(subject, path)
+            method = _write(kind, request, subject, path)
         artifact = Artifact(file=path.name, method=method, seconds=time.perf_counter() - began)
         reply = Reply(result=asdict(artifact))
     except (Exception, SystemExit) as error:
@@ -199,3 +221,32 @@ def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return 0 if reply.failure is None else 1
+
+
+def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> str:
+    """Make one artifact and say how."""
+    if kind not in INT8_FILES:
+        exporter = {"torchscript": torchscript, "onnx": onnx_model, "pt2": pt2, "aoti": aoti}[kind]
+        return exporter(subject, path)
+    # Here: an import of seconds that most jobs do not need.
+    from torchworker.capture import int8
+
+    model = path.with_name(FORMAT_FILES["onnx"])
+    if kind == "onnx-int8-dynamic":
+        return int8.onnx_dynamic(model, path)
+    calibration = _calibration(request, subject)
+    if kind == "onnx-int8-static":
+        return int8.onnx_static(model, path, calibration)
+    return int8.pt2e(subject, path, calibration)
+
+
+def _calibration(request: ExportRequest, subject: Subject) -> list[dict[str, Tensor]]:
+    """Inputs of training samples, drawn by the job's seed; the first ones of a stream."""
+    project, limit = request.project, request.calibration_samples
+    dataset = build_dataset(project, "train")
+    size = length_of(dataset)
+    if not isinstance(dataset, IterableDataset) and size is not None:
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(request.seed))
+        dataset = Subset(dataset, order[:limit].tolist())
+    drawn = batches(dataset, request.batch, project, limit=limit)
+    return [name_inputs(subject.model, inputs, project) for inputs, _ in drawn]

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from torchworker import runtimes
 from torchworker.apart import Died, Note, apart
-from torchworker.contract import Measured, MeasureRequest, MeasureResult, Speed, Subject
+from torchworker.contract import Measured, MeasureRequest, MeasureResult, Speed, Timed
 from torchworker.failure import describe
 from torchworker.lifeline import die_with_parent
 from torchworker.reference import enlarged
-from torchworker.speed import judge, recommended
+from torchworker.speed import judge, recommended, speedups, too_slow
 from torchworker.validate import forbid_user_code
 
 ROUNDS = 5
@@ -85,11 +85,16 @@ def measure(request: MeasureRequest) -> MeasureResult:
                 memory_bytes=process.ask("memory"),
                 speeds=speeds[name],
             )
-    serve = recommended(measured, request.serve)
+    faster = speedups(measured)
+    slow = too_slow(faster, request.speedup)
+    kept = {name: item for name, item in measured.items() if name not in slow}
+    serve = recommended(kept, request.serve)
     return MeasureResult(
         measured=measured,
         serve=serve,
-        verdicts=judge(measured, serve, request.gates),
+        speedups=faster,
+        too_slow=slow,
+        verdicts=judge(kept, serve, request.gates),
         threads=request.threads,
         machine=machine(),
     )
@@ -164,7 +169,7 @@ def _speed(batch: int, rounds: Sequence[_Round]) -> Speed:
 class _Process:
     """A fork that holds one artifact and calls it when told to. Raises what the artifact raises."""
 
-    def __init__(self, subject: Subject, inputs: Mapping[int, Inputs], threads: int) -> None:
+    def __init__(self, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
         self._name = subject.name
         self._pipe, theirs = Pipe()
         parent = os.getpid()
@@ -211,7 +216,7 @@ class _Process:
         os.waitpid(self._pid, 0)
 
 
-def _load_apart(subject: Subject, inputs: Mapping[int, Inputs], threads: int) -> float:
+def _load_apart(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> float:
     """Milliseconds in a process that does nothing else."""
     try:
         return apart(lambda: _load(subject, inputs, threads)[1], Note())
@@ -219,7 +224,7 @@ def _load_apart(subject: Subject, inputs: Mapping[int, Inputs], threads: int) ->
         raise RuntimeError(str(death)) from None
 
 
-def _load(subject: Subject, inputs: Mapping[int, Inputs], threads: int) -> tuple[runtimes.Call, float]:
+def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[runtimes.Call, float]:
     """The artifact, and milliseconds until it gave its first answer."""
     runtimes.prepare(subject.format, threads)
     for library in subject.libraries:
@@ -230,7 +235,7 @@ def _load(subject: Subject, inputs: Mapping[int, Inputs], threads: int) -> tuple
     return call, 1000 * (time.perf_counter() - began)
 
 
-def _serve(pipe: Connection, subject: Subject, inputs: Mapping[int, Inputs], threads: int) -> None:
+def _serve(pipe: Connection, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
     """Load, then answer orders until the other end is closed."""
     try:
         runtimes.prepare(subject.format, threads)

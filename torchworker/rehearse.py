@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torchworker import runtimes
 from torchworker.contract import (
     GOLDEN,
+    INT8_OF,
     RehearsedRelease,
     RehearseRequest,
     RehearseResult,
@@ -26,6 +28,7 @@ from torchworker.contract import (
 from torchworker.failure import describe
 from torchworker.metrics import metric_sum
 from torchworker.parity import compare
+from torchworker.quantized import Noise
 from torchworker.validate import forbid_user_code
 
 REHEARSAL = "rehearsal"
@@ -59,7 +62,10 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
         except Exception as error:
             verdicts.append(_verdict(kind, "load", None, describe(error)))
             continue
-        verdicts += [_again(kind, call, size, parts, candidate) for size, parts in golden]
+        if kind in INT8_OF:
+            verdicts.append(_noise_again(kind, call, golden, candidate, request.sqnr_db))
+        else:
+            verdicts += [_again(kind, call, size, parts, candidate) for size, parts in golden]
         if validation:
             try:
                 metrics[kind] = _score(call, validation, candidate, request.metrics, batch)
@@ -136,6 +142,28 @@ def _again(
         ratio = max(ratio, outcome.ratio)
         notes.append(f"{spec.name}: {outcome.note}")
     return _verdict(kind, case, ratio, "; ".join(notes))
+
+
+def _noise_again(
+    kind: str,
+    call: runtimes.Call,
+    golden: Sequence[tuple[int, Mapping[str, Mapping[str, Tensor]]]],
+    release: RehearsedRelease,
+    limit: float,
+) -> Verdict:
+    """Whether an int8 artifact is as near to the golden outputs as the clean room saw it be."""
+    noise = Noise()
+    case, words = "golden inputs", f">= {limit:g} dB"
+    try:
+        for _, parts in golden:
+            got = call({spec.name: parts["input"][spec.name].clone() for spec in release.inputs})
+            for spec, tensor in zip(release.outputs, got, strict=True):
+                if parts["eager"][spec.name].is_floating_point():
+                    noise.add(spec.name, tensor, parts["eager"][spec.name])
+    except Exception as error:
+        return replace(_verdict(kind, case, None, describe(error)), limit=words)
+    found = _verdict(kind, case, noise.decibels, "SQNR against the model in float32")
+    return replace(found, limit=words, passed=noise.decibels >= limit)
 
 
 def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:

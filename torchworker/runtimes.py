@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchworker.contract import INT8_OF
+
 SIGNATURE = "signature"
 """Key under which an AOTInductor package holds names, dtypes, shapes and ranges of its inputs, as JSON."""
 
@@ -21,7 +23,8 @@ Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 
 def load(kind: str, path: Path, threads: int) -> Call:
-    """kind: a key of FORMAT_FILES; threads: intra-op threads of the runtime."""
+    """kind: a key of FORMAT_FILES or INT8_FILES; threads: intra-op threads of the runtime."""
+    kind = INT8_OF.get(kind, kind)
     if kind == "onnx":
         return _onnx(path, threads)
     torch.set_num_threads(threads)
@@ -31,20 +34,22 @@ def load(kind: str, path: Path, threads: int) -> Call:
 def prepare(kind: str, threads: int) -> None:
     """Import what loading this format needs, so that its own cost can be told apart."""
     torch.set_num_threads(threads)
+    kind = INT8_OF.get(kind, kind)
     if kind == "onnx":
         importlib.import_module("onnxruntime")
     elif kind == "aoti":
         importlib.import_module("torch._inductor.package")
 
 
-def _flat(outputs: Any) -> list[Tensor]:
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors of what a program returned, in order."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if outputs is None:
         return []
     if isinstance(outputs, Mapping):
         outputs = outputs.values()
-    return [tensor for item in outputs for tensor in _flat(item)]
+    return [tensor for item in outputs for tensor in flat(item)]
 
 
 def _torchscript(path: Path) -> Call:
@@ -60,8 +65,8 @@ def call_script(program: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     names = [argument.name for argument in program.forward.schema.arguments][1:]
     with torch.no_grad():
         if len(names) == len(inputs) or names[: len(inputs)] == list(inputs):
-            return _flat(program(*inputs.values()))
-        return _flat(program(**inputs))
+            return flat(program(*inputs.values()))
+        return flat(program(**inputs))
 
 
 def _pt2(path: Path) -> Call:
@@ -72,7 +77,7 @@ def _pt2(path: Path) -> Call:
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         given = list(inputs.items())
         with torch.no_grad():
-            return _flat(program(*(tensor for _, tensor in given[:positional]), **dict(given[positional:])))
+            return flat(program(*(tensor for _, tensor in given[:positional]), **dict(given[positional:])))
 
     return call
 

@@ -8,7 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torchworker.contract import LATENCY, THROUGHPUT, Gate, Measured, Verdict
+from torchworker.contract import INT8_OF, LATENCY, THROUGHPUT, Gate, Measured, Verdict
+
+
+def speedups(measured: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+    """Of every int8 variant, how many times as fast as its float format it is, by batch size.
+
+    Without that format (AOTInductor was not asked for) it is held against the fastest float format there is.
+    """
+    found: dict[str, dict[str, float]] = {}
+    floats = {name: item for name, item in measured.items() if item.format not in INT8_OF and item.speeds}
+    for name, item in measured.items():
+        if item.format not in INT8_OF:
+            continue
+        rivals = [other for other in floats.values() if other.format == INT8_OF[item.format]] or list(floats.values())
+        found[name] = {
+            str(mine.batch): min(other.speeds[position].thread_ms for other in rivals) / mine.thread_ms
+            for position, mine in enumerate(item.speeds)
+            if rivals
+        }
+    return found
+
+
+def too_slow(found: Mapping[str, Mapping[str, float]], limit: float) -> dict[str, str]:
+    """The variants that are below the limit at the smallest batch and at the largest, in words."""
+    slow: dict[str, str] = {}
+    for name, by_batch in found.items():
+        ends = [*by_batch.items()][:1] + [*by_batch.items()][-1:]
+        if not any(times >= limit for _, times in ends):
+            shown = " and ".join(dict.fromkeys(f"{times:.2f} times at batch {batch}" for batch, times in ends))
+            slow[name] = (
+                f"{shown or 'not measured'} as fast as its float format, expected {limit:g} times at one of them"
+            )
+    return slow
 
 
 def recommended(measured: Mapping[str, Measured], serve: str) -> dict[str, str]:

@@ -17,9 +17,11 @@ from torch import Tensor
 from torchworker import cpp_runtime, runtimes
 from torchworker.apart import Died, Note, apart
 from torchworker.contract import (
+    INT8_OF,
     METRICS,
     VALIDATION,
     Gate,
+    Int8,
     Mismatch,
     TensorSpec,
     ValidateRequest,
@@ -31,6 +33,7 @@ from torchworker.metrics import metric_sum
 from torchworker.parity import compare
 from torchworker.probes import BATCHES, Probe
 from torchworker.prove import Decisions, Finding, Policy, Trial, prove, verdict
+from torchworker.quantized import examine, kept
 from torchworker.reference import read_probes, validation_key
 
 MISMATCHES = 30
@@ -79,6 +82,19 @@ def validate(request: ValidateRequest) -> ValidateResult:
     mismatches: list[Mismatch] = []
     metrics: dict[str, dict[str, float]] = {}
 
+    def quantized(kind: str, file: str, note: Note) -> tuple[Int8, dict[str, float]]:
+        assert request.int8 is not None, "whoever makes a variant says what is asked of it"
+        try:
+            call = _noted(runtimes.load(kind, folder / file, request.threads), note)
+            found, measured = examine(
+                call, probes, validation, request.inputs, outputs, request.metrics, batch, request.int8
+            )
+        except Exception as error:
+            return Int8(reason=f"it cannot be examined: {describe(error)}"), {}
+        failed = [item for item in judge(kind, measured, request.gates, samples, {}) if not item.passed]
+        reasons = [found.reason, *(f"{item.gate} {item.measured}, expected {item.limit}" for item in failed)]
+        return replace(found, reason="; ".join(reason for reason in reasons if reason)), measured
+
     def examined(kind: str, file: str, note: Note) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None]:
         try:
             call = _noted(runtimes.load(kind, folder / file, request.threads), note)
@@ -93,9 +109,21 @@ def validate(request: ValidateRequest) -> ValidateResult:
         told = [*trial.verdicts, *on_validation.verdicts, *gates, *cpp.verdicts]
         return told, [item.mismatch() for item in found[:MISMATCHES]], measured
 
+    int8: dict[str, Int8] = {}
     for kind, file in request.formats.items():
         print(f"validate: {kind}: {len(probes)} probes", flush=True)
         note = Note()
+        if kind in INT8_OF:
+            try:
+                found8, values = apart(lambda kind=kind, file=file, note=note: quantized(kind, file, note), note)  # type: ignore[misc]
+            except Died as death:
+                found8, values = Int8(reason=str(death)), {}
+            int8[kind] = found8
+            if not found8.reason:
+                metrics[kind] = values
+                verdicts += kept(kind, found8, request.int8, samples)
+                verdicts += judge(kind, values, request.gates, samples, {})
+            continue
         try:
             # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
             told, found, measured = apart(lambda kind=kind, file=file, note=note: examined(kind, file, note), note)  # type: ignore[misc]
@@ -110,6 +138,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         metrics=metrics,
         reference="the model in float64" if any(probe.exact for probe in golden) else NO_FLOAT64,
         validation_samples=samples,
+        int8=int8,
         mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
     )
 

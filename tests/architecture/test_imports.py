@@ -48,10 +48,15 @@ ONLY_IN = {
     "boto3": ["infra/objectstore.py", "shipreader/bucket.py"],
     "botocore": ["infra/objectstore.py", "shipreader/bucket.py"],
     "onnx": [],
-    "onnxruntime": ["torchworker/runtimes.py", "shipreader/onnx_model.py", "registry/triton_model.py"],
+    "onnxruntime": [
+        "torchworker/runtimes.py",
+        "torchworker/capture/int8.py",
+        "shipreader/onnx_model.py",
+        "registry/triton_model.py",
+    ],
     "mlserver": ["shipreader/onnx_model.py"],
 }
-WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchworker"}
+WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "torchworker"}
 
 
 def modules(package: str) -> Iterator[tuple[str, ast.Module]]:

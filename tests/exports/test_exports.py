@@ -20,7 +20,7 @@ from infra.errors import JobError
 from infra.workerhost import WorkerHost
 from registry.gates import verdict_table
 from registry.job import load_job
-from tasks.requests import dynamic_dims, fixed_gates, project_of, train_settings, user_modules
+from tasks.requests import dynamic_dims, fixed_gates, int8_limits, project_of, train_settings, user_modules
 from tasks.worker import call_worker
 from tests.projects import write_project
 from torchworker.contract import (
@@ -72,6 +72,7 @@ class Shop:
             dynamic=dynamic_dims(self.job),
             auto=self.job.export.formats == "auto",
             libraries=[str(self.project_folder / name) for name in self.job.export.libraries],
+            int8=self.job.export.int8.wanted if self.job.export.int8 is not None else (),
         )
         self.result = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, folder)))
         return dict(self.result.artifacts)
@@ -91,6 +92,7 @@ class Shop:
             threads=1,
             not_finite=self.job.parity.not_finite,
             refusals=self.job.parity.refusals,
+            int8=int8_limits(self.job),
             cpp=cpp,
             runner=runner,
             no_runner=no_runner,

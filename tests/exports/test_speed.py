@@ -23,8 +23,8 @@ from torchworker.contract import (
     MeasureRequest,
     MeasureResult,
     Speed,
-    Subject,
     TensorSpec,
+    Timed,
     decode,
 )
 
@@ -35,18 +35,18 @@ WIDE_BYTES = 4 * WIDE * WIDE
 Measure = Callable[..., MeasureResult]
 
 
-def artifact(folder: Path, name: str, width: int) -> Subject:
+def artifact(folder: Path, name: str, width: int) -> Timed:
     model = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 3)).eval()
     path = folder / f"{name}.torchscript"
     torch.jit.script(model).save(str(path))  # type: ignore[no-untyped-call]
-    return Subject(name=name, format="torchscript", file=str(path))
+    return Timed(name=name, format="torchscript", file=str(path))
 
 
 @pytest.fixture
 def measure(host: WorkerHost, tmp_path: Path) -> Measure:
     save_file({f"batch_{size}.input.x": torch.randn(size, FEATURES) for size in (1, LARGEST)}, tmp_path / GOLDEN)
 
-    def measured(*subjects: Subject, **changes: Any) -> MeasureResult:
+    def measured(*subjects: Timed, **changes: Any) -> MeasureResult:
         arguments: dict[str, Any] = {
             "batches": (1, 8, 64),
             "threads": 1,

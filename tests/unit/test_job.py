@@ -99,7 +99,13 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("gates: {p95_ms: {max: 1}}\n", "gates.p95_ms: expected something that is measured: accuracy"),
         ("gates: {p50_ms: {}}\n", "at least one of min, max, vs_live, times_live"),
         ("export: {serve: fastest}\n", "export.serve: expected"),
-        ("export: {serve: aoti}\n", "one of export.formats (torchscript, onnx, pt2), not aoti"),
+        ("export: {serve: aoti}\n", "one of what is made (torchscript, onnx, pt2), not aoti"),
+        ("export: {quantize: int4}\n", "export.quantize: expected"),
+        ("export: {quantize: {formats: [onnx-int4]}}\n", "export.quantize.formats"),
+        ("export: {quantize: {sqnr: 30}}\n", "export.quantize.sqnr: unknown key; did you mean sqnr_db?"),
+        ("export: {quantize: {agreement: 2}}\n", "export.quantize.agreement: expected less than or equal to 1"),
+        ("export: {formats: [pt2], quantize: auto}\n", "onnx in export.formats, of which onnx-int8-dynamic is made"),
+        ("export: {serve: onnx-int8-static}\n", "one of what is made (torchscript, onnx, pt2), not onnx-int8-static"),
         ("export: {threads: 0}\n", "export.threads: expected"),
         ("export: {serve: none}\ngates: {load_ms: {times_live: 1.1}}\n", "export.serve: auto or a format, of which"),
         ("project: nowhere\n", "project: expected a folder"),
@@ -128,7 +134,7 @@ def test_the_job_and_the_worker_agree_on_names() -> None:
     assert dict(METRIC_DIRECTIONS) == dict(contract.METRICS)
     assert set(SPEED_GATES) == set(contract.SPEED_GATES)
     schema = json.dumps(Job.model_json_schema())
-    for name in (*contract.LOSSES, *contract.OPTIMIZERS, *contract.FORMAT_FILES):
+    for name in (*contract.LOSSES, *contract.OPTIMIZERS, *contract.FORMAT_FILES, *contract.INT8_FILES):
         assert f'"{name}"' in schema
 
 

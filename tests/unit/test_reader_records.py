@@ -14,6 +14,7 @@ from registry.pointer import Pointer, decode_pointer
 from registry.release import MANIFEST, Manifest, build_manifest, canonical_json, decode_manifest
 from shipreader import records
 from shipreader.errors import Refused
+from shipreader.mlserver import served
 
 FILE = {"sha256": "0" * 64, "bytes": 1}
 
@@ -150,3 +151,18 @@ def test_a_reader_knows_what_a_release_recommends(manifest: Manifest, tmp_path: 
     release = records.Release("prod", 1, tmp_path, read, "")
     assert (release.recommended("latency"), release.recommended("throughput")) == ("onnx", None)
     assert release.artifact("onnx") == tmp_path / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("serve", "expected"),
+    [
+        ({}, "onnx"),
+        ({"latency": "onnx", "throughput": "onnx-int8-static"}, "onnx-int8-static"),
+        # MLServer runs ONNX alone.
+        ({"latency": "onnx-int8-static", "throughput": "aoti"}, "onnx-int8-static"),
+        ({"latency": "pt2", "throughput": "aoti"}, "onnx"),
+    ],
+)
+def test_the_endpoint_serves_the_onnx_format_that_is_recommended(serve: dict[str, str], expected: str) -> None:
+    manifest = records.Manifest("digits", "0" * 20, {}, {}, {}, {}, b"", serve)
+    assert served(records.Release("prod", 1, Path(), manifest, "")) == expected

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
 
 from torchworker import runtimes
 from torchworker.capture.agreement import disagreement
@@ -26,32 +27,37 @@ def aoti(subject: Subject, path: Path) -> str:
 
     Raises UserMistake without a C++ compiler, and for what cannot be compiled.
     """
-    compiler = _compiler()
+    named = compiler()
     captured = capture(subject)
     refusals = []
     for freezing in (True, False):
         with captured.assuming():
             try:
-                torch._inductor.aoti_compile_and_package(
-                    captured.program,
-                    package_path=str(path),
-                    inductor_configs={
-                        "freezing": freezing,
-                        # The other formats are made beside this one.
-                        "compile_threads": 1,
-                        "aot_inductor.metadata": {runtimes.SIGNATURE: _signature(subject)},
-                    },
-                )
+                compiled(captured.program, subject, path, freezing=freezing)
             except Exception as error:
                 refusals.append(f"it cannot be compiled: {describe(error).splitlines()[0][:300]}")
                 continue
         call = runtimes.load("aoti", path, torch.get_num_threads())
         differs = disagreement(call, subject) or (_hides_nan(call, subject) if freezing else "")
         if not differs:
-            return f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {compiler}"
+            return f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {named}"
         refusals.append(differs)
     path.unlink(missing_ok=True)
     raise UserMistake(f"export: AOTInductor: {refusals[-1]}; leave aoti out of export.formats")
+
+
+def compiled(program: ExportedProgram, subject: Subject, path: Path, *, freezing: bool) -> None:
+    """Write one package. freezing: fold the weights in."""
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(path),
+        inductor_configs={
+            "freezing": freezing,
+            # The other formats are made beside this one.
+            "compile_threads": 1,
+            "aot_inductor.metadata": {runtimes.SIGNATURE: _signature(subject)},
+        },
+    )
 
 
 def _hides_nan(call: runtimes.Call, subject: Subject) -> str:
@@ -66,7 +72,8 @@ def _hides_nan(call: runtimes.Call, subject: Subject) -> str:
     return ""
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Name of the C++ compiler. Raises UserMistake without one."""
     from torch._inductor import cpp_builder
 
     try:
