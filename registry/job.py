@@ -226,7 +226,9 @@ def _is_number(text: str) -> bool:
 
 
 def _in_document(part: int | str) -> bool:
-    return isinstance(part, int) or (part.isidentifier() and part != "Factory" and not part.startswith("literal"))
+    return isinstance(part, int) or (
+        part.isidentifier() and part not in ("Factory", "Quantize") and not part.startswith("literal")
+    )
 
 
 def _shown(value: Any) -> str:

@@ -228,7 +228,7 @@ def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(host: W
 
 
 def test_a_compiled_program_that_is_not_the_quantized_one_is_noticed() -> None:
-    program = torch.fx.symbolic_trace(torch.nn.Linear(4, 3))
+    program = torch.fx.symbolic_trace(torch.nn.Linear(4, 3).requires_grad_(False))
     inputs = {"x": torch.rand(8, 4)}
     right = int8.agreement(lambda given: [program(given["x"]) + 1e-4], program, inputs)
     wrong = int8.agreement(lambda given: [program(given["x"]).flip(0)], program, inputs)
