@@ -66,7 +66,7 @@ class Quantize(Part):
         description="largest loss of any quality metric: of accuracy its difference, of an error that share of it",
     )
     speedup: float = Field(
-        1.05,
+        1.1,
         gt=0,
         description="how many times as fast as its float format it has to be, at batch 1 or at the largest measured",
     )

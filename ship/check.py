@@ -14,7 +14,7 @@ from infra.workerhost import WorkerHost
 from registry.job import Job, load_job
 from tasks.requests import dynamic_dims, project_of, train_settings
 from tasks.worker import call_worker
-from torchworker.contract import FORMAT_FILES, CheckRequest, CheckResult, DynamicDim, TensorSpec, decode
+from torchworker.contract import FORMAT_FILES, INT8_FILES, CheckRequest, CheckResult, DynamicDim, TensorSpec, decode
 
 
 def check(job_file: Path) -> None:
@@ -72,6 +72,11 @@ def _training(job: Job, result: CheckResult) -> list[tuple[str, str]]:
     ]
 
 
+def _int8(job: Job) -> str:
+    assert job.export.int8 is not None, "asked before"
+    return "\n".join(f"{kind}: {INT8_FILES[kind]}, if it is as good and faster" for kind in job.export.int8.wanted)
+
+
 def _served(job: Job) -> str:
     if job.export.serve == "none":
         return "nothing is recommended"
@@ -98,6 +103,7 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
         ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
         *_training(job, result),
         ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted)),
+        *([("int8", _int8(job))] if job.export.int8 is not None else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
     ):

@@ -57,8 +57,8 @@ def test_a_compiled_package_refuses_what_it_was_not_compiled_for(tensor: torch.T
 
 def test_without_a_compiler_aoti_is_refused_with_the_way_out() -> None:
     script = (
-        "from torchworker.capture.aoti import _compiler\n"
-        "try:\n    _compiler()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
+        "from torchworker.capture.aoti import compiler\n"
+        "try:\n    compiler()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
     )
     environment = {**os.environ, "CXX": "/nowhere/g++"}
     said = subprocess.check_output([sys.executable, "-c", script], text=True, env=environment)
