@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.approval import approval
-from tasks.moves import Moved, ask, choose_existing, move_forward
+from tasks.moves import Moved, ask, choose_existing, move_forward, rehearse_existing
 
 
 @flow(name="promote")
@@ -19,7 +19,7 @@ async def promote(
     again: bool = False,
     by: str = "",
 ) -> Moved:
-    """Put what is live on `source` live on `channel`, after reading every byte of it back.
+    """Put what is live on `source` live on `channel`, after it was tried: downloaded, loaded, run, and compared.
 
     `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve` a person has to say
     yes on this run's page first. `gates` asks the release's own `vs_live`; `again` allows a release that a rollback has
@@ -27,6 +27,7 @@ async def promote(
     """
     request = await ask(model, channel, why, by)
     candidate = await choose_existing(request, source)
+    tried = await rehearse_existing(request, candidate, gates)
     if approve:
-        candidate = await approval(request, candidate)
-    return await move_forward(request, candidate, gates, again)
+        tried = await approval(request, tried)
+    return await move_forward(request, tried, gates, again)

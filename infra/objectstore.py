@@ -1,6 +1,7 @@
-"""The S3-compatible object store: the only module that imports boto3.
+"""The S3-compatible object store: what is asked of a bucket, and what is promised about it.
 
-What promotion needs of a store, and how that is found out, is in `infra/store_probe.py`.
+The connection and its errors are in `infra/s3.py`. What promotion needs of a store, and how that is found out, is in
+`infra/store_probe.py`.
 """
 
 from __future__ import annotations
@@ -9,30 +10,22 @@ import base64
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import urlsplit
 
-from infra import leftovers
-from infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
+from infra import leftovers, s3
+from infra.errors import PreconditionFailed, ServiceError, SettingsError
 from infra.multipart import Budget, PartsUpload, require_sha256
+from infra.s3 import quoted, status_of
 from infra.settings import Settings
+from infra.small_files import SMALL_BYTES, SmallFiles
 from infra.store_probe import StoreTraits, probe
 
-if TYPE_CHECKING:
-    from boto3.s3.transfer import TransferConfig
-    from mypy_boto3_s3 import S3Client
-
-CONNECT_SECONDS = 5
-READ_SECONDS = 60
-"""Silence on one connection, not the length of a transfer."""
-ATTEMPTS = 3
-"""Tries of each request inside the client library."""
-CONNECTIONS = 32
 MULTIPART_BYTES, PART_BYTES = 16 * 2**20, 16 * 2**20
 """Files above the first go up in parts of the second."""
 LOCAL_PART_BYTES = 8 * 2**20
@@ -41,17 +34,9 @@ PARTS_AT_ONCE = 4
 """Of one file, up or down."""
 IN_FLIGHT_BYTES = 128 * 2**20
 """Of all that is read from files and not yet sent: what uploads add to this process, however large the files."""
-QUEUED_PIECES = 16
-"""Of 256 KiB, between the network and the disk for each download."""
 PIECE_BYTES = 2**20
 METADATA_SHA256 = "sha256"
 """User metadata of every object written here: its SHA-256, also where the store keeps no checksums."""
-
-_LOGIN_CODES = ["AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch"]
-_TOKEN_CODES = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"]
-_CREDENTIAL_CODES = frozenset([*_LOGIN_CODES, *_TOKEN_CODES])
-_REGION_CODES = frozenset(["PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"])
-_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +70,12 @@ class ObjectStore:
     answer, or answers with a fault); the others are named.
     """
 
-    def __init__(
-        self, client: S3Client, *, bucket: str, address: str, is_local: bool, kms_key_id: str | None = None
-    ) -> None:
+    def __init__(self, connection: s3.Connection, *, bucket: str, address: str, kms_key_id: str | None = None) -> None:
         """address: what messages call the store; kms_key_id: AWS KMS key that encrypts what is written."""
-        self._client = client
+        self._connection, self._client = connection, connection.client
         self.bucket = bucket
         self.address = address
-        self._is_local = is_local
+        self._is_local = is_local = connection.is_local
         self.multipart_bytes = LOCAL_PART_BYTES if is_local else MULTIPART_BYTES
         """Larger files go up in parts, which the store may not check as a whole."""
         self._part_bytes = LOCAL_PART_BYTES if is_local else PART_BYTES
@@ -100,18 +83,19 @@ class ObjectStore:
         self._encryption: dict[str, Any] = (
             {} if kms_key_id is None else {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key_id}
         )
+        self._kms_key_id = kms_key_id
         self._budget = Budget(IN_FLIGHT_BYTES)
         self._traits: StoreTraits | None = None
         self._probing = threading.Lock()
+        self._small: SmallFiles | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ObjectStore:
         """The store that the settings name. Opens no connection. Raises SettingsError for an impossible address."""
-        endpoint, local = settings.s3_endpoint, settings.s3_is_local
-        address = _without_credentials(endpoint) if endpoint else "AWS S3"
-        with _translated("connect", address, settings.bucket, local):
-            client = _client(endpoint, local)
-        return cls(client, bucket=settings.bucket, address=address, is_local=local, kms_key_id=settings.kms_key_id)
+        address = s3.without_credentials(settings.s3_endpoint) if settings.s3_endpoint else "AWS S3"
+        with s3.translated("connect", address, settings.bucket, settings.s3_is_local):
+            connection = s3.connect(settings)
+        return cls(connection, bucket=settings.bucket, address=address, kms_key_id=settings.kms_key_id)
 
     def __repr__(self) -> str:
         return f"ObjectStore(s3://{self.bucket} at {self.address})"
@@ -125,7 +109,7 @@ class ObjectStore:
                 self._client.head_bucket(Bucket=self.bucket)
                 return
             except self._client.exceptions.ClientError as error:
-                if _status(error) != 404:
+                if status_of(error) != 404:
                     raise
             region = self._client.meta.region_name
             where: dict[str, Any] = {}
@@ -141,8 +125,8 @@ class ObjectStore:
                 self._client.head_bucket(Bucket=self.bucket)
             except self._client.exceptions.ClientError as error:
                 # HEAD has no body, so the code is only the number.
-                if _status(error) == 404:
-                    raise SettingsError(_no_such_bucket(self.bucket, self.address, self._is_local)) from None
+                if status_of(error) == 404:
+                    raise SettingsError(s3.no_such_bucket(self.bucket, self.address, self._is_local)) from None
                 raise
 
     # ---- reading
@@ -174,7 +158,7 @@ class ObjectStore:
             try:
                 reply = self._client.head_object(Bucket=self.bucket, Key=key, ChecksumMode="ENABLED")
             except self._client.exceptions.ClientError as error:
-                if _status(error) == 404:
+                if status_of(error) == 404:
                     return None
                 raise
         checksum = reply.get("ChecksumSHA256")
@@ -182,7 +166,7 @@ class ObjectStore:
         whole = checksum is not None and "-" not in checksum
         return StoredObject(
             bytes=reply["ContentLength"],
-            etag=_quoted(reply["ETag"]),
+            etag=quoted(reply["ETag"]),
             sha256=reply["Metadata"].get(METADATA_SHA256),
             stored_sha256=base64.b64decode(checksum).hex() if checksum is not None and whole else None,
         )
@@ -198,7 +182,7 @@ class ObjectStore:
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
                     found[item["Key"]] = ListedObject(
-                        bytes=item["Size"], etag=_quoted(item["ETag"]), modified=item["LastModified"]
+                        bytes=item["Size"], etag=quoted(item["ETag"]), modified=item["LastModified"]
                     )
         return dict(sorted(found.items()))
 
@@ -248,10 +232,14 @@ class ObjectStore:
         with self._translated(f"download {key}"):
             try:
                 self._client.download_file(
-                    self.bucket, key, str(path), Config=self._transfer_config(), Callback=progress or _no_progress
+                    self.bucket,
+                    key,
+                    str(path),
+                    Config=s3.transfer_config(self.multipart_bytes, self._part_bytes, PARTS_AT_ONCE),
+                    Callback=progress or _no_progress,
                 )
             except self._client.exceptions.ClientError as error:
-                if _status(error) == 404:
+                if status_of(error) == 404:
                     return False
                 raise
         return True
@@ -267,7 +255,7 @@ class ObjectStore:
 
         Raises PreconditionFailed when the object is another by now, or gone.
         """
-        matched = _quoted(etag) if self.probe().etag_quoted else etag.strip('"')
+        matched = quoted(etag) if self.probe().etag_quoted else etag.strip('"')
         return self._put(key, body, IfMatch=matched)
 
     def upload_file_new(self, path: Path, key: str, sha256: str, progress: Callable[[int], None] | None = None) -> str:
@@ -289,7 +277,9 @@ class ObjectStore:
                 with self._budget.of(size):
                     body = file.read(size)
                     require_sha256(path, hashlib.sha256(body).hexdigest(), sha256)
-                    etag = self._put(key, body, sha256=sha256, IfNoneMatch="*")
+                    etag = self._put_small(key, body, sha256) if size <= SMALL_BYTES else None
+                    if etag is None:
+                        etag = self._put(key, body, sha256=sha256, IfNoneMatch="*")
                 report(size)
                 return etag
             if self.head(key) is not None:
@@ -309,7 +299,7 @@ class ObjectStore:
             # RGW 16 leaves it out of this reply.
             stored = self.head(key)
             etag = stored.etag if stored is not None else ""
-        return _quoted(etag)
+        return quoted(etag)
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is no error."""
@@ -343,10 +333,11 @@ class ObjectStore:
                 self._traits = probe(self)
             return self._traits
 
-    def put_damaged(self, key: str, body: bytes, damaged: bytes) -> None:
+    def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None:
         """Write an object whose body becomes another of the same length on the way, after it was signed: for `probe`.
 
-        Raises StoreFault where the store notices.
+        named: whether the request names the algorithm of the checksum that it gives. Raises StoreFault where the store
+        notices.
         """
         assert len(body) == len(damaged)
         events = self._client.meta.events
@@ -357,18 +348,18 @@ class ObjectStore:
 
         events.register("before-send.s3.PutObject", damage)
         try:
-            self._put(key, body)
+            self._put(key, body, named=named)
         finally:
             events.unregister("before-send.s3.PutObject", damage)
 
-    def put_if(self, key: str, body: bytes, **condition: str) -> str:
+    def put_if(self, key: str, body: bytes, **condition: Any) -> str:
         """A PUT under a condition spelled as boto3 has it (`IfMatch`, `IfNoneMatch`), for `probe`; the new ETag."""
         return self._put(key, body, **condition)
 
     # ---- below
 
     def _get(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        condition: dict[str, Any] = {} if etag is None else {"IfNoneMatch": _quoted(etag)}
+        condition: dict[str, Any] = {} if etag is None else {"IfNoneMatch": quoted(etag)}
         with self._translated(f"read {key}"):
             try:
                 reply = self._client.get_object(Bucket=self.bucket, Key=key, **condition)
@@ -377,26 +368,41 @@ class ObjectStore:
             except self._client.exceptions.NoSuchKey:
                 return None
             except self._client.exceptions.ClientError as error:
-                if _status(error) == 304:
+                if status_of(error) == 304:
                     return None
                 raise
         claimed = reply["Metadata"].get(METADATA_SHA256)
         if claimed is not None and claimed != (got := hashlib.sha256(content).hexdigest()):
             # Written with its hash, so the way back is to blame: reading again can help.
             raise ServiceError(f"read {key} from {self!r}: expected SHA-256 {claimed}, got {got}: damaged on the way")
-        return content, _quoted(reply["ETag"])
+        return content, quoted(reply["ETag"])
 
-    def _put(self, key: str, body: bytes, *, sha256: str | None = None, **condition: Any) -> str:
+    def _put_small(self, key: str, body: bytes, sha256: str) -> str | None:
+        """Create an object in the cheap way; its ETag, or None where that is not possible or did not succeed.
+
+        Raises PreconditionFailed when the key exists.
+        """
+        traits = self._traits
+        # Bodies are believed to arrive whole where the store compares them with a checksum that is not named as well.
+        if traits is None or (traits.checks_bodies and not traits.checks_unnamed):
+            return None
+        with self._probing:
+            if self._small is None:
+                self._small = SmallFiles(self._connection, self.bucket, self._kms_key_id)
+        return self._small.put_new(key, body, sha256)
+
+    def _put(self, key: str, body: bytes, *, sha256: str | None = None, named: bool = True, **condition: Any) -> str:
         """sha256: hexadecimal; the body's own when None."""
         sha256 = sha256 or hashlib.sha256(body).hexdigest()
+        # Named as well as given: some stores compare only then.
+        naming: dict[str, Any] = {"ChecksumAlgorithm": "SHA256"} if named else {}
         with self._translated(f"write {key}"):
             try:
                 reply = self._client.put_object(
                     Bucket=self.bucket,
                     Key=key,
                     Body=body,
-                    # Named as well as given: some stores compare only then.
-                    ChecksumAlgorithm="SHA256",
+                    **naming,
                     ChecksumSHA256=base64.b64encode(bytes.fromhex(sha256)).decode(),
                     Metadata={METADATA_SHA256: sha256},
                     **self._encryption,
@@ -405,154 +411,11 @@ class ObjectStore:
             except self._client.exceptions.NoSuchKey as error:
                 # If-Match on an object that is gone.
                 raise PreconditionFailed(f"cannot write {key}: it is gone") from error
-        return _quoted(reply["ETag"])
-
-    def _transfer_config(self) -> TransferConfig:
-        from boto3.s3.transfer import TransferConfig
-
-        return TransferConfig(
-            multipart_threshold=self.multipart_bytes,
-            multipart_chunksize=self._part_bytes,
-            max_concurrency=PARTS_AT_ONCE,
-            max_io_queue=QUEUED_PIECES,
-            # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
-            preferred_transfer_client="classic",
-        )
+        return quoted(reply["ETag"])
 
     def _translated(self, action: str) -> contextlib.AbstractContextManager[None]:
-        return _translated(action, self.address, self.bucket, self._is_local)
-
-
-def s3_client(settings: Settings) -> S3Client:
-    """A client of the store that the settings name, for a library that brings its own ways of reading."""
-    return _client(settings.s3_endpoint, settings.s3_is_local)
-
-
-def _client(endpoint: str | None, local: bool) -> S3Client:
-    # Imported on first use: 0.3 s that commands without a store need not pay.
-    import boto3
-    import botocore.session
-    from botocore.config import Config
-
-    options: dict[str, Any] = {
-        "connect_timeout": CONNECT_SECONDS,
-        "read_timeout": READ_SECONDS,
-        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
-        "max_pool_connections": CONNECTIONS,
-        # We send SHA-256 where a checksum matters; the default CRC32 trailer breaks older stores over TLS.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-        # Over TLS the client library would not sign bodies. Stores that know no checksums compare this hash.
-        "s3": {"payload_signing_enabled": True},
-    }
-    if not local:
-        return boto3.Session().client("s3", endpoint_url=endpoint, config=Config(**options))
-    # The local server knows no users: nothing of the person's own AWS profile may redirect or break it.
-    nothing = {name: (None, None, None, None) for name in ("profile", "config_file", "credentials_file", "ca_bundle")}
-    session = boto3.Session(
-        aws_access_key_id="local",
-        aws_secret_access_key="local",
-        region_name="us-east-1",
-        botocore_session=botocore.session.Session(session_vars=nothing),
-    )
-    config = Config(**options, proxies={}, use_fips_endpoint=False, use_dualstack_endpoint=False)
-    return session.client("s3", endpoint_url=endpoint, config=config)
+        return s3.translated(action, self.address, self.bucket, self._is_local)
 
 
 def _no_progress(count: int) -> None:
     pass
-
-
-@contextlib.contextmanager
-def _translated(action: str, address: str, bucket: str, local: bool) -> Iterator[None]:
-    """Turn what boto3 raises into this application's errors."""
-    import boto3.exceptions
-    from botocore import exceptions as botocore
-    from s3transfer.exceptions import S3DownloadFailedError
-    from urllib3.exceptions import HTTPError
-
-    where = f"s3://{bucket} at {address}"
-    try:
-        yield
-    except boto3.exceptions.Boto3Error as error:
-        # The transfer manager wraps the answer in text.
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, botocore.ClientError):
-            raise _answered(cause, action, bucket, address, local) from error
-        raise ServiceError(f"cannot {action} in {where}: {error}") from error
-    except botocore.ClientError as error:
-        raise _answered(error, action, bucket, address, local) from error
-    except (
-        botocore.NoCredentialsError,
-        botocore.PartialCredentialsError,
-        botocore.CredentialRetrievalError,
-        botocore.SSOError,
-        botocore.TokenRetrievalError,
-    ) as error:
-        raise SettingsError(f"no usable credentials for {where} ({error}); expected {_CREDENTIALS}") from error
-    except botocore.SSLError as error:
-        raise SettingsError(
-            f"cannot {action} in {where}: TLS failed ({error}); for a private authority set AWS_CA_BUNDLE"
-        ) from error
-    except (botocore.ProfileNotFound, botocore.ConfigParseError, botocore.ConfigNotFound) as error:
-        raise SettingsError(f"{error}; check AWS_PROFILE and AWS_CONFIG_FILE") from error
-    except (botocore.ParamValidationError, botocore.InvalidRegionError, botocore.NoRegionError) as error:
-        raise SettingsError(f"cannot {action} in {where}: {error}; check SHIP_BUCKET and AWS_REGION") from error
-    except ValueError as error:
-        if "endpoint" not in str(error):
-            raise
-        raise SettingsError(
-            f"AWS_ENDPOINT_URL: expected an address such as https://s3.example.com, got {address!r}"
-        ) from error
-    except (botocore.HTTPClientError, botocore.ConnectionError) as error:
-        hint = "is the local stack up? `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
-        reason = str(error.kwargs.get("error", error)) if isinstance(error, botocore.BotoCoreError) else str(error)
-        raise ServiceError(f"cannot {action} in {where}: no answer ({reason}); {hint}") from error
-    except (botocore.BotoCoreError, HTTPError, S3DownloadFailedError) as error:
-        raise ServiceError(f"cannot {action} in {where}: {error}") from error
-
-
-def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -> ShipError:
-    """The error that a fault answered by the store stands for. error: botocore's ClientError."""
-    status = _status(error)
-    said = error.response.get("Error", {})
-    code, text = str(said.get("Code", "")), str(said.get("Message", ""))
-    where = f"s3://{bucket} at {address}"
-    if code == "NoSuchBucket":
-        return SettingsError(_no_such_bucket(bucket, address, local))
-    if code in ("BucketAlreadyExists", "InvalidBucketName"):
-        return SettingsError(
-            f"bucket {bucket!r} cannot be made at {address}: {code}: {text}; set SHIP_BUCKET to another"
-        )
-    if status in (409, 412) or code == "NoSuchUpload":
-        return PreconditionFailed(f"cannot {action} in {where}: {status} {code}")
-    if code in _REGION_CODES:
-        return SettingsError(f"{where} is in another region ({code}: {text}); set AWS_REGION to the bucket's")
-    if code in _CREDENTIAL_CODES or status in (401, 403):
-        return SettingsError(
-            f"{where} refused these credentials: cannot {action} ({status} {code}: {text}). "
-            f"Expected credentials that may read, list and write the bucket, from {_CREDENTIALS}"
-        )
-    return StoreFault(f"cannot {action} in {where}: it answered {status} {code}: {text}", status=status, code=code)
-
-
-def _status(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _no_such_bucket(bucket: str, address: str, local: bool) -> str:
-    if local:
-        return f"there is no bucket {bucket!r} at {address}: `ship up` creates it"
-    return (
-        f"there is no bucket {bucket!r} at {address}: create it (`aws s3api create-bucket --bucket {bucket}`), "
-        "or set SHIP_BUCKET to one that exists"
-    )
-
-
-def _quoted(etag: str) -> str:
-    return etag if etag.startswith('"') else f'"{etag}"'
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")

@@ -11,7 +11,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from infra.errors import PreconditionFailed, ShipError, StoreFault, StoreRefused
 
@@ -29,6 +29,8 @@ class StoreTraits:
     """If-Match wants the ETag in quotation marks, as HTTP says; False where only the bare one is understood."""
     checks_bodies: bool
     """A body that was damaged on the way is refused: by its checksum, or because it is not what was signed."""
+    checks_unnamed: bool
+    """The same where the request gives the checksum without naming its algorithm, as `infra/small_files.py` does."""
 
 
 class Store(Protocol):
@@ -36,9 +38,9 @@ class Store(Protocol):
 
     @property
     def address(self) -> str: ...
-    def put_if(self, key: str, body: bytes, **condition: str) -> str: ...
+    def put_if(self, key: str, body: bytes, **condition: Any) -> str: ...
     def get(self, key: str) -> tuple[bytes, str] | None: ...
-    def put_damaged(self, key: str, body: bytes, damaged: bytes) -> None: ...
+    def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None: ...
     def delete(self, key: str) -> None: ...
 
 
@@ -55,10 +57,12 @@ def probe(store: Store) -> StoreTraits:
         checks = pool.submit(_checks_bodies, store, keys["damaged"])
         try:
             winners = _race(store, keys["race"], pool)
-            traits = StoreTraits(etag_quoted=quoted.result(), checks_bodies=checks.result())
+            named, unnamed = checks.result()
+            traits = StoreTraits(etag_quoted=quoted.result(), checks_bodies=named, checks_unnamed=unnamed)
         finally:
             # A write that is still under way would outlive its deletion.
-            wait([quoted, checks])
+            wait([quoted])
+            wait([checks])
             for done in [pool.submit(store.delete, key) for key in keys.values()]:
                 # A bucket may forbid deletion; the probe's own verdict matters more.
                 with contextlib.suppress(ShipError):
@@ -117,9 +121,14 @@ def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> int:
     return winners if winners or store.get(key) is None else 1
 
 
-def _checks_bodies(store: Store, key: str) -> bool:
+def _checks_bodies(store: Store, key: str) -> tuple[bool, bool]:
+    """Whether damage is noticed with the algorithm named, and without."""
+    return _notices_damage(store, key, named=True), _notices_damage(store, key, named=False)
+
+
+def _notices_damage(store: Store, key: str, *, named: bool) -> bool:
     try:
-        store.put_damaged(key, b"whole", b"whale")
+        store.put_damaged(key, b"whole", b"whale", named=named)
     except StoreFault as fault:
         if fault.status != 400:
             raise

@@ -33,7 +33,7 @@ from registry.train_options import Checkpoint, Train
 
 def _is_channel(value: str) -> str:
     if RESERVED_CHANNELS.fullmatch(value):
-        taken = "latest, champion, challenger, previous or v and digits"
+        taken = "latest, champion, challenger, previous, …-previous or v and digits"
         raise ValueError(f"a channel that MLflow can have as an alias: not {taken}")
     return value
 

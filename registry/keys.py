@@ -16,8 +16,8 @@ import re
 from infra.errors import RequestError
 from registry.release import is_name, require_name, require_release_id
 
-RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|v\d+")
-"""A channel other than prod is also an MLflow alias, and these are taken."""
+RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|.*-previous|v\d+")
+"""A channel other than prod is also an MLflow alias, and these are taken; `staging-previous` is of `staging`."""
 
 
 def require_channel(channel: str) -> None:
@@ -25,7 +25,8 @@ def require_channel(channel: str) -> None:
     if not is_name(channel) or RESERVED_CHANNELS.fullmatch(channel):
         raise RequestError(
             "channel: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, and not latest, "
-            f"champion, challenger, previous or v and digits, which MLflow has other uses for; got {channel!r}"
+            "champion, challenger, previous, …-previous or v and digits, which MLflow has other uses for; "
+            f"got {channel!r}"
         )
 
 

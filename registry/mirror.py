@@ -1,5 +1,5 @@
-"""MLflow's aliases follow the pointers: `champion` and `previous` for prod, an alias of its own name for any other
-channel.
+"""MLflow's aliases follow the pointers: `champion` and `previous` for prod, `staging` and `staging-previous` for a
+channel of that name, and so on.
 
 The pointer decides and never waits for MLflow. Whoever sets an alias looks at the pointer again afterwards, so however
 many movers do this at once, the last alias set is that of the last pointer. An alias is set over what it was and never
@@ -40,6 +40,11 @@ class Mirrored:
 def alias_of(channel: str) -> str:
     """The MLflow alias that mirrors a channel: `champion` for prod, else the channel's own name."""
     return CHAMPION if channel == PRODUCTION else channel
+
+
+def previous_alias_of(channel: str) -> str:
+    """The MLflow alias of what was live on a channel before: `previous` for prod, else with the channel's name."""
+    return PREVIOUS if channel == PRODUCTION else f"{channel}-{PREVIOUS}"
 
 
 def mirror_channel(
@@ -100,8 +105,8 @@ def version_of(registry: ModelRegistry, model: str, release: str, recorded: str)
 def _set(registry: ModelRegistry, store: ObjectStore, pointer: Pointer, dry_run: bool) -> Mirrored:
     model = pointer.model
     wanted: dict[str, tuple[str, str]] = {alias_of(pointer.channel): (pointer.release, pointer.mlflow_version)}
-    if pointer.channel == PRODUCTION and pointer.previous is not None:
-        wanted[PREVIOUS] = (pointer.previous, _version_before(store, pointer))
+    if pointer.previous is not None:
+        wanted[previous_alias_of(pointer.channel)] = (pointer.previous, _version_before(store, pointer))
     present: Mapping[str, str] = registry.aliases(model)
     changed, missing = [], []
     for alias, (release, recorded) in wanted.items():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.errors import GateError, ReleaseError, RequestError, ShipError
 from infra.objectstore import ObjectStore
@@ -20,7 +22,11 @@ from registry.mlflow_rest import model_registry
 from registry.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
 from registry.release import JOB, Manifest
 from registry.releases import verify_release
+from registry.signing import require_signer
 from registry.timeline import rollback_target
+
+if TYPE_CHECKING:
+    from registry.job import Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +45,37 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A target and what was live, measured by one process on the same held-out samples."""
+
+    live: str
+    """The release that was live; empty when nothing was."""
+    samples: int
+    """How many; 0 where the samples are not within reach, so that only recorded numbers can be compared."""
+    candidate: Mapping[str, float]
+    against: Mapping[str, float]
+    """The live release's numbers."""
+    problem: str
+    """Why the live release could not be measured; empty when it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verified:
     """A target whose bytes are what its manifest says."""
 
     target: Target
     manifest: Manifest
     verdicts: Mapping[str, str]
+    scored: Scored | None = None
+    """None when nobody has run it."""
+
+
+class OtherLive(Exception):
+    """What is live is not what the target was measured beside: measure again."""
+
+    def __init__(self, live: Pointer | None) -> None:
+        super().__init__("another release went live")
+        self.live = live
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +123,18 @@ def choose_promotion(store: ObjectStore, model: str, channel: str, release: str,
     return _target(store, model, channel, release, live, tracking_uri)
 
 
-def verify_target(store: ObjectStore, target: Target, *, read_back: bool = True) -> Verified:
-    """Check every byte of the target, or with read_back=False what the store says of its files. Reads only."""
+def verify_target(
+    store: ObjectStore, target: Target, *, read_back: bool = True, public_key: Path | None = None
+) -> Verified:
+    """Check every byte of the target, or with read_back=False what the store says of its files. Reads only.
+
+    public_key: file (PEM) of the key that has to have signed it; None asks for no signature.
+    """
     manifest = verify_release(store, target.model, target.release, read_back=read_back)
     how = "read back and hashed" if read_back else "checked by what the store says of them"
     said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
-    return Verified(target=target, manifest=manifest, verdicts={"bytes": said})
+    signed = require_signer(store, manifest, public_key)
+    return Verified(target=target, manifest=manifest, verdicts={"bytes": said, **signed})
 
 
 def roll_back(store: ObjectStore, verified: Verified, mover: Mover) -> Pointer:
@@ -121,20 +158,22 @@ def promote_existing(
     """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`: GateError.
 
     gates: False leaves them out, which the record says. again: also a release that a rollback has just left.
-    verdicts: more for the record.
+    verdicts: more for the record. Raises OtherLive when the target was measured beside a release that is not live.
     """
     target = verified.target
-    limits = _vs_live(store, target) if gates else None
+    job = release_job(store, target) if gates else None
 
     def accept(live: Pointer | None, manifest: Manifest | None) -> Mapping[str, str]:
-        if limits is None or live is None or manifest is None:
-            return {"vs_live": "not asked" if limits is None else "nothing was live"}
-        return limits(verified.manifest.metrics, live, manifest)
+        if job is None or live is None or manifest is None:
+            return {"vs_live": "not asked" if job is None else "nothing was live"}
+        return _require_not_worse(job, verified, live, manifest)
 
     def replacing(live: Pointer | None) -> None:
         _require_unchanged(target, live)
         if not again:
             require_not_rolled_back(target.release, live)
+        if gates and verified.scored is not None and verified.scored.live != (live.release if live else ""):
+            raise OtherLive(live)
 
     return _move(
         store,
@@ -155,6 +194,24 @@ def require_not_rolled_back(release: str, live: Pointer | None) -> None:
             f"({live.moved_by}, {live.moved_at}: {live.reason}) and does not go live again by itself; "
             f"`ship promote {live.model} --from {release[:8]} --to {live.channel} --again --why …` puts it back"
         )
+
+
+def release_job(store: ObjectStore, target: Target) -> Job:
+    """The job that made the target. Raises GateError when it cannot be read, for then its gates cannot be asked."""
+    from pydantic import ValidationError
+
+    from registry.job import Job
+
+    key = release_prefix(target.model, target.release) + JOB
+    found = store.get(key)
+    try:
+        if found is None:
+            raise ReleaseError(f"{key}: expected the job that made the release, got none")
+        return Job.model_validate(json.loads(found[0]))
+    except (ValidationError, ValueError, ReleaseError) as error:
+        raise GateError(
+            f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"
+        ) from None
 
 
 def described(live: Pointer | None) -> str:
@@ -202,36 +259,29 @@ def _record_of(store: ObjectStore, model: str, channel: str, generation: int) ->
     return move
 
 
-def _vs_live(
-    store: ObjectStore, target: Target
-) -> Callable[[Mapping[str, float], Pointer, Manifest], Mapping[str, str]]:
-    """The release's own gates against what is live. Raises GateError when they cannot be read."""
-    from pydantic import ValidationError
+def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Manifest) -> Mapping[str, str]:
+    """The target's own gates against what is live, by what was measured, or else by what both say of themselves.
 
+    manifest: of the live release. Returns what was compared, for the record. Raises GateError.
+    """
     from registry.gates import require_not_worse
-    from registry.job import Job
 
-    key = release_prefix(target.model, target.release) + JOB
-    found = store.get(key)
-    try:
-        if found is None:
-            raise ReleaseError(f"{key}: expected the job that made the release, got none")
-        job = Job.model_validate(json.loads(found[0]))
-    except (ValidationError, ValueError, ReleaseError) as error:
-        raise GateError(
-            f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"
-        ) from None
-
-    def limits(metrics: Mapping[str, float], live: Pointer, manifest: Manifest) -> Mapping[str, str]:
-        require_not_worse(job, metrics, manifest.metrics, live.release)
-        gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
-        said = [f"{metric} {metrics[metric]:.4g} against {manifest.metrics[metric]:.4g}" for metric in gated]
-        # Their times are only comparable when they are measured side by side, which train-and-ship does.
-        timed = [name for name, gate in job.gates.items() if gate.times_live is not None]
-        more = {"times_live": f"not measured: {', '.join(timed)}"} if timed else {}
-        return {"vs_live": f"{'; '.join(said) or 'no such gate'} (live {live.release})", **more}
-
-    return limits
+    gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
+    scored = verified.scored
+    if scored is not None and scored.samples:
+        mine, theirs = scored.candidate, scored.against
+        require_not_worse(job, mine, theirs, live.release, scored.problem)
+        how = f"both measured on {scored.samples:,} held-out samples"
+    else:
+        mine, theirs = verified.manifest.metrics, manifest.metrics
+        require_not_worse(job, mine, theirs, live.release)
+        how = "as recorded when each was made"
+    said = [f"{metric} {mine[metric]:.4g} against {theirs[metric]:.4g}" for metric in gated]
+    # Times can only be compared when they are measured side by side, which train-and-ship does.
+    timed = [name for name, gate in job.gates.items() if gate.times_live is not None]
+    more = {"times_live": f"not measured: {', '.join(timed)}"} if timed else {}
+    compared = f"{'; '.join(said)}, {how}" if said else "no such gate"
+    return {"vs_live": f"{compared} (live {live.release})", **more}
 
 
 def _move(

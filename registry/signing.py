@@ -115,6 +115,46 @@ def require_signature(store: ObjectStore, manifest: Manifest, public_key: Ellipt
         raise ReleaseError(str(error)) from None
 
 
+def require_signer(store: ObjectStore, manifest: Manifest, public_key: Path | None) -> dict[str, str]:
+    """Before a channel moves to a release: where a key is required, its signature has to be there and hold.
+
+    public_key: file in PEM, or None where no signature is required. Returns what was found, for the record of the move.
+    Raises SettingsError when the key cannot be used, and ReleaseError when the release is not signed by it.
+    """
+    if public_key is None:
+        return {}
+    key = load_public_key(public_key)
+    try:
+        require_signature(store, manifest, key)
+    except ReleaseError as error:
+        raise ReleaseError(
+            f"{manifest.model}: release {manifest.release} does not go live: {error}. SHIP_PUBLIC_KEY={public_key} "
+            f"requires it; whoever has the private key signs with `ship sign {manifest.model} {manifest.release}`"
+        ) from None
+    return {"signature": f"by key {signatures.key_id(key)[:16]}"}
+
+
+def require_usable_keys(signing_key: Path | None, public_key: Path | None) -> None:
+    """Before a run that publishes: what it would sign must satisfy what is required of a release that goes live.
+
+    Raises SettingsError for a key that cannot be used, and when no release of this run could be promoted.
+    """
+    private = load_private_key(signing_key) if signing_key is not None else None
+    if public_key is None:
+        return
+    required = load_public_key(public_key)
+    if private is None:
+        raise SettingsError(
+            f"SHIP_PUBLIC_KEY={public_key} requires releases to be signed, and SHIP_SIGNING_KEY is not set: nothing "
+            "that this run publishes could go live. Set it to the private key, or leave SHIP_PUBLIC_KEY out"
+        )
+    if signatures.key_id(private.public_key()) != signatures.key_id(required):
+        raise SettingsError(
+            f"SHIP_SIGNING_KEY={signing_key} is not the private half of SHIP_PUBLIC_KEY={public_key}: nothing that "
+            "this run signs could go live"
+        )
+
+
 def signature_key(manifest: Manifest, public_key: EllipticCurvePublicKey) -> str:
     """Where a key's signature of a release lies."""
     return release_prefix(manifest.model, manifest.release) + signatures.file_name(public_key)

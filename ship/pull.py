@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from infra.errors import ReleaseError, ServiceError, SettingsError
-from infra.objectstore import s3_client
+from infra.s3 import s3_client
 from infra.settings import Settings
 from shipreader.errors import ReaderError, Refused, Unavailable
 from shipreader.reader import Reader

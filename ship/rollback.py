@@ -1,6 +1,7 @@
 """`ship rollback` and `ship promote`: move a channel to a release that is in the bucket already.
 
-Without Prefect, and without importing mlflow: in an incident every second counts.
+Without Prefect, and without importing mlflow or torch: in an incident every second counts. A promotion tries the
+release in a process of its own first.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from registry.moves import (
     Verified,
     choose_promotion,
     choose_rollback,
-    promote_existing,
     roll_back,
     verify_target,
 )
@@ -33,21 +33,29 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     require_model(store, model)
     release = resolve_release(store, model, to, settings.mlflow_url) if to else None
     target = choose_rollback(store, model, channel, release, settings.mlflow_url)
-    verified = verify_target(store, target, read_back=not quick)
+    verified = verify_target(store, target, read_back=not quick, public_key=settings.public_key)
     _finish(settings, store, verified, roll_back(store, verified, mover))
 
 
 def promote(model: str, source: str, channel: str, why: str, gates: bool, again: bool) -> None:
     """Put the release that `source` names live on a channel."""
+    import asyncio
+
+    from tasks.existing import promote_tried, try_out
+
     mover = Mover(by=who(), why=why)
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
     require_model(store, model)
     release = resolve_release(store, model, source, settings.mlflow_url)
     target = choose_promotion(store, model, channel, release, settings.mlflow_url)
-    verified = verify_target(store, target)
-    pointer = promote_existing(store, verified, mover, gates=gates, again=again)
-    _finish(settings, store, verified, pointer)
+    verified = verify_target(store, target, read_back=False, public_key=settings.public_key)
+
+    async def tried() -> tuple[Verified, Pointer]:
+        tried = await try_out(settings, store, verified, gates=gates)
+        return tried, await promote_tried(settings, store, tried, mover, gates=gates, again=again)
+
+    _finish(settings, store, *asyncio.run(tried()))
 
 
 def _finish(settings: Settings, store: ObjectStore, verified: Verified, pointer: Pointer) -> None:
@@ -58,6 +66,8 @@ def _finish(settings: Settings, store: ObjectStore, verified: Verified, pointer:
         f"  replaced  {pointer.previous or 'nothing'}\n"
         f"  by        {pointer.moved_by}: {pointer.reason}\n"
         f"  bytes     {verified.verdicts['bytes']}"
+        + (f"\n  tried     {verified.verdicts['rehearsal']}" if "rehearsal" in verified.verdicts else "")
+        + (f"\n  vs live   {pointer.verdicts['vs_live']}" if "vs_live" in pointer.verdicts else "")
     )
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)

@@ -21,12 +21,12 @@ from registry.moves import (
     choose_promotion,
     choose_rollback,
     described,
-    promote_existing,
     roll_back,
     verify_target,
 )
 from registry.pointer import Pointer
 from registry.references import resolve_release
+from tasks.existing import promote_tried, try_out
 from tasks.policy import quiet_mistakes, worth_retrying
 from tasks.tell import PROMOTED, tell
 
@@ -73,7 +73,8 @@ async def choose_earlier(request: Request, to: str) -> Verified:
 def _choose_earlier(request: Request, to: str) -> Verified:
     uri = request.settings.mlflow_url
     release = resolve_release(request.store, request.model, to, uri) if to else None
-    return verify_target(request.store, choose_rollback(request.store, request.model, request.channel, release, uri))
+    target = choose_rollback(request.store, request.model, request.channel, release, uri)
+    return verify_target(request.store, target, public_key=request.settings.public_key)
 
 
 @task(
@@ -85,14 +86,30 @@ def _choose_earlier(request: Request, to: str) -> Verified:
     retry_condition_fn=worth_retrying,
 )
 async def choose_existing(request: Request, source: str) -> Verified:
-    """The release that `source` names; every byte of it is read back."""
+    """The release that `source` names, complete by what the bucket says of it; `rehearse_existing` reads the files."""
     return await asyncio.to_thread(_choose_existing, request, source)
 
 
 def _choose_existing(request: Request, source: str) -> Verified:
     uri = request.settings.mlflow_url
     release = resolve_release(request.store, request.model, source, uri)
-    return verify_target(request.store, choose_promotion(request.store, request.model, request.channel, release, uri))
+    target = choose_promotion(request.store, request.model, request.channel, release, uri)
+    return verify_target(request.store, target, read_back=False, public_key=request.settings.public_key)
+
+
+@task(
+    name="rehearse-existing",
+    task_run_name="rehearse",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def rehearse_existing(request: Request, verified: Verified, gates: bool) -> Verified:
+    """Download it, load every format in a clean process, run the golden inputs, and score it beside what is live."""
+    tried = await try_out(request.settings, request.store, verified, gates=gates)
+    get_run_logger().info("rehearsed from the bucket: %s", tried.verdicts["rehearsal"])
+    return tried
 
 
 @task(
@@ -119,9 +136,7 @@ async def move_back(request: Request, verified: Verified) -> Moved:
 )
 async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
     """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError."""
-    pointer = await asyncio.to_thread(
-        promote_existing, request.store, verified, request.mover, gates=gates, again=again
-    )
+    pointer = await promote_tried(request.settings, request.store, verified, request.mover, gates=gates, again=again)
     return await _tell(request, pointer)
 
 

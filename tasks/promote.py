@@ -15,6 +15,7 @@ from registry.description import in_short
 from registry.mirror import alias_of, follow, set_challenger
 from registry.moves import require_not_rolled_back
 from registry.pointer import Pointer
+from registry.signing import require_signer
 from tasks.policy import worth_retrying
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed, hold_against
@@ -93,6 +94,7 @@ def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed
         if (live.release if live else "") != rehearsed.live:
             raise _OtherLive(live)
 
+    signed = require_signer(run.store, registered.manifest, run.settings.public_key)
     return move_channel(
         run.store,
         registered.manifest,
@@ -105,5 +107,5 @@ def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed
         accept=None,
         replacing=replacing,
         etags=rehearsed.published.etags,
-        verdicts={**in_short(validated.result.verdicts), **rehearsed.in_words()},
+        verdicts={**in_short(validated.result.verdicts), **rehearsed.in_words(), **signed},
     )

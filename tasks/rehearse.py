@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import GateError, JobError, ReleaseError, WorkerError
+from infra.errors import GateError, JobError, WorkerError
 from infra.rundir import StageFolder
 from registry.description import file_size, number
 from registry.gates import require_not_slower, require_not_worse, verdict_table, worst
 from registry.job import Job
 from registry.pointer import Pointer, read_pointer
-from registry.release import Manifest
-from registry.releases import Published, fetch_release, publish
+from registry.releases import Published, publish
+from tasks.copies import download_anew, live_copy
 from tasks.policy import worth_retrying
 from tasks.register import Registered
 from tasks.requests import measure_request, user_modules
@@ -39,7 +37,6 @@ from torchworker.contract import (
     RehearseResult,
     ScoreRequest,
     ScoreResult,
-    TensorSpec,
     Timed,
     decode,
 )
@@ -47,8 +44,6 @@ from torchworker.contract import (
 COMPARED = "compared.json"
 REPORT_SECONDS = 5.0
 """Between two lines of progress of one upload."""
-KEEP_SECONDS = 24 * 3600
-"""Releases that nobody asked for in this time are dropped from the local copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +119,9 @@ async def hold_against(
         result = RehearseResult.read(stage.path / COMPARED)
         return Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
     copies = run.settings.home / "releases" / run.job.name
-    candidate = await asyncio.to_thread(_download_anew, run, manifest, copies / manifest.release)
+    candidate = await asyncio.to_thread(download_anew, run.store, manifest, copies / manifest.release)
     # After it: they may be one release.
-    current, problem = await asyncio.to_thread(_live_copy, run, copies, live)
+    current, problem = await asyncio.to_thread(live_copy, run.store, copies, live)
     work = stage.begin()
     exported = validated.exported.folder
     request = RehearseRequest(
@@ -257,60 +252,6 @@ def _beside(rehearsed: Rehearsed) -> str:
     theirs = rehearsed.live_quality
     pairs = [f"{name} {value:.4g}, live {theirs[name]:.4g}" for name, value in rehearsed.quality.items()]
     return f"; {'; '.join(pairs)}" if pairs else ""
-
-
-def _download_anew(run: Run, manifest: Manifest, folder: Path) -> RehearsedRelease:
-    """The candidate from the bucket, also when a copy lies here: it is the bucket that is tried."""
-    shutil.rmtree(folder, ignore_errors=True)
-    fetched = fetch_release(run.store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
-    return _rehearsed(fetched, folder)
-
-
-def _live_copy(run: Run, copies: Path, live: Pointer | None) -> tuple[RehearsedRelease | None, str]:
-    """The live release from the bucket, or the copy of an earlier run, verified; none and why when it is broken."""
-    if live is None:
-        return None, ""
-    folder = copies / live.release
-    _drop_old(copies, folder)
-
-    def fetch() -> Manifest:
-        return fetch_release(run.store, live.model, live.release, folder, manifest_sha256=live.manifest_sha256)
-
-    try:
-        try:
-            manifest = fetch()
-        except ReleaseError:
-            if not folder.exists():
-                raise
-            # The copy was damaged; the bucket decides.
-            shutil.rmtree(folder)
-            manifest = fetch()
-        folder.touch()
-        return _rehearsed(manifest, folder), ""
-    except (ReleaseError, KeyError, TypeError) as error:
-        return None, f"it is broken: {error}"
-
-
-def _drop_old(copies: Path, keep: Path) -> None:
-    for folder in copies.glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if folder != keep and time.time() - folder.stat().st_mtime > KEEP_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
-    return RehearsedRelease(
-        folder=str(folder),
-        files={name: entry.sha256 for name, entry in manifest.files.items()},
-        formats=manifest.formats,
-        inputs=_specs(manifest.signature, "inputs"),
-        outputs=_specs(manifest.signature, "outputs"),
-        serve=manifest.serve,
-    )
-
-
-def _specs(signature: Mapping[str, list[Mapping[str, object]]], side: str) -> list[TensorSpec]:
-    return [decode(TensorSpec, spec) for spec in signature.get(side, [])]
 
 
 class _UploadLog:

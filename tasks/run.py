@@ -24,7 +24,7 @@ from registry.job import Job, load_job
 from registry.live_run import LiveRun
 from registry.mlflow_client import check_reachable
 from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
-from registry.signing import load_private_key
+from registry.signing import require_usable_keys
 from tasks.cpp import start_build
 from tasks.policy import quiet_mistakes
 from tasks.requests import project_of, run_params
@@ -88,8 +88,7 @@ async def begin(job_file: str, resume: str = "") -> Run:
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
     settings = Settings.load()
-    if settings.signing_key is not None:
-        load_private_key(settings.signing_key)
+    require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
     folder = _run_folder(settings.runs / job.name, flow_run_id, resume)
     # Workers import torch while this process imports MLflow and talks to the services.

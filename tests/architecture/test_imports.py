@@ -45,8 +45,10 @@ ONLY_IN = {
         "registry/mlflow_versions.py",
         "registry/mlflow_rest.py",
     ],
-    "boto3": ["infra/objectstore.py", "shipreader/bucket.py"],
-    "botocore": ["infra/objectstore.py", "shipreader/bucket.py"],
+    "boto3": ["infra/s3.py", "shipreader/bucket.py"],
+    "botocore": ["infra/s3.py", "shipreader/bucket.py"],
+    # For one kind of request, of which there may be thousands.
+    "obstore": ["infra/small_files.py"],
     "onnx": [],
     "onnxruntime": [
         "torchworker/runtimes.py",

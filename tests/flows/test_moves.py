@@ -19,8 +19,8 @@ from registry.release import Manifest
 from tests.conftest import Command
 from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.services.runnable import runnable
 from tests.services.test_promotion import move
-from tests.services.test_rollback import with_job
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def releases(store: ObjectStore, tmp_path: Path) -> list[Manifest]:
     model = f"moves-{uuid.uuid4().hex[:8]}"
     made = []
     for number, accuracy in enumerate((0.97, 0.98)):
-        made.append(with_job(store, tmp_path / str(number), accuracy, model=model))
+        made.append(runnable(store, tmp_path / str(number), accuracy, seed=number, model=model))
         move(store, made[-1], model=model, channel="staging", mlflow_version="")
     move(store, made[0], model=model, mlflow_version="")
     return made
@@ -116,7 +116,10 @@ def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(
     pointer = live(store, first.model)
     assert (pointer.release, pointer.previous, pointer.flow_run) == (second.release, first.release, run)
     assert pointer.verdicts["approved"] == "by grace: looks good"
-    assert pointer.verdicts["vs_live"] == f"accuracy 0.98 against 0.97 (live {first.release})"
+    assert pointer.verdicts["vs_live"] == (
+        f"accuracy 0.98 against 0.97, as recorded when each was made (live {first.release})"
+    )
+    assert pointer.verdicts["rehearsal"] == "2 checks passed: torchscript"
 
 
 def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
@@ -137,7 +140,7 @@ def test_an_approval_is_for_what_was_live_when_it_was_asked(
     first, _ = releases
     run = api.start("promote", model=first.model, why="a quiet week", approve=True)
     api.wait(run, "Paused")
-    other = with_job(store, tmp_path / "other", 0.975, model=first.model)
+    other = runnable(store, tmp_path / "other", 0.975, seed=2, model=first.model)
     move(store, other, model=first.model, mlflow_version="")
     api.answer(run, approve=True, by="grace")
     failed = api.wait(run, "Failed")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import objectstore
+from infra import objectstore, s3
 from infra.errors import ShipError
 from infra.objectstore import ObjectStore
 from registry.history import read_history, read_record, record_key
@@ -143,7 +143,7 @@ def scene(
     generator = random.Random(0)
     # Read when a client is made.
     direct = connect(object_store.bucket)
-    monkeypatch.setattr(objectstore, "READ_SECONDS", TIMEOUT_SECONDS)
+    monkeypatch.setattr(s3, "READ_SECONDS", TIMEOUT_SECONDS)
 
     def candidates() -> Iterator[tuple[Path, Manifest]]:
         while True:
@@ -157,9 +157,9 @@ def scene(
     with FaultProxy(store_url) as proxy:
         direct.probe()
         bucket = object_store.bucket
-        client = connect(bucket, proxy.url)._client
+        connection = connect(bucket, proxy.url)._connection
         # A client costs a tenth of a second to make; what is known of the store belongs to the ObjectStore.
-        anew = functools.partial(ObjectStore, client, bucket=bucket, address=proxy.url, is_local=False)
+        anew = functools.partial(ObjectStore, connection, bucket=bucket, address=proxy.url)
         scene = Scene(direct, anew, proxy, tmp_path, candidates())
         yield scene
         assert read_history(direct, MODEL, CHANNEL) == scene.history
@@ -207,7 +207,7 @@ def test_every_fault_at_every_request_leaves_the_old_or_the_new_release_live(sce
 def test_a_store_that_is_gone_from_any_request_on_leaves_the_old_or_the_new_release_live(
     scene: Scene, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objectstore, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
     for index in range(scene.requests()):
         disturbed(scene, index, FAULTS[kind], following=GONE)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import SettingsError
-from infra.objectstore import ObjectStore, s3_client
+from infra.objectstore import ObjectStore
+from infra.s3 import s3_client
 from infra.settings import Settings
 from registry.history import read_history
 from registry.iam import Role, policy

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from infra.objectstore import ObjectStore, s3_client
+from infra.objectstore import ObjectStore
+from infra.s3 import s3_client
 from infra.settings import Settings
 from registry.keys import pointer_key, release_prefix
 from registry.pointer import Pointer

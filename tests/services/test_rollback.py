@@ -228,7 +228,7 @@ def test_a_release_moves_from_staging_to_prod(object_store: ObjectStore, tmp_pat
     assert pointer.verdicts["vs_live"] == "nothing was live"
     better = with_job(object_store, tmp_path / "b", 0.98)
     assert promoted(object_store, better.release).verdicts["vs_live"] == (
-        f"accuracy 0.98 against 0.97 (live {manifest.release})"
+        f"accuracy 0.98 against 0.97, as recorded when each was made (live {manifest.release})"
     )
 
 
@@ -301,6 +301,9 @@ def test_the_aliases_follow_the_pointers(
     assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 1}
     # Nothing is left to do.
     assert mirror_all(object_store, mlflow.url).changed == ()
+    move(object_store, abc[2], channel="staging", mlflow_version="3")
+    assert follow(object_store, MODEL, "staging", mlflow.url) == []
+    assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 3, "staging-previous": 1}
 
 
 def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
@@ -427,6 +430,7 @@ def test_the_commands_tell_the_story_of_a_channel(object_store: ObjectStore, abc
         (["rollback", MODEL, "--why", ""], 2, "expected a reason"),
         (["rollback", MODEL, "--why", "x", "--to", "prod"], 2, "already"),
         (["rollback", MODEL, "--why", "x", "--channel", "latest"], 2, "MLflow has other uses"),
+        (["rollback", MODEL, "--why", "x", "--channel", "staging-previous"], 2, "MLflow has other uses"),
         (["rollback", "nobody", "--why", "x"], 2, "there are: digits"),
         (["promote", MODEL, "--from", "staging", "--why", "x"], 2, "Channels: prod"),
         (["live", MODEL, "--channel", "staging"], 1, "nothing was live on staging now; channels: prod"),

@@ -22,14 +22,25 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from infra.errors import ReleaseError, SettingsError
-from infra.objectstore import ObjectStore, s3_client
+from infra.objectstore import ObjectStore
+from infra.s3 import s3_client
 from infra.settings import Settings
 from registry.keys import release_prefix
+from registry.pointer import read_pointer
 from registry.release import MANIFEST, Manifest
 from registry.releases import publish
-from registry.signing import load_public_key, publish_signature, require_signature, sign, signature_key
+from registry.signing import (
+    load_public_key,
+    publish_signature,
+    require_signature,
+    require_signer,
+    require_usable_keys,
+    sign,
+    signature_key,
+)
 from shipreader.errors import ReaderError, Refused
 from shipreader.reader import Reader
+from tests.services.conftest import Ship
 from tests.services.foreign import tool_python
 from tests.services.test_promotion import CHANNEL, MODEL, make_release, move
 from tests.services.test_reader import replace_object
@@ -271,3 +282,65 @@ def test_keys_of_another_kind_are_named_with_what_to_do(tmp_path: Path, object_s
     for wrong in (edwards, tmp_path / "none.pub"):
         with pytest.raises(ReaderError, match="expected a public key in PEM"):
             Reader(MODEL, bucket="b", folder=tmp_path, client=object(), public_keys=[wrong])
+
+
+# ---- before a channel moves
+
+
+def test_a_channel_moves_only_to_what_the_required_key_signed(
+    object_store: ObjectStore, key: Path, ship: Ship, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = (make_release(tmp_path / str(seed), seed) for seed in (1, 2))
+    publish(object_store, tmp_path / "1", first)
+    publish(object_store, tmp_path / "2", second, signing_key=key_pair(tmp_path, "other"))
+    for manifest in (first, second):
+        move(object_store, manifest)
+        move(object_store, manifest, channel="staging")
+    monkeypatch.setenv("SHIP_PUBLIC_KEY", str(key.with_suffix(".pub")))
+    back = ["rollback", MODEL, "--why", "errors"]
+    forward = ["promote", MODEL, "--from", "staging~1", "--why", "again", "--no-gates"]
+    for words in (back, forward):
+        refused = ship(*words)
+        assert refused.status == 1 and "Traceback" not in refused.errors
+        assert f"release {first.release} does not go live" in refused.errors
+        assert (
+            "expected a signature by key" in refused.errors and f"`ship sign {MODEL} {first.release}`" in refused.errors
+        )
+    live = read_pointer(object_store, MODEL, CHANNEL)
+    assert live is not None and live.release == second.release
+
+    monkeypatch.setenv("SHIP_SIGNING_KEY", str(key))
+    assert ship("sign", MODEL, first.release).status == 0
+    assert ship(*back).status == 0
+    live = read_pointer(object_store, MODEL, CHANNEL)
+    assert live is not None and live.release == first.release
+    assert live.verdicts["signature"].startswith("by key ")
+
+
+def test_a_signature_that_does_not_hold_keeps_a_release_from_going_live(
+    object_store: ObjectStore, key: Path, tmp_path: Path
+) -> None:
+    manifest = make_release(tmp_path / "release")
+    publish(object_store, tmp_path / "release", manifest, signing_key=key)
+    public = key.with_suffix(".pub")
+    assert set(require_signer(object_store, manifest, public)) == {"signature"}
+    where = signature_key(manifest, load_public_key(public))
+    found = object_store.get(where)
+    assert found is not None
+    bundle = json.loads(found[0])
+    bundle["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(b"x" * 70).decode()
+    object_store.replace(where, json.dumps(bundle).encode(), found[1])
+    with pytest.raises(ReleaseError, match=r"does not go live: .*\.sig\.json"):
+        require_signer(object_store, manifest, public)
+    assert require_signer(object_store, manifest, None) == {}
+
+
+def test_a_run_whose_releases_could_not_go_live_is_not_begun(key: Path, tmp_path: Path) -> None:
+    public, other = key.with_suffix(".pub"), key_pair(tmp_path, "other")
+    require_usable_keys(None, None)
+    require_usable_keys(key, None)
+    require_usable_keys(key, public)
+    with pytest.raises(SettingsError, match="SHIP_SIGNING_KEY is not set: nothing that this run publishes could go"):
+        require_usable_keys(None, public)
+    with pytest.raises(SettingsError, match=r"other\.pem is not the private half of SHIP_PUBLIC_KEY=.*key\.pub"):
+        require_usable_keys(other, public)

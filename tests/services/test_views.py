@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from infra.errors import ReleaseError, SettingsError
-from infra.objectstore import ObjectStore, s3_client
+from infra.objectstore import ObjectStore
+from infra.s3 import s3_client
 from infra.settings import Settings
 from registry.releases import publish
 from registry.views import inference_service, triton_config, write_kserve, write_triton

@@ -1,0 +1,226 @@
+"""The connection to an S3-compatible store, and what its answers mean: the only module that imports boto3.
+
+What is done over the connection is in `infra/objectstore.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
+from infra.settings import Settings
+
+if TYPE_CHECKING:
+    from boto3.s3.transfer import TransferConfig
+    from botocore.credentials import ReadOnlyCredentials
+    from mypy_boto3_s3 import S3Client
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+"""Silence on one connection, not the length of a transfer."""
+ATTEMPTS = 3
+"""Tries of each request inside the client library."""
+CONNECTIONS = 32
+QUEUED_PIECES = 16
+"""Of 256 KiB, between the network and the disk for each download."""
+
+_LOGIN_CODES = ["AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch"]
+_TOKEN_CODES = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"]
+_CREDENTIAL_CODES = frozenset([*_LOGIN_CODES, *_TOKEN_CODES])
+_REGION_CODES = frozenset(["PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"])
+_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """A client, and what another library needs to reach the same store with the same rights."""
+
+    client: S3Client
+    credentials: Callable[[], ReadOnlyCredentials | None]
+    """From the standard chain, refreshed when they are about to end; None where there are none."""
+    ca_bundle: str | None
+    """File of the certificates that are trusted, where the AWS settings name one."""
+    is_local: bool
+    """The server that `ship up` starts, which knows no users."""
+
+
+def connect(settings: Settings) -> Connection:
+    """The store that the settings name. Opens no connection."""
+    # Imported on first use: 0.3 s that commands without a store need not pay.
+    import boto3
+    import botocore.session
+    from botocore.config import Config
+
+    endpoint, local = settings.s3_endpoint, settings.s3_is_local
+    options: dict[str, Any] = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": READ_SECONDS,
+        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
+        "max_pool_connections": CONNECTIONS,
+        # We send SHA-256 where a checksum matters; the default CRC32 trailer breaks older stores over TLS.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        # Over TLS the client library would not sign bodies. Stores that know no checksums compare this hash.
+        "s3": {"payload_signing_enabled": True},
+    }
+    if local:
+        # The local server knows no users: nothing of the person's own AWS profile may redirect or break it.
+        names = ("profile", "config_file", "credentials_file", "ca_bundle")
+        core = botocore.session.Session(session_vars={name: (None, None, None, None) for name in names})
+        session = boto3.Session(
+            aws_access_key_id="local",
+            aws_secret_access_key="local",
+            region_name="us-east-1",
+            botocore_session=core,
+        )
+        config = Config(**options, proxies={}, use_fips_endpoint=False, use_dualstack_endpoint=False)
+    else:
+        core = botocore.session.Session()
+        session, config = boto3.Session(botocore_session=core), Config(**options)
+
+    # Half of the time that a listing takes here goes into dates otherwise.
+    core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
+
+    def credentials() -> ReadOnlyCredentials | None:
+        found = core.get_credentials()
+        return None if found is None else found.get_frozen_credentials()
+
+    return Connection(
+        client=session.client("s3", endpoint_url=endpoint, config=config),
+        credentials=credentials,
+        ca_bundle=core.get_config_variable("ca_bundle"),
+        is_local=local,
+    )
+
+
+def s3_client(settings: Settings) -> S3Client:
+    """A client of the store that the settings name, for a library that brings its own ways of reading."""
+    return connect(settings).client
+
+
+def _moment(value: Any) -> datetime.datetime:
+    """A moment as stores write it. value: ISO 8601, the date of an HTTP header, or seconds since 1970."""
+    try:
+        return datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        from botocore.utils import parse_timestamp
+
+        found: datetime.datetime = parse_timestamp(value)
+        return found
+
+
+def transfer_config(threshold: int, part_bytes: int, at_once: int) -> TransferConfig:
+    """How boto3 downloads a file: in ranges of `part_bytes` above `threshold` bytes, so many at the same time."""
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=threshold,
+        multipart_chunksize=part_bytes,
+        max_concurrency=at_once,
+        max_io_queue=QUEUED_PIECES,
+        # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
+        preferred_transfer_client="classic",
+    )
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status of botocore's ClientError; 0 when it has none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def quoted(etag: str) -> str:
+    """An entity tag in quotation marks, as HTTP has it."""
+    return etag if etag.startswith('"') else f'"{etag}"'
+
+
+def without_credentials(url: str) -> str:
+    """An address as messages may show it."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+
+
+@contextlib.contextmanager
+def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[None]:
+    """Turn what boto3 raises into this application's errors."""
+    import boto3.exceptions
+    from botocore import exceptions as botocore
+    from s3transfer.exceptions import S3DownloadFailedError
+    from urllib3.exceptions import HTTPError
+
+    where = f"s3://{bucket} at {address}"
+    try:
+        yield
+    except boto3.exceptions.Boto3Error as error:
+        # The transfer manager wraps the answer in text.
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, botocore.ClientError):
+            raise _answered(cause, action, bucket, address, local) from error
+        raise ServiceError(f"cannot {action} in {where}: {error}") from error
+    except botocore.ClientError as error:
+        raise _answered(error, action, bucket, address, local) from error
+    except (
+        botocore.NoCredentialsError,
+        botocore.PartialCredentialsError,
+        botocore.CredentialRetrievalError,
+        botocore.SSOError,
+        botocore.TokenRetrievalError,
+    ) as error:
+        raise SettingsError(f"no usable credentials for {where} ({error}); expected {_CREDENTIALS}") from error
+    except botocore.SSLError as error:
+        raise SettingsError(
+            f"cannot {action} in {where}: TLS failed ({error}); for a private authority set AWS_CA_BUNDLE"
+        ) from error
+    except (botocore.ProfileNotFound, botocore.ConfigParseError, botocore.ConfigNotFound) as error:
+        raise SettingsError(f"{error}; check AWS_PROFILE and AWS_CONFIG_FILE") from error
+    except (botocore.ParamValidationError, botocore.InvalidRegionError, botocore.NoRegionError) as error:
+        raise SettingsError(f"cannot {action} in {where}: {error}; check SHIP_BUCKET and AWS_REGION") from error
+    except ValueError as error:
+        if "endpoint" not in str(error):
+            raise
+        raise SettingsError(
+            f"AWS_ENDPOINT_URL: expected an address such as https://s3.example.com, got {address!r}"
+        ) from error
+    except (botocore.HTTPClientError, botocore.ConnectionError) as error:
+        hint = "is the local stack up? `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
+        reason = str(error.kwargs.get("error", error)) if isinstance(error, botocore.BotoCoreError) else str(error)
+        raise ServiceError(f"cannot {action} in {where}: no answer ({reason}); {hint}") from error
+    except (botocore.BotoCoreError, HTTPError, S3DownloadFailedError) as error:
+        raise ServiceError(f"cannot {action} in {where}: {error}") from error
+
+
+def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -> ShipError:
+    """The error that a fault answered by the store stands for. error: botocore's ClientError."""
+    status = status_of(error)
+    said = error.response.get("Error", {})
+    code, text = str(said.get("Code", "")), str(said.get("Message", ""))
+    where = f"s3://{bucket} at {address}"
+    if code == "NoSuchBucket":
+        return SettingsError(no_such_bucket(bucket, address, local))
+    if code in ("BucketAlreadyExists", "InvalidBucketName"):
+        return SettingsError(
+            f"bucket {bucket!r} cannot be made at {address}: {code}: {text}; set SHIP_BUCKET to another"
+        )
+    if status in (409, 412) or code == "NoSuchUpload":
+        return PreconditionFailed(f"cannot {action} in {where}: {status} {code}")
+    if code in _REGION_CODES:
+        return SettingsError(f"{where} is in another region ({code}: {text}); set AWS_REGION to the bucket's")
+    if code in _CREDENTIAL_CODES or status in (401, 403):
+        return SettingsError(
+            f"{where} refused these credentials: cannot {action} ({status} {code}: {text}). "
+            f"Expected credentials that may read, list and write the bucket, from {_CREDENTIALS}"
+        )
+    return StoreFault(f"cannot {action} in {where}: it answered {status} {code}: {text}", status=status, code=code)
+
+
+def no_such_bucket(bucket: str, address: str, local: bool) -> str:
+    if local:
+        return f"there is no bucket {bucket!r} at {address}: `ship up` creates it"
+    return (
+        f"there is no bucket {bucket!r} at {address}: create it (`aws s3api create-bucket --bucket {bucket}`), "
+        "or set SHIP_BUCKET to one that exists"
+    )

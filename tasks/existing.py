@@ -1,0 +1,148 @@
+"""A release that is in the bucket already, tried before it goes live somewhere else.
+
+No Prefect here: `ship promote` uses it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+from infra.errors import GateError
+from infra.objectstore import ObjectStore
+from infra.rundir import MANIFEST as STAGE
+from infra.rundir import file_sha256
+from infra.settings import Settings
+from infra.workerhost import worker_host
+from registry.gates import verdict_table, worst
+from registry.job import Job
+from registry.moves import Mover, OtherLive, Scored, Verified, promote_existing, release_job
+from registry.pointer import Pointer, read_pointer
+from registry.release import Manifest
+from tasks.copies import download_anew, live_copy
+from tasks.requests import user_modules
+from tasks.worker import call_worker
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult, decode
+
+
+async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *, gates: bool = True) -> Verified:
+    """Download it into a clean process, load every format, and run it on its golden inputs.
+
+    Where a run that made this very export is still on this machine, its held-out samples score the release and what is
+    live; elsewhere nobody has the samples, and `Scored.samples` of the result is 0. gates: whether the release's
+    `vs_live` will be asked.
+
+    Raises GateError when a format does not give its golden outputs, or there is nothing to run, and ReleaseError when
+    the bytes are not what the manifest says.
+    """
+    target, manifest = verified.target, verified.manifest
+    if not manifest.formats or GOLDEN not in manifest.files:
+        lacks = f"carries no {GOLDEN}" if manifest.formats else "holds no artifact"
+        raise GateError(
+            f"{target.model}: release {target.release} cannot be tried before it goes live: it {lacks}, as releases of "
+            "`ship run` do. `ship rollback --to` moves a channel to it without trying it"
+        )
+    host = worker_host(settings.runs / target.model / "host.log")
+    job = await asyncio.to_thread(_job, store, verified, gates)
+    live = await asyncio.to_thread(read_pointer, store, target.model, target.channel)
+    samples = None
+    # Metrics in user code cannot be measured where user code cannot be imported.
+    if gates and job is not None and _measurable(job):
+        samples = await asyncio.to_thread(_held_out, settings.runs / target.model, manifest)
+    # Not among the copies of live releases: others may be reading those.
+    work = settings.home / "rehearsals" / target.model / f"{target.release}.{uuid.uuid4().hex[:8]}"
+    work.mkdir(parents=True)
+    candidate = await asyncio.to_thread(download_anew, store, manifest, work / "candidate")
+    current, problem = None, ""
+    if samples is not None:
+        copies = settings.home / "releases" / target.model
+        current, problem = await asyncio.to_thread(live_copy, store, copies, live)
+    request = RehearseRequest(
+        candidate=candidate,
+        live=current,
+        validation=str(samples / VALIDATION) if samples is not None else None,
+        moved=str(samples / PROBES) if samples is not None else None,
+        metrics=job.metrics if job is not None else (),
+        forbidden_modules=user_modules(job) if job is not None else [],
+        forbidden_folder=str(work),
+        threads=job.threads if job is not None else 1,
+        sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
+    )
+    result: RehearseResult = decode(RehearseResult, await call_worker(host, "rehearse", request, work))
+    if not result.passed:
+        failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
+        raise GateError(
+            f"{target.model}: release {target.release}, as it came back from the bucket, fails: {failed}. It was not "
+            f"made live on {target.channel}",
+            verdict_table(result.verdicts),
+        )
+    # What failed can be looked at; what passed is in the bucket.
+    shutil.rmtree(work)
+    return dataclasses.replace(
+        verified,
+        verdicts={
+            **verified.verdicts,
+            "bytes": f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, downloaded and hashed",
+            "rehearsal": f"{len(result.verdicts)} checks passed: {', '.join(sorted(manifest.formats))}",
+        },
+        scored=_scored(job, live, result, problem) if gates else None,
+    )
+
+
+async def promote_tried(
+    settings: Settings, store: ObjectStore, verified: Verified, mover: Mover, *, gates: bool, again: bool
+) -> Pointer:
+    """As `promote_existing`; when another release went live meanwhile, the target is held against that one first."""
+    while True:
+        try:
+            return await asyncio.to_thread(promote_existing, store, verified, mover, gates=gates, again=again)
+        except OtherLive:
+            verified = await try_out(settings, store, verified, gates=gates)
+
+
+# ---- below
+
+
+def _job(store: ObjectStore, verified: Verified, gates: bool) -> Job | None:
+    """The job that made the release; None when it cannot be read and nobody asks its gates."""
+    try:
+        return release_job(store, verified.target)
+    except GateError:
+        if gates:
+            raise
+        return None
+
+
+def _measurable(job: Job) -> bool:
+    return all(name in job.metrics for name, gate in job.gates.items() if gate.vs_live is not None)
+
+
+def _scored(job: Job | None, live: Pointer | None, result: RehearseResult, problem: str) -> Scored | None:
+    if job is None:
+        return None
+    return Scored(
+        live=live.release if live is not None else "",
+        samples=result.samples,
+        candidate=worst(job, result.candidate),
+        against=worst(job, result.live),
+        problem=problem or result.live_problem,
+    )
+
+
+def _held_out(runs: Path, manifest: Manifest) -> Path | None:
+    """The complete export stage of the run that made a release, verified, where it is on this machine.
+
+    It is known by the golden outputs, which no two exports share unless model, data and settings are the same.
+    """
+    golden = manifest.files[GOLDEN].sha256
+    for said in sorted(runs.glob(f"*/export/{STAGE}"), key=lambda path: -path.stat().st_mtime):
+        files = json.loads(said.read_text())["files"]
+        if files.get(GOLDEN) != golden or not {VALIDATION, PROBES} <= files.keys():
+            continue
+        if all(file_sha256(said.parent / name) == files[name] for name in (VALIDATION, PROBES)):
+            return said.parent
+    return None

@@ -1,0 +1,90 @@
+"""Releases that can be run, as small as they get: a linear classifier as TorchScript, with golden outputs and a job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from infra.objectstore import ObjectStore
+from infra.rundir import StageFolder
+from registry.release import JOB, Manifest, build_manifest
+from registry.releases import publish
+from torchworker.contract import GOLDEN, PROBES, VALIDATION
+
+FEATURES, CLASSES, SAMPLES = 4, 3, 60
+ARTIFACT = "model.torchscript"
+
+
+def classifier(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(FEATURES, CLASSES).eval()
+
+
+def samples_of(seed: int) -> dict[str, torch.Tensor]:
+    """Held-out samples that the classifier of this seed gets right, all of them."""
+    inputs = torch.randn(SAMPLES, FEATURES, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        return {"input.x": inputs, "target": classifier(seed)(inputs).argmax(1)}
+
+
+def write_release(folder: Path, seed: int, model: str, vs_live: float = 0.0, golden_seed: int | None = None) -> None:
+    """The files. golden_seed: of the model whose answers are said to be this one's, when they are not its own."""
+    folder.mkdir(parents=True)
+    made = classifier(seed)
+    torch.jit.script(made).save(str(folder / ARTIFACT))  # type: ignore[no-untyped-call]
+    asked = made if golden_seed is None else classifier(golden_seed)
+    golden = {}
+    for size in (1, 8):
+        inputs = torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            golden |= {f"batch_{size}.input.x": inputs, f"batch_{size}.eager.output": asked(inputs)}
+            golden[f"batch_{size}.float64.output"] = nn.functional.linear(
+                inputs.double(), *(parameter.double() for parameter in asked.parameters())
+            )
+    save_file(golden, folder / GOLDEN)
+    job: dict[str, Any] = {
+        "name": model,
+        "model": {"factory": "plain:build"},
+        "data": {"factory": "plain:data"},
+        "train": {"epochs": 1},
+        "gates": {"accuracy": {"vs_live": vs_live}},
+    }
+    (folder / JOB).write_text(json.dumps(job))
+
+
+def publish_folder(
+    store: ObjectStore, folder: Path, model: str, accuracy: float, input_name: str = "x", metric: str = "accuracy"
+) -> Manifest:
+    """accuracy: what the release says of itself."""
+    signature = {
+        "inputs": [{"name": input_name, "dtype": "float32", "shape": ["batch", FEATURES]}],
+        "outputs": [{"name": "output", "dtype": "float32", "shape": ["batch", CLASSES]}],
+    }
+    manifest = build_manifest(
+        folder, model=model, formats={"torchscript": ARTIFACT}, signature=signature, metrics={metric: accuracy}
+    )
+    publish(store, folder, manifest)
+    return manifest
+
+
+def runnable(
+    store: ObjectStore, folder: Path, accuracy: float, seed: int, model: str = "digits", **options: Any
+) -> Manifest:
+    """A published release. options: of `write_release`."""
+    write_release(folder, seed, model, **options)
+    return publish_folder(store, folder, model, accuracy)
+
+
+def run_that_made(runs: Path, folder: Path, right: int) -> None:
+    """The export stage of a run on this machine, whose held-out samples the classifier of seed `right` gets right."""
+    stage = StageFolder(runs / f"run-{folder.name}", "export", inputs="")
+    work = stage.begin()
+    (work / GOLDEN).write_bytes((folder / GOLDEN).read_bytes())
+    save_file(samples_of(right), work / VALIDATION)
+    save_file({"batch_1/moved/output": torch.zeros(1)}, work / PROBES)
+    stage.finish()
