@@ -30,6 +30,7 @@ bench: up
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/rollback.py
+	$(BIN)/python benchmarks/no_change.py
 
 # Needs nothing running: it starts a Ceph RGW of its own.
 bench-store: $(READY)

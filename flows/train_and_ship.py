@@ -6,6 +6,7 @@ from prefect import flow
 
 from tasks.alone import alone
 from tasks.export import export
+from tasks.inspect import inspect
 from tasks.outcome import end_mlflow_run
 from tasks.promote import promote
 from tasks.register import register
@@ -28,10 +29,11 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
     """
     async with alone(job):
         run = await begin(job, resume)
+        inspected = await inspect(run)
         trained = await train(run)
         exported = await export(run, trained)
         validated = await validate(run, exported)
-        registered = await register(run, trained, validated)
+        registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered, validated)
         promoted = await promote(run, registered, validated, rehearsed)
         return await report(run, trained, registered, promoted)

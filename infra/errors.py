@@ -45,11 +45,11 @@ class RequestError(UserError):
 
 
 class GateError(UserError):
-    """A candidate failed a gate. `table` shows the numbers and the thresholds."""
+    """A candidate failed a gate. `message` says which; `table` shows the numbers and the thresholds."""
 
     def __init__(self, message: str, table: str = "") -> None:
         super().__init__(message if not table else f"{message}\n\n{table}")
-        self.table = table
+        self.message, self.table = message, table
 
 
 class ServiceError(ShipError):

@@ -90,12 +90,16 @@ class ObjectStore:
         self._small: SmallFiles | None = None
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> ObjectStore:
-        """The store that the settings name. Opens no connection. Raises SettingsError for an impossible address."""
+    def from_settings(cls, settings: Settings, bucket: str = "") -> ObjectStore:
+        """The store that the settings name, or another bucket there. Opens no connection.
+
+        Raises SettingsError for an impossible address.
+        """
         address = s3.without_credentials(settings.s3_endpoint) if settings.s3_endpoint else "AWS S3"
-        with s3.translated("connect", address, settings.bucket, settings.s3_is_local):
+        bucket = bucket or settings.bucket
+        with s3.translated("connect", address, bucket, settings.s3_is_local):
             connection = s3.connect(settings)
-        return cls(connection, bucket=settings.bucket, address=address, kms_key_id=settings.kms_key_id)
+        return cls(connection, bucket=bucket, address=address, kms_key_id=settings.kms_key_id)
 
     def __repr__(self) -> str:
         return f"ObjectStore(s3://{self.bucket} at {self.address})"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
+import json
 import os
+import platform
 import socket
 import subprocess
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 def git_commit(folder: Path) -> str:
@@ -27,9 +32,52 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def environment_lock() -> list[str]:
-    """`name==version` of every installed distribution, sorted: what `pip freeze` would say."""
+    """`name==version` of every installed distribution, sorted, as `pip freeze` would say, and of Python itself."""
     found = {(item.metadata["Name"] or "").lower().replace("_", "-"): item.version for item in metadata.distributions()}
+    found["python"] = platform.python_version()
     return [f"{name}=={version}" for name, version in sorted(found.items()) if name]
+
+
+SOURCES = frozenset([".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".pyx"])
+_NOT_CODE = frozenset(["__pycache__", "node_modules", "site-packages"])
+
+
+def code_fingerprint(folder: Path, more: Iterable[Path] = ()) -> str:
+    """16 hexadecimal digits over the source files below a folder, those of editable installs, and `more` files.
+
+    Code that is not used counts too: what a model imports late is not known before it runs. Hidden folders and virtual
+    environments do not count, and neither does this application, whose version is in `environment_lock`.
+    """
+    digest = hashlib.sha256()
+    for root in [folder, *_editable_folders()]:
+        for path in _sources(root):
+            digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in more:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name not in _NOT_CODE and not (here / name / "pyvenv.cfg").exists()
+        )
+        yield from (here / name for name in sorted(files) if Path(name).suffix in SOURCES)
+
+
+def _editable_folders() -> list[Path]:
+    """Sources of packages that are installed in place, whose version says nothing."""
+    found = []
+    for item in metadata.distributions():
+        origin = json.loads(item.read_text("direct_url.json") or "{}")
+        ours = (item.metadata["Name"] or "").lower().replace("_", "-") == "train-and-ship"
+        if origin.get("dir_info", {}).get("editable") and not ours:
+            found.append(Path(unquote(urlsplit(origin["url"]).path)))
+    return sorted(folder for folder in found if folder.is_dir())
 
 
 def who() -> str:

@@ -129,6 +129,11 @@ class Settings(BaseSettings):
         """Folder of run directories, one a flow run."""
         return self.home / "runs"
 
+    @property
+    def snapshots(self) -> Path:
+        """Folder of data that was downloaded from buckets, by the hash of its manifest."""
+        return self.home / "data"
+
     def child_environment(self) -> dict[str, str]:
         """The current environment with every service address made explicit, for processes we start."""
         environment = dict(os.environ)

@@ -12,6 +12,7 @@ from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore
 from registry.description import PARITY, file_size, number
 from registry.keys import release_prefix
+from registry.release import DATA as DATA_FILE
 from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest
 from registry.releases import read_manifest
 from registry.transfer import in_parallel
@@ -36,7 +37,7 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class Told:
     """What a release tells about itself."""
 
     manifest: Manifest
@@ -50,18 +51,19 @@ class _Told:
 
 def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
     """Everything that differs between two releases, by group. Raises ReleaseError when one has no manifest."""
-    one, two = _read(store, model, before), _read(store, model, after)
+    one, two = read_told(store, model, before), read_told(store, model, after)
     return [difference for group, tell in GROUPS.items() for difference in _differences(group, tell(one), tell(two))]
 
 
-def _read(store: ObjectStore, model: str, release: str) -> _Told:
+def read_told(store: ObjectStore, model: str, release: str) -> Told:
+    """What a release tells about itself, verified. Raises ReleaseError when a file is not what the manifest says."""
     manifest = read_manifest(store, model, release)
-    names = [name for name in (JOB, VERDICTS, LINEAGE, ENVIRONMENT) if name in manifest.files]
+    names = [name for name in (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT) if name in manifest.files]
     found = in_parallel(lambda name: store.get(release_prefix(model, release) + name), names)
     for name, item in zip(names, found, strict=True):
         if item is None or hashlib.sha256(item[0]).hexdigest() != manifest.files[name].sha256:
             raise ReleaseError(f"{release_prefix(model, release)}{name}: expected what the manifest says, got another")
-    return _Told(
+    return Told(
         manifest=manifest, files={name: item[0].decode() for name, item in zip(names, found, strict=True) if item}
     )
 
@@ -88,7 +90,7 @@ def _shown(group: str, value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _parity(told: _Told) -> dict[str, float]:
+def _parity(told: Told) -> dict[str, float]:
     """How much of the allowed difference each format uses at its worst."""
     found: dict[str, float] = {}
     for verdict in told.document(VERDICTS).get("verdicts", []):
@@ -97,7 +99,7 @@ def _parity(told: _Told) -> dict[str, float]:
     return found
 
 
-def _latencies(told: _Told) -> dict[str, Any]:
+def _latencies(told: Told) -> dict[str, Any]:
     """Milliseconds, by format and batch, and what was fastest."""
     verdicts = told.document(VERDICTS)
     found: dict[str, Any] = {
@@ -114,13 +116,13 @@ def _latencies(told: _Told) -> dict[str, Any]:
     return found | {f"recommended for {purpose}": kind for purpose, kind in told.manifest.serve.items()}
 
 
-def _sizes(told: _Told) -> dict[str, int]:
+def _sizes(told: Told) -> dict[str, int]:
     """Bytes of each file, and of all."""
     sizes = {name: entry.bytes for name, entry in told.manifest.files.items()}
     return {**sizes, "all files": told.manifest.total_bytes}
 
 
-def _signature(told: _Told) -> dict[str, str]:
+def _signature(told: Told) -> dict[str, str]:
     """Each tensor's dtype and shape, and the file of each format."""
     tensors = {
         f"{side[:-1]} {tensor['name']}": f"{tensor['dtype']} {tensor['shape']}"
@@ -131,37 +133,43 @@ def _signature(told: _Told) -> dict[str, str]:
     return {**tensors, **{f"format {kind}": path for kind, path in told.manifest.formats.items()}}
 
 
-def _lineage(told: _Told, names: tuple[str, ...]) -> dict[str, Any]:
+def _lineage(told: Told, names: tuple[str, ...]) -> dict[str, Any]:
     lineage = told.document(LINEAGE)
     return {name: lineage[name] for name in names if name in lineage}
 
 
-def _packages(told: _Told) -> dict[str, str]:
+def _inputs(told: Told, name: str) -> dict[str, Any]:
+    """The fingerprint by which retraining knows that something is as it was."""
+    found = told.document(LINEAGE).get("inputs", {}).get(name)
+    return {} if found is None else {"fingerprint": found}
+
+
+def packages_of(told: Told) -> dict[str, str]:
     """Version of every package that was installed."""
     lines = told.files.get(ENVIRONMENT, "").split()
     return dict(line.split("==", 1) for line in lines if "==" in line)
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
     """The leaves of a document by their path: `train.epochs`."""
     if not isinstance(value, dict) or not value:
         return {path: value} if path else {}
     found: dict[str, Any] = {}
     for name, inner in value.items():
-        found |= _flat(inner, f"{path}.{name}" if path else str(name))
+        found |= flat(inner, f"{path}.{name}" if path else str(name))
     return found
 
 
-GROUPS: Mapping[str, Callable[[_Told], Mapping[str, Any]]] = {
+GROUPS: Mapping[str, Callable[[Told], Mapping[str, Any]]] = {
     "metrics": lambda told: told.manifest.metrics,
     "parity": _parity,
     "latency": _latencies,
     "size": _sizes,
     "signature": _signature,
-    "code": lambda told: _lineage(told, CODE),
-    "data": lambda told: _lineage(told, DATA),
-    "training": lambda told: _flat(told.document(LINEAGE).get("training_environment", {})),
-    "packages": _packages,
-    "job": lambda told: _flat(told.document(JOB)),
+    "code": lambda told: {**_lineage(told, CODE), **_inputs(told, "code")},
+    "data": lambda told: {**_lineage(told, DATA), **_inputs(told, "data")},
+    "training": lambda told: flat(told.document(LINEAGE).get("training_environment", {})),
+    "packages": packages_of,
+    "job": lambda told: flat(told.document(JOB)),
 }
 """What is compared, in the order in which it is shown: value by name."""

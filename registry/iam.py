@@ -54,6 +54,7 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
 
     own = f"models/{model}"
     pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
+    decisions = f"{own}/decisions/{channel}/*"
     releases, tombstones, views = f"{own}/releases/*", f"{own}/tombstones/*", f"{own}/views/{channel}/*"
     if role is Role.READER:
         statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases))]
@@ -77,7 +78,7 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
     if role is Role.TRAINER:
         statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases)))
     elif role is Role.PROMOTER:
-        statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history)))
+        statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions)))
     else:
         statements.append(_allow("Collect", ["s3:DeleteObject", "s3:AbortMultipartUpload"], keys(releases)))
         statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -22,13 +21,17 @@ from pydantic import (
 )
 
 from infra.errors import JobError
+from registry.data_options import Checks, Drift, Labels, Snapshot, TensorCheck
 from registry.export_options import Dynamic, Export, Quantize
 from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES, Gate, require_fitting
 from registry.keys import RESERVED_CHANNELS
 from registry.launcher_options import Launcher
 from registry.parity_options import Parity
-from registry.parts import Factory, Part, Target
+from registry.parts import Factory, Part, Target, digest
 from registry.train_options import Checkpoint, Train
+
+Policy = Literal["better", "not_worse", "always"]
+"""What a candidate must be, beside the live release, to replace it."""
 
 
 def _is_channel(value: str) -> str:
@@ -39,10 +42,29 @@ def _is_channel(value: str) -> str:
 
 
 class Release(Part):
-    """Where a release goes."""
+    """Where a release goes, and what it takes to replace the one that is there."""
 
     channel: Annotated[str, AfterValidator(_is_channel)] = Field(
         "prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="the pointer that is moved"
+    )
+    policy: Policy | None = Field(
+        None,
+        description="better: the interval of the improvement lies above margin; not_worse: above −margin; always: it "
+        "is not asked. When absent, always for `ship run` and better for `ship retrain`; see retraining.md",
+    )
+    metric: str | None = Field(None, description="what policy decides on; the first of train.metrics when absent")
+    margin: float = Field(0.0, ge=0, description="in units of the metric")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the interval of the improvement")
+    resamples: int = Field(
+        1000, ge=100, le=100_000, description="how often the validation samples are drawn anew for the interval"
+    )
+
+
+class Retrain(Part):
+    """What `ship retrain` does, by hand, at night or on an event."""
+
+    start: Literal["live", "scratch"] = Field(
+        "scratch", description="begin with the live release's weights, or as model.factory makes them"
     )
 
 
@@ -52,6 +74,10 @@ class Data(Factory):
     collate: Target | Factory | None = Field(
         None, description="collate(items) returns (inputs, target) of a batch; torch's own when absent"
     )
+    snapshot: Snapshot | None = Field(
+        None, description="files that are verified before training; the factory gets their folder as snapshot"
+    )
+    checks: Checks | None = Field(None, description="what is asked of the data before training; see data.md")
 
 
 def _is_measured(name: str, info: ValidationInfo) -> str:
@@ -80,11 +106,26 @@ class Job(Part):
         default_factory=dict, description="limits by metric name, or by p50_ms, p99_ms, load_ms, size_mb, memory_mb"
     )
     release: Release = Release()
+    retrain: Retrain = Retrain()
+
+    @model_validator(mode="after")
+    def _policy_has_a_metric(self) -> Self:
+        known = self._measured
+        if self.release.metric is not None and self.release.metric not in known:
+            raise ValueError(
+                f"release.metric: something that is measured ({', '.join(known) or 'nothing is'}), "
+                f"not {self.release.metric}"
+            )
+        if self.release.policy in ("better", "not_worse") and not known:
+            raise ValueError(f"a metric in train.metrics with release.policy: {self.release.policy}")
+        return self
 
     @model_validator(mode="after")
     def _split_is_ours(self) -> Self:
         if "split" in self.data.args:
             raise ValueError("data.args without split, which is given: train, then validation")
+        if self.data.snapshot is not None and "snapshot" in self.data.args:
+            raise ValueError("data.args without snapshot, which is given: the folder of data.snapshot")
         return self
 
     @field_validator("gates")
@@ -109,6 +150,31 @@ class Job(Part):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]
         return tuple(dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRIC_DIRECTIONS)]))
 
+    @property
+    def _measured(self) -> tuple[str, ...]:
+        """Every metric, in the order of `train.metrics`."""
+        named = [item if isinstance(item, str) else item.label for item in self.train.metrics or ()]
+        return tuple(dict.fromkeys([*named, *self.metrics]))
+
+    @property
+    def decisive_metric(self) -> str | None:
+        """What `release.policy` decides on; None when nothing is measured."""
+        return self.release.metric or next(iter(self._measured), None)
+
+    def unattended(self) -> Job:
+        """The job as it is run when nobody watches: without a policy of its own, only what is better goes live.
+
+        Raises JobError when nothing is measured that could tell.
+        """
+        if self.release.policy is not None:
+            return self
+        if self.decisive_metric is None:
+            raise JobError(
+                f"{self.name}: nothing is measured, so no candidate can be shown to be better than the live release; "
+                "name a metric in train.metrics, or write release: {policy: always}"
+            )
+        return self.model_copy(update={"release": self.release.model_copy(update={"policy": "better"})})
+
     def direction(self, metric: str) -> Literal["higher", "lower"]:
         """Which direction of a metric is an improvement."""
         named = {item.label: item.better for item in self.train.custom_metrics}
@@ -128,16 +194,13 @@ class Job(Part):
 
     def digest(self) -> str:
         """16 hexadecimal digits that change when anything in the job changes."""
-        return _digest(self.model_dump(mode="json"))
+        return digest(self.model_dump(mode="json"))
 
     def training_digest(self) -> str:
         """The same for what training depends on: a gate or a format that is changed later needs no new training."""
         kept = self.model_dump(mode="json", include={"name", "project", "model", "data", "train"})
-        return _digest({**kept, "metrics": self.metrics})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        kept["data"].pop("checks")
+        return digest({**kept, "metrics": self.metrics})
 
 
 _METRIC_OF_LOSS: Mapping[str, str] = {
@@ -240,6 +303,7 @@ def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
     """The part of the job that holds the last key."""
     parts: dict[str, type[BaseModel]] = {
         "model": Factory, "data": Data, "train": Train, "export": Export, "parity": Parity, "release": Release,
+        "retrain": Retrain,
     }  # fmt: skip
     if len(keys) == 1:
         return Job
@@ -251,6 +315,15 @@ def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
         return Dynamic if len(keys) == 4 else None
     if keys[:2] == ["export", "quantize"]:
         return Quantize if len(keys) == 3 else None
+    if keys[:2] == ["data", "snapshot"]:
+        return Snapshot if len(keys) == 3 else None
+    if keys[:2] == ["data", "checks"]:
+        inner: dict[str, type[BaseModel]] = {"labels": Labels, "drift": Drift}
+        if len(keys) == 3:
+            return Checks
+        if len(keys) == 4:
+            return inner.get(str(keys[2]))
+        return TensorCheck if len(keys) == 5 and keys[2] == "tensors" else None
     if keys[0] == "train" and len(keys) == 3:
         return Checkpoint if keys[1] == "checkpoint" else Factory
     return parts.get(str(keys[0])) if len(keys) == 2 else None

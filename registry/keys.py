@@ -5,6 +5,7 @@ models/<model>/releases/<release>/MANIFEST.json        written last: where it is
 models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
 models/<model>/channels/<channel>.json                 the pointer, what a reader follows
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
+models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
 models/<model>/views/<channel>/…                       copies for other servers; see registry/views.py
 """
@@ -73,3 +74,10 @@ def history_prefix(model: str, channel: str) -> str:
     require_name("model", model)
     require_name("channel", channel)
     return f"models/{model}/history/{channel}/"
+
+
+def decisions_prefix(model: str, channel: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    require_name("channel", channel)
+    return f"models/{model}/decisions/{channel}/"

@@ -134,6 +134,17 @@ def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
     return _registered(record.model, version, run.run_id, run.experiment_id, tracking_uri)
 
 
+def attach_report(
+    version: RegisteredVersion, model: str, decision: str, why: str, report: str, tracking_uri: str
+) -> None:
+    """Tags `decision` and `decision_why` of a version, and the file `report.md` of its run. Writes to MLflow."""
+    with translated(f"adding the report of {model} version {version.version}", tracking_uri):
+        client = connect(tracking_uri)
+        client.log_text(version.run_id, report, "report.md")
+        client.set_model_version_tag(model, version.version, "decision", decision)
+        client.set_model_version_tag(model, version.version, "decision_why", why)
+
+
 def run_record(record: VersionRecord) -> RunRecord:
     """The run that a version comes from."""
     return RunRecord(

@@ -264,18 +264,18 @@ def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Ma
 
     manifest: of the live release. Returns what was compared, for the record. Raises GateError.
     """
-    from registry.gates import require_not_worse
+    from registry.gates import Beside, require_good_enough
 
     gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
     scored = verified.scored
     if scored is not None and scored.samples:
         mine, theirs = scored.candidate, scored.against
-        require_not_worse(job, mine, theirs, live.release, scored.problem)
-        how = f"both measured on {scored.samples:,} held-out samples"
+        problem, how = scored.problem, f"both measured on {scored.samples:,} held-out samples"
     else:
         mine, theirs = verified.manifest.metrics, manifest.metrics
-        require_not_worse(job, mine, theirs, live.release)
-        how = "as recorded when each was made"
+        problem, how = "", "as recorded when each was made"
+    # Nobody drew samples anew here, so `release.policy` is not asked: a person is.
+    require_good_enough(job, Beside(live=live.release, candidate=mine, theirs=theirs, problem=problem), policy=False)
     said = [f"{metric} {mine[metric]:.4g} against {theirs[metric]:.4g}" for metric in gated]
     # Times can only be compared when they are measured side by side, which train-and-ship does.
     timed = [name for name, gate in job.gates.items() if gate.times_live is not None]

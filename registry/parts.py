@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import hashlib
+import json
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
@@ -19,6 +21,11 @@ class Part(BaseModel):
     """A mapping of a job file: unknown keys and near types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 Target = Annotated[str, AfterValidator(_is_reference)]

@@ -22,6 +22,8 @@ from registry.pickles import find_pickle
 MANIFEST = "MANIFEST.json"
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 """Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
+DATA = "data.json"
+"""What its data was like, in counts and quantiles; the next data is held against it."""
 FORMAT = 1
 """Version of the manifest's layout."""
 RELEASE_ID_DIGITS = 20
@@ -128,7 +130,7 @@ def build_manifest(
     Raises ReleaseError for an empty folder, symbolic links, special files, names that could not be keys, pickles,
     formats without their file, and values that JSON does not have (NaN).
     """
-    paths = {name: path for name, path in _walk(folder) if name != MANIFEST}
+    paths = {name: path for name, path in walk(folder) if name != MANIFEST}
     for name in paths:
         _require_path(name)
     if not paths:
@@ -227,7 +229,7 @@ def verify_folder(folder: Path, manifest: Manifest) -> None:
 
     Reads only. Raises ReleaseError with the file, what was expected and what was found.
     """
-    found = dict(_walk(folder))
+    found = dict(walk(folder))
     beside = found.pop(MANIFEST, None)
     if beside is not None and beside.read_bytes() != manifest.encode():
         raise ReleaseError(f"{beside}: expected the manifest of release {manifest.release}, got another")
@@ -264,7 +266,7 @@ def _table(files: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:
     return {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def walk(folder: Path) -> Iterator[tuple[str, Path]]:
     """Every file below `folder` by relative POSIX path, sorted. Raises ReleaseError for anything but files."""
     if folder.is_symlink() or not folder.is_dir():
         raise ReleaseError(
@@ -289,6 +291,18 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _require_path(name: str) -> None:
     """Raises ReleaseError unless `name` is safe as a key and as a path below a folder, and no pickle."""
+    require_relative(name)
+    if name.startswith("MANIFEST."):
+        raise ReleaseError(f"file name {name!r}: the manifest and its signatures cannot be files that it lists")
+    if PurePosixPath(name).suffix.lower() in PICKLE_ENDINGS:
+        raise ReleaseError(
+            f"{name}: expected no pickle in a release, got a {PurePosixPath(name).suffix} file: reading it runs code; "
+            "save tensors as .safetensors"
+        )
+
+
+def require_relative(name: str) -> None:
+    """Raises ReleaseError unless `name` is safe as a key and as a path below a folder."""
     parts = name.split("/")
     if (
         not name.isprintable()
@@ -299,13 +313,6 @@ def _require_path(name: str) -> None:
         or not _encodable(name)
     ):
         raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
-    if name.startswith("MANIFEST."):
-        raise ReleaseError(f"file name {name!r}: the manifest and its signatures cannot be files that it lists")
-    if PurePosixPath(name).suffix.lower() in PICKLE_ENDINGS:
-        raise ReleaseError(
-            f"{name}: expected no pickle in a release, got a {PurePosixPath(name).suffix} file: reading it runs code; "
-            "save tensors as .safetensors"
-        )
 
 
 def _encodable(name: str) -> bool:

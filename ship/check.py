@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from infra.settings import Settings
 from infra.workerhost import WorkerHost
 from registry.job import Job, load_job
 from tasks.requests import dynamic_dims, project_of, train_settings
+from tasks.snapshot import verified_snapshot
 from tasks.worker import call_worker
 from torchworker.contract import FORMAT_FILES, INT8_FILES, CheckRequest, CheckResult, DynamicDim, TensorSpec, decode
 
@@ -20,17 +22,18 @@ from torchworker.contract import FORMAT_FILES, INT8_FILES, CheckRequest, CheckRe
 def check(job_file: Path) -> None:
     """Print the job's facts. Raises JobError with one message a mistake."""
     job, folder = load_job(job_file)
-    result = asyncio.run(_build(job, folder))
+    snapshot, _ = verified_snapshot(Settings.load(), job, folder)
+    result = asyncio.run(_build(job, folder, snapshot))
     _print(job, folder, result, Console())
 
 
-async def _build(job: Job, folder: Path) -> CheckResult:
+async def _build(job: Job, folder: Path, snapshot: Path | None) -> CheckResult:
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
         host = WorkerHost(work / "host.log")
         try:
             request = CheckRequest(
-                project=project_of(job, folder),
+                project=project_of(job, folder, snapshot),
                 train=train_settings(job),
                 ranks_here=0 if job.train.launcher.machines else job.train.processes,
                 dynamic=dynamic_dims(job),

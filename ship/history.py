@@ -11,6 +11,7 @@ import typer
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.catalog import channels, require_model
+from registry.decisions import decided_at, read_decisions
 from registry.history import read_history
 from registry.pointer import Pointer, read_pointer
 from registry.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
@@ -35,6 +36,31 @@ def history(model: str, channel: str, as_json: bool) -> None:
         typer.echo(
             f"The records of generations {numbers} are lost; `ship doctor {model}` rebuilds what it can.", err=True
         )
+
+
+def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
+    """Print what retraining decided, the newest first. Exits with 1 when it was never asked."""
+    store = ObjectStore.from_settings(Settings.load())
+    require_model(store, model)
+    decisions = read_decisions(store, model, channel, last)
+    if as_json:
+        typer.echo(json.dumps([json.loads(decision.encode()) for decision in decisions], indent=1))
+    elif decisions:
+        for decision in reversed(decisions):
+            time = f"{decided_at(decision).astimezone():%Y-%m-%d %H:%M:%S %z}"
+            typer.echo(f"{time}  {decision.decision:<8}  {decision.why}")
+            changed = "; ".join(f"{name}: {how}" for name, how in decision.changed.items())
+            version = f" (version {decision.mlflow_version})" if decision.mlflow_version else ""
+            for name, said in (
+                ("changed", changed), ("started from", decision.start), ("live", decision.live),
+                ("candidate", decision.candidate + version), ("asked by", decision.asked),
+                ("flow run", decision.flow_run),
+            ):  # fmt: skip
+                if said:
+                    typer.echo(f"    {name}: {said}")
+    else:
+        typer.echo(f"{model}: retraining was never asked about {channel}; `ship retrain` asks", err=True)
+        raise typer.Exit(1)
 
 
 def live(model: str, channel: str, at: str, as_json: bool) -> None:

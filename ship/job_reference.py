@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from registry.data_options import Checks, Drift, Labels, Snapshot, TensorCheck
 from registry.export_options import Dynamic, Export, Quantize
 from registry.gate_options import Gate
-from registry.job import Data, Job, Release
+from registry.job import Data, Job, Release, Retrain
 from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
 from registry.parity_options import Parity
 from registry.parts import Factory
@@ -34,6 +35,7 @@ AFTER = """
   The first dimension of every batch is the batch. It stays dynamic in the artifacts, and so does what
   `export.dynamic` names:
   `dynamic: {length: {axes: {tokens: 1, mask: 1}, min: 1, max: 64}}`.
+- With `data.snapshot` the factory is also given `snapshot=`, the path of the verified folder as text.
 - `forward` returns a tensor, or tensors in tuples, lists and dicts, also nested: `{"logits": a, "state": (b, c)}`
   becomes the outputs logits, state_0 and state_1.
 - Of an iterable dataset every rank reads the whole stream and keeps each n-th sample. It starts anew each epoch, after
@@ -59,6 +61,12 @@ def job_reference() -> str:
     """The page as markdown."""
     sections: list[tuple[str, type[BaseModel]]] = [
         ("", Job),
+        ("data", Data),
+        ("data.snapshot", Snapshot),
+        ("data.checks", Checks),
+        ("data.checks.tensors.<name>", TensorCheck),
+        ("data.checks.labels", Labels),
+        ("data.checks.drift", Drift),
         ("train", Train),
         ("train.metrics[…]", CustomMetric),
         ("train.launcher.torchrun", Torchrun),
@@ -70,6 +78,7 @@ def job_reference() -> str:
         ("parity", Parity),
         ("gates.<metric>", Gate),
         ("release", Release),
+        ("retrain", Retrain),
     ]
     tables = [_table(prefix, part) for prefix, part in sections]
     factory = "\n".join(["## A reference with arguments", "", *_rows("", Factory)])
@@ -105,7 +114,7 @@ def _type(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         named = {
             Factory: "`{factory, args}`",
-            Data: "`{factory, args, collate}`",
+            Data: "`{factory, args, collate, …}`",
             CustomMetric: "`{factory, args, better, name}`",
         }
         return named.get(kind, "mapping")

@@ -53,23 +53,13 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Show the state of the stack; exits with 1 unless everything is up."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    """Show what runs, and for every model what is live, what retraining decided, and when it is asked again.
 
-    from infra import stack
-    from infra.settings import Settings
+    Exits with 1 unless everything is up.
+    """
+    from ship.status import status
 
-    rows = stack.status(Settings.load())
-    colours = {"up": "green", "external": "cyan"}
-    # Folded, not cut: an address is there to be copied.
-    table = Table("component", Column("url", overflow="fold"), "pid", Column("state", no_wrap=True))
-    for row in rows:
-        colour = colours.get(row.state, "red")
-        table.add_row(row.title, row.url, str(row.pid or ""), f"[{colour}]{row.state}[/]")
-    Console().print(table)
-    if any(row.state not in colours for row in rows):
-        raise typer.Exit(1)
+    status()
 
 
 @app.command()
@@ -89,6 +79,29 @@ def run(
     from ship.run import run
 
     run(job, resume)
+
+
+@app.command()
+def retrain(
+    job: Path,
+    why: Annotated[str, typer.Option(help="What is new, for the record.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
+    resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
+) -> None:
+    """Train again if code, data, job or environment changed, and put live what is better than what is there."""
+    from ship.run import retrain
+
+    retrain(job, why, force, resume)
+
+
+@app.command()
+def snapshot(
+    folder: Path, to: Annotated[str, typer.Option(help="Bring it to s3://bucket/prefix as well.")] = ""
+) -> None:
+    """Name the data in a folder by a manifest that holds the hash of every file; job files refer to it."""
+    from ship.snapshot import snapshot
+
+    snapshot(folder, to)
 
 
 Channel = Annotated[str, typer.Option(help="The channel: prod, staging, or any name.")]
@@ -163,11 +176,20 @@ def iam(
 
 
 @app.command()
-def history(model: str, channel: Channel = "prod", as_json: Json = False) -> None:
+def history(
+    model: str,
+    channel: Channel = "prod",
+    as_json: Json = False,
+    decisions: Annotated[bool, typer.Option("--decisions", help="What retraining decided instead.")] = False,
+    last: Annotated[int, typer.Option(help="How many decisions.", min=1)] = 30,
+) -> None:
     """Show every move of a channel: when, who, from what to what, why, by which flow run, with which verdicts."""
-    from ship.history import history
+    from ship.history import history, show_decisions
 
-    history(model, channel, as_json)
+    if decisions:
+        show_decisions(model, channel, as_json, last)
+    else:
+        history(model, channel, as_json)
 
 
 @app.command()

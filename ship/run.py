@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import httpx
 import typer
@@ -13,6 +14,9 @@ from infra.errors import ServiceError
 from infra.settings import HEARTBEAT_SECONDS, Settings
 from infra.workerhost import worker_host
 from registry.job import load_job
+
+if TYPE_CHECKING:
+    from tasks.decide import Night
 
 
 def run(job_file: Path, resume: str) -> None:
@@ -44,6 +48,30 @@ def run(job_file: Path, resume: str) -> None:
         f"  report   {shipped.report}\n"
         f"timings: {shipped.timings}"
     )
+
+
+def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
+    """Run retrain once. Raises ShipError with one message when there is no candidate, or no gate lets it through."""
+    job, _ = load_job(job_file)
+    job.unattended()
+    settings = Settings.load()
+    _require_prefect(settings)
+    if job.data.snapshot is None:
+        # Else what the manifest says may be the answer, and nobody needs torch.
+        worker_host(settings.runs / job.name / "host.log")
+    os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+    from flows.retrain import retrain
+    from tasks.policy import TerminationSignal
+
+    try:
+        # Called, a flow that ends with a state of its own gives that state's result.
+        night = cast("Night", asyncio.run(retrain(job=str(job_file), why=why, force=force, resume=resume)))
+    except TerminationSignal as stop:
+        raise typer.Exit(128 + stop.signal) from None
+    places = {"run": night.run_url, "version": night.version_url, "report": night.report, "why": night.decision.why}
+    lines = [f"  {name:<8} {value}" for name, value in places.items() if value]
+    typer.echo("\n".join(["", night.title, *lines]))
 
 
 def _require_prefect(settings: Settings) -> None:

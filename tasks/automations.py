@@ -25,7 +25,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from infra.errors import SettingsError, ShipError
 from infra.settings import Settings
 from tasks.notification import NotificationAddress
-from tasks.tell import PROMOTED, UNCHANGED
+from tasks.tell import KEPT, PROMOTED, UNCHANGED
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
 """A server may have other people's flows too."""
@@ -46,7 +46,11 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
         "{{ flow.name }} {{ flow_run.parameters.job or flow_run.parameters.model }}: {{ flow_run.state.name }}",
         f"{{{{ flow_run.state.message }}}}\n\n{settings.prefect_ui_url}/runs/flow-run/{{{{ flow_run.id }}}}",
     )
-    for title, event in (("a release went live", PROMOTED), ("nothing new for long", UNCHANGED)):
+    for title, event in (
+        ("a release went live", PROMOTED),
+        ("a candidate was not better", KEPT),
+        ("nothing new for long", UNCHANGED),
+    ):
         trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
         yield _notify(title, trigger, block, "{{ event.payload.subject }}", "{{ event.payload.body }}")
 

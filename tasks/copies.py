@@ -6,6 +6,7 @@ All raise SettingsError or ServiceError for the store's faults.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from infra.objectstore import ObjectStore
 from registry.pointer import Pointer
 from registry.release import Manifest
 from registry.releases import fetch_release
-from torchworker.contract import RehearsedRelease, TensorSpec, decode
+from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
 
 KEEP_SECONDS = 24 * 3600
 """Releases that nobody asked for in this time are dropped from the local copies."""
@@ -39,6 +40,39 @@ def live_copy(store: ObjectStore, copies: Path, live: Pointer | None) -> tuple[R
     """
     if live is None:
         return None, ""
+    try:
+        manifest, folder = _fetch(store, copies, live)
+        return _rehearsed(manifest, folder), ""
+    except (ReleaseError, KeyError, TypeError) as error:
+        return None, f"it is broken: {error}"
+
+
+def live_weights(store: ObjectStore, copies: Path, live: Pointer, folder: Path) -> Path:
+    """The live release's weights, verified, below a folder of the run, in one that is named by the release.
+
+    copies: as in `live_copy`. Raises ReleaseError when the release is broken: what training begins with is not guessed.
+    """
+    try:
+        manifest, copy = _fetch(store, copies, live)
+        if WEIGHTS not in manifest.files:
+            raise ReleaseError(f"release {live.release} of {live.model} holds no {WEIGHTS}")
+    except ReleaseError as error:
+        raise ReleaseError(
+            f"retrain.start: live: the live release cannot be started from: {error}; use retrain.start: scratch"
+        ) from error
+    path = folder / live.release / WEIGHTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    try:
+        os.link(copy / WEIGHTS, path)
+    except OSError:
+        # Two file systems: run directories may be where other machines see them too.
+        shutil.copyfile(copy / WEIGHTS, path)
+    return path
+
+
+def _fetch(store: ObjectStore, copies: Path, live: Pointer) -> tuple[Manifest, Path]:
+    """The copy of a release, verified, downloaded where there is none. Raises ReleaseError when it is broken."""
     folder = copies / live.release
     _drop_old(copies, folder)
 
@@ -46,18 +80,15 @@ def live_copy(store: ObjectStore, copies: Path, live: Pointer | None) -> tuple[R
         return fetch_release(store, live.model, live.release, folder, manifest_sha256=live.manifest_sha256)
 
     try:
-        try:
-            manifest = fetch()
-        except ReleaseError:
-            if not folder.exists():
-                raise
-            # The copy was damaged; the bucket decides.
-            shutil.rmtree(folder)
-            manifest = fetch()
-        folder.touch()
-        return _rehearsed(manifest, folder), ""
-    except (ReleaseError, KeyError, TypeError) as error:
-        return None, f"it is broken: {error}"
+        manifest = fetch()
+    except ReleaseError:
+        if not folder.exists():
+            raise
+        # The copy was damaged; the bucket decides.
+        shutil.rmtree(folder)
+        manifest = fetch()
+    folder.touch()
+    return manifest, folder
 
 
 def _drop_old(copies: Path, keep: Path) -> None:

@@ -111,12 +111,12 @@ def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir:
 
 async def train_launched(
     chosen: options.Launcher, project: Project, train: TrainSettings, folder: Path, checkpoints: Path, inputs: str,
-    on_event: Events, say: Say,
+    on_event: Events, say: Say, start: str = "",
 ) -> Path:  # fmt: skip
     """Train and return the attempt's folder, which holds what a local training stage holds.
 
     folder: existing folder for attempts; checkpoints: folder that outlives them; every machine sees both under these
-    paths. inputs: digest of what the training depends on.
+    paths. inputs: digest of what the training depends on. start: as in TrainRequest, and seen by every machine too.
 
     A cancelled caller cancels the job; a killed one leaves it running for the next call to find. Raises JobError when
     the user's code is at fault or the engine refuses the job, WorkerError when a machine or rank was lost.
@@ -130,7 +130,9 @@ async def train_launched(
     try:
         if attempt.job is None:
             out_dir.mkdir(exist_ok=True)
-            request = TrainRequest(project=project, train=train, folder=str(out_dir), checkpoints=str(checkpoints))
+            request = TrainRequest(
+                project=project, train=train, folder=str(out_dir), checkpoints=str(checkpoints), start=start
+            )
             request.write(out_dir / REQUEST)
             attempt = await _launch(launcher, spec, attempt, current)
             say(f"launched {attempt.engine} job {attempt.job}: {spec.nodes} machines, {spec.nproc} ranks each")

@@ -1,10 +1,11 @@
-"""Flow hook: a run that fails, crashes or is cancelled says so in MLflow too."""
+"""Flow hooks: a run that fails, crashes or is cancelled says so in MLflow, and a night in the record of decisions."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 
 from infra.errors import ShipError
+from infra.objectstore import ObjectStore
+from infra.provenance import who
 from infra.settings import Settings
+from registry.decisions import FAILED, Decision, record_decision
 from registry.job import load_job
 from registry.live_run import live_run
+from registry.pointer import read_pointer
 
 REASON_LENGTH = 1000
 
@@ -33,6 +38,32 @@ async def end_mlflow_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
     except (ShipError, OSError) as error:
         # The next run of this model on this machine ends it.
         logging.getLogger(__name__).warning("the MLflow run could not be ended: %s", error)
+
+
+async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Record that a night ended without a candidate, or with one that no gate lets through. Never makes it worse."""
+    try:
+        await asyncio.to_thread(_record_failure, flow_run, _reason(state))
+    except (ShipError, OSError) as error:
+        logging.getLogger(__name__).warning("the failed night could not be recorded: %s", error)
+
+
+def _record_failure(flow_run: FlowRun, reason: str) -> None:
+    job, _ = load_job(Path(flow_run.parameters["job"]))
+    store = ObjectStore.from_settings(Settings.load())
+    live = read_pointer(store, job.name, job.release.channel)
+    why = str(flow_run.parameters.get("why", ""))
+    decision = Decision(
+        model=job.name,
+        channel=job.release.channel,
+        decision=FAILED,
+        why=reason,
+        at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        flow_run=str(flow_run.id),
+        asked=f"{why} ({who()})" if why else who(),
+        live=live.release if live else "",
+    )
+    record_decision(store, decision)
 
 
 def _reason(state: State[Any]) -> str:

@@ -33,6 +33,17 @@ class Promoted:
     alias: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A candidate that did not replace what is live."""
+
+    why: str
+    table: str
+    """What was compared, as aligned text; empty when nothing could be."""
+    live: str
+    """The release that stays."""
+
+
 @task(
     name="promote",
     task_run_name="promote",
@@ -44,21 +55,45 @@ class Promoted:
 async def promote(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Promoted:
     """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
-    Raises GateError when what is live by then is better than the job's `vs_live` allows, or when a rollback has just
-    taken this very release off; the version stays in MLflow as the challenger. MLflow decides nothing here: when it
-    does not answer, the release is live all the same and the alias follows later.
+    Raises GateError when what is live by then is better than the job's `vs_live` and `release.policy` allow, or when a
+    rollback has just taken this very release off; the version stays in MLflow as the challenger. MLflow decides nothing
+    here: when it does not answer, the release is live all the same and the alias follows later.
     """
-    channel, name, uri = run.job.release.channel, run.job.name, run.settings.mlflow_url
-    log = get_run_logger()
+    with run.timed("promote"):
+        return await _promote(run, registered, validated, rehearsed)
+
+
+@task(
+    name="promote",
+    task_run_name="promote if better",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def promote_if_better(
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed
+) -> Promoted | Kept:
+    """As `promote`; a candidate that is not good enough is an answer, not a failure."""
     with run.timed("promote"):
         try:
-            pointer, rehearsed = await _move(run, registered, validated, rehearsed)
-        except GateError:
-            for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
-                log.warning(warning)
-            raise
-        for warning in await asyncio.to_thread(follow, run.store, name, channel, uri):
+            return await _promote(run, registered, validated, rehearsed)
+        except GateError as refusal:
+            get_run_logger().warning("%s", refusal)
+            return Kept(why=refusal.message, table=refusal.table, live=rehearsed.live)
+
+
+async def _promote(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Promoted:
+    channel, name, uri = run.job.release.channel, run.job.name, run.settings.mlflow_url
+    log = get_run_logger()
+    try:
+        pointer, rehearsed = await _move(run, registered, validated, rehearsed)
+    except GateError:
+        for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
             log.warning(warning)
+        raise
+    for warning in await asyncio.to_thread(follow, run.store, name, channel, uri):
+        log.warning(warning)
     log.info(
         "%s is live on %s: generation %d, release %s, %s bytes sent",
         name, channel, pointer.generation, pointer.release, f"{rehearsed.published.sent_bytes:,}",

@@ -7,27 +7,29 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.provenance import environment_lock
 from infra.rundir import StageFolder, file_sha256
 from registry import mlflow_versions
+from registry.data_checks import NOTHING_ASKED, render_data
 from registry.description import describe
+from registry.freshness import Inputs
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from registry.observation import Point, file_points, latest_of
-from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from registry.release import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from registry.speed import int8_table, speed_markdown, speed_metrics
+from tasks.inspect import Inspected, data_fingerprint, inputs_of, snapshot_fingerprint
 from tasks.policy import worth_retrying
 from tasks.requests import run_params
 from tasks.run import Run
 from tasks.train import Trained
 from tasks.validate import Validated
-from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, TensorSpec
+from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Registered:
     manifest: Manifest
     version: RegisteredVersion
     description: str
+    data: str
+    """What its data is like, as markdown."""
 
 
 @task(
@@ -48,10 +52,13 @@ class Registered:
     retry_delay_seconds=[1, 5, 15],
     retry_condition_fn=worth_retrying,
 )
-async def register(run: Run, trained: Trained, validated: Validated) -> Registered:
+async def register(run: Run, inspected: Inspected, trained: Trained, validated: Validated) -> Registered:
     """Assemble the release folder and register it; a retry finds the version that it already made."""
     with run.timed("register"):
-        folder = _assemble(run, trained, validated)
+        facts = await inspected.facts()
+        data = snapshot_fingerprint(run.snapshot) if run.snapshot else data_fingerprint(facts)
+        inputs = await inputs_of(run.job, Path(run.project.folder), data)
+        folder = _assemble(run, trained, validated, facts, inputs)
         manifest = build_manifest(
             folder,
             model=run.job.name,
@@ -67,10 +74,11 @@ async def register(run: Run, trained: Trained, validated: Validated) -> Register
         record = _record(run, trained, validated, folder, manifest, description, points)
         version = await asyncio.to_thread(mlflow_versions.register, record, run.settings.mlflow_url)
     get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
-    return Registered(folder=folder, manifest=manifest, version=version, description=description)
+    page = inspected.page or render_data(NOTHING_ASKED, dataclasses.asdict(facts))
+    return Registered(folder=folder, manifest=manifest, version=version, description=description, data=page)
 
 
-def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
+def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectResult, inputs: Inputs) -> Path:
     """The files of the release, hard links where they already exist."""
     stage = StageFolder(run.folder, "release", inputs=validated.digest)
     if not stage.is_complete():
@@ -82,8 +90,10 @@ def _assemble(run: Run, trained: Trained, validated: Validated) -> Path:
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
         _write_json(files / VERDICTS, dataclasses.asdict(validated.result))
-        _write_json(files / LINEAGE, _lineage(run, trained))
-        (files / ENVIRONMENT).write_text("\n".join(environment_lock()) + "\n")
+        _write_json(files / LINEAGE, _lineage(run, trained, inputs))
+        _write_json(files / DATA, _summary(facts))
+        lock = [f"{name}=={version}" for name, version in inputs.environment.items()]
+        (files / ENVIRONMENT).write_text("\n".join(lock) + "\n")
         stage.finish()
     return stage.path / "files"
 
@@ -92,9 +102,16 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def _lineage(run: Run, trained: Trained) -> dict[str, Any]:
+def _summary(facts: InspectResult) -> dict[str, Any]:
+    """What the next candidate's data is held against: counts and quantiles, no samples."""
+    return dataclasses.asdict(replace(facts, seconds=0.0, validation=replace(facts.validation, columns={})))
+
+
+def _lineage(run: Run, trained: Trained, inputs: Inputs) -> dict[str, Any]:
     result = trained.result
     return {
+        "inputs": inputs.recorded(),
+        "start": trained.start,
         "git_commit": trained.git_commit,
         "shipping_git_commit": run.git_commit,
         "flow_run_id": run.origin,

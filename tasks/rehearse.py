@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import GateError, JobError, WorkerError
+from infra.errors import GateError, WorkerError
 from infra.rundir import StageFolder
 from registry.description import file_size, number
-from registry.gates import require_not_slower, require_not_worse, verdict_table, worst
+from registry.gates import (
+    Beside,
+    interval_text,
+    require_good_enough,
+    require_not_slower,
+    verdict_table,
+    worst,
+)
 from registry.job import Job
 from registry.pointer import Pointer, read_pointer
 from registry.releases import Published, publish
@@ -30,11 +37,14 @@ from torchworker.contract import (
     GOLDEN,
     LATENCY,
     PROBES,
+    RESULT,
     VALIDATION,
     MeasureResult,
     RehearsedRelease,
     RehearseRequest,
     RehearseResult,
+    Resampling,
+    ScoredRelease,
     ScoreRequest,
     ScoreResult,
     Timed,
@@ -67,18 +77,40 @@ class Rehearsed:
         return worst(self.job, self.result.live)
 
     def require_good_enough(self) -> None:
-        """Raises GateError when the live release is better than the job's gates allow, or could not be measured."""
-        if self.live:
+        """Raises GateError when the live release is better than the job's gates and `release.policy` allow, or could
+        not be measured."""
+        # A run that was killed after the pointer moved finds its own release there.
+        if self.live and self.live != self.published.release:
             result = self.result
-            require_not_worse(self.job, self.quality, self.live_quality, self.live, result.live_problem)
+            require_good_enough(self.job, self.beside)
             require_not_slower(self.job, result.candidate_speed, result.live_speed, self.live, result.speed_problem)
+
+    @property
+    def beside(self) -> Beside:
+        """The quality of both."""
+        return Beside(
+            live=self.live,
+            candidate=self.quality,
+            theirs=self.live_quality,
+            intervals={name: (item.low, item.high) for name, item in self.result.intervals.items()},
+            problem=self.result.live_problem,
+        )
 
     def in_words(self) -> dict[str, str]:
         """What was compared, for the record of the move."""
-        mine = self.quality | dict(self.result.candidate_speed)
-        theirs = self.live_quality | dict(self.result.live_speed)
-        both = [name for name in mine if name in theirs]
-        return {f"{name} vs live": f"{number(mine[name])} against {number(theirs[name])}" for name in both}
+        beside = self.beside
+        mine, theirs = (
+            {**beside.candidate, **self.result.candidate_speed},
+            {**beside.theirs, **self.result.live_speed},
+        )
+        found = {}
+        for name, value in mine.items():
+            if name in theirs:
+                span = interval_text(beside.intervals.get(name))
+                found[f"{name} vs live"] = f"{number(value)} against {number(theirs[name])}" + (
+                    f", {self.job.release.confidence:.0%} interval of the improvement {span}" if span else ""
+                )
+        return found
 
 
 @task(
@@ -134,6 +166,7 @@ async def hold_against(
         forbidden_folder=run.project.folder,
         threads=run.job.threads,
         sqnr_db=run.job.export.int8.sqnr_db if run.job.export.int8 is not None else 0.0,
+        resampling=_resampling(run.job),
     )
     result = decode(RehearseResult, await call_worker(run.host, "rehearse", request, work))
     if not result.passed:
@@ -161,32 +194,50 @@ async def _scored(
 ) -> RehearseResult:
     """The result with the metrics that are in user code, of both releases, which the clean room cannot import."""
 
-    async def score(name: str, release: RehearsedRelease) -> dict[str, dict[str, float]]:
-        folder = work / f"score-{name}"
-        folder.mkdir()
-        for file in release.formats.values():
-            os.link(Path(release.folder) / file, folder / file)
-        os.link(exported / VALIDATION, folder / VALIDATION)
-        asked = ScoreRequest(
-            project=run.project,
-            folder=str(folder),
-            formats=release.formats,
-            inputs=release.inputs,
-            batch=run.job.export.batch,
-            gates=[],
-            threads=run.job.threads,
-        )
-        scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", asked, folder))
-        clean = result.candidate if name == "candidate" else result.live
-        return {kind: {**clean.get(kind, {}), **values} for kind, values in scored.metrics.items()}
-
-    candidate = await score("candidate", request.candidate)
-    if request.live is None or result.live_problem:
-        return replace(result, candidate=candidate)
+    folder = work / "score"
+    folder.mkdir()
+    candidate, live = request.candidate, request.live if not result.live_problem else None
+    for file in candidate.formats.values():
+        os.link(Path(candidate.folder) / file, folder / file)
+    os.link(exported / VALIDATION, folder / VALIDATION)
+    asked = ScoreRequest(
+        project=run.project,
+        folder=str(folder),
+        formats=candidate.formats,
+        inputs=candidate.inputs,
+        batch=run.job.export.batch,
+        gates=[],
+        threads=run.job.threads,
+        live=ScoredRelease(folder=live.folder, formats=live.formats, inputs=live.inputs) if live else None,
+        resampling=request.resampling,
+    )
     try:
-        return replace(result, candidate=candidate, live=await score("live", request.live))
-    except (JobError, WorkerError) as error:
-        return replace(result, candidate=candidate, live={}, live_problem=f"its own metrics failed: {error}")
+        scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", asked, folder))
+    except WorkerError as error:
+        if live is None:
+            raise
+        # The live release may have taken the process down; the candidate alone tells.
+        (folder / RESULT).unlink(missing_ok=True)
+        alone = await call_worker(run.host, "score", replace(asked, live=None), folder)
+        scored = replace(decode(ScoreResult, alone), live_problem=str(error).split("\n")[0])
+    mine = _joined(result.candidate, scored.metrics)
+    if live is None:
+        return replace(result, candidate=mine)
+    if scored.live_problem:
+        return replace(result, candidate=mine, live={}, live_problem=f"its own metrics failed: {scored.live_problem}")
+    intervals = {**result.intervals, **scored.intervals}
+    return replace(result, candidate=mine, live=_joined(result.live, scored.live), intervals=intervals)
+
+
+def _joined(
+    clean: Mapping[str, Mapping[str, float]], own: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Format to metric to value, of the clean room and of the user's own."""
+    return {kind: {**clean.get(kind, {}), **values} for kind, values in own.items()}
+
+
+def _resampling(job: Job) -> Resampling:
+    return Resampling(resamples=job.release.resamples, confidence=job.release.confidence, seed=job.train.seed)
 
 
 async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, work: Path) -> RehearseResult:

@@ -23,8 +23,8 @@ from torchworker.contract import (
 )
 
 
-def project_of(job: Job, folder: Path) -> Project:
-    """The user code that the job names. folder: absolute project folder."""
+def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
+    """The user code that the job names. folder: absolute project folder; snapshot: of its verified data."""
     return Project(
         name=job.name,
         folder=str(folder),
@@ -33,6 +33,7 @@ def project_of(job: Job, folder: Path) -> Project:
         collate=_optional(job.data.collate, "data.collate"),
         loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,
+        snapshot=str(snapshot) if snapshot is not None else "",
         custom_metrics=[
             CustomMetric(name=item.label, reference=_reference(item, "train.metrics.factory"), better=item.better)
             for item in job.train.custom_metrics

@@ -28,6 +28,7 @@ from registry.signing import require_usable_keys
 from tasks.cpp import start_build
 from tasks.policy import quiet_mistakes
 from tasks.requests import project_of, run_params
+from tasks.snapshot import verified_snapshot
 from torchworker.contract import CppResult, Project
 
 
@@ -37,6 +38,8 @@ class Run:
 
     job: Job
     project: Project
+    snapshot: str
+    """Hexadecimal SHA-256 of the manifest of the job's data; empty when the job has no snapshot."""
     settings: Settings
     folder: Path
     """Run directory: one folder a stage, kept when a run is retried."""
@@ -71,30 +74,34 @@ class Run:
 
     @property
     def flow_run_url(self) -> str:
-        return _flow_run_url(self.settings, self.flow_run_id)
+        return flow_run_page(self.settings, self.flow_run_id)
 
 
-def _flow_run_url(settings: Settings, flow_run_id: str) -> str:
+def flow_run_page(settings: Settings, flow_run_id: str) -> str:
     return f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id}"
 
 
 @task(name="begin", task_run_name="begin", cache_policy=NO_CACHE)
-async def begin(job_file: str, resume: str = "") -> Run:
+async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Run:
     """Validate the job, and make sure that every service answers, before any work starts.
 
-    resume: id of an earlier run whose stages and checkpoints are gone on with.
+    resume: id of an earlier run whose stages and checkpoints are gone on with. unattended: nobody watches, so that
+    without a `release.policy` only what is better goes live.
     """
     began = time.perf_counter()
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
+    if unattended:
+        job = job.unattended()
     settings = Settings.load()
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
-    folder = _run_folder(settings.runs / job.name, flow_run_id, resume)
+    folder = run_folder(settings.runs / job.name, flow_run_id, resume)
     # Workers import torch while this process imports MLflow and talks to the services.
     host = worker_host(folder.parent / "host.log")
     store = ObjectStore.from_settings(settings)
-    await asyncio.gather(
+    (snapshot, snapshot_sha256), *_ = await asyncio.gather(
+        asyncio.to_thread(verified_snapshot, settings, job, project_folder),
         asyncio.to_thread(check_reachable, settings.mlflow_url),
         asyncio.to_thread(_check_store, store),
     )
@@ -108,9 +115,9 @@ async def begin(job_file: str, resume: str = "") -> Run:
             tags={
                 TAG_COMMIT: commit,
                 TAG_FLOW_RUN: folder.name,
-                "flow_run_url": _flow_run_url(settings, flow_run_id),
+                "flow_run_url": flow_run_page(settings, flow_run_id),
             },
-            note=f"In progress: [Prefect run]({_flow_run_url(settings, flow_run_id)})",
+            note=f"In progress: [Prefect run]({flow_run_page(settings, flow_run_id)})",
             started=time.time(),
         ),
         settings.mlflow_url,
@@ -120,7 +127,8 @@ async def begin(job_file: str, resume: str = "") -> Run:
     run = Run(
         cpp=start_build(host, job, folder),
         job=job,
-        project=project_of(job, project_folder),
+        project=project_of(job, project_folder, snapshot),
+        snapshot=snapshot_sha256,
         settings=settings,
         folder=folder,
         flow_run_id=flow_run_id,
@@ -135,7 +143,8 @@ async def begin(job_file: str, resume: str = "") -> Run:
     return run
 
 
-def _run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
+def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
+    """The folder of this run, made when it is not there; or that of an earlier one. Raises JobError for no such run."""
     folder = runs / (resume or flow_run_id)
     if resume and (folder.parent != runs or not folder.is_dir()):
         known = sorted((path for path in runs.glob("*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)

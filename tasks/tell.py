@@ -6,6 +6,8 @@ from prefect.events import emit_event
 
 PROMOTED = "train-and-ship.promoted"
 """A release went live."""
+KEPT = "train-and-ship.kept"
+"""Retraining made a candidate that is not better; the live release stays."""
 UNCHANGED = "train-and-ship.unchanged"
 """Retraining was skipped for many nights in a row."""
 

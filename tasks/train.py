@@ -17,6 +17,8 @@ from prefect.cache_policies import NO_CACHE
 from infra.rundir import StageFolder
 from registry.description import file_size, table
 from registry.observation import RankTimes, rank_times
+from registry.pointer import Pointer
+from tasks.copies import live_weights
 from tasks.launched import train_launched
 from tasks.policy import worth_retrying
 from tasks.requests import train_settings
@@ -37,6 +39,8 @@ class Trained:
     folder: Path
     result: TrainResult
     digest: str
+    start: str
+    """The release whose weights it began with; empty when it began from scratch."""
 
     @property
     def git_commit(self) -> str:
@@ -56,21 +60,29 @@ class Trained:
     retry_delay_seconds=1,
     retry_condition_fn=worth_retrying,
 )
-async def train(run: Run) -> Trained:
-    """Train in child processes; skipped when this run has already trained."""
-    stage = StageFolder(run.folder, "train", inputs=run.job.training_digest())
+async def train(run: Run, start: Pointer | None = None) -> Trained:
+    """Train in child processes; skipped when this run has already trained.
+
+    start: the live release whose weights training begins with; None for the model as its factory makes it.
+    """
+    inputs = run.job.training_digest() if start is None else f"{run.job.training_digest()} from {start.release}"
+    stage = StageFolder(run.folder, "train", inputs=inputs)
     with run.timed("train"):
         if stage.is_complete():
             get_run_logger().info("train: already complete in this run, verified by hash")
             run.live.follow(stage.path / EVENTS)
         else:
-            await _train(run, stage)
+            await _train(run, stage, start, inputs)
     reply = Reply.read(stage.path / RESULT)
     result: TrainResult = decode(TrainResult, reply.result)
-    return Trained(folder=stage.path, result=result, digest=stage.digest())
+    return Trained(folder=stage.path, result=result, digest=stage.digest(), start=start.release if start else "")
 
 
-async def _train(run: Run, stage: StageFolder) -> None:
+async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str) -> None:
+    weights = ""
+    if start is not None:
+        copies = run.settings.home / "releases" / run.job.name
+        weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
     if (stage.work / EVENTS).exists():
         # Left by an attempt that died, perhaps with steps that MLflow was not told.
         run.live.follow(stage.work / EVENTS)
@@ -83,13 +95,15 @@ async def _train(run: Run, stage: StageFolder) -> None:
         if launcher.machines is None:
             work = stage.begin()
             run.live.follow(work / EVENTS)
-            request = TrainRequest(project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints))
+            request = TrainRequest(
+                project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints), start=weights
+            )
             await call_worker(run.host, "train", request, work, progress.on_event)
         else:
             attempts.mkdir(exist_ok=True)
             trained = await train_launched(
-                launcher, run.project, settings, attempts, checkpoints, run.job.training_digest(), progress.on_event,
-                get_run_logger().info,
+                launcher, run.project, settings, attempts, checkpoints, inputs, progress.on_event,
+                get_run_logger().info, weights,
             )  # fmt: skip
             shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
         await progress.finish()
@@ -98,8 +112,8 @@ async def _train(run: Run, stage: StageFolder) -> None:
     (stage.work / COMMIT).write_text(run.git_commit)
     run.live.send_soon()
     stage.finish()
-    for folder in (checkpoints, attempts):
-        shutil.rmtree(folder, ignore_errors=True)
+    for leftover in (checkpoints, attempts):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Progress:

@@ -156,6 +156,8 @@ class Project(Message):
     metrics: Sequence[str]
     """Names in METRICS."""
     custom_metrics: Sequence[CustomMetric] = ()
+    snapshot: str = ""
+    """Absolute folder of verified data that the data factory is given; empty when the job has no snapshot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,8 @@ class TrainRequest(Message):
     """Absolute output folder, empty at the start."""
     checkpoints: str
     """Absolute folder of checkpoints, which outlives attempts; training goes on from the newest sound one."""
+    start: str = ""
+    """Absolute path of the weights that training starts from; empty for the model as its factory makes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +296,70 @@ class TrainResult:
     """Versions and thread counts that can change the bits."""
     notes: Sequence[str]
     """What a person should know: resumed from where, with which doubts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRequest(Message):
+    """Ask what the data is like: read once, before training."""
+
+    project: Project
+    train: TrainSettings
+    ranges: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """Tensor to the smallest and largest value that it may have; None for no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """The distribution of one number of each sample, or of all numbers of a tensor."""
+
+    quantiles: Sequence[float]
+    """Of finite values at 0, 1 … 100 %; values that occur, ascending. Empty when no value is finite."""
+    values: int
+    """How many values they stand for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """One tensor of the batches, over all samples of a split."""
+
+    dtype: str
+    shapes: Sequence[Sequence[int]]
+    """Of one sample, each that occurs, up to a few."""
+    values: int
+    missing: int
+    """NaN and infinite values."""
+    outside: int
+    """Values outside the given range."""
+    low: float | None
+    """Smallest finite value; None when there is none."""
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """What one split of the data is like."""
+
+    samples: int
+    fingerprint: str
+    """Order-independent hash of every sample as data.factory gives it."""
+    tensors: Mapping[str, TensorFacts]
+    """By input name, and `target`."""
+    columns: Mapping[str, Column]
+    """By name: `x` or `x[3]`; of large tensors `x`, `x: mean of a sample`, `x: spread of a sample`."""
+    labels: Mapping[str, int]
+    """Samples by label; empty when the target is no label."""
+    repeated: int
+    """Samples whose inputs occurred before in this split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectResult(Message):
+    train: SplitFacts
+    validation: SplitFacts
+    overlap: int
+    """Validation samples whose inputs are those of a training sample, bit by bit."""
+    seconds: float
+    """What reading took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,6 +702,36 @@ class LocateResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How sure one is that two releases differ: a paired bootstrap over the validation samples."""
+
+    resamples: int
+    confidence: float
+    """Part of the resampled differences that the interval holds: 0.95."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """What the improvement over the live release may be, were other validation samples drawn."""
+
+    low: float
+    high: float
+    """Both positive when the candidate is better, whatever the metric's direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRelease:
+    """Artifacts on this disk."""
+
+    folder: str
+    """Absolute."""
+    formats: Mapping[str, str]
+    """Format to file name."""
+    inputs: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreRequest(Message):
     """Ask for the metrics in user code, of artifacts that passed the clean room."""
 
@@ -650,6 +748,10 @@ class ScoreRequest(Message):
     gates: Sequence[Gate]
     """Those on custom metrics."""
     threads: int
+    live: ScoredRelease | None = None
+    """What is scored beside it, on the same samples."""
+    resampling: Resampling | None = None
+    """Asked for when the difference is to be judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -657,6 +759,12 @@ class ScoreResult:
     metrics: Mapping[str, Mapping[str, float]]
     """Format to metric to value."""
     verdicts: Sequence[Verdict]
+    live: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The same of the live release; empty when it could not be scored."""
+    live_problem: str = ""
+    """Why not."""
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    """Metric to what the improvement may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -691,6 +799,8 @@ class RehearseRequest(Message):
     threads: int
     sqnr_db: float = 0.0
     """What int8 variants of the candidate have to reach on the golden inputs."""
+    resampling: Resampling | None = None
+    """None when there is nothing to judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -710,6 +820,8 @@ class RehearseResult(Message):
     """The same of the live release."""
     speed_problem: str = ""
     """Why these could not be measured."""
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    """Metric to what the improvement over the live release may be."""
 
     @property
     def passed(self) -> bool:

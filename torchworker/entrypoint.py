@@ -25,6 +25,7 @@ from torchworker.project import build_dataset, build_model, length_of
 from torchworker.randomness import seed_everything
 from torchworker.reports import Reports
 from torchworker.returned import require_sound, unwrapped
+from torchworker.weights import start_from
 
 JOURNAL = "reports.jsonl"
 FOLDER = "loop"
@@ -49,6 +50,8 @@ class Context:
         """For whatever the loop writes; kept with the run, not shipped, and empty at the start of an attempt."""
         self.folder.mkdir(exist_ok=True)
         self._project = request.project
+        self._start = request.start
+        self._started = False
         self._events = events
         self._reports = Reports(name_of(entry), self.rank, events, Path(request.checkpoints) / JOURNAL)
         self.checkpoint = CheckpointHandle(
@@ -56,8 +59,17 @@ class Context:
         )
 
     def build_model(self) -> nn.Module:
-        """The untrained model of `model.factory`, on the CPU."""
-        return build_model(self._project)
+        """The model of `model.factory` on the CPU: untrained, or with the live release's weights (retrain.start)."""
+        model = build_model(self._project)
+        if self._start:
+            start_from(model, Path(self._start))
+            self._started = True
+        return model
+
+    @property
+    def missed_start(self) -> bool:
+        """Whether the loop was to start from given weights and never asked for the model that has them."""
+        return bool(self._start) and not self._started
 
     def build_dataset(self, split: str) -> Dataset[Any]:
         """What `data.factory` gives for `train` or `validation`."""
@@ -102,6 +114,11 @@ def run_entrypoint(request: TrainRequest, entry: Entrypoint, device: torch.devic
     seed_everything(settings.seed)
     store = dist.distributed_c10d._get_default_store()
     returned = _call(main, context, entry, project)
+    if context.missed_start:
+        raise UserMistake(
+            f"{name_of(entry)} trained a model of its own making, and retrain.start: live asks for one that begins "
+            "with the live release's weights; train what context.build_model() gives, or use retrain.start: scratch"
+        )
     # A script made for torchrun may end the group as its last line; what follows needs one.
     together = dist.is_initialized()
     if not together:

@@ -30,12 +30,7 @@ class Fingerprint:
 
         Raises UserMistake for a value whose bytes are not known.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for leaf in pytree.tree_leaves(item):
-            header, content = _bytes(leaf)
-            digest.update(header.encode())
-            digest.update(content)
-        self.total = (self.total + int.from_bytes(digest.digest(), "big")) % _MODULUS
+        self.total = (self.total + digest_of(item)) % _MODULUS
         self.samples += 1
 
     def merge(self, total: int, samples: int) -> None:
@@ -46,6 +41,16 @@ class Fingerprint:
     def hexdigest(self) -> str:
         """32 hexadecimal digits over the samples and their number."""
         return hashlib.blake2b(f"{self.samples}:{self.total:032x}".encode(), digest_size=16).hexdigest()
+
+
+def digest_of(item: Any) -> int:
+    """BLAKE2b-128 of one sample, or of a part of it. Raises UserMistake for a value whose bytes are not known."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in pytree.tree_leaves(item):
+        header, content = _bytes(leaf)
+        digest.update(header.encode())
+        digest.update(content)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _bytes(leaf: Any) -> tuple[str, bytes]:

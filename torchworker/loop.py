@@ -42,6 +42,7 @@ from torchworker.project import (
 from torchworker.randomness import seed_everything
 from torchworker.strategy import autocast, make_scaler, share_model
 from torchworker.training_data import TrainingData, ValidationData
+from torchworker.weights import start_from
 
 STEP_EVENT_SECONDS = 0.25
 
@@ -52,6 +53,7 @@ class Loop:
     def __init__(self, request: TrainRequest, device: torch.device) -> None:
         self.project: Project = request.project
         self.settings: TrainSettings = request.train
+        self.start = request.start
         self.folder = Path(request.folder)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
@@ -65,7 +67,11 @@ class Loop:
         settings, project = self.settings, self.project
         # The same seed everywhere while building, so that a model's random initialisation agrees.
         seed_everything(settings.seed)
-        self.model = build_model(project).to(self.device)
+        self.model = build_model(project)
+        if self.start:
+            start_from(self.model, Path(self.start))
+            self.notes.append(f"started from the weights of release {Path(self.start).parent.name}")
+        self.model.to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pin_memory = self.device.type == "cuda"

@@ -9,8 +9,17 @@ from torch import Tensor
 def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
     """(sum over samples, number of samples or elements) of a metric on one batch.
 
+    The metric is sum / count over everything seen.
+    """
+    values = metric_values(name, outputs, target)
+    return float(values.sum()), values.numel()
+
+
+def metric_values(name: str, outputs: Tensor, target: Tensor) -> Tensor:
+    """The metric of each element of the target; their mean is the metric. Shape of the target.
+
     outputs: [batch, …] or, for accuracy, [batch, classes, …] scores or [batch] one logit of the positive class;
-    target: [batch, …]. The metric is sum / count over everything seen.
+    target: [batch, …].
     """
     if name == "accuracy":
         scores = outputs.dim() == target.dim() + 1
@@ -18,12 +27,10 @@ def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
             # One logit in a column of its own is not one class: argmax would always say 0.
             outputs, scores = outputs.squeeze(1), False
         _require_same_shape(outputs[:, 0] if scores else outputs, target)
-        hits = outputs.argmax(1) == target if scores else (outputs > 0) == (target > 0.5)
-        return float(hits.sum()), hits.numel()
+        return outputs.argmax(1) == target if scores else (outputs > 0) == (target > 0.5)
     _require_same_shape(outputs, target)
     difference = outputs.to(torch.float64) - target.to(torch.float64)
-    values = difference.square() if name == "mean_squared_error" else difference.abs()
-    return float(values.sum()), values.numel()
+    return difference.square() if name == "mean_squared_error" else difference.abs()
 
 
 def _require_same_shape(outputs: Tensor, target: Tensor) -> None:

@@ -84,7 +84,8 @@ def build_model(project: Project) -> nn.Module:
 
 def build_dataset(project: Project, split: str) -> Dataset[Any]:
     """The `train` or `validation` dataset: map-style or iterable, not empty, items (inputs, target)."""
-    dataset = _call(project.data, project, split=split)
+    more = {"snapshot": project.snapshot} if project.snapshot else {}
+    dataset = _call(project.data, project, split=split, **more)
     asked = f"{project.data.where}: {project.data.target}(split={split!r})"
     if isinstance(dataset, IterableDataset):
         empty = _is_empty_stream(dataset, asked, project)

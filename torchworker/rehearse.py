@@ -19,6 +19,8 @@ from torchworker import runtimes
 from torchworker.contract import (
     GOLDEN,
     INT8_OF,
+    METRICS,
+    Interval,
     RehearsedRelease,
     RehearseRequest,
     RehearseResult,
@@ -26,16 +28,17 @@ from torchworker.contract import (
     Verdict,
 )
 from torchworker.failure import describe
-from torchworker.metrics import metric_sum
+from torchworker.metrics import metric_values
 from torchworker.parity import compare
 from torchworker.quantized import Noise
+from torchworker.resampling import interval_of_mean
 from torchworker.validate import forbid_user_code
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
 
-Metrics = dict[str, dict[str, float]]
-"""Format to metric to value."""
+Scores = dict[str, dict[str, Tensor]]
+"""Format to metric to its value on each sample, [samples]."""
 
 
 class NotComparable(Exception):
@@ -55,7 +58,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     validation = load_file(request.validation) if request.validation else {}
     batch = golden[min(1, len(golden) - 1)][0]
     verdicts: list[Verdict] = []
-    metrics: Metrics = {}
+    mine: Scores = {}
     for kind, file in candidate.formats.items():
         try:
             call = runtimes.load(kind, folder / file, request.threads)
@@ -68,33 +71,55 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts += [_again(kind, call, size, parts, candidate) for size, parts in golden]
         if validation:
             try:
-                metrics[kind] = _score(call, validation, candidate, request.metrics, batch)
+                mine[kind] = _score(call, validation, candidate, request.metrics, batch)
             except Exception as error:
                 verdicts.append(_verdict(kind, "validation samples", None, describe(error)))
-    live, problem = _live(request, validation, batch)
+    theirs: Scores = {}
+    problem = _score_live(request, validation, batch, theirs)
     return RehearseResult(
         verdicts=verdicts,
-        candidate=metrics,
-        live=live,
+        candidate=_means(mine),
+        live=_means(theirs),
         live_problem=problem,
         samples=len(validation["target"]) if validation else 0,
+        intervals=_intervals(request, mine, theirs),
     )
 
 
-def _live(request: RehearseRequest, validation: Mapping[str, Tensor], batch: int) -> tuple[Metrics, str]:
-    """The live release's metrics, or none and what is in the way. Never raises for what the live release is like."""
+def _score_live(request: RehearseRequest, validation: Mapping[str, Tensor], batch: int, scores: Scores) -> str:
+    """Fill in the live release's scores, or say what is in the way. Never raises for what the live release is like."""
     live = request.live
     if live is None or not validation:
-        return {}, ""
-    metrics: Metrics = {}
+        return ""
     for kind, file in live.formats.items():
         try:
             _require_same_inputs(live.inputs, validation)
             call = runtimes.load(kind, Path(live.folder) / file, request.threads)
-            metrics[kind] = _score(call, validation, live, request.metrics, batch)
+            scores[kind] = _score(call, validation, live, request.metrics, batch)
         except Exception as error:
-            return {}, f"{kind}: {error if isinstance(error, NotComparable) else describe(error)}"
-    return metrics, "" if metrics else "it holds no artifact"
+            scores.clear()
+            return f"{kind}: {error if isinstance(error, NotComparable) else describe(error)}"
+    return "" if scores else "it holds no artifact"
+
+
+def _means(scores: Scores) -> dict[str, dict[str, float]]:
+    """Format to metric to value: the mean over all samples."""
+    return {kind: {name: float(values.mean()) for name, values in found.items()} for kind, found in scores.items()}
+
+
+def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[str, Interval]:
+    """What each improvement may be, between the formats at which either release is worst."""
+    if request.resampling is None or not mine or not theirs:
+        return {}
+    found = {}
+    for name in request.metrics:
+        sign = 1.0 if METRICS[name] == "higher" else -1.0
+        candidate, live = (
+            min((scores[name] for scores in side.values()), key=lambda values: sign * float(values.mean()))
+            for side in (mine, theirs)
+        )
+        found[name] = interval_of_mean(sign * (candidate - live), request.resampling)
+    return found
 
 
 def _require_files(release: RehearsedRelease) -> None:
@@ -204,15 +229,15 @@ def _score(
     release: RehearsedRelease,
     metrics: Sequence[str],
     batch: int,
-) -> dict[str, float]:
-    """Each metric over all validation samples, from the artifact's own outputs."""
+) -> dict[str, Tensor]:
+    """Each metric of each validation sample, [samples] float64, from the artifact's own outputs."""
     samples = len(validation["target"])
-    sums = {name: [0.0, 0] for name in metrics}
+    parts: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for start in range(0, samples, batch):
         part = slice(start, start + batch)
         outputs = call({spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in release.inputs})
         for name in metrics:
-            value, count = metric_sum(name, outputs[0], validation["target"][part])
-            sums[name][0] += value
-            sums[name][1] += count
-    return {name: total / count for name, (total, count) in sums.items()}
+            # All samples have one shape, so the mean of their means is the mean over all elements.
+            values = metric_values(name, outputs[0], validation["target"][part]).to(torch.float64)
+            parts[name].append(values.flatten(1).mean(1) if values.dim() > 1 else values)
+    return {name: torch.cat(found) for name, found in parts.items()}

@@ -13,6 +13,7 @@ from torchworker.contract import (
     CheckRequest,
     CppRequest,
     ExportRequest,
+    InspectRequest,
     LocateRequest,
     MeasureRequest,
     RehearseRequest,
@@ -30,6 +31,10 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.check import check
 
         return check(CheckRequest.read(request))
+    if stage == "inspect":
+        from torchworker.inspection import inspect
+
+        return inspect(InspectRequest.read(request))
     if stage == "train":
         from torchworker.train import train
 
@@ -62,13 +67,13 @@ def _work(stage: str, request: Path) -> Any:
         from torchworker.measure import measure
 
         return measure(MeasureRequest.read(request))
-    known = "check, train, export, cpp, validate, locate, measure, score or rehearse"
+    known = "check, inspect, train, export, cpp, validate, locate, measure, score or rehearse"
     raise ValueError(f"stage: expected {known}, got {stage!r}")
 
 
 def _user_folder(stage: str, request: Path) -> str:
     """Where the user's code is, to tell their lines from ours; `validate` and `rehearse` run none of it."""
-    if stage not in ("check", "train", "export", "locate", "score"):
+    if stage not in ("check", "inspect", "train", "export", "locate", "score"):
         return ""
     folder: str = json.loads(request.read_text())["project"]["folder"]
     return folder

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from torchworker.failure import UserMistake
+
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Parameters and buffers of the model on the CPU."""
@@ -18,6 +20,18 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load in place. Raises RuntimeError when names or shapes do not match."""
     load_model(model, str(path), strict=True)
+
+
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load the weights of an earlier release in place. Raises UserMistake with what differs when they do not fit."""
+    try:
+        load_weights(model, path)
+    except RuntimeError as error:
+        differs = "; ".join(line.strip() for line in str(error).splitlines()[1:] if line.strip()) or str(error)
+        raise UserMistake(
+            f"retrain.start: live: the weights of release {path.parent.name} do not fit the model that model.factory "
+            f"makes: {differs}; use retrain.start: scratch, or bring back the model that the release was trained with"
+        ) from None
 
 
 def state_hash(model: nn.Module) -> str:

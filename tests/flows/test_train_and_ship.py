@@ -80,7 +80,7 @@ def test_the_release_is_live_complete_and_holds_every_format(
     names = {path.name for path in (tmp_path / "release").iterdir()}
     assert {
         "MANIFEST.json", "model.onnx", "model.pt2", "model.torchscript", "weights.safetensors", "golden.safetensors",
-        "job.json", "verdicts.json", "lineage.json", "environment.txt",
+        "job.json", "verdicts.json", "lineage.json", "data.json", "environment.txt",
     } == names  # fmt: skip
     manifest = json.loads((tmp_path / "release" / "MANIFEST.json").read_text())
     assert manifest["metrics"]["accuracy"] >= 0.97
@@ -178,8 +178,9 @@ def test_two_releases_can_be_compared_and_the_newer_rolled_back(
     assert champion.tags["release"] == newer.previous
 
 
-def test_the_full_deployment_name_and_the_nightly_schedule_exist(command: Command) -> None:
-    ended = command("prefect", "deployment", "inspect", "train-and-ship/train-and-ship")
+def test_the_nightly_schedule_is_the_one_of_retraining(command: Command) -> None:
+    assert "'slug'" not in command("prefect", "deployment", "inspect", "train-and-ship/train-and-ship").output
+    ended = command("prefect", "deployment", "inspect", "retrain/retrain")
     assert ended.status == 0, ended.text
     assert "'slug': 'nightly'" in ended.output
     assert "'cron': '0 2 * * *'" in ended.output and "'timezone': 'UTC'" in ended.output

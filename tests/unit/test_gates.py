@@ -5,14 +5,76 @@ from pathlib import Path
 import pytest
 
 from infra.errors import GateError
-from registry.gates import require_not_slower, require_not_worse, verdict_table, worst
+from registry.gates import (
+    Beside,
+    compare,
+    require_good_enough,
+    require_not_slower,
+    verdict_table,
+    worst,
+)
 from registry.job import Job, load_job
+from registry.releases import Published
+from tasks.rehearse import Rehearsed
 from tests.projects import write_project
-from torchworker.contract import Verdict
+from torchworker.contract import Interval, RehearseResult, Verdict
 
 
 def job(folder: Path, **gates: object) -> Job:
     return load_job(write_project(folder, gates=gates))[0]
+
+
+def require_not_worse(
+    job: Job, candidate: dict[str, float], live: dict[str, float], name: str, problem: str = ""
+) -> None:
+    require_good_enough(job, Beside(live=name, candidate=candidate, theirs=live, problem=problem))
+
+
+def judged(folder: Path, release: dict[str, object], low: float, high: float) -> bool:
+    """Whether a policy lets a candidate pass whose improvement in accuracy lies between these two."""
+    one = load_job(write_project(folder, release=release))[0]
+    beside = Beside(
+        live="r1", candidate={"accuracy": 0.9}, theirs={"accuracy": 0.9}, intervals={"accuracy": (low, high)}
+    )
+    return all(item.passed for item in compare(one, beside))
+
+
+def test_better_needs_the_whole_interval_above_the_margin(tmp_path: Path) -> None:
+    assert judged(tmp_path, {"policy": "better"}, 0.001, 0.02)
+    assert not judged(tmp_path, {"policy": "better"}, 0.0, 0.0)
+    assert not judged(tmp_path, {"policy": "better"}, -0.001, 0.05)
+    assert not judged(tmp_path, {"policy": "better", "margin": 0.01}, 0.005, 0.05)
+
+
+def test_not_worse_allows_a_loss_up_to_the_margin_and_the_very_same_model(tmp_path: Path) -> None:
+    assert judged(tmp_path, {"policy": "not_worse"}, 0.0, 0.0)
+    assert judged(tmp_path, {"policy": "not_worse", "margin": 0.01}, -0.009, 0.02)
+    assert not judged(tmp_path, {"policy": "not_worse", "margin": 0.01}, -0.02, 0.09)
+
+
+def test_always_asks_nothing_and_an_interval_that_is_no_number_fails(tmp_path: Path) -> None:
+    assert judged(tmp_path, {"policy": "always"}, -0.5, -0.4)
+    assert not judged(tmp_path, {"policy": "not_worse", "margin": 1.0}, float("nan"), float("nan"))
+
+
+def test_a_policy_without_an_interval_fails_closed_and_says_why(tmp_path: Path) -> None:
+    one = load_job(write_project(tmp_path, release={"policy": "better"}))[0]
+    beside = Beside(live="r1", candidate={"accuracy": 0.99}, theirs={"accuracy": 0.5})
+    with pytest.raises(GateError, match=r"is not shown to be better than the live release r1: .*no interval"):
+        require_good_enough(one, beside)
+    with pytest.raises(GateError, match=r"ship once without release.policy: better"):
+        require_good_enough(one, Beside(live="r1", candidate={}, theirs={}, problem="its inputs are y"))
+
+
+def test_a_refusal_shows_both_numbers_and_the_interval(tmp_path: Path) -> None:
+    one = load_job(write_project(tmp_path, release={"policy": "better", "margin": 0.01}))[0]
+    beside = Beside(
+        live="r1", candidate={"accuracy": 0.91}, theirs={"accuracy": 0.9}, intervals={"accuracy": (-0.012, 0.03)}
+    )
+    with pytest.raises(GateError) as caught:
+        require_good_enough(one, beside)
+    assert "accuracy 0.91 against 0.9, improvement +0.01, 95% interval -0.012 to +0.03" in caught.value.message
+    assert "95% sure > 0.01" in caught.value.table and "FAILED" in caught.value.table
 
 
 def test_the_worst_format_speaks_for_the_release(tmp_path: Path) -> None:
@@ -90,3 +152,16 @@ def test_the_table_shows_numbers_limits_and_what_was_not_measured() -> None:
     )
     assert "onnx    parity    batch 1    0.25          <= 1   passed" in table
     assert "pt2     accuracy  9 samples  not measured  >= 1   FAILED" in table
+
+
+def test_a_candidate_that_is_live_already_need_not_be_better_than_itself(tmp_path: Path) -> None:
+    one = load_job(write_project(tmp_path, release={"policy": "better"}))[0]
+    metrics = {"onnx": {"accuracy": 0.9}}
+    result = RehearseResult(
+        verdicts=(), candidate=metrics, live=metrics, live_problem="", samples=9,
+        intervals={"accuracy": Interval(low=0.0, high=0.0)},
+    )  # fmt: skip
+    published = Published(release="r1", sent_bytes=0, present_bytes=0, etags={})
+    Rehearsed(job=one, published=published, result=result, live="r1").require_good_enough()
+    with pytest.raises(GateError, match="is not shown to be better"):
+        Rehearsed(job=one, published=published, result=result, live="r2").require_good_enough()

@@ -13,6 +13,7 @@ from registry.iam import Role, policy
 
 RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channels/prod.json"
 HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"
+DECISION = "models/digits/decisions/prod/2026-11-17T02:00:00.000+00:00-r.json"
 VIEW = "models/digits/views/prod/triton/digits/7/model.onnx"
 
 
@@ -29,6 +30,8 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
         ("PutObject", RELEASE): {Role.TRAINER},
         ("PutObject", POINTER): {Role.PROMOTER},
         ("PutObject", HISTORY): {Role.PROMOTER},
+        ("PutObject", DECISION): {Role.PROMOTER},
+        ("DeleteObject", DECISION): set(),
         ("PutObject", VIEW): {Role.VIEWER},
         ("DeleteObject", VIEW): {Role.VIEWER},
         ("GetObject", VIEW): set(Role) - {Role.READER},

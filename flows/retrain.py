@@ -1,0 +1,47 @@
+"""Night after night: train when there is something new, and put live what is better."""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from tasks.alone import alone
+from tasks.conclude import conclude
+from tasks.decide import Night, decide, ended, skip
+from tasks.export import export
+from tasks.inspect import inspect
+from tasks.outcome import end_mlflow_run, record_failure
+from tasks.promote import promote_if_better
+from tasks.register import register
+from tasks.rehearse import rehearse
+from tasks.run import begin
+from tasks.train import train
+from tasks.validate import validate
+
+
+@flow(
+    name="retrain",
+    on_failure=[end_mlflow_run, record_failure],
+    on_crashed=[end_mlflow_run, record_failure],
+)
+async def retrain(
+    job: str = "examples/digits/job.yaml", why: str = "", force: bool = False, resume: str = ""
+) -> State[Night]:
+    """Train again when code, data, job or environment changed, and promote what is better than the live release.
+
+    `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, and `resume` is
+    the id of an earlier run to go on with. The run ends as Skipped, Promoted or Kept, with the reason.
+    """
+    async with alone(job):
+        plan = await decide(job, why, force, resume)
+        if plan.skips:
+            return ended(await skip(plan))
+        run = await begin(job, resume, unattended=True)
+        inspected = await inspect(run)
+        trained = await train(run, plan.start)
+        exported = await export(run, trained)
+        validated = await validate(run, exported)
+        registered = await register(run, inspected, trained, validated)
+        rehearsed = await rehearse(run, registered, validated)
+        outcome = await promote_if_better(run, registered, validated, rehearsed)
+        return ended(await conclude(plan, run, trained, registered, rehearsed, outcome))

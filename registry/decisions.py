@@ -1,0 +1,88 @@
+"""What retraining decided, each time it was asked: one immutable object for each decision.
+
+They lie beside the history of the channel, which holds moves only: a night on which nothing moved is told here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+
+from infra.errors import ReleaseError
+from infra.objectstore import ObjectStore
+from registry.keys import decisions_prefix
+from registry.release import canonical_json
+from registry.transfer import in_parallel, put_immutable
+
+SKIPPED, PROMOTED, KEPT, FAILED = "skipped", "promoted", "kept", "failed"
+"""Not trained; the candidate went live; the candidate did not, and is the challenger; no candidate, or a bad one."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One answer to the question whether there is anything better to put live."""
+
+    model: str
+    channel: str
+    decision: str
+    """One of SKIPPED, PROMOTED, KEPT, FAILED."""
+    why: str
+    at: str
+    """UTC, ISO 8601 with milliseconds, by the clock of the machine that decided."""
+    flow_run: str
+    asked: str
+    """Who or what asked: the schedule, a person, an event."""
+    live: str
+    """The release that was live when it was asked; empty when none was."""
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """What is not as it was for the live release: code, data, config, environment, to how."""
+    inputs: str = ""
+    """Digest of code, data, configuration, environment and start: what the candidate was made of."""
+    start: str = ""
+    """The release whose weights training began with; empty when it began from scratch, or there was none."""
+    candidate: str = ""
+    mlflow_version: str = ""
+    """Of the candidate."""
+    seconds: float = 0.0
+    """From the question to the answer."""
+    streak: int = 0
+    """How many times in a row it was skipped, this one included; 0 for any other answer."""
+
+    def encode(self) -> bytes:
+        return canonical_json({"format": _FORMAT, **asdict(self)})
+
+
+def record_decision(store: ObjectStore, decision: Decision) -> None:
+    """Writes; can be repeated with the same decision."""
+    time = f"{decided_at(decision):%Y%m%dT%H%M%S.%fZ}"
+    key = f"{decisions_prefix(decision.model, decision.channel)}{time}-{decision.flow_run}.json"
+    put_immutable(store, key, decision.encode(), "another decision")
+
+
+def read_decisions(store: ObjectStore, model: str, channel: str, last: int) -> list[Decision]:
+    """The last so many decisions, oldest first. Raises ReleaseError for what is none."""
+    # Keys begin with the time, so their order is that of the decisions.
+    keys = sorted(store.list_keys(decisions_prefix(model, channel)))[-last:]
+
+    def read(key: str) -> Decision | None:
+        found = store.get(key)
+        return None if found is None else _decode(found[0], key)
+
+    return [decision for decision in in_parallel(read, keys) if decision is not None]
+
+
+def decided_at(decision: Decision) -> datetime:
+    return datetime.fromisoformat(decision.at)
+
+
+def _decode(encoded: bytes, key: str) -> Decision:
+    try:
+        document = json.loads(encoded)
+        if document.pop("format") != _FORMAT:
+            raise ValueError("another format")
+        return Decision(**document)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ReleaseError(f"{key}: expected the record of a decision, got {type(error).__name__}: {error}") from None

@@ -1,0 +1,88 @@
+"""How far two distributions are apart, from what each release keeps of its data. SciPy, imported when it is asked.
+
+A column is told by its percentiles, which are values that occur. They stand for the sample: the two statistics are
+theirs, to a step of 1 %. Whether a statistic is more than chance is asked with the number of values behind them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SURE = 0.999
+"""A statistic below what two samples of one distribution reach with this probability is no drift."""
+LEAST_SHARE = 0.005
+"""Half a step of the percentiles: an empty bin is taken for this much, as its logarithm has to exist."""
+BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """One statistic of one column."""
+
+    value: float
+    chance: float
+    """What samples of these sizes from one distribution stay below, at SURE."""
+
+    def beyond(self, limit: float) -> bool:
+        return self.value > limit and self.value > self.chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bins:
+    """Shares of two samples in the bins of the first."""
+
+    names: Sequence[str]
+    before: Sequence[float]
+    now: Sequence[float]
+
+
+def bins_of_columns(before: Sequence[float], now: Sequence[float]) -> Bins:
+    """In the deciles of the first. before, now: percentiles, ascending; not empty."""
+    import numpy as np
+
+    first, second = np.asarray(before), np.asarray(now)
+    deciles = first[:: (len(first) - 1) // BINS]
+    # What lies below the smallest or above the largest value has bins of its own.
+    edges = np.unique([np.nextafter(deciles[0], -np.inf), *deciles[1:]])
+    # A value that is an edge belongs to the bin that it ends.
+    shares = [
+        np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1) / len(values)
+        for values in (first, second)
+    ]
+    ends = [f"{edge:.4g}" for edge in edges]
+    between = [f"{low} to {high}" for low, high in itertools.pairwise(ends)]
+    return Bins(names=[f"< {ends[0]}", *between, f"> {ends[-1]}"], before=shares[0].tolist(), now=shares[1].tolist())
+
+
+def bins_of_labels(before: Mapping[str, int], now: Mapping[str, int]) -> Bins:
+    names = list(dict.fromkeys([*before, *now]))
+    return Bins(
+        names=names,
+        before=[before.get(name, 0) / sum(before.values()) for name in names],
+        now=[now.get(name, 0) / sum(now.values()) for name in names],
+    )
+
+
+def psi(bins: Bins, before: int, now: int, least: float = LEAST_SHARE) -> Shift:
+    """Population stability index: the relative entropy there and back. before, now: values behind the shares.
+
+    Of samples of one distribution it is chi-squared times (1/before + 1/now), with a degree less than there are bins
+    (Yurdakul, "Statistical Properties of Population Stability Index", 2018).
+    """
+    from scipy import stats
+
+    first, second = ([max(share, least) for share in shares] for shares in (bins.before, bins.now))
+    value = float(stats.entropy(first, second) + stats.entropy(second, first))
+    chance = float(stats.chi2.ppf(SURE, max(1, len(bins.names) - 1))) * (1 / before + 1 / now)
+    return Shift(value=value, chance=chance)
+
+
+def ks(before: Sequence[float], now: Sequence[float], values_before: int, values_now: int) -> Shift:
+    """Two-sample Kolmogorov-Smirnov: the largest distance of the distribution functions."""
+    from scipy import stats
+
+    value = float(stats.ks_2samp(now, before, method="asymp").statistic)
+    chance = float(stats.kstwobign.ppf(SURE)) * (1 / values_before + 1 / values_now) ** 0.5
+    return Shift(value=value, chance=chance)

@@ -1,0 +1,139 @@
+"""`ship status`: what runs, and one table of all models: what is live, its age, the last decision and the next run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from infra import stack
+from infra.components import prefect_api
+from infra.errors import JobError, ShipError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings, project_folder
+from registry.catalog import channels, models
+from registry.decisions import Decision, decided_at, read_decisions
+from registry.job import load_job
+from registry.pointer import Pointer, read_pointer
+from registry.timeline import moved_at
+from registry.transfer import in_parallel
+
+FLOW = "retrain"
+COLOURS = {"up": "green", "external": "cyan"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One channel of one model."""
+
+    model: str
+    channel: str
+    live: Pointer | None
+    last: Decision | None
+    """What retraining decided last; None when it was never asked."""
+    next: datetime | None
+    """When it is asked again; None when nothing is scheduled, or nobody could tell."""
+
+    def row(self, now: datetime) -> tuple[str, ...]:
+        moved = moved_at(self.live) if self.live else None
+        decided = f"{_ago(decided_at(self.last), now)} ago: {self.last.decision}" if self.last else "–"
+        return (
+            self.model,
+            self.channel,
+            self.live.release if self.live else "nothing",
+            _ago(moved, now) if moved else "–",
+            decided,
+            self.last.why if self.last else "",
+            f"{self.next.astimezone():%Y-%m-%d %H:%M %z}" if self.next else "–",
+        )
+
+
+def status() -> None:
+    """Print both tables. Exits with 1 unless everything is up."""
+    settings, console = Settings.load(), Console()
+    rows = stack.status(settings)
+    # Folded, not cut: an address is there to be copied.
+    components = Table("component", Column("url", overflow="fold"), "pid", Column("state", no_wrap=True))
+    for row in rows:
+        colour = COLOURS.get(row.state, "red")
+        components.add_row(row.title, row.url, str(row.pid or ""), f"[{colour}]{row.state}[/]")
+    console.print(components)
+    if any(row.state not in COLOURS for row in rows):
+        raise typer.Exit(1)
+    try:
+        _print_models(standings(ObjectStore.from_settings(settings), next_runs(settings)), console)
+    except ShipError as error:
+        typer.echo(f"The models cannot be shown: {error}", err=True)
+
+
+def standings(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[Standing]:
+    """Every channel of every model, by name. scheduled: model and channel to the next run."""
+    names = [(model, channel) for model in models(store) for channel in channels(store, model)]
+    asked = [f"{model}/{channel}" for model, channel in {*names, *scheduled}]
+
+    def look(name: str) -> Standing:
+        model, channel = name.split("/")
+        last = read_decisions(store, model, channel, 1)
+        return Standing(
+            model=model,
+            channel=channel,
+            live=read_pointer(store, model, channel),
+            last=last[-1] if last else None,
+            next=scheduled.get((model, channel)),
+        )
+
+    return in_parallel(look, sorted(asked))
+
+
+def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:
+    """When retraining is asked next, by model and channel, as Prefect has it; empty when it does not answer."""
+    query = {
+        "flows": {"name": {"any_": [FLOW]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+        "sort": "EXPECTED_START_TIME_ASC",
+        "limit": 200,
+    }
+    try:
+        reply = prefect_api(settings, "POST", "/flow_runs/filter", query)
+    except ShipError:
+        return {}
+    return soonest(reply.json() if reply.is_success else [], project_folder() or Path.cwd())
+
+
+def soonest(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[tuple[str, str], datetime]:
+    """The first run of each model and channel. runs: in order of time; folder: to which job files are relative."""
+    found: dict[tuple[str, str], datetime] = {}
+    for run in runs:
+        try:
+            job, _ = load_job(folder / str(run["parameters"].get("job", "")))
+        except JobError:
+            # A file that only the worker has.
+            continue
+        found.setdefault((job.name, job.release.channel), datetime.fromisoformat(run["expected_start_time"]))
+    return found
+
+
+def _print_models(found: Sequence[Standing], console: Console) -> None:
+    if not found:
+        return
+    table = Table("model", "channel", Column("live", no_wrap=True), "age", "last run", "why", "next run")
+    now = datetime.now(UTC)
+    for standing in found:
+        table.add_row(*(escape(cell) for cell in standing.row(now)))
+    console.print(table)
+
+
+def _ago(then: datetime, now: datetime) -> str:
+    """How long ago, in its largest unit: `3 d`."""
+    seconds = max(0, int((now - then).total_seconds()))
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

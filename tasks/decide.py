@@ -1,0 +1,258 @@
+"""The first question of a night: is there anything new to train on?"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from infra.errors import ReleaseError
+from infra.objectstore import ObjectStore
+from infra.provenance import who
+from infra.settings import Settings
+from infra.workerhost import worker_host
+from registry.comparison import read_told
+from registry.decisions import KEPT, SKIPPED, Decision, decided_at, read_decisions, record_decision
+from registry.description import table
+from registry.freshness import Inputs, changes
+from registry.job import Job, load_job
+from registry.pointer import Pointer, decode_pointer, read_pointer
+from tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
+from tasks.policy import artifact_key, quiet_mistakes, worth_retrying
+from tasks.requests import project_of
+from tasks.run import flow_run_page, run_folder
+from tasks.snapshot import known_snapshot
+from tasks.tell import UNCHANGED, tell
+
+PLAN = "plan.json"
+INPUTS = ("code", "data", "config", "environment")
+LOOK_BACK = 30
+"""Decisions among which an answer to the same question is looked for."""
+STREAK = 7
+"""People are told when so many skips have followed each other, and of each multiple."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Whether to train, and from where."""
+
+    job: Job
+    store: ObjectStore
+    settings: Settings
+    flow_run_id: str
+    asked: str
+    live: Pointer | None
+    """What was live when it was asked."""
+    changed: Mapping[str, str]
+    """What is not as it was for the live release, to how."""
+    inputs: str
+    """Digest of everything that a candidate is made from."""
+    skip: str
+    """Why nothing is to be done; empty when there is something."""
+    start: Pointer | None
+    """The live release whose weights training begins with."""
+    began: float
+    """When it was asked, by the monotonic clock."""
+    read_seconds: float
+    """Part of it that reading the user's data took."""
+
+    @property
+    def skips(self) -> bool:
+        return bool(self.skip)
+
+    def decided(self, decision: str, why: str, *, candidate: str = "", version: str = "") -> Decision:
+        """The record of an answer."""
+        return Decision(
+            model=self.job.name,
+            channel=self.job.release.channel,
+            decision=decision,
+            why=why,
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            flow_run=self.flow_run_id,
+            asked=self.asked,
+            live=self.live.release if self.live else "",
+            changed=self.changed,
+            inputs=self.inputs,
+            start=self.start.release if self.start else "",
+            candidate=candidate,
+            mlflow_version=version,
+            seconds=round(time.monotonic() - self.began, 3),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """What came of it, and where to look."""
+
+    title: str
+    decision: Decision
+    run_url: str
+    version_url: str = ""
+    report: Path | None = None
+
+
+@task(
+    name="decide",
+    task_run_name="decide",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
+    """Compare code, data, job and environment with those of the live release. Reads only, beside the run's own folder.
+
+    A run that goes on keeps to what it decided first. Raises JobError for a job file that cannot be used.
+    """
+    began = time.monotonic()
+    quiet_mistakes()
+    job, project_folder = load_job(Path(job_file))
+    job = job.unattended()
+    settings = Settings.load()
+    store = ObjectStore.from_settings(settings)
+    flow_run_id = str(flow_run.get_id())
+    folder = run_folder(settings.runs / job.name, flow_run_id, resume)
+    live, (read_seconds, inputs) = await asyncio.gather(
+        asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
+        _inputs(settings, job, project_folder, folder),
+    )
+    earlier = _read_plan(folder)
+    start = live if job.retrain.start == "live" else None
+    if earlier is not None:
+        live, start = earlier
+    digest = inputs.digest(start.release if start else "")
+    changed = await asyncio.to_thread(_changes, store, job, live, inputs)
+    skip = ""
+    if earlier is None and not force:
+        skip = await asyncio.to_thread(_reason_to_skip, store, job, live, changed, digest)
+    if not skip:
+        _write_plan(folder, live, start)
+    plan = Plan(
+        job=job,
+        store=store,
+        settings=settings,
+        flow_run_id=flow_run_id,
+        asked=f"{why} ({who()})" if why else who(),
+        live=live,
+        changed=changed,
+        inputs=digest,
+        skip=skip,
+        start=start,
+        began=began,
+        read_seconds=read_seconds,
+    )
+    what = "; ".join(f"{name}: {how}" for name, how in changed.items()) or "nothing has changed"
+    get_run_logger().info("%s: %s", job.name, skip or f"trains, {_from_where(plan)}; {what}")
+    return plan
+
+
+async def _inputs(settings: Settings, job: Job, project_folder: Path, folder: Path) -> tuple[float, Inputs]:
+    """Seconds that reading the data took, and the fingerprints. A snapshot is known without being read."""
+    if snapshot := await asyncio.to_thread(known_snapshot, settings, job, project_folder):
+        return 0.0, await inputs_of(job, project_folder, snapshot_fingerprint(snapshot))
+    # It imports torch while this process talks to the bucket.
+    host = worker_host(folder.parent / "host.log")
+    facts = await read_facts(host, job, project_of(job, project_folder), folder)
+    return facts.seconds, await inputs_of(job, project_folder, data_fingerprint(facts))
+
+
+def _changes(store: ObjectStore, job: Job, live: Pointer | None, inputs: Inputs) -> dict[str, str]:
+    if live is None:
+        return {"live": f"nothing is live on {job.release.channel}"}
+    try:
+        return changes(inputs, job, read_told(store, job.name, live.release))
+    except ReleaseError as error:
+        return {"live": f"release {live.release} is broken: {error}"}
+
+
+def _reason_to_skip(store: ObjectStore, job: Job, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:
+    """Why training would find nothing new; empty when it may."""
+    if live is None:
+        return ""
+    if not changed:
+        return f"nothing has changed since release {live.release}: code, data, config and environment are the same"
+    for decision in reversed(read_decisions(store, job.name, job.release.channel, LOOK_BACK)):
+        if decision.decision == KEPT and (decision.inputs, decision.live) == (inputs, live.release):
+            return (
+                f"the same code, data, config and environment were tried at {decided_at(decision):%Y-%m-%d %H:%M} UTC "
+                f"(release {decision.candidate}), and release {live.release} stayed: {decision.why}"
+            )
+    return ""
+
+
+def _read_plan(folder: Path) -> tuple[Pointer | None, Pointer | None] | None:
+    """What was live, and where training began, when this run was first begun; None when it was not."""
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    said = json.loads(path.read_text())
+    live, start = (decode_pointer(said[name].encode(), PLAN) if said[name] else None for name in ("live", "start"))
+    return live, start
+
+
+def _write_plan(folder: Path, live: Pointer | None, start: Pointer | None) -> None:
+    texts = {name: pointer.encode().decode() if pointer else "" for name, pointer in (("live", live), ("start", start))}
+    part = folder / f"{PLAN}.part"
+    part.write_text(json.dumps(texts))
+    part.replace(folder / PLAN)
+
+
+def _from_where(plan: Plan) -> str:
+    return f"from the weights of release {plan.start.release}" if plan.start else "from scratch"
+
+
+@task(
+    name="skip",
+    task_run_name="skip",
+    cache_policy=NO_CACHE,
+    retries=4,
+    retry_delay_seconds=[1, 2, 5, 15],
+    retry_condition_fn=worth_retrying,
+)
+async def skip(plan: Plan) -> Night:
+    """Record that nothing was done, and why."""
+    decision = replace(plan.decided(SKIPPED, plan.skip), streak=1 + await asyncio.to_thread(streak, plan))
+    await asyncio.to_thread(record_decision, plan.store, decision)
+    page = flow_run_page(plan.settings, plan.flow_run_id)
+    title = f"{plan.job.name}: skipped, {plan.skip}"
+    if decision.streak % STREAK == 0:
+        subject = f"{plan.job.name}: skipped {decision.streak} times in a row"
+        tell(UNCHANGED, plan.job.name, subject, f"{plan.skip}\nRun: {page}")
+    await acreate_markdown_artifact(
+        f"# {title}\n\n{_told(plan, decision)}", key=f"report-{artifact_key(plan.job.name)}", description=title
+    )
+    shutil.rmtree(plan.settings.runs / plan.job.name / plan.flow_run_id, ignore_errors=True)
+    return Night(title=title, decision=decision, run_url=page)
+
+
+def streak(plan: Plan) -> int:
+    """How many times in a row the answer was to skip, before this one."""
+    last = read_decisions(plan.store, plan.job.name, plan.job.release.channel, 1)
+    return last[-1].streak if last else 0
+
+
+def ended(night: Night) -> State[Night]:
+    """The state in which a flow run ends: Completed, under the name Skipped, Promoted or Kept, with the reason."""
+    return Completed(name=night.decision.decision.capitalize(), message=night.title, data=night)
+
+
+def _told(plan: Plan, decision: Decision) -> str:
+    rows = [(name, plan.changed.get(name, "unchanged")) for name in INPUTS]
+    facts = [
+        ("live", f"`{decision.live}` on {decision.channel}"),
+        ("asked by", decision.asked),
+        ("seconds", f"{decision.seconds:.1f}, of which {plan.read_seconds:.1f} were reading the data"),
+    ]
+    return f"{table(('input', 'against the live release'), rows)}\n\n{table(('what', 'value'), facts)}"

@@ -1,0 +1,130 @@
+"""Stage: what the data is like, read once before training in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from infra.errors import ReleaseError
+from infra.provenance import code_fingerprint, environment_lock
+from infra.rundir import StageFolder
+from infra.workerhost import WorkerHost
+from registry.comparison import read_told
+from registry.data_checks import check_data, render_data, require_good_data
+from registry.freshness import Inputs, config_digest
+from registry.job import Job
+from registry.pointer import read_pointer
+from registry.release import DATA
+from tasks.policy import artifact_key, worth_retrying
+from tasks.requests import train_settings
+from tasks.run import Run
+from tasks.worker import call_worker
+from torchworker.contract import InspectRequest, InspectResult, Project, decode
+
+FACTS = "data.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """The data as it was before training; being read still when nothing hangs on it yet."""
+
+    reading: asyncio.Task[InspectResult]
+    page: str
+    """What was found, as markdown; empty when nothing was asked."""
+
+    async def facts(self) -> InspectResult:
+        """Raises what reading raises: JobError, WorkerError."""
+        return await asyncio.shield(self.reading)
+
+
+@task(
+    name="inspect",
+    task_run_name="inspect",
+    cache_policy=NO_CACHE,
+    retries=1,
+    retry_delay_seconds=1,
+    retry_condition_fn=worth_retrying,
+)
+async def inspect(run: Run) -> Inspected:
+    """Read the data for its fingerprint and distribution, and hold it against `data.checks`.
+
+    Without checks nothing waits: it is read beside what comes next. Raises GateError with what failed, JobError when
+    the data cannot be read.
+    """
+    reading = asyncio.create_task(read_facts(run.host, run.job, run.project, run.folder))
+    checks = run.job.data.checks
+    if checks is None:
+        return Inspected(reading=reading, page="")
+    with run.timed("inspect"):
+        facts = dataclasses.asdict(await reading)
+        live, before = await asyncio.to_thread(_live_facts, run)
+        if live and before is None:
+            get_run_logger().warning("the live release %s does not say what its data was like: no drift is asked", live)
+        report = check_data(checks, facts, before, live)
+    page = render_data(report, facts)
+    await acreate_markdown_artifact(
+        f"# Data of {run.job.name}\n\n{page}",
+        key=f"data-{artifact_key(run.job.name)}",
+        description=f"{len(report.findings)} checks of the data, {len(report.failed)} failed",
+    )
+    require_good_data(run.job.name, report)
+    get_run_logger().info("the data passes %d checks", len(report.findings))
+    return Inspected(reading=reading, page=page)
+
+
+def _live_facts(run: Run) -> tuple[str, Mapping[str, Any] | None]:
+    """The live release, empty when there is none, and what its data was like, None where that is not known."""
+    live = read_pointer(run.store, run.job.name, run.job.release.channel)
+    if live is None:
+        return "", None
+    try:
+        return live.release, read_told(run.store, run.job.name, live.release).document(DATA) or None
+    except ReleaseError:
+        # It is broken, which the comparison with it says when it comes to that.
+        return live.release, None
+
+
+async def read_facts(host: WorkerHost, job: Job, project: Project, folder: Path) -> InspectResult:
+    """What the data is like; what this run has found out already. Raises JobError, WorkerError."""
+    tensors = job.data.checks.tensors if job.data.checks is not None else {}
+    ranges = {name: (asked.min, asked.max) for name, asked in tensors.items()}
+    stage = StageFolder(folder, "inspect", inputs=f"{job.training_digest()} {json.dumps(ranges, sort_keys=True)}")
+    if not stage.is_complete():
+        work = stage.begin()
+        request = InspectRequest(project=project, train=train_settings(job), ranges=ranges)
+        result: InspectResult = decode(InspectResult, await call_worker(host, "inspect", request, work))
+        result.write(work / FACTS)
+        stage.finish()
+    return InspectResult.read(stage.path / FACTS)
+
+
+def data_fingerprint(facts: InspectResult) -> str:
+    """Of both splits: what is held out decides on promotion, so it counts as well."""
+    return f"{facts.train.fingerprint} {facts.validation.fingerprint}"
+
+
+def snapshot_fingerprint(sha256: str) -> str:
+    return f"snapshot {sha256}"
+
+
+async def inputs_of(job: Job, project_folder: Path, data: str) -> Inputs:
+    """Fingerprints of everything that a release of this job is made from, as it is now. data: that of the data."""
+    libraries = [project_folder / library for library in job.export.libraries]
+    code, packages = await asyncio.gather(
+        asyncio.to_thread(code_fingerprint, project_folder, libraries), asyncio.to_thread(environment_lock)
+    )
+    return Inputs(
+        code=code,
+        data=data,
+        config=config_digest(job),
+        environment=dict(line.split("==", 1) for line in packages),
+    )

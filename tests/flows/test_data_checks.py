@@ -1,0 +1,109 @@
+"""Bad data stops a run before training, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.comparison import read_told
+from registry.decisions import FAILED
+from registry.release import LINEAGE
+from registry.snapshots import publish_snapshot, take
+from tests.conftest import Command
+from tests.flows.live import live
+from tests.flows.test_retrain import POOR, Project
+from tests.flows.test_train_and_ship import read_run
+from tests.projects import CODE, write_project
+
+CHECKED: dict[str, Any] = {
+    "factory": "plain:build_dataset",
+    "checks": {
+        "tensors": {"input": {"dtype": "float32", "shape": [4], "min": -10, "max": 10}},
+        "labels": {"allowed": [0, 1, 2]},
+        "drift": {"psi": 0.5},
+    },
+}
+
+
+def test_corrupt_data_is_refused_before_training_and_names_each_fault(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    extra = """
+        build_sound = build_dataset
+        def build_dataset(split):
+            inputs, target = build_sound(split).tensors
+            if split == "train":
+                inputs[3, 0], inputs[5, 1] = float("nan"), 99.0
+            else:
+                inputs[:2] = build_dataset("train").tensors[0][:2]
+            return TensorDataset(inputs, target)
+    """
+    job = write_project(tmp_path, extra=extra, name="corrupt", train=POOR, data=CHECKED)
+    ended = command("ship", "run", str(job))
+    assert ended.status == 2, ended.text
+    assert "the data is not what data.checks asks for" in ended.errors and "Nothing was trained" in ended.errors
+    assert "missing of train input: 1 of 384 (0.26%), expected at most 0.00%" in ended.errors
+    assert "outside of train input: 1 of 384 (0.26%)" in ended.errors
+    assert "overlap of validation samples in the training data: 2 of 96 (2.08%)" in ended.errors
+    assert "training on" not in ended.text and "Traceback" not in ended.text
+    assert live(store, "corrupt") is None
+
+
+def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributions(
+    tmp_path: Path, store: ObjectStore, stack: Settings
+) -> None:
+    project = Project(tmp_path, store, "drifting")
+    first = project.night(train=POOR, data=CHECKED)
+    assert first.name == "Promoted", first.message
+    before = project.live
+    # New samples of the same distribution are new data, and no drift.
+    fresh = CODE.replace("manual_seed(0 if", "manual_seed(5 if")
+    assert project.night(train=POOR, code=fresh, data=CHECKED).name in ("Promoted", "Kept")
+    live_now = project.live.release
+    moved = fresh.replace("torch.randn(96, 4, generator=generator)", "torch.randn(96, 4, generator=generator) + 1.5")
+    state = project.night(train=POOR, code=moved, data=CHECKED)
+    assert state.is_failed() and "psi of input[0]: " in str(state.message), state.message
+    decision = project.decisions()[-1]
+    assert decision.decision == FAILED and "expected at most 0.5" in decision.why
+    assert project.live.release == live_now and project.live.generation <= before.generation + 1
+    _, artifacts = read_run(decision.flow_run)
+    (page,) = [str(artifact.data) for artifact in artifacts if artifact.key == "data-drifting"]
+    assert f"Beside the data of the live release `{live_now}`" in page and "█" in page
+
+
+def test_data_in_a_bucket_is_verified_given_to_the_factory_and_known_without_being_read(
+    tmp_path: Path, store: ObjectStore, stack: Settings
+) -> None:
+    code = CODE.replace("def build_dataset(split):", "def build_drawn(split):") + textwrap.dedent("""
+        def build_dataset(split, snapshot):
+            from safetensors.torch import load_file
+            found = load_file(f"{snapshot}/{split}.safetensors")
+            return TensorDataset(found["inputs"], found["target"])
+    """)
+    data = tmp_path / "data"
+    data.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "validation"):
+        inputs = torch.randn(96, 4, generator=generator)
+        save_file({"inputs": inputs, "target": (inputs[:, 0] > 0).long()}, data / f"{split}.safetensors")
+    prefix = "data/kept/"
+    publish_snapshot(data, take(data), store, prefix)
+    kept = {"factory": "plain:build_dataset", "snapshot": {"path": f"s3://{store.bucket}/{prefix}"}}
+    project = Project(tmp_path / "project", store, "snapped")
+
+    assert project.night(train=POOR, code=code, data=kept).name == "Promoted"
+    inputs_of_live = read_told(store, "snapped", project.live.release).document(LINEAGE)["inputs"]
+    assert inputs_of_live["data"] == f"snapshot {take(data).sha256}"
+
+    assert project.night(train=POOR, code=code, data=kept).name == "Skipped"
+    (data / "more.txt").write_text("new")
+    publish_snapshot(data, take(data), store, prefix)
+    state = project.night(train=POOR, code=code, data=kept)
+    assert state.name in ("Promoted", "Kept"), state.message
+    assert set(project.decisions()[-1].changed) == {"data"}

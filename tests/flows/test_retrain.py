@@ -1,0 +1,233 @@
+"""Nights of one model on the real stack: nothing new, something better, something worse, a warm start, an event."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from mlflow import MlflowClient
+from prefect.client.schemas.objects import State
+
+from flows.retrain import retrain
+from infra.errors import JobError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.comparison import read_told
+from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, Decision, read_decisions
+from registry.pointer import Pointer, read_pointer
+from registry.release import DATA, LINEAGE
+from tasks.decide import Night
+from tests.conftest import Command
+from tests.flows.test_moves import Api
+from tests.flows.test_train_and_ship import read_run
+from tests.projects import CODE, write_project
+
+POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
+GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}
+MODEL = "nightly"
+
+
+class Project:
+    """A model whose code and job change from night to night."""
+
+    def __init__(self, folder: Path, store: ObjectStore, model: str = MODEL) -> None:
+        self.folder, self.store, self.model = folder, store, model
+
+    def night(self, why: str = "", code: str = CODE, force: bool = False, **job: Any) -> State[Night]:
+        """Retrain in this process; the state in which the flow ended."""
+        job = {"export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}, **job}
+        path = write_project(self.folder, code, name=self.model, **job)
+        ended = asyncio.run(retrain(job=str(path), why=why, force=force, return_state=True))
+        return cast("State[Night]", ended)
+
+    @property
+    def live(self) -> Pointer:
+        pointer = read_pointer(self.store, self.model, "prod")
+        assert pointer is not None
+        return pointer
+
+    def decisions(self) -> list[Decision]:
+        return read_decisions(self.store, self.model, "prod", 100)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, store: ObjectStore, stack: Settings) -> Project:
+    """The tests of this module are nights that follow each other."""
+    return Project(tmp_path_factory.mktemp(MODEL), store)
+
+
+def test_the_first_night_ships_what_there_is(project: Project) -> None:
+    state = project.night(train=POOR)
+    assert (state.name, state.is_completed()) == ("Promoted", True)
+    (decision,) = project.decisions()
+    assert decision.decision == PROMOTED and decision.candidate == project.live.release
+    assert decision.changed == {"live": "nothing is live on prod"}
+
+
+def test_a_night_without_anything_new_is_a_recorded_skip_within_seconds(project: Project, stack: Settings) -> None:
+    before = project.live
+    versions = len(MlflowClient(stack.mlflow_url).search_model_versions(f"name = '{MODEL}'"))
+    began = time.perf_counter()
+    state = project.night(why="a test", train=POOR)
+    seconds = time.perf_counter() - began
+    assert state.name == "Skipped" and state.is_completed()
+    assert "code, data, config and environment are the same" in (state.message or "")
+    decision = project.decisions()[-1]
+    assert (decision.decision, decision.live, decision.changed) == (SKIPPED, before.release, {})
+    assert decision.asked.startswith("a test (") and decision.seconds <= seconds and decision.streak == 1
+    run, artifacts = read_run(decision.flow_run)
+    assert run.state is not None and run.state.name == "Skipped"
+    (artifact,) = artifacts
+    assert "| code" in str(artifact.data) and "unchanged" in str(artifact.data)
+    # Nothing was trained, registered or left behind.
+    assert project.live == before
+    assert len(MlflowClient(stack.mlflow_url).search_model_versions(f"name = '{MODEL}'")) == versions
+    assert not (stack.runs / MODEL / decision.flow_run).exists()
+
+
+def test_a_better_candidate_goes_live_with_the_interval_in_its_record(project: Project) -> None:
+    before = project.live
+    state = project.night(train=GOOD)
+    assert state.name == "Promoted", state.message
+    decision = project.decisions()[-1]
+    assert set(decision.changed) == {"config"} and "train.epochs 1 → 20" in decision.changed["config"]
+    after = project.live
+    assert (after.generation, after.previous) == (before.generation + 1, before.release)
+    assert "95% interval of the improvement +0." in after.verdicts["accuracy vs live"]
+    told = read_told(project.store, MODEL, after.release)
+    assert told.document(LINEAGE)["inputs"].keys() == {"code", "data", "config"}
+    data = json.loads(project.store.get(f"models/{MODEL}/releases/{after.release}/{DATA}")[0])  # type: ignore[index]
+    assert data["train"]["samples"] == 96 and data["validation"]["columns"] == {}
+
+
+def test_a_worse_candidate_stays_in_mlflow_as_the_challenger_with_its_report(project: Project, stack: Settings) -> None:
+    before = project.live
+    state = project.night(train=POOR)
+    assert state.name == "Kept" and state.is_completed(), state.message
+    assert project.live == before
+    decision = project.decisions()[-1]
+    assert decision.decision == KEPT and "release.policy: better needs it above 0" in decision.why
+    client = MlflowClient(stack.mlflow_url)
+    challenger = client.get_model_version_by_alias(MODEL, "challenger")
+    assert challenger.version == decision.mlflow_version
+    assert challenger.tags["release"] == decision.candidate
+    assert challenger.tags["decision"] == KEPT and challenger.tags["decision_why"] == decision.why
+    report = Path(client.download_artifacts(str(challenger.run_id), "report.md")).read_text()
+    for part in ("## Decision", "stays live", "train.epochs 20 → 1", "interval", "95% sure > 0", "FAILED"):
+        assert part in report
+    assert client.get_run(str(challenger.run_id)).info.status == "FINISHED"
+
+
+def test_what_was_tried_in_vain_is_not_tried_again(project: Project) -> None:
+    state = project.night(train=POOR)
+    assert state.name == "Skipped" and "were tried at" in (state.message or ""), state.message
+
+
+def test_an_equal_candidate_goes_live_only_when_it_has_to_be_no_worse(project: Project) -> None:
+    code = CODE + "\n# The same model and data, in other words.\n"
+    state = project.night(train=GOOD, code=code)
+    assert state.name == "Kept" and "improvement +0, 95% interval +0 to +0" in project.decisions()[-1].why
+    again = project.night(train=GOOD, code=code, force=True, release={"policy": "not_worse"})
+    assert again.name == "Promoted", again.message
+
+
+def test_new_data_is_noticed_and_a_warm_start_begins_where_the_live_release_is(project: Project) -> None:
+    before = project.live
+    more = CODE.replace("torch.randn(96, 4, generator=generator)", "torch.randn(96, 4, generator=generator) * 1.01")
+    warm = {"retrain": {"start": "live"}, "release": {"policy": "not_worse", "margin": 0.1}}
+    state = project.night(train=POOR, code=more, **warm)
+    assert state.name == "Promoted", state.message
+    decision = project.decisions()[-1]
+    assert {"code", "data"} <= decision.changed.keys()
+    assert decision.start == before.release
+    told = read_told(project.store, MODEL, project.live.release)
+    assert told.document(LINEAGE)["start"] == before.release
+    # One epoch at this rate learns nothing: what it knows, it has from the live release.
+    was = read_told(project.store, MODEL, before.release).manifest.metrics["accuracy"]
+    assert told.manifest.metrics["accuracy"] >= was - 0.03 > 0.8
+
+
+def test_weights_that_do_not_fit_the_model_are_refused_with_what_differs(project: Project) -> None:
+    before = project.live
+    state = project.night(
+        train=POOR, model={"factory": "plain:build_model", "args": {"width": 16}}, retrain={"start": "live"}
+    )
+    assert state.is_failed()
+    message = str(state.message)
+    assert f"the weights of release {before.release} do not fit the model that model.factory makes" in message
+    assert "0.weight" in message and "use retrain.start: scratch" in message
+    decision = project.decisions()[-1]
+    assert decision.decision == FAILED and "do not fit the model" in decision.why
+    assert project.live == before
+
+
+def test_a_metric_of_ones_own_decides_on_its_resampled_predictions(
+    tmp_path: Path, store: ObjectStore, stack: Settings
+) -> None:
+    code = CODE + textwrap.dedent("""
+        def recall(outputs, target):
+            found = (outputs.argmax(1) == 1) & (target == 1)
+            return found.sum() / (target == 1).sum()
+    """)
+    metric = {"factory": "plain:recall", "better": "higher"}
+    own = Project(tmp_path, store, "recalling")
+    first = own.night(code=code, train={**POOR, "metrics": [metric]})
+    assert first.name == "Promoted", first.message
+    better = own.night(code=code, train={**GOOD, "metrics": [metric]})
+    assert better.name in ("Promoted", "Kept"), better.message
+    decision = own.decisions()[-1]
+    assert "95% interval" in decision.why and "recall" in decision.why
+
+
+def test_the_command_says_what_was_decided_and_history_lists_it(project: Project, command: Command) -> None:
+    job = str(project.folder / "job.yaml")
+    project.night(train=GOOD, release={"policy": "always"}, force=True)
+    ended = command("ship", "retrain", job, "--why", "by hand")
+    assert ended.status == 0, ended.text
+    assert f"{MODEL}: skipped, nothing has changed since release" in ended.output
+    listed = command("ship", "history", MODEL, "--decisions")
+    assert listed.status == 0, listed.text
+    words = [line.split()[3] for line in listed.output.splitlines() if line[:1] == "2"]
+    assert words[0] == "skipped" and {"promoted", "kept", "failed"} <= set(words)
+    assert "asked by: by hand (" in listed.output
+    table = command("ship", "status", COLUMNS="300")
+    assert table.status == 0, table.text
+    (row,) = [line for line in table.output.splitlines() if f" {MODEL} " in line]
+    assert project.live.release in row and "ago: skipped" in row and "nothing has changed since release" in row
+
+
+def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, command: Command, stack: Settings) -> None:
+    api = Api(stack)
+    deployment = api.ask("GET", "/deployments/name/retrain/retrain")["id"]
+    job = str(project.folder / "job.yaml")
+    ended = command(
+        "prefect", "event", "emit", "train-and-ship.data.landed", "--resource-id", f"model.{MODEL}",
+        "--payload", json.dumps({"job": job}),
+    )  # fmt: skip
+    assert ended.status == 0, ended.text
+    asked = {"flow_runs": {"deployment_id": {"any_": [deployment]}}}
+    deadline = time.monotonic() + 90
+    runs: list[dict[str, Any]] = []
+    while not any(run["state_type"] == "COMPLETED" for run in runs):
+        assert time.monotonic() < deadline, runs
+        time.sleep(0.5)
+        runs = [
+            run for run in cast("Any", api.ask("POST", "/flow_runs/filter", asked)) if run["parameters"]["job"] == job
+        ]
+    (run,) = runs
+    assert run["state_name"] == "Skipped"
+    assert project.decisions()[-1].asked.startswith("train-and-ship.data.landed (")
+
+
+def test_a_job_in_which_nothing_is_measured_is_refused_at_once(tmp_path: Path, command: Command) -> None:
+    job = write_project(tmp_path, name="blind", train={**POOR, "metrics": []})
+    ended = command("ship", "retrain", str(job))
+    assert ended.status == 2
+    assert "nothing is measured, so no candidate can be shown to be better" in ended.errors
+    with pytest.raises(JobError):
+        asyncio.run(retrain(job=str(job)))

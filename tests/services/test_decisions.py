@@ -1,0 +1,65 @@
+"""The record of what retraining decided, in a real store."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from infra.errors import ReleaseError
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.decisions import KEPT, PROMOTED, SKIPPED, Decision, read_decisions, record_decision
+from registry.job import load_job
+from registry.keys import decisions_prefix
+from tasks.decide import Plan, streak
+from tests.projects import write_project
+
+FIRST = datetime(2026, 11, 17, 2, 0, tzinfo=UTC)
+
+
+def night(number: int, decision: str, model: str = "asked") -> Decision:
+    return Decision(
+        model=model, channel="prod", decision=decision, why="because", flow_run=f"r{number}", asked="ada",
+        at=(FIRST + timedelta(days=number)).isoformat(timespec="milliseconds"), live="a" * 20,
+        changed={"code": "fingerprint a → b"}, seconds=1.5,
+    )  # fmt: skip
+
+
+def test_decisions_are_read_back_in_their_order_the_last_ones_first_wanted(object_store: ObjectStore) -> None:
+    nights = [night(number, decision) for number, decision in enumerate([PROMOTED, SKIPPED, KEPT, SKIPPED])]
+    for decision in reversed(nights):
+        record_decision(object_store, decision)
+    assert read_decisions(object_store, "asked", "prod", 10) == nights
+    assert read_decisions(object_store, "asked", "prod", 2) == nights[-2:]
+    assert read_decisions(object_store, "asked", "staging", 2) == []
+
+
+def test_a_decision_can_be_recorded_again_and_never_replaced(object_store: ObjectStore) -> None:
+    one = night(0, KEPT, "once")
+    record_decision(object_store, one)
+    record_decision(object_store, one)
+    with pytest.raises(ReleaseError, match="never replaced"):
+        record_decision(object_store, dataclasses.replace(one, why="another reason"))
+
+
+def test_what_is_no_decision_is_refused_by_its_key(object_store: ObjectStore) -> None:
+    key = f"{decisions_prefix('strange', 'prod')}20261117T020000.000000Z-r.json"
+    object_store.put_new(key, b'{"format": 1, "model": 3}')
+    with pytest.raises(ReleaseError, match=f"{key}: expected the record of a decision"):
+        read_decisions(object_store, "strange", "prod", 5)
+
+
+def test_a_streak_is_of_skips_since_the_last_other_answer(object_store: ObjectStore, tmp_path: Path) -> None:
+    job, _ = load_job(write_project(tmp_path, name="streak"))
+    plan = Plan(
+        job=job, store=object_store, settings=Settings.load(), flow_run_id="r", asked="ada", live=None, changed={},
+        inputs="", skip="nothing", start=None, began=0.0, read_seconds=0.0,
+    )  # fmt: skip
+    assert streak(plan) == 0
+    record_decision(object_store, dataclasses.replace(night(0, SKIPPED, "streak"), streak=13))
+    assert streak(plan) == 13
+    record_decision(object_store, night(1, KEPT, "streak"))
+    assert streak(plan) == 0

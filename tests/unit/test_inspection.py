@@ -1,0 +1,134 @@
+"""What is found out about data before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from registry.job import load_job
+from tasks.requests import project_of, train_settings
+from tests.projects import write_project
+from torchworker.contract import InspectRequest, InspectResult
+from torchworker.failure import UserMistake
+from torchworker.inspection import inspect
+
+
+def look(folder: Path, extra: str = "", ranges: dict[str, tuple[float | None, float | None]] | None = None,
+         **job: object) -> InspectResult:  # fmt: skip
+    module = f"looked_{folder.name.replace('-', '_')}"
+    path = write_project(
+        folder, extra=extra, model={"factory": f"{module}:build_model"}, data={"factory": f"{module}:build_dataset"},
+        **job,
+    )  # fmt: skip
+    (folder / "plain.py").rename(folder / f"{module}.py")
+    one, project = load_job(path)
+    return inspect(InspectRequest(project=project_of(one, project), train=train_settings(one), ranges=ranges or {}))
+
+
+def test_counts_limits_labels_and_one_column_a_number(tmp_path: Path) -> None:
+    facts = look(tmp_path)
+    train = facts.train
+    assert (train.samples, facts.validation.samples, train.repeated, facts.overlap) == (96, 96, 0, 0)
+    assert train.tensors["input"].dtype == "float32" and train.tensors["input"].shapes == [[4]]
+    assert list(train.columns) == ["input[0]", "input[1]", "input[2]", "input[3]"]
+    assert set(train.labels) == {"0", "1", "2"} and sum(train.labels.values()) == 96
+    column = train.columns["input[0]"]
+    assert len(column.quantiles) == 101 and list(column.quantiles) == sorted(column.quantiles)
+    assert column.quantiles[50] == pytest.approx(0, abs=0.4)
+
+
+def test_missing_outside_overlap_and_repeated_samples_are_counted_exactly(tmp_path: Path) -> None:
+    extra = """
+        train = torch.arange(400.0).reshape(100, 4)
+        train[3, 0], train[7, 2] = float("nan"), float("inf")
+        train[10] = train[11]
+        held = torch.cat([train[20:25], -torch.ones(5, 4)])
+        SPLITS = {"train": (train, torch.zeros(100)), "validation": (held, torch.zeros(10))}
+        def build_dataset(split):
+            return TensorDataset(*SPLITS[split])
+    """
+    facts = look(tmp_path, extra, {"input": (0, 390)}, train={"epochs": 1, "loss": "mse_loss", "batch_size": 32})
+    found = facts.train.tensors["input"]
+    assert (found.missing, found.outside) == (2, 9)
+    assert (found.low, found.high) == (0.0, 399.0)
+    assert (facts.train.repeated, facts.overlap) == (1, 5)
+    assert facts.validation.tensors["input"].outside == 20
+    # A target of fractions is no label.
+    assert facts.train.labels == {} and "target" in facts.train.columns
+
+
+def test_large_tensors_are_told_by_some_of_their_values_and_by_sample(tmp_path: Path) -> None:
+    extra = """
+        class Wide(nn.Linear):
+            def forward(self, image):
+                return super().forward(image.flatten(1)[:, :4])
+        def build_model():
+            return Wide(4, 3)
+        def build_dataset(split):
+            inputs = torch.linspace(0, 1, 40)[:, None, None, None].expand(40, 3, 10, 10).clone()
+            return TensorDataset(inputs, torch.arange(40) % 3)
+    """
+    facts = look(tmp_path, extra)
+    assert list(facts.train.columns) == ["image", "image: mean of a sample", "image: spread of a sample"]
+    assert facts.train.columns["image: spread of a sample"].quantiles[100] == pytest.approx(0, abs=1e-9)
+    assert facts.train.columns["image: mean of a sample"].quantiles[100] == 1.0
+    assert facts.overlap == 40
+
+
+def test_a_fingerprint_is_of_content_in_any_order(tmp_path: Path) -> None:
+    first = look(tmp_path / "one").train.fingerprint
+    turned = look(tmp_path / "two", """
+        build_in_order = build_dataset
+        def build_dataset(split):
+            data = build_in_order(split)
+            return TensorDataset(*(tensor.flip(0) for tensor in data.tensors))
+    """).train.fingerprint  # fmt: skip
+    other = look(tmp_path / "three", """
+        build_before = build_dataset
+        def build_dataset(split):
+            inputs, target = build_before(split).tensors
+            inputs[0, 0] += 1e-3
+            return TensorDataset(inputs, target)
+    """).train.fingerprint  # fmt: skip
+    assert first == turned != other
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchworker.inspection.KEPT", 20)
+    facts = look(tmp_path)
+    column = facts.train.columns["input[0]"]
+    assert 10 <= column.values <= 40
+    assert facts.train.samples == 96
+
+
+def test_a_stream_is_read_as_far_as_an_epoch_goes(tmp_path: Path) -> None:
+    extra = """
+        from torch.utils.data import IterableDataset
+        class Numbers(IterableDataset):
+            def __iter__(self):
+                number = 0
+                while True:
+                    yield torch.full((4,), float(number)), number % 3
+                    number += 1
+        build_finite = build_dataset
+        def build_dataset(split):
+            return Numbers() if split == "train" else build_finite(split)
+    """
+    endless = {"epochs": 1, "batch_size": 32, "steps_per_epoch": 5}
+    assert look(tmp_path / "a", extra, train=endless).train.samples == 160
+    with pytest.raises(UserMistake, match="steps_per_epoch"):
+        look(tmp_path / "b", extra, train={"epochs": 1, "batch_size": 32})
+
+
+def test_a_dataset_that_fails_is_the_users_mistake_with_the_line(tmp_path: Path) -> None:
+    extra = """
+        class Broken(TensorDataset):
+            def __getitem__(self, index):
+                raise KeyError("no such row")
+        build_whole = build_dataset
+        def build_dataset(split):
+            return Broken(*build_whole(split).tensors)
+    """
+    with pytest.raises(UserMistake, match="no such row"):
+        look(tmp_path, extra)

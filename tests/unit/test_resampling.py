@@ -1,0 +1,55 @@
+"""The interval of an improvement, beside SciPy's own bootstrap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from torchworker.contract import Resampling
+from torchworker.resampling import interval_of, interval_of_mean
+
+ASKED = Resampling(resamples=4000, confidence=0.95, seed=0)
+
+
+def gains(samples: int = 300, better: float = 0.05) -> torch.Tensor:
+    """Of a classifier: most samples go alike, some better and some worse."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.rand(samples, generator=generator)
+    return (drawn < 0.05 + better).to(torch.float64) - (drawn > 0.95).to(torch.float64)
+
+
+def test_it_is_the_interval_that_scipy_gives() -> None:
+    mine = interval_of_mean(gains(), ASKED)
+    theirs = stats.bootstrap(
+        (gains().numpy(),), np.mean, n_resamples=4000, confidence_level=0.95, method="percentile", rng=1
+    ).confidence_interval
+    assert mine.low == pytest.approx(theirs.low, abs=0.004)
+    assert mine.high == pytest.approx(theirs.high, abs=0.004)
+
+
+def test_a_metric_of_any_kind_gets_the_interval_that_a_mean_gets() -> None:
+    values = gains()
+    assert interval_of(lambda index: float(values[index].mean()), len(values), ASKED) == interval_of_mean(values, ASKED)
+
+
+def test_it_is_the_same_whenever_it_is_asked_and_other_seeds_differ() -> None:
+    assert interval_of_mean(gains(), ASKED) == interval_of_mean(gains(), ASKED)
+    other = Resampling(resamples=4000, confidence=0.95, seed=1)
+    assert interval_of_mean(gains(), ASKED) != interval_of_mean(gains(), other)
+
+
+def test_models_that_answer_alike_differ_by_nothing() -> None:
+    same = interval_of_mean(torch.zeros(50), ASKED)
+    assert (same.low, same.high) == (0.0, 0.0)
+
+
+def test_it_holds_the_true_difference_about_as_often_as_it_says() -> None:
+    asked = Resampling(resamples=400, confidence=0.9, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        interval = interval_of_mean(torch.randn(80, generator=generator) + 0.3, asked)
+        held += interval.low <= 0.3 <= interval.high
+    assert 165 <= held <= 195

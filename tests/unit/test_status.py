@@ -1,0 +1,44 @@
+"""The table of all models, as values."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from registry.decisions import SKIPPED, Decision
+from registry.pointer import Pointer
+from ship.status import Standing, soonest
+from tests.projects import write_project
+
+NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
+
+
+def test_a_row_says_what_is_live_how_old_it_is_and_what_was_decided() -> None:
+    live = Pointer(
+        model="digits", channel="prod", generation=3, release="a" * 20, manifest_sha256="0" * 64, previous=None,
+        nonce="n", moved_at=(NOW - timedelta(days=3, hours=5)).isoformat(), moved_by="ada", reason="", flow_run="",
+        mlflow_version="1",
+    )  # fmt: skip
+    last = Decision(
+        model="digits", channel="prod", decision=SKIPPED, why="nothing has changed",
+        at=(NOW - timedelta(hours=8)).isoformat(), flow_run="r", asked="ada", live="a" * 20,
+    )  # fmt: skip
+    row = Standing(model="digits", channel="prod", live=live, last=last, next=NOW + timedelta(hours=16)).row(NOW)
+    assert row[:6] == ("digits", "prod", "a" * 20, "3 d", "8 h ago: skipped", "nothing has changed")
+    assert row[6].startswith("2026-11-2")
+
+
+def test_a_model_of_which_little_is_known_has_dashes() -> None:
+    row = Standing(model="new", channel="prod", live=None, last=None, next=None).row(NOW)
+    assert row == ("new", "prod", "nothing", "–", "–", "", "–")
+
+
+def test_the_next_run_is_the_soonest_of_each_model_and_a_job_file_elsewhere_is_left_out(tmp_path: Path) -> None:
+    job = write_project(tmp_path, name="one", release={"channel": "staging"})
+    runs = [
+        {"parameters": {"job": str(job)}, "expected_start_time": "2026-11-25T02:00:00Z"},
+        {"parameters": {"job": "/nowhere/job.yaml"}, "expected_start_time": "2026-11-25T02:00:00Z"},
+        {"parameters": {}, "expected_start_time": "2026-11-25T02:00:00Z"},
+        {"parameters": {"job": "job.yaml"}, "expected_start_time": "2026-11-26T02:00:00Z"},
+    ]
+    assert soonest(runs, tmp_path) == {("one", "staging"): datetime(2026, 11, 25, 2, tzinfo=UTC)}
