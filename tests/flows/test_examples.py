@@ -1,0 +1,58 @@
+"""The examples with the built-in loop, through the whole flow."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import yaml
+
+from infra.objectstore import ObjectStore
+from registry.pointer import read_pointer
+from registry.release import Manifest
+from registry.releases import fetch_release
+from tests.conftest import Command
+from tests.projects import REPOSITORY
+from torchworker import runtimes
+
+OURS = re.compile(r"^\s*(from|import) (flows|tasks|registry|infra|torchworker|ship|shipreader)\b", re.M)
+
+
+def shipped(command: Command, store: ObjectStore, example: str, folder: Path) -> Manifest:
+    """Runs the example's job, downloads what it made live into the folder, and returns its manifest."""
+    path = REPOSITORY / "examples" / example / "job.yaml"
+    assert len(path.read_text().splitlines()) < 25
+    for module in path.parent.glob("*.py"):
+        assert not OURS.search(module.read_text())
+    ended = command("ship", "run", str(path))
+    assert ended.status == 0, ended.text
+    assert "Traceback" not in ended.text
+    name = yaml.safe_load(path.read_text())["name"]
+    pointer = read_pointer(store, name, "prod")
+    assert pointer is not None
+    manifest = fetch_release(store, name, pointer.release, folder)
+    assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
+    return manifest
+
+
+def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
+    command: Command, store: ObjectStore, tmp_path: Path
+) -> None:
+    manifest = shipped(command, store, "tabular", tmp_path / "release")
+    metrics = manifest.metrics
+    assert metrics["accuracy"] >= 0.93 and metrics["recall"] >= 0.88
+    assert manifest.signature["inputs"][0]["shape"] == ["batch", 30]
+
+
+def test_sequences_are_classified_at_any_length(command: Command, store: ObjectStore, tmp_path: Path) -> None:
+    manifest = shipped(command, store, "sequence", tmp_path / "release")
+    assert manifest.metrics["accuracy"] >= 0.68
+    assert manifest.signature["inputs"][0]["shape"] == ["batch", "length"]
+    for kind, file in manifest.formats.items():
+        call = runtimes.load(kind, tmp_path / "release" / file, 1)
+        # What padding adds must not matter.
+        tokens = torch.tensor([list(b"schweizerisch")])
+        short = call({"tokens": tokens})[0]
+        assert torch.allclose(short, call({"tokens": torch.nn.functional.pad(tokens, (0, 9))})[0], atol=1e-4)
+        assert int(short.argmax()) == 0, f"{kind}: not German"
