@@ -47,7 +47,8 @@ AFTER = """
   a collate function is a class, it is made with `args` first; a function gets `args` as further keyword arguments.
 - A collate function by reference is called as `collate(items)` and returns `(inputs, target)`.
 - A metric by reference is called once, as `metric(outputs, target)`, with all outputs and targets of the validation set
-  on the CPU in the order of the dataset, and returns one number.
+  on the CPU in the order of the dataset, and returns one number. Batches whose outputs differ in size, as decoded
+  sequences do, are padded at the end: whole numbers with -100, which no token is, floats with NaN.
 - An optimizer by reference is called as `factory(parameters, lr=learning_rate, **args)`.
 - A schedule by reference is called as `factory(optimizer, total_steps=…, **args)` and returns a torch `LRScheduler`.
 - With `train.entrypoint`, `main(context, **args)` is called in every rank and returns the trained model:

@@ -197,13 +197,16 @@ async def _scored(
     folder = work / "score"
     folder.mkdir()
     candidate, live = request.candidate, request.live if not result.live_problem else None
-    for file in candidate.formats.values():
+    # The live release runs with the candidate's operators: one process cannot have two of one name.
+    libraries = [name for name in candidate.files if name.endswith(".so")]
+    for file in (*candidate.formats.values(), *libraries):
         os.link(Path(candidate.folder) / file, folder / file)
     os.link(exported / VALIDATION, folder / VALIDATION)
     asked = ScoreRequest(
         project=run.project,
         folder=str(folder),
         formats=candidate.formats,
+        libraries=libraries,
         inputs=candidate.inputs,
         batch=run.job.export.batch,
         gates=[],

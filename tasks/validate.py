@@ -127,10 +127,13 @@ async def validate(run: Run, exported: Exported) -> Validated:
     _require_demanded(validated)
     for kind, why in validated.dropped.items():
         logger.warning("%s is not in the release: %s", kind, why)
-    skipped = [f"{item.format} {item.case}: {item.note}" for item in result.verdicts if not item.ran]
+    skipped: dict[str, list[str]] = {}
+    for item in result.verdicts:
+        if not item.ran:
+            skipped.setdefault(f"{item.case}: {item.note}", []).append(item.format)
     if skipped:
-        logger.warning("; ".join(skipped))
-    logger.info("all %d gates passed\n%s", len(result.verdicts) - len(skipped), table)
+        logger.warning("; ".join(f"{', '.join(formats)} {what}" for what, formats in skipped.items()))
+    logger.info("all %d gates passed\n%s", sum(item.ran for item in result.verdicts), table)
     if result.speed is not None:
         logger.info("speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_text(result.speed))
     return validated
@@ -157,6 +160,7 @@ async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Pa
         project=run.project,
         folder=str(exported.folder),
         formats=standing(exported, result),
+        libraries=exported.result.libraries,
         inputs=exported.result.inputs,
         batch=run.job.export.batch,
         gates=fixed_gates(run.job, custom=True),

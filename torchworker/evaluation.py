@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchworker.contract import Project
 from torchworker.device import place
-from torchworker.metrics import first_output, metric_sum
+from torchworker.metrics import first_output, joined, metric_sum
 from torchworker.project import Loss, call_metric, compute_loss, forward, require_one_shape
 from torchworker.training_data import ValidationData
 
@@ -92,9 +92,7 @@ class Evaluation:
         """Metrics of the user's own see all outputs and targets at once, on rank 0."""
         if not self._project.custom_metrics:
             return {}
-        mine = (
-            (torch.cat([outputs for outputs, _ in kept]), torch.cat([target for _, target in kept])) if kept else None
-        )
+        mine = (joined([outputs for outputs, _ in kept]), joined([target for _, target in kept])) if kept else None
         rank, world = dist.get_rank(), dist.get_world_size()
         parts: list[Any] | None = [None] * world if rank == 0 else None
         dist.gather_object(mine, parts)
@@ -114,7 +112,7 @@ class Evaluation:
 
 def _in_order(parts: Sequence[Tensor], world: int) -> Tensor:
     """Rows of all ranks in the order of the dataset, where a sample is a row: the ranks took turns."""
-    whole = torch.cat(list(parts))
+    whole = joined(parts)
     if [len(part) for part in parts] != [len(range(rank, len(whole), world)) for rank in range(len(parts))]:
         return whole
     ordered = torch.empty_like(whole)

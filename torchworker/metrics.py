@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+FILLED = -100
+"""What batches of whole numbers are padded with: the label that torch's losses ignore, and no token's number."""
 
 
 def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
@@ -39,6 +44,34 @@ def _require_same_shape(outputs: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"expected outputs and target of one shape, got {list(outputs.shape)} and {list(target.shape)}"
         )
+
+
+def joined(batches: Sequence[Tensor]) -> Tensor:
+    """Batches [n, …] as one tensor [samples, …], for what is computed over all samples at once.
+
+    A decoded sequence is as long as the longest of its batch. Where batches differ, they are padded at the end with
+    what cannot be taken for a value: FILLED for whole numbers (the largest where they have no sign), NaN for floats,
+    False. Raises ValueError where the number of dimensions differs.
+    """
+    if len({tensor.dim() for tensor in batches}) > 1:
+        raise ValueError(f"expected batches of one number of dimensions, got {[list(item.shape) for item in batches]}")
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in batches), strict=True)]
+    if all(list(tensor.shape[1:]) == shape[1:] for tensor in batches):
+        return torch.cat(list(batches))
+    padded = []
+    for tensor in batches:
+        whole = torch.full([len(tensor), *shape[1:]], _fill(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
+        whole[tuple(slice(size) for size in tensor.shape)] = tensor
+        padded.append(whole)
+    return torch.cat(padded)
+
+
+def _fill(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    if dtype == torch.bool:
+        return False
+    return FILLED if torch.iinfo(dtype).min < 0 else torch.iinfo(dtype).max
 
 
 def first_output(outputs: object) -> Tensor:

@@ -24,6 +24,7 @@ from torchworker.contract import (
     Verdict,
 )
 from torchworker.failure import UserMistake, describe
+from torchworker.metrics import joined
 from torchworker.project import call_metric, enter
 from torchworker.resampling import interval_of
 from torchworker.validate import judge
@@ -39,6 +40,8 @@ def score(request: ScoreRequest) -> ScoreResult:
     result says why.
     """
     enter(request.project)
+    for library in request.libraries:
+        torch.ops.load_library(str(Path(request.folder) / library))  # type: ignore[no-untyped-call]
     validation = load_file(Path(request.folder) / VALIDATION)
     target = validation["target"]
     metrics: dict[str, dict[str, float]] = {}
@@ -94,7 +97,7 @@ def _outputs(
             part = slice(start, start + request.batch)
             given = {spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in inputs}
             parts.append(call(given)[0])
-        found[kind] = torch.cat(parts)
+        found[kind] = joined(parts)
     return found
 
 
