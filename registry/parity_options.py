@@ -24,6 +24,7 @@ class Parity(Part):
     )
     cpp: Literal["when_possible", "required", "off"] = Field(
         "when_possible",
-        description="TorchScript is also run by a small C++ program, which cmake and a compiler build on the first run "
-        "on a machine: when_possible, reported as not run where they are missing; required, a failure there; off",
+        description="TorchScript and AOTInductor are also run by a small C++ program, which cmake and a compiler build "
+        "on the first run on a machine: when_possible, reported as not run where they are missing; required, a failure "
+        "there; off",
     )

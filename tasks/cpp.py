@@ -14,6 +14,9 @@ from registry.job import Job
 from tasks.worker import call_worker
 from torchworker.contract import RESULT, CppRequest, CppResult, decode
 
+RUNS = frozenset({"torchscript", "aoti"})
+"""Formats that the runner runs. A test keeps it equal to torchworker's."""
+
 
 def cache_folder() -> Path:
     """Where runners are kept: in the user's cache, because it outlives runs and working copies."""
@@ -25,7 +28,7 @@ def start_build(host: WorkerHost, job: Job, folder: Path) -> Future[CppResult] |
 
     folder: the run directory. The future never fails: a build that does is a reason why there is no runner.
     """
-    if job.parity.cpp == "off" or "torchscript" not in job.export.formats:
+    if job.parity.cpp == "off" or not RUNS & set(job.export.wanted):
         return None
     built: Future[CppResult] = Future()
     work = folder / "cpp"

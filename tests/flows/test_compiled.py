@@ -1,0 +1,56 @@
+"""A release with an AOTInductor package, through the whole flow and the C++ program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.pointer import read_pointer
+from registry.releases import fetch_release
+from tasks.cpp import RUNS
+from tests.conftest import Command
+from tests.projects import write_project
+from torchworker import cpp_build, cpp_runtime
+
+
+def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:
+    assert set(cpp_runtime.KINDS) == RUNS
+
+
+def test_a_compiled_release_is_proven_without_python_and_promoted(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    if cpp_build.cmake() is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler on this machine")
+    job = write_project(
+        tmp_path / "project",
+        name="compiled",
+        train={"epochs": 5, "processes": 1, "batch_size": 32},
+        export={"formats": ["aoti"], "batch": 8},
+        parity={"cpp": "required"},
+        gates={"accuracy": {"min": 0.3}},
+    )
+    ended = command("ship", "run", str(job))
+    assert ended.status == 0, ended.text
+    pointer = read_pointer(store, "compiled", "prod")
+    assert pointer is not None
+    release = tmp_path / "release"
+    assert fetch_release(store, "compiled", pointer.release, release).formats == {"aoti": "model.aoti.pt2"}
+
+    verdicts = json.loads((release / "verdicts.json").read_text())["verdicts"]
+    in_cpp = [item for item in verdicts if item["format"] == "aoti in C++"]
+    assert [item["case"] for item in in_cpp] == [
+        "batch 1", "batch 8", "batch 17", "17 probes", "called again", "96 samples",
+    ]  # fmt: skip
+    assert all(item["ran"] and item["passed"] for item in in_cpp)
+    # What the Python runtime is asked, the C++ program is asked too.
+    in_python = [item["case"] for item in verdicts if item["format"] == "aoti" and item["gate"] == "parity"]
+    assert in_python == [*(item["case"] for item in in_cpp), "predictions"]
+    version = MlflowClient(stack.mlflow_url).get_model_version_by_alias("compiled", "champion")
+    assert "aoti in C++" in str(version.description)
