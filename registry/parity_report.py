@@ -30,13 +30,20 @@ class Mismatch(Protocol):
     def distribution(self) -> Sequence[str]: ...
 
 
-def parity_report(model: str, mismatches: Sequence[Mismatch], where: Mapping[str, str]) -> str:
-    """Markdown. where: format to the place at which it leaves the model, in words."""
+def parity_report(model: str, mismatches: Sequence[Mismatch], where: Mapping[str, str], histograms: str = "") -> str:
+    """Markdown. where: format to the place at which it leaves the model, in words; histograms: address of an image of
+    how far all formats are from the model, empty for none."""
     sections = [
         f"# {model}: artifacts that are not the model",
         "Every format was asked the questions of docs/parity.md; these are the answers that differ by more than "
         "rounding explains. *× limit* is 1 where it would just pass; ∞ is not a matter of rounding.",
     ]
+    if histograms:
+        sections += [
+            f"![How far every format is from the model, by kind of probe]({histograms})",
+            "Each row is one format on one kind of probe. Bars are elements of its outputs by the size of their "
+            "difference; their height is logarithmic. Red rows failed.",
+        ]
     for kind in dict.fromkeys(item.format for item in mismatches):
         mine = [item for item in mismatches if item.format == kind]
         rows = [

@@ -8,25 +8,29 @@ from prefect import get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
 from infra.errors import ShipError
+from registry.parity_plot import embedded, histograms
 from registry.parity_report import parity_report
 from tasks.export import Exported
 from tasks.policy import artifact_key
 from tasks.run import Run
 from tasks.worker import call_worker
-from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
+from torchworker.contract import ERROR_DECADES, RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
 
 LOCATABLE = ("torchscript", "onnx", "pt2")
 """Formats that can be looked into. Others are machine code."""
 
 
 async def explain(run: Run, exported: Exported, result: ValidateResult) -> Path | None:
-    """`parity.md` in the run's folder, and the same as a Prefect artifact; None when parity did not fail."""
+    """`parity.md` and its picture in the run's folder, and both in a Prefect artifact; None when parity passed."""
     if not result.mismatches:
         return None
     where = await _where(run, exported, result)
-    path = run.folder / "parity.md"
-    markdown = parity_report(run.job.name, result.mismatches, where)
-    path.write_text(markdown)
+    path, plot = run.folder / "parity.md", run.folder / "parity.svg"
+    drawn = histograms(result.errors, ERROR_DECADES)
+    plot.write_text(drawn)
+    path.write_text(parity_report(run.job.name, result.mismatches, where, plot.name))
+    # An artifact has no files beside it.
+    markdown = parity_report(run.job.name, result.mismatches, where, embedded(drawn))
     get_run_logger().error("\n".join(f"{kind} {place}" for kind, place in where.items()))
     await acreate_markdown_artifact(
         markdown, key=f"parity-{artifact_key(run.job.name)}", description=f"{run.job.name}: parity failed"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import select
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,10 +18,16 @@ Result = TypeVar("Result")
 
 
 class Died(Exception):
-    """The fork was ended by a signal. `last` is what it noted before."""
+    """The fork ended without an answer. `last` is what it noted before."""
 
-    def __init__(self, signal: int, last: str) -> None:
-        super().__init__(f"the process was ended by signal {signal}{f' while it was asked {last}' if last else ''}")
+    def __init__(self, status: int, last: str) -> None:
+        """status: negative for a signal."""
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        super().__init__(f"the process {how}{f' while it was asked {last}' if last else ''}")
+
+
+class Hung(Exception):
+    """The fork gave no answer in time, and was killed."""
 
 
 class Note:
@@ -38,10 +46,11 @@ class Note:
         return self._memory[:].rstrip(b"\0").decode(errors="replace")
 
 
-def apart(work: Callable[[], Result], note: Note) -> Result:
-    """The work's result, or its exception. Raises Died when a signal ended the fork.
+def apart(work: Callable[[], Result], note: Note, seconds: float | None = None) -> Result:
+    """The work's result, or its exception. The result can be pickled.
 
-    The caller has no threads, and the result can be pickled.
+    Raises Died when the fork ended without either, and Hung when it had neither after so many seconds. A fork has none
+    of its parent's other threads: work that waits for one of them never ends, so a caller with threads sets a limit.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,12 +73,26 @@ def apart(work: Callable[[], Result], note: Note) -> Result:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
+        in_time = _ends(pid, seconds)
+        if not in_time:
+            os.kill(pid, signal.SIGKILL)
         ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if ended < 0:
-            raise Died(-ended, note.read())
+        if not in_time:
+            raise Hung(f"no answer after {seconds:g} s")
+        if ended:
+            raise Died(ended, note.read())
         answer.seek(0)
         result, raised = pickle.load(answer)
         if raised is not None:
             raise raised
         found: Result = result
         return found
+
+
+def _ends(pid: int, seconds: float | None) -> bool:
+    """Whether the child ends by then."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)

@@ -639,6 +639,25 @@ class Mismatch:
     """Elements by size of the difference, one line a decade; empty when there is nothing to count."""
 
 
+ERROR_DECADES = tuple(range(-9, 3))
+"""Powers of ten at which the bins of ErrorCounts begin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorCounts:
+    """Elements of all outputs of one format on one kind of probe, by how far they are from the model's."""
+
+    format: str
+    probes: str
+    """The kind: `batches`, `drawn`, `real samples`."""
+    failed: bool
+    """Whether any probe of this kind failed."""
+    absolute: Sequence[int]
+    """Equal ones, those below the first of ERROR_DECADES, one number a decade, and those where one is not finite."""
+    relative: Sequence[int]
+    """The same for differences in units of the output's root mean square."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """One gate on one format, with its numbers."""
@@ -655,7 +674,7 @@ class Verdict:
     passed: bool
     note: str = ""
     ran: bool = True
-    """False when the check was not run because this machine cannot; it is neither passed nor failed then."""
+    """False when the check was not run because this machine or the model cannot; neither passed nor failed then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -672,6 +691,8 @@ class ValidateResult(Message):
     """Every int8 variant that was made, kept or not."""
     speed: MeasureResult | None = None
     """None when the job asks for no measurement, or something failed before it."""
+    errors: Sequence[ErrorCounts] = ()
+    """How far all formats are from the model on every kind of probe; empty when parity passed."""
 
     @property
     def passed(self) -> bool:

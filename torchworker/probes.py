@@ -37,6 +37,7 @@ SCAN_SECONDS = 1.0
 """Looking for samples that take another way through the code ends after this long."""
 
 BATCHES = "batches"
+SAMPLES = "real samples"
 DRAWS = "drawn"
 SINGLES = "one by one"
 LENGTHS = "lengths"
@@ -100,12 +101,20 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
 
 
 def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Each declared dimension at its smallest and largest; twice its present size and one where it has no end."""
+    """Each declared dimension at its smallest and largest, then all of them; twice the present size and one where there
+    is no end."""
     present = sizes_of(few, dims)
-    for dim in dims:
-        if dim.name != BATCH:
-            for what, size in (("smallest", dim.min), ("largest", dim.max or 2 * present[dim.name] + 1)):
-                yield f"{what}.{dim.name}", {dim.name: size}
+    declared = [dim for dim in dims if dim.name != BATCH]
+    ends = {
+        "smallest": {dim.name: dim.min for dim in declared},
+        "largest": {dim.name: dim.max or 2 * present[dim.name] + 1 for dim in declared},
+    }
+    for dim in declared:
+        for what, sizes in ends.items():
+            yield f"{what}.{dim.name}", {dim.name: sizes[dim.name]}
+    if len(declared) > 1:
+        for what, sizes in ends.items():
+            yield f"all_{what}", sizes
 
 
 def refusals(pool: Inputs, specs: Mapping[str, TensorSpec], dims: Sequence[DynamicDim]) -> Iterator[Probe]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torchworker.metrics import metric_sum
 from torchworker.parity import Parity, compare
 from torchworker.probes import BATCHES, NOT_FINITE, Inputs, Probe
 from torchworker.runtimes import Call
+from torchworker.spread import Spread
 
 KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 """The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
@@ -66,6 +67,8 @@ class Trial:
 
     verdicts: list[Verdict]
     findings: list[Finding]
+    spread: Spread = field(default_factory=Spread)
+    """How far all its answers are from the model's."""
 
 
 class Decisions:
@@ -150,7 +153,7 @@ def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str]
         ratio, found, note = court.behaviour(probe)
         findings += found
         verdicts.append(verdict(kind, "called again", ratio, note))
-    return Trial(verdicts=verdicts, findings=findings)
+    return Trial(verdicts=verdicts, findings=findings, spread=court.spread)
 
 
 def verdict(kind: str, case: str, ratio: float, note: str) -> Verdict:
@@ -188,6 +191,7 @@ class _Court:
         """Answers to the batches of capture, to be asked for again."""
         self.changed: dict[str, str] = {}
         """Inputs that the artifact wrote into: input to probe."""
+        self.spread = Spread()
 
     def judge(self, probe: Probe) -> tuple[float, list[Finding], str]:
         """(worst ratio, what failed, a note)."""
@@ -258,6 +262,7 @@ class _Court:
         ratio, findings, notes = 0.0, [], []
         for name, tensor in zip(self.outputs, got, strict=True):
             outcome = self._output(probe, name, tensor)
+            self.spread.add(probe.group, tensor, probe.eager[name])
             ratio = max(ratio, outcome.ratio)
             notes.append(f"{name}: {outcome.note}")
             if not outcome.passed:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from torchworker.apart import Died, Hung, Note, apart
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project
 from torchworker.failure import UserMistake, describe
 from torchworker.parity import compare
-from torchworker.probes import BATCHES, POOL, Inputs, Probe, probes, refusals, singles
+from torchworker.probes import BATCHES, LENGTHS, POOL, Inputs, Probe, probes, refusals, singles
 from torchworker.project import batches, forward, name_inputs, name_outputs, require_one_shape
 from torchworker.signature import dims_of, input_specs
+
+REFUSAL_SECONDS = 60.0
+"""The model's answer to an input that it should refuse takes at most this long."""
 
 
 class Answers:
@@ -147,53 +150,52 @@ def write_reference(
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project)
+    unasked: list[str] = []
     for probe in probes(pool, dims):
         try:
             asked.append(answers.complete(probe))
-        except UserMistake:
+        except UserMistake as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
-            continue
+            if probe.group == LENGTHS:
+                # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
+                refusal = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
+                unasked.append(f"{probe.name}, which the model refuses itself ({refusal})")
     signature = {spec.name: spec for spec in input_specs(named, dims)}
-    refused = (_apart(answers, question, folder) for question in refusals(pool, signature, dims))
-    asked += [probe for probe in refused if probe is not None]
-    _write_probes(asked, folder / PROBES)
+    refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
+    _write_probes([*asked, *refused], [*unasked, *hung], folder / PROBES)
     if answers.fixed_precision:
         return "eager, with the rounding of weights and inputs; the model does not run in float64"
     return "eager, checked against float64"
 
 
-def _apart(answers: Answers, probe: Probe, folder: Path) -> Probe | None:
-    """The model's answer to inputs it should refuse, in a process that may die of them; None when it does.
+def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe], list[str]]:
+    """The model's answers to inputs that it should refuse, and what could not be asked, with the reason.
 
-    User code with threads cannot be forked, and is not asked.
+    Each is asked in a fork, which may die of it: then the model has no answer, and no artifact is asked. A fork that
+    hangs waits for a thread of the user's code, which only this process has; the others would too.
     """
-    from safetensors.torch import load_file, save_file
-
-    if threading.active_count() > 1:
-        return None
-    kept = folder / "refusal.part"
-    pid = os.fork()
-    if pid == 0:
-        status = 2
+    asked: list[Probe] = []
+    for position, probe in enumerate(questions):
         try:
-            eager = answers.eager(probe.inputs)
-            save_file({name: tensor.contiguous().clone() for name, tensor in eager.items()}, kept)
-            status = 0
-        except UserMistake as error:
-            kept.write_text(describe(error.__cause__ or error))
-            status = 1
-        finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status not in (0, 1):
-        return None
-    answer = replace(probe, eager=load_file(kept)) if status == 0 else replace(probe, error=kept.read_text())
-    kept.unlink()
-    return answer
+            eager, error = apart(partial(_answer_or_error, answers, probe.inputs), Note(), REFUSAL_SECONDS)
+        except Died:
+            continue
+        except Hung as hung:
+            why = f"in a process of its own the model gives {hung}"
+            return asked, [f"{question.name} ({why})" for question in questions[position:]]
+        asked.append(replace(probe, eager=eager, error=error))
+    return asked, []
 
 
-def _write_probes(asked: list[Probe], path: Path) -> None:
-    """Tensors `<probe>/<part>/<name>`, and the list of probes as JSON in the file's metadata."""
+def _answer_or_error(answers: Answers, inputs: Mapping[str, Tensor]) -> tuple[Inputs | None, str]:
+    try:
+        return answers.eager(inputs), ""
+    except UserMistake as error:
+        return None, describe(error.__cause__ or error)
+
+
+def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], path: Path) -> None:
+    """Tensors `<probe>/<part>/<name>`; the list of probes, and what was not asked, as JSON in the file's metadata."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -211,7 +213,16 @@ def _write_probes(asked: list[Probe], path: Path) -> None:
                 "error": probe.error,
             }
         )
-    save_file(tensors, path, metadata={"probes": json.dumps(listed)})
+    save_file(tensors, path, metadata={"probes": json.dumps(listed), "unasked": json.dumps(list(unasked))})
+
+
+def read_unasked(folder: Path) -> list[str]:
+    """Questions that could not be asked of the model, and so of no artifact, with the reason."""
+    from safetensors import safe_open
+
+    with safe_open(folder / PROBES, framework="pt") as asked:
+        told: list[str] = json.loads(asked.metadata()["unasked"])
+    return told
 
 
 def read_probes(folder: Path) -> list[Probe]:

@@ -7,6 +7,7 @@ import importlib.machinery
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from torchworker.contract import (
     INT8_OF,
     METRICS,
     VALIDATION,
+    ErrorCounts,
     Gate,
     Int8,
     Mismatch,
@@ -31,10 +33,11 @@ from torchworker.contract import (
 from torchworker.failure import describe, is_theirs
 from torchworker.metrics import metric_sum
 from torchworker.parity import compare
-from torchworker.probes import BATCHES, Probe
+from torchworker.probes import BATCHES, SAMPLES, Probe
 from torchworker.prove import Decisions, Finding, Policy, Trial, prove, verdict
 from torchworker.quantized import examine, kept
-from torchworker.reference import read_probes, validation_key
+from torchworker.reference import read_probes, read_unasked, validation_key
+from torchworker.spread import Spread
 
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
@@ -76,10 +79,12 @@ def validate(request: ValidateRequest) -> ValidateResult:
     validation = load_file(folder / VALIDATION)
     samples = len(validation["target"])
     batch = _size(golden[1])
+    unasked = "; ".join(read_unasked(folder))
     policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     outputs = [spec.name for spec in request.outputs]
     verdicts: list[Verdict] = []
     mismatches: list[Mismatch] = []
+    errors: list[ErrorCounts] = []
     metrics: dict[str, dict[str, float]] = {}
 
     def quantized(kind: str, file: str, note: Note) -> tuple[Int8, dict[str, float]]:
@@ -95,19 +100,23 @@ def validate(request: ValidateRequest) -> ValidateResult:
         reasons = [found.reason, *(f"{item.gate} {item.measured}, expected {item.limit}" for item in failed)]
         return replace(found, reason="; ".join(reason for reason in reasons if reason)), measured
 
-    def examined(kind: str, file: str, note: Note) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None]:
+    def examined(
+        kind: str, file: str, note: Note
+    ) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None, list[ErrorCounts]]:
         try:
             call = _noted(runtimes.load(kind, folder / file, request.threads), note)
         except Exception as error:
-            return [_not_measured(kind, "parity", "load", "loads without training code", describe(error))], [], None
+            return [_not_measured(kind, "parity", "load", "loads without training code", describe(error))], [], None, []
         trial = prove(kind, call, probes, outputs, policy)
         measured, on_validation = _quality(kind, call, validation, request, batch)
         cpp = _without_python(kind, folder / file, probes, validation, request)
         found = [*trial.findings, *on_validation.findings, *cpp.findings]
         found.sort(key=lambda item: -item.outcome.ratio)
         gates = judge(kind, measured, request.gates, samples, {})
-        told = [*trial.verdicts, *on_validation.verdicts, *gates, *cpp.verdicts]
-        return told, [item.mismatch() for item in found[:MISMATCHES]], measured
+        missing = [replace(_not_measured(kind, "parity", "not asked", "<= 1", unasked), ran=False)] if unasked else []
+        told = [*trial.verdicts, *missing, *on_validation.verdicts, *gates, *cpp.verdicts]
+        counts = [*_counts(kind, trial, on_validation), *_counts(f"{kind} in C++", cpp)]
+        return told, [item.mismatch() for item in found[:MISMATCHES]], measured, counts
 
     int8: dict[str, Int8] = {}
     for kind, file in request.formats.items():
@@ -126,11 +135,13 @@ def validate(request: ValidateRequest) -> ValidateResult:
             continue
         try:
             # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
-            told, found, measured = apart(lambda kind=kind, file=file, note=note: examined(kind, file, note), note)  # type: ignore[misc]
+            told, found, measured, counts = apart(partial(examined, kind, file, note), note)
         except Died as death:
-            told, found, measured = [_not_measured(kind, "parity", "probes", "survives them", str(death))], [], None
+            ended = _not_measured(kind, "parity", "probes", "survives them", str(death))
+            told, found, measured, counts = [ended], [], None, []
         verdicts += told
         mismatches += found
+        errors += counts
         if measured is not None:
             metrics[kind] = measured
     return ValidateResult(
@@ -140,7 +151,16 @@ def validate(request: ValidateRequest) -> ValidateResult:
         validation_samples=samples,
         int8=int8,
         mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
+        errors=errors if mismatches else (),
     )
+
+
+def _counts(kind: str, *trials: Trial) -> list[ErrorCounts]:
+    """How far the artifact was from the model, over all its trials."""
+    whole = Spread()
+    for trial in trials:
+        whole.merge(trial.spread)
+    return whole.counts(kind, frozenset(item.probe.group for trial in trials for item in trial.findings))
 
 
 def _without_python(
@@ -164,10 +184,15 @@ def _without_python(
             trial = prove(name, call, probes, [spec.name for spec in request.outputs], policy)
             batch = _size([probe for probe in probes if probe.group == BATCHES][1])
             _, on_samples = _quality(name, call, validation, replace(request, metrics=()), batch)
+            trial.spread.merge(on_samples.spread)
     except cpp_runtime.RunnerEnded as error:
         failed = _not_measured(name, "parity", "without Python", "loads and answers", describe(error))
         return Trial(verdicts=[failed], findings=[])
-    return Trial(verdicts=[*trial.verdicts, *on_samples.verdicts], findings=[*trial.findings, *on_samples.findings])
+    return Trial(
+        verdicts=[*trial.verdicts, *on_samples.verdicts],
+        findings=[*trial.findings, *on_samples.findings],
+        spread=trial.spread,
+    )
 
 
 def _noted(call: runtimes.Call, note: Note) -> runtimes.Call:
@@ -203,7 +228,7 @@ def _quality(
     samples = len(validation["target"])
     inputs = {spec.name: validation[f"input.{spec.name}"] for spec in request.inputs}
     sums = {name: [0.0, 0] for name in request.metrics}
-    decisions = Decisions()
+    decisions, spread = Decisions(), Spread()
     ratio, notes, findings = 0.0, {}, []
     try:
         for start in range(0, samples, batch):
@@ -214,11 +239,12 @@ def _quality(
                 eager = validation[validation_key("eager", spec.name, start)]
                 others = [validation.get(validation_key(kind, spec.name, start)) for kind in ("float64", "moved")]
                 outcome = compare(tensor, eager, *others)
+                spread.add(SAMPLES, tensor, eager)
                 if outcome.ratio >= ratio:
                     ratio = outcome.ratio
                     notes[spec.name] = outcome.note
                 if not outcome.passed:
-                    probe = Probe(name=f"samples {start} to {start + len(eager)}", group="", inputs=fed)
+                    probe = Probe(name=f"samples {start} to {start + len(eager)}", group=SAMPLES, inputs=fed)
                     findings.append(Finding(kind, probe, spec.name, outcome, tensor, eager))
                 if position == 0 and "accuracy" in request.metrics:
                     decisions.add(tensor, eager, validation["target"][part], outcome.allowed)
@@ -228,12 +254,13 @@ def _quality(
                 sums[name][1] += count
     except Exception as error:
         failed = _not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
-        return {}, Trial(verdicts=[failed], findings=findings)
+        return {}, Trial(verdicts=[failed], findings=findings, spread=spread)
     note = "; ".join(f"{name}: {note}" for name, note in notes.items())
     verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
     if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
         verdicts.append(decisions.verdict(kind))
-    return {name: total / count for name, (total, count) in sums.items()}, Trial(verdicts=verdicts, findings=findings)
+    measured = {name: total / count for name, (total, count) in sums.items()}
+    return measured, Trial(verdicts=verdicts, findings=findings, spread=spread)
 
 
 def _size(probe: Probe) -> int:

@@ -114,3 +114,15 @@ def test_a_declaration_that_the_data_contradicts_is_refused(shop: Open, length: 
     opened = words(shop, **length)
     with pytest.raises(JobError, match=r"export.dynamic.length.*" + told):
         opened.export("torchscript")
+
+
+def test_a_declared_size_that_the_model_refuses_is_reported_as_not_asked(shop: Open) -> None:
+    opened = words(shop, 'assert tokens.shape[1] < 12, "too long for the table"')
+    opened.export("torchscript")
+    result = opened.validate()
+    (told,) = [verdict for verdict in result.verdicts if not verdict.ran]
+    assert (told.format, told.gate, told.case, told.passed) == ("torchscript", "parity", "not asked", False)
+    assert told.note.startswith(
+        "largest.length, which the model refuses itself (AssertionError: too long for the table"
+    )
+    assert result.passed

@@ -211,6 +211,12 @@ def test_an_artifact_that_is_not_the_model_stops_the_flow_and_the_report_says_wh
     report = Path(re.search(r"Where and how much: (\S+?parity\.md)", ended.text)[1]).read_text()  # type: ignore[index]
     assert re.search(r"\*\*Where:\*\* first differs at step \d+ of \d+: mul.*plain.py:\d+: return super", report)
     assert "expected" in report and "█" in report
+    assert "](parity.svg)" in report
+    picture = Path(re.search(r"Where and how much: (\S+?)\.md", ended.text)[1] + ".svg").read_text()  # type: ignore[index]
+    # The batches of capture took the same branch.
+    assert "torchscript: drawn ✗, 1e-1: " in picture and "torchscript: batches, same: " in picture
+    (page,) = [item for item in read_run(flow_run_of(ended))[1] if str(item.key).startswith("parity-")]
+    assert "](data:image/svg+xml;base64," in str(page.data)
 
 
 def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(

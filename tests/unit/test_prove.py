@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from torchworker import reference
 from torchworker.contract import DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.probes import Probe
 from torchworker.prove import KNOWN, Policy, prove
-from torchworker.reference import enlarged, read_probes, write_reference
+from torchworker.reference import enlarged, read_probes, read_unasked, write_reference
 from torchworker.runtimes import Call
 
 CODE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def no_thread_of_the_test_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests that run side by side have a thread of the runner in their process, which user code has not."""
-    monkeypatch.setattr(threading, "active_count", lambda: 1)
 
 
 def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence[DynamicDim] = ()) -> list[Probe]:
@@ -281,6 +277,26 @@ def test_declared_lengths_are_asked_at_both_ends_and_beyond(tmp_path: Path) -> N
     assert "largest.length: output: max" in found and "answers where the model refuses: RuntimeError" in found
 
 
+def test_two_declared_dimensions_are_asked_at_their_ends_together_too(tmp_path: Path) -> None:
+    class Picture(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((1, 2)) + x.amax((1, 2))
+
+    pictures = torch.randn(40, 5, 6, generator=torch.Generator().manual_seed(1))
+    dims = [
+        DynamicDim(name="height", min=2, max=8, axes={"x": (1,)}),
+        DynamicDim(name="w", min=3, max=None, axes={"x": (2,)}),
+    ]
+    model = Picture()
+    probes = questions(model, tmp_path, pictures, dynamic=dims)
+    sizes = {probe.name: tuple(probe.inputs["x"].shape[1:]) for probe in probes if "est" in probe.name}
+    assert sizes == {
+        "smallest.height": (2, 6), "largest.height": (8, 6), "smallest.w": (5, 3), "largest.w": (5, 13),
+        "all_smallest": (2, 3), "all_largest": (8, 13),
+    }  # fmt: skip
+    assert trial(probes, as_artifact(model)) == ""
+
+
 def test_what_the_model_refuses_an_artifact_refuses(words: tuple[nn.Module, list[Probe]]) -> None:
     model, probes = words
 
@@ -329,3 +345,56 @@ def test_a_model_that_takes_the_process_down_on_a_bad_index_is_not_asked_for_it(
     tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
     names = [probe.name for probe in questions(Fragile(), tmp_path, tokens)]
     assert "too_large.x" in names and "minus_one.x" not in names
+
+
+def test_a_model_whose_project_has_threads_is_asked_what_it_refuses_too(tmp_path: Path) -> None:
+    stop = threading.Event()
+    threading.Thread(target=stop.wait, daemon=True).start()
+    tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
+    try:
+        asked = {probe.name: probe.error for probe in questions(Words(), tmp_path, tokens)}
+    finally:
+        stop.set()
+    assert "IndexError" in asked["minus_one.x"] and "IndexError" in asked["too_large.x"]
+    assert read_unasked(tmp_path) == []
+
+
+def test_what_needs_a_thread_of_the_project_is_not_asked_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Threaded(Words):
+        """Counts its words in a thread that a fork does not have."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = ThreadPoolExecutor(1)
+
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            return Words()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.pool.submit(x.numel).result()
+            return super().forward(x)
+
+    monkeypatch.setattr(reference, "REFUSAL_SECONDS", 0.5)
+    tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
+    model = Threaded()
+    names = [probe.name for probe in questions(model, tmp_path, tokens)]
+    model.pool.shutdown()
+    assert "batch_17" in names and "minus_one.x" not in names
+    assert read_unasked(tmp_path)[0] == "minus_one.x (in a process of its own the model gives no answer after 0.5 s)"
+    assert [line.partition(" ")[0] for line in read_unasked(tmp_path)] == ["minus_one.x", "too_large.x", "longer1.x"]
+
+
+def test_a_declared_length_that_the_model_refuses_is_said(tmp_path: Path) -> None:
+    class Short(Words):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] > 7:
+                raise ValueError("at most seven words")
+            return super().forward(x)
+
+    tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
+    length = DynamicDim(name="length", min=1, max=9, axes={"x": (1,)})
+    questions(Short(), tmp_path, tokens, dynamic=[length])
+    (told,) = read_unasked(tmp_path)
+    assert told == "largest.length, which the model refuses itself (ValueError: at most seven words)"

@@ -1,0 +1,56 @@
+"""How far an artifact's answers are from the model's, counted by decade: what a failure report draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchworker.contract import ERROR_DECADES, ErrorCounts
+
+
+class Spread:
+    """Counts of elements by kind of probe."""
+
+    def __init__(self) -> None:
+        self._absolute: dict[str, Tensor] = {}
+        self._relative: dict[str, Tensor] = {}
+
+    def add(self, group: str, got: Tensor, eager: Tensor) -> None:
+        """Two outputs; those of different shapes have no differences to count."""
+        if got.shape != eager.shape or not eager.numel():
+            return
+        finite = eager.isfinite()
+        difference = (got.double() - eager.double()).abs()
+        # Both NaN, or the same infinity: the same.
+        difference = difference.masked_fill((got == eager) | (got.isnan() & eager.isnan()), 0)
+        size = float(eager[finite].double().square().mean().sqrt()) if bool(finite.any()) else 1.0
+        for counts, values in ((self._absolute, difference), (self._relative, difference / (size or 1.0))):
+            counts[group] = counts.get(group, 0) + _counted(values)
+
+    def merge(self, other: Spread) -> None:
+        for mine, theirs in ((self._absolute, other._absolute), (self._relative, other._relative)):
+            for group, counts in theirs.items():
+                mine[group] = mine.get(group, 0) + counts
+
+    def counts(self, kind: str, failed: frozenset[str]) -> list[ErrorCounts]:
+        """For the report. kind: the format; failed: the kinds of probes that it failed."""
+        return [
+            ErrorCounts(
+                format=kind,
+                probes=group,
+                failed=group in failed,
+                absolute=absolute.tolist(),
+                relative=self._relative[group].tolist(),
+            )
+            for group, absolute in self._absolute.items()
+        ]
+
+
+def _counted(values: Tensor) -> Tensor:
+    """Elements in the bins of ErrorCounts."""
+    edges = torch.tensor([10.0**decade for decade in ERROR_DECADES], dtype=torch.float64)
+    finite = values[values.isfinite()]
+    # 0: below the first edge; then a decade each.
+    decades = torch.bucketize(finite[finite > 0], edges, right=True).bincount(minlength=len(edges) + 1)
+    same, odd = int((finite == 0).sum()), values.numel() - finite.numel()
+    return torch.cat([torch.tensor([same]), decades, torch.tensor([odd])])
