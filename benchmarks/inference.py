@@ -256,6 +256,8 @@ def by_hand(folder: Path) -> dict[str, float]:
     """Seconds and CPU seconds of export and validate in benchmarks/by_hand/ship.py, its imports left out."""
     code = (
         "import json, sys, time, warnings; from pathlib import Path; warnings.simplefilter('ignore')\n"
+        # Before the working folder, which has a package of that name.
+        "sys.path.insert(0, sys.argv[3])\n"
         "import ship, torch; from safetensors.torch import load_file; torch.set_num_threads(1)\n"
         "out = Path(sys.argv[1]); model = ship.build_model(**ship.MODEL)\n"
         "model.load_state_dict(load_file(sys.argv[2])); model.eval()\n"
@@ -266,9 +268,8 @@ def by_hand(folder: Path) -> dict[str, float]:
     )
     folder.mkdir(parents=True, exist_ok=True)
     weights = str(folder.parent / "digits/train/weights.safetensors")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks/by_hand"), str(ROOT)])}
-    argv = [sys.executable, "-c", code, str(folder), weights]
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    argv = [sys.executable, "-c", code, str(folder), weights, str(ROOT / "benchmarks/by_hand")]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -325,6 +326,7 @@ def main() -> None:
         host = WorkerHost(folder / "host.log")
         try:
             results = {net: inference(net, options.rounds, host, folder) for net in options.nets}
+            print(table(results), flush=True)
             told = digits(options.digits, host, folder) if options.digits else ""
         finally:
             host.close()
