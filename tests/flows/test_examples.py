@@ -1,12 +1,15 @@
-"""The examples with the built-in loop, through the whole flow."""
+"""The examples of a table, of sequences and of a decoding loop, through the whole flow."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from infra.objectstore import ObjectStore
 from registry.pointer import read_pointer
@@ -32,7 +35,6 @@ def shipped(command: Command, store: ObjectStore, example: str, folder: Path) ->
     pointer = read_pointer(store, name, "prod")
     assert pointer is not None
     manifest = fetch_release(store, name, pointer.release, folder)
-    assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
     return manifest
 
 
@@ -41,12 +43,14 @@ def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
 ) -> None:
     manifest = shipped(command, store, "tabular", tmp_path / "release")
     metrics = manifest.metrics
+    assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
     assert metrics["accuracy"] >= 0.93 and metrics["recall"] >= 0.88
     assert manifest.signature["inputs"][0]["shape"] == ["batch", 30]
 
 
 def test_sequences_are_classified_at_any_length(command: Command, store: ObjectStore, tmp_path: Path) -> None:
     manifest = shipped(command, store, "sequence", tmp_path / "release")
+    assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
     assert manifest.metrics["accuracy"] >= 0.68
     assert manifest.signature["inputs"][0]["shape"] == ["batch", "length"]
     for kind, file in manifest.formats.items():
@@ -56,3 +60,23 @@ def test_sequences_are_classified_at_any_length(command: Command, store: ObjectS
         short = call({"tokens": tokens})[0]
         assert torch.allclose(short, call({"tokens": torch.nn.functional.pad(tokens, (0, 9))})[0], atol=1e-4)
         assert int(short.argmax()) == 0, f"{kind}: not German"
+
+
+def test_a_translator_ships_with_its_beam_search_and_every_format_writes_cyrillic(
+    command: Command, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = shipped(command, store, "translate", tmp_path / "release")
+    metrics = manifest.metrics
+    assert set(manifest.formats) == {"torchscript", "pt2"}
+    assert metrics["exact_match"] >= 0.55 and metrics["character_error_rate"] <= 0.14
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "translate"))
+    translate = __import__("translate")
+    monkeypatch.delitem(sys.modules, "translate")
+    golden = load_file(tmp_path / "release" / "golden.safetensors")
+    names = torch.tensor([translate.encode("estonija", "sr_Latn"), translate.encode("madagaskar", "uz")])
+    for kind, file in manifest.formats.items():
+        call = runtimes.load(kind, tmp_path / "release" / file, 1)
+        letters, score = call({"source": names})
+        assert [translate.decode(row) for row in letters.tolist()] == ["естонија", "мадагаскар"]
+        assert score.shape == (2,)
+        assert torch.equal(call({"source": golden["batch_33.input.source"]})[0], golden["batch_33.eager.letters"])
