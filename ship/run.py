@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import httpx
 import typer
 
-from infra.errors import ServiceError
+from infra.errors import ServiceError, SettingsError
 from infra.settings import HEARTBEAT_SECONDS, Settings
 from infra.workerhost import worker_host
 from registry.job import load_job
@@ -75,8 +75,19 @@ def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
 
 
 def _require_prefect(settings: Settings) -> None:
+    """Raises ServiceError when the server does not answer, SettingsError when it wants another password."""
+    account = os.environ.get("PREFECT_API_AUTH_STRING", "")
+    user, _, password = account.partition(":")
     try:
-        answer = httpx.get(f"{settings.prefect_api_url}/health", timeout=5)
+        # Unlike /health this one asks for the password.
+        answer = httpx.get(
+            f"{settings.prefect_api_url}/admin/version", timeout=5, auth=(user, password) if account else None
+        )
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise SettingsError(
+                "environment variable PREFECT_API_AUTH_STRING: expected the user:password of the Prefect server at "
+                f"{settings.prefect_api_url}, got {'another one' if account else 'nothing'}"
+            )
         answer.raise_for_status()
     except httpx.HTTPError as error:
         raise ServiceError(
