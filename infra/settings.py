@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     public_key: Path | None = Field(None, validation_alias="SHIP_PUBLIC_KEY")
     """Public key (PEM) of which a release has to carry a signature before it is used on this machine."""
 
+    runs_at_once: int = Field(2, validation_alias="SHIP_RUNS_AT_ONCE", ge=1)
+    """Flow runs that the local worker has at work; the others wait in Prefect."""
     notify: SecretStr | None = Field(None, validation_alias="SHIP_NOTIFY")
     """Addresses, for Apprise, of who is told when a run fails or a release goes live."""
     silent_seconds: int = Field(120, validation_alias="SHIP_SILENT_SECONDS", ge=HEARTBEAT_SECONDS + 5)

@@ -327,9 +327,13 @@ def _log_excerpt(log: Path) -> str:
 
 
 def _create_work_pool(settings: Settings) -> None:
-    reply = prefect_api(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process"})
-    # 409: it is there already. The worker fills in the job template.
-    if not (reply.is_success or reply.status_code == httpx.codes.CONFLICT):
+    limit = {"concurrency_limit": settings.runs_at_once}
+    reply = prefect_api(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process", **limit})
+    if reply.status_code == httpx.codes.CONFLICT:
+        # It is there already.
+        reply = prefect_api(settings, "PATCH", f"/work_pools/{WORK_POOL}", limit)
+    # The worker fills in the job template.
+    if not reply.is_success:
         raise ServiceError(f"Prefect did not create the work pool {WORK_POOL!r}: {reply.status_code} {reply.text}")
 
 

@@ -63,6 +63,18 @@ def status() -> None:
 
 
 @app.command()
+def deploy(
+    jobs: Annotated[list[Path], typer.Argument(help="job files, one a model")],
+    cron: Annotated[str | None, typer.Option(help='when, such as "0 2 * * *"; as in prefect.yaml when absent')] = None,
+    timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
+) -> None:
+    """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
+    from ship.deploy import deploy
+
+    deploy(jobs, cron, timezone)
+
+
+@app.command()
 def check(job: Path) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
     from ship.check import check

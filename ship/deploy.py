@@ -1,0 +1,36 @@
+"""`ship deploy`: every model that a job file describes is retrained on a schedule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from infra.errors import JobError
+from infra.settings import Settings
+from registry.job import load_job
+
+
+def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) -> None:
+    """One deployment a job file; nothing is deployed when any of them has a mistake."""
+    jobs: dict[str, Path] = {}
+    mistakes = []
+    for path in job_files:
+        try:
+            job, _ = load_job(path)
+        except JobError as error:
+            mistakes.append(str(error))
+            continue
+        if job.name in jobs:
+            mistakes.append(f"{path}: name: {job.name} is the model of {jobs[job.name]} too; one job file a model")
+        jobs[job.name] = path.absolute()
+    if mistakes:
+        raise JobError("\n".join([*mistakes, "nothing was deployed"]))
+    # Prefect reads its settings when it is imported.
+    os.environ["PREFECT_API_URL"] = Settings.load().prefect_api_url
+    from tasks.deployments import deploy_jobs
+
+    for deployed in deploy_jobs(jobs, cron, timezone):
+        typer.echo(f"{deployed.name}  {deployed.schedule or 'no schedule'}")

@@ -1,0 +1,86 @@
+"""One Prefect deployment a job file, made like the one of prefect.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.objects import DeploymentSchedule
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectNotFound
+from pydantic import ValidationError
+
+from infra.errors import ServiceError, SettingsError
+
+PATTERN = "retrain/retrain"
+"""The deployment that the others are made like."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """A deployment of one job."""
+
+    name: str
+    """As in `prefect deployment run <name>`."""
+    schedule: str
+    """In words; empty without one."""
+
+
+def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> list[Deployed]:
+    """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
+
+    jobs: model to job file. cron, timezone: of every night; None leaves it as in prefect.yaml.
+    Raises SettingsError for a schedule that Prefect does not understand, ServiceError without the pattern.
+    """
+    made = []
+    with get_client(sync_client=True) as client:
+        try:
+            pattern = client.read_deployment_by_name(PATTERN)
+        except ObjectNotFound:
+            raise ServiceError(
+                f"Prefect: expected the deployment {PATTERN}, which the others are made like, and found none; "
+                "`ship up` or `prefect deploy --all` makes it"
+            ) from None
+        schedules = [_nightly(schedule, cron, timezone) for schedule in pattern.schedules]
+        for model, path in jobs.items():
+            client.create_deployment(
+                flow_id=pattern.flow_id,
+                name=model,
+                description=f"Train {model} again if anything changed, and put live what is better.",
+                entrypoint=pattern.entrypoint,
+                path=pattern.path,
+                pull_steps=pattern.pull_steps,
+                parameter_openapi_schema=pattern.parameter_openapi_schema,
+                enforce_parameter_schema=pattern.enforce_parameter_schema,
+                parameters={**pattern.parameters, "job": str(path)},
+                work_pool_name=pattern.work_pool_name,
+                concurrency_limit=1,
+                tags=[model],
+                schedules=schedules,
+            )
+            made.append(Deployed(name=f"retrain/{model}", schedule=", ".join(_in_words(item) for item in schedules)))
+    return made
+
+
+def _nightly(pattern: DeploymentSchedule, cron: str | None, timezone: str | None) -> DeploymentScheduleCreate:
+    """The pattern's schedule, with what is not None instead."""
+    schedule = pattern.schedule
+    if cron is not None or timezone is not None:
+        known = schedule if isinstance(schedule, CronSchedule) else None
+        try:
+            schedule = CronSchedule(
+                cron=cron or (known.cron if known else ""), timezone=timezone or (known.timezone if known else None)
+            )
+        except ValidationError as error:
+            got = " ".join(text for text in (cron, timezone) if text)
+            raise SettingsError(f"schedule {got!r}: {error.errors()[0]['msg']}") from None
+    return DeploymentScheduleCreate(slug=pattern.slug, schedule=schedule, active=pattern.active)
+
+
+def _in_words(schedule: DeploymentScheduleCreate) -> str:
+    if isinstance(schedule.schedule, CronSchedule):
+        return f"{schedule.schedule.cron} {schedule.schedule.timezone or 'UTC'}"
+    return type(schedule.schedule).__name__

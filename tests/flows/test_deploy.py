@@ -1,0 +1,72 @@
+"""A deployment a job file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from tests.conftest import Command
+from tests.flows.live import live
+from tests.projects import write_project
+
+SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
+
+
+def job_of(folder: Path, name: str) -> Path:
+    return write_project(folder / name, name=name, train=SHORT, export={"formats": ["torchscript"]})
+
+
+def deployed(stack: Settings) -> dict[str, dict[str, Any]]:
+    """By name: what the server has of the flow `retrain`."""
+    body = {"flows": {"name": {"any_": ["retrain"]}}}
+    reply = httpx.post(f"{stack.prefect_api_url}/deployments/filter", json=body).raise_for_status().json()
+    return {item["name"]: item for item in reply}
+
+
+def nightly(deployment: dict[str, Any]) -> tuple[str, str]:
+    (schedule,) = deployment["schedules"]
+    return schedule["schedule"]["cron"], schedule["schedule"]["timezone"]
+
+
+def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_again_changes_only_what_is_asked(
+    command: Command, stack: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    jobs = [job_of(tmp_path, name) for name in ("alpha", "beta")]
+    done = command("ship", "deploy", *map(str, jobs), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
+    assert done.status == 0 and "retrain/alpha  30 3 * * * Europe/Berlin" in done.output, done.text
+    found = deployed(stack)
+    assert {"alpha", "beta", "retrain"} <= found.keys()
+    assert [nightly(found[name]) for name in ("alpha", "beta")] == [("30 3 * * *", "Europe/Berlin")] * 2
+    assert all(found[name]["concurrency_limit"] == 1 for name in ("alpha", "beta"))
+
+    again = command("ship", "deploy", str(jobs[0]))
+    assert again.status == 0, again.text
+    after = deployed(stack)
+    assert after["alpha"]["id"] == found["alpha"]["id"]
+    assert nightly(after["alpha"]) == nightly(found["retrain"]) and nightly(after["beta"]) == nightly(found["beta"])
+
+    ran = command("prefect", "deployment", "run", "retrain/beta", "--watch")
+    assert ran.status == 0, ran.text
+    assert live(store, "beta") is not None and live(store, "alpha") is None
+
+
+def test_a_mistake_in_one_job_file_deploys_none_of_them(command: Command, stack: Settings, tmp_path: Path) -> None:
+    good, twin = job_of(tmp_path, "gamma"), job_of(tmp_path / "twin", "gamma")
+    bad = job_of(tmp_path, "delta")
+    bad.write_text(bad.read_text().replace("epochs", "epoch"))
+    done = command("ship", "deploy", str(good), str(twin), str(bad))
+    assert done.status == 2 and "Traceback" not in done.text
+    assert "epochs" in done.errors and f"gamma is the model of {good} too" in done.errors
+    assert "nothing was deployed" in done.errors and not {"gamma", "delta"} & deployed(stack).keys()
+
+
+def test_a_schedule_that_cannot_be_read_is_refused(command: Command, stack: Settings, tmp_path: Path) -> None:
+    job = str(job_of(tmp_path, "epsilon"))
+    for option, value in (("--cron", "every night"), ("--timezone", "Europe/Bonn")):
+        done = command("ship", "deploy", job, option, value)
+        assert done.status == 2 and value in done.errors and "Traceback" not in done.text, done.text
+    assert "epsilon" not in deployed(stack)
