@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from infra.errors import GateError, ReleaseError, RequestError, ShipError
 from infra.objectstore import ObjectStore
 from registry.channels import move_channel
+from registry.comparison import read_told
 from registry.history import find_record
 from registry.keys import release_prefix, require_channel
 from registry.mirror import version_of
 from registry.mlflow_rest import model_registry
 from registry.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
-from registry.release import JOB, Manifest
+from registry.release import JOB, LINEAGE, Manifest
 from registry.releases import verify_release
 from registry.signing import require_signer
 from registry.timeline import rollback_target
@@ -193,6 +194,25 @@ def require_not_rolled_back(release: str, live: Pointer | None) -> None:
             f"{live.model} {live.channel}: release {release} was taken off by a rollback "
             f"({live.moved_by}, {live.moved_at}: {live.reason}) and does not go live again by itself; "
             f"`ship promote {live.model} --from {release[:8]} --to {live.channel} --again --why …` puts it back"
+        )
+
+
+def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, begun: str) -> None:
+    """Raises GateError when what is live comes from a run that was begun later than the one that made `release`.
+
+    begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it. What is live
+    and does not say when it was begun, or is broken, keeps nobody out.
+    """
+    if live is None or live.release == release:
+        return
+    try:
+        later = str(read_told(store, live.model, live.release).document(LINEAGE).get("begun", ""))
+    except ReleaseError:
+        return
+    if later > begun:
+        raise GateError(
+            f"{live.model} {live.channel}: release {live.release} is live and comes from a run that began later "
+            f"({later}) than this one ({begun}), which is not put in its place; a new run is held against it"
         )
 
 

@@ -13,7 +13,7 @@ from infra.provenance import who
 from registry.channels import move_channel
 from registry.description import in_short
 from registry.mirror import alias_of, follow, set_challenger
-from registry.moves import require_not_rolled_back
+from registry.moves import require_not_rolled_back, require_not_stale
 from registry.pointer import Pointer
 from registry.signing import require_signer
 from tasks.policy import worth_retrying
@@ -55,9 +55,10 @@ class Kept:
 async def promote(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Promoted:
     """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
-    Raises GateError when what is live by then is better than the job's `vs_live` and `release.policy` allow, or when a
-    rollback has just taken this very release off; the version stays in MLflow as the challenger. MLflow decides nothing
-    here: when it does not answer, the release is live all the same and the alias follows later.
+    Raises GateError when what is live by then is better than the job's `vs_live` and `release.policy` allow or comes
+    from a run that began later, or when a rollback has just taken this very release off; the version stays in MLflow as
+    the challenger. MLflow decides nothing here: when it does not answer, the release is live all the same and the alias
+    follows later.
     """
     with run.timed("promote"):
         return await _promote(run, registered, validated, rehearsed)
@@ -126,6 +127,7 @@ def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed
 
     def replacing(live: Pointer | None) -> None:
         require_not_rolled_back(registered.manifest.release, live)
+        require_not_stale(run.store, registered.manifest.release, live, run.begun)
         if (live.release if live else "") != rehearsed.live:
             raise _OtherLive(live)
 

@@ -115,6 +115,7 @@ def _lineage(run: Run, trained: Trained, inputs: Inputs) -> dict[str, Any]:
         "git_commit": trained.git_commit,
         "shipping_git_commit": run.git_commit,
         "flow_run_id": run.origin,
+        "begun": run.begun,
         "job_digest": run.job.digest(),
         "data_fingerprint": result.data_fingerprint,
         "train_samples": result.train_samples,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -46,6 +47,8 @@ class Run:
     flow_run_id: str
     origin: str
     """Id of the flow run that began it, by which MLflow knows it: a retry keeps its id, `--resume` has a new one."""
+    begun: str
+    """When it was first begun, UTC, ISO 8601: what is live and was begun later is newer."""
     flow_run_name: str
     git_commit: str
     host: WorkerHost
@@ -133,6 +136,7 @@ async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Ru
         folder=folder,
         flow_run_id=flow_run_id,
         origin=folder.name,
+        begun=_begun(folder),
         flow_run_name=str(flow_run.get_name()),
         git_commit=commit,
         host=host,
@@ -152,6 +156,13 @@ def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
         raise JobError(f"resume: expected the id of a run in {runs}, got {resume!r}; the last ones: {names or 'none'}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _begun(folder: Path) -> str:
+    path = folder / "begun"
+    if not path.exists():
+        path.write_text(datetime.now(UTC).isoformat(timespec="milliseconds"))
+    return path.read_text()
 
 
 def _check_store(store: ObjectStore) -> None:

@@ -100,3 +100,22 @@ def test_a_run_that_does_not_exist_cannot_be_resumed(command: Command) -> None:
     ended = command("ship", "run", "examples/digits/job.yaml", "--resume", "../..")
     assert ended.status == 2
     assert "resume: expected the id of a run in" in ended.errors and "Traceback" not in ended.text
+
+
+def test_an_old_run_that_is_gone_on_with_does_not_replace_what_a_later_one_put_live(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    train = {"epochs": 1, "processes": 1, "batch_size": 32}
+    job = write_project(tmp_path, extra=ASKS_A_FILE, name="fenced", train=train, export={"formats": ["torchscript"]})
+    (tmp_path / "broken").touch()
+    old = command("ship", "run", str(job))
+    assert old.status == 2, old.text
+    (run,) = (path for path in (stack.runs / "fenced").iterdir() if path.is_dir())
+    (tmp_path / "broken").unlink()
+    later = command("ship", "run", str(job))
+    assert later.status == 0, later.text
+    promoted = live(store, "fenced")
+
+    stale = command("ship", "run", str(job), "--resume", run.name)
+    assert stale.status == 2 and "comes from a run that began later" in stale.errors, stale.text
+    assert "Traceback" not in stale.text and live(store, "fenced") == promoted
