@@ -41,7 +41,7 @@ def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_agai
     found = deployed(stack)
     assert {"alpha", "beta", "retrain"} <= found.keys()
     assert [nightly(found[name]) for name in ("alpha", "beta")] == [("30 3 * * *", "Europe/Berlin")] * 2
-    assert all(found[name]["concurrency_limit"] == 1 for name in ("alpha", "beta"))
+    assert all(found[name]["global_concurrency_limit"]["limit"] == 1 for name in ("alpha", "beta"))
 
     again = command("ship", "deploy", str(jobs[0]))
     assert again.status == 0, again.text
