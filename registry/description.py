@@ -108,9 +108,10 @@ def in_short(verdicts: Sequence[Verdict]) -> dict[str, str]:
         of_gate = [verdict for verdict in verdicts if verdict.gate == gate]
         numbers = sorted(verdict.measured for verdict in of_gate if verdict.measured is not None)
         measured = f"{number(numbers[0])} to {number(numbers[-1])}" if numbers else "not measured"
-        passed = sum(verdict.passed for verdict in of_gate)
+        ran = [verdict for verdict in of_gate if verdict.ran]
+        left = f", {len(of_gate) - len(ran)} not run" if len(ran) < len(of_gate) else ""
         limits = ", ".join(dict.fromkeys(verdict.limit for verdict in of_gate))
-        found[gate] = f"{passed} of {len(of_gate)} passed, {measured} ({limits})"
+        found[gate] = f"{sum(verdict.passed for verdict in ran)} of {len(ran)} passed{left}, {measured} ({limits})"
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from registry.parts import Part
 
@@ -28,3 +28,9 @@ class Parity(Part):
         "on the first run on a machine: when_possible, reported as not run where they are missing; required, a failure "
         "there; off",
     )
+
+    @field_validator("not_finite", "refusals", "cpp", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value

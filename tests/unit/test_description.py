@@ -84,3 +84,11 @@ def test_shortening_ends_at_a_line_and_says_so() -> None:
     assert "shortened" in text
     assert description.shorten("short", 200) == "short"
     assert len(description.shorten("x" * 500, 200)) <= 200
+
+
+def test_a_check_that_was_not_run_is_neither_passed_nor_failed_in_the_record_of_a_move() -> None:
+    passed = Verdict(format="onnx", gate="parity", case="batch 1", measured=0.2, limit="<= 1", passed=True)
+    unasked = Verdict(
+        format="onnx", gate="parity", case="batch 9", measured=None, limit="<= 1", passed=False, ran=False
+    )
+    assert description.in_short([passed, unasked]) == {"parity": "1 of 1 passed, 1 not run, 0.2 to 0.2 (<= 1)"}

@@ -11,7 +11,7 @@ from infra.errors import JobError
 from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES
 from registry.job import Job, job_schema, load_job
 from ship.job_reference import job_reference
-from tests.projects import DIGITS, REPOSITORY
+from tests.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
 
 GOOD = """\
@@ -230,3 +230,10 @@ def test_a_dumped_job_holds_only_the_keys_that_its_loop_reads(tmp_path: Path) ->
 )
 def test_keys_that_the_chosen_loop_would_not_read_are_refused(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in refused(tmp_path, text)
+
+
+def test_a_bare_off_which_yaml_reads_as_false_is_the_word(tmp_path: Path) -> None:
+    path = write_project(tmp_path)
+    path.write_text(path.read_text() + "parity: {cpp: off, refusals: off, not_finite: off}\n")
+    parity = load_job(path)[0].parity
+    assert (parity.cpp, parity.refusals, parity.not_finite) == ("off", "off", "off")

@@ -187,7 +187,7 @@ async def _visit_one(host: WorkerHost, folder: Path, animal: Animal) -> Row:
         elif kind in exported.left_out:
             row[kind] = Cell(outcome="refused", how=exported.left_out[kind])
         else:
-            failed = [item for item in validated.verdicts if item.format == kind and not item.passed]
+            failed = [item for item in validated.verdicts if item.format == kind and item.ran and not item.passed]
             how = exported.artifacts[kind].method
             if failed:
                 why = f"captured by {how}, but the clean room refuses it: {failed[0].case}: {failed[0].note}"
