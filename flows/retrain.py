@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from tasks.alone import alone
+from tasks.approval import candidate_approval
 from tasks.conclude import conclude
 from tasks.decide import Night, decide, ended, skip
 from tasks.export import export
@@ -43,5 +44,6 @@ async def retrain(
         validated = await validate(run, exported)
         registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered, validated)
-        outcome = await promote_if_better(run, registered, validated, rehearsed)
+        answer = await candidate_approval(run, registered, rehearsed)
+        outcome = await promote_if_better(run, registered, validated, rehearsed, answer)
         return ended(await conclude(plan, run, trained, registered, rehearsed, outcome))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.alone import alone
+from tasks.approval import candidate_approval
 from tasks.export import export
 from tasks.inspect import inspect
 from tasks.outcome import end_mlflow_run
@@ -35,5 +36,6 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
         validated = await validate(run, exported)
         registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered, validated)
-        promoted = await promote(run, registered, validated, rehearsed)
+        answer = await candidate_approval(run, registered, rehearsed)
+        promoted = await promote(run, registered, validated, rehearsed, answer)
         return await report(run, trained, registered, promoted)

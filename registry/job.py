@@ -52,6 +52,9 @@ class Release(Part):
         description="better: the interval of the improvement lies above margin; not_worse: above −margin; always: it "
         "is not asked. When absent, always for `ship run` and better for `ship retrain`; see retraining.md",
     )
+    approval: Literal["required"] | None = Field(
+        None, description="required: a person says yes, in Prefect or with `ship approve`, before the channel moves"
+    )
     metric: str | None = Field(None, description="what policy decides on; the first of train.metrics when absent")
     margin: float = Field(0.0, ge=0, description="in units of the metric")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the interval of the improvement")

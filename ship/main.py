@@ -75,6 +75,19 @@ def deploy(
 
 
 @app.command()
+def approve(
+    run: Annotated[str, typer.Argument(help="id of the flow run that waits")],
+    reject: Annotated[bool, typer.Option("--reject", help="say no")] = False,
+    by: Annotated[str, typer.Option(help="your name, for the record; your account when absent")] = "",
+    comment: str = "",
+) -> None:
+    """Answer a run that waits for a person's approval, as its page in Prefect does."""
+    from ship.approve import approve
+
+    approve(run, not reject, by, comment)
+
+
+@app.command()
 def check(job: Path) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
     from ship.check import check

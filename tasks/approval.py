@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from prefect import get_run_logger
 from prefect.flow_runs import apause_flow_run
@@ -10,8 +11,13 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from infra.errors import GateError
+from registry.description import table
 from registry.moves import Verified, described
 from tasks.moves import Request
+from tasks.register import Registered
+from tasks.rehearse import Rehearsed
+from tasks.run import Run
+from tasks.tell import ASKED, tell
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a person may take."""
@@ -26,8 +32,28 @@ class Approval(RunInput):
     comment: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What somebody said."""
+
+    approved: bool
+    said: str
+    """By whom, and why: `by grace: looks good`."""
+
+
+async def ask_person(question: str) -> Answer:
+    """Pause the flow run, with the question on its page, until somebody has answered there or with `ship approve`."""
+    answer = await apause_flow_run(
+        wait_for_input=Approval.with_initial_data(description=question),
+        timeout=WAIT_SECONDS,
+        poll_interval=LOOK_SECONDS,
+    )
+    said = f"by {answer.by}" + (f": {answer.comment}" if answer.comment else "")
+    return Answer(approved=answer.approve, said=said)
+
+
 async def approval(request: Request, verified: Verified) -> Verified:
-    """Pause the flow run until somebody has answered; returns what was approved, with the answer for the record.
+    """Ask about a release that is in the bucket already; returns what was approved, with the answer for the record.
 
     What was approved replaces what was live when it was asked, and nothing else. Raises GateError when the answer is
     no.
@@ -37,21 +63,46 @@ async def approval(request: Request, verified: Verified) -> Verified:
         "waiting for approval: %s %s, release %s; now %s",
         target.model, target.channel, target.release, described(target.live),
     )  # fmt: skip
-    question = (
+    answer = await ask_person(
         f"## {target.model}: release `{target.release}` to `{target.channel}`?\n\n"
         f"Now {described(target.live)}.\n\n{request.mover.by}: {request.mover.why}\n\n"
         f"`ship diff {target.model} {target.channel} {target.release[:8]}` shows what would change."
     )
-    answer = await apause_flow_run(
-        wait_for_input=Approval.with_initial_data(description=question),
-        timeout=WAIT_SECONDS,
-        poll_interval=LOOK_SECONDS,
-    )
-    said = f"by {answer.by}" + (f": {answer.comment}" if answer.comment else "")
-    if not answer.approve:
-        raise GateError(f"{target.model} {target.channel}: release {target.release} was not approved {said}")
+    if not answer.approved:
+        raise GateError(f"{target.model} {target.channel}: release {target.release} was not approved {answer.said}")
     return dataclasses.replace(
         verified,
         target=dataclasses.replace(target, expects_live=True),
-        verdicts={**verified.verdicts, "approved": said},
+        verdicts={**verified.verdicts, "approved": answer.said},
     )
+
+
+async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehearsed) -> Answer | None:
+    """Ask about the candidate of this run, when its job says so; None when nobody is asked.
+
+    Nobody is asked about one that the gates refuse anyway. A run that is gone on with asks again.
+    """
+    if run.job.release.approval is None:
+        return None
+    try:
+        rehearsed.require_good_enough()
+    except GateError:
+        return None
+    name, channel, release = run.job.name, run.job.release.channel, registered.manifest.release
+    compared = [(what, said) for what, said in rehearsed.in_words().items()]
+    question = "\n\n".join(
+        [
+            f"## {name}: release `{release}` to `{channel}`?",
+            f"It would replace `{rehearsed.live}`." if rehearsed.live else "Nothing is live yet.",
+            *([table(("metric", "candidate against live"), compared)] if compared else []),
+            f"[MLflow version {registered.version.version}]({registered.version.version_url})",
+            registered.description,
+        ]
+    )
+    page = f"{run.flow_run_url}, or `ship approve {run.flow_run_id}`"
+    get_run_logger().info("waiting for approval of release %s: %s", release, page)
+    tell(
+        ASKED, name, f"{name}: shall release {release} go live on {channel}?",
+        "\n".join([*(f"{what}: {said}" for what, said in compared), page]),
+    )  # fmt: skip
+    return await ask_person(question)

@@ -25,7 +25,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from infra.errors import SettingsError, ShipError
 from infra.settings import Settings
 from tasks.notification import NotificationAddress
-from tasks.tell import KEPT, PROMOTED, UNCHANGED
+from tasks.tell import ASKED, KEPT, PROMOTED, UNCHANGED
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
 """A server may have other people's flows too."""
@@ -48,6 +48,7 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     for title, event in (
         ("a release went live", PROMOTED),
         ("a candidate was not better", KEPT),
+        ("a person is asked", ASKED),
         ("nothing new for long", UNCHANGED),
     ):
         trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)

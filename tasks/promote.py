@@ -16,6 +16,7 @@ from registry.mirror import alias_of, follow, set_challenger
 from registry.moves import require_not_rolled_back, require_not_stale
 from registry.pointer import Pointer
 from registry.signing import require_signer
+from tasks.approval import Answer
 from tasks.policy import worth_retrying
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed, hold_against
@@ -52,16 +53,18 @@ class Kept:
     retry_delay_seconds=[1, 2, 5, 15],
     retry_condition_fn=worth_retrying,
 )
-async def promote(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Promoted:
+async def promote(
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
+) -> Promoted:
     """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
     Raises GateError when what is live by then is better than the job's `vs_live` and `release.policy` allow or comes
-    from a run that began later, or when a rollback has just taken this very release off; the version stays in MLflow as
-    the challenger. MLflow decides nothing here: when it does not answer, the release is live all the same and the alias
-    follows later.
+    from a run that began later, when a rollback has just taken this very release off, or when a person said no; the
+    version stays in MLflow as the challenger. MLflow decides nothing here: when it does not answer, the release is live
+    all the same and the alias follows later.
     """
     with run.timed("promote"):
-        return await _promote(run, registered, validated, rehearsed)
+        return await _promote(run, registered, validated, rehearsed, answer)
 
 
 @task(
@@ -73,22 +76,26 @@ async def promote(run: Run, registered: Registered, validated: Validated, rehear
     retry_condition_fn=worth_retrying,
 )
 async def promote_if_better(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
 ) -> Promoted | Kept:
     """As `promote`; a candidate that is not good enough is an answer, not a failure."""
     with run.timed("promote"):
         try:
-            return await _promote(run, registered, validated, rehearsed)
+            return await _promote(run, registered, validated, rehearsed, answer)
         except GateError as refusal:
             get_run_logger().warning("%s", refusal)
             return Kept(why=refusal.message, table=refusal.table, live=rehearsed.live)
 
 
-async def _promote(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Promoted:
+async def _promote(
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
+) -> Promoted:
     channel, name, uri = run.job.release.channel, run.job.name, run.settings.mlflow_url
     log = get_run_logger()
     try:
-        pointer, rehearsed = await _move(run, registered, validated, rehearsed)
+        if answer is not None and not answer.approved:
+            raise GateError(f"{name} {channel}: release {registered.manifest.release} was not approved {answer.said}")
+        pointer, rehearsed = await _move(run, registered, validated, rehearsed, answer)
     except GateError:
         for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
             log.warning(warning)
@@ -103,14 +110,24 @@ async def _promote(run: Run, registered: Registered, validated: Validated, rehea
 
 
 async def _move(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
 ) -> tuple[Pointer, Rehearsed]:
-    """Move the pointer; when another release went live meanwhile, rehearse beside that one first."""
+    """Move the pointer; when another release went live meanwhile, rehearse beside that one first.
+
+    What a person approved replaces what was live when it was asked, and nothing else: GateError.
+    """
     while True:
         rehearsed.require_good_enough()
         try:
-            return await asyncio.to_thread(_move_from, run, registered, validated, rehearsed), rehearsed
+            return await asyncio.to_thread(_move_from, run, registered, validated, rehearsed, answer), rehearsed
         except _OtherLive as other:
+            if answer is not None:
+                now = other.live.release if other.live else "nothing"
+                raise GateError(
+                    f"{run.job.name} {run.job.release.channel}: release {registered.manifest.release} was approved "
+                    f"{answer.said}, to replace {rehearsed.live or 'nothing'}, but {now} is live by now; "
+                    f"`ship run … --resume {run.folder.name}` compares and asks again"
+                ) from None
             rehearsed = await hold_against(run, registered, validated, rehearsed.published, other.live)
 
 
@@ -122,7 +139,9 @@ class _OtherLive(Exception):
         self.live = live
 
 
-def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed) -> Pointer:
+def _move_from(
+    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
+) -> Pointer:
     """Move the pointer from the release that the candidate was held against. Raises _OtherLive when it is not live."""
 
     def replacing(live: Pointer | None) -> None:
@@ -131,6 +150,7 @@ def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed
         if (live.release if live else "") != rehearsed.live:
             raise _OtherLive(live)
 
+    approved = {"approved": answer.said} if answer is not None else {}
     signed = require_signer(run.store, registered.manifest, run.settings.public_key)
     return move_channel(
         run.store,
@@ -144,5 +164,5 @@ def _move_from(run: Run, registered: Registered, validated: Validated, rehearsed
         accept=None,
         replacing=replacing,
         etags=rehearsed.published.etags,
-        verdicts={**in_short(validated.result.verdicts), **rehearsed.in_words(), **signed},
+        verdicts={**in_short(validated.result.verdicts), **rehearsed.in_words(), **signed, **approved},
     )

@@ -8,6 +8,8 @@ PROMOTED = "train-and-ship.promoted"
 """A release went live."""
 KEPT = "train-and-ship.kept"
 """Retraining made a candidate that is not better; the live release stays."""
+ASKED = "train-and-ship.asked"
+"""A person is asked whether a release may go live."""
 UNCHANGED = "train-and-ship.unchanged"
 """Retraining was skipped for many nights in a row."""
 

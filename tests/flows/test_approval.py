@@ -1,0 +1,48 @@
+"""A candidate that waits for a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from infra.objectstore import ObjectStore
+from infra.settings import Settings
+from registry.pointer import read_pointer
+from tests.conftest import Command
+from tests.flows.test_moves import Api
+from tests.projects import write_project
+
+
+def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_after_a_no(
+    command: Command, stack: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    api = Api(stack)
+    job = write_project(
+        tmp_path,
+        name="asked",
+        train={"epochs": 1, "processes": 1, "batch_size": 32},
+        export={"formats": ["torchscript"]},
+        release={"approval": "required", "policy": "always"},
+    )
+    first = api.start("train-and-ship", job=str(job))
+    api.wait(first, "Paused")
+    assert read_pointer(store, "asked", "prod") is None
+
+    yes = command("ship", "approve", first, "--by", "grace", "--comment", "looks good")
+    assert yes.status == 0 and f"approved by grace: {stack.prefect_ui_url}" in yes.output, yes.text
+    api.wait(first, "Completed")
+    live = read_pointer(store, "asked", "prod")
+    assert live is not None and live.verdicts["approved"] == "by grace: looks good"
+
+    second = api.start("retrain", job=str(job), force=True)
+    page = api.wait(second, "Paused")
+    assert page["state"]["state_details"]["run_input_keyset"]
+    no = command("ship", "approve", second, "--reject", "--by", "grace", "--comment", "not on a Friday")
+    assert no.status == 0, no.text
+    kept = api.wait(second, "Kept")
+    assert kept["state_type"] == "COMPLETED"
+    assert read_pointer(store, "asked", "prod") == live
+
+    again = command("ship", "approve", second)
+    assert again.status == 2 and "expected one that waits for approval, this one is Kept" in again.errors
+    unknown = command("ship", "approve", "tomorrow")
+    assert unknown.status == 2 and "got 'tomorrow'" in unknown.errors and "Traceback" not in unknown.text
