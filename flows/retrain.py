@@ -33,7 +33,7 @@ async def retrain(
     `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, and `resume` is
     the id of an earlier run to go on with. The run ends as Skipped, Promoted or Kept, with the reason.
     """
-    async with alone(job):
+    async with alone(job, resume):
         plan = await decide(job, why, force, resume)
         if plan.skips:
             return ended(await skip(plan))

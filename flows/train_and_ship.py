@@ -28,7 +28,7 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
 
     `job` is the path of a job file; `resume` the id of an earlier run of it to go on with.
     """
-    async with alone(job):
+    async with alone(job, resume):
         run = await begin(job, resume)
         inspected = await inspect(run)
         trained = await train(run)

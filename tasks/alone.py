@@ -2,45 +2,78 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import fcntl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TextIO
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
+from prefect.runtime import flow_run
 
+from infra.settings import Settings
 from registry.job import load_job
 from tasks.policy import quiet_mistakes
 
 LEASE_SECONDS = 60
-"""A run that died, with its machine perhaps, holds the others up no longer than this."""
+"""A run that died with its machine holds those of other machines up no longer than this."""
 TRY_SECONDS = 1.0
 
 
 @contextlib.asynccontextmanager
-async def alone(job_file: str) -> AsyncIterator[None]:
+async def alone(job_file: str, resume: str = "") -> AsyncIterator[None]:
     """Wait until no other run of this job's model is at work, and keep others waiting until the end.
 
-    A global concurrency limit of Prefect, `train-and-ship.<model>`, whose slot is on a lease: a run that cannot renew
-    it, because the server is away, goes on all the same. Raises JobError for a job file with mistakes.
+    On this machine by a lock that the kernel frees when its holder dies; between machines by a global concurrency limit
+    of Prefect, `train-and-ship.<model>`, whose slot is on a lease: a run that cannot renew it, because the server is
+    away, goes on all the same. A run that is gone on with does not wait for the slot, which may be its own from before.
+    Raises JobError for a job file with mistakes.
     """
     quiet_mistakes()
     job, _ = load_job(Path(job_file))
+    log = get_run_logger()
+    waiting = f"another run of {job.name} is at work; this one waits for its end"
     limit = f"train-and-ship.{job.name}"
     async with get_client() as client:
         await client.upsert_global_concurrency_limit_by_name(limit, 1)
     async with contextlib.AsyncExitStack() as stack:
+        lock = stack.enter_context(_lock_file(Settings.load().runs / job.name))
+        if not _locked(lock):
+            log.warning(waiting)
+            # Another process cannot set an event of ours.
+            while not _locked(lock):  # noqa: ASYNC110
+                await asyncio.sleep(TRY_SECONDS)
         try:
             # Slots are given out in no order: whoever asks first after the release gets it.
             await stack.enter_async_context(_slot(limit, TRY_SECONDS))
         except AcquireConcurrencySlotTimeoutError:
-            get_run_logger().warning("another run of %s is at work; this one waits for its end", job.name)
-            await stack.enter_async_context(_slot(limit, None))
+            if not resume and (flow_run.get_run_count() or 1) == 1:
+                log.warning(waiting)
+                await stack.enter_async_context(_slot(limit, None))
         yield
+
+
+def _lock_file(folder: Path) -> TextIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / "run.lock").open("w")
+
+
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _slot(limit: str, seconds: float | None) -> contextlib.AbstractAsyncContextManager[None]:
     return concurrency(
-        limit, lease_duration=LEASE_SECONDS, timeout_seconds=seconds, strict=True, raise_on_lease_renewal_failure=False
+        limit,
+        lease_duration=LEASE_SECONDS,
+        timeout_seconds=seconds,
+        strict=True,
+        raise_on_lease_renewal_failure=False,
     )
