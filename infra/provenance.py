@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import site
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -33,9 +34,23 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def environment_lock() -> list[str]:
     """`name==version` of every installed distribution, sorted, as `pip freeze` would say, and of Python itself."""
-    found = {(item.metadata["Name"] or "").lower().replace("_", "-"): item.version for item in metadata.distributions()}
+    found = {name: item.version for name, item in _installed().items()}
     found["python"] = platform.python_version()
-    return [f"{name}=={version}" for name, version in sorted(found.items()) if name]
+    return [f"{name}=={version}" for name, version in sorted(found.items())]
+
+
+def _installed() -> dict[str, metadata.Distribution]:
+    """By name: what this environment has, where Python looks first.
+
+    Not what sys.path has by now: importing setuptools, for one, adds copies of a dozen packages that it brings along.
+    """
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    modules = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    found: dict[str, metadata.Distribution] = {}
+    for item in metadata.distributions(path=[*modules, *user, *site.getsitepackages()]):
+        if name := (item.metadata["Name"] or "").lower().replace("_", "-"):
+            found.setdefault(name, item)
+    return found
 
 
 SOURCES = frozenset([".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".pyx"])
@@ -72,10 +87,9 @@ def _sources(folder: Path) -> Iterator[Path]:
 def _editable_folders() -> list[Path]:
     """Sources of packages that are installed in place, whose version says nothing."""
     found = []
-    for item in metadata.distributions():
+    for name, item in _installed().items():
         origin = json.loads(item.read_text("direct_url.json") or "{}")
-        ours = (item.metadata["Name"] or "").lower().replace("_", "-") == "train-and-ship"
-        if origin.get("dir_info", {}).get("editable") and not ours:
+        if origin.get("dir_info", {}).get("editable") and name != "train-and-ship":
             found.append(Path(unquote(urlsplit(origin["url"]).path)))
     return sorted(folder for folder in found if folder.is_dir())
 

@@ -120,6 +120,16 @@ def test_the_environment_names_python_itself() -> None:
     assert f"python=={version}" in environment_lock()
 
 
+def test_what_a_package_brings_along_for_itself_is_no_part_of_the_environment() -> None:
+    # In a process of its own: here something may have imported it already.
+    code = (
+        "from infra.provenance import environment_lock; before = environment_lock(); import sys, setuptools; "
+        "assert any('_vendor' in entry for entry in sys.path); print(before == environment_lock())"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True)
+    assert said.strip() == "True"
+
+
 @pytest.mark.parametrize("policy", ["better", "not_worse"])
 def test_a_policy_without_a_metric_is_a_mistake_in_the_job_file(tmp_path: Path, policy: str) -> None:
     from infra.errors import JobError
