@@ -24,6 +24,11 @@ from infra.errors import WorkerError
 
 Events = Callable[[dict[str, Any]], None]
 POLL_SECONDS = 0.1
+HASH_SEED = "0"
+"""PYTHONHASHSEED of processes that run the user's code: the order of a set of strings is the same in every run.
+
+TorchScript, for one, writes a layer's constants in that order, and so the same weights in one of several spellings.
+"""
 
 
 class WorkerHost:
@@ -39,7 +44,7 @@ class WorkerHost:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=_environment(),
+                env=child_environment(),
                 # Its own session: Ctrl-C reaches this process, which then decides.
                 start_new_session=True,
             )
@@ -139,10 +144,12 @@ class Follower:
             self._on_event(json.loads(line))
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
+    """The environment of the host and of everything that it forks."""
     environment = dict(os.environ)
     # What user code prints is in the log when it is printed, not when the process ends.
     environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("PYTHONHASHSEED", HASH_SEED)
     return environment
 
 

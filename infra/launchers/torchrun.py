@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 
 from infra.launchers.spec import Spec
+from infra.workerhost import HASH_SEED
 
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=2"
 """A lost machine is noticed after 5 s instead of 15, and the others wait 2 s for newcomers instead of 30."""
@@ -17,6 +18,7 @@ def environment(spec: Spec) -> dict[str, str]:
         # The current folder stays off the import path, so a user's files cannot shadow ours.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": HASH_SEED,
         # With the agents' store shared, ranks that start again find keys of the last time and hang (torch 2.13).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **spec.env,
