@@ -116,15 +116,16 @@ def snapshot_fingerprint(sha256: str) -> str:
     return f"snapshot {sha256}"
 
 
-async def inputs_of(job: Job, project_folder: Path, data: str) -> Inputs:
-    """Fingerprints of everything that a release of this job is made from, as it is now. data: that of the data."""
+async def code_and_packages(job: Job, project_folder: Path) -> tuple[str, dict[str, str]]:
+    """Fingerprint of the code, and version by package, as they are now."""
     libraries = [project_folder / library for library in job.export.libraries]
-    code, packages = await asyncio.gather(
+    code, lock = await asyncio.gather(
         asyncio.to_thread(code_fingerprint, project_folder, libraries), asyncio.to_thread(environment_lock)
     )
-    return Inputs(
-        code=code,
-        data=data,
-        config=config_digest(job),
-        environment=dict(line.split("==", 1) for line in packages),
-    )
+    return code, dict(line.split("==", 1) for line in lock)
+
+
+async def inputs_of(job: Job, project_folder: Path, data: str) -> Inputs:
+    """Fingerprints of everything that a release of this job is made from, as it is now. data: that of the data."""
+    code, packages = await code_and_packages(job, project_folder)
+    return Inputs(code=code, data=data, config=config_digest(job), environment=packages)

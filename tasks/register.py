@@ -18,12 +18,12 @@ from infra.rundir import StageFolder, file_sha256
 from registry import mlflow_versions
 from registry.data_checks import NOTHING_ASKED, render_data
 from registry.description import describe
-from registry.freshness import Inputs
+from registry.freshness import Inputs, config_digest
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from registry.observation import Point, file_points, latest_of
 from registry.release import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from registry.speed import int8_table, speed_markdown, speed_metrics
-from tasks.inspect import Inspected, data_fingerprint, inputs_of, snapshot_fingerprint
+from tasks.inspect import Inspected, data_fingerprint, snapshot_fingerprint
 from tasks.policy import worth_retrying
 from tasks.requests import run_params
 from tasks.run import Run
@@ -57,7 +57,7 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
     with run.timed("register"):
         facts = await inspected.facts()
         data = snapshot_fingerprint(run.snapshot) if run.snapshot else data_fingerprint(facts)
-        inputs = await inputs_of(run.job, Path(run.project.folder), data)
+        inputs = Inputs(code=trained.code, data=data, config=config_digest(run.job), environment=trained.packages)
         folder = _assemble(run, trained, validated, facts, inputs)
         manifest = build_manifest(
             folder,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from registry.description import file_size, table
 from registry.observation import RankTimes, rank_times
 from registry.pointer import Pointer
 from tasks.copies import live_weights
+from tasks.inspect import code_and_packages
 from tasks.launched import train_launched
 from tasks.policy import worth_retrying
 from tasks.requests import train_settings
@@ -28,7 +31,7 @@ from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResul
 
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0
-COMMIT = "git_commit"
+MADE_FROM = "made_from.json"
 RANKS_SHOWN = 8
 
 
@@ -42,10 +45,12 @@ class Trained:
     start: str
     """The release whose weights it began with; empty when it began from scratch."""
 
-    @property
-    def git_commit(self) -> str:
-        """The commit of the project when training started; a retry may run on a later one."""
-        return (self.folder / COMMIT).read_text()
+    git_commit: str
+    """The commit of the project when training started; a retry may run on a later one."""
+    code: str
+    """Fingerprint of the code then: what is changed while it trains was not trained."""
+    packages: Mapping[str, str]
+    """Version by installed package then."""
 
     @property
     def weights(self) -> Path:
@@ -75,11 +80,19 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
             await _train(run, stage, start, inputs)
     reply = Reply.read(stage.path / RESULT)
     result: TrainResult = decode(TrainResult, reply.result)
-    return Trained(folder=stage.path, result=result, digest=stage.digest(), start=start.release if start else "")
+    return Trained(
+        folder=stage.path,
+        result=result,
+        digest=stage.digest(),
+        start=start.release if start else "",
+        **json.loads((stage.path / MADE_FROM).read_text()),
+    )
 
 
 async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str) -> None:
     weights = ""
+    code, packages = await code_and_packages(run.job, Path(run.project.folder))
+    made_from = {"git_commit": run.git_commit, "code": code, "packages": packages}
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
@@ -109,7 +122,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         await progress.finish()
     finally:
         reporter.cancel()
-    (stage.work / COMMIT).write_text(run.git_commit)
+    (stage.work / MADE_FROM).write_text(json.dumps(made_from, indent=1))
     run.live.send_soon()
     stage.finish()
     for leftover in (checkpoints, attempts):

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State
 from flows.retrain import retrain
 from infra.errors import JobError
 from infra.objectstore import ObjectStore
+from infra.provenance import code_fingerprint
 from infra.settings import Settings
 from registry.comparison import read_told
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, Decision, read_decisions
@@ -199,6 +200,22 @@ def test_the_command_says_what_was_decided_and_history_lists_it(project: Project
     assert table.status == 0, table.text
     (row,) = [line for line in table.output.splitlines() if f" {MODEL} " in line]
     assert project.live.release in row and "ago: skipped" in row and "nothing has changed since release" in row
+
+
+def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store: ObjectStore, stack: Settings) -> None:
+    code = CODE + textwrap.dedent("""
+        import os
+        from pathlib import Path
+        if "RANK" in os.environ:
+            Path(__file__).with_name("mended_meanwhile.py").write_text("better = True")
+    """)
+    edited = Project(tmp_path, store, "edited")
+    write_project(tmp_path, code, name="edited")
+    before = code_fingerprint(tmp_path)
+    state = edited.night(code=code, train=POOR)
+    assert state.name == "Promoted", state.message
+    lineage = read_told(store, "edited", edited.live.release).document(LINEAGE)
+    assert lineage["inputs"]["code"] == before != code_fingerprint(tmp_path)
 
 
 def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, command: Command, stack: Settings) -> None:
