@@ -422,4 +422,4 @@ class ObjectStore:
 
 
 def _no_progress(count: int) -> None:
-    pass
+    """Nobody asked."""

@@ -63,8 +63,7 @@ def describe(
     `formats` maps a format to its file name, `sizes` a file name to bytes, `metrics` a format to its measured
     values, `training` holds the last values of the history, `links` maps a text to a URL (an empty URL is
     left out), `reference` says what parity was measured against, `captured` how each format was made and `left_out` why
-    others could not be; `speed` and `int8` are
-    what was measured, as markdown.
+    others could not be; `speed` and `int8` are what was measured, as markdown.
     """
     parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
     gates = [verdict for verdict in verdicts if verdict.gate != PARITY]

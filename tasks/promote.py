@@ -13,7 +13,7 @@ from infra.provenance import who
 from registry.channels import move_channel
 from registry.description import in_short
 from registry.mirror import alias_of, follow, set_challenger
-from registry.moves import require_not_rolled_back, require_not_stale
+from registry.moves import OtherLive, require_not_rolled_back, require_not_stale
 from registry.pointer import Pointer
 from registry.signing import require_signer
 from tasks.approval import Answer
@@ -39,8 +39,6 @@ class Kept:
     """A candidate that did not replace what is live."""
 
     why: str
-    table: str
-    """What was compared, as aligned text; empty when nothing could be."""
     live: str
     """The release that stays."""
 
@@ -84,7 +82,7 @@ async def promote_if_better(
             return await _promote(run, registered, validated, rehearsed, answer)
         except GateError as refusal:
             get_run_logger().warning("%s", refusal)
-            return Kept(why=refusal.message, table=refusal.table, live=rehearsed.live)
+            return Kept(why=refusal.message, live=rehearsed.live)
 
 
 async def _promote(
@@ -120,7 +118,7 @@ async def _move(
         rehearsed.require_good_enough()
         try:
             return await asyncio.to_thread(_move_from, run, registered, validated, rehearsed, answer), rehearsed
-        except _OtherLive as other:
+        except OtherLive as other:
             if answer is not None:
                 now = other.live.release if other.live else "nothing"
                 raise GateError(
@@ -131,24 +129,16 @@ async def _move(
             rehearsed = await hold_against(run, registered, validated, rehearsed.published, other.live)
 
 
-class _OtherLive(Exception):
-    """What is live is not what the candidate was held against."""
-
-    def __init__(self, live: Pointer | None) -> None:
-        super().__init__("another release went live")
-        self.live = live
-
-
 def _move_from(
     run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
 ) -> Pointer:
-    """Move the pointer from the release that the candidate was held against. Raises _OtherLive when it is not live."""
+    """Move the pointer from the release that the candidate was held against. Raises OtherLive when it is not live."""
 
     def replacing(live: Pointer | None) -> None:
         require_not_rolled_back(registered.manifest.release, live)
         require_not_stale(run.store, registered.manifest.release, live, run.begun)
         if (live.release if live else "") != rehearsed.live:
-            raise _OtherLive(live)
+            raise OtherLive(live)
 
     approved = {"approved": answer.said} if answer is not None else {}
     signed = require_signer(run.store, registered.manifest, run.settings.public_key)
