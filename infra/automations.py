@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from infra.deployments import run_to_its_end
 from infra.errors import SettingsError
 from infra.settings import Settings
 
@@ -29,20 +29,9 @@ def automate(
     fingerprint = _fingerprint(settings)
     if state.exists() and state.read_text() == fingerprint:
         return
-    try:
-        done = subprocess.run(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise SettingsError(f"Prefect's automations: no end after {TIMEOUT_SECONDS:.0f} s") from None
-    last = (done.stdout.strip() or "nothing").splitlines()[-1]
-    if done.returncode != 0:
+    output, failed = run_to_its_end(command, environment, TIMEOUT_SECONDS)
+    last = (output.strip() or "nothing").splitlines()[-1]
+    if failed:
         raise SettingsError(f"Prefect's automations could not be written: {last}")
     state.write_text(fingerprint)
     report(f"automations: {last}")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 
 from infra.errors import ServiceError
+from infra.prefect_rest import http_client, prefect_api
 from infra.processes import PidFile
 from infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
 
@@ -178,27 +177,12 @@ def prefect_environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-@functools.cache
-def _client() -> httpx.Client:
-    # One for all: a new client loads the TLS certificates each time, and health is asked for many times a second.
-    # Connections are not kept: a server that was restarted meanwhile would look dead once.
-    return httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-
-
 def answers(url: str) -> bool:
     """Whether a GET of the address succeeds."""
     try:
-        return _client().get(url, timeout=3).is_success
+        return http_client(False).get(url, timeout=3).is_success
     except httpx.HTTPError:
         return False
-
-
-def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, Any]) -> httpx.Response:
-    """One call to the local Prefect server. Raises ServiceError when it does not answer."""
-    try:
-        return _client().request(method, settings.prefect_api_url + path, json=dict(body), timeout=10)
-    except httpx.HTTPError as error:
-        raise ServiceError(f"Prefect at {settings.prefect_api_url} did not answer: {error}") from error
 
 
 def _worker_is_online(settings: Settings, record: PidFile) -> bool:

@@ -42,20 +42,7 @@ def deploy(
     if state.exists() and state.read_text() == fingerprint and names <= _deployed(api):
         report(f"deployments: {', '.join(sorted(names))} (unchanged)")
         return
-    try:
-        done = subprocess.run(
-            command,
-            cwd=project,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-        output, failed = done.stdout, done.returncode != 0
-    except subprocess.TimeoutExpired:
-        output, failed = f"no end after {TIMEOUT_SECONDS:.0f} s", True
+    output, failed = run_to_its_end(command, environment, TIMEOUT_SECONDS, project)
     # One invalid entry makes the command skip the others, so its word is not enough.
     missing = names - _deployed(api)
     if failed or missing:
@@ -67,6 +54,26 @@ def deploy(
         )
     state.write_text(fingerprint)
     report(f"deployments: {', '.join(sorted(names))} ({time.monotonic() - began:.1f} s)")
+
+
+def run_to_its_end(
+    command: Sequence[str], environment: Mapping[str, str], seconds: float, folder: Path | None = None
+) -> tuple[str, bool]:
+    """What a command printed, and whether it failed or took longer than it may."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {seconds:.0f} s", True
+    return done.stdout, done.returncode != 0
 
 
 def _names(file: Path) -> set[str]:

@@ -25,8 +25,9 @@ from typing import Literal
 import httpx
 
 from infra import automations, deployments, janitor
-from infra.components import WORK_POOL, Component, answers, components, prefect_api, prefect_environment, python
+from infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
 from infra.errors import ServiceError, SettingsError
+from infra.prefect_rest import prefect_api
 from infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
 from infra.settings import Settings
 

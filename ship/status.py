@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from infra import stack
-from infra.components import prefect_api
 from infra.errors import JobError, ShipError
 from infra.objectstore import ObjectStore
+from infra.prefect_rest import prefect_api
 from infra.settings import Settings, project_folder
 from registry.catalog import channels, models
 from registry.decisions import Decision, decided_at, read_decisions
@@ -93,7 +93,7 @@ def standings(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime])
 
 
 def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:
-    """When retraining is asked next, by model and channel, as Prefect has it; empty when it does not answer."""
+    """When retraining is asked next, by model and channel; empty, which is said, when Prefect does not answer."""
     query = {
         "flows": {"name": {"any_": [FLOW]}},
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
@@ -102,7 +102,8 @@ def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:
     }
     try:
         reply = prefect_api(settings, "POST", "/flow_runs/filter", query)
-    except ShipError:
+    except ShipError as error:
+        typer.echo(f"When retraining is asked next is not known: {error}", err=True)
         return {}
     return soonest(reply.json() if reply.is_success else [], project_folder() or Path.cwd())
 

@@ -18,6 +18,7 @@ import pytest
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tests.conftest import Ended
+from tests.services.fault_proxy import FaultProxy
 from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 
 START_SECONDS = 60
@@ -196,6 +197,13 @@ def each_store_url(request: pytest.FixtureRequest) -> str:
 
 
 Connect = Callable[..., ObjectStore]
+
+
+@pytest.fixture
+def proxy(store_url: str) -> Iterator[FaultProxy]:
+    """Between the test and the store; passes everything on until it is told otherwise."""
+    with FaultProxy(store_url) as started:
+        yield started
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,12 +82,6 @@ def move(store: ObjectStore, manifest: Manifest, accept: Accept | None = None, *
 def store_url(each_store_url: str) -> str:
     """Every promise is kept on both kinds of server."""
     return each_store_url
-
-
-@pytest.fixture
-def proxy(store_url: str) -> Iterator[FaultProxy]:
-    with FaultProxy(store_url) as started:
-        yield started
 
 
 @pytest.fixture

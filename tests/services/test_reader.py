@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,6 @@ from tests.services.fault_proxy import (
     Rule,
 )
 from tests.services.test_promotion import CHANNEL, MODEL, make_release, move, published
-
-
-@pytest.fixture
-def proxy(store_url: str) -> Iterator[FaultProxy]:
-    with FaultProxy(store_url) as started:
-        yield started
-
 
 MakeReader = Callable[..., Reader]
 

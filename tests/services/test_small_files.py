@@ -7,7 +7,6 @@ import logging
 import random
 import re
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,12 +39,6 @@ QUICK, USUAL = "object_store/", "Boto3/"
 @pytest.fixture(scope="session")
 def store_url(rgw_server: RgwServer) -> str:
     return rgw_server.url
-
-
-@pytest.fixture
-def proxy(store_url: str) -> Iterator[FaultProxy]:
-    with FaultProxy(store_url) as started:
-        yield started
 
 
 @pytest.fixture
@@ -189,22 +182,18 @@ def test_a_bucket_that_may_not_be_written_is_explained_as_ever(
         publish(store, folder, release(folder, "file.bin"))
 
 
-def test_variables_that_only_one_of_the_two_reads_leave_everything_to_boto3(
-    connect: Connect, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "way"),
+    [("AWS_SERVER_SIDE_ENCRYPTION", "AES256", "boto3"), ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1", "obstore")],
+)
+def test_a_variable_that_only_one_of_the_two_reads_leaves_everything_to_boto3_or_is_not_followed(
+    connect: Connect, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    variable: str, value: str, way: str,
+) -> None:  # fmt: skip
     store = connect(bucket, proxy.url)
-    monkeypatch.setenv("AWS_SERVER_SIDE_ENCRYPTION", "AES256")
+    monkeypatch.setenv(variable, value)
     publish(store, tmp_path / "release", release(tmp_path / "release", "file.bin"))
-    assert [sender(request) for request in file_puts(proxy)] == [USUAL]
-
-
-def test_an_address_for_s3_alone_in_the_environment_is_not_followed_by_one_of_the_two(
-    connect: Connect, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    store = connect(bucket, proxy.url)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    publish(store, tmp_path / "release", release(tmp_path / "release", "file.bin"))
-    assert [sender(request) for request in file_puts(proxy)] == [QUICK]
+    assert [sender(request) for request in file_puts(proxy)] == [{"boto3": USUAL, "obstore": QUICK}[way]]
 
 
 def test_a_store_that_compares_only_named_checksums_gets_small_files_from_boto3(

@@ -201,6 +201,10 @@ def test_several_workers_ship_through_one_server_whose_state_is_backed_up_and_re
         assert before[1] == {"ours": ["champion"], "theirs": ["champion"]}
         assert httpx.post(f"{team.prefect_url}/flow_runs/filter", json={}).status_code == 401
         assert httpx.get(f"{team.mlflow_url}/api/2.0/mlflow/registered-models/search").status_code == 401
+        shown = command("ship", "status", **team.variables)
+        assert shown.status == 0 and "ours" in shown.output and "not known" not in shown.errors, shown.text
+        hidden = command("ship", "status", **{**team.variables, "PREFECT_API_AUTH_STRING": ""})
+        assert "is not known" in hidden.errors and "PREFECT_API_AUTH_STRING" in hidden.errors, hidden.text
         refused = command("ship", "run", str(job), **{**team.variables, "PREFECT_API_AUTH_STRING": "team:wrong"})
         assert refused.status != 0 and "PREFECT_API_AUTH_STRING" in refused.errors, refused.text
         assert "Traceback" not in refused.text

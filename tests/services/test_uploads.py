@@ -6,7 +6,6 @@ import hashlib
 import random
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,6 @@ KEY = "models/digits/file.bin"
 @pytest.fixture(scope="session")
 def store_url(each_store_url: str) -> str:
     return each_store_url
-
-
-@pytest.fixture
-def proxy(store_url: str) -> Iterator[FaultProxy]:
-    with FaultProxy(store_url) as started:
-        yield started
 
 
 @pytest.fixture

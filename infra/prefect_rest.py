@@ -1,0 +1,64 @@
+"""Prefect's REST API, for what has no time to import Prefect: one call at a time, with the server's password if set."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from infra.errors import ServiceError, SettingsError
+from infra.settings import Settings
+
+ACCOUNT = "PREFECT_API_AUTH_STRING"
+"""Prefect's own variable: user:password of a server that asks for one."""
+ANSWER_SECONDS = 10
+
+
+def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    """One call to the Prefect server that the settings name; body: sent as JSON.
+
+    Raises ServiceError when it does not answer and SettingsError when it wants another password.
+    """
+    account = os.environ.get(ACCOUNT, "")
+    user, _, password = account.partition(":")
+    try:
+        reply = http_client(not settings.prefect_is_local).request(
+            method,
+            settings.prefect_api_url + path,
+            json=dict(body) if body is not None else None,
+            auth=(user, password) if account else None,
+            timeout=ANSWER_SECONDS,
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServiceError(
+            f"Prefect: expected a server at {settings.prefect_api_url}, got {type(error).__name__}: {error}. "
+            "`ship up` starts a local one; PREFECT_API_URL names another"
+        ) from error
+    if reply.status_code == httpx.codes.UNAUTHORIZED:
+        raise SettingsError(
+            f"environment variable {ACCOUNT}: expected the user:password of the Prefect server at "
+            f"{settings.prefect_api_url}, got {'another one' if account else 'nothing'}"
+        )
+    return reply
+
+
+def require_prefect(settings: Settings) -> None:
+    """Raises ServiceError or SettingsError unless the server answers these settings."""
+    # Unlike /health this one asks for the password.
+    reply = prefect_api(settings, "GET", "/admin/version")
+    if not reply.is_success:
+        raise ServiceError(
+            f"Prefect: expected a server at {settings.prefect_api_url}, and it answers {reply.status_code}; "
+            "`ship up` starts a local one; PREFECT_API_URL names another"
+        )
+
+
+@functools.cache
+def http_client(trust_env: bool) -> httpx.Client:
+    """trust_env: whether the person's proxies are asked, which must not happen for servers of this machine."""
+    # One for all: a new client loads the TLS certificates each time, and health is asked for many times a second.
+    # Connections are not kept: a server that was restarted meanwhile would look dead once.
+    return httpx.Client(trust_env=trust_env, limits=httpx.Limits(max_keepalive_connections=0))
