@@ -19,8 +19,8 @@ from registry.release import Manifest
 from tests.conftest import Command
 from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.services.releases import move
 from tests.services.runnable import runnable
-from tests.services.test_promotion import move
 
 
 @pytest.fixture

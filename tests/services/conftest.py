@@ -256,3 +256,11 @@ def ship(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return Ended(int(ended.value.code or 0), said.out, said.err)
 
     return run
+
+
+@pytest.fixture
+def faulty(connect: Connect, bucket: str, proxy: FaultProxy) -> ObjectStore:
+    """The same bucket as `object_store`, reached through the proxy and found trustworthy before any fault."""
+    store = connect(bucket, proxy.url)
+    store.probe()
+    return store

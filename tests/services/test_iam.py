@@ -28,8 +28,8 @@ from shipreader.reader import Reader
 from tests.services.conftest import Connect
 from tests.services.foreign import tool_python
 from tests.services.onnx_releases import onnx_release
+from tests.services.releases import CHANNEL, MODEL, make_release, move, published
 from tests.services.rgw import RgwServer
-from tests.services.test_promotion import CHANNEL, MODEL, make_release, move, published
 from tests.services.test_signing import key_pair
 
 # A first run may install the judge of policies, and fetches Ceph.

@@ -1,12 +1,9 @@
-"""Releases and channels in a real S3 server, also when the network and other promoters get in the way."""
+"""Channels in a real S3 server, also when the network and other promoters get in the way."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,446 +11,36 @@ from typing import Any
 
 import pytest
 
-from infra import objectstore
-from infra.errors import GateError, PreconditionFailed, ReleaseError, ServiceError, SettingsError, StoreRefused
-from infra.objectstore import LOCAL_PART_BYTES, ObjectStore
-from infra.settings import Settings
-from registry.channels import Accept, move_channel
+from infra.errors import GateError, ReleaseError, ServiceError
+from infra.objectstore import ObjectStore
+from registry.channels import Accept
 from registry.history import read_history
-from registry.keys import pointer_key, release_prefix
+from registry.keys import pointer_key
 from registry.pointer import Pointer, read_pointer
-from registry.release import MANIFEST, Manifest, build_manifest, verify_folder
-from registry.releases import fetch_release, publish, verify_release
+from registry.release import Manifest
+from registry.releases import fetch_release
 from tests.services.conftest import Connect, S3Server, free_port
 from tests.services.fault_proxy import (
     Answer,
     AnswerAfter,
-    Damage,
     DropReply,
     DropRequest,
     Fault,
     FaultProxy,
-    Forward,
     PassOn,
     Reply,
-    Request,
     Rule,
-    StripHeaders,
 )
+from tests.services.releases import CHANNEL, MODEL, POINTER, ignore, move, published
 
-REPOSITORY = Path(__file__).parent.parent.parent
-MODEL, CHANNEL = "digits", "prod"
-POINTER = "/channels/"
 CONDITIONS = ("if-match", "if-none-match")
-
-
-def make_release(folder: Path, seed: int = 0, accuracy: float = 0.97, files: int = 4) -> Manifest:
-    """A small release in a new folder; another seed is another release."""
-    generator = random.Random(seed)
-    folder.mkdir(parents=True)
-    for index in range(files):
-        (folder / f"file{index}.bin").write_bytes(generator.randbytes(1000 + index))
-    return build_manifest(
-        folder, model=MODEL, formats={"onnx": "file0.bin"}, signature={}, metrics={"accuracy": accuracy}
-    )
-
-
-def published(store: ObjectStore, folder: Path, seed: int = 0, accuracy: float = 0.97) -> Manifest:
-    manifest = make_release(folder, seed, accuracy)
-    publish(store, folder, manifest)
-    return manifest
-
-
-def move(store: ObjectStore, manifest: Manifest, accept: Accept | None = None, **changes: Any) -> Pointer:
-    arguments: dict[str, Any] = {
-        "model": MODEL,
-        "channel": CHANNEL,
-        "reason": "all gates passed",
-        "moved_by": "tester",
-        "flow_run": "run-1",
-        "mlflow_version": "7",
-        "accept": accept,
-        **changes,
-    }
-    return move_channel(store, manifest, **arguments)
+REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")
 def store_url(each_store_url: str) -> str:
     """Every promise is kept on both kinds of server."""
     return each_store_url
-
-
-@pytest.fixture
-def faulty(connect: Connect, bucket: str, proxy: FaultProxy) -> ObjectStore:
-    """The same bucket as `object_store`, reached through the proxy and found trustworthy before any fault."""
-    store = connect(bucket, proxy.url)
-    store.probe()
-    return store
-
-
-def key_of(manifest: Manifest, name: str) -> str:
-    return release_prefix(manifest.model, manifest.release) + name
-
-
-# ---- the store itself
-
-
-def test_a_good_store_is_trusted_and_left_clean(object_store: ObjectStore) -> None:
-    object_store.probe()
-    assert object_store.list_keys("") == {}
-
-
-def test_the_probe_runs_once_for_each_store(faulty: ObjectStore, proxy: FaultProxy) -> None:
-    seen = len(proxy.requests)
-    faulty.probe()
-    assert len(proxy.requests) == seen
-
-
-@pytest.mark.parametrize("header", CONDITIONS)
-def test_a_store_that_ignores_a_condition_is_refused(
-    connect: Connect, bucket: str, proxy: FaultProxy, header: str, tmp_path: Path
-) -> None:
-    proxy.add(Rule(StripHeaders((header,))))
-    store = connect(bucket, proxy.url)
-    with pytest.raises(StoreRefused, match="replaced") as caught:
-        publish(store, tmp_path / "release", make_release(tmp_path / "release"))
-    assert not caught.value.retryable
-    assert store.list_keys("") == {}
-
-
-def test_a_store_that_checks_conditions_only_most_of_the_time_is_refused(
-    connect: Connect, bucket: str, proxy: FaultProxy
-) -> None:
-    proxy.add(Rule(StripHeaders(CONDITIONS), "PUT", r"/race", times=2))
-    with pytest.raises(StoreRefused, match=r"8 PUTs .* had \d winners, not 1"):
-        connect(bucket, proxy.url).probe()
-
-
-def test_a_store_that_does_not_know_a_condition_is_refused(connect: Connect, bucket: str, proxy: FaultProxy) -> None:
-    proxy.add(Rule(Answer(501, "NotImplemented"), "PUT", "/conditions"))
-    with pytest.raises(StoreRefused, match="does not implement If-None-Match"):
-        connect(bucket, proxy.url).probe()
-
-
-@pytest.mark.parametrize("key", ["/conditions", "/race", "/damaged"])
-@pytest.mark.parametrize("fault", [DropReply(), AnswerAfter(500, "InternalError"), Answer(503, "SlowDown")], ids=str)
-def test_a_good_store_is_not_refused_for_a_reply_that_was_lost(
-    connect: Connect, bucket: str, proxy: FaultProxy, key: str, fault: Fault
-) -> None:
-    proxy.add(Rule(fault, "PUT", key, times=1))
-    assert connect(bucket, proxy.url).probe() == connect(bucket).probe()
-
-
-def test_a_store_that_wants_bare_etags_gets_them(connect: Connect, bucket: str, proxy: FaultProxy) -> None:
-    quoted = Rule(Answer(412, "PreconditionFailed"), "PUT")
-    proxy.add(quoted)
-    quoted.matches = lambda request: request.headers.get("if-match", "").startswith('"')  # type: ignore[method-assign]
-    store = connect(bucket, proxy.url)
-    assert not store.probe().etag_quoted
-    etag = store.put_new("key", b"1")
-    assert store.replace("key", b"2", etag) != etag
-
-
-def test_a_missing_bucket_is_named_with_what_to_do(connect: Connect) -> None:
-    with pytest.raises(SettingsError, match=r"no bucket 'nowhere' at http://.*create it .* or set SHIP_BUCKET"):
-        connect("nowhere").check()
-
-
-def test_an_unreachable_store_is_named_with_what_to_do(connect: Connect) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ServiceError, match=rf"s3://models at {url}: no answer .*check AWS_ENDPOINT_URL") as caught:
-        connect("models", url).check()
-    assert caught.value.retryable
-
-
-@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
-def test_refused_credentials_are_a_mistake_to_mend(
-    faulty: ObjectStore, proxy: FaultProxy, code: str, tmp_path: Path
-) -> None:
-    proxy.add(Rule(Answer(403, code)))
-    with pytest.raises(SettingsError, match=r"refused these credentials.*AWS_ACCESS_KEY_ID") as caught:
-        faulty.check()
-    assert "secret" not in str(caught.value)
-    with pytest.raises(SettingsError, match=code):
-        read_pointer(faulty, MODEL, CHANNEL)
-
-
-def test_missing_credentials_are_named_with_what_to_do(
-    connect: Connect, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    connect(bucket)
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(SettingsError, match=r"no usable credentials .*AWS_ACCESS_KEY_ID"):
-        ObjectStore.from_settings(Settings.load()).check()
-
-
-def test_an_impossible_address_is_named(connect: Connect) -> None:
-    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL: expected an address"):
-        connect("models", "not an address")
-
-
-def test_the_local_store_ignores_the_persons_own_aws_settings(
-    connect: Connect, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SHIP_S3_PORT", str(s3_server.port))
-    monkeypatch.setenv("AWS_PROFILE", "work")
-    monkeypatch.setenv("AWS_REGION", "eu-north-1")
-    monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    store = ObjectStore.from_settings(Settings.load())
-    store.create_bucket_if_missing()
-    store.create_bucket_if_missing()
-    store.check()
-
-
-def test_an_object_is_read_again_only_when_it_changed(object_store: ObjectStore) -> None:
-    etag = object_store.put_new("key", b"1")
-    assert object_store.get("key") == (b"1", etag)
-    assert object_store.get_if_changed("key", etag) is None
-    newer = object_store.replace("key", b"2", etag)
-    assert object_store.get_if_changed("key", etag) == (b"2", newer)
-    assert object_store.get("absent") is None
-    assert object_store.head("absent") is None
-
-
-def test_conditional_writes_say_when_they_did_not_happen(object_store: ObjectStore) -> None:
-    etag = object_store.put_new("key", b"1")
-    with pytest.raises(PreconditionFailed):
-        object_store.put_new("key", b"2")
-    object_store.replace("key", b"2", etag)
-    with pytest.raises(PreconditionFailed):
-        object_store.replace("key", b"3", etag)
-    with pytest.raises(PreconditionFailed):
-        object_store.replace("absent", b"3", etag)
-
-
-# ---- releases
-
-
-def test_a_release_is_published_and_fetched_as_it_was(object_store: ObjectStore, tmp_path: Path) -> None:
-    manifest = make_release(tmp_path / "release")
-    result = publish(object_store, tmp_path / "release", manifest)
-    assert (result.sent_bytes, result.present_bytes) == (manifest.total_bytes, 0)
-    assert verify_release(object_store, MODEL, manifest.release) == manifest
-    assert fetch_release(object_store, MODEL, manifest.release, tmp_path / "copy") == manifest
-    verify_folder(tmp_path / "copy", manifest)
-    assert (tmp_path / "copy" / MANIFEST).read_bytes() == manifest.encode()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "release"]
-
-
-def test_bytes_that_are_there_are_not_sent_again(faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> None:
-    manifest = published(faulty, tmp_path / "release")
-    before = len(proxy.sent("PUT", "/file"))
-    again = publish(faulty, tmp_path / "release", manifest)
-    assert (again.sent_bytes, again.present_bytes) == (0, manifest.total_bytes)
-    assert len(proxy.sent("PUT", "/file")) == before == len(manifest.files)
-
-
-def test_progress_ends_at_the_size_of_the_release(object_store: ObjectStore, tmp_path: Path) -> None:
-    manifest = make_release(tmp_path / "release")
-    seen: list[tuple[int, int]] = []
-    for _ in range(2):
-        seen.clear()
-        publish(object_store, tmp_path / "release", manifest, lambda done, total: seen.append((done, total)))
-        assert seen[-1] == (manifest.total_bytes, manifest.total_bytes)
-
-
-def test_the_manifest_is_written_last(faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> None:
-    manifest = published(faulty, tmp_path / "release")
-    writes = [request.path for request in proxy.sent("PUT", "/releases/")]
-    assert len(writes) == len(manifest.files) + 1
-    assert MANIFEST in writes[-1]
-
-
-UPLOADER = """
-import sys
-from pathlib import Path
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.releases import publish
-from registry.release import decode_manifest
-folder = Path(sys.argv[1])
-publish(ObjectStore.from_settings(Settings.load()), folder, decode_manifest(Path(sys.argv[2]).read_bytes()))
-"""
-
-
-def test_an_uploader_killed_in_the_middle_leaves_no_release_and_the_next_one_goes_on(
-    object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    manifest = make_release(tmp_path / "release", files=12)
-    (tmp_path / "manifest").write_bytes(manifest.encode())
-    started = threading.Event()
-    uploader: list[subprocess.Popen[bytes]] = []
-
-    def kill() -> None:
-        started.wait()
-        uploader[0].kill()
-
-    proxy.add(Rule(PassOn(), "PUT", "/releases/", times=5))
-    proxy.add(Rule(DropRequest(), "PUT", "/releases/", before=kill))
-    # `faulty` has set the environment to the proxy's address.
-    argv = [sys.executable, "-c", UPLOADER, str(tmp_path / "release"), str(tmp_path / "manifest")]
-    uploader.append(subprocess.Popen(argv, cwd=REPOSITORY))
-    started.set()
-    assert uploader[0].wait(timeout=60) == -9
-
-    present = object_store.list_keys(release_prefix(MODEL, manifest.release))
-    assert 0 < len(present) <= 5 and not any(MANIFEST in key for key in present)
-    with pytest.raises(ReleaseError, match="never published to the end"):
-        move(object_store, manifest)
-    assert read_pointer(object_store, MODEL, CHANNEL) is None
-
-    result = publish(object_store, tmp_path / "release", manifest)
-    assert result.present_bytes == sum(present.values())
-    assert move(object_store, manifest).generation == 1
-
-
-def test_a_file_deleted_from_the_bucket_makes_the_release_incomplete(
-    object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    manifest = published(object_store, tmp_path / "release")
-    proxy.add(Rule(Answer(404, "NoSuchKey"), "HEAD", "/file2.bin"))
-    with pytest.raises(ReleaseError, match=r"file2\.bin: expected a file of 1,002 bytes in the bucket, got none"):
-        move(faulty, manifest)
-
-
-def test_a_file_altered_in_the_bucket_is_found(object_store: ObjectStore, tmp_path: Path) -> None:
-    manifest = published(object_store, tmp_path / "release")
-    key = key_of(manifest, "file1.bin")
-    stored = object_store.head(key)
-    assert stored is not None
-    object_store.replace(key, b"x" * stored.bytes, stored.etag)
-    for attempt in (
-        lambda: verify_release(object_store, MODEL, manifest.release),
-        lambda: move(object_store, manifest),
-        lambda: publish(object_store, tmp_path / "release", manifest),
-        lambda: fetch_release(object_store, MODEL, manifest.release, tmp_path / "copy"),
-    ):
-        with pytest.raises(ReleaseError, match=r"file1\.bin.*expected SHA-256"):
-            attempt()
-    assert not (tmp_path / "copy").exists()
-
-
-def test_an_altered_manifest_is_found(object_store: ObjectStore, tmp_path: Path) -> None:
-    manifest = published(object_store, tmp_path / "release")
-    pointer = move(object_store, manifest)
-    key = key_of(manifest, MANIFEST)
-    stored = object_store.head(key)
-    assert stored is not None
-    better = {**json.loads(manifest.encode()), "metrics": {"accuracy": 1.0}}
-    object_store.replace(key, json.dumps(better, sort_keys=True, separators=(",", ":")).encode(), stored.etag)
-    with pytest.raises(ReleaseError, match="another description"):
-        publish(object_store, tmp_path / "release", manifest)
-    with pytest.raises(ReleaseError, match="altered after it went live"):
-        fetch_release(object_store, MODEL, manifest.release, tmp_path / "x", manifest_sha256=pointer.manifest_sha256)
-    other = published(object_store, tmp_path / "other", seed=1)
-    with pytest.raises(ReleaseError, match="the live release of digits prod is broken"):
-        move(object_store, other, accept=lambda pointer, live: None)
-    # Asking nobody is the way out.
-    assert move(object_store, other).generation == 2
-
-
-def test_a_local_file_that_changed_after_hashing_is_not_sent(object_store: ObjectStore, tmp_path: Path) -> None:
-    manifest = make_release(tmp_path / "release")
-    (tmp_path / "release" / "file0.bin").write_bytes(b"x" * 1000)
-    with pytest.raises(ReleaseError, match=r"file0\.bin: expected SHA-256"):
-        publish(object_store, tmp_path / "release", manifest)
-    assert object_store.head(key_of(manifest, "file0.bin")) is None
-
-
-def test_other_bytes_that_appear_under_a_files_name_are_not_overwritten(
-    object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    manifest = make_release(tmp_path / "release")
-    key = key_of(manifest, "file3.bin")
-    # After the publisher looked at what is there, right before its own PUT.
-    proxy.add(Rule(PassOn(), "PUT", "/file3.bin", times=1, before=lambda: ignore(object_store.put_new(key, b"other"))))
-    with pytest.raises(ReleaseError, match=r"file3\.bin: expected 1,003 bytes in the bucket, got 5"):
-        publish(faulty, tmp_path / "release", manifest)
-    found = object_store.get(key)
-    assert found is not None and found[0] == b"other"
-    assert object_store.head(key_of(manifest, MANIFEST)) is None
-
-
-def test_bytes_damaged_on_the_way_are_refused_by_the_store_and_sent_again(
-    object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    manifest = make_release(tmp_path / "release")
-    damage = proxy.add(Rule(Damage(), "PUT", "/file3.bin"))
-    # One compares the checksum, the other what was signed.
-    with pytest.raises(ServiceError, match=r"BadDigest|XAmzContentSHA256Mismatch") as caught:
-        publish(faulty, tmp_path / "release", manifest)
-    assert caught.value.retryable
-    damage.times = damage.used
-    publish(faulty, tmp_path / "release", manifest)
-    fetch_release(object_store, MODEL, manifest.release, tmp_path / "copy")
-
-
-def test_without_checksums_in_the_store_files_are_read_back(
-    connect: Connect, bucket: str, proxy: FaultProxy, tmp_path: Path
-) -> None:
-    checksums = StripHeaders(("x-amz-checksum-sha256", "x-amz-sdk-checksum-algorithm", "content-md5"))
-
-    class Unchecked(StripHeaders):
-        def apply(self, request: Request, forward: Forward) -> Reply | None:
-            if "/file3.bin" not in request.path:
-                return checksums.apply(request, forward)
-            return Damage().apply(request, lambda damaged: checksums.apply(damaged, forward))
-
-    proxy.add(Rule(Unchecked(()), "PUT"))
-    store = connect(bucket, proxy.url)
-    assert not store.probe().checks_bodies
-    manifest = make_release(tmp_path / "release")
-    with pytest.raises(ReleaseError, match=r"file3\.bin: expected SHA-256 .* when read back"):
-        publish(store, tmp_path / "release", manifest)
-    assert store.head(key_of(manifest, MANIFEST)) is None
-
-
-def test_a_file_that_goes_up_in_parts_is_published_and_fetched(
-    connect: Connect, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(objectstore, "MULTIPART_BYTES", LOCAL_PART_BYTES)
-    monkeypatch.setattr(objectstore, "PART_BYTES", LOCAL_PART_BYTES)
-    store = connect(bucket)
-    folder = tmp_path / "release"
-    folder.mkdir()
-    (folder / "model.onnx").write_bytes(random.Random(0).randbytes(2 * LOCAL_PART_BYTES + 12_345))
-    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature={}, metrics={})
-    seen: list[int] = []
-    assert publish(store, folder, manifest, lambda done, _: seen.append(done)).present_bytes == 0
-    assert seen[-1] == manifest.total_bytes and len(seen) >= 3
-    assert publish(store, folder, manifest).sent_bytes == 0
-    fetch_release(store, MODEL, manifest.release, tmp_path / "copy")
-    verify_folder(tmp_path / "copy", manifest)
-    stored = store.head(key_of(manifest, "model.onnx"))
-    assert stored is not None and '-3"' in stored.etag
-
-
-def test_two_publishers_of_the_same_release_both_succeed(object_store: ObjectStore, tmp_path: Path) -> None:
-    manifest = make_release(tmp_path / "release", files=10)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: publish(object_store, tmp_path / "release", manifest), range(4)))
-    assert all(result.sent_bytes + result.present_bytes == manifest.total_bytes for result in results)
-    assert verify_release(object_store, MODEL, manifest.release) == manifest
-
-
-def test_concurrent_fetches_of_one_release_end_in_one_verified_folder(
-    object_store: ObjectStore, tmp_path: Path
-) -> None:
-    manifest = published(object_store, tmp_path / "release")
-    with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(lambda _: fetch_release(object_store, MODEL, manifest.release, tmp_path / "copy"), range(4)):
-            pass
-    verify_folder(tmp_path / "copy", manifest)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "release"]
-
-
-# ---- channels
 
 
 def test_an_unused_channel_has_no_pointer_and_no_history(object_store: ObjectStore) -> None:
@@ -525,10 +112,6 @@ def test_a_candidate_is_held_against_what_is_live_by_then(
     assert asked == [old.release, best.release]
     live = read_pointer(object_store, MODEL, CHANNEL)
     assert live is not None and live.release == best.release
-
-
-def ignore(value: object) -> None:
-    pass
 
 
 def test_a_candidate_still_good_enough_follows_the_other_move(

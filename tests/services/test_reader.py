@@ -43,7 +43,7 @@ from tests.services.fault_proxy import (
     Request,
     Rule,
 )
-from tests.services.test_promotion import CHANNEL, MODEL, make_release, move, published
+from tests.services.releases import CHANNEL, MODEL, make_release, move, published
 
 MakeReader = Callable[..., Reader]
 

@@ -33,7 +33,7 @@ from registry.release import JOB, Manifest, build_manifest
 from registry.releases import publish
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned, free_port
 from tests.services.fault_proxy import FaultProxy, PassOn, Rule
-from tests.services.test_promotion import CHANNEL, MODEL, POINTER, key_of, move, published
+from tests.services.releases import CHANNEL, MODEL, POINTER, key_of, move, published
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NOWHERE = f"http://127.0.0.1:{free_port()}"

@@ -23,7 +23,7 @@ from registry.releases import publish
 from ship.serve import requirements
 from tests.conftest import free_ports
 from tests.services.onnx_releases import SIGNATURE, onnx_release
-from tests.services.test_promotion import move
+from tests.services.releases import move
 from tests.services.traffic import Traffic, request_body
 
 # A first run installs MLServer into an environment of its own.

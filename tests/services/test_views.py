@@ -24,7 +24,7 @@ from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.services.foreign import tool_python
 from tests.services.onnx_releases import onnx_release
-from tests.services.test_promotion import CHANNEL, MODEL, move
+from tests.services.releases import CHANNEL, MODEL, move
 from tests.services.traffic import Traffic
 from tests.services.triton import TritonServer
 

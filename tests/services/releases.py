@@ -1,0 +1,56 @@
+"""Small releases of random bytes, and how tests publish and promote them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from infra.objectstore import ObjectStore
+from registry.channels import Accept, move_channel
+from registry.keys import release_prefix
+from registry.pointer import Pointer
+from registry.release import Manifest, build_manifest
+from registry.releases import publish
+
+MODEL, CHANNEL = "digits", "prod"
+POINTER = "/channels/"
+
+
+def make_release(folder: Path, seed: int = 0, accuracy: float = 0.97, files: int = 4) -> Manifest:
+    """A small release in a new folder; another seed is another release."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True)
+    for index in range(files):
+        (folder / f"file{index}.bin").write_bytes(generator.randbytes(1000 + index))
+    return build_manifest(
+        folder, model=MODEL, formats={"onnx": "file0.bin"}, signature={}, metrics={"accuracy": accuracy}
+    )
+
+
+def published(store: ObjectStore, folder: Path, seed: int = 0, accuracy: float = 0.97) -> Manifest:
+    manifest = make_release(folder, seed, accuracy)
+    publish(store, folder, manifest)
+    return manifest
+
+
+def move(store: ObjectStore, manifest: Manifest, accept: Accept | None = None, **changes: Any) -> Pointer:
+    arguments: dict[str, Any] = {
+        "model": MODEL,
+        "channel": CHANNEL,
+        "reason": "all gates passed",
+        "moved_by": "tester",
+        "flow_run": "run-1",
+        "mlflow_version": "7",
+        "accept": accept,
+        **changes,
+    }
+    return move_channel(store, manifest, **arguments)
+
+
+def key_of(manifest: Manifest, name: str) -> str:
+    return release_prefix(manifest.model, manifest.release) + name
+
+
+def ignore(value: object) -> None:
+    """For a lambda that returns nothing."""
