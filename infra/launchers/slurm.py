@@ -23,7 +23,7 @@ PORT = 29400
 PORTS = 1000
 """The store's port is spread over this many by job number: jobs may share a node."""
 FORWARDED = ("HOME", "USER", "PATH", "LANG")
-"""All that a job inherits from the submitting process, so that its credentials stay where they are."""
+"""All that a job inherits of who submits it, beside Slurm's own variables, so that credentials stay where they are."""
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -51,7 +51,9 @@ def script(spec: Spec, arguments: Sequence[str] = ()) -> str:
         "--ntasks-per-node=1",
         f"--output={spec.out_dir / LOG}",
         f"--chdir={spec.out_dir}",
-        f"--export={','.join(FORWARDED)}",
+        # All of what `submission` has left. A list here, or NONE, has the node run a login shell of the user first, and
+        # a profile that waits for something holds the job until Slurm gives up the node.
+        "--export=ALL",
         "--no-requeue",
     ]
     if spec.cpus:
@@ -82,6 +84,22 @@ def script(spec: Spec, arguments: Sequence[str] = ()) -> str:
             "export head=" + _address('"$first"'),
             f"export port=$(({PORT} + SLURM_JOB_ID % {PORTS}))",
             f"srun --export=ALL --ntasks-per-node=1 {step} bash -c {shlex.quote(_on_node(line))}",
+            "",
+        ]
+    )
+
+
+def submission(spec: Spec, arguments: Sequence[str] = ()) -> str:
+    """What a POSIX shell does, where Slurm's commands are, to submit the script with no more of its environment than
+    FORWARDED and Slurm's own variables."""
+    kept = "|".join((*FORWARDED, "SLURM_*", "SBATCH_*"))
+    return "\n".join(
+        [
+            "for name in $(env | sed -n 's/^\\([A-Za-z_][A-Za-z0-9_]*\\)=.*/\\1/p'); do",
+            f'  case $name in SBATCH_EXPORT) unset "$name" ;; {kept}) ;; *) unset "$name" 2> /dev/null ;; esac',
+            "done",
+            f"exec sbatch --parsable <<'END-OF-{spec.name}'",
+            f"{script(spec, arguments)}END-OF-{spec.name}",
             "",
         ]
     )
@@ -119,7 +137,7 @@ class SlurmLauncher:
         listed = self._engine.tell("squeue", "--noheader", "--states=all", f"--name={spec.name}", "--format=%A")
         if listed:
             return listed.split()[0]
-        return self._engine.tell("sbatch", "--parsable", stdin=script(spec, self.arguments)).split(";")[0]
+        return self._engine.tell("sh", "-s", stdin=submission(spec, self.arguments), name="sbatch").split(";")[0]
 
     def status(self, job: str) -> Status:
         try:

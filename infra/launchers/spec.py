@@ -138,14 +138,16 @@ class Engine:
             raise ServiceError(f"{argv[0]}: {last_line(done.stderr)}")
         return done
 
-    def tell(self, *argv: str, stdin: str = "") -> str:
+    def tell(self, *argv: str, stdin: str = "", name: str = "") -> str:
         """Run a command that must succeed; what it printed.
 
-        Raises JobError with the engine's words when it refuses.
+        name: what a person calls it, if not by the first word. Raises JobError with the engine's words when it refuses.
         """
         done = self.ask(*argv, stdin=stdin)
         if done.returncode != 0:
-            raise JobError(f"train.launcher: {argv[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}")
+            raise JobError(
+                f"train.launcher: {name or argv[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}"
+            )
         return done.stdout.strip()
 
 

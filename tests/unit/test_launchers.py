@@ -145,10 +145,29 @@ def test_the_first_node_of_a_slurm_job_holds_the_store() -> None:
     assert '--rdzv-endpoint="$head":"$port"' in text
 
 
-def test_a_job_inherits_no_credentials_and_its_own_variables_are_quoted() -> None:
-    text = script(spec(env={"NOTE": "a b; $(reboot)"}))
-    assert "#SBATCH --export=HOME,USER,PATH,LANG\n" in text
-    assert "export NOTE='a b; $(reboot)'\n" in text
+def test_a_job_inherits_no_credentials_and_waits_for_no_login_shell(tmp_path: Path) -> None:
+    program = tmp_path / "sbatch"
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\ncat > {tmp_path}/script\necho '7;lab'\n")
+    program.chmod(0o755)
+    (tmp_path / "squeue").symlink_to("/bin/true")
+    known = {"HOME": "/root", "USER": "me", "LANG": "C", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "ml"}
+    others = {"AWS_SECRET_ACCESS_KEY": "secret", "SBATCH_EXPORT": "NONE", "TWO_LINES": "a\nHOME=no"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    launcher = SlurmLauncher(arguments=("--partition=gpu",), environment={**known, **others, **path})
+
+    assert launcher.launch(spec()) == "7"
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert {name: value for name, value in seen.items() if name not in ("PWD", "OLDPWD", "SHLVL", "_")} == {
+        **known,
+        **path,
+    }
+    assert (tmp_path / "script").read_text() == script(spec(), ("--partition=gpu",))
+    # Anything else than all of them has Slurm run a login shell of the user on the node.
+    assert "#SBATCH --export=ALL\n" in script(spec())
+
+
+def test_a_jobs_own_variables_are_quoted() -> None:
+    assert "export NOTE='a b; $(reboot)'\n" in script(spec(env={"NOTE": "a b; $(reboot)"}))
 
 
 def test_a_batch_script_is_valid_shell() -> None:
