@@ -131,7 +131,7 @@ def team(stack: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     if programs is None:
         pytest.skip("PostgreSQL is not installed, and apt-get cannot install it here")
     folder = tmp_path_factory.mktemp("team")
-    database_port, prefect_port, mlflow_port = free_ports(3)
+    database_port, prefect_port, mlflow_port, nobody = free_ports(4)
     with postgres(programs, database_port) as database:
         for name in DATABASES:
             database.run("createdb", name)
@@ -146,6 +146,8 @@ def team(stack: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             "SHIP_HOME": str(folder / "home"),
             "SHIP_BUCKET": stack.bucket,
             "AWS_ENDPOINT_URL": str(stack.s3_endpoint),
+            # The bucket is the team's: this machine would start its own elsewhere.
+            "SHIP_S3_PORT": str(nobody),
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": "us-east-1",
