@@ -179,12 +179,20 @@ class ObjectStore:
         """Every key with this prefix and its size in bytes, sorted by key."""
         return {key: listed.bytes for key, listed in self.list_objects(prefix).items()}
 
-    def list_objects(self, prefix: str) -> dict[str, ListedObject]:
-        """Every key with this prefix, sorted: one request for each thousand."""
-        found = {}
+    def list_objects(self, prefix: str, *, after: str = "", until: str | None = None) -> dict[str, ListedObject]:
+        """Every key with this prefix, sorted: one request for each thousand, one after the other.
+
+        after, until: only keys behind the first and up to the second, so that a long listing can be asked for in parts.
+        """
+        found: dict[str, ListedObject] = {}
+        begin: dict[str, Any] = {"StartAfter": after} if after else {}
         with self._translated(f"list {prefix}"):
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+            for page in self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=prefix, **begin
+            ):
                 for item in page.get("Contents", []):
+                    if until is not None and item["Key"] > until:
+                        return dict(sorted(found.items()))
                     found[item["Key"]] = ListedObject(
                         bytes=item["Size"], etag=quoted(item["ETag"]), modified=item["LastModified"]
                     )

@@ -25,7 +25,8 @@ READ_SECONDS = 60
 """Silence on one connection, not the length of a transfer."""
 ATTEMPTS = 3
 """Tries of each request inside the client library."""
-CONNECTIONS = 32
+CONNECTIONS = 128
+"""Kept open at most: those of small files that are sent at the same time."""
 QUEUED_PIECES = 16
 """Of 256 KiB, between the network and the disk for each download."""
 

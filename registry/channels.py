@@ -103,7 +103,7 @@ def move_channel(
                 )
             if live is not None:
                 # Before it is replaced: its own mover may have died.
-                record(store, live)
+                record(store, live, probably_there=True)
                 if (live.release, live.manifest_sha256) == (release, manifest_sha256):
                     return live
             if accepted != _version(live):

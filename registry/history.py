@@ -31,10 +31,10 @@ def record_key(model: str, channel: str, generation: int) -> str:
     return f"{history_prefix(model, channel)}{generation:08d}.json"
 
 
-def record(store: ObjectStore, pointer: Pointer) -> None:
+def record(store: ObjectStore, pointer: Pointer, *, probably_there: bool = False) -> None:
     """Make sure that the history has this move. Writes; can be repeated."""
     key = record_key(pointer.model, pointer.channel, pointer.generation)
-    put_immutable(store, key, pointer.encode(), "record of another move")
+    put_immutable(store, key, pointer.encode(), "record of another move", probably_there=probably_there)
 
 
 def record_if_possible(store: ObjectStore, pointer: Pointer) -> None:

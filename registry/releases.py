@@ -13,12 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import PreconditionFailed, ReleaseError
-from infra.objectstore import ObjectStore, StoredObject
+from infra.objectstore import ListedObject, ObjectStore, StoredObject
 from registry.keys import release_prefix
 from registry.release import MANIFEST, FileEntry, Manifest, decode_manifest, require_file, require_size, verify_folder
 from registry.signing import publish_signature
 from registry.tombstones import claim
-from registry.transfer import FILES_AT_ONCE, SMALL_FILES_AT_ONCE, Meter, Progress, in_parallel, put_immutable
+from registry.transfer import (
+    FILES_AT_ONCE,
+    SMALL_FILES_AT_ONCE,
+    SMALL_UPLOADS_AT_ONCE,
+    Meter,
+    Progress,
+    in_parallel,
+    put_immutable,
+)
+
+LISTED_AT_ONCE = 990
+"""A page of a listing has a thousand keys, and the manifest and signatures are among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +89,7 @@ def publish(
 
     # Big files first: the last one to start decides when all are done.
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
-    brought = dict(zip(names, in_parallel(bring, names, SMALL_FILES_AT_ONCE), strict=True))
+    brought = dict(zip(names, in_parallel(bring, names, SMALL_UPLOADS_AT_ONCE), strict=True))
     if signing_key is not None:
         publish_signature(store, manifest, signing_key)
     put_immutable(store, prefix + MANIFEST, manifest.encode(), "another description of the same files")
@@ -113,7 +124,7 @@ def verify_release(
         at_once = FILES_AT_ONCE if read_back else SMALL_FILES_AT_ONCE
         in_parallel(lambda name: require(store, prefix + name, names[name]), names, at_once)
         return manifest
-    listed = store.list_objects(prefix)
+    listed = _listed(store, prefix, manifest)
     for name, entry in manifest.files.items():
         found = listed.get(prefix + name)
         if found is None:
@@ -201,6 +212,15 @@ def fetch_release(
 
 
 # ---- below
+
+
+def _listed(store: ObjectStore, prefix: str, manifest: Manifest) -> dict[str, ListedObject]:
+    """What the bucket lists of the manifest's files: the pages of a long listing at the same time, by expected name."""
+    keys = sorted(prefix + name for name in manifest.files)
+    ends = [*keys[LISTED_AT_ONCE - 1 : -1 : LISTED_AT_ONCE], keys[-1]]
+    begins = dict(zip(ends, ["", *ends], strict=False))
+    parts = in_parallel(lambda end: store.list_objects(prefix, after=begins[end], until=end), ends)
+    return {key: listed for part in parts for key, listed in part.items()}
 
 
 def _missing(key: str, entry: FileEntry) -> ReleaseError:

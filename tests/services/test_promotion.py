@@ -14,7 +14,7 @@ import pytest
 from infra.errors import GateError, ReleaseError, ServiceError
 from infra.objectstore import ObjectStore
 from registry.channels import Accept
-from registry.history import read_history
+from registry.history import read_history, record_key
 from registry.keys import pointer_key
 from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest
@@ -212,6 +212,8 @@ def test_nothing_is_replaced_whose_record_cannot_be_kept(
 ) -> None:
     first, second = (published(object_store, tmp_path / str(seed), seed) for seed in range(2))
     live = move(object_store, first)
+    # As its mover leaves it that dies right after moving the pointer.
+    object_store.delete(record_key(MODEL, CHANNEL, live.generation))
     proxy.add(Rule(Answer(400, "InvalidRequest"), "PUT", "/history/"))
     with pytest.raises(ServiceError):
         move(faulty, second)

@@ -15,6 +15,7 @@ import pytest
 from infra import objectstore
 from infra.errors import ReleaseError, ServiceError
 from infra.objectstore import LOCAL_PART_BYTES, ObjectStore
+from registry import releases
 from registry.keys import release_prefix
 from registry.pointer import read_pointer
 from registry.release import MANIFEST, build_manifest, verify_folder
@@ -128,6 +129,24 @@ def test_a_file_deleted_from_the_bucket_makes_the_release_incomplete(
     proxy.add(Rule(Answer(404, "NoSuchKey"), "HEAD", "/file2.bin"))
     with pytest.raises(ReleaseError, match=r"file2\.bin: expected a file of 1,002 bytes in the bucket, got none"):
         move(faulty, manifest)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 990])
+def test_a_listing_in_parts_misses_no_file_and_finds_each_that_is_gone(
+    object_store: ObjectStore, faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, at_once: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(releases, "LISTED_AT_ONCE", at_once)
+    manifest = make_release(tmp_path / "release")
+    etags = publish(object_store, tmp_path / "release", manifest).etags
+    before = len(proxy.requests)
+    assert verify_release(faulty, MODEL, manifest.release, etags=etags) == manifest
+    assert [request.method for request in proxy.requests[before:]].count("HEAD") == 0
+    for name in manifest.files:
+        object_store.delete(key_of(manifest, name))
+        with pytest.raises(ReleaseError, match=rf"{name}: expected a file of"):
+            verify_release(object_store, MODEL, manifest.release, etags=etags)
+        publish(object_store, tmp_path / "release", manifest)
 
 
 def test_a_file_altered_in_the_bucket_is_found(object_store: ObjectStore, tmp_path: Path) -> None:
