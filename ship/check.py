@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -12,37 +13,54 @@ from rich.table import Table
 
 from infra.settings import Settings
 from infra.workerhost import WorkerHost
+from registry.data_checks import Report, check_data, require_good_data
 from registry.job import Job, load_job
-from tasks.requests import dynamic_dims, project_of, train_settings
+from tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
 from tasks.snapshot import verified_snapshot
 from tasks.worker import call_worker
-from torchworker.contract import FORMAT_FILES, INT8_FILES, CheckRequest, CheckResult, DynamicDim, TensorSpec, decode
+from torchworker.contract import (
+    FORMAT_FILES,
+    INT8_FILES,
+    CheckRequest,
+    CheckResult,
+    DynamicDim,
+    InspectResult,
+    TensorSpec,
+    decode,
+)
 
 
 def check(job_file: Path) -> None:
-    """Print the job's facts. Raises JobError with one message a mistake."""
+    """Print the job's facts. Raises JobError with one message a mistake, GateError for data that fails its checks."""
     job, folder = load_job(job_file)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
-    result = asyncio.run(_build(job, folder, snapshot))
-    _print(job, folder, result, Console())
+    result, data = asyncio.run(_build(job, folder, snapshot))
+    _print(job, folder, result, data, Console())
 
 
-async def _build(job: Job, folder: Path, snapshot: Path | None) -> CheckResult:
+async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckResult, Report | None]:
+    """What the job is, and what its data is like where the job has checks of it; the live release is not asked."""
+    project, report = project_of(job, folder, snapshot), None
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
         host = WorkerHost(work / "host.log")
         try:
+            if job.data.checks is not None:
+                # First: a NaN in the data is a better reason than the NaN of the loss.
+                read = await call_worker(host, "inspect", inspect_request(job, project), work)
+                facts: InspectResult = decode(InspectResult, read)
+                report = check_data(job.data.checks, dataclasses.asdict(facts), None, "")
+                require_good_data(job.name, report)
             request = CheckRequest(
-                project=project_of(job, folder, snapshot),
+                project=project,
                 train=train_settings(job),
                 ranks_here=0 if job.train.launcher.machines else job.train.processes,
                 dynamic=dynamic_dims(job),
             )
-            reply = await call_worker(host, "check", request, work)
+            result: CheckResult = decode(CheckResult, await call_worker(host, "check", request, work))
         finally:
             host.close()
-    result: CheckResult = decode(CheckResult, reply)
-    return result
+    return result, report
 
 
 def _count(samples: int | None) -> str:
@@ -87,7 +105,13 @@ def _served(job: Job) -> str:
     return f"the fastest, measured with {how}" if job.export.serve == "auto" else f"{job.export.serve}, with {how}"
 
 
-def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> None:
+def _checked(job: Job, data: Report) -> str:
+    assert job.data.checks is not None, "asked before"
+    drift = "; drift is asked when a run begins, against what is live then" if job.data.checks.drift is not None else ""
+    return f"passes {len(data.findings)} checks{drift}"
+
+
+def _print(job: Job, folder: Path, result: CheckResult, data: Report | None, console: Console) -> None:
     facts = Table(title=f"{job.name}", show_header=False, title_justify="left")
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -100,6 +124,7 @@ def _print(job: Job, folder: Path, result: CheckResult, console: Console) -> Non
             f"{job.data.factory}: {_count(result.train_samples)} training, "
             f"{_count(result.validation_samples)} validation",
         ),
+        *([("data.checks", _checked(job, data))] if data is not None else []),
         ("inputs", "\n".join(_tensor(spec) for spec in result.inputs)),
         ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
         ("target", _tensor(result.target)),

@@ -25,10 +25,10 @@ from registry.job import Job
 from registry.pointer import read_pointer
 from registry.release import DATA
 from tasks.policy import artifact_key, worth_retrying
-from tasks.requests import train_settings
+from tasks.requests import inspect_request
 from tasks.run import Run
 from tasks.worker import call_worker
-from torchworker.contract import InspectRequest, InspectResult, Project, decode
+from torchworker.contract import InspectResult, Project, decode
 
 FACTS = "data.json"
 
@@ -95,12 +95,11 @@ def _live_facts(run: Run) -> tuple[str, Mapping[str, Any] | None]:
 
 async def read_facts(host: WorkerHost, job: Job, project: Project, folder: Path) -> InspectResult:
     """What the data is like; what this run has found out already. Raises JobError, WorkerError."""
-    tensors = job.data.checks.tensors if job.data.checks is not None else {}
-    ranges = {name: (asked.min, asked.max) for name, asked in tensors.items()}
-    stage = StageFolder(folder, "inspect", inputs=f"{job.training_digest()} {json.dumps(ranges, sort_keys=True)}")
+    request = inspect_request(job, project)
+    asked = json.dumps(request.ranges, sort_keys=True)
+    stage = StageFolder(folder, "inspect", inputs=f"{job.training_digest()} {asked}")
     if not stage.is_complete():
         work = stage.begin()
-        request = InspectRequest(project=project, train=train_settings(job), ranges=ranges)
         result: InspectResult = decode(InspectResult, await call_worker(host, "inspect", request, work))
         result.write(work / FACTS)
         stage.finish()

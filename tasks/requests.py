@@ -13,6 +13,7 @@ from torchworker.contract import (
     DynamicDim,
     Entrypoint,
     Gate,
+    InspectRequest,
     Int8Limits,
     MeasureRequest,
     Project,
@@ -145,6 +146,13 @@ def int8_limits(job: Job) -> Int8Limits | None:
 
 BATCHES = (1, 8, 64)
 """Batch sizes at which artifacts are measured."""
+
+
+def inspect_request(job: Job, project: Project) -> InspectRequest:
+    """Read the data, and count what is outside the ranges of `data.checks`."""
+    tensors = job.data.checks.tensors if job.data.checks is not None else {}
+    ranges = {name: (asked.min, asked.max) for name, asked in tensors.items()}
+    return InspectRequest(project=project, train=train_settings(job), ranges=ranges)
 
 
 def measure_request(

@@ -44,12 +44,17 @@ def test_corrupt_data_is_refused_before_training_and_names_each_fault(
                 inputs[:2] = build_dataset("train").tensors[0][:2]
             return TensorDataset(inputs, target)
     """
-    job = write_project(tmp_path, extra=extra, name="corrupt", train=POOR, data=CHECKED)
+    sound = command("ship", "check", str(write_project(tmp_path / "sound", name="sound", train=POOR, data=CHECKED)))
+    assert sound.status == 0 and "passes 16 checks; drift is asked when a run begins" in sound.output, sound.text
+    job = write_project(tmp_path / "corrupt", extra=extra, name="corrupt", train=POOR, data=CHECKED)
+    checked = command("ship", "check", str(job))
+    assert checked.status == 2 and "Traceback" not in checked.text, checked.text
     ended = command("ship", "run", str(job))
     assert ended.status == 2, ended.text
     assert "the data is not what data.checks asks for" in ended.errors and "Nothing was trained" in ended.errors
     assert "missing of train input: 1 of 384 (0.26%), expected at most 0.00%" in ended.errors
     assert "outside of train input: 1 of 384 (0.26%)" in ended.errors
+    assert "outside of train input: 1 of 384 (0.26%)" in checked.errors
     assert "overlap of validation samples in the training data: 2 of 96 (2.08%)" in ended.errors
     assert "training on" not in ended.text and "Traceback" not in ended.text
     assert live(store, "corrupt") is None
