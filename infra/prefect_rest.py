@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ from infra.settings import Settings
 ACCOUNT = "PREFECT_API_AUTH_STRING"
 """Prefect's own variable: user:password of a server that asks for one."""
 ANSWER_SECONDS = 10
+BUSY = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
+"""Nothing was done, ask again: so a server answers whose database is locked, as after a start under load. Prefect's own
+client does that too."""
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds before each further try."""
 
 
 def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
@@ -24,14 +30,23 @@ def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, A
     """
     account = os.environ.get(ACCOUNT, "")
     user, _, password = account.partition(":")
-    try:
-        reply = http_client(not settings.prefect_is_local).request(
+
+    def ask() -> httpx.Response:
+        return http_client(not settings.prefect_is_local).request(
             method,
             settings.prefect_api_url + path,
             json=dict(body) if body is not None else None,
             auth=(user, password) if account else None,
             timeout=ANSWER_SECONDS,
         )
+
+    try:
+        reply = ask()
+        for pause in PAUSES:
+            if reply.status_code not in BUSY:
+                break
+            time.sleep(pause)
+            reply = ask()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServiceError(
             f"Prefect: expected a server at {settings.prefect_api_url}, got {type(error).__name__}: {error}. "
