@@ -8,7 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from registry.parts import Part
 
-Format = Literal["torchscript", "onnx", "pt2", "aoti"]
+Format = Literal["torchscript", "onnx", "pt2", "aoti", "executorch"]
+OPT_IN: tuple[Format, ...] = ("executorch",)
+"""What `auto` does not try: it asks more of a job than a model does."""
 Axis = Annotated[int, Field(ge=1)]
 
 
@@ -83,9 +85,13 @@ class Export(Part):
     formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = Field(
         ("torchscript", "onnx", "pt2"),
         description="artifacts of the release; auto: every format that can capture the model, aoti where a C++ "
-        "compiler is, and the reasons of those that cannot",
+        "compiler is, and the reasons of those that cannot; executorch only by name: it needs the extra edge and a "
+        "largest size of every dynamic dimension",
     )
     batch: int = Field(64, ge=2, description="batch size at which the model is captured; the batch stays dynamic")
+    max_batch: int | None = Field(
+        None, ge=2, description="largest batch that users will send; no limit when absent, which executorch needs"
+    )
     dynamic: dict[Annotated[str, AfterValidator(_is_dimension)], Dynamic] = Field(
         default_factory=dict, description="further dynamic dimensions by name, see below"
     )
@@ -115,6 +121,28 @@ class Export(Part):
     def _no_duplicates(self) -> Self:
         if self.formats != "auto" and len(set(self.formats)) != len(self.formats):
             raise ValueError("each format once")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        if self.max_batch is not None and self.batch > self.max_batch:
+            raise ValueError(
+                f"export.batch, {self.batch} samples at which the model is captured, no larger than export.max_batch, "
+                f"{self.max_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _executorch_knows_every_end(self) -> Self:
+        if "executorch" in self.wanted:
+            ends = {"export.max_batch": self.max_batch}
+            ends |= {f"export.dynamic.{name}.max": dimension.max for name, dimension in self.dynamic.items()}
+            missing = [key for key, end in ends.items() if end is None]
+            if missing:
+                raise ValueError(
+                    f"{' and '.join(missing)}, the largest size that users will send, with formats: [executorch], "
+                    "which plans memory for it"
+                )
         return self
 
     @model_validator(mode="after")
@@ -151,4 +179,6 @@ class Export(Part):
     @property
     def wanted(self) -> tuple[Format, ...]:
         """The formats to try."""
-        return get_args(Format) if self.formats == "auto" else self.formats
+        if self.formats == "auto":
+            return tuple(kind for kind in get_args(Format) if kind not in OPT_IN)
+        return self.formats

@@ -15,6 +15,7 @@ from infra.settings import Settings
 from infra.workerhost import WorkerHost
 from registry.data_checks import Report, check_data, require_good_data
 from registry.job import Job, load_job
+from tasks.extras import require_extras
 from tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
 from tasks.snapshot import verified_snapshot
 from tasks.worker import call_worker
@@ -33,6 +34,7 @@ from torchworker.contract import (
 def check(job_file: Path) -> None:
     """Print the job's facts. Raises JobError with one message a mistake, GateError for data that fails its checks."""
     job, folder = load_job(job_file)
+    require_extras(job)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
     result, data = asyncio.run(_build(job, folder, snapshot))
     _print(job, folder, result, data, Console())
@@ -56,6 +58,7 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
                 train=train_settings(job),
                 ranks_here=0 if job.train.launcher.machines else job.train.processes,
                 dynamic=dynamic_dims(job),
+                max_batch=job.export.max_batch,
             )
             result: CheckResult = decode(CheckResult, await call_worker(host, "check", request, work))
         finally:

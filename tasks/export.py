@@ -62,6 +62,7 @@ async def export(run: Run, trained: Trained) -> Exported:
                 seed=run.job.train.seed,
                 validation_limit=run.job.export.validation_samples,
                 dynamic=dynamic_dims(run.job),
+                max_batch=run.job.export.max_batch,
                 int8=int8.wanted if int8 is not None else (),
                 calibration_samples=int8.samples if int8 is not None else 0,
             )

@@ -27,6 +27,7 @@ from registry.mlflow_client import check_reachable
 from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
 from registry.signing import require_usable_keys
 from tasks.cpp import start_build
+from tasks.extras import require_extras
 from tasks.policy import quiet_mistakes
 from tasks.requests import project_of, run_params
 from tasks.snapshot import verified_snapshot
@@ -94,6 +95,7 @@ async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Ru
     began = time.perf_counter()
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
+    require_extras(job)
     if unattended:
         job = job.unattended()
     settings = Settings.load()

@@ -50,7 +50,7 @@ def check(request: CheckRequest) -> CheckResult:
     enter(project)
     if settings.entrypoint is not None:
         resolve_main(settings.entrypoint, project)
-        return try_parts(project, request.dynamic)
+        return try_parts(project, request.dynamic, request.max_batch)
     loss = build_loss(project)
     model = build_model(project)
     optimizer = build_optimizer(project, settings, model)
@@ -82,7 +82,7 @@ def check(request: CheckRequest) -> CheckResult:
     _try_step(model, inputs, target, loss, optimizer, project)
     return facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
-        validation_samples=sizes["validation"], loss=float(value),
+        validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch,
     )  # fmt: skip
 
 

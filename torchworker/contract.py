@@ -32,6 +32,7 @@ FORMAT_FILES: Mapping[str, str] = {
     "onnx": "model.onnx",
     "pt2": "model.pt2",
     "aoti": "model.aoti.pt2",
+    "executorch": "model.pte",
 }
 """Artifact file of each format."""
 
@@ -249,6 +250,8 @@ class CheckRequest(Message):
     """Ranks that will run on this machine; 0 when it trains on others."""
     dynamic: Sequence[DynamicDim] = ()
     """Declared dimensions beside the batch."""
+    max_batch: int | None = None
+    """Largest batch; None for no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,6 +393,8 @@ class ExportRequest(Message):
     """At most this many validation samples are kept for the quality gate."""
     dynamic: Sequence[DynamicDim] = ()
     """Declared dimensions beside the batch."""
+    max_batch: int | None = None
+    """Largest batch; None for no limit."""
     libraries: Sequence[str] = ()
     """Absolute paths of shared libraries with custom operators; they become part of the release."""
     int8: Sequence[str] = ()

@@ -56,7 +56,7 @@ def resolve_main(entry: Entrypoint, project: Project) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def try_parts(project: Project, dynamic: Sequence[DynamicDim] = ()) -> CheckResult:
+def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: int | None = None) -> CheckResult:
     """Model and data, one validation batch, the first training item, and the weights to a file and back.
 
     Raises UserMistake for what would otherwise fail after training.
@@ -76,7 +76,7 @@ def try_parts(project: Project, dynamic: Sequence[DynamicDim] = ()) -> CheckResu
     try_weights(model, project)
     return facts_of(
         model, inputs, target, dynamic, project, train_samples=length_of(train_set),
-        validation_samples=length_of(validation_set), loss=None,
+        validation_samples=length_of(validation_set), loss=None, max_batch=max_batch,
     )  # fmt: skip
 
 
@@ -91,11 +91,12 @@ def facts_of(
     train_samples: int | None,
     validation_samples: int | None,
     loss: float | None,
+    max_batch: int | None = None,
 ) -> CheckResult:
     """What `ship check` says of a model in eval() and of a batch."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     named = name_inputs(model, inputs, project)
-    dims = dims_of(named, dynamic, project)
+    dims = dims_of(named, dynamic, project, max_batch)
     return CheckResult(
         parameters=sum(parameter.numel() for parameter in trainable),
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trainable),

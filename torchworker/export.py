@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from torchworker.capture.aoti import aoti
+from torchworker.capture.executorch import executorch
 from torchworker.capture.onnx_model import onnx_model
 from torchworker.capture.pt2 import pt2
 from torchworker.capture.subject import Subject
@@ -51,6 +52,15 @@ from torchworker.reference import enlarged, require_trained, write_reference
 from torchworker.signature import dims_of, input_specs, output_specs, resized, sizes_of
 from torchworker.weights import load_weights, state_hash
 
+EXPORTERS: Mapping[str, Callable[[Subject, Path], str]] = {
+    "torchscript": torchscript,
+    "onnx": onnx_model,
+    "pt2": pt2,
+    "aoti": aoti,
+    "executorch": executorch,
+}
+"""Writes one format and says how."""
+
 REFERENCE_THREADS = 1
 """Reference outputs are computed on one thread, so that they do not depend on the machine's cores."""
 
@@ -79,7 +89,7 @@ def export(request: ExportRequest) -> ExportResult:
     torch.set_num_threads(REFERENCE_THREADS)
     inputs, _ = next(batches(dataset, request.batch, request.project))
     named = enlarged(name_inputs(model, inputs, request.project), request.batch)
-    dims = dims_of(named, request.dynamic, request.project)
+    dims = dims_of(named, request.dynamic, request.project, request.max_batch)
     with torch.no_grad():
         require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_hash(model)
@@ -226,8 +236,7 @@ def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
 def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> str:
     """Make one artifact and say how."""
     if kind not in INT8_FILES:
-        exporter = {"torchscript": torchscript, "onnx": onnx_model, "pt2": pt2, "aoti": aoti}[kind]
-        return exporter(subject, path)
+        return EXPORTERS[kind](subject, path)
     # Here: an import of seconds that most jobs do not need.
     from torchworker.capture import int8
 

@@ -73,17 +73,18 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
 
     pool: real samples, [n, …] by input; dims: the dynamic dimensions, the batch among them.
     """
-    few = {name: tensor[:DRAWN] for name, tensor in _rows(pool, _pick(pool, DRAWN, 0)).items()}
+    drawn = min([DRAWN, *(dim.max for dim in dims if dim.name == BATCH and dim.max is not None)])
+    few = _rows(pool, _pick(pool, drawn, 0))
     real = [name for name, tensor in pool.items() if _is_real(tensor)]
     if real:
         for seed, draw in enumerate((_jittered, _normal, _uniform)[:SEEDS]):
-            inputs = _rows(pool, _pick(pool, DRAWN, seed))
+            inputs = _rows(pool, _pick(pool, drawn, seed))
             generator = torch.Generator().manual_seed(seed)
             inputs |= {name: draw(inputs[name], pool[name], generator) for name in real}
             yield Probe(name=f"seed{seed}", group=DRAWS, inputs=inputs)
     else:
         for seed in range(SEEDS):
-            yield Probe(name=f"seed{seed}", group=DRAWS, inputs=_rows(pool, _pick(pool, DRAWN, seed)))
+            yield Probe(name=f"seed{seed}", group=DRAWS, inputs=_rows(pool, _pick(pool, drawn, seed)))
     for name, sizes in _extremes(few, dims):
         yield Probe(name=name, group=LENGTHS, inputs=resized(_rows(pool, _pick(pool, 2, 0)), dims, sizes))
     for name, scale in (("times30", 30.0), ("times1000", 1000.0), ("negated", -1.0), ("zero", 0.0)):
@@ -101,8 +102,8 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
 
 
 def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Each declared dimension at its smallest and largest, then all of them; twice the present size and one where there
-    is no end."""
+    """Each declared dimension at its smallest and largest, then all of them, the batch too where it has a largest size;
+    twice the present size and one where a declared one has none."""
     present = sizes_of(few, dims)
     declared = [dim for dim in dims if dim.name != BATCH]
     ends = {
@@ -112,16 +113,18 @@ def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, di
     for dim in declared:
         for what, sizes in ends.items():
             yield f"{what}.{dim.name}", {dim.name: sizes[dim.name]}
+    largest_batch = {dim.name: dim.max for dim in dims if dim.name == BATCH and dim.max is not None}
     if len(declared) > 1:
-        for what, sizes in ends.items():
-            yield f"all_{what}", sizes
+        yield "all_smallest", ends["smallest"]
+    if len(declared) + len(largest_batch) > 1:
+        yield "all_largest", {**ends["largest"], **largest_batch}
 
 
 def refusals(pool: Inputs, specs: Mapping[str, TensorSpec], dims: Sequence[DynamicDim]) -> Iterator[Probe]:
     """Inputs outside the signature, one thing wrong in each: most models refuse them, and so should an artifact."""
     few = _rows(pool, _pick(pool, 2, 0))
     for dim in dims:
-        if dim.name != BATCH and dim.max is not None:
+        if dim.max is not None:
             yield _refused(f"beyond.{dim.name}", resized(few, dims, {dim.name: dim.max + 1}))
     for name, tensor in few.items():
         if not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel():

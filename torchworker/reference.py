@@ -114,9 +114,9 @@ def enlarged(named: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
     return enlarged
 
 
-def golden_sizes(batch: int) -> list[int]:
-    """Batch sizes that artifacts are compared at: one, the one of capture, and a larger odd one."""
-    return [1, batch, 2 * batch + 1]
+def golden_sizes(batch: int, largest: int | None) -> list[int]:
+    """Batch sizes that artifacts are compared at: one, the one of capture, and the largest, or a larger odd one."""
+    return sorted({1, batch, largest or 2 * batch + 1})
 
 
 def write_reference(
@@ -134,7 +134,7 @@ def write_reference(
     project, folder = request.project, Path(request.folder)
     answers = Answers(model, project)
     golden = []
-    for size in golden_sizes(request.batch):
+    for size in golden_sizes(request.batch, request.max_batch):
         batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
         _twice(model, batch, project)
         golden.append(answers.complete(Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
@@ -149,7 +149,7 @@ def write_reference(
     pool = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
-    dims = dims_of(named, request.dynamic, project)
+    dims = dims_of(named, request.dynamic, project, request.max_batch)
     unasked: list[str] = []
     for probe in probes(pool, dims):
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchworker.contract import INT8_OF
 
 SIGNATURE = "signature"
-"""Key under which an AOTInductor package holds names, dtypes, shapes and ranges of its inputs, as JSON."""
+"""Where AOTInductor packages and ExecuTorch programs hold names, dtypes, shapes and ranges of their inputs, as JSON."""
 
 Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Inputs by name → outputs in the order of the signature."""
@@ -25,8 +25,8 @@ Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 def load(kind: str, path: Path, threads: int) -> Call:
     """kind: a key of FORMAT_FILES or INT8_FILES; threads: intra-op threads of the runtime."""
     kind = INT8_OF.get(kind, kind)
-    if kind == "onnx":
-        return _onnx(path, threads)
+    if kind in _OWN_THREADS:
+        return _OWN_THREADS[kind](path, threads)
     torch.set_num_threads(threads)
     return {"torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}[kind](path)
 
@@ -39,6 +39,8 @@ def prepare(kind: str, threads: int) -> None:
         importlib.import_module("onnxruntime")
     elif kind == "aoti":
         importlib.import_module("torch._inductor.package")
+    elif kind == "executorch":
+        _executorch_library()
 
 
 def flat(outputs: Any) -> list[Tensor]:
@@ -96,8 +98,10 @@ def _aoti(path: Path) -> Call:
 
 def checked(call: Call, path: Path) -> Call:
     """The call of an AOTInductor package, refusing what the package was not compiled for."""
-    signature = json.loads(torch._inductor.aoti_load_package(str(path)).get_metadata()[SIGNATURE])
+    return _guarded(call, json.loads(torch._inductor.aoti_load_package(str(path)).get_metadata()[SIGNATURE]))
 
+
+def _guarded(call: Call, signature: Mapping[str, Any]) -> Call:
     def guarded(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         _require_signature(inputs, signature)
         return call(inputs)
@@ -106,7 +110,7 @@ def checked(call: Call, path: Path) -> Call:
 
 
 def _require_signature(inputs: Mapping[str, Tensor], signature: Mapping[str, Any]) -> None:
-    """Raises ValueError for a dtype or size that the package was not compiled for; the compiled code does not look."""
+    """Raises ValueError for a dtype or size that the artifact was not made for; its runtime does not look."""
     sizes: dict[str, int] = {}
     for spec in signature["inputs"]:
         tensor = inputs[spec["name"]]
@@ -145,3 +149,42 @@ def _onnx(path: Path, threads: int) -> Call:
         return [torch.from_numpy(array) for array in session.run(None, fed)]
 
     return call
+
+
+def _executorch_library() -> Any:
+    try:
+        # The module that executorch.runtime wraps; the way there imports the compiler, for seconds.
+        return importlib.import_module("executorch.extension.pybindings._C")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"ExecuTorch's runtime is not installed ({error}): pip install 'train-and-ship[edge]'"
+        ) from error
+
+
+def _executorch_program(path: Path) -> Any:
+    library = _executorch_library()
+    return library._load_program(str(path), program_verification=library.Verification.InternalConsistency)
+
+
+def planned_shapes(path: Path) -> list[tuple[int, ...]]:
+    """The largest shape of each input of an ExecuTorch program, in order."""
+    method = _executorch_program(path).method_meta("forward")
+    return [tuple(method.input_tensor_meta(position).sizes()) for position in range(method.num_inputs())]
+
+
+def _executorch(path: Path, threads: int) -> Call:
+    # One pool a process; what is loaded later uses it.
+    _executorch_library()._unsafe_reset_threadpool(threads)
+    program = _executorch_program(path)
+    (signature,) = program.load_method(SIGNATURE)([])
+    method = program.load_method("forward")
+
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return flat(method([tensor.contiguous() for tensor in inputs.values()]))
+
+    return _guarded(call, json.loads(signature))
+
+
+_OWN_THREADS: Mapping[str, Callable[[Path, int], Call]] = {"onnx": _onnx, "executorch": _executorch}
+"""Loaders of runtimes with threads of their own; the others compute with torch's."""

@@ -14,12 +14,15 @@ BATCH = "batch"
 """The first dimension of every input."""
 
 
-def dims_of(named: Mapping[str, Tensor], declared: Sequence[DynamicDim], project: Project) -> tuple[DynamicDim, ...]:
+def dims_of(
+    named: Mapping[str, Tensor], declared: Sequence[DynamicDim], project: Project, max_batch: int | None = None
+) -> tuple[DynamicDim, ...]:
     """The batch and the declared dimensions, held against one batch of the data.
 
-    Raises UserMistake for an input or axis that is not there, and for sizes outside the declared range.
+    max_batch: largest batch; None for no limit. Raises UserMistake for an input or axis that is not there, and for
+    sizes outside the declared range.
     """
-    batch = DynamicDim(name=BATCH, min=1, max=None, axes={name: (0,) for name in named})
+    batch = DynamicDim(name=BATCH, min=1, max=max_batch, axes={name: (0,) for name in named})
     for dim in declared:
         where = f"export.dynamic.{dim.name}"
         found: dict[str, int] = {}

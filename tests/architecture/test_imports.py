@@ -58,7 +58,7 @@ ONLY_IN = {
     ],
     "mlserver": ["shipreader/onnx_model.py"],
 }
-WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "torchworker"}
+WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "executorch", "torchworker"}
 
 
 def modules(package: str) -> Iterator[tuple[str, ast.Module]]:

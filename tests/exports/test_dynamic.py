@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infra.errors import JobError
-from tests.exports.test_exports import ONE, Open, shop  # noqa: F401
+from tests.exports.test_exports import FORMATS, ONE, Open, shop  # noqa: F401
 from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
 
 SEQUENCES = """
@@ -54,7 +54,7 @@ def words(shop: Open, body: str = "pass", **length: object):
 
 def test_every_format_takes_other_lengths_left_out_inputs_and_nested_outputs(shop: Open) -> None:
     opened = words(shop)
-    opened.export(*FORMAT_FILES)
+    opened.export(*FORMATS)
     assert opened.validate().passed
     assert opened.result is not None
     assert opened.result.inputs == (

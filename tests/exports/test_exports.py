@@ -34,6 +34,8 @@ from torchworker.contract import (
     decode,
 )
 
+FORMATS = tuple(kind for kind in FORMAT_FILES if kind != "executorch")
+"""Those that need no largest batch."""
 ONE = {"epochs": 1, "processes": 1, "batch_size": 32}
 
 
@@ -70,6 +72,7 @@ class Shop:
             seed=0,
             validation_limit=1000,
             dynamic=dynamic_dims(self.job),
+            max_batch=self.job.export.max_batch,
             auto=self.job.export.formats == "auto",
             libraries=[str(self.project_folder / name) for name in self.job.export.libraries],
             int8=self.job.export.int8.wanted if self.job.export.int8 is not None else (),
@@ -121,12 +124,12 @@ def shop(host: WorkerHost, tmp_path: Path) -> Open:
 
 def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(shop: Open) -> None:
     opened = shop(gates={"accuracy": {"min": 0.0}})
-    opened.export(*FORMAT_FILES)
+    opened.export(*FORMATS)
     result = opened.validate()
 
     assert result.passed
     assert result.reference == "the model in float64"
-    for kind in FORMAT_FILES:
+    for kind in FORMATS:
         mine = [verdict for verdict in result.verdicts if verdict.format == kind]
         assert [(v.gate, v.case) for v in mine] == [
             ("parity", "batch 1"),
@@ -434,7 +437,7 @@ def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(sh
 
 def test_a_project_folder_that_holds_the_python_environment_is_validated(shop: Open) -> None:
     opened = shop()
-    opened.export(*FORMAT_FILES)
+    opened.export(*FORMATS)
     opened.project_folder = Path(sys.prefix).parent
     assert opened.validate().passed
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from infra.errors import JobError
 from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES
 from registry.job import Job, job_schema, load_job
 from ship.job_reference import job_reference
+from tasks.extras import require_extras
 from tests.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
 
@@ -100,6 +102,12 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("gates: {p50_ms: {}}\n", "at least one of min, max, vs_live, times_live"),
         ("export: {serve: fastest}\n", "export.serve: expected"),
         ("export: {serve: aoti}\n", "one of what is made (torchscript, onnx, pt2), not aoti"),
+        (
+            "export: {formats: [executorch], dynamic: {length: {axes: {x: 1}}}}\n",
+            "expected export.max_batch and export.dynamic.length.max, the largest size that users will send, with",
+        ),
+        ("export: {batch: 64, max_batch: 8}\n", "expected export.batch, 64 samples at which the model is captured, no"),
+        ("export: {max_batch: 1}\n", "export.max_batch: expected greater than or equal to 2"),
         ("export: {quantize: int4}\n", "export.quantize: expected"),
         ("export: {quantize: {formats: [onnx-int4]}}\n", "export.quantize.formats"),
         ("export: {quantize: {sqnr: 30}}\n", "export.quantize.sqnr: unknown key; did you mean sqnr_db?"),
@@ -193,6 +201,23 @@ def test_a_dynamic_dimension_that_cannot_be_is_refused_with_its_key(
     tmp_path: Path, dynamic: str, expected: str
 ) -> None:
     assert expected in refused(tmp_path, GOOD + f"export: {{dynamic: {dynamic}}}\n")
+
+
+def test_executorch_is_made_when_it_is_named_and_not_by_auto(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD + "export: {formats: auto}\n").export.wanted == ("torchscript", "onnx", "pt2", "aoti")
+    named = load(tmp_path, GOOD + "export: {formats: [executorch], batch: 8, max_batch: 8, serve: executorch}\n").export
+    assert named.wanted == ("executorch",) and named.max_batch == 8
+
+
+def test_a_format_whose_library_is_not_installed_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load(tmp_path, GOOD + "export: {formats: [executorch], max_batch: 64}\n")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "executorch" else find(name))
+    with pytest.raises(JobError, match=r"executorch needs the library .* pip install 'train-and-ship\[edge\]'"):
+        require_extras(job)
+    require_extras(load(tmp_path, GOOD))
 
 
 CUSTOM = GOOD.replace("epochs: 2", "entrypoint: plain:main")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import torch
 import yaml
 from torch.utils import cpp_extension
 
+from infra.errors import JobError
 from infra.workerhost import WorkerHost
 from registry.job import load_job
 from tasks.requests import dynamic_dims, project_of, user_modules
@@ -38,6 +40,10 @@ from torchworker.contract import (
 from torchworker.reference import read_probes
 
 MODELS = Path(__file__).with_name("models")
+EDGE = ("executorch",)
+"""Asked apart: it needs an extra, and a largest batch, which the others are not told."""
+USUAL = tuple(kind for kind in FORMAT_FILES if kind not in EDGE)
+MAX_BATCH = 17
 AT_ONCE = 3
 """Models that are exported side by side; each exports its formats side by side as well."""
 INITIALISED = """
@@ -72,12 +78,13 @@ class Cell:
     """What became of one model in one format."""
 
     outcome: str
-    """`exact`, `within`, `refused`, `not asked`."""
+    """`exact`, `within`, `refused`."""
     how: str
     """How it was captured, or why it was refused."""
 
 
 Row = dict[str, Cell]
+"""By format; without those that were not asked."""
 
 
 def operator_library() -> Path | None:
@@ -100,33 +107,33 @@ def operator_library() -> Path | None:
     return built
 
 
-def visit(folder: Path, animals: Sequence[Animal] = ZOO) -> dict[str, Row]:
-    """Every model's row, by name. folder: empty, for projects and artifacts."""
+def visit(folder: Path, kinds: Sequence[str], animals: Sequence[Animal] = ZOO) -> dict[str, Row]:
+    """Every model's row, by name. folder: empty or not there, for projects and artifacts; kinds: USUAL or EDGE."""
     library = operator_library()
     seen = [animal for animal in animals if library is not None or not animal.libraries]
     for position, animal in enumerate(seen):
-        _write_project(folder / str(position), animal, library)
+        _write_project(folder / str(position), animal, library, MAX_BATCH if kinds == EDGE else None)
     folders = [str(folder / str(position)) for position in range(len(seen))]
     subprocess.run([sys.executable, "-c", INITIALISED, *folders], check=True, timeout=240)
     host = WorkerHost(folder / "host.log")
     try:
-        rows = asyncio.run(_visit_all(host, folder, seen))
+        rows = asyncio.run(_visit_all(host, folder, seen, kinds))
     finally:
         host.close()
     return {animal.name: row for animal, row in zip(seen, rows, strict=True)}
 
 
-async def _visit_all(host: WorkerHost, folder: Path, animals: Sequence[Animal]) -> list[Row]:
+async def _visit_all(host: WorkerHost, folder: Path, animals: Sequence[Animal], kinds: Sequence[str]) -> list[Row]:
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def one(position: int, animal: Animal) -> Row:
         async with turn:
-            return await _visit_one(host, folder / str(position), animal)
+            return await _visit_one(host, folder / str(position), animal, kinds)
 
     return await asyncio.gather(*(one(position, animal) for position, animal in enumerate(animals)))
 
 
-def _write_project(folder: Path, animal: Animal, library: Path | None) -> None:
+def _write_project(folder: Path, animal: Animal, library: Path | None, max_batch: int | None) -> None:
     folder.mkdir(parents=True)
     for code in MODELS.glob("*.py"):
         shutil.copy(code, folder)
@@ -138,7 +145,12 @@ def _write_project(folder: Path, animal: Animal, library: Path | None) -> None:
         "model": {"factory": animal.model, "args": dict(animal.args)},
         "data": {"factory": animal.data},
         "train": {"epochs": 1},
-        "export": {"batch": 8, "dynamic": dict(animal.dynamic), "libraries": list(animal.libraries)},
+        "export": {
+            "batch": 8,
+            "max_batch": max_batch,
+            "dynamic": dict(animal.dynamic),
+            "libraries": list(animal.libraries),
+        },
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     for name in ("trained", "export", "validate"):
@@ -146,10 +158,10 @@ def _write_project(folder: Path, animal: Animal, library: Path | None) -> None:
     project_of(*load_job(folder / "job.yaml")).write(folder / "project.json")
 
 
-async def _visit_one(host: WorkerHost, folder: Path, animal: Animal) -> Row:
+async def _visit_one(host: WorkerHost, folder: Path, animal: Animal, kinds: Sequence[str]) -> Row:
     job, project_folder = load_job(folder / "job.yaml")
     project = project_of(job, project_folder)
-    asked = [kind for kind in FORMAT_FILES if kind != "aoti" or animal.compiled]
+    asked = [kind for kind in kinds if kind != "aoti" or animal.compiled]
     export = ExportRequest(
         project=project,
         folder=str(folder / "export"),
@@ -160,9 +172,14 @@ async def _visit_one(host: WorkerHost, folder: Path, animal: Animal) -> Row:
         seed=0,
         validation_limit=1000,
         dynamic=dynamic_dims(job),
+        max_batch=job.export.max_batch,
         libraries=[str(project_folder / name) for name in job.export.libraries],
     )
-    exported: ExportResult = decode(ExportResult, await call_worker(host, "export", export, folder / "export"))
+    try:
+        exported: ExportResult = decode(ExportResult, await call_worker(host, "export", export, folder / "export"))
+    except JobError as error:
+        # `auto` leaves out what does not fit, unless nothing is left.
+        return {kind: Cell(outcome="refused", how=str(error)) for kind in asked}
     validate = ValidateRequest(
         folder=str(folder / "export"),
         formats={kind: artifact.file for kind, artifact in exported.artifacts.items()},
@@ -181,10 +198,8 @@ async def _visit_one(host: WorkerHost, folder: Path, animal: Animal) -> Row:
         ValidateResult, await call_worker(host, "validate", validate, folder / "validate")
     )
     row = {}
-    for kind in FORMAT_FILES:
-        if kind not in asked:
-            row[kind] = Cell(outcome="not asked", how="")
-        elif kind in exported.left_out:
+    for kind in asked:
+        if kind in exported.left_out:
             row[kind] = Cell(outcome="refused", how=exported.left_out[kind])
         else:
             failed = [item for item in validated.verdicts if item.format == kind and item.ran and not item.passed]
@@ -221,10 +236,8 @@ and compares. *exact*: bit for bit what the model gives, on every probe. *within
 *refused*: nothing is released, for the reason below the table. An empty cell was not asked: compiling takes long.
 Exact or within may differ from processor to processor; this page was written on {capability}.
 
-ExecuTorch (`.pte`, for phones and microcontrollers) is not among the formats. `executorch` 1.5.1 installs beside this
-torch without moving a version, and a small convolutional model went through XNNPACK and agreed to 2e-7 in its Python
-runtime. But lowering narrowed the declared batch of 1 to 17 to 1 to 15 without a word, the runtime answered an image of
-9 rows where 8 were fixed, and every dimension needs an upper end, which a batch here has not.
+ExecuTorch is asked by name only, with its extra installed and batches of 1 to 17; [edge.md](edge.md) says what is held
+against what.
 
 """
 
@@ -234,15 +247,28 @@ def page(rows: dict[str, Row]) -> str:
     lines = ["| model | " + " | ".join(FORMAT_FILES) + " |", "|---|" + "---|" * len(FORMAT_FILES)]
     reasons = []
     for name, row in rows.items():
-        cells = ["" if cell.outcome == "not asked" else cell.outcome for cell in row.values()]
+        cells = [row[kind].outcome if kind in row else "" for kind in FORMAT_FILES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         told: dict[str, list[str]] = {}
         for kind, cell in row.items():
-            if cell.outcome != "not asked":
-                told.setdefault(f"{cell.outcome}: {_steady(cell.how)}", []).append(kind)
+            told.setdefault(f"{cell.outcome}: {_steady(cell.how)}", []).append(kind)
         reasons.append(f"### {name}\n\n" + "\n".join(f"- {', '.join(kinds)}: {why}" for why, kinds in told.items()))
     head = HEAD.format(capability=torch.backends.cpu.get_cpu_capability())
     return head + "\n".join(lines) + "\n\n## How, and why not\n\n" + "\n\n".join(reasons) + "\n"
+
+
+def told(text: str) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
+    """What a page says, by model and format: the cells of its table, and the lines below it."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    kinds = lines[0][1:]
+    cells = {(row[0], kind): cell for row in lines[2:] for kind, cell in zip(kinds, row[1:], strict=True) if cell}
+    reasons = {}
+    for section in text.split("\n### ")[1:]:
+        name, *said = section.strip().splitlines()
+        for line in filter(None, said):
+            named, _, reason = line.removeprefix("- ").partition(": ")
+            reasons |= {(name, kind): reason for kind in named.split(", ")}
+    return cells, reasons
 
 
 def _steady(text: str) -> str:
@@ -253,9 +279,12 @@ def _steady(text: str) -> str:
 
 
 def main() -> None:
+    if importlib.util.find_spec("executorch") is None:
+        raise SystemExit("the page is written with every format: pip install 'train-and-ship[edge]'")
     chosen = [animal for animal in ZOO if not sys.argv[1:] or animal.name in sys.argv[1:]]
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
-        print(page(visit(Path(folder), chosen)), end="")
+        usual, edge = (visit(Path(folder) / kinds[0], kinds, chosen) for kinds in (USUAL, EDGE))
+        print(page({name: row | edge[name] for name, row in usual.items()}), end="")
 
 
 if __name__ == "__main__":

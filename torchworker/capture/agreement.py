@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from torchworker.capture.subject import Subject
@@ -33,6 +34,21 @@ def disagreement(call: Call, subject: Subject) -> str:
             outcome = compare(found, tensor, None)
             if not outcome.passed:
                 return f"on {shown} output {name} is not the model's: {outcome.note}"
+    return ""
+
+
+def hides_nan(call: Call, subject: Subject) -> str:
+    """Where NaN goes in, the model gives NaN and the program numbers, in words. Empty: nowhere.
+
+    Kernels that compilers and backends fuse, such as a convolution with the activation behind it, may do so.
+    """
+    for name, tensor in subject.inputs.items():
+        if tensor.is_floating_point():
+            inputs = {**subject.inputs, name: torch.full_like(tensor, float("nan"))}
+            expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
+            for found, wanted in zip(call(inputs), expected.values(), strict=True):
+                if bool(wanted.isnan().any()) and not bool(found.isnan().any()):
+                    return f"NaN in {name} gives numbers, where the model gives NaN"
     return ""
 
 

@@ -6,20 +6,16 @@ it a wrong dtype or size is read as if it were right. So the package carries the
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 
 from torchworker import runtimes
-from torchworker.capture.agreement import disagreement
+from torchworker.capture.agreement import disagreement, hides_nan
 from torchworker.capture.program import capture
 from torchworker.capture.subject import Subject
 from torchworker.failure import UserMistake, describe
-from torchworker.project import forward, name_outputs
-from torchworker.signature import input_specs
 
 
 def aoti(subject: Subject, path: Path) -> str:
@@ -38,7 +34,7 @@ def aoti(subject: Subject, path: Path) -> str:
                 refusals.append(f"it cannot be compiled: {describe(error).splitlines()[0][:300]}")
                 continue
         call = runtimes.load("aoti", path, torch.get_num_threads())
-        differs = disagreement(call, subject) or (_hides_nan(call, subject) if freezing else "")
+        differs = disagreement(call, subject) or (hides_nan(call, subject) if freezing else "")
         if not differs:
             return f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {named}"
         refusals.append(differs)
@@ -55,21 +51,9 @@ def compiled(program: ExportedProgram, subject: Subject, path: Path, *, freezing
             "freezing": freezing,
             # The other formats are made beside this one.
             "compile_threads": 1,
-            "aot_inductor.metadata": {runtimes.SIGNATURE: _signature(subject)},
+            "aot_inductor.metadata": {runtimes.SIGNATURE: subject.signature()},
         },
     )
-
-
-def _hides_nan(call: runtimes.Call, subject: Subject) -> str:
-    """Folding weights also fuses convolutions with what follows, and those kernels may turn NaN into a number."""
-    for name, tensor in subject.inputs.items():
-        if tensor.is_floating_point():
-            inputs = {**subject.inputs, name: torch.full_like(tensor, float("nan"))}
-            expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
-            for found, wanted in zip(call(inputs), expected.values(), strict=True):
-                if bool(wanted.isnan().any()) and not bool(found.isnan().any()):
-                    return f"NaN in {name} gives numbers, where the model gives NaN"
-    return ""
 
 
 def compiler() -> str:
@@ -83,12 +67,3 @@ def compiler() -> str:
             "export: AOTInductor needs a C++ compiler and this machine has none; install g++, name one in the variable "
             "CXX, or leave aoti out of export.formats"
         ) from error
-
-
-def _signature(subject: Subject) -> str:
-    return json.dumps(
-        {
-            "inputs": [asdict(spec) for spec in input_specs(subject.inputs, subject.dims)],
-            "dims": {dim.name: [dim.min, dim.max] for dim in subject.dims},
-        }
-    )

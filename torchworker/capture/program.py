@@ -32,6 +32,8 @@ WAYS_OUT = (
     "Ways out for a decision on data: torch.cond, torch's while_loop, or a fixed number of steps with a mask; "
     "TorchScript by script keeps Python's control flow"
 )
+MADE_OF_IT = "onnx, pt2, aoti and executorch"
+"""Formats that are made of an exported program."""
 LARGEST_TRIED = 64
 """Sizes of a dimension are tried one by one up to its smallest plus this, and at its largest."""
 
@@ -192,14 +194,14 @@ def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserMistake
         mistake = UserMistake(
             f"export: torch.export fixes {', '.join(dict.fromkeys(places))}, the size of the example"
             f"{_because(subject, guards, r'^Eq')}; take sizes from the inputs (x.shape) instead of writing them down "
-            "or turning them into Python numbers, leave the dimension out of export.dynamic, or leave onnx, pt2 and "
-            "aoti out of export.formats"
+            f"or turning them into Python numbers, leave the dimension out of export.dynamic, or leave {MADE_OF_IT} "
+            "out of export.formats"
         )
     else:
         first = next((line.strip() for line in text.splitlines() if line.strip()), "")
         mistake = UserMistake(
             f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
-            f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave onnx, pt2 and aoti out of export.formats"
+            f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave {MADE_OF_IT} out of export.formats"
         )
     mistake.__cause__ = error
     return mistake
@@ -240,7 +242,8 @@ def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Gua
     check = getattr(program.module(), "_guards_fn", None)
     if check is None:
         return
-    for sizes in _declared_sizes(subject, _upper_bounds(program, subject)):
+    limits = {name: upper for name, (_, upper) in ranges(program, subject).items() if upper is not None}
+    for sizes in _declared_sizes(subject, limits):
         shapes = {
             name: torch.empty(_shape(subject, name, sizes), dtype=tensor.dtype, device="meta")
             for name, tensor in subject.inputs.items()
@@ -262,7 +265,7 @@ def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Gua
         raise UserMistake(
             f"export: torch.export keeps one side of a decision on sizes: at {tried} the model runs and the program "
             f"would refuse ({refused}){_because(subject, guards)}; declare narrower sizes in export.dynamic, make the "
-            "decision torch.cond, or leave onnx, pt2 and aoti out of export.formats"
+            f"decision torch.cond, or leave {MADE_OF_IT} out of export.formats"
         )
 
 
@@ -274,23 +277,26 @@ def _shape(subject: Subject, name: str, sizes: Mapping[str, int]) -> list[int]:
     return shape
 
 
-def _upper_bounds(program: ExportedProgram, subject: Subject) -> dict[str, int]:
-    """The largest sizes that the program takes, of the dimensions where it has a limit."""
-    bounds: dict[str, int] = {}
-    shapes = {
-        node.name: node.meta["val"].shape
-        for node in program.graph.nodes
-        if node.op == "placeholder"
-        if "val" in node.meta
-    }
+def ranges(program: ExportedProgram, subject: Subject) -> dict[str, tuple[int, int | None]]:
+    """The smallest and the largest size that the program notes for each dimension; None where it has no limit."""
+    found: dict[str, tuple[int, int | None]] = {}
+    taken = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [taken[str(name)] for name in program.graph_signature.user_inputs]
+    shapes = {name: tensor.shape for name, tensor in zip(subject.inputs, tensors, strict=True)}
     for dim in subject.dims:
+        lower, upper = 0, sys.maxsize
         for name, axes in dim.axes.items():
             for axis in axes:
                 size = shapes[name][axis]
-                limit = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
-                if limit is not None and limit.upper.is_Integer:
-                    bounds[dim.name] = min(int(limit.upper), bounds.get(dim.name, sys.maxsize))
-    return bounds
+                noted = program.range_constraints.get(getattr(getattr(size, "node", None), "expr", None))
+                if noted is None:
+                    # A number: the dimension was fixed.
+                    lower, upper = max(lower, int(size)), min(upper, int(size))
+                    continue
+                lower = max(lower, int(noted.lower))
+                upper = min(upper, int(noted.upper)) if noted.upper.is_Integer else upper
+        found[dim.name] = (lower, upper if upper < sys.maxsize else None)
+    return found
 
 
 def _declared_sizes(subject: Subject, bounds: Mapping[str, int]) -> Iterator[dict[str, int]]:

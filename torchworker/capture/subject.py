@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
 from torchworker.contract import DynamicDim, Project
+from torchworker.signature import input_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,15 @@ class Subject:
     dims: Sequence[DynamicDim]
     """The batch and the declared dimensions."""
     project: Project
+
+    def signature(self) -> str:
+        """Names, dtypes, shapes and ranges of the inputs, as JSON, for runtimes that do not look at them."""
+        return json.dumps(
+            {
+                "inputs": [asdict(spec) for spec in input_specs(self.inputs, self.dims)],
+                "dims": {dim.name: [dim.min, dim.max] for dim in self.dims},
+            }
+        )
 
     @property
     def folder(self) -> str:
