@@ -11,7 +11,7 @@ from tasks.conclude import conclude
 from tasks.decide import Night, decide, ended, skip
 from tasks.export import export
 from tasks.inspect import inspect
-from tasks.outcome import end_mlflow_run, record_failure
+from tasks.outcome import end_mlflow_run, record_failure, report_failure
 from tasks.promote import promote_if_better
 from tasks.register import register
 from tasks.rehearse import rehearse
@@ -22,8 +22,9 @@ from tasks.validate import validate
 
 @flow(
     name="retrain",
-    on_failure=[end_mlflow_run, record_failure],
-    on_crashed=[end_mlflow_run, record_failure],
+    on_failure=[report_failure, end_mlflow_run, record_failure],
+    on_crashed=[report_failure, end_mlflow_run, record_failure],
+    on_cancellation=[report_failure],
 )
 async def retrain(
     job: str = "examples/digits/job.yaml", why: str = "", force: bool = False, resume: str = ""
@@ -46,4 +47,4 @@ async def retrain(
         rehearsed = await rehearse(run, registered, validated)
         answer = await candidate_approval(run, registered, rehearsed)
         outcome = await promote_if_better(run, registered, validated, rehearsed, answer)
-        return ended(await conclude(plan, run, trained, registered, rehearsed, outcome))
+        return ended(await conclude(plan, run, registered, rehearsed, outcome))

@@ -8,7 +8,7 @@ from tasks.alone import alone
 from tasks.approval import candidate_approval
 from tasks.export import export
 from tasks.inspect import inspect
-from tasks.outcome import end_mlflow_run
+from tasks.outcome import end_mlflow_run, report_failure
 from tasks.promote import promote
 from tasks.register import register
 from tasks.rehearse import rehearse
@@ -20,8 +20,9 @@ from tasks.validate import validate
 
 @flow(
     name="train-and-ship",
-    on_failure=[end_mlflow_run],
-    on_crashed=[end_mlflow_run],
+    on_failure=[report_failure, end_mlflow_run],
+    on_crashed=[report_failure, end_mlflow_run],
+    on_cancellation=[report_failure],
 )
 async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = "") -> Shipped:
     """Train a model, prove its exports equal to it, and put it live.
@@ -38,4 +39,4 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
         rehearsed = await rehearse(run, registered, validated)
         answer = await candidate_approval(run, registered, rehearsed)
         promoted = await promote(run, registered, validated, rehearsed, answer)
-        return await report(run, trained, registered, promoted)
+        return await report(run, registered, promoted)

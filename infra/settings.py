@@ -63,6 +63,12 @@ class Settings(BaseSettings):
     """Addresses, for Apprise, of who is told when a run fails or a release goes live."""
     silent_seconds: int = Field(120, validation_alias="SHIP_SILENT_SECONDS", ge=HEARTBEAT_SECONDS + 5)
     """A run that gave no sign of life for so long is crashed."""
+    cpu_hour_price: float | None = Field(None, validation_alias="SHIP_CPU_HOUR_PRICE", ge=0, allow_inf_nan=False)
+    """What an hour of one CPU core costs, for the reports of runs; None shows no price."""
+    gpu_hour_price: float | None = Field(None, validation_alias="SHIP_GPU_HOUR_PRICE", ge=0, allow_inf_nan=False)
+    """The same of one GPU."""
+    currency: str = Field("", validation_alias="SHIP_CURRENCY", max_length=12)
+    """Of both prices, a word such as EUR."""
 
     @classmethod
     def load(cls) -> Self:

@@ -15,10 +15,13 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from infra.errors import WorkerError
 
@@ -48,7 +51,10 @@ class WorkerHost:
                 # Its own session: Ctrl-C reaches this process, which then decides.
                 start_new_session=True,
             )
+        self.spent: Counter[str] = Counter()
+        """CPU seconds by stage, of children that have ended, with all that they started."""
         self._waiting: dict[int, Future[int]] = {}
+        self._stages: dict[int, str] = {}
         self._lock = threading.Lock()
         self._last_id = 0
         threading.Thread(target=self._listen, name="worker-host", daemon=True).start()
@@ -61,6 +67,13 @@ class WorkerHost:
     def pid(self) -> int:
         return self._process.pid
 
+    def own_seconds(self) -> float:
+        """CPU seconds of the host itself, which are mostly those of importing torch; 0 when it is gone."""
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(self._process.pid).cpu_times()
+            return float(times.user + times.system)
+        return 0.0
+
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -68,6 +81,7 @@ class WorkerHost:
             if "id" in message:
                 with self._lock:
                     future = self._waiting.pop(message["id"])
+                    self.spent[self._stages.pop(message["id"])] += message["cpu"]
                 future.set_result(message["status"])
         self._process.wait()
         with self._lock:
@@ -99,7 +113,7 @@ class WorkerHost:
         with self._lock:
             self._last_id += 1
             job_id = self._last_id
-            self._waiting[job_id] = future
+            self._waiting[job_id], self._stages[job_id] = future, stage
             self._send({"id": job_id, "stage": stage, "request": str(request), "log": str(log)})
         ended = asyncio.wrap_future(future)
         follower = Follower(events, on_event) if events is not None and on_event is not None else None
@@ -154,6 +168,11 @@ def child_environment() -> dict[str, str]:
 
 
 _hosts: dict[int, WorkerHost] = {}
+
+
+def running_host() -> WorkerHost | None:
+    """The host of this process, when there is one."""
+    return _hosts.get(os.getpid())
 
 
 def worker_host(log: Path) -> WorkerHost:

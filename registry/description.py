@@ -6,6 +6,7 @@ text, because lists of versions show it unrendered.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -123,6 +124,14 @@ def shorten(text: str, limit: int) -> str:
     return (cut.rpartition("\n")[0] or cut).rstrip() + ending
 
 
+_NO_TEXT = re.compile("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def clean(text: str) -> str:
+    """Text without what neither XML nor UTF-8 can hold: control characters, halves of surrogate pairs."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     # MLflow's page leaves no room between columns; a no-break space does, also where the text is read raw.
@@ -171,21 +180,41 @@ def _first_line(
     return f"{quality}{outcome}: {model} {release} as {', '.join(formats)}."
 
 
+def by_condition(verdicts: Sequence[Verdict]) -> dict[tuple[str, str, str], dict[str, Verdict]]:
+    """What each format said to one question: gate, case and limit to format to verdict, in order."""
+    found: dict[tuple[str, str, str], dict[str, Verdict]] = {}
+    for verdict in verdicts:
+        found.setdefault((verdict.gate, verdict.case, verdict.limit), {})[verdict.format] = verdict
+    return found
+
+
+def outcome(verdict: Verdict | None) -> str:
+    """A cell of a table with a column a format; empty where the format was not asked."""
+    if verdict is None:
+        return ""
+    value = number(verdict.measured)
+    return f"{value} ✓" if verdict.passed else f"{value} ✗ failed" if verdict.ran else "not run"
+
+
 def _verdict_table(verdicts: Sequence[Verdict], *, with_gate: bool) -> str:
     """One line a condition, one column a format; what is known of failures below."""
     formats = list(dict.fromkeys(verdict.format for verdict in verdicts))
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    notes = []
-    for verdict in verdicts:
-        condition = (*((verdict.gate,) if with_gate else ()), verdict.case, verdict.limit)
-        value = number(verdict.measured)
-        cell = f"{value} ✓" if verdict.passed else f"**{value} ✗ failed**" if verdict.ran else "not run"
-        lines.setdefault(condition, {})[verdict.format] = cell
-        if verdict.note and not verdict.passed:
-            notes.append(f"- {verdict.format}, {verdict.gate}, {verdict.case}: {_cell(verdict.note)}")
+    rows = [
+        (*condition[0 if with_gate else 1 :], *(_verdict_cell(found.get(name)) for name in formats))
+        for condition, found in by_condition(verdicts).items()
+    ]
+    notes = [
+        f"- {verdict.format}, {verdict.gate}, {verdict.case}: {_cell(verdict.note)}"
+        for verdict in verdicts
+        if verdict.note and not verdict.passed
+    ]
     header = (*(("gate",) if with_gate else ()), "case", "limit", *formats)
-    rows = [(*condition, *(cells.get(name, "") for name in formats)) for condition, cells in lines.items()]
     return "\n\n".join([table(header, rows), *(["\n".join(notes)] if notes else [])])
+
+
+def _verdict_cell(verdict: Verdict | None) -> str:
+    failed = verdict is not None and verdict.ran and not verdict.passed
+    return f"**{outcome(verdict)}**" if failed else outcome(verdict)
 
 
 def _metric_table(metrics: Mapping[str, Mapping[str, float]]) -> str:

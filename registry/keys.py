@@ -3,6 +3,7 @@
 models/<model>/releases/<release>/<file>…              immutable
 models/<model>/releases/<release>/MANIFEST.json        written last: where it is, every file is
 models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
+models/<model>/releases/<release>/reports/<time>-<flow run>.html   what a run that made it did; see registry/reports.py
 models/<model>/channels/<channel>.json                 the pointer, what a reader follows
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
 models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
@@ -60,6 +61,11 @@ def release_prefix(model: str, release: str) -> str:
     require_name("model", model)
     require_release_id(release)
     return f"models/{model}/releases/{release}/"
+
+
+def reports_prefix(model: str, release: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    return f"{release_prefix(model, release)}reports/"
 
 
 def pointer_key(model: str, channel: str) -> str:

@@ -80,14 +80,17 @@ class LiveRun:
         self._abandoned = True
         return self._complete
 
-    def end(self, status: str, reason: str) -> None:
-        """The flow run failed or was cancelled. status: `FAILED` or `KILLED`. Raises ServiceError, SettingsError."""
+    def end(self, status: str, reason: str, report: Path | None = None) -> None:
+        """The flow run failed or was cancelled. status: `FAILED` or `KILLED`; report: HTML file about it.
+
+        Raises ServiceError, SettingsError.
+        """
         self.stop()
         flow_run_id = self._record.tags[mlflow_runs.TAG_FLOW_RUN]
         if self._run is None:
             # It failed sooner than mlflow is imported: worth a run all the same.
             mlflow_runs.open_run(self._record, self._uri)
-        mlflow_runs.end_run(self._record.model, flow_run_id, status, reason, self._uri)
+        mlflow_runs.end_run(self._record.model, flow_run_id, status, reason, self._uri, report)
         _live.pop(flow_run_id, None)
 
     # ---- the sending thread

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -34,6 +35,8 @@ TAG_FAILURE = "failure"
 TAG_PROCESS = "process"
 """`<host> <pid> <start>` of the process that watches over the run."""
 
+REPORT = "report.html"
+"""The run's artifact that tells all about it."""
 BATCH_OF_METRICS = 1000
 BATCH_OF_PARAMS = 100
 TAG_LENGTH = 5000
@@ -121,8 +124,12 @@ def log_points(run_id: str, points: Sequence[Point], tracking_uri: str) -> None:
             client.log_batch(run_id, metrics=metrics[start : start + BATCH_OF_METRICS])
 
 
-def end_run(model: str, flow_run_id: str, status: str, reason: str, tracking_uri: str) -> None:
+def end_run(
+    model: str, flow_run_id: str, status: str, reason: str, tracking_uri: str, report: Path | None = None
+) -> None:
     """The flow run failed or was cancelled: say so on its run, which ends unless it has. Writes to MLflow.
+
+    report: an HTML file, which becomes the run's REPORT; None when there is none.
 
     status: `FAILED` or `KILLED`. A run that had FINISHED stays so, with the reason: its version exists, and what
     failed came later. Without a run there is nothing to do. Raises ServiceError and SettingsError.
@@ -133,6 +140,8 @@ def end_run(model: str, flow_run_id: str, status: str, reason: str, tracking_uri
         if experiment is not None:
             for run in _runs_of(client, experiment.experiment_id, flow_run_id)[:1]:
                 end_with(client, run.info.run_id, run.info.status, status, reason)
+                if report is not None:
+                    client.log_text(run.info.run_id, report.read_text(), REPORT)
 
 
 def end_with(client: MlflowClient, run_id: str, now: str, status: str, reason: str) -> None:
@@ -310,4 +319,5 @@ def _is_alive(process: str) -> bool:
 
 
 if __name__ == "__main__":
-    end_run(*sys.argv[1:6])
+    model, flow_run, status, reason, uri, *reports = sys.argv[1:]
+    end_run(model, flow_run, status, reason, uri, Path(reports[0]) if reports else None)

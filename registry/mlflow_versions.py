@@ -26,6 +26,7 @@ from registry.mlflow_client import check_reachable, connect, translated, without
 from registry.mlflow_rest import TAG_RELEASE
 from registry.mlflow_runs import (
     BATCH_OF_METRICS,
+    REPORT,
     TAG_FLOW_RUN,
     OpenRun,
     RunRecord,
@@ -137,10 +138,13 @@ def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
 def attach_report(
     version: RegisteredVersion, model: str, decision: str, why: str, report: str, tracking_uri: str
 ) -> None:
-    """Tags `decision` and `decision_why` of a version, and the file `report.md` of its run. Writes to MLflow."""
+    """Tags `decision` and `decision_why` of a version, and the file REPORT of its run. Writes to MLflow.
+
+    report: an HTML document. Raises ServiceError and SettingsError.
+    """
     with translated(f"adding the report of {model} version {version.version}", tracking_uri):
         client = connect(tracking_uri)
-        client.log_text(version.run_id, report, "report.md")
+        client.log_text(version.run_id, report, REPORT)
         client.set_model_version_tag(model, version.version, "decision", decision)
         client.set_model_version_tag(model, version.version, "decision_why", why)
 

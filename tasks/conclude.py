@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
-from prefect import get_run_logger, task
-from prefect.artifacts import acreate_markdown_artifact
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import ShipError
 from registry.decisions import KEPT, PROMOTED, Decision, record_decision
-from registry.description import table
-from registry.mlflow_versions import attach_report
+from registry.page import Cell
 from tasks import tell as tell_event
 from tasks.decide import Night, Plan
-from tasks.policy import artifact_key, worth_retrying
+from tasks.policy import worth_retrying
 from tasks.promote import Kept, Promoted
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed
-from tasks.report import in_short, render
+from tasks.report import decided, in_short, publish, why_promoted
 from tasks.run import Run
-from tasks.train import Trained
 
 
 @task(
@@ -32,24 +29,15 @@ from tasks.train import Trained
     retry_condition_fn=worth_retrying,
 )
 async def conclude(
-    plan: Plan, run: Run, trained: Trained, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept
+    plan: Plan, run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept
 ) -> Night:
-    """Write the report (Prefect artifact, file of the run, file of the MLflow run) and record the decision."""
+    """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run."""
     decision = _decision(plan, registered, outcome)
     title = _title(plan, decision)
-    markdown = render(run, trained, registered, rehearsed, outcome, title=title, asked=_asked(plan, decision))
-    path = run.folder / "report.md"
-    path.write_text(markdown)
     await asyncio.to_thread(record_decision, plan.store, decision)
-    await acreate_markdown_artifact(markdown, key=f"report-{artifact_key(run.job.name)}", description=title)
-    try:
-        await asyncio.to_thread(
-            attach_report, registered.version, run.job.name, decision.decision, decision.why, markdown,
-            run.settings.mlflow_url,
-        )  # fmt: skip
-    except ShipError as error:
-        # The decision stands; MLflow is told what it is when it can be.
-        get_run_logger().warning("the report is not in MLflow: %s", error)
+    last = rehearsed if isinstance(outcome, Kept) else outcome.rehearsed
+    ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
+    path = await publish(run, registered, last, ended)
     told = tell_event.PROMOTED if decision.decision == PROMOTED else tell_event.KEPT
     tell_event.tell(told, run.job.name, title, in_short(run, registered, rehearsed, outcome))
     run.write_timings()
@@ -66,9 +54,7 @@ def _decision(plan: Plan, registered: Registered, outcome: Promoted | Kept) -> D
     made = {"candidate": registered.manifest.release, "version": registered.version.version}
     if isinstance(outcome, Kept):
         return plan.decided(KEPT, outcome.why, **made)
-    compared = outcome.rehearsed.in_words()
-    why = "; ".join(f"{name}: {said}" for name, said in compared.items()) or "nothing was live"
-    return plan.decided(PROMOTED, why, **made)
+    return plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
 
 
 def _title(plan: Plan, decision: Decision) -> str:
@@ -80,12 +66,10 @@ def _title(plan: Plan, decision: Decision) -> str:
     )
 
 
-def _asked(plan: Plan, decision: Decision) -> str:
-    rows = [
+def _asked(plan: Plan, decision: Decision) -> Sequence[Sequence[Cell]]:
+    return [
         ("asked by", decision.asked),
         ("changed", "; ".join(f"{name}: {how}" for name, how in plan.changed.items()) or "nothing"),
-        ("started from", f"the weights of release `{decision.start}`" if decision.start else "scratch"),
+        ("started from", f"the weights of release {decision.start}" if decision.start else "scratch"),
         ("decision", decision.decision),
-        ("why", decision.why),
     ]
-    return f"## Decision\n\n{table(('what', 'value'), rows)}"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,15 +24,18 @@ from infra.provenance import who
 from infra.settings import Settings
 from infra.workerhost import worker_host
 from registry.comparison import read_told
+from registry.cost import read_costs
 from registry.decisions import KEPT, SKIPPED, Decision, decided_at, read_decisions, record_decision
-from registry.description import table
 from registry.freshness import Inputs, changes
 from registry.job import Job, load_job
+from registry.page import Cell, Link
 from registry.pointer import Pointer, decode_pointer, read_pointer
+from registry.run_report import Outcome
 from tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
 from tasks.policy import artifact_key, quiet_mistakes, worth_retrying
+from tasks.report import write_report
 from tasks.requests import project_of
-from tasks.run import flow_run_page, run_folder
+from tasks.run import close_ledger, flow_run_page, ledger_of, run_folder
 from tasks.snapshot import known_snapshot
 from tasks.tell import UNCHANGED, tell
 
@@ -124,10 +127,11 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
     store = ObjectStore.from_settings(settings)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
-    live, (read_seconds, inputs) = await asyncio.gather(
-        asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
-        _inputs(settings, job, project_folder, folder),
-    )
+    with ledger_of(folder).stage("decide"):
+        live, (read_seconds, inputs) = await asyncio.gather(
+            asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
+            _inputs(settings, job, project_folder, folder),
+        )
     earlier = _read_plan(folder)
     start = live if job.retrain.start == "live" else None
     if earlier is not None:
@@ -230,11 +234,14 @@ async def skip(plan: Plan) -> Night:
     if decision.streak % STREAK == 0:
         subject = f"{plan.job.name}: skipped {decision.streak} times in a row"
         tell(UNCHANGED, plan.job.name, subject, f"{plan.skip}\nRun: {page}")
-    await acreate_markdown_artifact(
-        f"# {title}\n\n{_told(plan, decision)}", key=f"report-{artifact_key(plan.job.name)}", description=title
-    )
-    shutil.rmtree(plan.settings.runs / plan.job.name / plan.flow_run_id, ignore_errors=True)
-    return Night(title=title, decision=decision, run_url=page)
+    folder = plan.settings.runs / plan.job.name / plan.flow_run_id
+    close_ledger(folder)
+    costs = read_costs(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    written = await asyncio.to_thread(write_report, _skipped(plan, decision, title), folder, plan.settings, costs)
+    await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(plan.job.name)}", description=title)
+    return Night(title=title, decision=decision, run_url=page, report=written.file)
 
 
 def streak(plan: Plan) -> int:
@@ -248,11 +255,17 @@ def ended(night: Night) -> State[Night]:
     return Completed(name=night.decision.decision.capitalize(), message=night.title, data=night)
 
 
-def _told(plan: Plan, decision: Decision) -> str:
-    rows = [(name, plan.changed.get(name, "unchanged")) for name in INPUTS]
-    facts = [
-        ("live", f"`{decision.live}` on {decision.channel}"),
+def _skipped(plan: Plan, decision: Decision, title: str) -> Outcome:
+    """All there is to say about a night on which nothing was done."""
+    facts: list[Sequence[Cell]] = [(name, plan.changed.get(name, "unchanged")) for name in INPUTS]
+    facts += [
+        ("live", f"{decision.live} on {decision.channel}"),
         ("asked by", decision.asked),
         ("seconds", f"{decision.seconds:.1f}, of which {plan.read_seconds:.1f} were reading the data"),
+        ("in a row", f"{decision.streak}"),
     ]
-    return f"{table(('input', 'against the live release'), rows)}\n\n{table(('what', 'value'), facts)}"
+    page = Link(text=plan.flow_run_id, url=flow_run_page(plan.settings, plan.flow_run_id))
+    return Outcome(
+        verdict=SKIPPED, good=True, title=title, why=f"Nothing was trained: {plan.skip}.", facts=facts,
+        places=[("Prefect run", page)],
+    )  # fmt: skip

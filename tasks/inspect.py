@@ -24,6 +24,7 @@ from registry.freshness import Inputs, config_digest
 from registry.job import Job
 from registry.pointer import read_pointer
 from registry.release import DATA
+from registry.run_files import CHECKS, write_fact
 from tasks.policy import artifact_key, worth_retrying
 from tasks.requests import inspect_request
 from tasks.run import Run
@@ -38,8 +39,6 @@ class Inspected:
     """The data as it was before training; being read still when nothing hangs on it yet."""
 
     reading: asyncio.Task[InspectResult]
-    page: str
-    """What was found, as markdown; empty when nothing was asked."""
 
     async def facts(self) -> InspectResult:
         """Raises what reading raises: JobError, WorkerError."""
@@ -63,13 +62,14 @@ async def inspect(run: Run) -> Inspected:
     reading = asyncio.create_task(read_facts(run.host, run.job, run.project, run.folder))
     checks = run.job.data.checks
     if checks is None:
-        return Inspected(reading=reading, page="")
+        return Inspected(reading=reading)
     with run.timed("inspect"):
         facts = dataclasses.asdict(await reading)
         live, before = await asyncio.to_thread(_live_facts, run)
         if live and before is None:
             get_run_logger().warning("the live release %s does not say what its data was like: no drift is asked", live)
         report = check_data(checks, facts, before, live)
+        write_fact(run.folder, CHECKS, dataclasses.asdict(report))
     page = render_data(report, facts)
     await acreate_markdown_artifact(
         f"# Data of {run.job.name}\n\n{page}",
@@ -78,7 +78,7 @@ async def inspect(run: Run) -> Inspected:
     )
     require_good_data(run.job.name, report)
     get_run_logger().info("the data passes %d checks", len(report.findings))
-    return Inspected(reading=reading, page=page)
+    return Inspected(reading=reading)
 
 
 def _live_facts(run: Run) -> tuple[str, Mapping[str, Any] | None]:

@@ -1,10 +1,11 @@
-"""Flow hooks: a run that fails, crashes or is cancelled says so in MLflow, and a night in the record of decisions."""
+"""Flow hooks: a run that fails, crashes or is cancelled has its report, and MLflow and the decisions know of it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,19 @@ from typing import Any
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 
-from infra.errors import ShipError
+from infra.errors import GateError, ShipError
 from infra.objectstore import ObjectStore
 from infra.provenance import who
 from infra.settings import Settings
 from registry.decisions import FAILED, Decision, record_decision
 from registry.job import load_job
 from registry.live_run import live_run
+from registry.page import Cell, Link
 from registry.pointer import read_pointer
+from registry.reports import put_report
+from registry.run_report import Outcome
+from tasks.report import REPORT, show_in_prefect, write_report
+from tasks.run import close_ledger, flow_run_page
 
 REASON_LENGTH = 1000
 
@@ -31,13 +37,78 @@ async def end_mlflow_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
     reason = _reason(state)
     try:
         if (live := live_run(run)) is not None:
-            await asyncio.to_thread(live.end, status, reason)
+            await asyncio.to_thread(live.end, status, reason, _report_of(flow_run))
         elif not state.is_failed():
             # A flow that failed runs this in its own process: without a live run there, none was begun.
-            await _end_from_outside(flow_run.parameters["job"], run, status, reason)
+            await _end_from_outside(flow_run, status, reason)
     except (ShipError, OSError) as error:
         # The next run of this model on this machine ends it.
         logging.getLogger(__name__).warning("the MLflow run could not be ended: %s", error)
+
+
+async def report_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Write the report of a run that did not come to its end: what stopped it, and what is known until there.
+
+    In Prefect and in the run's folder, from where `end_mlflow_run` takes it to MLflow; beside the release when there is
+    one in the bucket. Never makes anything worse.
+    """
+    log = logging.getLogger(__name__)
+    try:
+        settings = Settings.load()
+        model, folder = _folder_of(flow_run, settings)
+        if folder is not None:
+            close_ledger(folder)
+        outcome = _outcome(flow_run, state, model, settings)
+        written = await asyncio.to_thread(write_report, outcome, folder, settings)
+        await show_in_prefect(written, model, flow_run.id)
+        if written.files is not None and written.files.against is not None:
+            await asyncio.to_thread(
+                put_report, ObjectStore.from_settings(settings), model, written.files.release, str(flow_run.id),
+                written.html, datetime.now(UTC),
+            )  # fmt: skip
+    except Exception as error:
+        # A hook that raises would hide why the run failed.
+        log.warning("the report of the run could not be written: %s: %s", type(error).__name__, error)
+
+
+def _folder_of(flow_run: FlowRun, settings: Settings) -> tuple[str, Path | None]:
+    """The model and the run's folder; an empty name and None for a job file that nobody can read."""
+    try:
+        job, _ = load_job(Path(flow_run.parameters["job"]))
+    except (ShipError, KeyError):
+        return "", None
+    return job.name, settings.runs / job.name / origin(flow_run)
+
+
+def _report_of(flow_run: FlowRun) -> Path | None:
+    _, folder = _folder_of(flow_run, Settings.load())
+    return folder / REPORT if folder is not None and (folder / REPORT).is_file() else None
+
+
+def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Settings) -> Outcome:
+    error = state.data if isinstance(state.data, Exception) else None
+    if isinstance(error, GateError):
+        verdict, why, rest = "refused", error.message, error.table
+    else:
+        verdict = "failed" if state.is_failed() else "cancelled" if state.is_cancelled() else "crashed"
+        text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
+        why, _, rest = text.partition("\n")
+    name = model or str(flow_run.parameters.get("job", flow_run.name))
+    facts: list[Sequence[Cell]] = []
+    if asked := flow_run.parameters.get("why"):
+        facts.append(("asked by", str(asked)))
+    page: Sequence[Cell] = (
+        "Prefect run", Link(text=str(flow_run.name), url=flow_run_page(settings, str(flow_run.id)))
+    )  # fmt: skip
+    return Outcome(
+        verdict=verdict,
+        good=False,
+        title=f"{name}: {verdict}",
+        why=why,
+        table=rest.strip("\n"),
+        facts=facts,
+        places=[page],
+    )
 
 
 async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -79,12 +150,14 @@ def origin(flow_run: FlowRun) -> str:
     return str(flow_run.parameters.get("resume") or flow_run.id)
 
 
-async def _end_from_outside(job_file: str, run: str, status: str, reason: str) -> None:
+async def _end_from_outside(flow_run: FlowRun, status: str, reason: str) -> None:
     """The flow's process is gone and a Prefect worker runs this hook: it must not carry mlflow from now on."""
-    job, _ = load_job(Path(job_file))
+    job, _ = load_job(Path(flow_run.parameters["job"]))
+    report = _report_of(flow_run)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "registry.mlflow_runs"),
-        *(job.name, run, status, reason, Settings.load().mlflow_url),
+        *(job.name, origin(flow_run), status, reason, Settings.load().mlflow_url),
+        *([str(report)] if report is not None else []),
         stderr=asyncio.subprocess.DEVNULL,
     )
     await process.wait()

@@ -14,14 +14,15 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from infra.rundir import MANIFEST as STAGE
 from infra.rundir import StageFolder, file_sha256
 from registry import mlflow_versions
-from registry.data_checks import NOTHING_ASKED, render_data
 from registry.description import describe
 from registry.freshness import Inputs, config_digest
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from registry.observation import Point, file_points, latest_of
 from registry.release import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from registry.run_files import REGISTERED, write_fact
 from registry.speed import int8_table, speed_markdown, speed_metrics
 from tasks.inspect import Inspected, data_fingerprint, snapshot_fingerprint
 from tasks.policy import worth_retrying
@@ -40,8 +41,6 @@ class Registered:
     manifest: Manifest
     version: RegisteredVersion
     description: str
-    data: str
-    """What its data is like, as markdown."""
 
 
 @task(
@@ -74,8 +73,15 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         record = _record(run, trained, validated, folder, manifest, description, points)
         version = await asyncio.to_thread(mlflow_versions.register, record, run.settings.mlflow_url)
     get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
-    page = inspected.page or render_data(NOTHING_ASKED, dataclasses.asdict(facts))
-    return Registered(folder=folder, manifest=manifest, version=version, description=description, data=page)
+    told = {
+        "stage": file_sha256(folder.parent / STAGE),
+        "release": manifest.release,
+        "version": version.version,
+        "version_url": version.version_url,
+        "run_url": version.run_url,
+    }
+    write_fact(run.folder, REGISTERED, told)
+    return Registered(folder=folder, manifest=manifest, version=version, description=description)
 
 
 def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectResult, inputs: Inputs) -> Path:

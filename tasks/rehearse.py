@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -25,7 +27,9 @@ from registry.gates import (
 )
 from registry.job import Job
 from registry.pointer import Pointer, read_pointer
+from registry.release import VERDICTS
 from registry.releases import Published, publish
+from registry.run_files import AGAINST, write_fact
 from tasks.copies import download_anew, live_copy
 from tasks.policy import worth_retrying
 from tasks.register import Registered
@@ -183,10 +187,17 @@ async def hold_against(
     if any(gate.times_live is not None for gate in run.job.gates.values()):
         result = await _measured(run, request, result, work)
     result.write(work / COMPARED)
+    write_fact(work, AGAINST, {"live": live.release if live else "", "speed": _recorded_speed(current)})
     stage.finish()
     rehearsed = Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
     get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
     return rehearsed
+
+
+def _recorded_speed(live: RehearsedRelease | None) -> Any:
+    """How fast the live release was when it was made, as its own validation wrote it down; None when it did not."""
+    path = Path(live.folder) / VERDICTS if live is not None else None
+    return json.loads(path.read_text()).get("speed") if path is not None and path.is_file() else None
 
 
 async def _scored(

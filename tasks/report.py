@@ -1,30 +1,39 @@
-"""The last page of a run: one markdown artifact that says what was trained, proven and released."""
+"""The last page of a run: what was trained, proven, released and spent, wherever people look for it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 
-from registry.description import number, table
-from registry.gates import COMPARED, compare, interval_text
+from infra.errors import ShipError
+from infra.settings import Settings
+from registry.cost import Rates, Spent
+from registry.decisions import PROMOTED as WENT_LIVE
 from registry.keys import release_prefix
-from registry.mirror import CHALLENGER
+from registry.mlflow_versions import attach_report
+from registry.page import Cell, Link, markdown
+from registry.page_html import html
+from registry.reports import put_report
+from registry.run_files import RunFiles, read_run
+from registry.run_report import Outcome, run_page
 from tasks.policy import artifact_key
 from tasks.promote import Kept, Promoted
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed
-from tasks.run import Run
+from tasks.run import Run, close_ledger
 from tasks.tell import PROMOTED, tell
-from tasks.train import Trained
 
-ROWS = 100
-"""Longest table of learning curves."""
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +49,28 @@ class Shipped:
     timings: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """One report, in both forms."""
+
+    title: str
+    markdown: str
+    html: str
+    file: Path | None
+    """HTML in the run's folder, with the markdown beside it; None for a run that has no folder."""
+    files: RunFiles | None
+    """What it was made from."""
+
+
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE)
-async def report(run: Run, trained: Trained, registered: Registered, promoted: Promoted) -> Shipped:
-    """Write the report, as a Prefect artifact and as a file of the run."""
-    title = f"{run.job.name} release {promoted.pointer.release} is live on {promoted.pointer.channel}"
-    markdown = render(run, trained, registered, promoted.rehearsed, promoted, title=title)
-    path = run.folder / "report.md"
-    path.write_text(markdown)
-    await acreate_markdown_artifact(markdown, key=f"report-{artifact_key(run.job.name)}", description=title)
-    tell(PROMOTED, run.job.name, title, in_short(run, registered, promoted.rehearsed, promoted))
+async def report(run: Run, registered: Registered, promoted: Promoted) -> Shipped:
+    """Write the report: for Prefect, for MLflow, beside the release and as files of the run."""
+    outcome = decided(run, promoted, title=f"{run.job.name} release {promoted.pointer.release} is live on "
+                      f"{promoted.pointer.channel}", why=why_promoted(promoted.rehearsed))  # fmt: skip
+    path = await publish(run, registered, promoted.rehearsed, outcome)
+    tell(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted.rehearsed, promoted))
     return Shipped(
-        title=title,
+        title=outcome.title,
         release=registered.manifest.release,
         run_url=run.flow_run_url,
         version_url=registered.version.version_url,
@@ -72,104 +92,88 @@ def in_short(run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Pr
     return "\n".join([first, *compared, *links])
 
 
-def _beside_live(rehearsed: Rehearsed) -> list[str]:
-    """What came back from the bucket, beside what was live; nothing when there was none."""
-    if not rehearsed.live:
-        return []
-    title = f"## Beside the live release `{rehearsed.live}`"
-    result = rehearsed.result
-    if result.live_problem:
-        return [f"{title}\n\nIt could not be scored: {result.live_problem}"]
-    beside = rehearsed.beside
-    mine = {**beside.candidate, **result.candidate_speed}
-    theirs = {**beside.theirs, **result.live_speed}
-    rows = [
-        (name, number(value), number(theirs.get(name)), interval_text(beside.intervals.get(name)))
-        for name, value in mine.items()
-    ]
-    samples = (
-        f"Both downloaded from the bucket and run by one process on the same {result.samples:,} samples. The interval "
-        f"({rehearsed.job.release.confidence:.0%}, paired bootstrap) is of the improvement: above 0 the candidate is "
-        "better."
-    )
-    if result.live_speed:
-        samples += " Times, sizes and memory were measured by turns."
-    found = [title, samples, table(("metric", "candidate", "live", "improvement"), rows)]
-    asked = [item.row() for item in compare(rehearsed.job, beside)]
-    return ["\n\n".join([*found, *([table(COMPARED, asked)] if asked else [])])] if rows else []
+def why_promoted(rehearsed: Rehearsed) -> str:
+    """The numbers beside those of the live release."""
+    compared = rehearsed.in_words()
+    return "; ".join(f"{name}: {said}" for name, said in compared.items()) or "nothing was live"
 
 
-def render(
-    run: Run,
-    trained: Trained,
-    registered: Registered,
-    rehearsed: Rehearsed,
-    outcome: Promoted | Kept,
-    *,
-    title: str,
-    asked: str = "",
-) -> str:
-    """The report as markdown. asked: what retraining decided, and why."""
-    version, result = registered.version, trained.result
-    prefix = f"s3://{run.settings.bucket}/models/{run.job.name}"
-    alias = outcome.alias if isinstance(outcome, Promoted) else CHALLENGER
-    where = [
-        (
-            "MLflow version",
-            f"[{run.job.name} version {version.version}, alias {alias}]({version.version_url})",
-        ),
-        ("MLflow run", f"[parameters, curves, data]({version.run_url})"),
-        ("Release", f"`{prefix}/releases/{registered.manifest.release}/`"),
-        *_channel_rows(prefix, run.job.release.channel, outcome),
-        ("Run directory", f"`{run.folder}`"),
-    ]
-    trained_what = [
-        ("model", f"`{run.job.model.factory}` {dict(run.job.model.args) or ''}"),
-        ("data", f"`{run.job.data.factory}`, {result.train_samples:,} samples, {result.validation_samples:,} held out"),
-        ("data fingerprint", f"`{result.data_fingerprint}`"),
-        ("git commit", f"`{run.git_commit}`"),
-        ("processes", result.environment["processes"]),
-        ("torch", result.environment["torch"]),
-    ]
-    seconds = [(stage, f"{value:.2f}") for stage, value in run.seconds.items()]
-    return "\n\n".join(
-        [
-            f"# {title}",
-            *([asked] if asked else []),
-            table(("where", "link"), where),
-            f"## What was trained\n\n{table(('what', 'value'), trained_what)}",
-            f"## Data\n\n{registered.data}",
-            f"## What was proven\n\n{registered.description}",
-            *_beside_live(rehearsed),
-            f"## Learning curves\n\n{curves(result.history)}",
-            f"## Seconds by stage\n\n{table(('stage', 'seconds'), seconds)}",
-        ]
-    )
-
-
-def _channel_rows(prefix: str, channel: str, outcome: Promoted | Kept) -> list[tuple[str, str]]:
+def decided(
+    run: Run, outcome: Promoted | Kept, *, title: str, why: str, asked: Sequence[Sequence[Cell]] = ()
+) -> Outcome:
+    """How a run ended that came to its end. asked: what retraining decided before it trained."""
+    channel = f"s3://{run.settings.bucket}/models/{run.job.name}/channels/{run.job.release.channel}.json"
+    page: Sequence[Cell] = ("Prefect run", Link(text=run.flow_run_name, url=run.flow_run_url))
     if isinstance(outcome, Kept):
-        return [("Stays live", f"`{outcome.live}` on `{prefix}/channels/{channel}.json`")]
+        stays: Sequence[Cell] = ("stays live", f"{outcome.live} on {channel}")
+        return Outcome(verdict="kept", good=True, title=title, why=why, facts=[*asked, stays], places=[page])
     pointer = outcome.pointer
-    return [
-        ("Channel", f"`{prefix}/channels/{channel}.json`, generation {pointer.generation}"),
-        ("Replaces", f"`{pointer.previous}`" if pointer.previous else "nothing, this is the first"),
+    facts: list[Sequence[Cell]] = [
+        ("channel", f"{channel}, generation {pointer.generation}"),
+        ("replaces", pointer.previous or "nothing, this is the first"),
+        *((name, said) for name, said in pointer.verdicts.items() if name == "approved"),
     ]
+    return Outcome(
+        verdict=WENT_LIVE,
+        good=True,
+        title=title,
+        why=f"All gates passed; {why}.",
+        facts=[*asked, *facts],
+        places=[page],
+    )
 
 
-def curves(history: Sequence[Mapping[str, float]]) -> str:
-    """A table for each kind of row; of many rows a few, evenly spaced and with the last one."""
-    kinds: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
-    for row in history:
-        kinds.setdefault(tuple(row), []).append(row)
-    return "\n\n".join(_curve(names, rows) for names, rows in kinds.items())
+def write_report(outcome: Outcome, folder: Path | None, settings: Settings, costs: Sequence[Spent] = ()) -> Written:
+    """Make the report of a run from what its folder tells, and put it there. Writes two files.
+
+    folder: None, or one that is not there, for a run that has none. costs: those of a run that kept nothing else.
+    """
+    if folder is not None and not folder.is_dir():
+        folder = None
+    files = read_run(folder) if folder is not None else None
+    rates = Rates(cpu_hour=settings.cpu_hour_price, gpu_hour=settings.gpu_hour_price, currency=settings.currency)
+    page = run_page(outcome, files, rates, settings.bucket, costs)
+    written = Written(
+        title=outcome.title,
+        markdown=markdown(page),
+        html=html(page),
+        file=folder / REPORT if folder is not None else None,
+        files=files,
+    )
+    if written.file is not None:
+        written.file.write_text(written.html)
+        written.file.with_suffix(".md").write_text(written.markdown)
+    return written
 
 
-def _curve(keys: Sequence[str], history: Sequence[Mapping[str, float]]) -> str:
-    where = "step" if "step" in keys else "epoch"
-    names = [name for name in keys if name not in ("time", where)]
-    every = math.ceil(len(history) / ROWS)
-    shown = history[::-1][::every][::-1]
-    rows = [(f"{row[where]:g}", *(f"{row[name]:.4g}" for name in names)) for row in shown]
-    left_out = f"\n\n{len(shown)} of {len(history)} rows; MLflow has them all." if every > 1 else ""
-    return table((where, *names), rows) + left_out
+async def publish(run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Outcome) -> Path:
+    """Write the report and put it everywhere; the decision stands when one of the places does not answer."""
+    close_ledger(run.folder)
+    written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings)
+    assert written.file is not None, "a run at its end has a folder"
+    log, name = get_run_logger(), run.job.name
+    await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(name)}", description=written.title)
+    places = {
+        "MLflow": asyncio.to_thread(
+            attach_report, registered.version, name, outcome.verdict, outcome.why, written.html, run.settings.mlflow_url
+        ),
+        "the bucket": asyncio.to_thread(
+            put_report, run.store, name, rehearsed.published.release, run.flow_run_id, written.html, datetime.now(UTC)
+        ),
+    }  # fmt: skip
+    for place, ended in zip(places, await asyncio.gather(*places.values(), return_exceptions=True), strict=True):
+        if isinstance(ended, ShipError):
+            log.warning("the report is not in %s: %s", place, ended)
+        elif isinstance(ended, BaseException):
+            raise ended
+    return written.file
+
+
+async def show_in_prefect(written: Written, model: str, flow_run: UUID) -> None:
+    """As an artifact of a flow run that is over. model: empty when nobody knows."""
+    key = f"report-{artifact_key(model)}" if model else "report"
+    artifact = ArtifactCreate(
+        key=key, type="markdown", description=written.title, data=written.markdown, flow_run_id=flow_run
+    )
+    async with get_client() as client:
+        await client.create_artifact(artifact)

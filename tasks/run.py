@@ -1,4 +1,4 @@
-"""One run of the flow: its job, its folder, where the services are, and how long each stage took."""
+"""One run of the flow: its job, its folder, where the services are, and what measures its cost."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from infra.errors import JobError
 from infra.objectstore import ObjectStore
 from infra.provenance import git_commit
 from infra.settings import Settings
-from infra.workerhost import WorkerHost, worker_host
+from infra.workerhost import WorkerHost, running_host, worker_host
+from registry.cost import FLOW, Ledger, Meter, read_costs
 from registry.job import Job, load_job
 from registry.live_run import LiveRun
 from registry.mlflow_client import check_reachable
 from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
+from registry.run_files import ABOUT, write_fact
 from registry.signing import require_usable_keys
 from tasks.cpp import start_build
 from tasks.extras import require_extras
@@ -58,22 +60,17 @@ class Run:
     """The run in MLflow, fed while this one goes on."""
     cpp: Future[CppResult] | None
     """The C++ runner, being looked for or built; None when the job has no use for it."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock seconds by stage."""
+    ledger: Ledger
 
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time inside to the stage's seconds."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+    def timed(self, stage: str) -> contextlib.AbstractContextManager[Meter]:
+        """Add what the block takes to the stage's cost."""
+        return self.ledger.stage(stage)
 
     def write_timings(self) -> Path:
-        """`timings.json` in the run directory: seconds by stage."""
+        """`timings.json` in the run directory: seconds by stage, over all attempts."""
         path = self.folder / "timings.json"
-        path.write_text(json.dumps({"stages": self.seconds}, indent=1))
+        stages = {item.stage: item.wall for item in read_costs(self.folder) if item.stage != FLOW and item.wall}
+        path.write_text(json.dumps({"stages": stages}, indent=1))
         return path
 
     @property
@@ -92,7 +89,6 @@ async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Ru
     resume: id of an earlier run whose stages and checkpoints are gone on with. unattended: nobody watches, so that
     without a `release.policy` only what is better goes live.
     """
-    began = time.perf_counter()
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
     require_extras(job)
@@ -102,6 +98,14 @@ async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Ru
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
+    ledger = ledger_of(folder)
+    with ledger.stage("begin"):
+        return await _begin(job, project_folder, settings, flow_run_id, folder, ledger)
+
+
+async def _begin(
+    job: Job, project_folder: Path, settings: Settings, flow_run_id: str, folder: Path, ledger: Ledger
+) -> Run:
     # Workers import torch while this process imports MLflow and talks to the services.
     host = worker_host(folder.parent / "host.log")
     store = ObjectStore.from_settings(settings)
@@ -144,9 +148,44 @@ async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Ru
         host=host,
         store=store,
         live=live,
+        ledger=ledger,
     )
-    run.seconds["begin"] = time.perf_counter() - began
+    about = {
+        "job": job.model_dump(mode="json"),
+        "flow_run_id": flow_run_id,
+        "flow_run_name": run.flow_run_name,
+        "git_commit": commit,
+        "snapshot": snapshot_sha256,
+        "begun": run.begun,
+    }
+    write_fact(folder, ABOUT, about)
     return run
+
+
+_ledgers: dict[Path, Ledger] = {}
+
+
+def ledger_of(folder: Path) -> Ledger:
+    """What measures the run of this folder in this process, begun on first use."""
+    if folder not in _ledgers:
+        _ledgers[folder] = Ledger(folder, _spent_by_children, _spent_by_host)
+    return _ledgers[folder]
+
+
+def close_ledger(folder: Path) -> None:
+    """All that is to be counted has been done. Nothing happens when this process measures no such run."""
+    if (ledger := _ledgers.pop(folder, None)) is not None:
+        ledger.close()
+
+
+def _spent_by_children() -> Mapping[str, float]:
+    host = running_host()
+    return host.spent if host is not None else {}
+
+
+def _spent_by_host() -> float:
+    host = running_host()
+    return host.own_seconds() if host is not None else 0.0
 
 
 def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:

@@ -17,6 +17,7 @@ from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifa
 from prefect.cache_policies import NO_CACHE
 
 from infra.rundir import StageFolder
+from registry.cost import Meter
 from registry.description import file_size, table
 from registry.observation import RankTimes, rank_times
 from registry.pointer import Pointer
@@ -72,14 +73,13 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
     """
     inputs = run.job.training_digest() if start is None else f"{run.job.training_digest()} from {start.release}"
     stage = StageFolder(run.folder, "train", inputs=inputs)
-    with run.timed("train"):
+    with run.timed("train") as meter:
         if stage.is_complete():
             get_run_logger().info("train: already complete in this run, verified by hash")
             run.live.follow(stage.path / EVENTS)
         else:
-            await _train(run, stage, start, inputs)
-    reply = Reply.read(stage.path / RESULT)
-    result: TrainResult = decode(TrainResult, reply.result)
+            await _train(run, stage, start, inputs, meter)
+    result = _result(stage.path)
     return Trained(
         folder=stage.path,
         result=result,
@@ -89,7 +89,12 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
     )
 
 
-async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str) -> None:
+def _result(folder: Path) -> TrainResult:
+    result: TrainResult = decode(TrainResult, Reply.read(folder / RESULT).result)
+    return result
+
+
+async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, meter: Meter) -> None:
     weights = ""
     code, packages = await code_and_packages(run.job, Path(run.project.folder))
     made_from = {"git_commit": run.git_commit, "code": code, "packages": packages}
@@ -119,8 +124,10 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
                 get_run_logger().info, weights,
             )  # fmt: skip
             shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
+            meter.cpu = _result(stage.work).cpu_seconds
         await progress.finish()
     finally:
+        meter.gpu = progress.gpu_seconds
         reporter.cancel()
     (stage.work / MADE_FROM).write_text(json.dumps(made_from, indent=1))
     run.live.send_soon()
@@ -140,10 +147,20 @@ class _Progress:
         self._logged = time.monotonic()
         self._straggler: int | None = None
         self._reported = False
+        self._gpus = 0
+        self._gpus_since = 0.0
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPUs times seconds since the ranks first had them."""
+        return self._gpus * (time.monotonic() - self._gpus_since) if self._gpus else 0.0
 
     def on_event(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "started":
+                if str(event["device"]).startswith("cuda") and not self._gpus:
+                    # Every rank has one of its own.
+                    self._gpus, self._gpus_since = event["processes"], time.monotonic()
                 self._logger.info(
                     "training on %d processes (%s): %s samples, %s held out",
                     event["processes"], event["device"], f"{event['train_samples']:,}",

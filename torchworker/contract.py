@@ -299,6 +299,8 @@ class TrainResult:
     """Versions and thread counts that can change the bits."""
     notes: Sequence[str]
     """What a person should know: resumed from where, with which doubts."""
+    cpu_seconds: float = 0.0
+    """Of all ranks and what they started, in the launch that ended well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -697,7 +699,7 @@ class ValidateResult(Message):
     speed: MeasureResult | None = None
     """None when the job asks for no measurement, or something failed before it."""
     errors: Sequence[ErrorCounts] = ()
-    """How far all formats are from the model on every kind of probe; empty when parity passed."""
+    """How far all formats but int8 variants are from the model, on every kind of probe."""
 
     @property
     def passed(self) -> bool:

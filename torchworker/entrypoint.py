@@ -20,7 +20,7 @@ from torchworker.entrypoint_check import fingerprint_share, name_of, resolve_mai
 from torchworker.events import EventLog
 from torchworker.failure import UserMistake, is_lost_connection, user_error, user_line
 from torchworker.fingerprint import whole_count, whole_fingerprint
-from torchworker.finish import environment, leave, save_trained
+from torchworker.finish import environment, leave, save_trained, whole_cpu_seconds
 from torchworker.project import build_dataset, build_model, length_of
 from torchworker.randomness import seed_everything
 from torchworker.reports import Reports
@@ -147,6 +147,7 @@ def _finish(
     fingerprint, train_samples = whole_fingerprint(mine), whole_count(mine)
     validation_set = build_dataset(project, "validation")
     save_trained(model, validation_set, project, Path(request.folder), context.device)
+    cpu_seconds = whole_cpu_seconds()
     result = None
     if context.rank == 0:
         result = TrainResult(
@@ -157,6 +158,7 @@ def _finish(
             data_fingerprint=fingerprint,
             environment=environment(context.device, request.train),
             notes=notes,
+            cpu_seconds=cpu_seconds,
         )
     del model
     leave()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ def environment(device: torch.device, settings: TrainSettings) -> dict[str, str]
         **({} if settings.entrypoint else {"strategy": settings.strategy, "precision": settings.precision}),
         "backend": str(dist.get_backend()),
     }
+
+
+def whole_cpu_seconds() -> float:
+    """CPU seconds of all ranks and what they started, user and system. Every rank calls it."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = torch.tensor(sum(usage.ru_utime + usage.ru_stime for usage in spent), dtype=torch.float64)
+    dist.all_reduce(seconds)
+    return float(seconds)
 
 
 def leave() -> None:

@@ -9,7 +9,7 @@ Protocol, one JSON object a line. On standard input:
     {"kill": 1}                                                                          end it and its children
 On standard output:
     {"ready": true}                  torch is imported
-    {"id": 1, "status": 0}           the child ended; negative is a signal
+    {"id": 1, "status": 0, "cpu": 2.5}    the child ended; negative is a signal; CPU seconds of it and its children
 End of input means that the parent is gone: everything is killed.
 """
 
@@ -79,6 +79,8 @@ class _Host:
     def __init__(self, replies: int) -> None:
         self._replies = replies
         self._running: dict[int, int] = {}
+        self._orphans = 0.0
+        """CPU seconds of processes that outlived the stage which started them, and are not reported yet."""
 
     def say(self, message: dict[str, Any]) -> None:
         os.write(self._replies, (json.dumps(message) + "\n").encode())
@@ -102,16 +104,21 @@ class _Host:
     def reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Usage includes the children that it waited for, and theirs.
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            if pid in self._running:
+            cpu = usage.ru_utime + usage.ru_stime
+            if pid not in self._running:
+                self._orphans += cpu
+            else:
                 # What a stage leaves behind in its group ends with it.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
-                self.say({"id": self._running.pop(pid), "status": os.waitstatus_to_exitcode(status)})
+                cpu, self._orphans = cpu + self._orphans, 0.0
+                self.say({"id": self._running.pop(pid), "status": os.waitstatus_to_exitcode(status), "cpu": cpu})
 
 
 def main() -> None:

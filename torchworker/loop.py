@@ -20,7 +20,7 @@ from torchworker.evaluation import Evaluation
 from torchworker.events import EventLog
 from torchworker.failure import UserMistake
 from torchworker.fingerprint import whole_fingerprint
-from torchworker.finish import environment, leave, save_trained
+from torchworker.finish import environment, leave, save_trained, whole_cpu_seconds
 from torchworker.metrics import first_output
 from torchworker.project import (
     apply_gradients,
@@ -153,6 +153,7 @@ class Loop:
         self.checkpoints.wait()
         digest = whole_fingerprint(self.data.fingerprint)
         save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
+        cpu_seconds = whole_cpu_seconds()
         result = None
         if self.rank == 0:
             result = TrainResult(
@@ -163,6 +164,7 @@ class Loop:
                 data_fingerprint=digest,
                 environment=environment(self.device, self.settings),
                 notes=[*self.notes, *self.checkpoints.failures],
+                cpu_seconds=cpu_seconds,
             )
         self.strategy.release()
         leave()

@@ -151,7 +151,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         validation_samples=samples,
         int8=int8,
         mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
-        errors=errors if mismatches else (),
+        errors=errors,
     )
 
 

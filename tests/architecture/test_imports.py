@@ -173,6 +173,7 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     expected = {file for package in OURS for file, _ in modules(package)}
     assert packed == expected
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(OURS)
+    assert "registry/page.html.jinja" in names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     text = zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "ship = ship.main:main" in text and "[prefect.plugins]" in text

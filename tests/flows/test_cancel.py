@@ -13,6 +13,7 @@ from infra.settings import Settings
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.flows.test_resume import SLOW
+from tests.page_check import checked
 from tests.projects import write_project
 
 
@@ -50,6 +51,11 @@ def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_
         assert time.monotonic() < deadline + 60, "processes of the run are still there"
         time.sleep(0.1)
     assert live(store, "cancelled") is None
+    while not (run / "report.html").exists():
+        assert time.monotonic() < deadline + 60, "no report says that it was cancelled"
+        time.sleep(0.1)
+    report = checked((run / "report.html").read_text())
+    assert "cancelled: cancelled" in report.text and "Training did not end" in report.text
 
     # As it is now, with fewer epochs left than the whole.
     again = command("ship", "run", str(job), "--resume", found[0])

@@ -19,6 +19,7 @@ from tests.conftest import Command
 from tests.flows.live import live
 from tests.flows.test_retrain import POOR, Project
 from tests.flows.test_train_and_ship import read_run
+from tests.page_check import checked
 from tests.projects import CODE, write_project
 
 CHECKED: dict[str, Any] = {
@@ -80,6 +81,9 @@ def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributio
     _, artifacts = read_run(decision.flow_run)
     (page,) = [str(artifact.data) for artifact in artifacts if artifact.key == "data-drifting"]
     assert f"Beside the data of the live release `{live_now}`" in page and "█" in page
+    report = checked((stack.runs / "drifting" / decision.flow_run / "report.html").read_text())
+    assert "drifting: refused" in report.text and f"Beside the data of the live release {live_now}" in report.text
+    assert report.headings[:2] == ["Decision", "Data"] and report.charts >= 4
 
 
 def test_data_in_a_bucket_is_verified_given_to_the_factory_and_known_without_being_read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from registry.pointer import Pointer, read_pointer
 from registry.releases import read_manifest
 from tests.conftest import Command
 from tests.flows.test_resume import SLOW
+from tests.page_check import checked
 from tests.projects import REPOSITORY, write_project
 
 STAGES = ("train", "export", "validate", "release", "rehearse")
@@ -110,6 +112,9 @@ def test_a_flow_killed_in_and_after_every_stage_ends_with_the_same_release_and_r
     assert files_of(harassed) == files_of(whole)
     live = live_pointer()
     assert live is not None and live.generation == 1
+    # What complete stages took is counted, what was killed is named.
+    report = checked((folder / "report.html").read_text())
+    assert re.search(r"Killed before their end, and not counted: .*train \(\d\)", report.text)
     client = connect(stack.mlflow_url)
     assert [version.version for version in client.search_model_versions(f"name='{harassed}'")] == ["1"]
     (mlflow_run,) = client.search_runs(

@@ -26,6 +26,7 @@ from tasks.decide import Night
 from tests.conftest import Command
 from tests.flows.test_moves import Api
 from tests.flows.test_train_and_ship import read_run
+from tests.page_check import checked
 from tests.projects import CODE, write_project
 
 POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
@@ -88,7 +89,11 @@ def test_a_night_without_anything_new_is_a_recorded_skip_within_seconds(project:
     # Nothing was trained, registered or left behind.
     assert project.live == before
     assert len(MlflowClient(stack.mlflow_url).search_model_versions(f"name = '{MODEL}'")) == versions
-    assert not (stack.runs / MODEL / decision.flow_run).exists()
+    folder = stack.runs / MODEL / decision.flow_run
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md"]
+    report = checked((folder / "report.html").read_text())
+    assert report.headings == ["Decision", "Cost"]
+    assert "Nothing was trained: nothing has changed" in report.text and "in a row 1" in report.text
 
 
 def test_a_better_candidate_goes_live_with_the_interval_in_its_record(project: Project) -> None:
@@ -118,9 +123,14 @@ def test_a_worse_candidate_stays_in_mlflow_as_the_challenger_with_its_report(pro
     assert challenger.version == decision.mlflow_version
     assert challenger.tags["release"] == decision.candidate
     assert challenger.tags["decision"] == KEPT and challenger.tags["decision_why"] == decision.why
-    report = Path(client.download_artifacts(str(challenger.run_id), "report.md")).read_text()
-    for part in ("## Decision", "stays live", "train.epochs 20 → 1", "interval", "95% sure > 0", "FAILED"):
-        assert part in report
+    report = checked(Path(client.download_artifacts(str(challenger.run_id), "report.html")).read_text())
+    assert report.headings[:2] == ["Decision", f"Beside the live release {before.release}"]
+    for part in ("stays live", "train.epochs 20 → 1", "interval", "95% sure > 0", "FAILED", "parent release"):
+        assert part in report.text, part
+    assert "recorded when it was made" in report.text
+    _, artifacts = read_run(decision.flow_run)
+    (page,) = [str(item.data) for item in artifacts if item.key == f"report-{MODEL}"]
+    assert "## Decision" in page and "/artifacts/report.html" in page
     assert client.get_run(str(challenger.run_id)).info.status == "FINISHED"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from safetensors.numpy import load_file
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.channels import move_channel
+from registry.cost import FLOW, read_costs
 from registry.history import read_history
 from registry.pointer import read_pointer
 from registry.release import MANIFEST, build_manifest
 from registry.releases import fetch_release, publish
 from tests.conftest import Command, Ended
 from tests.flows.live import live, orphans
+from tests.page_check import checked
 from tests.projects import write_project
 
 JOB = "examples/digits/job.yaml"
@@ -61,6 +64,10 @@ def only_run(stack: Settings, model: str) -> Any:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     return run
+
+
+def download_report(stack: Settings, mlflow_run: str) -> str:
+    return Path(MlflowClient(stack.mlflow_url).download_artifacts(mlflow_run, "report.html")).read_text()
 
 
 def test_a_person_sees_progress_with_a_rate_and_an_eta(shipped: Ended) -> None:
@@ -136,6 +143,43 @@ def test_the_run_page_has_progress_and_one_report_with_links(shipped: Ended, sta
     report = str(by_type["markdown"].data)
     for part in ("What was trained", "Parity", "Gates", "Speed", "Learning curves", stack.mlflow_url, "s3://models/"):
         assert part in report
+
+
+def test_the_whole_report_is_one_file_in_the_runs_folder_in_mlflow_and_beside_the_release(
+    shipped: Ended, stack: Settings, store: ObjectStore
+) -> None:
+    path = Path(re.search(r"report +(\S+/report\.html)", shipped.output)[1])  # type: ignore[index]
+    report = checked(path.read_text())
+    assert [title.split(" the live")[0] for title in report.headings] == [
+        "Decision", "Beside", "Speed", "Parity", "Gates and metrics", "Learning curves", "Data", "Cost",
+        "What was trained", "Lineage",
+    ]  # fmt: skip
+    # Speed at two batches, two of parity, loss, accuracy, rate and seconds, labels and columns, seconds by stage.
+    assert report.charts >= 10
+    pointer = read_pointer(store, "digits", "prod")
+    version = MlflowClient(stack.mlflow_url).get_model_version_by_alias("digits", "champion")
+    assert pointer is not None and version.tags["decision"] == "promoted"
+    for part in (f"digits release {pointer.release} is live on prod", "All gates passed", "onnx", "accuracy", "torch"):
+        assert part in report.text, part
+    in_mlflow = MlflowClient(stack.mlflow_url).download_artifacts(str(version.run_id), "report.html")
+    assert Path(in_mlflow).read_bytes() == path.read_bytes()
+    (key,) = store.list_keys(f"models/digits/releases/{pointer.release}/reports/")
+    found = store.get(key)
+    assert flow_run_of(shipped) in key and found is not None and found[0] == path.read_bytes()
+    assert len(path.read_bytes()) < 300_000
+
+
+def test_the_report_counts_what_every_stage_took_with_all_its_processes(shipped: Ended) -> None:
+    folder = Path(re.search(r"report +(\S+)/report\.html", shipped.output)[1])  # type: ignore[index]
+    costs = {item.stage: item for item in read_costs(folder)}
+    assert {"begin", "inspect", "train", "export", "validate", "register", "rehearse", "promote", FLOW} <= costs.keys()
+    assert all(item.killed == 0 and item.attempts == 1 for item in costs.values())
+    # The ranks say the same of themselves; beside them is the agent that launched them.
+    ranks = json.loads((folder / "train" / "result.json").read_text())["result"]["cpu_seconds"]
+    assert 0 < ranks <= costs["train"].cpu + 0.05
+    assert all(costs[stage].cpu > 0 for stage in ("inspect", "export", "validate", "rehearse"))
+    cores = len(os.sched_getaffinity(0))
+    assert costs["export"].cpu <= cores * costs["export"].wall + 1
 
 
 def test_nothing_of_a_run_stays_behind(shipped: Ended) -> None:
@@ -236,6 +280,13 @@ def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
     assert run.data.metrics["validation_accuracy"] < 0.9999
     assert orphans() == []
 
+    (page,) = [item for item in read_run(flow_run_of(ended))[1] if item.key == "report-hopeless"]
+    report = checked(download_report(stack, run.info.run_id))
+    assert report.headings[0] == "Decision" and {"Gates and metrics", "Learning curves", "Cost"} <= set(report.headings)
+    assert "Beside the live release" not in report.headings
+    for text in (report.text, str(page.data)):
+        assert "hopeless: refused" in text and ">= 0.9999" in text and "1 of " in text
+
 
 GOOD = {**QUICK, "train": {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}}
 GUARD = {"name": "guarded", "gates": {"accuracy": {"vs_live": 0}}}
@@ -257,7 +308,7 @@ def relabelled(store: ObjectStore, folder: Path, **changes: Any) -> str:
 
 
 def test_candidates_are_held_against_the_live_release_itself_not_against_what_it_says_of_itself(
-    command: Command, store: ObjectStore, tmp_path: Path
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     good_job = write_project(tmp_path / "good", **GOOD, **GUARD)
     bad_job = write_project(tmp_path / "bad", **QUICK, **GUARD)
@@ -277,6 +328,14 @@ def test_candidates_are_held_against_the_live_release_itself_not_against_what_it
     assert "the candidate is worse than the live release" in ended.errors
     assert "Traceback" not in ended.text
     assert live(store, "guarded") == before
+    challenger = MlflowClient(stack.mlflow_url).get_model_version_by_alias("guarded", "challenger")
+    document = download_report(stack, str(challenger.run_id))
+    report = checked(document)
+    assert "guarded: refused" in report.text and "the candidate is worse than the live release" in report.text
+    assert before is not None and f"Beside the live release {before[1]}" in report.headings
+    assert "vs_live >= 0" in report.text and "FAILED" in report.text
+    (key,) = store.list_keys(f"models/guarded/releases/{challenger.tags['release']}/reports/")
+    assert flow_run_of(ended) in key
 
 
 def test_a_live_release_with_other_inputs_stays_until_a_job_without_vs_live_replaces_it(
@@ -358,3 +417,5 @@ def test_a_training_failure_shows_the_users_line_and_leaves_nothing(
     assert live(store, "fails") is None and orphans() == []
     run = only_run(stack, "fails")
     assert run.info.status == "FAILED" and "no such gene" in run.data.tags["failure"]
+    report = checked(download_report(stack, run.info.run_id))
+    assert "fails: failed" in report.text and "no such gene" in report.text and "Cost" in report.headings

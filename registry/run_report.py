@@ -1,0 +1,413 @@
+"""The report of a run: everything that a person asks about it, on one page, however the run ended.
+
+What a run did not come to is left out; sections stand in the order in which people ask. No store, no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from registry import charts
+from registry.cost import Rates, Spent
+from registry.cost_section import cost_section
+from registry.data_sections import data_section
+from registry.description import PARITY, by_condition, file_size, number, outcome
+from registry.gates import COMPARED, Beside, compare, interval_text, worst
+from registry.observation import Point
+from registry.page import Block, Cell, Chart, Lines, Link, Mark, Page, Section, Table, Text
+from registry.run_files import RunFiles
+
+CURVES = 12
+"""Most charts of learning curves: the others are in MLflow."""
+QUIET = ("seconds", "samples_per_second", "learning_rate", "epoch")
+"""Curves of how it was trained, not of how well."""
+ERROR_BINS = ("same", "<1e-9", *(f"1e{decade}" for decade in range(-9, 3)), "NaN, ∞")
+"""Of torchworker.contract.ErrorCounts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    verdict: str
+    """One word."""
+    good: bool
+    title: str
+    why: str
+    table: str = ""
+    """Numbers behind the reason, as aligned text."""
+    facts: Sequence[Sequence[Cell]] = field(default_factory=tuple)
+    """Name and value of what else there is to say about the decision."""
+    places: Sequence[Sequence[Cell]] = field(default_factory=tuple)
+    """Name and value of where to look."""
+
+
+def run_page(outcome_: Outcome, files: RunFiles | None, rates: Rates, bucket: str, costs: Sequence[Spent] = ()) -> Page:
+    """The report. files: None for a run that ended before it began to work, which has costs alone. bucket: its name."""
+    decision = [
+        *([Text(text=outcome_.why)] if not outcome_.table else [Lines(text=f"{outcome_.why}\n\n{outcome_.table}")]),
+        *([Table(rows=outcome_.facts)] if outcome_.facts else []),
+    ]
+    sections = [Section(title="Decision", blocks=decision)]
+    if files is None:
+        sections.append(cost_section(costs, rates))
+    else:
+        sections += [
+            _beside(files),
+            _latency(files),
+            _parity(files),
+            _gates(files),
+            _curves(files),
+            data_section(files.facts, files.checks),
+            cost_section(costs or files.costs, rates),
+            _what(files),
+            _lineage(files),
+        ]
+    return Page(
+        title=outcome_.title,
+        verdict=outcome_.verdict,
+        good=outcome_.good,
+        intro=_intro(files),
+        facts=Table(rows=[*outcome_.places, *(_places(files, bucket) if files else [])]),
+        sections=[section for section in sections if not section.empty],
+    )
+
+
+def _intro(files: RunFiles | None) -> str:
+    if files is None:
+        return ""
+    began = str(files.about["begun"])[:16].replace("T", " ")
+    return f"Run {files.about['flow_run_name']}, begun {began} UTC."
+
+
+def _places(files: RunFiles, bucket: str) -> list[Sequence[Cell]]:
+    rows: list[Sequence[Cell]] = []
+    if found := files.registered:
+        rows += [
+            ("MLflow version", Link(text=f"{files.job.name} version {found['version']}", url=found["version_url"])),
+            ("MLflow run", Link(text="parameters, curves, data", url=found["run_url"])),
+            ("this report", Link(text="with its charts, in MLflow", url=f"{found['run_url']}/artifacts/report.html")),
+        ]
+    if files.against is not None:
+        rows.append(("release", f"s3://{bucket}/models/{files.job.name}/releases/{files.release}/"))
+    return [*rows, ("run directory", str(files.folder))]
+
+
+# ---- against what is live
+
+
+def _beside(files: RunFiles) -> Section:
+    result, against = files.compared, files.against
+    if result is None or against is None:
+        return Section(title="Beside the live release", blocks=())
+    if not against["live"]:
+        return Section(title="Beside the live release", blocks=[Text(text="Nothing was live to hold it against.")])
+    title = f"Beside the live release {against['live']}"
+    if result["live_problem"]:
+        return Section(title=title, blocks=[Text(text=f"It could not be scored: {result['live_problem']}")])
+    job = files.job
+    spans = {name: (item["low"], item["high"]) for name, item in result["intervals"].items()}
+    beside = Beside(
+        live=against["live"], candidate=worst(job, result["candidate"]), theirs=worst(job, result["live"]),
+        intervals=spans, problem=result["live_problem"],
+    )  # fmt: skip
+    asked = compare(job, beside)
+    policy = next((item for item in asked if not item.needs.startswith("vs_live")), None)
+    margin = job.release.margin if job.release.policy == "better" else -job.release.margin
+    drawn = [
+        charts.Span(
+            name=name, low=low, high=high, middle=_gain(files, name, beside),
+            limit=margin if policy is not None and policy.metric == name else 0.0,
+            passed=all(item.passed for item in asked if item.metric == name),
+        )
+        for name, (low, high) in spans.items()
+    ]  # fmt: skip
+    mine, theirs = {**beside.candidate, **result["candidate_speed"]}, {**beside.theirs, **result["live_speed"]}
+    rows: list[Sequence[Cell]] = [
+        (name, number(value), number(theirs.get(name)), interval_text(spans.get(name))) for name, value in mine.items()
+    ]
+    said = (
+        f"Both were downloaded from the bucket and run by one process on the same {result['samples']:,} samples. The "
+        f"interval ({job.release.confidence:.0%}, paired bootstrap) is of the improvement: above 0 the candidate is "
+        "better."
+    )
+    if result["live_speed"]:
+        said += " Times, sizes and memory were measured by turns."
+    blocks: list[Block] = [Text(text=said)]
+    if drawn:
+        blocks.append(Chart(title="Improvement over the live release", svg=charts.intervals(drawn)))
+    blocks.append(Table(header=("metric", "candidate", "live", "improvement"), rows=rows))
+    if asked:
+        verdicts: list[Sequence[Cell]] = [
+            (*item.row()[:-1], Mark(text=item.row()[-1], good=item.passed)) for item in asked
+        ]
+        blocks.append(Table(header=COMPARED, rows=verdicts))
+    return Section(title=title, blocks=blocks)
+
+
+def _gain(files: RunFiles, metric: str, beside: Beside) -> float | None:
+    mine, theirs = beside.candidate.get(metric), beside.theirs.get(metric)
+    if mine is None or theirs is None:
+        return None
+    return mine - theirs if files.job.direction(metric) == "higher" else theirs - mine
+
+
+def _latency(files: RunFiles) -> Section:
+    """Speed of every format, beside what the live release recorded of itself when it was made."""
+    speed = (files.validated or {}).get("speed")
+    if not speed:
+        return Section(title="Speed", blocks=())
+    mine, theirs = _calls(speed), _calls((files.against or {}).get("speed") or {})
+    batches = sorted({batch for _, batch in mine})
+    kinds = list(dict.fromkeys(kind for kind, _ in mine))
+    beside = any((kind, batches[0]) in theirs for kind in kinds) if batches else False
+    series = ("candidate", "live") if beside else ("candidate",)
+    blocks: list[Block] = []
+    for batch in dict.fromkeys(batches[:1] + batches[-1:]):
+        rows = [
+            (kind, [_p50(mine.get((kind, batch))), *([_p50(theirs.get((kind, batch)))] if beside else [])])
+            for kind in kinds
+        ]
+        drawn = charts.bars(rows, series, lambda value: f"{number(value)} ms")
+        blocks.append(Chart(title=f"Median of a call at batch {batch}", note="shorter is faster", svg=drawn))
+    threads = speed["threads"]
+    said = f"{threads} {'thread' if threads == 1 else 'threads'} on {speed['machine']}, all formats by turns."
+    if beside:
+        said += (
+            f" The live release's times are what it recorded when it was made, on {files.against['speed']['machine']}: "  # type: ignore[index]
+            "not measured beside these. A gate with times_live has both measured by turns."
+        )
+    blocks.insert(0, Text(text=said))
+    return Section(title="Speed", blocks=blocks, more=[_speed_table(speed)])
+
+
+def _calls(speed: Any) -> dict[tuple[str, int], Any]:
+    return {
+        (kind, item["batch"]): item for kind, found in speed.get("measured", {}).items() for item in found["speeds"]
+    }
+
+
+def _p50(item: Any) -> float | None:
+    return None if item is None else float(item["p50_ms"])
+
+
+def _speed_table(speed: Any) -> Table:
+    rows: list[Sequence[Cell]] = []
+    for kind, found in speed["measured"].items():
+        purposes = " and ".join(purpose for purpose, chosen in speed["serve"].items() if chosen == kind)
+        memory = "not measured" if found["memory_bytes"] is None else file_size(found["memory_bytes"])
+        if found["problem"]:
+            rows.append((kind, found["problem"], "", "", "", "", file_size(found["bytes"]), memory, purposes))
+        for place, item in enumerate(found["speeds"]):
+            whole = (number(found["load_ms"]), file_size(found["bytes"]), memory, purposes)
+            calls = (number(item["p50_ms"]), number(item["p99_ms"]))
+            rate = f"{1000 * item['batch'] / item['p50_ms']:,.0f}" if item["p50_ms"] else ""
+            rows.append((kind, str(item["batch"]), *calls, rate, *(whole if place == 0 else ("", "", "", ""))))
+    header = ("format", "batch", "p50 ms", "p99 ms", "samples/s", "load ms", "size", "memory", "recommended for")
+    return Table(header=header, rows=rows)
+
+
+# ---- what was proven
+
+
+def _verdicts(files: RunFiles) -> list[Any]:
+    return [SimpleNamespace(**item) for item in files.validated["verdicts"]] if files.validated else []
+
+
+def _parity(files: RunFiles) -> Section:
+    verdicts = [item for item in _verdicts(files) if item.gate == PARITY]
+    if not verdicts or files.validated is None:
+        return Section(title="Parity", blocks=())
+    said = (
+        f"Every format against {files.validated['reference']}: how much of the allowed difference it uses at its "
+        "worst; above 1 fails."
+    )
+    used: dict[str, float] = {}
+    for item in verdicts:
+        if item.measured is not None and item.limit == "<= 1":
+            used[item.format] = max(used.get(item.format, 0.0), item.measured)
+    blocks: list[Block] = [Text(text=said)]
+    finite = [(name, [value]) for name, value in used.items() if value != float("inf")]
+    if finite:
+        blocks.append(
+            Chart(title="Part of the allowed difference", svg=charts.bars(finite, ["used"]), note="1 is the limit")
+        )
+    if drawn := _errors(files.validated.get("errors", ())):
+        note = "|artifact − model| ÷ rms of the output, all probes; heights are logarithmic"
+        blocks.append(
+            Chart(title="How far answers are from the model's", svg=charts.spread(drawn, ERROR_BINS), note=note)
+        )
+    return Section(title="Parity", blocks=blocks, more=[_verdict_table(verdicts), *_notes(verdicts)])
+
+
+def _errors(counts: Sequence[Any]) -> list[tuple[str, list[int], bool]]:
+    """Over all probes: format, elements by decade of their relative difference, whether any failed."""
+    found: dict[str, tuple[list[int], bool]] = {}
+    for item in counts:
+        so_far, failed = found.get(item["format"], ([0] * len(item["relative"]), False))
+        added = [mine + more for mine, more in zip(so_far, item["relative"], strict=True)]
+        found[item["format"]] = (added, failed or item["failed"])
+    return [(name, numbers, failed) for name, (numbers, failed) in found.items()]
+
+
+def _gates(files: RunFiles) -> Section:
+    if files.validated is None:
+        return Section(title="Gates", blocks=())
+    gates = [item for item in _verdicts(files) if item.gate != PARITY]
+    blocks: list[Block] = []
+    if gates:
+        blocks += [_verdict_table(gates), *_notes(gates)]
+    metrics = files.validated["metrics"]
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    if names:
+        said = f"Of each artifact's own outputs on {files.validated['validation_samples']:,} held-out samples:"
+        rows = [
+            (name, *(number(values[name]) if name in values else "" for values in metrics.values())) for name in names
+        ]
+        blocks += [Text(text=said), Table(header=("metric", *metrics), rows=rows)]
+    return Section(title="Gates and metrics", blocks=blocks, more=_capture(files), more_title="How it was captured")
+
+
+def _capture(files: RunFiles) -> list[Block]:
+    if files.exported is None or files.validated is None:
+        return []
+    dropped = {kind: item["reason"] for kind, item in files.validated["int8"].items() if item["reason"]}
+    rows = [(kind, "yes", item["method"]) for kind, item in files.exported["artifacts"].items() if kind not in dropped]
+    rows += [(kind, "left out", why) for kind, why in {**files.exported["left_out"], **dropped}.items()]
+    return [Table(header=("format", "released", "how, or why not"), rows=rows)]
+
+
+def _verdict_table(verdicts: Sequence[Any]) -> Table:
+    formats = list(dict.fromkeys(item.format for item in verdicts))
+    rows: list[Sequence[Cell]] = []
+    for condition, found in by_condition(verdicts).items():
+        cells = [found.get(name) for name in formats]
+        marks: list[Cell] = [
+            outcome(item) if item is None or not item.ran else Mark(text=outcome(item), good=item.passed)
+            for item in cells
+        ]
+        rows.append((*condition, *marks))
+    return Table(header=("gate", "case", "limit", *formats), rows=rows)
+
+
+def _notes(verdicts: Sequence[Any]) -> list[Block]:
+    return [
+        Text(text=f"{item.format}, {item.gate}, {item.case}: {item.note}")
+        for item in verdicts
+        if item.note and not item.passed
+    ]
+
+
+# ---- how it was trained
+
+
+def _curves(files: RunFiles) -> Section:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for point in files.points:
+        found.setdefault(point.key, []).append((float(point.step), point.value))
+    over = "step" if _by_step(files) else "epoch"
+    pairs: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, curve in found.items():
+        # A training metric and the same one on held-out data belong together.
+        shared = name.removeprefix("train_").removeprefix("validation_")
+        both = f"train_{shared}" in found and f"validation_{shared}" in found
+        pairs.setdefault(shared if both else name, {})[name] = sorted(curve)
+    telling = {name: series for name, series in pairs.items() if name not in QUIET}
+    quiet = {name: series for name, series in pairs.items() if name in QUIET and name != "epoch"}
+    blocks: list[Block] = []
+    for name, series in list(telling.items())[:CURVES]:
+        blocks.append(Chart(title=name.replace("_", " "), svg=charts.lines(series, over)))
+    if len(telling) > CURVES:
+        blocks.append(Text(text=f"{len(telling) - CURVES} more curves are in MLflow."))
+    if blocks and files.trained is None:
+        blocks.insert(0, Text(text="Training did not end; this is how far it came."))
+    more: list[Block] = [
+        Chart(title=name.replace("_", " "), svg=charts.lines(series, over)) for name, series in quiet.items()
+    ]
+    if found:
+        more.append(_history_table(files.points, over))
+    return Section(title="Learning curves", blocks=blocks, more=more)
+
+
+def _by_step(files: RunFiles) -> bool:
+    history = files.trained["history"] if files.trained else ()
+    return "step" in history[0] if history else files.job.train.entrypoint is not None
+
+
+ROWS = 60
+"""Longest table of learning curves."""
+
+
+def _history_table(points: Sequence[Point], over: str) -> Table:
+    """Of many rows a few, evenly spaced and with the last one."""
+    rows: dict[int, dict[str, float]] = {}
+    for point in points:
+        rows.setdefault(point.step, {})[point.key] = point.value
+    names = list(dict.fromkeys(point.key for point in points))
+    steps = sorted(rows)
+    every = -(-len(steps) // ROWS)
+    shown = steps[::-1][::every][::-1]
+    return Table(
+        header=(over, *names),
+        rows=[
+            (str(step), *(number(rows[step][name]) if name in rows[step] else "" for name in names)) for step in shown
+        ],
+    )
+
+
+def _what(files: RunFiles) -> Section:
+    job, trained = files.job, files.trained
+    rows: list[Sequence[Cell]] = [("model", f"{job.model.factory} {dict(job.model.args) or ''}".strip())]
+    if trained is None:
+        rows.append(("data", job.data.factory))
+    else:
+        held = f"{trained['train_samples']:,} samples, {trained['validation_samples']:,} held out"
+        rows += [("data", f"{job.data.factory}, {held}"), *trained["environment"].items()]
+        rows += [("note", note) for note in trained["notes"]]
+    return Section(title="What was trained", blocks=[Table(rows=rows)])
+
+
+# ---- what it came from
+
+
+def _lineage(files: RunFiles) -> Section:
+    return Section(title="Lineage", blocks=[Table(rows=list(_origins(files)))], more=_packages(files))
+
+
+def _origins(files: RunFiles) -> Iterator[Sequence[Cell]]:
+    about, made, lineage = files.about, files.made_from or {}, files.lineage or {}
+    inputs = lineage.get("inputs", {})
+    if files.release:
+        yield ("release", files.release)
+    if files.against is not None:
+        yield ("parent release", files.against["live"] or "none: nothing was live")
+    if lineage:
+        yield ("started from", lineage["start"] or "scratch")
+    commit = made.get("git_commit", about["git_commit"])
+    yield ("git commit", commit)
+    if about["git_commit"] != commit:
+        yield ("git commit of the rest", about["git_commit"])
+    if made:
+        yield ("code", made["code"])
+    if files.facts is not None:
+        yield ("training data", files.facts["train"]["fingerprint"])
+        yield ("held-out data", files.facts["validation"]["fingerprint"])
+    if about["snapshot"]:
+        yield ("snapshot", about["snapshot"])
+    if files.trained is not None:
+        yield ("samples as trained on", files.trained["data_fingerprint"])
+    if "config" in inputs:
+        yield ("configuration", inputs["config"])
+    yield ("job", files.job.digest())
+    if made:
+        yield ("environment", f"{len(made['packages'])} packages, Python {made['packages'].get('python', '?')}")
+    yield ("flow run", about["flow_run_id"])
+
+
+def _packages(files: RunFiles) -> list[Block]:
+    if files.made_from is None:
+        return []
+    return [Lines(text="\n".join(f"{name}=={version}" for name, version in files.made_from["packages"].items()))]
