@@ -51,8 +51,7 @@ class WorkerHost:
                 # Its own session: Ctrl-C reaches this process, which then decides.
                 start_new_session=True,
             )
-        self.spent: Counter[str] = Counter()
-        """CPU seconds by stage, of children that have ended, with all that they started."""
+        self._spent: Counter[str] = Counter()
         self._waiting: dict[int, Future[int]] = {}
         self._stages: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -66,6 +65,11 @@ class WorkerHost:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def spent(self) -> dict[str, float]:
+        """CPU seconds by stage, user and system, of children that have ended, with all that they started."""
+        with self._lock:
+            return dict(self._spent)
 
     def own_seconds(self) -> float:
         """CPU seconds of the host itself, which are mostly those of importing torch; 0 when it is gone."""
@@ -81,7 +85,7 @@ class WorkerHost:
             if "id" in message:
                 with self._lock:
                     future = self._waiting.pop(message["id"])
-                    self.spent[self._stages.pop(message["id"])] += message["cpu"]
+                    self._spent[self._stages.pop(message["id"])] += message["cpu"]
                 future.set_result(message["status"])
         self._process.wait()
         with self._lock:

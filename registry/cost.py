@@ -60,7 +60,18 @@ class Meter:
 
     cpu: float = 0.0
     """CPU-seconds on other machines, which nobody here can see."""
-    gpu: float = 0.0
+    _gpus: int = 0
+    _since: float = 0.0
+
+    def ranks_started(self, device: str, ranks: int) -> None:
+        """The ranks of a training have their devices: on GPUs each has one of its own, from now to the stage's end."""
+        if device.startswith("cuda") and not self._gpus:
+            self._gpus, self._since = ranks, time.perf_counter()
+
+    @property
+    def gpu(self) -> float:
+        """GPU-seconds until now."""
+        return self._gpus * (time.perf_counter() - self._since)
 
 
 class Ledger:

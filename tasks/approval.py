@@ -105,4 +105,5 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
         ASKED, name, f"{name}: shall release {release} go live on {channel}?",
         "\n".join([*(f"{what}: {said}" for what, said in compared), page]),
     )  # fmt: skip
-    return await ask_person(question)
+    with run.timed("wait for approval"):
+        return await ask_person(question)

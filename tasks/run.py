@@ -180,7 +180,7 @@ def close_ledger(folder: Path) -> None:
 
 def _spent_by_children() -> Mapping[str, float]:
     host = running_host()
-    return host.spent if host is not None else {}
+    return host.spent() if host is not None else {}
 
 
 def _spent_by_host() -> float:

@@ -104,7 +104,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
     if (stage.work / EVENTS).exists():
         # Left by an attempt that died, perhaps with steps that MLflow was not told.
         run.live.follow(stage.work / EVENTS)
-    progress = _Progress()
+    progress = _Progress(meter)
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / "train.attempts"
@@ -127,7 +127,6 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
             meter.cpu = _result(stage.work).cpu_seconds
         await progress.finish()
     finally:
-        meter.gpu = progress.gpu_seconds
         reporter.cancel()
     (stage.work / MADE_FROM).write_text(json.dumps(made_from, indent=1))
     run.live.send_soon()
@@ -139,28 +138,19 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
 class _Progress:
     """Turns worker events into log lines and one Prefect progress artifact."""
 
-    def __init__(self) -> None:
-        self._logger = get_run_logger()
+    def __init__(self, meter: Meter) -> None:
+        self._logger, self._meter = get_run_logger(), meter
         self._percent = 0.0
         self._description = "Training starts"
         self._artifact: UUID | None = None
         self._logged = time.monotonic()
         self._straggler: int | None = None
         self._reported = False
-        self._gpus = 0
-        self._gpus_since = 0.0
-
-    @property
-    def gpu_seconds(self) -> float:
-        """GPUs times seconds since the ranks first had them."""
-        return self._gpus * (time.monotonic() - self._gpus_since) if self._gpus else 0.0
 
     def on_event(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "started":
-                if str(event["device"]).startswith("cuda") and not self._gpus:
-                    # Every rank has one of its own.
-                    self._gpus, self._gpus_since = event["processes"], time.monotonic()
+                self._meter.ranks_started(str(event["device"]), event["processes"])
                 self._logger.info(
                     "training on %d processes (%s): %s samples, %s held out",
                     event["processes"], event["device"], f"{event['train_samples']:,}",
