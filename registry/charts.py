@@ -75,15 +75,20 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], over: str) -> str
     return _written(svg)
 
 
-def bars(rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[str], shown: Shown = number) -> str:
+def bars(
+    rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[str], shown: Shown = number, limit: float = 0.0
+) -> str:
     """Horizontal bars from zero: one group a row, one bar a series. rows: label and a value for each of the series, not
-    negative, None where there is none."""
+    negative, None where there is none. limit: drawn as a line, when it is not 0.
+    """
     thick = 14 if len(series) == 1 else 11
     group = 20 + thick * len(series) + 6
     top = 24 if len(series) > 1 else 4
     svg = _svg(top + group * len(rows), f"{', '.join(series)}: {', '.join(label for label, _ in rows)}")
-    most = max((value for _, values in rows for value in values if value is not None), default=0.0) or 1.0
+    most = max([limit, *(value for _, values in rows for value in values if value is not None)]) or 1.0
     room = WIDTH - 84
+    if limit:
+        _line(svg, room * limit / most, top, room * limit / most, top + group * len(rows), "axis dashed")
     for place, (label, values) in enumerate(rows):
         y = top + group * place
         _text(svg, 0, y + 14, label, longest=44)
@@ -100,6 +105,36 @@ def bars(rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[st
             _text(svg, long + 5, at + thick - 3.5, shown(value), small=True)
     if len(series) > 1:
         _legend(svg, series)
+    return _written(svg)
+
+
+def histogram(bins: Sequence[tuple[str, Sequence[float]]], series: Sequence[str], shown: Shown) -> str:
+    """Upright bars side by side. bins: name and a value for each of the series."""
+    height, top, floor = 150, 26, 126
+    svg = _svg(height, f"{', '.join(series)} in {', '.join(name for name, _ in bins)}")
+    most = max((value for _, values in bins for value in values), default=0.0) or 1.0
+    wide = WIDTH / len(bins)
+    thick = (wide - min(6.0, wide / 4)) / len(series)
+    for place, (name, values) in enumerate(bins):
+        for turn, (css, of, value) in enumerate(zip(SERIES, series, values, strict=False)):
+            tall = (floor - top) * value / most
+            x = wide * place + (wide - thick * len(series)) / 2 + thick * turn
+            bar = {"x": f"{x:.1f}", "y": f"{floor - tall:.1f}", "width": f"{max(0.5, thick - 0.5):.1f}"}
+            _title(
+                SubElement(svg, "rect", bar | {"height": f"{tall:.1f}", "class": css}), f"{name}, {of}: {shown(value)}"
+            )
+    _line(svg, 0, floor, WIDTH, floor, "axis")
+    fits = all(6.5 * len(name) < wide for name, _ in bins)
+    for place, (name, _) in enumerate(bins):
+        x = wide * (place + 0.5)
+        if fits:
+            _text(svg, x, floor + 17, name, anchor="middle", small=True)
+        elif place in (0, len(bins) - 1):
+            _text(
+                svg, 0 if place == 0 else WIDTH, floor + 17, name, anchor="start" if place == 0 else "end", small=True
+            )
+    _text(svg, WIDTH, 13, f"up to {shown(most)}", anchor="end", small=True)
+    _legend(svg, series)
     return _written(svg)
 
 

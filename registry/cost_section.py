@@ -20,7 +20,7 @@ def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:
     rows = []
     for item in [*spent, whole]:
         beside = item.stage in BESIDE.values() and not item.wall
-        row = [item.stage, "beside others" if beside else duration(item.wall), duration(item.cpu)]
+        row = [item.stage, "in parallel" if beside else duration(item.wall), duration(item.cpu)]
         row += [duration(item.gpu)] if gpus else []
         row += [money(rates.price(item), rates.currency)] if priced else []
         rows.append(row)

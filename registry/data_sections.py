@@ -10,6 +10,8 @@ from registry.data_checks import DRAWN, HEADER, SPLITS
 from registry.page import Block, Chart, Mark, Section, Table, Text
 
 BINS = 12
+LEAST = 0.0005
+"""Smallest population stability index that is drawn: below it the bars look the same."""
 LABELS = 20
 """Most labels that are drawn: the most frequent ones."""
 Facts = Mapping[str, Any]
@@ -20,11 +22,14 @@ def data_section(facts: Facts | None, checks: Facts | None) -> Section:
     if facts is None:
         return Section(title="Data", blocks=())
     blocks: list[Block] = [_splits(facts)]
+    passed: list[Block] = []
     if checks is not None:
-        blocks += _findings(checks)
-    blocks += _drift(checks) if checks is not None and checks["distributions"] else []
+        found, passed = _findings(checks)
+        blocks += found
+        blocks += _drift(checks) if checks["distributions"] else []
     blocks += _labels(facts)
-    return Section(title="Data", blocks=blocks, more=_columns(facts), more_title="Its columns")
+    more = [*passed, *_columns(facts)]
+    return Section(title="Data", blocks=blocks, more=more, more_title="Its columns, and what was checked")
 
 
 def _splits(facts: Facts) -> Table:
@@ -35,36 +40,46 @@ def _splits(facts: Facts) -> Table:
     return Table(header=("split", "samples", "repeated", "fingerprint"), rows=rows)
 
 
-def _findings(checks: Facts) -> list[Block]:
+def _findings(checks: Facts) -> tuple[list[Block], list[Block]]:
+    """What failed, and what passed; of drift, which is asked of every column, only how often it passed."""
     failed = [item for item in checks["findings"] if not item["passed"]]
     passed = [item for item in checks["findings"] if item["passed"]]
-    quiet = [item for item in passed if item["check"] in ("psi", "ks")]
+    told = [item for item in passed if item["check"] not in ("psi", "ks")]
+    said = f"{len(passed)} of {len(checks['findings'])} checks passed, {len(passed) - len(told)} of them on drift."
+    blocks: list[Block] = [Text(text=said)]
+    if failed:
+        blocks.append(_table(failed))
+    return blocks, [_table(told)] if told else []
+
+
+def _table(findings: Sequence[Any]) -> Table:
     rows = [
         (
             item["check"], item["where"], item["measured"], item["limit"],
             Mark(text="passed" if item["passed"] else "FAILED", good=item["passed"]),
         )
-        for item in [*failed, *(item for item in passed if item not in quiet)]
+        for item in findings
     ]  # fmt: skip
-    blocks: list[Block] = [Table(header=HEADER, rows=rows)] if rows else []
-    if quiet:
-        blocks.append(Text(text=f"{len(quiet)} statistics of drift passed."))
-    return blocks
+    return Table(header=HEADER, rows=rows)
 
 
 def _drift(checks: Facts) -> list[Block]:
-    blocks: list[Block] = [Text(text=f"Beside the data of the live release {checks['live']}, what moved most first:")]
-    for item in checks["distributions"][:DRAWN]:
+    moved = [item for item in checks["distributions"] if item["psi"]["value"] >= LEAST]
+    said = f"Beside the data of the live release {checks['live']}, " + (
+        "what moved most first:" if moved else "nothing moved."
+    )
+    blocks: list[Block] = [Text(text=said)]
+    for item in moved[:DRAWN]:
         bins = item["bins"]
         rows = list(zip(bins["names"], zip(bins["before"], bins["now"], strict=True), strict=True))
         distance = f", ks {item['ks']['value']:.3g}" if item["ks"] is not None else ""
         blocks.append(
             Chart(
                 title=item["column"], note=f"psi {item['psi']['value']:.3g}{distance}",
-                svg=charts.bars(rows, ("live", "now"), _percent),
+                svg=charts.histogram(rows, ("live", "now"), _percent),
             )
         )  # fmt: skip
-    if (left := len(checks["distributions"]) - DRAWN) > 0:
+    if (left := len(moved) - DRAWN) > 0:
         blocks.append(Text(text=f"{left} more columns moved less."))
     return blocks
 
@@ -81,7 +96,7 @@ def _labels(facts: Facts) -> list[Block]:
         (name, [labels.get(name, 0) / whole for labels, whole in zip(counts, totals, strict=True)]) for name in chosen
     ]
     note = f"the most frequent {LABELS} of {len(names)}" if len(names) > LABELS else ""
-    return [Chart(title="Labels", note=note, svg=charts.bars(rows, SPLITS, _percent))]
+    return [Chart(title="Labels", note=note, svg=charts.histogram(rows, SPLITS, _percent))]
 
 
 def _columns(facts: Facts) -> list[Block]:
@@ -99,7 +114,7 @@ def _columns(facts: Facts) -> list[Block]:
             (f"{edges[place]:.3g} to {edges[place + 1]:.3g}", [bins[place], beside[place]])
             for place in range(len(bins))
         ]
-        blocks.append(Chart(title=name, note="from percentiles", svg=charts.bars(rows, SPLITS, _percent)))
+        blocks.append(Chart(title=name, note="from percentiles", svg=charts.histogram(rows, SPLITS, _percent)))
     if (left := len(facts["train"]["columns"]) - DRAWN) > 0:
         blocks.append(Text(text=f"{left} more columns are in data.json of the release."))
     return blocks

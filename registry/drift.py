@@ -51,8 +51,8 @@ def bins_of_columns(before: Sequence[float], now: Sequence[float]) -> Bins:
         np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1) / len(values)
         for values in (first, second)
     ]
-    ends = [f"{edge:.4g}" for edge in edges]
-    between = [f"{low} to {high}" for low, high in itertools.pairwise(ends)]
+    ends = [f"{edge:.4g}" for edge in (deciles[0], *edges[1:])]
+    between = [low if low == high else f"{low} to {high}" for low, high in itertools.pairwise(ends)]
     return Bins(names=[f"< {ends[0]}", *between, f"> {ends[-1]}"], before=shares[0].tolist(), now=shares[1].tolist())
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from registry.description import clean, table
 
+NARROW = 50
+"""Letters in a line of a phone, about."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
@@ -57,6 +60,13 @@ class Table:
 
     rows: Sequence[Sequence[Cell]]
     header: Sequence[str] = ()
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a phone has room for its columns; the first one may wrap."""
+        cells = [self.header, *([cell if isinstance(cell, str) else cell.text for cell in row] for row in self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(self.header))]
+        return sum([min(14, widths[0]), *widths[1:]]) + len(widths) <= NARROW
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def _beside(files: RunFiles) -> Section:
     blocks: list[Block] = [Text(text=said)]
     if drawn:
         blocks.append(Chart(title="Improvement over the live release", svg=charts.intervals(drawn)))
-    blocks.append(Table(header=("metric", "candidate", "live", "improvement"), rows=rows))
+    blocks.append(Table(header=("metric", "candidate", "live", "interval of the improvement"), rows=rows))
     if asked:
         verdicts: list[Sequence[Cell]] = [
             (*item.row()[:-1], Mark(text=item.row()[-1], good=item.passed)) for item in asked
@@ -233,7 +233,11 @@ def _parity(files: RunFiles) -> Section:
     finite = [(name, [value]) for name, value in used.items() if value != float("inf")]
     if finite:
         blocks.append(
-            Chart(title="Part of the allowed difference", svg=charts.bars(finite, ["used"]), note="1 is the limit")
+            Chart(
+                title="Part of the allowed difference",
+                svg=charts.bars(finite, ["used"], limit=1),
+                note="1 is the limit",
+            )
         )
     if drawn := _errors(files.validated.get("errors", ())):
         note = "|artifact − model| ÷ rms of the output, all probes; heights are logarithmic"

@@ -86,11 +86,11 @@ def _report_of(flow_run: FlowRun) -> Path | None:
 
 
 def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Settings) -> Outcome:
-    error = state.data if isinstance(state.data, Exception) else None
+    error = _error(state)
     if isinstance(error, GateError):
         verdict, why, rest = "refused", error.message, error.table
     else:
-        verdict = "failed" if state.is_failed() else "cancelled" if state.is_cancelled() else "crashed"
+        verdict = "failed" if state.is_failed() else "crashed" if state.is_crashed() else "cancelled"
         text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
         why, _, rest = text.partition("\n")
     name = model or str(flow_run.parameters.get("job", flow_run.name))
@@ -137,11 +137,15 @@ def _record_failure(flow_run: FlowRun, reason: str) -> None:
     record_decision(store, decision)
 
 
+def _error(state: State[Any]) -> Exception | None:
+    """What ended the flow, where this process knows: Prefect wraps it in the record of a result."""
+    found = getattr(state.data, "result", state.data)
+    return found if isinstance(found, Exception) else None
+
+
 def _reason(state: State[Any]) -> str:
-    if isinstance(state.data, Exception):
-        text = str(state.data) or type(state.data).__name__
-    else:
-        text = state.message or str(state.name)
+    error = _error(state)
+    text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
     return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + " …"
 
 

@@ -17,7 +17,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 
 from infra.errors import ShipError
 from infra.settings import Settings
-from registry.cost import Rates, Spent
+from registry.cost import Rates, Spent, read_costs
 from registry.decisions import PROMOTED as WENT_LIVE
 from registry.keys import release_prefix
 from registry.mlflow_versions import attach_report
@@ -131,6 +131,8 @@ def write_report(outcome: Outcome, folder: Path | None, settings: Settings, cost
     if folder is not None and not folder.is_dir():
         folder = None
     files = read_run(folder) if folder is not None else None
+    if files is None and folder is not None:
+        costs = costs or read_costs(folder)
     rates = Rates(cpu_hour=settings.cpu_hour_price, gpu_hour=settings.gpu_hour_price, currency=settings.currency)
     page = run_page(outcome, files, rates, settings.bucket, costs)
     written = Written(
