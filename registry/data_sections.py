@@ -111,7 +111,10 @@ def _columns(facts: Facts) -> list[Block]:
         beside = _histogram(other, low, high) if other else [0.0] * len(bins)
         edges = [low + (high - low) * place / len(bins) for place in range(len(bins) + 1)]
         rows = [
-            (f"{edges[place]:.3g} to {edges[place + 1]:.3g}", [bins[place], beside[place]])
+            (
+                f"{edges[place]:.3g} to {edges[place + 1]:.3g}" if low < high else f"{low:.3g}",
+                [bins[place], beside[place]],
+            )
             for place in range(len(bins))
         ]
         blocks.append(Chart(title=name, note="from percentiles", svg=charts.histogram(rows, SPLITS, _percent)))
