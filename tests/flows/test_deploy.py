@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import httpx
 
@@ -32,6 +35,21 @@ def nightly(deployment: dict[str, Any]) -> tuple[str, str]:
     return schedule["schedule"]["cron"], schedule["schedule"]["timezone"]
 
 
+def scheduled(stack: Settings, name: str) -> list[dict[str, Any]]:
+    """The runs that wait for their time, once there are some."""
+    query = {
+        "deployments": {"name": {"any_": [name]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    deadline = time.monotonic() + 90
+    while True:
+        found: list[dict[str, Any]] = httpx.post(f"{stack.prefect_api_url}/flow_runs/filter", json=query).json()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"Prefect schedules no run of {name}"
+        time.sleep(1)
+
+
 def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_again_changes_only_what_is_asked(
     command: Command, stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -52,6 +70,16 @@ def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_agai
     ran = command("prefect", "deployment", "run", "retrain/beta", "--watch")
     assert ran.status == 0, ran.text
     assert live(store, "beta") is not None and live(store, "alpha") is None
+
+
+def test_the_next_nights_are_there_as_runs_that_wait_for_their_time(
+    command: Command, stack: Settings, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, "zeta")
+    done = command("ship", "deploy", str(job), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
+    assert done.status == 0, done.text
+    when = datetime.fromisoformat(scheduled(stack, "zeta")[0]["expected_start_time"])
+    assert (when.astimezone(ZoneInfo("Europe/Berlin")).hour, when.minute) == (3, 30)
 
 
 def test_a_mistake_in_one_job_file_deploys_none_of_them(command: Command, stack: Settings, tmp_path: Path) -> None:
