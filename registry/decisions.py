@@ -1,23 +1,29 @@
 """What retraining decided, each time it was asked: one immutable object for each decision.
 
-They lie beside the history of the channel, which holds moves only: a night on which nothing moved is told here.
+They lie beside the history of the channel, which holds moves only: a night on which nothing moved is told here. A
+decision that the bucket did not take waits in the folder of its run for the next run of the model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 
 from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore
+from registry.history import read_history
 from registry.keys import decisions_prefix
 from registry.release import canonical_json
+from registry.timeline import live_at
 from registry.transfer import in_parallel, put_immutable
 
 SKIPPED, PROMOTED, KEPT, FAILED = "skipped", "promoted", "kept", "failed"
 """Not trained; the candidate went live; the candidate did not, and is the challenger; no candidate, or a bad one."""
+WAITING = "decision.json"
+"""In the folder of a run: its decision, until the bucket takes it."""
 _FORMAT = 1
 
 
@@ -60,6 +66,30 @@ def record_decision(store: ObjectStore, decision: Decision) -> None:
     time = f"{decided_at(decision):%Y%m%dT%H%M%S.%fZ}"
     key = f"{decisions_prefix(decision.model, decision.channel)}{time}-{decision.flow_run}.json"
     put_immutable(store, key, decision.encode(), "another decision")
+
+
+def keep_until_recorded(run: Path, decision: Decision) -> None:
+    """Leave a decision in the folder of its run, made when it is not there; `record_waiting` finds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    part = run / f"{WAITING}.part"
+    part.write_bytes(decision.encode())
+    part.replace(run / WAITING)
+
+
+def record_waiting(store: ObjectStore, runs: Path) -> int:
+    """Record what waits in the runs of a model; returns how many. One that does not know what was live is told.
+
+    runs: folder of the model's runs. Writes; can be repeated. Raises ReleaseError for a file that is no decision.
+    """
+    waiting = sorted(runs.glob(f"*/{WAITING}"))
+    for path in waiting:
+        decision = _decode(path.read_bytes(), str(path))
+        if not decision.live:
+            live = live_at(read_history(store, decision.model, decision.channel), decided_at(decision))
+            decision = replace(decision, live=live.release if live else "")
+        record_decision(store, decision)
+        path.unlink()
+    return len(waiting)
 
 
 def read_decisions(store: ObjectStore, model: str, channel: str, last: int) -> list[Decision]:

@@ -25,7 +25,15 @@ from infra.settings import Settings
 from infra.workerhost import worker_host
 from registry.comparison import read_told
 from registry.cost import read_costs
-from registry.decisions import KEPT, SKIPPED, Decision, decided_at, read_decisions, record_decision
+from registry.decisions import (
+    KEPT,
+    SKIPPED,
+    Decision,
+    decided_at,
+    read_decisions,
+    record_decision,
+    record_waiting,
+)
 from registry.freshness import Inputs, changes
 from registry.job import Job, load_job
 from registry.page import Cell, Link
@@ -115,9 +123,10 @@ class Night:
     retry_condition_fn=worth_retrying,
 )
 async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
-    """Compare code, data, job and environment with those of the live release. Reads only, beside the run's own folder.
+    """Compare code, data, job and environment with those of the live release.
 
-    A run that goes on keeps to what it decided first. Raises JobError for a job file that cannot be used.
+    Writes the run's own folder, and earlier answers that the bucket could not take. A run that goes on keeps to what it
+    decided first. Raises JobError for a job file that cannot be used.
     """
     began = time.monotonic()
     quiet_mistakes()
@@ -128,6 +137,8 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
     with ledger_of(folder).stage("decide"):
+        if waiting := await asyncio.to_thread(record_waiting, store, settings.runs / job.name):
+            get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
         live, (read_seconds, inputs) = await asyncio.gather(
             asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
             _inputs(settings, job, project_folder, folder),

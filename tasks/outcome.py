@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 
-from infra.errors import GateError, ShipError
+from infra.errors import GateError, ServiceError, ShipError
 from infra.objectstore import ObjectStore
 from infra.provenance import who
 from infra.settings import Settings
-from registry.decisions import FAILED, Decision, record_decision
+from registry.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from registry.job import load_job
 from registry.live_run import live_run
 from registry.page import Cell, Link
@@ -121,8 +122,7 @@ async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
 
 def _record_failure(flow_run: FlowRun, reason: str) -> None:
     job, _ = load_job(Path(flow_run.parameters["job"]))
-    store = ObjectStore.from_settings(Settings.load())
-    live = read_pointer(store, job.name, job.release.channel)
+    settings = Settings.load()
     why = str(flow_run.parameters.get("why", ""))
     decision = Decision(
         model=job.name,
@@ -132,9 +132,17 @@ def _record_failure(flow_run: FlowRun, reason: str) -> None:
         at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         flow_run=str(flow_run.id),
         asked=f"{why} ({who()})" if why else who(),
-        live=live.release if live else "",
+        live="",
     )
-    record_decision(store, decision)
+    try:
+        store = ObjectStore.from_settings(settings)
+        live = read_pointer(store, job.name, job.release.channel)
+        decision = replace(decision, live=live.release if live else "")
+        record_decision(store, decision)
+    except ServiceError:
+        # The night may have failed because the bucket is away. The next run of this model on this machine records it.
+        keep_until_recorded(settings.runs / job.name / decision.flow_run, decision)
+        raise
 
 
 def _error(state: State[Any]) -> Exception | None:

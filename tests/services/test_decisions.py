@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Failed
 
+from flows.retrain import retrain
 from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.decisions import KEPT, PROMOTED, SKIPPED, Decision, read_decisions, record_decision
+from infra.settings import LOOPBACK, Settings
+from registry.decisions import (
+    FAILED,
+    KEPT,
+    PROMOTED,
+    SKIPPED,
+    WAITING,
+    Decision,
+    keep_until_recorded,
+    read_decisions,
+    record_decision,
+    record_waiting,
+)
 from registry.job import load_job
 from registry.keys import decisions_prefix
 from tasks.decide import Plan, streak
+from tasks.outcome import record_failure
 from tests.projects import write_project
+from tests.services.conftest import Connect, free_port
+from tests.services.releases import move, published
 
 FIRST = datetime(2026, 11, 17, 2, 0, tzinfo=UTC)
 
@@ -50,6 +70,45 @@ def test_what_is_no_decision_is_refused_by_its_key(object_store: ObjectStore) ->
     object_store.put_new(key, b'{"format": 1, "model": 3}')
     with pytest.raises(ReleaseError, match=f"{key}: expected the record of a decision"):
         read_decisions(object_store, "strange", "prod", 5)
+
+
+def test_what_the_bucket_could_not_take_is_recorded_by_the_next_run_with_what_was_live_then(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    manifest = published(object_store, tmp_path / "release")
+    moved = move(object_store, manifest)
+    later = (datetime.now(UTC) + timedelta(seconds=1)).isoformat(timespec="milliseconds")
+    failed = dataclasses.replace(night(0, FAILED, manifest.model), at=later, live="")
+    runs = tmp_path / "runs"
+    keep_until_recorded(runs / "r0", failed)
+    assert record_waiting(object_store, runs) == 1
+    (found,) = read_decisions(object_store, manifest.model, "prod", 5)
+    assert found == dataclasses.replace(failed, live=moved.release)
+    assert record_waiting(object_store, runs) == 0
+
+
+def test_a_night_that_failed_because_the_bucket_was_away_waits_in_the_folder_of_its_run(
+    connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect("away", f"http://{LOOPBACK}:{free_port()}")
+    monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
+    job = write_project(tmp_path, name="away")
+    run = FlowRun(flow_id=uuid4(), parameters={"job": str(job), "why": "night 9"})
+    asyncio.run(record_failure(retrain, run, Failed(message="the bucket does not answer")))
+    waiting = tmp_path / "home" / "runs" / "away" / str(run.id) / WAITING
+    said = json.loads(waiting.read_text())
+    assert (said["decision"], said["why"], said["live"]) == (FAILED, "the bucket does not answer", "")
+    assert said["asked"].startswith("night 9 (")
+
+
+def test_an_answer_that_did_arrive_while_its_reply_was_lost_is_no_obstacle(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    one = night(0, FAILED, "twice")
+    record_decision(object_store, one)
+    keep_until_recorded(tmp_path / "r0", one)
+    assert record_waiting(object_store, tmp_path) == 1
+    assert read_decisions(object_store, "twice", "prod", 5) == [one]
 
 
 def test_a_streak_is_of_skips_since_the_last_other_answer(object_store: ObjectStore, tmp_path: Path) -> None:
