@@ -24,10 +24,10 @@ from torch.utils.data import Dataset
 
 from torchworker import runtimes
 from torchworker.contract import ExportRequest, Project, Reference
-from torchworker.parity import compare
+from torchworker.parity import compare, usual_loss
 from torchworker.probes import Probe
 from torchworker.prove import Policy, prove
-from torchworker.reference import enlarged, read_probes, write_reference
+from torchworker.reference import enlarged, read_probes, validation_key, write_reference
 
 BATCH = 16
 
@@ -74,13 +74,20 @@ def validation(folder: Path) -> list[Probe]:
 
     stored = load_file(folder / "validation.safetensors")
     found = []
+    outputs = {key.partition(".")[2].rpartition("/")[0] for key in stored if "/" in key}
     for start in range(0, len(stored["target"]), BATCH):
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in stored.items():
-            part, _, name = key.partition(".")
-            parts.setdefault(part, {})[name] = tensor[start : start + BATCH].contiguous()
-        exact, moved = parts.get("float64", {}), parts.get("moved", {})
-        found.append(Probe(name="", group="", inputs=parts["input"], eager=parts["eager"], exact=exact, moved=moved))
+        inputs = {
+            key.removeprefix("input."): tensor[start : start + BATCH].contiguous()
+            for key, tensor in stored.items()
+            if key.startswith("input.")
+        }
+        parts = {
+            part: {name: stored[key] for name in outputs if (key := validation_key(part, name, start)) in stored}
+            for part in ("eager", "float64", "moved")
+        }
+        found.append(
+            Probe(name="", group="", inputs=inputs, eager=parts["eager"], exact=parts["float64"], moved=parts["moved"])
+        )
     return found
 
 
@@ -91,10 +98,15 @@ def ours(call: Call, case: Case, probes: list[Probe], samples: list[Probe], kind
     """Whether the gate passes it."""
     if not all(item.passed for item in prove(kind, call, probes, case.outputs, Policy()).verdicts):
         return False
+    usual = {
+        name: usual_loss((probe.eager[name], probe.exact.get(name, probe.moved.get(name))) for probe in samples)
+        for name in case.outputs
+    }
     for probe in samples:
         got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
         for name, tensor in zip(case.outputs, got, strict=True):
-            if not compare(tensor, probe.eager[name], probe.exact.get(name), probe.moved.get(name)).passed:
+            others = probe.exact.get(name), probe.moved.get(name)
+            if not compare(tensor, probe.eager[name], *others, usual=usual[name]).passed:
                 return False
     return True
 

@@ -11,6 +11,10 @@ agree to a few units in the last place. The second is also asked of every column
 units of the column's own size (down to a quarter of the whole's), because one wrong class among many is lost in the
 size of the others.
 
+Fewer than FEW_ELEMENTS numbers, such as one score, have no rms to speak of, and eager may be right on them by luck.
+Only their worst element is looked at, and eager is taken to lose no less on them than it does in rms over the other
+questions to that output: they are judged as a part of a larger batch would be.
+
 Outputs that lie in 0..1 throughout may always be off by 4u (2u in rms): runtimes compute a sigmoid to within a unit
 in the last place of 1, not of the value, and a rare event has values far below 1.
 
@@ -23,6 +27,8 @@ weight and input is moved by its own rounding, widened by FALLBACK: less sharp, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +38,8 @@ MAX_FACTOR = 8.0
 RMS_FACTOR = 4.0
 COLUMN_FACTOR = 8.0
 """How many times its own rounding the rms of one column may be off: fewer numbers, so more room."""
-COLUMN_ELEMENTS = 8
-"""A column of fewer elements says nothing about its rms."""
+FEW_ELEMENTS = 8
+"""An output, or a column of one, of fewer elements says nothing about its rms."""
 FALLBACK = 4.0
 BLIND = 16.0
 """How much wider still where nothing says what the model's rounding is: kernels differ legitimately."""
@@ -77,11 +83,30 @@ class Parity:
         return self.reason or f"max |Δ| {self.max_difference:.1e}"
 
 
-def compare(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | None = None) -> Parity:
+def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+    """What eager loses on one output, in its own units: the rms over all elements of several questions.
+
+    answers: eager outputs, each with its reference (float64, or moved by its rounding) or None. Questions on which
+    eager is as far off as in an unstable sample do not count. 0 when nothing tells.
+    """
+    total, count = 0.0, 0
+    for eager, other in answers:
+        if other is None or other.shape != eager.shape or not eager.is_floating_point() or not eager.numel():
+            continue
+        lost = (eager.double() - other.double()).abs()
+        if float(lost.max()) <= UNSTABLE * _roundoff(eager) * float(other.double().abs().max()):
+            total, count = total + float(lost.square().sum()), count + lost.numel()
+    return math.sqrt(total / count) if count else 0.0
+
+
+def compare(
+    got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | None = None, *, usual: float = 0.0
+) -> Parity:
     """Compare one exported output with the eager one.
 
     got, eager: same dtype and shape or the comparison fails; exact: the float64 output or None; moved: the eager
-    output after weights and inputs were moved by their rounding, used where there is no float64 output.
+    output after weights and inputs were moved by their rounding, used where there is no float64 output; usual: of
+    `usual_loss`, read where there are few elements.
     """
     failed = _structure(got, eager)
     if failed:
@@ -89,7 +114,7 @@ def compare(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | No
     other = exact if exact is not None and exact.shape == eager.shape else moved
     if not eager.is_floating_point():
         return _whole(got, eager, other)
-    return _rounded(got, eager, exact, moved)
+    return _rounded(got, eager, exact, moved, usual)
 
 
 def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
@@ -109,7 +134,12 @@ def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
     )
 
 
-def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | None) -> Parity:
+def _roundoff(tensor: Tensor) -> float:
+    """Of the dtype."""
+    return UNIT_ROUNDOFF * torch.finfo(tensor.dtype).eps / torch.finfo(torch.float32).eps
+
+
+def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | None, usual: float) -> Parity:
     finite = eager.isfinite()
     if eager.numel() == 0:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -127,7 +157,7 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | N
         z, widen, e_ref = y, BLIND, torch.zeros_like(y)
         if moved is not None and moved.shape == eager.shape and torch.equal(moved.isfinite(), finite):
             widen, e_ref = FALLBACK, (moved.double().masked_fill(~finite, 0) - y).abs()
-    roundoff = UNIT_ROUNDOFF * torch.finfo(eager.dtype).eps / torch.finfo(torch.float32).eps
+    roundoff = _roundoff(eager)
     rows = tuple(range(1, eager.dim()))
     size = float(z.square().mean().sqrt())
     steady = (e_ref.amax(rows) if rows else e_ref) <= UNSTABLE * roundoff * max(size, float(z.abs().max()))
@@ -137,7 +167,9 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | N
         e_got = (x[part] - z[part]).abs()
         if part is not steady:
             e_got = torch.minimum(e_got, difference[part])
-        off, limit = _ratio(e_got, e_ref[part], z[part], roundoff * widen)
+        few = e_got.numel() < FEW_ELEMENTS
+        lost = e_ref[part].clamp_min(usual) if few else e_ref[part]
+        off, limit = _ratio(e_got, lost, z[part], roundoff * widen)
         ratio, allowed = max(ratio, off), max(allowed, limit)
     place = int(torch.where(finite, difference, 0).argmax())
     index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(place), eager.shape))
@@ -161,10 +193,12 @@ def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[fl
     max_limit = max(MAX_FACTOR * max(float(e_ref.max()), 4 * roundoff * largest, tiny), 4 * bounded)
     unit = max(float(e_ref.square().mean().sqrt()), 2 * roundoff * scale, tiny)
     rms_limit = max(RMS_FACTOR * unit, 2 * bounded)
-    ratio = max(float(e_got.max()) / max_limit, float(e_got.square().mean().sqrt()) / rms_limit)
+    ratio = float(e_got.max()) / max_limit
+    if z.numel() >= FEW_ELEMENTS:
+        ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
     # [batch, channels, height, width], or features last.
     column = 1 if z.dim() >= 4 else z.dim() - 1
-    if z.dim() < 2 or z.shape[column] < 2 or z.numel() // z.shape[column] < COLUMN_ELEMENTS:
+    if z.dim() < 2 or z.shape[column] < 2 or z.numel() // z.shape[column] < FEW_ELEMENTS:
         return ratio, max_limit
     across = tuple(axis for axis in range(z.dim()) if axis != column)
     got, own, size = (value.square().mean(across).sqrt() for value in (e_got, e_ref, z))

@@ -11,13 +11,16 @@ from torch import Tensor
 from torchworker.contract import Mismatch, Verdict
 from torchworker.failure import describe
 from torchworker.metrics import metric_sum
-from torchworker.parity import Parity, compare
-from torchworker.probes import BATCHES, NOT_FINITE, Inputs, Probe
+from torchworker.parity import Parity, compare, usual_loss
+from torchworker.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SINGLES, Inputs, Probe
 from torchworker.runtimes import Call
 from torchworker.spread import Spread
 
 KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 """The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
+
+OF_ITS_SIZE = frozenset({BATCHES, DRAWS, LENGTHS, SINGLES})
+"""Questions whose inputs are as large as the data's, and so what the model loses on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str]
 
     outputs: names in the order of the signature. No probes is a failure: nothing was proven.
     """
-    court = _Court(kind, call, outputs, policy)
+    court = _Court(kind, call, outputs, policy, {name: _usual(probes, name) for name in outputs})
     verdicts, findings = [], []
     rest: list[tuple[Probe, float, str]] = []
     for probe in probes:
@@ -154,6 +157,12 @@ def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str]
         findings += found
         verdicts.append(verdict(kind, "called again", ratio, note))
     return Trial(verdicts=verdicts, findings=findings, spread=court.spread)
+
+
+def _usual(probes: Sequence[Probe], output: str) -> float:
+    """What the model itself loses on an output, over all questions of the size of the data."""
+    answered = [(probe, probe.eager[output]) for probe in probes if probe.eager and probe.group in OF_ITS_SIZE]
+    return usual_loss((eager, probe.exact.get(output, probe.moved.get(output))) for probe, eager in answered)
 
 
 def verdict(kind: str, case: str, ratio: float, note: str) -> Verdict:
@@ -185,8 +194,10 @@ def _skipped(probe: Probe, policy: Policy) -> bool:
 
 
 class _Court:
-    def __init__(self, kind: str, call: Call, outputs: Sequence[str], policy: Policy) -> None:
-        self.kind, self.call, self.outputs, self.policy = kind, call, outputs, policy
+    def __init__(
+        self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, float]
+    ) -> None:
+        self.kind, self.call, self.outputs, self.policy, self.usual = kind, call, outputs, policy, usual
         self.first: dict[str, list[Tensor]] = {}
         """Answers to the batches of capture, to be asked for again."""
         self.changed: dict[str, str] = {}
@@ -274,15 +285,15 @@ class _Court:
         eager, exact, moved = probe.eager[name], probe.exact.get(name), probe.moved.get(name)
         shown = probe.touched or not _finite(probe.eager)
         if probe.group == BATCHES or not shown:
-            return compare(got, eager, exact, moved)
-        return not_finite(got, probe, name, self.policy.not_finite)
+            return compare(got, eager, exact, moved, usual=self.usual[name])
+        return not_finite(got, probe, name, self.policy.not_finite, self.usual[name])
 
 
-def not_finite(got: Tensor, probe: Probe, name: str, policy: str) -> Parity:
+def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float = 0.0) -> Parity:
     """Compare an output of a batch in which something is NaN or infinite.
 
     `same`: NaN and infinities in the same places. `contained` (and `off`): a sample whose output shows it must show
-    it in the artifact too, in any element; every other sample must agree as always.
+    it in the artifact too, in any element; every other sample must agree as always. usual: of `usual_loss`.
     """
     assert probe.eager is not None, "judged before"
     eager, exact, moved = probe.eager[name], probe.exact.get(name), probe.moved.get(name)
@@ -309,7 +320,7 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str) -> Parity:
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)
     chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, moved)]
-    return compare(got[rows], eager[rows], *chosen)
+    return compare(got[rows], eager[rows], *chosen, usual=usual)
 
 
 def _row_finite(tensor: Tensor) -> Tensor:

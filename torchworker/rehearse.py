@@ -29,7 +29,7 @@ from torchworker.contract import (
 )
 from torchworker.failure import describe
 from torchworker.metrics import metric_values
-from torchworker.parity import compare
+from torchworker.parity import compare, usual_loss
 from torchworker.quantized import Noise
 from torchworker.resampling import interval_of_mean
 from torchworker.validate import forbid_user_code
@@ -57,6 +57,10 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     golden = _golden(folder, Path(request.moved) if request.moved else None)
     validation = load_file(request.validation) if request.validation else {}
     batch = golden[min(1, len(golden) - 1)][0]
+    usual = {
+        spec.name: usual_loss((parts["eager"][spec.name], _reference(parts, spec.name)) for _, parts in golden)
+        for spec in candidate.outputs
+    }
     verdicts: list[Verdict] = []
     mine: Scores = {}
     for kind, file in candidate.formats.items():
@@ -68,7 +72,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
         if kind in INT8_OF:
             verdicts.append(_noise_again(kind, call, golden, candidate, request.sqnr_db))
         else:
-            verdicts += [_again(kind, call, size, parts, candidate) for size, parts in golden]
+            verdicts += [_again(kind, call, size, parts, candidate, usual) for size, parts in golden]
         if validation:
             try:
                 mine[kind] = _score(call, validation, candidate, request.metrics, batch)
@@ -149,10 +153,23 @@ def _golden(folder: Path, moved: Path | None) -> list[tuple[int, dict[str, dict[
     return sorted(batches.items())
 
 
+def _reference(parts: Mapping[str, Mapping[str, Tensor]], output: str) -> Tensor | None:
+    """What the rounding of the model's own answer is measured by."""
+    return parts.get("float64", {}).get(output, parts.get("moved", {}).get(output))
+
+
 def _again(
-    kind: str, call: runtimes.Call, size: int, parts: Mapping[str, Mapping[str, Tensor]], release: RehearsedRelease
+    kind: str,
+    call: runtimes.Call,
+    size: int,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    release: RehearsedRelease,
+    usual: Mapping[str, float],
 ) -> Verdict:
-    """Whether the artifact still gives the golden outputs at one batch size, as the clean room saw it do."""
+    """Whether the artifact still gives the golden outputs at one batch size, as the clean room saw it do.
+
+    usual: by output, of `usual_loss`.
+    """
     case = f"batch {size}"
     try:
         got = call({spec.name: parts["input"][spec.name].clone() for spec in release.inputs})
@@ -163,7 +180,7 @@ def _again(
     ratio, notes = 0.0, []
     for spec, tensor in zip(release.outputs, got, strict=True):
         exact, moved = (parts.get(part, {}).get(spec.name) for part in ("float64", "moved"))
-        outcome = compare(tensor, parts["eager"][spec.name], exact, moved)
+        outcome = compare(tensor, parts["eager"][spec.name], exact, moved, usual=usual[spec.name])
         ratio = max(ratio, outcome.ratio)
         notes.append(f"{spec.name}: {outcome.note}")
     return _verdict(kind, case, ratio, "; ".join(notes))

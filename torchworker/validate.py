@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from torchworker.contract import (
 )
 from torchworker.failure import describe, is_theirs
 from torchworker.metrics import metric_sum
-from torchworker.parity import compare
+from torchworker.parity import compare, usual_loss
 from torchworker.probes import BATCHES, SAMPLES, Probe
 from torchworker.prove import Decisions, Finding, Policy, Trial, prove, verdict
 from torchworker.quantized import examine, kept
@@ -227,18 +227,20 @@ def _quality(
     """
     samples = len(validation["target"])
     inputs = {spec.name: validation[f"input.{spec.name}"] for spec in request.inputs}
+    starts = range(0, samples, batch)
+    usual = {spec.name: usual_loss(_answers(validation, spec.name, starts)) for spec in request.outputs}
     sums = {name: [0.0, 0] for name in request.metrics}
     decisions, spread = Decisions(), Spread()
     ratio, notes, findings = 0.0, {}, []
     try:
-        for start in range(0, samples, batch):
+        for start in starts:
             part = slice(start, start + batch)
             fed = {name: tensor[part].contiguous() for name, tensor in inputs.items()}
             outputs = call(fed)
             for position, (spec, tensor) in enumerate(zip(request.outputs, outputs, strict=True)):
                 eager = validation[validation_key("eager", spec.name, start)]
                 others = [validation.get(validation_key(kind, spec.name, start)) for kind in ("float64", "moved")]
-                outcome = compare(tensor, eager, *others)
+                outcome = compare(tensor, eager, *others, usual=usual[spec.name])
                 spread.add(SAMPLES, tensor, eager)
                 if outcome.ratio >= ratio:
                     ratio = outcome.ratio
@@ -261,6 +263,15 @@ def _quality(
         verdicts.append(decisions.verdict(kind))
     measured = {name: total / count for name, (total, count) in sums.items()}
     return measured, Trial(verdicts=verdicts, findings=findings, spread=spread)
+
+
+def _answers(
+    validation: Mapping[str, Tensor], output: str, starts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The model's answers to the validation samples, each with what its rounding is measured by."""
+    for start in starts:
+        exact, moved = (validation.get(validation_key(part, output, start)) for part in ("float64", "moved"))
+        yield validation[validation_key("eager", output, start)], exact if exact is not None else moved
 
 
 def _size(probe: Probe) -> int:
