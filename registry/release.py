@@ -58,7 +58,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     """By relative POSIX path, sorted."""
     formats: Mapping[str, str]
-    """Format (torchscript, onnx, pt2) to the path of its artifact."""
+    """Format (torchscript, onnx, pt2, executorch, …) to the path of its artifact."""
     signature: Mapping[str, Any]
     """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
     `dims`: name, min and max of each, null for no limit."""
