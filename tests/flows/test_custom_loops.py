@@ -61,7 +61,7 @@ def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(
 
     _, artifacts = read_run(flow_run_of(ended))
     pages = {artifact.key: str(artifact.data) for artifact in artifacts}
-    assert any("### Last step" in page and "| step" in page for page in pages.values())
+    assert any("## Learning curves" in page and "| step" in page for page in pages.values())
 
 
 @pytest.mark.parametrize("example", ["own_loop", "lightning"])
