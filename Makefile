@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ship test check chaos bench bench-store bench-parity bench-inference up down clean
+.PHONY: ship test check chaos month bench bench-store bench-parity bench-inference up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -23,6 +23,10 @@ check: $(READY)
 # Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; half an hour.
 chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos tests/services tests/flows
+
+# Thirty nights with everything that can go wrong, on a stack of its own; ten minutes. Writes docs/month.md and its picture.
+month: $(READY)
+	$(BIN)/python -m tests.month
 
 bench: up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py

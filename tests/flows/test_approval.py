@@ -8,7 +8,7 @@ from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
 from tests.conftest import Command
-from tests.flows.test_moves import Api
+from tests.flows.api import Api
 from tests.projects import write_project
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from infra.objectstore import ObjectStore
@@ -17,6 +14,7 @@ from registry.mlflow_rest import RestRegistry
 from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.release import Manifest
 from tests.conftest import Command
+from tests.flows.api import Api
 from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
 from tests.services.releases import move
@@ -39,43 +37,6 @@ def live(store: ObjectStore, model: str) -> Pointer:
     pointer = read_pointer(store, model, "prod")
     assert pointer is not None
     return pointer
-
-
-class Api:
-    """Prefect's REST API."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.http = httpx.Client(base_url=settings.prefect_api_url, timeout=30, trust_env=False)
-
-    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """The answer; asked again when SQLite behind a busy server is locked."""
-        for _ in range(20):
-            reply = self.http.request(method, path, json=body)
-            if reply.status_code < 500:
-                break
-            time.sleep(0.5)
-        answer: dict[str, Any] = reply.raise_for_status().json()
-        return answer
-
-    def start(self, flow: str, **parameters: Any) -> str:
-        deployment = self.ask("GET", f"/deployments/name/{flow}/{flow}")
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        return str(self.ask("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
-
-    def wait(self, run: str, *states: str) -> dict[str, Any]:
-        """The run, once it is in one of these states."""
-        deadline = time.monotonic() + 120
-        while True:
-            found = self.ask("GET", f"/flow_runs/{run}")
-            if found["state_name"] in states:
-                return found
-            assert found["state_type"] not in ("COMPLETED", "FAILED", "CRASHED"), found["state"]["message"]
-            assert time.monotonic() < deadline, found["state"]
-            time.sleep(0.3)
-
-    def answer(self, run: str, **values: Any) -> None:
-        reply = self.ask("POST", f"/flow_runs/{run}/resume", {"run_input": values})
-        assert reply["status"] == "ACCEPT", reply
 
 
 @pytest.fixture

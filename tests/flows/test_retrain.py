@@ -24,7 +24,7 @@ from registry.pointer import Pointer, read_pointer
 from registry.release import DATA, LINEAGE
 from tasks.decide import Night
 from tests.conftest import Command
-from tests.flows.test_moves import Api
+from tests.flows.api import Api
 from tests.flows.test_train_and_ship import read_run
 from tests.page_check import checked
 from tests.projects import CODE, write_project

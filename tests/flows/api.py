@@ -1,0 +1,48 @@
+"""Prefect's REST API, for what tests do as its UI does."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+
+from infra.settings import Settings
+
+
+class Api:
+    """Prefect's REST API."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.http = httpx.Client(base_url=settings.prefect_api_url, timeout=30, trust_env=False)
+
+    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """The answer; asked again when SQLite behind a busy server is locked."""
+        for _ in range(20):
+            reply = self.http.request(method, path, json=body)
+            if reply.status_code < 500:
+                break
+            time.sleep(0.5)
+        answer: dict[str, Any] = reply.raise_for_status().json()
+        return answer
+
+    def start(self, flow: str, name: str = "", **parameters: Any) -> str:
+        """Id of a new run of a flow's deployment; name: of the deployment where it is not the flow's."""
+        deployment = self.ask("GET", f"/deployments/name/{flow}/{name or flow}")
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return str(self.ask("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
+
+    def wait(self, run: str, *states: str, seconds: float = 120) -> dict[str, Any]:
+        """The run, once it is in one of these states."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = self.ask("GET", f"/flow_runs/{run}")
+            if found["state_name"] in states:
+                return found
+            assert found["state_type"] not in ("COMPLETED", "FAILED", "CRASHED"), found["state"]["message"]
+            assert time.monotonic() < deadline, found["state"]
+            time.sleep(0.3)
+
+    def answer(self, run: str, **values: Any) -> None:
+        reply = self.ask("POST", f"/flow_runs/{run}/resume", {"run_input": values})
+        assert reply["status"] == "ACCEPT", reply

@@ -1,0 +1,222 @@
+"""Lives through nights: each is a run of the deployment on the real worker, with whatever breaks meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from infra.objectstore import ObjectStore
+from infra.processes import PidFile
+from infra.s3 import s3_client
+from infra.settings import Settings
+from registry.decisions import read_decisions
+from registry.mlflow_rest import model_registry
+from registry.pointer import Pointer, read_pointer
+from registry.releases import read_manifest
+from shipreader.reader import Reader
+from tests.flows.api import Api
+from tests.month.nights import Fault, Night
+from tests.month.project import Project
+from tests.projects import REPOSITORY
+
+MODEL = "parcels"
+NEVER = "0 3 29 2 *"
+"""The script starts each night itself, whatever the clock says."""
+ENDS = ("Skipped", "Promoted", "Kept", "Failed")
+LONGEST_NIGHT = 300.0
+"""Seconds; a night that takes longer is stuck."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lived:
+    """One night as it was."""
+
+    night: Night
+    rows: int
+    """Parcels that there were to train on."""
+    run: str
+    """Id of the flow run."""
+    state: str
+    """Name of the state in which it ended."""
+    asleep: datetime
+    """When the night began."""
+    morning: datetime
+    """When it was over, and nobody had put anything right."""
+    seconds: float
+    served: str
+    """The release that a serving machine had in the morning; empty before the first."""
+    said: str
+    """What `ship up` said when something had to be started again."""
+    live: Pointer | None
+    """When all was running again."""
+    accuracy: float | None
+    """Of what is live, on the parcels that were held out."""
+    aliases: dict[str, str]
+    """In MLflow, when all was running again."""
+
+
+class Month:
+    """A model, its team and a serving machine, on a stack that is running."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings = settings
+        self.project = Project(folder / MODEL)
+        self.store = ObjectStore.from_settings(settings)
+        self.prefect = Api(settings)
+        self.registry = model_registry(settings.mlflow_url)
+        self.lived: list[Lived] = []
+        self.served: list[str] = []
+        """Releases that the serving machine took, in order."""
+        self._reader = Reader(
+            MODEL, bucket=settings.bucket, folder=folder / "served", client=s3_client(settings), interval=0.5,
+            on_change=lambda release: self.served.append(release.id),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def ship(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The command, as a person types it."""
+        return command("ship", *words)
+
+    def live_through(self, nights: list[Night], report: Callable[[Lived], None] = lambda lived: None) -> None:
+        """Deploy the job, and let the nights follow each other."""
+        done = self.ship("deploy", str(self.project.job), "--cron", NEVER)
+        if done.returncode:
+            raise AssertionError(done.stdout + done.stderr)
+        for night in nights:
+            lived = self._night(night)
+            self.lived.append(lived)
+            report(lived)
+
+    def _night(self, night: Night) -> Lived:
+        night.evening(self.project)
+        rows, asleep, began = self.project.rows, datetime.now(UTC), time.monotonic()
+        if night.fault in (Fault.BUCKET, Fault.MLFLOW):
+            self._kill_service("s3" if night.fault is Fault.BUCKET else "mlflow")
+        run = self.prefect.start("retrain", MODEL, why=f"night {night.number}")
+        folder = self.settings.runs / MODEL / run
+        if night.fault is Fault.MLFLOW_LATE:
+            self._when(lambda: any(folder.glob("rehearse.work/*")), run)
+            self._kill_service("mlflow")
+        if night.fault is Fault.KILLED:
+            self._when(lambda: any(folder.glob("checkpoints/step-????????")), run)
+            self._kill_flow()
+            self.prefect.wait(run, "Crashed")
+            eventually(lambda: self._is_recorded(run), "the worker records the run that died")
+            done = command("prefect", "flow-run", "retry", run)
+            assert done.returncode == 0, done.stdout + done.stderr
+        state = self.prefect.wait(run, *ENDS, seconds=LONGEST_NIGHT)["state_name"]
+        seconds = time.monotonic() - began
+        served = self._served(night)
+        # Later than everything that was done in the night, and before anybody puts anything right.
+        morning = datetime.now(UTC)
+        said = ""
+        if night.fault in (Fault.BUCKET, Fault.MLFLOW, Fault.MLFLOW_LATE):
+            up = self.ship("up")
+            said = up.stdout + up.stderr
+            assert up.returncode == 0, said
+        night.morning(self.project)
+        live = read_pointer(self.store, MODEL, "prod")
+        return Lived(
+            night=night, rows=rows, run=run, state=str(state), asleep=asleep, morning=morning,
+            seconds=seconds, served=served, said=said, live=live,
+            accuracy=read_manifest(self.store, MODEL, live.release).metrics["accuracy"] if live else None,
+            aliases=dict(self.registry.aliases(MODEL)),
+        )  # fmt: skip
+
+    # ---- what is looked at
+
+    def _is_recorded(self, run: str) -> bool:
+        return any(answer.flow_run == run for answer in read_decisions(self.store, MODEL, "prod", 5))
+
+    def _served(self, night: Night) -> str:
+        """What the serving machine has, once it had the time to look."""
+        if night.fault is Fault.BUCKET:
+            # It cannot know better, and goes on with what it has.
+            eventually(lambda: self._reader.status().problem, "the serving machine misses the bucket")
+            return self._reader.current.id if self._reader.current else ""
+        live = read_pointer(self.store, MODEL, "prod")
+        if live is None:
+            return ""
+        if self._reader.current is None:
+            self._reader.start()
+
+        def follows() -> bool:
+            return self._reader.current is not None and self._reader.current.id == live.release
+
+        eventually(follows, f"the serving machine follows to {live.release}")
+        return live.release
+
+    # ---- what breaks
+
+    def _kill_service(self, name: str) -> None:
+        """SIGKILL, to it and all that it started."""
+        record = PidFile.read(self.settings.home / "pids" / f"{name}.json")
+        assert record is not None, f"{name} of this stack is not running"
+        kill(record.family())
+
+    def _kill_flow(self) -> None:
+        """SIGKILL to the process that runs the flow, and to nothing else: the parent of the host of its workers."""
+        parents = [process.parent() for process in processes_of(self.settings) if is_worker(process)]
+        # The host forks, so that its children look like it.
+        flows = {parent for parent in parents if parent is not None and not is_worker(parent)}
+        assert len(flows) == 1, f"expected one run at work, found {flows}"
+        kill(list(flows))
+
+    def _when(self, moment: Callable[[], bool], run: str) -> None:
+        """Wait for a moment of a run that must not end before it."""
+        deadline, looked = time.monotonic() + LONGEST_NIGHT, time.monotonic()
+        while not moment():
+            assert time.monotonic() < deadline, "the moment did not come"
+            if time.monotonic() - looked > 2:
+                state = self.prefect.ask("GET", f"/flow_runs/{run}")["state"]
+                assert state["type"] not in ("COMPLETED", "FAILED", "CRASHED"), state
+                looked = time.monotonic()
+            time.sleep(0.005)
+
+
+def command(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [str(Path(sys.executable).with_name(name)), *words]
+    return subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+
+
+def eventually(look: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive, f"still alive after SIGKILL: {alive}"
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether it runs a stage, or the host that all stages are forked from."""
+    return any(word.startswith("torchworker") for word in process.cmdline())
+
+
+def processes_of(settings: Settings) -> Iterator[psutil.Process]:
+    """Everything alive that was started with this stack's home in its environment, but this process's own line."""
+    own = psutil.Process()
+    line = {own.pid, *(parent.pid for parent in own.parents())}
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("SHIP_HOME") == str(settings.home)
+            if ours and process.pid not in line and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except (psutil.Error, OSError):
+            continue
