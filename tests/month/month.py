@@ -17,7 +17,7 @@ from infra.objectstore import ObjectStore
 from infra.processes import PidFile
 from infra.s3 import s3_client
 from infra.settings import Settings
-from registry.decisions import read_decisions
+from registry.decisions import WAITING, read_decisions
 from registry.mlflow_rest import model_registry
 from registry.pointer import Pointer, read_pointer
 from registry.releases import read_manifest
@@ -111,10 +111,15 @@ class Month:
             self._when(lambda: any(folder.glob("checkpoints/step-????????")), run)
             self._kill_flow()
             self.prefect.wait(run, "Crashed")
-            eventually(lambda: self._is_recorded(run), "the worker records the run that died")
+            eventually(lambda: self._answers(run) == 1, "the worker records the run that died")
             done = command("prefect", "flow-run", "retry", run)
             assert done.returncode == 0, done.stdout + done.stderr
         state = self.prefect.wait(run, *ENDS, seconds=LONGEST_NIGHT)["state_name"]
+        # A run that failed writes its answer down after Prefect knows its end.
+        if night.fault is Fault.BUCKET:
+            eventually((folder / WAITING).exists, "the answer waits for the bucket")
+        else:
+            eventually(lambda: self._answers(run) == len(night.answers), f"{night.answers} of night {night.number}")
         seconds = time.monotonic() - began
         served = self._served(night)
         # Later than everything that was done in the night, and before anybody puts anything right.
@@ -135,8 +140,9 @@ class Month:
 
     # ---- what is looked at
 
-    def _is_recorded(self, run: str) -> bool:
-        return any(answer.flow_run == run for answer in read_decisions(self.store, MODEL, "prod", 5))
+    def _answers(self, run: str) -> int:
+        """How many decisions of this run are on record."""
+        return sum(answer.flow_run == run for answer in read_decisions(self.store, MODEL, "prod", 5))
 
     def _served(self, night: Night) -> str:
         """What the serving machine has, once it had the time to look."""
