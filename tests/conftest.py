@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from infra import stack as local_stack
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
 from infra.workerhost import WorkerHost
-from tests.projects import REPOSITORY
+from tests.machine import Ended, run_command
 
 # Addresses and accounts of the developer's own services must never be used, nor written to, by a test.
 FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")
@@ -88,19 +85,6 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int
-    output: str
-    errors: str
-
-    @property
-    def text(self) -> str:
-        return self.output + self.errors
-
-
 Command = Callable[..., Ended]
 
 
@@ -118,19 +102,7 @@ def stack() -> Iterator[Settings]:
 @pytest.fixture(scope="session")
 def command(stack: Settings) -> Command:
     """Run an installed command from the repository against the stack; variables given by name are added."""
-
-    def run(*argv: str, **variables: str) -> Ended:
-        done = subprocess.run(
-            [Path(sys.executable).with_name(argv[0]), *argv[1:]],
-            cwd=REPOSITORY,
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        return Ended(done.returncode, done.stdout, done.stderr)
-
-    return run
+    return run_command
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from infra.settings import Settings
 from tests.flows.test_resume import SLOW
+from tests.machine import eventually
 from tests.projects import REPOSITORY, write_project
 
 
@@ -30,20 +29,15 @@ def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other
             argv = [Path(sys.executable).with_name("ship"), "run", str(job)]
             return subprocess.Popen(argv, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, text=True)
 
-    def eventually(look: Callable[[], object], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not look():
-            assert time.monotonic() < deadline, "".join(path.read_text() for path in tmp_path.glob("*.log"))
-            time.sleep(0.1)
-
     def runs(name: str) -> int:
         return sum(path.is_dir() for path in (stack.runs / name).glob("*-*"))
 
     first = start(job_of("crowded", 60), "first.log")
-    eventually(lambda: runs("crowded") == 1, 60)
+    eventually(lambda: runs("crowded") == 1, "the first run")
     second = start(job_of("crowded", 1), "second.log")
     other = start(job_of("beside", 1), "other.log")
-    eventually(lambda: "another run of crowded is at work" in (tmp_path / "second.log").read_text(), 60)
+    waiting = "another run of crowded is at work"
+    eventually(lambda: waiting in (tmp_path / "second.log").read_text(), "the second run waits")
     assert other.wait(timeout=120) == 0
     assert first.poll() is None and runs("crowded") == 1
 

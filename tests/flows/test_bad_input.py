@@ -8,8 +8,9 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
-from tests.conftest import Command, Ended, free_ports
+from tests.conftest import Command, free_ports
 from tests.flows.live import orphans
+from tests.machine import Ended
 from tests.projects import write_project
 from tests.services.fault_proxy import FaultProxy, Rule, StripHeaders
 

@@ -26,8 +26,9 @@ from registry.history import read_history
 from registry.pointer import read_pointer
 from registry.release import MANIFEST, build_manifest
 from registry.releases import fetch_release, publish
-from tests.conftest import Command, Ended
+from tests.conftest import Command
 from tests.flows.live import live, orphans
+from tests.machine import Ended
 from tests.page_check import checked
 from tests.projects import write_project
 

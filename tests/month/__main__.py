@@ -21,6 +21,7 @@ from benchmarks.report import machine, write
 from infra import stack
 from infra.settings import Settings
 from tests.conftest import FOREIGN, free_ports, stack_environment
+from tests.machine import processes_of
 from tests.projects import REPOSITORY
 
 PAGE, PICTURE = REPOSITORY / "docs" / "month.md", REPOSITORY / "docs" / "month.svg"
@@ -44,9 +45,6 @@ def main() -> int:
             wrong = _month(settings, folder, asked.nights)
         finally:
             stack.down(settings)
-        # Prefect reads its settings when it is imported.
-        from tests.month.month import processes_of
-
         wrong += [f"expected nothing to be left when the stack is down, got {left}" for left in processes_of(settings)]
     finally:
         if asked.keep:

@@ -11,7 +11,8 @@ from typing import Any
 
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, WAITING
 from registry.mlflow_client import connect
-from tests.month.month import MODEL, Lived, Month, is_worker, processes_of
+from tests.machine import processes_of
+from tests.month.month import MODEL, Lived, Month, is_worker
 from tests.month.nights import Fault
 
 STATES = {PROMOTED: "Promoted", KEPT: "Kept", SKIPPED: "Skipped", FAILED: "Failed"}
@@ -41,7 +42,7 @@ def tell(month: Month) -> Told:
 
     def said(*words: str) -> Any:
         done = month.ship(*words, "--json")
-        return json.loads(done.stdout) if done.returncode == 0 else None
+        return json.loads(done.output) if done.status == 0 else None
 
     answers: dict[str, list[Record]] = {}
     for answer in said("history", MODEL, "--decisions", "--last", "100"):
@@ -52,7 +53,7 @@ def tell(month: Month) -> Told:
         answers=answers,
         moves=said("history", MODEL),
         live=[found["release"] if found else "" for found in mornings],
-        doctor=doctor.stdout + doctor.stderr,
+        doctor=doctor.text,
     )
 
 

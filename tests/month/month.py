@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +20,9 @@ from registry.pointer import Pointer, read_pointer
 from registry.releases import read_manifest
 from shipreader.reader import Reader
 from tests.flows.api import Api
+from tests.machine import Ended, eventually, kill, processes_of, run_command
 from tests.month.nights import Fault, Night
 from tests.month.project import Project
-from tests.projects import REPOSITORY
 
 MODEL = "parcels"
 NEVER = "0 3 29 2 *"
@@ -83,15 +80,14 @@ class Month:
     def close(self) -> None:
         self._reader.close()
 
-    def ship(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def ship(self, *words: str) -> Ended:
         """The command, as a person types it."""
-        return command("ship", *words)
+        return run_command("ship", *words)
 
     def live_through(self, nights: list[Night], report: Callable[[Lived], None] = lambda lived: None) -> None:
         """Deploy the job, and let the nights follow each other."""
         done = self.ship("deploy", str(self.project.job), "--cron", NEVER)
-        if done.returncode:
-            raise AssertionError(done.stdout + done.stderr)
+        assert done.status == 0, done.text
         for night in nights:
             lived = self._night(night)
             self.lived.append(lived)
@@ -112,8 +108,8 @@ class Month:
             self._kill_flow()
             self.prefect.wait(run, "Crashed")
             eventually(lambda: self._answers(run) == 1, "the worker records the run that died")
-            done = command("prefect", "flow-run", "retry", run)
-            assert done.returncode == 0, done.stdout + done.stderr
+            done = run_command("prefect", "flow-run", "retry", run)
+            assert done.status == 0, done.text
         state = self.prefect.wait(run, *ENDS, seconds=LONGEST_NIGHT)["state_name"]
         # A run that failed writes its answer down after Prefect knows its end.
         if night.fault is Fault.BUCKET:
@@ -127,8 +123,8 @@ class Month:
         said = ""
         if night.fault in (Fault.BUCKET, Fault.MLFLOW, Fault.MLFLOW_LATE):
             up = self.ship("up")
-            said = up.stdout + up.stderr
-            assert up.returncode == 0, said
+            said = up.text
+            assert up.status == 0, said
         night.morning(self.project)
         live = read_pointer(self.store, MODEL, "prod")
         return Lived(
@@ -190,39 +186,6 @@ class Month:
             time.sleep(0.005)
 
 
-def command(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    argv = [str(Path(sys.executable).with_name(name)), *words]
-    return subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-
-
-def eventually(look: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not alive, f"still alive after SIGKILL: {alive}"
-
-
 def is_worker(process: psutil.Process) -> bool:
     """Whether it runs a stage, or the host that all stages are forked from."""
     return any(word.startswith("torchworker") for word in process.cmdline())
-
-
-def processes_of(settings: Settings) -> Iterator[psutil.Process]:
-    """Everything alive that was started with this stack's home in its environment, but this process's own line."""
-    own = psutil.Process()
-    line = {own.pid, *(parent.pid for parent in own.parents())}
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get("SHIP_HOME") == str(settings.home)
-            if ours and process.pid not in line and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-        except (psutil.Error, OSError):
-            continue

@@ -17,7 +17,7 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tests.conftest import Ended
+from tests.machine import Ended
 from tests.services.fault_proxy import FaultProxy
 from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 

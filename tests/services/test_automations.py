@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.flows.test_resume import SLOW
+from tests.machine import eventually
 from tests.projects import REPOSITORY, write_project
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
@@ -116,13 +117,7 @@ def test_a_run_that_fell_silent_is_crashed_and_told(
         stderr=subprocess.DEVNULL,
     )
 
-    def eventually(look: Callable[[], object], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not look():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-    eventually(lambda: list((stack.runs / "silent").glob("*-*")), 60)
+    eventually(lambda: list((stack.runs / "silent").glob("*-*")), "the run")
     (run,) = (stack.runs / "silent").glob("*-*")
     heard = {
         "filter": {
@@ -131,12 +126,12 @@ def test_a_run_that_fell_silent_is_crashed_and_told(
             "occurred": {"since": "2020-01-01T00:00:00Z"},
         }
     }
-    eventually(lambda: httpx.post(f"{stack.prefect_api_url}/events/filter", json=heard).json()["total"], 60)
+    eventually(lambda: httpx.post(f"{stack.prefect_api_url}/events/filter", json=heard).json()["total"], "a heartbeat")
     os.kill(flow.pid, signal.SIGKILL)
     flow.wait()
     assert state_of(stack, run.name)["type"] == "RUNNING"
 
-    eventually(lambda: state_of(stack, run.name)["type"] == "CRASHED", SILENT_SECONDS + 60)
+    eventually(lambda: state_of(stack, run.name)["type"] == "CRASHED", "it is marked as crashed", SILENT_SECONDS + 60)
     told = receiver.wait_for(f"train-and-ship {job}: Crashed", 30)
     assert f"No sign of life for {SILENT_SECONDS} s" in told["message"]
 

@@ -1,0 +1,73 @@
+"""What tests do on this machine: run installed commands, wait for something, find processes and kill them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from infra.settings import Settings
+from tests.projects import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def text(self) -> str:
+        return self.output + self.errors
+
+
+def run_command(name: str, *words: str, **variables: str) -> Ended:
+    """Run an installed command from the repository; variables given by name are added to the environment."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name(name), *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def eventually(look: Callable[[], object], what: str, seconds: float = 60.0, every: float = 0.1) -> None:
+    """Wait until `look` gives something true; what: the words of the failure when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(every)
+
+
+def processes_of(settings: Settings) -> Iterator[psutil.Process]:
+    """Everything alive that was started with this stack's home in its environment, but this process's own line."""
+    own = psutil.Process()
+    line = {own.pid, *(parent.pid for parent in own.parents())}
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("SHIP_HOME") == str(settings.home)
+            if ours and process.pid not in line and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except (psutil.Error, OSError):
+            continue
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL for all of them, and their end."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive, f"still alive after SIGKILL: {alive}"
