@@ -7,25 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from registry import charts
 from registry.cost import Rates, Spent
 from registry.cost_section import cost_section
 from registry.data_sections import data_section
-from registry.description import PARITY, by_condition, file_size, number, outcome
+from registry.description import file_size, number
 from registry.gates import COMPARED, Beside, compare, interval_text, worst
-from registry.observation import Point
 from registry.page import Block, Cell, Chart, Lines, Link, Mark, Page, Section, Table, Text
+from registry.proof_sections import gates_section, parity_section
 from registry.run_files import RunFiles
-
-CURVES = 12
-"""Most charts of learning curves: the others are in MLflow."""
-QUIET = ("seconds", "samples_per_second", "learning_rate", "epoch")
-"""Curves of how it was trained, not of how well."""
-ERROR_BINS = ("same", "<1e-9", *(f"1e{decade}" for decade in range(-9, 3)), "NaN, ∞")
-"""Of torchworker.contract.ErrorCounts."""
+from registry.training_sections import curves_section, training_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +38,11 @@ class Outcome:
     """Name and value of where to look."""
 
 
-def run_page(outcome_: Outcome, files: RunFiles | None, rates: Rates, bucket: str, costs: Sequence[Spent] = ()) -> Page:
+def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str, costs: Sequence[Spent] = ()) -> Page:
     """The report. files: None for a run that ended before it began to work, which has costs alone. bucket: its name."""
     decision = [
-        *([Text(text=outcome_.why)] if not outcome_.table else [Lines(text=f"{outcome_.why}\n\n{outcome_.table}")]),
-        *([Table(rows=outcome_.facts)] if outcome_.facts else []),
+        *([Text(text=outcome.why)] if not outcome.table else [Lines(text=f"{outcome.why}\n\n{outcome.table}")]),
+        *([Table(rows=outcome.facts)] if outcome.facts else []),
     ]
     sections = [Section(title="Decision", blocks=decision)]
     if files is None:
@@ -58,20 +51,20 @@ def run_page(outcome_: Outcome, files: RunFiles | None, rates: Rates, bucket: st
         sections += [
             _beside(files),
             _latency(files),
-            _parity(files),
-            _gates(files),
-            _curves(files),
+            parity_section(files),
+            gates_section(files),
+            curves_section(files),
             data_section(files.facts, files.checks),
             cost_section(costs or files.costs, rates),
-            _what(files),
+            training_section(files),
             _lineage(files),
         ]
     return Page(
-        title=outcome_.title,
-        verdict=outcome_.verdict,
-        good=outcome_.good,
+        title=outcome.title,
+        verdict=outcome.verdict,
+        good=outcome.good,
         intro=_intro(files),
-        facts=Table(rows=[*outcome_.places, *(_places(files, bucket) if files else [])]),
+        facts=Table(rows=[*outcome.places, *(_places(files, bucket) if files else [])]),
         sections=[section for section in sections if not section.empty],
     )
 
@@ -208,170 +201,6 @@ def _speed_table(speed: Any) -> Table:
             rows.append((kind, str(item["batch"]), *calls, rate, *(whole if place == 0 else ("", "", "", ""))))
     header = ("format", "batch", "p50 ms", "p99 ms", "samples/s", "load ms", "size", "memory", "recommended for")
     return Table(header=header, rows=rows)
-
-
-# ---- what was proven
-
-
-def _verdicts(files: RunFiles) -> list[Any]:
-    return [SimpleNamespace(**item) for item in files.validated["verdicts"]] if files.validated else []
-
-
-def _parity(files: RunFiles) -> Section:
-    verdicts = [item for item in _verdicts(files) if item.gate == PARITY]
-    if not verdicts or files.validated is None:
-        return Section(title="Parity", blocks=())
-    said = (
-        f"Every format against {files.validated['reference']}: how much of the allowed difference it uses at its "
-        "worst; above 1 fails."
-    )
-    used: dict[str, float] = {}
-    for item in verdicts:
-        if item.measured is not None and item.limit == "<= 1":
-            used[item.format] = max(used.get(item.format, 0.0), item.measured)
-    blocks: list[Block] = [Text(text=said)]
-    finite = [(name, [value]) for name, value in used.items() if value != float("inf")]
-    if finite:
-        blocks.append(
-            Chart(
-                title="Part of the allowed difference",
-                svg=charts.bars(finite, ["used"], limit=1),
-                note="1 is the limit",
-            )
-        )
-    if drawn := _errors(files.validated.get("errors", ())):
-        note = "|artifact − model| ÷ rms of the output, all probes; heights are logarithmic"
-        blocks.append(
-            Chart(title="How far answers are from the model's", svg=charts.spread(drawn, ERROR_BINS), note=note)
-        )
-    return Section(title="Parity", blocks=blocks, more=[_verdict_table(verdicts), *_notes(verdicts)])
-
-
-def _errors(counts: Sequence[Any]) -> list[tuple[str, list[int], bool]]:
-    """Over all probes: format, elements by decade of their relative difference, whether any failed."""
-    found: dict[str, tuple[list[int], bool]] = {}
-    for item in counts:
-        so_far, failed = found.get(item["format"], ([0] * len(item["relative"]), False))
-        added = [mine + more for mine, more in zip(so_far, item["relative"], strict=True)]
-        found[item["format"]] = (added, failed or item["failed"])
-    return [(name, numbers, failed) for name, (numbers, failed) in found.items()]
-
-
-def _gates(files: RunFiles) -> Section:
-    if files.validated is None:
-        return Section(title="Gates", blocks=())
-    gates = [item for item in _verdicts(files) if item.gate != PARITY]
-    blocks: list[Block] = []
-    if gates:
-        blocks += [_verdict_table(gates), *_notes(gates)]
-    metrics = files.validated["metrics"]
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    if names:
-        said = f"Of each artifact's own outputs on {files.validated['validation_samples']:,} held-out samples:"
-        rows = [
-            (name, *(number(values[name]) if name in values else "" for values in metrics.values())) for name in names
-        ]
-        blocks += [Text(text=said), Table(header=("metric", *metrics), rows=rows)]
-    return Section(title="Gates and metrics", blocks=blocks, more=_capture(files), more_title="How it was captured")
-
-
-def _capture(files: RunFiles) -> list[Block]:
-    if files.exported is None or files.validated is None:
-        return []
-    dropped = {kind: item["reason"] for kind, item in files.validated["int8"].items() if item["reason"]}
-    rows = [(kind, "yes", item["method"]) for kind, item in files.exported["artifacts"].items() if kind not in dropped]
-    rows += [(kind, "left out", why) for kind, why in {**files.exported["left_out"], **dropped}.items()]
-    return [Table(header=("format", "released", "how, or why not"), rows=rows)]
-
-
-def _verdict_table(verdicts: Sequence[Any]) -> Table:
-    formats = list(dict.fromkeys(item.format for item in verdicts))
-    rows: list[Sequence[Cell]] = []
-    for condition, found in by_condition(verdicts).items():
-        cells = [found.get(name) for name in formats]
-        marks: list[Cell] = [
-            outcome(item) if item is None or not item.ran else Mark(text=outcome(item), good=item.passed)
-            for item in cells
-        ]
-        rows.append((*condition, *marks))
-    return Table(header=("gate", "case", "limit", *formats), rows=rows)
-
-
-def _notes(verdicts: Sequence[Any]) -> list[Block]:
-    return [
-        Text(text=f"{item.format}, {item.gate}, {item.case}: {item.note}")
-        for item in verdicts
-        if item.note and not item.passed
-    ]
-
-
-# ---- how it was trained
-
-
-def _curves(files: RunFiles) -> Section:
-    found: dict[str, list[tuple[float, float]]] = {}
-    for point in files.points:
-        found.setdefault(point.key, []).append((float(point.step), point.value))
-    over = "step" if _by_step(files) else "epoch"
-    pairs: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for name, curve in found.items():
-        # A training metric and the same one on held-out data belong together.
-        shared = name.removeprefix("train_").removeprefix("validation_")
-        both = f"train_{shared}" in found and f"validation_{shared}" in found
-        pairs.setdefault(shared if both else name, {})[name] = sorted(curve)
-    telling = {name: series for name, series in pairs.items() if name not in QUIET}
-    quiet = {name: series for name, series in pairs.items() if name in QUIET and name != "epoch"}
-    blocks: list[Block] = []
-    for name, series in list(telling.items())[:CURVES]:
-        blocks.append(Chart(title=name.replace("_", " "), svg=charts.lines(series, over)))
-    if len(telling) > CURVES:
-        blocks.append(Text(text=f"{len(telling) - CURVES} more curves are in MLflow."))
-    if blocks and files.trained is None:
-        blocks.insert(0, Text(text="Training did not end; this is how far it came."))
-    more: list[Block] = [
-        Chart(title=name.replace("_", " "), svg=charts.lines(series, over)) for name, series in quiet.items()
-    ]
-    if found:
-        more.append(_history_table(files.points, over))
-    return Section(title="Learning curves", blocks=blocks, more=more)
-
-
-def _by_step(files: RunFiles) -> bool:
-    history = files.trained["history"] if files.trained else ()
-    return "step" in history[0] if history else files.job.train.entrypoint is not None
-
-
-ROWS = 60
-"""Longest table of learning curves."""
-
-
-def _history_table(points: Sequence[Point], over: str) -> Table:
-    """Of many rows a few, evenly spaced and with the last one."""
-    rows: dict[int, dict[str, float]] = {}
-    for point in points:
-        rows.setdefault(point.step, {})[point.key] = point.value
-    names = list(dict.fromkeys(point.key for point in points))
-    steps = sorted(rows)
-    every = -(-len(steps) // ROWS)
-    shown = steps[::-1][::every][::-1]
-    return Table(
-        header=(over, *names),
-        rows=[
-            (str(step), *(number(rows[step][name]) if name in rows[step] else "" for name in names)) for step in shown
-        ],
-    )
-
-
-def _what(files: RunFiles) -> Section:
-    job, trained = files.job, files.trained
-    rows: list[Sequence[Cell]] = [("model", f"{job.model.factory} {dict(job.model.args) or ''}".strip())]
-    if trained is None:
-        rows.append(("data", job.data.factory))
-    else:
-        held = f"{trained['train_samples']:,} samples, {trained['validation_samples']:,} held out"
-        rows += [("data", f"{job.data.factory}, {held}"), *trained["environment"].items()]
-        rows += [("note", note) for note in trained["notes"]]
-    return Section(title="What was trained", blocks=[Table(rows=rows)])
 
 
 # ---- what it came from

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from registry.observation import event_points, history_points, latest_of
-from tasks.report import ROWS, curves
+from registry.page import Page, Section, Table, markdown
+from registry.training_sections import ROWS, history_tables
 from tasks.train import describe_report
 from torchworker import reports
 from torchworker.events import EventLog
@@ -109,7 +110,8 @@ def test_reports_are_curves_over_their_step_and_the_same_from_history_and_events
 def test_a_report_shows_each_kind_of_row_and_not_more_than_can_be_read() -> None:
     history = [{"step": step, "loss": 1 / (step + 1), "time": 0.0} for step in range(450)]
     history.insert(100, {"step": 99, "accuracy": 0.5, "time": 0.0})
-    page = curves(history)
+    section = Section(title="Learning curves", blocks=history_tables(history_points(history), "step"))
+    page = markdown(Page(title="", verdict="", good=True, intro="", facts=Table(rows=()), sections=[section]))
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert 90 <= len(lines) - 5 <= ROWS
     assert any(line.startswith("| 449") for line in lines) and "90 of 450 rows" in page
