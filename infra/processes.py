@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from infra.rundir import write_whole
+
 TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"
 GRACE_SECONDS = 5.0
 """How long a process may take to end after SIGTERM before it gets SIGKILL."""
@@ -50,11 +52,9 @@ class PidFile:
             return None
 
     def write(self, path: Path) -> None:
-        """Write by rename, so that a reader never sees half a file."""
+        """A reader never sees half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(asdict(self), indent=1))
-        draft.replace(path)
+        write_whole(path, json.dumps(asdict(self), indent=1).encode())
 
     def process(self) -> psutil.Process | None:
         """The process itself, or None when it has ended or its pid now belongs to somebody else."""

@@ -53,6 +53,13 @@ class StageFolder:
         return file_sha256(self.path / MANIFEST)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write by rename: a reader, and what is left after a kill, has all of it or what was there before."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:

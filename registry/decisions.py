@@ -14,6 +14,7 @@ from pathlib import Path
 
 from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore
+from infra.rundir import write_whole
 from registry.history import read_history
 from registry.keys import decisions_prefix
 from registry.release import canonical_json
@@ -71,9 +72,7 @@ def record_decision(store: ObjectStore, decision: Decision) -> None:
 def keep_until_recorded(run: Path, decision: Decision) -> None:
     """Leave a decision in the folder of its run, made when it is not there; `record_waiting` finds it."""
     run.mkdir(parents=True, exist_ok=True)
-    part = run / f"{WAITING}.part"
-    part.write_bytes(decision.encode())
-    part.replace(run / WAITING)
+    write_whole(run / WAITING, decision.encode())
 
 
 def record_waiting(store: ObjectStore, runs: Path) -> int:

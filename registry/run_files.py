@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.rundir import MANIFEST, file_sha256
+from infra.rundir import MANIFEST, file_sha256, write_whole
 from registry.cost import Spent, read_costs
 from registry.job import Job
 from registry.observation import Point, file_points, history_points
@@ -61,9 +61,7 @@ class RunFiles:
 
 def write_fact(folder: Path, name: str, value: Facts) -> None:
     """Whole or not at all."""
-    part = folder / f"{name}.part"
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(folder / name)
+    write_whole(folder / name, json.dumps(value, indent=1).encode())
 
 
 def read_run(folder: Path) -> RunFiles | None:

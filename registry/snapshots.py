@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from infra.errors import JobError, PreconditionFailed, ReleaseError, RequestError
 from infra.objectstore import ObjectStore
+from infra.rundir import write_whole
 from registry.data_options import Snapshot
 from registry.release import FileEntry, canonical_json, file_hash, require_file, require_relative, walk
 from registry.transfer import in_parallel
@@ -51,9 +52,7 @@ def take(folder: Path) -> Contents:
     if not files:
         raise RequestError(f"{folder}: expected at least one file, found none")
     body = _encode(files)
-    part = folder / f".{SNAPSHOT}.part"
-    part.write_bytes(body)
-    part.replace(folder / SNAPSHOT)
+    write_whole(folder / SNAPSHOT, body)
     return Contents(files=files, sha256=sha256(body).hexdigest())
 
 

@@ -21,6 +21,7 @@ from prefect.states import Completed
 from infra.errors import ReleaseError
 from infra.objectstore import ObjectStore
 from infra.provenance import who
+from infra.rundir import write_whole
 from infra.settings import Settings
 from infra.workerhost import worker_host
 from registry.comparison import read_told
@@ -219,9 +220,7 @@ def _read_plan(folder: Path) -> tuple[Pointer | None, Pointer | None] | None:
 
 def _write_plan(folder: Path, live: Pointer | None, start: Pointer | None) -> None:
     texts = {name: pointer.encode().decode() if pointer else "" for name, pointer in (("live", live), ("start", start))}
-    part = folder / f"{PLAN}.part"
-    part.write_text(json.dumps(texts))
-    part.replace(folder / PLAN)
+    write_whole(folder / PLAN, json.dumps(texts).encode())
 
 
 def _from_where(plan: Plan) -> str:
