@@ -1,5 +1,4 @@
 """Dimensions that are declared dynamic, inputs that may be left out, nested outputs: through export and clean room."""
-# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from infra.errors import JobError
-from tests.exports.test_exports import FORMATS, ONE, Open, shop  # noqa: F401
+from tests.exports.shop import FORMATS, ONE, Open
 from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
 
 SEQUENCES = """

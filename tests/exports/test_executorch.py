@@ -1,5 +1,4 @@
 """ExecuTorch programs: lowered, read back, held against the declaration and the model."""
-# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from infra.errors import JobError
-from tests.exports.test_exports import Open, Shop, shop  # noqa: F401
+from tests.exports.shop import Open, Shop
 from tests.projects import REPOSITORY
 from torchworker import runtimes
 from torchworker.capture import executorch

@@ -21,7 +21,7 @@ from torch import Tensor
 from infra.workerhost import WorkerHost
 from tasks.requests import measure_request
 from tasks.worker import call_worker
-from tests.exports.test_exports import Shop
+from tests.exports.shop import Shop
 from tests.projects import write_project
 from torchworker import quantized
 from torchworker.capture import int8

@@ -1,5 +1,4 @@
 """Metrics in user code, from what artifacts give."""
-# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import asyncio
 from infra.workerhost import WorkerHost
 from tasks.requests import fixed_gates
 from tasks.worker import call_worker
-from tests.exports.test_exports import Open, shop  # noqa: F401
+from tests.exports.shop import Open
 from torchworker.contract import RESULT, Reply, ScoreRequest, ScoreResult, TrainResult, decode
 
 TAGGER = """

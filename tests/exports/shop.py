@@ -1,0 +1,97 @@
+"""The worker stages of one job file, one by one and without Prefect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.workerhost import WorkerHost
+from registry.job import load_job
+from tasks.requests import dynamic_dims, fixed_gates, int8_limits, project_of, train_settings, user_modules
+from tasks.worker import call_worker
+from torchworker.contract import (
+    FORMAT_FILES,
+    Artifact,
+    ExportRequest,
+    ExportResult,
+    TrainRequest,
+    ValidateRequest,
+    ValidateResult,
+    decode,
+)
+
+FORMATS = tuple(kind for kind in FORMAT_FILES if kind != "executorch")
+"""Those that need no largest batch."""
+ONE = {"epochs": 1, "processes": 1, "batch_size": 32}
+
+
+@dataclass
+class Shop:
+    """Drives the worker stages of one job file."""
+
+    host: WorkerHost
+    job_file: Path
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.job, self.project_folder = load_job(self.job_file)
+        self.project = project_of(self.job, self.project_folder)
+        for name in ("train", "export", "validate"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.result: ExportResult | None = None
+
+    def train(self) -> None:
+        folder = self.folder / "train"
+        request = TrainRequest(
+            project=self.project, train=train_settings(self.job), folder=str(folder), checkpoints=str(self.folder / "c")
+        )
+        asyncio.run(call_worker(self.host, "train", request, folder))
+
+    def export(self, *kinds: str) -> dict[str, Artifact]:
+        folder = self.folder / "export"
+        request = ExportRequest(
+            project=self.project,
+            folder=str(folder),
+            weights=str(self.folder / "train" / "weights.safetensors"),
+            formats=kinds,
+            batch=8,
+            seed=0,
+            validation_limit=1000,
+            dynamic=dynamic_dims(self.job),
+            max_batch=self.job.export.max_batch,
+            auto=self.job.export.formats == "auto",
+            libraries=[str(self.project_folder / name) for name in self.job.export.libraries],
+            int8=self.job.export.int8.wanted if self.job.export.int8 is not None else (),
+        )
+        self.result = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, folder)))
+        return dict(self.result.artifacts)
+
+    def validate(self, cpp: str = "off", runner: str = "", no_runner: str = "") -> ValidateResult:
+        assert self.result is not None
+        request = ValidateRequest(
+            folder=str(self.folder / "export"),
+            formats={kind: artifact.file for kind, artifact in self.result.artifacts.items()},
+            libraries=self.result.libraries,
+            inputs=self.result.inputs,
+            outputs=self.result.outputs,
+            metrics=self.job.metrics,
+            gates=fixed_gates(self.job, custom=False),
+            forbidden_modules=user_modules(self.job),
+            forbidden_folder=str(self.project_folder),
+            threads=1,
+            not_finite=self.job.parity.not_finite,
+            refusals=self.job.parity.refusals,
+            int8=int8_limits(self.job),
+            cpp=cpp,
+            runner=runner,
+            no_runner=no_runner,
+            log=str(self.folder / "validate"),
+        )
+        reply = asyncio.run(call_worker(self.host, "validate", request, self.folder / "validate"))
+        result: ValidateResult = decode(ValidateResult, reply)
+        return result
+
+
+Open = Callable[..., Shop]
