@@ -4,6 +4,7 @@ reason where they do not."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import shutil
 import sys
@@ -240,6 +241,12 @@ def test_without_torchao_the_variant_says_what_to_install(monkeypatch: pytest.Mo
     subject = Subject(model=torch.nn.Identity(), inputs={}, outputs=(), dims=(), project=PROJECT)
     with pytest.raises(UserMistake, match=r"pt2e-int8 needs torchao.*train-and-ship\[torchao\]"):
         int8.pt2e(subject, tmp_path / "model", [])
+
+
+def test_quantizing_leaves_what_its_process_logs_as_it_was(made: Shop, tmp_path: Path) -> None:
+    levels = [logging.getLogger(name).getEffectiveLevel() for name in ("", "infra.small_files")]
+    int8.onnx_dynamic(made.folder / "export" / FORMAT_FILES["onnx"], tmp_path / "int8.onnx")
+    assert [logging.getLogger(name).getEffectiveLevel() for name in ("", "infra.small_files")] == levels
 
 
 def noise(*pairs: tuple[Tensor, Tensor]) -> float:

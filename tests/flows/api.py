@@ -17,9 +17,15 @@ class Api:
         self.http = httpx.Client(base_url=settings.prefect_api_url, timeout=30, trust_env=False)
 
     def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """The answer; asked again when SQLite behind a busy server is locked."""
-        for _ in range(20):
-            reply = self.http.request(method, path, json=body)
+        """The answer; asked again when SQLite behind a busy server is locked, or a GET is not answered in time."""
+        for attempt in range(20):
+            try:
+                reply = self.http.request(method, path, json=body)
+            except httpx.TimeoutException:
+                # Only what changes nothing may be asked twice.
+                if method != "GET" or attempt >= 3:
+                    raise
+                continue
             if reply.status_code < 500:
                 break
             time.sleep(0.5)

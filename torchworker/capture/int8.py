@@ -6,9 +6,10 @@ a word. So an artifact gives the same answers wherever it serves.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,23 @@ DYNAMIC_OPERATORS = ("MatMul", "Gemm", "LSTM", "Attention")
 Batch = dict[str, Tensor]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ONNX Runtime's quantizer logs every operator that it leaves in float, and every improvement it would like."""
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@_quiet()
 def onnx_dynamic(model: Path, path: Path) -> str:
     """Weights in int8, activations quantized in every call. model: the float ONNX file."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    _quiet()
     prepared = path.with_suffix(".part")
     try:
         _prepare(model, prepared)
@@ -52,6 +65,7 @@ def onnx_dynamic(model: Path, path: Path) -> str:
     return "onnxruntime, dynamic: int8 weights a channel"
 
 
+@_quiet()
 def onnx_static(model: Path, path: Path, calibration: Sequence[Batch]) -> str:
     """Weights and activations in int8 (QDQ). calibration: batches of training inputs, which give the ranges."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -64,7 +78,6 @@ def onnx_static(model: Path, path: Path, calibration: Sequence[Batch]) -> str:
             batch = next(self._batches, None)
             return None if batch is None else {name: tensor.contiguous().numpy() for name, tensor in batch.items()}
 
-    _quiet()
     prepared = path.with_suffix(".part")
     try:
         _prepare(model, prepared)
@@ -138,8 +151,3 @@ def agreement(call: runtimes.Call, program: fx.GraphModule, inputs: Batch) -> fl
 def _counted(calibration: Sequence[Batch]) -> str:
     samples = sum(len(next(iter(batch.values()))) for batch in calibration)
     return f"calibrated on {samples} training samples"
-
-
-def _quiet() -> None:
-    # Both log every operator that they leave in float, and every improvement that they would like.
-    logging.getLogger().setLevel(logging.ERROR)
