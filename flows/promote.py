@@ -5,10 +5,12 @@ from __future__ import annotations
 from prefect import flow
 
 from tasks.approval import approval
+from tasks.move_report import report_move
 from tasks.moves import Moved, ask, choose_existing, move_forward, rehearse_existing
+from tasks.outcome import report_failure
 
 
-@flow(name="promote")
+@flow(name="promote", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])
 async def promote(
     model: str,
     why: str,
@@ -30,4 +32,6 @@ async def promote(
     tried = await rehearse_existing(request, candidate, gates)
     if approve:
         tried = await approval(request, tried)
-    return await move_forward(request, tried, gates, again)
+    moved = await move_forward(request, tried, gates, again)
+    await report_move(request, tried, moved)
+    return moved

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from prefect import flow
 
+from tasks.move_report import report_move
 from tasks.moves import Moved, ask, choose_earlier, move_back
+from tasks.outcome import report_failure
 
 
-@flow(name="rollback")
+@flow(name="rollback", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])
 async def rollback(model: str, why: str, channel: str = "prod", to: str = "", by: str = "") -> Moved:
     """Put back what was live before, after reading every byte of it back.
 
@@ -15,4 +17,6 @@ async def rollback(model: str, why: str, channel: str = "prod", to: str = "", by
     """
     request = await ask(model, channel, why, by)
     earlier = await choose_earlier(request, to)
-    return await move_back(request, earlier)
+    moved = await move_back(request, earlier)
+    await report_move(request, earlier, moved)
+    return moved

@@ -104,6 +104,11 @@ class RegisteredVersion:
     """Its page, or an empty string when the tracking URI is no web address."""
     run_url: str
 
+    @property
+    def report_url(self) -> str:
+        """The report's page; empty as `run_url` is."""
+        return f"{self.run_url}/artifacts/{REPORT}" if self.run_url else ""
+
 
 def find_version(model: str, flow_run_id: str, release: str, tracking_uri: str) -> RegisteredVersion | None:
     """The version that this flow run registered for this release, or None. Raises ServiceError."""
@@ -135,16 +140,19 @@ def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
     return _registered(record.model, version, run.run_id, run.experiment_id, tracking_uri)
 
 
-def attach_report(
-    version: RegisteredVersion, model: str, decision: str, why: str, report: str, tracking_uri: str
-) -> None:
-    """Tags `decision` and `decision_why` of a version, and the file REPORT of its run. Writes to MLflow.
+def attach_report(version: RegisteredVersion, model: str, report: str, tracking_uri: str) -> None:
+    """The file REPORT of a version's run, over an earlier one. Writes to MLflow.
 
     report: an HTML document. Raises ServiceError and SettingsError.
     """
     with translated(f"adding the report of {model} version {version.version}", tracking_uri):
+        connect(tracking_uri).log_text(version.run_id, report, REPORT)
+
+
+def tag_decision(version: RegisteredVersion, model: str, decision: str, why: str, tracking_uri: str) -> None:
+    """Tags `decision` and `decision_why` of a version. Raises ServiceError and SettingsError."""
+    with translated(f"recording the decision on {model} version {version.version}", tracking_uri):
         client = connect(tracking_uri)
-        client.log_text(version.run_id, report, REPORT)
         client.set_model_version_tag(model, version.version, "decision", decision)
         client.set_model_version_tag(model, version.version, "decision_why", why)
 

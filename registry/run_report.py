@@ -40,11 +40,7 @@ class Outcome:
 
 def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str, costs: Sequence[Spent] = ()) -> Page:
     """The report. files: None for a run that ended before it began to work, which has costs alone. bucket: its name."""
-    decision = [
-        *([Text(text=outcome.why)] if not outcome.table else [Lines(text=f"{outcome.why}\n\n{outcome.table}")]),
-        *([Table(rows=outcome.facts)] if outcome.facts else []),
-    ]
-    sections = [Section(title="Decision", blocks=decision)]
+    sections = [decision_section(outcome)]
     if files is None:
         sections.append(cost_section(costs, rates))
     else:
@@ -67,6 +63,15 @@ def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str
         facts=Table(rows=[*outcome.places, *(_places(files, bucket) if files else [])]),
         sections=[section for section in sections if not section.empty],
     )
+
+
+def decision_section(outcome: Outcome) -> Section:
+    """What was decided, and why."""
+    blocks: list[Block] = [
+        Lines(text=f"{outcome.why}\n\n{outcome.table}") if outcome.table else Text(text=outcome.why),
+        *([Table(rows=outcome.facts)] if outcome.facts else []),
+    ]
+    return Section(title="Decision", blocks=blocks)
 
 
 def _intro(files: RunFiles | None) -> str:

@@ -12,8 +12,13 @@ from pydantic import Field
 
 from infra.errors import GateError
 from registry.description import table
+from registry.move_report import HEADER, noticed
 from registry.moves import Verified, described
+from registry.page import Link
+from registry.run_report import Outcome
+from tasks.move_report import show_question, what_changes
 from tasks.moves import Request
+from tasks.publish import places, publish_question
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed
 from tasks.run import Run
@@ -63,10 +68,21 @@ async def approval(request: Request, verified: Verified) -> Verified:
         "waiting for approval: %s %s, release %s; now %s",
         target.model, target.channel, target.release, described(target.live),
     )  # fmt: skip
+    asked = f"{target.model}: shall release {target.release} go live on {target.channel}?"
+    changes, problem = await what_changes(request, target)
+    await show_question(request, verified, asked, changes, problem)
+    rows = noticed(changes)
     answer = await ask_person(
-        f"## {target.model}: release `{target.release}` to `{target.channel}`?\n\n"
-        f"Now {described(target.live)}.\n\n{request.mover.by}: {request.mover.why}\n\n"
-        f"`ship diff {target.model} {target.channel} {target.release[:8]}` shows what would change."
+        "\n\n".join(
+            [
+                f"## {target.model}: release `{target.release}` to `{target.channel}`?",
+                f"Now {described(target.live)}.",
+                f"{request.mover.by}: {request.mover.why}",
+                *([table(HEADER, rows)] if rows else []),
+                "Everything that would change is among this run's artifacts, and in "
+                f"`ship diff {target.model} {target.channel} {target.release[:8]}`.",
+            ]
+        )
     )
     if not answer.approved:
         raise GateError(f"{target.model} {target.channel}: release {target.release} was not approved {answer.said}")
@@ -78,7 +94,7 @@ async def approval(request: Request, verified: Verified) -> Verified:
 
 
 async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehearsed) -> Answer | None:
-    """Ask about the candidate of this run, when its job says so; None when nobody is asked.
+    """Ask about the candidate of this run, when its job says so, with its report; None when nobody is asked.
 
     Nobody is asked about one that the gates refuse anyway. A run that is gone on with asks again.
     """
@@ -95,15 +111,31 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
             f"## {name}: release `{release}` to `{channel}`?",
             f"It would replace `{rehearsed.live}`." if rehearsed.live else "Nothing is live yet.",
             *([table(("metric", "candidate against live"), compared)] if compared else []),
-            f"[MLflow version {registered.version.version}]({registered.version.version_url})",
+            f"[The whole report, with its charts]({registered.version.report_url}); without them it is among the run's "
+            f"artifacts. [MLflow version {registered.version.version}]({registered.version.version_url})",
             registered.description,
         ]
     )
+    await publish_question(run, registered, _waiting(run, release, rehearsed.live))
     page = f"{run.flow_run_url}, or `ship approve {run.flow_run_id}`"
     get_run_logger().info("waiting for approval of release %s: %s", release, page)
     tell(
         ASKED, name, f"{name}: shall release {release} go live on {channel}?",
-        "\n".join([*(f"{what}: {said}" for what, said in compared), page]),
+        "\n".join([*(f"{what}: {said}" for what, said in compared), f"Answer: {page}", *places(run, registered)[1:]]),
     )  # fmt: skip
     with run.timed("wait for approval"):
         return await ask_person(question)
+
+
+def _waiting(run: Run, release: str, live: str) -> Outcome:
+    return Outcome(
+        verdict="waits",
+        good=True,
+        title=f"{run.job.name}: shall release {release} go live on {run.job.release.channel}?",
+        why="All gates passed, and a person decides.",
+        facts=[
+            ("would replace", live or "nothing, this is the first"),
+            ("answer", f"on the page of the run, or with `ship approve {run.flow_run_id}`"),
+        ],
+        places=[("Prefect run", Link(text=run.flow_run_name, url=run.flow_run_url))],
+    )

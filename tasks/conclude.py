@@ -14,9 +14,10 @@ from tasks import tell as tell_event
 from tasks.decide import Night, Plan
 from tasks.policy import worth_retrying
 from tasks.promote import Kept, Promoted
+from tasks.publish import publish
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed
-from tasks.report import decided, in_short, publish, why_promoted
+from tasks.report import decided, in_short, why_promoted
 from tasks.run import Run
 
 
@@ -37,9 +38,9 @@ async def conclude(
     await asyncio.to_thread(record_decision, plan.store, decision)
     last = rehearsed if isinstance(outcome, Kept) else outcome.rehearsed
     ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
-    path = await publish(run, registered, last, ended)
+    path = await publish(run, registered, ended)
     told = tell_event.PROMOTED if decision.decision == PROMOTED else tell_event.KEPT
-    tell_event.tell(told, run.job.name, title, in_short(run, registered, rehearsed, outcome))
+    tell_event.tell(told, run.job.name, title, in_short(run, registered, last, outcome))
     run.write_timings()
     return Night(
         title=title,

@@ -42,7 +42,7 @@ from registry.pointer import Pointer, decode_pointer, read_pointer
 from registry.run_report import Outcome
 from tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
 from tasks.policy import artifact_key, quiet_mistakes, worth_retrying
-from tasks.report import write_report
+from tasks.publish import write_report
 from tasks.requests import project_of
 from tasks.run import close_ledger, flow_run_page, ledger_of, run_folder
 from tasks.snapshot import known_snapshot

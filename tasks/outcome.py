@@ -25,7 +25,7 @@ from registry.page import Cell, Link
 from registry.pointer import read_pointer
 from registry.reports import put_report
 from registry.run_report import Outcome
-from tasks.report import REPORT, show_in_prefect, write_report
+from tasks.publish import REPORT, show_in_prefect, write_report
 from tasks.run import close_ledger, flow_run_page
 
 REASON_LENGTH = 1000
@@ -73,10 +73,15 @@ async def report_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
 
 
 def _folder_of(flow_run: FlowRun, settings: Settings) -> tuple[str, Path | None]:
-    """The model and the run's folder; an empty name and None for a job file that nobody can read."""
+    """The model and the run's folder; an empty name and None for a job file that nobody can read.
+
+    Moves of channels have a model and no folder.
+    """
+    if "job" not in flow_run.parameters:
+        return str(flow_run.parameters.get("model", "")), None
     try:
         job, _ = load_job(Path(flow_run.parameters["job"]))
-    except (ShipError, KeyError):
+    except ShipError:
         return "", None
     return job.name, settings.runs / job.name / origin(flow_run)
 

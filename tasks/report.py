@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from uuid import UUID
 
-from prefect import get_run_logger, task
-from prefect.artifacts import acreate_markdown_artifact
+from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import ArtifactCreate
 
-from infra.errors import ShipError
-from infra.settings import Settings
-from registry.cost import Rates, Spent, read_costs
 from registry.decisions import PROMOTED as WENT_LIVE
 from registry.keys import release_prefix
-from registry.mlflow_versions import attach_report
-from registry.page import Cell, Link, markdown
-from registry.page_html import html
-from registry.reports import put_report
-from registry.run_files import RunFiles, read_run
-from registry.run_report import Outcome, run_page
-from tasks.policy import artifact_key
+from registry.page import Cell, Link
+from registry.run_report import Outcome
 from tasks.promote import Kept, Promoted
+from tasks.publish import places, publish
 from tasks.register import Registered
 from tasks.rehearse import Rehearsed
-from tasks.run import Run, close_ledger
+from tasks.run import Run
 from tasks.tell import PROMOTED, tell
-
-REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +34,12 @@ class Shipped:
     timings: Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """One report, in both forms."""
-
-    title: str
-    markdown: str
-    html: str
-    file: Path | None
-    """HTML in the run's folder, with the markdown beside it; None for a run that has no folder."""
-    files: RunFiles | None
-    """What it was made from."""
-
-
 @task(name="report", task_run_name="report", cache_policy=NO_CACHE)
 async def report(run: Run, registered: Registered, promoted: Promoted) -> Shipped:
     """Write the report: for Prefect, for MLflow, beside the release and as files of the run."""
     outcome = decided(run, promoted, title=f"{run.job.name} release {promoted.pointer.release} is live on "
                       f"{promoted.pointer.channel}", why=why_promoted(promoted.rehearsed))  # fmt: skip
-    path = await publish(run, registered, promoted.rehearsed, outcome)
+    path = await publish(run, registered, outcome)
     tell(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted.rehearsed, promoted))
     return Shipped(
         title=outcome.title,
@@ -88,8 +60,7 @@ def in_short(run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Pr
         replaced = outcome.pointer.previous
         first = f"Replaces {replaced}" if replaced else "The first release"
     compared = [f"{name}: {said}" for name, said in rehearsed.in_words().items()]
-    links = [f"Run: {run.flow_run_url}", f"Version: {registered.version.version_url}"]
-    return "\n".join([first, *compared, *links])
+    return "\n".join([first, *compared, *places(run, registered)])
 
 
 def why_promoted(rehearsed: Rehearsed) -> str:
@@ -121,61 +92,3 @@ def decided(
         facts=[*asked, *facts],
         places=[page],
     )
-
-
-def write_report(outcome: Outcome, folder: Path | None, settings: Settings, costs: Sequence[Spent] = ()) -> Written:
-    """Make the report of a run from what its folder tells, and put it there. Writes two files.
-
-    folder: None, or one that is not there, for a run that has none. costs: those of a run that kept nothing else.
-    """
-    if folder is not None and not folder.is_dir():
-        folder = None
-    files = read_run(folder) if folder is not None else None
-    if files is None and folder is not None:
-        costs = costs or read_costs(folder)
-    rates = Rates(cpu_hour=settings.cpu_hour_price, gpu_hour=settings.gpu_hour_price, currency=settings.currency)
-    page = run_page(outcome, files, rates, settings.bucket, costs)
-    written = Written(
-        title=outcome.title,
-        markdown=markdown(page),
-        html=html(page),
-        file=folder / REPORT if folder is not None else None,
-        files=files,
-    )
-    if written.file is not None:
-        written.file.write_text(written.html)
-        written.file.with_suffix(".md").write_text(written.markdown)
-    return written
-
-
-async def publish(run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Outcome) -> Path:
-    """Write the report and put it everywhere; the decision stands when one of the places does not answer."""
-    close_ledger(run.folder)
-    written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings)
-    assert written.file is not None, "a run at its end has a folder"
-    log, name = get_run_logger(), run.job.name
-    await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(name)}", description=written.title)
-    places = {
-        "MLflow": asyncio.to_thread(
-            attach_report, registered.version, name, outcome.verdict, outcome.why, written.html, run.settings.mlflow_url
-        ),
-        "the bucket": asyncio.to_thread(
-            put_report, run.store, name, rehearsed.published.release, run.flow_run_id, written.html, datetime.now(UTC)
-        ),
-    }  # fmt: skip
-    for place, ended in zip(places, await asyncio.gather(*places.values(), return_exceptions=True), strict=True):
-        if isinstance(ended, ShipError):
-            log.warning("the report is not in %s: %s", place, ended)
-        elif isinstance(ended, BaseException):
-            raise ended
-    return written.file
-
-
-async def show_in_prefect(written: Written, model: str, flow_run: UUID) -> None:
-    """As an artifact of a flow run that is over. model: empty when nobody knows."""
-    key = f"report-{artifact_key(model)}" if model else "report"
-    artifact = ArtifactCreate(
-        key=key, type="markdown", description=written.title, data=written.markdown, flow_run_id=flow_run
-    )
-    async with get_client() as client:
-        await client.create_artifact(artifact)

@@ -52,3 +52,9 @@ class Api:
     def answer(self, run: str, **values: Any) -> None:
         reply = self.ask("POST", f"/flow_runs/{run}/resume", {"run_input": values})
         assert reply["status"] == "ACCEPT", reply
+
+    def artifacts(self, run: str) -> list[dict[str, Any]]:
+        """What the run shows on its page, the oldest first."""
+        body = {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "UPDATED_DESC"}
+        found: Any = self.ask("POST", "/artifacts/filter", body)
+        return list(reversed(found))

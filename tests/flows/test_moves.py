@@ -10,11 +10,13 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from registry.keys import reports_prefix
 from registry.mlflow_rest import RestRegistry
 from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.release import Manifest
 from tests.conftest import Command
 from tests.flows.api import Api
+from tests.page_check import checked
 from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
 from tests.services.releases import move
@@ -45,7 +47,7 @@ def api(stack: Settings) -> Api:
 
 
 def test_the_rollback_deployment_puts_back_what_was_live(
-    releases: list[Manifest], command: Command, store: ObjectStore
+    releases: list[Manifest], command: Command, api: Api, store: ObjectStore
 ) -> None:
     first, second = releases
     move(store, second, model=first.model, mlflow_version="")
@@ -56,6 +58,12 @@ def test_the_rollback_deployment_puts_back_what_was_live(
     assert (pointer.release, pointer.kind, pointer.generation) == (first.release, ROLLBACK, 3)
     assert (pointer.moved_by, pointer.reason) == ("ada", "errors since 14:00")
     assert len(pointer.flow_run) == 36
+    (shown,) = [item for item in api.artifacts(pointer.flow_run) if str(item["key"]).startswith("report-")]
+    (kept,) = store.list_keys(reports_prefix(first.model, first.release))
+    document = store.get(kept)
+    assert document is not None
+    for said in ("errors since 14:00", "read back and hashed", "-0.01 (-1.0%)"):
+        assert said in str(shown["data"]) and said in checked(document[0].decode()).text
 
 
 def test_a_rollback_without_a_reason_is_not_started(command: Command) -> None:
@@ -72,6 +80,8 @@ def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(
     paused = api.wait(run, "Paused")
     schema = paused["state"]["state_details"]["run_input_keyset"]
     assert schema is not None and live(store, first.model).release == first.release
+    (asked,) = api.artifacts(run)
+    assert f"shall release {second.release} go live on prod?" in asked["data"] and "0.01 (+1.0%)" in asked["data"]
     api.answer(run, approve=True, by="grace", comment="looks good")
     api.wait(run, "Completed")
     pointer = live(store, first.model)
@@ -92,6 +102,7 @@ def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
     api.answer(run, approve=False, by="grace", comment="not on a Friday")
     failed = api.wait(run, "Failed")
     assert f"release {second.release} was not approved by grace: not on a Friday" in failed["state"]["message"]
+    assert "not on a Friday" in api.artifacts(run)[-1]["data"]
     assert live(store, first.model).release == first.release
 
 

@@ -1,0 +1,93 @@
+"""Reports of rollbacks, and of promotions of what is in the bucket already."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+from prefect import get_run_logger, task
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from infra.errors import ShipError
+from registry.comparison import Difference, compare
+from registry.move_report import move_page
+from registry.moves import Target, Verified
+from registry.page import Link, Page, markdown
+from registry.page_html import html
+from registry.pointer import ROLLBACK
+from registry.reports import put_report
+from registry.run_report import Outcome
+from tasks.moves import Moved, Request
+from tasks.policy import artifact_key
+from tasks.run import flow_run_page
+
+
+@task(name="report-move", task_run_name="report", cache_policy=NO_CACHE)
+async def report_move(request: Request, verified: Verified, moved: Moved) -> None:
+    """Write the report of a channel that has moved: for Prefect, and beside the release. The move stands without it."""
+    back = moved.kind == ROLLBACK
+    outcome = Outcome(
+        verdict="rolled back" if back else "promoted",
+        good=True,
+        title=f"{moved.model} release {moved.release} is live on {moved.channel}",
+        why=f"{moved.moved_by}: {moved.reason}",
+        facts=[
+            ("channel", f"{moved.channel}, generation {moved.generation}, moved at {moved.moved_at}"),
+            ("replaces", moved.previous or "nothing, this is the first"),
+        ],
+        places=_places(request, verified.target),
+    )
+    changes, problem = await what_changes(request, verified.target)
+    page = move_page(outcome, verified, moved.verdicts, changes, problem)
+    await _artifact(page, moved.model)
+    try:
+        await asyncio.to_thread(
+            put_report, request.store, moved.model, moved.release, moved.flow_run, html(page), datetime.now(UTC)
+        )
+    except ShipError as error:
+        get_run_logger().warning("the report is not in the bucket: %s", error)
+
+
+async def show_question(
+    request: Request, verified: Verified, question: str, changes: list[Difference], problem: str
+) -> None:
+    """Put the report in front of a person who is asked whether the channel may move: in Prefect."""
+    live = verified.target.live
+    outcome = Outcome(
+        verdict="waits",
+        good=True,
+        title=question,
+        why=f"{request.mover.by}: {request.mover.why}",
+        facts=[
+            ("would replace", live.release if live else "nothing, this is the first"),
+            ("answer", f"on the page of the run, or with `ship approve {request.mover.flow_run}`"),
+        ],
+        places=_places(request, verified.target),
+    )
+    await _artifact(move_page(outcome, verified, verified.verdicts, changes, problem), verified.target.model)
+
+
+async def what_changes(request: Request, target: Target) -> tuple[list[Difference], str]:
+    """From what was live to the target; or nothing and why nobody can tell. Reads the bucket."""
+    if target.live is None:
+        return [], ""
+    try:
+        found = await asyncio.to_thread(compare, request.store, target.model, target.live.release, target.release)
+    except ShipError as error:
+        # A rollback is often away from what is damaged.
+        return [], str(error)
+    return found, ""
+
+
+async def _artifact(page: Page, model: str) -> None:
+    await acreate_markdown_artifact(markdown(page), key=f"report-{artifact_key(model)}", description=page.title)
+
+
+def _places(request: Request, target: Target) -> list[tuple[str, str | Link]]:
+    name, run = str(flow_run.get_name()), request.mover.flow_run
+    return [
+        ("Prefect run", Link(text=name, url=flow_run_page(request.settings, run))),
+        ("release", f"s3://{request.settings.bucket}/models/{target.model}/releases/{target.release}/"),
+    ]

@@ -1,0 +1,132 @@
+"""The report of a run, made and put wherever people look for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
+
+from infra.errors import ShipError
+from infra.settings import Settings
+from registry.cost import FLOW, Rates, Spent, read_costs
+from registry.mlflow_versions import attach_report, tag_decision
+from registry.page import markdown
+from registry.page_html import html
+from registry.reports import put_report
+from registry.run_files import RunFiles, read_run
+from registry.run_report import Outcome, run_page
+from tasks.policy import artifact_key
+from tasks.register import Registered
+from tasks.run import Run, close_ledger
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """One report, in both forms."""
+
+    title: str
+    markdown: str
+    html: str
+    file: Path | None
+    """HTML in the run's folder, with the markdown beside it; None for a run that has no folder."""
+    files: RunFiles | None
+    """What it was made from."""
+
+
+def write_report(outcome: Outcome, folder: Path | None, settings: Settings, costs: Sequence[Spent] = ()) -> Written:
+    """Make the report of a run from what its folder tells, and put it there. Writes two files.
+
+    folder: None, or one that is not there, for a run that has none. costs: those to show, when
+    they are not what the folder tells.
+    """
+    if folder is not None and not folder.is_dir():
+        folder = None
+    files = read_run(folder) if folder is not None else None
+    if files is None and folder is not None:
+        costs = costs or read_costs(folder)
+    rates = Rates(cpu_hour=settings.cpu_hour_price, gpu_hour=settings.gpu_hour_price, currency=settings.currency)
+    page = run_page(outcome, files, rates, settings.bucket, costs)
+    written = Written(
+        title=outcome.title,
+        markdown=markdown(page),
+        html=html(page),
+        file=folder / REPORT if folder is not None else None,
+        files=files,
+    )
+    if written.file is not None:
+        written.file.write_text(written.html)
+        written.file.with_suffix(".md").write_text(written.markdown)
+    return written
+
+
+async def publish(run: Run, registered: Registered, outcome: Outcome) -> Path:
+    """Write the report and put it everywhere; the decision stands when one of the places does not answer."""
+    close_ledger(run.folder)
+    release, name, url = registered.manifest.release, run.job.name, run.settings.mlflow_url
+    written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings)
+    assert written.file is not None, "a run at its end has a folder"
+    await _artifact(written, name)
+
+    def to_mlflow() -> None:
+        attach_report(registered.version, name, written.html, url)
+        tag_decision(registered.version, name, outcome.verdict, outcome.why, url)
+
+    await _put({
+        "MLflow": asyncio.to_thread(to_mlflow),
+        "the bucket": asyncio.to_thread(
+            put_report, run.store, name, release, run.flow_run_id, written.html, datetime.now(UTC)
+        ),
+    })  # fmt: skip
+    return written.file
+
+
+async def publish_question(run: Run, registered: Registered, outcome: Outcome) -> None:
+    """Put the report so far in front of a person: in Prefect, in MLflow and in the run's folder.
+
+    What the stages took is in it. What the flow took between them is not, for it goes on; the bucket gets the report of
+    what came of it.
+    """
+    name, url = run.job.name, run.settings.mlflow_url
+    costs = [item for item in read_costs(run.folder) if item.stage != FLOW]
+    written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings, costs)
+    await _artifact(written, name)
+    await _put({"MLflow": asyncio.to_thread(attach_report, registered.version, name, written.html, url)})
+
+
+async def _artifact(written: Written, model: str) -> None:
+    await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(model)}", description=written.title)
+
+
+async def _put(places: Mapping[str, Coroutine[Any, Any, object]]) -> None:
+    for place, ended in zip(places, await asyncio.gather(*places.values(), return_exceptions=True), strict=True):
+        if isinstance(ended, ShipError):
+            get_run_logger().warning("the report is not in %s: %s", place, ended)
+        elif isinstance(ended, BaseException):
+            raise ended
+
+
+def places(run: Run, registered: Registered) -> list[str]:
+    """Where to look, a line each."""
+    version = registered.version
+    return [f"Run: {run.flow_run_url}", f"Report: {version.report_url}", f"Version: {version.version_url}"]
+
+
+async def show_in_prefect(written: Written, model: str, flow_run: UUID) -> None:
+    """As an artifact of a flow run that is over. model: empty when nobody knows."""
+    key = f"report-{artifact_key(model)}" if model else "report"
+    artifact = ArtifactCreate(
+        key=key, type="markdown", description=written.title, data=written.markdown, flow_run_id=flow_run
+    )
+    async with get_client() as client:
+        await client.create_artifact(artifact)
