@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from infra.errors import ReleaseError, ServiceError, SettingsError
 from infra.objectstore import ObjectStore
@@ -15,6 +16,7 @@ from registry.pointer import read_pointer
 from registry.rebuild import broken_links, rebuild_history
 from registry.release import MANIFEST
 from registry.releases import verify_release
+from registry.waiting_reports import send_reports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,13 @@ class Finding:
     """It was mended, or would be without dry_run; False leaves it to people."""
 
 
-def examine(store: ObjectStore, model: str, tracking_uri: str, *, dry_run: bool = False) -> Iterator[Finding]:
-    """Look at pointers, histories, releases and MLflow's aliases, and mend what can be. Writes unless dry_run.
+def examine(
+    store: ObjectStore, model: str, tracking_uri: str, *, runs: Path | None = None, dry_run: bool = False
+) -> Iterator[Finding]:
+    """Look at pointers, histories, releases, MLflow's aliases and the reports that it has not got yet, and mend what
+    can be. Writes unless dry_run.
 
+    runs: folder of the model's runs on this machine, where reports wait.
     Raises SettingsError or ServiceError when the bucket does not answer.
     """
     for channel in channels(store, model):
@@ -39,6 +45,8 @@ def examine(store: ObjectStore, model: str, tracking_uri: str, *, dry_run: bool 
     yield from _incomplete(store, model)
     for channel in channels(store, model):
         yield from _aliases(store, model, channel, tracking_uri, dry_run)
+    if runs is not None:
+        yield from _reports(runs, tracking_uri, dry_run)
 
 
 def _channel(store: ObjectStore, model: str, channel: str, dry_run: bool) -> Iterator[Finding]:
@@ -97,3 +105,11 @@ def _aliases(store: ObjectStore, model: str, channel: str, tracking_uri: str, dr
         yield Finding(what=change, can_mend=True)
     for missing in done.missing:
         yield Finding(what=missing, can_mend=False)
+
+
+def _reports(runs: Path, tracking_uri: str, dry_run: bool) -> Iterator[Finding]:
+    try:
+        for told in send_reports(runs, tracking_uri, dry_run=dry_run):
+            yield Finding(what=told, can_mend=True)
+    except (ServiceError, SettingsError) as error:
+        yield Finding(what=f"a report waits in {runs} for MLflow: {error}", can_mend=False)

@@ -23,7 +23,7 @@ def doctor(model: str, dry_run: bool) -> None:
     names = [model] if model else models(store)
     mended = left = 0
     for name in names:
-        for finding in examine(store, name, settings.mlflow_url, dry_run=dry_run):
+        for finding in examine(store, name, settings.mlflow_url, runs=settings.runs / name, dry_run=dry_run):
             done = ("would mend" if dry_run else "mended") if finding.can_mend else "to do"
             typer.echo(f"{done:<10}  {finding.what}")
             mended += finding.can_mend

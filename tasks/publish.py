@@ -18,12 +18,13 @@ from prefect.client.schemas.actions import ArtifactCreate
 from infra.errors import ShipError
 from infra.settings import Settings
 from registry.cost import FLOW, Rates, Spent, read_costs
-from registry.mlflow_versions import attach_report, tag_decision
+from registry.mlflow_versions import attach_report
 from registry.page import markdown
 from registry.page_html import html
 from registry.reports import put_report
 from registry.run_files import RunFiles, read_run
 from registry.run_report import Outcome, run_page
+from registry.waiting_reports import keep_report, send_reports
 from tasks.policy import artifact_key
 from tasks.register import Registered
 from tasks.run import Run, close_ledger
@@ -71,19 +72,20 @@ def write_report(outcome: Outcome, folder: Path | None, settings: Settings, cost
 
 
 async def publish(run: Run, registered: Registered, outcome: Outcome) -> Path:
-    """Write the report and put it everywhere; the decision stands when one of the places does not answer."""
+    """Write the report and put it everywhere; the decision stands when one of the places does not answer.
+
+    MLflow gets it later then.
+    """
     close_ledger(run.folder)
     release, name, url = registered.manifest.release, run.job.name, run.settings.mlflow_url
     written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings)
     assert written.file is not None, "a run at its end has a folder"
     await _artifact(written, name)
 
-    def to_mlflow() -> None:
-        attach_report(registered.version, name, written.html, url)
-        tag_decision(registered.version, name, outcome.verdict, outcome.why, url)
-
+    keep_report(run.folder, registered.version, name, outcome.verdict, outcome.why)
     await _put({
-        "MLflow": asyncio.to_thread(to_mlflow),
+        # Earlier ones too, which it missed.
+        "MLflow": asyncio.to_thread(lambda: list(send_reports(run.folder.parent, url))),
         "the bucket": asyncio.to_thread(
             put_report, run.store, name, release, run.flow_run_id, written.html, datetime.now(UTC)
         ),

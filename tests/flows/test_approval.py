@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlflow
-from mlflow import MlflowClient
-
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
 from tests.conftest import Command
 from tests.flows.api import Api
+from tests.flows.reports import report_in_mlflow, reports_in_prefect
 from tests.projects import write_project
-
-
-def reports(api: Api, run: str) -> list[str]:
-    return [str(item["data"]) for item in api.artifacts(run) if str(item["key"]).startswith("report-")]
-
-
-def report_in_mlflow(stack: Settings, model: str, version: str) -> str:
-    client = MlflowClient(stack.mlflow_url)
-    run = client.get_model_version(model, version).run_id
-    return mlflow.artifacts.load_text(f"runs:/{run}/report.html")
 
 
 def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_after_a_no(
@@ -41,7 +29,7 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     assert read_pointer(store, "asked", "prod") is None
     # The person has the whole report before there is an answer.
     assert "All gates passed, and a person decides." in report_in_mlflow(stack, "asked", "1")
-    (shown,) = reports(api, first)
+    (shown,) = reports_in_prefect(api, first)
     assert "would replace" in shown and f"ship approve {first}" in shown and "## Parity" in shown
     assert "between its stages" not in shown and "Killed" not in shown
 
@@ -51,7 +39,7 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     live = read_pointer(store, "asked", "prod")
     assert live is not None and live.verdicts["approved"] == "by grace: looks good"
     assert "a person decides" not in report_in_mlflow(stack, "asked", "1")
-    assert "by grace: looks good" in reports(api, first)[-1]
+    assert "by grace: looks good" in reports_in_prefect(api, first)[-1]
 
     second = api.start("retrain", job=str(job), force=True)
     page = api.wait(second, "Paused")

@@ -16,6 +16,7 @@ from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.release import Manifest
 from tests.conftest import Command
 from tests.flows.api import Api
+from tests.flows.reports import report_in_mlflow, reports_in_prefect
 from tests.page_check import checked
 from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
@@ -58,12 +59,12 @@ def test_the_rollback_deployment_puts_back_what_was_live(
     assert (pointer.release, pointer.kind, pointer.generation) == (first.release, ROLLBACK, 3)
     assert (pointer.moved_by, pointer.reason) == ("ada", "errors since 14:00")
     assert len(pointer.flow_run) == 36
-    (shown,) = [item for item in api.artifacts(pointer.flow_run) if str(item["key"]).startswith("report-")]
+    (shown,) = reports_in_prefect(api, pointer.flow_run)
     (kept,) = store.list_keys(reports_prefix(first.model, first.release))
     document = store.get(kept)
     assert document is not None
     for said in ("errors since 14:00", "read back and hashed", "-0.01 (-1.0%)"):
-        assert said in str(shown["data"]) and said in checked(document[0].decode()).text
+        assert said in shown and said in checked(document[0].decode()).text
 
 
 def test_a_rollback_without_a_reason_is_not_started(command: Command) -> None:
@@ -80,8 +81,8 @@ def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(
     paused = api.wait(run, "Paused")
     schema = paused["state"]["state_details"]["run_input_keyset"]
     assert schema is not None and live(store, first.model).release == first.release
-    (asked,) = api.artifacts(run)
-    assert f"shall release {second.release} go live on prod?" in asked["data"] and "0.01 (+1.0%)" in asked["data"]
+    (asked,) = reports_in_prefect(api, run)
+    assert f"shall release {second.release} go live on prod?" in asked and "0.01 (+1.0%)" in asked
     api.answer(run, approve=True, by="grace", comment="looks good")
     api.wait(run, "Completed")
     pointer = live(store, first.model)
@@ -102,7 +103,7 @@ def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
     api.answer(run, approve=False, by="grace", comment="not on a Friday")
     failed = api.wait(run, "Failed")
     assert f"release {second.release} was not approved by grace: not on a Friday" in failed["state"]["message"]
-    assert "not on a Friday" in api.artifacts(run)[-1]["data"]
+    assert "not on a Friday" in reports_in_prefect(api, run)[-1]
     assert live(store, first.model).release == first.release
 
 
@@ -145,5 +146,8 @@ def test_a_release_is_promoted_although_mlflow_went_away_after_it_was_registered
     assert "the MLflow alias champion follows later, with the next move or `ship doctor`" in ended.text
     pointer = live(store, "mirrorless")
     assert RestRegistry(stack.mlflow_url).aliases("mirrorless") == {}
-    assert command("ship", "doctor", "mirrorless").status == 0
+    before, after = command("ship", "doctor", "mirrorless", "--dry-run"), command("ship", "doctor", "mirrorless")
+    assert "the report of mirrorless version 1 is not in MLflow" in before.output
+    assert after.status == 0 and "the report of mirrorless version 1 is in MLflow" in after.output
+    assert pointer.release in report_in_mlflow(stack, "mirrorless", "1")
     assert RestRegistry(stack.mlflow_url).aliases("mirrorless") == {"champion": pointer.mlflow_version}
