@@ -17,6 +17,7 @@ from registry.release import Manifest
 from tests.conftest import Command
 from tests.flows.api import Api
 from tests.flows.reports import report_in_mlflow, reports_in_prefect
+from tests.machine import eventually
 from tests.page_check import checked
 from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
@@ -103,7 +104,7 @@ def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
     api.answer(run, approve=False, by="grace", comment="not on a Friday")
     failed = api.wait(run, "Failed")
     assert f"release {second.release} was not approved by grace: not on a Friday" in failed["state"]["message"]
-    assert "not on a Friday" in reports_in_prefect(api, run)[-1]
+    eventually(lambda: "not on a Friday" in reports_in_prefect(api, run)[-1], "the report says who said no")
     assert live(store, first.model).release == first.release
 
 
