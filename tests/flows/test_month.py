@@ -29,7 +29,7 @@ def test_after_nights_on_which_things_broke_every_record_says_what_happened_and_
         assert mismatches(month, told) == []
     finally:
         month.close()
-    rows = rows_of(month.lived, told)
+    rows = rows_of(month.lived, told, tmp_path)
     assert [row.decisions for row in rows] == [
         ("promoted",), ("skipped",), ("failed",), ("failed", "promoted"), ("promoted",)
     ]  # fmt: skip

@@ -79,7 +79,7 @@ def _month(settings: Settings, folder: Path, chosen: list[int] | None) -> list[s
         wrong = mismatches(month, told)
     finally:
         month.close()
-    shown = table(rows := rows_of(month.lived, told))
+    shown = table(rows := rows_of(month.lived, told, folder))
     print(shown)
     if chosen is None and not wrong:
         about = f"{machine('torch', 'prefect', 'mlflow')} {len(rows)} nights in {took / 60:.1f} minutes."

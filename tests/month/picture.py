@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from html import escape
 from itertools import groupby
 
@@ -42,8 +43,8 @@ class Row:
     seconds: float
 
 
-def rows_of(lived: Sequence[Lived], told: Told) -> list[Row]:
-    """What the record of decisions and `ship live --at` say of each night."""
+def rows_of(lived: Sequence[Lived], told: Told, folder: Path) -> list[Row]:
+    """What the record of decisions and `ship live --at` say of each night. Paths are told from `folder`."""
     return [
         Row(
             number=night.night.number,
@@ -51,7 +52,7 @@ def rows_of(lived: Sequence[Lived], told: Told) -> list[Row]:
             happens=night.night.happens,
             mark=night.night.mark,
             decisions=tuple(answer["decision"] for answer in told.answers.get(night.run, [])),
-            why=str(told.last(night).get("why", "")),
+            why=str(told.last(night).get("why", "")).replace(f"{folder}/", ""),
             live=live,
             accuracy=night.accuracy,
             seconds=night.seconds,
