@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from html import escape
 from itertools import groupby
+from pathlib import Path
 
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 from tests.month.history import Told
