@@ -9,8 +9,8 @@ import select
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 from torchworker.lifeline import die_with_parent
 
@@ -52,12 +52,31 @@ def apart(work: Callable[[], Result], note: Note, seconds: float | None = None) 
     Raises Died when the fork ended without either, and Hung when it had neither after so many seconds. A fork has none
     of its parent's other threads: work that waits for one of them never ends, so a caller with threads sets a limit.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    with tempfile.TemporaryFile() as answer:
-        pid = os.fork()
-        if pid == 0:
+    return Begun(work, note).result(seconds)
+
+
+def side_by_side(
+    works: Mapping[str, Callable[[], Result]], notes: Mapping[str, Note], at_once: int
+) -> Iterator[tuple[str, Begun[Result]]]:
+    """Works in their order, the next ones begun already; whoever takes one asks for its result before the next."""
+    names, begun = list(works), dict[str, Begun[Result]]()
+    for place, name in enumerate(names):
+        for soon in names[place : place + at_once]:
+            if soon not in begun:
+                begun[soon] = Begun(works[soon], notes[soon])
+        yield name, begun[name]
+
+
+class Begun(Generic[Result]):
+    """Work that a fork is at. It ends with this process."""
+
+    def __init__(self, work: Callable[[], Result], note: Note) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self._note, self._answer = note, tempfile.TemporaryFile()  # noqa: SIM115
+        self._pid = os.fork()
+        if self._pid == 0:
             status = 1
             try:
                 die_with_parent(parent)
@@ -66,23 +85,27 @@ def apart(work: Callable[[], Result], note: Note, seconds: float | None = None) 
                     outcome = (work(), None)
                 except Exception as error:
                     outcome = (None, error)
-                pickle.dump(outcome, answer)
-                answer.flush()
+                pickle.dump(outcome, self._answer)
+                self._answer.flush()
                 status = 0
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
-        in_time = _ends(pid, seconds)
-        if not in_time:
-            os.kill(pid, signal.SIGKILL)
-        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if not in_time:
-            raise Hung(f"no answer after {seconds:g} s")
-        if ended:
-            raise Died(ended, note.read())
-        answer.seek(0)
-        result, raised = pickle.load(answer)
+
+    def result(self, seconds: float | None = None) -> Result:
+        """Once, and as `apart` does."""
+        with self._answer:
+            in_time = _ends(self._pid, seconds)
+            if not in_time:
+                os.kill(self._pid, signal.SIGKILL)
+            ended = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+            if not in_time:
+                raise Hung(f"no answer after {seconds:g} s")
+            if ended:
+                raise Died(ended, self._note.read())
+            self._answer.seek(0)
+            result, raised = pickle.load(self._answer)
         if raised is not None:
             raise raised
         found: Result = result

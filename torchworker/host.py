@@ -154,6 +154,11 @@ def main() -> None:
                 for line in lines:
                     job = json.loads(line)
                     host.kill(job["kill"]) if "kill" in job else host.start(job)
+                    if job.get("stage") == "train":
+                        # Ranks do not wait for it, and the six processes that come after them have it.
+                        from torchworker.runtimes import import_archive_reader
+
+                        import_archive_reader()
     finally:
         _kill_everything()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import warnings
@@ -17,6 +18,13 @@ from torchworker.contract import INT8_OF
 
 SIGNATURE = "signature"
 """Where AOTInductor packages and ExecuTorch programs hold names, dtypes, shapes and ranges of their inputs, as JSON."""
+
+_READING = (
+    "torch.export.pt2_archive._package", "torch.export._trace", "torch.export._unlift", "torch._export.db.logging",
+    "torch._export.passes.collect_tracepoints_pass", "torch._functorch.partitioners", "torch._inductor.codecache",
+    "torch._inductor.sizevars", "torch.fx.experimental.validator", "sympy.tensor.tensor",
+)  # fmt: skip
+"""What torch.export imports when it first reads an archive."""
 
 Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Inputs by name → outputs in the order of the signature."""
@@ -37,10 +45,20 @@ def prepare(kind: str, threads: int) -> None:
     kind = INT8_OF.get(kind, kind)
     if kind == "onnx":
         importlib.import_module("onnxruntime")
+    elif kind == "pt2":
+        import_archive_reader()
     elif kind == "aoti":
         importlib.import_module("torch._inductor.package")
     elif kind == "executorch":
         _executorch_library()
+
+
+def import_archive_reader() -> None:
+    """What torch.export would import when it first writes or reads an archive: half a second of CPU and more."""
+    for name in _READING:
+        # Private names. Where they are others, torch imports what it needs when it needs it.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def flat(outputs: Any) -> list[Tensor]:

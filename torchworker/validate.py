@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker import cpp_runtime, runtimes
-from torchworker.apart import Died, Note, apart
+from torchworker.apart import Died, Note, side_by_side
 from torchworker.contract import (
     INT8_OF,
     METRICS,
@@ -39,6 +41,7 @@ from torchworker.quantized import examine, kept
 from torchworker.reference import read_probes, read_unasked, validation_key
 from torchworker.spread import Spread
 
+CORES = len(os.sched_getaffinity(0))
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
 NO_FLOAT64 = "float32 eager, with the rounding of weights and inputs (the model does not run in float64)"
@@ -118,13 +121,17 @@ def validate(request: ValidateRequest) -> ValidateResult:
         counts = [*_counts(kind, trial, on_validation), *_counts(f"{kind} in C++", cpp)]
         return told, [item.mismatch() for item in found[:MISMATCHES]], measured, counts
 
-    int8: dict[str, Int8] = {}
+    works: dict[str, Callable[[], Any]] = {}
+    notes = {kind: Note() for kind in request.formats}
     for kind, file in request.formats.items():
         print(f"validate: {kind}: {len(probes)} probes", flush=True)
-        note = Note()
+        works[kind] = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind])
+    int8: dict[str, Int8] = {}
+    # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
+    for kind, begun in side_by_side(works, notes, max(1, CORES // request.threads)):
         if kind in INT8_OF:
             try:
-                found8, values = apart(lambda kind=kind, file=file, note=note: quantized(kind, file, note), note)  # type: ignore[misc]
+                found8, values = begun.result()
             except Died as death:
                 found8, values = Int8(reason=str(death)), {}
             int8[kind] = found8
@@ -134,8 +141,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
                 verdicts += judge(kind, values, request.gates, samples, {})
             continue
         try:
-            # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
-            told, found, measured, counts = apart(partial(examined, kind, file, note), note)
+            told, found, measured, counts = begun.result()
         except Died as death:
             ended = _not_measured(kind, "parity", "probes", "survives them", str(death))
             told, found, measured, counts = [ended], [], None, []
