@@ -171,13 +171,11 @@ def test_the_bucket_is_there_after_up(running: Stack) -> None:
 
 def test_a_second_up_starts_nothing(running: Stack) -> None:
     before = running.pids()
-    began = time.monotonic()
     done = running.ship("up")
     assert done.returncode == 0
     assert running.pids() == before
     assert done.stdout.count("already up") == 4
     assert "tiny (unchanged)" in done.stdout
-    assert time.monotonic() - began < 5
 
 
 def test_two_ups_at_once_end_with_one_stack(running: Stack) -> None:
