@@ -38,7 +38,8 @@ def run_command(name: str, *words: str, **variables: str) -> Ended:
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=200,
+        # For what hangs. How fast something is, is for the benchmarks.
+        timeout=500,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
