@@ -38,8 +38,7 @@ def run_command(name: str, *words: str, **variables: str) -> Ended:
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        # For what hangs. How fast something is, is for the benchmarks.
-        timeout=500,
+        timeout=200,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 

@@ -62,8 +62,6 @@ def test_sequences_are_classified_at_any_length(command: Command, store: ObjectS
         assert int(short.argmax()) == 0, f"{kind}: not German"
 
 
-# A beam search in every format, asked every probe.
-@pytest.mark.timeout(600)
 def test_a_translator_ships_with_its_beam_search_and_every_format_writes_cyrillic(
     command: Command, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
