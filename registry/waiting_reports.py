@@ -45,5 +45,6 @@ def send_reports(runs: Path, tracking_uri: str, *, dry_run: bool = False) -> Ite
             if getattr(error.__cause__, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                 raise
             told += " is not wanted any more: somebody deleted the version or its run"
-        waiting.unlink()
+        # Whoever else sent it meanwhile has taken it away.
+        waiting.unlink(missing_ok=True)
         yield told

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 
-from prefect import get_run_logger, task
-from prefect.artifacts import acreate_markdown_artifact
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
@@ -14,13 +13,13 @@ from infra.errors import ShipError
 from registry.comparison import Difference, compare
 from registry.move_report import move_page
 from registry.moves import Target, Verified
-from registry.page import Link, Page, markdown
+from registry.page import Link, markdown
 from registry.page_html import html
 from registry.pointer import ROLLBACK
 from registry.reports import put_report
 from registry.run_report import Outcome
 from tasks.moves import Moved, Request
-from tasks.policy import artifact_key
+from tasks.publish import put, show
 from tasks.run import flow_run_page
 
 
@@ -41,13 +40,12 @@ async def report_move(request: Request, verified: Verified, moved: Moved) -> Non
     )
     changes, problem = await what_changes(request, verified.target)
     page = move_page(outcome, verified, moved.verdicts, changes, problem)
-    await _artifact(page, moved.model)
-    try:
-        await asyncio.to_thread(
+    await show(markdown(page), page.title, moved.model)
+    await put({
+        "the bucket": asyncio.to_thread(
             put_report, request.store, moved.model, moved.release, moved.flow_run, html(page), datetime.now(UTC)
-        )
-    except ShipError as error:
-        get_run_logger().warning("the report is not in the bucket: %s", error)
+        ),
+    })  # fmt: skip
 
 
 async def show_question(
@@ -66,7 +64,8 @@ async def show_question(
         ],
         places=_places(request, verified.target),
     )
-    await _artifact(move_page(outcome, verified, verified.verdicts, changes, problem), verified.target.model)
+    page = move_page(outcome, verified, verified.verdicts, changes, problem)
+    await show(markdown(page), page.title, verified.target.model)
 
 
 async def what_changes(request: Request, target: Target) -> tuple[list[Difference], str]:
@@ -79,10 +78,6 @@ async def what_changes(request: Request, target: Target) -> tuple[list[Differenc
         # A rollback is often away from what is damaged.
         return [], str(error)
     return found, ""
-
-
-async def _artifact(page: Page, model: str) -> None:
-    await acreate_markdown_artifact(markdown(page), key=f"report-{artifact_key(model)}", description=page.title)
 
 
 def _places(request: Request, target: Target) -> list[tuple[str, str | Link]]:

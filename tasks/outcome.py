@@ -21,11 +21,12 @@ from infra.settings import Settings
 from registry.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from registry.job import load_job
 from registry.live_run import live_run
+from registry.mlflow_runs import REPORT
 from registry.page import Cell, Link
 from registry.pointer import read_pointer
 from registry.reports import put_report
 from registry.run_report import Outcome
-from tasks.publish import REPORT, show_in_prefect, write_report
+from tasks.publish import show_in_prefect, write_report
 from tasks.run import close_ledger, flow_run_page
 
 REASON_LENGTH = 1000

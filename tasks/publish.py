@@ -18,6 +18,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from infra.errors import ShipError
 from infra.settings import Settings
 from registry.cost import FLOW, Rates, Spent, read_costs
+from registry.mlflow_runs import REPORT
 from registry.mlflow_versions import attach_report
 from registry.page import markdown
 from registry.page_html import html
@@ -28,8 +29,6 @@ from registry.waiting_reports import keep_report, send_reports
 from tasks.policy import artifact_key
 from tasks.register import Registered
 from tasks.run import Run, close_ledger
-
-REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +79,10 @@ async def publish(run: Run, registered: Registered, outcome: Outcome) -> Path:
     release, name, url = registered.manifest.release, run.job.name, run.settings.mlflow_url
     written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings)
     assert written.file is not None, "a run at its end has a folder"
-    await _artifact(written, name)
+    await show(written.markdown, written.title, name)
 
     keep_report(run.folder, registered.version, name, outcome.verdict, outcome.why)
-    await _put({
+    await put({
         # Earlier ones too, which it missed.
         "MLflow": asyncio.to_thread(lambda: list(send_reports(run.folder.parent, url))),
         "the bucket": asyncio.to_thread(
@@ -102,15 +101,17 @@ async def publish_question(run: Run, registered: Registered, outcome: Outcome) -
     name, url = run.job.name, run.settings.mlflow_url
     costs = [item for item in read_costs(run.folder) if item.stage != FLOW]
     written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings, costs)
-    await _artifact(written, name)
-    await _put({"MLflow": asyncio.to_thread(attach_report, registered.version, name, written.html, url)})
+    await show(written.markdown, written.title, name)
+    await put({"MLflow": asyncio.to_thread(attach_report, registered.version, name, written.html, url)})
 
 
-async def _artifact(written: Written, model: str) -> None:
-    await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(model)}", description=written.title)
+async def show(text: str, title: str, model: str) -> None:
+    """A report in markdown on the page of this flow run."""
+    await acreate_markdown_artifact(text, key=_key(model), description=title)
 
 
-async def _put(places: Mapping[str, Coroutine[Any, Any, object]]) -> None:
+async def put(places: Mapping[str, Coroutine[Any, Any, object]]) -> None:
+    """A report into every place; one that does not answer is named in the log."""
     for place, ended in zip(places, await asyncio.gather(*places.values(), return_exceptions=True), strict=True):
         if isinstance(ended, ShipError):
             get_run_logger().warning("the report is not in %s: %s", place, ended)
@@ -126,9 +127,12 @@ def places(run: Run, registered: Registered) -> list[str]:
 
 async def show_in_prefect(written: Written, model: str, flow_run: UUID) -> None:
     """As an artifact of a flow run that is over. model: empty when nobody knows."""
-    key = f"report-{artifact_key(model)}" if model else "report"
     artifact = ArtifactCreate(
-        key=key, type="markdown", description=written.title, data=written.markdown, flow_run_id=flow_run
+        key=_key(model), type="markdown", description=written.title, data=written.markdown, flow_run_id=flow_run
     )
     async with get_client() as client:
         await client.create_artifact(artifact)
+
+
+def _key(model: str) -> str:
+    return f"report-{artifact_key(model)}" if model else "report"
