@@ -75,6 +75,7 @@ class Begun(Generic[Result]):
         sys.stderr.flush()
         parent = os.getpid()
         self._note, self._answer = note, tempfile.TemporaryFile()  # noqa: SIM115
+        self._status: int | None = None
         self._pid = os.fork()
         if self._pid == 0:
             status = 1
@@ -98,18 +99,29 @@ class Begun(Generic[Result]):
         with self._answer:
             in_time = _ends(self._pid, seconds)
             if not in_time:
-                os.kill(self._pid, signal.SIGKILL)
-            ended = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+                self.kill()
+            status = self.wait()
             if not in_time:
                 raise Hung(f"no answer after {seconds:g} s")
-            if ended:
-                raise Died(ended, self._note.read())
+            if status:
+                raise Died(status, self._note.read())
             self._answer.seek(0)
             result, raised = pickle.load(self._answer)
         if raised is not None:
             raise raised
         found: Result = result
         return found
+
+    def wait(self) -> int:
+        """The exit status, negative for a signal."""
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._status
+
+    def kill(self) -> None:
+        """End it, unless it has ended."""
+        if self._status is None:
+            os.kill(self._pid, signal.SIGKILL)
 
 
 def _ends(pid: int, seconds: float | None) -> bool:

@@ -6,7 +6,6 @@ export in one process can fail), and a trace may change a model it is given.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
+from torchworker.apart import Begun, Note
 from torchworker.capture.aoti import aoti
 from torchworker.capture.executorch import executorch
 from torchworker.capture.onnx_model import onnx_model
@@ -39,7 +40,6 @@ from torchworker.contract import (
     decode,
 )
 from torchworker.failure import Described, UserMistake, describe, failure_of
-from torchworker.lifeline import die_with_parent
 from torchworker.project import (
     batches,
     build_dataset,
@@ -94,12 +94,6 @@ def export(request: ExportRequest) -> ExportResult:
         require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_hash(model)
         outputs = output_specs(model, named, dims, request.project)
-        reference = "" if request.only else write_reference(request, model, named, dataset)
-        if state_hash(model) != before:
-            raise UserMistake(
-                "export: running the model in eval mode changed its own parameters or buffers; an exported model "
-                "must not keep state between calls"
-            )
         # A size of 1 looks like a dimension that broadcasts, and would be captured as such.
         large = {name: 2 for name, size in sizes_of(named, dims).items() if size < 2}
         subject = Subject(
@@ -109,7 +103,21 @@ def export(request: ExportRequest) -> ExportResult:
             dims=dims,
             project=request.project,
         )
-        artifacts, left_out = _all(request, subject)
+        if request.only is not None:
+            # The interpreter that another process of this stage started for one format.
+            _export_child(request.only, request, subject)
+            artifacts, failures = _made([request.only], request, {request.only: 0})
+            left_out, reference = {kind: failure.message for kind, failure in failures.items()}, ""
+        else:
+            with _Exports(request.formats, request, subject) as exports:
+                # Exporters and the reference need nothing of each other, and a machine has more than one core.
+                reference = write_reference(request, model, named, dataset)
+                if state_hash(model) != before:
+                    raise UserMistake(
+                        "export: running the model in eval mode changed its own parameters or buffers; an exported "
+                        "model must not keep state between calls"
+                    )
+                artifacts, left_out = _all(exports, request, subject)
     return ExportResult(
         artifacts=artifacts,
         left_out=left_out,
@@ -130,18 +138,16 @@ def _copy_libraries(request: ExportRequest) -> list[str]:
     return [Path(library).name for library in request.libraries]
 
 
-def _all(request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact], dict[str, str]]:
+def _all(exports: _Exports, request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact], dict[str, str]]:
     """Artifacts by format, int8 variants among them, and why some were left out."""
-    if request.only is not None:
-        artifacts, failures = _side_by_side([request.only], request, subject)
-        return artifacts, {kind: failure.message for kind, failure in failures.items()}
-    artifacts, failures = _side_by_side(request.formats, request, subject)
+    artifacts, failures = exports.made()
     broken = [failure for failure in failures.values() if failure.kind == "worker"]
     if failures and (broken or not request.auto or not artifacts):
         raise Described(_joined(list(failures.values())))
     # From the float artifacts, so after them. One that cannot be made is no reason to stop.
     able = [kind for kind in request.int8 if kind == "pt2e-int8" or "onnx" in artifacts]
-    smaller, failed = _side_by_side(able, request, subject)
+    with _Exports(able, request, subject) as exports:
+        smaller, failed = exports.made()
     left_out = {kind: failure.message for kind, failure in [*failures.items(), *failed.items()]}
     for kind in request.int8:
         if kind not in able:
@@ -149,29 +155,56 @@ def _all(request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact],
     return artifacts | smaller, left_out
 
 
-def _side_by_side(
-    kinds: Sequence[str], request: ExportRequest, subject: Subject
-) -> tuple[dict[str, Artifact], dict[str, Failure]]:
-    """Artifacts by format, and what failed. Each is made in a fork of this process, which has the model and has
-    exported nothing.
+class _Exports:
+    """Formats that are being made side by side, each in a process of its own, which ends with this block.
 
-    A fork spares every exporter the import of the user's code. It is safe here: torch runs on one thread, so
-    there is no thread pool to lose.
+    They are forks of this process, which has the model and has exported nothing: that spares every exporter the import
+    of the user's code. It is safe here, as torch runs on one thread: there is no thread pool to lose.
     """
-    folder = Path(request.folder)
-    if request.only is not None:
-        _export_child(request.only, request, subject)
-        statuses = {request.only: 0}
-    elif threading.active_count() > 1 or torch.get_num_threads() != REFERENCE_THREADS:
-        statuses = _in_new_interpreters(kinds, request)
-    else:
-        statuses = _in_forks(kinds, request, subject)
+
+    def __init__(self, kinds: Sequence[str], request: ExportRequest, subject: Subject) -> None:
+        self._request = request
+        alone = threading.active_count() == 1 and torch.get_num_threads() == REFERENCE_THREADS
+        self._running: Mapping[str, Begun[int] | subprocess.Popen[bytes]] = {
+            kind: Begun(partial(_export_child, kind, request, subject), Note())
+            if alone
+            else _new_interpreter(kind, request)
+            for kind in kinds
+        }
+
+    def __enter__(self) -> _Exports:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._running.values():
+            running.kill()
+            running.wait()
+
+    def made(self) -> tuple[dict[str, Artifact], dict[str, Failure]]:
+        """Artifacts by format, and what failed, when all have ended."""
+        statuses = {kind: running.wait() for kind, running in self._running.items()}
+        return _made(list(self._running), self._request, statuses)
+
+
+def _new_interpreter(kind: str, request: ExportRequest) -> subprocess.Popen[bytes]:
+    """The user's code has threads, which a fork would lose together with the locks they hold: start afresh."""
+    folder = Path(request.folder) / f"only-{kind}"
+    folder.mkdir()
+    replace(request, only=kind).write(folder / REQUEST)
+    argv = [sys.executable, "-P", "-m", "torchworker.stage", "export", str(folder / REQUEST)]
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+
+
+def _made(
+    kinds: Sequence[str], request: ExportRequest, statuses: Mapping[str, int]
+) -> tuple[dict[str, Artifact], dict[str, Failure]]:
+    """What the processes left, with these exit statuses."""
     artifacts: dict[str, Artifact] = {}
     failures: dict[str, Failure] = {}
-    for kind, status in statuses.items():
-        reply = folder / f"export-{kind}.json"
+    for kind in kinds:
+        reply = Path(request.folder) / f"export-{kind}.json"
         if not reply.exists():
-            ended = f"the export to {kind} ended with status {status} and left no result"
+            ended = f"the export to {kind} ended with status {statuses[kind]} and left no result"
             failures[kind] = Failure(kind="worker", message=ended)
             continue
         said = Reply.read(reply)
@@ -182,32 +215,6 @@ def _side_by_side(
         else:
             artifacts[kind] = decode(Artifact, said.result)
     return artifacts, failures
-
-
-def _in_forks(kinds: Sequence[str], request: ExportRequest, subject: Subject) -> dict[str, int]:
-    children: dict[int, str] = {}
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for kind in kinds:
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            die_with_parent(parent)
-            os._exit(_export_child(kind, request, subject))
-        children[pid] = kind
-    return {kind: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, kind in children.items()}
-
-
-def _in_new_interpreters(kinds: Sequence[str], request: ExportRequest) -> dict[str, int]:
-    """The user's code has threads, which a fork would lose together with the locks they hold: start afresh."""
-    running = {}
-    for kind in kinds:
-        folder = Path(request.folder) / f"only-{kind}"
-        folder.mkdir()
-        replace(request, only=kind).write(folder / REQUEST)
-        argv = [sys.executable, "-P", "-m", "torchworker.stage", "export", str(folder / REQUEST)]
-        running[kind] = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
-    return {kind: process.wait() for kind, process in running.items()}
 
 
 def _joined(failures: list[Failure]) -> Failure:
