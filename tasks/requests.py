@@ -23,6 +23,9 @@ from torchworker.contract import (
     TrainSettings,
 )
 
+LOADS = 3
+"""Processes in which loading is measured where a gate asks for its time."""
+
 
 def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
     """The user code that the job names. folder: absolute project folder; snapshot: of its verified data."""
@@ -168,6 +171,8 @@ def measure_request(
         serve=serve,
         gates=speed_gates(job),
         speedup=job.export.int8.speedup if job.export.int8 is not None else 1.0,
+        # Some archives take seconds to load: no run waits for a median that nothing is decided by.
+        loads=LOADS if "load_ms" in job.gates else 1,
         forbidden_modules=user_modules(job),
         forbidden_folder=project.folder,
     )

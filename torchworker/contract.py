@@ -556,6 +556,8 @@ class MeasureRequest(Message):
     """Fixed limits on what is measured here."""
     speedup: float = 1.0
     """How many times as fast as its float format an int8 variant has to be."""
+    loads: int = 1
+    """Processes in which the time to load each is measured; their median counts."""
     forbidden_modules: Sequence[str]
     forbidden_folder: str
 

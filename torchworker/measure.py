@@ -41,8 +41,6 @@ CALLS = (4, 100)
 WARM_UP_CALLS = 3
 LONGEST_SECONDS = 10.0
 """After this long at one batch size an artifact gets no further round."""
-LOADS = 3
-"""Processes in which loading is measured."""
 
 Inputs = dict[str, Tensor]
 
@@ -59,7 +57,7 @@ def measure(request: MeasureRequest) -> MeasureResult:
             size = Path(subject.file).stat().st_size
             try:
                 # One after the other: what loads beside another waits for it.
-                loads = [_load_apart(subject, inputs, request.threads) for _ in range(LOADS - 1)]
+                loads = [_load_apart(subject, inputs, request.threads) for _ in range(request.loads - 1)]
                 process = stack.enter_context(_Process(subject, inputs, request.threads))
                 loads.append(process.load_ms)
             except Exception as error:

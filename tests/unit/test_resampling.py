@@ -34,6 +34,14 @@ def test_a_metric_of_any_kind_gets_the_interval_that_a_mean_gets() -> None:
     assert interval_of(lambda index: float(values[index].mean()), len(values), ASKED) == interval_of_mean(values, ASKED)
 
 
+def test_processes_that_share_the_work_give_the_same_interval_and_pass_on_what_goes_wrong() -> None:
+    values = gains()
+    alone, shared = (interval_of(lambda index: float(values[index].mean()), 300, ASKED, count) for count in (1, 3))
+    assert shared == alone
+    with pytest.raises(ZeroDivisionError):
+        interval_of(lambda index: 1 / 0, 300, ASKED, 3)
+
+
 def test_it_is_the_same_whenever_it_is_asked_and_other_seeds_differ() -> None:
     assert interval_of_mean(gains(), ASKED) == interval_of_mean(gains(), ASKED)
     other = Resampling(resamples=4000, confidence=0.95, seed=1)
