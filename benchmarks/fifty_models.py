@@ -28,6 +28,7 @@ import yaml
 
 from benchmarks.report import PAGE, ROOT, machine, write
 from infra import stack
+from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.prefect_rest import prefect_api
 from infra.processes import PidFile
@@ -161,12 +162,17 @@ class Watch:
 
 
 def ask(settings: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Reads, and runs that are created long before they are due, are asked again of a server that is busy."""
     for _ in range(20):
-        reply = prefect_api(settings, method, path, body)
-        if reply.status_code < 500:
-            break
+        try:
+            reply = prefect_api(settings, method, path, body)
+        except ServiceError as error:
+            print(error, flush=True)
+        else:
+            if reply.status_code < 500:
+                return reply.raise_for_status().json()
         time.sleep(1)
-    return reply.raise_for_status().json()
+    raise SystemExit(f"{method} {path}: no answer in 20 tries")
 
 
 def tick(settings: Settings, jobs: list[Path]) -> tuple[float, list[Ran], dict[str, Cost]]:

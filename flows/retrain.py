@@ -24,7 +24,7 @@ from tasks.validate import validate
     name="retrain",
     on_failure=[report_failure, end_mlflow_run, record_failure],
     on_crashed=[report_failure, end_mlflow_run, record_failure],
-    on_cancellation=[report_failure],
+    on_cancellation=[report_failure, record_failure],
 )
 async def retrain(
     job: str = "examples/digits/job.yaml", why: str = "", force: bool = False, resume: str = ""

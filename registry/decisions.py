@@ -1,7 +1,8 @@
 """What retraining decided, each time it was asked: one immutable object for each decision.
 
 They lie beside the history of the channel, which holds moves only: a night on which nothing moved is told here. A
-decision that the bucket did not take waits in the folder of its run for the next run of the model.
+decision that the bucket did not take waits in the folder of its run for the next run of the model. So does what is to
+be said of a run that is killed before it can say anything.
 """
 
 from __future__ import annotations
@@ -62,11 +63,16 @@ class Decision:
         return canonical_json({"format": _FORMAT, **asdict(self)})
 
 
-def record_decision(store: ObjectStore, decision: Decision) -> None:
-    """Writes; can be repeated with the same decision."""
+def record_decision(store: ObjectStore, decision: Decision, run: Path | None = None) -> None:
+    """Writes; can be repeated with the same decision. run: folder of the run, in which nothing waits from then on."""
+    put_immutable(store, _key(decision), decision.encode(), "another decision")
+    if run is not None:
+        (run / WAITING).unlink(missing_ok=True)
+
+
+def _key(decision: Decision) -> str:
     time = f"{decided_at(decision):%Y%m%dT%H%M%S.%fZ}"
-    key = f"{decisions_prefix(decision.model, decision.channel)}{time}-{decision.flow_run}.json"
-    put_immutable(store, key, decision.encode(), "another decision")
+    return f"{decisions_prefix(decision.model, decision.channel)}{time}-{decision.flow_run}.json"
 
 
 def keep_until_recorded(run: Path, decision: Decision) -> None:
@@ -75,20 +81,30 @@ def keep_until_recorded(run: Path, decision: Decision) -> None:
     write_whole(run / WAITING, decision.encode())
 
 
-def record_waiting(store: ObjectStore, runs: Path) -> int:
+def record_waiting(store: ObjectStore, runs: Path, but: Path | None = None) -> int:
     """Record what waits in the runs of a model; returns how many. One that does not know what was live is told.
 
-    runs: folder of the model's runs. Writes; can be repeated. Raises ReleaseError for a file that is no decision.
+    runs: folder of the model's runs; but: that of the run that asks, as no other one is at work. What a run recorded
+    later than what waits is its word. Writes; can be repeated. Raises ReleaseError for a file that is no decision.
     """
-    waiting = sorted(runs.glob(f"*/{WAITING}"))
+    waiting = sorted(path for path in runs.glob(f"*/{WAITING}") if path.parent != but)
     for path in waiting:
         decision = _decode(path.read_bytes(), str(path))
+        if _has_later(store, decision):
+            path.unlink()
+            continue
         if not decision.live:
             live = live_at(read_history(store, decision.model, decision.channel), decided_at(decision))
             decision = replace(decision, live=live.release if live else "")
         record_decision(store, decision)
         path.unlink()
     return len(waiting)
+
+
+def _has_later(store: ObjectStore, decision: Decision) -> bool:
+    own = f"-{decision.flow_run}.json"
+    known = store.list_keys(decisions_prefix(decision.model, decision.channel))
+    return any(key.endswith(own) and key > _key(decision) for key in known)
 
 
 def read_decisions(store: ObjectStore, model: str, channel: str, last: int) -> list[Decision]:

@@ -35,7 +35,7 @@ async def conclude(
     """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run."""
     decision = _decision(plan, registered, outcome)
     title = _title(plan, decision)
-    await asyncio.to_thread(record_decision, plan.store, decision)
+    await asyncio.to_thread(record_decision, plan.store, decision, run.folder)
     last = rehearsed if isinstance(outcome, Kept) else outcome.rehearsed
     ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
     path = await publish(run, registered, ended)

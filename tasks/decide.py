@@ -27,10 +27,12 @@ from infra.workerhost import worker_host
 from registry.comparison import read_told
 from registry.cost import read_costs
 from registry.decisions import (
+    FAILED,
     KEPT,
     SKIPPED,
     Decision,
     decided_at,
+    keep_until_recorded,
     read_decisions,
     record_decision,
     record_waiting,
@@ -52,6 +54,7 @@ PLAN = "plan.json"
 INPUTS = ("code", "data", "config", "environment")
 LOOK_BACK = 30
 """Decisions among which an answer to the same question is looked for."""
+CUT_OFF = "the run was killed, or its machine stopped, before it came to an answer, and nobody went on with it"
 STREAK = 7
 """People are told when so many skips have followed each other, and of each multiple."""
 
@@ -138,7 +141,7 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
     with ledger_of(folder).stage("decide"):
-        if waiting := await asyncio.to_thread(record_waiting, store, settings.runs / job.name):
+        if waiting := await asyncio.to_thread(record_waiting, store, settings.runs / job.name, folder):
             get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
         live, (read_seconds, inputs) = await asyncio.gather(
             asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
@@ -153,8 +156,6 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
     skip = ""
     if earlier is None and not force:
         skip = await asyncio.to_thread(_reason_to_skip, store, job, live, changed, digest)
-    if not skip:
-        _write_plan(folder, live, start)
     plan = Plan(
         job=job,
         store=store,
@@ -169,6 +170,10 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
         began=began,
         read_seconds=read_seconds,
     )
+    if not skip:
+        _write_plan(folder, live, start)
+        # Whoever is killed says nothing any more: the next run of the model does.
+        keep_until_recorded(folder, plan.decided(FAILED, CUT_OFF))
     what = "; ".join(f"{name}: {how}" for name, how in changed.items()) or "nothing has changed"
     get_run_logger().info("%s: %s", job.name, skip or f"trains, {_from_where(plan)}; {what}")
     return plan

@@ -140,14 +140,15 @@ def _record_failure(flow_run: FlowRun, reason: str) -> None:
         asked=f"{why} ({who()})" if why else who(),
         live="",
     )
+    folder = settings.runs / job.name / origin(flow_run)
     try:
         store = ObjectStore.from_settings(settings)
         live = read_pointer(store, job.name, job.release.channel)
         decision = replace(decision, live=live.release if live else "")
-        record_decision(store, decision)
+        record_decision(store, decision, folder)
     except ServiceError:
         # The night may have failed because the bucket is away. The next run of this model on this machine records it.
-        keep_until_recorded(settings.runs / job.name / decision.flow_run, decision)
+        keep_until_recorded(folder, decision)
         raise
 
 

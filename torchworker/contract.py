@@ -573,9 +573,9 @@ class Speed:
     p99_ms: float
     """Its 99th percentile; of fewer than 100 calls the slowest."""
     thread_ms: float
-    """CPU time of the calling thread in a call, the median of the rounds: what an idle machine's clock would show."""
+    """CPU time of the calling thread in a call, in its quickest round: what an idle machine's clock would show."""
     cpu_ms: float
-    """CPU time of all threads in a call, the median of the rounds."""
+    """CPU time of all threads in a call, in its quickest round."""
 
     @property
     def samples_per_second(self) -> float:

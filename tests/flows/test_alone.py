@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from infra.objectstore import ObjectStore
 from infra.settings import Settings
+from registry.decisions import FAILED, PROMOTED, WAITING, read_decisions
+from tasks.decide import CUT_OFF
 from tests.flows.test_resume import SLOW
 from tests.machine import eventually
 from tests.projects import REPOSITORY, write_project
@@ -18,31 +21,39 @@ from tests.projects import REPOSITORY, write_project
 
 @pytest.mark.timeout(400)
 def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other_models_do_not(
-    stack: Settings, tmp_path: Path
+    stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
+    """The runs of that model are nights, and the one that is killed is in the record all the same."""
+
     def job_of(name: str, epochs: int) -> Path:
         train = {"epochs": epochs, "processes": 1, "batch_size": 32}
-        return write_project(tmp_path / name, extra=SLOW, name=name, train=train, export={"formats": ["torchscript"]})
+        return write_project(
+            tmp_path / f"{name}-{epochs}", extra=SLOW, name=name, train=train, export={"formats": ["torchscript"]}
+        )
 
-    def start(job: Path, log: str) -> subprocess.Popen[str]:
+    def start(how: str, job: Path, log: str) -> subprocess.Popen[str]:
         with (tmp_path / log).open("w") as output:
-            argv = [Path(sys.executable).with_name("ship"), "run", str(job)]
+            argv = [Path(sys.executable).with_name("ship"), how, str(job)]
             return subprocess.Popen(argv, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, text=True)
 
     def runs(name: str) -> int:
         return sum(path.is_dir() for path in (stack.runs / name).glob("*-*"))
 
-    first = start(job_of("crowded", 60), "first.log")
+    first = start("retrain", job_of("crowded", 60), "first.log")
     eventually(lambda: runs("crowded") == 1, "the first run")
-    second = start(job_of("crowded", 1), "second.log")
-    other = start(job_of("beside", 1), "other.log")
+    second = start("retrain", job_of("crowded", 1), "second.log")
+    other = start("run", job_of("beside", 1), "other.log")
     waiting = "another run of crowded is at work"
     eventually(lambda: waiting in (tmp_path / "second.log").read_text(), "the second run waits")
     assert other.wait(timeout=120) == 0
     assert first.poll() is None and runs("crowded") == 1
+    eventually(lambda: list(stack.runs.glob(f"crowded/*/{WAITING}")), "what is to be said if it is killed")
 
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     # Nobody told the server: the slot's lease runs out.
     assert second.wait(timeout=200) == 0
     assert runs("crowded") == 2
+    killed, shipped = read_decisions(store, "crowded", "prod", 5)
+    assert (killed.decision, killed.why, shipped.decision) == (FAILED, CUT_OFF, PROMOTED)
+    assert not list(stack.runs.glob(f"crowded/*/{WAITING}"))

@@ -67,7 +67,7 @@ osd memory target = 1073741824
 keyring = {folder}/run/keyring
 rgw data = {folder}/rgw
 ms mon client mode = crc
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw thread pool size = 64
 rgw gc obj min wait = 5
 rgw gc processor period = 5

@@ -111,6 +111,21 @@ def test_an_answer_that_did_arrive_while_its_reply_was_lost_is_no_obstacle(
     assert read_decisions(object_store, "twice", "prod", 5) == [one]
 
 
+def test_what_was_to_be_said_of_a_run_that_is_killed_is_not_said_when_it_spoke_itself_or_is_at_work(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    for name in ("spoke", "works"):
+        keep_until_recorded(tmp_path / name, dataclasses.replace(night(0, FAILED, "killed"), flow_run=name))
+    own = dataclasses.replace(night(1, PROMOTED, "killed"), flow_run="spoke")
+    # Its reply was lost, or it was killed right after: what waits is still there.
+    record_decision(object_store, own)
+    assert record_waiting(object_store, tmp_path, tmp_path / "works") == 1
+    assert read_decisions(object_store, "killed", "prod", 5) == [own]
+    assert [path.parent.name for path in tmp_path.glob(f"*/{WAITING}")] == ["works"]
+    record_decision(object_store, dataclasses.replace(own, flow_run="works"), tmp_path / "works")
+    assert not list(tmp_path.glob(f"*/{WAITING}"))
+
+
 def test_a_streak_is_of_skips_since_the_last_other_answer(object_store: ObjectStore, tmp_path: Path) -> None:
     job, _ = load_job(write_project(tmp_path, name="streak"))
     plan = Plan(
