@@ -38,7 +38,7 @@ async def retrain(
         plan = await decide(job, why, force, resume)
         if plan.skips:
             return ended(await skip(plan))
-        run = await begin(job, resume, unattended=True)
+        run = await begin(job, resume, plan.job)
         inspected = await inspect(run)
         trained = await train(run, plan.start)
         exported = await export(run, trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -23,8 +24,13 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try."""
 
 
-def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+def prefect_api(
+    settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None, *, tries: int = 1
+) -> httpx.Response:
     """One call to the Prefect server that the settings name; body: sent as JSON.
+
+    tries: how often a server is asked that takes the request and does not answer in time, as one that has just started
+    beside much else; more than once only where it does no harm to repeat it.
 
     Raises ServiceError when it does not answer and SettingsError when it wants another password.
     """
@@ -40,13 +46,19 @@ def prefect_api(settings: Settings, method: str, path: str, body: Mapping[str, A
             timeout=ANSWER_SECONDS,
         )
 
+    def ask_in_time() -> httpx.Response:
+        for _ in range(tries - 1):
+            with contextlib.suppress(httpx.ReadTimeout):
+                return ask()
+        return ask()
+
     try:
-        reply = ask()
+        reply = ask_in_time()
         for pause in PAUSES:
             if reply.status_code not in BUSY:
                 break
             time.sleep(pause)
-            reply = ask()
+            reply = ask_in_time()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServiceError(
             f"Prefect: expected a server at {settings.prefect_api_url}, got {type(error).__name__}: {error}. "

@@ -33,6 +33,8 @@ from infra.settings import Settings
 
 START_SECONDS = 90.0
 """How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
+TRIES = 4
+"""How often Prefect is asked whose answer does not come in time: it has just started, and so have its neighbours."""
 POLL_SECONDS = 0.2
 
 State = Literal["up", "down", "not answering", "external", "port taken"]
@@ -262,7 +264,7 @@ def _start_all(
 
     def deploy() -> None:
         deployments.deploy(
-            api=lambda method, path, body: prefect_api(settings, method, path, body),
+            api=lambda method, path, body: prefect_api(settings, method, path, body, tries=TRIES),
             command=python("prefect", "--no-prompt", "deploy", "--all"),
             environment=prefect_environment(settings),
             state=settings.home / "prefect" / "deployed",
@@ -329,10 +331,10 @@ def _log_excerpt(log: Path) -> str:
 
 def _create_work_pool(settings: Settings) -> None:
     limit = {"concurrency_limit": settings.runs_at_once}
-    reply = prefect_api(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process", **limit})
+    reply = prefect_api(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process", **limit}, tries=TRIES)
     if reply.status_code == httpx.codes.CONFLICT:
         # It is there already.
-        reply = prefect_api(settings, "PATCH", f"/work_pools/{WORK_POOL}", limit)
+        reply = prefect_api(settings, "PATCH", f"/work_pools/{WORK_POOL}", limit, tries=TRIES)
     # The worker fills in the job template.
     if not reply.is_success:
         raise ServiceError(f"Prefect did not create the work pool {WORK_POOL!r}: {reply.status_code} {reply.text}")
@@ -348,7 +350,9 @@ def _end_lost_runs(settings: Settings) -> None:
             "work_pools": {"name": {"any_": [WORK_POOL]}},
             "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
         },
+        tries=TRIES,
     )
     state = {"type": "CRASHED", "name": "Crashed", "message": "The worker of the local stack was stopped."}
     for run in lost.json() if lost.is_success else []:
-        prefect_api(settings, "POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+        forced = {"state": state, "force": True}
+        prefect_api(settings, "POST", f"/flow_runs/{run['id']}/set_state", forced, tries=TRIES)

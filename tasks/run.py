@@ -83,17 +83,16 @@ def flow_run_page(settings: Settings, flow_run_id: str) -> str:
 
 
 @task(name="begin", task_run_name="begin", cache_policy=NO_CACHE)
-async def begin(job_file: str, resume: str = "", unattended: bool = False) -> Run:
+async def begin(job_file: str, resume: str = "", decided: Job | None = None) -> Run:
     """Validate the job, and make sure that every service answers, before any work starts.
 
-    resume: id of an earlier run whose stages and checkpoints are gone on with. unattended: nobody watches, so that
-    without a `release.policy` only what is better goes live.
+    resume: id of an earlier run whose stages and checkpoints are gone on with. decided: the job as it was when `decide`
+    looked at it, which is what the record says was trained, whatever the file has become since.
     """
     quiet_mistakes()
     job, project_folder = load_job(Path(job_file))
+    job = decided or job
     require_extras(job)
-    if unattended:
-        job = job.unattended()
     settings = Settings.load()
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())

@@ -21,7 +21,7 @@ from infra.settings import Settings
 from registry.comparison import read_told
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, Decision, read_decisions
 from registry.pointer import Pointer, read_pointer
-from registry.release import DATA, LINEAGE
+from registry.release import DATA, JOB, LINEAGE
 from tasks.decide import Night
 from tests.conftest import Command
 from tests.flows.api import Api
@@ -226,6 +226,21 @@ def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store
     assert state.name == "Promoted", state.message
     lineage = read_told(store, "edited", edited.live.release).document(LINEAGE)
     assert lineage["inputs"]["code"] == before != code_fingerprint(tmp_path)
+
+
+def test_a_job_file_that_is_edited_while_it_is_decided_on_is_trained_as_it_was(
+    tmp_path: Path, store: ObjectStore, stack: Settings
+) -> None:
+    code = CODE + textwrap.dedent("""
+        from pathlib import Path
+        job = Path(__file__).with_name("job.yaml")
+        job.write_text(job.read_text().replace("epochs: 1", "epochs: 7"))
+    """)
+    rewritten = Project(tmp_path, store, "rewritten")
+    state = rewritten.night(code=code, train=POOR)
+    assert state.name == "Promoted", state.message
+    assert "epochs: 7" in (tmp_path / "job.yaml").read_text()
+    assert read_told(store, "rewritten", rewritten.live.release).document(JOB)["train"]["epochs"] == 1
 
 
 def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, command: Command, stack: Settings) -> None:
