@@ -1,6 +1,7 @@
 """Reports on their way to MLflow: what has to be done lies in the folder of the run until MLflow has it.
 
-So a report that MLflow missed gets there later, with the next run of the model on this machine or by `ship doctor`.
+So a report that MLflow missed gets there later, with the next run of the model on this machine, by `ship doctor` or by
+`ship up`.
 """
 
 from __future__ import annotations

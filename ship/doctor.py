@@ -12,6 +12,7 @@ from infra.settings import Settings
 from registry.catalog import models, require_model
 from registry.doctor import examine
 from registry.mirror import mirror_all
+from registry.waiting_reports import send_reports
 
 
 def doctor(model: str, dry_run: bool) -> None:
@@ -38,11 +39,16 @@ def doctor(model: str, dry_run: bool) -> None:
         raise typer.Exit(1)
 
 
-def mirror_if_possible(settings: Settings) -> Iterator[str]:
-    """After `ship up`: MLflow's aliases as the pointers have them, in words; no reason to fail."""
+def mlflow_caught_up(settings: Settings) -> Iterator[str]:
+    """After `ship up`: aliases as the pointers have them, and the reports that MLflow missed, in words; no reason to
+    fail."""
     try:
         done = mirror_all(ObjectStore.from_settings(settings), settings.mlflow_url)
+        yield from (f"mended: {change}" for change in done.changed)
     except ShipError as error:
         yield f"the MLflow aliases were not compared with the channels: {error}"
-        return
-    yield from (f"mended: {change}" for change in done.changed)
+    for runs in sorted(path for path in settings.runs.glob("*") if path.is_dir()):
+        try:
+            yield from (f"mended: {told}" for told in send_reports(runs, settings.mlflow_url))
+        except ShipError as error:
+            yield f"a report waits in {runs} for MLflow: {error}"

@@ -25,7 +25,7 @@ def up() -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
     from infra import stack
     from infra.settings import Settings
-    from ship.doctor import mirror_if_possible
+    from ship.doctor import mlflow_caught_up
 
     began = time.monotonic()
     settings = Settings.load()
@@ -39,7 +39,7 @@ def up() -> None:
         f"  logs     {settings.home / 'logs'}"
     )
     # What moved while MLflow was away.
-    for line in mirror_if_possible(settings):
+    for line in mlflow_caught_up(settings):
         typer.echo(line)
 
 
