@@ -28,7 +28,6 @@ import yaml
 
 from benchmarks.report import PAGE, ROOT, machine, write
 from infra import stack
-from infra.errors import ServiceError
 from infra.objectstore import ObjectStore
 from infra.prefect_rest import prefect_api
 from infra.processes import PidFile
@@ -162,17 +161,8 @@ class Watch:
 
 
 def ask(settings: Settings, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """Reads, and runs that are created long before they are due, are asked again of a server that is busy."""
-    for _ in range(20):
-        try:
-            reply = prefect_api(settings, method, path, body)
-        except ServiceError as error:
-            print(error, flush=True)
-        else:
-            if reply.status_code < 500:
-                return reply.raise_for_status().json()
-        time.sleep(1)
-    raise SystemExit(f"{method} {path}: no answer in 20 tries")
+    """Reads, and runs that are created long before they are due: they can be asked again of a server that is busy."""
+    return prefect_api(settings, method, path, body, tries=20).raise_for_status().json()
 
 
 def tick(settings: Settings, jobs: list[Path]) -> tuple[float, list[Ran], dict[str, Cost]]:

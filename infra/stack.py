@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 
@@ -264,7 +265,7 @@ def _start_all(
 
     def deploy() -> None:
         deployments.deploy(
-            api=lambda method, path, body: prefect_api(settings, method, path, body, tries=TRIES),
+            api=partial(_ask_prefect, settings),
             command=python("prefect", "--no-prompt", "deploy", "--all"),
             environment=prefect_environment(settings),
             state=settings.home / "prefect" / "deployed",
@@ -329,12 +330,17 @@ def _log_excerpt(log: Path) -> str:
     return f"The end of {log}:\n{last_lines(log)}"
 
 
+def _ask_prefect(settings: Settings, method: str, path: str, body: Mapping[str, Any]) -> httpx.Response:
+    """What can be repeated, of a server that has just started."""
+    return prefect_api(settings, method, path, body, tries=TRIES)
+
+
 def _create_work_pool(settings: Settings) -> None:
     limit = {"concurrency_limit": settings.runs_at_once}
-    reply = prefect_api(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process", **limit}, tries=TRIES)
+    reply = _ask_prefect(settings, "POST", "/work_pools/", {"name": WORK_POOL, "type": "process", **limit})
     if reply.status_code == httpx.codes.CONFLICT:
         # It is there already.
-        reply = prefect_api(settings, "PATCH", f"/work_pools/{WORK_POOL}", limit, tries=TRIES)
+        reply = _ask_prefect(settings, "PATCH", f"/work_pools/{WORK_POOL}", limit)
     # The worker fills in the job template.
     if not reply.is_success:
         raise ServiceError(f"Prefect did not create the work pool {WORK_POOL!r}: {reply.status_code} {reply.text}")
@@ -342,7 +348,7 @@ def _create_work_pool(settings: Settings) -> None:
 
 def _end_lost_runs(settings: Settings) -> None:
     """Mark runs crashed whose worker is gone. Prefect would show them as running for ever."""
-    lost = prefect_api(
+    lost = _ask_prefect(
         settings,
         "POST",
         "/flow_runs/filter",
@@ -350,9 +356,7 @@ def _end_lost_runs(settings: Settings) -> None:
             "work_pools": {"name": {"any_": [WORK_POOL]}},
             "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
         },
-        tries=TRIES,
     )
     state = {"type": "CRASHED", "name": "Crashed", "message": "The worker of the local stack was stopped."}
     for run in lost.json() if lost.is_success else []:
-        forced = {"state": state, "force": True}
-        prefect_api(settings, "POST", f"/flow_runs/{run['id']}/set_state", forced, tries=TRIES)
+        _ask_prefect(settings, "POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})

@@ -40,8 +40,10 @@ def doctor(model: str, dry_run: bool) -> None:
 
 
 def mlflow_caught_up(settings: Settings) -> Iterator[str]:
-    """After `ship up`: aliases as the pointers have them, and the reports that MLflow missed, in words; no reason to
-    fail."""
+    """After `ship up`: aliases as the pointers have them, and the reports that MLflow missed, in words.
+
+    What is in the way is told too, and no reason to fail.
+    """
     try:
         done = mirror_all(ObjectStore.from_settings(settings), settings.mlflow_url)
         yield from (f"mended: {change}" for change in done.changed)

@@ -9,12 +9,17 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from torchworker.lifeline import die_with_parent
 
 Result = TypeVar("Result")
+
+CORES = len(os.sched_getaffinity(0))
 
 
 class Died(Exception):
@@ -53,6 +58,11 @@ def apart(work: Callable[[], Result], note: Note, seconds: float | None = None) 
     of its parent's other threads: work that waits for one of them never ends, so a caller with threads sets a limit.
     """
     return Begun(work, note).result(seconds)
+
+
+def can_fork() -> bool:
+    """Whether a fork of this process can do all that it can: no thread of the user's code or of torch is lost."""
+    return threading.active_count() == 1 and torch.get_num_threads() == 1
 
 
 def side_by_side(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from torchworker.apart import Begun, Note
+from torchworker.apart import Begun, Note, can_fork
 from torchworker.capture.aoti import aoti
 from torchworker.capture.executorch import executorch
 from torchworker.capture.onnx_model import onnx_model
@@ -90,6 +89,9 @@ def export(request: ExportRequest) -> ExportResult:
     inputs, _ = next(batches(dataset, request.batch, request.project))
     named = enlarged(name_inputs(model, inputs, request.project), request.batch)
     dims = dims_of(named, request.dynamic, request.project, request.max_batch)
+    artifacts: dict[str, Artifact] = {}
+    left_out: dict[str, str] = {}
+    reference = ""
     with torch.no_grad():
         require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_hash(model)
@@ -104,10 +106,8 @@ def export(request: ExportRequest) -> ExportResult:
             project=request.project,
         )
         if request.only is not None:
-            # The interpreter that another process of this stage started for one format.
+            # The interpreter that this stage started for one format, and from which it wants the file that is left.
             _export_child(request.only, request, subject)
-            artifacts, failures = _made([request.only], request, {request.only: 0})
-            left_out, reference = {kind: failure.message for kind, failure in failures.items()}, ""
         else:
             with _Exports(request.formats, request, subject) as exports:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
@@ -164,10 +164,10 @@ class _Exports:
 
     def __init__(self, kinds: Sequence[str], request: ExportRequest, subject: Subject) -> None:
         self._request = request
-        alone = threading.active_count() == 1 and torch.get_num_threads() == REFERENCE_THREADS
+        forks = can_fork()
         self._running: Mapping[str, Begun[int] | subprocess.Popen[bytes]] = {
             kind: Begun(partial(_export_child, kind, request, subject), Note())
-            if alone
+            if forks
             else _new_interpreter(kind, request)
             for kind in kinds
         }
@@ -182,8 +182,7 @@ class _Exports:
 
     def made(self) -> tuple[dict[str, Artifact], dict[str, Failure]]:
         """Artifacts by format, and what failed, when all have ended."""
-        statuses = {kind: running.wait() for kind, running in self._running.items()}
-        return _made(list(self._running), self._request, statuses)
+        return _made(self._request, {kind: running.wait() for kind, running in self._running.items()})
 
 
 def _new_interpreter(kind: str, request: ExportRequest) -> subprocess.Popen[bytes]:
@@ -195,21 +194,18 @@ def _new_interpreter(kind: str, request: ExportRequest) -> subprocess.Popen[byte
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL)
 
 
-def _made(
-    kinds: Sequence[str], request: ExportRequest, statuses: Mapping[str, int]
-) -> tuple[dict[str, Artifact], dict[str, Failure]]:
-    """What the processes left, with these exit statuses."""
+def _made(request: ExportRequest, statuses: Mapping[str, int]) -> tuple[dict[str, Artifact], dict[str, Failure]]:
+    """What processes left. statuses: format to exit status."""
     artifacts: dict[str, Artifact] = {}
     failures: dict[str, Failure] = {}
-    for kind in kinds:
+    for kind, status in statuses.items():
         reply = Path(request.folder) / f"export-{kind}.json"
         if not reply.exists():
-            ended = f"the export to {kind} ended with status {statuses[kind]} and left no result"
+            ended = f"the export to {kind} ended with status {status} and left no result"
             failures[kind] = Failure(kind="worker", message=ended)
             continue
         said = Reply.read(reply)
-        if request.only is None:
-            reply.unlink()
+        reply.unlink()
         if said.failure is not None:
             failures[kind] = said.failure
         else:

@@ -5,7 +5,6 @@ It runs after the clean room has shown that the artifacts stand alone.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker import runtimes
-from torchworker.apart import Died
+from torchworker.apart import CORES, Died, can_fork
 from torchworker.contract import (
     VALIDATION,
     CustomMetric,
@@ -29,7 +28,7 @@ from torchworker.failure import UserMistake, describe
 from torchworker.metrics import joined
 from torchworker.project import call_metric, enter
 from torchworker.resampling import interval_of
-from torchworker.validate import CORES, judge
+from torchworker.validate import judge
 
 Outputs = dict[str, Tensor]
 """Format to the first output on all samples, [samples, …]."""
@@ -116,15 +115,12 @@ def _interval(
     """What the improvement may be; nothing when the metric cannot be computed on drawn samples, which is printed."""
     sign = 1.0 if metric.better == "higher" else -1.0
 
-    # A fork has none of this process's other threads, and whoever waits for one would wait for ever.
-    alone = threading.active_count() == 1 and torch.get_num_threads() == 1
-
     def gain(index: Tensor) -> float:
         mine, theirs = (call_metric(metric, given[index], target[index], request.project) for given in outputs)
         return sign * (mine - theirs)
 
     try:
-        return {metric.name: interval_of(gain, len(target), asked, CORES if alone else 1)}
+        return {metric.name: interval_of(gain, len(target), asked, CORES if can_fork() else 1)}
     except (UserMistake, Died) as mistake:
         print(f"{metric.name} cannot be computed on drawn samples, so there is no interval: {mistake}")
         return {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker import cpp_runtime, runtimes
-from torchworker.apart import Died, Note, side_by_side
+from torchworker.apart import CORES, Died, Note, side_by_side
 from torchworker.contract import (
     INT8_OF,
     METRICS,
@@ -41,7 +40,6 @@ from torchworker.quantized import examine, kept
 from torchworker.reference import read_probes, read_unasked, validation_key
 from torchworker.spread import Spread
 
-CORES = len(os.sched_getaffinity(0))
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
 NO_FLOAT64 = "float32 eager, with the rounding of weights and inputs (the model does not run in float64)"
