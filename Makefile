@@ -22,7 +22,7 @@ check: $(READY)
 
 # Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; half an hour.
 chaos: $(READY)
-	$(BIN)/python -m pytest -m chaos tests/services tests/flows
+	$(BIN)/python -m pytest -m chaos --numprocesses 3 --no-loadscope-reorder tests/services tests/flows
 
 # Thirty nights with everything that can go wrong, on a stack of its own; ten minutes. Writes docs/month.md and its picture.
 month: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -63,12 +64,17 @@ MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
 """Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
 
 
+EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
+"""In the id of a test that runs against both stores (`each_store_url`)."""
+
+
 class ByFile(LoadScopeScheduling):
-    """A file's tests share fixtures, so they stay together when tests run side by side."""
+    """Tests of a file share fixtures, so they stay together when others run beside them; on two stores, by store."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "machine" if file.endswith(MACHINE_WIDE) else file
+        store = EACH_STORE.search(nodeid)
+        return "machine" if file.endswith(MACHINE_WIDE) else file + (store[0] if store else "")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -30,7 +30,7 @@ from torchworker.contract import Measured, MeasureRequest, MeasureResult, Speed,
 from torchworker.failure import describe
 from torchworker.lifeline import die_with_parent
 from torchworker.reference import enlarged
-from torchworker.speed import judge, recommended, speedups, too_slow
+from torchworker.speed import judge, recommended, speedups, too_slow, undecided
 from torchworker.validate import forbid_user_code
 
 ROUNDS = 5
@@ -39,8 +39,10 @@ ROUND_SECONDS = 0.02
 CALLS = (4, 100)
 """Fewest and most calls of a round."""
 WARM_UP_CALLS = 3
-LONGEST_SECONDS = 10.0
-"""After this long at one batch size an artifact gets no further round."""
+DECIDING_ROUNDS = 15
+"""Further ones, of artifacts between which the first did not decide."""
+LONGEST_SECONDS, DECIDING_SECONDS = 10.0, 3.0
+"""After this long at one batch size an artifact gets no further round, no deciding one."""
 
 Inputs = dict[str, Tensor]
 
@@ -138,18 +140,28 @@ def _take_turns(processes: Mapping[str, _Process], batch: int) -> dict[str, Spee
             failed[name] = describe(error)
             return None
 
+    def turns(of: Sequence[str], count: int, longest: float) -> None:
+        for number in range(count):
+            # Nobody always comes after the same neighbour.
+            for name in of if number % 2 == 0 else reversed(of):
+                spent = sum(sum(done.walls) for done in rounds.get(name, []))
+                if name in failed or spent > longest:
+                    continue
+                done = attempt(name, "round", batch, calls[name])
+                if done is not None:
+                    rounds.setdefault(name, []).append(done)
+
     for name in names:
         calls[name] = attempt(name, "warm up", batch) or 0
-    for number in range(ROUNDS):
-        # Nobody always comes after the same neighbour.
-        for name in names if number % 2 == 0 else reversed(names):
-            spent = sum(sum(done.walls) for done in rounds.get(name, []))
-            if name in failed or spent > LONGEST_SECONDS:
-                continue
-            done = attempt(name, "round", batch, calls[name])
-            if done is not None:
-                rounds.setdefault(name, []).append(done)
+    turns(names, ROUNDS, LONGEST_SECONDS)
+    quickest = {name: min(map(_thread_seconds, rounds[name])) for name in names if name not in failed}
+    turns(undecided(quickest), DECIDING_ROUNDS, DECIDING_SECONDS)
     return {name: failed.get(name) or _speed(batch, rounds[name]) for name in names}
+
+
+def _thread_seconds(done: _Round) -> float:
+    """Of one call."""
+    return done.thread / len(done.walls)
 
 
 def _speed(batch: int, rounds: Sequence[_Round]) -> Speed:
@@ -160,7 +172,7 @@ def _speed(batch: int, rounds: Sequence[_Round]) -> Speed:
         p50_ms=1000 * statistics.median(walls),
         p99_ms=1000 * walls[min(len(walls) - 1, round(0.99 * len(walls)))],
         # Others on the machine make a round slower, even in CPU time, and never quicker (as `timeit` has it).
-        thread_ms=1000 * min(done.thread / len(done.walls) for done in rounds),
+        thread_ms=1000 * min(map(_thread_seconds, rounds)),
         cpu_ms=1000 * min(done.cpu / len(done.walls) for done in rounds),
     )
 

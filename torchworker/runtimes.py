@@ -161,10 +161,12 @@ def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) 
 def _onnx(path: Path, threads: int) -> Call:
     session = onnx_session(str(path), threads)
     wanted: Sequence[str] = [item.name for item in session.get_inputs()]
+    # Without them `run` asks the session for them at every call.
+    returned = [item.name for item in session.get_outputs()]
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         fed = {name: inputs[name].contiguous().numpy() for name in wanted}
-        return [torch.from_numpy(array) for array in session.run(None, fed)]
+        return [torch.from_numpy(array) for array in session.run(returned, fed)]
 
     return call
 

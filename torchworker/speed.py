@@ -10,6 +10,15 @@ from collections.abc import Mapping, Sequence
 
 from torchworker.contract import INT8_OF, LATENCY, THROUGHPUT, Gate, Measured, Verdict
 
+CLOSE = 1.1
+"""Artifacts that take up to so many times as long as the quickest may change places with it."""
+
+
+def undecided(quickest: Mapping[str, float]) -> list[str]:
+    """The names among which the quickest is still to be found, by their times so far; none where it is known."""
+    close = [name for name, time in quickest.items() if time <= CLOSE * min(quickest.values())]
+    return close if len(close) > 1 else []
+
 
 def speedups(measured: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     """Of every int8 variant, how many times as fast as its float format it is, by batch size.

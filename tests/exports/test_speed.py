@@ -118,6 +118,16 @@ def test_the_job_may_say_what_to_recommend_or_nothing(measure: Measure, tmp_path
     assert none.serve == {} and [(v.format, v.passed) for v in none.verdicts] == [("wide", False), ("narrow", True)]
 
 
+def test_only_artifacts_that_are_nearly_as_quick_as_the_quickest_are_measured_further() -> None:
+    assert speed.undecided({"onnx": 1.0, "pt2": 1.2, "aoti": 1.05, "torchscript": 1.1}) == [
+        "onnx",
+        "aoti",
+        "torchscript",
+    ]
+    assert speed.undecided({"onnx": 1.0, "pt2": 1.2}) == []
+    assert speed.undecided({"onnx": 1.0}) == speed.undecided({}) == []
+
+
 def at(batch: int, thread_ms: float) -> Speed:
     return Speed(batch=batch, calls=9, p50_ms=thread_ms, p99_ms=2 * thread_ms, thread_ms=thread_ms, cpu_ms=thread_ms)
 
