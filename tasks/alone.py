@@ -16,6 +16,7 @@ from prefect.runtime import flow_run
 
 from infra.settings import Settings
 from registry.job import load_job
+from tasks.outcome import report_abandoned
 from tasks.policy import quiet_mistakes
 
 LEASE_SECONDS = 60
@@ -30,17 +31,18 @@ async def alone(job_file: str, resume: str = "") -> AsyncIterator[None]:
     On this machine by a lock that the kernel frees when its holder dies; between machines by a global concurrency limit
     of Prefect, `train-and-ship.<model>`, whose slot is on a lease: a run that cannot renew it, because the server is
     away, goes on all the same. A run that is gone on with does not wait for the slot, which may be its own from before.
-    Raises JobError for a job file with mistakes.
+    Then what died without a word gets its report. Raises JobError for a job file with mistakes.
     """
     quiet_mistakes()
     job, _ = load_job(Path(job_file))
+    settings = Settings.load()
     log = get_run_logger()
     waiting = f"another run of {job.name} is at work; this one waits for its end"
     limit = f"train-and-ship.{job.name}"
     async with get_client() as client:
         await client.upsert_global_concurrency_limit_by_name(limit, 1)
     async with contextlib.AsyncExitStack() as stack:
-        lock = stack.enter_context(_lock_file(Settings.load().runs / job.name))
+        lock = stack.enter_context(_lock_file(settings.runs / job.name))
         if not _locked(lock):
             log.warning(waiting)
             # Another process cannot set an event of ours.
@@ -53,6 +55,7 @@ async def alone(job_file: str, resume: str = "") -> AsyncIterator[None]:
             if not resume and (flow_run.get_run_count() or 1) == 1:
                 log.warning(waiting)
                 await stack.enter_async_context(_slot(limit, None))
+        await report_abandoned(job.name, resume or str(flow_run.get_id()), settings)
         yield
 
 

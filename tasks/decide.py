@@ -43,6 +43,7 @@ from registry.page import Cell, Link
 from registry.pointer import Pointer, decode_pointer, read_pointer
 from registry.run_report import Outcome
 from tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
+from tasks.outcome import CUT_OFF
 from tasks.policy import artifact_key, quiet_mistakes, worth_retrying
 from tasks.publish import write_report
 from tasks.requests import project_of
@@ -54,7 +55,6 @@ PLAN = "plan.json"
 INPUTS = ("code", "data", "config", "environment")
 LOOK_BACK = 30
 """Decisions among which an answer to the same question is looked for."""
-CUT_OFF = "the run was killed, or its machine stopped, before it came to an answer, and nobody went on with it"
 STREAK = 7
 """People are told when so many skips have followed each other, and of each multiple."""
 

@@ -1,8 +1,12 @@
-"""Flow hooks: a run that fails, crashes or is cancelled has its report, and MLflow and the decisions know of it."""
+"""A run that fails, crashes or is cancelled has its report, and MLflow and the decisions know of it.
+
+Flow hooks see to it, and after a run that died without a word the next one of its model.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,9 +14,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Crashed
 
 from infra.errors import GateError, ServiceError, ShipError
 from infra.objectstore import ObjectStore
@@ -30,6 +38,7 @@ from tasks.publish import show_in_prefect, write_report
 from tasks.run import close_ledger, flow_run_page
 
 REASON_LENGTH = 1000
+CUT_OFF = "the run was killed, or its machine stopped, before it came to an answer, and nobody went on with it"
 
 
 async def end_mlflow_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -54,23 +63,56 @@ async def report_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
     In Prefect and in the run's folder, from where `end_mlflow_run` takes it to MLflow; beside the release when there is
     one in the bucket. Never makes anything worse.
     """
-    log = logging.getLogger(__name__)
     try:
         settings = Settings.load()
         model, folder = _folder_of(flow_run, settings)
         if folder is not None:
             close_ledger(folder)
-        outcome = _outcome(flow_run, state, model, settings)
-        written = await asyncio.to_thread(write_report, outcome, folder, settings)
-        await show_in_prefect(written, model, flow_run.id)
-        if written.files is not None and written.files.against is not None:
-            await asyncio.to_thread(
-                put_report, ObjectStore.from_settings(settings), model, written.files.release, str(flow_run.id),
-                written.html, datetime.now(UTC),
-            )  # fmt: skip
+        await _report(flow_run, state, model, folder, settings)
     except Exception as error:
         # A hook that raises would hide why the run failed.
-        log.warning("the report of the run could not be written: %s: %s", type(error).__name__, error)
+        _warn_of_report(error)
+
+
+async def report_abandoned(model: str, own: str, settings: Settings) -> None:
+    """Write the report of each run of a model on this machine that died without a word: nothing ran its hooks.
+
+    own: id of the run that asks, which has to know that no other is at work. Never makes anything worse.
+    """
+    silent: dict[UUID, Path] = {}
+    for path in (settings.runs / model).glob("*-*"):
+        # Whatever else somebody keeps there is no run.
+        with contextlib.suppress(ValueError):
+            if path.name != own and path.is_dir() and not (path / REPORT).exists():
+                silent[UUID(path.name)] = path
+    if not silent:
+        return
+    try:
+        async with get_client() as client:
+            found = await client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(silent))))
+        for flow_run in found:
+            # Prefect may not have noticed that it died.
+            known = flow_run.state if flow_run.state and flow_run.state.is_final() else Crashed(message=CUT_OFF)
+            if not known.is_completed():
+                await _report(flow_run, known, model, silent[flow_run.id], settings)
+    except Exception as error:
+        _warn_of_report(error)
+
+
+async def _report(flow_run: FlowRun, state: State[Any], model: str, folder: Path | None, settings: Settings) -> None:
+    outcome = _outcome(flow_run, state, model, settings)
+    written = await asyncio.to_thread(write_report, outcome, folder, settings)
+    await show_in_prefect(written, model, flow_run.id)
+    if written.files is not None and written.files.against is not None:
+        await asyncio.to_thread(
+            put_report, ObjectStore.from_settings(settings), model, written.files.release, str(flow_run.id),
+            written.html, datetime.now(UTC),
+        )  # fmt: skip
+
+
+def _warn_of_report(error: Exception) -> None:
+    log = logging.getLogger(__name__)
+    log.warning("the report of a run could not be written: %s: %s", type(error).__name__, error)
 
 
 def _folder_of(flow_run: FlowRun, settings: Settings) -> tuple[str, Path | None]:

@@ -8,12 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.decisions import FAILED, PROMOTED, WAITING, read_decisions
-from tasks.decide import CUT_OFF
+from registry.mlflow_runs import REPORT, TAG_FLOW_RUN
+from tasks.outcome import CUT_OFF
+from tests.flows.api import Api
+from tests.flows.reports import reports_in_prefect
 from tests.flows.test_resume import SLOW
 from tests.machine import eventually
 from tests.projects import REPOSITORY, write_project
@@ -23,7 +28,7 @@ from tests.projects import REPOSITORY, write_project
 def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other_models_do_not(
     stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The runs of that model are nights, and the one that is killed is in the record all the same."""
+    """The runs of that model are nights; the one that is killed is in the record, and has its report, all the same."""
 
     def job_of(name: str, epochs: int) -> Path:
         train = {"epochs": epochs, "processes": 1, "batch_size": 32}
@@ -57,3 +62,11 @@ def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other
     killed, shipped = read_decisions(store, "crowded", "prod", 5)
     assert (killed.decision, killed.why, shipped.decision) == (FAILED, CUT_OFF, PROMOTED)
     assert not list(stack.runs.glob(f"crowded/*/{WAITING}"))
+    (shown,) = reports_in_prefect(Api(stack), killed.flow_run)
+    assert CUT_OFF in shown and "Learning curves" in shown
+    client = MlflowClient(stack.mlflow_url)
+    experiment = client.get_experiment_by_name("crowded")
+    assert experiment is not None
+    (ended,) = client.search_runs([experiment.experiment_id], f"tags.{TAG_FLOW_RUN} = '{killed.flow_run}'")
+    assert ended.info.status == "KILLED"
+    assert CUT_OFF in mlflow.artifacts.load_text(f"runs:/{ended.info.run_id}/{REPORT}")
