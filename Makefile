@@ -20,7 +20,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; half an hour.
+# Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; twenty minutes.
 chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos --numprocesses 3 --no-loadscope-reorder tests/services tests/flows
 
