@@ -5,6 +5,7 @@ What is done over the connection is in `infra/objectstore.py`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ CONNECTIONS = 128
 """Kept open at most: those of small files that are sent at the same time."""
 QUEUED_PIECES = 16
 """Of 256 KiB, between the network and the disk for each download."""
+
+_BY_CHECKSUM = "s3v4-by-checksum"
 
 _LOGIN_CODES = ["AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch"]
 _TOKEN_CODES = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"]
@@ -91,12 +94,35 @@ def connect(settings: Settings) -> Connection:
         found = core.get_credentials()
         return None if found is None else found.get_frozen_credentials()
 
+    client = session.client("s3", endpoint_url=endpoint, config=config)
+    _sign_parts_by_checksum(client)
     return Connection(
-        client=session.client("s3", endpoint_url=endpoint, config=config),
+        client=client,
         credentials=credentials,
         ca_bundle=core.get_config_variable("ca_bundle"),
         is_local=local,
     )
+
+
+def _sign_parts_by_checksum(client: S3Client) -> None:
+    """Sign each part of an upload with the SHA-256 that it carries as its checksum.
+
+    It is the hash of the same bytes, which botocore would make again: a fifth of the CPU time of a large upload.
+    """
+    from botocore import auth
+
+    class ByChecksum(auth.S3SigV4Auth):
+        def payload(self, request: Any) -> str:
+            checksum = request.headers.get("x-amz-checksum-sha256")
+            return base64.b64decode(checksum).hex() if checksum else str(super().payload(request))
+
+    def choose(signature_version: Any, **_: Any) -> str | None:
+        # Other endpoints of AWS want other signatures.
+        return _BY_CHECKSUM if signature_version in ("v4", "s3v4") else None
+
+    auth.AUTH_TYPE_MAPS[_BY_CHECKSUM] = ByChecksum
+    # An answer is asked for; the stubs know only handlers that have none.
+    client.meta.events.register("choose-signer.s3.UploadPart", choose)  # type: ignore[arg-type]
 
 
 def s3_client(settings: Settings) -> S3Client:

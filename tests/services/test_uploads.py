@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.auth import S3SigV4Auth
 
 from infra import objectstore
 from infra.errors import PreconditionFailed, ReleaseError, ServiceError
@@ -72,6 +73,25 @@ def test_a_large_file_arrives_in_parts_with_progress(parts: ObjectStore, large: 
     stored = parts.head(KEY)
     assert stored is not None and stored.sha256 == sha256 and stored.etag == etag
     assert parts.list_objects("")[KEY].etag == etag
+
+
+def test_a_part_is_signed_with_the_hash_that_it_carries_and_not_hashed_again_for_it(
+    parts: ObjectStore, large: tuple[Path, str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    payload = S3SigV4Auth.payload
+
+    def watched(auth: S3SigV4Auth, request: Any) -> Any:
+        hashed.append(request.url)
+        return payload(auth, request)
+
+    monkeypatch.setattr(S3SigV4Auth, "payload", watched)
+    parts.upload_file_new(large[0], KEY, large[1])
+    assert hashed and not any("partNumber" in url for url in hashed)
+    sent = [request for request in proxy.requests if "partNumber" in request.path]
+    assert [request.headers["x-amz-content-sha256"] for request in sent] == [
+        hashlib.sha256(request.body).hexdigest() for request in sent
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 2 * PART])
