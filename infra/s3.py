@@ -107,7 +107,7 @@ def connect(settings: Settings) -> Connection:
 def _sign_parts_by_checksum(client: S3Client) -> None:
     """Sign each part of an upload with the SHA-256 that it carries as its checksum.
 
-    It is the hash of the same bytes, which botocore would make again: a fifth of the CPU time of a large upload.
+    It is the hash of the same bytes, which botocore would make again: a quarter of the CPU time of a large upload.
     """
     from botocore import auth
 
