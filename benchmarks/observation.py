@@ -80,7 +80,7 @@ def train(side: str, host: WorkerHost, job: Job, folder: Path, url: str, server:
         note="",
         started=time.time(),
     )
-    live = LiveRun(record, url, sys.exit, work.parent) if side == "watched" else None
+    live = LiveRun(record, url, sys.exit) if side == "watched" else None
     if live:
         live.start()
         live.follow(work / EVENTS)

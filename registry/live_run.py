@@ -38,17 +38,10 @@ class LiveRun:
     """One run, opened and fed by a thread of its own from `start` to `stop`. Nothing here raises but `end`."""
 
     def __init__(
-        self,
-        record: RunRecord,
-        tracking_uri: str,
-        warn: Callable[[str], None],
-        folder: Path,
-        *,
-        send_seconds: float = SEND_SECONDS,
+        self, record: RunRecord, tracking_uri: str, warn: Callable[[str], None], *, send_seconds: float = SEND_SECONDS
     ) -> None:
-        """warn: told once, in words, when MLflow cannot be reached; folder: of the model's runs on this machine."""
-        self._record, self._uri, self._warn, self._folder = record, tracking_uri, warn, folder
-        self._send_seconds = send_seconds
+        """warn: told once, in words, when MLflow cannot be reached."""
+        self._record, self._uri, self._warn, self._send_seconds = record, tracking_uri, warn, send_seconds
         self._run: OpenRun | None = None
         self._latest: dict[str, int] = {}
         self._files: deque[EventPoints] = deque()
@@ -132,7 +125,7 @@ class LiveRun:
                 )
                 # Only now: the import, which is no part of anybody's work, is behind us.
                 self._sampler.start()
-            mlflow_runs.end_abandoned(run.experiment_id, self._uri, self._folder)
+            mlflow_runs.end_abandoned(run.experiment_id, self._uri)
 
     def _send(self) -> float:
         """Everything there is to send; returns the seconds it took."""

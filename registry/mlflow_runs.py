@@ -156,11 +156,10 @@ def end_with(client: MlflowClient, run_id: str, now: str, status: str, reason: s
         client.set_terminated(run_id, status)
 
 
-def end_abandoned(experiment_id: str, tracking_uri: str, folder: Path) -> int:
+def end_abandoned(experiment_id: str, tracking_uri: str) -> int:
     """End the runs whose process on this machine died without a word (SIGKILL, power). Writes to MLflow.
 
-    folder: of the model's runs on this machine; the REPORT of one that ends goes with it, where there is one. Returns
-    how many there were. Raises ServiceError and SettingsError.
+    Returns how many there were. Raises ServiceError and SettingsError.
     """
     host = _this_process().split()[0]
     ended = 0
@@ -172,9 +171,6 @@ def end_abandoned(experiment_id: str, tracking_uri: str, folder: Path) -> int:
             if not _is_alive(process):
                 reason = f"the process that watched over this run ({process}) died without a word"
                 end_with(client, run.info.run_id, run.info.status, "KILLED", reason)
-                report = folder / run.data.tags[TAG_FLOW_RUN] / REPORT
-                if report.is_file():
-                    client.log_text(run.info.run_id, report.read_text(), REPORT)
                 ended += 1
     return ended
 

@@ -43,15 +43,15 @@ CUT_OFF = "the run was killed, or its machine stopped, before it came to an answ
 
 async def end_mlflow_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Set the MLflow run of the flow run to FAILED or KILLED, with the reason. Never makes anything worse."""
-    run = origin(flow_run)
-    status = "FAILED" if state.is_failed() else "KILLED"
-    reason = _reason(state)
+    status, reason = _ended(state)
     try:
-        if (live := live_run(run)) is not None:
-            await asyncio.to_thread(live.end, status, reason, _report_of(flow_run))
-        elif not state.is_failed():
+        settings = Settings.load()
+        model, folder = _folder_of(flow_run, settings)
+        if (live := live_run(origin(flow_run))) is not None:
+            await asyncio.to_thread(live.end, status, reason, _report_in(folder))
+        elif folder is not None and not state.is_failed():
             # A flow that failed runs this in its own process: without a live run there, none was begun.
-            await _end_from_outside(flow_run, status, reason)
+            await _end_from_outside(model, folder, status, reason, settings)
     except (ShipError, OSError) as error:
         # The next run of this model on this machine ends it.
         logging.getLogger(__name__).warning("the MLflow run could not be ended: %s", error)
@@ -75,7 +75,7 @@ async def report_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
 
 
 async def report_abandoned(model: str, own: str, settings: Settings) -> None:
-    """Write the report of each run of a model on this machine that died without a word: nothing ran its hooks.
+    """What the hooks would have done for each run of a model on this machine that died without a word.
 
     own: id of the run that asks, which has to know that no other is at work. Never makes anything worse.
     """
@@ -94,7 +94,9 @@ async def report_abandoned(model: str, own: str, settings: Settings) -> None:
             # Prefect may not have noticed that it died.
             known = flow_run.state if flow_run.state and flow_run.state.is_final() else Crashed(message=CUT_OFF)
             if not known.is_completed():
-                await _report(flow_run, known, model, silent[flow_run.id], settings)
+                folder = silent[flow_run.id]
+                await _report(flow_run, known, model, folder, settings)
+                await _end_from_outside(model, folder, *_ended(known), settings)
     except Exception as error:
         _warn_of_report(error)
 
@@ -129,8 +131,7 @@ def _folder_of(flow_run: FlowRun, settings: Settings) -> tuple[str, Path | None]
     return job.name, settings.runs / job.name / origin(flow_run)
 
 
-def _report_of(flow_run: FlowRun) -> Path | None:
-    _, folder = _folder_of(flow_run, Settings.load())
+def _report_in(folder: Path | None) -> Path | None:
     return folder / REPORT if folder is not None and (folder / REPORT).is_file() else None
 
 
@@ -200,6 +201,11 @@ def _error(state: State[Any]) -> Exception | None:
     return found if isinstance(found, Exception) else None
 
 
+def _ended(state: State[Any]) -> tuple[str, str]:
+    """As MLflow calls it, and the reason."""
+    return "FAILED" if state.is_failed() else "KILLED", _reason(state)
+
+
 def _reason(state: State[Any]) -> str:
     error = _error(state)
     text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
@@ -211,13 +217,12 @@ def origin(flow_run: FlowRun) -> str:
     return str(flow_run.parameters.get("resume") or flow_run.id)
 
 
-async def _end_from_outside(flow_run: FlowRun, status: str, reason: str) -> None:
-    """The flow's process is gone and a Prefect worker runs this hook: it must not carry mlflow from now on."""
-    job, _ = load_job(Path(flow_run.parameters["job"]))
-    report = _report_of(flow_run)
+async def _end_from_outside(model: str, folder: Path, status: str, reason: str, settings: Settings) -> None:
+    """The flow's process is gone, and whoever does this must not carry mlflow from now on."""
+    report = _report_in(folder)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "registry.mlflow_runs"),
-        *(job.name, origin(flow_run), status, reason, Settings.load().mlflow_url),
+        *(model, folder.name, status, reason, settings.mlflow_url),
         *([str(report)] if report is not None else []),
         stderr=asyncio.subprocess.DEVNULL,
     )

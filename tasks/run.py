@@ -130,7 +130,6 @@ async def _begin(
         ),
         settings.mlflow_url,
         get_run_logger().warning,
-        folder.parent,
     )
     live.start()
     run = Run(
