@@ -126,7 +126,7 @@ def test_a_flow_moves_the_channel_while_mlflow_is_down(
     releases: list[Manifest], store: ObjectStore, stack: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.promote import promote
-    from tests.services.test_rollback import NOWHERE
+    from tests.services.releases import NOWHERE
 
     first, second = releases
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)

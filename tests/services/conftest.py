@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -11,14 +12,20 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from infra.objectstore import ObjectStore
+from infra.s3 import s3_client
 from infra.settings import Settings
+from registry.release import Manifest
+from shipreader.reader import Reader
 from tests.machine import Ended
 from tests.services.fault_proxy import FaultProxy
+from tests.services.reading import MakeReader
+from tests.services.releases import CHANNEL, MODEL, move, published
 from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 
 START_SECONDS = 60
@@ -264,3 +271,28 @@ def faulty(connect: Connect, bucket: str, proxy: FaultProxy) -> ObjectStore:
     store = connect(bucket, proxy.url)
     store.probe()
     return store
+
+
+@pytest.fixture
+def make_reader(
+    object_store: ObjectStore, connect: Connect, proxy: FaultProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> MakeReader:
+    """A reader of the same bucket as `object_store`, through the proxy; its log is kept."""
+    caplog.set_level(logging.INFO, logger="shipreader")
+    connect(object_store.bucket, proxy.url)
+    client = s3_client(Settings.load())
+
+    def make(folder: Path = tmp_path / "served", **options: Any) -> Reader:
+        chosen = {"interval": 0.05, **options}
+        return Reader(MODEL, bucket=object_store.bucket, folder=folder, channel=CHANNEL, client=client, **chosen)
+
+    return make
+
+
+@pytest.fixture
+def abc(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """Three releases, promoted to prod one after the other."""
+    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(3)]
+    for number, manifest in enumerate(manifests, 1):
+        move(object_store, manifest, mlflow_version=str(number))
+    return manifests

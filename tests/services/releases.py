@@ -9,12 +9,17 @@ from typing import Any
 from infra.objectstore import ObjectStore
 from registry.channels import Accept, move_channel
 from registry.keys import release_prefix
+from registry.moves import Mover, choose_rollback, roll_back, verify_target
 from registry.pointer import Pointer
 from registry.release import Manifest, build_manifest
 from registry.releases import publish
+from tests.conftest import free_ports
 
 MODEL, CHANNEL = "digits", "prod"
 POINTER = "/channels/"
+NOWHERE = f"http://127.0.0.1:{free_ports(1)[0]}"
+"""Nobody listens there."""
+MOVER = Mover(by="ada@host", why="errors since 14:00")
 
 
 def make_release(folder: Path, seed: int = 0, accuracy: float = 0.97, files: int = 4) -> Manifest:
@@ -46,6 +51,24 @@ def move(store: ObjectStore, manifest: Manifest, accept: Accept | None = None, *
         **changes,
     }
     return move_channel(store, manifest, **arguments)
+
+
+def rolled_back(store: ObjectStore, to: str | None = None, uri: str = NOWHERE) -> Pointer:
+    target = choose_rollback(store, MODEL, CHANNEL, to, uri)
+    return roll_back(store, verify_target(store, target), MOVER)
+
+
+def replace_object(store: ObjectStore, key: str, body: bytes) -> None:
+    stored = store.head(key)
+    assert stored is not None
+    store.replace(key, body, stored.etag)
+
+
+def damage(store: ObjectStore, key: str) -> None:
+    """Other bytes of the same number."""
+    stored = store.head(key)
+    assert stored is not None
+    replace_object(store, key, b"x" * stored.bytes)
 
 
 def key_of(manifest: Manifest, name: str) -> str:

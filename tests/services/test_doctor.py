@@ -18,8 +18,8 @@ from registry.rebuild import REBUILT, Rebuilt, rebuild_history
 from registry.release import MANIFEST, Manifest
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.services.releases import CHANNEL, MODEL, key_of, move, published
-from tests.services.test_rollback import MOVER, NOWHERE, aliases, damage
+from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, damage, key_of, move, published
+from tests.services.test_mirror import aliases
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,7 @@ from registry.retention import TAG_DELETED, Decision, Policy, Step, carry_out, d
 from registry.tombstones import LEASE, State, claim, read_tombstone
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.services.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
-from tests.services.releases import CHANNEL, MODEL, POINTER, make_release, move, published
-from tests.services.test_rollback import MOVER, NOWHERE
+from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
 
 POLICY = Policy(keep_last=2, slowest_reader=timedelta(days=7), grace=timedelta(days=1))
 DAY = timedelta(days=1)

@@ -5,65 +5,47 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from infra.errors import GateError, ReleaseError, RequestError, ServiceError
 from infra.objectstore import ObjectStore
 from registry.history import read_history
-from registry.mirror import follow, mirror_all, mirror_channel
-from registry.mlflow_rest import ClientRegistry, ModelRegistry, RestRegistry
 from registry.moves import (
     Mover,
     choose_promotion,
-    choose_rollback,
     promote_existing,
     require_not_rolled_back,
-    roll_back,
     verify_target,
 )
 from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.references import resolve_release
 from registry.release import JOB, Manifest, build_manifest
 from registry.releases import publish
-from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned, free_port
+from tests.services.conftest import Connect, S3Server, Ship
 from tests.services.fault_proxy import FaultProxy, PassOn, Rule
-from tests.services.releases import CHANNEL, MODEL, POINTER, key_of, move, published
+from tests.services.releases import (
+    CHANNEL,
+    MODEL,
+    MOVER,
+    NOWHERE,
+    POINTER,
+    damage,
+    key_of,
+    move,
+    published,
+    rolled_back,
+)
 
 REPOSITORY = Path(__file__).parent.parent.parent
-NOWHERE = f"http://127.0.0.1:{free_port()}"
-"""Nobody listens there."""
-MOVER = Mover(by="ada@host", why="errors since 14:00")
 
 
 @pytest.fixture(scope="session")
 def store_url(s3_server: S3Server) -> str:
     return s3_server.url
-
-
-@pytest.fixture
-def abc(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
-    """Three releases, promoted to prod one after the other."""
-    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(3)]
-    for number, manifest in enumerate(manifests, 1):
-        move(object_store, manifest, mlflow_version=str(number))
-    return manifests
-
-
-def rolled_back(store: ObjectStore, to: str | None = None, uri: str = NOWHERE) -> Pointer:
-    target = choose_rollback(store, MODEL, CHANNEL, to, uri)
-    return roll_back(store, verify_target(store, target), MOVER)
-
-
-def damage(store: ObjectStore, key: str) -> None:
-    stored = store.head(key)
-    assert stored is not None
-    store.replace(key, b"x" * stored.bytes, stored.etag)
 
 
 # ---- rollback
@@ -274,126 +256,6 @@ def test_a_name_that_means_nothing_says_what_would(
 ) -> None:
     with pytest.raises((RequestError, ServiceError), match=said):
         resolve_release(object_store, MODEL, name, NOWHERE)
-
-
-# ---- MLflow
-
-
-@pytest.fixture
-def mlflow(mlflow_server: MlflowServer) -> MlflowServer:
-    return mlflow_server
-
-
-def aliases(mlflow: MlflowServer) -> dict[str, int]:
-    return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
-
-
-def test_the_aliases_follow_the_pointers(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
-) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
-    move(object_store, abc[0], channel="staging", mlflow_version="1")
-    mirror_all(object_store, mlflow.url)
-    assert aliases(mlflow) == {"champion": 3, "previous": 2, "staging": 1}
-    rolled_back(object_store, uri=mlflow.url)
-    assert follow(object_store, MODEL, CHANNEL, mlflow.url) == []
-    assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 1}
-    # Nothing is left to do.
-    assert mirror_all(object_store, mlflow.url).changed == ()
-    move(object_store, abc[2], channel="staging", mlflow_version="3")
-    assert follow(object_store, MODEL, "staging", mlflow.url) == []
-    assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 3, "staging-previous": 1}
-
-
-def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
-) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
-    mirror_all(object_store, mlflow.url)
-    mlflow.kill()
-    try:
-        pointer = rolled_back(object_store, abc[0].release, mlflow.url)
-        assert pointer.generation == 4 and pointer.mlflow_version == ""
-        (warning,) = follow(object_store, MODEL, CHANNEL, mlflow.url)
-        assert "the MLflow alias champion follows later, with the next move or `ship doctor`" in warning
-        assert "does not answer" in warning
-    finally:
-        mlflow.start()
-    assert aliases(mlflow) == {"champion": 3, "previous": 2}
-    done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url, dry_run=True)
-    assert len(done.changed) == 2 and aliases(mlflow) == {"champion": 3, "previous": 2}
-    mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
-    assert aliases(mlflow) == {"champion": 1, "previous": 3}
-
-
-def test_a_slow_mirror_does_not_undo_a_newer_one(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
-) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
-    with FaultProxy(mlflow.url) as proxy:
-
-        def overtaken() -> None:
-            """While the first mirror is about to set what it has read, the channel moves and the newer one is done."""
-            rolled_back(object_store, abc[0].release)
-            mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
-            assert aliases(mlflow)["champion"] == 1
-
-        proxy.add(Rule(PassOn(), "POST", "alias", times=1, before=overtaken))
-        mirror_channel(object_store, MODEL, CHANNEL, proxy.url)
-    assert aliases(mlflow) == {"champion": 1, "previous": 3}
-
-
-def test_a_version_that_is_gone_is_replaced_by_another_of_the_same_release_or_named(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
-) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
-    MlflowClient(mlflow.url).delete_model_version(MODEL, "3")
-    done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
-    assert done.missing == (f"alias champion of {MODEL}: MLflow has no version of release {abc[2].release}",)
-    versioned(abc[2].release)
-    mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
-    assert aliases(mlflow) == {"champion": 4, "previous": 2}
-    assert resolve_release(object_store, MODEL, "v4", mlflow.url) == abc[2].release
-
-
-def test_the_alias_is_there_at_every_moment(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
-) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
-    with FaultProxy(mlflow.url) as proxy:
-        for release in (None, abc[2].release, abc[0].release):
-            rolled_back(object_store, release)
-            mirror_channel(object_store, MODEL, CHANNEL, proxy.url)
-        assert {request.method for request in proxy.requests} == {"GET", "POST"}
-        assert not [request for request in proxy.requests if "DELETE" in request.method]
-
-
-@pytest.mark.parametrize("kind", [RestRegistry, ClientRegistry])
-def test_the_short_way_to_mlflow_answers_as_its_own_client_does(
-    mlflow: MlflowServer, versioned: Versioned, kind: Callable[[str], ModelRegistry]
-) -> None:
-    registry = kind(mlflow.url)
-    release = "a" * 20
-    first, second = versioned(release), versioned(release)
-    assert registry.versions(MODEL, release) == [second, first]
-    assert registry.versions(MODEL, "b" * 20) == registry.versions("nobody", release) == []
-    assert registry.release(MODEL, first) == release and registry.release(MODEL, "99") is None
-    registry.set_alias(MODEL, "champion", first)
-    assert registry.aliases(MODEL) == {"champion": first} and registry.aliases("nobody") == {}
-    registry.set_tag(MODEL, first, "note", "hello")
-    assert MlflowClient(mlflow.url).get_model_version(MODEL, first).tags["note"] == "hello"
-    registry.delete_version(MODEL, first)
-    registry.delete_version(MODEL, first)
-    assert registry.release(MODEL, first) is None
-    with pytest.raises(ServiceError):
-        registry.set_alias(MODEL, "champion", "99")
-    with pytest.raises(ServiceError, match="does not answer"):
-        kind(NOWHERE).aliases(MODEL)
 
 
 # ---- the commands

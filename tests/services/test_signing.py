@@ -42,8 +42,7 @@ from shipreader.errors import ReaderError, Refused
 from shipreader.reader import Reader
 from tests.services.conftest import Ship
 from tests.services.foreign import tool_python
-from tests.services.releases import CHANNEL, MODEL, make_release, move
-from tests.services.test_reader import replace_object
+from tests.services.releases import CHANNEL, MODEL, make_release, move, replace_object
 
 # A first run installs model-signing into an environment of its own.
 pytestmark = pytest.mark.timeout(900)
