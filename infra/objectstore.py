@@ -243,12 +243,15 @@ class ObjectStore:
         """
         with self._translated(f"download {key}"):
             try:
-                self._client.download_file(
+                s3.download(
+                    self._client,
                     self.bucket,
                     key,
-                    str(path),
-                    Config=s3.transfer_config(self.multipart_bytes, self._part_bytes, PARTS_AT_ONCE),
-                    Callback=progress or _no_progress,
+                    path,
+                    whole=self.multipart_bytes,
+                    part_bytes=self._part_bytes,
+                    at_once=PARTS_AT_ONCE,
+                    progress=progress or _no_progress,
                 )
             except self._client.exceptions.ClientError as error:
                 if status_of(error) == 404:

@@ -1,5 +1,8 @@
 """The connection to an S3-compatible store, and what its answers mean: the only module that imports boto3.
 
+Requests go through botocore, boto3's core, and downloads of files through boto3's transfer manager, loaded when
+there is one.
+
 What is done over the connection is in `infra/objectstore.py`.
 """
 
@@ -10,14 +13,14 @@ import contextlib
 import datetime
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
 from infra.settings import Settings
 
 if TYPE_CHECKING:
-    from boto3.s3.transfer import TransferConfig
     from botocore.credentials import ReadOnlyCredentials
     from mypy_boto3_s3 import S3Client
 
@@ -56,7 +59,6 @@ class Connection:
 def connect(settings: Settings) -> Connection:
     """The store that the settings name. Opens no connection."""
     # Imported on first use: 0.3 s that commands without a store need not pay.
-    import boto3
     import botocore.session
     from botocore.config import Config
 
@@ -76,16 +78,11 @@ def connect(settings: Settings) -> Connection:
         # The local server knows no users: nothing of the person's own AWS profile may redirect or break it.
         names = ("profile", "config_file", "credentials_file", "ca_bundle")
         core = botocore.session.Session(session_vars={name: (None, None, None, None) for name in names})
-        session = boto3.Session(
-            aws_access_key_id="local",
-            aws_secret_access_key="local",
-            region_name="us-east-1",
-            botocore_session=core,
-        )
+        core.set_credentials("local", "local")
+        core.set_config_variable("region", "us-east-1")
         config = Config(**options, proxies={}, use_fips_endpoint=False, use_dualstack_endpoint=False)
     else:
-        core = botocore.session.Session()
-        session, config = boto3.Session(botocore_session=core), Config(**options)
+        core, config = botocore.session.Session(), Config(**options)
 
     # Half of the time that a listing takes here goes into dates otherwise.
     core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
@@ -94,7 +91,7 @@ def connect(settings: Settings) -> Connection:
         found = core.get_credentials()
         return None if found is None else found.get_frozen_credentials()
 
-    client = session.client("s3", endpoint_url=endpoint, config=config)
+    client = cast("S3Client", core.create_client("s3", endpoint_url=endpoint, config=config))
     _sign_parts_by_checksum(client)
     return Connection(
         client=client,
@@ -141,18 +138,46 @@ def _moment(value: Any) -> datetime.datetime:
         return found
 
 
-def transfer_config(threshold: int, part_bytes: int, at_once: int) -> TransferConfig:
-    """How boto3 downloads a file: in ranges of `part_bytes` above `threshold` bytes, so many at the same time."""
-    from boto3.s3.transfer import TransferConfig
+class _BrokenOff(Exception):
+    """A download that ended without an answer of the store that says why."""
 
-    return TransferConfig(
-        multipart_threshold=threshold,
+
+def download(
+    client: S3Client,
+    bucket: str,
+    key: str,
+    path: Path,
+    *,
+    whole: int,
+    part_bytes: int,
+    at_once: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Write an object to `path`: when it has more than `whole` bytes in ranges of `part_bytes`, so many at once.
+
+    To be called within `translated`.
+    """
+    from boto3.exceptions import Boto3Error
+    from boto3.s3.transfer import S3Transfer, TransferConfig
+    from botocore.exceptions import ClientError
+    from s3transfer.exceptions import S3DownloadFailedError
+
+    config = TransferConfig(
+        multipart_threshold=whole,
         multipart_chunksize=part_bytes,
         max_concurrency=at_once,
         max_io_queue=QUEUED_PIECES,
         # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
         preferred_transfer_client="classic",
     )
+    try:
+        # The stubs know another class of that name.
+        with S3Transfer(client, config) as transfer:  # type: ignore[arg-type]
+            transfer.download_file(bucket, key, str(path), callback=progress)
+    except (Boto3Error, S3DownloadFailedError) as error:
+        # The transfer manager wraps the answer in text.
+        cause = error.__cause__ or error.__context__
+        raise cause if isinstance(cause, ClientError) else _BrokenOff(str(error)) from error
 
 
 def status_of(error: Any) -> int:
@@ -174,20 +199,12 @@ def without_credentials(url: str) -> str:
 @contextlib.contextmanager
 def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[None]:
     """Turn what boto3 raises into this application's errors."""
-    import boto3.exceptions
     from botocore import exceptions as botocore
-    from s3transfer.exceptions import S3DownloadFailedError
     from urllib3.exceptions import HTTPError
 
     where = f"s3://{bucket} at {address}"
     try:
         yield
-    except boto3.exceptions.Boto3Error as error:
-        # The transfer manager wraps the answer in text.
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, botocore.ClientError):
-            raise _answered(cause, action, bucket, address, local) from error
-        raise ServiceError(f"cannot {action} in {where}: {error}") from error
     except botocore.ClientError as error:
         raise _answered(error, action, bucket, address, local) from error
     except (
@@ -216,7 +233,7 @@ def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[
         hint = "is the local stack up? `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
         reason = str(error.kwargs.get("error", error)) if isinstance(error, botocore.BotoCoreError) else str(error)
         raise ServiceError(f"cannot {action} in {where}: no answer ({reason}); {hint}") from error
-    except (botocore.BotoCoreError, HTTPError, S3DownloadFailedError) as error:
+    except (botocore.BotoCoreError, HTTPError, _BrokenOff) as error:
         raise ServiceError(f"cannot {action} in {where}: {error}") from error
 
 

@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from infra.errors import SettingsError
 
@@ -31,10 +30,10 @@ def _default_home() -> Path:
     return (project_folder() or Path.cwd()) / ".ship"
 
 
-class Settings(BaseSettings):
-    """Addresses, ports and folders, read from the environment when constructed."""
+class Settings(BaseModel):
+    """Addresses, ports and folders; each field's alias is its environment variable."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     home: Path = Field(default_factory=_default_home, validation_alias="SHIP_HOME")
     """Folder for all local state: service data, logs, pids and run directories."""
@@ -75,7 +74,7 @@ class Settings(BaseSettings):
         """Read the environment. Raises SettingsError naming the variable, its value and what was expected."""
         try:
             # An empty variable means "not set", as in the AWS and Prefect clients.
-            settings = cls(_env_ignore_empty=True)
+            settings = cls.model_validate({name: value for name, value in os.environ.items() if value})
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])

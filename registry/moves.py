@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from infra.errors import GateError, ReleaseError, RequestError, ShipError
 from infra.objectstore import ObjectStore
 from registry.channels import move_channel
-from registry.comparison import read_told
 from registry.history import find_record
 from registry.keys import release_prefix, require_channel
 from registry.mirror import version_of
@@ -203,6 +202,8 @@ def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, be
     begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it. What is live
     and does not say when it was begun, or is broken, keeps nobody out.
     """
+    from registry.comparison import read_told
+
     if live is None or live.release == release:
         return
     try:

@@ -157,6 +157,20 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
 
 
+def test_a_rollback_has_a_client_of_the_store_and_no_heavy_library() -> None:
+    script = (
+        "import sys, ship.rollback\n"
+        "from infra.objectstore import ObjectStore\n"
+        "from infra.settings import Settings\n"
+        "ObjectStore.from_settings(Settings.load())\n"
+        "assert 'botocore' in sys.modules\n"
+        # Settings of other libraries and the manager of large transfers take a fifth of a rollback to load.
+        "heavy = {'torch', 'prefect', 'mlflow', 'numpy', 'pydantic_settings', 'boto3', 's3transfer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
+
+
 def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     # A copy: building in place leaves a build folder behind.
     source = tmp_path / "source"

@@ -32,7 +32,7 @@ from tests.services.fault_proxy import (
 )
 from tests.services.rgw import RgwServer
 
-QUICK, USUAL = "object_store/", "Boto3/"
+QUICK, USUAL = "object_store/", "Botocore/"
 """How the two call themselves."""
 
 
