@@ -21,6 +21,7 @@ from torchworker.events import EventLog
 from torchworker.failure import UserMistake
 from torchworker.fingerprint import whole_fingerprint
 from torchworker.finish import environment, leave, save_trained, whole_cpu_seconds
+from torchworker.losses import Losses
 from torchworker.metrics import first_output
 from torchworker.project import (
     apply_gradients,
@@ -108,8 +109,8 @@ class Loop:
         """Optimizer steps that are done."""
         self.epoch_step = 0
         """Those of them in this epoch."""
-        self.sums = torch.zeros(2, dtype=torch.float64)
-        """Loss times samples, and samples, of this rank in this epoch."""
+        self.losses = Losses(self._refuse)
+        """Of this rank in this epoch."""
         self.history: list[dict[str, float]] = []
         self.interval = Interval(settings.checkpoint_steps, settings.checkpoint_seconds)
         self.step_seconds = 0.0
@@ -149,7 +150,7 @@ class Loop:
             self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
             self.epoch += 1
             self.epoch_step = 0
-            self.sums.zero_()
+            self.losses.sums.zero_()
         self.checkpoints.wait()
         digest = whole_fingerprint(self.data.fingerprint)
         save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
@@ -190,7 +191,7 @@ class Loop:
             "step": self.step,
             "epoch_step": self.epoch_step,
             "world": self.world,
-            "sums": self.sums.tolist(),
+            "sums": self.losses.sums.tolist(),
             "fingerprint": [self.data.fingerprint.total, self.data.fingerprint.samples],
             "history": self.history,
             "shapes": self._shapes(),
@@ -201,6 +202,8 @@ class Loop:
         return {name: f"{dtype_name(t)} {list(t.shape)}" for name, t in self.model.state_dict().items()}
 
     def _save(self) -> None:
+        # No checkpoint of weights that a loss has made NaN.
+        self.losses.settle()
         held = self.checkpoints.save(self.step, self._state(), self._own())
         self._say("checkpoint", step=self.step, held_seconds=held, failures=self.checkpoints.failures)
 
@@ -226,7 +229,7 @@ class Loop:
         self.history = own["history"]
         note = f"resumed from step {self.step} of {self.steps}"
         if own["world"] == self.world:
-            self.sums = torch.tensor(own["sums"], dtype=torch.float64)
+            self.losses.sums = torch.tensor(own["sums"], dtype=torch.float64)
             self.data.fingerprint.merge(*own["fingerprint"])
             set_random_state(own["random"])
         else:
@@ -252,7 +255,7 @@ class Loop:
             return
         for rank in range(world):
             own = self.checkpoints.own(path, rank)
-            self.sums += torch.tensor(own["sums"], dtype=torch.float64)
+            self.losses.sums += torch.tensor(own["sums"], dtype=torch.float64)
             self.data.fingerprint.merge(*own["fingerprint"])
 
     def _arrange_buckets(self) -> None:
@@ -274,7 +277,8 @@ class Loop:
             self.epoch_step += 1
             if self.interval.is_due(self.step) and self.step < self.steps:
                 self._save()
-        total = self.sums.clone()
+        self.losses.settle()
+        total = self.losses.sums.clone()
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -287,14 +291,11 @@ class Loop:
             inputs, target = self._place(batch)
             # Gradients are exchanged once a step.
             self.strategy.exchange_gradients(position == len(micro) - 1)
-            value = self._loss(inputs, target)
-            number = float(value.detach())
-            if not math.isfinite(number):
-                self._refuse(number)
+            value = self._loss(inputs, target, labels=batch[1])
+            self.losses.add(value, len(target), self.step)
             # Weighted by its samples, so that the last, smaller one counts as much as it holds.
             weighted = value * (len(target) / samples) if len(micro) > 1 else value
             backward(self.scaler.scale(weighted), self.project)
-            self.sums += torch.tensor([number * len(target), len(target)], dtype=torch.float64)
         if self.step == self.first_step:
             require_gradients(self.model, self.project)
         if self.settings.clip_norm is not None:
@@ -302,12 +303,13 @@ class Loop:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         apply_gradients(self.optimizer, self.project, self.scaler)
         self.schedule.step()
+        self.losses.settle(before=self.step)
         self.step_seconds = time.perf_counter() - began
-        self._say_step(number)
+        self._say_step()
 
-    def _refuse(self, loss: float) -> None:
+    def _refuse(self, loss: float, step: int) -> None:
         raise UserMistake(
-            f"train: the loss became {loss} at epoch {self.epoch}, step {self.step + 1} of {self.steps} "
+            f"train: the loss became {loss} at epoch {self.epoch}, step {step + 1} of {self.steps} "
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
             "the loss for a log or division of zero"
         )
@@ -319,10 +321,11 @@ class Loop:
         losses = [row["validation_loss"] for row in self.history]
         return min(losses[-patience:]) >= min(losses[:-patience])
 
-    def _loss(self, inputs: Any, target: Tensor) -> Tensor:
+    def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None) -> Tensor:
+        """labels: the target where it came from, on the CPU."""
         with autocast(self.settings, self.device):
             outputs = forward(self.model, inputs, self.project, call=self.strategy.call)
-            return compute_loss(self.loss, outputs, target, self.project)
+            return compute_loss(self.loss, outputs, target, self.project, labels=labels)
 
     def _place(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
         placed: tuple[Any, Tensor] = place(batch, self.device, self.settings.channels_last)
@@ -361,9 +364,9 @@ class Loop:
         elapsed = time.perf_counter() - self.began
         return elapsed / max(1, self.step - self.first_step) * (self.steps - self.step)
 
-    def _say_step(self, loss: float) -> None:
-        now = time.perf_counter()
-        if self.events is None or now - self.last_said < STEP_EVENT_SECONDS:
+    def _say_step(self) -> None:
+        now, loss = time.perf_counter(), self.losses.last
+        if self.events is None or loss is None or now - self.last_said < STEP_EVENT_SECONDS:
             return
         self.last_said = now
         rate = (self.step + 1 - self.first_step) * self.settings.batch_size / (now - self.began)

@@ -329,10 +329,13 @@ def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:
         )
 
 
-def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project) -> Tensor:
-    """The scalar loss. Raises UserMistake for labels out of range, a failing loss or a wrong result."""
+def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project, labels: Tensor | None = None) -> Tensor:
+    """The scalar loss. Raises UserMistake for labels out of range, a failing loss or a wrong result.
+
+    labels: the target on the CPU, where it is at hand: looking at one on a GPU waits for all that the GPU has to do.
+    """
     if isinstance(outputs, Tensor):
-        check_labels(target, outputs, project)
+        check_labels(target if labels is None else labels, outputs, project)
     name = project.loss if isinstance(project.loss, str) else project.loss.target
     try:
         value = loss(outputs, target)

@@ -1,4 +1,4 @@
-"""One rank of a training run, started by torch's launcher: a fork here, or `torchrun -m torchworker.rank FILE`."""
+"""One rank of a training run, started by torch's launcher: from `train.py`, or `torchrun -m torchworker.rank FILE`."""
 
 from __future__ import annotations
 

@@ -8,14 +8,16 @@ import signal
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchworker import rendezvous
 from torchworker.checkpoint import find_latest
-from torchworker.contract import EVENTS, LOST_CONNECTION, Failure, TrainRequest, TrainResult, decode
+from torchworker.contract import EVENTS, LOST_CONNECTION, Failure, TrainRequest, TrainResult, TrainSettings, decode
 from torchworker.events import EventLog
 from torchworker.failure import Described
 from torchworker.heartbeat import hung_ranks, start_watching, stop_watching
@@ -53,12 +55,21 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
         fruitless = 1 if after != before else fruitless + 1
         if failure.kind == "user" or fruitless > request.train.restarts:
             raise Described(failure)
-        # The next ranks will need it, and they are forks of this process.
+        # The next ranks will need it, and they may be forks of this process.
         import torch.distributed.checkpoint  # noqa: F401
 
         events.write("restarting", cause=failure.message, checkpoint=after.name if after else None)
         for leftover in (*folder.glob("failure-rank*"), *folder.glob("hung-rank*"), *folder.glob("heartbeat-rank*")):
             leftover.unlink()
+
+
+def start_method(settings: TrainSettings) -> Literal["fork", "spawn"]:
+    """How ranks come to be: forks, as this process has torch and no user code, and a rank need not import torch again.
+
+    CUDA cannot be used in a fork of a process that has asked how many devices there are, which torch's launcher does:
+    https://docs.pytorch.org/docs/stable/notes/multiprocessing.html (poison fork).
+    """
+    return "spawn" if settings.device != "cpu" and torch.cuda.device_count() > 0 else "fork"
 
 
 def _launch(request: TrainRequest, path: Path) -> TrainResult:
@@ -72,8 +83,7 @@ def _launch(request: TrainRequest, path: Path) -> TrainResult:
         # A restart inside the agent reuses the store and is unreliable with gloo; retries are new launches.
         max_restarts=0,
         monitor_interval=0.02,
-        # This process has torch and no user code, so a fork is a clean rank that need not import torch again.
-        start_method="fork",
+        start_method=start_method(request.train),
         local_addr=rendezvous.LOOPBACK,
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(request.folder) / "ranks"), redirects=Std.ALL),
     )

@@ -33,7 +33,8 @@ def main(context, epochs: int, batch_size: int, learning_rate: float, mixup: flo
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    train_set, held_out = context.build_dataset("train"), context.build_dataset("validation")
+    train_set = context.build_dataset("train")
+    held_out = [tensor.to(context.device) for tensor in context.build_dataset("validation").tensors]
     steps_per_epoch = len(train_set) // batch_size
     steps = epochs * steps_per_epoch
 
@@ -63,16 +64,15 @@ def main(context, epochs: int, batch_size: int, learning_rate: float, mixup: flo
 
         done = step + 1
         if done % steps_per_epoch == 0:
-            context.report({"train_loss": loss, **evaluate(average.module, held_out)}, step=done, steps=steps)
+            context.report({"train_loss": loss, **evaluate(average.module, *held_out)}, step=done, steps=steps)
         if context.checkpoint.is_due(done):
             context.checkpoint.save(state, step=done)
     return average.module
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held_out: TensorDataset) -> dict[str, float]:
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     model.eval()
-    images, labels = held_out.tensors
     logits = model(images)
     accuracy = (logits.argmax(1) == labels).float().mean()
     return {"validation_loss": cross_entropy(logits, labels).item(), "validation_accuracy": accuracy.item()}

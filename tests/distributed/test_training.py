@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tasks.requests import project_of, train_settings
 from tasks.worker import call_worker
 from tests.distributed.conftest import Train
 from tests.projects import DIGITS, write_project
-from torchworker.contract import TrainRequest
+from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
 
 
 def below(pid: int) -> list[psutil.Process]:
@@ -145,18 +146,46 @@ def test_a_rank_that_crashes_in_native_code_is_named_with_where_it_was(train: Tr
     assert "Connection closed" not in message
 
 
+SPAWNED = """
+import sys
+from pathlib import Path
+from torchworker import train
+from torchworker.contract import TrainRequest
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    train.start_method = lambda settings: "spawn"
+    train.train(TrainRequest.read(path), path)
+"""
+
+
+def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones(train: Train, tmp_path: Path) -> None:
+    train(write_project(tmp_path / "p"))
+    forked = tmp_path / "train0"
+    spawned = tmp_path / "spawned"
+    spawned.mkdir()
+    request = TrainRequest.read(forked / REQUEST)
+    replace(request, folder=str(spawned), checkpoints=str(tmp_path / "others")).write(spawned / REQUEST)
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    subprocess.run([sys.executable, "-P", tmp_path / "spawned.py", spawned / REQUEST], check=True, timeout=120)
+
+    assert (spawned / WEIGHTS).read_bytes() == (forked / WEIGHTS).read_bytes()
+
+
+NAN = """
+    calls = 0
+    def loss(outputs, target):
+        global calls
+        calls += 1
+        value = nn.functional.cross_entropy(outputs, target)
+        return value * float("nan") if calls > 3 else value
+"""
+NAN_JOB = {"epochs": 3, "processes": 2, "batch_size": 32, "loss": {"factory": "plain:loss"}}
+
+
 def test_a_loss_that_becomes_nan_stops_the_run_and_says_where(train: Train, tmp_path: Path) -> None:
-    extra = """
-        calls = 0
-        def loss(outputs, target):
-            global calls
-            calls += 1
-            value = nn.functional.cross_entropy(outputs, target)
-            return value * float("nan") if calls > 3 else value
-    """
-    job = {"epochs": 3, "processes": 2, "batch_size": 32, "loss": {"factory": "plain:loss"}}
     with pytest.raises(JobError, match=r"loss became nan at epoch 1, step 3 of 9 .*learning_rate"):
-        train(write_project(tmp_path / "p", extra=extra, train=job))
+        train(write_project(tmp_path / "p", extra=NAN, train=NAN_JOB))
 
 
 def test_a_last_step_that_ruins_the_model_is_noticed(train: Train, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torchworker.contract import (
     ExportRequest,
     ExportResult,
     TrainRequest,
+    TrainResult,
     ValidateRequest,
     ValidateResult,
     decode,
@@ -42,12 +43,13 @@ class Shop:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.result: ExportResult | None = None
 
-    def train(self) -> None:
+    def train(self) -> TrainResult:
         folder = self.folder / "train"
         request = TrainRequest(
             project=self.project, train=train_settings(self.job), folder=str(folder), checkpoints=str(self.folder / "c")
         )
-        asyncio.run(call_worker(self.host, "train", request, folder))
+        result: TrainResult = decode(TrainResult, asyncio.run(call_worker(self.host, "train", request, folder)))
+        return result
 
     def export(self, *kinds: str) -> dict[str, Artifact]:
         folder = self.folder / "export"

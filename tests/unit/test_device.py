@@ -15,6 +15,7 @@ from tests.projects import write_project
 from torchworker.contract import TrainSettings
 from torchworker.device import backend_of, choose_device, device_notes
 from torchworker.failure import UserMistake
+from torchworker.train import start_method
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_gpus_it_is_the_cpu_and_gloo(settings: TrainSettings) -> None:
     device = choose_device(settings, 2)
     assert device.type == "cpu" and backend_of(settings, device) == "gloo"
+    assert start_method(settings) == "fork"
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -37,6 +39,15 @@ def test_each_process_gets_a_gpu_of_its_own_and_nccl(settings: TrainSettings) ->
     assert [str(choose_device(settings, 2, rank)) for rank in (0, 1)] == ["cuda:0", "cuda:1"]
     assert backend_of(settings, torch.device("cuda", 0)) == "cpu:gloo,cuda:nccl"
     assert choose_device(replace(settings, device="cpu"), 9).type == "cpu"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_ranks_on_gpus_are_no_forks_which_cuda_refuses(settings: TrainSettings) -> None:
+    assert [start_method(replace(settings, device=device)) for device in ("auto", "cuda", "cpu")] == [
+        "spawn",
+        "spawn",
+        "fork",
+    ]
 
 
 @pytest.mark.usefixtures("two_gpus")
