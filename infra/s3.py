@@ -174,7 +174,10 @@ def download(
         # The stubs know another class of that name.
         with S3Transfer(client, config) as transfer:  # type: ignore[arg-type]
             transfer.download_file(bucket, key, str(path), callback=progress)
-    except (Boto3Error, S3DownloadFailedError) as error:
+    except S3DownloadFailedError as error:
+        # Also for an object that was replaced meanwhile: its cause is a refused If-Match, which is no race of ours.
+        raise _BrokenOff(str(error)) from error
+    except Boto3Error as error:
         # The transfer manager wraps the answer in text.
         cause = error.__cause__ or error.__context__
         raise cause if isinstance(cause, ClientError) else _BrokenOff(str(error)) from error

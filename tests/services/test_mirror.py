@@ -28,15 +28,19 @@ def mlflow(mlflow_server: MlflowServer) -> MlflowServer:
     return mlflow_server
 
 
+@pytest.fixture
+def abc(abc: list[Manifest], versioned: Versioned) -> list[Manifest]:
+    """The three releases of that name, held by versions 1 to 3 in MLflow."""
+    for manifest in abc:
+        versioned(manifest.release)
+    return abc
+
+
 def aliases(mlflow: MlflowServer) -> dict[str, int]:
     return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
 
 
-def test_the_aliases_follow_the_pointers(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
-) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
+def test_the_aliases_follow_the_pointers(object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer) -> None:
     move(object_store, abc[0], channel="staging", mlflow_version="1")
     mirror_all(object_store, mlflow.url)
     assert aliases(mlflow) == {"champion": 3, "previous": 2, "staging": 1}
@@ -51,10 +55,8 @@ def test_the_aliases_follow_the_pointers(
 
 
 def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer
 ) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
     mirror_all(object_store, mlflow.url)
     mlflow.kill()
     try:
@@ -73,10 +75,8 @@ def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
 
 
 def test_a_slow_mirror_does_not_undo_a_newer_one(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer
 ) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
     with FaultProxy(mlflow.url) as proxy:
 
         def overtaken() -> None:
@@ -93,8 +93,6 @@ def test_a_slow_mirror_does_not_undo_a_newer_one(
 def test_a_version_that_is_gone_is_replaced_by_another_of_the_same_release_or_named(
     object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
 ) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
     MlflowClient(mlflow.url).delete_model_version(MODEL, "3")
     done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
     assert done.missing == (f"alias champion of {MODEL}: MLflow has no version of release {abc[2].release}",)
@@ -105,10 +103,8 @@ def test_a_version_that_is_gone_is_replaced_by_another_of_the_same_release_or_na
 
 
 def test_the_alias_is_there_at_every_moment(
-    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer
 ) -> None:
-    for manifest in abc:
-        versioned(manifest.release)
     with FaultProxy(mlflow.url) as proxy:
         for release in (None, abc[2].release, abc[0].release):
             rolled_back(object_store, release)

@@ -103,6 +103,22 @@ def test_files_of_any_size_arrive_whole(parts: ObjectStore, tmp_path: Path, size
     assert parts.hash(KEY) == (sha256, size)
 
 
+def test_a_file_that_is_replaced_while_it_is_downloaded_is_a_fault_and_no_race_that_was_lost(
+    parts: ObjectStore, object_store: ObjectStore, proxy: FaultProxy, large: tuple[Path, str], tmp_path: Path
+) -> None:
+    path, sha256 = large
+    parts.upload_file_new(path, KEY, sha256)
+
+    def replace() -> None:
+        object_store._client.put_object(Bucket=object_store.bucket, Key=KEY, Body=bytes(path.stat().st_size))
+
+    # Its first range says which object the others have to be of.
+    proxy.add(Rule(PassOn(), "GET", KEY, times=1))
+    proxy.add(Rule(PassOn(), "GET", KEY, times=1, before=replace))
+    with pytest.raises(ServiceError, match=r"cannot download .* did not match expected ETag"):
+        parts.download_file(KEY, tmp_path / "copy")
+
+
 def test_a_file_that_is_there_is_not_replaced(parts: ObjectStore, large: tuple[Path, str]) -> None:
     path, sha256 = large
     parts.put_new(KEY, b"other")
