@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from infra.errors import JobError
 from infra.workerhost import WorkerHost
-from tests.distributed.test_resume import STATEFUL
+from tests.distributed.test_resume import STATEFUL, TRAIN
 from tests.distributed.test_training import NAN, NAN_JOB
 from tests.exports.shop import Shop
 from tests.projects import write_project
@@ -160,14 +160,10 @@ def mistake(train: dict[str, Any]) -> Callable[[], str]:
 
 
 def weights_of(folder: Path, dies: int) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Trains a small net with everything that has state; rank 0 is killed in its call number `dies`."""
-    plan = {
-        "epochs": 3, "processes": 1, "batch_size": 24, "accumulate": 2, "clip_norm": 1.0, "learning_rate": 0.05,
-        "schedule": "cosine", "optimizer": {"factory": "plain:build_optimizer"}, "checkpoint": {"steps": 1},
-        "device": "cuda",
-    }  # fmt: skip
-    code = STATEFUL.replace('["RANK"] == "1"', '["RANK"] == "0"')
-    job = write_project(folder, extra=code, train=plan, model={"factory": "plain:build_model", "args": {"dies": dies}})
+    """Trains a small net with everything that has state; its rank is killed in its call number `dies`."""
+    train = {**TRAIN, "processes": 1, "device": "cuda"}
+    model = {"factory": "plain:build_model", "args": {"dies": dies}}
+    job = write_project(folder, extra=STATEFUL, train=train, model=model)
     with opened(job) as shop:
         result = shop.train()
         return load_file(shop.folder / "train/weights.safetensors"), list(result.notes)
