@@ -28,13 +28,13 @@ import httpx
 from infra import automations, deployments, janitor
 from infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
 from infra.errors import ServiceError, SettingsError
-from infra.prefect_rest import prefect_api
+from infra.prefect_rest import ANSWER_SECONDS, prefect_api
 from infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
 from infra.settings import Settings
 
 START_SECONDS = 90.0
 """How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
-TRIES = 4
+TRIES = round(START_SECONDS / ANSWER_SECONDS)
 """How often Prefect is asked whose answer does not come in time: it has just started, and so have its neighbours."""
 POLL_SECONDS = 0.2
 
