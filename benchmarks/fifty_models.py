@@ -27,17 +27,17 @@ import numpy
 import yaml
 
 from benchmarks.report import PAGE, ROOT, machine, write
-from infra import stack
-from infra.objectstore import ObjectStore
-from infra.prefect_rest import prefect_api
-from infra.processes import PidFile
-from infra.settings import Settings
-from registry.pointer import read_pointer
-from registry.release import JOB, MANIFEST, build_manifest
-from registry.releases import fetch_release, publish
-from registry.snapshots import take
 from tests.conftest import FOREIGN, free_ports, stack_environment
 from tests.services.releases import move
+from train_and_ship.infra import stack
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.prefect_rest import prefect_api
+from train_and_ship.infra.processes import PidFile
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.data.snapshots import take
+from train_and_ship.registry.release.manifest import JOB, MANIFEST, build_manifest
 
 SHIP = Path(sys.executable).with_name("ship")
 CODE = """

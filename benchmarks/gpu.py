@@ -27,13 +27,13 @@ import yaml
 from report import ROOT, machine, write
 from safetensors.torch import load_file
 
-from infra.errors import JobError
-from infra.workerhost import WorkerHost
 from tests.distributed.test_resume import STATEFUL, TRAIN
 from tests.distributed.test_training import NAN, NAN_JOB
 from tests.exports.shop import Shop
 from tests.projects import write_project
 from torchworker.contract import TrainResult
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.workerhost import WorkerHost
 
 PAGE = ROOT / "docs/gpu.md"
 BY_HAND = ROOT / "benchmarks/by_hand/gpu_train.py"

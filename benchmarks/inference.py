@@ -27,10 +27,6 @@ import psutil
 import yaml
 from report import PAGE, ROOT, machine, write
 
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import fixed_gates, int8_limits, measure_request, project_of, train_settings, user_modules
-from tasks.worker import call_worker
 from torchworker.contract import (
     GOLDEN,
     ExportRequest,
@@ -42,6 +38,17 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import (
+    fixed_gates,
+    int8_limits,
+    measure_request,
+    project_of,
+    train_settings,
+    user_modules,
+)
+from train_and_ship.tasks.worker import call_worker
 
 BATCHES = (1, 64)
 ROUNDS, ROUND_SECONDS = 30, 0.03
@@ -146,7 +153,7 @@ def race(net: str, folder: Path, artifacts: dict[str, str]) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from torchworker import runtimes
+    from torchworker.runtimes import load as runtimes
 
     sys.path.insert(0, str(ROOT / "benchmarks/reference"))
     from nets import build_dataset, build_model

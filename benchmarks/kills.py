@@ -21,11 +21,11 @@ from typing import Any
 
 import yaml
 
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
-from tasks.worker import call_worker
 from torchworker.contract import TrainRequest
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 

@@ -21,15 +21,15 @@ from typing import Any
 import psutil
 from report import PAGE, ROOT, machine, write
 
-from infra.settings import Settings
-from infra.workerhost import WorkerHost
-from registry.job import Job, load_job
-from registry.live_run import LiveRun
-from registry.mlflow_client import check_reachable, connect, warm_up
-from registry.mlflow_runs import RunRecord
-from tasks.requests import project_of, run_params, train_settings
-from tasks.worker import call_worker
 from torchworker.contract import EVENTS, TrainRequest, TrainResult, decode
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.tracking.connection import check_reachable, connect, warm_up
+from train_and_ship.registry.tracking.live_run import LiveRun
+from train_and_ship.registry.tracking.runs import RunRecord
+from train_and_ship.tasks.requests import project_of, run_params, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 SIDES = ("watched", "alone")
 

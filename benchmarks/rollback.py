@@ -18,16 +18,16 @@ from pathlib import Path
 
 from report import PAGE, machine, write
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.channels import move_channel
-from registry.history import read_record, record, record_key
-from registry.keys import pointer_key
-from registry.mlflow_client import connect
-from registry.pointer import Pointer, read_pointer
-from registry.release import Manifest, build_manifest
-from registry.releases import publish
-from registry.transfer import in_parallel
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.channels.history import read_record, record, record_key
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
+from train_and_ship.registry.tracking.connection import connect
 
 SHIP = str(Path(sys.executable).with_name("ship"))
 HELLO = """

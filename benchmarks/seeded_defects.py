@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.data import Dataset
 
-from torchworker import runtimes
 from torchworker.contract import ExportRequest, Project, Reference
-from torchworker.parity import compare, usual_loss
-from torchworker.probes import Probe
-from torchworker.prove import Policy, prove
-from torchworker.reference import enlarged, read_probes, validation_key, write_reference
+from torchworker.parity.compare import Policy, prove
+from torchworker.parity.probes import Probe
+from torchworker.parity.reference import enlarged, read_probes, validation_key, write_reference
+from torchworker.parity.rule import compare, usual_loss
+from torchworker.runtimes import load as runtimes
 
 BATCH = 16
 

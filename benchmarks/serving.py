@@ -22,11 +22,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from report import PAGE, machine, write
 
-from infra.processes import port_is_free
-from infra.toolenv import environment
-from registry.release import build_manifest
-from ship.serve import Server, requirements
 from shipreader.records import Manifest, Release
+from train_and_ship.infra.processes import port_is_free
+from train_and_ship.infra.toolenv import environment
+from train_and_ship.registry.release.manifest import build_manifest
+from train_and_ship.ship.serve import Server, requirements
 
 IN, HIDDEN, OUT = 64, 2048, 10
 CLIENTS = (1, 32)

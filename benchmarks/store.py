@@ -27,15 +27,15 @@ from report import PAGE, ROOT, machine, write
 
 sys.path.insert(0, str(ROOT))
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.channels import move_channel
-from registry.keys import pointer_key, release_prefix
-from registry.pointer import Pointer, read_pointer
-from registry.release import Manifest, build_manifest
-from registry.releases import Published, publish
 from tests.services.fault_proxy import FaultProxy
 from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer, _free_ports
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.bucket.releases import Published, publish
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 MODEL, CHANNEL = "bench", "prod"
 SIDES = ("ours", "s5cmd", "upload_file")

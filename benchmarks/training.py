@@ -28,12 +28,12 @@ import torch
 import yaml
 from report import PAGE, ROOT, machine, write
 
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
-from tasks.worker import call_worker
 from torchworker.contract import TrainRequest
-from torchworker.device import half_precision_is_native
+from torchworker.training.device import half_precision_is_native
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 BY_HAND = Path(__file__).parent / "by_hand"
 BATCH = 128

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from prefect import flow
 
-from tasks.approval import approval
-from tasks.move_report import report_move
-from tasks.moves import Moved, ask, choose_existing, move_forward, rehearse_existing
-from tasks.outcome import report_failure
+from train_and_ship.tasks.approval import approval
+from train_and_ship.tasks.move_report import report_move
+from train_and_ship.tasks.moves import Moved, ask, choose_existing, move_forward, rehearse_existing
+from train_and_ship.tasks.outcome import report_failure
 
 
 @flow(name="promote", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])

@@ -5,19 +5,19 @@ from __future__ import annotations
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from tasks.alone import alone
-from tasks.approval import candidate_approval
-from tasks.conclude import conclude
-from tasks.decide import Night, decide, ended, skip
-from tasks.export import export
-from tasks.inspect import inspect
-from tasks.outcome import end_mlflow_run, record_failure, report_failure
-from tasks.promote import promote_if_better
-from tasks.register import register
-from tasks.rehearse import rehearse
-from tasks.run import begin
-from tasks.train import train
-from tasks.validate import validate
+from train_and_ship.tasks.alone import alone
+from train_and_ship.tasks.approval import candidate_approval
+from train_and_ship.tasks.conclude import conclude
+from train_and_ship.tasks.decide import Night, decide, ended, skip
+from train_and_ship.tasks.export import export
+from train_and_ship.tasks.inspect import inspect
+from train_and_ship.tasks.outcome import end_mlflow_run, record_failure, report_failure
+from train_and_ship.tasks.promote import promote_if_better
+from train_and_ship.tasks.register import register
+from train_and_ship.tasks.rehearse import rehearse
+from train_and_ship.tasks.run import begin
+from train_and_ship.tasks.train import train
+from train_and_ship.tasks.validate import validate
 
 
 @flow(

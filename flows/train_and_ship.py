@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from prefect import flow
 
-from tasks.alone import alone
-from tasks.approval import candidate_approval
-from tasks.export import export
-from tasks.inspect import inspect
-from tasks.outcome import end_mlflow_run, report_failure
-from tasks.promote import promote
-from tasks.register import register
-from tasks.rehearse import rehearse
-from tasks.report import Shipped, report
-from tasks.run import begin
-from tasks.train import train
-from tasks.validate import validate
+from train_and_ship.tasks.alone import alone
+from train_and_ship.tasks.approval import candidate_approval
+from train_and_ship.tasks.export import export
+from train_and_ship.tasks.inspect import inspect
+from train_and_ship.tasks.outcome import end_mlflow_run, report_failure
+from train_and_ship.tasks.promote import promote
+from train_and_ship.tasks.register import register
+from train_and_ship.tasks.rehearse import rehearse
+from train_and_ship.tasks.report import Shipped, report
+from train_and_ship.tasks.run import begin
+from train_and_ship.tasks.train import train
+from train_and_ship.tasks.validate import validate
 
 
 @flow(

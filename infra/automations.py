@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from infra.deployments import run_to_its_end
-from infra.errors import SettingsError
-from infra.settings import Settings
+from train_and_ship.infra.deployments import run_to_its_end
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.settings import Settings
 
 TIMEOUT_SECONDS = 120.0
 SOURCES = Path(__file__).parents[1] / "tasks"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import httpx
 
-from infra.errors import ServiceError
-from infra.prefect_rest import http_client, prefect_api
-from infra.processes import PidFile
-from infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.prefect_rest import http_client, prefect_api
+from train_and_ship.infra.processes import PidFile
+from train_and_ship.infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
 
 WORK_POOL = "local"
 WORKER_NAME = "local"

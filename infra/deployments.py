@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import yaml
 
-from infra.errors import SettingsError
-from infra.settings import project_folder
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.settings import project_folder
 
 TIMEOUT_SECONDS = 180.0
 Api = Callable[[str, str, Mapping[str, Any]], httpx.Response]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from infra.errors import ReleaseError, ShipError
+from train_and_ship.infra.errors import ReleaseError, ShipError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra import leftovers, s3
-from infra.errors import PreconditionFailed, ServiceError, SettingsError
-from infra.multipart import Budget, PartsUpload, require_sha256
-from infra.s3 import quoted, status_of
-from infra.settings import Settings
-from infra.small_files import SMALL_BYTES, SmallFiles
-from infra.store_probe import StoreTraits, probe
+from train_and_ship.infra import leftovers, s3
+from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError
+from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
+from train_and_ship.infra.s3 import quoted, status_of
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.small_files import SMALL_BYTES, SmallFiles
+from train_and_ship.infra.store_probe import StoreTraits, probe
 
 MULTIPART_BYTES, PART_BYTES = 16 * 2**20, 16 * 2**20
 """Files above the first go up in parts of the second."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from infra.errors import ServiceError, SettingsError
-from infra.settings import Settings
+from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.settings import Settings
 
 ACCOUNT = "PREFECT_API_AUTH_STRING"
 """Prefect's own variable: user:password of a server that asks for one."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from infra.rundir import write_whole
+from train_and_ship.infra.rundir import write_whole
 
 TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"
 GRACE_SECONDS = 5.0

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
-from infra.settings import Settings
+from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
+from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
     from botocore.credentials import ReadOnlyCredentials

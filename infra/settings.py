@@ -11,7 +11,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from infra.errors import SettingsError
+from train_and_ship.infra.errors import SettingsError
 
 LOOPBACK = "127.0.0.1"
 LOCAL_BUCKET = "models"

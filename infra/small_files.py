@@ -16,8 +16,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra import s3
-from infra.errors import PreconditionFailed
+from train_and_ship.infra import s3
+from train_and_ship.infra.errors import PreconditionFailed
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Store

@@ -25,12 +25,12 @@ from typing import Any, Literal
 
 import httpx
 
-from infra import automations, deployments, janitor
-from infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
-from infra.errors import ServiceError, SettingsError
-from infra.prefect_rest import ANSWER_SECONDS, prefect_api
-from infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
-from infra.settings import Settings
+from train_and_ship.infra import automations, deployments, janitor
+from train_and_ship.infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
+from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
+from train_and_ship.infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
+from train_and_ship.infra.settings import Settings
 
 START_SECONDS = 90.0
 """How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
@@ -250,7 +250,7 @@ def _start_all(
         bring_up("s3")
         # The server takes unsigned requests, so the usual case costs no client library.
         if not answers(f"{settings.s3_endpoint}/{settings.bucket}?location"):
-            from infra.objectstore import ObjectStore
+            from train_and_ship.infra.objectstore import ObjectStore
 
             ObjectStore.from_settings(settings).create_bucket_if_missing()
 
@@ -275,7 +275,7 @@ def _start_all(
     def automate() -> None:
         automations.automate(
             settings,
-            command=python("tasks.automations"),
+            command=python("train_and_ship.tasks.automations"),
             environment=prefect_environment(settings),
             state=settings.home / "prefect" / "automated",
             report=report,

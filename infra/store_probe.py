@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from infra.errors import PreconditionFailed, ShipError, StoreFault, StoreRefused
+from train_and_ship.infra.errors import PreconditionFailed, ShipError, StoreFault, StoreRefused
 
 RACERS = 8
 RACE_SECONDS = 60

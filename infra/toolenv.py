@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.errors import ServiceError
+from train_and_ship.infra.errors import ServiceError
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,6 @@
 """Run stages in child processes that have torch, forked from one process that imported it once.
 
-The other end is `torchworker/host.py`; the protocol is described there. One host serves one Prefect process and
+The other end is `torchworker/forkserver.py`; the protocol is described there. One host serves one Prefect process and
 dies with it: its standard input is a pipe that only this process holds.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from infra.errors import WorkerError
+from train_and_ship.infra.errors import WorkerError
 
 Events = Callable[[dict[str, Any]], None]
 POLL_SECONDS = 0.1
@@ -35,7 +35,7 @@ TorchScript, for one, writes a layer's constants in that order, and so the same 
 
 
 class WorkerHost:
-    """A running `python -m torchworker.host`. Not started until the first use."""
+    """A running `python -m torchworker.forkserver`. Not started until the first use."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -43,7 +43,7 @@ class WorkerHost:
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 # -P: the current folder is not on the import path, so a user's files cannot shadow ours.
-                [sys.executable, "-P", "-m", "torchworker.host"],
+                [sys.executable, "-P", "-m", "torchworker.forkserver"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from infra.errors import GateError
-from registry.description import Verdict, number
-from registry.job import Job
+from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.tracking.description import Verdict, number
 
 
 def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import typer
 
-from infra.errors import RequestError, ServiceError
-from infra.prefect_rest import prefect_api
-from infra.provenance import who
-from infra.settings import Settings
+from train_and_ship.infra.errors import RequestError, ServiceError
+from train_and_ship.infra.prefect_rest import prefect_api
+from train_and_ship.infra.provenance import who
+from train_and_ship.infra.settings import Settings
 
 
 def approve(run: str, yes: bool, by: str, comment: str) -> None:

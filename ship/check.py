@@ -11,14 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infra.settings import Settings
-from infra.workerhost import WorkerHost
-from registry.data_checks import Report, check_data, require_good_data
-from registry.job import Job, load_job
-from tasks.extras import require_extras
-from tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
-from tasks.snapshot import verified_snapshot
-from tasks.worker import call_worker
 from torchworker.contract import (
     FORMAT_FILES,
     INT8_FILES,
@@ -29,6 +21,14 @@ from torchworker.contract import (
     TensorSpec,
     decode,
 )
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.data.checks import Report, check_data, require_good_data
+from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.tasks.extras import require_extras
+from train_and_ship.tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
+from train_and_ship.tasks.snapshot import verified_snapshot
+from train_and_ship.tasks.worker import call_worker
 
 
 def check(job_file: Path) -> None:

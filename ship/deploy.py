@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from infra.errors import JobError
-from infra.settings import Settings
-from registry.job import load_job
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.job.job import load_job
 
 
 def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) -> None:
@@ -30,7 +30,7 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
         raise JobError("\n".join([*mistakes, "nothing was deployed"]))
     # Prefect reads its settings when it is imported.
     os.environ["PREFECT_API_URL"] = Settings.load().prefect_api_url
-    from tasks.deployments import deploy_jobs
+    from train_and_ship.tasks.deployments import deploy_jobs
 
     for deployed in deploy_jobs(jobs, cron, timezone):
         typer.echo(f"{deployed.name}  {deployed.schedule or 'no schedule'}")

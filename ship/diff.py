@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import typer
 
-from infra.errors import RequestError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.catalog import models, require_model
-from registry.comparison import Difference, compare
-from registry.gates import text_table
-from registry.references import GRAMMAR, resolve_release
+from train_and_ship.infra.errors import RequestError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import models, require_model
+from train_and_ship.registry.channels.revisions import GRAMMAR, resolve_release
+from train_and_ship.registry.diff import Difference, compare
+from train_and_ship.registry.gates import text_table
 
 LONGEST = 60
 """Characters shown of one value; --json has all of it."""

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import typer
 
-from infra.errors import ShipError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.catalog import models, require_model
-from registry.doctor import examine
-from registry.mirror import mirror_all
-from registry.waiting_reports import send_reports
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import models, require_model
+from train_and_ship.registry.channels.aliases import mirror_all
+from train_and_ship.registry.maintenance.doctor import examine
+from train_and_ship.registry.tracking.pending_reports import send_reports
 
 
 def doctor(model: str, dry_run: bool) -> None:

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 
 import typer
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.catalog import channels, require_model
-from registry.decisions import decided_at, read_decisions
-from registry.history import read_history
-from registry.pointer import Pointer, read_pointer
-from registry.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import channels, require_model
+from train_and_ship.registry.channels.decisions import decided_at, read_decisions
+from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
 
 UNKNOWN = "unknown"
 

@@ -6,9 +6,9 @@ import json
 
 import typer
 
-from infra.errors import SettingsError
-from infra.settings import Settings
-from registry.iam import Role, policy
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.iam import Role, policy
 
 
 def iam(role: str, model: str, channel: str, kms_key: str) -> None:

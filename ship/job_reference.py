@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from registry.data_options import Checks, Drift, Labels, Snapshot, TensorCheck
-from registry.export_options import Dynamic, Export, Quantize
-from registry.gate_options import Gate
-from registry.job import Data, Job, Release, Retrain
-from registry.launcher_options import LOCAL, Kubernetes, Slurm, Torchrun
-from registry.parity_options import Parity
-from registry.parts import Factory
-from registry.train_options import CustomMetric, Train
+from train_and_ship.registry.job.base import Factory
+from train_and_ship.registry.job.data import Checks, Drift, Labels, Snapshot, TensorCheck
+from train_and_ship.registry.job.export import Dynamic, Export, Quantize
+from train_and_ship.registry.job.gates import Gate
+from train_and_ship.registry.job.job import Data, Job, Release, Retrain
+from train_and_ship.registry.job.launcher import LOCAL, Kubernetes, Slurm, Torchrun
+from train_and_ship.registry.job.parity import Parity
+from train_and_ship.registry.job.train import CustomMetric, Train
 
 HEAD = """# The job file
 

@@ -23,9 +23,9 @@ app = typer.Typer(
 @app.command()
 def up() -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
-    from infra import stack
-    from infra.settings import Settings
-    from ship.doctor import mlflow_caught_up
+    from train_and_ship.infra import stack
+    from train_and_ship.infra.settings import Settings
+    from train_and_ship.ship.doctor import mlflow_caught_up
 
     began = time.monotonic()
     settings = Settings.load()
@@ -46,8 +46,8 @@ def up() -> None:
 @app.command()
 def down() -> None:
     """Stop the local stack and everything it started; data stays."""
-    from infra import stack
-    from infra.settings import Settings
+    from train_and_ship.infra import stack
+    from train_and_ship.infra.settings import Settings
 
     stack.down(Settings.load(), typer.echo)
 
@@ -58,7 +58,7 @@ def status() -> None:
 
     Exits with 1 unless everything is up.
     """
-    from ship.status import status
+    from train_and_ship.ship.status import status
 
     status()
 
@@ -70,7 +70,7 @@ def deploy(
     timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
 ) -> None:
     """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
-    from ship.deploy import deploy
+    from train_and_ship.ship.deploy import deploy
 
     deploy(jobs, cron, timezone)
 
@@ -83,7 +83,7 @@ def approve(
     comment: str = "",
 ) -> None:
     """Answer a run that waits for a person's approval, as its page in Prefect does."""
-    from ship.approve import approve
+    from train_and_ship.ship.approve import approve
 
     approve(run, not reject, by, comment)
 
@@ -91,7 +91,7 @@ def approve(
 @app.command()
 def check(job: Path) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
-    from ship.check import check
+    from train_and_ship.ship.check import check
 
     check(job)
 
@@ -102,7 +102,7 @@ def run(
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
 ) -> None:
     """Train, export, validate, register and promote one job, here and now."""
-    from ship.run import run
+    from train_and_ship.ship.run import run
 
     run(job, resume)
 
@@ -115,7 +115,7 @@ def retrain(
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
 ) -> None:
     """Train again if code, data, job or environment changed, and put live what is better than what is there."""
-    from ship.run import retrain
+    from train_and_ship.ship.run import retrain
 
     retrain(job, why, force, resume)
 
@@ -125,7 +125,7 @@ def snapshot(
     folder: Path, to: Annotated[str, typer.Option(help="Bring it to s3://bucket/prefix as well.")] = ""
 ) -> None:
     """Name the data in a folder by a manifest that holds the hash of every file; job files refer to it."""
-    from ship.snapshot import snapshot
+    from train_and_ship.ship.snapshot import snapshot
 
     snapshot(folder, to)
 
@@ -143,7 +143,7 @@ def pull(
     follow: Annotated[bool, typer.Option(help="Go on until interrupted.")] = False,
 ) -> None:
     """Bring what is live on a channel to this machine, verified; what was there before stays when that fails."""
-    from ship.pull import pull
+    from train_and_ship.ship.pull import pull
 
     pull(model, channel, to, follow)
 
@@ -158,7 +158,7 @@ def serve(
     batch_size: Annotated[int, typer.Option(help="Requests computed together at most; 1 turns batching off.")] = 64,
 ) -> None:
     """Serve what is live on a channel over HTTP (Open Inference Protocol, MLServer), and follow the channel."""
-    from ship.serve import serve
+    from train_and_ship.ship.serve import serve
 
     serve(model, channel, to, port, interval, batch_size)
 
@@ -175,7 +175,7 @@ def view(
     follow: Annotated[bool, typer.Option(help="Go on until interrupted.")] = False,
 ) -> None:
     """Write what is live in the layout that another server reads: Triton and KServe in the bucket, MLServer here."""
-    from ship.view import view
+    from train_and_ship.ship.view import view
 
     view(layout, model, channel, backend, to, follow)
 
@@ -183,7 +183,7 @@ def view(
 @app.command()
 def sign(model: str, release: str) -> None:
     """Sign a release that is in the bucket already, with the key that SHIP_SIGNING_KEY names."""
-    from ship.sign import sign
+    from train_and_ship.ship.sign import sign
 
     sign(model, release)
 
@@ -196,7 +196,7 @@ def iam(
     kms_key: Annotated[str, typer.Option(help="ARN of the key of a bucket with SSE-KMS.")] = "",
 ) -> None:
     """Print the least-privilege IAM policy of a role on the bucket."""
-    from ship.iam import iam
+    from train_and_ship.ship.iam import iam
 
     iam(role, model, channel, kms_key)
 
@@ -210,7 +210,7 @@ def history(
     last: Annotated[int, typer.Option(help="How many decisions.", min=1)] = 30,
 ) -> None:
     """Show every move of a channel: when, who, from what to what, why, by which flow run, with which verdicts."""
-    from ship.history import history, show_decisions
+    from train_and_ship.ship.history import history, show_decisions
 
     if decisions:
         show_decisions(model, channel, as_json, last)
@@ -228,7 +228,7 @@ def live(
     as_json: Json = False,
 ) -> None:
     """Show what is live on a channel, or was at a time; exits with 1 when nothing was."""
-    from ship.history import live
+    from train_and_ship.ship.history import live
 
     live(model, channel, at, as_json)
 
@@ -242,7 +242,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show what changed between two releases: metrics, parity, latency, size, code, data, packages, job."""
-    from ship.diff import diff
+    from train_and_ship.ship.diff import diff
 
     diff(releases, as_json)
 
@@ -256,7 +256,7 @@ def rollback(
     quick: Annotated[bool, typer.Option("--quick", help="Believe the store, read nothing back.")] = False,
 ) -> None:
     """Put back what was live before; going back twice goes back two releases."""
-    from ship.rollback import rollback
+    from train_and_ship.ship.rollback import rollback
 
     rollback(model, channel, to, why, quick)
 
@@ -271,7 +271,7 @@ def promote(
     again: Annotated[bool, typer.Option("--again", help="Also a release that a rollback has just left.")] = False,
 ) -> None:
     """Put a release that is in the bucket already live on a channel."""
-    from ship.rollback import promote
+    from train_and_ship.ship.rollback import promote
 
     promote(model, source, to, why, not no_gates, again)
 
@@ -282,7 +282,7 @@ def doctor(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be mended.")] = False,
 ) -> None:
     """Compare pointers, histories, releases and MLflow's aliases, and mend what takes no decision."""
-    from ship.doctor import doctor
+    from train_and_ship.ship.doctor import doctor
 
     doctor(model, dry_run)
 
@@ -301,8 +301,8 @@ def gc(
     ] = False,
 ) -> None:
     """Mark releases that nobody needs any more, and delete those that were marked long enough ago."""
-    from registry.retention import Policy
-    from ship.gc import duration, gc
+    from train_and_ship.registry.maintenance.retention import Policy
+    from train_and_ship.ship.gc import duration, gc
 
     reader, wait = duration("--slowest-reader", slowest_reader), duration("--grace", grace)
     gc(model, Policy(keep_last=keep, slowest_reader=reader, grace=wait), apply, delete_versions)
@@ -313,8 +313,8 @@ def schema(markdown: bool = False) -> None:
     """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""
     import json
 
-    from registry.job import job_schema
-    from ship.job_reference import job_reference
+    from train_and_ship.registry.job.job import job_schema
+    from train_and_ship.ship.job_reference import job_reference
 
     typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
 
@@ -323,7 +323,7 @@ def main() -> None:
     """Entry point: one clear message instead of a traceback. Exits 2 for the user's mistakes, 1 for other failures."""
     # Imports make a great many objects and no garbage: looking for it as often as usual is a tenth of a short command.
     set_threshold(100_000)
-    from infra.errors import ShipError, UserError
+    from train_and_ship.infra.errors import ShipError, UserError
 
     try:
         app()

@@ -12,12 +12,12 @@ from typing import Any
 
 import typer
 
-from infra.errors import ReleaseError, ServiceError, SettingsError
-from infra.s3 import s3_client
-from infra.settings import Settings
 from shipreader.errors import ReaderError, Refused, Unavailable
 from shipreader.reader import Reader
 from shipreader.records import Release
+from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
 
 
 def pull(model: str, channel: str, to: Path | None, follow: bool) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import typer
 
-from infra.objectstore import ObjectStore
-from infra.provenance import who
-from infra.settings import Settings
-from registry.catalog import require_model
-from registry.mirror import follow
-from registry.moves import (
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import who
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import require_model
+from train_and_ship.registry.channels.aliases import follow
+from train_and_ship.registry.channels.moves import (
     Mover,
     Verified,
     choose_promotion,
@@ -21,8 +21,8 @@ from registry.moves import (
     roll_back,
     verify_target,
 )
-from registry.pointer import Pointer
-from registry.references import resolve_release
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.revisions import resolve_release
 
 
 def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
@@ -41,7 +41,7 @@ def promote(model: str, source: str, channel: str, why: str, gates: bool, again:
     """Put the release that `source` names live on a channel."""
     import asyncio
 
-    from tasks.existing import promote_tried, try_out
+    from train_and_ship.tasks.existing import promote_tried, try_out
 
     mover = Mover(by=who(), why=why)
     settings = Settings.load()

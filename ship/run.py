@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
-from infra.prefect_rest import require_prefect
-from infra.settings import HEARTBEAT_SECONDS, Settings
-from infra.workerhost import worker_host
-from registry.job import Job, load_job
+from train_and_ship.infra.prefect_rest import require_prefect
+from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
+from train_and_ship.infra.workerhost import worker_host
+from train_and_ship.registry.job.job import Job, load_job
 
 if TYPE_CHECKING:
-    from tasks.decide import Night
+    from train_and_ship.tasks.decide import Night
 
 _T = TypeVar("_T")
 
@@ -29,7 +29,7 @@ def run(job_file: Path, resume: str) -> None:
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, _ = load_job(job_file)
     _prepare(job, reads_data=True)
-    from flows.train_and_ship import train_and_ship
+    from train_and_ship.flows.train_and_ship import train_and_ship
 
     shipped = _ended(train_and_ship(job=str(job_file), resume=resume))
     typer.echo(
@@ -48,7 +48,7 @@ def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
     job.unattended()
     # What the manifest of a snapshot says may be the answer, and nobody needs torch.
     _prepare(job, reads_data=job.data.snapshot is None)
-    from flows.retrain import retrain
+    from train_and_ship.flows.retrain import retrain
 
     # Called, a flow that ends with a state of its own gives that state's result.
     night = cast("Night", _ended(retrain(job=str(job_file), why=why, force=force, resume=resume)))
@@ -70,7 +70,7 @@ def _prepare(job: Job, *, reads_data: bool) -> None:
 
 def _ended(flow: Coroutine[Any, Any, _T]) -> _T:
     """Run a flow; a signal that ended it is the exit status."""
-    from tasks.policy import TerminationSignal
+    from train_and_ship.tasks.policy import TerminationSignal
 
     try:
         return asyncio.run(flow)

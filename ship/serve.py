@@ -21,14 +21,14 @@ from pathlib import Path
 import httpx
 import typer
 
-from infra.errors import ServiceError, SettingsError
-from infra.processes import last_lines, port_is_free
-from infra.settings import LOOPBACK, Settings
-from infra.toolenv import environment
-from ship.pull import make_reader, reader_errors
 from shipreader.errors import ReaderError
 from shipreader.mlserver import BATCH_SECONDS, BATCH_SIZE, write_model
 from shipreader.records import Release
+from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.processes import last_lines, port_is_free
+from train_and_ship.infra.settings import LOOPBACK, Settings
+from train_and_ship.infra.toolenv import environment
+from train_and_ship.ship.pull import make_reader, reader_errors
 
 START_SECONDS = 120
 LOAD_SECONDS = 300

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from infra.errors import SettingsError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.releases import verify_release
-from registry.signing import publish_signature
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import verify_release
+from train_and_ship.registry.bucket.signing import publish_signature
 
 
 def sign(model: str, release: str) -> None:

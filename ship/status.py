@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from infra import stack
-from infra.errors import JobError, ShipError
-from infra.objectstore import ObjectStore
-from infra.prefect_rest import prefect_api
-from infra.settings import Settings, project_folder
-from registry.catalog import channels, models
-from registry.decisions import Decision, decided_at, read_decisions
-from registry.job import load_job
-from registry.pointer import Pointer, read_pointer
-from registry.timeline import moved_at
-from registry.transfer import in_parallel
+from train_and_ship.infra import stack
+from train_and_ship.infra.errors import JobError, ShipError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.prefect_rest import prefect_api
+from train_and_ship.infra.settings import Settings, project_folder
+from train_and_ship.registry.bucket.catalog import channels, models
+from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.channels.decisions import Decision, decided_at, read_decisions
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.timeline import moved_at
+from train_and_ship.registry.job.job import load_job
 
 FLOW = "retrain"
 COLOURS = {"up": "green", "external": "cyan"}

@@ -10,13 +10,13 @@ from pathlib import Path
 import typer
 import yaml
 
-from infra.errors import SettingsError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.views import inference_service, write_kserve, write_triton
-from ship.pull import make_reader, reader_errors, wait_for_signal
 from shipreader.mlserver import write_model
 from shipreader.records import Release
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.serving.layouts import inference_service, write_kserve, write_triton
+from train_and_ship.ship.pull import make_reader, reader_errors, wait_for_signal
 
 LAYOUTS = ("triton", "kserve", "mlserver")
 

@@ -1,7 +1,7 @@
 """What the bucket says: the pointer of a channel and the manifest of a release, read with suspicion.
 
-The writer's side is registry/bucket.py and registry/release.py of train-and-ship. This is written anew and not shared,
-because a serving machine installs this package alone. A test gives both sides the same bad input.
+The writer's side is registry/channels/pointer.py and registry/release/manifest.py of train-and-ship. This is written
+anew and not shared, because a serving machine installs this package alone. A test gives both sides the same bad input.
 """
 
 from __future__ import annotations

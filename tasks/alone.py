@@ -14,10 +14,10 @@ from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
 from prefect.runtime import flow_run
 
-from infra.settings import Settings
-from registry.job import load_job
-from tasks.outcome import report_abandoned
-from tasks.policy import quiet_mistakes
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.outcome import report_abandoned
+from train_and_ship.tasks.policy import quiet_mistakes
 
 LEASE_SECONDS = 60
 """A run that died with its machine holds those of other machines up no longer than this."""

@@ -10,19 +10,19 @@ from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from infra.errors import GateError
-from registry.description import table
-from registry.move_report import HEADER, noticed
-from registry.moves import Verified, described
-from registry.page import Link
-from registry.run_report import Outcome
-from tasks.move_report import show_question, what_changes
-from tasks.moves import Request
-from tasks.publish import places, publish_question
-from tasks.register import Registered
-from tasks.rehearse import Rehearsed
-from tasks.run import Run
-from tasks.tell import ASKED, tell
+from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.channels.moves import Verified, described
+from train_and_ship.registry.report.move import HEADER, noticed
+from train_and_ship.registry.report.page import Link
+from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.tracking.description import table
+from train_and_ship.tasks.move_report import show_question, what_changes
+from train_and_ship.tasks.moves import Request
+from train_and_ship.tasks.publish import places, publish_question
+from train_and_ship.tasks.register import Registered
+from train_and_ship.tasks.rehearse import Rehearsed
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.tell import ASKED, tell
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a person may take."""

@@ -1,6 +1,6 @@
 """What the Prefect server does by itself: it crashes runs that fell silent, and tells people how runs ended.
 
-    python -m tasks.automations     # `ship up` runs it when something changed
+    python -m train_and_ship.tasks.automations     # `ship up` runs it when something changed
 
 The automations are in the Prefect UI, where they can be paused; running this again keeps them so. Each is found again
 by its name.
@@ -22,10 +22,10 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-from infra.errors import SettingsError, ShipError
-from infra.settings import Settings
-from tasks.notification import NotificationAddress
-from tasks.tell import ASKED, KEPT, PROMOTED, UNCHANGED
+from train_and_ship.infra.errors import SettingsError, ShipError
+from train_and_ship.infra.settings import Settings
+from train_and_ship.tasks.notification import NotificationAddress
+from train_and_ship.tasks.tell import ASKED, KEPT, PROMOTED, UNCHANGED
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
 """A server may have other people's flows too."""

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from registry.decisions import KEPT, PROMOTED, Decision, record_decision
-from registry.page import Cell
-from tasks import tell as tell_event
-from tasks.decide import Night, Plan
-from tasks.policy import worth_retrying
-from tasks.promote import Kept, Promoted
-from tasks.publish import publish
-from tasks.register import Registered
-from tasks.rehearse import Rehearsed
-from tasks.report import decided, in_short, why_promoted
-from tasks.run import Run
+from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, Decision, record_decision
+from train_and_ship.registry.report.page import Cell
+from train_and_ship.tasks import tell as tell_event
+from train_and_ship.tasks.decide import Night, Plan
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.promote import Kept, Promoted
+from train_and_ship.tasks.publish import publish
+from train_and_ship.tasks.register import Registered
+from train_and_ship.tasks.rehearse import Rehearsed
+from train_and_ship.tasks.report import decided, in_short, why_promoted
+from train_and_ship.tasks.run import Run
 
 
 @task(

@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from infra.errors import ReleaseError
-from infra.objectstore import ObjectStore
-from registry.pointer import Pointer
-from registry.release import Manifest
-from registry.releases import fetch_release
 from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.release.manifest import Manifest
 
 KEEP_SECONDS = 24 * 3600
 """Releases that nobody asked for in this time are dropped from the local copies."""

@@ -8,11 +8,11 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from infra.errors import ShipError
-from infra.workerhost import WorkerHost
-from registry.job import Job
-from tasks.worker import call_worker
 from torchworker.contract import RESULT, CppRequest, CppResult, decode
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import Job
+from train_and_ship.tasks.worker import call_worker
 
 RUNS = frozenset({"torchscript", "aoti"})
 """Formats that the runner runs. A test keeps it equal to torchworker's."""

@@ -18,15 +18,13 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from infra.errors import ReleaseError
-from infra.objectstore import ObjectStore
-from infra.provenance import who
-from infra.rundir import write_whole
-from infra.settings import Settings
-from infra.workerhost import worker_host
-from registry.comparison import read_told
-from registry.cost import read_costs
-from registry.decisions import (
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import who
+from train_and_ship.infra.rundir import write_whole
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.workerhost import worker_host
+from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
     SKIPPED,
@@ -37,19 +35,21 @@ from registry.decisions import (
     record_decision,
     record_waiting,
 )
-from registry.freshness import Inputs, changes
-from registry.job import Job, load_job
-from registry.page import Cell, Link
-from registry.pointer import Pointer, decode_pointer, read_pointer
-from registry.run_report import Outcome
-from tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
-from tasks.outcome import CUT_OFF
-from tasks.policy import artifact_key, quiet_mistakes, worth_retrying
-from tasks.publish import write_report
-from tasks.requests import project_of
-from tasks.run import close_ledger, flow_run_page, ledger_of, run_folder
-from tasks.snapshot import known_snapshot
-from tasks.tell import UNCHANGED, tell
+from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
+from train_and_ship.registry.cost import read_costs
+from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.lineage import Inputs, changes
+from train_and_ship.registry.report.page import Cell, Link
+from train_and_ship.registry.report.run import Outcome
+from train_and_ship.tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
+from train_and_ship.tasks.outcome import CUT_OFF
+from train_and_ship.tasks.policy import artifact_key, quiet_mistakes, worth_retrying
+from train_and_ship.tasks.publish import write_report
+from train_and_ship.tasks.requests import project_of
+from train_and_ship.tasks.run import close_ledger, flow_run_page, ledger_of, run_folder
+from train_and_ship.tasks.snapshot import known_snapshot
+from train_and_ship.tasks.tell import UNCHANGED, tell
 
 PLAN = "plan.json"
 INPUTS = ("code", "data", "config", "environment")

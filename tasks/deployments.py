@@ -13,7 +13,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
 
-from infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.errors import ServiceError, SettingsError
 
 PATTERN = "retrain/retrain"
 """The deployment that the others are made like."""

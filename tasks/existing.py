@@ -12,21 +12,21 @@ import shutil
 import uuid
 from pathlib import Path
 
-from infra.errors import GateError
-from infra.objectstore import ObjectStore
-from infra.rundir import MANIFEST as STAGE
-from infra.rundir import file_sha256
-from infra.settings import Settings
-from infra.workerhost import worker_host
-from registry.gates import verdict_table, worst
-from registry.job import Job
-from registry.moves import Mover, OtherLive, Scored, Verified, promote_existing, release_job
-from registry.pointer import Pointer, read_pointer
-from registry.release import Manifest
-from tasks.copies import download_anew, live_copy
-from tasks.requests import user_modules
-from tasks.worker import call_worker
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult, decode
+from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import MANIFEST as STAGE
+from train_and_ship.infra.rundir import file_sha256
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.workerhost import worker_host
+from train_and_ship.registry.channels.moves import Mover, OtherLive, Scored, Verified, promote_existing, release_job
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.gates import verdict_table, worst
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.requests import user_modules
+from train_and_ship.tasks.worker import call_worker
 
 
 async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *, gates: bool = True) -> Verified:

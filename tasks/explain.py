@@ -7,14 +7,14 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
-from infra.errors import ShipError
-from registry.parity_plot import embedded, histograms
-from registry.parity_report import parity_report
-from tasks.export import Exported
-from tasks.policy import artifact_key
-from tasks.run import Run
-from tasks.worker import call_worker
 from torchworker.contract import ERROR_DECADES, RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.report.parity_failure import parity_report
+from train_and_ship.registry.report.parity_plot import embedded, histograms
+from train_and_ship.tasks.export import Exported
+from train_and_ship.tasks.policy import artifact_key
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.worker import call_worker
 
 LOCATABLE = ("torchscript", "onnx", "pt2")
 """Formats that can be looked into. Others are machine code."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.rundir import StageFolder
-from tasks.policy import worth_retrying
-from tasks.requests import dynamic_dims
-from tasks.run import Run
-from tasks.train import Trained
-from tasks.worker import call_worker
 from torchworker.contract import RESULT, ExportRequest, ExportResult, Reply, decode
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.requests import dynamic_dims
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.train import Trained
+from train_and_ship.tasks.worker import call_worker
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from infra.errors import JobError
-from registry.job import Job
+from train_and_ship.infra.errors import JobError
+from train_and_ship.registry.job.job import Job
 
 
 def require_extras(job: Job) -> None:

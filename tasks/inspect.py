@@ -14,22 +14,22 @@ from prefect import get_run_logger, task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import ReleaseError
-from infra.provenance import code_fingerprint, environment_lock
-from infra.rundir import StageFolder
-from infra.workerhost import WorkerHost
-from registry.comparison import read_told
-from registry.data_checks import check_data, render_data, require_good_data
-from registry.freshness import Inputs, config_digest
-from registry.job import Job
-from registry.pointer import read_pointer
-from registry.release import DATA
-from registry.run_files import CHECKS, write_fact
-from tasks.policy import artifact_key, worth_retrying
-from tasks.requests import inspect_request
-from tasks.run import Run
-from tasks.worker import call_worker
 from torchworker.contract import InspectResult, Project, decode
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.provenance import code_fingerprint, environment_lock
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.data.checks import check_data, render_data, require_good_data
+from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.lineage import Inputs, config_digest
+from train_and_ship.registry.release.manifest import DATA
+from train_and_ship.registry.run_folder import CHECKS, write_fact
+from train_and_ship.tasks.policy import artifact_key, worth_retrying
+from train_and_ship.tasks.requests import inspect_request
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.worker import call_worker
 
 FACTS = "data.json"
 

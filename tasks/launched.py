@@ -17,13 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infra.errors import JobError, ShipError, WorkerError
-from infra.launchers.hosts import SSH, HostsLauncher
-from infra.launchers.kubernetes import KubernetesLauncher, Volume
-from infra.launchers.slurm import SlurmLauncher
-from infra.launchers.spec import Launcher, Spec, Status
-from infra.workerhost import Events, Follower
-from registry import launcher_options as options
 from torchworker.contract import (
     EVENTS,
     FAILURE_FILES,
@@ -38,6 +31,13 @@ from torchworker.contract import (
     TrainSettings,
     decode,
 )
+from train_and_ship.infra.errors import JobError, ShipError, WorkerError
+from train_and_ship.infra.launchers.hosts import SSH, HostsLauncher
+from train_and_ship.infra.launchers.kubernetes import KubernetesLauncher, Volume
+from train_and_ship.infra.launchers.slurm import SlurmLauncher
+from train_and_ship.infra.launchers.spec import Launcher, Spec, Status
+from train_and_ship.infra.workerhost import Events, Follower
+from train_and_ship.registry.job import launcher as options
 
 CURRENT = "current.json"
 POLL_SECONDS = 0.5

@@ -9,18 +9,18 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from infra.errors import ShipError
-from registry.comparison import Difference, compare
-from registry.move_report import move_page
-from registry.moves import Target, Verified
-from registry.page import Link, markdown
-from registry.page_html import html
-from registry.pointer import ROLLBACK
-from registry.reports import put_report
-from registry.run_report import Outcome
-from tasks.moves import Moved, Request
-from tasks.publish import put, show
-from tasks.run import flow_run_page
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.bucket.reports import put_report
+from train_and_ship.registry.channels.moves import Target, Verified
+from train_and_ship.registry.channels.pointer import ROLLBACK
+from train_and_ship.registry.diff import Difference, compare
+from train_and_ship.registry.report.html import html
+from train_and_ship.registry.report.move import move_page
+from train_and_ship.registry.report.page import Link, markdown
+from train_and_ship.registry.report.run import Outcome
+from train_and_ship.tasks.moves import Moved, Request
+from train_and_ship.tasks.publish import put, show
+from train_and_ship.tasks.run import flow_run_page
 
 
 @task(name="report-move", task_run_name="report", cache_policy=NO_CACHE)

@@ -10,12 +10,12 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from infra.objectstore import ObjectStore
-from infra.provenance import who
-from infra.settings import Settings
-from registry.catalog import require_model
-from registry.mirror import follow
-from registry.moves import (
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import who
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import require_model
+from train_and_ship.registry.channels.aliases import follow
+from train_and_ship.registry.channels.moves import (
     Mover,
     Verified,
     choose_promotion,
@@ -24,11 +24,11 @@ from registry.moves import (
     roll_back,
     verify_target,
 )
-from registry.pointer import Pointer
-from registry.references import resolve_release
-from tasks.existing import promote_tried, try_out
-from tasks.policy import quiet_mistakes, worth_retrying
-from tasks.tell import PROMOTED, tell
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.tasks.existing import promote_tried, try_out
+from train_and_ship.tasks.policy import quiet_mistakes, worth_retrying
+from train_and_ship.tasks.tell import PROMOTED, tell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,20 +22,20 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Crashed
 
-from infra.errors import GateError, ServiceError, ShipError
-from infra.objectstore import ObjectStore
-from infra.provenance import who
-from infra.settings import Settings
-from registry.decisions import FAILED, Decision, keep_until_recorded, record_decision
-from registry.job import load_job
-from registry.live_run import live_run
-from registry.mlflow_runs import REPORT
-from registry.page import Cell, Link
-from registry.pointer import read_pointer
-from registry.reports import put_report
-from registry.run_report import Outcome
-from tasks.publish import show_in_prefect, write_report
-from tasks.run import close_ledger, flow_run_page
+from train_and_ship.infra.errors import GateError, ServiceError, ShipError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import who
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.reports import put_report
+from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.report.page import Cell, Link
+from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.tracking.live_run import live_run
+from train_and_ship.registry.tracking.runs import REPORT
+from train_and_ship.tasks.publish import show_in_prefect, write_report
+from train_and_ship.tasks.run import close_ledger, flow_run_page
 
 REASON_LENGTH = 1000
 CUT_OFF = "the run was killed, or its machine stopped, before it came to an answer, and nobody went on with it"
@@ -221,7 +221,7 @@ async def _end_from_outside(model: str, folder: Path, status: str, reason: str, 
     """The flow's process is gone, and whoever does this must not carry mlflow from now on."""
     report = _report_in(folder)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "registry.mlflow_runs"),
+        *(sys.executable, "-P", "-m", "train_and_ship.registry.tracking.runs"),
         *(model, folder.name, status, reason, settings.mlflow_url),
         *([str(report)] if report is not None else []),
         stderr=asyncio.subprocess.DEVNULL,

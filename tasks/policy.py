@@ -9,7 +9,7 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 
-from infra.errors import ShipError
+from train_and_ship.infra.errors import ShipError
 
 __all__ = ["TerminationSignal", "quiet_mistakes", "worth_retrying"]
 

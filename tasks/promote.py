@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import GateError
-from infra.provenance import who
-from registry.channels import move_channel
-from registry.description import in_short
-from registry.mirror import alias_of, follow, set_challenger
-from registry.moves import OtherLive, require_not_rolled_back, require_not_stale
-from registry.pointer import Pointer
-from registry.signing import require_signer
-from tasks.approval import Answer
-from tasks.policy import worth_retrying
-from tasks.register import Registered
-from tasks.rehearse import Rehearsed, hold_against
-from tasks.run import Run
-from tasks.validate import Validated
+from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.provenance import who
+from train_and_ship.registry.bucket.signing import require_signer
+from train_and_ship.registry.channels.aliases import alias_of, follow, set_challenger
+from train_and_ship.registry.channels.moves import OtherLive, require_not_rolled_back, require_not_stale
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.tracking.description import in_short
+from train_and_ship.tasks.approval import Answer
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.register import Registered
+from train_and_ship.tasks.rehearse import Rehearsed, hold_against
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.validate import Validated
 
 
 @dataclass(frozen=True, kw_only=True)

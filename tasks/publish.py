@@ -15,20 +15,20 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
-from infra.errors import ShipError
-from infra.settings import Settings
-from registry.cost import FLOW, Rates, Spent, read_costs
-from registry.mlflow_runs import REPORT
-from registry.mlflow_versions import attach_report
-from registry.page import markdown
-from registry.page_html import html
-from registry.reports import put_report
-from registry.run_files import RunFiles, read_run
-from registry.run_report import Outcome, run_page
-from registry.waiting_reports import keep_report, send_reports
-from tasks.policy import artifact_key
-from tasks.register import Registered
-from tasks.run import Run, close_ledger
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.reports import put_report
+from train_and_ship.registry.cost import FLOW, Rates, Spent, read_costs
+from train_and_ship.registry.report.html import html
+from train_and_ship.registry.report.page import markdown
+from train_and_ship.registry.report.run import Outcome, run_page
+from train_and_ship.registry.run_folder import RunFiles, read_run
+from train_and_ship.registry.tracking.pending_reports import keep_report, send_reports
+from train_and_ship.registry.tracking.runs import REPORT
+from train_and_ship.registry.tracking.versions import attach_report
+from train_and_ship.tasks.policy import artifact_key
+from train_and_ship.tasks.register import Registered
+from train_and_ship.tasks.run import Run, close_ledger
 
 
 @dataclass(frozen=True, kw_only=True)

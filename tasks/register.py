@@ -14,23 +14,23 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.rundir import MANIFEST as STAGE
-from infra.rundir import StageFolder, file_sha256
-from registry import mlflow_versions
-from registry.description import describe
-from registry.freshness import Inputs, config_digest
-from registry.mlflow_versions import RegisteredVersion, VersionRecord
-from registry.observation import Point, file_points, latest_of
-from registry.release import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
-from registry.run_files import REGISTERED, write_fact
-from registry.speed import int8_table, speed_markdown, speed_metrics
-from tasks.inspect import Inspected, data_fingerprint, snapshot_fingerprint
-from tasks.policy import worth_retrying
-from tasks.requests import run_params
-from tasks.run import Run
-from tasks.train import Trained
-from tasks.validate import Validated
 from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec
+from train_and_ship.infra.rundir import MANIFEST as STAGE
+from train_and_ship.infra.rundir import StageFolder, file_sha256
+from train_and_ship.registry.lineage import Inputs, config_digest
+from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from train_and_ship.registry.report.speed import int8_table, speed_markdown, speed_metrics
+from train_and_ship.registry.run_folder import REGISTERED, write_fact
+from train_and_ship.registry.tracking import versions as mlflow_versions
+from train_and_ship.registry.tracking.curves import Point, file_points, latest_of
+from train_and_ship.registry.tracking.description import describe
+from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
+from train_and_ship.tasks.inspect import Inspected, data_fingerprint, snapshot_fingerprint
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.requests import run_params
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.train import Trained
+from train_and_ship.tasks.validate import Validated
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,29 +14,6 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import GateError, WorkerError
-from infra.rundir import StageFolder
-from registry.description import file_size, number
-from registry.gates import (
-    Beside,
-    interval_text,
-    require_good_enough,
-    require_not_slower,
-    verdict_table,
-    worst,
-)
-from registry.job import Job
-from registry.pointer import Pointer, read_pointer
-from registry.release import VERDICTS
-from registry.releases import Published, publish
-from registry.run_files import AGAINST, write_fact
-from tasks.copies import download_anew, live_copy
-from tasks.policy import worth_retrying
-from tasks.register import Registered
-from tasks.requests import measure_request, user_modules
-from tasks.run import Run
-from tasks.validate import Validated
-from tasks.worker import call_worker
 from torchworker.contract import (
     GOLDEN,
     LATENCY,
@@ -54,6 +31,29 @@ from torchworker.contract import (
     Timed,
     decode,
 )
+from train_and_ship.infra.errors import GateError, WorkerError
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.bucket.releases import Published, publish
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.gates import (
+    Beside,
+    interval_text,
+    require_good_enough,
+    require_not_slower,
+    verdict_table,
+    worst,
+)
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.release.manifest import VERDICTS
+from train_and_ship.registry.run_folder import AGAINST, write_fact
+from train_and_ship.registry.tracking.description import file_size, number
+from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.register import Registered
+from train_and_ship.tasks.requests import measure_request, user_modules
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.validate import Validated
+from train_and_ship.tasks.worker import call_worker
 
 COMPARED = "compared.json"
 REPORT_SECONDS = 5.0

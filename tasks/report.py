@@ -9,16 +9,16 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from registry.decisions import PROMOTED as WENT_LIVE
-from registry.keys import release_prefix
-from registry.page import Cell, Link
-from registry.run_report import Outcome
-from tasks.promote import Kept, Promoted
-from tasks.publish import places, publish
-from tasks.register import Registered
-from tasks.rehearse import Rehearsed
-from tasks.run import Run
-from tasks.tell import PROMOTED, tell
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.channels.decisions import PROMOTED as WENT_LIVE
+from train_and_ship.registry.report.page import Cell, Link
+from train_and_ship.registry.report.run import Outcome
+from train_and_ship.tasks.promote import Kept, Promoted
+from train_and_ship.tasks.publish import places, publish
+from train_and_ship.tasks.register import Registered
+from train_and_ship.tasks.rehearse import Rehearsed
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.tell import PROMOTED, tell
 
 
 @dataclass(frozen=True, kw_only=True)

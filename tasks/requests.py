@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from registry.gate_options import SPEED_GATES
-from registry.job import Job
-from registry.parts import Factory
 from torchworker.contract import (
     CustomMetric,
     DynamicDim,
@@ -22,6 +19,9 @@ from torchworker.contract import (
     Timed,
     TrainSettings,
 )
+from train_and_ship.registry.job.base import Factory
+from train_and_ship.registry.job.gates import SPEED_GATES
+from train_and_ship.registry.job.job import Job
 
 LOADS = 3
 """Processes in which loading is measured where a gate asks for its time."""

@@ -16,24 +16,24 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from infra.errors import JobError
-from infra.objectstore import ObjectStore
-from infra.provenance import git_commit
-from infra.settings import Settings
-from infra.workerhost import WorkerHost, running_host, worker_host
-from registry.cost import FLOW, Ledger, Meter, read_costs
-from registry.job import Job, load_job
-from registry.live_run import LiveRun
-from registry.mlflow_client import check_reachable
-from registry.mlflow_runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
-from registry.run_files import ABOUT, write_fact
-from registry.signing import require_usable_keys
-from tasks.cpp import start_build
-from tasks.extras import require_extras
-from tasks.policy import quiet_mistakes
-from tasks.requests import project_of, run_params
-from tasks.snapshot import verified_snapshot
 from torchworker.contract import CppResult, Project
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import git_commit
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.workerhost import WorkerHost, running_host, worker_host
+from train_and_ship.registry.bucket.signing import require_usable_keys
+from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
+from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.run_folder import ABOUT, write_fact
+from train_and_ship.registry.tracking.connection import check_reachable
+from train_and_ship.registry.tracking.live_run import LiveRun
+from train_and_ship.registry.tracking.runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
+from train_and_ship.tasks.cpp import start_build
+from train_and_ship.tasks.extras import require_extras
+from train_and_ship.tasks.policy import quiet_mistakes
+from train_and_ship.tasks.requests import project_of, run_params
+from train_and_ship.tasks.snapshot import verified_snapshot
 
 
 @dataclass(frozen=True, kw_only=True)

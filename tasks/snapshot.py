@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.job import Job
-from registry.snapshots import Stores, bring_snapshot, identify
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.data.snapshots import Stores, bring_snapshot, identify
+from train_and_ship.registry.job.job import Job
 
 
 def known_snapshot(settings: Settings, job: Job, project: Path) -> str:

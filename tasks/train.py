@@ -16,19 +16,19 @@ from prefect import get_run_logger, task
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
-from infra.rundir import StageFolder
-from registry.cost import Meter
-from registry.description import file_size, table
-from registry.observation import RankTimes, rank_times
-from registry.pointer import Pointer
-from tasks.copies import live_weights
-from tasks.inspect import code_and_packages
-from tasks.launched import train_launched
-from tasks.policy import worth_retrying
-from tasks.requests import train_settings
-from tasks.run import Run
-from tasks.worker import call_worker
 from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResult, decode
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.cost import Meter
+from train_and_ship.registry.tracking.curves import RankTimes, rank_times
+from train_and_ship.registry.tracking.description import file_size, table
+from train_and_ship.tasks.copies import live_weights
+from train_and_ship.tasks.inspect import code_and_packages
+from train_and_ship.tasks.launched import train_launched
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.requests import train_settings
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.worker import call_worker
 
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0

@@ -9,18 +9,6 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.errors import GateError
-from infra.rundir import StageFolder
-from registry.gates import verdict_table, worst
-from registry.job import Job
-from registry.speed import speed_text
-from tasks.explain import explain
-from tasks.export import Exported
-from tasks.policy import worth_retrying
-from tasks.requests import fixed_gates, int8_limits, measure_request, speed_gates, user_modules
-from tasks.run import Run
-from tasks.variants import standing, without, worse_dropped
-from tasks.worker import call_worker
 from torchworker.contract import (
     GOLDEN,
     INT8_OF,
@@ -33,6 +21,18 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
+from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.gates import verdict_table, worst
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.report.speed import speed_text
+from train_and_ship.tasks.explain import explain
+from train_and_ship.tasks.export import Exported
+from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.tasks.requests import fixed_gates, int8_limits, measure_request, speed_gates, user_modules
+from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.variants import standing, without, worse_dropped
+from train_and_ship.tasks.worker import call_worker
 
 VERDICTS = "verdicts.json"
 

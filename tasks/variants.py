@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from registry.job import Job
-from tasks.export import Exported
 from torchworker.contract import INT8_OF, ScoreResult, ValidateResult
+from train_and_ship.registry.job.job import Job
+from train_and_ship.tasks.export import Exported
 
 
 def standing(exported: Exported, result: ValidateResult) -> dict[str, str]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.errors import JobError, WorkerError
-from infra.workerhost import Events, WorkerHost
 from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply
+from train_and_ship.infra.errors import JobError, WorkerError
+from train_and_ship.infra.workerhost import Events, WorkerHost
 
 
 async def call_worker(

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from infra import stack as local_stack
-from infra.objectstore import ObjectStore
-from infra.settings import LOOPBACK, Settings
-from infra.workerhost import WorkerHost
 from tests.machine import Ended, run_command
+from train_and_ship.infra import stack as local_stack
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import LOOPBACK, Settings
+from train_and_ship.infra.workerhost import WorkerHost
 
 # Addresses and accounts of the developer's own services must never be used, nor written to, by a test.
 FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")

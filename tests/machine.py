@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from infra.settings import Settings
 from tests.projects import REPOSITORY
+from train_and_ship.infra.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from torchworker.lifeline import die_with_parent
+from torchworker.process.lifeline import die_with_parent
 
 
 def main() -> None:

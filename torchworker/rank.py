@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchworker.address import choose_interface
 from torchworker.contract import LOST_CONNECTION, RESULT, Failure, Reply, TrainRequest, TrainResult
-from torchworker.device import backend_of, choose_device, enter_device, ranks_on_this_machine
-from torchworker.failure import failure_of, is_lost_connection
-from torchworker.heartbeat import announce, keep_beating, watch_this_process
-from torchworker.lifeline import die_with_parent
-from torchworker.loop import Loop
-from torchworker.project import enter
+from torchworker.process.failure import failure_of, is_lost_connection
+from torchworker.process.lifeline import die_with_parent
+from torchworker.project.user_code import enter
+from torchworker.training.device import backend_of, choose_device, enter_device, ranks_on_this_machine
+from torchworker.training.heartbeat import announce, keep_beating, watch_this_process
+from torchworker.training.loop import Loop
+from torchworker.training.network import choose_interface
 
 
 def failure_file(folder: Path, rank: int) -> Path:
@@ -63,7 +63,7 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
 
 def _train(request: TrainRequest, device: torch.device) -> TrainResult | None:
     if request.train.entrypoint is not None:
-        from torchworker.entrypoint import run_entrypoint
+        from torchworker.custom_loop.context import run_entrypoint
 
         return run_entrypoint(request, request.train.entrypoint, device)
     return Loop(request, device).fit()

@@ -22,49 +22,49 @@ from torchworker.contract import (
     TrainRequest,
     ValidateRequest,
 )
-from torchworker.failure import Described, failure_of
+from torchworker.process.failure import Described, failure_of
 
 
 def _work(stage: str, request: Path) -> Any:
     """The stage's result, a dataclass. Modules are imported here: each stage loads only its own."""
     if stage == "check":
-        from torchworker.check import check
+        from torchworker.stages.check import check
 
         return check(CheckRequest.read(request))
     if stage == "inspect":
-        from torchworker.inspection import inspect
+        from torchworker.stages.inspect import inspect
 
         return inspect(InspectRequest.read(request))
     if stage == "train":
-        from torchworker.train import train
+        from torchworker.stages.train import train
 
         return train(TrainRequest.read(request), request)
     if stage == "export":
-        from torchworker.export import export
+        from torchworker.stages.export import export
 
         return export(ExportRequest.read(request))
     if stage == "rehearse":
-        from torchworker.rehearse import rehearse
+        from torchworker.stages.rehearse import rehearse
 
         return rehearse(RehearseRequest.read(request))
     if stage == "locate":
-        from torchworker.locate import locate
+        from torchworker.stages.locate import locate
 
         return locate(LocateRequest.read(request))
     if stage == "score":
-        from torchworker.score import score
+        from torchworker.stages.score import score
 
         return score(ScoreRequest.read(request))
     if stage == "cpp":
-        from torchworker.cpp_build import build
+        from torchworker.stages.cpp import build
 
         return build(CppRequest.read(request))
     if stage == "validate":
-        from torchworker.validate import validate
+        from torchworker.stages.validate import validate
 
         return validate(ValidateRequest.read(request))
     if stage == "measure":
-        from torchworker.measure import measure
+        from torchworker.stages.measure import measure
 
         return measure(MeasureRequest.read(request))
     known = "check, inspect, train, export, cpp, validate, locate, measure, score or rehearse"

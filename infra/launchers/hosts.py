@@ -1,8 +1,8 @@
 """torchrun over several machines that a command reaches, such as ssh. There is no engine, so one process plays it.
 
-`torchworker.hosts` holds the store where the machines meet, keeps one connection to each and outlives the flow. Each
-machine runs torchrun under `torchworker.lease`, which ends it when the connection goes quiet: a machine that was cut
-off would otherwise compute for minutes without anybody knowing.
+`torchworker.torchrun_controller` holds the store where the machines meet, keeps one connection to each and outlives
+the flow. Each machine runs torchrun under `torchworker.lease`, which ends it when the connection goes quiet: a machine
+that was cut off would otherwise compute for minutes without anybody knowing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra import processes
-from infra.errors import JobError
-from infra.launchers.spec import Spec, Status
-from infra.launchers.torchrun import agent_argv, environment
-from infra.processes import PidFile, last_lines
+from train_and_ship.infra import processes
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.launchers.spec import Spec, Status
+from train_and_ship.infra.launchers.torchrun import agent_argv, environment
+from train_and_ship.infra.processes import PidFile, last_lines
 
 PLAN, ENDED, PID_FILE, LOG = "hosts.plan.json", "hosts.ended.json", "hosts.pid.json", "hosts.log"
 """Files in the attempt's folder: what to start, how it ended, which process looks after it, what that one printed."""
@@ -49,7 +49,7 @@ def host_argv(spec: Spec, host: str, connect: tuple[str, ...], address: str, por
 
 
 def plan(spec: Spec, launcher: HostsLauncher) -> dict[str, Any]:
-    """What `torchworker.hosts` is told."""
+    """What `torchworker.torchrun_controller` is told."""
     chosen = launcher.hosts[: spec.nodes]
     return {
         "address": launcher.address,
@@ -88,7 +88,7 @@ class HostsLauncher:
         if PidFile.read(pid_file) is None:
             (spec.out_dir / PLAN).write_text(json.dumps(plan(spec, self), indent=1))
             processes.start(
-                [sys.executable, "-P", "-m", "torchworker.hosts", str(spec.out_dir)],
+                [sys.executable, "-P", "-m", "torchworker.torchrun_controller", str(spec.out_dir)],
                 name=spec.name,
                 environment=dict(os.environ if self.environment is None else self.environment),
                 folder=spec.out_dir,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import ServiceError
-from infra.launchers.spec import Engine, Spec, Status, last_line
-from infra.launchers.torchrun import agent_argv, environment, shell_line
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.launchers.spec import Engine, Spec, Status, last_line
+from train_and_ship.infra.launchers.torchrun import agent_argv, environment, shell_line
 
 PORT = 29400
 KEEP_SECONDS = 24 * 3600

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infra.errors import ServiceError
-from infra.launchers.spec import Engine, Spec, State, Status
-from infra.launchers.torchrun import agent_argv, environment, shell_line
-from infra.processes import last_lines
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.launchers.spec import Engine, Spec, State, Status
+from train_and_ship.infra.launchers.torchrun import agent_argv, environment, shell_line
+from train_and_ship.infra.processes import last_lines
 
 LOG = "slurm.log"
 PORT = 29400

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from infra.errors import JobError, ServiceError, SettingsError
+from train_and_ship.infra.errors import JobError, ServiceError, SettingsError
 
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
 """A DNS label with room for the suffixes that Kubernetes adds to it."""

@@ -15,7 +15,17 @@ import pytest
 
 from tests.projects import REPOSITORY
 
-OURS = ("flows", "tasks", "registry", "infra", "torchworker", "ship", "shipreader")
+FOLDERS = {
+    "flows": "train_and_ship.flows",
+    "tasks": "train_and_ship.tasks",
+    "registry": "train_and_ship.registry",
+    "infra": "train_and_ship.infra",
+    "ship": "train_and_ship.ship",
+    "torchworker": "torchworker",
+    "shipreader": "shipreader",
+}
+"""Folder to the name that its code is imported by."""
+TOPS = {"train_and_ship", "torchworker", "shipreader"}
 ALLOWED = {
     "flows": {"flows", "tasks"},
     "tasks": {"tasks", "registry", "infra", "torchworker.contract"},
@@ -33,30 +43,31 @@ ALLOWED = {
     # Installed alone on serving machines.
     "shipreader": {"shipreader"},
     # The command line sits above everything.
-    "ship": set(OURS) - {"torchworker"} | {"torchworker.contract"},
+    "ship": set(FOLDERS) - {"torchworker"} | {"torchworker.contract"},
 }
 ONLY_IN = {
     "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py"],
-    # The connection, runs, versions, and what its REST API answers as well: each is a subject of its own.
-    "mlflow": [
-        "registry/mlflow_client.py",
-        "registry/mlflow_runs.py",
-        "registry/mlflow_versions.py",
-        "registry/mlflow_rest.py",
-    ],
+    "mlflow": ["registry/tracking/"],
     "boto3": ["infra/s3.py", "shipreader/bucket.py"],
     "botocore": ["infra/s3.py", "shipreader/bucket.py"],
     # For one kind of request, of which there may be thousands.
     "obstore": ["infra/small_files.py"],
     "onnx": [],
     "onnxruntime": [
-        "torchworker/runtimes.py",
-        "torchworker/capture/int8.py",
+        "torchworker/runtimes/load.py",
+        "torchworker/exporters/quantize.py",
         "shipreader/onnx_model.py",
-        "registry/triton_model.py",
+        "registry/serving/triton_model.py",
     ],
     "mlserver": ["shipreader/onnx_model.py"],
 }
+STARTED_ALONE = {
+    "shipreader/onnx_model.py",
+    "shipreader/__main__.py",
+    "registry/serving/triton_model.py",
+    "torchworker/exporters/executorch.py",
+}
+"""Files that other programs start with packages of their own, or that need an extra."""
 WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "executorch", "torchworker"}
 
 
@@ -87,15 +98,54 @@ def is_allowed(name: str, allowed: set[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
 
 
-@pytest.mark.parametrize("package", OURS)
+def ours(name: str) -> str | None:
+    """An imported name by its folder, such as `registry.job.job`; None when it is not ours."""
+    top, _, rest = name.partition(".")
+    return (rest or None) if top == "train_and_ship" else name if top in TOPS else None
+
+
+@pytest.mark.parametrize("package", FOLDERS)
 def test_packages_import_only_the_layers_below_them(package: str) -> None:
     for file, tree in modules(package):
         for name in imports(tree):
-            if name.partition(".")[0] in OURS and name != "torchworker":
-                assert is_allowed(name, ALLOWED[package]), f"{file} imports {name}"
+            if (inside := ours(name)) is not None and inside != "torchworker":
+                assert is_allowed(inside, ALLOWED[package]), f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("package", OURS)
+def test_nothing_of_ours_is_imported_by_the_name_of_its_folder() -> None:
+    renamed = [folder for folder, name in FOLDERS.items() if folder != name]
+    for package in (*FOLDERS, "tests", "benchmarks"):
+        for file, tree in modules(package):
+            for name in imports(tree):
+                assert name.partition(".")[0] not in renamed, f"{file} imports {name}; it is train_and_ship.{name}"
+
+
+def test_no_module_is_loaded_under_two_names() -> None:
+    every = [dotted(file) for package in FOLDERS for file, _ in modules(package) if file not in STARTED_ALONE]
+    script = (
+        "import collections, importlib, json, os, sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"for name in {every!r}: importlib.import_module(name)\n"
+        "files = collections.defaultdict(list)\n"
+        "for name, module in list(sys.modules.items()):\n"
+        "    path = getattr(module, '__file__', None)\n"
+        f"    if path and os.path.realpath(path).startswith({str(REPOSITORY)!r} + '/') and '/.venv/' not in path:\n"
+        "        files[os.path.realpath(path)].append(name)\n"
+        "print(json.dumps([len(files), [names for names in files.values() if len(names) > 1]]))"
+    )
+    loaded, twice = json.loads(
+        subprocess.check_output([sys.executable, "-P", "-c", script], text=True).splitlines()[-1]
+    )
+    assert loaded >= len(every) and twice == []
+
+
+def dotted(file: str) -> str:
+    """The name that a file of a package is imported by."""
+    folder, _, rest = file.removesuffix(".py").removesuffix("/__init__").partition("/")
+    return ".".join([FOLDERS[folder], *rest.split("/")] if rest else [FOLDERS[folder]])
+
+
+@pytest.mark.parametrize("package", FOLDERS)
 def test_each_service_is_spoken_to_in_one_place(package: str) -> None:
     for file, tree in modules(package):
         for name in imports(tree):
@@ -130,19 +180,20 @@ def test_the_contract_needs_no_torch() -> None:
 def test_a_rank_process_never_loads_prefect_mlflow_or_boto3() -> None:
     script = (
         "import sys, json\n"
-        "import torchworker.host, torchworker.train, torchworker.export, torchworker.check, torchworker.validate\n"
+        "import torchworker.forkserver, torchworker.stages.train, torchworker.stages.export, torchworker.stages.check\n"
+        "import torchworker.stages.validate\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     loaded = set(json.loads(subprocess.check_output([sys.executable, "-P", "-c", script], text=True)))
     assert "torch" in loaded
-    assert not loaded & {"prefect", "mlflow", "boto3", "botocore", "pydantic", "flows", "tasks", "registry", "infra"}
+    assert not loaded & {"prefect", "mlflow", "boto3", "botocore", "pydantic", "train_and_ship"}
 
 
 def test_the_rank_package_brings_itself_and_safetensors_beside_bare_torch() -> None:
     script = (
         "import json, sys, torch, torch.distributed.launcher.api\n"
         "bare = set(sys.modules)\n"
-        "import torchworker.train\n"
+        "import torchworker.stages.train\n"
         "added = {name for name in set(sys.modules) - bare if name.partition('.')[0] not in sys.stdlib_module_names}\n"
         # Python's own record of how it was built, for sysconfig.
         "print(json.dumps(sorted(name for name in added if not name.startswith('_sysconfigdata'))))"
@@ -153,15 +204,16 @@ def test_the_rank_package_brings_itself_and_safetensors_beside_bare_torch() -> N
 
 
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:
-    script = "import sys, ship.main; print(sorted({'torch', 'prefect', 'mlflow', 'boto3'} & set(sys.modules)))"
+    heavy = {"torch", "prefect", "mlflow", "boto3"}
+    script = f"import sys, train_and_ship.ship.main; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
 
 
 def test_a_rollback_has_a_client_of_the_store_and_no_heavy_library() -> None:
     script = (
-        "import sys, ship.rollback\n"
-        "from infra.objectstore import ObjectStore\n"
-        "from infra.settings import Settings\n"
+        "import sys, train_and_ship.ship.rollback\n"
+        "from train_and_ship.infra.objectstore import ObjectStore\n"
+        "from train_and_ship.infra.settings import Settings\n"
         "ObjectStore.from_settings(Settings.load())\n"
         "assert 'botocore' in sys.modules\n"
         # Settings of other libraries and the manager of large transfers take a fifth of a rollback to load.
@@ -177,21 +229,24 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    for package in OURS:
-        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in FOLDERS:
+        shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "names", source / "names", symlinks=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if name.endswith(".py")}
-    expected = {file for package in OURS for file, _ in modules(package)}
+    below = {folder: name.replace(".", "/") for folder, name in FOLDERS.items()}
+    expected = {f"{below[folder]}/{file.partition('/')[2]}" for folder in FOLDERS for file, _ in modules(folder)}
     assert packed == expected
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(OURS)
-    assert "registry/page.html.jinja" in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOPS
+    assert "train_and_ship/registry/report/page.html.jinja" in names
+    assert "torchworker/cpp/runner.cpp" in names and "train_and_ship/ship/mlserver-requirements.txt" in names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     text = zipfile.ZipFile(wheel).read(entry_points).decode()
-    assert "ship = ship.main:main" in text and "[prefect.plugins]" in text
+    assert "ship = train_and_ship.ship.main:main" in text and "[prefect.plugins]" in text
 
 
 def test_no_module_of_ours_hides_a_standard_library_module() -> None:
-    assert not set(OURS) & set(sys.stdlib_module_names)
+    assert not TOPS & set(sys.stdlib_module_names)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
-from tasks.worker import call_worker
 from torchworker.contract import TrainRequest, TrainResult, decode
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 
 class Train:

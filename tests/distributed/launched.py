@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from infra.errors import ShipError
-from registry.job import load_job
-from registry.launcher_options import Launcher
-from tasks.launched import train_launched
-from tasks.requests import project_of, train_settings
 from tests.projects import REPOSITORY
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.launcher import Launcher
+from train_and_ship.tasks.launched import train_launched
+from train_and_ship.tasks.requests import project_of, train_settings
 
 
 def show(**line: Any) -> None:

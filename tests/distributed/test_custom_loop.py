@@ -15,11 +15,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from infra.errors import JobError
-from infra.workerhost import WorkerHost
 from tests.distributed.conftest import Train
 from tests.projects import REPOSITORY, write_project
 from torchworker.contract import PROBE, WEIGHTS
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.workerhost import WorkerHost
 
 # Everything that has state: dropout, batch norm, momentum, a schedule, a draw from each random generator.
 LOOP = """

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from infra.errors import JobError
-from ship.check import check
 from tests.distributed.conftest import Train
 from tests.projects import write_project
+from train_and_ship.infra.errors import JobError
+from train_and_ship.ship.check import check
 
 # A stream over the samples of the plain project; SIZE says how long it claims to be.
 STREAM = """

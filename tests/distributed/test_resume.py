@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from infra.errors import JobError, WorkerError
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
-from tasks.worker import call_worker
 from tests.projects import write_project
 from torchworker.contract import TrainRequest, TrainResult, decode
+from train_and_ship.infra.errors import JobError, WorkerError
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 # Everything that has state: dropout, batch norm, momentum, a schedule, accumulation, augmentation.
 STATEFUL = """

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from infra.launchers.slurm import SlurmLauncher
-from infra.launchers.spec import Spec
 from tests.distributed.launched import Launched
 from tests.distributed.netlab import Lab
 from tests.distributed.slurmlab import Cluster, missing
 from tests.distributed.test_several_hosts import SLOW, quick, result_in
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.launchers.slurm import SlurmLauncher
+from train_and_ship.infra.launchers.spec import Spec
 
 Start = Callable[..., Launched]
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra.errors import JobError
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from ship.check import check
-from tasks.requests import project_of
-from tasks.worker import call_worker
 from tests.distributed.conftest import Train
 from tests.projects import DIGITS, REPOSITORY, write_project
 from torchworker.contract import ExportRequest, ExportResult, decode
-from torchworker.device import half_precision_is_native
+from torchworker.training.device import half_precision_is_native
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.ship.check import check
+from train_and_ship.tasks.requests import project_of
+from train_and_ship.tasks.worker import call_worker
 
 # A model with layers, a tied weight and a running statistic: what sharding has to get right.
 LAYERS = """

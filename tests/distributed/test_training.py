@@ -15,14 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
-from infra.errors import JobError, WorkerError
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
-from tasks.worker import call_worker
 from tests.distributed.conftest import Train
 from tests.projects import DIGITS, write_project
 from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
+from train_and_ship.infra.errors import JobError, WorkerError
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 
 def below(pid: int) -> list[psutil.Process]:
@@ -295,10 +295,10 @@ def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: P
     script.write_text(
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from infra.workerhost import worker_host\n"
-        "from registry.job import load_job\n"
-        "from tasks.requests import project_of, train_settings\n"
-        "from tasks.worker import call_worker\n"
+        "from train_and_ship.infra.workerhost import worker_host\n"
+        "from train_and_ship.registry.job.job import load_job\n"
+        "from train_and_ship.tasks.requests import project_of, train_settings\n"
+        "from train_and_ship.tasks.worker import call_worker\n"
         "from torchworker.contract import TrainRequest\n"
         f"work = Path({str(tmp_path)!r})\n"
         f"job, folder = load_job(Path({str(job)!r}))\n"

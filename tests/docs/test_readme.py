@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.settings import Settings
 from tests.conftest import Command
 from tests.projects import REPOSITORY
+from train_and_ship.infra.settings import Settings
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

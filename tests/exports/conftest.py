@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.workerhost import WorkerHost
-from tasks.cpp import cache_folder
 from tests.exports.shop import ONE, Open, Shop
 from tests.projects import write_project
-from torchworker import cpp_build
 from torchworker.contract import CppRequest
+from torchworker.stages import cpp as cpp_build
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.tasks.cpp import cache_folder
 
 
 @pytest.fixture(scope="session")

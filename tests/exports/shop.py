@@ -7,10 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import dynamic_dims, fixed_gates, int8_limits, project_of, train_settings, user_modules
-from tasks.worker import call_worker
 from torchworker.contract import (
     FORMAT_FILES,
     Artifact,
@@ -22,6 +18,17 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import (
+    dynamic_dims,
+    fixed_gates,
+    int8_limits,
+    project_of,
+    train_settings,
+    user_modules,
+)
+from train_and_ship.tasks.worker import call_worker
 
 FORMATS = tuple(kind for kind in FORMAT_FILES if kind != "executorch")
 """Those that need no largest batch."""

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.cpp import cache_folder
-from torchworker import cpp_build
 from torchworker.contract import CppRequest, CppResult
-from torchworker.cpp_runtime import TYPES, RunnerEnded, running
+from torchworker.runtimes.cpp_runner import TYPES, RunnerEnded, running
+from torchworker.stages import cpp as cpp_build
+from train_and_ship.tasks.cpp import cache_folder
 
 
 class Everything(nn.Module):

@@ -6,9 +6,9 @@ import onnx
 import pytest
 import torch
 
-from infra.errors import JobError
 from tests.exports.shop import FORMATS, ONE, Open
 from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
+from train_and_ship.infra.errors import JobError
 
 SEQUENCES = """
     class Words(torch.utils.data.Dataset):

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from infra.errors import JobError
 from tests.exports.shop import Open, Shop
 from tests.projects import REPOSITORY
-from torchworker import runtimes
-from torchworker.capture import executorch
-from torchworker.capture.subject import Subject
 from torchworker.contract import DynamicDim, Project, Reference
-from torchworker.failure import UserMistake
-from torchworker.reference import golden_sizes
+from torchworker.exporters import executorch
+from torchworker.exporters.subject import Subject
+from torchworker.parity.reference import golden_sizes
+from torchworker.process.failure import UserMistake
+from torchworker.runtimes import load as runtimes
+from train_and_ship.infra.errors import JobError
 
 if importlib.util.find_spec("executorch") is None:
     pytest.skip("ExecuTorch is not installed: pip install 'train-and-ship[edge]'", allow_module_level=True)
@@ -92,8 +92,8 @@ from pathlib import Path
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from tests.exports.test_executorch import subject
-from torchworker.capture import executorch
-from torchworker.capture.program import capture, ranges
+from torchworker.exporters import executorch
+from torchworker.exporters.program import capture, ranges
 with torch.no_grad():
     print(executorch.executorch(subject(), Path(sys.argv[1])))
     made = subject()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infra.errors import JobError
-from registry.gates import verdict_table
 from tests.exports.shop import FORMATS, ONE, Open
 from tests.projects import write_project
+from train_and_ship.infra.errors import JobError
+from train_and_ship.registry.gates import verdict_table
 
 
 def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(shop: Open) -> None:
@@ -345,7 +345,7 @@ def test_the_clean_room_cannot_import_user_code_by_name_or_from_its_folder(tmp_p
     script = (
         "import sys\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from torchworker.validate import forbid_user_code\n"
+        "from torchworker.stages.validate import forbid_user_code\n"
         f"forbid_user_code(['plain'], {str(tmp_path)!r})\n"
         "for name in ('plain', 'helper'):\n"
         "    try:\n"

@@ -19,14 +19,8 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infra.workerhost import WorkerHost
-from tasks.requests import measure_request
-from tasks.worker import call_worker
 from tests.exports.shop import Shop
 from tests.projects import write_project
-from torchworker import quantized
-from torchworker.capture import int8
-from torchworker.capture.subject import Subject
 from torchworker.contract import (
     FORMAT_FILES,
     GOLDEN,
@@ -40,7 +34,13 @@ from torchworker.contract import (
     Timed,
     decode,
 )
-from torchworker.failure import UserMistake
+from torchworker.exporters import quantize as int8
+from torchworker.exporters.subject import Subject
+from torchworker.parity import int8 as quantized
+from torchworker.process.failure import UserMistake
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.tasks.requests import measure_request
+from train_and_ship.tasks.worker import call_worker
 
 DYNAMIC, STATIC = "onnx-int8-dynamic", "onnx-int8-static"
 # Inputs of training are in 0..1, those of validation in 0..0.7.
@@ -244,9 +244,9 @@ def test_without_torchao_the_variant_says_what_to_install(monkeypatch: pytest.Mo
 
 
 def test_quantizing_leaves_what_its_process_logs_as_it_was(made: Shop, tmp_path: Path) -> None:
-    levels = [logging.getLogger(name).getEffectiveLevel() for name in ("", "infra.small_files")]
+    levels = [logging.getLogger(name).getEffectiveLevel() for name in ("", "train_and_ship.infra.small_files")]
     int8.onnx_dynamic(made.folder / "export" / FORMAT_FILES["onnx"], tmp_path / "int8.onnx")
-    assert [logging.getLogger(name).getEffectiveLevel() for name in ("", "infra.small_files")] == levels
+    assert [logging.getLogger(name).getEffectiveLevel() for name in ("", "train_and_ship.infra.small_files")] == levels
 
 
 def noise(*pairs: tuple[Tensor, Tensor]) -> float:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from torchworker import locate
 from torchworker.contract import LocateRequest, Project, Reference
+from torchworker.stages import locate
 
 
 class Net(nn.Module):

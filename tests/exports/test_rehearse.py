@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from infra.errors import WorkerError
-from infra.workerhost import WorkerHost
-from tasks.worker import call_worker
 from torchworker.contract import GOLDEN, RehearsedRelease, RehearseRequest, RehearseResult, TensorSpec, decode
+from train_and_ship.infra.errors import WorkerError
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.tasks.worker import call_worker
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 60
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from infra.workerhost import WorkerHost
-from tasks.requests import fixed_gates
-from tasks.worker import call_worker
 from tests.exports.shop import Open
 from torchworker.contract import RESULT, Reply, ScoreRequest, ScoreResult, TrainResult, decode
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.tasks.requests import fixed_gates
+from train_and_ship.tasks.worker import call_worker
 
 TAGGER = """
     class Tagger(nn.Module):

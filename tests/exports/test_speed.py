@@ -13,20 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from infra.workerhost import WorkerHost
-from tasks.worker import call_worker
-from torchworker import speed
-from torchworker.contract import (
-    GOLDEN,
-    Gate,
-    Measured,
-    MeasureRequest,
-    MeasureResult,
-    Speed,
-    TensorSpec,
-    Timed,
-    decode,
-)
+from torchworker.contract import GOLDEN, Gate, Measured, MeasureRequest, MeasureResult, Speed, TensorSpec, Timed, decode
+from torchworker.gates import speed
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.tasks.worker import call_worker
 
 FEATURES, LARGEST = 64, 129
 WIDE = 4000

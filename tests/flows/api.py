@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from infra.settings import Settings
+from train_and_ship.infra.settings import Settings
 
 
 class Api:

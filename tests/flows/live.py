@@ -6,8 +6,8 @@ import os
 
 import psutil
 
-from infra.objectstore import ObjectStore
-from registry.pointer import read_pointer
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.channels.pointer import read_pointer
 
 
 def live(store: ObjectStore, model: str) -> tuple[int, str] | None:
@@ -22,6 +22,6 @@ def orphans() -> list[str]:
     for process in psutil.process_iter(["cmdline", "ppid", "environ"]):
         words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
         ours = environment.get("SHIP_HOME") == os.environ["SHIP_HOME"]
-        if "torchworker.host" in words and process.info["ppid"] == 1 and ours:
+        if "torchworker.forkserver" in words and process.info["ppid"] == 1 and ours:
             found.append(" ".join(words))
     return found

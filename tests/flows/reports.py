@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlflow
 from mlflow import MlflowClient
 
-from infra.settings import Settings
 from tests.flows.api import Api
+from train_and_ship.infra.settings import Settings
 
 
 def reports_in_prefect(api: Api, run: str) -> list[str]:

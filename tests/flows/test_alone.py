@@ -12,16 +12,16 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.decisions import FAILED, PROMOTED, WAITING, read_decisions
-from registry.mlflow_runs import REPORT, TAG_FLOW_RUN
-from tasks.outcome import CUT_OFF
 from tests.flows.api import Api
 from tests.flows.reports import reports_in_prefect
 from tests.flows.test_resume import SLOW
 from tests.machine import eventually
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.decisions import FAILED, PROMOTED, WAITING, read_decisions
+from train_and_ship.registry.tracking.runs import REPORT, TAG_FLOW_RUN
+from train_and_ship.tasks.outcome import CUT_OFF
 
 
 @pytest.mark.timeout(400)

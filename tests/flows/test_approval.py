@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.pointer import read_pointer
 from tests.conftest import Command
 from tests.flows.api import Api
 from tests.flows.reports import report_in_mlflow, reports_in_prefect
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.pointer import read_pointer
 
 
 def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_after_a_no(

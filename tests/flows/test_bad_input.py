@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command, free_ports
 from tests.flows.live import orphans
 from tests.machine import Ended
 from tests.projects import write_project
 from tests.services.fault_proxy import FaultProxy, Rule, StripHeaders
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import LOOPBACK, Settings
 
 
 @pytest.fixture

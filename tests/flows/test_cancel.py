@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.flows.test_resume import SLOW
 from tests.page_check import checked
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
 
 
 def workers_of(run: Path) -> list[psutil.Process]:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.pointer import read_pointer
-from registry.releases import fetch_release
-from tasks.cpp import RUNS
 from tests.conftest import Command
 from tests.projects import write_project
-from torchworker import cpp_build, cpp_runtime
+from torchworker.runtimes import cpp_runner as cpp_runtime
+from torchworker.stages import cpp as cpp_build
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.tasks.cpp import RUNS
 
 
 def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:

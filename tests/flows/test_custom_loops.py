@@ -10,13 +10,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.pointer import read_pointer
 from tests.conftest import Command
 from tests.flows.test_bad_input import refused
 from tests.flows.test_train_and_ship import flow_run_of, read_run
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.pointer import read_pointer
 
 
 @pytest.mark.parametrize(

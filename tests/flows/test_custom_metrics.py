@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.pointer import read_pointer
-from registry.releases import read_manifest
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.pointer import read_pointer
 
 RECALL = """
     def recall(outputs, target, of):

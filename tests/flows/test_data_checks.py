@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.comparison import read_told
-from registry.decisions import FAILED
-from registry.release import LINEAGE
-from registry.snapshots import publish_snapshot, take
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.flows.test_retrain import POOR, Project
 from tests.flows.test_train_and_ship import read_run
 from tests.page_check import checked
 from tests.projects import CODE, write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.decisions import FAILED
+from train_and_ship.registry.data.snapshots import publish_snapshot, take
+from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.release.manifest import LINEAGE
 
 CHECKED: dict[str, Any] = {
     "factory": "plain:build_dataset",

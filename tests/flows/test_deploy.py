@@ -10,11 +10,11 @@ from zoneinfo import ZoneInfo
 
 import httpx
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from registry.pointer import read_pointer
-from registry.releases import read_manifest
 from tests.conftest import Command
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.pointer import read_pointer
 
 if importlib.util.find_spec("executorch") is None:
     pytest.skip("ExecuTorch is not installed: pip install 'train-and-ship[edge]'", allow_module_level=True)

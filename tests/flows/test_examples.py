@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from infra.objectstore import ObjectStore
-from registry.pointer import read_pointer
-from registry.release import Manifest
-from registry.releases import fetch_release
 from tests.conftest import Command
 from tests.projects import REPOSITORY
-from torchworker import runtimes
+from torchworker.runtimes import load as runtimes
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.release.manifest import Manifest
 
 OURS = re.compile(r"^\s*(from|import) (flows|tasks|registry|infra|torchworker|ship|shipreader)\b", re.M)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.pointer import read_pointer
-from registry.releases import fetch_release
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.pointer import read_pointer
 
 DYNAMIC, STATIC = "onnx-int8-dynamic", "onnx-int8-static"
 # The dynamic variant reaches 43 dB on this model, the static one, which rounds activations too, 36.

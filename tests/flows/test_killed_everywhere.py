@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.rundir import MANIFEST
-from infra.settings import Settings
-from registry.mlflow_client import connect
-from registry.pointer import Pointer, read_pointer
-from registry.releases import read_manifest
 from tests.conftest import Command
 from tests.flows.test_resume import SLOW
 from tests.page_check import checked
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import MANIFEST
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.tracking.connection import connect
 
 STAGES = ("train", "export", "validate", "release", "rehearse")
 """Folders of a run, in order."""

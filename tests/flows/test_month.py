@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.settings import Settings
 from tests.month.history import mismatches, tell
 from tests.month.month import Month
 from tests.month.nights import nights
 from tests.month.picture import picture, rows_of, table
+from train_and_ship.infra.settings import Settings
 
 SOME = (1, 2, 6, 16, 26)
 """The first, a quiet one, damaged data, a run killed in training, and MLflow dying before a promotion."""

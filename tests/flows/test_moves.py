@@ -8,12 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.keys import reports_prefix
-from registry.mlflow_rest import RestRegistry
-from registry.pointer import ROLLBACK, Pointer, read_pointer
-from registry.release import Manifest
 from tests.conftest import Command
 from tests.flows.api import Api
 from tests.flows.reports import report_in_mlflow, reports_in_prefect
@@ -23,6 +17,12 @@ from tests.projects import write_project
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
 from tests.services.releases import move
 from tests.services.runnable import runnable
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import reports_prefix
+from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.tracking.rest import RestRegistry
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def test_an_approval_is_for_what_was_live_when_it_was_asked(
 def test_a_flow_moves_the_channel_while_mlflow_is_down(
     releases: list[Manifest], store: ObjectStore, stack: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.promote import promote
     from tests.services.releases import NOWHERE
+    from train_and_ship.flows.promote import promote
 
     first, second = releases
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)

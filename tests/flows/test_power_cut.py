@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.processes import PidFile
-from infra.rundir import MANIFEST
-from infra.settings import Settings
-from registry.mlflow_client import connect
-from registry.pointer import read_pointer
 from tests.conftest import free_ports, stack_environment
 from tests.flows.api import Api
 from tests.flows.test_killed_everywhere import STAGES
 from tests.flows.test_resume import SLOW
 from tests.machine import eventually, kill, processes_of, run_command
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.processes import PidFile
+from train_and_ship.infra.rundir import MANIFEST
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.tracking.connection import connect
 
 MODEL = "powerless"
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.objectstore import ObjectStore
-from registry.pickles import TORCHSCRIPT_ENTRIES, find_pickle
-from registry.pointer import Pointer, read_pointer
-from registry.releases import fetch_release, read_manifest
-from registry.signing import load_public_key, require_signature
 from tests.conftest import Command
 from tests.projects import write_project
 from tests.services.test_signing import key_pair
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
+from train_and_ship.registry.bucket.signing import load_public_key, require_signature
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.release.pickles import TORCHSCRIPT_ENTRIES, find_pickle
 
 
 @pytest.fixture(scope="module")

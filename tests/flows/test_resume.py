@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
 from tests.conftest import Command
 from tests.flows.live import live, orphans
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
 
 SLOW = """
     import time

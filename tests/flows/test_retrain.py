@@ -13,21 +13,21 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import State
 
-from flows.retrain import retrain
-from infra.errors import JobError
-from infra.objectstore import ObjectStore
-from infra.provenance import code_fingerprint
-from infra.settings import Settings
-from registry.comparison import read_told
-from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, Decision, read_decisions
-from registry.pointer import Pointer, read_pointer
-from registry.release import DATA, JOB, LINEAGE
-from tasks.decide import Night
 from tests.conftest import Command
 from tests.flows.api import Api
 from tests.flows.test_train_and_ship import read_run
 from tests.page_check import checked
 from tests.projects import CODE, write_project
+from train_and_ship.flows.retrain import retrain
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import code_fingerprint
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED, Decision, read_decisions
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
+from train_and_ship.tasks.decide import Night
 
 POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
 GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}

@@ -18,19 +18,19 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import Artifact, FlowRun
 from safetensors.numpy import load_file
 
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.channels import move_channel
-from registry.cost import FLOW, read_costs
-from registry.history import read_history
-from registry.pointer import read_pointer
-from registry.release import MANIFEST, build_manifest
-from registry.releases import fetch_release, publish
 from tests.conftest import Command
 from tests.flows.live import live, orphans
 from tests.machine import Ended
 from tests.page_check import checked
 from tests.projects import write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.cost import FLOW, read_costs
+from train_and_ship.registry.release.manifest import MANIFEST, build_manifest
 
 JOB = "examples/digits/job.yaml"
 

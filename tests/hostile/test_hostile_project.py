@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
-from tasks.worker import call_worker
 from tests.projects import write_project
 from torchworker.contract import ExportRequest, TrainRequest
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.worker import call_worker
 
 NAMES = ("tasks", "registry", "flows", "infra", "ship")
 

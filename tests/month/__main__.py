@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 from benchmarks.report import machine, write
-from infra import stack
-from infra.settings import Settings
 from tests.conftest import FOREIGN, free_ports, stack_environment
 from tests.machine import processes_of
 from tests.projects import REPOSITORY
+from train_and_ship.infra import stack
+from train_and_ship.infra.settings import Settings
 
 PAGE, PICTURE = REPOSITORY / "docs" / "month.md", REPOSITORY / "docs" / "month.svg"
 

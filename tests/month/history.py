@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, WAITING
-from registry.mlflow_client import connect
 from tests.machine import processes_of
 from tests.month.month import MODEL, Lived, Month, is_worker
 from tests.month.nights import Fault
+from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED, WAITING
+from train_and_ship.registry.tracking.connection import connect
 
 STATES = {PROMOTED: "Promoted", KEPT: "Kept", SKIPPED: "Skipped", FAILED: "Failed"}
 Record = dict[str, Any]

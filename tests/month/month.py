@@ -10,19 +10,19 @@ from pathlib import Path
 
 import psutil
 
-from infra.objectstore import ObjectStore
-from infra.processes import PidFile
-from infra.s3 import s3_client
-from infra.settings import Settings
-from registry.decisions import WAITING, read_decisions
-from registry.mlflow_rest import model_registry
-from registry.pointer import Pointer, read_pointer
-from registry.releases import read_manifest
 from shipreader.reader import Reader
 from tests.flows.api import Api
 from tests.machine import Ended, eventually, kill, processes_of, run_command
 from tests.month.nights import Fault, Night
 from tests.month.project import Project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.processes import PidFile
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.decisions import WAITING, read_decisions
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.tracking.rest import model_registry
 
 MODEL = "parcels"
 NEVER = "0 3 29 2 *"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 from tests.month.project import Project
+from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 
 
 class Fault(Enum):

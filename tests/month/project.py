@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from registry.snapshots import take
+from train_and_ship.registry.data.snapshots import take
 
 PARCELS = Path(__file__).parent / "parcels"
 HELD_OUT = 3000

@@ -17,16 +17,16 @@ from typing import Any
 import httpx
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.s3 import s3_client
-from infra.settings import Settings
-from registry.release import Manifest
 from shipreader.reader import Reader
 from tests.machine import Ended
 from tests.services.fault_proxy import FaultProxy
 from tests.services.reading import MakeReader
 from tests.services.releases import CHANNEL, MODEL, move, published
 from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.release.manifest import Manifest
 
 START_SECONDS = 60
 
@@ -251,7 +251,7 @@ Ship = Callable[..., Ended]
 @pytest.fixture
 def ship(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ship:
     """The `ship` command in this process, as its entry point runs it. mlflow: its address, by default nobody's."""
-    from ship.main import main
+    from train_and_ship.ship.main import main
 
     def run(*words: str, mlflow: str = f"http://127.0.0.1:{free_port()}") -> Ended:
         monkeypatch.setattr(sys, "argv", ["ship", *words])

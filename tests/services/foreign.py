@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import ServiceError
-from infra.toolenv import environment
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.toolenv import environment
 
 
 def tool_python(*requirements: str) -> Path:

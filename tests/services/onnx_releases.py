@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from registry.release import Manifest, build_manifest
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 WIDTH = 4
 SIGNATURE = {

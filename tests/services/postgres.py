@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.settings import LOOPBACK
+from train_and_ship.infra.settings import LOOPBACK
 
 USER, PASSWORD = "ship", "open-sesame"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from infra.errors import ShipError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.channels import move_channel
-from registry.pointer import Pointer
-from registry.release import Manifest, decode_manifest
-from registry.releases import fetch_release, publish
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.release.manifest import Manifest, decode_manifest
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.release import MANIFEST
 from shipreader.reader import Reader
 from tests.services.fault_proxy import (
     Fault,
@@ -14,6 +13,7 @@ from tests.services.fault_proxy import (
     Reply,
     Request,
 )
+from train_and_ship.registry.release.manifest import MANIFEST
 
 MakeReader = Callable[..., Reader]
 

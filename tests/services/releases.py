@@ -6,14 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-from infra.objectstore import ObjectStore
-from registry.channels import Accept, move_channel
-from registry.keys import release_prefix
-from registry.moves import Mover, choose_rollback, roll_back, verify_target
-from registry.pointer import Pointer
-from registry.release import Manifest, build_manifest
-from registry.releases import publish
 from tests.conftest import free_ports
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.moves import Mover, choose_rollback, roll_back, verify_target
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.swap import Accept, move_channel
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 MODEL, CHANNEL = "digits", "prod"
 POINTER = "/channels/"

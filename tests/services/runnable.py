@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from infra.objectstore import ObjectStore
-from infra.rundir import StageFolder
-from registry.release import JOB, Manifest, build_manifest
-from registry.releases import publish
 from torchworker.contract import GOLDEN, PROBES, VALIDATION
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 60
 ARTIFACT = "model.torchscript"

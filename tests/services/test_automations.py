@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command
 from tests.flows.live import live
 from tests.flows.test_resume import SLOW
 from tests.machine import eventually
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import LOOPBACK, Settings
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 SILENT_SECONDS = 35
@@ -72,7 +72,7 @@ def receiver(command: Command) -> Iterator[Receiver]:
 
 
 def automated(command: Command, **variables: str) -> list[str]:
-    done = command("python", "-P", "-m", "tasks.automations", **variables)
+    done = command("python", "-P", "-m", "train_and_ship.tasks.automations", **variables)
     assert done.status == 0, done.text
     return done.output.strip().split(", ")
 
@@ -155,6 +155,6 @@ def test_an_automation_that_was_paused_by_hand_stays_paused(
 
 @pytest.mark.parametrize("address", ["carrier-pigeon://secret@home", "somewhere"])
 def test_an_address_that_nobody_can_write_to_is_refused_without_showing_it(command: Command, address: str) -> None:
-    done = command("python", "-P", "-m", "tasks.automations", SHIP_NOTIFY=address)
+    done = command("python", "-P", "-m", "train_and_ship.tasks.automations", SHIP_NOTIFY=address)
     assert done.status == 2 and "SHIP_NOTIFY: expected addresses for Apprise" in done.errors
     assert "secret" not in done.text and "Traceback" not in done.text

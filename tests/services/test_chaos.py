@@ -18,14 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from infra import objectstore, s3
-from infra.errors import ShipError
-from infra.objectstore import ObjectStore
-from registry.history import read_history, read_record, record_key
-from registry.keys import pointer_key
-from registry.pointer import Pointer, decode_pointer, read_pointer
-from registry.release import Manifest, build_manifest, verify_folder
-from registry.releases import fetch_release
 from tests.services.conftest import Connect, S3Server
 from tests.services.fault_proxy import (
     Answer,
@@ -45,6 +37,14 @@ from tests.services.fault_proxy import (
     Request,
 )
 from tests.services.promoter import PromoterHost, promote
+from train_and_ship.infra import objectstore, s3
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.history import read_history, read_record, record_key
+from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
+from train_and_ship.registry.release.manifest import Manifest, build_manifest, verify_folder
 
 MODEL, CHANNEL = "digits", "prod"
 TIMEOUT_SECONDS = 1.0

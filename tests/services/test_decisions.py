@@ -13,11 +13,15 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Failed
 
-from flows.retrain import retrain
-from infra.errors import ReleaseError
-from infra.objectstore import ObjectStore
-from infra.settings import LOOPBACK, Settings
-from registry.decisions import (
+from tests.projects import write_project
+from tests.services.conftest import Connect, free_port
+from tests.services.releases import move, published
+from train_and_ship.flows.retrain import retrain
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import LOOPBACK, Settings
+from train_and_ship.registry.bucket.keys import decisions_prefix
+from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
     PROMOTED,
@@ -29,13 +33,9 @@ from registry.decisions import (
     record_decision,
     record_waiting,
 )
-from registry.job import load_job
-from registry.keys import decisions_prefix
-from tasks.decide import Plan, streak
-from tasks.outcome import record_failure
-from tests.projects import write_project
-from tests.services.conftest import Connect, free_port
-from tests.services.releases import move, published
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.decide import Plan, streak
+from train_and_ship.tasks.outcome import record_failure
 
 FIRST = datetime(2026, 11, 17, 2, 0, tzinfo=UTC)
 

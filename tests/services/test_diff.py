@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from infra.errors import ReleaseError, RequestError
-from infra.objectstore import ObjectStore
-from registry.comparison import NONE, Difference, compare
-from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
-from registry.releases import publish
-from ship.diff import diff
 from tests.services.conftest import S3Server, Ship
 from tests.services.releases import MODEL, damage, move, published
+from train_and_ship.infra.errors import ReleaseError, RequestError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.diff import NONE, Difference, compare
+from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from train_and_ship.ship.diff import diff
 
 
 @pytest.fixture(scope="session")

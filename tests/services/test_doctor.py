@@ -8,18 +8,18 @@ from pathlib import Path
 import boto3
 import pytest
 
-from infra.objectstore import ObjectStore
-from registry.doctor import examine
-from registry.history import read_history, record_key
-from registry.keys import pointer_key
-from registry.moves import choose_rollback, roll_back, verify_target
-from registry.pointer import read_pointer
-from registry.rebuild import REBUILT, Rebuilt, rebuild_history
-from registry.release import MANIFEST, Manifest
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
 from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, damage, key_of, move, published
 from tests.services.test_mirror import aliases
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.channels.history import read_history, record_key
+from train_and_ship.registry.channels.moves import choose_rollback, roll_back, verify_target
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.maintenance.doctor import examine
+from train_and_ship.registry.maintenance.history_repair import REBUILT, Rebuilt, rebuild_history
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 
 @pytest.fixture(scope="session")

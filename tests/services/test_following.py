@@ -15,10 +15,6 @@ from typing import Any
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.s3 import s3_client
-from infra.settings import Settings
-from registry.release import MANIFEST
 from shipreader import bucket as reader_bucket
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
@@ -34,6 +30,10 @@ from tests.services.fault_proxy import (
 )
 from tests.services.reading import MakeReader, Other, content
 from tests.services.releases import MODEL, move, published
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.release.manifest import MANIFEST
 
 
 def until(condition: Callable[[], bool]) -> None:

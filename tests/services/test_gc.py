@@ -12,22 +12,31 @@ import boto3
 import pytest
 from mlflow import MlflowClient
 
-from infra.errors import ReleaseError, RequestError, ServiceError
-from infra.objectstore import ObjectStore
-from registry import channels as moving
-from registry import retention, tombstones
-from registry.doctor import examine
-from registry.history import read_history, record_key
-from registry.keys import release_prefix
-from registry.moves import choose_rollback, roll_back, verify_target
-from registry.pointer import ROLLBACK, Pointer, read_pointer
-from registry.release import Manifest
-from registry.releases import publish, verify_release
-from registry.retention import TAG_DELETED, Decision, Policy, Step, carry_out, decide, tell_mlflow
-from registry.tombstones import LEASE, State, claim, read_tombstone
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.services.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
 from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
+from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket import tombstones
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.releases import publish, verify_release
+from train_and_ship.registry.bucket.tombstones import LEASE, State, claim, read_tombstone
+from train_and_ship.registry.channels import swap as moving
+from train_and_ship.registry.channels.history import read_history, record_key
+from train_and_ship.registry.channels.moves import choose_rollback, roll_back, verify_target
+from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.maintenance import retention
+from train_and_ship.registry.maintenance.doctor import examine
+from train_and_ship.registry.maintenance.retention import (
+    TAG_DELETED,
+    Decision,
+    Policy,
+    Step,
+    carry_out,
+    decide,
+    tell_mlflow,
+)
+from train_and_ship.registry.release.manifest import Manifest
 
 POLICY = Policy(keep_last=2, slowest_reader=timedelta(days=7), grace=timedelta(days=1))
 DAY = timedelta(days=1)

@@ -12,17 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import SettingsError
-from infra.objectstore import ObjectStore
-from infra.s3 import s3_client
-from infra.settings import Settings
-from registry.history import read_history
-from registry.iam import Role, policy
-from registry.keys import pointer_key, release_prefix
-from registry.pointer import read_pointer
-from registry.releases import publish, verify_release
-from registry.retention import Policy, carry_out, decide
-from registry.views import write_triton
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
 from tests.services.conftest import Connect
@@ -31,6 +20,17 @@ from tests.services.onnx_releases import onnx_release
 from tests.services.releases import CHANNEL, MODEL, make_release, move, published
 from tests.services.rgw import RgwServer
 from tests.services.test_signing import key_pair
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.iam import Role, policy
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.bucket.releases import publish, verify_release
+from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.maintenance.retention import Policy, carry_out, decide
+from train_and_ship.registry.serving.layouts import write_triton
 
 # A first run may install the judge of policies, and fetches Ceph.
 pytestmark = pytest.mark.timeout(900)

@@ -19,12 +19,13 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from registry import mlflow_runs, mlflow_versions
-from registry.live_run import LiveRun
-from registry.mlflow_runs import RunRecord
-from registry.mlflow_versions import VersionRecord
-from registry.observation import file_points
 from tests.services.conftest import MlflowServer, free_port
+from train_and_ship.registry.tracking import runs as mlflow_runs
+from train_and_ship.registry.tracking import versions as mlflow_versions
+from train_and_ship.registry.tracking.curves import file_points
+from train_and_ship.registry.tracking.live_run import LiveRun
+from train_and_ship.registry.tracking.runs import RunRecord
+from train_and_ship.registry.tracking.versions import VersionRecord
 
 EPOCHS = 6
 KEYS = ("train_loss", "validation_accuracy", "steps/loss", "ranks/step_seconds_1")

@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from infra.objectstore import IN_FLIGHT_BYTES
 from tests.projects import REPOSITORY
 from tests.services.conftest import Connect
 from tests.services.rgw import RgwServer
+from train_and_ship.infra.objectstore import IN_FLIGHT_BYTES
 
 LARGE_BYTES = 256_000_000
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.release import build_manifest
-from registry.releases import fetch_release, publish
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.release.manifest import build_manifest
+from train_and_ship.registry.bucket.releases import fetch_release, publish
 folder = Path(sys.argv[1])
 store = ObjectStore.from_settings(Settings.load())
 store.probe()

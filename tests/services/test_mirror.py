@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 from mlflow import MlflowClient
 
-from infra.errors import ServiceError
-from infra.objectstore import ObjectStore
-from registry.mirror import follow, mirror_all, mirror_channel
-from registry.mlflow_rest import ClientRegistry, ModelRegistry, RestRegistry
-from registry.references import resolve_release
-from registry.release import Manifest
 from tests.services.conftest import MlflowServer, S3Server, Versioned
 from tests.services.fault_proxy import FaultProxy, PassOn, Rule
 from tests.services.releases import CHANNEL, MODEL, NOWHERE, move, rolled_back
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.channels.aliases import follow, mirror_all, mirror_channel
+from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.tracking.rest import ClientRegistry, ModelRegistry, RestRegistry
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from infra.errors import ReleaseError, ServiceError, SettingsError
-from registry import mlflow_versions
-from registry.mlflow_client import check_reachable
-from registry.mlflow_rest import model_registry
-from registry.mlflow_versions import RegisteredVersion, VersionRecord
 from tests.services.conftest import MlflowServer, free_port
+from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
+from train_and_ship.registry.tracking import versions as mlflow_versions
+from train_and_ship.registry.tracking.connection import check_reachable
+from train_and_ship.registry.tracking.rest import model_registry
+from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
 
 FORMATS = {"torchscript": "model.torchscript", "onnx": "model.onnx", "pt2": "model.pt2"}
 EXTRA = ["verdicts.json", "golden.safetensors"]
@@ -316,7 +316,10 @@ def test_a_server_that_goes_away_midway_is_reported_within_twelve_seconds(server
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:
-    code = "import sys, registry.mlflow_versions; assert not {'mlflow', 'torch', 'pandas'} & sys.modules.keys()"
+    code = (
+        "import sys, train_and_ship.registry.tracking.versions\n"
+        "assert not {'mlflow', 'torch', 'pandas'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

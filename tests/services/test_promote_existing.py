@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import GateError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.moves import Mover, Verified, choose_promotion, verify_target
-from registry.pointer import Pointer, read_pointer
-from registry.release import JOB, Manifest
-from tasks.existing import promote_tried, try_out
 from tests.services.conftest import S3Server, Ship
 from tests.services.releases import CHANNEL, MODEL, NOWHERE, key_of, move
 from tests.services.runnable import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
+from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.moves import Mover, Verified, choose_promotion, verify_target
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.release.manifest import JOB, Manifest
+from train_and_ship.tasks.existing import promote_tried, try_out
 
 MOVER = Mover(by="ada@host", why="a quiet week")
 

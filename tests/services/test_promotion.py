@@ -11,14 +11,6 @@ from typing import Any
 
 import pytest
 
-from infra.errors import GateError, ReleaseError, ServiceError
-from infra.objectstore import ObjectStore
-from registry.channels import Accept
-from registry.history import read_history, record_key
-from registry.keys import pointer_key
-from registry.pointer import Pointer, read_pointer
-from registry.release import Manifest
-from registry.releases import fetch_release
 from tests.services.conftest import Connect, S3Server, free_port
 from tests.services.fault_proxy import (
     Answer,
@@ -32,6 +24,14 @@ from tests.services.fault_proxy import (
     Rule,
 )
 from tests.services.releases import CHANNEL, MODEL, POINTER, ignore, move, published
+from train_and_ship.infra.errors import GateError, ReleaseError, ServiceError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.history import read_history, record_key
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.swap import Accept
+from train_and_ship.registry.release.manifest import Manifest
 
 CONDITIONS = ("if-match", "if-none-match")
 REPOSITORY = Path(__file__).parent.parent.parent

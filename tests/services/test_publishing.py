@@ -12,14 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from infra import objectstore
-from infra.errors import ReleaseError, ServiceError
-from infra.objectstore import LOCAL_PART_BYTES, ObjectStore
-from registry import releases
-from registry.keys import release_prefix
-from registry.pointer import read_pointer
-from registry.release import MANIFEST, build_manifest, verify_folder
-from registry.releases import fetch_release, publish, verify_release
 from tests.services.conftest import Connect
 from tests.services.fault_proxy import (
     Answer,
@@ -34,6 +26,14 @@ from tests.services.fault_proxy import (
     StripHeaders,
 )
 from tests.services.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
+from train_and_ship.infra import objectstore
+from train_and_ship.infra.errors import ReleaseError, ServiceError
+from train_and_ship.infra.objectstore import LOCAL_PART_BYTES, ObjectStore
+from train_and_ship.registry.bucket import releases
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.release.manifest import MANIFEST, build_manifest, verify_folder
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -82,10 +82,10 @@ def test_the_manifest_is_written_last(faulty: ObjectStore, proxy: FaultProxy, tm
 UPLOADER = """
 import sys
 from pathlib import Path
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.releases import publish
-from registry.release import decode_manifest
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.release.manifest import decode_manifest
 folder = Path(sys.argv[1])
 publish(ObjectStore.from_settings(Settings.load()), folder, decode_manifest(Path(sys.argv[2]).read_bytes()))
 """

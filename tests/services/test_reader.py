@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 
-from infra.objectstore import ObjectStore
-from registry.keys import pointer_key, release_prefix
-from registry.pointer import Pointer
-from registry.release import MANIFEST, Manifest, canonical_json
 from shipreader import bucket as reader_bucket
 from shipreader.errors import ReaderError, Refused, Unavailable
 from shipreader.reader import Reader
@@ -25,6 +21,10 @@ from tests.services.fault_proxy import (
 )
 from tests.services.reading import MakeReader, Other, content
 from tests.services.releases import CHANNEL, MODEL, make_release, move, published, replace_object
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest, canonical_json
 
 
 def put_pointer(store: ObjectStore, pointer: Pointer) -> None:

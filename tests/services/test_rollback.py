@@ -11,20 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import GateError, ReleaseError, RequestError, ServiceError
-from infra.objectstore import ObjectStore
-from registry.history import read_history
-from registry.moves import (
-    Mover,
-    choose_promotion,
-    promote_existing,
-    require_not_rolled_back,
-    verify_target,
-)
-from registry.pointer import ROLLBACK, Pointer, read_pointer
-from registry.references import resolve_release
-from registry.release import JOB, Manifest, build_manifest
-from registry.releases import publish
 from tests.services.conftest import Connect, S3Server, Ship
 from tests.services.fault_proxy import FaultProxy, PassOn, Rule
 from tests.services.releases import (
@@ -39,6 +25,20 @@ from tests.services.releases import (
     published,
     rolled_back,
 )
+from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ServiceError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.moves import (
+    Mover,
+    choose_promotion,
+    promote_existing,
+    require_not_rolled_back,
+    verify_target,
+)
+from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

@@ -14,17 +14,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.errors import ServiceError
-from infra.objectstore import ObjectStore
-from infra.processes import port_is_free
-from infra.toolenv import environment
-from registry.release import Manifest, build_manifest
-from registry.releases import publish
-from ship.serve import requirements
 from tests.conftest import free_ports
 from tests.services.onnx_releases import SIGNATURE, onnx_release
 from tests.services.releases import move
 from tests.services.traffic import Traffic, request_body
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.processes import port_is_free
+from train_and_ship.infra.toolenv import environment
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
+from train_and_ship.ship.serve import requirements
 
 # A first run installs MLServer into an environment of its own.
 pytestmark = pytest.mark.timeout(900)

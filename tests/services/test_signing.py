@@ -21,15 +21,18 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from infra.errors import ReleaseError, SettingsError
-from infra.objectstore import ObjectStore
-from infra.s3 import s3_client
-from infra.settings import Settings
-from registry.keys import release_prefix
-from registry.pointer import read_pointer
-from registry.release import MANIFEST, Manifest
-from registry.releases import publish
-from registry.signing import (
+from shipreader.errors import ReaderError, Refused
+from shipreader.reader import Reader
+from tests.services.conftest import Ship
+from tests.services.foreign import tool_python
+from tests.services.releases import CHANNEL, MODEL, make_release, move, replace_object
+from train_and_ship.infra.errors import ReleaseError, SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.bucket.signing import (
     load_public_key,
     publish_signature,
     require_signature,
@@ -38,11 +41,8 @@ from registry.signing import (
     sign,
     signature_key,
 )
-from shipreader.errors import ReaderError, Refused
-from shipreader.reader import Reader
-from tests.services.conftest import Ship
-from tests.services.foreign import tool_python
-from tests.services.releases import CHANNEL, MODEL, make_release, move, replace_object
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 # A first run installs model-signing into an environment of its own.
 pytestmark = pytest.mark.timeout(900)

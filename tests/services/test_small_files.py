@@ -11,11 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import ReleaseError, SettingsError
-from infra.objectstore import ObjectStore
-from infra.small_files import MOST_FAILURES, SMALL_BYTES
-from registry.release import Manifest, build_manifest
-from registry.releases import fetch_release, publish
 from tests.services.conftest import Connect, S3Server
 from tests.services.fault_proxy import (
     Answer,
@@ -31,6 +26,11 @@ from tests.services.fault_proxy import (
     fault_reply,
 )
 from tests.services.rgw import RgwServer
+from train_and_ship.infra.errors import ReleaseError, SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.small_files import MOST_FAILURES, SMALL_BYTES
+from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 QUICK, USUAL = "object_store/", "Botocore/"
 """How the two call themselves."""

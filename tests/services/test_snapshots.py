@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import JobError, ReleaseError, RequestError
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.data_options import Snapshot
-from registry.snapshots import SNAPSHOT, bring_snapshot, identify, publish_snapshot, take
 from tests.conftest import Command
+from train_and_ship.infra.errors import JobError, ReleaseError, RequestError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.data.snapshots import SNAPSHOT, bring_snapshot, identify, publish_snapshot, take
+from train_and_ship.registry.job.data import Snapshot
 
 
 @pytest.fixture

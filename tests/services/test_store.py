@@ -6,11 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import PreconditionFailed, ServiceError, SettingsError, StoreRefused
-from infra.objectstore import ObjectStore
-from infra.settings import Settings
-from registry.pointer import read_pointer
-from registry.releases import publish
 from tests.services.conftest import Connect, S3Server, free_port
 from tests.services.fault_proxy import (
     Answer,
@@ -22,6 +17,11 @@ from tests.services.fault_proxy import (
     StripHeaders,
 )
 from tests.services.releases import CHANNEL, MODEL, make_release
+from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError, StoreRefused
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.pointer import read_pointer
 
 CONDITIONS = ("if-match", "if-none-match")
 

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from infra.objectstore import ObjectStore
-from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command, free_ports
 from tests.flows.live import live
 from tests.projects import REPOSITORY, write_project
 from tests.services.postgres import Postgres, binaries, postgres
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import LOOPBACK, Settings
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from infra.errors import StoreRefused
-from registry.pointer import read_pointer
-from registry.release import build_manifest
-from registry.releases import publish
 from tests.services.conftest import START_SECONDS, Connect, free_port
+from train_and_ship.infra.errors import StoreRefused
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.release.manifest import build_manifest
 
 # A first run installs s3rver.
 pytestmark = pytest.mark.timeout(900)

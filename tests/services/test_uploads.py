@@ -12,12 +12,6 @@ from typing import Any
 import pytest
 from botocore.auth import S3SigV4Auth
 
-from infra import objectstore
-from infra.errors import PreconditionFailed, ReleaseError, ServiceError
-from infra.multipart import Budget
-from infra.objectstore import ObjectStore
-from registry.release import build_manifest
-from registry.releases import fetch_release, publish
 from tests.services.conftest import Connect, S3Server
 from tests.services.fault_proxy import (
     Answer,
@@ -31,6 +25,12 @@ from tests.services.fault_proxy import (
     Request,
     Rule,
 )
+from train_and_ship.infra import objectstore
+from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError
+from train_and_ship.infra.multipart import Budget
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.release.manifest import build_manifest
 
 PART = 5 * 2**20
 """S3's smallest."""

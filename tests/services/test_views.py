@@ -14,12 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.errors import ReleaseError, SettingsError
-from infra.objectstore import ObjectStore
-from infra.s3 import s3_client
-from infra.settings import Settings
-from registry.releases import publish
-from registry.views import inference_service, triton_config, write_kserve, write_triton
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.services.foreign import tool_python
@@ -27,6 +21,12 @@ from tests.services.onnx_releases import onnx_release
 from tests.services.releases import CHANNEL, MODEL, move
 from tests.services.traffic import Traffic
 from tests.services.triton import TritonServer
+from train_and_ship.infra.errors import ReleaseError, SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.serving.layouts import inference_service, triton_config, write_kserve, write_triton
 
 TRITON = f"models/{MODEL}/views/{CHANNEL}/triton/"
 

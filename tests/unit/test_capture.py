@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from torchworker.apart import Died, Note, apart
 from torchworker.contract import DynamicDim
-from torchworker.runtimes import _require_signature
-from torchworker.signature import other_sizes, resized, sizes_of
+from torchworker.process.fork import Died, Note, apart
+from torchworker.project.signature import other_sizes, resized, sizes_of
+from torchworker.runtimes.load import _require_signature
 
 BATCH = DynamicDim(name="batch", min=1, max=None, axes={"tokens": (0,), "pairs": (0,)})
 LENGTH = DynamicDim(name="length", min=1, max=7, axes={"tokens": (1,), "pairs": (1, 2)})
@@ -57,7 +57,7 @@ def test_a_compiled_package_refuses_what_it_was_not_compiled_for(tensor: torch.T
 
 def test_without_a_compiler_aoti_is_refused_with_the_way_out() -> None:
     script = (
-        "from torchworker.capture.aoti import compiler\n"
+        "from torchworker.exporters.aoti import compiler\n"
         "try:\n    compiler()\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
     )
     environment = {**os.environ, "CXX": "/nowhere/g++"}

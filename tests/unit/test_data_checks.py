@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from infra.errors import GateError
-from registry.data_checks import Report, check_data, render_data, require_good_data
-from registry.data_options import Checks
-from registry.drift import bins_of_columns, bins_of_labels, ks, psi
+from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.data.checks import Report, check_data, render_data, require_good_data
+from train_and_ship.registry.data.drift import bins_of_columns, bins_of_labels, ks, psi
+from train_and_ship.registry.job.data import Checks
 
 
 def percentiles(values: Any) -> list[float]:

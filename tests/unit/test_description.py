@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from registry import description
+from train_and_ship.registry.tracking import description
 
 
 @dataclass(frozen=True)

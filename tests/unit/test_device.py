@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from registry.job import load_job
-from tasks.requests import train_settings
 from tests.projects import write_project
 from torchworker.contract import TrainSettings
-from torchworker.device import backend_of, choose_device, device_notes
-from torchworker.failure import UserMistake
-from torchworker.train import start_method
+from torchworker.process.failure import UserMistake
+from torchworker.stages.train import start_method
+from torchworker.training.device import backend_of, choose_device, device_notes
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import train_settings
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_does_not_fit_the_gpus_is_refused(
 def test_half_precision_that_this_cpu_has_no_instructions_for_is_told(
     settings: TrainSettings, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchworker.device.half_precision_is_native", lambda dtype: native)
+    monkeypatch.setattr("torchworker.training.device.half_precision_is_native", lambda dtype: native)
     said = device_notes(replace(settings, precision="bf16"), torch.device("cpu"))
     assert len(said) == (not native)
     assert all("this CPU has no instructions for bf16" in note for note in said)

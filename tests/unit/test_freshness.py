@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from infra.provenance import code_fingerprint, environment_lock
-from registry.comparison import Told
-from registry.freshness import Inputs, changes, config_digest
-from registry.job import Job, load_job
-from registry.release import ENVIRONMENT, JOB, LINEAGE, FileEntry, Manifest
 from tests.projects import REPOSITORY, write_project
+from train_and_ship.infra.provenance import code_fingerprint, environment_lock
+from train_and_ship.registry.diff import Told
+from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.lineage import Inputs, changes, config_digest
+from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, FileEntry, Manifest
 
 
 def inputs(job: Job, **other: Any) -> Inputs:
@@ -123,7 +123,8 @@ def test_the_environment_names_python_itself() -> None:
 def test_what_a_package_brings_along_for_itself_is_no_part_of_the_environment() -> None:
     # In a process of its own: here something may have imported it already.
     code = (
-        "from infra.provenance import environment_lock; before = environment_lock(); import sys, setuptools; "
+        "from train_and_ship.infra.provenance import environment_lock; before = environment_lock()\n"
+        "import sys, setuptools\n"
         "assert any('_vendor' in entry for entry in sys.path); print(before == environment_lock())"
     )
     said = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True)
@@ -132,7 +133,7 @@ def test_what_a_package_brings_along_for_itself_is_no_part_of_the_environment() 
 
 @pytest.mark.parametrize("policy", ["better", "not_worse"])
 def test_a_policy_without_a_metric_is_a_mistake_in_the_job_file(tmp_path: Path, policy: str) -> None:
-    from infra.errors import JobError
+    from train_and_ship.infra.errors import JobError
 
     with pytest.raises(JobError, match=rf"expected a metric in train.metrics with release.policy: {policy}"):
         job(tmp_path, train={"epochs": 1, "metrics": []}, release={"policy": policy})

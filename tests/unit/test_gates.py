@@ -4,20 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import GateError
-from registry.gates import (
-    Beside,
-    compare,
-    require_good_enough,
-    require_not_slower,
-    verdict_table,
-    worst,
-)
-from registry.job import Job, load_job
-from registry.releases import Published
-from tasks.rehearse import Rehearsed
 from tests.projects import write_project
 from torchworker.contract import Interval, RehearseResult, Verdict
+from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.bucket.releases import Published
+from train_and_ship.registry.gates import Beside, compare, require_good_enough, require_not_slower, verdict_table, worst
+from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.tasks.rehearse import Rehearsed
 
 
 def job(folder: Path, **gates: object) -> Job:

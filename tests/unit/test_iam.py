@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from infra.errors import SettingsError
-from registry.iam import Role, policy
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.registry.bucket.iam import Role, policy
 
 RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channels/prod.json"
 HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"

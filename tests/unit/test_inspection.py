@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from registry.job import load_job
-from tasks.requests import project_of, train_settings
 from tests.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult
-from torchworker.failure import UserMistake
-from torchworker.inspection import inspect
+from torchworker.process.failure import UserMistake
+from torchworker.stages.inspect import inspect
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import project_of, train_settings
 
 
 def look(folder: Path, extra: str = "", ranges: dict[str, tuple[float | None, float | None]] | None = None,
@@ -95,7 +95,7 @@ def test_a_fingerprint_is_of_content_in_any_order(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchworker.inspection.KEPT", 20)
+    monkeypatch.setattr("torchworker.stages.inspect.KEPT", 20)
     facts = look(tmp_path)
     column = facts.train.columns["input[0]"]
     assert 10 <= column.values <= 40

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from infra.janitor import KEEP_SECONDS, clean
+from train_and_ship.infra.janitor import KEEP_SECONDS, clean
 
 
 def run_of(runs: Path, name: str) -> Path:

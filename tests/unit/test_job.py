@@ -8,13 +8,13 @@ import jsonschema
 import pytest
 import yaml
 
-from infra.errors import JobError
-from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES
-from registry.job import Job, job_schema, load_job
-from ship.job_reference import job_reference
-from tasks.extras import require_extras
 from tests.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
+from train_and_ship.infra.errors import JobError
+from train_and_ship.registry.job.gates import METRIC_DIRECTIONS, SPEED_GATES
+from train_and_ship.registry.job.job import Job, job_schema, load_job
+from train_and_ship.ship.job_reference import job_reference
+from train_and_ship.tasks.extras import require_extras
 
 GOOD = """\
 name: plain

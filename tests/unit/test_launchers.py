@@ -15,18 +15,18 @@ import kubernetes_validate
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from infra.errors import JobError, SettingsError
-from infra.launchers import hosts, kubernetes, slurm
-from infra.launchers.hosts import HostsLauncher, host_argv
-from infra.launchers.kubernetes import KubernetesLauncher, Volume, manifest
-from infra.launchers.slurm import SlurmLauncher, script
-from infra.launchers.spec import Launcher, Spec, Status
-from infra.launchers.torchrun import agent_argv
-from registry.job import Job
-from registry.launcher_options import LOCAL, LauncherOption, check_train
-from tasks.launched import _judge, launcher_for, spec_for
-from tasks.requests import train_settings
 from torchworker.contract import Failure, TrainSettings
+from train_and_ship.infra.errors import JobError, SettingsError
+from train_and_ship.infra.launchers import hosts, kubernetes, slurm
+from train_and_ship.infra.launchers.hosts import HostsLauncher, host_argv
+from train_and_ship.infra.launchers.kubernetes import KubernetesLauncher, Volume, manifest
+from train_and_ship.infra.launchers.slurm import SlurmLauncher, script
+from train_and_ship.infra.launchers.spec import Launcher, Spec, Status
+from train_and_ship.infra.launchers.torchrun import agent_argv
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.launcher import LOCAL, LauncherOption, check_train
+from train_and_ship.tasks.launched import _judge, launcher_for, spec_for
+from train_and_ship.tasks.requests import train_settings
 
 OUT = Path("/shared/run/ship-1")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchworker.metrics import joined
+from torchworker.project.metrics import joined
 
 
 def test_batches_of_one_size_are_put_together_as_they_are() -> None:

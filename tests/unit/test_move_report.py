@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from registry.comparison import Difference
-from registry.move_report import move_page, noticed
-from registry.moves import Scored, Target, Verified
-from registry.page import Link, markdown
-from registry.page_html import html
-from registry.pointer import Pointer
-from registry.release import Manifest
-from registry.run_report import Outcome
 from tests.page_check import checked
+from train_and_ship.registry.channels.moves import Scored, Target, Verified
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.diff import Difference
+from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.report.html import html
+from train_and_ship.registry.report.move import move_page, noticed
+from train_and_ship.registry.report.page import Link, markdown
+from train_and_ship.registry.report.run import Outcome
 
 EVIL = "<script>alert(1)</script>"
 LIVE = Pointer(

@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from registry.observation import EventPoints, RankTimes, event_points, file_points, history_points, rank_times
+from train_and_ship.registry.tracking.curves import (
+    EventPoints,
+    RankTimes,
+    event_points,
+    file_points,
+    history_points,
+    rank_times,
+)
 
 EPOCH = {"event": "epoch", "epoch": 2, "epochs": 3, "train_loss": 0.5, "eta_seconds": 9, "time": 100.0}
 STEP = {"event": "step", "epoch": 2, "epochs": 3, "step": 40, "steps": 60, "loss": 0.25, "eta_seconds": 9, "time": 99.0}

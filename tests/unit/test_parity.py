@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchworker.parity import compare, usual_loss
+from torchworker.parity.rule import compare, usual_loss
 
 
 def reference() -> tuple[Tensor, Tensor]:

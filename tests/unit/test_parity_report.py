@@ -5,10 +5,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from registry.parity_plot import embedded, histograms
-from registry.parity_report import parity_report
 from torchworker.contract import ERROR_DECADES, ErrorCounts, Mismatch
-from torchworker.spread import Spread
+from torchworker.parity.histogram import Spread
+from train_and_ship.registry.report.parity_failure import parity_report
+from train_and_ship.registry.report.parity_plot import embedded, histograms
 
 
 def mismatch(probe: str, ratio: float = 3.5) -> Mismatch:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from infra.errors import ReleaseError
-from registry.pickles import find_pickle, is_pickle
-from registry.release import build_manifest
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.registry.release.manifest import build_manifest
+from train_and_ship.registry.release.pickles import find_pickle, is_pickle
 
 
 class RunsCode:

@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from infra import prefect_rest
-from infra.errors import ServiceError
-from infra.prefect_rest import prefect_api
-from infra.settings import LOOPBACK, Settings
+from train_and_ship.infra import prefect_rest
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.prefect_rest import prefect_api
+from train_and_ship.infra.settings import LOOPBACK, Settings
 
 
 class Slow(ThreadingHTTPServer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.train import describe_progress
+from train_and_ship.tasks.train import describe_progress
 
 
 def lines(text: str) -> list[str]:

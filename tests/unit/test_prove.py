@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from torchworker import reference
 from torchworker.contract import DynamicDim, ExportRequest, Project, Reference, Verdict
-from torchworker.probes import Probe
-from torchworker.prove import KNOWN, Policy, prove
-from torchworker.reference import enlarged, read_probes, read_unasked, write_reference
-from torchworker.runtimes import Call
+from torchworker.parity import reference
+from torchworker.parity.compare import KNOWN, Policy, prove
+from torchworker.parity.probes import Probe
+from torchworker.parity.reference import enlarged, read_probes, read_unasked, write_reference
+from torchworker.runtimes.load import Call
 
 CODE = Path(__file__).parent
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from infra.errors import ReleaseError
-from registry.pointer import Pointer, decode_pointer
-from registry.release import MANIFEST, Manifest, build_manifest, canonical_json, decode_manifest
 from shipreader import records
 from shipreader.errors import Refused
 from shipreader.mlserver import served
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.registry.channels.pointer import Pointer, decode_pointer
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest, canonical_json, decode_manifest
 
 FILE = {"sha256": "0" * 64, "bytes": 1}
 

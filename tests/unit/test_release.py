@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from infra.errors import ReleaseError
-from registry import release
-from registry.release import MANIFEST, Manifest, build_manifest, decode_manifest, verify_folder
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.registry.release import manifest as release
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest, decode_manifest, verify_folder
 
 CONTENT = {"model.onnx": b"onnx" * 100, "weights.safetensors": b"weights", "extra/labels.txt": b"a\nb\n"}
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from registry.observation import event_points, history_points, latest_of
-from registry.page import Page, Section, Table, markdown
-from registry.training_sections import ROWS, history_tables
-from tasks.train import describe_report
-from torchworker import reports
-from torchworker.events import EventLog
-from torchworker.failure import UserMistake
-from torchworker.reports import ALL_KEPT, Reports
+from torchworker.custom_loop import reporting as reports
+from torchworker.custom_loop.reporting import ALL_KEPT, Reports
+from torchworker.process.events import EventLog
+from torchworker.process.failure import UserMistake
+from train_and_ship.registry.report.page import Page, Section, Table, markdown
+from train_and_ship.registry.report.training_sections import ROWS, history_tables
+from train_and_ship.registry.tracking.curves import event_points, history_points, latest_of
+from train_and_ship.tasks.train import describe_report
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from torchworker.contract import Resampling
-from torchworker.resampling import interval_of, interval_of_mean
+from torchworker.gates.bootstrap import interval_of, interval_of_mean
 
 ASKED = Resampling(resamples=4000, confidence=0.95, seed=0)
 

@@ -11,16 +11,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from registry import charts
-from registry.cost import FLOW, LEDGER, Ledger, Rates, Spent, read_costs
-from registry.cost_section import cost_section, duration, money
-from registry.job import Job
-from registry.observation import Point
-from registry.page import Link, Page, Section, Table, Text, markdown
-from registry.page_html import html
-from registry.run_files import RunFiles
-from registry.run_report import Outcome, run_page
 from tests.page_check import checked
+from train_and_ship.registry.cost import FLOW, LEDGER, Ledger, Rates, Spent, read_costs
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.report import charts
+from train_and_ship.registry.report.cost_section import cost_section, duration, money
+from train_and_ship.registry.report.html import html
+from train_and_ship.registry.report.page import Link, Page, Section, Table, Text, markdown
+from train_and_ship.registry.report.run import Outcome, run_page
+from train_and_ship.registry.run_folder import RunFiles
+from train_and_ship.registry.tracking.curves import Point
 
 EVIL = "<script>alert(1)</script>"
 EVIL_IMAGE = '"><img src=http://evil.example/x onerror=alert(1)>'

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.rundir import StageFolder
+from train_and_ship.infra.rundir import StageFolder
 
 
 def finished(run: Path) -> StageFolder:

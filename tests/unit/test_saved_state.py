@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchworker.saved_state import SKELETON, empty_tensors, plain, put_together, skeleton_of, tensors_of
+from torchworker.custom_loop.state import SKELETON, empty_tensors, plain, put_together, skeleton_of, tensors_of
 
 
 def round_trip(state: dict[str, Any], folder: Path) -> dict[str, Any]:

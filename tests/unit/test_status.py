@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from registry.decisions import SKIPPED, Decision
-from registry.pointer import Pointer
-from ship.status import Standing, soonest
 from tests.projects import write_project
+from train_and_ship.registry.channels.decisions import SKIPPED, Decision
+from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.ship.status import Standing, soonest
 
 NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
 

@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from infra.errors import RequestError
-from registry.pointer import PROMOTION, ROLLBACK, Pointer
-from registry.timeline import disordered, doubts, holes, live_at, parse_time, rollback_target
+from train_and_ship.infra.errors import RequestError
+from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, Pointer
+from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, parse_time, rollback_target
 
 NOON = datetime(2026, 11, 17, 12, tzinfo=UTC)
 

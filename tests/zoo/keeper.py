@@ -22,22 +22,15 @@ import torch
 import yaml
 from torch.utils import cpp_extension
 
-from infra.errors import JobError
-from infra.workerhost import WorkerHost
-from registry.job import load_job
-from tasks.requests import dynamic_dims, project_of, user_modules
-from tasks.worker import call_worker
 from tests.zoo.animals import ZOO, Animal
-from torchworker import runtimes
-from torchworker.contract import (
-    FORMAT_FILES,
-    ExportRequest,
-    ExportResult,
-    ValidateRequest,
-    ValidateResult,
-    decode,
-)
-from torchworker.reference import read_probes
+from torchworker.contract import FORMAT_FILES, ExportRequest, ExportResult, ValidateRequest, ValidateResult, decode
+from torchworker.parity.reference import read_probes
+from torchworker.runtimes import load as runtimes
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.registry.job.job import load_job
+from train_and_ship.tasks.requests import dynamic_dims, project_of, user_modules
+from train_and_ship.tasks.worker import call_worker
 
 MODELS = Path(__file__).with_name("models")
 EDGE = ("executorch",)
@@ -52,8 +45,8 @@ import sys
 import torch
 import torch.distributed as dist
 from torchworker.contract import Project
-from torchworker.finish import save_trained
-from torchworker.project import build_dataset, build_model, enter
+from torchworker.training.results import save_trained
+from torchworker.project.user_code import build_dataset, build_model, enter
 from pathlib import Path
 torch.set_num_threads(1)
 for folder in map(Path, sys.argv[1:]):

@@ -31,7 +31,7 @@
 
 namespace {
 
-// The order is the protocol's: torchworker/cpp_runtime.py has the same.
+// The order is the protocol's: torchworker/runtimes/cpp_runner.py has the same.
 const std::vector<at::ScalarType> kTypes = {
     at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kByte, at::kChar, at::kShort, at::kInt, at::kLong, at::kBool};
 constexpr int kMaxDimensions = 16;

@@ -1,0 +1,35 @@
+"""What there is in the bucket: models, their channels and releases. Reads only."""
+
+from __future__ import annotations
+
+from train_and_ship.infra.errors import RequestError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import channels_prefix, histories_prefix, releases_prefix
+from train_and_ship.registry.release.manifest import require_name
+
+
+def models(store: ObjectStore) -> list[str]:
+    """Every model that has anything in the bucket, sorted."""
+    return store.list_folders("models/")
+
+
+def require_model(store: ObjectStore, model: str) -> None:
+    """Raises RequestError naming the models there are unless this is one of them."""
+    require_name("model", model)
+    if not store.has_any(f"models/{model}/"):
+        known = ", ".join(models(store)) or "none"
+        raise RequestError(f"expected a model in s3://{store.bucket}, got {model!r}; there are: {known}")
+
+
+def channels(store: ObjectStore, model: str) -> list[str]:
+    """Every channel that was ever moved, sorted: those with a pointer, and those that only have a history."""
+    prefix = channels_prefix(model)
+    pointers = {
+        key.removeprefix(prefix).removesuffix(".json") for key in store.list_keys(prefix) if key.endswith(".json")
+    }
+    return sorted(pointers | set(store.list_folders(histories_prefix(model))))
+
+
+def releases(store: ObjectStore, model: str, prefix: str = "") -> list[str]:
+    """Ids of the releases that begin with `prefix`, complete or not, sorted."""
+    return store.list_folders(releases_prefix(model), prefix)

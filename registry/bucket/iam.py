@@ -1,0 +1,97 @@
+"""Least-privilege IAM policies for the people and machines that touch the bucket.
+
+Each policy allows what its role does and nothing else; whoever does two things gets two policies. None of them may
+replace or delete the bytes of a release except the collector, and none may move a channel except the promoter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.store_probe import PROBE_PREFIX
+from train_and_ship.registry.release.manifest import is_name
+
+Policy = dict[str, Any]
+"""An IAM policy document, ready for JSON."""
+
+ANY = "*"
+
+
+class Role(StrEnum):
+    """What somebody is there for."""
+
+    TRAINER = "trainer"
+    """Publishes releases and their signatures. May not move any channel."""
+    PROMOTER = "promoter"
+    """Moves channels, rollbacks included. May not add to a release."""
+    READER = "reader"
+    """Follows a channel: reads, and does not list."""
+    COLLECTOR = "gc"
+    """Marks and deletes releases. May not move any channel."""
+    VIEWER = "viewer"
+    """Follows a channel and writes its views for other servers. May not touch releases or channels."""
+    SERVER = "server"
+    """A Triton or KServe that reads the channel's views, which it has to list."""
+
+
+def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms_key: str = "") -> Policy:
+    """The policy of one role on one bucket, for one model and channel or for all.
+
+    kms_key: ARN of the key that encrypts the bucket (SSE-KMS); empty for buckets with the store's own keys. Raises
+    SettingsError for names that no model or channel has.
+    """
+    for kind, name in (("model", model), ("channel", channel)):
+        if name != ANY and not is_name(name):
+            raise SettingsError(
+                f"{kind}: expected lower-case letters, digits, dots, dashes, _, or * for all; got {name!r}"
+            )
+
+    def keys(*patterns: str) -> list[str]:
+        return [f"arn:aws:s3:::{bucket}/{pattern}" for pattern in patterns]
+
+    own = f"models/{model}"
+    pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
+    decisions = f"{own}/decisions/{channel}/*"
+    releases, tombstones, views = f"{own}/releases/*", f"{own}/tombstones/*", f"{own}/views/{channel}/*"
+    if role is Role.READER:
+        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases))]
+        return _document(statements, kms_key, writes=False)
+    if role is Role.SERVER:
+        listing = {**_allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{bucket}"])}
+        listing["Condition"] = {"StringLike": {"s3:prefix": [views]}}
+        return _document([listing, _allow("Load", ["s3:GetObject"], keys(views))], kms_key, writes=False)
+    # Listing tells names. It cannot be held to a prefix, because looking for the bucket itself has none.
+    statements = [
+        _allow("See", ["s3:ListBucket", "s3:ListBucketVersions"], [f"arn:aws:s3:::{bucket}"]),
+        _allow("Read", ["s3:GetObject", "s3:GetObjectVersion"], keys(f"{own}/*", f"{PROBE_PREFIX}/*")),
+        # Before the first write, the store is tried for the conditions that promotion stands on.
+        _allow("Probe", ["s3:PutObject", "s3:DeleteObject"], keys(f"{PROBE_PREFIX}/*")),
+    ]
+    if role is Role.VIEWER:
+        writing = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
+        return _document([*statements, _allow("View", writing, keys(views))], kms_key, writes=True)
+    # Whoever publishes or promotes takes the collector's mark away; the collector sets it.
+    statements.append(_allow("Mark", ["s3:PutObject"], keys(tombstones)))
+    if role is Role.TRAINER:
+        statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases)))
+    elif role is Role.PROMOTER:
+        statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions)))
+    else:
+        statements.append(_allow("Collect", ["s3:DeleteObject", "s3:AbortMultipartUpload"], keys(releases)))
+        statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))
+    return _document(statements, kms_key, writes=True)
+
+
+def _allow(sid: str, actions: Iterable[str], resources: Iterable[str]) -> dict[str, Any]:
+    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": list(resources)}
+
+
+def _document(statements: list[dict[str, Any]], kms_key: str, *, writes: bool) -> Policy:
+    if kms_key:
+        # Uploads in parts need to decrypt as well.
+        actions = ["kms:Decrypt", *(["kms:GenerateDataKey"] if writes else [])]
+        statements = [*statements, _allow("Encrypt" if writes else "Decrypt", actions, [kms_key])]
+    return {"Version": "2012-10-17", "Statement": statements}

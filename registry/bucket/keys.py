@@ -1,0 +1,89 @@
+"""Where things lie in the bucket.
+
+models/<model>/releases/<release>/<file>…              immutable
+models/<model>/releases/<release>/MANIFEST.json        written last: where it is, every file is
+models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
+models/<model>/releases/<release>/reports/<time>-<flow run>.html   what a run that made it did
+models/<model>/channels/<channel>.json                 the pointer, what a reader follows
+models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
+models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
+models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
+models/<model>/views/<channel>/…                       copies for other servers; see registry/serving/layouts.py
+"""
+
+from __future__ import annotations
+
+import re
+
+from train_and_ship.infra.errors import RequestError
+from train_and_ship.registry.release.manifest import is_name, require_name, require_release_id
+
+RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|.*-previous|v\d+")
+"""A channel other than prod is also an MLflow alias, and these are taken; `staging-previous` is of `staging`."""
+
+
+def require_channel(channel: str) -> None:
+    """Raises RequestError for names that cannot be both part of a key and an alias in MLflow, or are taken there."""
+    if not is_name(channel) or RESERVED_CHANNELS.fullmatch(channel):
+        raise RequestError(
+            "channel: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, and not latest, "
+            "champion, challenger, previous, …-previous or v and digits, which MLflow has other uses for; "
+            f"got {channel!r}"
+        )
+
+
+def releases_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/releases/"
+
+
+def channels_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/channels/"
+
+
+def histories_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/history/"
+
+
+def tombstones_prefix(model: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    return f"models/{model}/tombstones/"
+
+
+def release_prefix(model: str, release: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    require_release_id(release)
+    return f"models/{model}/releases/{release}/"
+
+
+def reports_prefix(model: str, release: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    return f"{release_prefix(model, release)}reports/"
+
+
+def pointer_key(model: str, channel: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    require_name("channel", channel)
+    return f"models/{model}/channels/{channel}.json"
+
+
+def history_prefix(model: str, channel: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    require_name("channel", channel)
+    return f"models/{model}/history/{channel}/"
+
+
+def decisions_prefix(model: str, channel: str) -> str:
+    """Raises ReleaseError for names that cannot be part of a key."""
+    require_name("model", model)
+    require_name("channel", channel)
+    return f"models/{model}/decisions/{channel}/"

@@ -1,0 +1,261 @@
+"""Releases in the bucket: immutable files, and a manifest that is written last.
+
+Functions that write say so; the others only read. All raise SettingsError or ServiceError for the store's faults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_and_ship.infra.errors import PreconditionFailed, ReleaseError
+from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.signing import publish_signature
+from train_and_ship.registry.bucket.tombstones import claim
+from train_and_ship.registry.bucket.transfer import (
+    FILES_AT_ONCE,
+    SMALL_FILES_AT_ONCE,
+    SMALL_UPLOADS_AT_ONCE,
+    Meter,
+    Progress,
+    in_parallel,
+    put_immutable,
+)
+from train_and_ship.registry.release.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    require_file,
+    require_size,
+    verify_folder,
+)
+
+LISTED_AT_ONCE = 990
+"""A page of a listing has a thousand keys, and the manifest and signatures are among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What `publish` did."""
+
+    release: str
+    sent_bytes: int
+    present_bytes: int
+    """Size of the files that the bucket had already."""
+    etags: Mapping[str, str]
+    """Of each file, by its path: an object that has this ETag is the one that was verified."""
+
+
+def publish(
+    store: ObjectStore,
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress | None = None,
+    *,
+    signing_key: Path | None = None,
+) -> Published:
+    """Bring a release into the bucket: files in parallel, the manifest last. Writes; can be repeated.
+
+    signing_key: private key (PEM) to sign it with, before the manifest is written; see registry/bucket/signing.py.
+
+    Bytes that are there are not sent again. Each file is read once and sent with its hash; what the store does not
+    compare with that is read back. Raises StoreRefused for a store without conditional writes, and ReleaseError when a
+    local file is not what the manifest says, or when the bucket holds other bytes under its name.
+    """
+    traits = store.probe()
+    claim(store, manifest.model, manifest.release, publishing=True)
+    prefix = release_prefix(manifest.model, manifest.release)
+    present = store.list_keys(prefix)
+    complete = prefix + MANIFEST in present
+    meter = Meter(manifest.total_bytes, progress)
+
+    def bring(name: str) -> tuple[bool, str]:
+        """Whether the file was sent, and its ETag."""
+        entry, key, path = manifest.files[name], prefix + name, folder / name
+        sent = False
+        if key not in present:
+            require_size(path, entry)
+            try:
+                etag = store.upload_file_new(path, key, entry.sha256, meter.of(name))
+                sent = True
+            except PreconditionFailed:
+                # Somebody was faster, or our own reply was lost.
+                pass
+        if not sent:
+            etag = _require_object(store, key, entry).etag
+        if not traits.checks_bodies and not complete:
+            # Also what an uploader left that died before this line.
+            _require_content(store, key, entry)
+        meter.finish(name, entry.bytes)
+        return sent, etag
+
+    # Big files first: the last one to start decides when all are done.
+    names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)
+    brought = dict(zip(names, in_parallel(bring, names, SMALL_UPLOADS_AT_ONCE), strict=True))
+    if signing_key is not None:
+        publish_signature(store, manifest, signing_key)
+    put_immutable(store, prefix + MANIFEST, manifest.encode(), "another description of the same files")
+    sent_bytes = sum(manifest.files[name].bytes for name, (sent, _) in brought.items() if sent)
+    return Published(
+        release=manifest.release,
+        sent_bytes=sent_bytes,
+        present_bytes=manifest.total_bytes - sent_bytes,
+        etags={name: etag for name, (_, etag) in brought.items()},
+    )
+
+
+def verify_release(
+    store: ObjectStore,
+    model: str,
+    release: str,
+    *,
+    etags: Mapping[str, str] | None = None,
+    read_back: bool = False,
+) -> Manifest:
+    """Check that a release is complete: its manifest is its own, and every file is there with its size and hash.
+
+    etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one listing
+    tells; without them each file is asked for the hash that the store knows of it. read_back: download and hash every
+    file instead, which finds what rotted in the store. Else only the manifest is downloaded. Raises ReleaseError with
+    the file, what was expected and what was found.
+    """
+    prefix = release_prefix(model, release)
+    manifest = read_manifest(store, model, release)
+    if etags is None:
+        names, require = manifest.files, _require_content if read_back else _require_object
+        at_once = FILES_AT_ONCE if read_back else SMALL_FILES_AT_ONCE
+        in_parallel(lambda name: require(store, prefix + name, names[name]), names, at_once)
+        return manifest
+    listed = _listed(store, prefix, manifest)
+    for name, entry in manifest.files.items():
+        found = listed.get(prefix + name)
+        if found is None:
+            raise _missing(prefix + name, entry)
+        if found.etag != etags.get(name):
+            _require_object(store, prefix + name, entry)
+    return manifest
+
+
+def read_manifest(store: ObjectStore, model: str, release: str, *, sha256: str | None = None) -> Manifest:
+    """A release's manifest. Raises ReleaseError when there is none, or it is not this release's.
+
+    sha256: hexadecimal hash that it must have, where a pointer says so.
+    """
+    key = release_prefix(model, release) + MANIFEST
+    found = store.get(key)
+    if found is None:
+        raise ReleaseError(
+            f"{key}: expected the manifest of a complete release, got none: it was never published to the end"
+        )
+    got = hashlib.sha256(found[0]).hexdigest()
+    if sha256 is not None and got != sha256:
+        raise ReleaseError(f"{key}: expected SHA-256 {sha256}, got {got}: it was altered after it went live")
+    manifest = decode_manifest(found[0])
+    if (manifest.model, manifest.release) != (model, release):
+        raise ReleaseError(
+            f"{key}: expected the manifest of {model} {release}, got that of {manifest.model} {manifest.release}"
+        )
+    return manifest
+
+
+def fetch_release(
+    store: ObjectStore,
+    model: str,
+    release: str,
+    folder: Path,
+    *,
+    manifest_sha256: str | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Download a release into the new folder `folder`, with its MANIFEST.json. Writes to disk only.
+
+    The folder appears complete, by one rename, after every file was verified by hash; one that is there already is
+    verified instead. manifest_sha256: as in `read_manifest`. Raises ReleaseError for files that are missing or altered.
+    """
+    manifest = read_manifest(store, model, release, sha256=manifest_sha256)
+    if folder.exists():
+        verify_folder(folder, manifest)
+        return manifest
+    prefix = release_prefix(model, release)
+    meter = Meter(manifest.total_bytes, progress)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+
+    def fetch(name: str) -> None:
+        path = draft / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entry = manifest.files[name]
+        for last in (False, True):
+            if not store.download_file(prefix + name, path, meter.of(name)):
+                raise _missing(prefix + name, entry)
+            try:
+                require_file(path, entry)
+                break
+            except ReleaseError as error:
+                # Once may be the way here, twice is the bucket.
+                if last:
+                    raise ReleaseError(f"{prefix}{name}: altered in the bucket: {error}") from None
+        meter.finish(name, entry.bytes)
+
+    try:
+        draft.mkdir()
+        in_parallel(fetch, manifest.files)
+        (draft / MANIFEST).write_bytes(manifest.encode())
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Somebody else fetched the same release at the same time.
+            if not folder.is_dir():
+                raise
+            verify_folder(folder, manifest)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return manifest
+
+
+# ---- below
+
+
+def _listed(store: ObjectStore, prefix: str, manifest: Manifest) -> dict[str, ListedObject]:
+    """What the bucket lists of the manifest's files: the pages of a long listing at the same time, by expected name."""
+    keys = sorted(prefix + name for name in manifest.files)
+    ends = [*keys[LISTED_AT_ONCE - 1 : -1 : LISTED_AT_ONCE], keys[-1]]
+    begins = dict(zip(ends, ["", *ends], strict=False))
+    parts = in_parallel(lambda end: store.list_objects(prefix, after=begins[end], until=end), ends)
+    return {key: listed for part in parts for key, listed in part.items()}
+
+
+def _missing(key: str, entry: FileEntry) -> ReleaseError:
+    return ReleaseError(f"{key}: expected a file of {entry.bytes:,} bytes in the bucket, got none")
+
+
+def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> StoredObject:
+    """Raises ReleaseError unless the object has the entry's size and, by what the store knows of it, its hash."""
+    stored = store.head(key)
+    if stored is None:
+        raise _missing(key, entry)
+    if stored.bytes != entry.bytes:
+        raise ReleaseError(f"{key}: expected {entry.bytes:,} bytes in the bucket, got {stored.bytes:,}")
+    known = {sha256 for sha256 in (stored.sha256, stored.stored_sha256) if sha256 is not None}
+    if not known:
+        # Brought here by some other tool.
+        _require_content(store, key, entry)
+    elif known != {entry.sha256}:
+        raise ReleaseError(f"{key}: expected SHA-256 {entry.sha256} in the bucket, got {', '.join(sorted(known))}")
+    return stored
+
+
+def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
+    """Read the object back. Raises ReleaseError unless a reader gets exactly the entry's bytes."""
+    got = store.hash(key)
+    if got != (entry.sha256, entry.bytes):
+        raise ReleaseError(
+            f"{key}: expected SHA-256 {entry.sha256} and {entry.bytes:,} bytes when read back, got {got}; "
+            "delete it and publish again"
+        )

@@ -1,0 +1,133 @@
+"""What retraining decided, each time it was asked: one immutable object for each decision.
+
+They lie beside the history of the channel, which holds moves only: a night on which nothing moved is told here. A
+decision that the bucket did not take waits in the folder of its run for the next run of the model. So does what is to
+be said of a run that is killed before it can say anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import write_whole
+from train_and_ship.registry.bucket.keys import decisions_prefix
+from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
+from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.timeline import live_at
+from train_and_ship.registry.release.manifest import canonical_json
+
+SKIPPED, PROMOTED, KEPT, FAILED = "skipped", "promoted", "kept", "failed"
+"""Not trained; the candidate went live; the candidate did not, and is the challenger; no candidate, or a bad one."""
+WAITING = "decision.json"
+"""In the folder of a run: its decision, until the bucket takes it."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One answer to the question whether there is anything better to put live."""
+
+    model: str
+    channel: str
+    decision: str
+    """One of SKIPPED, PROMOTED, KEPT, FAILED."""
+    why: str
+    at: str
+    """UTC, ISO 8601 with milliseconds, by the clock of the machine that decided."""
+    flow_run: str
+    asked: str
+    """Who or what asked: the schedule, a person, an event."""
+    live: str
+    """The release that was live when it was asked; empty when none was."""
+    changed: Mapping[str, str] = field(default_factory=dict)
+    """What is not as it was for the live release: code, data, config, environment, to how."""
+    inputs: str = ""
+    """Digest of code, data, configuration, environment and start: what the candidate was made of."""
+    start: str = ""
+    """The release whose weights training began with; empty when it began from scratch, or there was none."""
+    candidate: str = ""
+    mlflow_version: str = ""
+    """Of the candidate."""
+    seconds: float = 0.0
+    """From the question to the answer."""
+    streak: int = 0
+    """How many times in a row it was skipped, this one included; 0 for any other answer."""
+
+    def encode(self) -> bytes:
+        return canonical_json({"format": _FORMAT, **asdict(self)})
+
+
+def record_decision(store: ObjectStore, decision: Decision, run: Path | None = None) -> None:
+    """Writes; can be repeated with the same decision. run: folder of the run, in which nothing waits from then on."""
+    put_immutable(store, _key(decision), decision.encode(), "another decision")
+    if run is not None:
+        (run / WAITING).unlink(missing_ok=True)
+
+
+def _key(decision: Decision) -> str:
+    time = f"{decided_at(decision):%Y%m%dT%H%M%S.%fZ}"
+    return f"{decisions_prefix(decision.model, decision.channel)}{time}-{decision.flow_run}.json"
+
+
+def keep_until_recorded(run: Path, decision: Decision) -> None:
+    """Leave a decision in the folder of its run, made when it is not there; `record_waiting` finds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / WAITING, decision.encode())
+
+
+def record_waiting(store: ObjectStore, runs: Path, but: Path | None = None) -> int:
+    """Record what waits in the runs of a model; returns how many. One that does not know what was live is told.
+
+    runs: folder of the model's runs; but: that of the run that asks, as no other one is at work. What a run recorded
+    later than what waits is its word. Writes; can be repeated. Raises ReleaseError for a file that is no decision.
+    """
+    waiting = sorted(path for path in runs.glob(f"*/{WAITING}") if path.parent != but)
+    for path in waiting:
+        decision = _decode(path.read_bytes(), str(path))
+        if _has_later(store, decision):
+            path.unlink()
+            continue
+        if not decision.live:
+            live = live_at(read_history(store, decision.model, decision.channel), decided_at(decision))
+            decision = replace(decision, live=live.release if live else "")
+        record_decision(store, decision)
+        path.unlink()
+    return len(waiting)
+
+
+def _has_later(store: ObjectStore, decision: Decision) -> bool:
+    own = f"-{decision.flow_run}.json"
+    known = store.list_keys(decisions_prefix(decision.model, decision.channel))
+    return any(key.endswith(own) and key > _key(decision) for key in known)
+
+
+def read_decisions(store: ObjectStore, model: str, channel: str, last: int) -> list[Decision]:
+    """The last so many decisions, oldest first. Raises ReleaseError for what is none."""
+    # Keys begin with the time, so their order is that of the decisions.
+    keys = sorted(store.list_keys(decisions_prefix(model, channel)))[-last:]
+
+    def read(key: str) -> Decision | None:
+        found = store.get(key)
+        return None if found is None else _decode(found[0], key)
+
+    return [decision for decision in in_parallel(read, keys) if decision is not None]
+
+
+def decided_at(decision: Decision) -> datetime:
+    return datetime.fromisoformat(decision.at)
+
+
+def _decode(encoded: bytes, key: str) -> Decision:
+    try:
+        document = json.loads(encoded)
+        if document.pop("format") != _FORMAT:
+            raise ValueError("another format")
+        return Decision(**document)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ReleaseError(f"{key}: expected the record of a decision, got {type(error).__name__}: {error}") from None

@@ -1,0 +1,332 @@
+"""Rollback, and promotion of a release that is in the bucket already: both verify the target before they move.
+
+All raise RequestError for what cannot be asked for, ReleaseError for a release that is damaged, and the errors of
+`move_channel`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ShipError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import release_prefix, require_channel
+from train_and_ship.registry.bucket.releases import verify_release
+from train_and_ship.registry.bucket.signing import require_signer
+from train_and_ship.registry.channels.aliases import version_of
+from train_and_ship.registry.channels.history import find_record
+from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.timeline import rollback_target
+from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
+from train_and_ship.registry.tracking.rest import model_registry
+
+if TYPE_CHECKING:
+    from train_and_ship.registry.job.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A release that is to go live on a channel, and what was live when that was decided."""
+
+    model: str
+    channel: str
+    release: str
+    mlflow_version: str
+    """Empty when nobody could tell."""
+    live: Pointer | None
+    """What it is to replace."""
+    expects_live: bool
+    """Given up when something else is live by then: nobody named the release, or this very move was approved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A target and what was live, measured by one process on the same held-out samples."""
+
+    live: str
+    """The release that was live; empty when nothing was."""
+    samples: int
+    """How many; 0 where the samples are not within reach, so that only recorded numbers can be compared."""
+    candidate: Mapping[str, float]
+    against: Mapping[str, float]
+    """The live release's numbers."""
+    problem: str
+    """Why the live release could not be measured; empty when it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A target whose bytes are what its manifest says."""
+
+    target: Target
+    manifest: Manifest
+    verdicts: Mapping[str, str]
+    scored: Scored | None = None
+    """None when nobody has run it."""
+
+
+class OtherLive(Exception):
+    """What is live is not what the target was measured beside: measure again."""
+
+    def __init__(self, live: Pointer | None) -> None:
+        super().__init__("another release went live")
+        self.live = live
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mover:
+    """Who asks for a move, and why."""
+
+    by: str
+    why: str
+    flow_run: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.why.strip():
+            raise RequestError('why: expected a reason for the record, such as --why "errors since 14:00", got nothing')
+
+
+def choose_rollback(store: ObjectStore, model: str, channel: str, release: str | None, tracking_uri: str) -> Target:
+    """What a rollback goes back to: `release`, or what was live before this one. Reads only."""
+    require_channel(channel)
+    live = read_pointer(store, model, channel)
+    if release is not None:
+        _require_another(live, release)
+        return _target(store, model, channel, release, live, tracking_uri)
+    if live is None:
+        raise RequestError(f"{model}: nothing is live on {channel!r}, so there is nothing to go back from; use --to")
+    before = rollback_target(live, lambda generation: _record_of(store, model, channel, generation))
+    if before is None:
+        raise RequestError(
+            f"{model} {channel}: expected a release that was live before {live.release}, found none; name one with --to"
+        )
+    return Target(
+        model=model,
+        channel=channel,
+        release=before.release,
+        mlflow_version=before.mlflow_version,
+        live=live,
+        expects_live=True,
+    )
+
+
+def choose_promotion(store: ObjectStore, model: str, channel: str, release: str, tracking_uri: str) -> Target:
+    """An existing release for a channel. Reads only."""
+    require_channel(channel)
+    live = read_pointer(store, model, channel)
+    _require_another(live, release)
+    return _target(store, model, channel, release, live, tracking_uri)
+
+
+def verify_target(
+    store: ObjectStore, target: Target, *, read_back: bool = True, public_key: Path | None = None
+) -> Verified:
+    """Check every byte of the target, or with read_back=False what the store says of its files. Reads only.
+
+    public_key: file (PEM) of the key that has to have signed it; None asks for no signature.
+    """
+    manifest = verify_release(store, target.model, target.release, read_back=read_back)
+    how = "read back and hashed" if read_back else "checked by what the store says of them"
+    said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
+    signed = require_signer(store, manifest, public_key)
+    return Verified(target=target, manifest=manifest, verdicts={"bytes": said, **signed})
+
+
+def roll_back(store: ObjectStore, verified: Verified, mover: Mover) -> Pointer:
+    """Move the channel to the target. No gate is asked, and what is live may be broken.
+
+    RequestError when the target expects what was live, and something else went live meanwhile.
+    """
+    target = verified.target
+    return _move(store, verified, mover, kind=ROLLBACK, replacing=lambda live: _require_unchanged(target, live))
+
+
+def promote_existing(
+    store: ObjectStore,
+    verified: Verified,
+    mover: Mover,
+    *,
+    gates: bool = True,
+    again: bool = False,
+    verdicts: Mapping[str, str] | None = None,
+) -> Pointer:
+    """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`: GateError.
+
+    gates: False leaves them out, which the record says. again: also a release that a rollback has just left.
+    verdicts: more for the record. Raises OtherLive when the target was measured beside a release that is not live.
+    """
+    target = verified.target
+    job = release_job(store, target) if gates else None
+
+    def accept(live: Pointer | None, manifest: Manifest | None) -> Mapping[str, str]:
+        if job is None or live is None or manifest is None:
+            return {"vs_live": "not asked" if job is None else "nothing was live"}
+        return _require_not_worse(job, verified, live, manifest)
+
+    def replacing(live: Pointer | None) -> None:
+        _require_unchanged(target, live)
+        if not again:
+            require_not_rolled_back(target.release, live)
+        if gates and verified.scored is not None and verified.scored.live != (live.release if live else ""):
+            raise OtherLive(live)
+
+    return _move(
+        store,
+        verified,
+        mover,
+        kind=PROMOTION,
+        replacing=replacing,
+        accept=accept if gates else None,
+        verdicts={**(verdicts or {}), **({} if gates else {"vs_live": "not asked"})},
+    )
+
+
+def require_not_rolled_back(release: str, live: Pointer | None) -> None:
+    """Raises GateError when what is live is there because a rollback left `release`."""
+    if live is not None and live.kind == ROLLBACK and live.previous == release:
+        raise GateError(
+            f"{live.model} {live.channel}: release {release} was taken off by a rollback "
+            f"({live.moved_by}, {live.moved_at}: {live.reason}) and does not go live again by itself; "
+            f"`ship promote {live.model} --from {release[:8]} --to {live.channel} --again --why …` puts it back"
+        )
+
+
+def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, begun: str) -> None:
+    """Raises GateError when what is live comes from a run that was begun later than the one that made `release`.
+
+    begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it. What is live
+    and does not say when it was begun, or is broken, keeps nobody out.
+    """
+    from train_and_ship.registry.diff import read_told
+
+    if live is None or live.release == release:
+        return
+    try:
+        later = str(read_told(store, live.model, live.release).document(LINEAGE).get("begun", ""))
+    except ReleaseError:
+        return
+    if later > begun:
+        raise GateError(
+            f"{live.model} {live.channel}: release {live.release} is live and comes from a run that began later "
+            f"({later}) than this one ({begun}), which is not put in its place; a new run is held against it"
+        )
+
+
+def release_job(store: ObjectStore, target: Target) -> Job:
+    """The job that made the target. Raises GateError when it cannot be read, for then its gates cannot be asked."""
+    from pydantic import ValidationError
+
+    from train_and_ship.registry.job.job import Job
+
+    key = release_prefix(target.model, target.release) + JOB
+    found = store.get(key)
+    try:
+        if found is None:
+            raise ReleaseError(f"{key}: expected the job that made the release, got none")
+        return Job.model_validate(json.loads(found[0]))
+    except (ValidationError, ValueError, ReleaseError) as error:
+        raise GateError(
+            f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"
+        ) from None
+
+
+def described(live: Pointer | None) -> str:
+    """One line on what is live: release, since when, by whom and why."""
+    if live is None:
+        return "nothing is live"
+    since = f"generation {live.generation}, {live.moved_at}, {live.moved_by}: {live.reason}"
+    return f"release {live.release} is live ({since})"
+
+
+# ---- below
+
+
+def _target(
+    store: ObjectStore, model: str, channel: str, release: str, live: Pointer | None, tracking_uri: str
+) -> Target:
+    try:
+        version = version_of(model_registry(tracking_uri), model, release, "") or ""
+    except ShipError:
+        # The record then names none, and the alias is found by the release, once MLflow is back.
+        version = ""
+    return Target(model=model, channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
+
+
+def _require_unchanged(target: Target, live: Pointer | None) -> None:
+    if target.expects_live and live != target.live:
+        raise RequestError(
+            f"{target.model} {target.channel}: not moved, because somebody else moved it meanwhile: {described(live)}. "
+            "Look again, then ask again if you still want to"
+        )
+
+
+def _require_another(live: Pointer | None, release: str) -> None:
+    if live is not None and live.release == release:
+        raise RequestError(f"{live.model} {live.channel}: {described(live)} already; nothing was moved")
+
+
+def _record_of(store: ObjectStore, model: str, channel: str, generation: int) -> Pointer:
+    move = find_record(store, model, channel, generation)
+    if move is None:
+        raise RequestError(
+            f"{model} {channel}: the record of generation {generation} is lost, so what was live before is not known; "
+            f"name a release with --to, or try `ship doctor {model}` first"
+        )
+    return move
+
+
+def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Manifest) -> Mapping[str, str]:
+    """The target's own gates against what is live, by what was measured, or else by what both say of themselves.
+
+    manifest: of the live release. Returns what was compared, for the record. Raises GateError.
+    """
+    from train_and_ship.registry.gates import Beside, require_good_enough
+
+    gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
+    scored = verified.scored
+    if scored is not None and scored.samples:
+        mine, theirs = scored.candidate, scored.against
+        problem, how = scored.problem, f"both measured on {scored.samples:,} held-out samples"
+    else:
+        mine, theirs = verified.manifest.metrics, manifest.metrics
+        problem, how = "", "as recorded when each was made"
+    # Nobody drew samples anew here, so `release.policy` is not asked: a person is.
+    require_good_enough(job, Beside(live=live.release, candidate=mine, theirs=theirs, problem=problem), policy=False)
+    said = [f"{metric} {mine[metric]:.4g} against {theirs[metric]:.4g}" for metric in gated]
+    # Times can only be compared when they are measured side by side, which train-and-ship does.
+    timed = [name for name, gate in job.gates.items() if gate.times_live is not None]
+    more = {"times_live": f"not measured: {', '.join(timed)}"} if timed else {}
+    compared = f"{'; '.join(said)}, {how}" if said else "no such gate"
+    return {"vs_live": f"{compared} (live {live.release})", **more}
+
+
+def _move(
+    store: ObjectStore,
+    verified: Verified,
+    mover: Mover,
+    *,
+    kind: str,
+    replacing: Callable[[Pointer | None], None],
+    accept: Callable[[Pointer | None, Manifest | None], Mapping[str, str]] | None = None,
+    verdicts: Mapping[str, str] | None = None,
+) -> Pointer:
+    target = verified.target
+    return move_channel(
+        store,
+        verified.manifest,
+        model=target.model,
+        channel=target.channel,
+        reason=mover.why,
+        moved_by=mover.by,
+        flow_run=mover.flow_run,
+        mlflow_version=target.mlflow_version,
+        accept=accept,
+        replacing=replacing,
+        kind=kind,
+        verdicts={**verified.verdicts, **(verdicts or {})},
+    )

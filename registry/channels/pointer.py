@@ -1,0 +1,104 @@
+"""The pointer of a channel: what is live, and the record of the move that made it so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.release.manifest import canonical_json, require_release_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointer:
+    """What is live on a channel, and the record of the move that made it so."""
+
+    model: str
+    channel: str
+    generation: int
+    """1 for the first move of a channel, one more for each."""
+    release: str
+    manifest_sha256: str
+    """Hexadecimal SHA-256 of the release's MANIFEST.json."""
+    previous: str | None
+    """The release that was live before."""
+    nonce: str
+    """Random; by it a mover knows its own move."""
+    moved_at: str
+    """UTC, ISO 8601, by the mover's clock."""
+    moved_by: str
+    reason: str
+    flow_run: str
+    """Id of the flow run that moved it; empty outside a flow."""
+    mlflow_version: str
+    """Version of the model in MLflow; empty when it has none."""
+    kind: str = ""
+    """`rollback` for a move away from a release that disappointed; empty for a promotion."""
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    """What was proven before the move, by gate, in words."""
+    etag: str = field(default="", compare=False)
+    """The object's ETag when it was read; no part of the record."""
+
+    def encode(self) -> bytes:
+        """The record as canonical JSON. The last two fields are left out when empty."""
+        record: dict[str, Any] = {name: getattr(self, name) for name in _TEXTS}
+        record |= {"format": _POINTER_FORMAT, "generation": self.generation, "previous": self.previous}
+        if self.kind:
+            record["kind"] = self.kind
+        if self.verdicts:
+            record["verdicts"] = dict(self.verdicts)
+        return canonical_json(record)
+
+
+PROMOTION, ROLLBACK = "", "rollback"
+
+_POINTER_FORMAT = 1
+_TEXTS = (
+    *("model", "channel", "release", "manifest_sha256", "nonce"),
+    *("moved_at", "moved_by", "reason", "flow_run", "mlflow_version"),
+)
+
+
+def read_pointer(store: ObjectStore, model: str, channel: str) -> Pointer | None:
+    """What is live on a channel, with the ETag it was read under; None on an unused channel."""
+    key = pointer_key(model, channel)
+    found = store.get(key)
+    if found is None:
+        return None
+    pointer = decode_pointer(found[0], key)
+    if (pointer.model, pointer.channel) != (model, channel):
+        raise ReleaseError(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
+    return replace(pointer, etag=found[1])
+
+
+def decode_pointer(encoded: bytes, key: str) -> Pointer:
+    """Raises ReleaseError unless it is what `Pointer.encode` writes."""
+    try:
+        document = json.loads(encoded)
+        if document.get("format") != _POINTER_FORMAT:
+            raise ReleaseError(f"{key}: expected format {_POINTER_FORMAT}, got {document.get('format')!r}")
+        pointer = Pointer(
+            **{name: document[name] for name in _TEXTS},
+            generation=document["generation"],
+            previous=document["previous"],
+            kind=document.get("kind", PROMOTION),
+            verdicts=document.get("verdicts", {}),
+        )
+        texts = [pointer.previous or "", pointer.kind, *(getattr(pointer, name) for name in _TEXTS)]
+        texts += [text for item in pointer.verdicts.items() for text in item]
+        if not all(isinstance(text, str) for text in texts) or type(pointer.generation) is not int:
+            raise TypeError("a value of another type")
+        if pointer.generation < 1:
+            raise ValueError(f"generation {pointer.generation}")
+        if pointer.encode() != encoded:
+            raise ValueError("other keys or another spelling")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ReleaseError(f"{key}: expected the record of a move, got {type(error).__name__}: {error}") from None
+    require_release_id(pointer.release)
+    if pointer.previous is not None:
+        require_release_id(pointer.previous)
+    return pointer

@@ -1,0 +1,202 @@
+"""Snapshots of data: a folder, or a prefix of a bucket, with a manifest that names every file by hash and size.
+
+The manifest's own hash says which data it is, without reading any of it; before training every file is verified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from train_and_ship.infra.errors import JobError, PreconditionFailed, ReleaseError, RequestError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import write_whole
+from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.job.data import Snapshot
+from train_and_ship.registry.release.manifest import (
+    FileEntry,
+    canonical_json,
+    file_hash,
+    require_file,
+    require_relative,
+    walk,
+)
+
+SNAPSHOT = "SNAPSHOT.json"
+_FORMAT = 1
+Stores = Callable[[str], ObjectStore]
+"""The store of a bucket by its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a snapshot holds."""
+
+    files: Mapping[str, FileEntry]
+    """By relative POSIX path."""
+    sha256: str
+    """Of its manifest, hexadecimal: which data it is."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def take(folder: Path) -> Contents:
+    """Hash every file below a folder and write its manifest, atomically. Raises RequestError for an empty folder,
+    ReleaseError for links and special files."""
+    files = {}
+    for name, path in walk(folder):
+        if name != SNAPSHOT:
+            require_relative(name)
+            digest, size = file_hash(path)
+            files[name] = FileEntry(sha256=digest, bytes=size)
+    if not files:
+        raise RequestError(f"{folder}: expected at least one file, found none")
+    body = _encode(files)
+    write_whole(folder / SNAPSHOT, body)
+    return Contents(files=files, sha256=sha256(body).hexdigest())
+
+
+def publish_snapshot(folder: Path, contents: Contents, store: ObjectStore, prefix: str) -> int:
+    """Upload what the bucket lacks, the manifest last; returns the bytes that were sent. Can be repeated.
+
+    A file is never replaced, so a snapshot grows by new names; its manifest is. Raises ReleaseError for a name that
+    holds other content there.
+    """
+
+    def bring(name: str) -> int:
+        key, entry = prefix + name, contents.files[name]
+        try:
+            store.upload_file_new(folder / name, key, entry.sha256)
+            return entry.bytes
+        except PreconditionFailed:
+            if store.hash(key) != (entry.sha256, entry.bytes):
+                raise ReleaseError(
+                    f"s3://{store.bucket}/{key}: expected nothing or the same {entry.bytes:,} bytes, got another file; "
+                    "files of a snapshot are never replaced: give the new one another name"
+                ) from None
+            return 0
+
+    sent = sum(in_parallel(bring, sorted(contents.files)))
+    body = (folder / SNAPSHOT).read_bytes()
+    there = store.get(prefix + SNAPSHOT)
+    if there is None:
+        store.put_new(prefix + SNAPSHOT, body)
+    elif there[0] != body:
+        store.replace(prefix + SNAPSHOT, body, there[1])
+    return sent
+
+
+def identify(snapshot: Snapshot, project: Path, stores: Stores) -> Contents:
+    """Read the manifest, and see whether names and sizes are as it says; no file is read.
+
+    Raises JobError when there is no manifest, or another one than the job pins, or when files were added, removed or
+    resized after it was made: then it would hide that the data has changed.
+    """
+    bucket, prefix = split_address(snapshot.path)
+    if bucket:
+        store = stores(bucket)
+        found = store.get(prefix + SNAPSHOT)
+        body, where = (found[0] if found else None), f"s3://{bucket}/{prefix}{SNAPSHOT}"
+        there = {key.removeprefix(prefix): size for key, size in store.list_keys(prefix).items()}
+    else:
+        folder = _local(snapshot, project)
+        path = folder / SNAPSHOT
+        body, where = (path.read_bytes() if path.is_file() else None), str(path)
+        there = {name: found.stat().st_size for name, found in walk(folder)} if body is not None else {}
+    if body is None:
+        raise JobError(f"data.snapshot: expected {where}, found none; `ship snapshot FOLDER` writes it")
+    digest = sha256(body).hexdigest()
+    if snapshot.sha256 is not None and digest != snapshot.sha256:
+        raise JobError(
+            f"data.snapshot: {where}: expected SHA-256 {snapshot.sha256}, as the job file says, got {digest}: it is "
+            "another snapshot"
+        )
+    files = _decode(body, where)
+    there.pop(SNAPSHOT, None)
+    said = {name: entry.bytes for name, entry in files.items()}
+    if there != said:
+        name = min(name for name in there.keys() | said.keys() if there.get(name) != said.get(name))
+        raise _not_as_said(f"{where} says {name}: {_size(said.get(name))}, and there is {_size(there.get(name))}")
+    return Contents(files=files, sha256=digest)
+
+
+def _size(size: int | None) -> str:
+    return "no such file" if size is None else f"{size:,} bytes"
+
+
+def _not_as_said(what: str) -> JobError:
+    return JobError(
+        f"data.snapshot: {what}; the data is not what its manifest says. `ship snapshot` takes a new one, if it was "
+        "meant to change"
+    )
+
+
+def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Path) -> tuple[Path, Contents]:
+    """The folder of a snapshot, every file verified; one in a bucket is downloaded into the cache, what it lacks of it.
+
+    Raises JobError with the file, what was expected and what was found.
+    """
+    contents = identify(snapshot, project, stores)
+    bucket, prefix = split_address(snapshot.path)
+    folder = cache / contents.sha256[:20] if bucket else _local(snapshot, project)
+
+    def verify(name: str) -> None:
+        path, entry = folder / name, contents.files[name]
+        if bucket and not (path.is_file() and file_hash(path) == (entry.sha256, entry.bytes)):
+            _download(stores(bucket), prefix + name, path)
+        require_file(path, entry)
+
+    try:
+        in_parallel(verify, sorted(contents.files))
+    except ReleaseError as error:
+        raise _not_as_said(str(error)) from error
+    return folder, contents
+
+
+def _download(store: ObjectStore, key: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not store.download_file(key, part):
+        raise ReleaseError(f"s3://{store.bucket}/{key}: expected a file of the snapshot, found none")
+    part.replace(path)
+
+
+def split_address(path: str) -> tuple[str, str]:
+    """(bucket, prefix that ends with /) of `s3://bucket/prefix`; two empty texts for a folder."""
+    parts = urlsplit(path)
+    if parts.scheme != "s3":
+        return "", ""
+    prefix = parts.path.strip("/")
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def _local(snapshot: Snapshot, project: Path) -> Path:
+    return (project / snapshot.path).resolve()
+
+
+def _encode(files: Mapping[str, FileEntry]) -> bytes:
+    table = {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
+    return canonical_json({"format": _FORMAT, "files": table})
+
+
+def _decode(body: bytes, where: str) -> dict[str, FileEntry]:
+    try:
+        document = json.loads(body)
+        if document["format"] != _FORMAT:
+            raise ValueError(f"format {document['format']!r}")
+        files = {
+            str(name): FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+            for name, entry in document["files"].items()
+        }
+        for name in files:
+            require_relative(name)
+        return files
+    except (ValueError, TypeError, KeyError, AttributeError, ReleaseError) as error:
+        raise JobError(f"data.snapshot: {where}: expected the manifest of a snapshot, got {error}") from None

@@ -1,0 +1,175 @@
+"""What changed between two releases. Reads only: manifests, job, verdicts, lineage and packages, no artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.release.manifest import DATA as DATA_FILE
+from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest
+from train_and_ship.registry.tracking.description import PARITY, file_size, number
+
+NONE = "–"
+"""A value that one of the two does not have."""
+CODE = ("git_commit", "shipping_git_commit")
+DATA = ("data_fingerprint", "train_samples", "validation_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One value that is not the same in both."""
+
+    group: str
+    """One of GROUPS."""
+    name: str
+    before: str
+    after: str
+    change: str = ""
+    """How much, where both are numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a release tells about itself."""
+
+    manifest: Manifest
+    files: Mapping[str, str]
+    """Text of each file that tells how it came to be, where it has it."""
+
+    def document(self, name: str) -> Mapping[str, Any]:
+        found = json.loads(self.files.get(name, "{}"))
+        return found if isinstance(found, dict) else {}
+
+
+def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
+    """Everything that differs between two releases, by group. Raises ReleaseError when one has no manifest."""
+    one, two = read_told(store, model, before), read_told(store, model, after)
+    return [difference for group, tell in GROUPS.items() for difference in _differences(group, tell(one), tell(two))]
+
+
+def read_told(store: ObjectStore, model: str, release: str) -> Told:
+    """What a release tells about itself, verified. Raises ReleaseError when a file is not what the manifest says."""
+    manifest = read_manifest(store, model, release)
+    names = [name for name in (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT) if name in manifest.files]
+    found = in_parallel(lambda name: store.get(release_prefix(model, release) + name), names)
+    for name, item in zip(names, found, strict=True):
+        if item is None or hashlib.sha256(item[0]).hexdigest() != manifest.files[name].sha256:
+            raise ReleaseError(f"{release_prefix(model, release)}{name}: expected what the manifest says, got another")
+    return Told(
+        manifest=manifest, files={name: item[0].decode() for name, item in zip(names, found, strict=True) if item}
+    )
+
+
+def _differences(group: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[Difference]:
+    # In the order in which they are told; what only the second has comes last.
+    for name in dict.fromkeys([*left, *right]):
+        before, after = left.get(name), right.get(name)
+        if before == after:
+            continue
+        change = ""
+        if isinstance(before, int | float) and isinstance(after, int | float) and not isinstance(before, bool):
+            change = f"{after - before:+.4g}" + (f" ({(after - before) / before:+.1%})" if before else "")
+        yield Difference(
+            group=group, name=name, before=_shown(group, before), after=_shown(group, after), change=change
+        )
+
+
+def _shown(group: str, value: Any) -> str:
+    if value is None:
+        return NONE
+    if group == "size":
+        return file_size(value)
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _parity(told: Told) -> dict[str, float]:
+    """How much of the allowed difference each format uses at its worst."""
+    found: dict[str, float] = {}
+    for verdict in told.document(VERDICTS).get("verdicts", []):
+        if verdict["gate"] == PARITY and verdict["measured"] is not None:
+            found[verdict["format"]] = max(found.get(verdict["format"], 0.0), verdict["measured"])
+    return found
+
+
+def _latencies(told: Told) -> dict[str, Any]:
+    """Milliseconds, by format and batch, and what was fastest."""
+    verdicts = told.document(VERDICTS)
+    found: dict[str, Any] = {
+        f"{kind} {name}": value
+        for kind, values in verdicts.get("metrics", {}).items()
+        for name, value in values.items()
+        if name.startswith("p50_ms")
+    }
+    for kind, item in ((verdicts.get("speed") or {}).get("measured") or {}).items():
+        if item["load_ms"] is not None:
+            found[f"{kind} load_ms"] = item["load_ms"]
+        for speed in item["speeds"]:
+            found |= {f"{kind} {name}.batch_{speed['batch']}": speed[name] for name in ("p50_ms", "p99_ms")}
+    return found | {f"recommended for {purpose}": kind for purpose, kind in told.manifest.serve.items()}
+
+
+def _sizes(told: Told) -> dict[str, int]:
+    """Bytes of each file, and of all."""
+    sizes = {name: entry.bytes for name, entry in told.manifest.files.items()}
+    return {**sizes, "all files": told.manifest.total_bytes}
+
+
+def _signature(told: Told) -> dict[str, str]:
+    """Each tensor's dtype and shape, and the file of each format."""
+    tensors = {
+        f"{side[:-1]} {tensor['name']}": f"{tensor['dtype']} {tensor['shape']}"
+        for side, listed in told.manifest.signature.items()
+        if side in ("inputs", "outputs")
+        for tensor in listed
+    }
+    return {**tensors, **{f"format {kind}": path for kind, path in told.manifest.formats.items()}}
+
+
+def _lineage(told: Told, names: tuple[str, ...]) -> dict[str, Any]:
+    lineage = told.document(LINEAGE)
+    return {name: lineage[name] for name in names if name in lineage}
+
+
+def _inputs(told: Told, name: str) -> dict[str, Any]:
+    """The fingerprint by which retraining knows that something is as it was."""
+    found = told.document(LINEAGE).get("inputs", {}).get(name)
+    return {} if found is None else {"fingerprint": found}
+
+
+def packages_of(told: Told) -> dict[str, str]:
+    """Version of every package that was installed."""
+    lines = told.files.get(ENVIRONMENT, "").split()
+    return dict(line.split("==", 1) for line in lines if "==" in line)
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a document by their path: `train.epochs`."""
+    if not isinstance(value, dict) or not value:
+        return {path: value} if path else {}
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= flat(inner, f"{path}.{name}" if path else str(name))
+    return found
+
+
+GROUPS: Mapping[str, Callable[[Told], Mapping[str, Any]]] = {
+    "metrics": lambda told: told.manifest.metrics,
+    "parity": _parity,
+    "latency": _latencies,
+    "size": _sizes,
+    "signature": _signature,
+    "code": lambda told: {**_lineage(told, CODE), **_inputs(told, "code")},
+    "data": lambda told: {**_lineage(told, DATA), **_inputs(told, "data")},
+    "training": lambda told: flat(told.document(LINEAGE).get("training_environment", {})),
+    "packages": packages_of,
+    "job": lambda told: flat(told.document(JOB)),
+}
+"""What is compared, in the order in which it is shown: value by name."""

@@ -1,0 +1,184 @@
+"""The `export` part of a job file: which artifacts are made, and which of their dimensions stay dynamic."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from train_and_ship.registry.job.base import Part
+
+Format = Literal["torchscript", "onnx", "pt2", "aoti", "executorch"]
+OPT_IN: tuple[Format, ...] = ("executorch",)
+"""What `auto` does not try: it asks more of a job than a model does."""
+Axis = Annotated[int, Field(ge=1)]
+
+
+def _is_dimension(name: str) -> str:
+    if not name.isidentifier():
+        raise ValueError("letters, digits and underscores, such as length")
+    if name == "batch":
+        raise ValueError("another name than batch: the first dimension of every input is dynamic already")
+    return name
+
+
+class Dynamic(Part):
+    """A dimension whose size may change from call to call, and where it is in the inputs."""
+
+    axes: dict[str, Axis | Annotated[tuple[Axis, ...], Field(strict=False, min_length=1)]] = Field(
+        min_length=1, description="input name: axis, or a list of axes, counted from 0, which is the batch"
+    )
+    min: int = Field(1, ge=1, description="smallest size that users will send")
+    max: int | None = Field(None, ge=1, description="largest size; no limit when absent")
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.max is not None and self.max <= self.min:
+            raise ValueError(f"min < max, and {self.min} >= {self.max}")
+        return self
+
+
+Int8 = Literal["onnx-int8-dynamic", "onnx-int8-static", "pt2e-int8"]
+
+
+class Quantize(Part):
+    """Which int8 variants are tried, and what they have to keep to: one that does not is left out of the release."""
+
+    formats: Literal["auto"] | Annotated[tuple[Int8, ...], Field(strict=False, min_length=1)] = Field(
+        "auto",
+        description="onnx-int8-dynamic and onnx-int8-static by ONNX Runtime, pt2e-int8 by torchao and AOTInductor "
+        "(needs the extra torchao and a C++ compiler); auto: the first two",
+    )
+    samples: int = Field(256, ge=1, description="training samples from which the ranges of activations are taken")
+    sqnr_db: float = Field(
+        30, gt=0, description="smallest ratio of signal to quantization noise on validation samples, in decibels"
+    )
+    agreement: float = Field(
+        0.99, ge=0, le=1, description="smallest share of validation predictions that are the model's own"
+    )
+    flip_margin: float = Field(
+        0.25,
+        ge=0,
+        description="how sure the model may have been of a prediction that differs, in units of its median margin "
+        "(difference of the two best scores)",
+    )
+    metric_loss: float = Field(
+        0.01,
+        ge=0,
+        description="largest loss of any quality metric: of accuracy its difference, of an error that share of it",
+    )
+    speedup: float = Field(
+        1.1,
+        gt=0,
+        description="how many times as fast as its float format it has to be, at batch 1 or at the largest measured",
+    )
+
+    @property
+    def wanted(self) -> tuple[Int8, ...]:
+        """The variants to try."""
+        return ("onnx-int8-dynamic", "onnx-int8-static") if self.formats == "auto" else self.formats
+
+
+class Export(Part):
+    """What is made of the trained weights."""
+
+    formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = Field(
+        ("torchscript", "onnx", "pt2"),
+        description="artifacts of the release; auto: every format that can capture the model, aoti where a C++ "
+        "compiler is, and the reasons of those that cannot; executorch only by name: it needs the extra edge and a "
+        "largest size of every dynamic dimension",
+    )
+    batch: int = Field(64, ge=2, description="batch size at which the model is captured; the batch stays dynamic")
+    max_batch: int | None = Field(
+        None, ge=2, description="largest batch that users will send; no limit when absent, which executorch needs"
+    )
+    dynamic: dict[Annotated[str, AfterValidator(_is_dimension)], Dynamic] = Field(
+        default_factory=dict, description="further dynamic dimensions by name, see below"
+    )
+    libraries: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part "
+        "of the release",
+    )
+    quantize: Literal["none", "auto"] | Quantize = Field(
+        "none", description="int8 variants beside the formats; auto: with the defaults below"
+    )
+    serve: Literal["auto", "none"] | Format | Int8 = Field(
+        "auto",
+        description="what the release recommends to serve with: auto measures every format at batch 1, 8 and 64 and "
+        "names the fastest for latency and for throughput; a format, that one, measured too; none, nothing is measured "
+        "unless a gate asks for it",
+    )
+    threads: int | None = Field(
+        None, ge=1, description="threads of every runtime while it is measured; those of a rank when absent"
+    )
+    validation_samples: int = Field(
+        10_000, ge=1, description="at most this many validation samples are used to gate artifacts"
+    )
+
+    @model_validator(mode="after")
+    def _no_duplicates(self) -> Self:
+        if self.formats != "auto" and len(set(self.formats)) != len(self.formats):
+            raise ValueError("each format once")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        if self.max_batch is not None and self.batch > self.max_batch:
+            raise ValueError(
+                f"export.batch, {self.batch} samples at which the model is captured, no larger than export.max_batch, "
+                f"{self.max_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _executorch_knows_every_end(self) -> Self:
+        if "executorch" in self.wanted:
+            ends = {"export.max_batch": self.max_batch}
+            ends |= {f"export.dynamic.{name}.max": dimension.max for name, dimension in self.dynamic.items()}
+            missing = [key for key, end in ends.items() if end is None]
+            if missing:
+                raise ValueError(
+                    f"{' and '.join(missing)}, the largest size that users will send, with formats: [executorch], "
+                    "which plans memory for it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _serves_what_it_makes(self) -> Self:
+        made = (*self.wanted, *self.int8.wanted) if self.int8 is not None else self.wanted
+        if self.serve not in ("auto", "none") and self.serve not in made:
+            raise ValueError(f"serve: auto, none or one of what is made ({', '.join(made)}), not {self.serve}")
+        if self.int8 is not None and "onnx" not in self.wanted:
+            for kind in self.int8.wanted:
+                if kind.startswith("onnx"):
+                    raise ValueError(f"onnx in export.formats, of which {kind} is made")
+        return self
+
+    @property
+    def int8(self) -> Quantize | None:
+        """What is asked of int8 variants; None when none are tried."""
+        if self.quantize == "none":
+            return None
+        return Quantize() if self.quantize == "auto" else self.quantize
+
+    @model_validator(mode="after")
+    def _each_axis_once(self) -> Self:
+        taken: dict[tuple[str, int], str] = {}
+        for name, dimension in self.dynamic.items():
+            for tensor, axes in dimension.axes.items():
+                for axis in axes if isinstance(axes, tuple) else (axes,):
+                    if (tensor, axis) in taken:
+                        raise ValueError(
+                            f"one name for axis {axis} of {tensor}, which is both {taken[tensor, axis]} and {name}"
+                        )
+                    taken[tensor, axis] = name
+        return self
+
+    @property
+    def wanted(self) -> tuple[Format, ...]:
+        """The formats to try."""
+        if self.formats == "auto":
+            return tuple(kind for kind in get_args(Format) if kind not in OPT_IN)
+        return self.formats

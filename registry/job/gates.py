@@ -1,0 +1,58 @@
+"""The `gates` part of a job file: limits on what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from train_and_ship.registry.job.base import Part
+
+METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
+    "accuracy": "higher",
+    "mean_squared_error": "lower",
+    "mean_absolute_error": "lower",
+}
+"""Quality metrics of ours, and which direction is better. A test keeps it equal to torchworker's."""
+
+SPEED_GATES = ("p50_ms", "p99_ms", "load_ms", "size_mb", "memory_mb")
+"""What else a gate can be put on: milliseconds of a call at batch 1 (median, 99th percentile), milliseconds until the
+first answer, megabytes of the file and of memory. A test keeps it equal to torchworker's."""
+
+
+class Gate(Part):
+    """Limits on one measurement; a candidate outside them is not registered and not promoted."""
+
+    min: float | None = Field(None, description="smallest value that passes; of quality only")
+    max: float | None = Field(None, description="largest value that passes")
+    vs_live: float | None = Field(
+        None,
+        description="smallest improvement over the live release that passes; negative allows a loss; of quality only",
+    )
+    times_live: float | None = Field(
+        None,
+        gt=0,
+        description="largest multiple of the live release's value that passes, both measured in one run: 1.1 allows a "
+        "tenth more; of p50_ms, p99_ms, load_ms, size_mb and memory_mb only",
+    )
+
+    @model_validator(mode="after")
+    def _has_limit(self) -> Self:
+        if self.min is None and self.max is None and self.vs_live is None and self.times_live is None:
+            raise ValueError("at least one of min, max, vs_live, times_live")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min <= max, and {self.min:g} > {self.max:g}")
+        return self
+
+
+def require_fitting(gates: Mapping[str, Gate]) -> None:
+    """Raises ValueError for a limit that what it is put on does not have."""
+    for name, gate in gates.items():
+        if name in SPEED_GATES:
+            if gate.min is not None or gate.vs_live is not None:
+                raise ValueError(f"only max and times_live for {name}, of which less is better")
+            if gate.max is not None and gate.max <= 0:
+                raise ValueError(f"a max above 0 for {name}")
+        elif gate.times_live is not None:
+            raise ValueError(f"vs_live for {name}; times_live is for {', '.join(SPEED_GATES)}")

@@ -1,0 +1,179 @@
+"""The part of a job file that says how a model is trained: `train`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from train_and_ship.registry.job.base import Factory, Part, Target
+from train_and_ship.registry.job.gates import SPEED_GATES
+from train_and_ship.registry.job.launcher import LOCAL, LauncherOption, check_train
+
+Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]
+Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+Schedule = Literal["constant", "cosine", "linear"]
+Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
+
+
+FOR_ANY_LOOP = frozenset({
+    "entrypoint", "args", "processes", "seed", "metrics", "threads", "checkpoint", "restarts", "hang_seconds",
+    "collective_seconds", "device", "backend", "launcher",
+})  # fmt: skip
+"""What also holds for a custom loop; the other keys are read by the built-in one."""
+
+
+class CustomMetric(Factory):
+    """A metric in your code: metric(outputs, target) over the whole validation set returns one number."""
+
+    better: Literal["higher", "lower"] = Field(description="which direction is an improvement")
+    name: str | None = Field(
+        None, pattern=r"^[a-z][a-z0-9_]{0,39}$", description="in gates and curves; the attribute's name when absent"
+    )
+
+    @property
+    def label(self) -> str:
+        return self.name or self.factory.rpartition(":")[2].rpartition(".")[2].lower()
+
+
+class Checkpoint(Part):
+    """When training saves its state. A run that dies goes on from its newest sound checkpoint."""
+
+    seconds: float = Field(300, gt=0, description="about how far apart checkpoints are")
+    steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints, instead of a time")
+    keep: int = Field(2, ge=1, description="complete checkpoints that stay")
+
+
+class Train(Part):
+    """How the model is trained."""
+
+    epochs: int | None = Field(None, ge=1, description="passes over the training data; required without entrypoint")
+    entrypoint: Target | None = Field(
+        None, description="a loop of your own, main(context, **args), in place of the built-in one; see custom-loops.md"
+    )
+    args: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the entrypoint")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="optimizer steps of an epoch, for an iterable dataset that has no len()"
+    )
+    processes: int = Field(1, ge=1, le=1024, description="ranks over all machines")
+    batch_size: int = Field(64, ge=1, description="samples per optimizer step over all processes")
+    seed: int = Field(0, ge=0, lt=2**63, description="of torch, NumPy and Python: initialisation, shuffling, dropout")
+    loss: Loss | Factory = Field("cross_entropy", description="a torch.nn.functional loss, or loss(outputs, target)")
+    optimizer: Optimizer | Factory = Field("adam", description="a torch.optim class, or factory(parameters, lr=…)")
+    learning_rate: float = Field(1e-3, gt=0, description="given to the optimizer as lr")
+    metrics: tuple[Metric | CustomMetric, ...] | None = Field(
+        None, strict=False, description="measured on the validation data; the loss decides when absent"
+    )
+    threads: int | None = Field(None, ge=1, description="torch threads of each process; cores ÷ processes when absent")
+    data_workers: int = Field(0, ge=0, description="DataLoader worker processes of each rank")
+    schedule: Schedule | Factory = Field(
+        "constant", description="learning rate by optimizer step: flat, to 0 by cosine or by a line, or a reference"
+    )
+    accumulate: int = Field(1, ge=1, description="forward and backward passes that make one optimizer step")
+    clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradients")
+    early_stopping: int | None = Field(
+        None, ge=1, description="epochs without a lower validation loss after which training stops"
+    )
+    checkpoint: Checkpoint = Checkpoint()
+    restarts: int = Field(
+        3, ge=0, description="launches in a row that may die without a new checkpoint before the run gives up"
+    )
+    hang_seconds: float = Field(30, gt=0, description="a rank that is silent for longer is handled as dead")
+    collective_seconds: float = Field(
+        600, gt=0, description="an exchange between ranks that takes longer is a lost connection"
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU for each process where the machine has any, else the CPU"
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="each process has the whole model, or a part of it (FSDP2)"
+    )
+    backend: Literal["gloo", "nccl"] | None = Field(
+        None, description="of the exchange between processes; nccl on GPUs and gloo on CPUs when absent"
+    )
+    comm_hook: Literal["fp16", "bf16"] | None = Field(
+        None, description="exchange ddp's gradients in half precision; bf16 needs nccl"
+    )
+    precision: Literal["float32", "bf16", "fp16"] = Field(
+        "float32", description="autocast in training; weights and validation stay in float32"
+    )
+    fused: bool = Field(False, description="fused kernels of adam, adamw or sgd")
+    channels_last: bool = Field(False, description="NHWC order for images and convolutions")
+    compile: bool = Field(False, description="torch.compile; needs a C++ compiler")
+    cudnn_benchmark: bool = Field(False, description="let cuDNN time its algorithms; for inputs of one shape, on GPUs")
+
+    launcher: LauncherOption = Field(
+        LOCAL, description="where ranks run: local, or torchrun, slurm or kubernetes with options; see launchers.md"
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_machines(self) -> Self:
+        check_train(self.launcher, self.processes, self.restarts)
+        return self
+
+    @model_validator(mode="after")
+    def _one_loop(self) -> Self:
+        if self.entrypoint is None:
+            if self.epochs is None:
+                raise ValueError("epochs, the passes over the training data, or entrypoint, a loop of your own")
+            if self.args:
+                raise ValueError("args only with entrypoint, the loop of your own that they are given to")
+        elif ignored := sorted(self.model_fields_set - FOR_ANY_LOOP):
+            raise ValueError(
+                f"no {' or '.join(ignored)} with entrypoint: only the built-in loop reads "
+                f"{'it' if len(ignored) == 1 else 'them'}; give your loop what it needs as args"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys that the chosen loop does not read."""
+        values: dict[str, Any] = dump(self)
+        if self.entrypoint is None:
+            return {name: value for name, value in values.items() if name not in ("entrypoint", "args")}
+        return {name: value for name, value in values.items() if name in FOR_ANY_LOOP}
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.entrypoint is None and self.batch_size % (self.processes * self.accumulate):
+            passes = f" × accumulate {self.accumulate}" if self.accumulate > 1 else ""
+            raise ValueError(
+                f"a batch_size that the processes can share evenly: {self.batch_size} is not a multiple of "
+                f"{self.processes}{passes}"
+            )
+        return self
+
+    @property
+    def custom_metrics(self) -> tuple[CustomMetric, ...]:
+        """Metrics in the user's code."""
+        return tuple(item for item in self.metrics or () if isinstance(item, CustomMetric))
+
+    @model_validator(mode="after")
+    def _switches_fit(self) -> Self:
+        if self.fused and (not isinstance(self.optimizer, str) or self.optimizer == "rmsprop"):
+            raise ValueError("fused: false for this optimizer; a factory takes it in its args")
+        if self.strategy == "fsdp":
+            self._require_fsdp()
+        if self.device == "cpu" and self.backend == "nccl":
+            raise ValueError("backend: gloo with device: cpu, because nccl exchanges between GPUs")
+        return self
+
+    def _require_fsdp(self) -> None:
+        if self.processes < 2:
+            raise ValueError("at least 2 processes with strategy: fsdp, which spreads the model over them")
+        if self.comm_hook is not None:
+            raise ValueError("no comm_hook with strategy: fsdp; it is ddp's")
+        if self.precision == "fp16":
+            raise ValueError("precision: bf16 or float32 with strategy: fsdp")
+        if self.compile:
+            raise ValueError("compile: false with strategy: fsdp")
+
+    @model_validator(mode="after")
+    def _metrics_have_names(self) -> Self:
+        names = [item if isinstance(item, str) else item.label for item in self.metrics or ()]
+        taken = [name for name in ("loss", "learning_rate", *SPEED_GATES) if name in names]
+        twice = [name for name in names if names.count(name) > 1]
+        if taken or twice:
+            raise ValueError(f"metrics with names of their own: give {(taken or twice)[0]} another `name`")
+        return self

@@ -1,0 +1,89 @@
+"""Whether there is anything to train on that the live release was not trained on: code, data, job, environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from train_and_ship.registry.diff import Told, flat, packages_of
+from train_and_ship.registry.job.base import digest
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.release.manifest import JOB, LINEAGE
+
+SHOWN = 3
+"""Differences that are named; of the others it is said how many."""
+NOT_TRAINED_ON = ("gates", "release", "retrain")
+"""Parts of a job that change what is done with a release, not what is in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Fingerprints of all that makes a release what it is. What is equal here gives the same release again."""
+
+    code: str
+    data: str
+    config: str
+    environment: Mapping[str, str]
+    """Version by package."""
+
+    def digest(self, start: str) -> str:
+        """16 hexadecimal digits. start: the release whose weights training begins with."""
+        environment = sorted(self.environment.items())
+        return digest([self.code, self.data, self.config, environment, start])
+
+    def recorded(self) -> dict[str, str]:
+        """For the lineage of a release; its packages are a file of their own."""
+        return {"code": self.code, "data": self.data, "config": self.config}
+
+
+def config_digest(job: Job) -> str:
+    """16 hexadecimal digits over what a release depends on: a gate that changed makes no other release."""
+    return digest(_config(job))
+
+
+def _config(job: Job) -> dict[str, Any]:
+    document = job.model_dump(mode="json", exclude=set(NOT_TRAINED_ON))
+    document["data"].pop("checks", None)
+    return document
+
+
+def changes(inputs: Inputs, job: Job, live: Told) -> dict[str, str]:
+    """What differs from the live release: `code`, `data`, `config`, `environment` to how. Empty when nothing does."""
+    recorded = live.document(LINEAGE).get("inputs", {})
+    found: dict[str, str] = {}
+    for name, fingerprint in (("code", inputs.code), ("data", inputs.data)):
+        earlier = recorded.get(name)
+        if earlier is None:
+            found[name] = "the live release does not say what it was trained on"
+        elif earlier != fingerprint:
+            found[name] = f"fingerprint {earlier} → {fingerprint}"
+    if config := _config_changes(job, live):
+        found["config"] = config
+    before = packages_of(live)
+    different = [
+        name for name in sorted({*before, *inputs.environment}) if before.get(name) != inputs.environment.get(name)
+    ]
+    if different:
+        said = [f"{name} {before.get(name, 'none')} → {inputs.environment.get(name, 'none')}" for name in different]
+        found["environment"] = _some(said)
+    return found
+
+
+def _config_changes(job: Job, live: Told) -> str:
+    try:
+        # With today's defaults, so that a key that is new in the application changes nothing.
+        before = Job.model_validate(json.loads(live.files[JOB]))
+    except (KeyError, ValueError, ValidationError):
+        return "the live release's job cannot be read by this version"
+    there, here = flat(_config(before)), flat(_config(job))
+    names = [name for name in dict.fromkeys([*there, *here]) if there.get(name) != here.get(name)]
+    return _some([f"{name} {there.get(name, 'none')} → {here.get(name, 'none')}" for name in names])
+
+
+def _some(said: list[str]) -> str:
+    more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    return ", ".join(said[:SHOWN]) + more

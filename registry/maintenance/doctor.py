@@ -1,0 +1,115 @@
+"""Everything that may be wrong with a model in the bucket and in MLflow, and what can be mended without a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.catalog import channels, releases
+from train_and_ship.registry.bucket.keys import releases_prefix
+from train_and_ship.registry.bucket.releases import verify_release
+from train_and_ship.registry.channels.aliases import mirror_channel
+from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.maintenance.history_repair import broken_links, rebuild_history
+from train_and_ship.registry.release.manifest import MANIFEST
+from train_and_ship.registry.tracking.pending_reports import send_reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    what: str
+    can_mend: bool
+    """It was mended, or would be without dry_run; False leaves it to people."""
+
+
+def examine(
+    store: ObjectStore, model: str, tracking_uri: str, *, runs: Path | None = None, dry_run: bool = False
+) -> Iterator[Finding]:
+    """Look at pointers, histories, releases, MLflow's aliases and the reports that it has not got yet, and mend what
+    can be. Writes unless dry_run.
+
+    runs: folder of the model's runs on this machine, where reports wait.
+    Raises SettingsError or ServiceError when the bucket does not answer.
+    """
+    for channel in channels(store, model):
+        try:
+            yield from _channel(store, model, channel, dry_run)
+        except ReleaseError as error:
+            yield Finding(what=str(error), can_mend=False)
+    yield from _incomplete(store, model)
+    for channel in channels(store, model):
+        yield from _aliases(store, model, channel, tracking_uri, dry_run)
+    if runs is not None:
+        yield from _reports(runs, tracking_uri, dry_run)
+
+
+def _channel(store: ObjectStore, model: str, channel: str, dry_run: bool) -> Iterator[Finding]:
+    where = f"{model} {channel}"
+    rebuilt = rebuild_history(store, model, channel, dry_run=dry_run)
+    for generation in rebuilt.exact:
+        yield Finding(what=f"{where}: the record of generation {generation} was missing", can_mend=True)
+    for generation in rebuilt.partial:
+        told = "its neighbours tell the release; who moved, when and why cannot be recovered"
+        yield Finding(what=f"{where}: the record of generation {generation} is lost; {told}", can_mend=True)
+    for generation in rebuilt.lost:
+        told = f"so is that of generation {generation + 1}; what was live then cannot be recovered"
+        yield Finding(what=f"{where}: the record of generation {generation} is lost, and {told}", can_mend=False)
+    moves = read_history(store, model, channel)
+    for contradiction in broken_links(moves):
+        yield Finding(what=f"{where}: {contradiction}", can_mend=False)
+    live = read_pointer(store, model, channel)
+    if live is None:
+        back = (
+            f"`ship rollback {model} --channel {channel} --to {moves[-1].release[:8]} --why …` puts the last one back"
+        )
+        yield Finding(
+            what=f"{where}: nothing is live after {len(moves)} moves: its pointer is gone; {back}", can_mend=False
+        )
+        return
+    try:
+        if verify_release(store, model, live.release).sha256() != live.manifest_sha256:
+            raise ReleaseError(f"release {live.release}: its manifest was altered after it went live")
+    except ReleaseError as error:
+        way_out = f"`ship rollback {model} --channel {channel} --why …`, or publish it again"
+        yield Finding(what=f"{where}: the live release is broken: {error}; {way_out}", can_mend=False)
+
+
+def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
+    keys = store.list_keys(releases_prefix(model))
+    for release in releases(store, model):
+        folder = f"{releases_prefix(model)}{release}/"
+        if folder + MANIFEST not in keys:
+            size = sum(size for key, size in keys.items() if key.startswith(folder))
+            what = (
+                f"{model}: release {release} is incomplete ({size:,} bytes without a manifest): an upload in progress, "
+            )
+            yield Finding(what=what + "or one that died; publishing it again completes it", can_mend=False)
+
+
+def _aliases(store: ObjectStore, model: str, channel: str, tracking_uri: str, dry_run: bool) -> Iterator[Finding]:
+    try:
+        done = mirror_channel(store, model, channel, tracking_uri, dry_run=dry_run)
+    except ReleaseError:
+        # Said already.
+        return
+    except (ServiceError, SettingsError) as error:
+        yield Finding(what=f"{model} {channel}: the MLflow aliases could not be compared: {error}", can_mend=False)
+        return
+    for change in done.changed:
+        yield Finding(what=change, can_mend=True)
+    for missing in done.missing:
+        yield Finding(what=missing, can_mend=False)
+
+
+def _reports(runs: Path, tracking_uri: str, dry_run: bool) -> Iterator[Finding]:
+    try:
+        for told in send_reports(runs, tracking_uri, dry_run=dry_run):
+            yield Finding(what=told, can_mend=True)
+    except (ServiceError, SettingsError) as error:
+        yield Finding(what=f"a report waits in {runs} for MLflow: {error}", can_mend=False)

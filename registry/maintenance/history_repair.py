@@ -1,0 +1,106 @@
+"""Records that the history of a channel has lost, written again from what the bucket still knows.
+
+A record is lost when somebody deletes it: movers leave no hole. The pointer holds the last record. Where the bucket
+keeps old versions of objects, those of the pointer hold all others, exactly. Without them a record's neighbours still
+say which release it was and which it replaced; who moved, when and why is gone. Of two lost neighbours nothing tells
+about the older.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.channels.history import find_record, read_history, record
+from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
+from train_and_ship.registry.channels.timeline import holes
+from train_and_ship.registry.release.manifest import MANIFEST
+
+REBUILT = "(record lost, rebuilt from its neighbours: who moved, when and why is not known)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """What was, or would be, written again."""
+
+    exact: tuple[int, ...] = ()
+    """Generations whose whole record was found."""
+    partial: tuple[int, ...] = ()
+    """Generations of which only the release is known."""
+    lost: tuple[int, ...] = ()
+    """Generations that nothing tells about."""
+
+
+def rebuild_history(store: ObjectStore, model: str, channel: str, *, dry_run: bool = False) -> Rebuilt:
+    """Write every missing record that can be found out. Writes unless dry_run; can be repeated."""
+    exact, partial, lost = [], [], []
+    known = {move.generation: move for move in read_history(store, model, channel)}
+    live = read_pointer(store, model, channel)
+    if live is not None and find_record(store, model, channel, live.generation) is None:
+        exact.append(live)
+    missing = holes([known[generation] for generation in sorted(known)])
+    kept = _kept_versions(store, model, channel) if missing else {}
+    # Backwards: a record says what it replaced.
+    for generation in reversed(missing):
+        if generation in kept:
+            exact.append(kept[generation])
+        elif (later := known.get(generation + 1)) is not None and later.previous is not None:
+            partial.append(_between(store, known.get(generation - 1), later))
+        else:
+            lost.append(generation)
+            continue
+        known[generation] = (exact if generation in kept else partial)[-1]
+    if not dry_run:
+        for move in (*exact, *partial):
+            record(store, move)
+    return Rebuilt(exact=_numbers(exact), partial=_numbers(partial), lost=tuple(sorted(lost)))
+
+
+def _numbers(moves: Iterable[Pointer]) -> tuple[int, ...]:
+    return tuple(sorted(move.generation for move in moves))
+
+
+def _kept_versions(store: ObjectStore, model: str, channel: str) -> dict[int, Pointer]:
+    """The pointer as it was at each generation, where the bucket keeps versions."""
+    key = pointer_key(model, channel)
+    found = [decode_pointer(body, key) for body in store.get_versions(key)]
+    return {move.generation: move for move in found}
+
+
+def _between(store: ObjectStore, earlier: Pointer | None, later: Pointer) -> Pointer:
+    assert later.previous is not None
+    manifest = store.get(release_prefix(later.model, later.previous) + MANIFEST)
+    return Pointer(
+        model=later.model,
+        channel=later.channel,
+        generation=later.generation - 1,
+        release=later.previous,
+        # Of a release that was removed since, not even this is known.
+        manifest_sha256=hashlib.sha256(manifest[0]).hexdigest() if manifest else "",
+        previous=earlier.release if earlier else None,
+        nonce="",
+        moved_at="",
+        moved_by="",
+        reason=REBUILT,
+        flow_run="",
+        mlflow_version="",
+    )
+
+
+def broken_links(moves: Iterable[Pointer]) -> list[str]:
+    """Neighbours that contradict each other: what a record says it replaced is not what the one before put live."""
+    found = []
+    before: Pointer | None = None
+    for move in moves:
+        # Nothing is said by a record that was rebuilt, nor after somebody deleted the pointer.
+        follows = before is not None and before.generation == move.generation - 1 and move.previous is not None
+        if before is not None and follows and move.previous != before.release:
+            found.append(
+                f"generation {move.generation} says that it replaced {move.previous or 'nothing'}, "
+                f"but generation {before.generation} put {before.release} live"
+            )
+        before = move
+    return found

@@ -1,0 +1,258 @@
+"""Which releases may go, and their deletion in two phases: marked first, deleted after a grace.
+
+A release is kept while it is live on any channel, was among the last ones of a channel, or was live or published less
+than the slowest reader takes. Safe beside promotions: see registry/bucket/tombstones.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, RequestError
+from train_and_ship.infra.objectstore import ListedObject, ObjectStore
+from train_and_ship.registry.bucket.catalog import channels
+from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix
+from train_and_ship.registry.bucket.tombstones import (
+    LEASE,
+    SHORTEST_GRACE,
+    State,
+    Tombstone,
+    boot_seconds,
+    change,
+    read_tombstone,
+    read_tombstones,
+)
+from train_and_ship.registry.channels.history import find_record
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.timeline import moved_at
+from train_and_ship.registry.release.manifest import MANIFEST
+from train_and_ship.registry.tracking.rest import model_registry
+
+TAG_DELETED = "deleted_from_bucket"
+"""Tag of a version in MLflow whose release is gone: when it went, ISO 8601."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What is kept."""
+
+    keep_last: int = 5
+    """Releases of each channel, the live one among them."""
+    slowest_reader: timedelta = timedelta(days=7)
+    """How long after it went off, or was published, somebody may still read a release."""
+    grace: timedelta = timedelta(days=1)
+    """Between the mark and the deletion."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 2:
+            raise RequestError(
+                f"keep: expected at least 2, the live release and one to go back to, got {self.keep_last}"
+            )
+        if self.grace < SHORTEST_GRACE:
+            raise RequestError(f"grace: expected at least {SHORTEST_GRACE}, got {self.grace}")
+
+
+class Step(StrEnum):
+    KEEP = "keep"
+    UNMARK = "unmark"
+    MARK = "mark"
+    WAIT = "marked"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to one release, and why."""
+
+    release: str
+    step: Step
+    why: str
+    bytes: int
+    """Size of all its objects in the bucket."""
+    stone: Tombstone | None
+
+
+def decide(store: ObjectStore, model: str, policy: Policy) -> list[Decision]:
+    """What a collector would do with every release now. Reads only.
+
+    Raises ReleaseError when a history has a hole where it matters: then nobody can tell what has to be kept.
+    """
+    now = store.now()
+    # The marks before the pointers: whatever claims a release after this, changes its mark.
+    stones = read_tombstones(store, model)
+    objects: dict[str, dict[str, ListedObject]] = {}
+    for key, item in store.list_objects(releases_prefix(model)).items():
+        release, _, name = key.removeprefix(releases_prefix(model)).partition("/")
+        objects.setdefault(release, {})[name] = item
+    needed = _needed(store, model, policy, now)
+    return [
+        _decision(release, items, stones.get(release), needed.get(release), policy, now)
+        for release, items in sorted(objects.items())
+    ]
+
+
+def _decision(
+    release: str,
+    items: Mapping[str, ListedObject],
+    stone: Tombstone | None,
+    needed: str | None,
+    policy: Policy,
+    now: datetime,
+) -> Decision:
+    def of(step: Step, why: str) -> Decision:
+        return Decision(
+            release=release, step=step, why=why, bytes=sum(item.bytes for item in items.values()), stone=stone
+        )
+
+    state = stone.state if stone is not None else None
+    newest = max(item.modified for item in items.values())
+    if stone is not None and state is State.KEPT:
+        newest = max(newest, stone.at)
+    if stone is not None and state is State.DELETING:
+        if now - stone.at < 2 * LEASE:
+            return of(Step.WAIT, f"being deleted since {stone.at:%Y-%m-%d %H:%M:%S} by {stone.by}")
+        return of(Step.DELETE, f"its deletion was begun {stone.at:%Y-%m-%d %H:%M:%S} by {stone.by} and not finished")
+    if needed is not None:
+        return of(Step.UNMARK if state is State.MARKED else Step.KEEP, needed)
+    if now - newest < policy.slowest_reader:
+        return of(Step.KEEP, f"published {_ago(now - newest)} ago")
+    if stone is None or state is not State.MARKED:
+        complete = MANIFEST in items
+        return of(Step.MARK, f"{'' if complete else 'incomplete, '}published {_ago(now - newest)} ago, on no channel")
+    left = stone.at + policy.grace - now
+    if left > timedelta(0):
+        return of(Step.WAIT, f"may be deleted in {_ago(left)}")
+    return of(Step.DELETE, f"marked {_ago(now - stone.at)} ago")
+
+
+def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> dict[str, str]:
+    """Why each release has to stay, by release."""
+    needed: dict[str, str] = {}
+    for channel in channels(store, model):
+        last: set[str] = set()
+        later: Pointer | None = None
+        for move in _newest_first(store, model, channel):
+            if later is None:
+                needed[move.release] = f"live on {channel}"
+                recent = True
+            else:
+                off = moved_at(later)
+                # Of a record that was rebuilt nobody knows when.
+                recent = off is None or now - off < policy.slowest_reader
+            if len(last) < policy.keep_last:
+                last.add(move.release)
+                needed.setdefault(move.release, f"among the last {policy.keep_last} of {channel}")
+            elif recent:
+                needed.setdefault(move.release, f"still live on {channel} less than {policy.slowest_reader} ago")
+            else:
+                break
+            later = move
+    return needed
+
+
+def _newest_first(store: ObjectStore, model: str, channel: str) -> Iterator[Pointer]:
+    """The moves of a channel, read as far back as they are asked for."""
+    move = read_pointer(store, model, channel)
+    if move is None:
+        raise ReleaseError(
+            f"{model} {channel}: nothing is live, and its history is not empty; what has to be kept cannot be told. "
+            f"`ship doctor {model}` says more"
+        )
+    yield move
+    while move.generation > 1:
+        before = find_record(store, model, channel, move.generation - 1)
+        if before is None:
+            raise ReleaseError(
+                f"{model} {channel}: the record of generation {move.generation - 1} is lost; what has to be kept "
+                f"cannot be told. `ship doctor {model}` rebuilds what can be"
+            )
+        move = before
+        yield move
+
+
+def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
+    """Do what was decided. Writes. Returns why it was not done, when somebody needed the release meanwhile."""
+    stone = decision.stone
+    try:
+        match decision.step:
+            case Step.MARK:
+                change(store, stone, model=model, release=decision.release, state=State.MARKED, at=store.now())
+            case Step.UNMARK:
+                change(store, stone, model=model, release=decision.release, state=State.KEPT, at=store.now())
+            case Step.DELETE:
+                return _delete(store, model, decision.release, stone)
+            case Step.KEEP | Step.WAIT:
+                pass
+    except PreconditionFailed:
+        now = read_tombstone(store, model, decision.release)
+        return f"changed meanwhile: {now.state} by {now.by}" if now is not None else "its mark is gone"
+    return None
+
+
+def _delete(store: ObjectStore, model: str, release: str, stone: Tombstone | None) -> str | None:
+    began = boot_seconds()
+    # From here on nobody can claim it.
+    stone = change(store, stone, model=model, release=release, state=State.DELETING, at=store.now())
+    for channel in channels(store, model):
+        live = read_pointer(store, model, channel)
+        if live is not None and live.release == release:
+            change(store, stone, model=model, release=release, state=State.KEPT, at=store.now())
+            return f"live on {channel} meanwhile"
+    prefix = release_prefix(model, release)
+    # The manifest first: without it there is no release, only files.
+    names = sorted(store.list_keys(prefix), key=lambda key: (key != prefix + MANIFEST, key))
+    for key in names:
+        if boot_seconds() - began > LEASE.total_seconds():
+            return f"not finished within {LEASE}; the next run goes on"
+        store.delete(key)
+    change(store, stone, model=model, release=release, state=State.DELETED, at=store.now())
+    return None
+
+
+def _ago(span: timedelta) -> str:
+    """A span in its two largest units: `3 d 4 h`."""
+    seconds = int(span.total_seconds())
+    units: Mapping[str, int] = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
+    parts: list[str] = []
+    for unit, size in units.items():
+        if seconds >= size or (unit == "s" and not parts):
+            parts.append(f"{seconds // size} {unit}")
+            seconds %= size
+    return " ".join(parts[:2])
+
+
+def tell_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_versions: bool) -> Iterator[str]:
+    """Tag MLflow's versions of deleted releases, or delete them; says what was done. Writes, and can be repeated.
+
+    A version that has an alias is never deleted. Raises ServiceError or SettingsError when MLflow does not do what is
+    asked: what is left is done by the next call.
+    """
+    registry = model_registry(tracking_uri)
+    for stone in read_tombstones(store, model).values():
+        if stone.state is not State.DELETED or (stone.mlflow_done and not delete_versions):
+            continue
+        versions = registry.versions(model, stone.release)
+        named = set(registry.aliases(model).values()) if versions and delete_versions else set()
+        for version in versions:
+            if delete_versions and version not in named:
+                registry.delete_version(model, version)
+                yield f"MLflow: version {version} deleted (release {stone.release})"
+            elif not stone.mlflow_done:
+                registry.set_tag(model, version, TAG_DELETED, stone.at.isoformat())
+                yield f"MLflow: version {version} tagged {TAG_DELETED} (release {stone.release})"
+        if not stone.mlflow_done:
+            # Another collector did the same, or the release was published again.
+            with contextlib.suppress(PreconditionFailed):
+                change(
+                    store,
+                    stone,
+                    model=model,
+                    release=stone.release,
+                    state=State.DELETED,
+                    at=stone.at,
+                    mlflow_done=True,
+                )

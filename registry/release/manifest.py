@@ -1,0 +1,324 @@
+"""What a release is: a folder of files, and a manifest that names every one of them by hash and size.
+
+The release id is a hash of the file table, and the manifest says nothing about when or where it was made: the same
+files with the same description give the same bytes, whoever builds them. Nothing here talks to a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.registry.release.pickles import find_pickle
+
+MANIFEST = "MANIFEST.json"
+JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
+"""Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
+DATA = "data.json"
+"""What its data was like, in counts and quantiles; the next data is held against it."""
+FORMAT = 1
+"""Version of the manifest's layout."""
+RELEASE_ID_DIGITS = 20
+"""Hexadecimal digits of a release id: 80 bits."""
+PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
+"""Files that run code when they are read."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_RELEASE_ID = re.compile(rf"[0-9a-f]{{{RELEASE_ID_DIGITS}}}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LONGEST_PATH = 512
+"""Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a release."""
+
+    sha256: str
+    """64 lower-case hexadecimal digits."""
+    bytes: int
+    """Size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a reader needs to trust and to load a release. Pure content: no clock, no host, no author."""
+
+    model: str
+    release: str
+    """Release id: the hash of `files`."""
+    files: Mapping[str, FileEntry]
+    """By relative POSIX path, sorted."""
+    formats: Mapping[str, str]
+    """Format (torchscript, onnx, pt2, executorch, …) to the path of its artifact."""
+    signature: Mapping[str, Any]
+    """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
+    `dims`: name, min and max of each, null for no limit."""
+    metrics: Mapping[str, float]
+    """Quality measured before release, by metric; what the next candidate is held against."""
+    serve: Mapping[str, str] = field(default_factory=dict)
+    """`latency` and `throughput` to the format that was fastest at it; empty when nothing was measured."""
+    format: int = FORMAT
+
+    def encode(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, UTF-8. Equal manifests are equal bytes."""
+        document = {
+            "format": self.format,
+            "model": self.model,
+            "release": self.release,
+            "files": _table(self.files),
+            "formats": dict(self.formats),
+            "signature": dict(self.signature),
+            "metrics": dict(self.metrics),
+            # Releases from before there was a recommendation keep their bytes.
+            **({"serve": dict(self.serve)} if self.serve else {}),
+        }
+        return canonical_json(document)
+
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the encoded manifest."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def canonical_json(document: Mapping[str, Any]) -> bytes:
+    """JSON whose bytes depend on nothing but the value. Raises ValueError for NaN and infinity."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def is_name(text: str) -> bool:
+    """Whether a model or channel can be called so: it becomes part of keys."""
+    return _NAME.fullmatch(text) is not None
+
+
+def require_name(kind: str, name: str) -> None:
+    """Raises ReleaseError unless `name` can be a model or channel name: it becomes part of keys."""
+    if not is_name(name):
+        raise ReleaseError(
+            f"{kind} name: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, got {name!r}"
+        )
+
+
+def require_release_id(release: str) -> None:
+    """Raises ReleaseError unless `release` has the shape of a release id: it becomes part of keys."""
+    if not _RELEASE_ID.fullmatch(release):
+        raise ReleaseError(f"release id: expected {RELEASE_ID_DIGITS} lower-case hexadecimal digits, got {release!r}")
+
+
+def build_manifest(
+    folder: Path,
+    *,
+    model: str,
+    formats: Mapping[str, str],
+    signature: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    serve: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Hash every file below `folder` and describe them. Reads only; a MANIFEST.json that lies there is not a member.
+
+    Raises ReleaseError for an empty folder, symbolic links, special files, names that could not be keys, pickles,
+    formats without their file, and values that JSON does not have (NaN).
+    """
+    paths = {name: path for name, path in walk(folder) if name != MANIFEST}
+    for name in paths:
+        _require_path(name)
+    if not paths:
+        raise ReleaseError(f"release folder {folder}: expected at least one file, found none")
+    kinds = {path: kind for kind, path in formats.items()}
+    files = {}
+    for name, path in paths.items():
+        if (found := find_pickle(path, kinds.get(name))) is not None:
+            raise ReleaseError(
+                f"{name}: expected no pickle in a release, got one ({found}): reading it runs code; "
+                "save tensors as .safetensors"
+            )
+        sha256, size = file_hash(path)
+        files[name] = FileEntry(sha256=sha256, bytes=size)
+    manifest = Manifest(
+        model=model,
+        release=release_id(files),
+        files=files,
+        formats=dict(sorted(formats.items())),
+        signature=signature,
+        metrics={name: float(value) for name, value in sorted(metrics.items())},
+        serve=dict(sorted((serve or {}).items())),
+    )
+    try:
+        encoded = manifest.encode()
+    except (TypeError, ValueError) as error:
+        raise ReleaseError(f"manifest of {model}: expected values that JSON can hold, got: {error}") from None
+    # Also turns tuples into lists: what is returned equals what a reader will decode.
+    return decode_manifest(encoded)
+
+
+def release_id(files: Mapping[str, FileEntry]) -> str:
+    """The id of a release with these files: the first 20 hexadecimal digits of the file table's SHA-256."""
+    return hashlib.sha256(canonical_json(_table(files))).hexdigest()[:RELEASE_ID_DIGITS]
+
+
+def decode_manifest(encoded: bytes) -> Manifest:
+    """Read a manifest. Raises ReleaseError unless it is exactly what `Manifest.encode` writes, with its own id."""
+    try:
+        document = json.loads(encoded)
+        if not isinstance(document, dict):
+            raise ReleaseError(f"manifest: expected a JSON object, got {type(document).__name__}")
+        if document.get("format") != FORMAT:
+            raise ReleaseError(
+                f"manifest: expected format {FORMAT}, got {document.get('format')!r}; "
+                "it was written by another version of train-and-ship"
+            )
+        files = {
+            str(name): FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+            for name, entry in sorted(document["files"].items())
+        }
+        manifest = Manifest(
+            model=str(document["model"]),
+            release=str(document["release"]),
+            files=files,
+            formats={str(name): str(path) for name, path in sorted(document["formats"].items())},
+            signature=dict(document["signature"]),
+            metrics={str(name): float(value) for name, value in sorted(document["metrics"].items())},
+            serve={str(purpose): str(kind) for purpose, kind in sorted(document.get("serve", {}).items())},
+        )
+        same = manifest.encode() == encoded
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ReleaseError(
+            f"manifest: expected {MANIFEST} of format {FORMAT}, got {type(error).__name__}: {error}"
+        ) from None
+    require_name("model", manifest.model)
+    require_release_id(manifest.release)
+    if not files:
+        raise ReleaseError("manifest: expected at least one file, got none")
+    for name, entry in files.items():
+        _require_path(name)
+        if not _SHA256.fullmatch(entry.sha256) or entry.bytes < 0:
+            raise ReleaseError(f"manifest: {name}: expected a SHA-256 and a size, got {entry}")
+    for name in files:
+        above = next((str(up) for up in PurePosixPath(name).parents if str(up) in files), None)
+        if above is not None:
+            raise ReleaseError(f"manifest: {above} is a file, and the folder of {name}")
+    for purpose, kind in manifest.serve.items():
+        if kind not in manifest.formats:
+            raise ReleaseError(
+                f"manifest: serve.{purpose}: expected one of {', '.join(manifest.formats)}; got {kind!r}"
+            )
+    if (expected := release_id(files)) != manifest.release:
+        raise ReleaseError(f"manifest: expected release {expected} by its file table, got {manifest.release}")
+    for kind, path in manifest.formats.items():
+        if path not in files:
+            raise ReleaseError(f"manifest: format {kind}: expected one of {', '.join(files)}; got {path!r}")
+    if not same:
+        # Unknown keys, doubled keys, other spelling: something that we would drop silently.
+        raise ReleaseError(f"manifest of release {manifest.release}: expected canonical JSON without other keys")
+    return manifest
+
+
+def verify_folder(folder: Path, manifest: Manifest) -> None:
+    """Check that `folder` holds exactly the manifest's files; a MANIFEST.json beside them must be this manifest.
+
+    Reads only. Raises ReleaseError with the file, what was expected and what was found.
+    """
+    found = dict(walk(folder))
+    beside = found.pop(MANIFEST, None)
+    if beside is not None and beside.read_bytes() != manifest.encode():
+        raise ReleaseError(f"{beside}: expected the manifest of release {manifest.release}, got another")
+    for name in sorted(found.keys() | manifest.files.keys()):
+        if name not in manifest.files:
+            raise ReleaseError(f"{folder / name}: expected no such file in release {manifest.release}, got one")
+        if name not in found:
+            raise ReleaseError(f"{folder / name}: expected a file of {manifest.files[name].bytes:,} bytes, got none")
+        require_file(found[name], manifest.files[name])
+
+
+def require_file(path: Path, entry: FileEntry) -> None:
+    """Raises ReleaseError unless the file at `path` has the entry's size and hash."""
+    require_size(path, entry)
+    sha256, _ = file_hash(path)
+    if sha256 != entry.sha256:
+        raise ReleaseError(f"{path}: expected SHA-256 {entry.sha256}, got {sha256}")
+
+
+def require_size(path: Path, entry: FileEntry) -> None:
+    """Raises ReleaseError unless the file at `path` has the entry's size."""
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise ReleaseError(f"{path}: expected {entry.bytes:,} bytes, got {size:,}")
+
+
+def file_hash(path: Path) -> tuple[str, int]:
+    """Hexadecimal SHA-256 and size in bytes of a file, read once in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+
+def _table(files: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:
+    return {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
+
+
+def walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below `folder` by relative POSIX path, sorted. Raises ReleaseError for anything but files."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ReleaseError(
+            f"release folder {folder}: expected a folder, got {'a link' if folder.is_symlink() else 'none'}"
+        )
+    found = []
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                mode = entry.stat(follow_symlinks=False).st_mode
+                path = Path(entry.path)
+                if stat.S_ISDIR(mode):
+                    pending.append(path)
+                elif stat.S_ISREG(mode):
+                    found.append((path.relative_to(folder).as_posix(), path))
+                else:
+                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
+                    raise ReleaseError(f"{path}: expected a regular file, got {kind}; copy the content instead")
+    yield from sorted(found)
+
+
+def _require_path(name: str) -> None:
+    """Raises ReleaseError unless `name` is safe as a key and as a path below a folder, and no pickle."""
+    require_relative(name)
+    if name.startswith("MANIFEST."):
+        raise ReleaseError(f"file name {name!r}: the manifest and its signatures cannot be files that it lists")
+    if PurePosixPath(name).suffix.lower() in PICKLE_ENDINGS:
+        raise ReleaseError(
+            f"{name}: expected no pickle in a release, got a {PurePosixPath(name).suffix} file: reading it runs code; "
+            "save tensors as .safetensors"
+        )
+
+
+def require_relative(name: str) -> None:
+    """Raises ReleaseError unless `name` is safe as a key and as a path below a folder."""
+    parts = name.split("/")
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or len(name) > _LONGEST_PATH
+        or any(part in ("", ".", "..") for part in parts)
+        or ":" in parts[0]
+        or not _encodable(name)
+    ):
+        raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
+
+
+def _encodable(name: str) -> bool:
+    # File systems hold bytes that are no text; os.scandir gives them as lone surrogates.
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

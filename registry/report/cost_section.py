@@ -1,0 +1,68 @@
+"""What a run cost, in its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from train_and_ship.registry.cost import BESIDE, Rates, Spent, total
+from train_and_ship.registry.report import charts
+from train_and_ship.registry.report.page import Block, Chart, Section, Table, Text
+
+
+def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:
+    spent = list(costs)
+    if not spent:
+        return Section(title="Cost", blocks=())
+    whole = total(spent)
+    gpus = whole.gpu > 0
+    priced = rates.price(whole) is not None
+    header = ["stage", "time", "CPU time", *(["GPU time"] if gpus else []), *(["price"] if priced else [])]
+    rows = []
+    for item in [*spent, whole]:
+        beside = item.stage in BESIDE.values() and not item.wall
+        row = [item.stage, "in parallel" if beside else duration(item.wall), duration(item.cpu)]
+        row += [duration(item.gpu)] if gpus else []
+        row += [money(rates.price(item), rates.currency)] if priced else []
+        rows.append(row)
+    said = (
+        f"{whole.cpu / 3600:.4f} CPU-hours" + (f" and {whole.gpu / 3600:.4f} GPU-hours" if gpus else "")
+        + f" in {duration(whole.wall)} until this report, of this process and all that it started, over all attempts"
+        " that came to an end."
+    )  # fmt: skip
+    if priced:
+        said += f" Price: {money(rates.price(whole), rates.currency)}, at {_rate(rates.cpu_hour, rates)} a CPU-hour" + (
+            f" and {_rate(rates.gpu_hour, rates)} a GPU-hour." if gpus else "."
+        )
+    elif rates.cpu_hour is not None or rates.gpu_hour is not None:
+        missing = "SHIP_CPU_HOUR_PRICE" if rates.cpu_hour is None else "SHIP_GPU_HOUR_PRICE"
+        said += f" No price, because {missing} is not set."
+    blocks: list[Block] = [Text(text=said)]
+    if killed := {item.stage: item.killed for item in spent if item.killed}:
+        names = ", ".join(f"{name} ({count})" for name, count in killed.items())
+        blocks.append(Text(text=f"Killed before their end, and not counted: {names}."))
+    stages = [item for item in spent if item.wall]
+    drawn = charts.bars([(item.stage, [item.wall, item.cpu]) for item in stages], ["time", "CPU time"], duration)
+    blocks += [Chart(title="Seconds by stage", svg=drawn), Table(header=header, rows=rows)]
+    return Section(title="Cost", blocks=blocks)
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `4 min 5 s`, `1 h 3 min`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def money(price: float | None, currency: str) -> str:
+    """With as many digits as it takes to tell it from nothing."""
+    if price is None:
+        return ""
+    shown = f"{price:,.2f}" if price >= 1 or not price else f"{price:.2g}" if price >= 1e-4 else f"{price:.1e}"
+    return f"{shown} {currency}".strip()
+
+
+def _rate(rate: float | None, rates: Rates) -> str:
+    return f"{rate:g} {rates.currency}".strip() if rate is not None else ""

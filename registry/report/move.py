@@ -1,0 +1,76 @@
+"""The report of a release that was in the bucket already and moves: who asks for it, why, and what changes by it.
+
+No store, no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from train_and_ship.registry.channels.moves import Scored, Verified
+from train_and_ship.registry.diff import Difference
+from train_and_ship.registry.report.page import Cell, Page, Section, Table, Text
+from train_and_ship.registry.report.run import Outcome, decision_section
+from train_and_ship.registry.tracking.description import number
+
+NOTICED = ("metrics", "parity", "latency", "size", "signature")
+"""Groups of differences that whoever calls the model notices; the others tell where they come from."""
+HEADER = ("what", "name", "before", "after", "change")
+
+
+def move_page(
+    outcome: Outcome, verified: Verified, checked: Mapping[str, str], changes: Sequence[Difference], problem: str
+) -> Page:
+    """The report. checked: gate to what was found, in words; changes: from what was live to the target; problem: why
+    nobody can tell them, or empty."""
+    target = verified.target
+    sections = [decision_section(outcome), _checked(checked), _scored(verified.scored)]
+    title = "What changes"
+    if target.live is None:
+        sections.append(Section(title=title, blocks=[Text(text="Nothing was live before.")]))
+    elif problem:
+        sections.append(Section(title=title, blocks=[Text(text=f"Nobody can tell: {problem}")]))
+    else:
+        sections.append(_changes(f"{title}, from release {target.live.release}", changes))
+    return Page(
+        title=outcome.title,
+        verdict=outcome.verdict,
+        good=outcome.good,
+        intro="",
+        facts=Table(rows=outcome.places),
+        sections=[section for section in sections if not section.empty],
+    )
+
+
+def noticed(changes: Sequence[Difference]) -> list[Sequence[str]]:
+    """Rows under HEADER of what whoever calls the model notices."""
+    return [_row(one) for one in changes if one.group in NOTICED]
+
+
+def _changes(title: str, changes: Sequence[Difference]) -> Section:
+    first, rest = noticed(changes), [_row(one) for one in changes if one.group not in NOTICED]
+    if not changes:
+        return Section(title=title, blocks=[Text(text="No difference.")])
+    blocks = [Table(header=HEADER, rows=first)] if first else [Text(text="Nothing that a caller would notice.")]
+    more = [Table(header=HEADER, rows=rest)] if rest else []
+    return Section(title=title, blocks=blocks, more=more, more_title="Code, data, training, packages, job")
+
+
+def _row(one: Difference) -> Sequence[str]:
+    return (one.group, one.name, one.before, one.after, one.change)
+
+
+def _checked(checked: Mapping[str, str]) -> Section:
+    rows: list[Sequence[Cell]] = list(checked.items())
+    return Section(title="What was checked", blocks=[Table(rows=rows)] if rows else [])
+
+
+def _scored(scored: Scored | None) -> Section:
+    title = "Beside the live release"
+    if scored is None or not scored.samples or not scored.live:
+        return Section(title=title, blocks=())
+    if scored.problem:
+        return Section(title=title, blocks=[Text(text=f"It could not be scored: {scored.problem}")])
+    rows = [(name, number(value), number(scored.against.get(name))) for name, value in scored.candidate.items()]
+    said = f"Both were run by one process on the same {scored.samples:,} held-out samples."
+    return Section(title=title, blocks=[Text(text=said), Table(header=("metric", "this release", "live"), rows=rows)])

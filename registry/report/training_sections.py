@@ -1,0 +1,83 @@
+"""How a run was trained, in its report: the learning curves, and what trained on what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from train_and_ship.registry.report import charts
+from train_and_ship.registry.report.page import Block, Cell, Chart, Section, Table, Text
+from train_and_ship.registry.run_folder import RunFiles
+from train_and_ship.registry.tracking.curves import Point
+from train_and_ship.registry.tracking.description import number
+
+CURVES = 12
+"""Most charts of learning curves: the others are in MLflow."""
+QUIET = ("seconds", "samples_per_second", "learning_rate", "epoch")
+"""Curves of how it was trained, not of how well."""
+ROWS = 100
+"""Longest table of learning curves."""
+
+
+def curves_section(files: RunFiles) -> Section:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for point in files.points:
+        found.setdefault(point.key, []).append((float(point.step), point.value))
+    over = "step" if _by_step(files) else "epoch"
+    pairs: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, curve in found.items():
+        # A training metric and the same one on held-out data belong together.
+        shared = name.removeprefix("train_").removeprefix("validation_")
+        both = f"train_{shared}" in found and f"validation_{shared}" in found
+        pairs.setdefault(shared if both else name, {})[name] = sorted(curve)
+    telling = {name: series for name, series in pairs.items() if name not in QUIET}
+    quiet = {name: series for name, series in pairs.items() if name in QUIET and name != "epoch"}
+    blocks: list[Block] = []
+    for name, series in list(telling.items())[:CURVES]:
+        blocks.append(Chart(title=name.replace("_", " "), svg=charts.lines(series, over)))
+    if len(telling) > CURVES:
+        blocks.append(Text(text=f"{len(telling) - CURVES} more curves are in MLflow."))
+    if blocks and files.trained is None:
+        blocks.insert(0, Text(text="Training did not end; this is how far it came."))
+    more: list[Block] = [
+        Chart(title=name.replace("_", " "), svg=charts.lines(series, over)) for name, series in quiet.items()
+    ]
+    if found:
+        more += history_tables(files.points, over)
+    return Section(title="Learning curves", blocks=blocks, more=more)
+
+
+def _by_step(files: RunFiles) -> bool:
+    history = files.trained["history"] if files.trained else ()
+    return "step" in history[0] if history else files.job.train.entrypoint is not None
+
+
+def history_tables(points: Sequence[Point], over: str) -> list[Block]:
+    """A table for what was reported at the same places; of many rows a few, evenly spaced and with the last one."""
+    curves: dict[str, dict[int, float]] = {}
+    for point in points:
+        curves.setdefault(point.key, {})[point.step] = point.value
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, curve in curves.items():
+        together.setdefault(tuple(sorted(curve)), []).append(name)
+    blocks: list[Block] = []
+    for steps, names in together.items():
+        every = math.ceil(len(steps) / ROWS)
+        shown = steps[::-1][::every][::-1]
+        rows = [(str(step), *(number(curves[name][step]) for name in names)) for step in shown]
+        blocks.append(Table(header=(over, *names), rows=rows))
+        if every > 1:
+            blocks.append(Text(text=f"{len(shown)} of {len(steps)} rows; MLflow has them all."))
+    return blocks
+
+
+def training_section(files: RunFiles) -> Section:
+    job, trained = files.job, files.trained
+    rows: list[Sequence[Cell]] = [("model", f"{job.model.factory} {dict(job.model.args) or ''}".strip())]
+    if trained is None:
+        rows.append(("data", job.data.factory))
+    else:
+        held = f"{trained['train_samples']:,} samples, {trained['validation_samples']:,} held out"
+        rows += [("data", f"{job.data.factory}, {held}"), *trained["environment"].items()]
+        rows += [("note", note) for note in trained["notes"]]
+    return Section(title="What was trained", blocks=[Table(rows=rows)])

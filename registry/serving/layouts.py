@@ -1,0 +1,198 @@
+"""Copies of what is live, in the layouts that other servers read from the bucket by themselves.
+
+    models/<model>/views/<channel>/triton/<model>/<generation>/model.onnx    immutable
+    models/<model>/views/<channel>/triton/<model>/config.pbtxt               names the generation: the commit
+    models/<model>/views/<channel>/kserve/<generation>/<model>/…             a whole repository for each, immutable
+
+A version is the channel's generation: it only grows, also when the release is an older one. Triton polls, lists and
+loads what it finds, so a version that is half there must not count: the configuration names one version explicitly and
+is replaced by one conditional PUT after the version is complete. KServe downloads a prefix once, when a pod starts, so
+each generation has a prefix of its own.
+
+Everything here writes, and can be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shipreader.mlserver import can_batch
+from shipreader.records import Release
+from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError, SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.transfer import put_immutable
+
+ARTIFACT = "model.onnx"
+BATCH_SIZE, QUEUE_MICROSECONDS = 64, 2000
+"""What Triton puts together at most, and how long the first request waits for others."""
+BACKENDS = ("onnxruntime", "python")
+KEPT = 2
+"""Versions that stay in a view: the one that is named, and the one before, which is still being served."""
+_RACES = 20
+_DATATYPES = {
+    "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64", "bool": "TYPE_BOOL",
+    "int8": "TYPE_INT8", "int16": "TYPE_INT16", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
+    "uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "uint32": "TYPE_UINT32", "uint64": "TYPE_UINT64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A view that holds a release."""
+
+    prefix: str
+    """Of its keys; ends with a slash, without which a prefix would also match longer names."""
+    generation: int
+    """What it names; higher than the release's own when another writer was ahead."""
+
+
+def write_triton(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> View:
+    """Make a release the version that Triton serves from the channel's model repository.
+
+    `prefix` of the result is the repository. A view that names a later generation already is left as it is. Raises
+    ReleaseError for a release without ONNX or with a dtype that Triton does not have.
+    """
+    prefix = f"models/{release.model}/views/{release.channel}/triton/"
+    folder = f"{prefix}{release.model}/"
+    config = triton_config(release, backend, release.generation)
+    _put_version(store, f"{folder}{release.generation}/", release, backend)
+    generation = _commit(store, f"{folder}config.pbtxt", config, release.generation)
+    _prune(store, folder, generation)
+    return View(prefix=prefix, generation=generation)
+
+
+def write_kserve(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> View:
+    """Make a prefix that KServe downloads for one generation: a Triton model repository with version 1.
+
+    Complete when this returns; hand out its address only then. Raises as `write_triton`.
+    """
+    views = f"models/{release.model}/views/{release.channel}/kserve/"
+    folder = f"{views}{release.generation}/{release.model}/"
+    config = triton_config(release, backend, 1)
+    _put_version(store, f"{folder}1/", release, backend)
+    put_immutable(store, f"{folder}config.pbtxt", config.encode(), "another configuration")
+    _prune(store, views, release.generation)
+    return View(prefix=f"{views}{release.generation}/", generation=release.generation)
+
+
+def inference_service(release: Release, uri: str) -> dict[str, Any]:
+    """KServe's resource that serves a view. uri: s3://bucket/prefix/ with the slash at its end."""
+    if not uri.endswith("/"):
+        raise SettingsError(f"storageUri: expected a slash at the end, got {uri!r}: …/2 would also fetch …/20")
+    name = re.sub(r"[._]+", "-", f"{release.model}-{release.channel}").strip("-")
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": name,
+            "annotations": {"train-and-ship/release": release.id, "train-and-ship/generation": str(release.generation)},
+        },
+        "spec": {
+            "predictor": {
+                "model": {
+                    "modelFormat": {"name": "onnx"},
+                    "runtime": "kserve-tritonserver",
+                    "protocolVersion": "v2",
+                    "storageUri": uri,
+                }
+            }
+        },
+    }
+
+
+def triton_config(release: Release, backend: str, version: int) -> str:
+    """config.pbtxt that serves exactly one version. Raises SettingsError for a backend that there is not."""
+    if backend not in BACKENDS:
+        raise SettingsError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    signature = release.manifest.signature
+    batches = can_batch(signature)
+    lines = [
+        f"# {release.model} release {release.id}",
+        f"name: {json.dumps(release.model)}",
+        f"backend: {json.dumps(backend)}",
+        f"max_batch_size: {BATCH_SIZE if batches else 0}",
+        *_tensors("input", signature["inputs"], batches),
+        *_tensors("output", signature["outputs"], batches),
+        f"version_policy {{ specific {{ versions: [ {version} ] }} }}",
+    ]
+    if batches:
+        lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_MICROSECONDS} }}")
+    for key, value in (("release", release.id), ("generation", str(release.generation))):
+        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _tensors(kind: str, tensors: Sequence[Mapping[str, Any]], batches: bool) -> list[str]:
+    lines = []
+    for tensor in tensors:
+        if tensor["dtype"] not in _DATATYPES:
+            raise ReleaseError(f"{tensor['name']}: Triton has no {tensor['dtype']}")
+        shape = tensor["shape"][1:] if batches else tensor["shape"]
+        dims = ", ".join(str(-1 if isinstance(size, str) else size) for size in shape)
+        if not dims:
+            # A batch of single numbers: Triton wants a dimension to take away.
+            lines.append(
+                f"{kind} {{ name: {json.dumps(tensor['name'])} data_type: {_DATATYPES[tensor['dtype']]} "
+                "dims: [ 1 ] reshape: { shape: [ ] } }"
+            )
+            continue
+        lines.append(
+            f"{kind} {{ name: {json.dumps(tensor['name'])} data_type: {_DATATYPES[tensor['dtype']]} dims: [ {dims} ] }}"
+        )
+    return lines
+
+
+def _put_version(store: ObjectStore, folder: str, release: Release, backend: str) -> None:
+    if "onnx" not in release.manifest.formats:
+        raise ReleaseError(
+            f"{release.model} {release.id}: expected an ONNX artifact, got none; add onnx to export.formats"
+        )
+    name = release.manifest.formats["onnx"]
+    sha256 = release.manifest.files[name].sha256
+    if backend == "python":
+        code = Path(__file__).with_name("triton_model.py").read_bytes()
+        put_immutable(store, f"{folder}model.py", code, "the code of another version of train-and-ship")
+    try:
+        store.upload_file_new(release.folder / name, folder + ARTIFACT, sha256)
+    except PreconditionFailed:
+        if store.hash(folder + ARTIFACT) != (sha256, release.manifest.files[name].bytes):
+            raise ReleaseError(f"{folder}{ARTIFACT}: expected {sha256}, got another file; delete it") from None
+
+
+def _commit(store: ObjectStore, key: str, config: str, generation: int) -> int:
+    """Replace the configuration unless it names a later version; the generation that it names then."""
+    for _ in range(_RACES):
+        found = store.get(key)
+        try:
+            if found is None:
+                store.put_new(key, config.encode())
+                return generation
+            named = re.search(rb"versions: \[ (\d+) \]", found[0])
+            if named is None:
+                raise ReleaseError(f"{key}: expected a configuration that names one version, got {found[0][:200]!r}")
+            if int(named[1]) > generation or found[0] == config.encode():
+                return int(named[1])
+            store.replace(key, config.encode(), found[1])
+            return generation
+        except PreconditionFailed:
+            # Another writer was faster, or it is ours and the reply was lost: reading tells.
+            continue
+    raise ServiceError(f"{key}: others replaced it {_RACES} times while this was tried")
+
+
+def _prune(store: ObjectStore, folder: str, generation: int) -> None:
+    """Delete all versions but the last ones up to this generation; later ones are somebody else's, who is not done."""
+    versions: dict[int, list[str]] = {}
+    for key in store.list_keys(folder):
+        name = key.removeprefix(folder).partition("/")[0]
+        if name.isdecimal() and int(name) <= generation:
+            versions.setdefault(int(name), []).append(key)
+    for version in sorted(versions)[:-KEPT]:
+        for key in versions[version]:
+            store.delete(key)

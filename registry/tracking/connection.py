@@ -1,0 +1,144 @@
+"""The connection to MLflow: its import, its client, and its errors as ours.
+
+The modules `registry/mlflow_*.py` are the only ones that import mlflow, and only inside functions, because the
+import costs more than a second: call `warm_up` in a thread while something else is busy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import ssl
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from train_and_ship.infra.errors import ServiceError, SettingsError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_ENVIRONMENT_DEFAULTS = {
+    # mlflow's own default is 7 retries over more than two minutes. These give up about 8 s after a server has
+    # gone, yet outlast its restart.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0.3",
+    # Otherwise every finished run costs one more request and prints two lines.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # Usage statistics are sent to the makers of mlflow unless somebody asks for that.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def warm_up() -> None:
+    """Import mlflow (1 to 2 s)."""
+    import_mlflow()
+
+
+def check_reachable(tracking_uri: str) -> None:
+    """Ask the server for its health, within 3 s and without importing mlflow.
+
+    Raises ServiceError. A tracking URI that is no web address (a database) has nothing to ask.
+    """
+    if urlsplit(tracking_uri).scheme not in ("http", "https"):
+        return
+    # Not above: a rollback imports this module and asks nothing here.
+    import httpx
+
+    shown = without_credentials(tracking_uri)
+    try:
+        answer = httpx.get(
+            f"{tracking_uri.rstrip('/')}/health",
+            timeout=httpx.Timeout(2, connect=1),
+            verify=tls_verification(),
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise ServiceError(
+            f"MLflow at {shown} does not answer ({reason}). Start it with `ship up`, or set MLFLOW_TRACKING_URI."
+        ) from error
+    if answer.status_code != httpx.codes.OK:
+        raise ServiceError(
+            f"expected MLflow at {shown}, got status {answer.status_code} from {shown}/health. "
+            "Is another program listening there? Set MLFLOW_TRACKING_URI or SHIP_MLFLOW_PORT."
+        )
+
+
+def import_mlflow() -> None:
+    for name, value in _ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    import mlflow.models
+    import mlflow.types  # noqa: F401
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of its own for each call, so that mlflow's global state stays the caller's."""
+    import_mlflow()
+    import mlflow
+    from mlflow import MlflowClient
+
+    if urlsplit(tracking_uri).scheme not in ("http", "https"):
+        # Used without a server, the registry asks the global tracking store about the model.
+        mlflow.set_tracking_uri(tracking_uri)
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+@contextlib.contextmanager
+def translated(action: str, tracking_uri: str) -> Iterator[None]:
+    """Turn what mlflow raises into our errors. ValueError and the like are our own bugs and pass."""
+    import_mlflow()
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        shown = without_credentials(tracking_uri)
+        try:
+            check_reachable(tracking_uri)
+        except ServiceError as unreachable:
+            raise ServiceError(f"{action}: {unreachable}") from error
+        reason = str(error).partition("\n")[0]
+        if getattr(error, "error_code", "") in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            raise SettingsError(
+                f"{action}: MLflow at {shown} denied access ({reason}); "
+                "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from error
+        raise ServiceError(f"{action}: MLflow at {shown} answered: {reason}") from error
+
+
+def without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    return urlunsplit(parts).rstrip("/") if parts.scheme in ("http", "https") else parts.scheme or uri
+
+
+def tls_verification() -> bool | ssl.SSLContext:
+    """The same certificates that mlflow trusts."""
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        return False
+    bundle = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or os.environ.get("REQUESTS_CA_BUNDLE")
+    if not bundle:
+        return True
+    return ssl.create_default_context(cafile=bundle)
+
+
+def key(name: str) -> str:
+    """MLflow refuses other characters in the names of metrics and params, and longer names."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def user() -> str:
+    # A container may run under a number that has no name.
+    with contextlib.suppress(KeyError, OSError):
+        return getpass.getuser()
+    return "unknown"

@@ -1,0 +1,146 @@
+"""What a custom loop will need before and after it, built and tried without running it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from torchworker.contract import CheckResult, DynamicDim, Entrypoint, Project
+from torchworker.data.fingerprint import Fingerprint
+from torchworker.data.loading import reading_failed
+from torchworker.data.sharding import NamedDataset, StreamShare
+from torchworker.process.failure import UserMistake
+from torchworker.project.metrics import first_output
+from torchworker.project.randomness import seed_everything
+from torchworker.project.signature import dims_of, input_specs, output_specs
+from torchworker.project.user_code import (
+    batches,
+    build_dataset,
+    build_model,
+    call_metric,
+    forward,
+    length_of,
+    name_inputs,
+    require_one_shape,
+    resolve,
+    try_metric,
+)
+from torchworker.training.results import try_weights
+
+BATCH = 64
+"""Of validation samples that are tried; two batches, of which the model sees one."""
+
+
+def name_of(entry: Entrypoint) -> str:
+    return f"{entry.function.where}: {entry.function.target}"
+
+
+def resolve_main(entry: Entrypoint, project: Project) -> Callable[..., Any]:
+    """The function. Raises UserMistake unless it takes a context and the job's `train.args`."""
+    main = resolve(entry.function, project)
+    arguments = ", ".join(["context", *(f"{name}=…" for name in entry.function.args)])
+    try:
+        inspect.signature(main).bind(None, **entry.function.args)
+    except TypeError as error:
+        raise UserMistake(
+            f"{name_of(entry)} is called as {entry.function.target.rpartition(':')[2]}({arguments}), but takes "
+            f"{inspect.signature(main)}: {error}; the arguments are train.args"
+        ) from None
+    return main
+
+
+@torch.no_grad()
+def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: int | None = None) -> CheckResult:
+    """Model and data, one validation batch, the first training item, and the weights to a file and back.
+
+    Raises UserMistake for what would otherwise fail after training.
+    """
+    model = build_model(project).eval()
+    validation_set = build_dataset(project, "validation")
+    some = list(itertools.islice(batches(validation_set, BATCH, project), 2))
+    require_one_shape(some[0], some[-1], project)
+    inputs, target = some[0]
+    outputs = forward(model, inputs, project)
+    for metric in project.metrics:
+        try_metric(metric, outputs, target)
+    for custom in project.custom_metrics:
+        call_metric(custom, first_output(outputs), target, project)
+    train_set = build_dataset(project, "train")
+    fingerprint_share(train_set, project, 0, rank=0, world=1, only_first=True)
+    try_weights(model, project)
+    return facts_of(
+        model, inputs, target, dynamic, project, train_samples=length_of(train_set),
+        validation_samples=length_of(validation_set), loss=None, max_batch=max_batch,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def facts_of(
+    model: nn.Module,
+    inputs: Any,
+    target: Tensor,
+    dynamic: Sequence[DynamicDim],
+    project: Project,
+    *,
+    train_samples: int | None,
+    validation_samples: int | None,
+    loss: float | None,
+    max_batch: int | None = None,
+) -> CheckResult:
+    """What `ship check` says of a model in eval() and of a batch."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = name_inputs(model, inputs, project)
+    dims = dims_of(named, dynamic, project, max_batch)
+    return CheckResult(
+        parameters=sum(parameter.numel() for parameter in trainable),
+        parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trainable),
+        inputs=input_specs(named, dims),
+        outputs=output_specs(model, named, dims, project),
+        target=input_specs({"target": target}, dims_of({"target": target}, (), project))[0],
+        dims=dims,
+        train_samples=train_samples,
+        validation_samples=validation_samples,
+        loss=loss,
+    )
+
+
+def fingerprint_share(
+    dataset: Dataset[Any], project: Project, seed: int, rank: int, world: int, only_first: bool = False
+) -> Fingerprint:
+    """Of this rank's share of the training data as data.factory gives it, each sample read once.
+
+    Random draws depend on the seed and on the sample's place alone. only_first: try the first sample and no more.
+    """
+    fingerprint = Fingerprint()
+    try:
+        for item in itertools.islice(_items(dataset, project, seed, rank, world), 1 if only_first else None):
+            fingerprint.add(item)
+    except UserMistake:
+        raise
+    except Exception as error:
+        raise reading_failed(error, "a training", project) from error
+    return fingerprint
+
+
+def _items(dataset: Dataset[Any], project: Project, seed: int, rank: int, world: int) -> Iterator[Any]:
+    where = project.data.where
+    if isinstance(dataset, IterableDataset):
+        size = length_of(dataset)
+        if size is None:
+            raise UserMistake(
+                f"{where}: with train.entrypoint a stream of training data needs a len(): it is read once more after "
+                "training, to its end, for the data fingerprint"
+            )
+        stream = StreamShare(dataset, where, seed=seed, world=world, rank=rank, size=size, most=None)
+        yield from (read.item for read in stream if read.hashed)
+        return
+    share = NamedDataset(dataset, world, rank)
+    for place in range(len(share)):
+        seed_everything(seed * 1_000_003 + place * world + rank)
+        yield share[place]

@@ -1,0 +1,87 @@
+"""A hash of a set of samples that does not depend on their order or on how ranks shared them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchworker.process.failure import UserMistake
+
+_MODULUS = 1 << 128
+
+
+class Fingerprint:
+    """Sum modulo 2^128 of one BLAKE2b-128 digest a sample: batches and ranks add up in any order.
+
+    AdHash, from Bellare and Micciancio, "A New Paradigm for Collision-Free Hashing" (1997).
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.samples = 0
+
+    def add(self, item: Any) -> None:
+        """Add one sample as the dataset gives it: tensors, arrays, images, numbers and text, nested at will.
+
+        Raises UserMistake for a value whose bytes are not known.
+        """
+        self.total = (self.total + digest_of(item)) % _MODULUS
+        self.samples += 1
+
+    def merge(self, total: int, samples: int) -> None:
+        """Add what another rank has seen."""
+        self.total = (self.total + total) % _MODULUS
+        self.samples += samples
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits over the samples and their number."""
+        return hashlib.blake2b(f"{self.samples}:{self.total:032x}".encode(), digest_size=16).hexdigest()
+
+
+def digest_of(item: Any) -> int:
+    """BLAKE2b-128 of one sample, or of a part of it. Raises UserMistake for a value whose bytes are not known."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in pytree.tree_leaves(item):
+        header, content = _bytes(leaf)
+        digest.update(header.encode())
+        digest.update(content)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _bytes(leaf: Any) -> tuple[str, bytes]:
+    """What a value is, and its content."""
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        content: bytes = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{leaf.dtype}{list(leaf.shape)};", content
+    if isinstance(leaf, bool | int | float | complex | str | bytes | None):
+        return f"{type(leaf).__name__};", repr(leaf).encode()
+    if hasattr(leaf, "tobytes"):
+        # NumPy has dtype and shape, images have mode and size.
+        traits = [str(getattr(leaf, name, "")) for name in ("dtype", "shape", "mode", "size")]
+        return f"{type(leaf).__name__}{traits};", leaf.tobytes()
+    raise UserMistake(
+        f"data: a sample holds a {type(leaf).__name__}, which cannot be fingerprinted; give tensors, arrays, images, "
+        "numbers or text, and make objects of them in the collate function"
+    )
+
+
+def whole_count(mine: Fingerprint) -> int:
+    """Samples that all ranks have seen. Every rank calls it."""
+    count = torch.tensor(mine.samples)
+    dist.all_reduce(count)
+    return int(count)
+
+
+def whole_fingerprint(mine: Fingerprint) -> str:
+    """The hash over what all ranks have seen. Every rank calls it."""
+    parts: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
+    dist.all_gather_object(parts, (mine.total, mine.samples))
+    whole = Fingerprint()
+    for total, samples in parts:
+        whole.merge(total, samples)
+    return whole.hexdigest()

@@ -1,0 +1,165 @@
+"""This rank's share of the training data, an epoch at a time, from any position, and of the validation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from torchworker.contract import Project, TrainSettings
+from torchworker.data.fingerprint import Fingerprint
+from torchworker.data.sharding import Collate, NamedDataset, ResumableSampler, SeededDataset, StreamShare
+from torchworker.process.failure import UserMistake, user_error
+from torchworker.project.user_code import build_collate, length_of, split_batch
+
+
+class TrainingData:
+    """Batches of (inputs, target) of one rank; `fingerprint` grows with what the first epoch reads.
+
+    Raises UserMistake when the epoch has no known end, or fewer samples than ranks.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], project: Project, settings: TrainSettings, world: int, rank: int, pin_memory: bool
+    ) -> None:
+        self._project, self._settings, self._world, self._rank = project, settings, world, rank
+        self.fingerprint = Fingerprint()
+        self.local_batch = settings.batch_size // (world * settings.accumulate)
+        """Samples of one forward and backward pass on one rank."""
+        self.size = self._epoch_size(dataset)
+        """Samples of an epoch, over all ranks."""
+        self.epoch_steps = math.ceil(math.ceil(math.ceil(self.size / world) / self.local_batch) / settings.accumulate)
+        """Optimizer steps of an epoch."""
+        self._generator = torch.Generator()
+        stream = isinstance(dataset, IterableDataset)
+        self._sampler: ResumableSampler | None = None
+        self._stream: StreamShare | None = None
+        if isinstance(dataset, IterableDataset):
+            most = None if length_of(dataset) is not None else self.size
+            self._stream = StreamShare(
+                dataset, project.data.where, seed=settings.seed, world=world, rank=rank, size=length_of(dataset),
+                most=most,
+            )  # fmt: skip
+        else:
+            self._sampler = ResumableSampler(dataset, world, rank, shuffle=True, seed=settings.seed)
+        self._loader: DataLoader[Any] = DataLoader(
+            self._stream if self._stream is not None else SeededDataset(dataset, settings.seed),
+            batch_size=self.local_batch,
+            sampler=self._sampler,
+            num_workers=settings.data_workers,
+            # A worker that lives on would not learn which epoch of a stream begins.
+            persistent_workers=settings.data_workers > 0 and not stream,
+            collate_fn=Collate(build_collate(project)),
+            generator=self._generator,
+            pin_memory=pin_memory,
+        )
+
+    def _epoch_size(self, dataset: Dataset[Any]) -> int:
+        where, settings = self._project.data.where, self._settings
+        size = length_of(dataset)
+        if isinstance(dataset, IterableDataset) and settings.data_workers > 1:
+            raise UserMistake(
+                f"train.data_workers: expected 0 or 1 for an iterable dataset, which several workers would each read "
+                f"from the start, got {settings.data_workers}; a map-style dataset can have more"
+            )
+        if size is None and settings.steps_per_epoch is None:
+            raise UserMistake(
+                f"train.steps_per_epoch: expected the optimizer steps of an epoch, because the iterable dataset of "
+                f"{where} has no len()"
+            )
+        if size is not None and settings.steps_per_epoch is not None:
+            raise UserMistake(
+                f"train.steps_per_epoch: is for iterable datasets without len(); the one of {where} has {size} samples"
+            )
+        if size is None:
+            assert settings.steps_per_epoch is not None
+            return settings.steps_per_epoch * settings.batch_size
+        if size < self._world:
+            raise UserMistake(
+                f"train.processes: {self._world} processes need at least as many training samples, got {size}"
+            )
+        return size
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not quite one pass over each sample."""
+        repeated = -self.size % self._world
+        if not repeated:
+            return []
+        return [
+            f"{repeated} of {self.size:,} training samples {'is' if repeated == 1 else 'are'} used twice an epoch, so "
+            f"that {self._world} processes get equally many"
+        ]
+
+    def epoch(self, epoch: int, steps: int) -> Iterator[tuple[Any, Tensor]]:
+        """What is left of an epoch (from 1) after as many optimizer steps."""
+        consumed = steps * self._settings.batch_size
+        if self._stream is not None:
+            self._stream.epoch, self._stream.consumed = epoch, consumed
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+            self._sampler.consumed = min(consumed, self._sampler.total_size)
+        self._generator.manual_seed(self._settings.seed * 1_000_003 + epoch * self._world + self._rank)
+        try:
+            for batch, total, samples in self._loader:
+                self.fingerprint.merge(total, samples)
+                yield split_batch(batch, self._project)
+        except (UserMistake, GeneratorExit):
+            raise
+        except Exception as error:
+            raise reading_failed(error, "a training", self._project) from error
+
+
+class ValidationData:
+    """Batches of (inputs, target) of one rank, each sample on exactly one rank."""
+
+    def __init__(
+        self, dataset: Dataset[Any], project: Project, settings: TrainSettings, world: int, rank: int, pin_memory: bool
+    ) -> None:
+        self._project = project
+        stream = isinstance(dataset, IterableDataset)
+        self.size = length_of(dataset)
+        """Samples over all ranks; None for a stream that does not say."""
+        share: Dataset[Any]
+        if isinstance(dataset, IterableDataset):
+            whole = StreamShare(
+                dataset, project.data.where, seed=settings.seed, world=world, rank=rank, size=None, most=None
+            )
+            share = _Items(whole)
+        else:
+            share = NamedDataset(dataset, world, rank)
+        self._loader: DataLoader[Any] = DataLoader(
+            share,
+            batch_size=max(1, settings.batch_size // world),
+            num_workers=0 if stream else settings.data_workers,
+            persistent_workers=settings.data_workers > 0 and not stream,
+            collate_fn=build_collate(project),
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        try:
+            for batch in self._loader:
+                yield split_batch(batch, self._project)
+        except (UserMistake, GeneratorExit):
+            raise
+        except Exception as error:
+            raise reading_failed(error, "a validation", self._project) from error
+
+
+class _Items(IterableDataset[Any]):
+    def __init__(self, share: StreamShare) -> None:
+        self._share = share
+
+    def __iter__(self) -> Iterator[Any]:
+        return (sample.item for sample in self._share)
+
+
+def reading_failed(error: Exception, what: str, project: Project) -> UserMistake:
+    """what: `a training` or `a validation`."""
+    where = f" ({error.__notes__[0]})" if getattr(error, "__notes__", None) else ""
+    return user_error(f"{project.data.where}: reading {what} item failed{where}", error, project.folder)

@@ -1,0 +1,96 @@
+"""ONNX, by torch's exporter, from the same program that pt2 is made of."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from torchworker.exporters.program import capture
+from torchworker.exporters.subject import Subject
+from torchworker.process.failure import UserMistake, describe
+
+OPSET = 20
+"""ONNX operator set: what torch 2.13's exporter writes natively."""
+SINGLE_FILE_BYTES = 1_900_000_000
+"""A protobuf file ends at 2 GiB; stay clear of it."""
+
+
+def onnx_model(subject: Subject, path: Path) -> str:
+    """Write one file with named inputs, outputs and dynamic dimensions, and say how it was captured.
+
+    Raises UserMistake for models that torch.export or ONNX cannot express, and where the exporter itself has doubts.
+    """
+    # The exporter reports progress on standard output and logs every missing optional decomposition.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # One fused operator that ONNX does not have, for what it has operators for.
+    torch.backends.mha.set_fastpath_enabled(False)
+    captured = capture(subject)
+    program = captured.program
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    if size > SINGLE_FILE_BYTES:
+        raise UserMistake(
+            f"export: the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB; "
+            "leave onnx out of export.formats"
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            onnx_program = _exported(program, subject)
+        except Exception as error:
+            try:
+                # Some operators have a form in ONNX only once torch has taken them apart.
+                onnx_program = _exported(program.run_decompositions(), subject)
+            except Exception:
+                raise UserMistake(
+                    f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
+                ) from error
+    unfaithful = [str(w.message) for w in caught if "duplicated values" in str(w.message)]
+    if unfaithful or onnx_program is None:
+        raise UserMistake(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
+    _name_dimensions(onnx_program.model, subject)
+    onnx_program.save(str(path), external_data=False)
+    return f"{captured.method} → ONNX opset {OPSET}"
+
+
+def _exported(program: ExportedProgram, subject: Subject) -> Any:
+    return torch.onnx.export(
+        program,
+        (),
+        input_names=list(subject.inputs),
+        output_names=list(subject.outputs),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error: the exporter wraps it in advice of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return describe(error).splitlines()[0]
+
+
+def _name_dimensions(model: Any, subject: Subject) -> None:
+    """Call dynamic dimensions by their names throughout; the exporter leaves torch's symbols, such as `s97`.
+
+    model: onnx_ir.Model.
+    """
+    from onnx_ir import SymbolicDim
+
+    names: dict[Any, str] = {}
+    for value in model.graph.inputs:
+        for dim in subject.dims:
+            for axis in dim.axes.get(value.name, ()):
+                if value.shape is not None and isinstance(value.shape[axis], SymbolicDim):
+                    names[value.shape[axis]] = dim.name
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if isinstance(size, SymbolicDim) and size in names:
+                value.shape[axis] = SymbolicDim(names[size])

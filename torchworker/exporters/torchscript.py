@@ -1,0 +1,192 @@
+"""TorchScript: by script, which keeps control flow; by trace, which does not; or mixed, part by part."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchworker.exporters.agreement import disagreement
+from torchworker.exporters.subject import Subject
+from torchworker.process.failure import UserMistake, user_line
+from torchworker.project.user_code import arguments, forward, name_outputs
+from torchworker.runtimes.load import call_script
+
+
+class _Unfaithful(Exception):
+    """A capture that would not be the model; the message says why, with the user's line."""
+
+
+def torchscript(subject: Subject, path: Path) -> str:
+    """Write the program and say how it was captured.
+
+    Raises UserMistake when neither script, trace nor a mix of both gives the model's own outputs.
+    """
+    warnings.simplefilter("ignore", DeprecationWarning)
+    refusals = {}
+    for way in (_script, _trace, _mixed):
+        try:
+            program, method = way(subject)
+            if differs := disagreement(partial(call_script, program), subject):
+                raise _Unfaithful(differs)
+        except _Unfaithful as refusal:
+            refusals[way.__name__.strip("_")] = str(refusal)
+            continue
+        program.save(str(path))
+        return method
+    told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+    raise UserMistake(
+        f"export: TorchScript cannot capture the model faithfully. {told}. Ways out: annotate the types so that script "
+        "can read it, make the branch torch.where or a fixed number of steps with a mask; or leave torchscript out of "
+        "export.formats"
+    )
+
+
+def _script(subject: Subject) -> tuple[Any, str]:
+    try:
+        return torch.jit.script(subject.model), "torch.jit.script"
+    except Exception as error:
+        raise _Unfaithful(_brief(error)) from error
+
+
+class _Flat(nn.Module):
+    """The model with its inputs by position and its outputs as one tuple: a trace cannot return a mixed dict."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.model, self.names, self.project = subject.model, list(subject.inputs), subject.project
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = arguments(self.model, dict(zip(self.names, inputs, strict=True)))
+        return tuple(name_outputs(self.model(*args, **kwargs), self.project).values())
+
+
+def _trace(subject: Subject) -> tuple[Any, str]:
+    args, kwargs = arguments(subject.model, subject.inputs)
+    if kwargs or len(subject.outputs) > 1:
+        return _traced(_Flat(subject), tuple(subject.inputs.values()), {}, subject), "torch.jit.trace"
+    return _traced(subject.model, args, {}, subject), "torch.jit.trace"
+
+
+def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], subject: Subject) -> Any:
+    """The module traced on these inputs, if it takes no decision on them."""
+    given = {"example_kwarg_inputs": dict(kwargs)} if kwargs else {"example_inputs": tuple(args)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            program = torch.jit.trace(module, **given, check_trace=False)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            raise _Unfaithful(f"{_brief(error)}{user_line(error, subject.folder)}") from error
+    baked = [str(w.message).split("\n")[0] for w in caught if issubclass(w.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
+    if baked:
+        place = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
+        line = f" ({Path(place.filename).name}:{place.lineno})" if place and place.filename else ""
+        raise _Unfaithful(f"it would bake in a decision made on the example data{line}: {baked[0]}")
+    return program
+
+
+def _mixed(subject: Subject) -> tuple[Any, str]:
+    """Script what can be scripted, trace the parts that cannot and that take no decision on their inputs."""
+    model = copy.deepcopy(subject.model)
+    seen: dict[str, tuple[Sequence[Any], Mapping[str, Any]]] = {}
+    with _recorded(model, seen):
+        forward(model, subject.inputs, subject.project)
+    traced: list[str] = []
+    program = _prepared(model, "", seen, traced, subject)
+    if not traced:
+        raise _Unfaithful("there is no part that could be traced inside one that can be scripted")
+    return program, f"torch.jit.script, with {', '.join(traced)} by torch.jit.trace"
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, seen: dict[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> Iterator[None]:
+    """What each part of the model is called with first."""
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            # The name is bound now: the loop goes on.
+            def hook(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                seen.setdefault(name, (args, kwargs))
+
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prepared(
+    module: nn.Module,
+    name: str,
+    seen: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]],
+    traced: list[str],
+    subject: Subject,
+) -> Any:
+    """The module scripted; or, where that fails, scripted around children that are; or traced."""
+    try:
+        return torch.jit.script(module)
+    except Exception as error:
+        scripting = _brief(error)
+    inner: list[str] = []
+    why = ""
+    try:
+        _prepare_children(module, name, seen, inner, subject)
+        program = torch.jit.script(module)
+        traced += inner
+        return program
+    except _Unfaithful as refusal:
+        why = str(refusal)
+    except Exception as error:
+        # A second attempt may only say that the first left a part behind.
+        scripting = scripting if "redefine" in str(error) else _brief(error)
+    if not name or name not in seen:
+        raise _Unfaithful(why or scripting)
+    args, kwargs = seen[name]
+    tensors = [*args, *kwargs.values()]
+    if not all(isinstance(value, Tensor) for value in tensors):
+        raise _Unfaithful(f"{name} cannot be scripted ({scripting}), and takes more than tensors")
+    original = subject.model.get_submodule(name)
+    try:
+        program = _traced(original, args, kwargs, subject)
+    except _Unfaithful as refusal:
+        raise _Unfaithful(f"{name} cannot be scripted ({scripting}) and not traced: {refusal}") from refusal
+    traced.append(name)
+    return program
+
+
+def _prepare_children(
+    module: nn.Module,
+    name: str,
+    seen: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]],
+    traced: list[str],
+    subject: Subject,
+) -> None:
+    for child_name, child in list(module.named_children()):
+        full = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            # A list has no forward of its own: its parts are prepared, and the parent scripts the list.
+            _prepare_children(child, full, seen, traced, subject)
+        else:
+            setattr(module, child_name, _prepared(child, full, seen, traced, subject))
+
+
+def _brief(error: BaseException) -> str:
+    """The type, the message's first line and, where TorchScript's compiler names one, the user's line."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0].strip().rstrip(":")[:200] if lines else ""
+    if "redefine method" in first:
+        # What the compiler says the second time about a class that it failed to compile the first time.
+        return "the rest cannot be scripted"
+    place = next((line.strip() for line in lines if line.lstrip().startswith('File "')), "")
+    if place:
+        file, _, rest = place.removeprefix('File "').partition('", line ')
+        place = f" ({Path(file).name}:{rest.split(',')[0].strip()})"
+    return f"{type(error).__name__}: {first}{place}"

@@ -1,0 +1,177 @@
+"""One process that imports torch once and forks a fresh child for every stage.
+
+Importing torch costs seconds of CPU and a flow needs about seven processes that have it. Each stage is still
+a process of its own: the host never imports user code, never starts threads of its own and never touches a
+GPU, so what is forked is a clean interpreter with torch in it.
+
+Protocol, one JSON object a line. On standard input:
+    {"id": 1, "stage": "train", "request": "/…/request.json", "log": "/…/train.log"}    start a child
+    {"kill": 1}                                                                          end it and its children
+On standard output:
+    {"ready": true}                  torch is imported
+    {"id": 1, "status": 0, "cpu": 2.5}    the child ended; negative is a signal; CPU seconds of it and its children
+End of input means that the parent is gone: everything is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import selectors
+import signal
+import sys
+from typing import Any
+
+from torchworker.process.lifeline import adopt_orphans, descendants, die_with_parent
+
+
+def _preload() -> None:
+    # What stays for good need not be looked through, neither now nor by the collector of any child, which would copy
+    # the pages it marks.
+    gc.disable()
+    import torch
+
+    # DistributedDataParallel and torch.export both import it, in every process that uses them: 1.4 s of CPU.
+    import torch._dynamo
+    import torch.distributed.launcher.api
+    import torch.export
+    import torch.utils.data  # noqa: F401
+
+    import torchworker.stage  # noqa: F401
+
+    gc.freeze()
+
+
+def _child(job: dict[str, Any], parent: int) -> None:
+    """Never returns."""
+    status = 70
+    try:
+        die_with_parent(parent)
+        os.setsid()
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.closerange(3, 256)
+        sys.stdin, sys.stdout, sys.stderr = (open(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115, PTH123
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        gc.enable()
+        from torchworker.stage import run_stage
+
+        status = run_stage(job["stage"], job["request"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        # Not sys.exit: exit handlers registered before the fork belong to the host.
+        os._exit(status)
+
+
+def _kill_everything() -> None:
+    # Twice: a process may have forked between the listing and the signal.
+    for _ in range(2):
+        for pid in descendants():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class _Host:
+    def __init__(self, replies: int) -> None:
+        self._replies = replies
+        self._running: dict[int, int] = {}
+        self._orphans = 0.0
+        """CPU seconds of processes that outlived the stage which started them, and are not reported yet."""
+
+    def say(self, message: dict[str, Any]) -> None:
+        os.write(self._replies, (json.dumps(message) + "\n").encode())
+
+    def start(self, job: dict[str, Any]) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _child(job, parent)
+        self._running[pid] = job["id"]
+
+    def kill(self, job_id: int) -> None:
+        for pid, running in self._running.items():
+            if running == job_id:
+                # The child leads its own session, so its group is it and its ranks.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        while True:
+            try:
+                # Usage includes the children that it waited for, and theirs.
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            cpu = usage.ru_utime + usage.ru_stime
+            if pid not in self._running:
+                self._orphans += cpu
+            else:
+                # What a stage leaves behind in its group ends with it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+                cpu, self._orphans = cpu + self._orphans, 0.0
+                self.say({"id": self._running.pop(pid), "status": os.waitstatus_to_exitcode(status), "cpu": cpu})
+
+
+def main() -> None:
+    # The protocol keeps the original standard output; a stray print goes to the log.
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    adopt_orphans()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_read, False)
+    os.set_blocking(wake_write, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write)
+    _preload()
+    host = _Host(replies)
+    host.say({"ready": True})
+
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    pending = b""
+    try:
+        while True:
+            for key, _ in selector.select():
+                if key.fd == wake_read:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(wake_read, 4096)
+                    host.reap()
+                    continue
+                chunk = os.read(0, 65536)
+                if not chunk:
+                    return
+                *lines, pending = (pending + chunk).split(b"\n")
+                for line in lines:
+                    job = json.loads(line)
+                    host.kill(job["kill"]) if "kill" in job else host.start(job)
+                    if job.get("stage") == "train":
+                        # Ranks do not wait for it, and the six processes that come after them have it.
+                        from torchworker.runtimes.load import import_archive_reader
+
+                        import_archive_reader()
+                        gc.freeze()
+    finally:
+        _kill_everything()
+
+
+if __name__ == "__main__":
+    main()
+    # Taking the interpreter apart would cost another second, in which whoever closed our input waits.
+    os._exit(0)

@@ -1,0 +1,341 @@
+"""Put one artifact on trial: ask it every probe and hold its answers against the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from torchworker.contract import Mismatch, Verdict
+from torchworker.parity.histogram import Spread
+from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SINGLES, Inputs, Probe
+from torchworker.parity.rule import Parity, compare, usual_loss
+from torchworker.process.failure import describe
+from torchworker.project.metrics import metric_sum
+from torchworker.runtimes.load import Call
+
+KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
+"""The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
+
+OF_ITS_SIZE = frozenset({BATCHES, DRAWS, LENGTHS, SINGLES})
+"""Questions whose inputs are as large as the data's, and so what the model loses on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What is asked where formats differ by design. Values as in the job file's `parity`."""
+
+    not_finite: str = "contained"
+    """`contained`, `same` or `off`."""
+    refusals: str = "known"
+    """`known`, `same` or `off`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One probe on which an artifact is not the model."""
+
+    format: str
+    probe: Probe
+    output: str
+    """Name of the output; empty when the artifact gave none."""
+    outcome: Parity
+    got: Tensor | None = None
+    eager: Tensor | None = None
+
+    @property
+    def note(self) -> str:
+        where = f"{self.output}: " if self.output else ""
+        worst = f" at {self.outcome.worst}" if self.outcome.worst else ""
+        return f"{self.probe.name}: {where}{self.outcome.note}{worst}"
+
+    def mismatch(self) -> Mismatch:
+        """What the report needs, without the tensors."""
+        counted = distribution(self.got, self.eager) if self.got is not None and self.eager is not None else []
+        return Mismatch(
+            format=self.format,
+            probe=self.probe.name,
+            output=self.output,
+            note=self.note.removeprefix(f"{self.probe.name}: "),
+            ratio=self.outcome.ratio,
+            distribution=counted,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of one artifact."""
+
+    verdicts: list[Verdict]
+    findings: list[Finding]
+    spread: Spread = field(default_factory=Spread)
+    """How far all its answers are from the model's."""
+
+
+class Decisions:
+    """Predictions of the artifact that are not the model's own, over batches of validation samples."""
+
+    def __init__(self) -> None:
+        self.seen = self.flips = self.unexplained = 0
+        self.largest = 0.0
+        self.hits = [0.0, 0.0]
+        """Right answers of the artifact and of the model."""
+
+    def add(self, got: Tensor, eager: Tensor, target: Tensor, allowed: float) -> None:
+        """got, eager: [batch, classes, …] scores or one logit; allowed: difference that rounding explains."""
+        if got.shape != eager.shape:
+            return
+        self.hits[0] += metric_sum("accuracy", got, target)[0]
+        self.hits[1] += metric_sum("accuracy", eager, target)[0]
+        if eager.dim() == target.dim() + 1 and eager.shape[1] > 1:
+            flipped = got.argmax(1) != eager.argmax(1)
+            best = eager.double().topk(2, dim=1).values
+            margin = best[:, 0] - best[:, 1]
+        else:
+            flipped, margin = (got > 0) != (eager > 0), eager.double().abs()
+        self.seen += flipped.numel()
+        self.flips += int(flipped.sum())
+        # Both answers may be this far from the truth, in opposite directions, in both of two scores.
+        beyond = flipped & ~(margin <= 4 * allowed)
+        self.unexplained += int(beyond.sum())
+        self.largest = max(self.largest, float(margin[flipped].max()) if bool(flipped.any()) else 0.0)
+
+    def verdict(self, kind: str) -> Verdict:
+        """Fails when a prediction differs whose margin is more than rounding explains, or when none was compared."""
+        note = f"{self.flips} of {self.seen} predictions differ"
+        if self.flips:
+            note += f", {self.unexplained} by more than rounding explains, the clearest by {self.largest:.2g}"
+        if self.seen:
+            note += f"; accuracy {self.hits[0] / self.seen:.4g}, the model's own {self.hits[1] / self.seen:.4g}"
+        return Verdict(
+            format=kind,
+            gate="parity",
+            case="predictions",
+            measured=float(self.unexplained) if self.seen else None,
+            limit="<= 0",
+            passed=self.seen > 0 and self.unexplained == 0,
+            note=note,
+        )
+
+
+def distribution(got: Tensor, eager: Tensor) -> list[str]:
+    """How many elements differ by how much, one line a decade with a bar."""
+    if got.shape != eager.shape or not eager.is_floating_point() or eager.numel() == 0:
+        return []
+    difference = (got.double() - eager.double()).abs().flatten()
+    shown = [f"{'same':>14}  {int((difference == 0).sum()):>9}"]
+    odd = int((~difference.isfinite()).sum())
+    decades = torch.log10(difference[(difference > 0) & difference.isfinite()]).floor().int()
+    counts = {int(decade): int((decades == decade).sum()) for decade in torch.unique(decades)}
+    most = max([*counts.values(), 1])
+    for decade, count in sorted(counts.items()):
+        shown.append(f"{f'1e{decade} to 1e{decade + 1}':>14}  {count:>9}  {'█' * max(1, round(40 * count / most))}")
+    return [*shown, f"{'not finite':>14}  {odd:>9}"] if odd else shown
+
+
+def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> Trial:
+    """One verdict for each batch of capture, one for all other probes, one for how the artifact behaves.
+
+    outputs: names in the order of the signature. No probes is a failure: nothing was proven.
+    """
+    court = _Court(kind, call, outputs, policy, {name: _usual(probes, name) for name in outputs})
+    verdicts, findings = [], []
+    rest: list[tuple[Probe, float, str]] = []
+    for probe in probes:
+        ratio, found, note = court.judge(probe)
+        findings += found
+        if probe.group == BATCHES:
+            shown = "; ".join(item.note for item in found) or note
+            verdicts.append(verdict(kind, probe.name.replace("_", " "), ratio, shown))
+        elif not _skipped(probe, policy):
+            rest.append((probe, ratio, "; ".join(item.note for item in found) or note))
+    verdicts.append(_summary(kind, rest))
+    for probe in [probe for probe in probes if probe.group == BATCHES][1:2]:
+        ratio, found, note = court.behaviour(probe)
+        findings += found
+        verdicts.append(verdict(kind, "called again", ratio, note))
+    return Trial(verdicts=verdicts, findings=findings, spread=court.spread)
+
+
+def _usual(probes: Sequence[Probe], output: str) -> float:
+    """What the model itself loses on an output, over all questions of the size of the data."""
+    answered = [(probe, probe.eager[output]) for probe in probes if probe.eager and probe.group in OF_ITS_SIZE]
+    return usual_loss((eager, probe.exact.get(output, probe.moved.get(output))) for probe, eager in answered)
+
+
+def verdict(kind: str, case: str, ratio: float, note: str) -> Verdict:
+    return Verdict(format=kind, gate="parity", case=case, measured=ratio, limit="<= 1", passed=ratio <= 1, note=note)
+
+
+def _summary(kind: str, asked: Sequence[tuple[Probe, float, str]]) -> Verdict:
+    """One line for every probe that is not a batch of capture."""
+    if not asked:
+        return Verdict(
+            format=kind, gate="parity", case="probes", measured=None, limit="<= 1", passed=False, note="none was asked"
+        )
+    failed = [(probe, note) for probe, ratio, note in asked if not ratio <= 1]
+    counts: dict[str, int] = {}
+    for probe, _, _ in asked:
+        counts[probe.group] = counts.get(probe.group, 0) + 1
+    told = "; ".join(dict.fromkeys(note for _, _, note in asked if note == KNOWN))
+    note = ", ".join(f"{group} {count}" for group, count in counts.items()) + (f"; {told}" if told else "")
+    if failed:
+        shown = "; ".join(note for _, note in failed[:3])
+        note = f"{len(failed)} failed: {shown}" + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
+    return verdict(kind, f"{len(asked)} probes", max(ratio for _, ratio, _ in asked), note)
+
+
+def _skipped(probe: Probe, policy: Policy) -> bool:
+    return (probe.group == NOT_FINITE and policy.not_finite == "off") or (
+        probe.eager is None and policy.refusals == "off"
+    )
+
+
+class _Court:
+    def __init__(
+        self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, float]
+    ) -> None:
+        self.kind, self.call, self.outputs, self.policy, self.usual = kind, call, outputs, policy, usual
+        self.first: dict[str, list[Tensor]] = {}
+        """Answers to the batches of capture, to be asked for again."""
+        self.changed: dict[str, str] = {}
+        """Inputs that the artifact wrote into: input to probe."""
+        self.spread = Spread()
+
+    def judge(self, probe: Probe) -> tuple[float, list[Finding], str]:
+        """(worst ratio, what failed, a note)."""
+        if _skipped(probe, self.policy):
+            return 0.0, [], ""
+        try:
+            got = self._ask(probe.name, probe.inputs)
+        except Exception as error:
+            if probe.eager is None or not probe.declared:
+                return 0.0, [], ""
+            return self._failed(probe, describe(error).split("\n")[0][:300])
+        if probe.eager is None:
+            if self.policy.refusals == "known" and self.kind == "onnx" and probe.name.startswith("minus_one"):
+                return 0.0, [], KNOWN
+            return self._failed(probe, f"answers where the model refuses: {probe.error}")
+        if probe.group == BATCHES and len(got) == len(self.outputs):
+            self.first[probe.name] = [tensor.clone() for tensor in got]
+        return self._compare(probe, got)
+
+    def behaviour(self, probe: Probe) -> tuple[float, list[Finding], str]:
+        """The same question after all the others, twice; with other strides; and whether inputs were left alone."""
+        assert probe.eager is not None, "a batch of capture"
+        if probe.name not in self.first:
+            return self._failed(probe, "gave no outputs to compare the first time")
+        for turn in ("after the other probes", "and once more"):
+            try:
+                again = self._ask(probe.name, probe.inputs)
+            except Exception as error:
+                return self._failed(probe, f"asked {turn}: {describe(error)}")
+            if len(again) != len(self.outputs):
+                return self._failed(probe, f"asked {turn}: {len(again)} outputs, expected {len(self.outputs)}")
+            for name, one, two in zip(self.outputs, self.first[probe.name], again, strict=True):
+                if one.dtype != two.dtype or one.shape != two.shape or not torch.equal(_bits(one), _bits(two)):
+                    return self._failed(probe, f"{name}: gives another answer when asked {turn}: it keeps state")
+        strided = replace(probe, inputs={name: _strided(tensor) for name, tensor in probe.inputs.items()})
+        ratio, found, note = self._strides(strided)
+        if self.changed:
+            wrote = ", ".join(f"{name} (probe {where})" for name, where in self.changed.items())
+            return self._failed(probe, f"writes into its inputs: {wrote}")
+        return ratio, found, note
+
+    def _strides(self, probe: Probe) -> tuple[float, list[Finding], str]:
+        try:
+            got = self._ask(probe.name, probe.inputs)
+        except Exception as error:
+            return self._failed(probe, f"inputs that are not contiguous: {describe(error)}")
+        ratio, found, _ = self._compare(probe, got)
+        named = [replace(item, probe=replace(probe, name=f"{probe.name}, not contiguous")) for item in found]
+        return ratio, named, "; ".join(item.note for item in named) or "same answer; inputs left alone"
+
+    def _ask(self, name: str, inputs: Inputs) -> list[Tensor]:
+        given = {key: tensor if not tensor.is_contiguous() else tensor.clone() for key, tensor in inputs.items()}
+        kept = {key: tensor.clone() for key, tensor in inputs.items()}
+        got = self.call(given)
+        for key, tensor in given.items():
+            if not torch.equal(_bits(tensor), _bits(kept[key])):
+                self.changed.setdefault(key, name)
+        return got
+
+    def _failed(self, probe: Probe, reason: str) -> tuple[float, list[Finding], str]:
+        outcome = Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
+        return float("inf"), [Finding(self.kind, probe, "", outcome)], reason
+
+    def _compare(self, probe: Probe, got: list[Tensor]) -> tuple[float, list[Finding], str]:
+        assert probe.eager is not None, "judged before"
+        if len(got) != len(self.outputs):
+            return self._failed(probe, f"{len(got)} outputs, expected {len(self.outputs)}")
+        ratio, findings, notes = 0.0, [], []
+        for name, tensor in zip(self.outputs, got, strict=True):
+            outcome = self._output(probe, name, tensor)
+            self.spread.add(probe.group, tensor, probe.eager[name])
+            ratio = max(ratio, outcome.ratio)
+            notes.append(f"{name}: {outcome.note}")
+            if not outcome.passed:
+                findings.append(Finding(self.kind, probe, name, outcome, tensor.clone(), probe.eager[name]))
+        return ratio, findings, "; ".join(notes)
+
+    def _output(self, probe: Probe, name: str, got: Tensor) -> Parity:
+        assert probe.eager is not None, "judged before"
+        eager, exact, moved = probe.eager[name], probe.exact.get(name), probe.moved.get(name)
+        shown = probe.touched or not _finite(probe.eager)
+        if probe.group == BATCHES or not shown:
+            return compare(got, eager, exact, moved, usual=self.usual[name])
+        return not_finite(got, probe, name, self.policy.not_finite, self.usual[name])
+
+
+def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float = 0.0) -> Parity:
+    """Compare an output of a batch in which something is NaN or infinite.
+
+    `same`: NaN and infinities in the same places. `contained` (and `off`): a sample whose output shows it must show
+    it in the artifact too, in any element; every other sample must agree as always. usual: of `usual_loss`.
+    """
+    assert probe.eager is not None, "judged before"
+    eager, exact, moved = probe.eager[name], probe.exact.get(name), probe.moved.get(name)
+    if got.dtype != eager.dtype or got.shape != eager.shape or eager.dim() == 0:
+        return compare(got, eager, exact, moved)
+    real = eager.is_floating_point()
+    if policy == "same":
+        if real and not bool(eager.isfinite().any()):
+            outcome = compare(got.nan_to_num(), eager.nan_to_num(), None)
+            same = torch.equal(got.isnan(), eager.isnan()) and torch.equal(got.nan_to_num(), eager.nan_to_num())
+            return replace(
+                outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
+            )
+        return compare(got, eager, exact, moved)
+    rows = torch.ones(len(eager), dtype=torch.bool)
+    rows[list(probe.touched)] = False
+    if real:
+        shows, hidden = ~_row_finite(eager), _row_finite(got)
+        rows &= ~shows
+        if policy != "off" and bool((shows & hidden).any()):
+            place = int((shows & hidden).nonzero()[0])
+            reason = f"sample {place}: a finite answer hides the NaN or infinity that the model shows"
+            return Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
+    if not bool(rows.any()):
+        return Parity(ratio=0.0, max_difference=0.0)
+    chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, moved)]
+    return compare(got[rows], eager[rows], *chosen, usual=usual)
+
+
+def _row_finite(tensor: Tensor) -> Tensor:
+    return tensor.isfinite().flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
+
+
+def _finite(outputs: Mapping[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in outputs.values() if tensor.is_floating_point())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Comparable with torch.equal, for which NaN differs from itself."""
+    return tensor.nan_to_num() if tensor.is_floating_point() else tensor
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]

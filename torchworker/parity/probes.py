@@ -1,0 +1,231 @@
+"""What artifacts are asked: inputs made from the validation data, so that they are inputs the model could be sent.
+
+Floats are drawn around, between and far outside the values seen; whole numbers, booleans and floats that take few
+values (masks, lengths, categories) are only ever taken from real samples, all inputs of a sample together, so that a
+mask still fits its tokens. Only a probe that is meant to be refused leaves that domain.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchworker.contract import DynamicDim, TensorSpec
+from torchworker.process.failure import is_theirs
+from torchworker.project.signature import BATCH, resized, sizes_of
+
+Inputs = dict[str, Tensor]
+
+POOL = 256
+"""Validation samples that probes are made from."""
+DRAWN = 7
+"""Samples in a drawn batch: odd, and not the batch of capture."""
+ALONE = 4
+"""Samples asked one by one, besides those that take another way through the code."""
+CATEGORIES = 16
+"""A float input that takes no more values than this, all whole, is taken for a mask or a category."""
+SEEDS = 3
+SCAN_SECONDS = 1.0
+"""Looking for samples that take another way through the code ends after this long."""
+
+BATCHES = "batches"
+SAMPLES = "real samples"
+DRAWS = "drawn"
+SINGLES = "one by one"
+LENGTHS = "lengths"
+SCALES = "scaled and zero"
+NOT_FINITE = "NaN and infinity"
+EMPTY = "empty batch"
+REFUSALS = "refused inputs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One question, and the model's own answer to it."""
+
+    name: str
+    group: str
+    inputs: Inputs
+    declared: bool = True
+    """Whether the signature promises an answer: outside it an artifact may refuse, but not answer otherwise."""
+    touched: tuple[int, ...] = ()
+    """Samples of the batch that hold NaN or infinity."""
+    eager: Inputs | None = None
+    """Outputs by name, None when the model refuses."""
+    exact: Inputs = field(default_factory=dict)
+    """Outputs in float64; empty where the model does not run in it."""
+    moved: Inputs = field(default_factory=dict)
+    """Outputs with weights and inputs moved by their rounding; only without `exact`."""
+    error: str = ""
+    """What the model said when it refused."""
+
+
+def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
+    """Everything besides the batches of capture and the single samples.
+
+    pool: real samples, [n, …] by input; dims: the dynamic dimensions, the batch among them.
+    """
+    drawn = min([DRAWN, *(dim.max for dim in dims if dim.name == BATCH and dim.max is not None)])
+    few = _rows(pool, _pick(pool, drawn, 0))
+    real = [name for name, tensor in pool.items() if _is_real(tensor)]
+    if real:
+        for seed, draw in enumerate((_jittered, _normal, _uniform)[:SEEDS]):
+            inputs = _rows(pool, _pick(pool, drawn, seed))
+            generator = torch.Generator().manual_seed(seed)
+            inputs |= {name: draw(inputs[name], pool[name], generator) for name in real}
+            yield Probe(name=f"seed{seed}", group=DRAWS, inputs=inputs)
+    else:
+        for seed in range(SEEDS):
+            yield Probe(name=f"seed{seed}", group=DRAWS, inputs=_rows(pool, _pick(pool, drawn, seed)))
+    for name, sizes in _extremes(few, dims):
+        yield Probe(name=name, group=LENGTHS, inputs=resized(_rows(pool, _pick(pool, 2, 0)), dims, sizes))
+    for name, scale in (("times30", 30.0), ("times1000", 1000.0), ("negated", -1.0), ("zero", 0.0)):
+        if real:
+            yield Probe(name=name, group=SCALES, inputs={**few, **{key: few[key] * scale for key in real}})
+    for name, value in (("nan", float("nan")), ("inf", float("inf")), ("minus_inf", float("-inf"))):
+        for key in real:
+            touched = len(few[key]) // 2
+            inputs = {**few, key: few[key].clone()}
+            row = inputs[key][touched]
+            row.reshape(-1)[row.numel() // 2] = value
+            inputs[key][touched] = row
+            yield Probe(name=f"{name}.{key}", group=NOT_FINITE, inputs=inputs, touched=(touched,))
+    yield Probe(name="empty", group=EMPTY, inputs={name: tensor[:0] for name, tensor in few.items()}, declared=False)
+
+
+def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each declared dimension at its smallest and largest, then all of them, the batch too where it has a largest size;
+    twice the present size and one where a declared one has none."""
+    present = sizes_of(few, dims)
+    declared = [dim for dim in dims if dim.name != BATCH]
+    ends = {
+        "smallest": {dim.name: dim.min for dim in declared},
+        "largest": {dim.name: dim.max or 2 * present[dim.name] + 1 for dim in declared},
+    }
+    for dim in declared:
+        for what, sizes in ends.items():
+            yield f"{what}.{dim.name}", {dim.name: sizes[dim.name]}
+    largest_batch = {dim.name: dim.max for dim in dims if dim.name == BATCH and dim.max is not None}
+    if len(declared) > 1:
+        yield "all_smallest", ends["smallest"]
+    if len(declared) + len(largest_batch) > 1:
+        yield "all_largest", {**ends["largest"], **largest_batch}
+
+
+def refusals(pool: Inputs, specs: Mapping[str, TensorSpec], dims: Sequence[DynamicDim]) -> Iterator[Probe]:
+    """Inputs outside the signature, one thing wrong in each: most models refuse them, and so should an artifact."""
+    few = _rows(pool, _pick(pool, 2, 0))
+    for dim in dims:
+        if dim.max is not None:
+            yield _refused(f"beyond.{dim.name}", resized(few, dims, {dim.name: dim.max + 1}))
+    for name, tensor in few.items():
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.numel():
+            for what, value in (("minus_one", -1), ("too_large", torch.iinfo(tensor.dtype).max // 4)):
+                wrong = tensor.clone()
+                wrong.view(-1)[-1] = value
+                yield _refused(f"{what}.{name}", {**few, name: wrong})
+        for axis, size in enumerate(specs[name].shape):
+            if axis and isinstance(size, int) and size:
+                longer = torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
+                yield _refused(f"longer{axis}.{name}", {**few, name: longer})
+        if tensor.dtype == torch.float32:
+            yield _refused(f"float64.{name}", {**few, name: tensor.double()})
+
+
+def _refused(name: str, inputs: Inputs) -> Probe:
+    return Probe(name=name, group=REFUSALS, inputs=inputs, declared=False)
+
+
+def singles(pool: Inputs, call: Callable[[Inputs], Any], folder: str) -> Iterator[Probe]:
+    """Samples by themselves: a few, and one for every other way through the user's code that any of them takes.
+
+    call: the model; folder: where its code is, whose lines are watched.
+    """
+    count = len(next(iter(pool.values())))
+    spread = [position * count // ALONE for position in range(min(ALONE, count))]
+    ways: dict[frozenset[tuple[str, int]], int] = {}
+    began = time.perf_counter()
+    for row in range(count):
+        if row >= DRAWN and time.perf_counter() - began > SCAN_SECONDS:
+            break
+        ways.setdefault(_lines(lambda row=row: call(_rows(pool, torch.tensor([row]))), folder), row)  # type: ignore[misc]
+    for row in sorted({*spread, *ways.values()}):
+        yield Probe(name=f"sample{row}", group=SINGLES, inputs=_rows(pool, torch.tensor([row])))
+
+
+def _lines(run: Callable[[], Any], folder: str) -> frozenset[tuple[str, int]]:
+    """Which lines of the user's code run."""
+    seen: set[tuple[str, int]] = set()
+    theirs: dict[str, bool] = {}
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            seen.add((frame.f_code.co_filename, frame.f_lineno))
+        return line
+
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        if name not in theirs:
+            theirs[name] = is_theirs(name, Path(folder))
+        return line if theirs[name] else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return frozenset(seen)
+
+
+def _pick(pool: Inputs, count: int, seed: int) -> Tensor:
+    """Rows of the pool, with repeats when it is small."""
+    available = len(next(iter(pool.values())))
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return order.repeat(-(-count // available))[:count]
+
+
+def _rows(pool: Inputs, rows: Tensor) -> Inputs:
+    return {name: tensor[rows].contiguous() for name, tensor in pool.items()}
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """A quantity, that may take any value: not a mask, a length or a category stored as a float."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or not bool(tensor.isfinite().all()):
+        return False
+    if bool((tensor != tensor.round()).any()):
+        return True
+    return len(torch.unique(tensor)) > CATEGORIES
+
+
+def _jittered(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    return _inside(rows.double() + 0.1 * _spread(pool) * noise, pool)
+
+
+def _normal(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    return _inside(pool.double().mean(0) + _spread(pool) * noise, pool)
+
+
+def _uniform(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
+    share = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
+    low, high = pool.double().amin(0), pool.double().amax(0)
+    return _inside(low + (high - low) * share, pool)
+
+
+def _spread(pool: Tensor) -> Tensor:
+    return pool.double().std(0, correction=0)
+
+
+def _inside(drawn: Tensor, pool: Tensor) -> Tensor:
+    """No further out than the data: a quantity that is never negative stays so."""
+    return drawn.clamp(float(pool.min()), float(pool.max())).to(pool.dtype)

@@ -1,0 +1,307 @@
+"""The reference data that artifacts are held against: what the model itself gives, in float32 and in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project
+from torchworker.parity.probes import BATCHES, LENGTHS, POOL, Inputs, Probe, probes, refusals, singles
+from torchworker.parity.rule import compare
+from torchworker.process.failure import UserMistake, describe
+from torchworker.process.fork import Died, Hung, Note, apart
+from torchworker.project.signature import dims_of, input_specs
+from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
+
+REFUSAL_SECONDS = 60.0
+"""The model's answer to an input that it should refuse takes at most this long."""
+
+
+class Answers:
+    """What the model says to a question: as it is, in float64, and with everything moved by its own rounding."""
+
+    def __init__(self, model: nn.Module, project: Project) -> None:
+        self.model, self.project = model, project
+        self.fixed_precision = False
+        """Whether the model was found not to run in float64."""
+        self._double: nn.Module | None = None
+        self._moved: nn.Module | None = None
+
+    def eager(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        return name_outputs(forward(self.model, inputs, self.project), self.project)
+
+    def exact(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Outputs in float64, or nothing when the model fixes a precision inside."""
+        if self.fixed_precision:
+            return {}
+        doubled = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+        try:
+            self._double = self._double or copy.deepcopy(self.model).double()
+            outputs = name_outputs(forward(self._double, doubled, self.project), self.project)
+        except (UserMistake, RuntimeError, TypeError, NotImplementedError):
+            self.fixed_precision = True
+            return {}
+        if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
+            self.fixed_precision = True
+            return {}
+        return outputs
+
+    def moved(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Outputs when each weight and input is moved up or down by half a unit in the last place, at random."""
+        generator = torch.Generator().manual_seed(0)
+        try:
+            if self._moved is None:
+                self._moved = copy.deepcopy(self.model)
+                for tensor in [*self._moved.parameters(), *self._moved.buffers()]:
+                    tensor.copy_(_moved(tensor, generator))
+            nudged = {name: _moved(tensor, generator) for name, tensor in inputs.items()}
+            return name_outputs(forward(self._moved, nudged, self.project), self.project)
+        except (UserMistake, RuntimeError, TypeError, NotImplementedError):
+            return {}
+
+    def complete(self, probe: Probe) -> Probe:
+        """The probe with the model's answers. Raises UserMistake when the model refuses it."""
+        eager = self.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
+        exact = self.exact(probe.inputs)
+        return replace(probe, eager=eager, exact=exact, moved={} if exact else self.moved(probe.inputs))
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    signs = torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1)
+    return (tensor.double() * (1 + signs * torch.finfo(tensor.dtype).eps / 2)).to(tensor.dtype)
+
+
+def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
+    """The model rebuilt from its weights must give what the trained one gave at the end of training."""
+    from safetensors.torch import load_file
+
+    stored = load_file(probe)
+    inputs = {name.removeprefix("input."): tensor for name, tensor in stored.items() if name.startswith("input.")}
+    inputs = {name: inputs[name] for name in name_inputs(model, inputs, project)}
+    outputs = name_outputs(forward(model, inputs, project), project)
+    answers = Answers(model, project)
+    exact = answers.exact(inputs)
+    moved = answers.moved(inputs) if not exact else {}
+    for name, tensor in outputs.items():
+        # The stored outputs are the ones on trial: the rounding that is allowed is the rebuilt model's own.
+        outcome = compare(stored[f"output.{name}"], tensor, exact.get(name), moved.get(name))
+        if not outcome.passed:
+            raise UserMistake(
+                f"export: rebuilt from its weights, the model gives other outputs than when it was trained ({name}: "
+                f"{outcome.note}); forward uses something that is neither "
+                "a parameter nor a persistent buffer, or its code was changed since: register_buffer it, or make it "
+                "from a fixed seed"
+            )
+
+
+def enlarged(named: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """Repeat a short batch up to the size of capture, so that a small validation set still exports at it."""
+    enlarged = {}
+    for name, tensor in named.items():
+        repeats = -(-batch // tensor.shape[0])
+        enlarged[name] = torch.cat([tensor] * repeats)[:batch].contiguous()
+    return enlarged
+
+
+def golden_sizes(batch: int, largest: int | None) -> list[int]:
+    """Batch sizes that artifacts are compared at: one, the one of capture, and the largest, or a larger odd one."""
+    return sorted({1, batch, largest or 2 * batch + 1})
+
+
+def write_reference(
+    request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], dataset: Dataset[Any]
+) -> str:
+    """Three files; returns in words what they were made with.
+
+    `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
+    `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
+    with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
+    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`.
+    """
+    from safetensors.torch import save_file
+
+    project, folder = request.project, Path(request.folder)
+    answers = Answers(model, project)
+    golden = []
+    for size in golden_sizes(request.batch, request.max_batch):
+        batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
+        _twice(model, batch, project)
+        golden.append(answers.complete(Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
+    if answers.fixed_precision:
+        golden = [replace(probe, exact={}, moved=probe.moved or answers.moved(probe.inputs)) for probe in golden]
+    stored: dict[str, Tensor] = {}
+    for probe in golden:
+        for part, tensors in (("input", probe.inputs), ("eager", probe.eager or {}), ("float64", probe.exact)):
+            # safetensors refuses tensors that share memory; slices of one batch do.
+            stored |= {f"{probe.name}.{part}.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(stored, folder / GOLDEN)
+    pool = _write_validation(request, answers, dataset, folder)
+    asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
+    asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
+    dims = dims_of(named, request.dynamic, project, request.max_batch)
+    unasked: list[str] = []
+    for probe in probes(pool, dims):
+        try:
+            asked.append(answers.complete(probe))
+        except UserMistake as mistake:
+            # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
+            if probe.group == LENGTHS:
+                # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
+                refusal = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
+                unasked.append(f"{probe.name}, which the model refuses itself ({refusal})")
+    signature = {spec.name: spec for spec in input_specs(named, dims)}
+    refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
+    _write_probes([*asked, *refused], [*unasked, *hung], folder / PROBES)
+    if answers.fixed_precision:
+        return "eager, with the rounding of weights and inputs; the model does not run in float64"
+    return "eager, checked against float64"
+
+
+def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe], list[str]]:
+    """The model's answers to inputs that it should refuse, and what could not be asked, with the reason.
+
+    Each is asked in a fork, which may die of it: then the model has no answer, and no artifact is asked. A fork that
+    hangs waits for a thread of the user's code, which only this process has; the others would too.
+    """
+    asked: list[Probe] = []
+    for position, probe in enumerate(questions):
+        try:
+            eager, error = apart(partial(_answer_or_error, answers, probe.inputs), Note(), REFUSAL_SECONDS)
+        except Died:
+            continue
+        except Hung as hung:
+            why = f"in a process of its own the model gives {hung}"
+            return asked, [f"{question.name} ({why})" for question in questions[position:]]
+        asked.append(replace(probe, eager=eager, error=error))
+    return asked, []
+
+
+def _answer_or_error(answers: Answers, inputs: Mapping[str, Tensor]) -> tuple[Inputs | None, str]:
+    try:
+        return answers.eager(inputs), ""
+    except UserMistake as error:
+        return None, describe(error.__cause__ or error)
+
+
+def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], path: Path) -> None:
+    """Tensors `<probe>/<part>/<name>`; the list of probes, and what was not asked, as JSON in the file's metadata."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    listed = []
+    for probe in asked:
+        parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.moved}
+        for part, named in parts.items():
+            tensors |= {f"{probe.name}/{part}/{name}": tensor.contiguous().clone() for name, tensor in named.items()}
+        listed.append(
+            {
+                "name": probe.name,
+                "group": probe.group,
+                "declared": probe.declared,
+                "touched": list(probe.touched),
+                "error": probe.error,
+            }
+        )
+    save_file(tensors, path, metadata={"probes": json.dumps(listed), "unasked": json.dumps(list(unasked))})
+
+
+def read_unasked(folder: Path) -> list[str]:
+    """Questions that could not be asked of the model, and so of no artifact, with the reason."""
+    from safetensors import safe_open
+
+    with safe_open(folder / PROBES, framework="pt") as asked:
+        told: list[str] = json.loads(asked.metadata()["unasked"])
+    return told
+
+
+def read_probes(folder: Path) -> list[Probe]:
+    """Every probe with the model's answers, the batches of capture first."""
+    from safetensors import safe_open
+
+    parts: dict[str, dict[str, Inputs]] = {}
+    with safe_open(folder / GOLDEN, framework="pt") as golden:
+        for key in golden.keys():  # noqa: SIM118 - not a mapping
+            name, part, tensor = key.split(".", 2)
+            parts.setdefault(name, {}).setdefault(part, {})[tensor] = golden.get_tensor(key)
+    with safe_open(folder / PROBES, framework="pt") as asked:
+        listed = json.loads(asked.metadata()["probes"])
+        for key in asked.keys():  # noqa: SIM118
+            name, part, tensor = key.split("/", 2)
+            parts.setdefault(name, {}).setdefault(part, {})[tensor] = asked.get_tensor(key)
+    return [
+        Probe(
+            name=item["name"],
+            group=item["group"],
+            declared=item["declared"],
+            touched=tuple(item["touched"]),
+            error=item["error"],
+            inputs=parts[item["name"]]["input"],
+            eager=None if item["error"] else parts[item["name"]]["eager"],
+            exact=parts[item["name"]].get("float64", {}),
+            moved=parts[item["name"]].get("moved", {}),
+        )
+        for item in listed
+    ]
+
+
+def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> None:
+    """Raises UserMistake unless a second call gives the same and leaves the inputs alone."""
+    kept = {name: tensor.clone() for name, tensor in batch.items()}
+    first = name_outputs(forward(model, batch, project), project)
+    second = name_outputs(forward(model, batch, project), project)
+    for name, tensor in first.items():
+        if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
+            raise UserMistake(
+                f"export: output {name!r} differs between two calls on the same inputs in eval mode; a model with "
+                "randomness or state in forward cannot be proven equal to its export"
+            )
+    for name, tensor in batch.items():
+        if not torch.equal(tensor.nan_to_num(), kept[name].nan_to_num()):
+            raise UserMistake(
+                f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
+            )
+
+
+def validation_key(part: str, name: str, start: int) -> str:
+    """Where VALIDATION has the model's answer to the batch of validation samples from `start` on."""
+    return f"{part}.{name}/{start}"
+
+
+def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path) -> Inputs:
+    """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
+
+    Returns the first samples' inputs, which probes are made from.
+    """
+    from safetensors.torch import save_file
+
+    parts: dict[str, list[Tensor]] = {}
+    first: Any = None
+    answered: dict[str, Tensor] = {}
+    start = 0
+    for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
+        first = (inputs, target) if first is None else first
+        require_one_shape(first, (inputs, target), request.project)
+        named = name_inputs(answers.model, inputs, request.project)
+        probe = answers.complete(Probe(name="", group="", inputs=named))
+        for name, tensor in named.items():
+            parts.setdefault(f"input.{name}", []).append(tensor)
+        # Batch by batch: how long a decoded sequence gets may depend on the batch.
+        for part, tensors in (("eager", probe.eager), ("float64", probe.exact), ("moved", probe.moved)):
+            for name, tensor in (tensors or {}).items():
+                answered[validation_key(part, name, start)] = tensor.contiguous().clone()
+        parts.setdefault("target", []).append(target)
+        start += len(target)
+    joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    save_file({**joined, **answered}, folder / VALIDATION)
+    return {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}

@@ -1,0 +1,143 @@
+"""Work in a fork of this process, which may die of it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import select
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from torchworker.process.lifeline import die_with_parent
+
+Result = TypeVar("Result")
+
+CORES = len(os.sched_getaffinity(0))
+
+
+class Died(Exception):
+    """The fork ended without an answer. `last` is what it noted before."""
+
+    def __init__(self, status: int, last: str) -> None:
+        """status: negative for a signal."""
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        super().__init__(f"the process {how}{f' while it was asked {last}' if last else ''}")
+
+
+class Hung(Exception):
+    """The fork gave no answer in time, and was killed."""
+
+
+class Note:
+    """One line that outlives the process that wrote it."""
+
+    BYTES = 500
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, self.BYTES)
+
+    def write(self, text: str) -> None:
+        self._memory.seek(0)
+        self._memory.write(text.encode()[: self.BYTES].ljust(self.BYTES, b"\0"))
+
+    def read(self) -> str:
+        return self._memory[:].rstrip(b"\0").decode(errors="replace")
+
+
+def apart(work: Callable[[], Result], note: Note, seconds: float | None = None) -> Result:
+    """The work's result, or its exception. The result can be pickled.
+
+    Raises Died when the fork ended without either, and Hung when it had neither after so many seconds. A fork has none
+    of its parent's other threads: work that waits for one of them never ends, so a caller with threads sets a limit.
+    """
+    return Begun(work, note).result(seconds)
+
+
+def can_fork() -> bool:
+    """Whether a fork of this process can do all that it can: no thread of the user's code or of torch is lost."""
+    return threading.active_count() == 1 and torch.get_num_threads() == 1
+
+
+def side_by_side(
+    works: Mapping[str, Callable[[], Result]], notes: Mapping[str, Note], at_once: int
+) -> Iterator[tuple[str, Begun[Result]]]:
+    """Works in their order, the next ones begun already; whoever takes one asks for its result before the next."""
+    names, begun = list(works), dict[str, Begun[Result]]()
+    for place, name in enumerate(names):
+        for soon in names[place : place + at_once]:
+            if soon not in begun:
+                begun[soon] = Begun(works[soon], notes[soon])
+        yield name, begun[name]
+
+
+class Begun(Generic[Result]):
+    """Work that a fork is at. It ends with this process."""
+
+    def __init__(self, work: Callable[[], Result], note: Note) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self._note, self._answer = note, tempfile.TemporaryFile()  # noqa: SIM115
+        self._status: int | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            status = 1
+            try:
+                die_with_parent(parent)
+                outcome: tuple[Any, BaseException | None]
+                try:
+                    outcome = (work(), None)
+                except Exception as error:
+                    outcome = (None, error)
+                pickle.dump(outcome, self._answer)
+                self._answer.flush()
+                status = 0
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+
+    def result(self, seconds: float | None = None) -> Result:
+        """Once, and as `apart` does."""
+        with self._answer:
+            in_time = _ends(self._pid, seconds)
+            if not in_time:
+                self.kill()
+            status = self.wait()
+            if not in_time:
+                raise Hung(f"no answer after {seconds:g} s")
+            if status:
+                raise Died(status, self._note.read())
+            self._answer.seek(0)
+            result, raised = pickle.load(self._answer)
+        if raised is not None:
+            raise raised
+        found: Result = result
+        return found
+
+    def wait(self) -> int:
+        """The exit status, negative for a signal."""
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._status
+
+    def kill(self) -> None:
+        """End it, unless it has ended."""
+        if self._status is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+
+def _ends(pid: int, seconds: float | None) -> bool:
+    """Whether the child ends by then."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)

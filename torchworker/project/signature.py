@@ -1,0 +1,132 @@
+"""What an exported model takes and gives: named tensors, and which of their dimensions may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from torchworker.contract import DynamicDim, Project, TensorSpec
+from torchworker.process.failure import UserMistake
+from torchworker.project.user_code import describe_tensor, dtype_name, forward, name_outputs
+
+BATCH = "batch"
+"""The first dimension of every input."""
+
+
+def dims_of(
+    named: Mapping[str, Tensor], declared: Sequence[DynamicDim], project: Project, max_batch: int | None = None
+) -> tuple[DynamicDim, ...]:
+    """The batch and the declared dimensions, held against one batch of the data.
+
+    max_batch: largest batch; None for no limit. Raises UserMistake for an input or axis that is not there, and for
+    sizes outside the declared range.
+    """
+    batch = DynamicDim(name=BATCH, min=1, max=max_batch, axes={name: (0,) for name in named})
+    for dim in declared:
+        where = f"export.dynamic.{dim.name}"
+        found: dict[str, int] = {}
+        for name, axes in dim.axes.items():
+            if name not in named:
+                raise UserMistake(f"{where}.axes: expected inputs among {', '.join(named)}, got {name!r}")
+            for axis in axes:
+                if axis >= named[name].dim():
+                    raise UserMistake(
+                        f"{where}.axes.{name}: expected an axis below {named[name].dim()}, because the data "
+                        f"({project.data.where}) gives {name} as {describe_tensor(named[name])}; got {axis}"
+                    )
+                found[f"{name} axis {axis}"] = named[name].shape[axis]
+        if len(set(found.values())) > 1:
+            sizes = ", ".join(f"{place}: {size}" for place, size in found.items())
+            raise UserMistake(f"{where}: expected one size on all its axes, and the data has {sizes}")
+        size = next(iter(found.values()))
+        if size < dim.min or (dim.max is not None and size > dim.max):
+            limit = f"{dim.min} to {dim.max}" if dim.max is not None else f"at least {dim.min}"
+            raise UserMistake(
+                f"{where}: expected sizes that include the data's own, got {limit}, and the data has {size}"
+            )
+    return (batch, *declared)
+
+
+def sizes_of(named: Mapping[str, Tensor], dims: Sequence[DynamicDim]) -> dict[str, int]:
+    """The size that each dynamic dimension has in these inputs."""
+    return {dim.name: named[name].shape[axes[0]] for dim in dims for name, axes in [next(iter(dim.axes.items()))]}
+
+
+def resized(named: Mapping[str, Tensor], dims: Sequence[DynamicDim], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The same inputs with other sizes: cut, or repeated up to them. sizes: dimension name to size, 0 allowed."""
+    changed = dict(named)
+    for dim in dims:
+        if dim.name not in sizes:
+            continue
+        for name, axes in dim.axes.items():
+            for axis in axes:
+                changed[name] = _resized(changed[name], axis, sizes[dim.name])
+    return changed
+
+
+def _resized(tensor: Tensor, axis: int, size: int) -> Tensor:
+    repeats = [1] * tensor.dim()
+    repeats[axis] = max(1, -(-size // tensor.shape[axis]))
+    return tensor.repeat(repeats).narrow(axis, 0, size).contiguous()
+
+
+def other_sizes(named: Mapping[str, Tensor], dims: Sequence[DynamicDim]) -> dict[str, int]:
+    """For each dimension a size that differs from the present one and from what the others get."""
+    sizes: dict[str, int] = {}
+    taken = set(sizes_of(named, dims).values())
+    for dim in dims:
+        # More first: cut inputs may contradict others, such as lengths.
+        largest = dim.max if dim.max is not None else max(taken) + len(dims) + 1
+        choices = [size for size in (*range(max(taken) + 1, largest + 1), *range(largest, dim.min - 1, -1))]
+        size = next((size for size in choices if size not in taken), None)
+        if size is not None:
+            sizes[dim.name] = size
+            taken.add(size)
+    return sizes
+
+
+def input_specs(named: Mapping[str, Tensor], dims: Sequence[DynamicDim]) -> tuple[TensorSpec, ...]:
+    """Inputs with the names of their dynamic dimensions in their shapes."""
+    specs = []
+    for name, tensor in named.items():
+        shape: list[int | str] = list(tensor.shape)
+        for dim in dims:
+            for axis in dim.axes.get(name, ()):
+                shape[axis] = dim.name
+        specs.append(TensorSpec(name=name, dtype=dtype_name(tensor), shape=shape))
+    return tuple(specs)
+
+
+def output_specs(
+    model: nn.Module, named: Mapping[str, Tensor], dims: Sequence[DynamicDim], project: Project
+) -> tuple[TensorSpec, ...]:
+    """Outputs, found by calling the model at several sizes: what follows a dynamic dimension gets its name.
+
+    A size that changes in another way, such as the length of a decoded sequence, is `<output>_<axis>`.
+    """
+    calls = [(sizes_of(named, dims), name_outputs(forward(model, named, project), project))]
+    rows = next(iter(named.values())).shape[0]
+    variants = [resized(named, dims, other_sizes(named, dims))]
+    variants += [{name: tensor[row : row + 1] for name, tensor in named.items()} for row in {0, rows // 2, rows - 1}]
+    for variant in variants:
+        try:
+            outputs = name_outputs(forward(model, variant, project), project)
+        except UserMistake:
+            # Inputs may belong together in ways that cutting breaks; what the model takes is not decided here.
+            continue
+        calls.append((sizes_of(variant, dims), outputs))
+    return tuple(_output_spec(name, calls) for name in calls[0][1])
+
+
+def _output_spec(name: str, calls: Sequence[tuple[Mapping[str, int], Mapping[str, Tensor]]]) -> TensorSpec:
+    first = calls[0][1][name]
+    shape: list[int | str] = []
+    for axis, size in enumerate(first.shape):
+        seen = [(sizes, outputs[name].shape[axis]) for sizes, outputs in calls if outputs[name].dim() == first.dim()]
+        names = [dim for dim in seen[0][0] if all(sizes[dim] == found for sizes, found in seen)]
+        if names:
+            shape.append(names[0])
+        else:
+            shape.append(size if all(found == size for _, found in seen) else f"{name}_{axis}")
+    return TensorSpec(name=name, dtype=dtype_name(first), shape=shape)

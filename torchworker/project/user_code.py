@@ -1,0 +1,462 @@
+"""The user's model, data and loss, rebuilt in a worker process from references. The only importer of user code."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import itertools
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, IterableDataset, default_collate
+
+from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
+from torchworker.process.failure import UserMistake, describe, is_lost_connection, user_error, user_line
+from torchworker.project.metrics import first_output, metric_sum
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def enter(project: Project) -> None:
+    """Put the project's folder first on the import path, as `python script.py` in it would."""
+    if project.folder not in sys.path:
+        sys.path.insert(0, project.folder)
+
+
+def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
+    """The callable behind `module:attribute`.
+
+    Raises UserMistake when the module does not import (with the nested error), the attribute is missing, or
+    it is not callable.
+    """
+    module_name, _, attribute = reference.target.partition(":")
+    named = f"{reference.where}: {reference.target}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise UserMistake(
+                f"{named}: expected a module {module_name!r} in {project.folder} or installed, found none"
+            ) from None
+        raise user_error(f"{named}: importing {module_name!r} failed", error, project.folder) from error
+    except (Exception, SystemExit) as error:
+        raise user_error(f"{named}: importing {module_name!r} failed", error, project.folder) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = ", ".join(sorted(name for name in vars(module) if not name.startswith("_"))[:12])
+            raise UserMistake(
+                f"{named}: module {module_name!r} ({module.__file__}) has no {part!r}; it has: {public or 'nothing'}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserMistake(f"{named}: expected something callable, got {type(found).__name__}")
+    return typing.cast(Callable[..., Any], found)
+
+
+def _call(reference: Reference, project: Project, **extra: Any) -> Any:
+    function = resolve(reference, project)
+    arguments = {**extra, **reference.args}
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    try:
+        return function(**arguments)
+    except (Exception, SystemExit) as error:
+        raise user_error(f"{reference.where}: {reference.target}({shown}) failed", error, project.folder) from error
+
+
+def build_model(project: Project) -> nn.Module:
+    """The untrained model. Raises UserMistake unless it is an nn.Module with parameters to train."""
+    model = _call(project.model, project)
+    if not isinstance(model, nn.Module):
+        raise UserMistake(
+            f"{project.model.where}: {project.model.target} must return a torch.nn.Module, got {type(model).__name__}"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserMistake(f"{project.model.where}: the model has no parameters to train")
+    return model
+
+
+def build_dataset(project: Project, split: str) -> Dataset[Any]:
+    """The `train` or `validation` dataset: map-style or iterable, not empty, items (inputs, target)."""
+    more = {"snapshot": project.snapshot} if project.snapshot else {}
+    dataset = _call(project.data, project, split=split, **more)
+    asked = f"{project.data.where}: {project.data.target}(split={split!r})"
+    if isinstance(dataset, IterableDataset):
+        empty = _is_empty_stream(dataset, asked, project)
+    elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        empty = len(dataset) == 0
+    else:
+        raise UserMistake(
+            f"{asked} must return a map-style dataset (with __len__ and __getitem__) or a torch IterableDataset, got "
+            f"{type(dataset).__name__}"
+        )
+    if empty:
+        raise UserMistake(f"{asked} returned an empty dataset; expected at least one sample")
+    return typing.cast(Dataset[Any], dataset)
+
+
+def _is_empty_stream(dataset: IterableDataset[Any], asked: str, project: Project) -> bool:
+    nothing = object()
+    try:
+        return next(iter(dataset), nothing) is nothing
+    except Exception as error:
+        raise user_error(f"{asked}: reading the first item failed", error, project.folder) from error
+
+
+def length_of(dataset: Dataset[Any]) -> int | None:
+    """Samples of a dataset; None for an iterable one that does not say."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _function(reference: Reference, project: Project) -> Callable[..., Any]:
+    """What a reference to a function means: a class is instantiated with the args, a function is given them."""
+    found = resolve(reference, project)
+    if not inspect.isclass(found):
+        return functools.partial(found, **reference.args) if reference.args else found
+    made = _call(reference, project)
+    if not callable(made):
+        raise UserMistake(f"{reference.where}: {reference.target} must make something callable, got {type(made)}")
+    return typing.cast(Callable[..., Any], made)
+
+
+def build_collate(project: Project) -> Callable[[list[Any]], Any]:
+    """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names."""
+    if project.collate is None:
+        return default_collate
+    function = _function(project.collate, project)
+    name = f"{project.collate.where}: {project.collate.target}"
+
+    def collate(items: list[Any]) -> Any:
+        try:
+            return function(items)
+        except Exception as error:
+            raise user_error(f"{name} failed on {len(items)} items", error, project.folder) from error
+
+    return collate
+
+
+def build_loss(project: Project) -> Loss:
+    """loss(outputs, target) -> scalar tensor."""
+    if isinstance(project.loss, str):
+        return typing.cast(Loss, getattr(nn.functional, project.loss))
+    return _function(project.loss, project)
+
+
+def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """A well-known optimizer by name, or factory(parameters, lr=…)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if isinstance(settings.optimizer, str):
+        kind = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
+        more = {"fused": True} if settings.fused else {}
+        return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate, **more))
+    reference = settings.optimizer
+    factory = resolve(reference, project)
+    try:
+        optimizer = factory(parameters, **{"lr": settings.learning_rate, **reference.args})
+    except Exception as error:
+        raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserMistake(
+            f"{reference.where}: {reference.target} must return a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def build_schedule(
+    project: Project, settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate schedule that is advanced after every optimizer step; steps: how many there will be."""
+    reference = settings.schedule
+    if reference == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if reference == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if reference == "linear":
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    assert isinstance(reference, Reference), reference
+    factory = resolve(reference, project)
+    try:
+        schedule = factory(optimizer, **{"total_steps": steps, **reference.args})
+    except Exception as error:
+        raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
+    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
+        raise UserMistake(
+            f"{reference.where}: {reference.target} must return a torch.optim.lr_scheduler.LRScheduler, "
+            f"got {type(schedule).__name__}"
+        )
+    return schedule
+
+
+def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
+    """A collated batch as (inputs, target)."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise UserMistake(
+            f"{project.data.where}: each item must be a pair (inputs, target), got {type(batch).__name__}{size}"
+        )
+    inputs, target = batch
+    if not isinstance(target, Tensor):
+        raise UserMistake(
+            f"{project.data.where}: the target of an item must collate to one tensor, got {type(target).__name__}"
+        )
+    return inputs, target
+
+
+def name_inputs(model: nn.Module, inputs: Any, project: Project) -> dict[str, Tensor]:
+    """Inputs by the names of forward's parameters, in forward's order; those with a default may be left out.
+
+    A tensor is the first parameter, a tuple or list is positional, a dict is by name.
+    """
+    parameters = _parameters(model)
+    takes = f"{project.model.where}: forward takes ({', '.join(str(item) for item in parameters.values())})"
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, Mapping):
+        unknown = [name for name in inputs if name not in parameters]
+        if unknown:
+            raise UserMistake(f"{takes} but the data gives inputs named {sorted(inputs)}")
+        named = {name: inputs[name] for name in parameters if name in inputs}
+    elif isinstance(inputs, tuple | list):
+        if len(inputs) > len(parameters):
+            raise UserMistake(f"{takes} but the data gives {len(inputs)} inputs")
+        named = dict(zip(parameters, inputs, strict=False))
+    else:
+        raise UserMistake(
+            f"{project.data.where}: inputs must be a tensor, a tuple of tensors or a dict of tensors, "
+            f"got {type(inputs).__name__}"
+        )
+    missing = [name for name, item in parameters.items() if item.default is item.empty and name not in named]
+    if missing:
+        raise UserMistake(f"{takes} but the data gives only {', '.join(named)}; expected {', '.join(missing)} too")
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise UserMistake(f"{project.data.where}: input {name!r} must be a tensor, got {type(value).__name__}")
+    return named
+
+
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """What forward takes, by name; not *args and **kwargs, which have no names."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def arguments(model: nn.Module, named: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional arguments up to the first parameter that is left out, and the rest by name."""
+    positional: list[Tensor] = []
+    for name, parameter in _parameters(model).items():
+        if name not in named or parameter.kind is parameter.KEYWORD_ONLY:
+            break
+        positional.append(named[name])
+    rest = {name: tensor for position, (name, tensor) in enumerate(named.items()) if position >= len(positional)}
+    return tuple(positional), rest
+
+
+def name_outputs(outputs: Any, project: Project) -> dict[str, Tensor]:
+    """Outputs by name, nested ones flattened: `output` for a tensor, `output_0`… for a tuple, the keys of a dict.
+
+    What is inside an output has its name in front: `{"logits": a, "state": (b, c)}` gives logits, state_0 and state_1.
+    None, which forward may return in the place of a tensor, is left out.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in _flattened(outputs, "", project):
+        if name in named:
+            raise UserMistake(f"{project.model.where}: two outputs of forward are both called {name!r}; rename one")
+        named[name] = value
+    if not named:
+        raise UserMistake(f"{project.model.where}: forward must return at least one tensor, got none")
+    return named
+
+
+def _flattened(value: Any, name: str, project: Project) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flattened(item, f"{name}_{key}" if name else str(key), project)
+    elif isinstance(value, tuple | list):
+        # A named tuple has names for its items.
+        keys = getattr(value, "_fields", None)
+        for position, item in enumerate(value):
+            if keys is not None:
+                yield from _flattened(item, f"{name}_{keys[position]}" if name else keys[position], project)
+            else:
+                yield from _flattened(item, f"{name or 'output'}_{position}", project)
+    elif value is not None:
+        raise UserMistake(
+            f"{project.model.where}: forward must return tensors, in tuples, lists or dicts if they are several, "
+            f"got {type(value).__name__}{f' at {name}' if name else ''}"
+        )
+
+
+def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | None = None) -> Any:
+    """Call the model on a batch's inputs; a failure becomes one message with shapes and the user's line.
+
+    call: what to call instead of the model itself, such as its DistributedDataParallel wrapper.
+    """
+    named = name_inputs(model, inputs, project)
+    try:
+        args, kwargs = arguments(model, named)
+        return (model if call is None else call)(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {describe_tensor(value)}" for name, value in named.items())
+        raise user_error(f"{project.model.where}: forward failed on {shapes}", error, project.folder) from error
+
+
+def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:
+    """For cross_entropy with class indices: every label must be one of the model's outputs.
+
+    On a GPU an index out of range ends in an assertion of the device that names nothing, so look first.
+    target: [batch, …] integer; outputs: [batch, classes, …].
+    """
+    if project.loss != "cross_entropy" or target.is_floating_point() or outputs.dim() < 2 or target.numel() == 0:
+        return
+    classes = outputs.shape[1]
+    low, high = (int(value) for value in torch.aminmax(target))
+    # -100 is the index that cross_entropy ignores.
+    if high >= classes or (low < 0 and bool(((target < 0) & (target != -100)).any())):
+        raise UserMistake(
+            f"{project.data.where}: labels must be in 0..{classes - 1} because the model has {classes} outputs, "
+            f"got labels from {low} to {high}"
+        )
+
+
+def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project, labels: Tensor | None = None) -> Tensor:
+    """The scalar loss. Raises UserMistake for labels out of range, a failing loss or a wrong result.
+
+    labels: the target on the CPU, where it is at hand: looking at one on a GPU waits for all that the GPU has to do.
+    """
+    if isinstance(outputs, Tensor):
+        check_labels(target if labels is None else labels, outputs, project)
+    name = project.loss if isinstance(project.loss, str) else project.loss.target
+    try:
+        value = loss(outputs, target)
+    except Exception as error:
+        shown = describe_tensor(outputs) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserMistake(
+            f"train.loss: {name}(outputs {shown}, target {describe_tensor(target)}) failed: "
+            f"{describe(error)}{user_line(error, project.folder)}"
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise UserMistake(f"train.loss: {name} must return one number as a tensor, got {_shown(value)}")
+    return value
+
+
+def backward(value: Tensor, project: Project) -> None:
+    """Gradients of a loss; a failure is the user's unless another rank went away."""
+    try:
+        value.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise
+        raise user_error("train.loss: its gradient cannot be computed", error, project.folder) from error
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, project: Project, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """One step of the optimizer. scaler: of the loss, when it was scaled."""
+    try:
+        if scaler is not None and scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise user_error("train.optimizer: step() failed", error, project.folder) from error
+
+
+def require_gradients(model: nn.Module, project: Project) -> None:
+    """After one backward: every parameter to train took part. DistributedDataParallel waits for all of them."""
+    inner = model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
+    unused = [name for name, item in inner.named_parameters() if item.requires_grad and item.grad is None]
+    if unused:
+        raise UserMistake(
+            f"{project.model.where}: the loss does not depend on {', '.join(unused[:5])}"
+            f"{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}; every parameter must take part in every "
+            "step: use it in forward, remove it, or freeze it with requires_grad_(False)"
+        )
+
+
+def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: Project) -> float:
+    """A metric of the user's own over all samples. outputs, target: on the CPU, [samples, …]."""
+    where = f"{metric.reference.where}: {metric.reference.target}"
+    shapes = f"(outputs {describe_tensor(outputs)}, target {describe_tensor(target)})"
+    function = _function(metric.reference, project)
+    try:
+        return float(function(outputs, target))
+    except Exception as error:
+        raise user_error(f"{where}{shapes} failed", error, project.folder) from error
+
+
+def try_metric(metric: str, outputs: object, target: torch.Tensor) -> None:
+    """Raises UserMistake when the metric cannot be computed on these shapes."""
+    try:
+        metric_sum(metric, first_output(outputs), target)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        shown = describe_tensor(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise UserMistake(
+            f"metrics: {metric} cannot be computed on outputs {shown} and target {describe_tensor(target)}: "
+            f"{describe(error)}"
+        ) from error
+
+
+def describe_tensor(tensor: Tensor) -> str:
+    """`float32 [64, 1, 8, 8]`."""
+    return f"{dtype_name(tensor)} {list(tensor.shape)}"
+
+
+def _shown(value: Any) -> str:
+    return describe_tensor(value) if isinstance(value, Tensor) else type(value).__name__
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def require_one_shape(first: Any, other: Any, project: Project) -> None:
+    """Of two validation batches (inputs, target): all samples that artifacts are held against have one shape."""
+    shapes = [
+        [list(leaf.shape[1:]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch in (first, other)
+    ]
+    if shapes[0] != shapes[1]:
+        raise UserMistake(
+            f"{project.data.where}: validation batches are of different shapes: samples of {shapes[0]} and of "
+            f"{shapes[1]}; pad them all to one length, in the dataset or in data.collate"
+        )
+
+
+class _Start(IterableDataset[Any]):
+    def __init__(self, dataset: IterableDataset[Any], limit: int) -> None:
+        self._dataset, self._limit = dataset, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._dataset), self._limit)
+
+
+def batches(
+    dataset: Dataset[Any], size: int, project: Project, limit: int | None = None
+) -> Iterator[tuple[Any, Tensor]]:
+    """Batches of (inputs, target) in order, for reference data: at most `limit` samples."""
+    from torch.utils.data import DataLoader, Subset
+
+    chosen = dataset
+    if isinstance(dataset, IterableDataset) and limit is not None:
+        chosen = _Start(dataset, limit)
+    elif limit is not None and limit < len(dataset):  # type: ignore[arg-type]
+        chosen = Subset(dataset, range(limit))
+    try:
+        for batch in DataLoader(chosen, batch_size=size, collate_fn=build_collate(project)):
+            yield split_batch(batch, project)
+    except UserMistake:
+        raise
+    except Exception as error:
+        raise user_error(f"{project.data.where}: reading an item failed", error, project.folder) from error

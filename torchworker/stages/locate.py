@@ -1,0 +1,216 @@
+"""Where does an artifact leave the model? Runs user code and artifact side by side on a question that failed.
+
+The model runs in eager mode while every torch call is recorded with its result, its inputs and the line it is on. Then
+every value inside the artifact is computed, and each recorded result is looked for among them. The place is the first
+call whose inputs are found and whose result is not, and from which nothing found again follows: a call that an exporter
+fused or folded away is not blamed, because what comes after it is found.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from torchworker.contract import LocateRequest, LocateResult
+from torchworker.parity.reference import read_probes
+from torchworker.process.failure import describe, is_theirs
+from torchworker.project.user_code import build_model, enter, forward
+from torchworker.project.weights import load_weights
+from torchworker.runtimes.load import onnx_session
+
+CLOSE = 2.0**-14
+"""Two values are the same place in the computation when they differ by less than this share of the largest one."""
+
+Inside = list[tuple[str, Tensor]]
+"""Values inside an artifact in the order they are computed, with what people call them."""
+
+
+@dataclass
+class Step:
+    """One torch call of the model."""
+
+    what: str
+    value: Tensor
+    feeds: list[int]
+    """Steps whose results it was given."""
+
+
+def locate(request: LocateRequest) -> LocateResult:
+    """In words, for each format, where it first differs, or why that cannot be said."""
+    torch.set_num_threads(1)
+    enter(request.project)
+    model = build_model(request.project)
+    load_weights(model, Path(request.weights))
+    model.eval()
+    folder = Path(request.folder)
+    asked = {probe.name: probe for probe in read_probes(folder)}
+    where = {}
+    for kind, name in request.probes.items():
+        inputs = {key: asked[name].inputs[key] for key in request.inputs}
+        try:
+            with torch.no_grad():
+                steps = record(model, inputs, request)
+                inside = values_inside(kind, folder / request.formats[kind], inputs)
+            where[kind] = first_difference(steps, inside)
+        except Exception as error:
+            where[kind] = f"could not be located: {describe(error).splitlines()[0][:200]}"
+    return LocateResult(where=where)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, names: Mapping[int, str], folder: Path) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._names, self._folder = names, folder
+        self._made: dict[int, int] = {}
+        self._kept: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        given += [item for group in given if isinstance(group, list | tuple) for item in group]
+        feeds = [self._made[id(item)] for item in given if isinstance(item, Tensor) and id(item) in self._made]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
+                # Kept alive, so that no later tensor gets its id; cloned, because it may be written into.
+                self._kept.append(tensor)
+                self._made[id(tensor)] = len(self.steps)
+                self.steps.append(Step(what=self._called(func), value=tensor.clone(), feeds=feeds))
+        return result
+
+    def _called(self, func: Any) -> str:
+        name, module, line = getattr(func, "__name__", str(func)), "", ""
+        frame = sys._getframe(2)
+        while frame is not None and not line:
+            own = frame.f_locals.get("self")
+            if not module and isinstance(own, nn.Module) and id(own) in self._names:
+                module = f" in {self._names[id(own)] or 'the model'} ({type(own).__name__})"
+            if is_theirs(frame.f_code.co_filename, self._folder):
+                path = Path(frame.f_code.co_filename).relative_to(self._folder)
+                source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+                line = f", {path}:{frame.f_lineno}: {source}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return f"{name}{module}{line}"
+
+
+def record(model: nn.Module, inputs: Mapping[str, Tensor], request: LocateRequest) -> list[Step]:
+    """Every torch call of one forward that gives a floating point tensor."""
+    names = {id(module): name for name, module in model.named_modules()}
+    recorder = _Recorder(names, Path(request.project.folder))
+    with recorder:
+        forward(model, {name: tensor.clone() for name, tensor in inputs.items()}, request.project)
+    return recorder.steps
+
+
+def first_difference(steps: list[Step], inside: Inside) -> str:
+    """The place in words. steps: of the model; inside: every value of the artifact."""
+    if not steps or not inside:
+        return "could not be located: nothing inside can be compared"
+    found = [any(_same(step.value, value) for _, value in inside) for step in steps]
+    reached = list(found)
+    # Backwards: whether anything that follows from a step is found again.
+    for index in range(len(steps) - 1, -1, -1):
+        for feed in steps[index].feeds:
+            reached[feed] = reached[feed] or reached[index]
+    for index, step in enumerate(steps):
+        if not reached[index] and all(found[feed] or reached[feed] for feed in step.feeds):
+            near = min(
+                ((float((value.double() - step.value.double()).abs().max()), name) for name, value in inside
+                 if value.shape == step.value.shape),
+                default=None,
+            )  # fmt: skip
+            nearest = f"; nearest inside: {near[1]}, off by up to {near[0]:.2g}" if near else ""
+            # ONNX has a batch norm's factors in the weights of the convolution before it.
+            merged = ", or what the format merged it with"
+            return f"first differs at step {index + 1} of {len(steps)}: {step.what}{merged}{nearest}"
+    return f"all {len(steps)} steps of the model are found inside; what is done to inputs or outputs differs"
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    if one.shape != two.shape or not two.is_floating_point() or one.numel() == 0:
+        return False
+    difference = (one.double() - two.double()).abs().nan_to_num(0.0, float("inf"), 0.0)
+    largest = one.double()[one.isfinite()].abs().max() if bool(one.isfinite().any()) else torch.tensor(0.0)
+    return torch.equal(one.isnan(), two.isnan()) and float(difference.max()) <= CLOSE * float(largest)
+
+
+def values_inside(kind: str, path: Path, inputs: Mapping[str, Tensor]) -> Inside:
+    """The inputs and every tensor that the artifact computes from them."""
+    return [*((f"input {name}", tensor) for name, tensor in inputs.items()), *_INSIDE[kind](path, inputs)]
+
+
+class _Watched(torch.fx.Interpreter):
+    def __init__(self, program: torch.fx.GraphModule) -> None:
+        super().__init__(program)
+        self.inside: Inside = []
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor) and n.op in ("call_function", "call_module", "call_method"):
+                self.inside.append((f"node {n.name}", tensor.clone()))
+        return result
+
+
+def _in_pt2(path: Path, inputs: Mapping[str, Tensor]) -> Inside:
+    """torch.export: node by node."""
+    program = torch.export.load(str(path)).module()
+    assert isinstance(program, torch.fx.GraphModule)
+    watched = _Watched(program)
+    watched.run(*inputs.values())
+    return watched.inside
+
+
+def _in_onnx(path: Path, inputs: Mapping[str, Tensor]) -> Inside:
+    """ONNX: every value of the top graph as one more output, with ONNX Runtime's own optimizations off."""
+    import onnx_ir
+
+    model = onnx_ir.load(path)
+    present = {value.name for value in model.graph.outputs}
+    nodes = {value.name: node.op_type for node in model.graph for value in node.outputs if value.name}
+    model.graph.outputs.extend(
+        value for node in model.graph for value in node.outputs if value.name and value.name not in present
+    )
+    session = onnx_session(onnx_ir.to_proto(model).SerializeToString(), 1, as_written=True)
+    wanted = [item.name for item in session.get_outputs()]
+    values = session.run(wanted, {item.name: inputs[item.name].numpy() for item in session.get_inputs()})
+    by_name = dict(zip(wanted, values, strict=True))
+    return [
+        (f"node {kind} {name}", torch.as_tensor(by_name[name]))
+        for name, kind in nodes.items()
+        if hasattr(by_name.get(name), "shape")
+    ]
+
+
+def _in_torchscript(path: Path, inputs: Mapping[str, Tensor]) -> Inside:
+    """TorchScript: the tensors of the inlined graph's straight part; what is inside a branch or loop is not seen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        graph = program.graph.copy()
+        torch._C._jit_pass_inline(graph)
+        lowered, weights = torch._C._jit_pass_lower_graph(graph, program._c)
+        for _ in range(len(list(lowered.outputs()))):
+            lowered.eraseOutput(0)
+        names = []
+        for node in lowered.nodes():
+            for output in node.outputs():
+                if output.type().kind() == "TensorType":
+                    lowered.registerOutput(output)
+                    names.append(f"node {node.kind()}")
+        lowered.makeMultiOutputIntoTuple()
+        values = torch._C._create_function_from_graph("inside", lowered)(*inputs.values(), *weights)
+    return [(name, value.clone()) for name, value in zip(names, values, strict=True)]
+
+
+_INSIDE = {"pt2": _in_pt2, "onnx": _in_onnx, "torchscript": _in_torchscript}
+LOCATABLE = tuple(_INSIDE)

@@ -1,0 +1,307 @@
+"""How fast, large and quick to load artifacts are: each in a process of its own, calls of all taking turns.
+
+Every artifact is loaded by a fork of this process, which has torch and has run nothing. The forks wait; one at a time
+is told to make some calls, at every batch size round after round, so that what else the machine does meanwhile falls
+on all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from torchworker.contract import Measured, MeasureRequest, MeasureResult, Speed, Timed
+from torchworker.gates.speed import judge, recommended, speedups, too_slow, undecided
+from torchworker.parity.reference import enlarged
+from torchworker.process.failure import describe
+from torchworker.process.fork import Died, Note, apart
+from torchworker.process.lifeline import die_with_parent
+from torchworker.runtimes import load as runtimes
+from torchworker.stages.validate import forbid_user_code
+
+ROUNDS = 5
+ROUND_SECONDS = 0.02
+"""About how long the calls of one artifact at one batch size take in a round."""
+CALLS = (4, 100)
+"""Fewest and most calls of a round."""
+WARM_UP_CALLS = 3
+DECIDING_ROUNDS = 15
+"""Further ones, of artifacts between which the first did not decide."""
+LONGEST_SECONDS, DECIDING_SECONDS = 10.0, 3.0
+"""After this long at one batch size an artifact gets no further round, no deciding one."""
+
+Inputs = dict[str, Tensor]
+
+
+def measure(request: MeasureRequest) -> MeasureResult:
+    """Numbers of every subject, what is recommended, and verdicts. A subject that fails has none, and says why."""
+    forbid_user_code(request.forbidden_modules, request.forbidden_folder)
+    inputs = _inputs(request)
+    measured: dict[str, Measured] = {}
+    with ExitStack() as stack:
+        processes: dict[str, _Process] = {}
+        for subject in request.subjects:
+            print(f"measure: {subject.name}: loading", flush=True)
+            size = Path(subject.file).stat().st_size
+            try:
+                # One after the other: what loads beside another waits for it.
+                loads = [_load_apart(subject, inputs, request.threads) for _ in range(request.loads - 1)]
+                process = stack.enter_context(_Process(subject, inputs, request.threads))
+                loads.append(process.load_ms)
+            except Exception as error:
+                measured[subject.name] = Measured(format=subject.format, bytes=size, problem=describe(error))
+                continue
+            processes[subject.name] = process
+            measured[subject.name] = Measured(format=subject.format, bytes=size, load_ms=statistics.median(loads))
+        speeds = {name: list[Speed]() for name in processes}
+        for batch in inputs:
+            print(f"measure: batch {batch}", flush=True)
+            for name, speed in _take_turns(processes, batch).items():
+                if isinstance(speed, Speed):
+                    speeds[name].append(speed)
+                else:
+                    processes.pop(name)
+                    measured[name] = Measured(format=measured[name].format, bytes=measured[name].bytes, problem=speed)
+        for name, process in processes.items():
+            found = measured[name]
+            measured[name] = Measured(
+                format=found.format,
+                bytes=found.bytes,
+                load_ms=found.load_ms,
+                memory_bytes=process.ask("memory"),
+                speeds=speeds[name],
+            )
+    faster = speedups(measured)
+    slow = too_slow(faster, request.speedup)
+    kept = {name: item for name, item in measured.items() if name not in slow}
+    serve = recommended(kept, request.serve)
+    return MeasureResult(
+        measured=measured,
+        serve=serve,
+        speedups=faster,
+        too_slow=slow,
+        verdicts=judge(kept, serve, request.gates),
+        threads=request.threads,
+        machine=machine(),
+    )
+
+
+def machine() -> str:
+    """Processor and how many of it this process may use."""
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{found[1] if found else 'processor'}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _inputs(request: MeasureRequest) -> dict[int, Inputs]:
+    """Inputs by batch size, ascending, made of the largest reference batch."""
+    with safe_open(request.golden, framework="pt") as golden:
+        largest = max(int(key.split(".")[0].removeprefix("batch_")) for key in golden.keys())  # noqa: SIM118
+        named = {spec.name: golden.get_tensor(f"batch_{largest}.input.{spec.name}") for spec in request.inputs}
+    sizes = sorted({size for size in request.batches if size <= largest}) or [1]
+    return {size: {name: tensor.clone() for name, tensor in enlarged(named, size).items()} for size in sizes}
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Calls in a row, in seconds."""
+
+    walls: Sequence[float]
+    thread: float
+    """CPU time of the calling thread, all calls together."""
+    cpu: float
+    """The same of all threads."""
+
+
+def _take_turns(processes: Mapping[str, _Process], batch: int) -> dict[str, Speed | str]:
+    """Every artifact's speed at one batch size, or why it has none."""
+    rounds: dict[str, list[_Round]] = {}
+    failed: dict[str, Speed | str] = {}
+    calls: dict[str, int] = {}
+    names = list(processes)
+
+    def attempt(name: str, *order: Any) -> Any:
+        try:
+            return processes[name].ask(*order)
+        except Exception as error:
+            failed[name] = describe(error)
+            return None
+
+    def turns(of: Sequence[str], count: int, longest: float) -> None:
+        for number in range(count):
+            # Nobody always comes after the same neighbour.
+            for name in of if number % 2 == 0 else reversed(of):
+                spent = sum(sum(done.walls) for done in rounds.get(name, []))
+                if name in failed or spent > longest:
+                    continue
+                done = attempt(name, "round", batch, calls[name])
+                if done is not None:
+                    rounds.setdefault(name, []).append(done)
+
+    for name in names:
+        calls[name] = attempt(name, "warm up", batch) or 0
+    turns(names, ROUNDS, LONGEST_SECONDS)
+    quickest = {name: min(map(_thread_seconds, rounds[name])) for name in names if name not in failed}
+    turns(undecided(quickest), DECIDING_ROUNDS, DECIDING_SECONDS)
+    return {name: failed.get(name) or _speed(batch, rounds[name]) for name in names}
+
+
+def _thread_seconds(done: _Round) -> float:
+    """Of one call."""
+    return done.thread / len(done.walls)
+
+
+def _speed(batch: int, rounds: Sequence[_Round]) -> Speed:
+    walls = sorted(wall for done in rounds for wall in done.walls)
+    return Speed(
+        batch=batch,
+        calls=len(walls),
+        p50_ms=1000 * statistics.median(walls),
+        p99_ms=1000 * walls[min(len(walls) - 1, round(0.99 * len(walls)))],
+        # Others on the machine make a round slower, even in CPU time, and never quicker (as `timeit` has it).
+        thread_ms=1000 * min(map(_thread_seconds, rounds)),
+        cpu_ms=1000 * min(done.cpu / len(done.walls) for done in rounds),
+    )
+
+
+class _Process:
+    """A fork that holds one artifact and calls it when told to. Raises what the artifact raises."""
+
+    def __init__(self, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
+        self._name = subject.name
+        self._pipe, theirs = Pipe()
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            status = 1
+            try:
+                die_with_parent(parent)
+                self._pipe.close()
+                _serve(theirs, subject, inputs, threads)
+                status = 0
+            finally:
+                os._exit(status)
+        theirs.close()
+        try:
+            self.load_ms: float = self._answer()
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def ask(self, *order: Any) -> Any:
+        """What it answers."""
+        self._pipe.send(order)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise RuntimeError(f"the process that held {self._name} ended") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _end(self) -> None:
+        # It waits for an order, which does not come any more.
+        self._pipe.close()
+        os.waitpid(self._pid, 0)
+
+
+def _load_apart(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> float:
+    """Milliseconds in a process that does nothing else."""
+    try:
+        return apart(lambda: _load(subject, inputs, threads)[1], Note())
+    except Died as death:
+        raise RuntimeError(str(death)) from None
+
+
+def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[runtimes.Call, float]:
+    """The artifact, and milliseconds until it gave its first answer."""
+    runtimes.prepare(subject.format, threads)
+    for library in subject.libraries:
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    began = time.perf_counter()
+    call = runtimes.load(subject.format, Path(subject.file), threads)
+    call(next(iter(inputs.values())))
+    return call, 1000 * (time.perf_counter() - began)
+
+
+def _serve(pipe: Connection, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
+    """Load, then answer orders until the other end is closed."""
+    try:
+        runtimes.prepare(subject.format, threads)
+        before = _start_watching_memory()
+        call, milliseconds = _load(subject, inputs, threads)
+        gc.collect()
+        gc.disable()
+        pipe.send(milliseconds)
+    except Exception as error:
+        pipe.send(RuntimeError(describe(error)))
+        return
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if order[0] == "warm up":
+                pipe.send(_warm_up(call, inputs[order[1]]))
+            elif order[0] == "round":
+                pipe.send(_round(call, inputs[order[1]], order[2]))
+            else:
+                peak = _memory("VmHWM")
+                pipe.send(None if before is None or peak is None else max(0, peak - before))
+        except Exception as error:
+            pipe.send(RuntimeError(describe(error)))
+
+
+def _warm_up(call: runtimes.Call, inputs: Inputs) -> int:
+    """Calls that fill a round."""
+    for _ in range(WARM_UP_CALLS):
+        call(inputs)
+    began = time.perf_counter()
+    call(inputs)
+    return min(max(round(ROUND_SECONDS / max(time.perf_counter() - began, 1e-6)), CALLS[0]), CALLS[1])
+
+
+def _round(call: runtimes.Call, inputs: Inputs, calls: int) -> _Round:
+    walls = []
+    thread, cpu = time.thread_time(), time.process_time()
+    for _ in range(calls):
+        began = time.perf_counter()
+        call(inputs)
+        walls.append(time.perf_counter() - began)
+    return _Round(walls, time.thread_time() - thread, time.process_time() - cpu)
+
+
+def _start_watching_memory() -> int | None:
+    """Bytes that this process has, from which on its peak is kept; None where the kernel does not say."""
+    # Where it is refused, the peak counts from the fork on, and importing the runtime may have raised it.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int | None:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,126 @@
+"""Metrics of the user's own, from each artifact's own outputs: the one check of artifacts that needs the user's code.
+
+It runs after the clean room has shown that the artifacts stand alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchworker.contract import (
+    VALIDATION,
+    CustomMetric,
+    Interval,
+    Resampling,
+    ScoreRequest,
+    ScoreResult,
+    TensorSpec,
+    Verdict,
+)
+from torchworker.gates.bootstrap import interval_of
+from torchworker.process.failure import UserMistake, describe
+from torchworker.process.fork import CORES, Died, can_fork
+from torchworker.project.metrics import joined
+from torchworker.project.user_code import call_metric, enter
+from torchworker.runtimes import load as runtimes
+from torchworker.stages.validate import judge
+
+Outputs = dict[str, Tensor]
+"""Format to the first output on all samples, [samples, …]."""
+
+
+def score(request: ScoreRequest) -> ScoreResult:
+    """Each custom metric of each format over the whole validation set, and its gates.
+
+    A metric that fails, or gives no number, fails its gates. A live release that cannot be scored is no failure: the
+    result says why.
+    """
+    enter(request.project)
+    for library in request.libraries:
+        torch.ops.load_library(str(Path(request.folder) / library))  # type: ignore[no-untyped-call]
+    validation = load_file(Path(request.folder) / VALIDATION)
+    target = validation["target"]
+    metrics: dict[str, dict[str, float]] = {}
+    verdicts: list[Verdict] = []
+    mine = _outputs(request.folder, request.formats, request.inputs, validation, request)
+    for kind, outputs in mine.items():
+        measured: dict[str, float] = {}
+        problems: dict[str, str] = {}
+        for metric in request.project.custom_metrics:
+            try:
+                measured[metric.name] = call_metric(metric, outputs, target, request.project)
+            except UserMistake as mistake:
+                problems[metric.name] = str(mistake)
+        metrics[kind] = measured
+        verdicts += judge(kind, measured, request.gates, len(target), problems)
+    if request.live is None:
+        return ScoreResult(metrics=metrics, verdicts=verdicts)
+    try:
+        theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, validation, request)
+        live = {
+            kind: {
+                metric.name: call_metric(metric, outputs, target, request.project)
+                for metric in request.project.custom_metrics
+            }
+            for kind, outputs in theirs.items()
+        }
+    except Exception as error:
+        said = str(error) if isinstance(error, UserMistake) else describe(error)
+        return ScoreResult(metrics=metrics, verdicts=verdicts, live_problem=said)
+    intervals: dict[str, Interval] = {}
+    if request.resampling is not None:
+        for metric in request.project.custom_metrics:
+            pair = [_worst(metric, measured) for measured in (metrics, live)]
+            if None not in pair:
+                both = (mine[str(pair[0])], theirs[str(pair[1])])
+                intervals |= _interval(metric, both, target, request, request.resampling)
+    return ScoreResult(metrics=metrics, verdicts=verdicts, live=live, intervals=intervals)
+
+
+def _outputs(
+    folder: str,
+    formats: Mapping[str, str],
+    inputs: Sequence[TensorSpec],
+    validation: Mapping[str, Tensor],
+    request: ScoreRequest,
+) -> Outputs:
+    """What each artifact gives on all validation samples."""
+    found: Outputs = {}
+    for kind, file in formats.items():
+        call = runtimes.load(kind, Path(folder) / file, request.threads)
+        parts = []
+        for start in range(0, len(validation["target"]), request.batch):
+            part = slice(start, start + request.batch)
+            given = {spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in inputs}
+            parts.append(call(given)[0])
+        found[kind] = joined(parts)
+    return found
+
+
+def _worst(metric: CustomMetric, measured: Mapping[str, Mapping[str, float]]) -> str | None:
+    """The format in which a release is worst by this metric; None where it could not be measured."""
+    values = {kind: found[metric.name] for kind, found in measured.items() if metric.name in found}
+    pick = min if metric.better == "higher" else max
+    return pick(values, key=lambda kind: values[kind]) if values else None
+
+
+def _interval(
+    metric: CustomMetric, outputs: tuple[Tensor, Tensor], target: Tensor, request: ScoreRequest, asked: Resampling
+) -> dict[str, Interval]:
+    """What the improvement may be; nothing when the metric cannot be computed on drawn samples, which is printed."""
+    sign = 1.0 if metric.better == "higher" else -1.0
+
+    def gain(index: Tensor) -> float:
+        mine, theirs = (call_metric(metric, given[index], target[index], request.project) for given in outputs)
+        return sign * (mine - theirs)
+
+    try:
+        return {metric.name: interval_of(gain, len(target), asked, CORES if can_fork() else 1)}
+    except (UserMistake, Died) as mistake:
+        print(f"{metric.name} cannot be computed on drawn samples, so there is no interval: {mistake}")
+        return {}

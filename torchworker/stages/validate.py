@@ -1,0 +1,307 @@
+"""The clean room: artifacts against reference data, in a process that cannot import the code that made them."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchworker.contract import (
+    INT8_OF,
+    METRICS,
+    VALIDATION,
+    ErrorCounts,
+    Gate,
+    Int8,
+    Mismatch,
+    TensorSpec,
+    ValidateRequest,
+    ValidateResult,
+    Verdict,
+)
+from torchworker.parity.compare import Decisions, Finding, Policy, Trial, prove, verdict
+from torchworker.parity.histogram import Spread
+from torchworker.parity.int8 import examine, kept
+from torchworker.parity.probes import BATCHES, SAMPLES, Probe
+from torchworker.parity.reference import read_probes, read_unasked, validation_key
+from torchworker.parity.rule import compare, usual_loss
+from torchworker.process.failure import describe, is_theirs
+from torchworker.process.fork import CORES, Died, Note, side_by_side
+from torchworker.project.metrics import metric_sum
+from torchworker.runtimes import cpp_runner as cpp_runtime
+from torchworker.runtimes import load as runtimes
+
+MISMATCHES = 30
+"""At most this many are reported; the first tell what is wrong."""
+NO_FLOAT64 = "float32 eager, with the rounding of weights and inputs (the model does not run in float64)"
+
+
+class _NoUserCode(importlib.abc.MetaPathFinder):
+    """Refuses the user's modules by name and by place, also when they are installed in the environment."""
+
+    def __init__(self, modules: Sequence[str], folder: str) -> None:
+        self._modules, self._folder = frozenset(modules), Path(folder)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        inside = any(is_theirs(entry, self._folder) for entry in path or ())
+        if fullname.partition(".")[0] in self._modules or inside:
+            raise ImportError(f"the artifact needs the training code ({fullname}); a release must stand alone")
+        return None
+
+
+def forbid_user_code(modules: Sequence[str], folder: str) -> None:
+    """From here on, importing any of these modules, or anything from the folder, fails."""
+    sys.path[:] = [entry for entry in sys.path if entry and not is_theirs(entry, Path(folder))]
+    for loaded in list(sys.modules):
+        if loaded.partition(".")[0] in modules:
+            raise AssertionError(f"user module {loaded} was imported before the clean room was closed")
+    sys.meta_path.insert(0, _NoUserCode(modules, folder))
+
+
+def validate(request: ValidateRequest) -> ValidateResult:
+    """Parity on every probe and quality on the validation set, for each format."""
+    forbid_user_code(request.forbidden_modules, request.forbidden_folder)
+    folder = Path(request.folder)
+    for library in request.libraries:
+        torch.ops.load_library(str(folder / library))  # type: ignore[no-untyped-call]
+    probes = [_ordered(probe, request.inputs) for probe in read_probes(folder)]
+    golden = [probe for probe in probes if probe.group == BATCHES]
+    validation = load_file(folder / VALIDATION)
+    samples = len(validation["target"])
+    batch = _size(golden[1])
+    unasked = "; ".join(read_unasked(folder))
+    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
+    outputs = [spec.name for spec in request.outputs]
+    verdicts: list[Verdict] = []
+    mismatches: list[Mismatch] = []
+    errors: list[ErrorCounts] = []
+    metrics: dict[str, dict[str, float]] = {}
+
+    def quantized(kind: str, file: str, note: Note) -> tuple[Int8, dict[str, float]]:
+        assert request.int8 is not None, "whoever makes a variant says what is asked of it"
+        try:
+            call = _noted(runtimes.load(kind, folder / file, request.threads), note)
+            found, measured = examine(
+                call, probes, validation, request.inputs, outputs, request.metrics, batch, request.int8
+            )
+        except Exception as error:
+            return Int8(reason=f"it cannot be examined: {describe(error)}"), {}
+        failed = [item for item in judge(kind, measured, request.gates, samples, {}) if not item.passed]
+        reasons = [found.reason, *(f"{item.gate} {item.measured}, expected {item.limit}" for item in failed)]
+        return replace(found, reason="; ".join(reason for reason in reasons if reason)), measured
+
+    def examined(
+        kind: str, file: str, note: Note
+    ) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None, list[ErrorCounts]]:
+        try:
+            call = _noted(runtimes.load(kind, folder / file, request.threads), note)
+        except Exception as error:
+            return [_not_measured(kind, "parity", "load", "loads without training code", describe(error))], [], None, []
+        trial = prove(kind, call, probes, outputs, policy)
+        measured, on_validation = _quality(kind, call, validation, request, batch)
+        cpp = _without_python(kind, folder / file, probes, validation, request)
+        found = [*trial.findings, *on_validation.findings, *cpp.findings]
+        found.sort(key=lambda item: -item.outcome.ratio)
+        gates = judge(kind, measured, request.gates, samples, {})
+        missing = [replace(_not_measured(kind, "parity", "not asked", "<= 1", unasked), ran=False)] if unasked else []
+        told = [*trial.verdicts, *missing, *on_validation.verdicts, *gates, *cpp.verdicts]
+        counts = [*_counts(kind, trial, on_validation), *_counts(f"{kind} in C++", cpp)]
+        return told, [item.mismatch() for item in found[:MISMATCHES]], measured, counts
+
+    works: dict[str, Callable[[], Any]] = {}
+    notes = {kind: Note() for kind in request.formats}
+    for kind, file in request.formats.items():
+        print(f"validate: {kind}: {len(probes)} probes", flush=True)
+        works[kind] = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind])
+    int8: dict[str, Int8] = {}
+    # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
+    for kind, begun in side_by_side(works, notes, max(1, CORES // request.threads)):
+        if kind in INT8_OF:
+            try:
+                found8, values = begun.result()
+            except Died as death:
+                found8, values = Int8(reason=str(death)), {}
+            int8[kind] = found8
+            if not found8.reason:
+                metrics[kind] = values
+                verdicts += kept(kind, found8, request.int8, samples)
+                verdicts += judge(kind, values, request.gates, samples, {})
+            continue
+        try:
+            told, found, measured, counts = begun.result()
+        except Died as death:
+            ended = _not_measured(kind, "parity", "probes", "survives them", str(death))
+            told, found, measured, counts = [ended], [], None, []
+        verdicts += told
+        mismatches += found
+        errors += counts
+        if measured is not None:
+            metrics[kind] = measured
+    return ValidateResult(
+        verdicts=verdicts,
+        metrics=metrics,
+        reference="the model in float64" if any(probe.exact for probe in golden) else NO_FLOAT64,
+        validation_samples=samples,
+        int8=int8,
+        mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
+        errors=errors,
+    )
+
+
+def _counts(kind: str, *trials: Trial) -> list[ErrorCounts]:
+    """How far the artifact was from the model, over all its trials."""
+    whole = Spread()
+    for trial in trials:
+        whole.merge(trial.spread)
+    return whole.counts(kind, frozenset(item.probe.group for trial in trials for item in trial.findings))
+
+
+def _without_python(
+    kind: str, artifact: Path, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
+) -> Trial:
+    """The same questions to the same artifact in the C++ runner; what decides metrics and latency is in Python."""
+    if request.cpp == "off" or kind not in cpp_runtime.KINDS:
+        return Trial(verdicts=[], findings=[])
+    name = f"{kind} in C++"
+    if not request.runner or request.libraries:
+        why = request.no_runner if not request.runner else "it does not load libraries with custom operators"
+        failed = _not_measured(name, "parity", "without Python", "<= 1", f"not run: {why}")
+        return Trial(verdicts=[replace(failed, ran=request.cpp == "required")], findings=[])
+    log = Path(request.log) / f"cpp-{kind}.log"
+    print(f"validate: {name}: {len(probes)} probes", flush=True)
+    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
+    try:
+        with cpp_runtime.running(Path(request.runner), kind, artifact, request.threads, log) as answer:
+            # The runner takes what it is given; whoever calls compiled code checks first.
+            call = runtimes.checked(answer, artifact) if kind == "aoti" else answer
+            trial = prove(name, call, probes, [spec.name for spec in request.outputs], policy)
+            batch = _size([probe for probe in probes if probe.group == BATCHES][1])
+            _, on_samples = _quality(name, call, validation, replace(request, metrics=()), batch)
+            trial.spread.merge(on_samples.spread)
+    except cpp_runtime.RunnerEnded as error:
+        failed = _not_measured(name, "parity", "without Python", "loads and answers", describe(error))
+        return Trial(verdicts=[failed], findings=[])
+    return Trial(
+        verdicts=[*trial.verdicts, *on_samples.verdicts],
+        findings=[*trial.findings, *on_samples.findings],
+        spread=trial.spread,
+    )
+
+
+def _noted(call: runtimes.Call, note: Note) -> runtimes.Call:
+    """The call, leaving word of what it is asked."""
+
+    def noted(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        told = []
+        for name, tensor in inputs.items():
+            ends = f" from {float(tensor.min()):g} to {float(tensor.max()):g}" if tensor.numel() else ""
+            told.append(f"{name} {list(tensor.shape)}{ends}")
+        note.write(", ".join(told))
+        return call(inputs)
+
+    return noted
+
+
+def _not_measured(kind: str, gate: str, case: str, limit: str, note: str) -> Verdict:
+    return Verdict(format=kind, gate=gate, case=case, measured=None, limit=limit, passed=False, note=note)
+
+
+def _ordered(probe: Probe, inputs: Sequence[TensorSpec]) -> Probe:
+    """Inputs in the order of the signature."""
+    return replace(probe, inputs={spec.name: probe.inputs[spec.name] for spec in inputs})
+
+
+def _quality(
+    kind: str, call: runtimes.Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
+) -> tuple[dict[str, float], Trial]:
+    """Each metric over the whole validation set from the artifact's own outputs, and parity on the same samples.
+
+    batch: the size of batch that the reference outputs were made in; a model may look across its batch.
+    """
+    samples = len(validation["target"])
+    inputs = {spec.name: validation[f"input.{spec.name}"] for spec in request.inputs}
+    starts = range(0, samples, batch)
+    usual = {spec.name: usual_loss(_answers(validation, spec.name, starts)) for spec in request.outputs}
+    sums = {name: [0.0, 0] for name in request.metrics}
+    decisions, spread = Decisions(), Spread()
+    ratio, notes, findings = 0.0, {}, []
+    try:
+        for start in starts:
+            part = slice(start, start + batch)
+            fed = {name: tensor[part].contiguous() for name, tensor in inputs.items()}
+            outputs = call(fed)
+            for position, (spec, tensor) in enumerate(zip(request.outputs, outputs, strict=True)):
+                eager = validation[validation_key("eager", spec.name, start)]
+                others = [validation.get(validation_key(kind, spec.name, start)) for kind in ("float64", "moved")]
+                outcome = compare(tensor, eager, *others, usual=usual[spec.name])
+                spread.add(SAMPLES, tensor, eager)
+                if outcome.ratio >= ratio:
+                    ratio = outcome.ratio
+                    notes[spec.name] = outcome.note
+                if not outcome.passed:
+                    probe = Probe(name=f"samples {start} to {start + len(eager)}", group=SAMPLES, inputs=fed)
+                    findings.append(Finding(kind, probe, spec.name, outcome, tensor, eager))
+                if position == 0 and "accuracy" in request.metrics:
+                    decisions.add(tensor, eager, validation["target"][part], outcome.allowed)
+            for name in request.metrics:
+                value, count = metric_sum(name, outputs[0], validation["target"][part])
+                sums[name][0] += value
+                sums[name][1] += count
+    except Exception as error:
+        failed = _not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
+        return {}, Trial(verdicts=[failed], findings=findings, spread=spread)
+    note = "; ".join(f"{name}: {note}" for name, note in notes.items())
+    verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
+    if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
+        verdicts.append(decisions.verdict(kind))
+    measured = {name: total / count for name, (total, count) in sums.items()}
+    return measured, Trial(verdicts=verdicts, findings=findings, spread=spread)
+
+
+def _answers(
+    validation: Mapping[str, Tensor], output: str, starts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The model's answers to the validation samples, each with what its rounding is measured by."""
+    for start in starts:
+        exact, moved = (validation.get(validation_key(part, output, start)) for part in ("float64", "moved"))
+        yield validation[validation_key("eager", output, start)], exact if exact is not None else moved
+
+
+def _size(probe: Probe) -> int:
+    return int(probe.name.removeprefix("batch_"))
+
+
+def judge(
+    kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samples: int, problems: Mapping[str, str]
+) -> list[Verdict]:
+    """Fixed limits. A gate on something that was not measured has failed; problems: why it was not, by name."""
+    verdicts = []
+    for gate in gates:
+        value, case = measured.get(gate.name), f"{samples} samples"
+        conditions = [f">= {gate.min:g}"] if gate.min is not None else []
+        conditions += [f"<= {gate.max:g}"] if gate.max is not None else []
+        limit = " and ".join(conditions)
+        if value is None or value != value:
+            why = problems.get(gate.name, "could not be measured")
+            verdicts.append(_not_measured(kind, gate.name, case, limit, why))
+            continue
+        passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+        verdicts.append(Verdict(format=kind, gate=gate.name, case=case, measured=value, limit=limit, passed=passed))
+    return verdicts
+
+
+def better(metric: str) -> str:
+    """`higher` or `lower`: which direction of a metric is an improvement."""
+    return METRICS.get(metric, "lower")

@@ -1,0 +1,388 @@
+"""The built-in training loop: supervised, data-parallel, one object a rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
+from torchworker.data.fingerprint import whole_fingerprint
+from torchworker.data.loading import TrainingData, ValidationData
+from torchworker.process.events import EventLog
+from torchworker.process.failure import UserMistake
+from torchworker.project.metrics import first_output
+from torchworker.project.randomness import seed_everything
+from torchworker.project.user_code import (
+    apply_gradients,
+    backward,
+    batches,
+    build_dataset,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    call_metric,
+    compute_loss,
+    dtype_name,
+    forward,
+    length_of,
+    require_gradients,
+    try_metric,
+)
+from torchworker.project.weights import start_from
+from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
+from torchworker.training.device import device_notes, memory_bytes, place
+from torchworker.training.evaluation import Evaluation
+from torchworker.training.losses import Losses
+from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
+from torchworker.training.strategy import autocast, make_scaler, share_model
+
+STEP_EVENT_SECONDS = 0.25
+
+
+class Loop:
+    """State of one rank during training; the process group exists."""
+
+    def __init__(self, request: TrainRequest, device: torch.device) -> None:
+        self.project: Project = request.project
+        self.settings: TrainSettings = request.train
+        self.start = request.start
+        self.folder = Path(request.folder)
+        self.rank = int(os.environ["RANK"])
+        self.world = int(os.environ["WORLD_SIZE"])
+        self.device = device
+        self.notes = device_notes(self.settings, device)
+        self.events = EventLog(self.folder / EVENTS) if self.rank == 0 else None
+        self.checkpoints = Checkpoints(Path(request.checkpoints), self.settings.checkpoint_keep)
+        self._build()
+
+    def _build(self) -> None:
+        settings, project = self.settings, self.project
+        # The same seed everywhere while building, so that a model's random initialisation agrees.
+        seed_everything(settings.seed)
+        self.model = build_model(project)
+        if self.start:
+            start_from(self.model, Path(self.start))
+            self.notes.append(f"started from the weights of release {Path(self.start).parent.name}")
+        self.model.to(self.device)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pin_memory = self.device.type == "cuda"
+        train_set = build_dataset(project, "train")
+        self.validation_set = build_dataset(project, "validation")
+        self.data = TrainingData(train_set, project, settings, self.world, self.rank, pin_memory)
+        self.train_set = train_set
+        self.notes += self.data.notes
+        self.loss = build_loss(project)
+        if isinstance(self.loss, nn.Module):
+            self.loss.to(self.device)
+        example = self._try_validation()
+        self.strategy = share_model(self.model, project, settings, self.device)
+        self.scaler = make_scaler(settings, self.device)
+        self.evaluation = Evaluation(
+            ValidationData(self.validation_set, project, settings, self.world, self.rank, pin_memory),
+            example,
+            self.loss,
+            project,
+            self.device,
+            channels_last=settings.channels_last,
+            collective=self.strategy.collective_forward,
+        )
+        # After sharding: the optimizer's state is as large as the parameters that it is given.
+        self.optimizer = build_optimizer(project, settings, self.model)
+        self.epoch_steps = self.data.epoch_steps
+        self.steps = self.epoch_steps * settings.epochs
+        self.schedule = build_schedule(project, settings, self.optimizer, self.steps)
+        # From here each rank draws its own dropout masks.
+        seed_everything(settings.seed + self.rank)
+
+        self.epoch = 1
+        self.step = 0
+        """Optimizer steps that are done."""
+        self.epoch_step = 0
+        """Those of them in this epoch."""
+        self.losses = Losses(self._refuse)
+        """Of this rank in this epoch."""
+        self.history: list[dict[str, float]] = []
+        self.interval = Interval(settings.checkpoint_steps, settings.checkpoint_seconds)
+        self.step_seconds = 0.0
+        """Of the last optimizer step."""
+
+    def fit(self) -> TrainResult | None:
+        """Train to the end; rank 0 saves the weights and returns the result, the others return None."""
+        settings = self.settings
+        self._resume()
+        self._say(
+            "started",
+            processes=self.world,
+            device=str(self.device),
+            train_samples=self.data.size,
+            validation_samples=length_of(self.validation_set),
+            step=self.step,
+            steps=self.steps,
+            notes=self.notes,
+        )
+        self.began = self.last_said = time.perf_counter()
+        self.first_step = self.step
+        while self.epoch <= settings.epochs and not self._stops_early():
+            began, first = time.perf_counter(), self.epoch_step
+            train_loss = self._train_epoch()
+            seconds = time.perf_counter() - began
+            share = 1 - first / self.epoch_steps
+            row = {
+                "epoch": self.epoch,
+                "train_loss": train_loss,
+                **self._evaluate(),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "samples_per_second": self.data.size * share / seconds,
+                "seconds": seconds,
+                "time": time.time(),
+            }
+            self.history.append(row)
+            self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
+            self.epoch += 1
+            self.epoch_step = 0
+            self.losses.sums.zero_()
+        self.checkpoints.wait()
+        digest = whole_fingerprint(self.data.fingerprint)
+        save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
+        cpu_seconds = whole_cpu_seconds()
+        result = None
+        if self.rank == 0:
+            result = TrainResult(
+                weights=WEIGHTS,
+                history=self.history,
+                train_samples=self.data.size,
+                validation_samples=self.evaluation.samples,
+                data_fingerprint=digest,
+                environment=environment(self.device, self.settings),
+                notes=[*self.notes, *self.checkpoints.failures],
+                cpu_seconds=cpu_seconds,
+            )
+        self.strategy.release()
+        leave()
+        return result
+
+    # --- resuming
+
+    def _state(self) -> dict[str, Any]:
+        """What every rank has alike."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _own(self) -> dict[str, Any]:
+        """What only this rank knows, and where the run is."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "epoch_step": self.epoch_step,
+            "world": self.world,
+            "sums": self.losses.sums.tolist(),
+            "fingerprint": [self.data.fingerprint.total, self.data.fingerprint.samples],
+            "history": self.history,
+            "shapes": self._shapes(),
+            "random": random_state(),
+        }
+
+    def _shapes(self) -> dict[str, str]:
+        return {name: f"{dtype_name(t)} {list(t.shape)}" for name, t in self.model.state_dict().items()}
+
+    def _save(self) -> None:
+        # No checkpoint of weights that a loss has made NaN.
+        self.losses.settle()
+        held = self.checkpoints.save(self.step, self._state(), self._own())
+        self._say("checkpoint", step=self.step, held_seconds=held, failures=self.checkpoints.failures)
+
+    def _resume(self) -> None:
+        """Go on from the newest sound checkpoint, if there is one."""
+        path, damaged = self.checkpoints.latest()
+        self.notes += damaged
+        if path is None:
+            return
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+        own = self._read_own(path)
+        # DDP arranges its gradient buckets after its first backward pass, and the order in which many ranks
+        # sum depends on them. One pass before the state is restored puts them as they were.
+        self._arrange_buckets()
+        state = self._state()
+        self.checkpoints.load(path, state)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        set_model_state_dict(self.model, state["model"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.epoch_step = own["epoch"], own["step"], own["epoch_step"]
+        self.history = own["history"]
+        note = f"resumed from step {self.step} of {self.steps}"
+        if own["world"] == self.world:
+            self.losses.sums = torch.tensor(own["sums"], dtype=torch.float64)
+            self.data.fingerprint.merge(*own["fingerprint"])
+            set_random_state(own["random"])
+        else:
+            self._share_sums(path, own["world"])
+            note += f", written by {own['world']} processes and read by {self.world}: bits may differ"
+        self.notes.append(note)
+
+    def _read_own(self, path: Path) -> dict[str, Any]:
+        """This rank's values; raises UserMistake when the checkpoint is of another model."""
+        own = self.checkpoints.own(path, self.rank)
+        there, here = own["shapes"], self._shapes()
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise UserMistake(
+                    f"train: {path} is a checkpoint of another model: {name} is {there.get(name, 'missing')} there and "
+                    f"{here.get(name, 'missing')} here; start a new run, or bring back the model that began this one"
+                )
+        return own
+
+    def _share_sums(self, path: Path, world: int) -> None:
+        """Sums of ranks that are no more are added up on rank 0."""
+        if self.rank != 0:
+            return
+        for rank in range(world):
+            own = self.checkpoints.own(path, rank)
+            self.losses.sums += torch.tensor(own["sums"], dtype=torch.float64)
+            self.data.fingerprint.merge(*own["fingerprint"])
+
+    def _arrange_buckets(self) -> None:
+        """One forward and backward pass whose gradients are thrown away."""
+        self.model.train()
+        inputs, target = self._place(next(batches(self.train_set, self.data.local_batch, self.project)))
+        backward(self._loss(inputs, target), self.project)
+        self.optimizer.zero_grad()
+
+    # --- one epoch
+
+    def _train_epoch(self) -> float:
+        """The rest of this epoch's share of this rank; the mean loss over all samples of all ranks."""
+        self.model.train()
+        stream = self.data.epoch(self.epoch, self.epoch_step)
+        for _ in range(self.epoch_step, self.epoch_steps):
+            self._optimizer_step(stream)
+            self.step += 1
+            self.epoch_step += 1
+            if self.interval.is_due(self.step) and self.step < self.steps:
+                self._save()
+        self.losses.settle()
+        total = self.losses.sums.clone()
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def _optimizer_step(self, stream: Iterator[tuple[Any, Tensor]]) -> None:
+        began = time.perf_counter()
+        micro = [batch for _, batch in zip(range(self.settings.accumulate), stream, strict=False)]
+        samples = sum(len(target) for _, target in micro)
+        self.optimizer.zero_grad()
+        for position, batch in enumerate(micro):
+            inputs, target = self._place(batch)
+            # Gradients are exchanged once a step.
+            self.strategy.exchange_gradients(position == len(micro) - 1)
+            value = self._loss(inputs, target, labels=batch[1])
+            self.losses.add(value, len(target), self.step)
+            # Weighted by its samples, so that the last, smaller one counts as much as it holds.
+            weighted = value * (len(target) / samples) if len(micro) > 1 else value
+            backward(self.scaler.scale(weighted), self.project)
+        if self.step == self.first_step:
+            require_gradients(self.model, self.project)
+        if self.settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        apply_gradients(self.optimizer, self.project, self.scaler)
+        self.schedule.step()
+        self.losses.settle(before=self.step)
+        self.step_seconds = time.perf_counter() - began
+        self._say_step()
+
+    def _refuse(self, loss: float, step: int) -> None:
+        raise UserMistake(
+            f"train: the loss became {loss} at epoch {self.epoch}, step {step + 1} of {self.steps} "
+            f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
+            "the loss for a log or division of zero"
+        )
+
+    def _stops_early(self) -> bool:
+        patience = self.settings.early_stopping
+        if patience is None or len(self.history) <= patience:
+            return False
+        losses = [row["validation_loss"] for row in self.history]
+        return min(losses[-patience:]) >= min(losses[:-patience])
+
+    def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None) -> Tensor:
+        """labels: the target where it came from, on the CPU."""
+        with autocast(self.settings, self.device):
+            outputs = forward(self.model, inputs, self.project, call=self.strategy.call)
+            return compute_loss(self.loss, outputs, target, self.project, labels=labels)
+
+    def _place(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
+        placed: tuple[Any, Tensor] = place(batch, self.device, self.settings.channels_last)
+        return placed
+
+    # --- validation
+
+    @torch.no_grad()
+    def _try_validation(self) -> tuple[Any, Tensor]:
+        """One validation batch before the first epoch: a mistake there must not cost an epoch to find. The batch."""
+        self.model.eval()
+        size = max(1, self.settings.batch_size // self.world)
+        batch = next(batches(self.validation_set, size, self.project))
+        inputs, target = self._place(batch)
+        outputs = forward(self.model, inputs, self.project)
+        compute_loss(self.loss, outputs, target, self.project)
+        for name in self.project.metrics:
+            try_metric(name, outputs, target)
+        for metric in self.project.custom_metrics:
+            call_metric(metric, first_output(outputs).cpu(), target.cpu(), self.project)
+        return batch
+
+    def _evaluate(self) -> dict[str, float]:
+        means = self.evaluation(self.model)
+        if not all(math.isfinite(mean) for mean in means.values()):
+            raise UserMistake(
+                f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "
+                f"at learning_rate {self.settings.learning_rate} and the validation data for NaN or inf"
+            )
+        return means
+
+    # --- what is seen of it
+
+    def _eta(self) -> float:
+        """Seconds to the end at the rate so far."""
+        elapsed = time.perf_counter() - self.began
+        return elapsed / max(1, self.step - self.first_step) * (self.steps - self.step)
+
+    def _say_step(self) -> None:
+        now, loss = time.perf_counter(), self.losses.last
+        if self.events is None or loss is None or now - self.last_said < STEP_EVENT_SECONDS:
+            return
+        self.last_said = now
+        rate = (self.step + 1 - self.first_step) * self.settings.batch_size / (now - self.began)
+        self._say(
+            "step", epoch=self.epoch, epochs=self.settings.epochs, step=self.step + 1, steps=self.steps, loss=loss,
+            learning_rate=self.optimizer.param_groups[0]["lr"], samples_per_second=rate, eta_seconds=self._eta(),
+        )  # fmt: skip
+
+    def _load(self) -> dict[str, Any]:
+        """Seconds of the last step by rank, and the largest memory of a rank. Once an epoch: it is a collective."""
+        mine = (self.step_seconds, memory_bytes(self.device))
+        every: list[tuple[float, int]] = [(0.0, 0)] * self.world
+        dist.all_gather_object(every, mine)
+        seconds = {str(rank): item[0] for rank, item in enumerate(every)}
+        return {"step_seconds": seconds, "memory_bytes": max(item[1] for item in every)}
+
+    def _say(self, event: str, **fields: Any) -> None:
+        if self.events is not None:
+            self.events.write(event, **fields)

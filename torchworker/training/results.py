@@ -1,0 +1,104 @@
+"""How training ends, whatever loop it was: what rank 0 leaves for the export, and how all ranks part."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
+from torchworker.process.failure import UserMistake, user_error
+from torchworker.project.user_code import batches, build_model, forward, name_inputs, name_outputs
+from torchworker.project.weights import load_weights, save_weights
+from torchworker.training.device import place
+from torchworker.training.strategy import is_sharded, whole_model
+
+PROBE_SAMPLES = 64
+"""Samples on which the export has to give what the trained model gave."""
+
+
+@torch.no_grad()
+def save_trained(
+    model: nn.Module, validation_set: Dataset[Any], project: Project, folder: Path, device: torch.device
+) -> None:
+    """Rank 0 writes WEIGHTS and PROBE into the folder; every rank calls it, as all hold a part of a sharded model.
+
+    model: without a wrapper such as DDP. It ends up in eval(), and on rank 0 on the CPU unless it is sharded.
+
+    The probe is what the trained model itself gives on one batch: the export's model, rebuilt from weights, must agree.
+    """
+    model.eval()
+    sharded = is_sharded(model)
+    whole = whole_model(model, project)
+    if whole is not None:
+        save_weights(whole, folder / WEIGHTS)
+    if not sharded and whole is None:
+        return
+    inputs, _ = next(batches(validation_set, PROBE_SAMPLES, project))
+    if sharded:
+        # Full float32 where the device would take less by itself: the export is compared on a CPU.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        inputs = place(inputs, device, channels_last=False)
+    outputs = name_outputs(forward(model, inputs, project), project)
+    tensors = {f"input.{name}": tensor for name, tensor in name_inputs(model, inputs, project).items()}
+    tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
+    if whole is not None:
+        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / PROBE)
+
+
+def try_weights(model: nn.Module, project: Project) -> None:
+    """The weights to a file and back. Raises UserMistake for what would fail when training is over."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_weights(model, Path(folder) / WEIGHTS)
+            load_weights(build_model(project), Path(folder) / WEIGHTS)
+    except UserMistake:
+        raise
+    except Exception as error:
+        what = f"{project.model.where}: its weights cannot be saved and loaded"
+        raise user_error(what, error, project.folder) from error
+
+
+def environment(device: torch.device, settings: TrainSettings) -> dict[str, str]:
+    """Versions, thread counts and hardware that can change the bits."""
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processes": str(dist.get_world_size()),
+        "threads_per_process": str(torch.get_num_threads()),
+        "device": device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **gpu,
+        # What a custom loop makes of them is its own.
+        **({} if settings.entrypoint else {"strategy": settings.strategy, "precision": settings.precision}),
+        "backend": str(dist.get_backend()),
+    }
+
+
+def whole_cpu_seconds() -> float:
+    """CPU seconds of all ranks and what they started, user and system. Every rank calls it."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = torch.tensor(sum(usage.ru_utime + usage.ru_stime for usage in spent), dtype=torch.float64)
+    dist.all_reduce(seconds)
+    return float(seconds)
+
+
+def leave() -> None:
+    """End the process group. The caller keeps no DistributedDataParallel."""
+    # Nobody leaves before the weights are on disk: an early exit would look like a lost rank.
+    dist.barrier()
+    # DDP must not be the last owner of the group: its destructor joins gloo's threads while it holds the
+    # interpreter lock that those threads may be waiting for (seen once in some hundred runs).
+    gc.collect()
+    dist.destroy_process_group()

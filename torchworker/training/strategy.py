@@ -1,0 +1,132 @@
+"""How ranks share a model: each has all of it and gradients are averaged (DDP), or each has a part (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchworker.contract import Project, TrainSettings
+from torchworker.process.failure import is_lost_connection, user_error
+from torchworker.project.user_code import build_model
+
+
+class Replicated:
+    """DistributedDataParallel: gradients in buckets, exchanged while the backward pass goes on."""
+
+    collective_forward = False
+    """Whether a forward pass in evaluation needs all ranks."""
+
+    def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
+        try:
+            self._ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise _cannot_be_shared(error, project) from error
+        if settings.comm_hook is not None:
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+            self._ddp.register_comm_hook(dist.group.WORLD, hooks[settings.comm_hook])
+        self.call: Any = torch.compile(self._ddp) if settings.compile else self._ddp
+        """What a training step calls instead of the model."""
+
+    def exchange_gradients(self, now: bool) -> None:
+        """Whether the next backward pass averages gradients over the ranks; false while they are accumulated."""
+        self._ddp.require_backward_grad_sync = now
+
+    def release(self) -> None:
+        """Let go of the process group; nothing can be trained afterwards."""
+        del self.call, self._ddp
+
+
+class Sharded:
+    """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are spread over the ranks.
+
+    The units that are gathered together are the composite items of every ModuleList and Sequential (the layers of a
+    transformer, the stages of a network), and what is left.
+    """
+
+    collective_forward = True
+
+    def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        try:
+            for unit in sharding_units(model):
+                fully_shard(unit, mesh=mesh)
+            self._fsdp: Any = fully_shard(model, mesh=mesh)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise _cannot_be_shared(error, project) from error
+        self.call: Any = model
+
+    def exchange_gradients(self, now: bool) -> None:
+        self._fsdp.set_requires_gradient_sync(now)
+
+    def release(self) -> None:
+        del self.call, self._fsdp
+
+
+Strategy = Replicated | Sharded
+
+
+def share_model(model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> Strategy:
+    """Every rank calls it, with the model on its device. Raises UserMistake for a model that cannot be shared."""
+    kind = Sharded if settings.strategy == "fsdp" else Replicated
+    return kind(model, project, settings, device)
+
+
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """Composite items of lists of modules that have parameters, inner ones first."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            found += [item for item in module if any(item.children()) and any(True for _ in item.parameters())]
+    return list(dict.fromkeys(reversed(found)))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def whole_model(model: nn.Module, project: Project) -> nn.Module | None:
+    """The model with all of its parameters on the CPU, on rank 0; None on the others. Every rank calls it.
+
+    Of a sharded model it is a new one with the gathered state; another is moved to the CPU.
+    """
+    if not is_sharded(model):
+        return model.cpu() if dist.get_rank() == 0 else None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() != 0:
+        return None
+    whole = build_model(project)
+    whole.load_state_dict(state)
+    return whole
+
+
+def _cannot_be_shared(error: Exception, project: Project) -> Exception:
+    if is_lost_connection(error):
+        return error
+    what = f"{project.model.where}: its parameters and buffers cannot be shared between processes"
+    return user_error(what, error, project.folder)
+
+
+def make_scaler(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss for fp16, whose gradients would vanish; does nothing for other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    """The context of a forward pass and its loss at the job's precision."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
+    kind = kinds[settings.precision]
+    return torch.autocast(device.type, dtype=kind or torch.bfloat16, enabled=kind is not None)
