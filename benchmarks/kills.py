@@ -23,7 +23,7 @@ import yaml
 
 from torchworker.contract import TrainRequest
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
 

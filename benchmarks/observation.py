@@ -24,7 +24,8 @@ from report import PAGE, ROOT, machine, write
 from torchworker.contract import EVENTS, TrainRequest, TrainResult, decode
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.tracking.connection import check_reachable, connect, warm_up
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import RunRecord

@@ -31,7 +31,7 @@ from report import PAGE, ROOT, machine, write
 from torchworker.contract import TrainRequest
 from torchworker.training.device import half_precision_is_native
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
 

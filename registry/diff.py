@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchworker.contract import PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
@@ -15,7 +16,7 @@ from train_and_ship.registry.bucket.releases import read_manifest
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.release.manifest import DATA as DATA_FILE
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest
-from train_and_ship.registry.tracking.description import PARITY, file_size, number
+from train_and_ship.registry.text import file_size, number
 
 NONE = "–"
 """A value that one of the two does not have."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torchworker.contract import Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.tracking.description import Verdict, number
+from train_and_ship.registry.text import number, text_table
 
 
 def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -197,11 +198,3 @@ def _outcome(verdict: Verdict) -> str:
     if not verdict.ran:
         return "not run"
     return "passed" if verdict.passed else "FAILED"
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

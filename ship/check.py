@@ -24,7 +24,8 @@ from torchworker.contract import (
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.registry.data.checks import Report, check_data, require_good_data
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.extras import require_extras
 from train_and_ship.tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
 from train_and_ship.tasks.snapshot import verified_snapshot

@@ -10,7 +10,7 @@ import typer
 
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 
 
 def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) -> None:

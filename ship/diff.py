@@ -14,7 +14,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import models, require_model
 from train_and_ship.registry.channels.revisions import GRAMMAR, resolve_release
 from train_and_ship.registry.diff import Difference, compare
-from train_and_ship.registry.gates import text_table
+from train_and_ship.registry.text import text_table
 
 LONGEST = 60
 """Characters shown of one value; --json has all of it."""

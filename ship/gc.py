@@ -13,7 +13,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import models, require_model
 from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide, tell_mlflow
-from train_and_ship.registry.tracking.description import file_size
+from train_and_ship.registry.text import file_size
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 WILL = {Step.MARK: "would mark", Step.DELETE: "would delete", Step.UNMARK: "would unmark"}

@@ -13,7 +13,8 @@ import typer
 from train_and_ship.infra.prefect_rest import require_prefect
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
 from train_and_ship.infra.workerhost import worker_host
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 
 if TYPE_CHECKING:
     from train_and_ship.tasks.decide import Night

@@ -10,7 +10,7 @@ from train_and_ship.infra.errors import RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.data.snapshots import SNAPSHOT, publish_snapshot, split_address, take
-from train_and_ship.registry.tracking.description import file_size
+from train_and_ship.registry.text import file_size
 
 
 def snapshot(folder: Path, to: str) -> None:

@@ -23,7 +23,7 @@ from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.channels.decisions import Decision, decided_at, read_decisions
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 
 FLOW = "retrain"
 COLOURS = {"up": "green", "external": "cyan"}

@@ -15,7 +15,7 @@ from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, conc
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
 

@@ -15,7 +15,7 @@ from train_and_ship.registry.channels.moves import Verified, described
 from train_and_ship.registry.report.move import HEADER, noticed
 from train_and_ship.registry.report.page import Link
 from train_and_ship.registry.report.run import Outcome
-from train_and_ship.registry.tracking.description import table
+from train_and_ship.registry.text import table
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.moves import Request
 from train_and_ship.tasks.publish import places, publish_question

@@ -38,7 +38,8 @@ from train_and_ship.registry.channels.decisions import (
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.diff import read_told
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes
 from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.errors import ShipError
-from train_and_ship.registry.bucket.reports import put_report
+from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.moves import Target, Verified
 from train_and_ship.registry.channels.pointer import ROLLBACK
 from train_and_ship.registry.diff import Difference, compare

@@ -26,10 +26,10 @@ from train_and_ship.infra.errors import GateError, ServiceError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.reports import put_report
+from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome
 from train_and_ship.registry.tracking.live_run import live_run

@@ -17,7 +17,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.reports import put_report
+from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.cost import FLOW, Rates, Spent, read_costs
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.page import markdown

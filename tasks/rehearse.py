@@ -46,7 +46,7 @@ from train_and_ship.registry.gates import (
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import VERDICTS
 from train_and_ship.registry.run_folder import AGAINST, write_fact
-from train_and_ship.registry.tracking.description import file_size, number
+from train_and_ship.registry.text import file_size, number
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.policy import worth_retrying
 from train_and_ship.tasks.register import Registered

@@ -24,7 +24,8 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.workerhost import WorkerHost, running_host, worker_host
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.run_folder import ABOUT, write_fact
 from train_and_ship.registry.tracking.connection import check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun

@@ -20,8 +20,8 @@ from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResul
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
+from train_and_ship.registry.text import file_size, table
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
-from train_and_ship.registry.tracking.description import file_size, table
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.inspect import code_and_packages
 from train_and_ship.tasks.launched import train_launched

@@ -667,6 +667,10 @@ class ErrorCounts:
     """The same for differences in units of the output's root mean square."""
 
 
+PARITY = "parity"
+"""The gate that holds an artifact against the model that was trained."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """One gate on one format, with its numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import channels_prefix, histories_prefix, releases_prefix
-from train_and_ship.registry.release.manifest import require_name
+from train_and_ship.registry.identity import require_name
 
 
 def models(store: ObjectStore) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.store_probe import PROBE_PREFIX
-from train_and_ship.registry.release.manifest import is_name
+from train_and_ship.registry.identity import is_name
 
 Policy = dict[str, Any]
 """An IAM policy document, ready for JSON."""

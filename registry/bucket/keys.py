@@ -13,23 +13,7 @@ models/<model>/views/<channel>/…                       copies for other server
 
 from __future__ import annotations
 
-import re
-
-from train_and_ship.infra.errors import RequestError
-from train_and_ship.registry.release.manifest import is_name, require_name, require_release_id
-
-RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|.*-previous|v\d+")
-"""A channel other than prod is also an MLflow alias, and these are taken; `staging-previous` is of `staging`."""
-
-
-def require_channel(channel: str) -> None:
-    """Raises RequestError for names that cannot be both part of a key and an alias in MLflow, or are taken there."""
-    if not is_name(channel) or RESERVED_CHANNELS.fullmatch(channel):
-        raise RequestError(
-            "channel: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, and not latest, "
-            "champion, challenger, previous, …-previous or v and digits, which MLflow has other uses for; "
-            f"got {channel!r}"
-        )
+from train_and_ship.registry.identity import require_name, require_release_id
 
 
 def releases_prefix(model: str) -> str:

@@ -10,11 +10,12 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from train_and_ship.infra.errors import PreconditionFailed, ReleaseError
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
-from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.keys import release_prefix, reports_prefix
 from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.bucket.tombstones import claim
 from train_and_ship.registry.bucket.transfer import (
@@ -26,15 +27,8 @@ from train_and_ship.registry.bucket.transfer import (
     in_parallel,
     put_immutable,
 )
-from train_and_ship.registry.release.manifest import (
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    decode_manifest,
-    require_file,
-    require_size,
-    verify_folder,
-)
+from train_and_ship.registry.release.files import FileEntry, require_file, require_size
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest, decode_manifest, verify_folder
 
 LISTED_AT_ONCE = 990
 """A page of a listing has a thousand keys, and the manifest and signatures are among them."""
@@ -259,3 +253,10 @@ def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
             f"{key}: expected SHA-256 {entry.sha256} and {entry.bytes:,} bytes when read back, got {got}; "
             "delete it and publish again"
         )
+
+
+def put_report(store: ObjectStore, model: str, release: str, flow_run: str, html: str, at: datetime) -> str:
+    """Writes; returns the key. at: UTC, by which the reports of several runs are in order."""
+    key = f"{reports_prefix(model, release)}{at:%Y%m%dT%H%M%S.%fZ}-{flow_run}.html"
+    put_immutable(store, key, html.encode(), "another report")
+    return key

@@ -21,7 +21,8 @@ from shipreader.errors import ReaderError, Refused
 from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
-from train_and_ship.registry.release.manifest import MANIFEST, Manifest, canonical_json
+from train_and_ship.registry.identity import canonical_json
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey

@@ -23,7 +23,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.keys import tombstones_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel
-from train_and_ship.registry.release.manifest import canonical_json, require_release_id
+from train_and_ship.registry.identity import canonical_json, require_release_id
 
 SHORTEST_GRACE = timedelta(hours=1)
 """Between a mark and the deletion. Longer than any request can be under way: S3 refuses one signed 15 minutes ago."""

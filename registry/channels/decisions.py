@@ -20,7 +20,7 @@ from train_and_ship.registry.bucket.keys import decisions_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.timeline import live_at
-from train_and_ship.registry.release.manifest import canonical_json
+from train_and_ship.registry.identity import canonical_json
 
 SKIPPED, PROMOTED, KEPT, FAILED = "skipped", "promoted", "kept", "failed"
 """Not trained; the candidate went live; the candidate did not, and is the challenger; no candidate, or a bad one."""

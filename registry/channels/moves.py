@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.keys import release_prefix, require_channel
+from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
@@ -22,6 +22,7 @@ from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.channels.swap import move_channel
 from train_and_ship.registry.channels.timeline import rollback_target
+from train_and_ship.registry.identity import require_channel
 from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
 from train_and_ship.registry.tracking.rest import model_registry
 

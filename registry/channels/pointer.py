@@ -10,7 +10,7 @@ from typing import Any
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
-from train_and_ship.registry.release.manifest import canonical_json, require_release_id
+from train_and_ship.registry.identity import canonical_json, require_release_id
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,8 @@ from typing import Any
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.data.drift import Bins, Shift, bins_of_columns, bins_of_labels, ks, psi
-from train_and_ship.registry.gates import text_table
 from train_and_ship.registry.job.data import Checks, Drift, TensorCheck
-from train_and_ship.registry.tracking.description import number, table
+from train_and_ship.registry.text import number, table, text_table
 
 Facts = Mapping[str, Any]
 SPLITS = ("train", "validation")

@@ -17,15 +17,9 @@ from train_and_ship.infra.errors import JobError, PreconditionFailed, ReleaseErr
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
-from train_and_ship.registry.release.manifest import (
-    FileEntry,
-    canonical_json,
-    file_hash,
-    require_file,
-    require_relative,
-    walk,
-)
+from train_and_ship.registry.release.files import FileEntry, file_hash, require_file, require_relative, walk
 
 SNAPSHOT = "SNAPSHOT.json"
 _FORMAT = 1

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from train_and_ship.infra.errors import JobError
-from train_and_ship.registry.bucket.keys import RESERVED_CHANNELS
+from train_and_ship.registry.identity import RESERVED_CHANNELS
 from train_and_ship.registry.job.base import Factory, Part, Target, digest
-from train_and_ship.registry.job.data import Checks, Drift, Labels, Snapshot, TensorCheck
-from train_and_ship.registry.job.export import Dynamic, Export, Quantize
+from train_and_ship.registry.job.data import Checks, Snapshot
+from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.gates import METRIC_DIRECTIONS, SPEED_GATES, Gate, require_fitting
-from train_and_ship.registry.job.launcher import Launcher
 from train_and_ship.registry.job.parity import Parity
-from train_and_ship.registry.job.train import Checkpoint, Train
+from train_and_ship.registry.job.train import Train
 
 Policy = Literal["better", "not_worse", "always"]
 """What a candidate must be, beside the live release, to replace it."""
@@ -213,160 +206,3 @@ _METRIC_OF_LOSS: Mapping[str, str] = {
     "l1_loss": "mean_absolute_error",
     "smooth_l1_loss": "mean_absolute_error",
 }
-
-
-def load_job(path: Path) -> tuple[Job, Path]:
-    """Read and validate a job file; also the absolute project folder.
-
-    Raises JobError with one line a mistake: where, what was expected, what was given.
-    """
-    if not path.is_file():
-        patterns = ("*.yaml", "jobs/*.yaml", "examples/*/job.yaml")
-        near = [str(found) for pattern in patterns for found in sorted(Path().glob(pattern)) if _looks_like_job(found)]
-        hint = f"; job files here: {', '.join(near[:5])}" if near else ""
-        raise JobError(f"job file {path}: expected a YAML file, found none{hint}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"job file {path}: expected UTF-8 text that can be read, got {error}") from None
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise JobError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(document, dict):
-        raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
-    try:
-        job = Job.model_validate(document)
-    except ValidationError as error:
-        lines = list(_explain(error, path, text))
-        raise JobError("\n".join(lines)) from None
-    folder = (path.parent / job.project).resolve()
-    if not folder.is_dir():
-        raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
-    return job, folder
-
-
-def _looks_like_job(path: Path) -> bool:
-    text = path.read_text(errors="replace")
-    return all(f"{key}:" in text for key in ("name", "model", "data", "train"))
-
-
-def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:
-    # Unions add the name of the alternative that was tried; only the user's keys are shown.
-    found = [([part for part in item["loc"] if _in_document(part)], item) for item in error.errors()]
-    seen: set[str] = set()
-    for keys, item in found:
-        key = ".".join(str(part) for part in keys)
-        deeper = any(len(other) > len(keys) and other[: len(keys)] == keys for other, _ in found)
-        if key in seen or deeper:
-            continue
-        seen.add(key)
-        place = f"{path}:{_line_of(text, keys)}: {key}" if keys else f"{path}"
-        given = _shown(item["input"])
-        match item["type"]:
-            case "extra_forbidden":
-                yield f"{place}: unknown key{_did_you_mean(keys)}"
-            case "missing":
-                yield f"{place}: missing; expected {_describe_key(keys)}"
-            case "value_error":
-                yield f"{place}: expected {item['ctx']['error']}, got {given}"
-            case "string_pattern_mismatch":
-                yield f"{place}: expected lower-case letters, digits, dots, dashes or underscores, got {given}"
-            case "literal_error" if keys[-1] in ("loss", "optimizer", "schedule"):
-                yield f"{place}: expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
-            case "float_type" if isinstance(item["input"], str) and _is_number(item["input"]):
-                yield f"{place}: YAML reads {item['input']} as text; write it with a point, such as 1.0e-3 or 0.001"
-            case _:
-                expected = item["msg"].removeprefix("Input should be ").removeprefix("String should ")
-                yield f"{place}: expected {expected}, got {given}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _in_document(part: int | str) -> bool:
-    return isinstance(part, int) or (
-        part.isidentifier() and part not in ("Factory", "Quantize") and not part.startswith("literal")
-    )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
-
-
-def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
-    """The part of the job that holds the last key."""
-    parts: dict[str, type[BaseModel]] = {
-        "model": Factory, "data": Data, "train": Train, "export": Export, "parity": Parity, "release": Release,
-        "retrain": Retrain,
-    }  # fmt: skip
-    if len(keys) == 1:
-        return Job
-    if keys[0] == "gates":
-        return Gate if len(keys) == 3 else None
-    if keys[:2] == ["train", "launcher"] and len(keys) > 2:
-        return Launcher.part(str(keys[2])) if len(keys) == 4 else Launcher
-    if keys[:2] == ["export", "dynamic"]:
-        return Dynamic if len(keys) == 4 else None
-    if keys[:2] == ["export", "quantize"]:
-        return Quantize if len(keys) == 3 else None
-    if keys[:2] == ["data", "snapshot"]:
-        return Snapshot if len(keys) == 3 else None
-    if keys[:2] == ["data", "checks"]:
-        inner: dict[str, type[BaseModel]] = {"labels": Labels, "drift": Drift}
-        if len(keys) == 3:
-            return Checks
-        if len(keys) == 4:
-            return inner.get(str(keys[2]))
-        return TensorCheck if len(keys) == 5 and keys[2] == "tensors" else None
-    if keys[0] == "train" and len(keys) == 3:
-        return Checkpoint if keys[1] == "checkpoint" else Factory
-    return parts.get(str(keys[0])) if len(keys) == 2 else None
-
-
-def _did_you_mean(keys: list[int | str]) -> str:
-    model = _model_at(keys)
-    if model is None:
-        return ""
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
-
-
-def _describe_key(keys: list[int | str]) -> str:
-    model = _model_at(keys)
-    field = model.model_fields.get(str(keys[-1])) if model else None
-    return field.description if field is not None and field.description else "a value"
-
-
-def _line_of(text: str, keys: list[int | str]) -> int:
-    """1-based line of the deepest key that is in the file."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    assert node is not None, "the document was validated, so it is not empty"
-    line = node.start_mark.line
-    for key in keys:
-        if isinstance(node, yaml.MappingNode):
-            found = [(k, v) for k, v in node.value if k.value == str(key)]
-            if not found:
-                break
-            line, node = found[0][0].start_mark.line, found[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-            node = node.value[key]
-            line = node.start_mark.line
-        else:
-            break
-    return int(line) + 1
-
-
-def job_schema() -> dict[str, Any]:
-    """JSON schema of the job file, for editors; kept in `docs/job.schema.json`."""
-    schema = Job.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "train-and-ship job", **schema}

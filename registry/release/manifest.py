@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, require_name, require_release_id
+from train_and_ship.registry.release.files import FileEntry, file_hash, require_file, require_relative, walk
 from train_and_ship.registry.release.pickles import find_pickle
 
 MANIFEST = "MANIFEST.json"
@@ -26,26 +26,10 @@ DATA = "data.json"
 """What its data was like, in counts and quantiles; the next data is held against it."""
 FORMAT = 1
 """Version of the manifest's layout."""
-RELEASE_ID_DIGITS = 20
-"""Hexadecimal digits of a release id: 80 bits."""
 PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
 """Files that run code when they are read."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_RELEASE_ID = re.compile(rf"[0-9a-f]{{{RELEASE_ID_DIGITS}}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LONGEST_PATH = 512
-"""Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """One file of a release."""
-
-    sha256: str
-    """64 lower-case hexadecimal digits."""
-    bytes: int
-    """Size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,30 +74,6 @@ class Manifest:
     @property
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
-
-
-def canonical_json(document: Mapping[str, Any]) -> bytes:
-    """JSON whose bytes depend on nothing but the value. Raises ValueError for NaN and infinity."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def is_name(text: str) -> bool:
-    """Whether a model or channel can be called so: it becomes part of keys."""
-    return _NAME.fullmatch(text) is not None
-
-
-def require_name(kind: str, name: str) -> None:
-    """Raises ReleaseError unless `name` can be a model or channel name: it becomes part of keys."""
-    if not is_name(name):
-        raise ReleaseError(
-            f"{kind} name: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, got {name!r}"
-        )
-
-
-def require_release_id(release: str) -> None:
-    """Raises ReleaseError unless `release` has the shape of a release id: it becomes part of keys."""
-    if not _RELEASE_ID.fullmatch(release):
-        raise ReleaseError(f"release id: expected {RELEASE_ID_DIGITS} lower-case hexadecimal digits, got {release!r}")
 
 
 def build_manifest(
@@ -241,52 +201,8 @@ def verify_folder(folder: Path, manifest: Manifest) -> None:
         require_file(found[name], manifest.files[name])
 
 
-def require_file(path: Path, entry: FileEntry) -> None:
-    """Raises ReleaseError unless the file at `path` has the entry's size and hash."""
-    require_size(path, entry)
-    sha256, _ = file_hash(path)
-    if sha256 != entry.sha256:
-        raise ReleaseError(f"{path}: expected SHA-256 {entry.sha256}, got {sha256}")
-
-
-def require_size(path: Path, entry: FileEntry) -> None:
-    """Raises ReleaseError unless the file at `path` has the entry's size."""
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise ReleaseError(f"{path}: expected {entry.bytes:,} bytes, got {size:,}")
-
-
-def file_hash(path: Path) -> tuple[str, int]:
-    """Hexadecimal SHA-256 and size in bytes of a file, read once in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-
-
 def _table(files: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:
     return {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
-
-
-def walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below `folder` by relative POSIX path, sorted. Raises ReleaseError for anything but files."""
-    if folder.is_symlink() or not folder.is_dir():
-        raise ReleaseError(
-            f"release folder {folder}: expected a folder, got {'a link' if folder.is_symlink() else 'none'}"
-        )
-    found = []
-    pending = [folder]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                mode = entry.stat(follow_symlinks=False).st_mode
-                path = Path(entry.path)
-                if stat.S_ISDIR(mode):
-                    pending.append(path)
-                elif stat.S_ISREG(mode):
-                    found.append((path.relative_to(folder).as_posix(), path))
-                else:
-                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
-                    raise ReleaseError(f"{path}: expected a regular file, got {kind}; copy the content instead")
-    yield from sorted(found)
 
 
 def _require_path(name: str) -> None:
@@ -299,26 +215,3 @@ def _require_path(name: str) -> None:
             f"{name}: expected no pickle in a release, got a {PurePosixPath(name).suffix} file: reading it runs code; "
             "save tensors as .safetensors"
         )
-
-
-def require_relative(name: str) -> None:
-    """Raises ReleaseError unless `name` is safe as a key and as a path below a folder."""
-    parts = name.split("/")
-    if (
-        not name.isprintable()
-        or "\\" in name
-        or len(name) > _LONGEST_PATH
-        or any(part in ("", ".", "..") for part in parts)
-        or ":" in parts[0]
-        or not _encodable(name)
-    ):
-        raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
-
-
-def _encodable(name: str) -> bool:
-    # File systems hold bytes that are no text; os.scandir gives them as lone surrogates.
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

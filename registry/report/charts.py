@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from train_and_ship.registry.tracking.description import clean, number
+from train_and_ship.registry.text import clean, number
 
 WIDTH = 360
 POINTS = 200

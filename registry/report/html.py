@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from train_and_ship.registry.report.page import Block, Chart, Lines, Link, Mark, Page, Table
-from train_and_ship.registry.tracking.description import clean
+from train_and_ship.registry.text import clean
 
 TEMPLATE = "page.html.jinja"
 

@@ -11,7 +11,7 @@ from train_and_ship.registry.channels.moves import Scored, Verified
 from train_and_ship.registry.diff import Difference
 from train_and_ship.registry.report.page import Cell, Page, Section, Table, Text
 from train_and_ship.registry.report.run import Outcome, decision_section
-from train_and_ship.registry.tracking.description import number
+from train_and_ship.registry.text import number
 
 NOTICED = ("metrics", "parity", "latency", "size", "signature")
 """Groups of differences that whoever calls the model notices; the others tell where they come from."""

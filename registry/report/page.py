@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from train_and_ship.registry.tracking.description import clean, table
+from train_and_ship.registry.text import clean, table
 
 NARROW = 50
 """Letters in a line of a phone, about."""

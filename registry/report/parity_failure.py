@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from train_and_ship.registry.tracking.description import table
+from train_and_ship.registry.text import table
 
 SHOWN = 5
 """Questions shown a format; the rest is counted."""

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from torchworker.contract import PARITY
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Cell, Chart, Mark, Section, Table, Text
 from train_and_ship.registry.run_folder import RunFiles
-from train_and_ship.registry.tracking.description import PARITY, by_condition, number, outcome
+from train_and_ship.registry.text import number
+from train_and_ship.registry.tracking.description import by_condition, outcome
 
 ERROR_BINS = ("same", "<1e-9", *(f"1e{decade}" for decade in range(-9, 3)), "NaN, ∞")
 """Of torchworker.contract.ErrorCounts."""

@@ -18,7 +18,7 @@ from train_and_ship.registry.report.page import Block, Cell, Chart, Lines, Link,
 from train_and_ship.registry.report.proof_sections import gates_section, parity_section
 from train_and_ship.registry.report.training_sections import curves_section, training_section
 from train_and_ship.registry.run_folder import RunFiles
-from train_and_ship.registry.tracking.description import file_size, number
+from train_and_ship.registry.text import file_size, number
 
 
 @dataclass(frozen=True, kw_only=True)

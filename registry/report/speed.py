@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from train_and_ship.registry.gates import text_table
-from train_and_ship.registry.tracking.description import file_size, number, table
+from train_and_ship.registry.text import file_size, number, table, text_table
 
 
 class Speed(Protocol):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Cell, Chart, Section, Table, Text
 from train_and_ship.registry.run_folder import RunFiles
+from train_and_ship.registry.text import number
 from train_and_ship.registry.tracking.curves import Point
-from train_and_ship.registry.tracking.description import number
 
 CURVES = 12
 """Most charts of learning curves: the others are in MLflow."""

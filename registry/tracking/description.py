@@ -6,41 +6,10 @@ text, because lists of versions show it unrendered.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
-PARITY = "parity"
-"""The gate that compares an artifact with the model that was trained."""
-
-
-class Verdict(Protocol):
-    """One gate on one format, with its numbers."""
-
-    @property
-    def format(self) -> str: ...
-    @property
-    def gate(self) -> str: ...
-    @property
-    def case(self) -> str:
-        """What it was measured on: `batch 1`, `360 samples`."""
-
-    @property
-    def measured(self) -> float | None:
-        """None when it could not be measured."""
-
-    @property
-    def limit(self) -> str:
-        """The condition in words: `<= 8`."""
-
-    @property
-    def passed(self) -> bool: ...
-    @property
-    def ran(self) -> bool:
-        """False when this machine could not run the check."""
-
-    @property
-    def note(self) -> str: ...
+from torchworker.contract import PARITY, Verdict
+from train_and_ship.registry.text import cell, file_size, number, table
 
 
 def describe(
@@ -70,7 +39,7 @@ def describe(
     gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
     intro = [
         _first_line(model, release, formats, verdicts, metrics),
-        " · ".join([f"Release `{release}`", *(f"[{_cell(text)}]({url})" for text, url in links.items() if url)]),
+        " · ".join([f"Release `{release}`", *(f"[{cell(text)}]({url})" for text, url in links.items() if url)]),
     ]
     sections = []
     if parity:
@@ -113,50 +82,6 @@ def in_short(verdicts: Sequence[Verdict]) -> dict[str, str]:
         limits = ", ".join(dict.fromkeys(verdict.limit for verdict in of_gate))
         found[gate] = f"{sum(verdict.passed for verdict in ran)} of {len(ran)} passed{left}, {measured} ({limits})"
     return found
-
-
-def shorten(text: str, limit: int) -> str:
-    """Cut `text` to at most `limit` characters, at the end of a line where there is one."""
-    if len(text) <= limit:
-        return text
-    ending = "\n\n(shortened: the version's files hold the full report)\n"
-    cut = text[: limit - len(ending)]
-    return (cut.rpartition("\n")[0] or cut).rstrip() + ending
-
-
-_NO_TEXT = re.compile("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def clean(text: str) -> str:
-    """Text without what neither XML nor UTF-8 can hold: control characters, halves of surrogate pairs."""
-    return _NO_TEXT.sub("\ufffd", text)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table."""
-    # MLflow's page leaves no room between columns; a no-break space does, also where the text is read raw.
-    gap = "\u00a0" * 2
-    body = [[_cell(value) + gap for value in row] for row in (header, *rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (body[0], ["---"] * len(header), *body[1:]))
-
-
-def number(value: float | None) -> str:
-    """Four significant digits; whole numbers without a point."""
-    if value is None:
-        return "not measured"
-    if float(value).is_integer() and abs(value) < 1e12:
-        return str(int(value))
-    return f"{value:.4g}"
-
-
-def file_size(size: int) -> str:
-    """Bytes in decimal units: `1.2 MB`."""
-    amount = float(size)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
 
 
 def _first_line(
@@ -204,7 +129,7 @@ def _verdict_table(verdicts: Sequence[Verdict], *, with_gate: bool) -> str:
         for condition, found in by_condition(verdicts).items()
     ]
     notes = [
-        f"- {verdict.format}, {verdict.gate}, {verdict.case}: {_cell(verdict.note)}"
+        f"- {verdict.format}, {verdict.gate}, {verdict.case}: {cell(verdict.note)}"
         for verdict in verdicts
         if verdict.note and not verdict.passed
     ]
@@ -221,8 +146,3 @@ def _metric_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [(name, *(number(values[name]) if name in values else "" for values in metrics.values())) for name in names]
     return table(("metric", *metrics), rows)
-
-
-def _cell(text: str) -> str:
-    # A pipe or a line break would end the cell early.
-    return " ".join(text.replace("|", "\\|").split())

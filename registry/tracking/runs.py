@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from train_and_ship.infra.errors import SettingsError
+from train_and_ship.registry.text import shorten
 from train_and_ship.registry.tracking.connection import connect, key, milliseconds, translated, user
 from train_and_ship.registry.tracking.curves import Point
-from train_and_ship.registry.tracking.description import shorten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -21,9 +21,9 @@ from urllib.parse import quote, urlsplit
 import yaml
 
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.registry.text import shorten
 from train_and_ship.registry.tracking.connection import check_reachable, connect, translated, without_credentials
 from train_and_ship.registry.tracking.curves import Point, history_points, position
-from train_and_ship.registry.tracking.description import shorten
 from train_and_ship.registry.tracking.rest import TAG_RELEASE
 from train_and_ship.registry.tracking.runs import (
     BATCH_OF_METRICS,

@@ -33,6 +33,7 @@ ALLOWED = {
     "registry": {
         "registry",
         "infra",
+        "torchworker.contract",
         "shipreader.signatures",
         "shipreader.errors",
         "shipreader.records",
@@ -45,6 +46,56 @@ ALLOWED = {
     # The command line sits above everything.
     "ship": set(FOLDERS) - {"torchworker"} | {"torchworker.contract"},
 }
+ROOMS = {
+    "registry": {
+        "identity": set(),
+        "text": set(),
+        "cost": set(),
+        "job": {"identity"},
+        "release": {"identity"},
+        "tracking": {"text"},
+        "gates": {"job", "text"},
+        "bucket": {"release", "identity"},
+        "data": {"identity", "job", "text", "release", "bucket"},
+        "diff": {"bucket", "release", "text"},
+        "lineage": {"diff", "job", "release"},
+        "run_folder": {"job", "cost", "tracking"},
+        # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
+        "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff"},
+        "serving": {"bucket"},
+        "report": {
+            *("identity", "text", "cost", "job", "release", "tracking", "gates", "bucket"),
+            *("data", "diff", "lineage", "run_folder", "channels"),
+        },
+        "maintenance": {
+            *("identity", "text", "cost", "job", "release", "tracking", "gates", "bucket"),
+            *("data", "diff", "lineage", "run_folder", "channels"),
+        },
+    },
+    # `training` never sees `parity` or `exporters`: what trains cannot know how it will be judged.
+    "torchworker": {
+        "contract": set(),
+        "process": {"contract"},
+        "runtimes": {"contract"},
+        "project": {"contract", "process"},
+        "data": {"contract", "process", "project"},
+        "gates": {"contract", "process"},
+        "parity": {"contract", "process", "runtimes", "project", "gates"},
+        "training": {"contract", "process", "project", "data"},
+        "exporters": {"contract", "process", "runtimes", "project", "parity"},
+        "custom_loop": {"contract", "process", "project", "data", "training"},
+        "rank": {"contract", "process", "project", "training", "custom_loop"},
+        "stages": {
+            *("contract", "process", "runtimes", "project", "data", "gates", "parity", "training", "exporters"),
+            *("custom_loop", "rank"),
+        },
+        "stage": {"contract", "process", "stages"},
+        "forkserver": {"process", "runtimes", "stage"},
+        "torchrun_controller": {"process"},
+        "lease": {"process"},
+    },
+}
+"""Package to room (a folder, or a file that stands beside the folders) to the rooms that it may import."""
 ONLY_IN = {
     "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py"],
     "mlflow": ["registry/tracking/"],
@@ -110,6 +161,35 @@ def test_packages_import_only_the_layers_below_them(package: str) -> None:
         for name in imports(tree):
             if (inside := ours(name)) is not None and inside != "torchworker":
                 assert is_allowed(inside, ALLOWED[package]), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_the_rooms_below_them(package: str) -> None:
+    rules = ROOMS[package]
+    for file, tree in modules(package):
+        if (own := room(file)) is None:
+            continue
+        for name in imports(tree):
+            inside = ours(name) or ""
+            if inside.startswith(package + ".") and (other := inside.split(".")[1]) in rules:
+                assert other == own or other in rules[own], f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_has_its_rule(package: str) -> None:
+    assert {found for file, _ in modules(package) if (found := room(file)) is not None} == set(ROOMS[package])
+
+
+def room(file: str) -> str | None:
+    """The room that a file of a package is in, or is; None for the `__init__.py` of the package itself."""
+    inside = file.split("/")[1].removesuffix(".py")
+    return inside if inside != "__init__" else None
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_packages_hold_nothing_in_their_own_file(package: str) -> None:
+    for path in (REPOSITORY / package).rglob("__init__.py"):
+        assert not path.read_text().strip(), f"{path}: whatever it imports, a rollback and a rank would load too"
 
 
 def test_nothing_of_ours_is_imported_by_the_name_of_its_folder() -> None:

@@ -21,8 +21,8 @@ import pytest
 
 from tests.projects import REPOSITORY
 from train_and_ship.infra.errors import ShipError
-from train_and_ship.registry.job.job import load_job
 from train_and_ship.registry.job.launcher import Launcher
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.launched import train_launched
 from train_and_ship.tasks.requests import project_of, train_settings
 

@@ -22,7 +22,7 @@ from tests.projects import write_project
 from torchworker.contract import TrainRequest, TrainResult, decode
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
 

@@ -20,7 +20,7 @@ from torchworker.contract import ExportRequest, ExportResult, decode
 from torchworker.training.device import half_precision_is_native
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.check import check
 from train_and_ship.tasks.requests import project_of
 from train_and_ship.tasks.worker import call_worker

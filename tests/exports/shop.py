@@ -19,7 +19,7 @@ from torchworker.contract import (
     decode,
 )
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import (
     dynamic_dims,
     fixed_gates,

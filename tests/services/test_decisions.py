@@ -33,7 +33,7 @@ from train_and_ship.registry.channels.decisions import (
     record_decision,
     record_waiting,
 )
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.decide import Plan, streak
 from train_and_ship.tasks.outcome import record_failure
 

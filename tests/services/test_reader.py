@@ -24,7 +24,8 @@ from tests.services.releases import CHANNEL, MODEL, make_release, move, publishe
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.registry.release.manifest import MANIFEST, Manifest, canonical_json
+from train_and_ship.registry.identity import canonical_json
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 
 def put_pointer(store: ObjectStore, pointer: Pointer) -> None:

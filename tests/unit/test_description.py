@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from train_and_ship.registry.text import shorten
 from train_and_ship.registry.tracking import description
 
 
@@ -78,12 +79,12 @@ def test_a_description_can_do_without_everything_optional() -> None:
 
 
 def test_shortening_ends_at_a_line_and_says_so() -> None:
-    text = description.shorten("first line\n" * 100, 200)
+    text = shorten("first line\n" * 100, 200)
     assert len(text) <= 200
     assert text.startswith("first line\n")
     assert "shortened" in text
-    assert description.shorten("short", 200) == "short"
-    assert len(description.shorten("x" * 500, 200)) <= 200
+    assert shorten("short", 200) == "short"
+    assert len(shorten("x" * 500, 200)) <= 200
 
 
 def test_a_check_that_was_not_run_is_neither_passed_nor_failed_in_the_record_of_a_move() -> None:

@@ -14,7 +14,7 @@ from torchworker.contract import TrainSettings
 from torchworker.process.failure import UserMistake
 from torchworker.stages.train import start_method
 from torchworker.training.device import backend_of, choose_device, device_notes
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import train_settings
 
 

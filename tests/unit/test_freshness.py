@@ -14,9 +14,11 @@ import pytest
 from tests.projects import REPOSITORY, write_project
 from train_and_ship.infra.provenance import code_fingerprint, environment_lock
 from train_and_ship.registry.diff import Told
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes, config_digest
-from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, FileEntry, Manifest
+from train_and_ship.registry.release.files import FileEntry
+from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, Manifest
 
 
 def inputs(job: Job, **other: Any) -> Inputs:

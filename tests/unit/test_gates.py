@@ -9,7 +9,8 @@ from torchworker.contract import Interval, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.gates import Beside, compare, require_good_enough, require_not_slower, verdict_table, worst
-from train_and_ship.registry.job.job import Job, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.rehearse import Rehearsed
 
 

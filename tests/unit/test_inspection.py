@@ -10,7 +10,7 @@ from tests.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult
 from torchworker.process.failure import UserMistake
 from torchworker.stages.inspect import inspect
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
 

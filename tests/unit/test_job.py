@@ -12,7 +12,8 @@ from tests.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.gates import METRIC_DIRECTIONS, SPEED_GATES
-from train_and_ship.registry.job.job import Job, job_schema, load_job
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import job_schema, load_job
 from train_and_ship.ship.job_reference import job_reference
 from train_and_ship.tasks.extras import require_extras
 

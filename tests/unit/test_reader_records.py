@@ -14,7 +14,8 @@ from shipreader.errors import Refused
 from shipreader.mlserver import served
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer
-from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest, canonical_json, decode_manifest
+from train_and_ship.registry.identity import canonical_json
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest, decode_manifest
 
 FILE = {"sha256": "0" * 64, "bytes": 1}
 

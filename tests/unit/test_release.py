@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.registry.release import manifest as release
+from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest, decode_manifest, verify_folder
 
 CONTENT = {"model.onnx": b"onnx" * 100, "weights.safetensors": b"weights", "extra/labels.txt": b"a\nb\n"}
@@ -44,7 +44,7 @@ def build(folder: Path, **changes: Any) -> Manifest:
 
 def rewrite(manifest: Manifest, **changes: Any) -> bytes:
     """The encoded manifest with other top-level values, again in canonical form."""
-    return release.canonical_json({**json.loads(manifest.encode()), **changes})
+    return canonical_json({**json.loads(manifest.encode()), **changes})
 
 
 def test_a_manifest_names_every_file_by_hash_and_size(folder: Path) -> None:
@@ -144,13 +144,13 @@ def test_a_reader_refuses_a_path_that_leaves_the_folder(folder: Path, name: str)
 
 def with_table(manifest: Manifest, table: dict[str, Any]) -> bytes:
     """A manifest with another file table and the id that belongs to it."""
-    own = hashlib.sha256(release.canonical_json(table)).hexdigest()[: release.RELEASE_ID_DIGITS]
+    own = hashlib.sha256(canonical_json(table)).hexdigest()[:RELEASE_ID_DIGITS]
     return rewrite(manifest, files=table, release=own)
 
 
 def test_a_reader_refuses_an_id_that_does_not_match_the_files(folder: Path) -> None:
     with pytest.raises(ReleaseError, match="by its file table"):
-        decode_manifest(rewrite(build(folder), release="0" * release.RELEASE_ID_DIGITS))
+        decode_manifest(rewrite(build(folder), release="0" * RELEASE_ID_DIGITS))
 
 
 def test_a_reader_refuses_a_format_it_does_not_know(folder: Path) -> None:

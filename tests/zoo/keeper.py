@@ -28,7 +28,7 @@ from torchworker.parity.reference import read_probes
 from torchworker.runtimes import load as runtimes
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.job import load_job
+from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import dynamic_dims, project_of, user_modules
 from train_and_ship.tasks.worker import call_worker
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torchworker.contract import Mismatch, Verdict
-from torchworker.parity.histogram import Spread
+from torchworker.contract import PARITY, Mismatch, Verdict
+from torchworker.parity.histogram import Spread, distribution
 from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SINGLES, Inputs, Probe
 from torchworker.parity.rule import Parity, compare, usual_loss
 from torchworker.process.failure import describe
@@ -111,28 +111,13 @@ class Decisions:
             note += f"; accuracy {self.hits[0] / self.seen:.4g}, the model's own {self.hits[1] / self.seen:.4g}"
         return Verdict(
             format=kind,
-            gate="parity",
+            gate=PARITY,
             case="predictions",
             measured=float(self.unexplained) if self.seen else None,
             limit="<= 0",
             passed=self.seen > 0 and self.unexplained == 0,
             note=note,
         )
-
-
-def distribution(got: Tensor, eager: Tensor) -> list[str]:
-    """How many elements differ by how much, one line a decade with a bar."""
-    if got.shape != eager.shape or not eager.is_floating_point() or eager.numel() == 0:
-        return []
-    difference = (got.double() - eager.double()).abs().flatten()
-    shown = [f"{'same':>14}  {int((difference == 0).sum()):>9}"]
-    odd = int((~difference.isfinite()).sum())
-    decades = torch.log10(difference[(difference > 0) & difference.isfinite()]).floor().int()
-    counts = {int(decade): int((decades == decade).sum()) for decade in torch.unique(decades)}
-    most = max([*counts.values(), 1])
-    for decade, count in sorted(counts.items()):
-        shown.append(f"{f'1e{decade} to 1e{decade + 1}':>14}  {count:>9}  {'█' * max(1, round(40 * count / most))}")
-    return [*shown, f"{'not finite':>14}  {odd:>9}"] if odd else shown
 
 
 def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> Trial:
@@ -166,14 +151,14 @@ def _usual(probes: Sequence[Probe], output: str) -> float:
 
 
 def verdict(kind: str, case: str, ratio: float, note: str) -> Verdict:
-    return Verdict(format=kind, gate="parity", case=case, measured=ratio, limit="<= 1", passed=ratio <= 1, note=note)
+    return Verdict(format=kind, gate=PARITY, case=case, measured=ratio, limit="<= 1", passed=ratio <= 1, note=note)
 
 
 def _summary(kind: str, asked: Sequence[tuple[Probe, float, str]]) -> Verdict:
     """One line for every probe that is not a batch of capture."""
     if not asked:
         return Verdict(
-            format=kind, gate="parity", case="probes", measured=None, limit="<= 1", passed=False, note="none was asked"
+            format=kind, gate=PARITY, case="probes", measured=None, limit="<= 1", passed=False, note="none was asked"
         )
     failed = [(probe, note) for probe, ratio, note in asked if not ratio <= 1]
     counts: dict[str, int] = {}

@@ -54,3 +54,18 @@ def _counted(values: Tensor) -> Tensor:
     decades = torch.bucketize(finite[finite > 0], edges, right=True).bincount(minlength=len(edges) + 1)
     same, odd = int((finite == 0).sum()), values.numel() - finite.numel()
     return torch.cat([torch.tensor([same]), decades, torch.tensor([odd])])
+
+
+def distribution(got: Tensor, eager: Tensor) -> list[str]:
+    """How many elements differ by how much, one line a decade with a bar."""
+    if got.shape != eager.shape or not eager.is_floating_point() or eager.numel() == 0:
+        return []
+    difference = (got.double() - eager.double()).abs().flatten()
+    shown = [f"{'same':>14}  {int((difference == 0).sum()):>9}"]
+    odd = int((~difference.isfinite()).sum())
+    decades = torch.log10(difference[(difference > 0) & difference.isfinite()]).floor().int()
+    counts = {int(decade): int((decades == decade).sum()) for decade in torch.unique(decades)}
+    most = max([*counts.values(), 1])
+    for decade, count in sorted(counts.items()):
+        shown.append(f"{f'1e{decade} to 1e{decade + 1}':>14}  {count:>9}  {'█' * max(1, round(40 * count / most))}")
+    return [*shown, f"{'not finite':>14}  {odd:>9}"] if odd else shown

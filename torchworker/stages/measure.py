@@ -26,12 +26,12 @@ from torch import Tensor
 
 from torchworker.contract import Measured, MeasureRequest, MeasureResult, Speed, Timed
 from torchworker.gates.speed import judge, recommended, speedups, too_slow, undecided
+from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.reference import enlarged
 from torchworker.process.failure import describe
 from torchworker.process.fork import Died, Note, apart
 from torchworker.process.lifeline import die_with_parent
 from torchworker.runtimes import load as runtimes
-from torchworker.stages.validate import forbid_user_code
 
 ROUNDS = 5
 ROUND_SECONDS = 0.02

@@ -27,12 +27,12 @@ from torchworker.contract import (
     Verdict,
 )
 from torchworker.gates.bootstrap import interval_of_mean
+from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.int8 import Noise
 from torchworker.parity.rule import compare, usual_loss
 from torchworker.process.failure import describe
 from torchworker.project.metrics import metric_values
 from torchworker.runtimes import load as runtimes
-from torchworker.stages.validate import forbid_user_code
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""

@@ -23,12 +23,12 @@ from torchworker.contract import (
     Verdict,
 )
 from torchworker.gates.bootstrap import interval_of
+from torchworker.gates.limits import judge
 from torchworker.process.failure import UserMistake, describe
 from torchworker.process.fork import CORES, Died, can_fork
 from torchworker.project.metrics import joined
 from torchworker.project.user_code import call_metric, enter
 from torchworker.runtimes import load as runtimes
-from torchworker.stages.validate import judge
 
 Outputs = dict[str, Tensor]
 """Format to the first output on all samples, [samples, …]."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +14,9 @@ from torch import Tensor
 
 from torchworker.contract import (
     INT8_OF,
-    METRICS,
+    PARITY,
     VALIDATION,
     ErrorCounts,
-    Gate,
     Int8,
     Mismatch,
     TensorSpec,
@@ -29,13 +24,15 @@ from torchworker.contract import (
     ValidateResult,
     Verdict,
 )
+from torchworker.gates.limits import judge, not_measured
+from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.compare import Decisions, Finding, Policy, Trial, prove, verdict
 from torchworker.parity.histogram import Spread
 from torchworker.parity.int8 import examine, kept
 from torchworker.parity.probes import BATCHES, SAMPLES, Probe
 from torchworker.parity.reference import read_probes, read_unasked, validation_key
 from torchworker.parity.rule import compare, usual_loss
-from torchworker.process.failure import describe, is_theirs
+from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, Died, Note, side_by_side
 from torchworker.project.metrics import metric_sum
 from torchworker.runtimes import cpp_runner as cpp_runtime
@@ -44,30 +41,6 @@ from torchworker.runtimes import load as runtimes
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
 NO_FLOAT64 = "float32 eager, with the rounding of weights and inputs (the model does not run in float64)"
-
-
-class _NoUserCode(importlib.abc.MetaPathFinder):
-    """Refuses the user's modules by name and by place, also when they are installed in the environment."""
-
-    def __init__(self, modules: Sequence[str], folder: str) -> None:
-        self._modules, self._folder = frozenset(modules), Path(folder)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        inside = any(is_theirs(entry, self._folder) for entry in path or ())
-        if fullname.partition(".")[0] in self._modules or inside:
-            raise ImportError(f"the artifact needs the training code ({fullname}); a release must stand alone")
-        return None
-
-
-def forbid_user_code(modules: Sequence[str], folder: str) -> None:
-    """From here on, importing any of these modules, or anything from the folder, fails."""
-    sys.path[:] = [entry for entry in sys.path if entry and not is_theirs(entry, Path(folder))]
-    for loaded in list(sys.modules):
-        if loaded.partition(".")[0] in modules:
-            raise AssertionError(f"user module {loaded} was imported before the clean room was closed")
-    sys.meta_path.insert(0, _NoUserCode(modules, folder))
 
 
 def validate(request: ValidateRequest) -> ValidateResult:
@@ -108,14 +81,14 @@ def validate(request: ValidateRequest) -> ValidateResult:
         try:
             call = _noted(runtimes.load(kind, folder / file, request.threads), note)
         except Exception as error:
-            return [_not_measured(kind, "parity", "load", "loads without training code", describe(error))], [], None, []
+            return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
         trial = prove(kind, call, probes, outputs, policy)
         measured, on_validation = _quality(kind, call, validation, request, batch)
         cpp = _without_python(kind, folder / file, probes, validation, request)
         found = [*trial.findings, *on_validation.findings, *cpp.findings]
         found.sort(key=lambda item: -item.outcome.ratio)
         gates = judge(kind, measured, request.gates, samples, {})
-        missing = [replace(_not_measured(kind, "parity", "not asked", "<= 1", unasked), ran=False)] if unasked else []
+        missing = [replace(not_measured(kind, PARITY, "not asked", "<= 1", unasked), ran=False)] if unasked else []
         told = [*trial.verdicts, *missing, *on_validation.verdicts, *gates, *cpp.verdicts]
         counts = [*_counts(kind, trial, on_validation), *_counts(f"{kind} in C++", cpp)]
         return told, [item.mismatch() for item in found[:MISMATCHES]], measured, counts
@@ -142,7 +115,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         try:
             told, found, measured, counts = begun.result()
         except Died as death:
-            ended = _not_measured(kind, "parity", "probes", "survives them", str(death))
+            ended = not_measured(kind, PARITY, "probes", "survives them", str(death))
             told, found, measured, counts = [ended], [], None, []
         verdicts += told
         mismatches += found
@@ -177,7 +150,7 @@ def _without_python(
     name = f"{kind} in C++"
     if not request.runner or request.libraries:
         why = request.no_runner if not request.runner else "it does not load libraries with custom operators"
-        failed = _not_measured(name, "parity", "without Python", "<= 1", f"not run: {why}")
+        failed = not_measured(name, PARITY, "without Python", "<= 1", f"not run: {why}")
         return Trial(verdicts=[replace(failed, ran=request.cpp == "required")], findings=[])
     log = Path(request.log) / f"cpp-{kind}.log"
     print(f"validate: {name}: {len(probes)} probes", flush=True)
@@ -191,7 +164,7 @@ def _without_python(
             _, on_samples = _quality(name, call, validation, replace(request, metrics=()), batch)
             trial.spread.merge(on_samples.spread)
     except cpp_runtime.RunnerEnded as error:
-        failed = _not_measured(name, "parity", "without Python", "loads and answers", describe(error))
+        failed = not_measured(name, PARITY, "without Python", "loads and answers", describe(error))
         return Trial(verdicts=[failed], findings=[])
     return Trial(
         verdicts=[*trial.verdicts, *on_samples.verdicts],
@@ -212,10 +185,6 @@ def _noted(call: runtimes.Call, note: Note) -> runtimes.Call:
         return call(inputs)
 
     return noted
-
-
-def _not_measured(kind: str, gate: str, case: str, limit: str, note: str) -> Verdict:
-    return Verdict(format=kind, gate=gate, case=case, measured=None, limit=limit, passed=False, note=note)
 
 
 def _ordered(probe: Probe, inputs: Sequence[TensorSpec]) -> Probe:
@@ -260,7 +229,7 @@ def _quality(
                 sums[name][0] += value
                 sums[name][1] += count
     except Exception as error:
-        failed = _not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
+        failed = not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
         return {}, Trial(verdicts=[failed], findings=findings, spread=spread)
     note = "; ".join(f"{name}: {note}" for name, note in notes.items())
     verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
@@ -281,27 +250,3 @@ def _answers(
 
 def _size(probe: Probe) -> int:
     return int(probe.name.removeprefix("batch_"))
-
-
-def judge(
-    kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samples: int, problems: Mapping[str, str]
-) -> list[Verdict]:
-    """Fixed limits. A gate on something that was not measured has failed; problems: why it was not, by name."""
-    verdicts = []
-    for gate in gates:
-        value, case = measured.get(gate.name), f"{samples} samples"
-        conditions = [f">= {gate.min:g}"] if gate.min is not None else []
-        conditions += [f"<= {gate.max:g}"] if gate.max is not None else []
-        limit = " and ".join(conditions)
-        if value is None or value != value:
-            why = problems.get(gate.name, "could not be measured")
-            verdicts.append(_not_measured(kind, gate.name, case, limit, why))
-            continue
-        passed = (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
-        verdicts.append(Verdict(format=kind, gate=gate.name, case=case, measured=value, limit=limit, passed=passed))
-    return verdicts
-
-
-def better(metric: str) -> str:
-    """`higher` or `lower`: which direction of a metric is an improvement."""
-    return METRICS.get(metric, "lower")

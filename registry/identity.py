@@ -1,0 +1,52 @@
+"""What models, channels and releases may be called, and the canonical bytes that hashes are taken of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from train_and_ship.infra.errors import ReleaseError, RequestError
+
+RELEASE_ID_DIGITS = 20
+"""Hexadecimal digits of a release id: 80 bits."""
+RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|.*-previous|v\d+")
+"""A channel other than prod is also an MLflow alias, and these are taken; `staging-previous` is of `staging`."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_RELEASE_ID = re.compile(rf"[0-9a-f]{{{RELEASE_ID_DIGITS}}}")
+
+
+def canonical_json(document: Mapping[str, Any]) -> bytes:
+    """JSON whose bytes depend on nothing but the value. Raises ValueError for NaN and infinity."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def is_name(text: str) -> bool:
+    """Whether a model or channel can be called so: it becomes part of keys."""
+    return _NAME.fullmatch(text) is not None
+
+
+def require_name(kind: str, name: str) -> None:
+    """Raises ReleaseError unless `name` can be a model or channel name: it becomes part of keys."""
+    if not is_name(name):
+        raise ReleaseError(
+            f"{kind} name: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, got {name!r}"
+        )
+
+
+def require_release_id(release: str) -> None:
+    """Raises ReleaseError unless `release` has the shape of a release id: it becomes part of keys."""
+    if not _RELEASE_ID.fullmatch(release):
+        raise ReleaseError(f"release id: expected {RELEASE_ID_DIGITS} lower-case hexadecimal digits, got {release!r}")
+
+
+def require_channel(channel: str) -> None:
+    """Raises RequestError for names that cannot be both part of a key and an alias in MLflow, or are taken there."""
+    if not is_name(channel) or RESERVED_CHANNELS.fullmatch(channel):
+        raise RequestError(
+            "channel: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, and not latest, "
+            "champion, challenger, previous, …-previous or v and digits, which MLflow has other uses for; "
+            f"got {channel!r}"
+        )

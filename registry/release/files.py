@@ -1,0 +1,92 @@
+"""The files of a release on disk: what may lie there, by which path, with which size and hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train_and_ship.infra.errors import ReleaseError
+
+_LONGEST_PATH = 512
+"""Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a release."""
+
+    sha256: str
+    """64 lower-case hexadecimal digits."""
+    bytes: int
+    """Size."""
+
+
+def require_file(path: Path, entry: FileEntry) -> None:
+    """Raises ReleaseError unless the file at `path` has the entry's size and hash."""
+    require_size(path, entry)
+    sha256, _ = file_hash(path)
+    if sha256 != entry.sha256:
+        raise ReleaseError(f"{path}: expected SHA-256 {entry.sha256}, got {sha256}")
+
+
+def require_size(path: Path, entry: FileEntry) -> None:
+    """Raises ReleaseError unless the file at `path` has the entry's size."""
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise ReleaseError(f"{path}: expected {entry.bytes:,} bytes, got {size:,}")
+
+
+def file_hash(path: Path) -> tuple[str, int]:
+    """Hexadecimal SHA-256 and size in bytes of a file, read once in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+
+def walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below `folder` by relative POSIX path, sorted. Raises ReleaseError for anything but files."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ReleaseError(
+            f"release folder {folder}: expected a folder, got {'a link' if folder.is_symlink() else 'none'}"
+        )
+    found = []
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                mode = entry.stat(follow_symlinks=False).st_mode
+                path = Path(entry.path)
+                if stat.S_ISDIR(mode):
+                    pending.append(path)
+                elif stat.S_ISREG(mode):
+                    found.append((path.relative_to(folder).as_posix(), path))
+                else:
+                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
+                    raise ReleaseError(f"{path}: expected a regular file, got {kind}; copy the content instead")
+    yield from sorted(found)
+
+
+def require_relative(name: str) -> None:
+    """Raises ReleaseError unless `name` is safe as a key and as a path below a folder."""
+    parts = name.split("/")
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or len(name) > _LONGEST_PATH
+        or any(part in ("", ".", "..") for part in parts)
+        or ":" in parts[0]
+        or not _encodable(name)
+    ):
+        raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
+
+
+def _encodable(name: str) -> bool:
+    # File systems hold bytes that are no text; os.scandir gives them as lone surrogates.
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
