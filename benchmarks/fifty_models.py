@@ -37,7 +37,7 @@ from registry.release import JOB, MANIFEST, build_manifest
 from registry.releases import fetch_release, publish
 from registry.snapshots import take
 from tests.conftest import FOREIGN, free_ports, stack_environment
-from tests.services.releases import move
+from tests.support.releases import move
 
 SHIP = Path(sys.executable).with_name("ship")
 CODE = """

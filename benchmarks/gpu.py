@@ -31,8 +31,8 @@ from infra.errors import JobError
 from infra.workerhost import WorkerHost
 from tests.distributed.test_resume import STATEFUL, TRAIN
 from tests.distributed.test_training import NAN, NAN_JOB
-from tests.exports.shop import Shop
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import Shop
 from torchworker.contract import TrainResult
 
 PAGE = ROOT / "docs/gpu.md"

@@ -34,8 +34,8 @@ from registry.keys import pointer_key, release_prefix
 from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest, build_manifest
 from registry.releases import Published, publish
-from tests.services.fault_proxy import FaultProxy
-from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer, _free_ports
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer, _free_ports
+from tests.support.fault_proxy import FaultProxy
 
 MODEL, CHANNEL = "bench", "prod"
 SIDES = ("ours", "s5cmd", "upload_file")

@@ -18,7 +18,7 @@ from infra import stack as local_stack
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
 from infra.workerhost import WorkerHost
-from tests.machine import Ended, run_command
+from tests.support.processes import Ended, run_command
 
 # Addresses and accounts of the developer's own services must never be used, nor written to, by a test.
 FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
 
 OURS = ("flows", "tasks", "registry", "infra", "torchworker", "ship", "shipreader")
 ALLOWED = {

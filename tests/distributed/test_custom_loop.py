@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from infra.errors import JobError
 from infra.workerhost import WorkerHost
 from tests.distributed.conftest import Train
-from tests.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, write_project
 from torchworker.contract import PROBE, WEIGHTS
 
 # Everything that has state: dropout, batch norm, momentum, a schedule, a draw from each random generator.

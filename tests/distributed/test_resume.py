@@ -23,7 +23,7 @@ from infra.workerhost import WorkerHost
 from registry.job import load_job
 from tasks.requests import project_of, train_settings
 from tasks.worker import call_worker
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import TrainRequest, TrainResult, decode
 
 # Everything that has state: dropout, batch norm, momentum, a schedule, accumulation, augmentation.

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed.launched import Launched
-from tests.distributed.netlab import CONTROLLER, Lab, missing
-from tests.projects import REPOSITORY, write_project
+from tests.support.launched_training import Launched
+from tests.support.network_namespaces import CONTROLLER, Lab, missing
+from tests.support.projects import REPOSITORY, write_project
 from torchworker.contract import RESULT, Reply, TrainResult, decode
 
 SLOW = """

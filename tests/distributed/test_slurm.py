@@ -11,11 +11,11 @@ import pytest
 
 from infra.launchers.slurm import SlurmLauncher
 from infra.launchers.spec import Spec
-from tests.distributed.launched import Launched
-from tests.distributed.netlab import Lab
-from tests.distributed.slurmlab import Cluster, missing
 from tests.distributed.test_several_hosts import SLOW, quick, result_in
-from tests.projects import REPOSITORY, write_project
+from tests.support.launched_training import Launched
+from tests.support.network_namespaces import Lab
+from tests.support.projects import REPOSITORY, write_project
+from tests.support.slurm import Cluster, missing
 
 Start = Callable[..., Launched]
 

@@ -21,7 +21,7 @@ from registry.job import load_job
 from tasks.requests import project_of, train_settings
 from tasks.worker import call_worker
 from tests.distributed.conftest import Train
-from tests.projects import DIGITS, write_project
+from tests.support.projects import DIGITS, write_project
 from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from infra.settings import Settings
 from tests.conftest import Command
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

@@ -6,8 +6,8 @@ import pytest
 
 from infra.workerhost import WorkerHost
 from tasks.cpp import cache_folder
-from tests.exports.shop import ONE, Open, Shop
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import ONE, Open, Shop
 from torchworker import cpp_build
 from torchworker.contract import CppRequest
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from infra.errors import JobError
-from tests.exports.shop import FORMATS, ONE, Open
+from tests.support.worker_stages import FORMATS, ONE, Open
 from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
 
 SEQUENCES = """

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from infra.errors import JobError
-from tests.exports.shop import Open, Shop
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
+from tests.support.worker_stages import Open, Shop
 from torchworker import runtimes
 from torchworker.capture import executorch
 from torchworker.capture.subject import Subject

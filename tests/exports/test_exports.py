@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from infra.errors import JobError
 from registry.gates import verdict_table
-from tests.exports.shop import FORMATS, ONE, Open
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import FORMATS, ONE, Open
 
 
 def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(shop: Open) -> None:

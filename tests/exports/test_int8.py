@@ -22,8 +22,8 @@ from torch import Tensor
 from infra.workerhost import WorkerHost
 from tasks.requests import measure_request
 from tasks.worker import call_worker
-from tests.exports.shop import Shop
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import Shop
 from torchworker import quantized
 from torchworker.capture import int8
 from torchworker.capture.subject import Subject

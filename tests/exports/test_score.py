@@ -7,7 +7,7 @@ import asyncio
 from infra.workerhost import WorkerHost
 from tasks.requests import fixed_gates
 from tasks.worker import call_worker
-from tests.exports.shop import Open
+from tests.support.worker_stages import Open
 from torchworker.contract import RESULT, Reply, ScoreRequest, ScoreResult, TrainResult, decode
 
 TAGGER = """

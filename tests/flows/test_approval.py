@@ -8,9 +8,9 @@ from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
 from tests.conftest import Command
-from tests.flows.api import Api
-from tests.flows.reports import report_in_mlflow, reports_in_prefect
-from tests.projects import write_project
+from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
+from tests.support.prefect_api import Api
+from tests.support.projects import write_project
 
 
 def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_after_a_no(

@@ -9,10 +9,10 @@ import pytest
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command, free_ports
-from tests.flows.live import orphans
-from tests.machine import Ended
-from tests.projects import write_project
-from tests.services.fault_proxy import FaultProxy, Rule, StripHeaders
+from tests.support.channels import orphans
+from tests.support.fault_proxy import FaultProxy, Rule, StripHeaders
+from tests.support.processes import Ended
+from tests.support.projects import write_project
 
 
 @pytest.fixture

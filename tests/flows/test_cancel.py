@@ -11,10 +11,10 @@ import psutil
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tests.conftest import Command
-from tests.flows.live import live
 from tests.flows.test_resume import SLOW
-from tests.page_check import checked
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.html_pages import checked
+from tests.support.projects import write_project
 
 
 def workers_of(run: Path) -> list[psutil.Process]:

@@ -15,7 +15,7 @@ from registry.pointer import read_pointer
 from registry.releases import fetch_release
 from tasks.cpp import RUNS
 from tests.conftest import Command
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker import cpp_build, cpp_runtime
 
 

@@ -16,7 +16,7 @@ from registry.pointer import read_pointer
 from tests.conftest import Command
 from tests.flows.test_bad_input import refused
 from tests.flows.test_train_and_ship import flow_run_of, read_run
-from tests.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, write_project
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from infra.settings import Settings
 from registry.pointer import read_pointer
 from registry.releases import read_manifest
 from tests.conftest import Command
-from tests.flows.live import live
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.projects import write_project
 
 RECALL = """
     def recall(outputs, target, of):

@@ -16,11 +16,11 @@ from registry.decisions import FAILED
 from registry.release import LINEAGE
 from registry.snapshots import publish_snapshot, take
 from tests.conftest import Command
-from tests.flows.live import live
 from tests.flows.test_retrain import POOR, Project
 from tests.flows.test_train_and_ship import read_run
-from tests.page_check import checked
-from tests.projects import CODE, write_project
+from tests.support.channels import live
+from tests.support.html_pages import checked
+from tests.support.projects import CODE, write_project
 
 CHECKED: dict[str, Any] = {
     "factory": "plain:build_dataset",

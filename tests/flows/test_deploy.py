@@ -13,8 +13,8 @@ import httpx
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tests.conftest import Command
-from tests.flows.live import live
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.projects import write_project
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 

@@ -14,7 +14,7 @@ from infra.objectstore import ObjectStore
 from registry.pointer import read_pointer
 from registry.releases import read_manifest
 from tests.conftest import Command
-from tests.projects import write_project
+from tests.support.projects import write_project
 
 if importlib.util.find_spec("executorch") is None:
     pytest.skip("ExecuTorch is not installed: pip install 'train-and-ship[edge]'", allow_module_level=True)

@@ -16,7 +16,7 @@ from registry.pointer import read_pointer
 from registry.release import Manifest
 from registry.releases import fetch_release
 from tests.conftest import Command
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
 from torchworker import runtimes
 
 OURS = re.compile(r"^\s*(from|import) (flows|tasks|registry|infra|torchworker|ship|shipreader)\b", re.M)

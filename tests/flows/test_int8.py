@@ -14,8 +14,8 @@ from infra.settings import Settings
 from registry.pointer import read_pointer
 from registry.releases import fetch_release
 from tests.conftest import Command
-from tests.flows.live import live
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.projects import write_project
 
 DYNAMIC, STATIC = "onnx-int8-dynamic", "onnx-int8-static"
 # The dynamic variant reaches 43 dB on this model, the static one, which rounds activations too, 36.

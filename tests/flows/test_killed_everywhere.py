@@ -22,8 +22,8 @@ from registry.pointer import Pointer, read_pointer
 from registry.releases import read_manifest
 from tests.conftest import Command
 from tests.flows.test_resume import SLOW
-from tests.page_check import checked
-from tests.projects import REPOSITORY, write_project
+from tests.support.html_pages import checked
+from tests.support.projects import REPOSITORY, write_project
 
 STAGES = ("train", "export", "validate", "release", "rehearse")
 """Folders of a run, in order."""

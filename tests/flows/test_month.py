@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from infra.settings import Settings
-from tests.month.history import mismatches, tell
-from tests.month.month import Month
-from tests.month.nights import nights
-from tests.month.picture import picture, rows_of, table
+from tests.support.month.history import mismatches, tell
+from tests.support.month.month import Month
+from tests.support.month.nights import nights
+from tests.support.month.picture import picture, rows_of, table
 
 SOME = (1, 2, 6, 16, 26)
 """The first, a quiet one, damaged data, a run killed in training, and MLflow dying before a promotion."""

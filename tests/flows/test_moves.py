@@ -15,14 +15,14 @@ from registry.mlflow_rest import RestRegistry
 from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.release import Manifest
 from tests.conftest import Command
-from tests.flows.api import Api
-from tests.flows.reports import report_in_mlflow, reports_in_prefect
-from tests.machine import eventually
-from tests.page_check import checked
-from tests.projects import write_project
-from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.services.releases import move
-from tests.services.runnable import runnable
+from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
+from tests.support.html_pages import checked
+from tests.support.prefect_api import Api
+from tests.support.processes import eventually
+from tests.support.projects import write_project
+from tests.support.releases import move
+from tests.support.runnable_releases import runnable
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_flow_moves_the_channel_while_mlflow_is_down(
     releases: list[Manifest], store: ObjectStore, stack: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.promote import promote
-    from tests.services.releases import NOWHERE
+    from tests.support.releases import NOWHERE
 
     first, second = releases
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)

@@ -14,11 +14,11 @@ from infra.settings import Settings
 from registry.mlflow_client import connect
 from registry.pointer import read_pointer
 from tests.conftest import free_ports, stack_environment
-from tests.flows.api import Api
 from tests.flows.test_killed_everywhere import STAGES
 from tests.flows.test_resume import SLOW
-from tests.machine import eventually, kill, processes_of, run_command
-from tests.projects import write_project
+from tests.support.prefect_api import Api
+from tests.support.processes import eventually, kill, processes_of, run_command
+from tests.support.projects import write_project
 
 MODEL = "powerless"
 

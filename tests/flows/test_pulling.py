@@ -17,8 +17,8 @@ from registry.pointer import Pointer, read_pointer
 from registry.releases import fetch_release, read_manifest
 from registry.signing import load_public_key, require_signature
 from tests.conftest import Command
-from tests.projects import write_project
 from tests.services.test_signing import key_pair
+from tests.support.projects import write_project
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from tests.conftest import Command
-from tests.flows.live import live, orphans
-from tests.projects import REPOSITORY, write_project
+from tests.support.channels import live, orphans
+from tests.support.projects import REPOSITORY, write_project
 
 SLOW = """
     import time

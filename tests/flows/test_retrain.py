@@ -24,10 +24,10 @@ from registry.pointer import Pointer, read_pointer
 from registry.release import DATA, JOB, LINEAGE
 from tasks.decide import Night
 from tests.conftest import Command
-from tests.flows.api import Api
 from tests.flows.test_train_and_ship import read_run
-from tests.page_check import checked
-from tests.projects import CODE, write_project
+from tests.support.html_pages import checked
+from tests.support.prefect_api import Api
+from tests.support.projects import CODE, write_project
 
 POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
 GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}

@@ -27,10 +27,10 @@ from registry.pointer import read_pointer
 from registry.release import MANIFEST, build_manifest
 from registry.releases import fetch_release, publish
 from tests.conftest import Command
-from tests.flows.live import live, orphans
-from tests.machine import Ended
-from tests.page_check import checked
-from tests.projects import write_project
+from tests.support.channels import live, orphans
+from tests.support.html_pages import checked
+from tests.support.processes import Ended
+from tests.support.projects import write_project
 
 JOB = "examples/digits/job.yaml"
 

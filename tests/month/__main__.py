@@ -21,8 +21,8 @@ from benchmarks.report import machine, write
 from infra import stack
 from infra.settings import Settings
 from tests.conftest import FOREIGN, free_ports, stack_environment
-from tests.machine import processes_of
-from tests.projects import REPOSITORY
+from tests.support.processes import processes_of
+from tests.support.projects import REPOSITORY
 
 PAGE, PICTURE = REPOSITORY / "docs" / "month.md", REPOSITORY / "docs" / "month.svg"
 
@@ -59,10 +59,10 @@ def main() -> int:
 
 def _month(settings: Settings, folder: Path, chosen: list[int] | None) -> list[str]:
     """Live through it; returns what was not as it had to be."""
-    from tests.month.history import mismatches, tell
-    from tests.month.month import Lived, Month
-    from tests.month.nights import nights
-    from tests.month.picture import picture, rows_of, table
+    from tests.support.month.history import mismatches, tell
+    from tests.support.month.month import Lived, Month
+    from tests.support.month.nights import nights
+    from tests.support.month.picture import picture, rows_of, table
 
     def report(lived: Lived) -> None:
         night, live = lived.night, lived.live.release[:8] if lived.live else "nothing"

@@ -22,11 +22,11 @@ from infra.s3 import s3_client
 from infra.settings import Settings
 from registry.release import Manifest
 from shipreader.reader import Reader
-from tests.machine import Ended
-from tests.services.fault_proxy import FaultProxy
 from tests.services.reading import MakeReader
-from tests.services.releases import CHANNEL, MODEL, move, published
-from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from tests.support.fault_proxy import FaultProxy
+from tests.support.processes import Ended
+from tests.support.releases import CHANNEL, MODEL, move, published
 
 START_SECONDS = 60
 

@@ -8,12 +8,7 @@ from pathlib import Path
 
 from registry.release import MANIFEST
 from shipreader.reader import Reader
-from tests.services.fault_proxy import (
-    Fault,
-    Forward,
-    Reply,
-    Request,
-)
+from tests.support.fault_proxy import Fault, Forward, Reply, Request
 
 MakeReader = Callable[..., Reader]
 

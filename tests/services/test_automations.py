@@ -20,10 +20,10 @@ import pytest
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command
-from tests.flows.live import live
 from tests.flows.test_resume import SLOW
-from tests.machine import eventually
-from tests.projects import REPOSITORY, write_project
+from tests.support.channels import live
+from tests.support.processes import eventually
+from tests.support.projects import REPOSITORY, write_project
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 SILENT_SECONDS = 35

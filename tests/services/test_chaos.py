@@ -27,7 +27,7 @@ from registry.pointer import Pointer, decode_pointer, read_pointer
 from registry.release import Manifest, build_manifest, verify_folder
 from registry.releases import fetch_release
 from tests.services.conftest import Connect, S3Server
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     AnswerAfter,
     AtIndex,
@@ -44,7 +44,7 @@ from tests.services.fault_proxy import (
     Reply,
     Request,
 )
-from tests.services.promoter import PromoterHost, promote
+from tests.support.promoter import PromoterHost, promote
 
 MODEL, CHANNEL = "digits", "prod"
 TIMEOUT_SECONDS = 1.0

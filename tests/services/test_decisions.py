@@ -33,9 +33,9 @@ from registry.job import load_job
 from registry.keys import decisions_prefix
 from tasks.decide import Plan, streak
 from tasks.outcome import record_failure
-from tests.projects import write_project
 from tests.services.conftest import Connect, free_port
-from tests.services.releases import move, published
+from tests.support.projects import write_project
+from tests.support.releases import move, published
 
 FIRST = datetime(2026, 11, 17, 2, 0, tzinfo=UTC)
 

@@ -15,7 +15,7 @@ from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, buil
 from registry.releases import publish
 from ship.diff import diff
 from tests.services.conftest import S3Server, Ship
-from tests.services.releases import MODEL, damage, move, published
+from tests.support.releases import MODEL, damage, move, published
 
 
 @pytest.fixture(scope="session")

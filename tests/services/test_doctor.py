@@ -17,9 +17,9 @@ from registry.pointer import read_pointer
 from registry.rebuild import REBUILT, Rebuilt, rebuild_history
 from registry.release import MANIFEST, Manifest
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
-from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, damage, key_of, move, published
 from tests.services.test_mirror import aliases
+from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, damage, key_of, move, published
 
 
 @pytest.fixture(scope="session")

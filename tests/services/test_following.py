@@ -24,16 +24,9 @@ from shipreader.errors import Unavailable
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.services.conftest import Connect, S3Server, free_port
-from tests.services.fault_proxy import (
-    Answer,
-    CutReply,
-    DropReply,
-    DropRequest,
-    FaultProxy,
-    Rule,
-)
 from tests.services.reading import MakeReader, Other, content
-from tests.services.releases import MODEL, move, published
+from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, FaultProxy, Rule
+from tests.support.releases import MODEL, move, published
 
 
 def until(condition: Callable[[], bool]) -> None:

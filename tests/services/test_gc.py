@@ -26,8 +26,8 @@ from registry.releases import publish, verify_release
 from registry.retention import TAG_DELETED, Decision, Policy, Step, carry_out, decide, tell_mlflow
 from registry.tombstones import LEASE, State, claim, read_tombstone
 from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
-from tests.services.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
-from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
+from tests.support.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
 
 POLICY = Policy(keep_last=2, slowest_reader=timedelta(days=7), grace=timedelta(days=1))
 DAY = timedelta(days=1)
@@ -403,7 +403,7 @@ def test_collectors_at_once_delete_everything_once(object_store: ObjectStore, ex
 def test_a_claim_whose_reply_was_lost_is_recognised(
     connect: Connect, object_store: ObjectStore, expired: list[Manifest], times: int
 ) -> None:
-    from tests.services.fault_proxy import DropReply
+    from tests.support.fault_proxy import DropReply
 
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         store = connect(object_store.bucket, proxy.url)

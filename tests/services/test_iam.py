@@ -26,11 +26,11 @@ from registry.views import write_triton
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
 from tests.services.conftest import Connect
-from tests.services.foreign import tool_python
-from tests.services.onnx_releases import onnx_release
-from tests.services.releases import CHANNEL, MODEL, make_release, move, published
-from tests.services.rgw import RgwServer
 from tests.services.test_signing import key_pair
+from tests.support.ceph_rgw import RgwServer
+from tests.support.onnx_releases import onnx_release
+from tests.support.releases import CHANNEL, MODEL, make_release, move, published
+from tests.support.tool_environments import tool_python
 
 # A first run may install the judge of policies, and fetches Ceph.
 pytestmark = pytest.mark.timeout(900)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from infra.objectstore import IN_FLIGHT_BYTES
-from tests.projects import REPOSITORY
 from tests.services.conftest import Connect
-from tests.services.rgw import RgwServer
+from tests.support.ceph_rgw import RgwServer
+from tests.support.projects import REPOSITORY
 
 LARGE_BYTES = 256_000_000
 MEASURED = """

@@ -14,8 +14,8 @@ from registry.mlflow_rest import ClientRegistry, ModelRegistry, RestRegistry
 from registry.references import resolve_release
 from registry.release import Manifest
 from tests.services.conftest import MlflowServer, S3Server, Versioned
-from tests.services.fault_proxy import FaultProxy, PassOn, Rule
-from tests.services.releases import CHANNEL, MODEL, NOWHERE, move, rolled_back
+from tests.support.fault_proxy import FaultProxy, PassOn, Rule
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, rolled_back
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from registry.pointer import Pointer, read_pointer
 from registry.release import JOB, Manifest
 from tasks.existing import promote_tried, try_out
 from tests.services.conftest import S3Server, Ship
-from tests.services.releases import CHANNEL, MODEL, NOWHERE, key_of, move
-from tests.services.runnable import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, key_of, move
+from tests.support.runnable_releases import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
 
 MOVER = Mover(by="ada@host", why="a quiet week")
 

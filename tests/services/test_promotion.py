@@ -20,7 +20,7 @@ from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest
 from registry.releases import fetch_release
 from tests.services.conftest import Connect, S3Server, free_port
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     AnswerAfter,
     DropReply,
@@ -31,7 +31,7 @@ from tests.services.fault_proxy import (
     Reply,
     Rule,
 )
-from tests.services.releases import CHANNEL, MODEL, POINTER, ignore, move, published
+from tests.support.releases import CHANNEL, MODEL, POINTER, ignore, move, published
 
 CONDITIONS = ("if-match", "if-none-match")
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -21,7 +21,7 @@ from registry.pointer import read_pointer
 from registry.release import MANIFEST, build_manifest, verify_folder
 from registry.releases import fetch_release, publish, verify_release
 from tests.services.conftest import Connect
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     Damage,
     DropRequest,
@@ -33,7 +33,7 @@ from tests.services.fault_proxy import (
     Rule,
     StripHeaders,
 )
-from tests.services.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
+from tests.support.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

@@ -19,12 +19,9 @@ from shipreader import bucket as reader_bucket
 from shipreader.errors import ReaderError, Refused, Unavailable
 from shipreader.reader import Reader
 from shipreader.records import Release
-from tests.services.fault_proxy import (
-    FaultProxy,
-    Rule,
-)
 from tests.services.reading import MakeReader, Other, content
-from tests.services.releases import CHANNEL, MODEL, make_release, move, published, replace_object
+from tests.support.fault_proxy import FaultProxy, Rule
+from tests.support.releases import CHANNEL, MODEL, make_release, move, published, replace_object
 
 
 def put_pointer(store: ObjectStore, pointer: Pointer) -> None:

@@ -26,19 +26,8 @@ from registry.references import resolve_release
 from registry.release import JOB, Manifest, build_manifest
 from registry.releases import publish
 from tests.services.conftest import Connect, S3Server, Ship
-from tests.services.fault_proxy import FaultProxy, PassOn, Rule
-from tests.services.releases import (
-    CHANNEL,
-    MODEL,
-    MOVER,
-    NOWHERE,
-    POINTER,
-    damage,
-    key_of,
-    move,
-    published,
-    rolled_back,
-)
+from tests.support.fault_proxy import FaultProxy, PassOn, Rule
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, damage, key_of, move, published, rolled_back
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

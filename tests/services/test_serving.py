@@ -22,9 +22,9 @@ from registry.release import Manifest, build_manifest
 from registry.releases import publish
 from ship.serve import requirements
 from tests.conftest import free_ports
-from tests.services.onnx_releases import SIGNATURE, onnx_release
-from tests.services.releases import move
-from tests.services.traffic import Traffic, request_body
+from tests.support.inference_traffic import Traffic, request_body
+from tests.support.onnx_releases import SIGNATURE, onnx_release
+from tests.support.releases import move
 
 # A first run installs MLServer into an environment of its own.
 pytestmark = pytest.mark.timeout(900)

@@ -41,8 +41,8 @@ from registry.signing import (
 from shipreader.errors import ReaderError, Refused
 from shipreader.reader import Reader
 from tests.services.conftest import Ship
-from tests.services.foreign import tool_python
-from tests.services.releases import CHANNEL, MODEL, make_release, move, replace_object
+from tests.support.releases import CHANNEL, MODEL, make_release, move, replace_object
+from tests.support.tool_environments import tool_python
 
 # A first run installs model-signing into an environment of its own.
 pytestmark = pytest.mark.timeout(900)

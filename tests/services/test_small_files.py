@@ -17,7 +17,8 @@ from infra.small_files import MOST_FAILURES, SMALL_BYTES
 from registry.release import Manifest, build_manifest
 from registry.releases import fetch_release, publish
 from tests.services.conftest import Connect, S3Server
-from tests.services.fault_proxy import (
+from tests.support.ceph_rgw import RgwServer
+from tests.support.fault_proxy import (
     Answer,
     Damage,
     DropReply,
@@ -30,7 +31,6 @@ from tests.services.fault_proxy import (
     StripHeaders,
     fault_reply,
 )
-from tests.services.rgw import RgwServer
 
 QUICK, USUAL = "object_store/", "Botocore/"
 """How the two call themselves."""

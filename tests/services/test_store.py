@@ -12,16 +12,8 @@ from infra.settings import Settings
 from registry.pointer import read_pointer
 from registry.releases import publish
 from tests.services.conftest import Connect, S3Server, free_port
-from tests.services.fault_proxy import (
-    Answer,
-    AnswerAfter,
-    DropReply,
-    Fault,
-    FaultProxy,
-    Rule,
-    StripHeaders,
-)
-from tests.services.releases import CHANNEL, MODEL, make_release
+from tests.support.fault_proxy import Answer, AnswerAfter, DropReply, Fault, FaultProxy, Rule, StripHeaders
+from tests.support.releases import CHANNEL, MODEL, make_release
 
 CONDITIONS = ("if-match", "if-none-match")
 

@@ -18,9 +18,9 @@ import pytest
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
 from tests.conftest import Command, free_ports
-from tests.flows.live import live
-from tests.projects import REPOSITORY, write_project
-from tests.services.postgres import Postgres, binaries, postgres
+from tests.support.channels import live
+from tests.support.postgres import Postgres, binaries, postgres
+from tests.support.projects import REPOSITORY, write_project
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -19,7 +19,7 @@ from infra.objectstore import ObjectStore
 from registry.release import build_manifest
 from registry.releases import fetch_release, publish
 from tests.services.conftest import Connect, S3Server
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     Damage,
     DropReply,

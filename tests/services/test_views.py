@@ -22,11 +22,11 @@ from registry.releases import publish
 from registry.views import inference_service, triton_config, write_kserve, write_triton
 from shipreader.reader import Reader
 from shipreader.records import Release
-from tests.services.foreign import tool_python
-from tests.services.onnx_releases import onnx_release
-from tests.services.releases import CHANNEL, MODEL, move
-from tests.services.traffic import Traffic
-from tests.services.triton import TritonServer
+from tests.support.inference_traffic import Traffic
+from tests.support.onnx_releases import onnx_release
+from tests.support.releases import CHANNEL, MODEL, move
+from tests.support.tool_environments import tool_python
+from tests.support.triton import TritonServer
 
 TRITON = f"models/{MODEL}/views/{CHANNEL}/triton/"
 

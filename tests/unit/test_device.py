@@ -11,7 +11,7 @@ import torch
 
 from registry.job import load_job
 from tasks.requests import train_settings
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import TrainSettings
 from torchworker.device import backend_of, choose_device, device_notes
 from torchworker.failure import UserMistake

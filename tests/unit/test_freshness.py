@@ -16,7 +16,7 @@ from registry.comparison import Told
 from registry.freshness import Inputs, changes, config_digest
 from registry.job import Job, load_job
 from registry.release import ENVIRONMENT, JOB, LINEAGE, FileEntry, Manifest
-from tests.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, write_project
 
 
 def inputs(job: Job, **other: Any) -> Inputs:

@@ -16,7 +16,7 @@ from registry.gates import (
 from registry.job import Job, load_job
 from registry.releases import Published
 from tasks.rehearse import Rehearsed
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import Interval, RehearseResult, Verdict
 
 

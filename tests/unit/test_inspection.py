@@ -8,7 +8,7 @@ import pytest
 
 from registry.job import load_job
 from tasks.requests import project_of, train_settings
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult
 from torchworker.failure import UserMistake
 from torchworker.inspection import inspect

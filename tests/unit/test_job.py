@@ -13,7 +13,7 @@ from registry.gate_options import METRIC_DIRECTIONS, SPEED_GATES
 from registry.job import Job, job_schema, load_job
 from ship.job_reference import job_reference
 from tasks.extras import require_extras
-from tests.projects import DIGITS, REPOSITORY, write_project
+from tests.support.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
 
 GOOD = """\

@@ -13,7 +13,7 @@ from registry.page_html import html
 from registry.pointer import Pointer
 from registry.release import Manifest
 from registry.run_report import Outcome
-from tests.page_check import checked
+from tests.support.html_pages import checked
 
 EVIL = "<script>alert(1)</script>"
 LIVE = Pointer(

@@ -20,7 +20,7 @@ from registry.page import Link, Page, Section, Table, Text, markdown
 from registry.page_html import html
 from registry.run_files import RunFiles
 from registry.run_report import Outcome, run_page
-from tests.page_check import checked
+from tests.support.html_pages import checked
 
 EVIL = "<script>alert(1)</script>"
 EVIL_IMAGE = '"><img src=http://evil.example/x onerror=alert(1)>'

@@ -8,7 +8,7 @@ from pathlib import Path
 from registry.decisions import SKIPPED, Decision
 from registry.pointer import Pointer
 from ship.status import Standing, soonest
-from tests.projects import write_project
+from tests.support.projects import write_project
 
 NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED
-from tests.month.project import Project
+from tests.support.month.project import Project
 
 
 class Fault(Enum):

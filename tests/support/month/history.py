@@ -11,9 +11,9 @@ from typing import Any
 
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED, WAITING
 from registry.mlflow_client import connect
-from tests.machine import processes_of
-from tests.month.month import MODEL, Lived, Month, is_worker
-from tests.month.nights import Fault
+from tests.support.month.month import MODEL, Lived, Month, is_worker
+from tests.support.month.nights import Fault
+from tests.support.processes import processes_of
 
 STATES = {PROMOTED: "Promoted", KEPT: "Kept", SKIPPED: "Skipped", FAILED: "Failed"}
 Record = dict[str, Any]

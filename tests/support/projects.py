@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 DIGITS = REPOSITORY / "examples" / "digits" / "job.yaml"
 
 CODE = """

@@ -19,10 +19,10 @@ from registry.mlflow_rest import model_registry
 from registry.pointer import Pointer, read_pointer
 from registry.releases import read_manifest
 from shipreader.reader import Reader
-from tests.flows.api import Api
-from tests.machine import Ended, eventually, kill, processes_of, run_command
-from tests.month.nights import Fault, Night
-from tests.month.project import Project
+from tests.support.month.nights import Fault, Night
+from tests.support.month.project import Project
+from tests.support.prefect_api import Api
+from tests.support.processes import Ended, eventually, kill, processes_of, run_command
 
 MODEL = "parcels"
 NEVER = "0 3 29 2 *"

@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 
 from registry.decisions import FAILED, KEPT, PROMOTED, SKIPPED
-from tests.month.history import Told
-from tests.month.month import Lived
+from tests.support.month.history import Told
+from tests.support.month.month import Lived
 
 COLOURS = {PROMOTED: "#2e8b57", KEPT: "#d9902f", SKIPPED: "#b4bac2", FAILED: "#c8443c"}
 MEANS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from infra.settings import Settings
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A process that trains on an engine and says so line by line, which tests start on a host, watch and kill.
 
-`python -m tests.distributed.launched JOB_FILE OPTIONS_JSON FOLDER` prints JSON objects with one key each:
+`python -m tests.support.launched_training JOB_FILE OPTIONS_JSON FOLDER` prints JSON objects with one key each:
 `say`, `event`, then `done` (the attempt's folder) or `error` (class and message).
 """
 
@@ -24,7 +24,7 @@ from registry.job import load_job
 from registry.launcher_options import Launcher
 from tasks.launched import train_launched
 from tasks.requests import project_of, train_settings
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
 
 
 def show(**line: Any) -> None:
@@ -65,7 +65,7 @@ class Launched:
         self.folder.mkdir(exist_ok=True)
         arguments = [str(self.job_file), json.dumps(self.options), str(self.folder)]
         self.process = subprocess.Popen(
-            [*self.prefix, sys.executable, "-m", "tests.distributed.launched", *arguments],
+            [*self.prefix, sys.executable, "-m", "tests.support.launched_training", *arguments],
             cwd=REPOSITORY, env=dict(self.environment), stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.began = time.monotonic()

@@ -26,7 +26,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from tests.services.rgw import ACCESS_KEY, SECRET_KEY
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY
 
 
 @dataclass(frozen=True)

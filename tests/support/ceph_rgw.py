@@ -1,6 +1,6 @@
 """Ceph's S3 gateway (RGW) on loopback, from Debian's packages: a real store that checks signatures and policies.
 
-    python -m tests.services.rgw [FOLDER]        one that runs until Ctrl-C, and how to reach it
+    python -m tests.support.ceph_rgw [FOLDER]        one that runs until Ctrl-C, and how to reach it
 
 A monitor, one OSD and the gateway, each a plain process that dies with the one that started it. Nothing is installed:
 the packages are downloaded with apt-get, which needs no root, and unpacked once into the user's cache folder (66 MB to

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.conftest import free_ports
-from tests.services.foreign import tool_python
+from tests.support.tool_environments import tool_python
 
 START_SECONDS = 60
 

@@ -6,7 +6,7 @@ import mlflow
 from mlflow import MlflowClient
 
 from infra.settings import Settings
-from tests.flows.api import Api
+from tests.support.prefect_api import Api
 
 
 def reports_in_prefect(api: Api, run: str) -> list[str]:

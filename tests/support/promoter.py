@@ -44,10 +44,10 @@ def promote(store: ObjectStore, folder: Path, manifest: Manifest, copy: Path, ch
 
 
 class PromoterHost:
-    """A running `python -m tests.services.promoter`, for one promotion at a time, with the environment's store."""
+    """A running `python -m tests.support.promoter`, for one promotion at a time, with the environment's store."""
 
     def __enter__(self) -> Self:
-        argv = [sys.executable, "-m", "tests.services.promoter"]
+        argv = [sys.executable, "-m", "tests.support.promoter"]
         self._process = subprocess.Popen(
             argv, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
         )
