@@ -34,8 +34,9 @@ from registry.keys import pointer_key, release_prefix
 from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest, build_manifest
 from registry.releases import Published, publish
-from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer, _free_ports
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 from tests.support.fault_proxy import FaultProxy
+from tests.support.ports import free_port
 
 MODEL, CHANNEL = "bench", "prod"
 SIDES = ("ours", "s5cmd", "upload_file")
@@ -48,7 +49,7 @@ def server() -> Iterator[str]:
         yield address
         return
     folder = Path(tempfile.mkdtemp(prefix="rgw-"))
-    rgw = RgwServer(folder, _free_ports(1)[0])
+    rgw = RgwServer(folder, free_port())
     try:
         rgw.start()
         os.environ.update(

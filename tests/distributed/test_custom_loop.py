@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from infra.errors import JobError
 from infra.workerhost import WorkerHost
-from tests.distributed.conftest import Train
 from tests.support.projects import REPOSITORY, write_project
+from tests.support.training import Train
 from torchworker.contract import PROBE, WEIGHTS
 
 # Everything that has state: dropout, batch norm, momentum, a schedule, a draw from each random generator.

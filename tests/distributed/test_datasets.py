@@ -9,8 +9,8 @@ import pytest
 
 from infra.errors import JobError
 from ship.check import check
-from tests.distributed.conftest import Train
 from tests.support.projects import write_project
+from tests.support.training import Train
 
 # A stream over the samples of the plain project; SIZE says how long it claims to be.
 STREAM = """

@@ -11,8 +11,7 @@ import pytest
 
 from infra.launchers.slurm import SlurmLauncher
 from infra.launchers.spec import Spec
-from tests.distributed.test_several_hosts import SLOW, quick, result_in
-from tests.support.launched_training import Launched
+from tests.support.launched_training import SLOW, Launched, quick, result_in
 from tests.support.network_namespaces import Lab
 from tests.support.projects import REPOSITORY, write_project
 from tests.support.slurm import Cluster, missing

@@ -20,8 +20,8 @@ from registry.job import load_job
 from ship.check import check
 from tasks.requests import project_of
 from tasks.worker import call_worker
-from tests.distributed.conftest import Train
 from tests.support.projects import DIGITS, REPOSITORY, write_project
+from tests.support.training import Train
 from torchworker.contract import ExportRequest, ExportResult, decode
 from torchworker.device import half_precision_is_native
 

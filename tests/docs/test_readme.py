@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra.settings import Settings
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 from tests.support.projects import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

@@ -7,7 +7,7 @@ import asyncio
 from infra.workerhost import WorkerHost
 from tasks.requests import fixed_gates
 from tasks.worker import call_worker
-from tests.support.worker_stages import Open
+from tests.support.worker_stages import OpenStages
 from torchworker.contract import RESULT, Reply, ScoreRequest, ScoreResult, TrainResult, decode
 
 TAGGER = """
@@ -39,9 +39,9 @@ TAGGER = """
 """
 
 
-def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(shop: Open, host: WorkerHost) -> None:
+def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(stages: OpenStages, host: WorkerHost) -> None:
     metric = {"factory": "plain:share_right", "better": "higher"}
-    opened = shop(
+    opened = stages(
         TAGGER,
         train={
             "epochs": 6,

@@ -17,11 +17,10 @@ from infra.settings import Settings
 from registry.decisions import FAILED, PROMOTED, WAITING, read_decisions
 from registry.mlflow_runs import REPORT, TAG_FLOW_RUN
 from tasks.outcome import CUT_OFF
-from tests.flows.test_resume import SLOW
 from tests.support.flow_runs import reports_in_prefect
 from tests.support.prefect_api import Api
 from tests.support.processes import eventually
-from tests.support.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, SLOW, write_project
 
 
 @pytest.mark.timeout(400)

@@ -7,7 +7,7 @@ from pathlib import Path
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
 from tests.support.prefect_api import Api
 from tests.support.projects import write_project

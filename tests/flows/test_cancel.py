@@ -10,11 +10,10 @@ import psutil
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tests.conftest import Command
-from tests.flows.test_resume import SLOW
 from tests.support.channels import live
+from tests.support.fixture_types import Command
 from tests.support.html_pages import checked
-from tests.support.projects import write_project
+from tests.support.projects import SLOW, write_project
 
 
 def workers_of(run: Path) -> list[psutil.Process]:

@@ -14,7 +14,7 @@ from infra.settings import Settings
 from registry.pointer import read_pointer
 from registry.releases import fetch_release
 from tasks.cpp import RUNS
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 from tests.support.projects import write_project
 from torchworker import cpp_build, cpp_runtime
 

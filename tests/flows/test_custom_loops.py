@@ -13,9 +13,8 @@ from mlflow import MlflowClient
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
-from tests.conftest import Command
-from tests.flows.test_bad_input import refused
-from tests.flows.test_train_and_ship import flow_run_of, read_run
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import flow_run_of, read_run, refused
 from tests.support.projects import REPOSITORY, write_project
 
 

@@ -9,8 +9,8 @@ from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
 from registry.releases import read_manifest
-from tests.conftest import Command
 from tests.support.channels import live
+from tests.support.fixture_types import Command
 from tests.support.projects import write_project
 
 RECALL = """

@@ -15,12 +15,12 @@ from registry.comparison import read_told
 from registry.decisions import FAILED
 from registry.release import LINEAGE
 from registry.snapshots import publish_snapshot, take
-from tests.conftest import Command
-from tests.flows.test_retrain import POOR, Project
-from tests.flows.test_train_and_ship import read_run
 from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import read_run
 from tests.support.html_pages import checked
 from tests.support.projects import CODE, write_project
+from tests.support.retraining import POOR, Project
 
 CHECKED: dict[str, Any] = {
     "factory": "plain:build_dataset",

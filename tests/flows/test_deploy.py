@@ -12,8 +12,8 @@ import httpx
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tests.conftest import Command
 from tests.support.channels import live
+from tests.support.fixture_types import Command
 from tests.support.projects import write_project
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}

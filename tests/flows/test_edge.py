@@ -13,7 +13,7 @@ import pytest
 from infra.objectstore import ObjectStore
 from registry.pointer import read_pointer
 from registry.releases import read_manifest
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 from tests.support.projects import write_project
 
 if importlib.util.find_spec("executorch") is None:

@@ -15,7 +15,7 @@ from infra.objectstore import ObjectStore
 from registry.pointer import read_pointer
 from registry.release import Manifest
 from registry.releases import fetch_release
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 from tests.support.projects import REPOSITORY
 from torchworker import runtimes
 

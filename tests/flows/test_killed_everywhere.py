@@ -20,13 +20,11 @@ from infra.settings import Settings
 from registry.mlflow_client import connect
 from registry.pointer import Pointer, read_pointer
 from registry.releases import read_manifest
-from tests.conftest import Command
-from tests.flows.test_resume import SLOW
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import STAGES
 from tests.support.html_pages import checked
-from tests.support.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, SLOW, write_project
 
-STAGES = ("train", "export", "validate", "release", "rehearse")
-"""Folders of a run, in order."""
 MIDDLE = {stage: "checkpoints/step-????????" if stage == "train" else f"{stage}.work/*" for stage in STAGES}
 END = {stage: f"{stage}/{MANIFEST}" for stage in STAGES}
 EVERYWHERE = [moment for stage in STAGES for moment in (MIDDLE[stage], END[stage])]

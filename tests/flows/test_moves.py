@@ -14,8 +14,8 @@ from registry.keys import reports_prefix
 from registry.mlflow_rest import RestRegistry
 from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.release import Manifest
-from tests.conftest import Command
 from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.support.fixture_types import Command
 from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
 from tests.support.html_pages import checked
 from tests.support.prefect_api import Api

@@ -16,9 +16,9 @@ from registry.pickles import TORCHSCRIPT_ENTRIES, find_pickle
 from registry.pointer import Pointer, read_pointer
 from registry.releases import fetch_release, read_manifest
 from registry.signing import load_public_key, require_signature
-from tests.conftest import Command
-from tests.services.test_signing import key_pair
+from tests.support.fixture_types import Command
 from tests.support.projects import write_project
+from tests.support.signing_keys import key_pair
 
 
 @pytest.fixture(scope="module")

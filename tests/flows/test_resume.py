@@ -12,22 +12,10 @@ from pathlib import Path
 
 from infra.objectstore import ObjectStore
 from infra.settings import Settings
-from tests.conftest import Command
-from tests.support.channels import live, orphans
-from tests.support.projects import REPOSITORY, write_project
-
-SLOW = """
-    import time
-    original = build_dataset
-    class Slow:
-        def __init__(self, inner): self.inner = inner
-        def __len__(self): return len(self.inner)
-        def __getitem__(self, index):
-            time.sleep(0.02)
-            return self.inner[index]
-    def build_dataset(split):
-        return Slow(original(split))
-"""
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.processes import orphans
+from tests.support.projects import REPOSITORY, SLOW, write_project
 
 ASKS_A_FILE = """
     import os

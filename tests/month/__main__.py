@@ -9,7 +9,6 @@ Exits with 1 when anything is not as it had to be.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from benchmarks.report import machine, write
 from infra import stack
 from infra.settings import Settings
-from tests.conftest import FOREIGN, free_ports, stack_environment
+from tests.support.local_stack import enter_local_stack
 from tests.support.processes import processes_of
 from tests.support.projects import REPOSITORY
 
@@ -35,9 +34,7 @@ def main() -> int:
     # So that the stack is stopped then, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="ship-month-"))
-    for variable in FOREIGN:
-        os.environ.pop(variable, None)
-    os.environ.update(stack_environment(folder / "home", free_ports(3)))
+    enter_local_stack(folder / "home")
     settings = Settings.load()
     try:
         try:

@@ -19,11 +19,10 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
-from tests.conftest import Command
-from tests.flows.test_resume import SLOW
 from tests.support.channels import live
+from tests.support.fixture_types import Command
 from tests.support.processes import eventually
-from tests.support.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, SLOW, write_project
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 SILENT_SECONDS = 35

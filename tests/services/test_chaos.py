@@ -26,7 +26,6 @@ from registry.keys import pointer_key
 from registry.pointer import Pointer, decode_pointer, read_pointer
 from registry.release import Manifest, build_manifest, verify_folder
 from registry.releases import fetch_release
-from tests.services.conftest import Connect, S3Server
 from tests.support.fault_proxy import (
     Answer,
     AnswerAfter,
@@ -44,7 +43,9 @@ from tests.support.fault_proxy import (
     Reply,
     Request,
 )
+from tests.support.fixture_types import Connect
 from tests.support.promoter import PromoterHost, promote
+from tests.support.stack_servers import S3Server
 
 MODEL, CHANNEL = "digits", "prod"
 TIMEOUT_SECONDS = 1.0

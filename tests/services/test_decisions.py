@@ -33,7 +33,8 @@ from registry.job import load_job
 from registry.keys import decisions_prefix
 from tasks.decide import Plan, streak
 from tasks.outcome import record_failure
-from tests.services.conftest import Connect, free_port
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
 from tests.support.projects import write_project
 from tests.support.releases import move, published
 

@@ -14,8 +14,9 @@ from registry.comparison import NONE, Difference, compare
 from registry.release import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from registry.releases import publish
 from ship.diff import diff
-from tests.services.conftest import S3Server, Ship
+from tests.support.fixture_types import Ship
 from tests.support.releases import MODEL, damage, move, published
+from tests.support.stack_servers import S3Server
 
 
 @pytest.fixture(scope="session")

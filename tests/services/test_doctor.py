@@ -16,10 +16,10 @@ from registry.moves import choose_rollback, roll_back, verify_target
 from registry.pointer import read_pointer
 from registry.rebuild import REBUILT, Rebuilt, rebuild_history
 from registry.release import MANIFEST, Manifest
-from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
-from tests.services.test_mirror import aliases
 from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, damage, key_of, move, published
+from tests.support.fixture_types import Connect, Ship, Versioned
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, aliases, damage, key_of, move, published
+from tests.support.stack_servers import MlflowServer, S3Server
 
 
 @pytest.fixture(scope="session")

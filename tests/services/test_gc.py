@@ -25,9 +25,10 @@ from registry.release import Manifest
 from registry.releases import publish, verify_release
 from registry.retention import TAG_DELETED, Decision, Policy, Step, carry_out, decide, tell_mlflow
 from registry.tombstones import LEASE, State, claim, read_tombstone
-from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
 from tests.support.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
+from tests.support.fixture_types import Connect, Ship, Versioned
 from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
+from tests.support.stack_servers import MlflowServer, S3Server
 
 POLICY = Policy(keep_last=2, slowest_reader=timedelta(days=7), grace=timedelta(days=1))
 DAY = timedelta(days=1)

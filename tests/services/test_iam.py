@@ -25,11 +25,11 @@ from registry.retention import Policy, carry_out, decide
 from registry.views import write_triton
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
-from tests.services.conftest import Connect
-from tests.services.test_signing import key_pair
 from tests.support.ceph_rgw import RgwServer
+from tests.support.fixture_types import Connect
 from tests.support.onnx_releases import onnx_release
 from tests.support.releases import CHANNEL, MODEL, make_release, move, published
+from tests.support.signing_keys import key_pair
 from tests.support.tool_environments import tool_python
 
 # A first run may install the judge of policies, and fetches Ceph.

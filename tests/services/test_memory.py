@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from infra.objectstore import IN_FLIGHT_BYTES
-from tests.services.conftest import Connect
 from tests.support.ceph_rgw import RgwServer
+from tests.support.fixture_types import Connect
 from tests.support.projects import REPOSITORY
 
 LARGE_BYTES = 256_000_000

@@ -13,9 +13,10 @@ from registry.mirror import follow, mirror_all, mirror_channel
 from registry.mlflow_rest import ClientRegistry, ModelRegistry, RestRegistry
 from registry.references import resolve_release
 from registry.release import Manifest
-from tests.services.conftest import MlflowServer, S3Server, Versioned
 from tests.support.fault_proxy import FaultProxy, PassOn, Rule
-from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, rolled_back
+from tests.support.fixture_types import Versioned
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, aliases, move, rolled_back
+from tests.support.stack_servers import MlflowServer, S3Server
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +35,6 @@ def abc(abc: list[Manifest], versioned: Versioned) -> list[Manifest]:
     for manifest in abc:
         versioned(manifest.release)
     return abc
-
-
-def aliases(mlflow: MlflowServer) -> dict[str, int]:
-    return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
 
 
 def test_the_aliases_follow_the_pointers(object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer) -> None:

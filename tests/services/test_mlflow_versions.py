@@ -26,7 +26,8 @@ from registry import mlflow_versions
 from registry.mlflow_client import check_reachable
 from registry.mlflow_rest import model_registry
 from registry.mlflow_versions import RegisteredVersion, VersionRecord
-from tests.services.conftest import MlflowServer, free_port
+from tests.support.ports import free_port
+from tests.support.stack_servers import MlflowServer
 
 FORMATS = {"torchscript": "model.torchscript", "onnx": "model.onnx", "pt2": "model.pt2"}
 EXTRA = ["verdicts.json", "golden.safetensors"]

@@ -15,9 +15,10 @@ from registry.moves import Mover, Verified, choose_promotion, verify_target
 from registry.pointer import Pointer, read_pointer
 from registry.release import JOB, Manifest
 from tasks.existing import promote_tried, try_out
-from tests.services.conftest import S3Server, Ship
+from tests.support.fixture_types import Ship
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, key_of, move
 from tests.support.runnable_releases import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
+from tests.support.stack_servers import S3Server
 
 MOVER = Mover(by="ada@host", why="a quiet week")
 

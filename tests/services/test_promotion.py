@@ -19,7 +19,6 @@ from registry.keys import pointer_key
 from registry.pointer import Pointer, read_pointer
 from registry.release import Manifest
 from registry.releases import fetch_release
-from tests.services.conftest import Connect, S3Server, free_port
 from tests.support.fault_proxy import (
     Answer,
     AnswerAfter,
@@ -31,10 +30,12 @@ from tests.support.fault_proxy import (
     Reply,
     Rule,
 )
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
 from tests.support.releases import CHANNEL, MODEL, POINTER, ignore, move, published
+from tests.support.stack_servers import S3Server
 
 CONDITIONS = ("if-match", "if-none-match")
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")

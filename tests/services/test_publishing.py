@@ -20,7 +20,6 @@ from registry.keys import release_prefix
 from registry.pointer import read_pointer
 from registry.release import MANIFEST, build_manifest, verify_folder
 from registry.releases import fetch_release, publish, verify_release
-from tests.services.conftest import Connect
 from tests.support.fault_proxy import (
     Answer,
     Damage,
@@ -33,9 +32,9 @@ from tests.support.fault_proxy import (
     Rule,
     StripHeaders,
 )
+from tests.support.fixture_types import Connect
+from tests.support.projects import REPOSITORY
 from tests.support.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,10 @@ from registry.pointer import ROLLBACK, Pointer, read_pointer
 from registry.references import resolve_release
 from registry.release import JOB, Manifest, build_manifest
 from registry.releases import publish
-from tests.services.conftest import Connect, S3Server, Ship
 from tests.support.fault_proxy import FaultProxy, PassOn, Rule
+from tests.support.fixture_types import Connect, Ship
 from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, damage, key_of, move, published, rolled_back
-
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.support.stack_servers import S3Server
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +78,7 @@ def test_bytes_that_rotted_under_the_store_are_found_by_reading_them_back(
 ) -> None:
     (file,) = [
         path
-        for path in (s3_server.folder / "data").rglob("file1.bin")
+        for path in (s3_server.component.folder / "data").rglob("file1.bin")
         if object_store.bucket in path.parts and abc[1].release in path.parts
     ]
     file.write_bytes(b"x" * file.stat().st_size)

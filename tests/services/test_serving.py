@@ -21,9 +21,9 @@ from infra.toolenv import environment
 from registry.release import Manifest, build_manifest
 from registry.releases import publish
 from ship.serve import requirements
-from tests.conftest import free_ports
 from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, onnx_release
+from tests.support.ports import free_ports
 from tests.support.releases import move
 
 # A first run installs MLServer into an environment of its own.

@@ -16,7 +16,6 @@ from infra.objectstore import ObjectStore
 from infra.small_files import MOST_FAILURES, SMALL_BYTES
 from registry.release import Manifest, build_manifest
 from registry.releases import fetch_release, publish
-from tests.services.conftest import Connect, S3Server
 from tests.support.ceph_rgw import RgwServer
 from tests.support.fault_proxy import (
     Answer,
@@ -31,6 +30,8 @@ from tests.support.fault_proxy import (
     StripHeaders,
     fault_reply,
 )
+from tests.support.fixture_types import Connect
+from tests.support.stack_servers import S3Server
 
 QUICK, USUAL = "object_store/", "Botocore/"
 """How the two call themselves."""

@@ -12,7 +12,7 @@ from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.data_options import Snapshot
 from registry.snapshots import SNAPSHOT, bring_snapshot, identify, publish_snapshot, take
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ from infra.objectstore import ObjectStore
 from infra.settings import Settings
 from registry.pointer import read_pointer
 from registry.releases import publish
-from tests.services.conftest import Connect, S3Server, free_port
 from tests.support.fault_proxy import Answer, AnswerAfter, DropReply, Fault, FaultProxy, Rule, StripHeaders
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
 from tests.support.releases import CHANNEL, MODEL, make_release
+from tests.support.stack_servers import S3Server
 
 CONDITIONS = ("if-match", "if-none-match")
 

@@ -17,8 +17,9 @@ import pytest
 
 from infra.objectstore import ObjectStore
 from infra.settings import LOOPBACK, Settings
-from tests.conftest import Command, free_ports
 from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.ports import free_ports
 from tests.support.postgres import Postgres, binaries, postgres
 from tests.support.projects import REPOSITORY, write_project
 

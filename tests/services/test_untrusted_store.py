@@ -16,12 +16,14 @@ from infra.errors import StoreRefused
 from registry.pointer import read_pointer
 from registry.release import build_manifest
 from registry.releases import publish
-from tests.services.conftest import START_SECONDS, Connect, free_port
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
 
 # A first run installs s3rver.
 pytestmark = pytest.mark.timeout(900)
 
 VERSION = "3.7.1"
+START_SECONDS = 60
 KEYS = "S3RVER"
 """Its only user, and his secret."""
 

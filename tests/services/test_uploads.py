@@ -18,7 +18,6 @@ from infra.multipart import Budget
 from infra.objectstore import ObjectStore
 from registry.release import build_manifest
 from registry.releases import fetch_release, publish
-from tests.services.conftest import Connect, S3Server
 from tests.support.fault_proxy import (
     Answer,
     Damage,
@@ -31,6 +30,8 @@ from tests.support.fault_proxy import (
     Request,
     Rule,
 )
+from tests.support.fixture_types import Connect
+from tests.support.stack_servers import S3Server
 
 PART = 5 * 2**20
 """S3's smallest."""

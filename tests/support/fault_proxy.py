@@ -174,6 +174,18 @@ class Delay:
         return forward(request)
 
 
+@dataclass(frozen=True)
+class OtherBytes:
+    """Answer with other bytes than the object's."""
+
+    body: bytes
+    encoding: str = "identity"
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        size = str(len(self.body))
+        return Reply(200, [("ETag", '"1"'), ("Content-Encoding", self.encoding), ("Content-Length", size)], self.body)
+
+
 @dataclass
 class Rule:
     """Which requests a fault befalls."""

@@ -25,6 +25,21 @@ from registry.launcher_options import Launcher
 from tasks.launched import train_launched
 from tasks.requests import project_of, train_settings
 from tests.support.projects import REPOSITORY
+from torchworker.contract import RESULT, Reply, TrainResult, decode
+
+SLOW = """
+    import time
+    original = build_dataset
+    class Slow:
+        def __init__(self, inner): self.inner = inner
+        def __len__(self): return len(self.inner)
+        def __getitem__(self, index):
+            time.sleep(0.05)
+            return self.inner[index]
+    def build_dataset(split):
+        return Slow(original(split)) if split == "train" else original(split)
+"""
+"""Behind the code of a project: training takes a while, so that there is time to break something."""
 
 
 def show(**line: Any) -> None:
@@ -93,6 +108,17 @@ class Launched:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+
+def quick(collective_seconds: float, **changes: Any) -> dict[str, Any]:
+    """`train` of a job that notices a lost machine after this long."""
+    known = {"epochs": 2, "processes": 2, "batch_size": 32, "collective_seconds": collective_seconds}
+    return {**known, **changes}
+
+
+def result_in(folder: str) -> TrainResult:
+    result: TrainResult = decode(TrainResult, Reply.read(Path(folder) / RESULT).result)
+    return result
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from registry.channels import move_channel
 from registry.pointer import Pointer
 from registry.release import Manifest, decode_manifest
 from registry.releases import fetch_release, publish
-
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.support.projects import REPOSITORY
 
 
 def promote(store: ObjectStore, folder: Path, manifest: Manifest, copy: Path, channel: str = "prod") -> Pointer:

@@ -9,15 +9,17 @@ from typing import Any
 from infra.objectstore import ObjectStore
 from registry.channels import Accept, move_channel
 from registry.keys import release_prefix
+from registry.mlflow_rest import RestRegistry
 from registry.moves import Mover, choose_rollback, roll_back, verify_target
 from registry.pointer import Pointer
-from registry.release import Manifest, build_manifest
+from registry.release import MANIFEST, Manifest, build_manifest
 from registry.releases import publish
-from tests.conftest import free_ports
+from tests.support.ports import free_port
+from tests.support.stack_servers import MlflowServer
 
 MODEL, CHANNEL = "digits", "prod"
 POINTER = "/channels/"
-NOWHERE = f"http://127.0.0.1:{free_ports(1)[0]}"
+NOWHERE = f"http://127.0.0.1:{free_port()}"
 """Nobody listens there."""
 MOVER = Mover(by="ada@host", why="errors since 14:00")
 
@@ -69,6 +71,16 @@ def damage(store: ObjectStore, key: str) -> None:
     stored = store.head(key)
     assert stored is not None
     replace_object(store, key, b"x" * stored.bytes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a release that was downloaded, but its manifest."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+
+
+def aliases(mlflow: MlflowServer) -> dict[str, int]:
+    """The version behind each alias."""
+    return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
 
 
 def key_of(manifest: Manifest, name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from registry.page_html import html
-from tests.unit.test_run_report import page_of, run_files
+from tests.support.run_report_files import page_of, run_files
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 # A frame of the size of a screen: what a browser makes of its window it decides itself.
