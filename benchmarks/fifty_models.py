@@ -27,8 +27,8 @@ import numpy
 import yaml
 
 from benchmarks.report import PAGE, ROOT, machine, write
-from tests.conftest import FOREIGN, free_ports, stack_environment
-from tests.services.releases import move
+from tests.support.local_stack import enter_local_stack
+from tests.support.releases import move
 from train_and_ship.infra import stack
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
@@ -248,9 +248,8 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2)
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ship-fifty-"))
-    for variable in FOREIGN:
-        os.environ.pop(variable, None)
-    os.environ.update(stack_environment(folder / "home", free_ports(3)), SHIP_RUNS_AT_ONCE=str(asked.at_once))
+    enter_local_stack(folder / "home")
+    os.environ["SHIP_RUNS_AT_ONCE"] = str(asked.at_once)
     settings = Settings.load()
     try:
         stack.up(settings, lambda line: print(line, flush=True))

@@ -27,10 +27,10 @@ import yaml
 from report import ROOT, machine, write
 from safetensors.torch import load_file
 
-from tests.distributed.test_resume import STATEFUL, TRAIN
-from tests.distributed.test_training import NAN, NAN_JOB
-from tests.exports.shop import Shop
-from tests.projects import write_project
+sys.path.insert(0, str(ROOT))
+
+from tests.support.projects import NAN, NAN_TRAIN, STATEFUL, STATEFUL_TRAIN, write_project
+from tests.support.worker_stages import WorkerStages
 from torchworker.contract import TrainResult
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.workerhost import WorkerHost
@@ -59,7 +59,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def opened(job: dict[str, Any] | Path) -> Iterator[Shop]:
+def opened(job: dict[str, Any] | Path) -> Iterator[WorkerStages]:
     """The stages of a job, in processes of their own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,10 +72,12 @@ def opened(job: dict[str, Any] | Path) -> Iterator[Shop]:
             path.write_text(yaml.safe_dump({**job, "train": train}))
         host = WorkerHost(folder / "host.log")
         try:
-            shop = Shop(host, path, folder / "run")
+            stages = WorkerStages(host, path, folder / "run")
             if sharded:
-                shop.job = shop.job.model_copy(update={"train": shop.job.train.model_copy(update={"strategy": "fsdp"})})
-            yield shop
+                stages.job = stages.job.model_copy(
+                    update={"train": stages.job.train.model_copy(update={"strategy": "fsdp"})}
+                )
+            yield stages
         finally:
             host.close()
 
@@ -94,9 +96,9 @@ def reference_job(net: str, **train: Any) -> dict[str, Any]:
 
 def ours(net: str, **train: Any) -> tuple[TrainResult, list[dict[str, Any]]]:
     """The built-in loop: its result and its epochs' events."""
-    with opened(reference_job(net, **train)) as shop:
-        result = shop.train()
-        lines = (shop.folder / "train/events.jsonl").read_text().splitlines()
+    with opened(reference_job(net, **train)) as stages:
+        result = stages.train()
+        lines = (stages.folder / "train/events.jsonl").read_text().splitlines()
     return result, [event for line in lines if (event := json.loads(line))["event"] == "epoch"]
 
 
@@ -116,13 +118,13 @@ def by_hand(net: str, precision: str, read: bool) -> float:
 
 def trained_exported_proved(job: Path | dict[str, Any]) -> str:
     """Train on the GPU, export and hold the artifacts against the model on the CPU."""
-    with opened(job) as shop:
-        result = shop.train()
+    with opened(job) as stages:
+        result = stages.train()
         where = result.environment["device"]
         assert where == "cuda", f"trained on {where}"
-        chosen = shop.job.export.formats
-        shop.export(*(FORMATS if chosen == "auto" else chosen))
-        proved = shop.validate()
+        chosen = stages.job.export.formats
+        stages.export(*(FORMATS if chosen == "auto" else chosen))
+        proved = stages.validate()
     failed = [f"{one.format} {one.gate}" for one in proved.verdicts if one.ran and not one.passed]
     assert not failed, f"failed: {', '.join(failed)}"
     last = result.history[-1]
@@ -161,12 +163,12 @@ def mistake(train: dict[str, Any]) -> Callable[[], str]:
 
 def weights_of(folder: Path, dies: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Trains a small net with everything that has state; its rank is killed in its call number `dies`."""
-    train = {**TRAIN, "processes": 1, "device": "cuda"}
+    train = {**STATEFUL_TRAIN, "processes": 1, "device": "cuda"}
     model = {"factory": "plain:build_model", "args": {"dies": dies}}
     job = write_project(folder, extra=STATEFUL, train=train, model=model)
-    with opened(job) as shop:
-        result = shop.train()
-        return load_file(shop.folder / "train/weights.safetensors"), list(result.notes)
+    with opened(job) as stages:
+        result = stages.train()
+        return load_file(stages.folder / "train/weights.safetensors"), list(result.notes)
 
 
 def killed() -> str:
@@ -189,10 +191,10 @@ def killed() -> str:
 
 def nan() -> str:
     with tempfile.TemporaryDirectory() as name:
-        job = write_project(Path(name), extra=NAN, train={**NAN_JOB, "processes": 1, "device": "cuda"})
-        with opened(job) as shop:
+        job = write_project(Path(name), extra=NAN, train={**NAN_TRAIN, "processes": 1, "device": "cuda"})
+        with opened(job) as stages:
             try:
-                shop.train()
+                stages.train()
             except JobError as error:
                 said = str(error).splitlines()[0]
                 assert "loss became nan at epoch 1, step 3 of 9" in said, said

@@ -27,8 +27,9 @@ from report import PAGE, ROOT, machine, write
 
 sys.path.insert(0, str(ROOT))
 
-from tests.services.fault_proxy import FaultProxy
-from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer, _free_ports
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from tests.support.fault_proxy import FaultProxy
+from tests.support.ports import free_port
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
@@ -48,7 +49,7 @@ def server() -> Iterator[str]:
         yield address
         return
     folder = Path(tempfile.mkdtemp(prefix="rgw-"))
-    rgw = RgwServer(folder, _free_ports(1)[0])
+    rgw = RgwServer(folder, free_port())
     try:
         rgw.start()
         os.environ.update(

@@ -46,15 +46,15 @@ def components(settings: Settings) -> list[Component]:
     """The components that are ours to run with these settings."""
     found = []
     if settings.s3_is_local:
-        found.append(_s3(settings))
+        found.append(s3_component(settings))
     if settings.mlflow_is_local:
-        found.append(_mlflow(settings))
+        found.append(mlflow_component(settings))
     if settings.prefect_is_local:
         found += [_prefect(settings), _worker(settings)]
     return found
 
 
-def _s3(settings: Settings) -> Component:
+def s3_component(settings: Settings) -> Component:
     folder = settings.home / "s3"
     return Component(
         name="s3",
@@ -85,7 +85,7 @@ def _s3(settings: Settings) -> Component:
     )
 
 
-def _mlflow(settings: Settings) -> Component:
+def mlflow_component(settings: Settings) -> Component:
     folder = settings.home / "mlflow"
     environment = _environment(settings)
     # The server must use its own database, not itself.

@@ -3,78 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
-from tests.machine import Ended, run_command
+from tests.support.fixture_types import Command
+from tests.support.local_stack import enter_local_stack
+from tests.support.processes import run_command
+from tests.support.scheduling import MACHINE_WIDE, ByFile
 from train_and_ship.infra import stack as local_stack
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.settings import LOOPBACK, Settings
+from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.workerhost import WorkerHost
-
-# Addresses and accounts of the developer's own services must never be used, nor written to, by a test.
-FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on which nobody listens. All are held until all are found, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for candidate in sockets:
-            candidate.bind((LOOPBACK, 0))
-        return [candidate.getsockname()[1] for candidate in sockets]
-    finally:
-        for candidate in sockets:
-            candidate.close()
-
-
-def stack_environment(home: Path, ports: list[int]) -> dict[str, str]:
-    """The variables that put a stack in `home` on these three ports (Prefect, MLflow, S3)."""
-    prefect, mlflow, s3 = ports
-    return {
-        "SHIP_HOME": str(home),
-        "SHIP_PREFECT_PORT": str(prefect),
-        "SHIP_MLFLOW_PORT": str(mlflow),
-        "SHIP_S3_PORT": str(s3),
-        "PREFECT_API_URL": f"http://{LOOPBACK}:{prefect}/api",
-        "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{mlflow}",
-        "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
 
 
 def pytest_configure() -> None:
     # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
-    home = Path(tempfile.mkdtemp(prefix="ship-tests-"))
-    for variable in FOREIGN:
-        os.environ.pop(variable, None)
-    os.environ.update(stack_environment(home, free_ports(3)))
-
-
-MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
-"""Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
-
-
-EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
-"""In the id of a test that runs against both stores (`each_store_url`)."""
-
-
-class ByFile(LoadScopeScheduling):
-    """Tests of a file share fixtures, so they stay together when others run beside them; on two stores, by store."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        store = EACH_STORE.search(nodeid)
-        return "machine" if file.endswith(MACHINE_WIDE) else file + (store[0] if store else "")
+    enter_local_stack(Path(tempfile.mkdtemp(prefix="ship-tests-")))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -89,9 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
-
-
-Command = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.projects import REPOSITORY
+from tests.support.imports import imports, modules
+from tests.support.projects import REPOSITORY
 
 FOLDERS = {
     "flows": "train_and_ship.flows",
@@ -120,29 +119,6 @@ STARTED_ALONE = {
 }
 """Files that other programs start with packages of their own, or that need an extra."""
 WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "executorch", "torchworker"}
-
-
-def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted((REPOSITORY / package).rglob("*.py")):
-        yield path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Every imported module, wherever the statement stands, except for type checking alone."""
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def is_allowed(name: str, allowed: set[str]) -> bool:

@@ -1,38 +1,11 @@
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from torchworker.contract import TrainRequest, TrainResult, decode
+from tests.support.training import Train
 from train_and_ship.infra.workerhost import WorkerHost
-from train_and_ship.registry.job.load import load_job
-from train_and_ship.tasks.requests import project_of, train_settings
-from train_and_ship.tasks.worker import call_worker
-
-
-class Train:
-    """Trains job files for real, without Prefect, each into a folder `train<n>`; all share `checkpoints`."""
-
-    def __init__(self, host: WorkerHost, folder: Path) -> None:
-        self._host, self._folder, self._runs = host, folder, iter(range(100))
-
-    def __call__(self, job_file: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainResult:
-        job, project = load_job(job_file)
-        work = self._folder / f"train{next(self._runs)}"
-        work.mkdir()
-        request = TrainRequest(
-            project=project_of(job, project),
-            train=train_settings(job),
-            folder=str(work),
-            checkpoints=str(self._folder / "checkpoints"),
-        )
-        reply = asyncio.run(call_worker(self._host, "train", request, work, on_event))
-        result: TrainResult = decode(TrainResult, reply)
-        return result
 
 
 @pytest.fixture

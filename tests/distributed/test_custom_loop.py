@@ -15,8 +15,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.distributed.conftest import Train
-from tests.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, write_project
+from tests.support.training import Train
 from torchworker.contract import PROBE, WEIGHTS
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.workerhost import WorkerHost

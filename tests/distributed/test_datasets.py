@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import Train
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.training import Train
 from train_and_ship.infra.errors import JobError
 from train_and_ship.ship.check import check
 

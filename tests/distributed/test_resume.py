@@ -18,66 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.projects import write_project
+from tests.support.projects import STATEFUL, STATEFUL_TRAIN, write_project
 from torchworker.contract import TrainRequest, TrainResult, decode
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
-
-# Everything that has state: dropout, batch norm, momentum, a schedule, accumulation, augmentation.
-STATEFUL = """
-    import os, signal
-    from pathlib import Path
-
-    class Noisy:
-        def __init__(self, inner): self.inner = inner
-        def __len__(self): return len(self.inner)
-        def __getitem__(self, index):
-            inputs, target = self.inner[index]
-            return inputs + 0.1 * torch.randn(4), target
-
-    original = build_dataset
-    def build_dataset(split):
-        return Noisy(original(split)) if split == "train" else original(split)
-
-    class Net(nn.Module):
-        def __init__(self, dies):
-            super().__init__()
-            self.net = nn.Sequential(
-                nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(),
-                nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3),
-            )
-            self.dies, self.calls = dies, 0
-        def forward(self, x):
-            if self.training:
-                self.calls += 1
-                flag = Path(__file__).with_name(f"died-{self.dies}")
-                last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-                if self.dies and last and self.calls == self.dies and not flag.exists():
-                    flag.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return self.net(x)
-
-    def build_model(dies=0):
-        return Net(dies)
-
-    def build_optimizer(parameters, lr):
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-"""
-
-TRAIN: dict[str, Any] = {
-    "epochs": 3,
-    "processes": 2,
-    "batch_size": 24,
-    "accumulate": 2,
-    "clip_norm": 1.0,
-    "learning_rate": 0.05,
-    "schedule": "cosine",
-    "optimizer": {"factory": "plain:build_optimizer"},
-    "checkpoint": {"steps": 1},
-}
 
 
 class Attempt:
@@ -91,7 +38,7 @@ class Attempt:
     def train(
         self, project: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None, **job: Any
     ) -> TrainResult:
-        job_file = write_project(project, extra=STATEFUL, **{"train": TRAIN, **job})
+        job_file = write_project(project, extra=STATEFUL, **{"train": STATEFUL_TRAIN, **job})
         loaded, folder = load_job(job_file)
         self.attempts += 1
         self.work = self.folder / f"attempt{self.attempts}"
@@ -192,7 +139,9 @@ def stopped_after(attempt: Attempt, project: Path, step: int, **job: Any) -> Non
 
 def test_another_world_size_goes_on_too_and_says_that_bits_may_differ(attempt: Attempt, tmp_path: Path) -> None:
     stopped_after(attempt, tmp_path / "project", 5)
-    result = attempt.train(tmp_path / "project", train={**TRAIN, "processes": 3, "batch_size": 24, "accumulate": 1})
+    result = attempt.train(
+        tmp_path / "project", train={**STATEFUL_TRAIN, "processes": 3, "batch_size": 24, "accumulate": 1}
+    )
 
     (note,) = [note for note in result.notes if "resumed" in note]
     assert "written by 2 processes and read by 3: bits may differ" in note
@@ -214,11 +163,11 @@ def test_a_torn_checkpoint_is_found_by_its_hash_and_the_one_before_is_used(
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(attempt: Attempt, tmp_path: Path) -> None:
     stopped_after(attempt, tmp_path / "project", 2)
-    other = {"train": {**TRAIN, "optimizer": "sgd"}, "model": {"factory": "plain:other"}}
+    other = {"train": {**STATEFUL_TRAIN, "optimizer": "sgd"}, "model": {"factory": "plain:other"}}
     path = tmp_path / "project" / "plain.py"
     with pytest.raises(JobError, match=r"checkpoint of another model: bias is missing there and float32 \[3\] here"):
         code = STATEFUL + "\n    def other():\n        return nn.Linear(4, 3)\n"
-        job = write_project(tmp_path / "project", extra=code, **{"train": TRAIN, **other})
+        job = write_project(tmp_path / "project", extra=code, **{"train": STATEFUL_TRAIN, **other})
         loaded, folder = load_job(job)
         work = attempt.folder / "other"
         work.mkdir()
@@ -245,7 +194,7 @@ def test_a_stopped_rank_is_noticed_and_handled_as_dead(
         if event["event"] == "restarting":
             stopped.append(time.monotonic())
 
-    attempt.train(tmp_path / "project", stop_a_rank, train={**TRAIN, "hang_seconds": 3})
+    attempt.train(tmp_path / "project", stop_a_rank, train={**STATEFUL_TRAIN, "hang_seconds": 3})
 
     (restart,) = attempt.said("restarting")
     assert "rank 1 was silent for" in restart["cause"]
@@ -255,7 +204,7 @@ def test_a_stopped_rank_is_noticed_and_handled_as_dead(
 
 def test_user_errors_are_not_retried(attempt: Attempt, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="loss became"):
-        attempt.train(tmp_path / "project", train={**TRAIN, "learning_rate": 1e38, "clip_norm": None})
+        attempt.train(tmp_path / "project", train={**STATEFUL_TRAIN, "learning_rate": 1e38, "clip_norm": None})
     assert len(attempt.said("started")) == 1
     assert attempt.said("restarting") == []
 
@@ -265,7 +214,7 @@ def test_a_rank_that_always_dies_ends_the_run_with_its_cause(attempt: Attempt, t
     job = write_project(
         tmp_path / "project",
         extra=STATEFUL + extra,
-        train={**TRAIN, "restarts": 1},
+        train={**STATEFUL_TRAIN, "restarts": 1},
         model={"factory": "plain:build_model"},
     )
     loaded, folder = load_job(job)
@@ -310,7 +259,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     # A checkpoint of this run takes about 60 kB: some fit, not all.
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], check=True)
     try:
-        result = attempt.train(tmp_path / "project", train={**TRAIN, "checkpoint": {"steps": 1, "keep": 9}})
+        result = attempt.train(tmp_path / "project", train={**STATEFUL_TRAIN, "checkpoint": {"steps": 1, "keep": 9}})
         left = sorted(path.name for path in small.glob("step-*"))
         sound = [json.loads((small / name / "CHECKPOINT.json").read_text()) for name in left]
     finally:

@@ -13,31 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed.launched import Launched
-from tests.distributed.netlab import CONTROLLER, Lab, missing
-from tests.projects import REPOSITORY, write_project
-from torchworker.contract import RESULT, Reply, TrainResult, decode
-
-SLOW = """
-    import time
-    original = build_dataset
-    class Slow:
-        def __init__(self, inner): self.inner = inner
-        def __len__(self): return len(self.inner)
-        def __getitem__(self, index):
-            time.sleep(0.05)
-            return self.inner[index]
-    def build_dataset(split):
-        return Slow(original(split)) if split == "train" else original(split)
-"""
+from tests.support.launched_training import SLOW, Launched, quick, result_in
+from tests.support.network_namespaces import CONTROLLER, Lab, missing
+from tests.support.projects import REPOSITORY, write_project
 
 Start = Callable[..., Launched]
-
-
-def quick(collective_seconds: float, **changes: Any) -> dict[str, Any]:
-    """`train` of a job that notices a lost machine after this long."""
-    known = {"epochs": 2, "processes": 2, "batch_size": 32, "collective_seconds": collective_seconds}
-    return {**known, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +56,6 @@ def start(lab: Lab, tmp_path: Path) -> Iterator[Start]:
     for host in lab.addresses:
         for pid in lab.running(host):
             os.kill(pid, signal.SIGKILL)
-
-
-def result_in(folder: str) -> TrainResult:
-    result: TrainResult = decode(TrainResult, Reply.read(Path(folder) / RESULT).result)
-    return result
 
 
 def nothing_runs(lab: Lab, seconds: float = 5.0) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launched import Launched
-from tests.distributed.netlab import Lab
-from tests.distributed.slurmlab import Cluster, missing
-from tests.distributed.test_several_hosts import SLOW, quick, result_in
-from tests.projects import REPOSITORY, write_project
+from tests.support.launched_training import SLOW, Launched, quick, result_in
+from tests.support.network_namespaces import Lab
+from tests.support.projects import REPOSITORY, write_project
+from tests.support.slurm import Cluster, missing
 from train_and_ship.infra.launchers.slurm import SlurmLauncher
 from train_and_ship.infra.launchers.spec import Spec
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.conftest import Train
-from tests.projects import DIGITS, REPOSITORY, write_project
+from tests.support.projects import DIGITS, REPOSITORY, write_project
+from tests.support.training import Train
 from torchworker.contract import ExportRequest, ExportResult, decode
 from torchworker.training.device import half_precision_is_native
 from train_and_ship.infra.errors import JobError

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed.conftest import Train
-from tests.projects import DIGITS, write_project
+from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
+from tests.support.training import Train
 from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.workerhost import WorkerHost
@@ -172,20 +172,9 @@ def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones(trai
     assert (spawned / WEIGHTS).read_bytes() == (forked / WEIGHTS).read_bytes()
 
 
-NAN = """
-    calls = 0
-    def loss(outputs, target):
-        global calls
-        calls += 1
-        value = nn.functional.cross_entropy(outputs, target)
-        return value * float("nan") if calls > 3 else value
-"""
-NAN_JOB = {"epochs": 3, "processes": 2, "batch_size": 32, "loss": {"factory": "plain:loss"}}
-
-
 def test_a_loss_that_becomes_nan_stops_the_run_and_says_where(train: Train, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"loss became nan at epoch 1, step 3 of 9 .*learning_rate"):
-        train(write_project(tmp_path / "p", extra=NAN, train=NAN_JOB))
+        train(write_project(tmp_path / "p", extra=NAN, train=NAN_TRAIN))
 
 
 def test_a_last_step_that_ruins_the_model_is_noticed(train: Train, tmp_path: Path) -> None:
@@ -296,7 +285,7 @@ def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: P
         "import asyncio, sys\n"
         "from pathlib import Path\n"
         "from train_and_ship.infra.workerhost import worker_host\n"
-        "from train_and_ship.registry.job.job import load_job\n"
+        "from train_and_ship.registry.job.load import load_job\n"
         "from train_and_ship.tasks.requests import project_of, train_settings\n"
         "from train_and_ship.tasks.worker import call_worker\n"
         "from torchworker.contract import TrainRequest\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command
-from tests.projects import REPOSITORY
+from tests.support.fixture_types import Command
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.settings import Settings
 
 README = (REPOSITORY / "README.md").read_text()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.exports.shop import ONE, Open, Shop
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import ONE, OpenStages, WorkerStages
 from torchworker.contract import CppRequest
 from torchworker.stages import cpp as cpp_build
 from train_and_ship.infra.workerhost import WorkerHost
@@ -22,14 +22,14 @@ def runner() -> Path:
 
 
 @pytest.fixture
-def shop(host: WorkerHost, tmp_path: Path) -> Open:
+def stages(host: WorkerHost, tmp_path: Path) -> OpenStages:
     """Trains small projects for real; each call opens one more."""
-    opened_shops = iter(range(9))
+    numbers = iter(range(9))
 
-    def open_shop(extra: str = "", **job: object) -> Shop:
+    def open_stages(extra: str = "", **job: object) -> WorkerStages:
         job_file = write_project(tmp_path / "project", extra=extra, **{"train": ONE, **job})
-        opened = Shop(host, job_file, tmp_path / f"run{next(opened_shops)}")
+        opened = WorkerStages(host, job_file, tmp_path / f"run{next(numbers)}")
         opened.train()
         return opened
 
-    return open_shop
+    return open_stages

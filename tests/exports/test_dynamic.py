@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 
-from tests.exports.shop import FORMATS, ONE, Open
+from tests.support.worker_stages import FORMATS, ONE, OpenStages
 from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
 from train_and_ship.infra.errors import JobError
 
@@ -45,14 +45,14 @@ TRAIN = {**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]}
 LENGTH = {"axes": {"tokens": 1, "padding": 1}, "min": 1, "max": 12}
 
 
-def words(shop: Open, body: str = "pass", **length: object):
-    return shop(
+def words(stages: OpenStages, body: str = "pass", **length: object):
+    return stages(
         SEQUENCES.replace("BODY", body), train=TRAIN, export={"batch": 8, "dynamic": {"length": {**LENGTH, **length}}}
     )
 
 
-def test_every_format_takes_other_lengths_left_out_inputs_and_nested_outputs(shop: Open) -> None:
-    opened = words(shop)
+def test_every_format_takes_other_lengths_left_out_inputs_and_nested_outputs(stages: OpenStages) -> None:
+    opened = words(stages)
     opened.export(*FORMATS)
     assert opened.validate().passed
     assert opened.result is not None
@@ -80,8 +80,8 @@ def test_every_format_takes_other_lengths_left_out_inputs_and_nested_outputs(sho
         program(torch.ones(1, 13, dtype=torch.long), padding=torch.zeros(1, 13, dtype=torch.bool))
 
 
-def test_a_decision_on_a_declared_size_is_refused_with_the_line_and_the_condition(shop: Open) -> None:
-    opened = words(shop, body="states = states * 2 if tokens.shape[1] > 4 else states")
+def test_a_decision_on_a_declared_size_is_refused_with_the_line_and_the_condition(stages: OpenStages) -> None:
+    opened = words(stages, body="states = states * 2 if tokens.shape[1] > 4 else states")
     with pytest.raises(
         JobError,
         match=r"keeps one side of a decision on sizes: at batch \d+, length [1-4] .*length > 4 \(plain.py:\d+",
@@ -89,14 +89,14 @@ def test_a_decision_on_a_declared_size_is_refused_with_the_line_and_the_conditio
         opened.export("pt2")
 
 
-def test_a_size_that_the_model_fixes_is_refused_with_the_line(shop: Open) -> None:
-    opened = words(shop, body="states = states + torch.ones(6, 4)")
+def test_a_size_that_the_model_fixes_is_refused_with_the_line(stages: OpenStages) -> None:
+    opened = words(stages, body="states = states + torch.ones(6, 4)")
     with pytest.raises(JobError, match=r"torch.export fixes length at 6.*plain.py:\d+.*take sizes from the inputs"):
         opened.export("pt2")
 
 
-def test_sizes_that_the_model_itself_does_not_take_are_to_be_declared(shop: Open) -> None:
-    opened = words(shop, max=None)
+def test_sizes_that_the_model_itself_does_not_take_are_to_be_declared(stages: OpenStages) -> None:
+    opened = words(stages, max=None)
     with pytest.raises(JobError, match=r"the model itself fails at batch \d+, length \d+.*plain.py:\d+.*declare"):
         opened.export("pt2")
 
@@ -109,14 +109,16 @@ def test_sizes_that_the_model_itself_does_not_take_are_to_be_declared(shop: Open
         ({"min": 7}, "got 7 to 12, and the data has 6"),
     ],
 )
-def test_a_declaration_that_the_data_contradicts_is_refused(shop: Open, length: dict[str, object], told: str) -> None:
-    opened = words(shop, **length)
+def test_a_declaration_that_the_data_contradicts_is_refused(
+    stages: OpenStages, length: dict[str, object], told: str
+) -> None:
+    opened = words(stages, **length)
     with pytest.raises(JobError, match=r"export.dynamic.length.*" + told):
         opened.export("torchscript")
 
 
-def test_a_declared_size_that_the_model_refuses_is_reported_as_not_asked(shop: Open) -> None:
-    opened = words(shop, 'assert tokens.shape[1] < 12, "too long for the table"')
+def test_a_declared_size_that_the_model_refuses_is_reported_as_not_asked(stages: OpenStages) -> None:
+    opened = words(stages, 'assert tokens.shape[1] < 12, "too long for the table"')
     opened.export("torchscript")
     result = opened.validate()
     (told,) = [verdict for verdict in result.verdicts if not verdict.ran]

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.exports.shop import Open, Shop
-from tests.projects import REPOSITORY
-from torchworker.contract import DynamicDim, Project, Reference
+from tests.support.capture_subject import subject
+from tests.support.projects import REPOSITORY
+from tests.support.worker_stages import OpenStages, WorkerStages
 from torchworker.exporters import executorch
-from torchworker.exporters.subject import Subject
 from torchworker.parity.reference import golden_sizes
 from torchworker.process.failure import UserMistake
 from torchworker.runtimes import load as runtimes
@@ -52,36 +51,9 @@ IMAGES = """
 HEIGHT = {"height": {"axes": {"picture": 2}, "min": 3, "max": 24}}
 
 
-def images(shop: Open, **export: Any) -> Shop:
+def images(stages: OpenStages, **export: Any) -> WorkerStages:
     asked = {"formats": ["executorch"], "batch": 8, "max_batch": 20, "dynamic": HEIGHT, **export}
-    return shop(IMAGES, export=asked, gates={"accuracy": {"min": 0.0}})
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Conv2d(3, 4, 3, padding=1)
-
-    def forward(self, picture: Tensor) -> Tensor:
-        return self.features(picture).relu().mean((2, 3))
-
-
-def subject(*, batch: int | None = 20, height: int | None = 24) -> Subject:
-    """Net, with batches of 1 to `batch` and pictures 3 to `height` high."""
-    torch.manual_seed(0)
-    nothing = Reference(target="a:b", where="model.factory")
-    return Subject(
-        model=Net().eval().requires_grad_(False),
-        inputs={"picture": torch.randn(8, 3, 9, 8)},
-        outputs=["output"],
-        dims=[
-            DynamicDim(name="batch", min=1, max=batch, axes={"picture": (0,)}),
-            DynamicDim(name="height", min=3, max=height, axes={"picture": (2,)}),
-        ],
-        project=Project(
-            name="plain", folder="/nowhere", model=nothing, data=nothing, collate=None, loss="mse_loss", metrics=[]
-        ),
-    )
+    return stages(IMAGES, export=asked, gates={"accuracy": {"min": 0.0}})
 
 
 LOWER = """
@@ -91,7 +63,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
-from tests.exports.test_executorch import subject
+from tests.support.capture_subject import subject
 from torchworker.exporters import executorch
 from torchworker.exporters.program import capture, ranges
 with torch.no_grad():
@@ -128,8 +100,8 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     return Lowered(path, *said.splitlines()[-4:])
 
 
-def test_a_program_is_proven_up_to_the_largest_size_of_every_dimension(shop: Open) -> None:
-    opened = images(shop)
+def test_a_program_is_proven_up_to_the_largest_size_of_every_dimension(stages: OpenStages) -> None:
+    opened = images(stages)
     made = opened.export("executorch")["executorch"]
     assert made.file == "model.pte" and made.method == "torch.export, non-strict → ExecuTorch, XNNPACK"
 
@@ -140,8 +112,8 @@ def test_a_program_is_proven_up_to_the_largest_size_of_every_dimension(shop: Ope
     assert {dim.name: (dim.min, dim.max) for dim in opened.result.dims} == {"batch": (1, 20), "height": (3, 24)}
 
 
-def test_a_program_with_one_weight_that_is_slightly_off_is_refused(shop: Open) -> None:
-    opened = images(shop)
+def test_a_program_with_one_weight_that_is_slightly_off_is_refused(stages: OpenStages) -> None:
+    opened = images(stages)
     opened.export("executorch")
     path = opened.folder / "export" / "model.pte"
     bias = load_file(opened.folder / "train" / "weights.safetensors")["classify.bias"]
@@ -202,8 +174,8 @@ def test_a_file_with_memory_for_less_than_is_declared_is_refused(lowered: Lowere
     )
 
 
-def test_a_dimension_without_a_largest_size_is_refused_with_its_key(shop: Open, tmp_path: Path) -> None:
-    opened = shop(IMAGES)
+def test_a_dimension_without_a_largest_size_is_refused_with_its_key(stages: OpenStages, tmp_path: Path) -> None:
+    opened = stages(IMAGES)
     with pytest.raises(JobError, match=r"export.max_batch: expected the largest size that users will send"):
         opened.export("executorch")
     with pytest.raises(UserMistake, match=r"export.dynamic.height.max: expected the largest size"):

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.exports.shop import FORMATS, ONE, Open
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import FORMATS, ONE, OpenStages
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.gates import verdict_table
 
 
-def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(shop: Open) -> None:
-    opened = shop(gates={"accuracy": {"min": 0.0}})
+def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(stages: OpenStages) -> None:
+    opened = stages(gates={"accuracy": {"min": 0.0}})
     opened.export(*FORMATS)
     result = opened.validate()
 
@@ -42,8 +42,8 @@ def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larg
     assert len({values["accuracy"] for values in result.metrics.values()}) == 1
 
 
-def test_onnx_is_one_file_with_named_inputs_outputs_and_a_dynamic_batch(shop: Open) -> None:
-    opened = shop("""
+def test_onnx_is_one_file_with_named_inputs_outputs_and_a_dynamic_batch(stages: OpenStages) -> None:
+    opened = stages("""
         class Named(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -65,8 +65,8 @@ def test_onnx_is_one_file_with_named_inputs_outputs_and_a_dynamic_batch(shop: Op
     assert opened.validate().passed
 
 
-def test_an_artifact_with_other_weights_fails_parity_in_every_case(shop: Open) -> None:
-    opened = shop()
+def test_an_artifact_with_other_weights_fails_parity_in_every_case(stages: OpenStages) -> None:
+    opened = stages()
     opened.export("torchscript")
     path = opened.folder / "export" / "model.torchscript"
     program = torch.jit.load(str(path))
@@ -80,8 +80,8 @@ def test_an_artifact_with_other_weights_fails_parity_in_every_case(shop: Open) -
     assert not result.passed
 
 
-def test_torchscript_is_run_without_python_and_held_to_the_same_rule(shop: Open, runner: Path) -> None:
-    opened = shop()
+def test_torchscript_is_run_without_python_and_held_to_the_same_rule(stages: OpenStages, runner: Path) -> None:
+    opened = stages()
     opened.export("torchscript", "onnx")
     result = opened.validate("required", str(runner))
     assert result.passed
@@ -98,8 +98,8 @@ def test_torchscript_is_run_without_python_and_held_to_the_same_rule(shop: Open,
     assert set(failed) == {"torchscript", "torchscript in C++", "onnx"}
 
 
-def test_a_check_that_this_machine_cannot_run_is_not_passed(shop: Open) -> None:
-    opened = shop()
+def test_a_check_that_this_machine_cannot_run_is_not_passed(stages: OpenStages) -> None:
+    opened = stages()
     opened.export("torchscript")
     possible = opened.validate("when_possible", no_runner="no cmake on this machine")
     (verdict,) = [verdict for verdict in possible.verdicts if not verdict.passed]
@@ -112,8 +112,8 @@ def test_a_check_that_this_machine_cannot_run_is_not_passed(shop: Open) -> None:
     assert not opened.validate("required", no_runner="no cmake on this machine").passed
 
 
-def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(shop: Open) -> None:
-    opened = shop()
+def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(stages: OpenStages) -> None:
+    opened = stages()
     opened.export("onnx", "torchscript")
     (opened.folder / "export" / "model.onnx").write_bytes(b"not a model")
     result = opened.validate()
@@ -122,8 +122,8 @@ def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(shop: Op
     assert [(verdict.format, verdict.case, verdict.measured) for verdict in failed] == [("onnx", "load", None)]
 
 
-def test_a_gate_that_fails_says_what_was_measured_and_the_limit(shop: Open) -> None:
-    opened = shop(gates={"accuracy": {"min": 0.999}})
+def test_a_gate_that_fails_says_what_was_measured_and_the_limit(stages: OpenStages) -> None:
+    opened = stages(gates={"accuracy": {"min": 0.999}})
     opened.export("onnx")
     result = opened.validate()
 
@@ -146,8 +146,8 @@ BRANCH = """
 """
 
 
-def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_the_line(shop: Open) -> None:
-    opened = shop(BRANCH.format(tail=""))
+def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_the_line(stages: OpenStages) -> None:
+    opened = stages(BRANCH.format(tail=""))
     assert opened.export("torchscript")["torchscript"].method == "torch.jit.script"
     assert opened.validate().passed
 
@@ -157,8 +157,8 @@ def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_t
         opened.export("onnx")
 
 
-def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(shop: Open) -> None:
-    opened = shop(BRANCH.format(tail=""), export={"formats": "auto"})
+def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(stages: OpenStages) -> None:
+    opened = stages(BRANCH.format(tail=""), export={"formats": "auto"})
     assert set(opened.export(*opened.job.export.wanted)) == {"torchscript"}
     assert opened.result is not None
     assert set(opened.result.left_out) == {"onnx", "pt2", "aoti"}
@@ -167,15 +167,15 @@ def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(shop: Open) 
     assert opened.validate().passed
 
 
-def test_auto_with_nothing_that_fits_fails_with_every_reason(shop: Open) -> None:
-    opened = shop(BRANCH.format(tail=" + float(x.numpy().size) * 0"), export={"formats": "auto"})
+def test_auto_with_nothing_that_fits_fails_with_every_reason(stages: OpenStages) -> None:
+    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), export={"formats": "auto"})
     with pytest.raises(JobError, match=r"(?s)TorchScript cannot capture.*torch.export cannot capture"):
         opened.export("torchscript", "pt2")
 
 
-def test_a_trace_that_would_bake_in_a_branch_is_refused(shop: Open) -> None:
+def test_a_trace_that_would_bake_in_a_branch_is_refused(stages: OpenStages) -> None:
     # A numpy round trip cannot be scripted, so only tracing is left, and the branch would be frozen.
-    opened = shop(BRANCH.format(tail=" + float(x.numpy().size) * 0"))
+    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"))
     with pytest.raises(JobError, match=r"trace: it would bake in a decision made on the example data \(plain.py:\d+\)"):
         opened.export("torchscript")
 
@@ -185,20 +185,20 @@ def model(body: str) -> str:
     return head + textwrap.indent(textwrap.dedent(body), "        ") + "\ndef build_model():\n    return M(4, 3)\n"
 
 
-def test_randomness_in_forward_is_refused(shop: Open) -> None:
-    opened = shop(model("return super().forward(x + torch.rand_like(x))"))
+def test_randomness_in_forward_is_refused(stages: OpenStages) -> None:
+    opened = stages(model("return super().forward(x + torch.rand_like(x))"))
     with pytest.raises(JobError, match="differs between two calls"):
         opened.export()
 
 
-def test_an_input_changed_in_place_is_refused(shop: Open) -> None:
-    opened = shop(model("return super().forward(x.mul_(1.5) if not self.training else x)"))
+def test_an_input_changed_in_place_is_refused(stages: OpenStages) -> None:
+    opened = stages(model("return super().forward(x.mul_(1.5) if not self.training else x)"))
     with pytest.raises(JobError, match=r"differs between two calls|changes its input 'x' in place"):
         opened.export()
 
 
-def test_state_kept_between_calls_is_refused(shop: Open) -> None:
-    opened = shop("""
+def test_state_kept_between_calls_is_refused(stages: OpenStages) -> None:
+    opened = stages("""
         class M(nn.Linear):
             def __init__(self):
                 super().__init__(4, 3)
@@ -213,8 +213,8 @@ def test_state_kept_between_calls_is_refused(shop: Open) -> None:
         opened.export()
 
 
-def test_a_model_that_fixes_float32_inside_is_compared_with_eager_and_says_so(shop: Open) -> None:
-    opened = shop(model("return super().forward(x.float()) if self.weight.dtype == torch.float32 else x.half()"))
+def test_a_model_that_fixes_float32_inside_is_compared_with_eager_and_says_so(stages: OpenStages) -> None:
+    opened = stages(model("return super().forward(x.float()) if self.weight.dtype == torch.float32 else x.half()"))
     opened.export("onnx")
     result = opened.validate()
 
@@ -266,16 +266,16 @@ UNSAVED = {
 
 
 @pytest.mark.parametrize("hidden", UNSAVED)
-def test_a_model_that_its_weights_do_not_bring_back_is_refused(shop: Open, hidden: str) -> None:
-    opened = shop(UNSAVED[hidden])
+def test_a_model_that_its_weights_do_not_bring_back_is_refused(stages: OpenStages, hidden: str) -> None:
+    opened = stages(UNSAVED[hidden])
     with pytest.raises(
         JobError, match="rebuilt from its weights, the model gives other outputs than when it was trained"
     ):
         opened.export("torchscript")
 
 
-def test_weights_that_no_longer_fit_the_code_are_refused_with_the_way_out(shop: Open) -> None:
-    opened = shop()
+def test_weights_that_no_longer_fit_the_code_are_refused_with_the_way_out(stages: OpenStages) -> None:
+    opened = stages()
     code = opened.job_file.with_name("plain.py")
     code.write_text(code.read_text().replace("def build_model(width=8)", "def build_model(width=9)"))
     with pytest.raises(
@@ -284,8 +284,8 @@ def test_weights_that_no_longer_fit_the_code_are_refused_with_the_way_out(shop: 
         opened.export("torchscript")
 
 
-def test_a_decision_that_capture_hides_is_caught_on_samples_it_did_not_see(shop: Open) -> None:
-    opened = shop(model("""
+def test_a_decision_that_capture_hides_is_caught_on_samples_it_did_not_see(stages: OpenStages) -> None:
+    opened = stages(model("""
         import numpy
         # 1.2 is above what is in the batch of capture.
         sign = float((numpy.from_dlpack(x.detach())[:, 0] > 1.2).any())
@@ -299,8 +299,8 @@ def test_a_decision_that_capture_hides_is_caught_on_samples_it_did_not_see(shop:
     assert not result.passed
 
 
-def test_user_code_with_threads_is_exported_in_new_interpreters(shop: Open) -> None:
-    opened = shop("""
+def test_user_code_with_threads_is_exported_in_new_interpreters(stages: OpenStages) -> None:
+    opened = stages("""
         import threading, time
         def chatter():
             while True:
@@ -312,7 +312,7 @@ def test_user_code_with_threads_is_exported_in_new_interpreters(shop: Open) -> N
     assert opened.validate().passed
 
 
-def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(shop: Open) -> None:
+def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(stages: OpenStages) -> None:
     extra = """
         original = build_dataset
         def build_dataset(split):
@@ -326,14 +326,14 @@ def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(sh
     job = {"train": {**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]}}
     accuracies = []
     for column in ("", ", nn.Flatten(0)"):
-        opened = shop(extra.replace("COLUMN", column), **job)
+        opened = stages(extra.replace("COLUMN", column), **job)
         opened.export("torchscript")
         accuracies.append(opened.validate().metrics["torchscript"]["accuracy"])
     assert accuracies[0] == accuracies[1] > 0.5
 
 
-def test_a_project_folder_that_holds_the_python_environment_is_validated(shop: Open) -> None:
-    opened = shop()
+def test_a_project_folder_that_holds_the_python_environment_is_validated(stages: OpenStages) -> None:
+    opened = stages()
     opened.export(*FORMATS)
     opened.project_folder = Path(sys.prefix).parent
     assert opened.validate().passed
@@ -345,7 +345,7 @@ def test_the_clean_room_cannot_import_user_code_by_name_or_from_its_folder(tmp_p
     script = (
         "import sys\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from torchworker.stages.validate import forbid_user_code\n"
+        "from torchworker.parity.clean_room import forbid_user_code\n"
         f"forbid_user_code(['plain'], {str(tmp_path)!r})\n"
         "for name in ('plain', 'helper'):\n"
         "    try:\n"

@@ -19,8 +19,8 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.exports.shop import Shop
-from tests.projects import write_project
+from tests.support.projects import write_project
+from tests.support.worker_stages import WorkerStages
 from torchworker.contract import (
     FORMAT_FILES,
     GOLDEN,
@@ -73,7 +73,7 @@ LOOSE = {"sqnr_db": 20, "agreement": 0.95, "flip_margin": 1.0, "speedup": 0.001}
 
 
 @pytest.fixture(scope="module")
-def made(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def made(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> WorkerStages:
     """The float ONNX artifact and both variants of it."""
     folder = tmp_path_factory.mktemp("int8")
     job = write_project(
@@ -83,28 +83,28 @@ def made(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> Shop:
         export={"formats": ["onnx"], "quantize": LOOSE},
         gates={"accuracy": {"min": 0.9}},
     )
-    shop = Shop(host, job, folder / "run")
-    shop.train()
-    shop.export("onnx")
-    return shop
+    stages = WorkerStages(host, job, folder / "run")
+    stages.train()
+    stages.export("onnx")
+    return stages
 
 
-def limited(shop: Shop, **limits: Any) -> Shop:
+def limited(stages: WorkerStages, **limits: Any) -> WorkerStages:
     """The same artifacts under a job file with other limits; the export folder is a copy, to be spoiled."""
     document = {**LOOSE, **limits}
     job = write_project(
-        shop.folder.parent / f"project-{len(list(shop.folder.parent.iterdir()))}",
+        stages.folder.parent / f"project-{len(list(stages.folder.parent.iterdir()))}",
         code=CODE,
         export={"formats": ["onnx"], "quantize": document},
         gates={"accuracy": {"min": 0.9}},
     )
-    other = Shop(shop.host, job, shop.folder.parent / f"run-{job.parent.name}")
-    shutil.copytree(shop.folder / "export", other.folder / "export", dirs_exist_ok=True)
-    other.result = shop.result
+    other = WorkerStages(stages.host, job, stages.folder.parent / f"run-{job.parent.name}")
+    shutil.copytree(stages.folder / "export", other.folder / "export", dirs_exist_ok=True)
+    other.result = stages.result
     return other
 
 
-def test_variants_that_hold_what_they_promise_are_kept_beside_the_float_artifact(made: Shop) -> None:
+def test_variants_that_hold_what_they_promise_are_kept_beside_the_float_artifact(made: WorkerStages) -> None:
     assert made.result is not None and set(made.result.artifacts) == {"onnx", DYNAMIC, STATIC}
     assert "calibrated on 256 training samples" in made.result.artifacts[STATIC].method
     sizes = {kind: (made.folder / "export" / item.file).stat().st_size for kind, item in made.result.artifacts.items()}
@@ -122,7 +122,7 @@ def test_variants_that_hold_what_they_promise_are_kept_beside_the_float_artifact
         assert all(verdict.passed for verdict in mine)
 
 
-def test_ranges_come_from_training_data_and_not_from_validation(made: Shop) -> None:
+def test_ranges_come_from_training_data_and_not_from_validation(made: WorkerStages) -> None:
     validation = load_file(made.folder / "export" / VALIDATION)["input.input"]
     assert float(validation.max()) <= 0.7
     graph = onnx.load(made.folder / "export" / INT8_FILES[STATIC]).graph
@@ -140,7 +140,7 @@ def test_ranges_come_from_training_data_and_not_from_validation(made: Shop) -> N
     ],
 )
 def test_a_variant_outside_its_limits_is_dropped_and_the_float_artifact_stays(
-    made: Shop, limits: dict[str, float], reason: str
+    made: WorkerStages, limits: dict[str, float], reason: str
 ) -> None:
     other = limited(made, **limits)
     result = other.validate()
@@ -150,7 +150,7 @@ def test_a_variant_outside_its_limits_is_dropped_and_the_float_artifact_stays(
         assert re.search(reason, result.int8[kind].reason)
 
 
-def test_a_variant_calibrated_on_the_wrong_data_loses_accuracy_and_is_dropped(made: Shop) -> None:
+def test_a_variant_calibrated_on_the_wrong_data_loses_accuracy_and_is_dropped(made: WorkerStages) -> None:
     other = limited(made)
     export = other.folder / "export"
     wrong = [{"input": torch.full((8, 1, 8, 8), 0.01)}]
@@ -164,7 +164,7 @@ def test_a_variant_calibrated_on_the_wrong_data_loses_accuracy_and_is_dropped(ma
     assert STATIC not in result.metrics
 
 
-def test_a_variant_that_cannot_be_loaded_or_gives_other_shapes_is_dropped(made: Shop) -> None:
+def test_a_variant_that_cannot_be_loaded_or_gives_other_shapes_is_dropped(made: WorkerStages) -> None:
     other = limited(made)
     (other.folder / "export" / INT8_FILES[STATIC]).write_bytes(b"no model")
     # A sound file of another model: it gives three outputs a sample less.
@@ -177,7 +177,7 @@ def test_a_variant_that_cannot_be_loaded_or_gives_other_shapes_is_dropped(made: 
     assert result.int8[DYNAMIC].reason
 
 
-def test_a_variant_that_is_not_faster_is_dropped_by_measurement_and_never_recommended(made: Shop) -> None:
+def test_a_variant_that_is_not_faster_is_dropped_by_measurement_and_never_recommended(made: WorkerStages) -> None:
     assert made.result is not None
     export = made.folder / "export"
     timed = [
@@ -203,13 +203,13 @@ def test_what_cannot_be_quantized_is_left_out_with_the_reason(host: WorkerHost, 
         train={"epochs": 1, "processes": 1, "batch_size": 32},
         export={"formats": ["onnx"], "quantize": {"formats": [STATIC], **LOOSE}},
     )
-    shop = Shop(host, job, tmp_path / "run")
-    shop.train()
+    stages = WorkerStages(host, job, tmp_path / "run")
+    stages.train()
     # There is no writing to it.
     (tmp_path / "run" / "export" / INT8_FILES[STATIC]).mkdir()
-    shop.export("onnx")
-    assert shop.result is not None and "onnx" in shop.result.artifacts
-    assert STATIC in shop.result.left_out and shop.validate().passed
+    stages.export("onnx")
+    assert stages.result is not None and "onnx" in stages.result.artifacts
+    assert STATIC in stages.result.left_out and stages.validate().passed
 
 
 def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(host: WorkerHost, tmp_path: Path) -> None:
@@ -218,12 +218,12 @@ def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(host: W
         train={"epochs": 1, "processes": 1, "batch_size": 32},
         export={"formats": ["pt2"], "quantize": {"formats": ["pt2e-int8"], **LOOSE}},
     )
-    shop = Shop(host, job, tmp_path / "run")
-    shop.train()
-    artifacts = shop.export("pt2")
-    assert shop.result is not None and shop.result.left_out == {}
+    stages = WorkerStages(host, job, tmp_path / "run")
+    stages.train()
+    artifacts = stages.export("pt2")
+    assert stages.result is not None and stages.result.left_out == {}
     assert "torchao PT2E" in artifacts["pt2e-int8"].method
-    found = shop.validate().int8["pt2e-int8"]
+    found = stages.validate().int8["pt2e-int8"]
     # Loaded by torch alone, at every batch size.
     assert found.sqnr_db > 20
 
@@ -243,7 +243,7 @@ def test_without_torchao_the_variant_says_what_to_install(monkeypatch: pytest.Mo
         int8.pt2e(subject, tmp_path / "model", [])
 
 
-def test_quantizing_leaves_what_its_process_logs_as_it_was(made: Shop, tmp_path: Path) -> None:
+def test_quantizing_leaves_what_its_process_logs_as_it_was(made: WorkerStages, tmp_path: Path) -> None:
     levels = [logging.getLogger(name).getEffectiveLevel() for name in ("", "train_and_ship.infra.small_files")]
     int8.onnx_dynamic(made.folder / "export" / FORMAT_FILES["onnx"], tmp_path / "int8.onnx")
     assert [logging.getLogger(name).getEffectiveLevel() for name in ("", "train_and_ship.infra.small_files")] == levels

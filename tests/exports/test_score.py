@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.exports.shop import Open
+from tests.support.worker_stages import OpenStages
 from torchworker.contract import RESULT, Reply, ScoreRequest, ScoreResult, TrainResult, decode
 from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.tasks.requests import fixed_gates
@@ -39,9 +39,9 @@ TAGGER = """
 """
 
 
-def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(shop: Open, host: WorkerHost) -> None:
+def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(stages: OpenStages, host: WorkerHost) -> None:
     metric = {"factory": "plain:share_right", "better": "higher"}
-    opened = shop(
+    opened = stages(
         TAGGER,
         train={
             "epochs": 6,

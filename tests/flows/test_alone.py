@@ -12,11 +12,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from tests.flows.api import Api
-from tests.flows.reports import reports_in_prefect
-from tests.flows.test_resume import SLOW
-from tests.machine import eventually
-from tests.projects import REPOSITORY, write_project
+from tests.support.flow_runs import reports_in_prefect
+from tests.support.prefect_api import Api
+from tests.support.processes import eventually
+from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.decisions import FAILED, PROMOTED, WAITING, read_decisions

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.conftest import Command
-from tests.flows.api import Api
-from tests.flows.reports import report_in_mlflow, reports_in_prefect
-from tests.projects import write_project
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
+from tests.support.prefect_api import Api
+from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.pointer import read_pointer

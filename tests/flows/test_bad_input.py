@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command, free_ports
-from tests.flows.live import orphans
-from tests.machine import Ended
-from tests.projects import write_project
-from tests.services.fault_proxy import FaultProxy, Rule, StripHeaders
+from tests.support.fault_proxy import FaultProxy, Rule, StripHeaders
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import refused
+from tests.support.ports import free_ports
+from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
 
@@ -19,15 +19,6 @@ from train_and_ship.infra.settings import LOOPBACK, Settings
 def job(tmp_path: Path) -> str:
     train = {"epochs": 1, "processes": 1, "batch_size": 32}
     return str(write_project(tmp_path, name="mistaken", train=train, export={"formats": ["torchscript"]}))
-
-
-def refused(ended: Ended, store: ObjectStore, *words: str) -> None:
-    for word in words:
-        assert word in ended.errors, ended.text
-    assert ended.status in (1, 2)
-    assert "Traceback" not in ended.text
-    assert store.list_keys("models/mistaken/") == {}
-    assert orphans() == []
 
 
 def nowhere() -> str:

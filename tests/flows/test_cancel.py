@@ -8,11 +8,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import Command
-from tests.flows.live import live
-from tests.flows.test_resume import SLOW
-from tests.page_check import checked
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.html_pages import checked
+from tests.support.projects import SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 

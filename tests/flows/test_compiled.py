@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.conftest import Command
-from tests.projects import write_project
+from tests.support.fixture_types import Command
+from tests.support.projects import write_project
 from torchworker.runtimes import cpp_runner as cpp_runtime
 from torchworker.stages import cpp as cpp_build
 from train_and_ship.infra.objectstore import ObjectStore

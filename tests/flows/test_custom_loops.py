@@ -10,10 +10,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.conftest import Command
-from tests.flows.test_bad_input import refused
-from tests.flows.test_train_and_ship import flow_run_of, read_run
-from tests.projects import REPOSITORY, write_project
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import flow_run_of, read_run, refused
+from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.pointer import read_pointer

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import Command
-from tests.flows.live import live
-from tests.flows.test_retrain import POOR, Project
-from tests.flows.test_train_and_ship import read_run
-from tests.page_check import checked
-from tests.projects import CODE, write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import read_run
+from tests.support.html_pages import checked
+from tests.support.projects import CODE, write_project
+from tests.support.retraining import POOR, Project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.decisions import FAILED

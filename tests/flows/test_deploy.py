@@ -10,9 +10,9 @@ from zoneinfo import ZoneInfo
 
 import httpx
 
-from tests.conftest import Command
-from tests.flows.live import live
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 

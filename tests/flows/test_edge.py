@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command
-from tests.projects import write_project
+from tests.support.fixture_types import Command
+from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import read_manifest
 from train_and_ship.registry.channels.pointer import read_pointer

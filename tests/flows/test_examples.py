@@ -11,8 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import Command
-from tests.projects import REPOSITORY
+from tests.support.fixture_types import Command
+from tests.support.projects import REPOSITORY
 from torchworker.runtimes import load as runtimes
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release

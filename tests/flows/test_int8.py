@@ -9,9 +9,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from tests.conftest import Command
-from tests.flows.live import live
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release

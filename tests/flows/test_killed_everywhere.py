@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command
-from tests.flows.test_resume import SLOW
-from tests.page_check import checked
-from tests.projects import REPOSITORY, write_project
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import STAGES
+from tests.support.html_pages import checked
+from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import MANIFEST
 from train_and_ship.infra.settings import Settings
@@ -25,8 +25,6 @@ from train_and_ship.registry.bucket.releases import read_manifest
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.tracking.connection import connect
 
-STAGES = ("train", "export", "validate", "release", "rehearse")
-"""Folders of a run, in order."""
 MIDDLE = {stage: "checkpoints/step-????????" if stage == "train" else f"{stage}.work/*" for stage in STAGES}
 END = {stage: f"{stage}/{MANIFEST}" for stage in STAGES}
 EVERYWHERE = [moment for stage in STAGES for moment in (MIDDLE[stage], END[stage])]

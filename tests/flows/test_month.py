@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.month.history import mismatches, tell
-from tests.month.month import Month
-from tests.month.nights import nights
-from tests.month.picture import picture, rows_of, table
+from tests.support.month.history import mismatches, tell
+from tests.support.month.month import Month
+from tests.support.month.nights import nights
+from tests.support.month.picture import picture, rows_of, table
 from train_and_ship.infra.settings import Settings
 
 SOME = (1, 2, 6, 16, 26)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command
-from tests.flows.api import Api
-from tests.flows.reports import report_in_mlflow, reports_in_prefect
-from tests.machine import eventually
-from tests.page_check import checked
-from tests.projects import write_project
-from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.services.releases import move
-from tests.services.runnable import runnable
+from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
+from tests.support.html_pages import checked
+from tests.support.prefect_api import Api
+from tests.support.processes import eventually
+from tests.support.projects import write_project
+from tests.support.releases import move
+from tests.support.runnable_releases import runnable
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import reports_prefix
@@ -125,7 +125,7 @@ def test_an_approval_is_for_what_was_live_when_it_was_asked(
 def test_a_flow_moves_the_channel_while_mlflow_is_down(
     releases: list[Manifest], store: ObjectStore, stack: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.services.releases import NOWHERE
+    from tests.support.releases import NOWHERE
     from train_and_ship.flows.promote import promote
 
     first, second = releases

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_ports, stack_environment
-from tests.flows.api import Api
-from tests.flows.test_killed_everywhere import STAGES
-from tests.flows.test_resume import SLOW
-from tests.machine import eventually, kill, processes_of, run_command
-from tests.projects import write_project
+from tests.support.flow_runs import STAGES
+from tests.support.local_stack import stack_environment
+from tests.support.ports import free_ports
+from tests.support.prefect_api import Api
+from tests.support.processes import eventually, kill, processes_of, run_command
+from tests.support.projects import SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.rundir import MANIFEST
@@ -43,7 +43,7 @@ def lose(settings: Settings, component: str) -> None:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     """A stack of its own, which can lose power."""
-    for name, value in stack_environment(tmp_path / "home", free_ports(3)).items():
+    for name, value in stack_environment(tmp_path / "home").items():
         monkeypatch.setenv(name, value)
     # A listener of the local S3 server that has a port of its own.
     monkeypatch.setenv("IOT_MTLS_PORT", str(free_ports(1)[0]))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Command
-from tests.projects import write_project
-from tests.services.test_signing import key_pair
+from tests.support.fixture_types import Command
+from tests.support.projects import write_project
+from tests.support.signing_keys import key_pair
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature

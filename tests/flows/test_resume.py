@@ -10,24 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from tests.conftest import Command
-from tests.flows.live import live, orphans
-from tests.projects import REPOSITORY, write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.processes import orphans
+from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-
-SLOW = """
-    import time
-    original = build_dataset
-    class Slow:
-        def __init__(self, inner): self.inner = inner
-        def __len__(self): return len(self.inner)
-        def __getitem__(self, index):
-            time.sleep(0.02)
-            return self.inner[index]
-    def build_dataset(split):
-        return Slow(original(split))
-"""
 
 ASKS_A_FILE = """
     import os

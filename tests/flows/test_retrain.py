@@ -11,50 +11,23 @@ from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
-from prefect.client.schemas.objects import State
 
-from tests.conftest import Command
-from tests.flows.api import Api
-from tests.flows.test_train_and_ship import read_run
-from tests.page_check import checked
-from tests.projects import CODE, write_project
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import read_run
+from tests.support.html_pages import checked
+from tests.support.prefect_api import Api
+from tests.support.projects import CODE, write_project
+from tests.support.retraining import MODEL, POOR, Project
 from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import code_fingerprint
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED, Decision, read_decisions
-from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 from train_and_ship.registry.diff import read_told
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
-from train_and_ship.tasks.decide import Night
 
-POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
 GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}
-MODEL = "nightly"
-
-
-class Project:
-    """A model whose code and job change from night to night."""
-
-    def __init__(self, folder: Path, store: ObjectStore, model: str = MODEL) -> None:
-        self.folder, self.store, self.model = folder, store, model
-
-    def night(self, why: str = "", code: str = CODE, force: bool = False, **job: Any) -> State[Night]:
-        """Retrain in this process; the state in which the flow ended."""
-        job = {"export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}, **job}
-        path = write_project(self.folder, code, name=self.model, **job)
-        ended = asyncio.run(retrain(job=str(path), why=why, force=force, return_state=True))
-        return cast("State[Night]", ended)
-
-    @property
-    def live(self) -> Pointer:
-        pointer = read_pointer(self.store, self.model, "prod")
-        assert pointer is not None
-        return pointer
-
-    def decisions(self) -> list[Decision]:
-        return read_decisions(self.store, self.model, "prod", 100)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -13,16 +12,14 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from prefect import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import Artifact, FlowRun
 from safetensors.numpy import load_file
 
-from tests.conftest import Command
-from tests.flows.live import live, orphans
-from tests.machine import Ended
-from tests.page_check import checked
-from tests.projects import write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.flow_runs import flow_run_of, read_run
+from tests.support.html_pages import checked
+from tests.support.processes import Ended, orphans
+from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release, publish
@@ -41,22 +38,6 @@ def shipped(command: Command) -> Ended:
     ended = command("ship", "run", JOB)
     assert ended.status == 0, ended.text
     return ended
-
-
-def flow_run_of(ended: Ended) -> str:
-    found = re.search(r"flow-run/([0-9a-f-]{36})", ended.text)
-    assert found, ended.text
-    return found[1]
-
-
-def read_run(flow_run_id: str) -> tuple[FlowRun, list[Artifact]]:
-    async def read() -> tuple[FlowRun, list[Artifact]]:
-        async with get_client() as client:
-            run = await client.read_flow_run(flow_run_id)
-            chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
-            return run, await client.read_artifacts(artifact_filter=chosen)
-
-    return asyncio.run(read())
 
 
 def only_run(stack: Settings, model: str) -> Any:

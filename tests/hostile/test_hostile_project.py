@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import ExportRequest, TrainRequest
 from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.registry.job.load import load_job

@@ -9,7 +9,6 @@ Exits with 1 when anything is not as it had to be.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import sys
@@ -18,9 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.report import machine, write
-from tests.conftest import FOREIGN, free_ports, stack_environment
-from tests.machine import processes_of
-from tests.projects import REPOSITORY
+from tests.support.local_stack import enter_local_stack
+from tests.support.processes import processes_of
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra import stack
 from train_and_ship.infra.settings import Settings
 
@@ -35,9 +34,7 @@ def main() -> int:
     # So that the stack is stopped then, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="ship-month-"))
-    for variable in FOREIGN:
-        os.environ.pop(variable, None)
-    os.environ.update(stack_environment(folder / "home", free_ports(3)))
+    enter_local_stack(folder / "home")
     settings = Settings.load()
     try:
         try:
@@ -59,10 +56,10 @@ def main() -> int:
 
 def _month(settings: Settings, folder: Path, chosen: list[int] | None) -> list[str]:
     """Live through it; returns what was not as it had to be."""
-    from tests.month.history import mismatches, tell
-    from tests.month.month import Lived, Month
-    from tests.month.nights import nights
-    from tests.month.picture import picture, rows_of, table
+    from tests.support.month.history import mismatches, tell
+    from tests.support.month.month import Lived, Month
+    from tests.support.month.nights import nights
+    from tests.support.month.picture import picture, rows_of, table
 
     def report(lived: Lived) -> None:
         night, live = lived.night, lived.live.release[:8] if lived.live else "nothing"

@@ -3,132 +3,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from shipreader.reader import Reader
-from tests.machine import Ended
-from tests.services.fault_proxy import FaultProxy
-from tests.services.reading import MakeReader
-from tests.services.releases import CHANNEL, MODEL, move, published
-from tests.services.rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from tests.support.fault_proxy import FaultProxy
+from tests.support.fixture_types import Connect, MakeReader, Ship, Versioned
+from tests.support.ports import free_port
+from tests.support.processes import Ended
+from tests.support.releases import CHANNEL, MODEL, move, published
+from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.release.manifest import Manifest
-
-START_SECONDS = 60
-
-
-@dataclass
-class S3Server:
-    """A real S3 server (MiniStack) on loopback that keeps its data in a folder."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "BIND_HOST": "127.0.0.1",
-            "GATEWAY_PORT": str(self.port),
-            "SERVICES": "s3",
-            # It would also listen for MQTT and SFTP, on every interface, and look for Docker containers.
-            "IOT_MTLS_ENABLED": "0",
-            "SFTP_ENABLED": "0",
-            "DOCKER_HOST": f"unix://{self.folder / 'no-docker.sock'}",
-            "S3_PERSIST": "1",
-            "PERSIST_STATE": "1",
-            "S3_DATA_DIR": str(self.folder / "data"),
-            "STATE_DIR": str(self.folder / "state"),
-            "LOG_LEVEL": "WARNING",
-        }
-        log = self.folder / "log"
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ministack"],
-                env=environment,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        """SIGKILL to the server and whatever it started."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/_ministack/health", timeout=1).is_success
-        except httpx.HTTPError:
-            return False
-
-
-@dataclass
-class MlflowServer:
-    """A real MLflow server on loopback; what it knows survives its death."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        argv += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        argv += ["--artifacts-destination", str(self.folder / "artifacts")]
-        log = self.folder / "log"
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                argv,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        """SIGKILL to the server and whatever it started."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=1).is_success
-        except httpx.HTTPError:
-            return False
 
 
 @pytest.fixture(scope="session")
@@ -137,9 +31,6 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.start()
     yield server
     server.kill()
-
-
-Versioned = Callable[[str], str]
 
 
 @pytest.fixture
@@ -161,12 +52,6 @@ def versioned(mlflow_server: MlflowServer) -> Iterator[Versioned]:
 
     yield make
     client.delete_registered_model("digits")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -201,9 +86,6 @@ def each_store_url(request: pytest.FixtureRequest) -> str:
     """Addresses of both kinds of server. A module whose `store_url` is this one runs its tests against each."""
     server = request.getfixturevalue("s3_server" if request.param == "ministack" else "rgw_server")
     return str(server.url)
-
-
-Connect = Callable[..., ObjectStore]
 
 
 @pytest.fixture
@@ -243,9 +125,6 @@ def object_store(connect: Connect) -> ObjectStore:
 def bucket(object_store: ObjectStore) -> str:
     """The name of that bucket."""
     return object_store.bucket
-
-
-Ship = Callable[..., Ended]
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import Command
-from tests.flows.live import live
-from tests.flows.test_resume import SLOW
-from tests.machine import eventually
-from tests.projects import REPOSITORY, write_project
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.processes import eventually
+from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import Connect, S3Server
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     AnswerAfter,
     AtIndex,
@@ -36,7 +35,9 @@ from tests.services.fault_proxy import (
     Reply,
     Request,
 )
-from tests.services.promoter import PromoterHost, promote
+from tests.support.fixture_types import Connect
+from tests.support.promoter import PromoterHost, promote
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra import objectstore, s3
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore

@@ -13,9 +13,10 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Failed
 
-from tests.projects import write_project
-from tests.services.conftest import Connect, free_port
-from tests.services.releases import move, published
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
+from tests.support.projects import write_project
+from tests.support.releases import move, published
 from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore

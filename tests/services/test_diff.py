@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.services.conftest import S3Server, Ship
-from tests.services.releases import MODEL, damage, move, published
+from tests.support.fixture_types import Ship
+from tests.support.releases import MODEL, damage, move, published
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import publish

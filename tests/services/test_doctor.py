@@ -8,10 +8,10 @@ from pathlib import Path
 import boto3
 import pytest
 
-from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
-from tests.services.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, damage, key_of, move, published
-from tests.services.test_mirror import aliases
+from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
+from tests.support.fixture_types import Connect, Ship, Versioned
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, aliases, damage, key_of, move, published
+from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.history import read_history, record_key

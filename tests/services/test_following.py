@@ -19,17 +19,12 @@ from shipreader import bucket as reader_bucket
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
 from shipreader.records import Release
-from tests.services.conftest import Connect, S3Server, free_port
-from tests.services.fault_proxy import (
-    Answer,
-    CutReply,
-    DropReply,
-    DropRequest,
-    FaultProxy,
-    Rule,
-)
-from tests.services.reading import MakeReader, Other, content
-from tests.services.releases import MODEL, move, published
+from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, FaultProxy, OtherBytes, Rule
+from tests.support.fixture_types import Connect, MakeReader
+from tests.support.ports import free_port
+from tests.support.projects import REPOSITORY
+from tests.support.releases import MODEL, content, move, published
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
@@ -108,7 +103,7 @@ def test_a_bad_release_is_not_downloaded_again_at_every_look_but_the_next_move_i
 ) -> None:
     first, bad, good = (published(object_store, tmp_path / str(seed), seed) for seed in range(3))
     move(object_store, first)
-    proxy.add(Rule(Other(b"x" * 1003), "GET", f"{bad.release}/file3"))
+    proxy.add(Rule(OtherBytes(b"x" * 1003), "GET", f"{bad.release}/file3"))
     with make_reader(interval=0.2, jitter=0) as reader:
         move(object_store, bad)
         until(lambda: "SHA-256" in reader.status().problem)
@@ -236,7 +231,7 @@ def test_a_reader_killed_in_the_middle_leaves_the_last_good_release_and_no_rubbi
 
     proxy.add(Rule(DropRequest(), "GET", "/file1", before=kill, times=1))
     argv = [sys.executable, "-c", READER, object_store.bucket, str(tmp_path / "served")]
-    process.append(subprocess.Popen(argv, cwd=Path(__file__).parent.parent.parent, env=os.environ.copy()))
+    process.append(subprocess.Popen(argv, cwd=REPOSITORY, env=os.environ.copy()))
     started.set()
     assert process[0].wait(timeout=60) == -9
     assert (tmp_path / "served" / "current").resolve() == good.folder
@@ -251,7 +246,7 @@ def test_a_reader_killed_in_the_middle_leaves_the_last_good_release_and_no_rubbi
 def test_the_reader_installs_alone_and_its_command_follows_a_channel(
     object_store: ObjectStore, connect: Connect, store_url: str, tmp_path: Path
 ) -> None:
-    source = Path(__file__).parent.parent.parent / "shipreader"
+    source = REPOSITORY / "shipreader"
     # A copy: building in place leaves a build folder behind.
     shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("__pycache__"))
     target = tmp_path / "installed"

@@ -12,9 +12,10 @@ import boto3
 import pytest
 from mlflow import MlflowClient
 
-from tests.services.conftest import Connect, MlflowServer, S3Server, Ship, Versioned
-from tests.services.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
-from tests.services.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
+from tests.support.fault_proxy import DropRequest, FaultProxy, PassOn, Rule
+from tests.support.fixture_types import Connect, Ship, Versioned
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, make_release, move, published
+from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket import tombstones
@@ -412,7 +413,7 @@ def test_collectors_at_once_delete_everything_once(object_store: ObjectStore, ex
 def test_a_claim_whose_reply_was_lost_is_recognised(
     connect: Connect, object_store: ObjectStore, expired: list[Manifest], times: int
 ) -> None:
-    from tests.services.fault_proxy import DropReply
+    from tests.support.fault_proxy import DropReply
 
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         store = connect(object_store.bucket, proxy.url)

@@ -14,12 +14,12 @@ import pytest
 
 from shipreader.errors import Unavailable
 from shipreader.reader import Reader
-from tests.services.conftest import Connect
-from tests.services.foreign import tool_python
-from tests.services.onnx_releases import onnx_release
-from tests.services.releases import CHANNEL, MODEL, make_release, move, published
-from tests.services.rgw import RgwServer
-from tests.services.test_signing import key_pair
+from tests.support.ceph_rgw import RgwServer
+from tests.support.fixture_types import Connect
+from tests.support.onnx_releases import onnx_release
+from tests.support.releases import CHANNEL, MODEL, make_release, move, published
+from tests.support.signing_keys import key_pair
+from tests.support.tool_environments import tool_python
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client

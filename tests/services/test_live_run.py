@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -19,15 +18,14 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.services.conftest import MlflowServer, free_port
+from tests.support.live_runs import EPOCHS, live_run, run_record
+from tests.support.ports import free_port
+from tests.support.stack_servers import MlflowServer
 from train_and_ship.registry.tracking import runs as mlflow_runs
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.curves import file_points
-from train_and_ship.registry.tracking.live_run import LiveRun
-from train_and_ship.registry.tracking.runs import RunRecord
 from train_and_ship.registry.tracking.versions import VersionRecord
 
-EPOCHS = 6
 KEYS = ("train_loss", "validation_accuracy", "steps/loss", "ranks/step_seconds_1")
 numbers = itertools.count()
 
@@ -80,25 +78,6 @@ class Training:
     def finish(self) -> None:
         while len(self.history) < EPOCHS:
             self.epoch()
-
-
-def run_record(flow_run: str, **changes: Any) -> RunRecord:
-    base = RunRecord(
-        model="watched",
-        run_name="r",
-        params={"epochs": EPOCHS},
-        tags={"flow_run_id": flow_run, "git_commit": "3f9a1c2"},
-        note="In progress",
-        started=1_700_000_000.0,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def live_run(flow_run: str, url: str, warned: list[str] | None = None, **changes: Any) -> LiveRun:
-    warn = (warned if warned is not None else []).append
-    live = LiveRun(run_record(flow_run, **changes), url, warn, send_seconds=0.2)
-    live.start()
-    return live
 
 
 def register(flow_run: str, training: Training, url: str, folder: Path, complete: bool) -> str:
@@ -315,7 +294,7 @@ def test_a_retry_with_other_params_is_another_run(mlflow_server: MlflowServer, f
 
 def test_a_run_whose_process_was_killed_is_ended_by_the_next_one(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from registry import mlflow_runs; from tests.services.test_live_run import run_record;"
+        "import sys, time; from registry import mlflow_runs; from tests.support.live_runs import run_record;"
         "mlflow_runs.open_run(run_record('doomed'), sys.argv[1]); print('open', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, mlflow_server.url], stdout=subprocess.PIPE)
@@ -337,7 +316,7 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next_one(mlflow_server: 
 
 def test_a_process_that_leaves_ends_its_run(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     code = (
-        "import sys; from tests.services.test_live_run import live_run;"
+        "import sys; from tests.support.live_runs import live_run;"
         "live = live_run('leaving', sys.argv[1]); live._sender.join(8); sys.exit(3)"
     )
     ended = subprocess.run([sys.executable, "-c", code, mlflow_server.url])

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.projects import REPOSITORY
-from tests.services.conftest import Connect
-from tests.services.rgw import RgwServer
+from tests.support.ceph_rgw import RgwServer
+from tests.support.fixture_types import Connect
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.objectstore import IN_FLIGHT_BYTES
 
 LARGE_BYTES = 256_000_000

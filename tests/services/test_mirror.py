@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 from mlflow import MlflowClient
 
-from tests.services.conftest import MlflowServer, S3Server, Versioned
-from tests.services.fault_proxy import FaultProxy, PassOn, Rule
-from tests.services.releases import CHANNEL, MODEL, NOWHERE, move, rolled_back
+from tests.support.fault_proxy import FaultProxy, PassOn, Rule
+from tests.support.fixture_types import Versioned
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, aliases, move, rolled_back
+from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.channels.aliases import follow, mirror_all, mirror_channel
@@ -34,10 +35,6 @@ def abc(abc: list[Manifest], versioned: Versioned) -> list[Manifest]:
     for manifest in abc:
         versioned(manifest.release)
     return abc
-
-
-def aliases(mlflow: MlflowServer) -> dict[str, int]:
-    return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
 
 
 def test_the_aliases_follow_the_pointers(object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer) -> None:

@@ -21,7 +21,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from tests.services.conftest import MlflowServer, free_port
+from tests.support.ports import free_port
+from tests.support.stack_servers import MlflowServer
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.connection import check_reachable

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import S3Server, Ship
-from tests.services.releases import CHANNEL, MODEL, NOWHERE, key_of, move
-from tests.services.runnable import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
+from tests.support.fixture_types import Ship
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, key_of, move
+from tests.support.runnable_releases import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings

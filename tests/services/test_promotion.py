@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.services.conftest import Connect, S3Server, free_port
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     AnswerAfter,
     DropReply,
@@ -23,7 +22,10 @@ from tests.services.fault_proxy import (
     Reply,
     Rule,
 )
-from tests.services.releases import CHANNEL, MODEL, POINTER, ignore, move, published
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
+from tests.support.releases import CHANNEL, MODEL, POINTER, ignore, move, published
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import GateError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
@@ -34,7 +36,6 @@ from train_and_ship.registry.channels.swap import Accept
 from train_and_ship.registry.release.manifest import Manifest
 
 CONDITIONS = ("if-match", "if-none-match")
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")

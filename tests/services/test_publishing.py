@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import Connect
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     Damage,
     DropRequest,
@@ -25,7 +24,9 @@ from tests.services.fault_proxy import (
     Rule,
     StripHeaders,
 )
-from tests.services.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
+from tests.support.fixture_types import Connect
+from tests.support.projects import REPOSITORY
+from tests.support.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
 from train_and_ship.infra import objectstore
 from train_and_ship.infra.errors import ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import LOCAL_PART_BYTES, ObjectStore
@@ -34,8 +35,6 @@ from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.release.manifest import MANIFEST, build_manifest, verify_folder
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,9 @@ from shipreader import bucket as reader_bucket
 from shipreader.errors import ReaderError, Refused, Unavailable
 from shipreader.reader import Reader
 from shipreader.records import Release
-from tests.services.fault_proxy import (
-    FaultProxy,
-    Rule,
-)
-from tests.services.reading import MakeReader, Other, content
-from tests.services.releases import CHANNEL, MODEL, make_release, move, published, replace_object
+from tests.support.fault_proxy import FaultProxy, OtherBytes, Rule
+from tests.support.fixture_types import MakeReader
+from tests.support.releases import CHANNEL, MODEL, content, make_release, move, published, replace_object
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.channels.pointer import Pointer
@@ -195,7 +192,7 @@ def test_a_compressed_object_is_not_unpacked(
 ) -> None:
     manifest = published(object_store, tmp_path / "release")
     move(object_store, manifest)
-    proxy.add(Rule(Other(gzip.compress(bytes(10**7)), "gzip"), "GET", "/file0.bin"))
+    proxy.add(Rule(OtherBytes(gzip.compress(bytes(10**7)), "gzip"), "GET", "/file0.bin"))
     with pytest.raises(Refused, match=r"file0\.bin: expected 1,000 bytes, got more"):
         make_reader().pull()
 

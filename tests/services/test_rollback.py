@@ -11,20 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import Connect, S3Server, Ship
-from tests.services.fault_proxy import FaultProxy, PassOn, Rule
-from tests.services.releases import (
-    CHANNEL,
-    MODEL,
-    MOVER,
-    NOWHERE,
-    POINTER,
-    damage,
-    key_of,
-    move,
-    published,
-    rolled_back,
-)
+from tests.support.fault_proxy import FaultProxy, PassOn, Rule
+from tests.support.fixture_types import Connect, Ship
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, POINTER, damage, key_of, move, published, rolled_back
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import publish
@@ -39,8 +29,6 @@ from train_and_ship.registry.channels.moves import (
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +78,7 @@ def test_bytes_that_rotted_under_the_store_are_found_by_reading_them_back(
 ) -> None:
     (file,) = [
         path
-        for path in (s3_server.folder / "data").rglob("file1.bin")
+        for path in (s3_server.component.folder / "data").rglob("file1.bin")
         if object_store.bucket in path.parts and abc[1].release in path.parts
     ]
     file.write_bytes(b"x" * file.stat().st_size)

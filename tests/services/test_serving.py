@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import free_ports
-from tests.services.onnx_releases import SIGNATURE, onnx_release
-from tests.services.releases import move
-from tests.services.traffic import Traffic, request_body
+from tests.support.inference_traffic import Traffic, request_body
+from tests.support.onnx_releases import SIGNATURE, onnx_release
+from tests.support.ports import free_ports
+from tests.support.releases import move
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import port_is_free

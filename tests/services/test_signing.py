@@ -12,20 +12,13 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 
 from shipreader.errors import ReaderError, Refused
 from shipreader.reader import Reader
-from tests.services.conftest import Ship
-from tests.services.foreign import tool_python
-from tests.services.releases import CHANNEL, MODEL, make_release, move, replace_object
+from tests.support.fixture_types import Ship
+from tests.support.releases import CHANNEL, MODEL, make_release, move, replace_object
+from tests.support.signing_keys import key_pair, write_key
+from tests.support.tool_environments import tool_python
 from train_and_ship.infra.errors import ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
@@ -46,19 +39,6 @@ from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 # A first run installs model-signing into an environment of its own.
 pytestmark = pytest.mark.timeout(900)
-
-
-def key_pair(folder: Path, name: str = "key", curve: ec.EllipticCurve | None = None, password: str = "") -> Path:
-    """A private key in PEM; its public half lies beside it with the ending .pub."""
-    return write_key(folder / f"{name}.pem", ec.generate_private_key(curve or ec.SECP256R1()), password)
-
-
-def write_key(path: Path, key: PrivateKeyTypes, password: str = "") -> Path:
-    encryption = BestAvailableEncryption(password.encode()) if password else NoEncryption()
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    path.with_suffix(".pub").write_bytes(public)
-    return path
 
 
 @pytest.fixture

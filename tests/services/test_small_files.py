@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import Connect, S3Server
-from tests.services.fault_proxy import (
+from tests.support.ceph_rgw import RgwServer
+from tests.support.fault_proxy import (
     Answer,
     Damage,
     DropReply,
@@ -25,7 +25,8 @@ from tests.services.fault_proxy import (
     StripHeaders,
     fault_reply,
 )
-from tests.services.rgw import RgwServer
+from tests.support.fixture_types import Connect
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.small_files import MOST_FAILURES, SMALL_BYTES

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command
+from tests.support.fixture_types import Command
 from train_and_ship.infra.errors import JobError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings

@@ -18,7 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import free_ports, stack_environment
+from tests.support.local_stack import stack_environment
+from tests.support.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -107,7 +108,7 @@ def make_stack(folder: Path) -> Stack:
     shutil.copy(ROOT / "prefect.toml", folder)
     (folder / "tiny.py").write_text(FLOW)
     (folder / "prefect.yaml").write_text(PREFECT_YAML)
-    ours = stack_environment(folder / ".ship", free_ports(3))
+    ours = stack_environment(folder / ".ship")
     # Only the ports: home and addresses have to be found without help.
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment.update({name: value for name, value in ours.items() if name in PORTS})

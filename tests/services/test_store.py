@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import Connect, S3Server, free_port
-from tests.services.fault_proxy import (
-    Answer,
-    AnswerAfter,
-    DropReply,
-    Fault,
-    FaultProxy,
-    Rule,
-    StripHeaders,
-)
-from tests.services.releases import CHANNEL, MODEL, make_release
+from tests.support.fault_proxy import Answer, AnswerAfter, DropReply, Fault, FaultProxy, Rule, StripHeaders
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
+from tests.support.releases import CHANNEL, MODEL, make_release
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError, StoreRefused
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings

@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import Command, free_ports
-from tests.flows.live import live
-from tests.projects import REPOSITORY, write_project
-from tests.services.postgres import Postgres, binaries, postgres
+from tests.support.channels import live
+from tests.support.fixture_types import Command
+from tests.support.ports import free_ports
+from tests.support.postgres import Postgres, binaries, postgres
+from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
 

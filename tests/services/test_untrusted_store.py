@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.services.conftest import START_SECONDS, Connect, free_port
+from tests.support.fixture_types import Connect
+from tests.support.ports import free_port
 from train_and_ship.infra.errors import StoreRefused
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.pointer import read_pointer
@@ -22,6 +23,7 @@ from train_and_ship.registry.release.manifest import build_manifest
 pytestmark = pytest.mark.timeout(900)
 
 VERSION = "3.7.1"
+START_SECONDS = 60
 KEYS = "S3RVER"
 """Its only user, and his secret."""
 

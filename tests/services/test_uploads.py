@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from botocore.auth import S3SigV4Auth
 
-from tests.services.conftest import Connect, S3Server
-from tests.services.fault_proxy import (
+from tests.support.fault_proxy import (
     Answer,
     Damage,
     DropReply,
@@ -25,6 +24,8 @@ from tests.services.fault_proxy import (
     Request,
     Rule,
 )
+from tests.support.fixture_types import Connect
+from tests.support.stack_servers import S3Server
 from train_and_ship.infra import objectstore
 from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError
 from train_and_ship.infra.multipart import Budget

@@ -16,11 +16,11 @@ import yaml
 
 from shipreader.reader import Reader
 from shipreader.records import Release
-from tests.services.foreign import tool_python
-from tests.services.onnx_releases import onnx_release
-from tests.services.releases import CHANNEL, MODEL, move
-from tests.services.traffic import Traffic
-from tests.services.triton import TritonServer
+from tests.support.inference_traffic import Traffic
+from tests.support.onnx_releases import onnx_release
+from tests.support.releases import CHANNEL, MODEL, move
+from tests.support.tool_environments import tool_python
+from tests.support.triton import TritonServer
 from train_and_ship.infra.errors import ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import TrainSettings
 from torchworker.process.failure import UserMistake
 from torchworker.stages.train import start_method

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.projects import REPOSITORY, write_project
+from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.provenance import code_fingerprint, environment_lock
 from train_and_ship.registry.diff import Told
 from train_and_ship.registry.job.job import Job

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import Interval, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.bucket.releases import Published

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.projects import write_project
+from tests.support.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult
 from torchworker.process.failure import UserMistake
 from torchworker.stages.inspect import inspect

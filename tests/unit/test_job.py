@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.projects import DIGITS, REPOSITORY, write_project
+from tests.support.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.gates import METRIC_DIRECTIONS, SPEED_GATES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tests.page_check import checked
+from tests.support.html_pages import checked
 from train_and_ship.registry.channels.moves import Scored, Target, Verified
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.diff import Difference

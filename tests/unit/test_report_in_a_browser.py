@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_run_report import page_of, run_files
+from tests.support.run_report_files import page_of, run_files
 from train_and_ship.registry.report.html import html
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from tests.projects import write_project
+from tests.support.projects import write_project
 from train_and_ship.registry.channels.decisions import SKIPPED, Decision
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.ship.status import Standing, soonest

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.projects import REPOSITORY
-from tests.zoo.keeper import EDGE, USUAL, Row, page, told, visit
+from tests.support.projects import REPOSITORY
+from tests.support.zoo.export_page import EDGE, USUAL, Row, page, told, visit
 
 PAGE = REPOSITORY / "docs" / "exports.md"
 
@@ -29,8 +29,8 @@ def _is_as_written(rows: dict[str, Row], kinds: tuple[str, ...]) -> None:
         for found in told(written)
     )
     if f"was written on {torch.backends.cpu.get_cpu_capability()}." in written:
-        assert cells == written_cells, "run: python -m tests.zoo.keeper > docs/exports.md"
-    assert _anywhere(reasons) == _anywhere(written_reasons), "run: python -m tests.zoo.keeper > docs/exports.md"
+        assert cells == written_cells, "run: python -m tests.zoo > docs/exports.md"
+    assert _anywhere(reasons) == _anywhere(written_reasons), "run: python -m tests.zoo > docs/exports.md"
 
 
 @pytest.mark.timeout(900)

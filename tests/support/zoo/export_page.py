@@ -1,19 +1,14 @@
-"""Takes every model of the zoo through export and the clean room, and writes docs/exports.md.
-
-python -m tests.zoo.keeper > docs/exports.md
-"""
+"""Takes every model of the zoo through export and the clean room, and tells it as docs/exports.md does."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +17,7 @@ import torch
 import yaml
 from torch.utils import cpp_extension
 
-from tests.zoo.animals import ZOO, Animal
+from tests.support.zoo.animals import ZOO, Animal
 from torchworker.contract import FORMAT_FILES, ExportRequest, ExportResult, ValidateRequest, ValidateResult, decode
 from torchworker.parity.reference import read_probes
 from torchworker.runtimes import load as runtimes
@@ -224,7 +219,7 @@ def _is_exact(folder: Path, kind: str, exported: ExportResult) -> bool:
 
 HEAD = """# What can be exported
 
-Written by `python -m tests.zoo.keeper > docs/exports.md`; a test takes every model through export and the clean room
+Written by `python -m tests.zoo > docs/exports.md`; a test takes every model through export and the clean room
 and compares. *exact*: bit for bit what the model gives, on every probe. *within*: inside the model's own rounding.
 *refused*: nothing is released, for the reason below the table. An empty cell was not asked: compiling takes long.
 Exact or within may differ from processor to processor; this page was written on {capability}.
@@ -269,16 +264,3 @@ def _steady(text: str) -> str:
     text = re.split(r"[.;] (?:Ways out:|or leave|leave|take|declare) ", " ".join(text.split()))[0]
     text = text.removeprefix("export: ").replace("exact: ", "").replace("within: ", "")
     return re.sub(r"\d\.\de[-+]\d\d", "…", text)
-
-
-def main() -> None:
-    if importlib.util.find_spec("executorch") is None:
-        raise SystemExit("the page is written with every format: pip install 'train-and-ship[edge]'")
-    chosen = [animal for animal in ZOO if not sys.argv[1:] or animal.name in sys.argv[1:]]
-    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
-        usual, edge = (visit(Path(folder) / kinds[0], kinds, chosen) for kinds in (USUAL, EDGE))
-        print(page({name: row | edge[name] for name, row in usual.items()}), end="")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.settings import Settings
 
 
@@ -74,3 +74,14 @@ def kill(processes: Sequence[psutil.Process]) -> None:
             process.kill()
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive, f"still alive after SIGKILL: {alive}"
+
+
+def orphans() -> list[str]:
+    """Worker processes of this stack whose flow process is gone."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "ppid", "environ"]):
+        words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        ours = environment.get("SHIP_HOME") == os.environ["SHIP_HOME"]
+        if "torchworker.forkserver" in words and process.info["ppid"] == 1 and ours:
+            found.append(" ".join(words))
+    return found

@@ -8,8 +8,8 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from tests.month.history import Told
-from tests.month.month import Lived
+from tests.support.month.history import Told
+from tests.support.month.month import Lived
 from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 
 COLOURS = {PROMOTED: "#2e8b57", KEPT: "#d9902f", SKIPPED: "#b4bac2", FAILED: "#c8443c"}

@@ -16,7 +16,7 @@ class Animal:
 
     name: str
     model: str
-    """`module:attribute` of tests/zoo/models."""
+    """`module:attribute` of the folder models."""
     data: str
     args: Mapping[str, Any] = field(default_factory=dict)
     dynamic: Mapping[str, Any] = field(default_factory=dict)

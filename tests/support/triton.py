@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.conftest import free_ports
-from tests.services.foreign import tool_python
+from tests.support.ports import free_port
+from tests.support.tool_environments import tool_python
 
 START_SECONDS = 60
 
@@ -41,7 +41,7 @@ class TritonServer:
         # The stub runs our model in the interpreter that it was built for.
         stub = package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
         shutil.copy(stub, home / "backends" / "python")
-        self.port = free_ports(1)[0]
+        self.port = free_port()
         libraries = subprocess.check_output(
             [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"], text=True
         ).strip()

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.distributed import netlab
-from tests.distributed.netlab import CONTROLLER, Lab
+from tests.support import network_namespaces
+from tests.support.network_namespaces import CONTROLLER, Lab
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 START_SECONDS = 60
@@ -52,7 +52,7 @@ PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def missing() -> str | None:
     """Why there can be no Slurm here; None when there can."""
-    if reason := netlab.missing():
+    if reason := network_namespaces.missing():
         return reason
     lacking = [name for name in PROGRAMS if shutil.which(name) is None]
     if lacking:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from tests.machine import processes_of
-from tests.month.month import MODEL, Lived, Month, is_worker
-from tests.month.nights import Fault
+from tests.support.month.month import MODEL, Lived, Month, is_worker
+from tests.support.month.nights import Fault
+from tests.support.processes import processes_of
 from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED, WAITING
 from train_and_ship.registry.tracking.connection import connect
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 
 from shipreader.reader import Reader
-from tests.flows.api import Api
-from tests.machine import Ended, eventually, kill, processes_of, run_command
-from tests.month.nights import Fault, Night
-from tests.month.project import Project
+from tests.support.month.nights import Fault, Night
+from tests.support.month.project import Project
+from tests.support.prefect_api import Api
+from tests.support.processes import Ended, eventually, kill, processes_of, run_command
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.s3 import s3_client

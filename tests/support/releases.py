@@ -6,18 +6,20 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import free_ports
+from tests.support.ports import free_port
+from tests.support.stack_servers import MlflowServer
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.moves import Mover, choose_rollback, roll_back, verify_target
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import Accept, move_channel
-from train_and_ship.registry.release.manifest import Manifest, build_manifest
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest
+from train_and_ship.registry.tracking.rest import RestRegistry
 
 MODEL, CHANNEL = "digits", "prod"
 POINTER = "/channels/"
-NOWHERE = f"http://127.0.0.1:{free_ports(1)[0]}"
+NOWHERE = f"http://127.0.0.1:{free_port()}"
 """Nobody listens there."""
 MOVER = Mover(by="ada@host", why="errors since 14:00")
 
@@ -69,6 +71,16 @@ def damage(store: ObjectStore, key: str) -> None:
     stored = store.head(key)
     assert stored is not None
     replace_object(store, key, b"x" * stored.bytes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a release that was downloaded, but its manifest."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+
+
+def aliases(mlflow: MlflowServer) -> dict[str, int]:
+    """The version behind each alias."""
+    return {alias: int(version) for alias, version in RestRegistry(mlflow.url).aliases(MODEL).items()}
 
 
 def key_of(manifest: Manifest, name: str) -> str:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,8 +91,6 @@ def postgres(programs: Path, port: int) -> Iterator[Postgres]:
 
 
 def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
-    import time
-
     deadline = time.monotonic() + 60
     while True:
         assert server.poll() is None and time.monotonic() < deadline, "PostgreSQL did not start"

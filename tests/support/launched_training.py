@@ -1,6 +1,6 @@
 """A process that trains on an engine and says so line by line, which tests start on a host, watch and kill.
 
-`python -m tests.distributed.launched JOB_FILE OPTIONS_JSON FOLDER` prints JSON objects with one key each:
+`python -m tests.support.launched_training JOB_FILE OPTIONS_JSON FOLDER` prints JSON objects with one key each:
 `say`, `event`, then `done` (the attempt's folder) or `error` (class and message).
 """
 
@@ -19,12 +19,27 @@ from typing import Any
 
 import pytest
 
-from tests.projects import REPOSITORY
+from tests.support.projects import REPOSITORY
+from torchworker.contract import RESULT, Reply, TrainResult, decode
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.registry.job.launcher import Launcher
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.launched import train_launched
 from train_and_ship.tasks.requests import project_of, train_settings
+
+SLOW = """
+    import time
+    original = build_dataset
+    class Slow:
+        def __init__(self, inner): self.inner = inner
+        def __len__(self): return len(self.inner)
+        def __getitem__(self, index):
+            time.sleep(0.05)
+            return self.inner[index]
+    def build_dataset(split):
+        return Slow(original(split)) if split == "train" else original(split)
+"""
+"""Behind the code of a project: training takes a while, so that there is time to break something."""
 
 
 def show(**line: Any) -> None:
@@ -65,7 +80,7 @@ class Launched:
         self.folder.mkdir(exist_ok=True)
         arguments = [str(self.job_file), json.dumps(self.options), str(self.folder)]
         self.process = subprocess.Popen(
-            [*self.prefix, sys.executable, "-m", "tests.distributed.launched", *arguments],
+            [*self.prefix, sys.executable, "-m", "tests.support.launched_training", *arguments],
             cwd=REPOSITORY, env=dict(self.environment), stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.began = time.monotonic()
@@ -93,6 +108,17 @@ class Launched:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+
+def quick(collective_seconds: float, **changes: Any) -> dict[str, Any]:
+    """`train` of a job that notices a lost machine after this long."""
+    known = {"epochs": 2, "processes": 2, "batch_size": 32, "collective_seconds": collective_seconds}
+    return {**known, **changes}
+
+
+def result_in(folder: str) -> TrainResult:
+    result: TrainResult = decode(TrainResult, Reply.read(Path(folder) / RESULT).result)
+    return result
 
 
 if __name__ == "__main__":

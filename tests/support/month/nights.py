@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from tests.month.project import Project
+from tests.support.month.project import Project
 from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 
 

@@ -1,6 +1,6 @@
 """Ceph's S3 gateway (RGW) on loopback, from Debian's packages: a real store that checks signatures and policies.
 
-    python -m tests.services.rgw [FOLDER]        one that runs until Ctrl-C, and how to reach it
+    python -m tests.support.ceph_rgw [FOLDER]   one that runs until Ctrl-C, and how to reach it
 
 A monitor, one OSD and the gateway, each a plain process that dies with the one that started it. Nothing is installed:
 the packages are downloaded with apt-get, which needs no root, and unpacked once into the user's cache folder (66 MB to
@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ import urllib.request
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.support.ports import free_port, free_ports
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 START_SECONDS = 120
@@ -186,7 +187,7 @@ class RgwServer:
     def _create(self) -> None:
         for name in ("run", "log", "mon", "osd", "rgw"):
             (self.folder / name).mkdir(parents=True)
-        mon_v2, mon_v1 = _free_ports(2)
+        mon_v2, mon_v1 = free_ports(2)
         fsid, keyring, monmap = str(uuid.uuid4()), self.folder / "run/keyring", self.folder / "run/monmap"
         text = _CONFIGURATION.format(
             fsid=fsid, folder=self.folder, library=self._library, port=self.port, mon_v1=mon_v1, mon_v2=mon_v2
@@ -248,19 +249,9 @@ class RgwServer:
         return True
 
 
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.socket() for _ in range(count)]
-    for listener in listeners:
-        listener.bind(("127.0.0.1", 0))
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 def main() -> None:
     folder = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="rgw-"))
-    server = RgwServer(folder, _free_ports(1)[0])
+    server = RgwServer(folder, free_port())
     try:
         server.start()
         print(f"export AWS_ENDPOINT_URL={server.url} AWS_REGION=us-east-1")

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import httpx
 
-from tests.services.onnx_releases import WIDTH
+from tests.support.onnx_releases import WIDTH
 
 
 def request_body(value: float, rows: int = 1) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -21,8 +22,6 @@ from train_and_ship.registry.bucket.releases import fetch_release, publish
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import move_channel
 from train_and_ship.registry.release.manifest import Manifest, decode_manifest
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def promote(store: ObjectStore, folder: Path, manifest: Manifest, copy: Path, channel: str = "prod") -> Pointer:
@@ -44,10 +43,10 @@ def promote(store: ObjectStore, folder: Path, manifest: Manifest, copy: Path, ch
 
 
 class PromoterHost:
-    """A running `python -m tests.services.promoter`, for one promotion at a time, with the environment's store."""
+    """A running `python -m tests.support.promoter`, for one promotion at a time, with the environment's store."""
 
     def __enter__(self) -> Self:
-        argv = [sys.executable, "-m", "tests.services.promoter"]
+        argv = [sys.executable, "-m", "tests.support.promoter"]
         self._process = subprocess.Popen(
             argv, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
         )

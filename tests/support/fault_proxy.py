@@ -26,7 +26,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from tests.services.rgw import ACCESS_KEY, SECRET_KEY
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,18 @@ class Delay:
     def apply(self, request: Request, forward: Forward) -> Reply | None:
         time.sleep(self.seconds)
         return forward(request)
+
+
+@dataclass(frozen=True)
+class OtherBytes:
+    """Answer with other bytes than the object's."""
+
+    body: bytes
+    encoding: str = "identity"
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        size = str(len(self.body))
+        return Reply(200, [("ETag", '"1"'), ("Content-Encoding", self.encoding), ("Content-Length", size)], self.body)
 
 
 @dataclass

@@ -36,7 +36,7 @@ ONE = {"epochs": 1, "processes": 1, "batch_size": 32}
 
 
 @dataclass
-class Shop:
+class WorkerStages:
     """Drives the worker stages of one job file."""
 
     host: WorkerHost
@@ -103,4 +103,4 @@ class Shop:
         return result
 
 
-Open = Callable[..., Shop]
+OpenStages = Callable[..., WorkerStages]

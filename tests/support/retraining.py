@@ -1,0 +1,43 @@
+"""A model that is retrained night after night, in this process and against the real stack."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+from prefect.client.schemas.objects import State
+
+from tests.support.projects import CODE, write_project
+from train_and_ship.flows.retrain import retrain
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.channels.decisions import Decision, read_decisions
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.tasks.decide import Night
+
+POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
+"""`train` of a model that learns next to nothing."""
+MODEL = "nightly"
+
+
+class Project:
+    """A model whose code and job change from night to night."""
+
+    def __init__(self, folder: Path, store: ObjectStore, model: str = MODEL) -> None:
+        self.folder, self.store, self.model = folder, store, model
+
+    def night(self, why: str = "", code: str = CODE, force: bool = False, **job: Any) -> State[Night]:
+        """Retrain in this process; the state in which the flow ended."""
+        job = {"export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}, **job}
+        path = write_project(self.folder, code, name=self.model, **job)
+        ended = asyncio.run(retrain(job=str(path), why=why, force=force, return_state=True))
+        return cast("State[Night]", ended)
+
+    @property
+    def live(self) -> Pointer:
+        pointer = read_pointer(self.store, self.model, "prod")
+        assert pointer is not None
+        return pointer
+
+    def decisions(self) -> list[Decision]:
+        return read_decisions(self.store, self.model, "prod", 100)

@@ -1,0 +1,78 @@
+"""S3 and MLflow servers as `ship up` starts them, each alone in a folder, which tests kill and start again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from train_and_ship.infra.components import Component, mlflow_component, s3_component
+from train_and_ship.infra.processes import PidFile, last_lines, start
+from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.stack import START_SECONDS
+
+
+@dataclass
+class StackServer:
+    """A server of the local stack on a port of its own. What it knows is in the folder and survives its death."""
+
+    folder: Path
+    port: int
+    running: PidFile | None = None
+
+    component_of: ClassVar[Callable[[Settings], Component]]
+    port_variable: ClassVar[str]
+
+    @property
+    def component(self) -> Component:
+        settings = Settings.model_validate({"SHIP_HOME": self.folder, self.port_variable: self.port})
+        return type(self).component_of(settings)
+
+    @property
+    def url(self) -> str:
+        return self.component.url
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        component, log = self.component, self.folder / "log"
+        self.running = start(
+            component.argv,
+            name=component.name,
+            environment=component.environment,
+            folder=component.folder,
+            log=log,
+            pid_file=self.folder / "pid.json",
+            port=component.port,
+            configuration=component.configuration,
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not component.ready(self.running):
+            alive = self.running.process() is not None
+            assert alive and time.monotonic() < deadline, last_lines(log, 100)
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and whatever it started."""
+        leader = self.running.process() if self.running is not None else None
+        if leader is not None:
+            # All of them at the same moment: each component has a process group of its own.
+            os.killpg(leader.pid, signal.SIGKILL)
+            leader.wait()
+
+
+class S3Server(StackServer):
+    """A real S3 server (MiniStack)."""
+
+    component_of = staticmethod(s3_component)
+    port_variable = "SHIP_S3_PORT"
+
+
+class MlflowServer(StackServer):
+    """A real MLflow server."""
+
+    component_of = staticmethod(mlflow_component)
+    port_variable = "SHIP_MLFLOW_PORT"

@@ -1,0 +1,1 @@
+"""A zoo of models, and what becomes of each when it is exported."""
