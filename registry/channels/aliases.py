@@ -1,7 +1,7 @@
-"""MLflow's aliases follow the pointers: `champion` and `previous` for prod, `staging` and `staging-previous` for a
-channel of that name, and so on.
+"""MLflow's aliases follow the pointers of the channels.
 
-The pointer decides and never waits for MLflow. Whoever sets an alias looks at the pointer again afterwards, so however
+`champion` and `previous` for prod, `staging` and `staging-previous` for a channel of that name, and so on. The pointer
+decides and never waits for MLflow. Whoever sets an alias looks at the pointer again afterwards, so however
 many movers do this at once, the last alias set is that of the last pointer. An alias is set over what it was and never
 deleted: readers of `models:/<model>@champion` see no gap.
 """

@@ -11,19 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.import_graph import FOLDERS, module_name
 from tests.support.imports import imports, modules
 from tests.support.projects import REPOSITORY
 
-FOLDERS = {
-    "flows": "train_and_ship.flows",
-    "tasks": "train_and_ship.tasks",
-    "registry": "train_and_ship.registry",
-    "infra": "train_and_ship.infra",
-    "ship": "train_and_ship.ship",
-    "torchworker": "torchworker",
-    "shipreader": "shipreader",
-}
-"""Folder to the name that its code is imported by."""
 TOPS = {"train_and_ship", "torchworker", "shipreader"}
 ALLOWED = {
     "flows": {"flows", "tasks"},
@@ -177,7 +168,7 @@ def test_nothing_of_ours_is_imported_by_the_name_of_its_folder() -> None:
 
 
 def test_no_module_is_loaded_under_two_names() -> None:
-    every = [dotted(file) for package in FOLDERS for file, _ in modules(package) if file not in STARTED_ALONE]
+    every = [module_name(file) for package in FOLDERS for file, _ in modules(package) if file not in STARTED_ALONE]
     script = (
         "import collections, importlib, json, os, sys\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -193,12 +184,6 @@ def test_no_module_is_loaded_under_two_names() -> None:
         subprocess.check_output([sys.executable, "-P", "-c", script], text=True).splitlines()[-1]
     )
     assert loaded >= len(every) and twice == []
-
-
-def dotted(file: str) -> str:
-    """The name that a file of a package is imported by."""
-    folder, _, rest = file.removesuffix(".py").removesuffix("/__init__").partition("/")
-    return ".".join([FOLDERS[folder], *rest.split("/")] if rest else [FOLDERS[folder]])
 
 
 @pytest.mark.parametrize("package", FOLDERS)
