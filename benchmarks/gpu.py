@@ -33,7 +33,7 @@ from tests.support.projects import NAN, NAN_TRAIN, STATEFUL, STATEFUL_TRAIN, wri
 from tests.support.worker_stages import WorkerStages
 from torchworker.contract import TrainResult
 from train_and_ship.infra.errors import JobError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 
 PAGE = ROOT / "docs/gpu.md"
 BY_HAND = ROOT / "benchmarks/by_hand/gpu_train.py"
@@ -70,16 +70,16 @@ def opened(job: dict[str, Any] | Path) -> Iterator[WorkerStages]:
             sharded = job["train"].get("strategy") == "fsdp"
             train = {key: value for key, value in job["train"].items() if key != "strategy"}
             path.write_text(yaml.safe_dump({**job, "train": train}))
-        host = WorkerHost(folder / "host.log")
+        fork_server = ForkServer(folder / "host.log")
         try:
-            stages = WorkerStages(host, path, folder / "run")
+            stages = WorkerStages(fork_server, path, folder / "run")
             if sharded:
                 stages.job = stages.job.model_copy(
                     update={"train": stages.job.train.model_copy(update={"strategy": "fsdp"})}
                 )
             yield stages
         finally:
-            host.close()
+            fork_server.close()
 
 
 def reference_job(net: str, **train: Any) -> dict[str, Any]:

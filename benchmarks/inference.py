@@ -38,7 +38,7 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import (
     fixed_gates,
@@ -60,15 +60,15 @@ PEERS = ("torch.compile", "ONNX Runtime by hand")
 class Stages:
     """The stages of one job, without Prefect, on a host that runs already."""
 
-    def __init__(self, host: WorkerHost, job_file: Path, folder: Path) -> None:
-        self.host, self.folder = host, folder
+    def __init__(self, fork_server: ForkServer, job_file: Path, folder: Path) -> None:
+        self.fork_server, self.folder = fork_server, folder
         self.job, project_folder = load_job(job_file)
         self.project = project_of(self.job, project_folder)
         for name in ("train", "export", "validate", "measure"):
             (folder / name).mkdir(parents=True)
 
     def _call(self, stage: str, request: Any) -> Any:
-        return asyncio.run(call_worker(self.host, stage, request, self.folder / stage))
+        return asyncio.run(call_worker(self.fork_server, stage, request, self.folder / stage))
 
     def train(self) -> None:
         folder = self.folder / "train"
@@ -203,9 +203,11 @@ Times = dict[str, dict[str, float]]
 """Milliseconds of a call, by side and batch."""
 
 
-def inference(net: str, races: int, host: WorkerHost, folder: Path) -> tuple[list[Times], dict[str, str], list[str]]:
+def inference(
+    net: str, races: int, fork_server: ForkServer, folder: Path
+) -> tuple[list[Times], dict[str, str], list[str]]:
     """What each race found, what is recommended among float formats, and a line for each int8 variant."""
-    stages = Stages(host, job_file(folder, net, "auto"), folder / net)
+    stages = Stages(fork_server, job_file(folder, net, "auto"), folder / net)
     stages.train()
     exported = stages.export()
     validated = stages.validate()
@@ -291,27 +293,27 @@ def by_hand(folder: Path) -> dict[str, float]:
     return found
 
 
-def cpu_of(host: WorkerHost) -> float:
+def cpu_of(fork_server: ForkServer) -> float:
     """CPU seconds of all stages that have ended."""
-    times = psutil.Process(host.pid).cpu_times()
+    times = psutil.Process(fork_server.pid).cpu_times()
     return float(times.children_user + times.children_system)
 
 
-def digits(rounds: int, host: WorkerHost, folder: Path) -> str:
+def digits(rounds: int, fork_server: ForkServer, folder: Path) -> str:
     """Ours and by hand, alternately."""
-    first = Stages(host, ROOT / "examples/digits/job.yaml", folder / "digits")
+    first = Stages(fork_server, ROOT / "examples/digits/job.yaml", folder / "digits")
     first.train()
     rows, walls, cpus = [], [], []
     for number in range(rounds):
-        stages = Stages(host, ROOT / "examples/digits/job.yaml", folder / f"digits-{number}")
+        stages = Stages(fork_server, ROOT / "examples/digits/job.yaml", folder / f"digits-{number}")
         trained = stages.folder / "train"
         trained.rmdir()
         trained.symlink_to(folder / "digits/train")
-        wall, cpu = time.perf_counter(), cpu_of(host)
+        wall, cpu = time.perf_counter(), cpu_of(fork_server)
         stages.export()
         validated = stages.validate()
         stages.measure(validated)
-        mine = {"wall": time.perf_counter() - wall, "cpu": cpu_of(host) - cpu}
+        mine = {"wall": time.perf_counter() - wall, "cpu": cpu_of(fork_server) - cpu}
         theirs = by_hand(folder / f"by-hand-{number}")
         walls.append(mine["wall"] / theirs["wall"])
         cpus.append(mine["cpu"] / theirs["cpu"])
@@ -340,13 +342,13 @@ def main() -> None:
     sections = ["## Inference", ""]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        host = WorkerHost(folder / "host.log")
+        fork_server = ForkServer(folder / "host.log")
         try:
-            results = {net: inference(net, options.races, host, folder) for net in options.nets}
+            results = {net: inference(net, options.races, fork_server, folder) for net in options.nets}
             print(table(results), flush=True)
-            told = digits(options.digits, host, folder) if options.digits else ""
+            told = digits(options.digits, fork_server, folder) if options.digits else ""
         finally:
-            host.close()
+            fork_server.close()
     sections += [
         f"{machine('torch', 'onnxruntime')} Measured with `make bench-inference`: speed against eager with no_grad, "
         "above 1 is faster; CPU time of the calling thread, one thread, all sides in one process by turns, "

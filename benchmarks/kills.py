@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from torchworker.contract import TrainRequest
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
@@ -40,7 +40,7 @@ def job_file(folder: Path) -> Path:
     return path
 
 
-def train(host: WorkerHost, folder: Path, kills: int) -> tuple[str, list[float], list[str]]:
+def train(fork_server: ForkServer, folder: Path, kills: int) -> tuple[str, list[float], list[str]]:
     """SHA-256 of the weights, seconds from each kill to the next finished step, and what was said of each death."""
     job, project = load_job(job_file(folder))
     work = folder / "work"
@@ -70,7 +70,7 @@ def train(host: WorkerHost, folder: Path, kills: int) -> tuple[str, list[float],
             killed.append(time.monotonic())
             os.kill(int(victim), signal.SIGKILL)
 
-    asyncio.run(call_worker(host, "train", request, work, on_event))
+    asyncio.run(call_worker(fork_server, "train", request, work, on_event))
     weights = hashlib.sha256((work / "weights.safetensors").read_bytes()).hexdigest()
     return weights, seconds, causes
 
@@ -81,14 +81,14 @@ def main() -> None:
     kills = parser.parse_args().kills
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        host = WorkerHost(folder / "host.log")
+        fork_server = ForkServer(folder / "host.log")
         try:
             for run in ("whole", "killed"):
                 (folder / run).mkdir()
-            whole, _, _ = train(host, folder / "whole", 0)
-            weights, seconds, causes = train(host, folder / "killed", kills)
+            whole, _, _ = train(fork_server, folder / "whole", 0)
+            weights, seconds, causes = train(fork_server, folder / "killed", kills)
         finally:
-            host.close()
+            fork_server.close()
     print(f"{len(seconds)} of {kills} kills recovered; weights {'identical' if weights == whole else 'DIFFERENT'}")
     print(
         f"seconds from kill to the next step: median {statistics.median(seconds):.2f}, "

@@ -1,6 +1,6 @@
 """What it costs training to be watched: the digits job with and without the live run in MLflow.
 
-Needs an MLflow server (`ship up`, or MLFLOW_TRACKING_URI). Both sides train in the same worker host with the same
+Needs an MLflow server (`ship up`, or MLFLOW_TRACKING_URI). Both sides train in the same fork server with the same
 events; they run alternately, in swapped order from round to round, after one round that is not counted. Writes the
 result into docs/benchmarks.md.
 """
@@ -22,8 +22,8 @@ import psutil
 from report import PAGE, ROOT, machine, write
 
 from torchworker.contract import EVENTS, TrainRequest, TrainResult, decode
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.settings import Settings
-from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.tracking.connection import check_reachable, connect, warm_up
@@ -65,7 +65,9 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def train(side: str, host: WorkerHost, job: Job, folder: Path, url: str, server: list[psutil.Process]) -> Training:
+def train(
+    side: str, fork_server: ForkServer, job: Job, folder: Path, url: str, server: list[psutil.Process]
+) -> Training:
     work = folder / uuid.uuid4().hex
     work.mkdir()
     project = project_of(job, ROOT / "examples/digits")
@@ -86,7 +88,7 @@ def train(side: str, host: WorkerHost, job: Job, folder: Path, url: str, server:
         live.start()
         live.follow(work / EVENTS)
     cpu, began = cpu_seconds(server), time.perf_counter()
-    said = asyncio.run(call_worker(host, "train", request, work, lambda event: None))
+    said = asyncio.run(call_worker(fork_server, "train", request, work, lambda event: None))
     seconds = time.perf_counter() - began
     cpu = cpu_seconds(server) - cpu
     result: TrainResult = decode(TrainResult, said)
@@ -154,10 +156,10 @@ def main() -> None:
     job = job.model_copy(update={"train": job.train.model_copy(update={"epochs": options.epochs})})
     counted = []
     with tempfile.TemporaryDirectory() as name:
-        host = WorkerHost(Path(name) / "host.log")
+        fork_server = ForkServer(Path(name) / "host.log")
         for number in range(options.rounds + 1):
             order = SIDES if number % 2 else SIDES[::-1]
-            timings = {side: train(side, host, job, Path(name), url, server) for side in order}
+            timings = {side: train(side, fork_server, job, Path(name), url, server) for side in order}
             watched, alone = timings["watched"], timings["alone"]
             note = " (warm-up, not counted)" if number == 0 else ""
             print(
@@ -167,7 +169,7 @@ def main() -> None:
             )
             if number:
                 counted.append(timings)
-        host.close()
+        fork_server.close()
     text = section(counted, options.epochs, bool(server))
     print(f"\n{text}")
     write(options.write, "observation", text)

@@ -30,7 +30,7 @@ from report import PAGE, ROOT, machine, write
 
 from torchworker.contract import TrainRequest
 from torchworker.training.device import half_precision_is_native
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
@@ -105,15 +105,15 @@ SETTINGS = (
 
 
 @contextmanager
-def worker_host(folder: Path) -> Iterator[WorkerHost]:
-    host = WorkerHost(folder / "host.log")
+def started(folder: Path) -> Iterator[ForkServer]:
+    fork_server = ForkServer(folder / "host.log")
     try:
-        yield host
+        yield fork_server
     finally:
-        host.close()
+        fork_server.close()
 
 
-def ours(setting: Setting, epochs: int, host: WorkerHost, **more: Any) -> Timing:
+def ours(setting: Setting, epochs: int, fork_server: ForkServer, **more: Any) -> Timing:
     """The built-in loop. The host runs already, as it does when a flow trains."""
     job = {
         "name": "reference",
@@ -141,7 +141,7 @@ def ours(setting: Setting, epochs: int, host: WorkerHost, **more: Any) -> Timing
             if event["event"] == "checkpoint":
                 held.append(event["held_seconds"])
 
-        asyncio.run(call_worker(host, "train", request, folder, on_event))
+        asyncio.run(call_worker(fork_server, "train", request, folder, on_event))
         return timing_of(marks, setting.steps, called, held)
 
 
@@ -172,7 +172,7 @@ def twenty_steps(way: str) -> dict[str, float]:
     return said
 
 
-def compare(rounds: int, host: WorkerHost) -> tuple[str, str]:
+def compare(rounds: int, fork_server: ForkServer) -> tuple[str, str]:
     """The loop against the script, and what else these runs say: scaling and the time to the first step."""
     pairs: dict[str, list[tuple[Timing, Timing]]] = {setting.name: [] for setting in SETTINGS}
     for number in range(rounds):
@@ -180,9 +180,9 @@ def compare(rounds: int, host: WorkerHost) -> tuple[str, str]:
             # Whoever goes first finds the caches of the other side.
             if number % 2:
                 script = by_hand(setting, EPOCHS)
-                loop = ours(setting, EPOCHS, host)
+                loop = ours(setting, EPOCHS, fork_server)
             else:
-                loop = ours(setting, EPOCHS, host)
+                loop = ours(setting, EPOCHS, fork_server)
                 script = by_hand(setting, EPOCHS)
             pairs[setting.name].append((loop, script))
             print(f"round {number + 1}, {setting.name}:\n  {loop}\n  {script}", flush=True)
@@ -237,9 +237,9 @@ def switches(rounds: int) -> str:
     return "\n".join(lines)
 
 
-def stall(host: WorkerHost) -> str:
+def stall(fork_server: ForkServer) -> str:
     """How long checkpoints hold training up."""
-    timing = ours(SETTINGS[1], EPOCHS, host, checkpoint={"steps": 3})
+    timing = ours(SETTINGS[1], EPOCHS, fork_server, checkpoint={"steps": 3})
     return (
         f"A checkpoint of the model and Adam's state (0.6 GB), 2 processes, one every 3 steps: "
         f"{1000 * statistics.median(timing.held):.0f} ms held up (median of {len(timing.held)}), "
@@ -250,9 +250,9 @@ def stall(host: WorkerHost) -> str:
 
 def training(rounds: int) -> str:
     """The section on the loop and the script."""
-    with tempfile.TemporaryDirectory() as name, worker_host(Path(name)) as host:
-        table, further = compare(rounds, host)
-        held = stall(host)
+    with tempfile.TemporaryDirectory() as name, started(Path(name)) as fork_server:
+        table, further = compare(rounds, fork_server)
+        held = stall(fork_server)
     return "\n".join(
         [
             "## Training against a plain torchrun script",

@@ -1,14 +1,14 @@
-"""Night after night: train when there is something new, and put live what is better."""
+"""Retraining: train when there is something new, and put live what is better."""
 
 from __future__ import annotations
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from train_and_ship.tasks.alone import alone
 from train_and_ship.tasks.approval import candidate_approval
 from train_and_ship.tasks.conclude import conclude
-from train_and_ship.tasks.decide import Night, decide, ended, skip
+from train_and_ship.tasks.decide import RetrainResult, decide, ended, skip
+from train_and_ship.tasks.exclusive import exclusive
 from train_and_ship.tasks.export import export
 from train_and_ship.tasks.inspect import inspect
 from train_and_ship.tasks.outcome import end_mlflow_run, record_failure, report_failure
@@ -28,13 +28,13 @@ from train_and_ship.tasks.validate import validate
 )
 async def retrain(
     job: str = "examples/digits/job.yaml", why: str = "", force: bool = False, resume: str = ""
-) -> State[Night]:
+) -> State[RetrainResult]:
     """Train again when code, data, job or environment changed, and promote what is better than the live release.
 
     `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, and `resume` is
     the id of an earlier run to go on with. The run ends as Skipped, Promoted or Kept, with the reason.
     """
-    async with alone(job, resume):
+    async with exclusive(job, resume):
         plan = await decide(job, why, force, resume)
         if plan.skips:
             return ended(await skip(plan))

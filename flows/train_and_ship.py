@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from train_and_ship.tasks.alone import alone
 from train_and_ship.tasks.approval import candidate_approval
+from train_and_ship.tasks.exclusive import exclusive
 from train_and_ship.tasks.export import export
 from train_and_ship.tasks.inspect import inspect
 from train_and_ship.tasks.outcome import end_mlflow_run, report_failure
@@ -29,7 +29,7 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
 
     `job` is the path of a job file; `resume` the id of an earlier run of it to go on with.
     """
-    async with alone(job, resume):
+    async with exclusive(job, resume):
         run = await begin(job, resume)
         inspected = await inspect(run)
         trained = await train(run)

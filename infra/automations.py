@@ -42,6 +42,6 @@ def _fingerprint(settings: Settings) -> str:
     digest = hashlib.sha256(f"{settings.silent_seconds} {settings.prefect_ui_url}".encode())
     if settings.notify is not None:
         digest.update(settings.notify.get_secret_value().encode())
-    for name in ("automations.py", "notification.py", "tell.py"):
+    for name in ("automations.py", "notification.py", "events.py"):
         digest.update((SOURCES / name).read_bytes())
     return digest.hexdigest()

@@ -77,11 +77,11 @@ class Meter:
 class Ledger:
     """Measures the stages of one run in this process and writes down what they took."""
 
-    def __init__(self, folder: Path, children: Callable[[], Mapping[str, float]], host: Callable[[], float]) -> None:
-        """children: CPU-seconds of child processes that have ended, by stage; host: of the one that forks them."""
-        self._path, self._children, self._host = folder / LEDGER, children, host
+    def __init__(self, folder: Path, children: Callable[[], Mapping[str, float]], server: Callable[[], float]) -> None:
+        """children: CPU-seconds of child processes that have ended, by stage; server: of the fork server."""
+        self._path, self._children, self._server = folder / LEDGER, children, server
         self._began, self._first, self._seen = time.perf_counter(), self._now(), dict(children())
-        self._host_at_first = host()
+        self._server_at_first = server()
         self._wall = self._cpu = 0.0
         self._id = self._write_begin(FLOW)
 
@@ -92,7 +92,7 @@ class Ledger:
         try:
             yield meter
         finally:
-            # A host that died and was started again has forgotten what its children took.
+            # A fork server that died and was started again has forgotten what its children took.
             wall, here = time.perf_counter() - began, max(0.0, self._now() - cpu)
             self._wall += wall
             self._cpu += here
@@ -105,7 +105,7 @@ class Ledger:
             seconds = self._children().get(child, 0.0) - self._seen.get(child, 0.0)
             if seconds > 0:
                 self._write_end(self._write_begin(name), name, 0.0, seconds, 0.0)
-        cpu = self._now() - self._first - self._cpu + max(0.0, self._host() - self._host_at_first)
+        cpu = self._now() - self._first - self._cpu + max(0.0, self._server() - self._server_at_first)
         self._write_end(self._id, FLOW, max(0.0, whole - self._wall), max(0.0, cpu), 0.0)
 
     def _now(self) -> float:

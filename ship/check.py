@@ -21,8 +21,8 @@ from torchworker.contract import (
     TensorSpec,
     decode,
 )
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.settings import Settings
-from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.registry.data.checks import Report, check_data, require_good_data
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
@@ -46,11 +46,11 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
     project, report = project_of(job, folder, snapshot), None
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
-        host = WorkerHost(work / "host.log")
+        fork_server = ForkServer(work / "host.log")
         try:
             if job.data.checks is not None:
                 # First: a NaN in the data is a better reason than the NaN of the loss.
-                read = await call_worker(host, "inspect", inspect_request(job, project), work)
+                read = await call_worker(fork_server, "inspect", inspect_request(job, project), work)
                 facts: InspectResult = decode(InspectResult, read)
                 report = check_data(job.data.checks, dataclasses.asdict(facts), None, "")
                 require_good_data(job.name, report)
@@ -61,9 +61,9 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
                 dynamic=dynamic_dims(job),
                 max_batch=job.export.max_batch,
             )
-            result: CheckResult = decode(CheckResult, await call_worker(host, "check", request, work))
+            result: CheckResult = decode(CheckResult, await call_worker(fork_server, "check", request, work))
         finally:
-            host.close()
+            fork_server.close()
     return result, report
 
 

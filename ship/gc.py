@@ -12,7 +12,7 @@ from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import models, require_model
-from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide, tell_mlflow
+from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide, notify_mlflow
 from train_and_ship.registry.text import file_size
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -48,7 +48,7 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
             typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {key}")
         if apply:
             try:
-                for line in tell_mlflow(store, name, settings.mlflow_url, delete_versions=delete_versions):
+                for line in notify_mlflow(store, name, settings.mlflow_url, delete_versions=delete_versions):
                     typer.echo(f"{name}: {line}")
             except (ServiceError, SettingsError) as error:
                 typer.echo(f"{name}: MLflow's versions are marked by a later `ship gc`: {error}", err=True)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
+from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.prefect_rest import require_prefect
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
-from train_and_ship.infra.workerhost import worker_host
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 
 if TYPE_CHECKING:
-    from train_and_ship.tasks.decide import Night
+    from train_and_ship.tasks.decide import RetrainResult
 
 _T = TypeVar("_T")
 
@@ -52,10 +52,10 @@ def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
     from train_and_ship.flows.retrain import retrain
 
     # Called, a flow that ends with a state of its own gives that state's result.
-    night = cast("Night", _ended(retrain(job=str(job_file), why=why, force=force, resume=resume)))
-    places = {"run": night.run_url, "version": night.version_url, "report": night.report, "why": night.decision.why}
+    result = cast("RetrainResult", _ended(retrain(job=str(job_file), why=why, force=force, resume=resume)))
+    places = {"run": result.run_url, "version": result.version_url, "report": result.report, "why": result.decision.why}
     lines = [f"  {name:<8} {value}" for name, value in places.items() if value]
-    typer.echo("\n".join(["", night.title, *lines]))
+    typer.echo("\n".join(["", result.title, *lines]))
 
 
 def _prepare(job: Job, *, reads_data: bool) -> None:
@@ -64,7 +64,7 @@ def _prepare(job: Job, *, reads_data: bool) -> None:
     require_prefect(settings)
     if reads_data:
         # Workers import torch while this process imports Prefect.
-        worker_host(settings.runs / job.name / "host.log")
+        fork_server(settings.runs / job.name / "host.log")
     os.environ["PREFECT_API_URL"] = settings.prefect_api_url
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
 

@@ -16,13 +16,13 @@ from train_and_ship.registry.report.move import HEADER, noticed
 from train_and_ship.registry.report.page import Link
 from train_and_ship.registry.report.run import Outcome
 from train_and_ship.registry.text import table
+from train_and_ship.tasks.events import ASKED, emit
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.moves import Request
 from train_and_ship.tasks.publish import places, publish_question
 from train_and_ship.tasks.register import Registered
 from train_and_ship.tasks.rehearse import Rehearsed
 from train_and_ship.tasks.run import Run
-from train_and_ship.tasks.tell import ASKED, tell
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a person may take."""
@@ -119,7 +119,7 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
     await publish_question(run, registered, _waiting(run, release, rehearsed.live))
     page = f"{run.flow_run_url}, or `ship approve {run.flow_run_id}`"
     get_run_logger().info("waiting for approval of release %s: %s", release, page)
-    tell(
+    emit(
         ASKED, name, f"{name}: shall release {release} go live on {channel}?",
         "\n".join([*(f"{what}: {said}" for what, said in compared), f"Answer: {page}", *places(run, registered)[1:]]),
     )  # fmt: skip

@@ -24,8 +24,8 @@ from prefect.events.schemas.events import ResourceSpecification
 
 from train_and_ship.infra.errors import SettingsError, ShipError
 from train_and_ship.infra.settings import Settings
+from train_and_ship.tasks.events import ASKED, KEPT, PROMOTED, UNCHANGED
 from train_and_ship.tasks.notification import NotificationAddress
-from train_and_ship.tasks.tell import ASKED, KEPT, PROMOTED, UNCHANGED
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
 """A server may have other people's flows too."""

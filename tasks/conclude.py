@@ -1,4 +1,4 @@
-"""The last word of a night: the report, the record of the decision, and the name under which the run ends."""
+"""The end of a retraining run: the report, the record of the decision, and the name under which the run ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from prefect.cache_policies import NO_CACHE
 
 from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, Decision, record_decision
 from train_and_ship.registry.report.page import Cell
-from train_and_ship.tasks import tell as tell_event
-from train_and_ship.tasks.decide import Night, Plan
+from train_and_ship.tasks import events
+from train_and_ship.tasks.decide import RetrainPlan, RetrainResult
 from train_and_ship.tasks.policy import worth_retrying
 from train_and_ship.tasks.promote import Kept, Promoted
 from train_and_ship.tasks.publish import publish
@@ -30,8 +30,8 @@ from train_and_ship.tasks.run import Run
     retry_condition_fn=worth_retrying,
 )
 async def conclude(
-    plan: Plan, run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept
-) -> Night:
+    plan: RetrainPlan, run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept
+) -> RetrainResult:
     """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run."""
     decision = _decision(plan, registered, outcome)
     title = _title(plan, decision)
@@ -39,10 +39,10 @@ async def conclude(
     last = rehearsed if isinstance(outcome, Kept) else outcome.rehearsed
     ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
     path = await publish(run, registered, ended)
-    told = tell_event.PROMOTED if decision.decision == PROMOTED else tell_event.KEPT
-    tell_event.tell(told, run.job.name, title, in_short(run, registered, last, outcome))
+    event = events.PROMOTED if decision.decision == PROMOTED else events.KEPT
+    events.emit(event, run.job.name, title, in_short(run, registered, last, outcome))
     run.write_timings()
-    return Night(
+    return RetrainResult(
         title=title,
         decision=decision,
         run_url=run.flow_run_url,
@@ -51,14 +51,14 @@ async def conclude(
     )
 
 
-def _decision(plan: Plan, registered: Registered, outcome: Promoted | Kept) -> Decision:
+def _decision(plan: RetrainPlan, registered: Registered, outcome: Promoted | Kept) -> Decision:
     made = {"candidate": registered.manifest.release, "version": registered.version.version}
     if isinstance(outcome, Kept):
         return plan.decided(KEPT, outcome.why, **made)
     return plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
 
 
-def _title(plan: Plan, decision: Decision) -> str:
+def _title(plan: RetrainPlan, decision: Decision) -> str:
     if decision.decision == PROMOTED:
         return f"{plan.job.name} release {decision.candidate} is live on {decision.channel}"
     return (
@@ -67,7 +67,7 @@ def _title(plan: Plan, decision: Decision) -> str:
     )
 
 
-def _asked(plan: Plan, decision: Decision) -> Sequence[Sequence[Cell]]:
+def _asked(plan: RetrainPlan, decision: Decision) -> Sequence[Sequence[Cell]]:
     return [
         ("asked by", decision.asked),
         ("changed", "; ".join(f"{name}: {how}" for name, how in plan.changed.items()) or "nothing"),

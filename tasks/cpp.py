@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchworker.contract import RESULT, CppRequest, CppResult, decode
 from train_and_ship.infra.errors import ShipError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.job import Job
 from train_and_ship.tasks.worker import call_worker
 
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-and-ship" / "cpp"
 
 
-def start_build(host: WorkerHost, job: Job, folder: Path) -> Future[CppResult] | None:
+def start_build(fork_server: ForkServer, job: Job, folder: Path) -> Future[CppResult] | None:
     """Look for the runner, and build it when there is none, in the background. None when the job has no use for it.
 
     folder: the run directory. The future never fails: a build that does is a reason why there is no runner.
@@ -39,7 +39,7 @@ def start_build(host: WorkerHost, job: Job, folder: Path) -> Future[CppResult] |
     def build() -> None:
         try:
             request = CppRequest(cache=str(cache_folder()))
-            built.set_result(decode(CppResult, asyncio.run(call_worker(host, "cpp", request, work))))
+            built.set_result(decode(CppResult, asyncio.run(call_worker(fork_server, "cpp", request, work))))
         except (ShipError, OSError) as error:
             built.set_result(CppResult(runner="", reason=str(error).split("\n")[0]))
 

@@ -1,4 +1,4 @@
-"""The first question of a night: is there anything new to train on?"""
+"""The first question of a retraining run: is there anything new to train on?"""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.infra.settings import Settings
-from train_and_ship.infra.workerhost import worker_host
 from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
@@ -43,6 +43,7 @@ from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes
 from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.tasks.events import UNCHANGED, emit
 from train_and_ship.tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
 from train_and_ship.tasks.outcome import CUT_OFF
 from train_and_ship.tasks.policy import artifact_key, quiet_mistakes, worth_retrying
@@ -50,7 +51,6 @@ from train_and_ship.tasks.publish import write_report
 from train_and_ship.tasks.requests import project_of
 from train_and_ship.tasks.run import close_ledger, flow_run_page, ledger_of, run_folder
 from train_and_ship.tasks.snapshot import known_snapshot
-from train_and_ship.tasks.tell import UNCHANGED, tell
 
 PLAN = "plan.json"
 INPUTS = ("code", "data", "config", "environment")
@@ -61,7 +61,7 @@ STREAK = 7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RetrainPlan:
     """Whether to train, and from where."""
 
     job: Job
@@ -109,7 +109,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Night:
+class RetrainResult:
     """What came of it, and where to look."""
 
     title: str
@@ -127,7 +127,7 @@ class Night:
     retry_delay_seconds=[1, 2, 5, 15],
     retry_condition_fn=worth_retrying,
 )
-async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
+async def decide(job_file: str, why: str, force: bool, resume: str) -> RetrainPlan:
     """Compare code, data, job and environment with those of the live release.
 
     Writes the run's own folder, and earlier answers that the bucket could not take. A run that goes on keeps to what it
@@ -157,7 +157,7 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> Plan:
     skip = ""
     if earlier is None and not force:
         skip = await asyncio.to_thread(_reason_to_skip, store, job, live, changed, digest)
-    plan = Plan(
+    plan = RetrainPlan(
         job=job,
         store=store,
         settings=settings,
@@ -185,8 +185,8 @@ async def _inputs(settings: Settings, job: Job, project_folder: Path, folder: Pa
     if snapshot := await asyncio.to_thread(known_snapshot, settings, job, project_folder):
         return 0.0, await inputs_of(job, project_folder, snapshot_fingerprint(snapshot))
     # It imports torch while this process talks to the bucket.
-    host = worker_host(folder.parent / "host.log")
-    facts = await read_facts(host, job, project_of(job, project_folder), folder)
+    server = fork_server(folder.parent / "host.log")
+    facts = await read_facts(server, job, project_of(job, project_folder), folder)
     return facts.seconds, await inputs_of(job, project_folder, data_fingerprint(facts))
 
 
@@ -229,7 +229,7 @@ def _write_plan(folder: Path, live: Pointer | None, start: Pointer | None) -> No
     write_whole(folder / PLAN, json.dumps(texts).encode())
 
 
-def _from_where(plan: Plan) -> str:
+def _from_where(plan: RetrainPlan) -> str:
     return f"from the weights of release {plan.start.release}" if plan.start else "from scratch"
 
 
@@ -241,7 +241,7 @@ def _from_where(plan: Plan) -> str:
     retry_delay_seconds=[1, 2, 5, 15],
     retry_condition_fn=worth_retrying,
 )
-async def skip(plan: Plan) -> Night:
+async def skip(plan: RetrainPlan) -> RetrainResult:
     """Record that nothing was done, and why."""
     decision = replace(plan.decided(SKIPPED, plan.skip), streak=1 + await asyncio.to_thread(streak, plan))
     await asyncio.to_thread(record_decision, plan.store, decision)
@@ -249,7 +249,7 @@ async def skip(plan: Plan) -> Night:
     title = f"{plan.job.name}: skipped, {plan.skip}"
     if decision.streak % STREAK == 0:
         subject = f"{plan.job.name}: skipped {decision.streak} times in a row"
-        tell(UNCHANGED, plan.job.name, subject, f"{plan.skip}\nRun: {page}")
+        emit(UNCHANGED, plan.job.name, subject, f"{plan.skip}\nRun: {page}")
     folder = plan.settings.runs / plan.job.name / plan.flow_run_id
     close_ledger(folder)
     costs = read_costs(folder)
@@ -257,22 +257,22 @@ async def skip(plan: Plan) -> Night:
     folder.mkdir()
     written = await asyncio.to_thread(write_report, _skipped(plan, decision, title), folder, plan.settings, costs)
     await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(plan.job.name)}", description=title)
-    return Night(title=title, decision=decision, run_url=page, report=written.file)
+    return RetrainResult(title=title, decision=decision, run_url=page, report=written.file)
 
 
-def streak(plan: Plan) -> int:
+def streak(plan: RetrainPlan) -> int:
     """How many times in a row the answer was to skip, before this one."""
     last = read_decisions(plan.store, plan.job.name, plan.job.release.channel, 1)
     return last[-1].streak if last else 0
 
 
-def ended(night: Night) -> State[Night]:
+def ended(result: RetrainResult) -> State[RetrainResult]:
     """The state in which a flow run ends: Completed, under the name Skipped, Promoted or Kept, with the reason."""
-    return Completed(name=night.decision.decision.capitalize(), message=night.title, data=night)
+    return Completed(name=result.decision.decision.capitalize(), message=result.title, data=result)
 
 
-def _skipped(plan: Plan, decision: Decision, title: str) -> Outcome:
-    """All there is to say about a night on which nothing was done."""
+def _skipped(plan: RetrainPlan, decision: Decision, title: str) -> Outcome:
+    """The report of a retraining run in which nothing was done."""
     facts: list[Sequence[Cell]] = [(name, plan.changed.get(name, "unchanged")) for name in INPUTS]
     facts += [
         ("live", f"{decision.live} on {decision.channel}"),

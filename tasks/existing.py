@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult, decode
 from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import file_sha256
 from train_and_ship.infra.settings import Settings
-from train_and_ship.infra.workerhost import worker_host
 from train_and_ship.registry.channels.moves import Mover, OtherLive, Scored, Verified, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.gates import verdict_table, worst
@@ -46,7 +46,7 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
             f"{target.model}: release {target.release} cannot be tried before it goes live: it {lacks}, as releases of "
             "`ship run` do. `ship rollback --to` moves a channel to it without trying it"
         )
-    host = worker_host(settings.runs / target.model / "host.log")
+    server = fork_server(settings.runs / target.model / "host.log")
     job = await asyncio.to_thread(_job, store, verified, gates)
     live = await asyncio.to_thread(read_pointer, store, target.model, target.channel)
     samples = None
@@ -72,7 +72,7 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
         threads=job.threads if job is not None else 1,
         sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
     )
-    result: RehearseResult = decode(RehearseResult, await call_worker(host, "rehearse", request, work))
+    result: RehearseResult = decode(RehearseResult, await call_worker(server, "rehearse", request, work))
     if not result.passed:
         failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
         raise GateError(

@@ -60,7 +60,7 @@ async def _where(run: Run, exported: Exported, result: ValidateResult) -> dict[s
         probes=probes,
     )
     try:
-        found: LocateResult = decode(LocateResult, await call_worker(run.host, "locate", request, folder))
+        found: LocateResult = decode(LocateResult, await call_worker(run.fork_server, "locate", request, folder))
     except (ShipError, OSError) as error:
         reason = str(error).splitlines()[0]
         return {**where, **dict.fromkeys(probes, f"could not be located: {reason}")}

@@ -66,7 +66,7 @@ async def export(run: Run, trained: Trained) -> Exported:
                 int8=int8.wanted if int8 is not None else (),
                 calibration_samples=int8.samples if int8 is not None else 0,
             )
-            await call_worker(run.host, "export", request, work)
+            await call_worker(run.fork_server, "export", request, work)
             stage.finish()
     result: ExportResult = decode(ExportResult, Reply.read(stage.path / RESULT).result)
     for kind, artifact in result.artifacts.items():

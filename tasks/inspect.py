@@ -16,9 +16,9 @@ from prefect.cache_policies import NO_CACHE
 
 from torchworker.contract import InspectResult, Project, decode
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.provenance import code_fingerprint, environment_lock
 from train_and_ship.infra.rundir import StageFolder
-from train_and_ship.infra.workerhost import WorkerHost
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.data.checks import check_data, render_data, require_good_data
 from train_and_ship.registry.diff import read_told
@@ -59,7 +59,7 @@ async def inspect(run: Run) -> Inspected:
     Without checks nothing waits: it is read beside what comes next. Raises GateError with what failed, JobError when
     the data cannot be read.
     """
-    reading = asyncio.create_task(read_facts(run.host, run.job, run.project, run.folder))
+    reading = asyncio.create_task(read_facts(run.fork_server, run.job, run.project, run.folder))
     checks = run.job.data.checks
     if checks is None:
         return Inspected(reading=reading)
@@ -93,14 +93,14 @@ def _live_facts(run: Run) -> tuple[str, Mapping[str, Any] | None]:
         return live.release, None
 
 
-async def read_facts(host: WorkerHost, job: Job, project: Project, folder: Path) -> InspectResult:
+async def read_facts(fork_server: ForkServer, job: Job, project: Project, folder: Path) -> InspectResult:
     """What the data is like; what this run has found out already. Raises JobError, WorkerError."""
     request = inspect_request(job, project)
     asked = json.dumps(request.ranges, sort_keys=True)
     stage = StageFolder(folder, "inspect", inputs=f"{job.training_digest()} {asked}")
     if not stage.is_complete():
         work = stage.begin()
-        result: InspectResult = decode(InspectResult, await call_worker(host, "inspect", request, work))
+        result: InspectResult = decode(InspectResult, await call_worker(fork_server, "inspect", request, work))
         result.write(work / FACTS)
         stage.finish()
     return InspectResult.read(stage.path / FACTS)

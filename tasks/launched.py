@@ -32,11 +32,11 @@ from torchworker.contract import (
     decode,
 )
 from train_and_ship.infra.errors import JobError, ShipError, WorkerError
+from train_and_ship.infra.fork_server import Events, Follower
 from train_and_ship.infra.launchers.hosts import SSH, HostsLauncher
 from train_and_ship.infra.launchers.kubernetes import KubernetesLauncher, Volume
 from train_and_ship.infra.launchers.slurm import SlurmLauncher
 from train_and_ship.infra.launchers.spec import Launcher, Spec, Status
-from train_and_ship.infra.workerhost import Events, Follower
 from train_and_ship.registry.job import launcher as options
 
 CURRENT = "current.json"

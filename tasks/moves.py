@@ -26,9 +26,9 @@ from train_and_ship.registry.channels.moves import (
 )
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.tasks.events import PROMOTED, emit
 from train_and_ship.tasks.existing import promote_tried, try_out
 from train_and_ship.tasks.policy import quiet_mistakes, worth_retrying
-from train_and_ship.tasks.tell import PROMOTED, tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ async def rehearse_existing(request: Request, verified: Verified, gates: bool) -
 async def move_back(request: Request, verified: Verified) -> Moved:
     """Move the channel, once, atomically, and let MLflow's aliases follow."""
     pointer = await asyncio.to_thread(roll_back, request.store, verified, request.mover)
-    return await _tell(request, pointer)
+    return await _notify(request, pointer)
 
 
 @task(
@@ -137,14 +137,14 @@ async def move_back(request: Request, verified: Verified) -> Moved:
 async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
     """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError."""
     pointer = await promote_tried(request.settings, request.store, verified, request.mover, gates=gates, again=again)
-    return await _tell(request, pointer)
+    return await _notify(request, pointer)
 
 
-async def _tell(request: Request, pointer: Pointer) -> Moved:
+async def _notify(request: Request, pointer: Pointer) -> Moved:
     log = get_run_logger()
     title = f"{pointer.model} {pointer.channel}: {described(pointer)}"
     log.info(title)
-    tell(PROMOTED, pointer.model, title, f"{request.mover.by}: {request.mover.why}")
+    emit(PROMOTED, pointer.model, title, f"{request.mover.by}: {request.mover.why}")
     follows = (request.store, pointer.model, pointer.channel, request.settings.mlflow_url)
     for warning in await asyncio.to_thread(follow, *follows):
         log.warning(warning)

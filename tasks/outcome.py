@@ -162,11 +162,11 @@ def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Setting
 
 
 async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Record that a night ended without a candidate, or with one that no gate lets through. Never makes it worse."""
+    """Record that a retraining run ended without a candidate, or with one that the gates refused. Never raises."""
     try:
         await asyncio.to_thread(_record_failure, flow_run, _reason(state))
     except (ShipError, OSError) as error:
-        logging.getLogger(__name__).warning("the failed night could not be recorded: %s", error)
+        logging.getLogger(__name__).warning("the failed retraining run could not be recorded: %s", error)
 
 
 def _record_failure(flow_run: FlowRun, reason: str) -> None:
@@ -190,7 +190,7 @@ def _record_failure(flow_run: FlowRun, reason: str) -> None:
         decision = replace(decision, live=live.release if live else "")
         record_decision(store, decision, folder)
     except ServiceError:
-        # The night may have failed because the bucket is away. The next run of this model on this machine records it.
+        # It may have failed because the bucket is away. The next run of this model on this machine records it.
         keep_until_recorded(folder, decision)
         raise
 

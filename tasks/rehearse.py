@@ -172,7 +172,7 @@ async def hold_against(
         sqnr_db=run.job.export.int8.sqnr_db if run.job.export.int8 is not None else 0.0,
         resampling=_resampling(run.job),
     )
-    result = decode(RehearseResult, await call_worker(run.host, "rehearse", request, work))
+    result = decode(RehearseResult, await call_worker(run.fork_server, "rehearse", request, work))
     if not result.passed:
         failed = [verdict for verdict in result.verdicts if not verdict.passed]
         names = ", ".join(f"{item.format} ({item.case})" for item in failed)
@@ -226,13 +226,13 @@ async def _scored(
         resampling=request.resampling,
     )
     try:
-        scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", asked, folder))
+        scored: ScoreResult = decode(ScoreResult, await call_worker(run.fork_server, "score", asked, folder))
     except WorkerError as error:
         if live is None:
             raise
         # The live release may have taken the process down; the candidate alone tells.
         (folder / RESULT).unlink(missing_ok=True)
-        alone = await call_worker(run.host, "score", replace(asked, live=None), folder)
+        alone = await call_worker(run.fork_server, "score", replace(asked, live=None), folder)
         scored = replace(decode(ScoreResult, alone), live_problem=str(error).split("\n")[0])
     mine = _joined(result.candidate, scored.metrics)
     if live is None:
@@ -273,7 +273,7 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
     )
     # Fixed limits were asked before.
     asked = replace(asked, gates=[])
-    speed: MeasureResult = decode(MeasureResult, await call_worker(run.host, "measure", asked, folder))
+    speed: MeasureResult = decode(MeasureResult, await call_worker(run.fork_server, "measure", asked, folder))
     timed = [name for name, gate in run.job.gates.items() if gate.times_live is not None]
     problems = [f"{name}: {item.problem}" for name, item in speed.measured.items() if item.problem]
     return replace(

@@ -13,12 +13,12 @@ from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.channels.decisions import PROMOTED as WENT_LIVE
 from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.tasks.events import PROMOTED, emit
 from train_and_ship.tasks.promote import Kept, Promoted
 from train_and_ship.tasks.publish import places, publish
 from train_and_ship.tasks.register import Registered
 from train_and_ship.tasks.rehearse import Rehearsed
 from train_and_ship.tasks.run import Run
-from train_and_ship.tasks.tell import PROMOTED, tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ async def report(run: Run, registered: Registered, promoted: Promoted) -> Shippe
     outcome = decided(run, promoted, title=f"{run.job.name} release {promoted.pointer.release} is live on "
                       f"{promoted.pointer.channel}", why=why_promoted(promoted.rehearsed))  # fmt: skip
     path = await publish(run, registered, outcome)
-    tell(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted.rehearsed, promoted))
+    emit(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted.rehearsed, promoted))
     return Shipped(
         title=outcome.title,
         release=registered.manifest.release,

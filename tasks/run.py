@@ -18,10 +18,10 @@ from prefect.runtime import flow_run
 
 from torchworker.contract import CppResult, Project
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.fork_server import ForkServer, fork_server, running_fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import git_commit
 from train_and_ship.infra.settings import Settings
-from train_and_ship.infra.workerhost import WorkerHost, running_host, worker_host
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
 from train_and_ship.registry.job.job import Job
@@ -55,7 +55,7 @@ class Run:
     """When it was first begun, UTC, ISO 8601: what is live and was begun later is newer."""
     flow_run_name: str
     git_commit: str
-    host: WorkerHost
+    fork_server: ForkServer
     store: ObjectStore
     live: LiveRun
     """The run in MLflow, fed while this one goes on."""
@@ -107,7 +107,7 @@ async def _begin(
     job: Job, project_folder: Path, settings: Settings, flow_run_id: str, folder: Path, ledger: Ledger
 ) -> Run:
     # Workers import torch while this process imports MLflow and talks to the services.
-    host = worker_host(folder.parent / "host.log")
+    server = fork_server(folder.parent / "host.log")
     store = ObjectStore.from_settings(settings)
     (snapshot, snapshot_sha256), *_ = await asyncio.gather(
         asyncio.to_thread(verified_snapshot, settings, job, project_folder),
@@ -134,7 +134,7 @@ async def _begin(
     )
     live.start()
     run = Run(
-        cpp=start_build(host, job, folder),
+        cpp=start_build(server, job, folder),
         job=job,
         project=project_of(job, project_folder, snapshot),
         snapshot=snapshot_sha256,
@@ -145,7 +145,7 @@ async def _begin(
         begun=_begun(folder),
         flow_run_name=str(flow_run.get_name()),
         git_commit=commit,
-        host=host,
+        fork_server=server,
         store=store,
         live=live,
         ledger=ledger,
@@ -168,7 +168,7 @@ _ledgers: dict[Path, Ledger] = {}
 def ledger_of(folder: Path) -> Ledger:
     """What measures the run of this folder in this process, begun on first use."""
     if folder not in _ledgers:
-        _ledgers[folder] = Ledger(folder, _spent_by_children, _spent_by_host)
+        _ledgers[folder] = Ledger(folder, _spent_by_children, _spent_by_server)
     return _ledgers[folder]
 
 
@@ -179,13 +179,13 @@ def close_ledger(folder: Path) -> None:
 
 
 def _spent_by_children() -> Mapping[str, float]:
-    host = running_host()
-    return host.spent() if host is not None else {}
+    server = running_fork_server()
+    return server.spent() if server is not None else {}
 
 
-def _spent_by_host() -> float:
-    host = running_host()
-    return host.own_seconds() if host is not None else 0.0
+def _spent_by_server() -> float:
+    server = running_fork_server()
+    return server.own_seconds() if server is not None else 0.0
 
 
 def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:

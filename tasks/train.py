@@ -116,7 +116,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
             request = TrainRequest(
                 project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints), start=weights
             )
-            await call_worker(run.host, "train", request, work, progress.on_event)
+            await call_worker(run.fork_server, "train", request, work, progress.on_event)
         else:
             attempts.mkdir(exist_ok=True)
             trained = await train_launched(

@@ -105,7 +105,9 @@ async def validate(run: Run, exported: Exported) -> Validated:
                 no_runner=runner.reason,
                 log=str(work),
             )
-            result: ValidateResult = decode(ValidateResult, await call_worker(run.host, "validate", request, work))
+            result: ValidateResult = decode(
+                ValidateResult, await call_worker(run.fork_server, "validate", request, work)
+            )
             if run.job.train.custom_metrics and result.passed:
                 result = await _scored(run, exported, result, work)
             if result.passed and (run.job.export.serve != "none" or speed_gates(run.job) or result.int8):
@@ -166,7 +168,7 @@ async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Pa
         gates=fixed_gates(run.job, custom=True),
         threads=run.job.threads,
     )
-    scored: ScoreResult = decode(ScoreResult, await call_worker(run.host, "score", request, folder))
+    scored: ScoreResult = decode(ScoreResult, await call_worker(run.fork_server, "score", request, folder))
     result = replace(
         result,
         verdicts=[*result.verdicts, *(item for item in scored.verdicts if item.format not in INT8_OF)],
@@ -191,7 +193,7 @@ async def _measured(run: Run, exported: Exported, result: ValidateResult, work: 
         serve=run.job.export.serve,
         project=run.project,
     )
-    speed: MeasureResult = decode(MeasureResult, await call_worker(run.host, "measure", request, folder))
+    speed: MeasureResult = decode(MeasureResult, await call_worker(run.fork_server, "measure", request, folder))
     for kind, speedups in speed.speedups.items():
         found = replace(result.int8[kind], speedups=speedups)
         result = replace(result, int8={**result.int8, kind: found})

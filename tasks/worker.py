@@ -8,11 +8,11 @@ from typing import Any
 
 from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply
 from train_and_ship.infra.errors import JobError, WorkerError
-from train_and_ship.infra.workerhost import Events, WorkerHost
+from train_and_ship.infra.fork_server import Events, ForkServer
 
 
 async def call_worker(
-    host: WorkerHost, stage: str, request: Message, folder: Path, on_event: Events | None = None
+    fork_server: ForkServer, stage: str, request: Message, folder: Path, on_event: Events | None = None
 ) -> Mapping[str, Any]:
     """The stage's result as plain JSON. folder: existing folder for request, reply, events and log.
 
@@ -21,7 +21,7 @@ async def call_worker(
     """
     request.write(folder / REQUEST)
     log = folder / f"{stage}.log"
-    status = await host.run(
+    status = await fork_server.run(
         stage, folder / REQUEST, log=log, events=folder / EVENTS if on_event else None, on_event=on_event
     )
     if not (folder / RESULT).exists():

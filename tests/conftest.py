@@ -16,9 +16,9 @@ from tests.support.local_stack import enter_local_stack
 from tests.support.processes import run_command
 from tests.support.scheduling import MACHINE_WIDE, ByFile
 from train_and_ship.infra import stack as local_stack
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.infra.workerhost import WorkerHost
 
 
 def pytest_configure() -> None:
@@ -64,8 +64,8 @@ def store(stack: Settings) -> ObjectStore:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerHost]:
-    """A worker host, for tests that run stages without Prefect."""
-    started = WorkerHost(tmp_path_factory.mktemp("host") / "host.log")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A fork server, for tests that run stages without Prefect."""
+    started = ForkServer(tmp_path_factory.mktemp("host") / "host.log")
     yield started
     started.close()

@@ -133,7 +133,7 @@ class KubernetesLauncher:
 
     def launch(self, spec: Spec) -> str:
         value = manifest(spec, volume=self.volume, secret=self.secret)
-        self._engine.tell(*self._kubectl, "apply", "--filename=-", stdin=json.dumps(value))
+        self._engine.run(*self._kubectl, "apply", "--filename=-", stdin=json.dumps(value))
         return spec.name
 
     def status(self, job: str) -> Status:
@@ -148,7 +148,7 @@ class KubernetesLauncher:
         return status_of(json.loads(done.stdout))
 
     def cancel(self, job: str, grace_s: float = 10.0) -> None:
-        self._engine.tell(
+        self._engine.run(
             *self._kubectl, "delete", f"job/{job}", f"service/{job}", "--ignore-not-found", "--cascade=foreground",
             "--wait=true", f"--timeout={round(grace_s) + 30}s",
         )  # fmt: skip

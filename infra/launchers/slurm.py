@@ -134,10 +134,10 @@ class SlurmLauncher:
 
     def launch(self, spec: Spec) -> str:
         # A process that died between sbatch and noting the number finds its job by name.
-        listed = self._engine.tell("squeue", "--noheader", "--states=all", f"--name={spec.name}", "--format=%A")
+        listed = self._engine.run("squeue", "--noheader", "--states=all", f"--name={spec.name}", "--format=%A")
         if listed:
             return listed.split()[0]
-        return self._engine.tell("sh", "-s", stdin=submission(spec, self.arguments), name="sbatch").split(";")[0]
+        return self._engine.run("sh", "-s", stdin=submission(spec, self.arguments), name="sbatch").split(";")[0]
 
     def status(self, job: str) -> Status:
         try:

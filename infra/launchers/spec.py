@@ -138,7 +138,7 @@ class Engine:
             raise ServiceError(f"{argv[0]}: {last_line(done.stderr)}")
         return done
 
-    def tell(self, *argv: str, stdin: str = "", name: str = "") -> str:
+    def run(self, *argv: str, stdin: str = "", name: str = "") -> str:
         """Run a command that must succeed; what it printed.
 
         name: what a person calls it, if not by the first word. Raises JobError with the engine's words when it refuses.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from train_and_ship.infra.fork_server import HASH_SEED
 from train_and_ship.infra.launchers.spec import Spec
-from train_and_ship.infra.workerhost import HASH_SEED
 
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=2"
 """A lost machine is noticed after 5 s instead of 15, and the others wait 2 s for newcomers instead of 30."""

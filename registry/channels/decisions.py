@@ -1,6 +1,6 @@
 """What retraining decided, each time it was asked: one immutable object for each decision.
 
-They lie beside the history of the channel, which holds moves only: a night on which nothing moved is told here. A
+They lie beside the history of the channel, which holds moves only: a retraining run that moved nothing is told here. A
 decision that the bucket did not take waits in the folder of its run for the next run of the model. So does what is to
 be said of a run that is killed before it can say anything.
 """

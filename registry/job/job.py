@@ -57,7 +57,7 @@ class Release(Part):
 
 
 class Retrain(Part):
-    """What `ship retrain` does, by hand, at night or on an event."""
+    """What `ship retrain` does, by hand, on a schedule or on an event."""
 
     start: Literal["live", "scratch"] = Field(
         "scratch", description="begin with the live release's weights, or as model.factory makes them"

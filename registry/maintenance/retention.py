@@ -225,7 +225,7 @@ def _ago(span: timedelta) -> str:
     return " ".join(parts[:2])
 
 
-def tell_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_versions: bool) -> Iterator[str]:
+def notify_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_versions: bool) -> Iterator[str]:
     """Tag MLflow's versions of deleted releases, or delete them; says what was done. Writes, and can be repeated.
 
     A version that has an alias is never deleted. Raises ServiceError or SettingsError when MLflow does not do what is

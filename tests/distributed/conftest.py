@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.training import Train
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 
 
 @pytest.fixture
-def train(host: WorkerHost, tmp_path: Path) -> Train:
+def train(fork_server: ForkServer, tmp_path: Path) -> Train:
     """Train job files into the test's folder."""
-    return Train(host, tmp_path)
+    return Train(fork_server, tmp_path)

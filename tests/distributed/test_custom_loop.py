@@ -19,7 +19,7 @@ from tests.support.projects import REPOSITORY, write_project
 from tests.support.training import Train
 from torchworker.contract import PROBE, WEIGHTS
 from train_and_ship.infra.errors import JobError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 
 # Everything that has state: dropout, batch norm, momentum, a schedule, a draw from each random generator.
 LOOP = """
@@ -81,10 +81,10 @@ def weights_of(work: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def uninterrupted(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     events: list[dict[str, Any]] = []
-    result = Train(host, folder)(write_loop(folder / "p"), events.append)
+    result = Train(fork_server, folder)(write_loop(folder / "p"), events.append)
     return {"result": result, "weights": weights_of(folder / "train0"), "work": folder / "train0", "events": events}
 
 

@@ -21,7 +21,7 @@ import pytest
 from tests.support.projects import STATEFUL, STATEFUL_TRAIN, write_project
 from torchworker.contract import TrainRequest, TrainResult, decode
 from train_and_ship.infra.errors import JobError, WorkerError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
@@ -30,8 +30,8 @@ from train_and_ship.tasks.worker import call_worker
 class Attempt:
     """Trains a project into a folder whose checkpoints outlive it."""
 
-    def __init__(self, host: WorkerHost, folder: Path) -> None:
-        self.host, self.folder = host, folder
+    def __init__(self, fork_server: ForkServer, folder: Path) -> None:
+        self.fork_server, self.folder = fork_server, folder
         self.events: list[dict[str, Any]] = []
         self.attempts = 0
 
@@ -54,7 +54,7 @@ class Attempt:
             self.events.append(event)
             on_event(event)
 
-        reply = asyncio.run(call_worker(self.host, "train", request, self.work, remember))
+        reply = asyncio.run(call_worker(self.fork_server, "train", request, self.work, remember))
         result: TrainResult = decode(TrainResult, reply)
         return result
 
@@ -67,14 +67,14 @@ class Attempt:
 
 
 @pytest.fixture
-def attempt(host: WorkerHost, tmp_path: Path) -> Attempt:
-    return Attempt(host, tmp_path / "run")
+def attempt(fork_server: ForkServer, tmp_path: Path) -> Attempt:
+    return Attempt(fork_server, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainResult]:
+def uninterrupted(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainResult]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    whole = Attempt(host, folder / "run")
+    whole = Attempt(fork_server, folder / "run")
     result = whole.train(folder / "project")
     return whole.weights, result
 
@@ -101,24 +101,24 @@ def test_a_killed_rank_costs_no_bit(
 def test_the_agent_or_host_killed_the_next_call_goes_on_from_the_checkpoint(
     uninterrupted: tuple[str, TrainResult], tmp_path: Path
 ) -> None:
-    host = WorkerHost(tmp_path / "host.log")
-    first = Attempt(host, tmp_path / "run")
+    fork_server = ForkServer(tmp_path / "host.log")
+    first = Attempt(fork_server, tmp_path / "run")
 
     def kill_host(event: dict[str, Any]) -> None:
-        if event["event"] == "checkpoint" and event["step"] >= 6 and host.alive:
-            os.kill(host.pid, signal.SIGKILL)
+        if event["event"] == "checkpoint" and event["step"] >= 6 and fork_server.alive:
+            os.kill(fork_server.pid, signal.SIGKILL)
 
     with pytest.raises(WorkerError):
         first.train(tmp_path / "project", kill_host)
-    host.close()
+    fork_server.close()
 
-    host = WorkerHost(tmp_path / "host.log")
+    fork_server = ForkServer(tmp_path / "host.log")
     try:
-        second = Attempt(host, tmp_path / "run")
+        second = Attempt(fork_server, tmp_path / "run")
         second.attempts = 1
         result = second.train(tmp_path / "project")
     finally:
-        host.close()
+        fork_server.close()
     assert any("resumed from step" in note for note in result.notes)
     assert second.weights == uninterrupted[0]
 
@@ -128,7 +128,7 @@ def stopped_after(attempt: Attempt, project: Path, step: int, **job: Any) -> Non
 
     def kill(event: dict[str, Any]) -> None:
         if event["event"] == "checkpoint" and event["step"] >= step:
-            for child in psutil.Process(attempt.host.pid).children():
+            for child in psutil.Process(attempt.fork_server.pid).children():
                 # The next checkpoint's event may have been on its way, and the agent is dead by then.
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(attempt: Attempt, tmp_
             folder=str(work),
             checkpoints=str(attempt.folder / "checkpoints"),
         )
-        asyncio.run(call_worker(attempt.host, "train", request, work))
+        asyncio.run(call_worker(attempt.fork_server, "train", request, work))
     assert path.exists()
 
 
@@ -227,7 +227,7 @@ def test_a_rank_that_always_dies_ends_the_run_with_its_cause(attempt: Attempt, t
     )
     events: list[dict[str, Any]] = []
     with pytest.raises(WorkerError, match=r"rank \d .*killed"):
-        asyncio.run(call_worker(attempt.host, "train", request, attempt.folder, events.append))
+        asyncio.run(call_worker(attempt.fork_server, "train", request, attempt.folder, events.append))
     assert [event["event"] for event in events] == ["restarting"]
 
 

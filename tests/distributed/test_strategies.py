@@ -19,7 +19,7 @@ from tests.support.training import Train
 from torchworker.contract import ExportRequest, ExportResult, decode
 from torchworker.training.device import half_precision_is_native
 from train_and_ship.infra.errors import JobError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.check import check
 from train_and_ship.tasks.requests import project_of
@@ -79,7 +79,7 @@ def test_fsdp_trains_to_the_weights_that_ddp_trains_to(train: Train, tmp_path: P
     assert fsdp.environment["strategy"] == "fsdp"
 
 
-def test_what_fsdp_trained_is_exported_like_any_other(train: Train, host: WorkerHost, tmp_path: Path) -> None:
+def test_what_fsdp_trained_is_exported_like_any_other(train: Train, fork_server: ForkServer, tmp_path: Path) -> None:
     path = write_project(tmp_path / "p", extra=LAYERS, train={**PLAN, "strategy": "fsdp"})
     train(path)
     job, folder = load_job(path)
@@ -94,7 +94,7 @@ def test_what_fsdp_trained_is_exported_like_any_other(train: Train, host: Worker
         seed=0,
         validation_limit=96,
     )
-    exported = decode(ExportResult, asyncio.run(call_worker(host, "export", request, out)))
+    exported = decode(ExportResult, asyncio.run(call_worker(fork_server, "export", request, out)))
     assert list(exported.artifacts) == ["torchscript"]
 
 

@@ -19,7 +19,7 @@ from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
 from tests.support.training import Train
 from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
 from train_and_ship.infra.errors import JobError, WorkerError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
@@ -102,7 +102,7 @@ def test_validation_is_exact_when_the_ranks_have_unequal_shares(train: Train, tm
 
 
 def test_an_exception_in_user_code_is_named_with_rank_line_and_traceback(
-    train: Train, host: WorkerHost, tmp_path: Path
+    train: Train, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     extra = """
         import os
@@ -124,7 +124,7 @@ def test_an_exception_in_user_code_is_named_with_rank_line_and_traceback(
     assert "plain.py:" in message and "in forward" in message
     assert "Last output (rank 1):\nthe last thing that was seen" in message
     assert "Connection" not in message
-    assert nothing_left_below(host.pid)
+    assert nothing_left_below(fork_server.pid)
 
 
 def test_a_rank_that_crashes_in_native_code_is_named_with_where_it_was(train: Train, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_rank_that_crashes_in_native_code_is_named_with_where_it_was(train: Tr
 SPAWNED = """
 import sys
 from pathlib import Path
-from torchworker import train
+from torchworker.stages import train
 from torchworker.contract import TrainRequest
 
 if __name__ == "__main__":
@@ -208,7 +208,9 @@ def test_a_validation_set_that_fails_is_found_before_the_first_epoch(train: Trai
     assert events == []
 
 
-def test_a_killed_rank_is_the_named_cause_and_nothing_is_left(host: WorkerHost, train: Train, tmp_path: Path) -> None:
+def test_a_killed_rank_is_the_named_cause_and_nothing_is_left(
+    fork_server: ForkServer, train: Train, tmp_path: Path
+) -> None:
     extra = """
         import os, signal
         class Dies(nn.Linear):
@@ -222,7 +224,7 @@ def test_a_killed_rank_is_the_named_cause_and_nothing_is_left(host: WorkerHost, 
     with pytest.raises(WorkerError, match=r"rank 1 .*killed") as caught:
         train(write_project(tmp_path / "p", extra=extra))
     assert caught.value.retryable
-    assert nothing_left_below(host.pid)
+    assert nothing_left_below(fork_server.pid)
 
 
 SLOW = """
@@ -239,11 +241,11 @@ SLOW = """
 """
 
 
-def test_everything_listens_on_loopback_only(host: WorkerHost, train: Train, tmp_path: Path) -> None:
+def test_everything_listens_on_loopback_only(fork_server: ForkServer, train: Train, tmp_path: Path) -> None:
     seen: set[str] = set()
 
     def look(event: dict[str, Any]) -> None:
-        for process in below(host.pid):
+        for process in below(fork_server.pid):
             # The watcher comes and goes with a launch.
             with contextlib.suppress(psutil.NoSuchProcess):
                 seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
@@ -253,7 +255,7 @@ def test_everything_listens_on_loopback_only(host: WorkerHost, train: Train, tmp
     assert seen == {"127.0.0.1"}
 
 
-def test_cancelling_the_caller_ends_every_process(host: WorkerHost, tmp_path: Path) -> None:
+def test_cancelling_the_caller_ends_every_process(fork_server: ForkServer, tmp_path: Path) -> None:
     job, folder = load_job(write_project(tmp_path / "p", extra=SLOW))
     request = TrainRequest(
         project=project_of(job, folder),
@@ -264,27 +266,27 @@ def test_cancelling_the_caller_ends_every_process(host: WorkerHost, tmp_path: Pa
 
     async def cancel_once_started() -> None:
         started = asyncio.Event()
-        call = asyncio.create_task(call_worker(host, "train", request, tmp_path, lambda event: started.set()))
+        call = asyncio.create_task(call_worker(fork_server, "train", request, tmp_path, lambda event: started.set()))
         waiting = asyncio.create_task(started.wait())
         await asyncio.wait({call, waiting}, return_when=asyncio.FIRST_COMPLETED)
         assert not call.done()
-        assert len(below(host.pid)) == 4  # the agent, its watcher and two ranks
+        assert len(below(fork_server.pid)) == 4  # the agent, its watcher and two ranks
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
 
     asyncio.run(cancel_once_started())
-    assert nothing_left_below(host.pid)
+    assert nothing_left_below(fork_server.pid)
 
 
-@pytest.mark.parametrize("victim", ["flow", "host", "agent"])
+@pytest.mark.parametrize("victim", ["flow", "fork server", "agent"])
 def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: Path) -> None:
     job = write_project(tmp_path / "p", extra=SLOW)
     script = tmp_path / "flow.py"
     script.write_text(
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from train_and_ship.infra.workerhost import worker_host\n"
+        "from train_and_ship.infra.fork_server import fork_server\n"
         "from train_and_ship.registry.job.load import load_job\n"
         "from train_and_ship.tasks.requests import project_of, train_settings\n"
         "from train_and_ship.tasks.worker import call_worker\n"
@@ -293,19 +295,19 @@ def test_children_die_with_their_parent_even_on_sigkill(victim: str, tmp_path: P
         f"job, folder = load_job(Path({str(job)!r}))\n"
         "project, settings = project_of(job, folder), train_settings(job)\n"
         "request = TrainRequest(project=project, train=settings, folder=str(work), checkpoints=str(work / 'c'))\n"
-        "host = worker_host(work / 'host.log')\n"
-        "asyncio.run(call_worker(host, 'train', request, work, lambda event: print(host.pid, flush=True)))\n"
+        "server = fork_server(work / 'host.log')\n"
+        "asyncio.run(call_worker(server, 'train', request, work, lambda event: print(server.pid, flush=True)))\n"
     )
     flow = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert flow.stdout is not None
-    host_pid = int(flow.stdout.readline())
-    tree = [psutil.Process(host_pid), *below(host_pid)]
-    assert len(tree) == 5  # host, agent, its watcher, two ranks
-    agent = psutil.Process(host_pid).children()[0]
+    server_pid = int(flow.stdout.readline())
+    tree = [psutil.Process(server_pid), *below(server_pid)]
+    assert len(tree) == 5  # fork server, agent, its watcher, two ranks
+    agent = psutil.Process(server_pid).children()[0]
 
-    os.kill({"flow": flow.pid, "host": host_pid, "agent": agent.pid}[victim], signal.SIGKILL)
+    os.kill({"flow": flow.pid, "fork server": server_pid, "agent": agent.pid}[victim], signal.SIGKILL)
 
-    watched = tree if victim != "agent" else [process for process in tree if process.pid != host_pid]
+    watched = tree if victim != "agent" else [process for process in tree if process.pid != server_pid]
     _, alive = psutil.wait_procs(watched, timeout=5)
     flow.kill()
     flow.wait()

@@ -8,7 +8,7 @@ from tests.support.projects import write_project
 from tests.support.worker_stages import ONE, OpenStages, WorkerStages
 from torchworker.contract import CppRequest
 from torchworker.stages import cpp as cpp_build
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.cpp import cache_folder
 
 
@@ -22,13 +22,13 @@ def runner() -> Path:
 
 
 @pytest.fixture
-def stages(host: WorkerHost, tmp_path: Path) -> OpenStages:
+def stages(fork_server: ForkServer, tmp_path: Path) -> OpenStages:
     """Trains small projects for real; each call opens one more."""
     numbers = iter(range(9))
 
     def open_stages(extra: str = "", **job: object) -> WorkerStages:
         job_file = write_project(tmp_path / "project", extra=extra, **{"train": ONE, **job})
-        opened = WorkerStages(host, job_file, tmp_path / f"run{next(numbers)}")
+        opened = WorkerStages(fork_server, job_file, tmp_path / f"run{next(numbers)}")
         opened.train()
         return opened
 

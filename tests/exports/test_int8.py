@@ -38,7 +38,7 @@ from torchworker.exporters import quantize as int8
 from torchworker.exporters.subject import Subject
 from torchworker.parity import int8 as quantized
 from torchworker.process.failure import UserMistake
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.requests import measure_request
 from train_and_ship.tasks.worker import call_worker
 
@@ -73,7 +73,7 @@ LOOSE = {"sqnr_db": 20, "agreement": 0.95, "flip_margin": 1.0, "speedup": 0.001}
 
 
 @pytest.fixture(scope="module")
-def made(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> WorkerStages:
+def made(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> WorkerStages:
     """The float ONNX artifact and both variants of it."""
     folder = tmp_path_factory.mktemp("int8")
     job = write_project(
@@ -83,7 +83,7 @@ def made(host: WorkerHost, tmp_path_factory: pytest.TempPathFactory) -> WorkerSt
         export={"formats": ["onnx"], "quantize": LOOSE},
         gates={"accuracy": {"min": 0.9}},
     )
-    stages = WorkerStages(host, job, folder / "run")
+    stages = WorkerStages(fork_server, job, folder / "run")
     stages.train()
     stages.export("onnx")
     return stages
@@ -98,7 +98,7 @@ def limited(stages: WorkerStages, **limits: Any) -> WorkerStages:
         export={"formats": ["onnx"], "quantize": document},
         gates={"accuracy": {"min": 0.9}},
     )
-    other = WorkerStages(stages.host, job, stages.folder.parent / f"run-{job.parent.name}")
+    other = WorkerStages(stages.fork_server, job, stages.folder.parent / f"run-{job.parent.name}")
     shutil.copytree(stages.folder / "export", other.folder / "export", dirs_exist_ok=True)
     other.result = stages.result
     return other
@@ -190,20 +190,20 @@ def test_a_variant_that_is_not_faster_is_dropped_by_measurement_and_never_recomm
     folder.mkdir()
     # No variant is a thousand times as fast.
     asked = replace(request, speedup=1000.0)
-    result: MeasureResult = decode(MeasureResult, asyncio.run(call_worker(made.host, "measure", asked, folder)))
+    result: MeasureResult = decode(MeasureResult, asyncio.run(call_worker(made.fork_server, "measure", asked, folder)))
     assert set(result.too_slow) == {DYNAMIC, STATIC}
     assert "times at batch 1" in result.too_slow[STATIC] and "expected 1000 times" in result.too_slow[STATIC]
     assert set(result.serve.values()) == {"onnx"}
     assert set(result.speedups[STATIC]) == {str(speed.batch) for speed in result.measured[STATIC].speeds}
 
 
-def test_what_cannot_be_quantized_is_left_out_with_the_reason(host: WorkerHost, tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_left_out_with_the_reason(fork_server: ForkServer, tmp_path: Path) -> None:
     job = write_project(
         tmp_path / "project",
         train={"epochs": 1, "processes": 1, "batch_size": 32},
         export={"formats": ["onnx"], "quantize": {"formats": [STATIC], **LOOSE}},
     )
-    stages = WorkerStages(host, job, tmp_path / "run")
+    stages = WorkerStages(fork_server, job, tmp_path / "run")
     stages.train()
     # There is no writing to it.
     (tmp_path / "run" / "export" / INT8_FILES[STATIC]).mkdir()
@@ -212,13 +212,15 @@ def test_what_cannot_be_quantized_is_left_out_with_the_reason(host: WorkerHost, 
     assert STATIC in stages.result.left_out and stages.validate().passed
 
 
-def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(host: WorkerHost, tmp_path: Path) -> None:
+def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     job = write_project(
         tmp_path / "project",
         train={"epochs": 1, "processes": 1, "batch_size": 32},
         export={"formats": ["pt2"], "quantize": {"formats": ["pt2e-int8"], **LOOSE}},
     )
-    stages = WorkerStages(host, job, tmp_path / "run")
+    stages = WorkerStages(fork_server, job, tmp_path / "run")
     stages.train()
     artifacts = stages.export("pt2")
     assert stages.result is not None and stages.result.left_out == {}

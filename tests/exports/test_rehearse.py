@@ -16,7 +16,7 @@ from torch import nn
 
 from torchworker.contract import GOLDEN, RehearsedRelease, RehearseRequest, RehearseResult, TensorSpec, decode
 from train_and_ship.infra.errors import WorkerError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.worker import call_worker
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 60
@@ -67,7 +67,7 @@ def accuracy(made: nn.Module, validation: Path) -> float:
 
 
 def rehearsal(
-    host: WorkerHost, folder: Path, candidate: RehearsedRelease, live: RehearsedRelease | None, **changes: Any
+    fork_server: ForkServer, folder: Path, candidate: RehearsedRelease, live: RehearsedRelease | None, **changes: Any
 ) -> RehearseResult:
     arguments: dict[str, Any] = {
         "validation": None,
@@ -81,48 +81,50 @@ def rehearsal(
     request = RehearseRequest(candidate=candidate, live=live, **arguments)
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    result: RehearseResult = decode(RehearseResult, asyncio.run(call_worker(host, "rehearse", request, work)))
+    result: RehearseResult = decode(RehearseResult, asyncio.run(call_worker(fork_server, "rehearse", request, work)))
     return result
 
 
 def test_candidate_and_live_release_are_scored_on_the_same_samples(
-    host: WorkerHost, tmp_path: Path, validation: Path
+    fork_server: ForkServer, tmp_path: Path, validation: Path
 ) -> None:
     candidate, live = release(tmp_path / "a", model(1)), release(tmp_path / "b", model(2))
-    result = rehearsal(host, tmp_path, candidate, live, validation=str(validation))
+    result = rehearsal(fork_server, tmp_path, candidate, live, validation=str(validation))
     assert result.passed and len(result.verdicts) == 2 and result.samples == SAMPLES
     assert result.candidate["torchscript"]["accuracy"] == pytest.approx(accuracy(model(1), validation))
     assert result.live["torchscript"]["accuracy"] == pytest.approx(accuracy(model(2), validation))
     assert result.candidate != result.live and result.live_problem == ""
 
 
-def test_without_validation_samples_the_golden_outputs_are_still_asked_for(host: WorkerHost, tmp_path: Path) -> None:
-    result = rehearsal(host, tmp_path, release(tmp_path / "a", model(1)), release(tmp_path / "b", model(2)))
+def test_without_validation_samples_the_golden_outputs_are_still_asked_for(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    result = rehearsal(fork_server, tmp_path, release(tmp_path / "a", model(1)), release(tmp_path / "b", model(2)))
     assert result.passed and result.candidate == {} and result.live == {} and result.samples == 0
 
 
-def test_an_artifact_that_does_not_give_the_golden_outputs_fails(host: WorkerHost, tmp_path: Path) -> None:
+def test_an_artifact_that_does_not_give_the_golden_outputs_fails(fork_server: ForkServer, tmp_path: Path) -> None:
     candidate, other = release(tmp_path / "a", model(1)), release(tmp_path / "b", model(2))
     mixed = replace(candidate, files={}, formats={"torchscript": str(Path(other.folder) / "model.torchscript")})
-    result = rehearsal(host, tmp_path, mixed, None)
+    result = rehearsal(fork_server, tmp_path, mixed, None)
     assert not result.passed
     assert all(verdict.measured is not None and verdict.measured > 1 for verdict in result.verdicts)
 
 
-def test_an_artifact_that_cannot_be_loaded_fails_with_the_reason(host: WorkerHost, tmp_path: Path) -> None:
+def test_an_artifact_that_cannot_be_loaded_fails_with_the_reason(fork_server: ForkServer, tmp_path: Path) -> None:
     candidate = release(tmp_path / "a", model(1))
     (tmp_path / "a" / "model.torchscript").write_bytes(b"no archive")
-    result = rehearsal(host, tmp_path, replace(candidate, files={}), None)
+    result = rehearsal(fork_server, tmp_path, replace(candidate, files={}), None)
     (verdict,) = result.verdicts
     assert not result.passed and verdict.case == "load" and verdict.measured is None and verdict.note
 
 
-def test_a_file_that_is_not_what_the_manifest_says_is_never_loaded(host: WorkerHost, tmp_path: Path) -> None:
+def test_a_file_that_is_not_what_the_manifest_says_is_never_loaded(fork_server: ForkServer, tmp_path: Path) -> None:
     candidate = release(tmp_path / "a", model(1))
     path = tmp_path / "a" / "model.torchscript"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(WorkerError, match=r"model\.torchscript: expected SHA-256 \w+, got"):
-        rehearsal(host, tmp_path, candidate, None)
+        rehearsal(fork_server, tmp_path, candidate, None)
 
 
 @pytest.mark.parametrize(
@@ -131,18 +133,18 @@ def test_a_file_that_is_not_what_the_manifest_says_is_never_loaded(host: WorkerH
      (FEATURES, "image", "its inputs are image, the candidate's x")],
 )  # fmt: skip
 def test_a_live_release_with_other_inputs_cannot_be_scored_and_says_why(
-    host: WorkerHost, tmp_path: Path, validation: Path, features: int, name: str, reason: str
+    fork_server: ForkServer, tmp_path: Path, validation: Path, features: int, name: str, reason: str
 ) -> None:
     live = release(tmp_path / "b", model(2, features), features, name)
-    result = rehearsal(host, tmp_path, release(tmp_path / "a", model(1)), live, validation=str(validation))
+    result = rehearsal(fork_server, tmp_path, release(tmp_path / "a", model(1)), live, validation=str(validation))
     assert result.passed and result.live == {}
     assert re.search(reason, result.live_problem)
 
 
 def test_a_live_release_that_cannot_be_loaded_does_not_fail_the_candidate(
-    host: WorkerHost, tmp_path: Path, validation: Path
+    fork_server: ForkServer, tmp_path: Path, validation: Path
 ) -> None:
     live = release(tmp_path / "b", model(2))
     (tmp_path / "b" / "model.torchscript").write_bytes(b"no archive")
-    result = rehearsal(host, tmp_path, release(tmp_path / "a", model(1)), live, validation=str(validation))
+    result = rehearsal(fork_server, tmp_path, release(tmp_path / "a", model(1)), live, validation=str(validation))
     assert result.passed and result.live == {} and result.live_problem.startswith("torchscript: ")

@@ -6,7 +6,7 @@ import asyncio
 
 from tests.support.worker_stages import OpenStages
 from torchworker.contract import RESULT, Reply, ScoreRequest, ScoreResult, TrainResult, decode
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.requests import fixed_gates
 from train_and_ship.tasks.worker import call_worker
 
@@ -39,7 +39,9 @@ TAGGER = """
 """
 
 
-def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(stages: OpenStages, host: WorkerHost) -> None:
+def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(
+    stages: OpenStages, fork_server: ForkServer
+) -> None:
     metric = {"factory": "plain:share_right", "better": "higher"}
     opened = stages(
         TAGGER,
@@ -69,7 +71,7 @@ def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(stages: O
         gates=fixed_gates(opened.job, custom=True),
         threads=1,
     )
-    scored: ScoreResult = decode(ScoreResult, asyncio.run(call_worker(host, "score", request, folder)))
+    scored: ScoreResult = decode(ScoreResult, asyncio.run(call_worker(fork_server, "score", request, folder)))
     (verdict,) = scored.verdicts
     assert verdict.passed, verdict
     # The trained model was measured by two ranks, in other batches.

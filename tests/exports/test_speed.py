@@ -15,7 +15,7 @@ from torch import nn
 
 from torchworker.contract import GOLDEN, Gate, Measured, MeasureRequest, MeasureResult, Speed, TensorSpec, Timed, decode
 from torchworker.gates import speed
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.worker import call_worker
 
 FEATURES, LARGEST = 64, 129
@@ -33,7 +33,7 @@ def artifact(folder: Path, name: str, width: int) -> Timed:
 
 
 @pytest.fixture
-def measure(host: WorkerHost, tmp_path: Path) -> Measure:
+def measure(fork_server: ForkServer, tmp_path: Path) -> Measure:
     save_file({f"batch_{size}.input.x": torch.randn(size, FEATURES) for size in (1, LARGEST)}, tmp_path / GOLDEN)
 
     def measured(*subjects: Timed, **changes: Any) -> MeasureResult:
@@ -52,7 +52,9 @@ def measure(host: WorkerHost, tmp_path: Path) -> Measure:
             inputs=[TensorSpec(name="x", dtype="float32", shape=["batch", FEATURES])],
             **arguments,
         )
-        result: MeasureResult = decode(MeasureResult, asyncio.run(call_worker(host, "measure", request, tmp_path)))
+        result: MeasureResult = decode(
+            MeasureResult, asyncio.run(call_worker(fork_server, "measure", request, tmp_path))
+        )
         return result
 
     return measured

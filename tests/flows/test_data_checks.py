@@ -65,15 +65,15 @@ def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributio
     tmp_path: Path, store: ObjectStore, stack: Settings
 ) -> None:
     project = Project(tmp_path, store, "drifting")
-    first = project.night(train=POOR, data=CHECKED)
+    first = project.retrain(train=POOR, data=CHECKED)
     assert first.name == "Promoted", first.message
     before = project.live
     # New samples of the same distribution are new data, and no drift.
     fresh = CODE.replace("manual_seed(0 if", "manual_seed(5 if")
-    assert project.night(train=POOR, code=fresh, data=CHECKED).name in ("Promoted", "Kept")
+    assert project.retrain(train=POOR, code=fresh, data=CHECKED).name in ("Promoted", "Kept")
     live_now = project.live.release
     moved = fresh.replace("torch.randn(96, 4, generator=generator)", "torch.randn(96, 4, generator=generator) + 1.5")
-    state = project.night(train=POOR, code=moved, data=CHECKED)
+    state = project.retrain(train=POOR, code=moved, data=CHECKED)
     assert state.is_failed() and "psi of input[0]: " in str(state.message), state.message
     decision = project.decisions()[-1]
     assert decision.decision == FAILED and "expected at most 0.5" in decision.why
@@ -106,13 +106,13 @@ def test_data_in_a_bucket_is_verified_given_to_the_factory_and_known_without_bei
     kept = {"factory": "plain:build_dataset", "snapshot": {"path": f"s3://{store.bucket}/{prefix}"}}
     project = Project(tmp_path / "project", store, "snapped")
 
-    assert project.night(train=POOR, code=code, data=kept).name == "Promoted"
+    assert project.retrain(train=POOR, code=code, data=kept).name == "Promoted"
     inputs_of_live = read_told(store, "snapped", project.live.release).document(LINEAGE)["inputs"]
     assert inputs_of_live["data"] == f"snapshot {take(data).sha256}"
 
-    assert project.night(train=POOR, code=code, data=kept).name == "Skipped"
+    assert project.retrain(train=POOR, code=code, data=kept).name == "Skipped"
     (data / "more.txt").write_text("new")
     publish_snapshot(data, take(data), store, prefix)
-    state = project.night(train=POOR, code=code, data=kept)
+    state = project.retrain(train=POOR, code=code, data=kept)
     assert state.name in ("Promoted", "Kept"), state.message
     assert set(project.decisions()[-1].changed) == {"data"}

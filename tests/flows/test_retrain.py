@@ -1,4 +1,4 @@
-"""Nights of one model on the real stack: nothing new, something better, something worse, a warm start, an event."""
+"""Retraining runs of one model on the real stack: nothing new, better, worse, a warm start, an event."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, store: ObjectStore, stack: Settings) -> Project:
-    """The tests of this module are nights that follow each other."""
+    """The tests of this module are retraining runs that follow each other."""
     return Project(tmp_path_factory.mktemp(MODEL), store)
 
 
 def test_the_first_night_ships_what_there_is(project: Project) -> None:
-    state = project.night(train=POOR)
+    state = project.retrain(train=POOR)
     assert (state.name, state.is_completed()) == ("Promoted", True)
     (decision,) = project.decisions()
     assert decision.decision == PROMOTED and decision.candidate == project.live.release
@@ -48,7 +48,7 @@ def test_a_night_without_anything_new_is_a_recorded_skip_within_seconds(project:
     before = project.live
     versions = len(MlflowClient(stack.mlflow_url).search_model_versions(f"name = '{MODEL}'"))
     began = time.perf_counter()
-    state = project.night(why="a test", train=POOR)
+    state = project.retrain(why="a test", train=POOR)
     seconds = time.perf_counter() - began
     assert state.name == "Skipped" and state.is_completed()
     assert "code, data, config and environment are the same" in (state.message or "")
@@ -71,7 +71,7 @@ def test_a_night_without_anything_new_is_a_recorded_skip_within_seconds(project:
 
 def test_a_better_candidate_goes_live_with_the_interval_in_its_record(project: Project) -> None:
     before = project.live
-    state = project.night(train=GOOD)
+    state = project.retrain(train=GOOD)
     assert state.name == "Promoted", state.message
     decision = project.decisions()[-1]
     assert set(decision.changed) == {"config"} and "train.epochs 1 → 20" in decision.changed["config"]
@@ -86,7 +86,7 @@ def test_a_better_candidate_goes_live_with_the_interval_in_its_record(project: P
 
 def test_a_worse_candidate_stays_in_mlflow_as_the_challenger_with_its_report(project: Project, stack: Settings) -> None:
     before = project.live
-    state = project.night(train=POOR)
+    state = project.retrain(train=POOR)
     assert state.name == "Kept" and state.is_completed(), state.message
     assert project.live == before
     decision = project.decisions()[-1]
@@ -108,15 +108,15 @@ def test_a_worse_candidate_stays_in_mlflow_as_the_challenger_with_its_report(pro
 
 
 def test_what_was_tried_in_vain_is_not_tried_again(project: Project) -> None:
-    state = project.night(train=POOR)
+    state = project.retrain(train=POOR)
     assert state.name == "Skipped" and "were tried at" in (state.message or ""), state.message
 
 
 def test_an_equal_candidate_goes_live_only_when_it_has_to_be_no_worse(project: Project) -> None:
     code = CODE + "\n# The same model and data, in other words.\n"
-    state = project.night(train=GOOD, code=code)
+    state = project.retrain(train=GOOD, code=code)
     assert state.name == "Kept" and "improvement +0, 95% interval +0 to +0" in project.decisions()[-1].why
-    again = project.night(train=GOOD, code=code, force=True, release={"policy": "not_worse"})
+    again = project.retrain(train=GOOD, code=code, force=True, release={"policy": "not_worse"})
     assert again.name == "Promoted", again.message
 
 
@@ -124,7 +124,7 @@ def test_new_data_is_noticed_and_a_warm_start_begins_where_the_live_release_is(p
     before = project.live
     more = CODE.replace("torch.randn(96, 4, generator=generator)", "torch.randn(96, 4, generator=generator) * 1.01")
     warm = {"retrain": {"start": "live"}, "release": {"policy": "not_worse", "margin": 0.1}}
-    state = project.night(train=POOR, code=more, **warm)
+    state = project.retrain(train=POOR, code=more, **warm)
     assert state.name == "Promoted", state.message
     decision = project.decisions()[-1]
     assert {"code", "data"} <= decision.changed.keys()
@@ -138,7 +138,7 @@ def test_new_data_is_noticed_and_a_warm_start_begins_where_the_live_release_is(p
 
 def test_weights_that_do_not_fit_the_model_are_refused_with_what_differs(project: Project) -> None:
     before = project.live
-    state = project.night(
+    state = project.retrain(
         train=POOR, model={"factory": "plain:build_model", "args": {"width": 16}}, retrain={"start": "live"}
     )
     assert state.is_failed()
@@ -160,9 +160,9 @@ def test_a_metric_of_ones_own_decides_on_its_resampled_predictions(
     """)
     metric = {"factory": "plain:recall", "better": "higher"}
     own = Project(tmp_path, store, "recalling")
-    first = own.night(code=code, train={**POOR, "metrics": [metric]})
+    first = own.retrain(code=code, train={**POOR, "metrics": [metric]})
     assert first.name == "Promoted", first.message
-    better = own.night(code=code, train={**GOOD, "metrics": [metric]})
+    better = own.retrain(code=code, train={**GOOD, "metrics": [metric]})
     assert better.name in ("Promoted", "Kept"), better.message
     decision = own.decisions()[-1]
     assert "95% interval" in decision.why and "recall" in decision.why
@@ -170,7 +170,7 @@ def test_a_metric_of_ones_own_decides_on_its_resampled_predictions(
 
 def test_the_command_says_what_was_decided_and_history_lists_it(project: Project, command: Command) -> None:
     job = str(project.folder / "job.yaml")
-    project.night(train=GOOD, release={"policy": "always"}, force=True)
+    project.retrain(train=GOOD, release={"policy": "always"}, force=True)
     ended = command("ship", "retrain", job, "--why", "by hand")
     assert ended.status == 0, ended.text
     assert f"{MODEL}: skipped, nothing has changed since release" in ended.output
@@ -195,7 +195,7 @@ def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store
     edited = Project(tmp_path, store, "edited")
     write_project(tmp_path, code, name="edited")
     before = code_fingerprint(tmp_path)
-    state = edited.night(code=code, train=POOR)
+    state = edited.retrain(code=code, train=POOR)
     assert state.name == "Promoted", state.message
     lineage = read_told(store, "edited", edited.live.release).document(LINEAGE)
     assert lineage["inputs"]["code"] == before != code_fingerprint(tmp_path)
@@ -210,7 +210,7 @@ def test_a_job_file_that_is_edited_while_it_is_decided_on_is_trained_as_it_was(
         job.write_text(job.read_text().replace("epochs: 1", "epochs: 7"))
     """)
     rewritten = Project(tmp_path, store, "rewritten")
-    state = rewritten.night(code=code, train=POOR)
+    state = rewritten.retrain(code=code, train=POOR)
     assert state.name == "Promoted", state.message
     assert "epochs: 7" in (tmp_path / "job.yaml").read_text()
     assert read_told(store, "rewritten", rewritten.live.release).document(JOB)["train"]["epochs"] == 1

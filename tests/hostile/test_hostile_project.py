@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.projects import write_project
 from torchworker.contract import ExportRequest, TrainRequest
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
@@ -51,7 +51,7 @@ def test_their_modules_win_in_their_code_and_lose_in_ours(hostile: Path, tmp_pat
     # Started from inside their folder, as people do.
     before = Path.cwd()
     os.chdir(folder)
-    host = WorkerHost(tmp_path / "host.log")
+    fork_server = ForkServer(tmp_path / "host.log")
     os.chdir(before)
     try:
         for stage, request in (
@@ -78,9 +78,9 @@ def test_their_modules_win_in_their_code_and_lose_in_ours(hostile: Path, tmp_pat
             ),
         ):
             (tmp_path / stage).mkdir()
-            asyncio.run(call_worker(host, stage, request, tmp_path / stage))
+            asyncio.run(call_worker(fork_server, stage, request, tmp_path / stage))
     finally:
-        host.close()
+        fork_server.close()
     assert (tmp_path / "export" / "model.onnx").stat().st_size > 0
 
 

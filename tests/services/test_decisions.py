@@ -35,13 +35,13 @@ from train_and_ship.registry.channels.decisions import (
     record_waiting,
 )
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.tasks.decide import Plan, streak
+from train_and_ship.tasks.decide import RetrainPlan, streak
 from train_and_ship.tasks.outcome import record_failure
 
 FIRST = datetime(2026, 11, 17, 2, 0, tzinfo=UTC)
 
 
-def night(number: int, decision: str, model: str = "asked") -> Decision:
+def decided(number: int, decision: str, model: str = "asked") -> Decision:
     return Decision(
         model=model, channel="prod", decision=decision, why="because", flow_run=f"r{number}", asked="ada",
         at=(FIRST + timedelta(days=number)).isoformat(timespec="milliseconds"), live="a" * 20,
@@ -50,16 +50,16 @@ def night(number: int, decision: str, model: str = "asked") -> Decision:
 
 
 def test_decisions_are_read_back_in_their_order_the_last_ones_first_wanted(object_store: ObjectStore) -> None:
-    nights = [night(number, decision) for number, decision in enumerate([PROMOTED, SKIPPED, KEPT, SKIPPED])]
-    for decision in reversed(nights):
+    decisions = [decided(number, decision) for number, decision in enumerate([PROMOTED, SKIPPED, KEPT, SKIPPED])]
+    for decision in reversed(decisions):
         record_decision(object_store, decision)
-    assert read_decisions(object_store, "asked", "prod", 10) == nights
-    assert read_decisions(object_store, "asked", "prod", 2) == nights[-2:]
+    assert read_decisions(object_store, "asked", "prod", 10) == decisions
+    assert read_decisions(object_store, "asked", "prod", 2) == decisions[-2:]
     assert read_decisions(object_store, "asked", "staging", 2) == []
 
 
 def test_a_decision_can_be_recorded_again_and_never_replaced(object_store: ObjectStore) -> None:
-    one = night(0, KEPT, "once")
+    one = decided(0, KEPT, "once")
     record_decision(object_store, one)
     record_decision(object_store, one)
     with pytest.raises(ReleaseError, match="never replaced"):
@@ -79,7 +79,7 @@ def test_what_the_bucket_could_not_take_is_recorded_by_the_next_run_with_what_wa
     manifest = published(object_store, tmp_path / "release")
     moved = move(object_store, manifest)
     later = (datetime.now(UTC) + timedelta(seconds=1)).isoformat(timespec="milliseconds")
-    failed = dataclasses.replace(night(0, FAILED, manifest.model), at=later, live="")
+    failed = dataclasses.replace(decided(0, FAILED, manifest.model), at=later, live="")
     runs = tmp_path / "runs"
     keep_until_recorded(runs / "r0", failed)
     assert record_waiting(object_store, runs) == 1
@@ -105,7 +105,7 @@ def test_a_night_that_failed_because_the_bucket_was_away_waits_in_the_folder_of_
 def test_an_answer_that_did_arrive_while_its_reply_was_lost_is_no_obstacle(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    one = night(0, FAILED, "twice")
+    one = decided(0, FAILED, "twice")
     record_decision(object_store, one)
     keep_until_recorded(tmp_path / "r0", one)
     assert record_waiting(object_store, tmp_path) == 1
@@ -116,8 +116,8 @@ def test_what_was_to_be_said_of_a_run_that_is_killed_is_not_said_when_it_spoke_i
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     for name in ("spoke", "works"):
-        keep_until_recorded(tmp_path / name, dataclasses.replace(night(0, FAILED, "killed"), flow_run=name))
-    own = dataclasses.replace(night(1, PROMOTED, "killed"), flow_run="spoke")
+        keep_until_recorded(tmp_path / name, dataclasses.replace(decided(0, FAILED, "killed"), flow_run=name))
+    own = dataclasses.replace(decided(1, PROMOTED, "killed"), flow_run="spoke")
     # Its reply was lost, or it was killed right after: what waits is still there.
     record_decision(object_store, own)
     assert record_waiting(object_store, tmp_path, tmp_path / "works") == 1
@@ -129,12 +129,12 @@ def test_what_was_to_be_said_of_a_run_that_is_killed_is_not_said_when_it_spoke_i
 
 def test_a_streak_is_of_skips_since_the_last_other_answer(object_store: ObjectStore, tmp_path: Path) -> None:
     job, _ = load_job(write_project(tmp_path, name="streak"))
-    plan = Plan(
+    plan = RetrainPlan(
         job=job, store=object_store, settings=Settings.load(), flow_run_id="r", asked="ada", live=None, changed={},
         inputs="", skip="nothing", start=None, began=0.0, read_seconds=0.0,
     )  # fmt: skip
     assert streak(plan) == 0
-    record_decision(object_store, dataclasses.replace(night(0, SKIPPED, "streak"), streak=13))
+    record_decision(object_store, dataclasses.replace(decided(0, SKIPPED, "streak"), streak=13))
     assert streak(plan) == 13
-    record_decision(object_store, night(1, KEPT, "streak"))
+    record_decision(object_store, decided(1, KEPT, "streak"))
     assert streak(plan) == 0

@@ -35,7 +35,7 @@ from train_and_ship.registry.maintenance.retention import (
     Step,
     carry_out,
     decide,
-    tell_mlflow,
+    notify_mlflow,
 )
 from train_and_ship.registry.release.manifest import Manifest
 
@@ -463,12 +463,12 @@ def test_mlflows_versions_are_tagged_or_deleted_only_when_asked(
     client.set_registered_model_alias(MODEL, "favourite", "2")
     collect(object_store)
     with pytest.raises(ServiceError):
-        list(tell_mlflow(object_store, MODEL, NOWHERE, delete_versions=False))
-    told = list(tell_mlflow(object_store, MODEL, mlflow_server.url, delete_versions=False))
-    assert len(told) == 3 and list(tell_mlflow(object_store, MODEL, mlflow_server.url, delete_versions=False)) == []
+        list(notify_mlflow(object_store, MODEL, NOWHERE, delete_versions=False))
+    told = list(notify_mlflow(object_store, MODEL, mlflow_server.url, delete_versions=False))
+    assert len(told) == 3 and list(notify_mlflow(object_store, MODEL, mlflow_server.url, delete_versions=False)) == []
     tags = [client.get_model_version(MODEL, str(number)).tags.get(TAG_DELETED) for number in range(1, 6)]
     assert [tag is not None for tag in tags] == [True, True, True, False, False]
-    list(tell_mlflow(object_store, MODEL, mlflow_server.url, delete_versions=True))
+    list(notify_mlflow(object_store, MODEL, mlflow_server.url, delete_versions=True))
     # Somebody still calls the second one by a name.
     left = {str(one.version) for one in client.search_model_versions(f"name = '{MODEL}'")}
     assert left == {"2", "4", "5"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchworker.contract import TrainRequest, TrainResult, decode
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
@@ -17,8 +17,8 @@ from train_and_ship.tasks.worker import call_worker
 class Train:
     """Trains job files for real, without Prefect, each into a folder `train<n>`; all share `checkpoints`."""
 
-    def __init__(self, host: WorkerHost, folder: Path) -> None:
-        self._host, self._folder, self._runs = host, folder, iter(range(100))
+    def __init__(self, fork_server: ForkServer, folder: Path) -> None:
+        self._host, self._folder, self._runs = fork_server, folder, iter(range(100))
 
     def __call__(self, job_file: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainResult:
         job, project = load_job(job_file)

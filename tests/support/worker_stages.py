@@ -18,7 +18,7 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import (
     dynamic_dims,
@@ -39,7 +39,7 @@ ONE = {"epochs": 1, "processes": 1, "batch_size": 32}
 class WorkerStages:
     """Drives the worker stages of one job file."""
 
-    host: WorkerHost
+    fork_server: ForkServer
     job_file: Path
     folder: Path
 
@@ -55,7 +55,7 @@ class WorkerStages:
         request = TrainRequest(
             project=self.project, train=train_settings(self.job), folder=str(folder), checkpoints=str(self.folder / "c")
         )
-        result: TrainResult = decode(TrainResult, asyncio.run(call_worker(self.host, "train", request, folder)))
+        result: TrainResult = decode(TrainResult, asyncio.run(call_worker(self.fork_server, "train", request, folder)))
         return result
 
     def export(self, *kinds: str) -> dict[str, Artifact]:
@@ -74,7 +74,7 @@ class WorkerStages:
             libraries=[str(self.project_folder / name) for name in self.job.export.libraries],
             int8=self.job.export.int8.wanted if self.job.export.int8 is not None else (),
         )
-        self.result = decode(ExportResult, asyncio.run(call_worker(self.host, "export", request, folder)))
+        self.result = decode(ExportResult, asyncio.run(call_worker(self.fork_server, "export", request, folder)))
         return dict(self.result.artifacts)
 
     def validate(self, cpp: str = "off", runner: str = "", no_runner: str = "") -> ValidateResult:
@@ -98,7 +98,7 @@ class WorkerStages:
             no_runner=no_runner,
             log=str(self.folder / "validate"),
         )
-        reply = asyncio.run(call_worker(self.host, "validate", request, self.folder / "validate"))
+        reply = asyncio.run(call_worker(self.fork_server, "validate", request, self.folder / "validate"))
         result: ValidateResult = decode(ValidateResult, reply)
         return result
 

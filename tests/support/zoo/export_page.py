@@ -22,7 +22,7 @@ from torchworker.contract import FORMAT_FILES, ExportRequest, ExportResult, Vali
 from torchworker.parity.reference import read_probes
 from torchworker.runtimes import load as runtimes
 from train_and_ship.infra.errors import JobError
-from train_and_ship.infra.workerhost import WorkerHost
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import dynamic_dims, project_of, user_modules
 from train_and_ship.tasks.worker import call_worker
@@ -103,20 +103,22 @@ def visit(folder: Path, kinds: Sequence[str], animals: Sequence[Animal] = ZOO) -
         _write_project(folder / str(position), animal, library, MAX_BATCH if kinds == EDGE else None)
     folders = [str(folder / str(position)) for position in range(len(seen))]
     subprocess.run([sys.executable, "-c", INITIALISED, *folders], check=True, timeout=240)
-    host = WorkerHost(folder / "host.log")
+    fork_server = ForkServer(folder / "host.log")
     try:
-        rows = asyncio.run(_visit_all(host, folder, seen, kinds))
+        rows = asyncio.run(_visit_all(fork_server, folder, seen, kinds))
     finally:
-        host.close()
+        fork_server.close()
     return {animal.name: row for animal, row in zip(seen, rows, strict=True)}
 
 
-async def _visit_all(host: WorkerHost, folder: Path, animals: Sequence[Animal], kinds: Sequence[str]) -> list[Row]:
+async def _visit_all(
+    fork_server: ForkServer, folder: Path, animals: Sequence[Animal], kinds: Sequence[str]
+) -> list[Row]:
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def one(position: int, animal: Animal) -> Row:
         async with turn:
-            return await _visit_one(host, folder / str(position), animal, kinds)
+            return await _visit_one(fork_server, folder / str(position), animal, kinds)
 
     return await asyncio.gather(*(one(position, animal) for position, animal in enumerate(animals)))
 
@@ -146,7 +148,7 @@ def _write_project(folder: Path, animal: Animal, library: Path | None, max_batch
     project_of(*load_job(folder / "job.yaml")).write(folder / "project.json")
 
 
-async def _visit_one(host: WorkerHost, folder: Path, animal: Animal, kinds: Sequence[str]) -> Row:
+async def _visit_one(fork_server: ForkServer, folder: Path, animal: Animal, kinds: Sequence[str]) -> Row:
     job, project_folder = load_job(folder / "job.yaml")
     project = project_of(job, project_folder)
     asked = [kind for kind in kinds if kind != "aoti" or animal.compiled]
@@ -164,7 +166,9 @@ async def _visit_one(host: WorkerHost, folder: Path, animal: Animal, kinds: Sequ
         libraries=[str(project_folder / name) for name in job.export.libraries],
     )
     try:
-        exported: ExportResult = decode(ExportResult, await call_worker(host, "export", export, folder / "export"))
+        exported: ExportResult = decode(
+            ExportResult, await call_worker(fork_server, "export", export, folder / "export")
+        )
     except JobError as error:
         # `auto` leaves out what does not fit, unless nothing is left.
         return {kind: Cell(outcome="refused", how=str(error)) for kind in asked}
@@ -183,7 +187,7 @@ async def _visit_one(host: WorkerHost, folder: Path, animal: Animal, kinds: Sequ
         refusals=job.parity.refusals,
     )
     validated: ValidateResult = decode(
-        ValidateResult, await call_worker(host, "validate", validate, folder / "validate")
+        ValidateResult, await call_worker(fork_server, "validate", validate, folder / "validate")
     )
     row = {}
     for kind in asked:

@@ -25,7 +25,7 @@ TRY_SECONDS = 1.0
 
 
 @contextlib.asynccontextmanager
-async def alone(job_file: str, resume: str = "") -> AsyncIterator[None]:
+async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[None]:
     """Wait until no other run of this job's model is at work, and keep others waiting until the end.
 
     On this machine by a lock that the kernel frees when its holder dies; between machines by a global concurrency limit

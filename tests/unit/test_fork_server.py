@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from train_and_ship.infra.workerhost import child_environment
+from train_and_ship.infra.fork_server import child_environment
 
 PRINTS_A_SET = "print(*{'in_features', 'out_features', 'bias', 'stride', 'padding', 'dilation', 'groups', 'mode'})"
 

@@ -1,7 +1,7 @@
 """Run stages in child processes that have torch, forked from one process that imported it once.
 
-The other end is `torchworker/forkserver.py`; the protocol is described there. One host serves one Prefect process and
-dies with it: its standard input is a pipe that only this process holds.
+The other end is `torchworker/forkserver.py`; the protocol is described there. One fork server serves one Prefect
+process and dies with it: its standard input is a pipe that only this process holds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TorchScript, for one, writes a layer's constants in that order, and so the same 
 """
 
 
-class WorkerHost:
+class ForkServer:
     """A running `python -m torchworker.forkserver`. Not started until the first use."""
 
     def __init__(self, log: Path) -> None:
@@ -56,7 +56,7 @@ class WorkerHost:
         self._stages: dict[int, str] = {}
         self._lock = threading.Lock()
         self._last_id = 0
-        threading.Thread(target=self._listen, name="worker-host", daemon=True).start()
+        threading.Thread(target=self._listen, name="fork-server", daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -72,7 +72,7 @@ class WorkerHost:
             return dict(self._spent)
 
     def own_seconds(self) -> float:
-        """CPU seconds of the host itself, which are mostly those of importing torch; 0 when it is gone."""
+        """CPU seconds of the fork server itself, which are mostly those of importing torch; 0 when it is gone."""
         with contextlib.suppress(psutil.Error):
             times = psutil.Process(self._process.pid).cpu_times()
             return float(times.user + times.system)
@@ -92,7 +92,7 @@ class WorkerHost:
             orphans, self._waiting = self._waiting, {}
         for future in orphans.values():
             future.set_exception(
-                WorkerError(f"the worker host ended (status {self._process.returncode}); its log: {self._log}")
+                WorkerError(f"the fork server ended (status {self._process.returncode}); its log: {self._log}")
             )
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ class WorkerHost:
             self._process.stdin.write((json.dumps(message) + "\n").encode())
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError) as error:
-            raise WorkerError(f"the worker host is gone; its log: {self._log}") from error
+            raise WorkerError(f"the fork server is gone; its log: {self._log}") from error
 
     async def run(
         self, stage: str, request: Path, *, log: Path, events: Path | None = None, on_event: Events | None = None
@@ -133,7 +133,7 @@ class WorkerHost:
                     self._send({"kill": job_id})
 
     def close(self) -> None:
-        """End the host and everything it started; it notices that its input is closed."""
+        """End the fork server and everything it started; it notices that its input is closed."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -163,7 +163,7 @@ class Follower:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of the host and of everything that it forks."""
+    """The environment of the fork server and of everything that it forks."""
     environment = dict(os.environ)
     # What user code prints is in the log when it is printed, not when the process ends.
     environment["PYTHONUNBUFFERED"] = "1"
@@ -171,18 +171,18 @@ def child_environment() -> dict[str, str]:
     return environment
 
 
-_hosts: dict[int, WorkerHost] = {}
+_servers: dict[int, ForkServer] = {}
 
 
-def running_host() -> WorkerHost | None:
-    """The host of this process, when there is one."""
-    return _hosts.get(os.getpid())
+def running_fork_server() -> ForkServer | None:
+    """The fork server of this process, when there is one."""
+    return _servers.get(os.getpid())
 
 
-def worker_host(log: Path) -> WorkerHost:
-    """The host of this process, started on first use and again if it died; closed when the process exits."""
-    host = _hosts.get(os.getpid())
-    if host is None or not host.alive:
-        host = _hosts[os.getpid()] = WorkerHost(log)
-        atexit.register(host.close)
-    return host
+def fork_server(log: Path) -> ForkServer:
+    """The fork server of this process, started on first use and again if it died; closed when the process exits."""
+    server = _servers.get(os.getpid())
+    if server is None or not server.alive:
+        server = _servers[os.getpid()] = ForkServer(log)
+        atexit.register(server.close)
+    return server

@@ -11,10 +11,10 @@ KEPT = "train-and-ship.kept"
 ASKED = "train-and-ship.asked"
 """A person is asked whether a release may go live."""
 UNCHANGED = "train-and-ship.unchanged"
-"""Retraining was skipped for many nights in a row."""
+"""Retraining was skipped many times in a row."""
 
 
-def tell(event: str, model: str, subject: str, body: str) -> None:
+def emit(event: str, model: str, subject: str, body: str) -> None:
     """Emit an event about a model. Sent in the background; a server that does not answer is not waited for."""
     emit_event(
         event=event,

@@ -27,7 +27,7 @@ from train_and_ship.tasks.outcome import CUT_OFF
 def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other_models_do_not(
     stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
-    """The runs of that model are nights; the one that is killed is in the record, and has its report, all the same."""
+    """The runs of that model are retraining runs; one that is killed is in the record, and has its report."""
 
     def job_of(name: str, epochs: int) -> Path:
         train = {"epochs": epochs, "processes": 1, "batch_size": 32}
