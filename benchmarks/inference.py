@@ -153,7 +153,7 @@ def race(net: str, folder: Path, artifacts: dict[str, str]) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from torchworker.runtimes import load as runtimes
+    from torchworker.runtimes.load import load_artifact
 
     sys.path.insert(0, str(ROOT / "benchmarks/reference"))
     from nets import build_dataset, build_model
@@ -175,7 +175,7 @@ def race(net: str, folder: Path, artifacts: dict[str, str]) -> None:
     sides["ONNX Runtime by hand"] = lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
     for side, artifact in artifacts.items():
         kind, _, file = artifact.partition(":")
-        call = runtimes.load(kind, Path(file), 1)
+        call = load_artifact(kind, Path(file), 1)
         sides[side] = lambda x, call=call: call({name: x})[0]
 
     spent: dict[str, dict[int, list[float]]] = {side: {batch: [] for batch in BATCHES} for side in sides}

@@ -23,11 +23,11 @@ from torch.export import Dim
 from torch.utils.data import Dataset
 
 from torchworker.contract import ExportRequest, Project, Reference
-from torchworker.parity.compare import Policy, prove
+from torchworker.parity.compare import Policy, compare
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import enlarged, read_probes, validation_key, write_reference
-from torchworker.parity.rule import compare, usual_loss
-from torchworker.runtimes import load as runtimes
+from torchworker.parity.rule import compare_tensors, usual_loss
+from torchworker.runtimes.load import load_artifact
 
 BATCH = 16
 
@@ -96,7 +96,7 @@ def validation(folder: Path) -> list[Probe]:
 
 def ours(call: Call, case: Case, probes: list[Probe], samples: list[Probe], kind: str) -> bool:
     """Whether the gate passes it."""
-    if not all(item.passed for item in prove(kind, call, probes, case.outputs, Policy()).verdicts):
+    if not all(item.passed for item in compare(kind, call, probes, case.outputs, Policy()).verdicts):
         return False
     usual = {
         name: usual_loss((probe.eager[name], probe.exact.get(name, probe.moved.get(name))) for probe in samples)
@@ -106,7 +106,7 @@ def ours(call: Call, case: Case, probes: list[Probe], samples: list[Probe], kind
         got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
         for name, tensor in zip(case.outputs, got, strict=True):
             others = probe.exact.get(name), probe.moved.get(name)
-            if not compare(tensor, probe.eager[name], *others, usual=usual[name]).passed:
+            if not compare_tensors(tensor, probe.eager[name], *others, usual=usual[name]).passed:
                 return False
     return True
 
@@ -198,7 +198,7 @@ def exported(model: nn.Module, case: Case, kind: str, folder: Path) -> Call:
         else:
             made = torch.onnx.export(program, tuple(inputs.values()), input_names=list(inputs), verbose=False)
             made.save(str(path), external_data=False)
-    return runtimes.load(kind, path, 1)
+    return load_artifact(kind, path, 1)
 
 
 @dataclass

@@ -278,7 +278,7 @@ class TrainRequest(Message):
     project: Project
     train: TrainSettings
     folder: str
-    """Absolute output folder, empty at the start."""
+    """Absolute output folder, which holds nothing at the start but this request."""
     checkpoints: str
     """Absolute folder of checkpoints, which outlives attempts; training goes on from the newest sound one."""
     start: str = ""

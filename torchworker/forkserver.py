@@ -1,7 +1,7 @@
 """One process that imports torch once and forks a fresh child for every stage.
 
 Importing torch costs seconds of CPU and a flow needs about seven processes that have it. Each stage is still
-a process of its own: the host never imports user code, never starts threads of its own and never touches a
+a process of its own: the server never imports user code, never starts threads of its own and never touches a
 GPU, so what is forked is a clean interpreter with torch in it.
 
 Protocol, one JSON object a line. On standard input:
@@ -70,7 +70,7 @@ def _child(job: dict[str, Any], parent: int) -> None:
         traceback.print_exc()
         sys.stderr.flush()
     finally:
-        # Not sys.exit: exit handlers registered before the fork belong to the host.
+        # Not sys.exit: exit handlers registered before the fork belong to the server.
         os._exit(status)
 
 
@@ -82,7 +82,7 @@ def _kill_everything() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-class _Host:
+class _ForkServer:
     def __init__(self, replies: int) -> None:
         self._replies = replies
         self._running: dict[int, int] = {}
@@ -139,8 +139,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write)
     _preload()
-    host = _Host(replies)
-    host.say({"ready": True})
+    server = _ForkServer(replies)
+    server.say({"ready": True})
 
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
@@ -152,7 +152,7 @@ def main() -> None:
                 if key.fd == wake_read:
                     with contextlib.suppress(BlockingIOError):
                         os.read(wake_read, 4096)
-                    host.reap()
+                    server.reap()
                     continue
                 chunk = os.read(0, 65536)
                 if not chunk:
@@ -160,7 +160,7 @@ def main() -> None:
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     job = json.loads(line)
-                    host.kill(job["kill"]) if "kill" in job else host.start(job)
+                    server.kill(job["kill"]) if "kill" in job else server.start(job)
                     if job.get("stage") == "train":
                         # Ranks do not wait for it, and the six processes that come after them have it.
                         from torchworker.runtimes.load import import_archive_reader

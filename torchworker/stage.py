@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torchworker.contract import (
     RESULT,
@@ -16,78 +16,59 @@ from torchworker.contract import (
     InspectRequest,
     LocateRequest,
     MeasureRequest,
+    Message,
+    Project,
     RehearseRequest,
     Reply,
     ScoreRequest,
     TrainRequest,
     ValidateRequest,
 )
-from torchworker.process.failure import Described, failure_of
+from torchworker.process.failure import DescribedError, failure_of
 
+STAGES: Mapping[str, tuple[str, type[Message]]] = {
+    "check": ("check", CheckRequest),
+    "inspect": ("inspect", InspectRequest),
+    "train": ("train", TrainRequest),
+    "export": ("export", ExportRequest),
+    "cpp": ("build", CppRequest),
+    "validate": ("validate", ValidateRequest),
+    "locate": ("locate", LocateRequest),
+    "measure": ("measure", MeasureRequest),
+    "score": ("score", ScoreRequest),
+    "rehearse": ("rehearse", RehearseRequest),
+}
+"""Stage, which is a module of `torchworker.stages`, to its function there and what that is given.
 
-def _work(stage: str, request: Path) -> Any:
-    """The stage's result, a dataclass. Modules are imported here: each stage loads only its own."""
-    if stage == "check":
-        from torchworker.stages.check import check
-
-        return check(CheckRequest.read(request))
-    if stage == "inspect":
-        from torchworker.stages.inspect import inspect
-
-        return inspect(InspectRequest.read(request))
-    if stage == "train":
-        from torchworker.stages.train import train
-
-        return train(TrainRequest.read(request), request)
-    if stage == "export":
-        from torchworker.stages.export import export
-
-        return export(ExportRequest.read(request))
-    if stage == "rehearse":
-        from torchworker.stages.rehearse import rehearse
-
-        return rehearse(RehearseRequest.read(request))
-    if stage == "locate":
-        from torchworker.stages.locate import locate
-
-        return locate(LocateRequest.read(request))
-    if stage == "score":
-        from torchworker.stages.score import score
-
-        return score(ScoreRequest.read(request))
-    if stage == "cpp":
-        from torchworker.stages.cpp import build
-
-        return build(CppRequest.read(request))
-    if stage == "validate":
-        from torchworker.stages.validate import validate
-
-        return validate(ValidateRequest.read(request))
-    if stage == "measure":
-        from torchworker.stages.measure import measure
-
-        return measure(MeasureRequest.read(request))
-    known = "check, inspect, train, export, cpp, validate, locate, measure, score or rehearse"
-    raise ValueError(f"stage: expected {known}, got {stage!r}")
-
-
-def _user_folder(stage: str, request: Path) -> str:
-    """Where the user's code is, to tell their lines from ours; `validate` and `rehearse` run none of it."""
-    if stage not in ("check", "inspect", "train", "export", "locate", "score"):
-        return ""
-    folder: str = json.loads(request.read_text())["project"]["folder"]
-    return folder
+Names, not functions: a stage's process imports its own module alone.
+"""
 
 
 def run_stage(stage: str, request: str) -> int:
-    """Write `result.json` beside the request; 0 when it holds a result, 1 when it holds a failure."""
-    path = Path(request)
+    """Do the work of one stage and write `result.json` beside its request.
+
+    Args:
+        stage: a key of STAGES.
+        request: path of the file with the request.
+
+    Returns:
+        0 when the reply holds a result, 1 when it holds a failure.
+    """
+    path, folder = Path(request), ""
     try:
-        reply = Reply(result=dataclasses.asdict(_work(stage, path)))
-    except Described as error:
+        if stage not in STAGES:
+            raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+        function, kind = STAGES[stage]
+        message = kind.read(path)
+        # Where the user's code is, to tell their lines from ours; some stages run none of it.
+        project = getattr(message, "project", None)
+        folder = project.folder if isinstance(project, Project) else ""
+        work = getattr(importlib.import_module(f"torchworker.stages.{stage}"), function)
+        reply = Reply(result=dataclasses.asdict(work(message)))
+    except DescribedError as error:
         reply = Reply(failure=error.failure)
     except (Exception, SystemExit) as error:
-        reply = Reply(failure=failure_of(error, _user_folder(stage, path)))
+        reply = Reply(failure=failure_of(error, folder))
     reply.write(path.with_name(RESULT))
     if reply.failure is not None:
         print(f"{reply.failure.message}\n{reply.failure.traceback}", file=sys.stderr)

@@ -155,7 +155,7 @@ from torchworker.contract import TrainRequest
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     train.start_method = lambda settings: "spawn"
-    train.train(TrainRequest.read(path), path)
+    train.train(TrainRequest.read(path))
 """
 
 

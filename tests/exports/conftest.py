@@ -7,7 +7,7 @@ import pytest
 from tests.support.projects import write_project
 from tests.support.worker_stages import ONE, OpenStages, WorkerStages
 from torchworker.contract import CppRequest
-from torchworker.stages import cpp as cpp_build
+from torchworker.stages import cpp
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.cpp import cache_folder
 
@@ -15,7 +15,7 @@ from train_and_ship.tasks.cpp import cache_folder
 @pytest.fixture(scope="session")
 def runner() -> Path:
     """The real C++ runner, built on the first use on a machine."""
-    built = cpp_build.build(CppRequest(cache=str(cache_folder())))
+    built = cpp.build(CppRequest(cache=str(cache_folder())))
     if not built.runner:
         pytest.skip(f"there is no C++ runner here: {built.reason}")
     return Path(built.runner)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torchworker.contract import CppRequest, CppResult
-from torchworker.runtimes.cpp_runner import TYPES, RunnerEnded, running
-from torchworker.stages import cpp as cpp_build
+from torchworker.runtimes.cpp_runner import TYPES, RunnerEndedError, running
+from torchworker.stages import cpp
 from train_and_ship.tasks.cpp import cache_folder
 
 
@@ -83,14 +83,14 @@ def test_a_runner_that_dies_is_named_with_its_signal(runner: Path, artifact: Pat
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         (pid,) = [int(child) for child in children if "ship_runner" in Path(f"/proc/{child}/cmdline").read_text()]
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RunnerEnded, match="killed by signal 9"):
+        with pytest.raises(RunnerEndedError, match="killed by signal 9"):
             call({"x": torch.zeros(2), "y": torch.tensor([1])})
 
 
 def test_what_is_no_model_is_refused_when_it_is_loaded(runner: Path, tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"not a model")
     with (
-        pytest.raises(RunnerEnded, match="does not load"),
+        pytest.raises(RunnerEndedError, match="does not load"),
         running(runner, "torchscript", tmp_path / "model", 1, tmp_path / "log"),
     ):
         pass
@@ -98,26 +98,26 @@ def test_what_is_no_model_is_refused_when_it_is_loaded(runner: Path, tmp_path: P
 
 def test_the_second_build_is_the_first_one(runner: Path) -> None:
     before = runner.stat().st_mtime_ns
-    assert cpp_build.build(CppRequest(cache=str(cache_folder()))) == CppResult(runner=str(runner))
+    assert cpp.build(CppRequest(cache=str(cache_folder()))) == CppResult(runner=str(runner))
     assert runner.stat().st_mtime_ns == before
 
 
 def test_without_a_compiler_there_is_a_reason_and_no_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(cpp_build.sysconfig, "get_path", lambda name: str(tmp_path))
-    built = cpp_build.build(CppRequest(cache=str(tmp_path / "cache")))
+    monkeypatch.setattr(cpp.sysconfig, "get_path", lambda name: str(tmp_path))
+    built = cpp.build(CppRequest(cache=str(tmp_path / "cache")))
     assert built == CppResult(runner="", reason="no cmake and a C++ compiler on this machine")
 
 
 def test_sources_that_do_not_compile_leave_nothing_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cpp_build.cmake() is None or shutil.which("c++") is None:
+    if cpp.cmake() is None or shutil.which("c++") is None:
         pytest.skip("no cmake or no C++ compiler on this machine")
-    shutil.copytree(cpp_build.SOURCES, tmp_path / "cpp")
+    shutil.copytree(cpp.SOURCES, tmp_path / "cpp")
     (tmp_path / "cpp" / "runner.cpp").write_text("int main() { return nothing; }")
-    monkeypatch.setattr(cpp_build, "SOURCES", tmp_path / "cpp")
-    built = cpp_build.build(CppRequest(cache=str(tmp_path / "cache")))
+    monkeypatch.setattr(cpp, "SOURCES", tmp_path / "cpp")
+    built = cpp.build(CppRequest(cache=str(tmp_path / "cache")))
     assert built.runner == "" and "does not build here" in built.reason and "error" in built.reason
     assert list((tmp_path / "cache").iterdir()) == []

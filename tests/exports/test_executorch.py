@@ -19,8 +19,8 @@ from tests.support.projects import REPOSITORY
 from tests.support.worker_stages import OpenStages, WorkerStages
 from torchworker.exporters import executorch
 from torchworker.parity.reference import golden_sizes
-from torchworker.process.failure import UserMistake
-from torchworker.runtimes import load as runtimes
+from torchworker.process.failure import UserError
+from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.errors import JobError
 
 if importlib.util.find_spec("executorch") is None:
@@ -140,7 +140,7 @@ def test_inputs_that_the_runtime_itself_would_answer_are_held_against_the_signat
     lowered: Lowered, picture: Tensor, got: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"input picture: expected float32 .*'height': \[3, 24\].* got {got}"):
-        runtimes.load("executorch", lowered.path, 1)({"picture": picture})
+        load_artifact("executorch", lowered.path, 1)({"picture": picture})
 
 
 def test_xnnpack_is_taken_where_it_is_the_model(lowered: Lowered) -> None:
@@ -148,7 +148,7 @@ def test_xnnpack_is_taken_where_it_is_the_model(lowered: Lowered) -> None:
 
 
 def test_answers_do_not_share_memory_with_later_ones(lowered: Lowered) -> None:
-    call = runtimes.load("executorch", lowered.path, 1)
+    call = load_artifact("executorch", lowered.path, 1)
     first, second = torch.randn(20, 3, 24, 8), torch.randn(5, 3, 9, 8)
     (kept,) = call({"picture": first})
     copied = kept.clone()
@@ -178,13 +178,13 @@ def test_a_dimension_without_a_largest_size_is_refused_with_its_key(stages: Open
     opened = stages(IMAGES)
     with pytest.raises(JobError, match=r"export.max_batch: expected the largest size that users will send"):
         opened.export("executorch")
-    with pytest.raises(UserMistake, match=r"export.dynamic.height.max: expected the largest size"):
+    with pytest.raises(UserError, match=r"export.dynamic.height.max: expected the largest size"):
         executorch.executorch(subject(height=None), tmp_path / "model.pte")
 
 
 def test_without_the_library_the_format_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "executorch.exir", None)
-    with pytest.raises(UserMistake, match=r"executorch needs the library .*train-and-ship\[edge\]"):
+    with pytest.raises(UserError, match=r"executorch needs the library .*train-and-ship\[edge\]"):
         executorch.executorch(subject(), tmp_path / "model.pte")
 
 

@@ -34,10 +34,10 @@ from torchworker.contract import (
     Timed,
     decode,
 )
-from torchworker.exporters import quantize as int8
+from torchworker.exporters import quantize
 from torchworker.exporters.subject import Subject
-from torchworker.parity import int8 as quantized
-from torchworker.process.failure import UserMistake
+from torchworker.parity import int8
+from torchworker.process.failure import UserError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.requests import measure_request
 from train_and_ship.tasks.worker import call_worker
@@ -154,7 +154,7 @@ def test_a_variant_calibrated_on_the_wrong_data_loses_accuracy_and_is_dropped(ma
     other = limited(made)
     export = other.folder / "export"
     wrong = [{"input": torch.full((8, 1, 8, 8), 0.01)}]
-    int8.onnx_static(export / FORMAT_FILES["onnx"], export / INT8_FILES[STATIC], wrong)
+    quantize.onnx_static(export / FORMAT_FILES["onnx"], export / INT8_FILES[STATIC], wrong)
     result = other.validate()
     assert result.passed and result.int8[DYNAMIC].reason == ""
     found = result.int8[STATIC]
@@ -233,26 +233,26 @@ def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(
 def test_a_compiled_program_that_is_not_the_quantized_one_is_noticed() -> None:
     program = torch.fx.symbolic_trace(torch.nn.Linear(4, 3).requires_grad_(False))
     inputs = {"x": torch.rand(8, 4)}
-    right = int8.agreement(lambda given: [program(given["x"]) + 1e-4], program, inputs)
-    wrong = int8.agreement(lambda given: [program(given["x"]).flip(0)], program, inputs)
-    assert right > int8.COMPILED_SQNR_DB > wrong
+    right = quantize.agreement(lambda given: [program(given["x"]) + 1e-4], program, inputs)
+    wrong = quantize.agreement(lambda given: [program(given["x"]).flip(0)], program, inputs)
+    assert right > quantize.COMPILED_SQNR_DB > wrong
 
 
 def test_without_torchao_the_variant_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantize_pt2e", None)
     subject = Subject(model=torch.nn.Identity(), inputs={}, outputs=(), dims=(), project=PROJECT)
-    with pytest.raises(UserMistake, match=r"pt2e-int8 needs torchao.*train-and-ship\[torchao\]"):
-        int8.pt2e(subject, tmp_path / "model", [])
+    with pytest.raises(UserError, match=r"pt2e-int8 needs torchao.*train-and-ship\[torchao\]"):
+        quantize.pt2e(subject, tmp_path / "model", [])
 
 
 def test_quantizing_leaves_what_its_process_logs_as_it_was(made: WorkerStages, tmp_path: Path) -> None:
     levels = [logging.getLogger(name).getEffectiveLevel() for name in ("", "train_and_ship.infra.small_files")]
-    int8.onnx_dynamic(made.folder / "export" / FORMAT_FILES["onnx"], tmp_path / "int8.onnx")
+    quantize.onnx_dynamic(made.folder / "export" / FORMAT_FILES["onnx"], tmp_path / "int8.onnx")
     assert [logging.getLogger(name).getEffectiveLevel() for name in ("", "train_and_ship.infra.small_files")] == levels
 
 
 def noise(*pairs: tuple[Tensor, Tensor]) -> float:
-    found = quantized.Noise()
+    found = int8.Noise()
     for got, eager in pairs:
         found.add("output", got, eager)
     return found.decibels
@@ -261,14 +261,14 @@ def noise(*pairs: tuple[Tensor, Tensor]) -> float:
 def test_decibels_compare_the_power_of_the_signal_with_that_of_the_error() -> None:
     signal = torch.full((10,), 10.0)
     assert noise((signal + 0.1, signal)) == pytest.approx(40, abs=0.01)
-    assert noise((signal, signal)) == quantized.SILENT
-    assert noise((signal * float("nan"), signal)) == -quantized.SILENT
-    assert noise((torch.ones(3), torch.zeros(3))) == -quantized.SILENT
+    assert noise((signal, signal)) == int8.SILENT
+    assert noise((signal * float("nan"), signal)) == -int8.SILENT
+    assert noise((torch.ones(3), torch.zeros(3))) == -int8.SILENT
 
 
 def test_a_flip_of_a_clear_decision_weighs_more_than_many_close_ones() -> None:
     eager = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.1, 0.0], [3.0, 0.0]])
-    close, clear = quantized.Predictions(), quantized.Predictions()
+    close, clear = int8.Predictions(), int8.Predictions()
     close.add(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 0.1], [3.0, 0.0]]), eager, torch.zeros(4))
     clear.add(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.1, 0.0], [0.0, 3.0]]), eager, torch.zeros(4))
     assert close.agreement == clear.agreement == 0.75
@@ -278,7 +278,7 @@ def test_a_flip_of_a_clear_decision_weighs_more_than_many_close_ones() -> None:
 def test_every_limit_has_its_reason() -> None:
     limits = Int8Limits(sqnr_db=30, agreement=0.99, flip_margin=0.25, metric_loss=0.01, speedup=1.05)
     good = Int8(sqnr_db=35, golden_sqnr_db=34, agreement=0.995, flip_margin=0.1, losses={"accuracy": 0.01})
-    assert quantized.verdict(good, limits) == ""
+    assert int8.verdict(good, limits) == ""
     for change, reason in (
         ({"sqnr_db": 29.0}, "SQNR 29.0 dB"),
         ({"golden_sqnr_db": 29.0}, "SQNR 29.0 dB"),
@@ -286,6 +286,6 @@ def test_every_limit_has_its_reason() -> None:
         ({"flip_margin": 0.3}, "0.30 times as sure"),
         ({"losses": {"mean_squared_error": 0.02}}, "mean_squared_error loses 0.02"),
     ):
-        assert reason in quantized.verdict(replace(good, **change), limits)
-    assert quantized.loss("accuracy", 0.9, 0.95) == pytest.approx(0.05)
-    assert quantized.loss("mean_squared_error", 1.1, 1.0) == pytest.approx(0.1)
+        assert reason in int8.verdict(replace(good, **change), limits)
+    assert int8.loss("accuracy", 0.9, 0.95) == pytest.approx(0.05)
+    assert int8.loss("mean_squared_error", 1.1, 1.0) == pytest.approx(0.1)

@@ -136,11 +136,13 @@ def test_latency_and_throughput_may_be_different_formats() -> None:
 def test_a_limit_on_what_could_not_be_measured_has_failed() -> None:
     found = Measured(format="onnx", bytes=2_000_000, speeds=[at(1, 0.1)])
     gates = [Gate(name="memory_mb", max=10.0), Gate(name="size_mb", max=2.0), Gate(name="p99_ms", max=0.1)]
-    verdicts = speed.judge({"onnx": found}, {"latency": "onnx", "throughput": "onnx"}, gates)
+    verdicts = speed.apply_speed_limits({"onnx": found}, {"latency": "onnx", "throughput": "onnx"}, gates)
     assert [(v.gate, v.measured, v.passed) for v in verdicts] == [
         ("memory_mb", None, False),
         ("size_mb", 2.0, True),
         ("p99_ms", 0.2, False),
     ]
-    gone = speed.judge({"onnx": replace(found, speeds=())}, {"latency": "onnx"}, [Gate(name="p50_ms", max=1.0)])
+    gone = speed.apply_speed_limits(
+        {"onnx": replace(found, speeds=())}, {"latency": "onnx"}, [Gate(name="p50_ms", max=1.0)]
+    )
     assert not gone[0].passed and gone[0].note == "could not be measured"

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 
 from tests.support.fixture_types import Command
 from tests.support.projects import write_project
-from torchworker.runtimes import cpp_runner as cpp_runtime
-from torchworker.stages import cpp as cpp_build
+from torchworker.runtimes import cpp_runner
+from torchworker.stages import cpp
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release
@@ -21,13 +21,13 @@ from train_and_ship.tasks.cpp import RUNS
 
 
 def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:
-    assert set(cpp_runtime.KINDS) == RUNS
+    assert set(cpp_runner.KINDS) == RUNS
 
 
 def test_a_compiled_release_is_proven_without_python_and_promoted(
     command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
-    if cpp_build.cmake() is None or shutil.which("c++") is None:
+    if cpp.cmake() is None or shutil.which("c++") is None:
         pytest.skip("no cmake or no C++ compiler on this machine")
     job = write_project(
         tmp_path / "project",

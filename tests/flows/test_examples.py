@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.support.fixture_types import Command
 from tests.support.projects import REPOSITORY
-from torchworker.runtimes import load as runtimes
+from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release
 from train_and_ship.registry.channels.pointer import read_pointer
@@ -54,7 +54,7 @@ def test_sequences_are_classified_at_any_length(command: Command, store: ObjectS
     assert manifest.metrics["accuracy"] >= 0.68
     assert manifest.signature["inputs"][0]["shape"] == ["batch", "length"]
     for kind, file in manifest.formats.items():
-        call = runtimes.load(kind, tmp_path / "release" / file, 1)
+        call = load_artifact(kind, tmp_path / "release" / file, 1)
         # What padding adds must not matter.
         tokens = torch.tensor([list(b"schweizerisch")])
         short = call({"tokens": tokens})[0]
@@ -75,7 +75,7 @@ def test_a_translator_ships_with_its_beam_search_and_every_format_writes_cyrilli
     golden = load_file(tmp_path / "release" / "golden.safetensors")
     names = torch.tensor([translate.encode("estonija", "sr_Latn"), translate.encode("madagaskar", "uz")])
     for kind, file in manifest.formats.items():
-        call = runtimes.load(kind, tmp_path / "release" / file, 1)
+        call = load_artifact(kind, tmp_path / "release" / file, 1)
         letters, score = call({"source": names})
         assert [translate.decode(row) for row in letters.tolist()] == ["естонија", "мадагаскар"]
         assert score.shape == (2,)

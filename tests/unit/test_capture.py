@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchworker.contract import DynamicDim
-from torchworker.process.fork import Died, Note, apart
+from torchworker.process.fork import ChildDiedError, CrashNote, run_in_fork
 from torchworker.project.signature import other_sizes, resized, sizes_of
 from torchworker.runtimes.load import _require_signature
 
@@ -62,11 +62,11 @@ def test_without_a_compiler_aoti_is_refused_with_the_way_out() -> None:
     )
     environment = {**os.environ, "CXX": "/nowhere/g++"}
     said = subprocess.check_output([sys.executable, "-c", script], text=True, env=environment)
-    assert said.startswith("UserMistake") and "this machine has none; install g++" in said
+    assert said.startswith("UserError") and "this machine has none; install g++" in said
 
 
 def test_what_dies_in_a_fork_says_what_it_was_asked() -> None:
-    note = Note()
+    note = CrashNote()
 
     def work() -> int:
         note.write("tokens [0, 7]")
@@ -74,11 +74,11 @@ def test_what_dies_in_a_fork_says_what_it_was_asked() -> None:
         os.kill(os.getpid(), signal.SIGABRT)
         return 1
 
-    with pytest.raises(Died, match=r"ended by signal 6 while it was asked tokens \[0, 7\]"):
-        apart(work, note)
-    assert apart(lambda: nn.Linear(1, 1).in_features, Note()) == 1
+    with pytest.raises(ChildDiedError, match=r"ended by signal 6 while it was asked tokens \[0, 7\]"):
+        run_in_fork(work, note)
+    assert run_in_fork(lambda: nn.Linear(1, 1).in_features, CrashNote()) == 1
     with pytest.raises(ValueError, match="mine"):
-        apart(_failing, Note())
+        run_in_fork(_failing, CrashNote())
 
 
 def _failing() -> None:

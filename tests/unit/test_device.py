@@ -11,7 +11,7 @@ import torch
 
 from tests.support.projects import write_project
 from torchworker.contract import TrainSettings
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.stages.train import start_method
 from torchworker.training.device import backend_of, choose_device, device_notes
 from train_and_ship.registry.job.load import load_job
@@ -63,7 +63,7 @@ def test_ranks_on_gpus_are_no_forks_which_cuda_refuses(settings: TrainSettings) 
 def test_what_does_not_fit_the_gpus_is_refused(
     settings: TrainSettings, options: dict[str, Any], ranks: int, said: str
 ) -> None:
-    with pytest.raises(UserMistake, match=said):
+    with pytest.raises(UserError, match=said):
         choose_device(replace(settings, **options), ranks)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.stages.inspect import inspect
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
@@ -117,7 +117,7 @@ def test_a_stream_is_read_as_far_as_an_epoch_goes(tmp_path: Path) -> None:
     """
     endless = {"epochs": 1, "batch_size": 32, "steps_per_epoch": 5}
     assert look(tmp_path / "a", extra, train=endless).train.samples == 160
-    with pytest.raises(UserMistake, match="steps_per_epoch"):
+    with pytest.raises(UserError, match="steps_per_epoch"):
         look(tmp_path / "b", extra, train={"epochs": 1, "batch_size": 32})
 
 
@@ -130,5 +130,5 @@ def test_a_dataset_that_fails_is_the_users_mistake_with_the_line(tmp_path: Path)
         def build_dataset(split):
             return Broken(*build_whole(split).tensors)
     """
-    with pytest.raises(UserMistake, match="no such row"):
+    with pytest.raises(UserError, match="no such row"):
         look(tmp_path, extra)

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import torch
 
 from torchworker.contract import ERROR_DECADES, ErrorCounts, Mismatch
-from torchworker.parity.histogram import Spread
+from torchworker.parity.histogram import ErrorHistogram
 from train_and_ship.registry.report.parity_failure import parity_report
 from train_and_ship.registry.report.parity_plot import embedded, histograms
 
@@ -36,7 +36,7 @@ def test_many_questions_are_counted_not_listed() -> None:
 
 
 def spread() -> list[ErrorCounts]:
-    counted = Spread()
+    counted = ErrorHistogram()
     eager = torch.full((10,), 20.0)
     got = eager.clone()
     got[0] += 3

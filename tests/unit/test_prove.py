@@ -1,4 +1,4 @@
-"""Artifacts on trial: each is the model with one thing wrong, written as a function."""
+"""Parity checks of artifacts: each is the model with one thing wrong, written as a function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from torchworker.contract import DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.parity import reference
-from torchworker.parity.compare import KNOWN, Policy, prove
+from torchworker.parity.compare import KNOWN, Policy, compare
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import enlarged, read_probes, read_unasked, write_reference
 from torchworker.runtimes.load import Call
@@ -73,9 +73,9 @@ def failed(verdicts: list[Verdict]) -> str:
     return "\n".join(f"{item.case}: {item.note}" for item in verdicts if not item.passed)
 
 
-def trial(probes: list[Probe], call: Call, kind: str = "pt2", policy: Policy | None = None) -> str:
+def check(probes: list[Probe], call: Call, kind: str = "pt2", policy: Policy | None = None) -> str:
     """What failed, empty when nothing did."""
-    return failed(prove(kind, call, probes, ["output"], policy or Policy()).verdicts)
+    return failed(compare(kind, call, probes, ["output"], policy or Policy()).verdicts)
 
 
 class Dense(nn.Module):
@@ -112,12 +112,12 @@ def words(tmp_path: Path) -> tuple[nn.Module, list[Probe]]:
 
 
 def test_the_model_itself_passes(dense: tuple[nn.Module, list[Probe]], words: tuple[nn.Module, list[Probe]]) -> None:
-    assert trial(dense[1], as_artifact(dense[0])) == ""
-    assert trial(words[1], as_artifact(words[0])) == ""
+    assert check(dense[1], as_artifact(dense[0])) == ""
+    assert check(words[1], as_artifact(words[0])) == ""
 
 
 def test_nothing_asked_is_nothing_proven(dense: tuple[nn.Module, list[Probe]]) -> None:
-    assert "none was asked" in trial([], as_artifact(dense[0]))
+    assert "none was asked" in check([], as_artifact(dense[0]))
 
 
 def test_probes_stay_in_the_domain_of_the_data(words: tuple[nn.Module, list[Probe]]) -> None:
@@ -139,7 +139,7 @@ def test_masks_stay_with_the_samples_they_belong_to(tmp_path: Path) -> None:
     probes = questions(model, tmp_path, x, mask)
     assert {probe.group for probe in probes if probe.declared and probe.eager is None} == set()
     assert any(probe.name == "times1000" for probe in probes)
-    assert trial(probes, as_artifact(model)) == ""
+    assert check(probes, as_artifact(model)) == ""
 
 
 def test_state_kept_between_calls_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
@@ -150,7 +150,7 @@ def test_state_kept_between_calls_is_found(dense: tuple[nn.Module, list[Probe]])
         # Too little for any one comparison.
         return [as_artifact(dense[0])(inputs)[0] * (1 + 2e-9 * len(calls)) + 3e-9 * len(calls)]
 
-    assert "it keeps state" in trial(dense[1], counting)
+    assert "it keeps state" in check(dense[1], counting)
 
 
 def test_writing_into_an_input_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
@@ -159,7 +159,7 @@ def test_writing_into_an_input_is_found(dense: tuple[nn.Module, list[Probe]]) ->
         inputs["x"].mul_(2)
         return outputs
 
-    assert "writes into its inputs: x" in trial(dense[1], scribbling)
+    assert "writes into its inputs: x" in check(dense[1], scribbling)
 
 
 def test_an_artifact_that_reads_past_strides_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
@@ -167,19 +167,19 @@ def test_an_artifact_that_reads_past_strides_is_found(dense: tuple[nn.Module, li
         x = inputs["x"]
         return as_artifact(dense[0])({"x": x.as_strided(x.shape, (x.shape[1], 1)) if x.numel() else x})
 
-    assert "not contiguous" in trial(dense[1], contiguous_only)
+    assert "not contiguous" in check(dense[1], contiguous_only)
 
 
 def test_a_batch_baked_in_at_capture_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
     def baked(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return [as_artifact(dense[0])(inputs)[0][:8]]
 
-    assert "batch 17: batch_17: output: shape [8, 3], expected [17, 3]" in trial(dense[1], baked)
+    assert "batch 17: batch_17: output: shape [8, 3], expected [17, 3]" in check(dense[1], baked)
 
 
 def test_other_dtypes_and_arity_are_found(dense: tuple[nn.Module, list[Probe]]) -> None:
-    assert "dtype torch.float64" in trial(dense[1], lambda x: [as_artifact(dense[0])(x)[0].double()])
-    assert "2 outputs, expected 1" in trial(dense[1], lambda x: as_artifact(dense[0])(x) * 2)
+    assert "dtype torch.float64" in check(dense[1], lambda x: [as_artifact(dense[0])(x)[0].double()])
+    assert "2 outputs, expected 1" in check(dense[1], lambda x: as_artifact(dense[0])(x) * 2)
 
 
 def test_a_failure_names_probe_element_expected_and_got(dense: tuple[nn.Module, list[Probe]]) -> None:
@@ -189,7 +189,7 @@ def test_a_failure_names_probe_element_expected_and_got(dense: tuple[nn.Module, 
             output[11, 2] += 0.25
         return [output]
 
-    found = prove("onnx", off, dense[1], ["output"], Policy()).findings
+    found = compare("onnx", off, dense[1], ["output"], Policy()).findings
     (finding,) = [item for item in found if item.probe.name == "batch_17"]
     assert finding.outcome.worst is not None and finding.outcome.worst.index == (11, 2)
     assert finding.outcome.worst.got - finding.outcome.worst.expected == pytest.approx(0.25)
@@ -214,7 +214,7 @@ def test_a_branch_that_one_sample_reaches_is_asked_for_by_itself(tmp_path: Path)
     baked = Dense()
     baked.load_state_dict(model.state_dict())
     probes = [probe for probe in probes if probe.name.startswith(("batch", "sample"))]
-    assert "sample23: output" in trial(probes, as_artifact(baked.eval()))
+    assert "sample23: output" in check(probes, as_artifact(baked.eval()))
 
 
 def test_a_finite_answer_that_hides_a_nan_is_found_and_the_policy_decides(
@@ -225,8 +225,8 @@ def test_a_finite_answer_that_hides_a_nan_is_found_and_the_policy_decides(
     def hides(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return [as_artifact(model)({"x": inputs["x"].nan_to_num(0.0, 0.0, 0.0)})[0]]
 
-    assert "hides the NaN or infinity that the model shows" in trial(probes, hides)
-    assert trial(probes, hides, policy=Policy(not_finite="off")) == ""
+    assert "hides the NaN or infinity that the model shows" in check(probes, hides)
+    assert check(probes, hides, policy=Policy(not_finite="off")) == ""
 
 
 def test_a_nan_that_reaches_other_samples_is_found(dense: tuple[nn.Module, list[Probe]]) -> None:
@@ -235,7 +235,7 @@ def test_a_nan_that_reaches_other_samples_is_found(dense: tuple[nn.Module, list[
     def spreads(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return [as_artifact(model)(inputs)[0] + 0 * inputs["x"].sum()]
 
-    assert "nan.x" in trial(probes, spreads)
+    assert "nan.x" in check(probes, spreads)
 
 
 def test_another_pattern_of_nan_in_the_same_sample_is_for_the_strict_policy(
@@ -248,9 +248,9 @@ def test_another_pattern_of_nan_in_the_same_sample_is_for_the_strict_policy(
         output[:, 1:] = output[:, 1:].nan_to_num()
         return [output]
 
-    assert trial(probes, one_element) == ""
-    assert "NaN or infinity in different places" in trial(probes, one_element, policy=Policy(not_finite="same"))
-    assert trial(probes, as_artifact(model), policy=Policy(not_finite="same")) == ""
+    assert check(probes, one_element) == ""
+    assert "NaN or infinity in different places" in check(probes, one_element, policy=Policy(not_finite="same"))
+    assert check(probes, as_artifact(model), policy=Policy(not_finite="same")) == ""
 
 
 def test_declared_lengths_are_asked_at_both_ends_and_beyond(tmp_path: Path) -> None:
@@ -268,12 +268,12 @@ def test_declared_lengths_are_asked_at_both_ends_and_beyond(tmp_path: Path) -> N
     probes = questions(model, tmp_path, tokens, dynamic=[length])
     sizes = {probe.name: probe.inputs["x"].shape[1] for probe in probes if "length" in probe.name}
     assert sizes == {"smallest.length": 1, "largest.length": 9, "beyond.length": 10}
-    assert trial(probes, as_artifact(model)) == ""
+    assert check(probes, as_artifact(model)) == ""
 
     def short(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return as_artifact(model)({"x": inputs["x"][:, :7]})
 
-    found = trial(probes, short)
+    found = check(probes, short)
     assert "largest.length: output: max" in found and "answers where the model refuses: RuntimeError" in found
 
 
@@ -294,7 +294,7 @@ def test_two_declared_dimensions_are_asked_at_their_ends_together_too(tmp_path: 
         "smallest.height": (2, 6), "largest.height": (8, 6), "smallest.w": (5, 3), "largest.w": (5, 13),
         "all_smallest": (2, 3), "all_largest": (8, 13),
     }  # fmt: skip
-    assert trial(probes, as_artifact(model)) == ""
+    assert check(probes, as_artifact(model)) == ""
 
 
 def test_what_the_model_refuses_an_artifact_refuses(words: tuple[nn.Module, list[Probe]]) -> None:
@@ -303,11 +303,11 @@ def test_what_the_model_refuses_an_artifact_refuses(words: tuple[nn.Module, list
     def wraps(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return as_artifact(model)({"x": torch.where(inputs["x"] == -1, 11, inputs["x"])})
 
-    said = prove("onnx", wraps, probes, ["output"], Policy()).verdicts
+    said = compare("onnx", wraps, probes, ["output"], Policy()).verdicts
     assert failed(said) == "" and any(KNOWN in item.note for item in said)
-    assert "answers where the model refuses: IndexError" in trial(probes, wraps, "onnx", Policy(refusals="same"))
-    assert "answers where the model refuses: IndexError" in trial(probes, wraps, "pt2")
-    assert trial(probes, wraps, "pt2", Policy(refusals="off")) == ""
+    assert "answers where the model refuses: IndexError" in check(probes, wraps, "onnx", Policy(refusals="same"))
+    assert "answers where the model refuses: IndexError" in check(probes, wraps, "pt2")
+    assert check(probes, wraps, "pt2", Policy(refusals="off")) == ""
 
 
 def test_an_artifact_may_refuse_what_the_signature_does_not_promise(dense: tuple[nn.Module, list[Probe]]) -> None:
@@ -316,7 +316,7 @@ def test_an_artifact_may_refuse_what_the_signature_does_not_promise(dense: tuple
             raise ValueError("at least one sample")
         return as_artifact(dense[0])(inputs)
 
-    assert trial(dense[1], careful) == ""
+    assert check(dense[1], careful) == ""
 
 
 def test_a_model_that_only_runs_in_float32_is_held_to_its_own_rounding(tmp_path: Path) -> None:
@@ -326,11 +326,11 @@ def test_a_model_that_only_runs_in_float32_is_held_to_its_own_rounding(tmp_path:
 
     model = Single()
     probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
-    assert not any(probe.exact for probe in probes) and all(probe.moved for probe in probes if probe.declared)
-    assert trial(probes, as_artifact(model)) == ""
+    assert not any(probe.exact for probe in probes) and all(probe.perturbed for probe in probes if probe.declared)
+    assert check(probes, as_artifact(model)) == ""
     with torch.no_grad():
         model.layers[3].bias[0] += 1e-5
-    assert "batch 8" in trial(probes, as_artifact(model))
+    assert "batch 8" in check(probes, as_artifact(model))
 
 
 def test_a_model_that_takes_the_process_down_on_a_bad_index_is_not_asked_for_it(tmp_path: Path) -> None:

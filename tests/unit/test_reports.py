@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from torchworker.custom_loop import reporting as reports
+from torchworker.custom_loop import reporting
 from torchworker.custom_loop.reporting import ALL_KEPT, Reports
 from torchworker.process.events import EventLog
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from train_and_ship.registry.report.page import Page, Section, Table, markdown
 from train_and_ship.registry.report.training_sections import ROWS, history_tables
 from train_and_ship.registry.tracking.curves import event_points, history_points, latest_of
@@ -22,7 +22,7 @@ from train_and_ship.tasks.train import describe_report
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     now = {"seconds": 0.0}
-    monkeypatch.setattr(reports.time, "monotonic", lambda: now["seconds"])
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: now["seconds"])
     return now
 
 
@@ -92,7 +92,7 @@ def test_other_ranks_keep_nothing_but_their_numbers_are_checked(tmp_path: Path) 
     said = Reports("mine:main", 3, None, tmp_path / "reports.jsonl")
     said.add({"loss": 1.0}, 0, None)
     assert said.finish() == []
-    with pytest.raises(UserMistake, match=r"reported loss nan at step 1 \(rank 3\)"):
+    with pytest.raises(UserError, match=r"reported loss nan at step 1 \(rank 3\)"):
         said.add({"loss": math.nan}, 1, None)
     assert list(tmp_path.iterdir()) == []
 

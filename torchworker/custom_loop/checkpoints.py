@@ -14,9 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from torchworker.contract import TrainSettings
-from torchworker.custom_loop import state as saved_state
 from torchworker.custom_loop.reporting import Reports
-from torchworker.process.failure import UserMistake, describe
+from torchworker.custom_loop.state import SKELETON, empty_tensors, plain, put_together, skeleton_of, tensors_of
+from torchworker.process.failure import UserError, describe
 from torchworker.project.user_code import describe_tensor
 from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
 
@@ -67,10 +67,10 @@ class CheckpointHandle:
         if path is None:
             return None
         own = self._checkpoints.own(path, self._rank)
-        tensors = saved_state.empty_tensors(path)
+        tensors = empty_tensors(path)
         self._use_theirs(tensors, into or {}, path)
         self._checkpoints.load(path, tensors)
-        state = saved_state.put_together(path, tensors)
+        state = put_together(path, tensors)
         for name, value in (into or {}).items():
             if hasattr(value, "load_state_dict"):
                 self._fill(name, value, state, path)
@@ -89,10 +89,10 @@ class CheckpointHandle:
 
     def _use_theirs(self, tensors: dict[str, Any], into: Mapping[str, Any], path: Path) -> None:
         """Replace tensors to load into by those of the caller, which may be sharded."""
-        for name, here in saved_state.tensors_of(saved_state.plain(into)).items():
+        for name, here in tensors_of(plain(into)).items():
             there = tensors.get(name)
             if there is not None and (there.shape != here.shape or there.dtype != here.dtype):
-                raise UserMistake(
+                raise UserError(
                     f"{self._name}: {path} is a checkpoint of another model: {name} is {describe_tensor(there)} there "
                     f"and {describe_tensor(here)} here; start a new run, or bring back what began this one"
                 )
@@ -103,7 +103,7 @@ class CheckpointHandle:
         try:
             value.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: {path} is a checkpoint of another model: {name} cannot be loaded: {describe(error)}; "
                 "start a new run, or bring back what began this one"
             ) from error
@@ -129,10 +129,10 @@ class CheckpointHandle:
         """
         self._check_order(step)
         try:
-            whole = saved_state.plain(state or {})
-            skeleton = saved_state.skeleton_of(whole)
+            whole = plain(state or {})
+            skeleton = skeleton_of(whole)
         except TypeError as error:
-            raise UserMistake(f"{self._name}: checkpoint.save() was given {error}") from None
+            raise UserError(f"{self._name}: checkpoint.save() was given {error}") from None
         values = {
             "world": self._world,
             "step": step,
@@ -142,31 +142,31 @@ class CheckpointHandle:
         try:
             json.dumps(values["own"])
         except (TypeError, ValueError) as error:
-            raise UserMistake(f"{self._name}: checkpoint.save(own=…) expected JSON values: {error}") from None
+            raise UserError(f"{self._name}: checkpoint.save(own=…) expected JSON values: {error}") from None
         folder = None if files is None else Path(files)
         if folder is not None and not folder.is_dir():
-            raise UserMistake(f"{self._name}: checkpoint.save(files=…) expected a folder, got {folder}, which is none")
+            raise UserError(f"{self._name}: checkpoint.save(files=…) expected a folder, got {folder}, which is none")
 
         def write(work: Path) -> None:
-            (work / saved_state.SKELETON).write_bytes(skeleton)
+            (work / SKELETON).write_bytes(skeleton)
             if folder is not None:
                 shutil.copytree(folder, work / FILES)
 
-        held = self._checkpoints.save(step, saved_state.tensors_of(whole), values, write)
+        held = self._checkpoints.save(step, tensors_of(whole), values, write)
         self._step = step
         self._say("checkpoint", step=step, held_seconds=held, failures=self._checkpoints.failures)
 
     def _check_order(self, step: Any) -> None:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise UserMistake(f"{self._name}: checkpoint.save(step=) expected a whole number from 0, got {step!r}")
+            raise UserError(f"{self._name}: checkpoint.save(step=) expected a whole number from 0, got {step!r}")
         if not self._loaded:
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: checkpoint.load() has to come before the first checkpoint.save(), in every run: it "
                 "gives None in a new one, and without it a run that died would begin anew"
             )
         self.meet(f"saves a checkpoint of step {step}")
         if self._step is not None and step <= self._step:
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: checkpoint.save(step={step}) after step {self._step}; steps have to grow, also over "
                 "restarts: go on from the step that load() gives"
             )
@@ -181,20 +181,20 @@ class CheckpointHandle:
         return [*self.notes, *self._checkpoints.failures, *self._reports.failures]
 
     def meet(self, what: str) -> None:
-        """Wait until every rank says the same. Raises UserMistake when they do different things, or do not come."""
+        """Wait until every rank says the same. Raises UserError when they do different things, or do not come."""
         said: list[str] = [""] * self._world
         try:
             dist.all_gather_object(said, what, group=self._group)
         except RuntimeError as error:
             if "timed out" not in str(error).lower():
                 raise
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: rank {self._rank} {what} and waited {self._seconds:g} s in vain for all others to do "
                 "the same; every rank has to, not only rank 0"
             ) from None
         other = next((rank for rank, text in enumerate(said) if text != said[0]), None)
         if other is not None:
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: rank 0 {said[0]} while rank {other} {said[other]}; every rank has to do the same, "
                 "and not only rank 0"
             )

@@ -21,7 +21,7 @@ from torchworker.custom_loop.reporting import Reports
 from torchworker.custom_loop.returned import require_sound, unwrapped
 from torchworker.data.fingerprint import whole_count, whole_fingerprint
 from torchworker.process.events import EventLog
-from torchworker.process.failure import UserMistake, is_lost_connection, user_error, user_line
+from torchworker.process.failure import UserError, is_lost_connection, user_error, user_line
 from torchworker.project.randomness import seed_everything
 from torchworker.project.user_code import build_dataset, build_model, length_of
 from torchworker.project.weights import start_from
@@ -78,16 +78,16 @@ class Context:
     def report(self, metrics: Mapping[str, Any], *, step: int, steps: int | None = None) -> None:
         """Numbers by name, for the terminal, Prefect, MLflow and the release; what rank 0 reports counts.
 
-        step: what the curves are drawn over; steps: how many there will be, where that is known. Raises UserMistake
+        step: what the curves are drawn over; steps: how many there will be, where that is known. Raises UserError
         for NaN and infinity.
         """
         self._reports.add(metrics, step, steps)
 
     def reported(self, name: str) -> list[dict[str, float]]:
-        """The run's history. Raises UserMistake in rank 0 when nothing was reported."""
+        """The run's history. Raises UserError in rank 0 when nothing was reported."""
         rows = self._reports.finish()
         if self.rank == 0 and not rows:
-            raise UserMistake(
+            raise UserError(
                 f"{name} returned without a report from rank 0, so nobody could see how it went; call "
                 "context.report({'train_loss': …}, step=…) now and then"
             )
@@ -115,7 +115,7 @@ def run_entrypoint(request: TrainRequest, entry: Entrypoint, device: torch.devic
     store = dist.distributed_c10d._get_default_store()
     returned = _call(main, context, entry, project)
     if context.missed_start:
-        raise UserMistake(
+        raise UserError(
             f"{name_of(entry)} trained a model of its own making, and retrain.start: live asks for one that begins "
             "with the live release's weights; train what context.build_model() gives, or use retrain.start: scratch"
         )
@@ -177,9 +177,9 @@ def _call(main: Callable[..., Any], context: Context, entry: Entrypoint, project
     name = name_of(entry)
     try:
         return main(context, **entry.function.args)
-    except UserMistake as mistake:
+    except UserError as mistake:
         # Raised by the context, and so without the line that called it.
-        raise UserMistake(f"{mistake}{user_line(mistake, project.folder)}") from mistake.__cause__
+        raise UserError(f"{mistake}{user_line(mistake, project.folder)}") from mistake.__cause__
     except SystemExit as error:
         what = f"{name} ended the process; expected it to return the trained model"
         raise user_error(what, error, project.folder) from error

@@ -15,7 +15,7 @@ from torchworker.contract import CheckResult, DynamicDim, Entrypoint, Project
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.loading import reading_failed
 from torchworker.data.sharding import NamedDataset, StreamShare
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.metrics import first_output
 from torchworker.project.randomness import seed_everything
 from torchworker.project.signature import dims_of, input_specs, output_specs
@@ -42,13 +42,13 @@ def name_of(entry: Entrypoint) -> str:
 
 
 def resolve_main(entry: Entrypoint, project: Project) -> Callable[..., Any]:
-    """The function. Raises UserMistake unless it takes a context and the job's `train.args`."""
+    """The function. Raises UserError unless it takes a context and the job's `train.args`."""
     main = resolve(entry.function, project)
     arguments = ", ".join(["context", *(f"{name}=…" for name in entry.function.args)])
     try:
         inspect.signature(main).bind(None, **entry.function.args)
     except TypeError as error:
-        raise UserMistake(
+        raise UserError(
             f"{name_of(entry)} is called as {entry.function.target.rpartition(':')[2]}({arguments}), but takes "
             f"{inspect.signature(main)}: {error}; the arguments are train.args"
         ) from None
@@ -59,7 +59,7 @@ def resolve_main(entry: Entrypoint, project: Project) -> Callable[..., Any]:
 def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: int | None = None) -> CheckResult:
     """Model and data, one validation batch, the first training item, and the weights to a file and back.
 
-    Raises UserMistake for what would otherwise fail after training.
+    Raises UserError for what would otherwise fail after training.
     """
     model = build_model(project).eval()
     validation_set = build_dataset(project, "validation")
@@ -121,7 +121,7 @@ def fingerprint_share(
     try:
         for item in itertools.islice(_items(dataset, project, seed, rank, world), 1 if only_first else None):
             fingerprint.add(item)
-    except UserMistake:
+    except UserError:
         raise
     except Exception as error:
         raise reading_failed(error, "a training", project) from error
@@ -133,7 +133,7 @@ def _items(dataset: Dataset[Any], project: Project, seed: int, rank: int, world:
     if isinstance(dataset, IterableDataset):
         size = length_of(dataset)
         if size is None:
-            raise UserMistake(
+            raise UserError(
                 f"{where}: with train.entrypoint a stream of training data needs a len(): it is read once more after "
                 "training, to its end, for the data fingerprint"
             )

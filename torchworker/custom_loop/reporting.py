@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from torchworker.process.events import EventLog
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 
 RESERVED = ("step", "steps", "time")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,199}")
@@ -51,7 +51,7 @@ class Reports:
         self.failures: list[str] = []
 
     def add(self, metrics: Mapping[str, Any], step: int, steps: int | None) -> None:
-        """Raises UserMistake for what is no finite number, naming it."""
+        """Raises UserError for what is no finite number, naming it."""
         numbers = self._checked(metrics, step, steps)
         if self._events is None:
             return
@@ -112,27 +112,25 @@ class Reports:
 
     def _checked(self, metrics: Mapping[str, Any], step: Any, steps: Any) -> dict[str, float]:
         if not _is_count(step):
-            raise UserMistake(f"{self._name}: report(…, step=) expected a whole number from 0, got {step!r}")
+            raise UserError(f"{self._name}: report(…, step=) expected a whole number from 0, got {step!r}")
         if steps is not None and not _is_count(steps):
-            raise UserMistake(f"{self._name}: report(…, steps=) expected a whole number from 0, got {steps!r}")
+            raise UserError(f"{self._name}: report(…, steps=) expected a whole number from 0, got {steps!r}")
         if not isinstance(metrics, Mapping) or not metrics:
-            raise UserMistake(
-                f"{self._name}: report(metrics, …) expected a mapping of names to numbers, got {metrics!r}"
-            )
+            raise UserError(f"{self._name}: report(metrics, …) expected a mapping of names to numbers, got {metrics!r}")
         return {name: self._number(name, value, step) for name, value in metrics.items()}
 
     def _number(self, name: Any, value: Any, step: int) -> float:
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED:
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: report() got a metric named {name!r}; expected letters, digits and _ . - / or a space, "
                 f"and none of {', '.join(RESERVED)}"
             )
         try:
             number = float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError):
-            raise UserMistake(f"{self._name}: report() expected a number for {name!r}, got {value!r}") from None
+            raise UserError(f"{self._name}: report() expected a number for {name!r}, got {value!r}") from None
         if not math.isfinite(number):
-            raise UserMistake(
+            raise UserError(
                 f"{self._name}: reported {name} {number} at step {step} (rank {self._rank}); expected a finite number; "
                 "look at the learning rate and at the data for NaN or inf, and leave out what may be infinite"
             )

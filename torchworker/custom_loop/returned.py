@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torchworker.contract import Project
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.user_code import build_model, describe_tensor
 from torchworker.training.strategy import is_sharded
 
@@ -23,7 +23,7 @@ SHOWN = 3
 def unwrapped(returned: Any, name: str) -> nn.Module:
     """The model itself, out of DistributedDataParallel and torch.compile. name: of the loop, for messages.
 
-    Raises UserMistake for anything but an nn.Module.
+    Raises UserError for anything but an nn.Module.
     """
     while True:
         if isinstance(returned, DistributedDataParallel):
@@ -33,7 +33,7 @@ def unwrapped(returned: Any, name: str) -> nn.Module:
         else:
             break
     if not isinstance(returned, nn.Module):
-        raise UserMistake(
+        raise UserError(
             f"{name} must return the trained torch.nn.Module in every rank, got {type(returned).__name__} in rank "
             f"{dist.get_rank()}"
         )
@@ -41,14 +41,14 @@ def unwrapped(returned: Any, name: str) -> nn.Module:
 
 
 def require_sound(model: nn.Module, name: str, project: Project) -> None:
-    """Raises UserMistake unless the weights are those of model.factory, finite, and the same in every rank.
+    """Raises UserError unless the weights are those of model.factory, finite, and the same in every rank.
 
     Every rank calls it. Buffers, such as running statistics, may differ by rank: rank 0's are shipped.
     """
     _require_fit(model, name, project)
     sharded = [key for key, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     if sharded and not is_sharded(model):
-        raise UserMistake(
+        raise UserError(
             f"{name} returned a model of which a part is sharded ({_listed(sharded)}); call fully_shard on the whole "
             "model too, or gather its weights before returning"
         )
@@ -58,7 +58,7 @@ def require_sound(model: nn.Module, name: str, project: Project) -> None:
         # A shard is different by design; whether it is finite is seen in each rank.
         local = value.to_local() if isinstance(value, DTensor) else value
         if local.is_floating_point() and not bool(torch.isfinite(local).all()):
-            raise UserMistake(
+            raise UserError(
                 f"{name} returned a model with NaN or infinity in {key}; look at the learning rate and at the data"
             )
         mine[key] = "" if isinstance(value, DTensor) else _digest(local)
@@ -67,7 +67,7 @@ def require_sound(model: nn.Module, name: str, project: Project) -> None:
     for rank, theirs in enumerate(every):
         differing = [key for key in theirs if theirs[key] != every[0].get(key)]
         if differing:
-            raise UserMistake(
+            raise UserError(
                 f"{name} returned different weights in different ranks: rank {rank} differs from rank 0 in "
                 f"{_listed(differing)}; train through DistributedDataParallel or fully_shard, or broadcast rank 0's "
                 "weights before returning"
@@ -79,7 +79,7 @@ def _require_fit(model: nn.Module, name: str, project: Project) -> None:
     wrong = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if wrong:
         key = wrong[0]
-        raise UserMistake(
+        raise UserError(
             f"{name} returned a model whose weights are not those of {project.model.where} {project.model.target}: "
             f"{key} is {here.get(key, 'missing')}, expected {there.get(key, 'none of that name')}"
             f"{f' ({len(wrong)} differ)' if len(wrong) > 1 else ''}; return the model that context.build_model() gave, "

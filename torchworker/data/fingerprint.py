@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 
 _MODULUS = 1 << 128
 
@@ -28,7 +28,7 @@ class Fingerprint:
     def add(self, item: Any) -> None:
         """Add one sample as the dataset gives it: tensors, arrays, images, numbers and text, nested at will.
 
-        Raises UserMistake for a value whose bytes are not known.
+        Raises UserError for a value whose bytes are not known.
         """
         self.total = (self.total + digest_of(item)) % _MODULUS
         self.samples += 1
@@ -44,7 +44,7 @@ class Fingerprint:
 
 
 def digest_of(item: Any) -> int:
-    """BLAKE2b-128 of one sample, or of a part of it. Raises UserMistake for a value whose bytes are not known."""
+    """BLAKE2b-128 of one sample, or of a part of it. Raises UserError for a value whose bytes are not known."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in pytree.tree_leaves(item):
         header, content = _bytes(leaf)
@@ -64,7 +64,7 @@ def _bytes(leaf: Any) -> tuple[str, bytes]:
         # NumPy has dtype and shape, images have mode and size.
         traits = [str(getattr(leaf, name, "")) for name in ("dtype", "shape", "mode", "size")]
         return f"{type(leaf).__name__}{traits};", leaf.tobytes()
-    raise UserMistake(
+    raise UserError(
         f"data: a sample holds a {type(leaf).__name__}, which cannot be fingerprinted; give tensors, arrays, images, "
         "numbers or text, and make objects of them in the collate function"
     )

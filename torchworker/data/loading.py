@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchworker.contract import Project, TrainSettings
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.sharding import Collate, NamedDataset, ResumableSampler, SeededDataset, StreamShare
-from torchworker.process.failure import UserMistake, user_error
+from torchworker.process.failure import UserError, user_error
 from torchworker.project.user_code import build_collate, length_of, split_batch
 
 
 class TrainingData:
     """Batches of (inputs, target) of one rank; `fingerprint` grows with what the first epoch reads.
 
-    Raises UserMistake when the epoch has no known end, or fewer samples than ranks.
+    Raises UserError when the epoch has no known end, or fewer samples than ranks.
     """
 
     def __init__(
@@ -62,24 +62,24 @@ class TrainingData:
         where, settings = self._project.data.where, self._settings
         size = length_of(dataset)
         if isinstance(dataset, IterableDataset) and settings.data_workers > 1:
-            raise UserMistake(
+            raise UserError(
                 f"train.data_workers: expected 0 or 1 for an iterable dataset, which several workers would each read "
                 f"from the start, got {settings.data_workers}; a map-style dataset can have more"
             )
         if size is None and settings.steps_per_epoch is None:
-            raise UserMistake(
+            raise UserError(
                 f"train.steps_per_epoch: expected the optimizer steps of an epoch, because the iterable dataset of "
                 f"{where} has no len()"
             )
         if size is not None and settings.steps_per_epoch is not None:
-            raise UserMistake(
+            raise UserError(
                 f"train.steps_per_epoch: is for iterable datasets without len(); the one of {where} has {size} samples"
             )
         if size is None:
             assert settings.steps_per_epoch is not None
             return settings.steps_per_epoch * settings.batch_size
         if size < self._world:
-            raise UserMistake(
+            raise UserError(
                 f"train.processes: {self._world} processes need at least as many training samples, got {size}"
             )
         return size
@@ -108,7 +108,7 @@ class TrainingData:
             for batch, total, samples in self._loader:
                 self.fingerprint.merge(total, samples)
                 yield split_batch(batch, self._project)
-        except (UserMistake, GeneratorExit):
+        except (UserError, GeneratorExit):
             raise
         except Exception as error:
             raise reading_failed(error, "a training", self._project) from error
@@ -145,7 +145,7 @@ class ValidationData:
         try:
             for batch in self._loader:
                 yield split_batch(batch, self._project)
-        except (UserMistake, GeneratorExit):
+        except (UserError, GeneratorExit):
             raise
         except Exception as error:
             raise reading_failed(error, "a validation", self._project) from error
@@ -159,7 +159,7 @@ class _Items(IterableDataset[Any]):
         return (sample.item for sample in self._share)
 
 
-def reading_failed(error: Exception, what: str, project: Project) -> UserMistake:
+def reading_failed(error: Exception, what: str, project: Project) -> UserError:
     """what: `a training` or `a validation`."""
     where = f" ({error.__notes__[0]})" if getattr(error, "__notes__", None) else ""
     return user_error(f"{project.data.where}: reading {what} item failed{where}", error, project.folder)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from torchworker.data.fingerprint import Fingerprint
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.randomness import OwnRandom, seed_everything
 
 
@@ -120,7 +120,7 @@ class StreamShare(IterableDataset[Any]):
         position = 0
         for position, item in enumerate(own.iterate(lambda: iter(self._dataset)), start=1):
             if self._size is not None and position > self._size:
-                raise UserMistake(
+                raise UserError(
                     f"{self._where}: the stream gives more samples than the {self._size} that its len() says"
                 )
             mine = (position - 1) % self._world == self._rank
@@ -133,7 +133,7 @@ class StreamShare(IterableDataset[Any]):
         expected = self._size if self._size is not None else self._most
         if expected is not None and position < expected:
             says = "its len() says" if self._size is not None else "steps_per_epoch asks for"
-            raise UserMistake(f"{self._where}: the stream ended after {position} samples; {says} {expected}")
+            raise UserError(f"{self._where}: the stream ended after {position} samples; {says} {expected}")
         if self._size is not None and self._size % self._world and self._rank >= self._size % self._world:
             # The ranks before this one have one more.
             yield Read(last, hashed=False)

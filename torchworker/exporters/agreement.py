@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torchworker.exporters.subject import Subject
-from torchworker.parity.rule import compare
-from torchworker.process.failure import UserMistake, describe
+from torchworker.parity.rule import compare_tensors
+from torchworker.process.failure import UserError, describe
 from torchworker.project.signature import BATCH, other_sizes, resized, sizes_of
 from torchworker.project.user_code import forward, name_outputs
 from torchworker.runtimes.load import Call
@@ -20,7 +20,7 @@ def disagreement(call: Call, subject: Subject) -> str:
     for inputs in _cases(subject):
         try:
             expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
-        except UserMistake:
+        except UserError:
             # Cutting may have broken what belongs together.
             continue
         shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
@@ -31,7 +31,7 @@ def disagreement(call: Call, subject: Subject) -> str:
         if len(got) != len(expected):
             return f"on {shown} it gives {len(got)} outputs, and the model {len(expected)}"
         for (name, tensor), found in zip(expected.items(), got, strict=True):
-            outcome = compare(found, tensor, None)
+            outcome = compare_tensors(found, tensor, None)
             if not outcome.passed:
                 return f"on {shown} output {name} is not the model's: {outcome.note}"
     return ""

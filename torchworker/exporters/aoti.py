@@ -14,14 +14,14 @@ from torch.export import ExportedProgram
 from torchworker.exporters.agreement import disagreement, hides_nan
 from torchworker.exporters.program import capture
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserMistake, describe
-from torchworker.runtimes import load as runtimes
+from torchworker.process.failure import UserError, describe
+from torchworker.runtimes.load import SIGNATURE, load_artifact
 
 
 def aoti(subject: Subject, path: Path) -> str:
     """Compile, write one package and say how.
 
-    Raises UserMistake without a C++ compiler, and for what cannot be compiled.
+    Raises UserError without a C++ compiler, and for what cannot be compiled.
     """
     named = compiler()
     captured = capture(subject)
@@ -33,13 +33,13 @@ def aoti(subject: Subject, path: Path) -> str:
             except Exception as error:
                 refusals.append(f"it cannot be compiled: {describe(error).splitlines()[0][:300]}")
                 continue
-        call = runtimes.load("aoti", path, torch.get_num_threads())
+        call = load_artifact("aoti", path, torch.get_num_threads())
         differs = disagreement(call, subject) or (hides_nan(call, subject) if freezing else "")
         if not differs:
             return f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {named}"
         refusals.append(differs)
     path.unlink(missing_ok=True)
-    raise UserMistake(f"export: AOTInductor: {refusals[-1]}; leave aoti out of export.formats")
+    raise UserError(f"export: AOTInductor: {refusals[-1]}; leave aoti out of export.formats")
 
 
 def compiled(program: ExportedProgram, subject: Subject, path: Path, *, freezing: bool) -> None:
@@ -51,19 +51,19 @@ def compiled(program: ExportedProgram, subject: Subject, path: Path, *, freezing
             "freezing": freezing,
             # The other formats are made beside this one.
             "compile_threads": 1,
-            "aot_inductor.metadata": {runtimes.SIGNATURE: subject.signature()},
+            "aot_inductor.metadata": {SIGNATURE: subject.signature()},
         },
     )
 
 
 def compiler() -> str:
-    """Name of the C++ compiler. Raises UserMistake without one."""
+    """Name of the C++ compiler. Raises UserError without one."""
     from torch._inductor import cpp_builder
 
     try:
         return Path(cpp_builder.get_cpp_compiler()).name
     except Exception as error:
-        raise UserMistake(
+        raise UserError(
             "export: AOTInductor needs a C++ compiler and this machine has none; install g++, name one in the variable "
             "CXX, or leave aoti out of export.formats"
         ) from error

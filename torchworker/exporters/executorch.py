@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 from torchworker.exporters.agreement import disagreement, hides_nan
 from torchworker.exporters.program import capture, ranges
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserMistake, describe
-from torchworker.process.fork import Died, Hung, Note, apart
+from torchworker.process.failure import UserError, describe
+from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.signature import BATCH
-from torchworker.runtimes import load as runtimes
+from torchworker.runtimes.load import SIGNATURE, load_artifact, planned_shapes
 
 TRIAL_SECONDS = 300.0
 """A first look at the file's answers takes at most this long."""
@@ -33,7 +33,7 @@ Range = tuple[int, int | None]
 def executorch(subject: Subject, path: Path) -> str:
     """Write one program and say how it was made: with XNNPACK's kernels where that is the model, else without.
 
-    Raises UserMistake without the library, for a dimension without a largest size, and for what cannot be lowered, or
+    Raises UserError without the library, for a dimension without a largest size, and for what cannot be lowered, or
     only to another model.
     """
     require_ends(subject)
@@ -55,15 +55,15 @@ def executorch(subject: Subject, path: Path) -> str:
             return f"{captured.method} → ExecuTorch, {backend}"
         refusals.append(f"{backend}: {refusal}")
     path.unlink(missing_ok=True)
-    raise UserMistake(f"export: ExecuTorch: {'; '.join(refusals)}; leave executorch out of export.formats")
+    raise UserError(f"export: ExecuTorch: {'; '.join(refusals)}; leave executorch out of export.formats")
 
 
 def require_ends(subject: Subject) -> None:
-    """Raises UserMistake for a dimension without a largest size: memory is planned for it before anything runs."""
+    """Raises UserError for a dimension without a largest size: memory is planned for it before anything runs."""
     for dim in subject.dims:
         if dim.max is None:
             key = "export.max_batch" if dim.name == BATCH else f"export.dynamic.{dim.name}.max"
-            raise UserMistake(
+            raise UserError(
                 f"{key}: expected the largest size that users will send, for which ExecuTorch plans memory, got none; "
                 "declare it, or leave executorch out of export.formats"
             )
@@ -88,7 +88,7 @@ Lower = Callable[[ExportedProgram, Subject, bool], tuple[ExportedProgram, bytes]
 
 
 def _lowering() -> Lower:
-    """Raises UserMistake without the library."""
+    """Raises UserError without the library."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # What importing torchao says about the CUDA libraries it does not find.
@@ -97,7 +97,7 @@ def _lowering() -> Lower:
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
         except ImportError as error:
-            raise UserMistake(
+            raise UserError(
                 f"export.formats: executorch needs the library of that name ({describe(error)}): "
                 "pip install 'train-and-ship[edge]', or leave executorch out"
             ) from error
@@ -111,7 +111,7 @@ def _lowering() -> Lower:
             manager: Any = to_edge_transform_and_lower(
                 program,
                 partitioner=[XnnpackPartitioner()] if xnnpack else None,
-                constant_methods={runtimes.SIGNATURE: subject.signature()},
+                constant_methods={SIGNATURE: subject.signature()},
             )
             final = manager.to_executorch()
             return final.exported_program(), bytes(final.buffer)
@@ -126,14 +126,14 @@ def _tried(subject: Subject, path: Path) -> str:
         refusal = narrowed(subject, planned(subject, path), "the file has memory for")
         if refusal:
             return refusal
-        call = runtimes.load("executorch", path, torch.get_num_threads())
+        call = load_artifact("executorch", path, torch.get_num_threads())
         return disagreement(call, subject) or hides_nan(call, subject)
 
     try:
-        return apart(look, Note(), TRIAL_SECONDS)
-    except Died as death:
+        return run_in_fork(look, CrashNote(), TRIAL_SECONDS)
+    except ChildDiedError as death:
         return str(death)
-    except Hung as hung:
+    except ChildTimeoutError as hung:
         return f"its runtime gives {hung}"
     except Exception as error:
         return f"its runtime fails: {describe(error).splitlines()[0][:300]}"
@@ -141,7 +141,7 @@ def _tried(subject: Subject, path: Path) -> str:
 
 def planned(subject: Subject, path: Path) -> dict[str, Range]:
     """The largest size of each dimension that the file has memory for; it notes no smallest."""
-    shapes = dict(zip(subject.inputs, runtimes.planned_shapes(path), strict=True))
+    shapes = dict(zip(subject.inputs, planned_shapes(path), strict=True))
     found: dict[str, Range] = {}
     for dim in subject.dims:
         sizes = [shapes[name][axis] for name, axes in dim.axes.items() for axis in axes]

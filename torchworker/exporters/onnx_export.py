@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from torchworker.exporters.program import capture
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserMistake, describe
+from torchworker.process.failure import UserError, describe
 
 OPSET = 20
 """ONNX operator set: what torch 2.13's exporter writes natively."""
@@ -23,7 +23,7 @@ SINGLE_FILE_BYTES = 1_900_000_000
 def onnx_model(subject: Subject, path: Path) -> str:
     """Write one file with named inputs, outputs and dynamic dimensions, and say how it was captured.
 
-    Raises UserMistake for models that torch.export or ONNX cannot express, and where the exporter itself has doubts.
+    Raises UserError for models that torch.export or ONNX cannot express, and where the exporter itself has doubts.
     """
     # The exporter reports progress on standard output and logs every missing optional decomposition.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -33,7 +33,7 @@ def onnx_model(subject: Subject, path: Path) -> str:
     program = captured.program
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if size > SINGLE_FILE_BYTES:
-        raise UserMistake(
+        raise UserError(
             f"export: the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB; "
             "leave onnx out of export.formats"
         )
@@ -46,12 +46,12 @@ def onnx_model(subject: Subject, path: Path) -> str:
                 # Some operators have a form in ONNX only once torch has taken them apart.
                 onnx_program = _exported(program.run_decompositions(), subject)
             except Exception:
-                raise UserMistake(
+                raise UserError(
                     f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
                 ) from error
     unfaithful = [str(w.message) for w in caught if "duplicated values" in str(w.message)]
     if unfaithful or onnx_program is None:
-        raise UserMistake(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
+        raise UserError(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
     _name_dimensions(onnx_program.model, subject)
     onnx_program.save(str(path), external_data=False)
     return f"{captured.method} → ONNX opset {OPSET}"

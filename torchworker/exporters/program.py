@@ -24,7 +24,7 @@ from torch.fx.experimental import _config as symbolic
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserMistake, describe, is_theirs, user_line
+from torchworker.process.failure import UserError, describe, is_theirs, user_line
 from torchworker.project.signature import resized, sizes_of
 from torchworker.project.user_code import arguments, forward
 
@@ -108,9 +108,9 @@ class Captured:
 def capture(subject: Subject) -> Captured:
     """The exported program and how it was made.
 
-    Raises UserMistake when no way gives a program that holds for every declared size, with the user's line.
+    Raises UserError when no way gives a program that holds for every declared size, with the user's line.
     """
-    refusals: list[UserMistake] = []
+    refusals: list[UserError] = []
     ways = [*_WAYS]
     if len(subject.dims) > 1 and any(isinstance(module, nn.LSTM | nn.GRU) for module in subject.model.modules()):
         # Usually unrolled over the length of the example.
@@ -131,7 +131,7 @@ def capture(subject: Subject) -> Captured:
             continue
         try:
             _require_every_size(program, subject, guards)
-        except UserMistake as refusal:
+        except UserError as refusal:
             refusals.append(refusal)
             continue
         return Captured(program, way)
@@ -179,7 +179,7 @@ def _listening(guards: _Guards) -> Iterator[None]:
         log.propagate = propagate
 
 
-def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserMistake:
+def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserError:
     """What torch.export said, with the line, in the job file's words."""
     text = str(error).strip()
     fixed = re.findall(
@@ -191,7 +191,7 @@ def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserMistake
         for name, position, axis, size in fixed:
             tensor = names[int(position)] if name == "flat_args" else name
             places.append(f"{_dimension(subject, tensor, int(axis))} at {size}")
-        mistake = UserMistake(
+        mistake = UserError(
             f"export: torch.export fixes {', '.join(dict.fromkeys(places))}, the size of the example"
             f"{_because(subject, guards, r'^Eq')}; take sizes from the inputs (x.shape) instead of writing them down "
             f"or turning them into Python numbers, leave the dimension out of export.dynamic, or leave {MADE_OF_IT} "
@@ -199,7 +199,7 @@ def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserMistake
         )
     else:
         first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        mistake = UserMistake(
+        mistake = UserError(
             f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
             f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave {MADE_OF_IT} out of export.formats"
         )
@@ -238,7 +238,7 @@ def _named_source(subject: Subject, source: str) -> str:
 
 
 def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Guards) -> None:
-    """Raises UserMistake when the program refuses a size that was declared and that the model itself takes."""
+    """Raises UserError when the program refuses a size that was declared and that the model itself takes."""
     check = getattr(program.module(), "_guards_fn", None)
     if check is None:
         return
@@ -256,13 +256,13 @@ def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Gua
         tried = ", ".join(f"{name} {size}" for name, size in sizes.items())
         try:
             forward(subject.model, resized(subject.inputs, subject.dims, sizes), subject.project)
-        except UserMistake as error:
-            raise UserMistake(
+        except UserError as error:
+            raise UserError(
                 f"export.dynamic: the model itself fails at {tried}, which is inside the declared sizes: "
                 f"{describe(error.__cause__ or error)}{user_line(error.__cause__ or error, subject.folder)}; "
                 "declare the sizes that it takes (min, max)"
             ) from error
-        raise UserMistake(
+        raise UserError(
             f"export: torch.export keeps one side of a decision on sizes: at {tried} the model runs and the program "
             f"would refuse ({refused}){_because(subject, guards)}; declare narrower sizes in export.dynamic, make the "
             f"decision torch.cond, or leave {MADE_OF_IT} out of export.formats"

@@ -11,7 +11,7 @@ from torchworker.exporters.subject import Subject
 
 
 def pt2(subject: Subject, path: Path) -> str:
-    """Write the program and say how it was captured. Raises UserMistake when torch.export cannot capture the model."""
+    """Write the program and say how it was captured. Raises UserError when torch.export cannot capture the model."""
     captured = capture(subject)
     torch.export.save(captured.program, str(path))
     return captured.method

@@ -21,8 +21,8 @@ from torchworker.exporters.aoti import compiled, compiler
 from torchworker.exporters.program import capture
 from torchworker.exporters.subject import Subject
 from torchworker.parity.int8 import Noise
-from torchworker.process.failure import UserMistake, describe
-from torchworker.runtimes import load as runtimes
+from torchworker.process.failure import UserError, describe
+from torchworker.runtimes.load import Call, flat, load_artifact
 
 COMPILED_SQNR_DB = 20.0
 """A step of quantization apart here and there is fine; Inductor's kernels may be far more wrong than that."""
@@ -108,12 +108,12 @@ def _prepare(model: Path, path: Path) -> None:
 
 
 def pt2e(subject: Subject, path: Path, calibration: Sequence[Batch]) -> str:
-    """torchao's PT2E with the X86Inductor quantizer, compiled by AOTInductor. Raises UserMistake without torchao."""
+    """torchao's PT2E with the X86Inductor quantizer, compiled by AOTInductor. Raises UserError without torchao."""
     try:
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
     except ImportError as error:
-        raise UserMistake(
+        raise UserError(
             f"export.quantize: pt2e-int8 needs torchao ({describe(error)}): pip install 'train-and-ship[torchao]'"
         ) from error
     named = compiler()
@@ -128,22 +128,22 @@ def pt2e(subject: Subject, path: Path, calibration: Sequence[Batch]) -> str:
     quantized = capture(replace(subject, model=converted))
     with quantized.assuming():
         compiled(quantized.program, subject, path, freezing=True)
-    call = runtimes.load("pt2e-int8", path, torch.get_num_threads())
+    call = load_artifact("pt2e-int8", path, torch.get_num_threads())
     found = agreement(call, converted, calibration[0])
     if found < COMPILED_SQNR_DB:
         path.unlink()
-        raise UserMistake(
+        raise UserError(
             f"export.quantize: pt2e-int8: compiled, the quantized program gives other outputs ({found:.1f} dB of "
             f"signal to noise between the two, expected {COMPILED_SQNR_DB:g}): a defect of this torch's int8 kernels"
         )
     return f"torchao PT2E, int8 weights and activations, {_counted(calibration)} → AOTInductor, {named}"
 
 
-def agreement(call: runtimes.Call, program: fx.GraphModule, inputs: Batch) -> float:
+def agreement(call: Call, program: fx.GraphModule, inputs: Batch) -> float:
     """Decibels of signal to noise between a compiled program and itself."""
     noise = Noise()
     outputs = program(*inputs.values())
-    for name, (got, wanted) in enumerate(zip(call(inputs), runtimes.flat(outputs), strict=True)):
+    for name, (got, wanted) in enumerate(zip(call(inputs), flat(outputs), strict=True)):
         noise.add(str(name), got, wanted)
     return noise.decibels
 

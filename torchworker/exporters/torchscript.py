@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from torchworker.exporters.agreement import disagreement
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserMistake, user_line
+from torchworker.process.failure import UserError, user_line
 from torchworker.project.user_code import arguments, forward, name_outputs
 from torchworker.runtimes.load import call_script
 
 
-class _Unfaithful(Exception):
+class _UnfaithfulError(Exception):
     """A capture that would not be the model; the message says why, with the user's line."""
 
 
 def torchscript(subject: Subject, path: Path) -> str:
     """Write the program and say how it was captured.
 
-    Raises UserMistake when neither script, trace nor a mix of both gives the model's own outputs.
+    Raises UserError when neither script, trace nor a mix of both gives the model's own outputs.
     """
     warnings.simplefilter("ignore", DeprecationWarning)
     refusals = {}
@@ -35,14 +35,14 @@ def torchscript(subject: Subject, path: Path) -> str:
         try:
             program, method = way(subject)
             if differs := disagreement(partial(call_script, program), subject):
-                raise _Unfaithful(differs)
-        except _Unfaithful as refusal:
+                raise _UnfaithfulError(differs)
+        except _UnfaithfulError as refusal:
             refusals[way.__name__.strip("_")] = str(refusal)
             continue
         program.save(str(path))
         return method
     told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
-    raise UserMistake(
+    raise UserError(
         f"export: TorchScript cannot capture the model faithfully. {told}. Ways out: annotate the types so that script "
         "can read it, make the branch torch.where or a fixed number of steps with a mask; or leave torchscript out of "
         "export.formats"
@@ -53,7 +53,7 @@ def _script(subject: Subject) -> tuple[Any, str]:
     try:
         return torch.jit.script(subject.model), "torch.jit.script"
     except Exception as error:
-        raise _Unfaithful(_brief(error)) from error
+        raise _UnfaithfulError(_brief(error)) from error
 
 
 class _Flat(nn.Module):
@@ -83,12 +83,12 @@ def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], s
         try:
             program = torch.jit.trace(module, **given, check_trace=False)  # type: ignore[no-untyped-call]
         except Exception as error:
-            raise _Unfaithful(f"{_brief(error)}{user_line(error, subject.folder)}") from error
+            raise _UnfaithfulError(f"{_brief(error)}{user_line(error, subject.folder)}") from error
     baked = [str(w.message).split("\n")[0] for w in caught if issubclass(w.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
     if baked:
         place = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
         line = f" ({Path(place.filename).name}:{place.lineno})" if place and place.filename else ""
-        raise _Unfaithful(f"it would bake in a decision made on the example data{line}: {baked[0]}")
+        raise _UnfaithfulError(f"it would bake in a decision made on the example data{line}: {baked[0]}")
     return program
 
 
@@ -101,7 +101,7 @@ def _mixed(subject: Subject) -> tuple[Any, str]:
     traced: list[str] = []
     program = _prepared(model, "", seen, traced, subject)
     if not traced:
-        raise _Unfaithful("there is no part that could be traced inside one that can be scripted")
+        raise _UnfaithfulError("there is no part that could be traced inside one that can be scripted")
     return program, f"torch.jit.script, with {', '.join(traced)} by torch.jit.trace"
 
 
@@ -142,22 +142,22 @@ def _prepared(
         program = torch.jit.script(module)
         traced += inner
         return program
-    except _Unfaithful as refusal:
+    except _UnfaithfulError as refusal:
         why = str(refusal)
     except Exception as error:
         # A second attempt may only say that the first left a part behind.
         scripting = scripting if "redefine" in str(error) else _brief(error)
     if not name or name not in seen:
-        raise _Unfaithful(why or scripting)
+        raise _UnfaithfulError(why or scripting)
     args, kwargs = seen[name]
     tensors = [*args, *kwargs.values()]
     if not all(isinstance(value, Tensor) for value in tensors):
-        raise _Unfaithful(f"{name} cannot be scripted ({scripting}), and takes more than tensors")
+        raise _UnfaithfulError(f"{name} cannot be scripted ({scripting}), and takes more than tensors")
     original = subject.model.get_submodule(name)
     try:
         program = _traced(original, args, kwargs, subject)
-    except _Unfaithful as refusal:
-        raise _Unfaithful(f"{name} cannot be scripted ({scripting}) and not traced: {refusal}") from refusal
+    except _UnfaithfulError as refusal:
+        raise _UnfaithfulError(f"{name} cannot be scripted ({scripting}) and not traced: {refusal}") from refusal
     traced.append(name)
     return program
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchworker.contract import Interval, Resampling
-from torchworker.process.fork import Note, side_by_side
+from torchworker.process.fork import CrashNote, run_parallel
 
 AT_ONCE = 4_000_000
 """Indices drawn in one piece: 32 MB."""
@@ -32,13 +32,13 @@ def interval_of(gain: Callable[[Tensor], float], samples: int, asked: Resampling
     """Of any metric, at most thousands of calls of somebody's function, which forks of this process share.
 
     gain: how much better the candidate is on the samples with these indices, [samples] int64. Raises what it raises,
-    and Died when a fork ends without an answer.
+    and ChildDiedError when a fork ends without an answer.
     """
     shares = {str(share): partial(_share, gain, samples, asked, share, processes) for share in range(processes)}
     if processes == 1:
         gains = shares["0"]()
     else:
-        begun = side_by_side(shares, {share: Note() for share in shares}, processes)
+        begun = run_parallel(shares, {share: CrashNote() for share in shares}, processes)
         gains = [value for _, share in begun for value in share.result()]
     return _between(torch.tensor(gains, dtype=torch.float64), asked)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torchworker.contract import METRICS, Gate, Verdict
 
 
-def judge(
+def apply_limits(
     kind: str, measured: Mapping[str, float], gates: Sequence[Gate], samples: int, problems: Mapping[str, str]
 ) -> list[Verdict]:
     """Fixed limits. A gate on something that was not measured has failed; problems: why it was not, by name."""

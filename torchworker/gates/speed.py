@@ -83,7 +83,9 @@ def asked(gate: str, measured: Mapping[str, Measured], serve: Mapping[str, str])
     return list(dict.fromkeys(serve.values()))
 
 
-def judge(measured: Mapping[str, Measured], serve: Mapping[str, str], gates: Sequence[Gate]) -> list[Verdict]:
+def apply_speed_limits(
+    measured: Mapping[str, Measured], serve: Mapping[str, str], gates: Sequence[Gate]
+) -> list[Verdict]:
     """Fixed limits. What was not measured has failed."""
     verdicts = []
     for gate in gates:

@@ -1,4 +1,4 @@
-"""Put one artifact on trial: ask it every probe and hold its answers against the model's own."""
+"""The parity check of one artifact: it is asked every probe, and its answers are compared with the model's own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchworker.contract import PARITY, Mismatch, Verdict
-from torchworker.parity.histogram import Spread, distribution
+from torchworker.parity.histogram import ErrorHistogram, distribution
 from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SINGLES, Inputs, Probe
-from torchworker.parity.rule import Parity, compare, usual_loss
+from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
 from torchworker.project.metrics import metric_sum
 from torchworker.runtimes.load import Call
@@ -65,12 +65,12 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What came of one artifact."""
+class ParityResult:
+    """What came of the parity check of one artifact."""
 
     verdicts: list[Verdict]
     findings: list[Finding]
-    spread: Spread = field(default_factory=Spread)
+    histogram: ErrorHistogram = field(default_factory=ErrorHistogram)
     """How far all its answers are from the model's."""
 
 
@@ -120,16 +120,16 @@ class Decisions:
         )
 
 
-def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> Trial:
+def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> ParityResult:
     """One verdict for each batch of capture, one for all other probes, one for how the artifact behaves.
 
     outputs: names in the order of the signature. No probes is a failure: nothing was proven.
     """
-    court = _Court(kind, call, outputs, policy, {name: _usual(probes, name) for name in outputs})
+    check = ParityCheck(kind, call, outputs, policy, {name: _usual(probes, name) for name in outputs})
     verdicts, findings = [], []
     rest: list[tuple[Probe, float, str]] = []
     for probe in probes:
-        ratio, found, note = court.judge(probe)
+        ratio, found, note = check.ask(probe)
         findings += found
         if probe.group == BATCHES:
             shown = "; ".join(item.note for item in found) or note
@@ -138,16 +138,16 @@ def prove(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str]
             rest.append((probe, ratio, "; ".join(item.note for item in found) or note))
     verdicts.append(_summary(kind, rest))
     for probe in [probe for probe in probes if probe.group == BATCHES][1:2]:
-        ratio, found, note = court.behaviour(probe)
+        ratio, found, note = check.behaviour(probe)
         findings += found
         verdicts.append(verdict(kind, "called again", ratio, note))
-    return Trial(verdicts=verdicts, findings=findings, spread=court.spread)
+    return ParityResult(verdicts=verdicts, findings=findings, histogram=check.histogram)
 
 
 def _usual(probes: Sequence[Probe], output: str) -> float:
     """What the model itself loses on an output, over all questions of the size of the data."""
     answered = [(probe, probe.eager[output]) for probe in probes if probe.eager and probe.group in OF_ITS_SIZE]
-    return usual_loss((eager, probe.exact.get(output, probe.moved.get(output))) for probe, eager in answered)
+    return usual_loss((eager, probe.exact.get(output, probe.perturbed.get(output))) for probe, eager in answered)
 
 
 def verdict(kind: str, case: str, ratio: float, note: str) -> Verdict:
@@ -178,7 +178,7 @@ def _skipped(probe: Probe, policy: Policy) -> bool:
     )
 
 
-class _Court:
+class ParityCheck:
     def __init__(
         self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, float]
     ) -> None:
@@ -187,9 +187,9 @@ class _Court:
         """Answers to the batches of capture, to be asked for again."""
         self.changed: dict[str, str] = {}
         """Inputs that the artifact wrote into: input to probe."""
-        self.spread = Spread()
+        self.histogram = ErrorHistogram()
 
-    def judge(self, probe: Probe) -> tuple[float, list[Finding], str]:
+    def ask(self, probe: Probe) -> tuple[float, list[Finding], str]:
         """(worst ratio, what failed, a note)."""
         if _skipped(probe, self.policy):
             return 0.0, [], ""
@@ -252,13 +252,13 @@ class _Court:
         return float("inf"), [Finding(self.kind, probe, "", outcome)], reason
 
     def _compare(self, probe: Probe, got: list[Tensor]) -> tuple[float, list[Finding], str]:
-        assert probe.eager is not None, "judged before"
+        assert probe.eager is not None, "asked before"
         if len(got) != len(self.outputs):
             return self._failed(probe, f"{len(got)} outputs, expected {len(self.outputs)}")
         ratio, findings, notes = 0.0, [], []
         for name, tensor in zip(self.outputs, got, strict=True):
             outcome = self._output(probe, name, tensor)
-            self.spread.add(probe.group, tensor, probe.eager[name])
+            self.histogram.add(probe.group, tensor, probe.eager[name])
             ratio = max(ratio, outcome.ratio)
             notes.append(f"{name}: {outcome.note}")
             if not outcome.passed:
@@ -266,11 +266,11 @@ class _Court:
         return ratio, findings, "; ".join(notes)
 
     def _output(self, probe: Probe, name: str, got: Tensor) -> Parity:
-        assert probe.eager is not None, "judged before"
-        eager, exact, moved = probe.eager[name], probe.exact.get(name), probe.moved.get(name)
+        assert probe.eager is not None, "asked before"
+        eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
         shown = probe.touched or not _finite(probe.eager)
         if probe.group == BATCHES or not shown:
-            return compare(got, eager, exact, moved, usual=self.usual[name])
+            return compare_tensors(got, eager, exact, perturbed, usual=self.usual[name])
         return not_finite(got, probe, name, self.policy.not_finite, self.usual[name])
 
 
@@ -280,19 +280,19 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
     `same`: NaN and infinities in the same places. `contained` (and `off`): a sample whose output shows it must show
     it in the artifact too, in any element; every other sample must agree as always. usual: of `usual_loss`.
     """
-    assert probe.eager is not None, "judged before"
-    eager, exact, moved = probe.eager[name], probe.exact.get(name), probe.moved.get(name)
+    assert probe.eager is not None, "asked before"
+    eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
     if got.dtype != eager.dtype or got.shape != eager.shape or eager.dim() == 0:
-        return compare(got, eager, exact, moved)
+        return compare_tensors(got, eager, exact, perturbed)
     real = eager.is_floating_point()
     if policy == "same":
         if real and not bool(eager.isfinite().any()):
-            outcome = compare(got.nan_to_num(), eager.nan_to_num(), None)
+            outcome = compare_tensors(got.nan_to_num(), eager.nan_to_num(), None)
             same = torch.equal(got.isnan(), eager.isnan()) and torch.equal(got.nan_to_num(), eager.nan_to_num())
             return replace(
                 outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
             )
-        return compare(got, eager, exact, moved)
+        return compare_tensors(got, eager, exact, perturbed)
     rows = torch.ones(len(eager), dtype=torch.bool)
     rows[list(probe.touched)] = False
     if real:
@@ -304,8 +304,10 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
             return Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)
-    chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, moved)]
-    return compare(got[rows], eager[rows], *chosen, usual=usual)
+    chosen = [
+        tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, perturbed)
+    ]
+    return compare_tensors(got[rows], eager[rows], *chosen, usual=usual)
 
 
 def _row_finite(tensor: Tensor) -> Tensor:

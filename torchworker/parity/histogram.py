@@ -8,7 +8,7 @@ from torch import Tensor
 from torchworker.contract import ERROR_DECADES, ErrorCounts
 
 
-class Spread:
+class ErrorHistogram:
     """Counts of elements by kind of probe."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Spread:
         for counts, values in ((self._absolute, difference), (self._relative, difference / (size or 1.0))):
             counts[group] = counts.get(group, 0) + _counted(values)
 
-    def merge(self, other: Spread) -> None:
+    def merge(self, other: ErrorHistogram) -> None:
         for mine, theirs in ((self._absolute, other._absolute), (self._relative, other._relative)):
             for group, counts in theirs.items():
                 mine[group] = mine.get(group, 0) + counts

@@ -62,8 +62,8 @@ class Probe:
     """Outputs by name, None when the model refuses."""
     exact: Inputs = field(default_factory=dict)
     """Outputs in float64; empty where the model does not run in it."""
-    moved: Inputs = field(default_factory=dict)
-    """Outputs with weights and inputs moved by their rounding; only without `exact`."""
+    perturbed: Inputs = field(default_factory=dict)
+    """Outputs with weights and inputs perturbed by their rounding; only without `exact`."""
     error: str = ""
     """What the model said when it refused."""
 
@@ -150,14 +150,14 @@ def singles(pool: Inputs, call: Callable[[Inputs], Any], folder: str) -> Iterato
     call: the model; folder: where its code is, whose lines are watched.
     """
     count = len(next(iter(pool.values())))
-    spread = [position * count // ALONE for position in range(min(ALONE, count))]
+    evenly = [position * count // ALONE for position in range(min(ALONE, count))]
     ways: dict[frozenset[tuple[str, int]], int] = {}
     began = time.perf_counter()
     for row in range(count):
         if row >= DRAWN and time.perf_counter() - began > SCAN_SECONDS:
             break
         ways.setdefault(_lines(lambda row=row: call(_rows(pool, torch.tensor([row]))), folder), row)  # type: ignore[misc]
-    for row in sorted({*spread, *ways.values()}):
+    for row in sorted({*evenly, *ways.values()}):
         yield Probe(name=f"sample{row}", group=SINGLES, inputs=_rows(pool, torch.tensor([row])))
 
 
@@ -208,12 +208,12 @@ def _is_real(tensor: Tensor) -> bool:
 
 def _jittered(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
-    return _inside(rows.double() + 0.1 * _spread(pool) * noise, pool)
+    return _inside(rows.double() + 0.1 * _deviation(pool) * noise, pool)
 
 
 def _normal(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
-    return _inside(pool.double().mean(0) + _spread(pool) * noise, pool)
+    return _inside(pool.double().mean(0) + _deviation(pool) * noise, pool)
 
 
 def _uniform(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
@@ -222,7 +222,7 @@ def _uniform(rows: Tensor, pool: Tensor, generator: torch.Generator) -> Tensor:
     return _inside(low + (high - low) * share, pool)
 
 
-def _spread(pool: Tensor) -> Tensor:
+def _deviation(pool: Tensor) -> Tensor:
     return pool.double().std(0, correction=0)
 
 

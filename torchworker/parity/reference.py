@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project
 from torchworker.parity.probes import BATCHES, LENGTHS, POOL, Inputs, Probe, probes, refusals, singles
-from torchworker.parity.rule import compare
-from torchworker.process.failure import UserMistake, describe
-from torchworker.process.fork import Died, Hung, Note, apart
+from torchworker.parity.rule import compare_tensors
+from torchworker.process.failure import UserError, describe
+from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
 
@@ -27,14 +27,14 @@ REFUSAL_SECONDS = 60.0
 
 
 class Answers:
-    """What the model says to a question: as it is, in float64, and with everything moved by its own rounding."""
+    """What the model says to a question: as it is, in float64, and with everything perturbed by its own rounding."""
 
     def __init__(self, model: nn.Module, project: Project) -> None:
         self.model, self.project = model, project
         self.fixed_precision = False
         """Whether the model was found not to run in float64."""
         self._double: nn.Module | None = None
-        self._moved: nn.Module | None = None
+        self._perturbed: nn.Module | None = None
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Inputs:
         return name_outputs(forward(self.model, inputs, self.project), self.project)
@@ -47,7 +47,7 @@ class Answers:
         try:
             self._double = self._double or copy.deepcopy(self.model).double()
             outputs = name_outputs(forward(self._double, doubled, self.project), self.project)
-        except (UserMistake, RuntimeError, TypeError, NotImplementedError):
+        except (UserError, RuntimeError, TypeError, NotImplementedError):
             self.fixed_precision = True
             return {}
         if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
@@ -55,27 +55,27 @@ class Answers:
             return {}
         return outputs
 
-    def moved(self, inputs: Mapping[str, Tensor]) -> Inputs:
-        """Outputs when each weight and input is moved up or down by half a unit in the last place, at random."""
+    def perturbed(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Outputs when each weight and input is perturbed, up or down by half a unit in the last place, at random."""
         generator = torch.Generator().manual_seed(0)
         try:
-            if self._moved is None:
-                self._moved = copy.deepcopy(self.model)
-                for tensor in [*self._moved.parameters(), *self._moved.buffers()]:
-                    tensor.copy_(_moved(tensor, generator))
-            nudged = {name: _moved(tensor, generator) for name, tensor in inputs.items()}
-            return name_outputs(forward(self._moved, nudged, self.project), self.project)
-        except (UserMistake, RuntimeError, TypeError, NotImplementedError):
+            if self._perturbed is None:
+                self._perturbed = copy.deepcopy(self.model)
+                for tensor in [*self._perturbed.parameters(), *self._perturbed.buffers()]:
+                    tensor.copy_(_perturbed(tensor, generator))
+            nudged = {name: _perturbed(tensor, generator) for name, tensor in inputs.items()}
+            return name_outputs(forward(self._perturbed, nudged, self.project), self.project)
+        except (UserError, RuntimeError, TypeError, NotImplementedError):
             return {}
 
     def complete(self, probe: Probe) -> Probe:
-        """The probe with the model's answers. Raises UserMistake when the model refuses it."""
+        """The probe with the model's answers. Raises UserError when the model refuses it."""
         eager = self.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
         exact = self.exact(probe.inputs)
-        return replace(probe, eager=eager, exact=exact, moved={} if exact else self.moved(probe.inputs))
+        return replace(probe, eager=eager, exact=exact, perturbed={} if exact else self.perturbed(probe.inputs))
 
 
-def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     signs = torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1)
@@ -92,12 +92,12 @@ def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
     outputs = name_outputs(forward(model, inputs, project), project)
     answers = Answers(model, project)
     exact = answers.exact(inputs)
-    moved = answers.moved(inputs) if not exact else {}
+    perturbed = answers.perturbed(inputs) if not exact else {}
     for name, tensor in outputs.items():
-        # The stored outputs are the ones on trial: the rounding that is allowed is the rebuilt model's own.
-        outcome = compare(stored[f"output.{name}"], tensor, exact.get(name), moved.get(name))
+        # The stored outputs are what is checked: the rounding that is allowed is the rebuilt model's own.
+        outcome = compare_tensors(stored[f"output.{name}"], tensor, exact.get(name), perturbed.get(name))
         if not outcome.passed:
-            raise UserMistake(
+            raise UserError(
                 f"export: rebuilt from its weights, the model gives other outputs than when it was trained ({name}: "
                 f"{outcome.note}); forward uses something that is neither "
                 "a parameter nor a persistent buffer, or its code was changed since: register_buffer it, or make it "
@@ -139,7 +139,9 @@ def write_reference(
         _twice(model, batch, project)
         golden.append(answers.complete(Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
     if answers.fixed_precision:
-        golden = [replace(probe, exact={}, moved=probe.moved or answers.moved(probe.inputs)) for probe in golden]
+        golden = [
+            replace(probe, exact={}, perturbed=probe.perturbed or answers.perturbed(probe.inputs)) for probe in golden
+        ]
     stored: dict[str, Tensor] = {}
     for probe in golden:
         for part, tensors in (("input", probe.inputs), ("eager", probe.eager or {}), ("float64", probe.exact)):
@@ -154,7 +156,7 @@ def write_reference(
     for probe in probes(pool, dims):
         try:
             asked.append(answers.complete(probe))
-        except UserMistake as mistake:
+        except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:
                 # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
@@ -177,10 +179,10 @@ def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe],
     asked: list[Probe] = []
     for position, probe in enumerate(questions):
         try:
-            eager, error = apart(partial(_answer_or_error, answers, probe.inputs), Note(), REFUSAL_SECONDS)
-        except Died:
+            eager, error = run_in_fork(partial(_answer_or_error, answers, probe.inputs), CrashNote(), REFUSAL_SECONDS)
+        except ChildDiedError:
             continue
-        except Hung as hung:
+        except ChildTimeoutError as hung:
             why = f"in a process of its own the model gives {hung}"
             return asked, [f"{question.name} ({why})" for question in questions[position:]]
         asked.append(replace(probe, eager=eager, error=error))
@@ -190,7 +192,7 @@ def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe],
 def _answer_or_error(answers: Answers, inputs: Mapping[str, Tensor]) -> tuple[Inputs | None, str]:
     try:
         return answers.eager(inputs), ""
-    except UserMistake as error:
+    except UserError as error:
         return None, describe(error.__cause__ or error)
 
 
@@ -201,7 +203,7 @@ def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], path: Path) ->
     tensors: dict[str, Tensor] = {}
     listed = []
     for probe in asked:
-        parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.moved}
+        parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed}
         for part, named in parts.items():
             tensors |= {f"{probe.name}/{part}/{name}": tensor.contiguous().clone() for name, tensor in named.items()}
         listed.append(
@@ -249,26 +251,26 @@ def read_probes(folder: Path) -> list[Probe]:
             inputs=parts[item["name"]]["input"],
             eager=None if item["error"] else parts[item["name"]]["eager"],
             exact=parts[item["name"]].get("float64", {}),
-            moved=parts[item["name"]].get("moved", {}),
+            perturbed=parts[item["name"]].get("moved", {}),
         )
         for item in listed
     ]
 
 
 def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> None:
-    """Raises UserMistake unless a second call gives the same and leaves the inputs alone."""
+    """Raises UserError unless a second call gives the same and leaves the inputs alone."""
     kept = {name: tensor.clone() for name, tensor in batch.items()}
     first = name_outputs(forward(model, batch, project), project)
     second = name_outputs(forward(model, batch, project), project)
     for name, tensor in first.items():
         if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
-            raise UserMistake(
+            raise UserError(
                 f"export: output {name!r} differs between two calls on the same inputs in eval mode; a model with "
                 "randomness or state in forward cannot be proven equal to its export"
             )
     for name, tensor in batch.items():
         if not torch.equal(tensor.nan_to_num(), kept[name].nan_to_num()):
-            raise UserMistake(
+            raise UserError(
                 f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
             )
 
@@ -297,7 +299,7 @@ def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
         # Batch by batch: how long a decoded sequence gets may depend on the batch.
-        for part, tensors in (("eager", probe.eager), ("float64", probe.exact), ("moved", probe.moved)):
+        for part, tensors in (("eager", probe.eager), ("float64", probe.exact), ("moved", probe.perturbed)):
             for name, tensor in (tensors or {}).items():
                 answered[validation_key(part, name, start)] = tensor.contiguous().clone()
         parts.setdefault("target", []).append(target)

@@ -13,16 +13,16 @@ size of the others.
 
 Fewer than FEW_ELEMENTS numbers, such as one score, have no rms to speak of, and eager may be right on them by luck.
 Only their worst element is looked at, and eager is taken to lose no less on them than it does in rms over the other
-questions to that output: they are judged as a part of a larger batch would be.
+questions to that output: the limits are those of a part of a larger batch.
 
 Outputs that lie in 0..1 throughout may always be off by 4u (2u in rms): runtimes compute a sigmoid to within a unit
 in the last place of 1, not of the value, and a rare event has values far below 1.
 
-Samples for which eager itself is far from z (a decision that fell the other way in float64) are judged by
+Samples for which eager itself is far from z (a decision that fell the other way in float64) are compared by
 themselves, against the nearer of the two, so that they do not loosen the rule for the rest.
 
 Where the model does not run in float64, z is the eager output and e_ref is how far the outputs move when every
-weight and input is moved by its own rounding, widened by FALLBACK: less sharp, and said so.
+weight and input is perturbed by its own rounding, widened by FALLBACK: less sharp, and said so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BLIND = 16.0
 """How much wider still where nothing says what the model's rounding is: kernels differ legitimately."""
 UNIT_ROUNDOFF = 2.0**-24
 UNSTABLE = 2.0**13
-"""A sample whose eager output is this many roundoffs of the output's size from float64 is judged by itself."""
+"""A sample whose eager output is this many roundoffs of the output's size from float64 is compared by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Parity:
 def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
     """What eager loses on one output, in its own units: the rms over all elements of several questions.
 
-    answers: eager outputs, each with its reference (float64, or moved by its rounding) or None. Questions on which
+    answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None. Questions on which
     eager is as far off as in an unstable sample do not count. 0 when nothing tells.
     """
     total, count = 0.0, 0
@@ -99,22 +99,22 @@ def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
     return math.sqrt(total / count) if count else 0.0
 
 
-def compare(
-    got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | None = None, *, usual: float = 0.0
+def compare_tensors(
+    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None = None, *, usual: float = 0.0
 ) -> Parity:
     """Compare one exported output with the eager one.
 
-    got, eager: same dtype and shape or the comparison fails; exact: the float64 output or None; moved: the eager
-    output after weights and inputs were moved by their rounding, used where there is no float64 output; usual: of
+    got, eager: same dtype and shape or the comparison fails; exact: the float64 output or None; perturbed: the eager
+    output after weights and inputs were perturbed by their rounding, used where there is no float64 output; usual: of
     `usual_loss`, read where there are few elements.
     """
     failed = _structure(got, eager)
     if failed:
         return Parity(ratio=float("inf"), max_difference=float("inf"), reason=failed)
-    other = exact if exact is not None and exact.shape == eager.shape else moved
+    other = exact if exact is not None and exact.shape == eager.shape else perturbed
     if not eager.is_floating_point():
         return _whole(got, eager, other)
-    return _rounded(got, eager, exact, moved, usual)
+    return _rounded(got, eager, exact, perturbed, usual)
 
 
 def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
@@ -139,7 +139,7 @@ def _roundoff(tensor: Tensor) -> float:
     return UNIT_ROUNDOFF * torch.finfo(tensor.dtype).eps / torch.finfo(torch.float32).eps
 
 
-def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | None, usual: float) -> Parity:
+def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, usual: float) -> Parity:
     finite = eager.isfinite()
     if eager.numel() == 0:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -155,8 +155,8 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, moved: Tensor | N
         e_ref = (y - z).abs()
     else:
         z, widen, e_ref = y, BLIND, torch.zeros_like(y)
-        if moved is not None and moved.shape == eager.shape and torch.equal(moved.isfinite(), finite):
-            widen, e_ref = FALLBACK, (moved.double().masked_fill(~finite, 0) - y).abs()
+        if perturbed is not None and perturbed.shape == eager.shape and torch.equal(perturbed.isfinite(), finite):
+            widen, e_ref = FALLBACK, (perturbed.double().masked_fill(~finite, 0) - y).abs()
     roundoff = _roundoff(eager)
     rows = tuple(range(1, eager.dim()))
     size = float(z.square().mean().sqrt())

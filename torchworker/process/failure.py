@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torchworker.contract import Failure
 
 
-class UserMistake(Exception):
+class UserError(Exception):
     """The user's code, data or configuration is at fault. The message says what, where, expected, got."""
 
 
-class Described(Exception):
+class DescribedError(Exception):
     """A failure in another process (a rank, an exporter) that is already described."""
 
     def __init__(self, failure: Failure) -> None:
@@ -68,16 +68,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def user_error(what: str, error: BaseException, folder: str) -> UserMistake:
-    """A UserMistake that names what failed, the error and the line of theirs it came from."""
-    mistake = UserMistake(f"{what}: {describe(error)}{user_line(error, folder)}")
+def user_error(what: str, error: BaseException, folder: str) -> UserError:
+    """A UserError that names what failed, the error and the line of theirs it came from."""
+    mistake = UserError(f"{what}: {describe(error)}{user_line(error, folder)}")
     mistake.__cause__ = error
     return mistake
 
 
 def failure_of(error: BaseException, folder: str, rank: int | None = None) -> Failure:
     """The Failure that a reply carries for this exception."""
-    if isinstance(error, UserMistake):
+    if isinstance(error, UserError):
         cause = error.__cause__
         frames = user_frames(cause.__traceback__, folder) if cause is not None else []
         listing = "".join(traceback.format_list(frames))

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 CORES = len(os.sched_getaffinity(0))
 
 
-class Died(Exception):
+class ChildDiedError(Exception):
     """The fork ended without an answer. `last` is what it noted before."""
 
     def __init__(self, status: int, last: str) -> None:
@@ -31,11 +31,11 @@ class Died(Exception):
         super().__init__(f"the process {how}{f' while it was asked {last}' if last else ''}")
 
 
-class Hung(Exception):
+class ChildTimeoutError(Exception):
     """The fork gave no answer in time, and was killed."""
 
 
-class Note:
+class CrashNote:
     """One line that outlives the process that wrote it."""
 
     BYTES = 500
@@ -51,13 +51,22 @@ class Note:
         return self._memory[:].rstrip(b"\0").decode(errors="replace")
 
 
-def apart(work: Callable[[], Result], note: Note, seconds: float | None = None) -> Result:
+def run_in_fork(work: Callable[[], Result], note: CrashNote, seconds: float | None = None) -> Result:
     """The work's result, or its exception. The result can be pickled.
 
-    Raises Died when the fork ended without either, and Hung when it had neither after so many seconds. A fork has none
-    of its parent's other threads: work that waits for one of them never ends, so a caller with threads sets a limit.
+    A fork has none of its parent's other threads: work that waits for one of them never ends, so a caller with threads
+    sets a limit.
+
+    Args:
+        work: what is done in the fork.
+        note: what the work writes there survives it, and is in the message when it dies.
+        seconds: the limit; None waits for as long as it takes.
+
+    Raises:
+        ChildDiedError: the fork ended without either.
+        ChildTimeoutError: it had neither after so many seconds, and was killed.
     """
-    return Begun(work, note).result(seconds)
+    return ForkedCall(work, note).result(seconds)
 
 
 def can_fork() -> bool:
@@ -65,22 +74,28 @@ def can_fork() -> bool:
     return threading.active_count() == 1 and torch.get_num_threads() == 1
 
 
-def side_by_side(
-    works: Mapping[str, Callable[[], Result]], notes: Mapping[str, Note], at_once: int
-) -> Iterator[tuple[str, Begun[Result]]]:
-    """Works in their order, the next ones begun already; whoever takes one asks for its result before the next."""
-    names, begun = list(works), dict[str, Begun[Result]]()
+def run_parallel(
+    works: Mapping[str, Callable[[], Result]], notes: Mapping[str, CrashNote], at_once: int
+) -> Iterator[tuple[str, ForkedCall[Result]]]:
+    """Works in their order, the next ones running already; whoever takes one asks for its result before the next.
+
+    Args:
+        works: what is done, each in a fork, by name.
+        notes: one for each of the works.
+        at_once: forks that run at the same time, at most.
+    """
+    names, running = list(works), dict[str, ForkedCall[Result]]()
     for place, name in enumerate(names):
         for soon in names[place : place + at_once]:
-            if soon not in begun:
-                begun[soon] = Begun(works[soon], notes[soon])
-        yield name, begun[name]
+            if soon not in running:
+                running[soon] = ForkedCall(works[soon], notes[soon])
+        yield name, running[name]
 
 
-class Begun(Generic[Result]):
+class ForkedCall(Generic[Result]):
     """Work that a fork is at. It ends with this process."""
 
-    def __init__(self, work: Callable[[], Result], note: Note) -> None:
+    def __init__(self, work: Callable[[], Result], note: CrashNote) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -105,16 +120,16 @@ class Begun(Generic[Result]):
                 os._exit(status)
 
     def result(self, seconds: float | None = None) -> Result:
-        """Once, and as `apart` does."""
+        """Once, and as `run_in_fork` does."""
         with self._answer:
             in_time = _ends(self._pid, seconds)
             if not in_time:
                 self.kill()
             status = self.wait()
             if not in_time:
-                raise Hung(f"no answer after {seconds:g} s")
+                raise ChildTimeoutError(f"no answer after {seconds:g} s")
             if status:
-                raise Died(status, self._note.read())
+                raise ChildDiedError(status, self._note.read())
             self._answer.seek(0)
             result, raised = pickle.load(self._answer)
         if raised is not None:

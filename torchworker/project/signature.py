@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from torchworker.contract import DynamicDim, Project, TensorSpec
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.user_code import describe_tensor, dtype_name, forward, name_outputs
 
 BATCH = "batch"
@@ -19,7 +19,7 @@ def dims_of(
 ) -> tuple[DynamicDim, ...]:
     """The batch and the declared dimensions, held against one batch of the data.
 
-    max_batch: largest batch; None for no limit. Raises UserMistake for an input or axis that is not there, and for
+    max_batch: largest batch; None for no limit. Raises UserError for an input or axis that is not there, and for
     sizes outside the declared range.
     """
     batch = DynamicDim(name=BATCH, min=1, max=max_batch, axes={name: (0,) for name in named})
@@ -28,21 +28,21 @@ def dims_of(
         found: dict[str, int] = {}
         for name, axes in dim.axes.items():
             if name not in named:
-                raise UserMistake(f"{where}.axes: expected inputs among {', '.join(named)}, got {name!r}")
+                raise UserError(f"{where}.axes: expected inputs among {', '.join(named)}, got {name!r}")
             for axis in axes:
                 if axis >= named[name].dim():
-                    raise UserMistake(
+                    raise UserError(
                         f"{where}.axes.{name}: expected an axis below {named[name].dim()}, because the data "
                         f"({project.data.where}) gives {name} as {describe_tensor(named[name])}; got {axis}"
                     )
                 found[f"{name} axis {axis}"] = named[name].shape[axis]
         if len(set(found.values())) > 1:
             sizes = ", ".join(f"{place}: {size}" for place, size in found.items())
-            raise UserMistake(f"{where}: expected one size on all its axes, and the data has {sizes}")
+            raise UserError(f"{where}: expected one size on all its axes, and the data has {sizes}")
         size = next(iter(found.values()))
         if size < dim.min or (dim.max is not None and size > dim.max):
             limit = f"{dim.min} to {dim.max}" if dim.max is not None else f"at least {dim.min}"
-            raise UserMistake(
+            raise UserError(
                 f"{where}: expected sizes that include the data's own, got {limit}, and the data has {size}"
             )
     return (batch, *declared)
@@ -112,7 +112,7 @@ def output_specs(
     for variant in variants:
         try:
             outputs = name_outputs(forward(model, variant, project), project)
-        except UserMistake:
+        except UserError:
             # Inputs may belong together in ways that cutting breaks; what the model takes is not decided here.
             continue
         calls.append((sizes_of(variant, dims), outputs))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
-from torchworker.process.failure import UserMistake, describe, is_lost_connection, user_error, user_line
+from torchworker.process.failure import UserError, describe, is_lost_connection, user_error, user_line
 from torchworker.project.metrics import first_output, metric_sum
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -32,7 +32,7 @@ def enter(project: Project) -> None:
 def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
     """The callable behind `module:attribute`.
 
-    Raises UserMistake when the module does not import (with the nested error), the attribute is missing, or
+    Raises UserError when the module does not import (with the nested error), the attribute is missing, or
     it is not callable.
     """
     module_name, _, attribute = reference.target.partition(":")
@@ -41,7 +41,7 @@ def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise UserMistake(
+            raise UserError(
                 f"{named}: expected a module {module_name!r} in {project.folder} or installed, found none"
             ) from None
         raise user_error(f"{named}: importing {module_name!r} failed", error, project.folder) from error
@@ -51,12 +51,12 @@ def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = ", ".join(sorted(name for name in vars(module) if not name.startswith("_"))[:12])
-            raise UserMistake(
+            raise UserError(
                 f"{named}: module {module_name!r} ({module.__file__}) has no {part!r}; it has: {public or 'nothing'}"
             )
         found = getattr(found, part)
     if not callable(found):
-        raise UserMistake(f"{named}: expected something callable, got {type(found).__name__}")
+        raise UserError(f"{named}: expected something callable, got {type(found).__name__}")
     return typing.cast(Callable[..., Any], found)
 
 
@@ -71,14 +71,14 @@ def _call(reference: Reference, project: Project, **extra: Any) -> Any:
 
 
 def build_model(project: Project) -> nn.Module:
-    """The untrained model. Raises UserMistake unless it is an nn.Module with parameters to train."""
+    """The untrained model. Raises UserError unless it is an nn.Module with parameters to train."""
     model = _call(project.model, project)
     if not isinstance(model, nn.Module):
-        raise UserMistake(
+        raise UserError(
             f"{project.model.where}: {project.model.target} must return a torch.nn.Module, got {type(model).__name__}"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserMistake(f"{project.model.where}: the model has no parameters to train")
+        raise UserError(f"{project.model.where}: the model has no parameters to train")
     return model
 
 
@@ -92,12 +92,12 @@ def build_dataset(project: Project, split: str) -> Dataset[Any]:
     elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         empty = len(dataset) == 0
     else:
-        raise UserMistake(
+        raise UserError(
             f"{asked} must return a map-style dataset (with __len__ and __getitem__) or a torch IterableDataset, got "
             f"{type(dataset).__name__}"
         )
     if empty:
-        raise UserMistake(f"{asked} returned an empty dataset; expected at least one sample")
+        raise UserError(f"{asked} returned an empty dataset; expected at least one sample")
     return typing.cast(Dataset[Any], dataset)
 
 
@@ -121,7 +121,7 @@ def _function(reference: Reference, project: Project) -> Callable[..., Any]:
         return functools.partial(found, **reference.args) if reference.args else found
     made = _call(reference, project)
     if not callable(made):
-        raise UserMistake(f"{reference.where}: {reference.target} must make something callable, got {type(made)}")
+        raise UserError(f"{reference.where}: {reference.target} must make something callable, got {type(made)}")
     return typing.cast(Callable[..., Any], made)
 
 
@@ -162,7 +162,7 @@ def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module)
     except Exception as error:
         raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserMistake(
+        raise UserError(
             f"{reference.where}: {reference.target} must return a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
     return optimizer
@@ -186,7 +186,7 @@ def build_schedule(
     except Exception as error:
         raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
     if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
-        raise UserMistake(
+        raise UserError(
             f"{reference.where}: {reference.target} must return a torch.optim.lr_scheduler.LRScheduler, "
             f"got {type(schedule).__name__}"
         )
@@ -197,12 +197,12 @@ def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
     """A collated batch as (inputs, target)."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise UserMistake(
+        raise UserError(
             f"{project.data.where}: each item must be a pair (inputs, target), got {type(batch).__name__}{size}"
         )
     inputs, target = batch
     if not isinstance(target, Tensor):
-        raise UserMistake(
+        raise UserError(
             f"{project.data.where}: the target of an item must collate to one tensor, got {type(target).__name__}"
         )
     return inputs, target
@@ -220,23 +220,23 @@ def name_inputs(model: nn.Module, inputs: Any, project: Project) -> dict[str, Te
     if isinstance(inputs, Mapping):
         unknown = [name for name in inputs if name not in parameters]
         if unknown:
-            raise UserMistake(f"{takes} but the data gives inputs named {sorted(inputs)}")
+            raise UserError(f"{takes} but the data gives inputs named {sorted(inputs)}")
         named = {name: inputs[name] for name in parameters if name in inputs}
     elif isinstance(inputs, tuple | list):
         if len(inputs) > len(parameters):
-            raise UserMistake(f"{takes} but the data gives {len(inputs)} inputs")
+            raise UserError(f"{takes} but the data gives {len(inputs)} inputs")
         named = dict(zip(parameters, inputs, strict=False))
     else:
-        raise UserMistake(
+        raise UserError(
             f"{project.data.where}: inputs must be a tensor, a tuple of tensors or a dict of tensors, "
             f"got {type(inputs).__name__}"
         )
     missing = [name for name, item in parameters.items() if item.default is item.empty and name not in named]
     if missing:
-        raise UserMistake(f"{takes} but the data gives only {', '.join(named)}; expected {', '.join(missing)} too")
+        raise UserError(f"{takes} but the data gives only {', '.join(named)}; expected {', '.join(missing)} too")
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            raise UserMistake(f"{project.data.where}: input {name!r} must be a tensor, got {type(value).__name__}")
+            raise UserError(f"{project.data.where}: input {name!r} must be a tensor, got {type(value).__name__}")
     return named
 
 
@@ -269,10 +269,10 @@ def name_outputs(outputs: Any, project: Project) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for name, value in _flattened(outputs, "", project):
         if name in named:
-            raise UserMistake(f"{project.model.where}: two outputs of forward are both called {name!r}; rename one")
+            raise UserError(f"{project.model.where}: two outputs of forward are both called {name!r}; rename one")
         named[name] = value
     if not named:
-        raise UserMistake(f"{project.model.where}: forward must return at least one tensor, got none")
+        raise UserError(f"{project.model.where}: forward must return at least one tensor, got none")
     return named
 
 
@@ -291,7 +291,7 @@ def _flattened(value: Any, name: str, project: Project) -> Iterator[tuple[str, T
             else:
                 yield from _flattened(item, f"{name or 'output'}_{position}", project)
     elif value is not None:
-        raise UserMistake(
+        raise UserError(
             f"{project.model.where}: forward must return tensors, in tuples, lists or dicts if they are several, "
             f"got {type(value).__name__}{f' at {name}' if name else ''}"
         )
@@ -323,14 +323,14 @@ def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:
     low, high = (int(value) for value in torch.aminmax(target))
     # -100 is the index that cross_entropy ignores.
     if high >= classes or (low < 0 and bool(((target < 0) & (target != -100)).any())):
-        raise UserMistake(
+        raise UserError(
             f"{project.data.where}: labels must be in 0..{classes - 1} because the model has {classes} outputs, "
             f"got labels from {low} to {high}"
         )
 
 
 def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project, labels: Tensor | None = None) -> Tensor:
-    """The scalar loss. Raises UserMistake for labels out of range, a failing loss or a wrong result.
+    """The scalar loss. Raises UserError for labels out of range, a failing loss or a wrong result.
 
     labels: the target on the CPU, where it is at hand: looking at one on a GPU waits for all that the GPU has to do.
     """
@@ -341,12 +341,12 @@ def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project, lab
         value = loss(outputs, target)
     except Exception as error:
         shown = describe_tensor(outputs) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise UserMistake(
+        raise UserError(
             f"train.loss: {name}(outputs {shown}, target {describe_tensor(target)}) failed: "
             f"{describe(error)}{user_line(error, project.folder)}"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise UserMistake(f"train.loss: {name} must return one number as a tensor, got {_shown(value)}")
+        raise UserError(f"train.loss: {name} must return one number as a tensor, got {_shown(value)}")
     return value
 
 
@@ -379,7 +379,7 @@ def require_gradients(model: nn.Module, project: Project) -> None:
     inner = model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
     unused = [name for name, item in inner.named_parameters() if item.requires_grad and item.grad is None]
     if unused:
-        raise UserMistake(
+        raise UserError(
             f"{project.model.where}: the loss does not depend on {', '.join(unused[:5])}"
             f"{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}; every parameter must take part in every "
             "step: use it in forward, remove it, or freeze it with requires_grad_(False)"
@@ -398,12 +398,12 @@ def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: 
 
 
 def try_metric(metric: str, outputs: object, target: torch.Tensor) -> None:
-    """Raises UserMistake when the metric cannot be computed on these shapes."""
+    """Raises UserError when the metric cannot be computed on these shapes."""
     try:
         metric_sum(metric, first_output(outputs), target)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         shown = describe_tensor(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise UserMistake(
+        raise UserError(
             f"metrics: {metric} cannot be computed on outputs {shown} and target {describe_tensor(target)}: "
             f"{describe(error)}"
         ) from error
@@ -428,7 +428,7 @@ def require_one_shape(first: Any, other: Any, project: Project) -> None:
         [list(leaf.shape[1:]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch in (first, other)
     ]
     if shapes[0] != shapes[1]:
-        raise UserMistake(
+        raise UserError(
             f"{project.data.where}: validation batches are of different shapes: samples of {shapes[0]} and of "
             f"{shapes[1]}; pad them all to one length, in the dataset or in data.collate"
         )
@@ -456,7 +456,7 @@ def batches(
     try:
         for batch in DataLoader(chosen, batch_size=size, collate_fn=build_collate(project)):
             yield split_batch(batch, project)
-    except UserMistake:
+    except UserError:
         raise
     except Exception as error:
         raise user_error(f"{project.data.where}: reading an item failed", error, project.folder) from error

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -23,12 +23,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def start_from(model: nn.Module, path: Path) -> None:
-    """Load the weights of an earlier release in place. Raises UserMistake with what differs when they do not fit."""
+    """Load the weights of an earlier release in place. Raises UserError with what differs when they do not fit."""
     try:
         load_weights(model, path)
     except RuntimeError as error:
         differs = "; ".join(line.strip() for line in str(error).splitlines()[1:] if line.strip()) or str(error)
-        raise UserMistake(
+        raise UserError(
             f"retrain.start: live: the weights of release {path.parent.name} do not fit the model that model.factory "
             f"makes: {differs}; use retrain.start: scratch, or bring back the model that the release was trained with"
         ) from None

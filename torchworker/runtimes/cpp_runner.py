@@ -31,7 +31,7 @@ KINDS = ("torchscript", "aoti")
 """Formats that it can run."""
 
 
-class RunnerEnded(Exception):
+class RunnerEndedError(Exception):
     """The runner is gone: killed, crashed or never loaded. The message has the last words of its log."""
 
 
@@ -39,8 +39,18 @@ class RunnerEnded(Exception):
 def running(runner: Path, kind: str, artifact: Path, threads: int, log: Path) -> Iterator[Call]:
     """Start the runner with one artifact; it ends with the block.
 
-    kind: one of KINDS; log: where its standard error goes. Raises RunnerEnded when it does not load the artifact; a
-    call raises RuntimeError with the runner's message when the model fails, and the runner goes on.
+    Args:
+        runner: the program that the stage `cpp` built.
+        kind: one of KINDS.
+        artifact: the file that it runs.
+        threads: intra-op threads.
+        log: where its standard error goes.
+
+    Yields:
+        The call. It raises RuntimeError with the runner's message when the model fails, and the runner goes on.
+
+    Raises:
+        RunnerEndedError: it does not load the artifact, or is gone.
     """
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -66,7 +76,7 @@ def running(runner: Path, kind: str, artifact: Path, threads: int, log: Path) ->
         except EOFError as error:
             raise _ended(process, log) from error
         except RuntimeError as error:
-            raise RunnerEnded(f"does not load: {error}") from error
+            raise RunnerEndedError(f"does not load: {error}") from error
         yield call
     finally:
         with contextlib.suppress(OSError):
@@ -79,10 +89,10 @@ def running(runner: Path, kind: str, artifact: Path, threads: int, log: Path) ->
         answers.close()
 
 
-def _ended(process: subprocess.Popen[bytes], log: Path) -> RunnerEnded:
+def _ended(process: subprocess.Popen[bytes], log: Path) -> RunnerEndedError:
     status = process.wait()
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-    return RunnerEnded(f"the C++ runner {how}: {' '.join(log.read_text(errors='replace').splitlines()[-3:])}")
+    return RunnerEndedError(f"the C++ runner {how}: {' '.join(log.read_text(errors='replace').splitlines()[-3:])}")
 
 
 def encode(inputs: Mapping[str, Tensor]) -> bytes:

@@ -30,7 +30,7 @@ Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Inputs by name → outputs in the order of the signature."""
 
 
-def load(kind: str, path: Path, threads: int) -> Call:
+def load_artifact(kind: str, path: Path, threads: int) -> Call:
     """kind: a key of FORMAT_FILES or INT8_FILES; threads: intra-op threads of the runtime."""
     kind = INT8_OF.get(kind, kind)
     if kind in _OWN_THREADS:
@@ -39,7 +39,7 @@ def load(kind: str, path: Path, threads: int) -> Call:
     return {"torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}[kind](path)
 
 
-def prepare(kind: str, threads: int) -> None:
+def prepare_runtime(kind: str, threads: int) -> None:
     """Import what loading this format needs, so that its own cost can be told apart."""
     torch.set_num_threads(threads)
     kind = INT8_OF.get(kind, kind)

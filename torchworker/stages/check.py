@@ -11,7 +11,7 @@ from torch import nn
 from torchworker.contract import CheckRequest, CheckResult, Project
 from torchworker.custom_loop.preflight import facts_of, resolve_main, try_parts
 from torchworker.data.loading import TrainingData
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.metrics import first_output
 from torchworker.project.randomness import seed_everything
 from torchworker.project.user_code import (
@@ -40,7 +40,7 @@ from torchworker.training.results import try_weights
 def check(request: CheckRequest) -> CheckResult:
     """One forward and one loss on one batch of each split; a custom loop is found, and not run.
 
-    Raises UserMistake with what to mend.
+    Raises UserError with what to mend.
     """
     project, settings = request.project, request.train
     if request.ranks_here:
@@ -68,7 +68,7 @@ def check(request: CheckRequest) -> CheckResult:
             outputs = forward(model, inputs, project)
             value = compute_loss(loss, outputs, target, project)
             if not torch.isfinite(value):
-                raise UserMistake(
+                raise UserError(
                     f"train.loss: the untrained model's loss on one {split} batch is {float(value)}; expected a finite "
                     "number; look for NaN or inf in the inputs, and for a log or division of zero"
                 )

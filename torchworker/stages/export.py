@@ -38,8 +38,8 @@ from torchworker.exporters.pt2 import pt2
 from torchworker.exporters.subject import Subject
 from torchworker.exporters.torchscript import torchscript
 from torchworker.parity.reference import enlarged, require_trained, write_reference
-from torchworker.process.failure import Described, UserMistake, describe, failure_of
-from torchworker.process.fork import Begun, Note, can_fork
+from torchworker.process.failure import DescribedError, UserError, describe, failure_of
+from torchworker.process.fork import CrashNote, ForkedCall, can_fork
 from torchworker.project.signature import dims_of, input_specs, output_specs, resized, sizes_of
 from torchworker.project.user_code import batches, build_dataset, build_model, enter, length_of, name_inputs
 from torchworker.project.weights import load_weights, state_hash
@@ -60,7 +60,7 @@ REFERENCE_THREADS = 1
 def export(request: ExportRequest) -> ExportResult:
     """Write reference data, then every format, into the request's folder.
 
-    Raises UserMistake when the model cannot be captured faithfully, with the line and the ways out.
+    Raises UserError when the model cannot be captured faithfully, with the line and the ways out.
     """
     torch.set_num_threads(REFERENCE_THREADS)
     torch.manual_seed(request.seed)
@@ -69,7 +69,7 @@ def export(request: ExportRequest) -> ExportResult:
     try:
         load_weights(model, Path(request.weights))
     except (RuntimeError, ValueError) as error:
-        raise UserMistake(
+        raise UserError(
             f"{request.project.model.where}: the trained weights do not fit the model as it is now: {describe(error)}. "
             "If its code was changed after training, start a new run"
         ) from error
@@ -106,7 +106,7 @@ def export(request: ExportRequest) -> ExportResult:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
                 reference = write_reference(request, model, named, dataset)
                 if state_hash(model) != before:
-                    raise UserMistake(
+                    raise UserError(
                         "export: running the model in eval mode changed its own parameters or buffers; an exported "
                         "model must not keep state between calls"
                     )
@@ -126,7 +126,7 @@ def _copy_libraries(request: ExportRequest) -> list[str]:
     """Into the folder, beside the artifacts that need them. After capture: importing user code may have built them."""
     for library in map(Path, request.libraries):
         if not library.is_file():
-            raise UserMistake(f"export.libraries: expected a shared library, found none at {library}")
+            raise UserError(f"export.libraries: expected a shared library, found none at {library}")
         shutil.copyfile(library, Path(request.folder) / library.name)
     return [Path(library).name for library in request.libraries]
 
@@ -136,7 +136,7 @@ def _all(exports: _Exports, request: ExportRequest, subject: Subject) -> tuple[d
     artifacts, failures = exports.made()
     broken = [failure for failure in failures.values() if failure.kind == "worker"]
     if failures and (broken or not request.auto or not artifacts):
-        raise Described(_joined(list(failures.values())))
+        raise DescribedError(_joined(list(failures.values())))
     # From the float artifacts, so after them. One that cannot be made is no reason to stop.
     able = [kind for kind in request.int8 if kind == "pt2e-int8" or "onnx" in artifacts]
     with _Exports(able, request, subject) as exports:
@@ -158,8 +158,8 @@ class _Exports:
     def __init__(self, kinds: Sequence[str], request: ExportRequest, subject: Subject) -> None:
         self._request = request
         forks = can_fork()
-        self._running: Mapping[str, Begun[int] | subprocess.Popen[bytes]] = {
-            kind: Begun(partial(_export_child, kind, request, subject), Note())
+        self._running: Mapping[str, ForkedCall[int] | subprocess.Popen[bytes]] = {
+            kind: ForkedCall(partial(_export_child, kind, request, subject), CrashNote())
             if forks
             else _new_interpreter(kind, request)
             for kind in kinds
@@ -234,15 +234,15 @@ def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> s
     if kind not in INT8_FILES:
         return EXPORTERS[kind](subject, path)
     # Here: an import of seconds that most jobs do not need.
-    from torchworker.exporters import quantize as int8
+    from torchworker.exporters import quantize
 
     model = path.with_name(FORMAT_FILES["onnx"])
     if kind == "onnx-int8-dynamic":
-        return int8.onnx_dynamic(model, path)
+        return quantize.onnx_dynamic(model, path)
     calibration = _calibration(request, subject)
     if kind == "onnx-int8-static":
-        return int8.onnx_static(model, path, calibration)
-    return int8.pt2e(subject, path, calibration)
+        return quantize.onnx_static(model, path, calibration)
+    return quantize.pt2e(subject, path, calibration)
 
 
 def _calibration(request: ExportRequest, subject: Subject) -> list[dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from torchworker.contract import Column, InspectRequest, InspectResult, Project,
 from torchworker.data.fingerprint import Fingerprint, digest_of
 from torchworker.data.loading import reading_failed
 from torchworker.data.sharding import Collate, Read, SeededDataset, StreamShare
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.randomness import seed_everything
 from torchworker.project.user_code import (
     build_collate,
@@ -50,7 +50,7 @@ Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def inspect(request: InspectRequest) -> InspectResult:
-    """Read both splits. Raises UserMistake when that fails."""
+    """Read both splits. Raises UserError when that fails."""
     began = time.perf_counter()
     project, settings = request.project, request.train
     torch.set_num_threads(settings.threads)
@@ -82,7 +82,7 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
                 facts[name].add(tensor, position)
             labels = _count(labels, target)
             position += len(batch.inputs)
-    except UserMistake:
+    except UserError:
         raise
     except Exception as error:
         raise reading_failed(error, f"a {split}" if split == "validation" else "a training", project) from error
@@ -150,7 +150,7 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, settings: Trai
         most = None
         if split == "train" and size is None:
             if settings.steps_per_epoch is None:
-                raise UserMistake(
+                raise UserError(
                     f"{project.data.where}: a stream of training data needs a len(), or train.steps_per_epoch, to be "
                     "looked at: it would have no end"
                 )

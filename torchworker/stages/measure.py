@@ -25,13 +25,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from torchworker.contract import Measured, MeasureRequest, MeasureResult, Speed, Timed
-from torchworker.gates.speed import judge, recommended, speedups, too_slow, undecided
+from torchworker.gates.speed import apply_speed_limits, recommended, speedups, too_slow, undecided
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.reference import enlarged
 from torchworker.process.failure import describe
-from torchworker.process.fork import Died, Note, apart
+from torchworker.process.fork import ChildDiedError, CrashNote, run_in_fork
 from torchworker.process.lifeline import die_with_parent
-from torchworker.runtimes import load as runtimes
+from torchworker.runtimes.load import Call, load_artifact, prepare_runtime
 
 ROUNDS = 5
 ROUND_SECONDS = 0.02
@@ -59,7 +59,7 @@ def measure(request: MeasureRequest) -> MeasureResult:
             size = Path(subject.file).stat().st_size
             try:
                 # One after the other: what loads beside another waits for it.
-                loads = [_load_apart(subject, inputs, request.threads) for _ in range(request.loads - 1)]
+                loads = [_load_in_fork(subject, inputs, request.threads) for _ in range(request.loads - 1)]
                 process = stack.enter_context(_Process(subject, inputs, request.threads))
                 loads.append(process.load_ms)
             except Exception as error:
@@ -94,7 +94,7 @@ def measure(request: MeasureRequest) -> MeasureResult:
         serve=serve,
         speedups=faster,
         too_slow=slow,
-        verdicts=judge(kept, serve, request.gates),
+        verdicts=apply_speed_limits(kept, serve, request.gates),
         threads=request.threads,
         machine=machine(),
     )
@@ -227,21 +227,21 @@ class _Process:
         os.waitpid(self._pid, 0)
 
 
-def _load_apart(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> float:
+def _load_in_fork(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> float:
     """Milliseconds in a process that does nothing else."""
     try:
-        return apart(lambda: _load(subject, inputs, threads)[1], Note())
-    except Died as death:
+        return run_in_fork(lambda: _load(subject, inputs, threads)[1], CrashNote())
+    except ChildDiedError as death:
         raise RuntimeError(str(death)) from None
 
 
-def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[runtimes.Call, float]:
+def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[Call, float]:
     """The artifact, and milliseconds until it gave its first answer."""
-    runtimes.prepare(subject.format, threads)
+    prepare_runtime(subject.format, threads)
     for library in subject.libraries:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     began = time.perf_counter()
-    call = runtimes.load(subject.format, Path(subject.file), threads)
+    call = load_artifact(subject.format, Path(subject.file), threads)
     call(next(iter(inputs.values())))
     return call, 1000 * (time.perf_counter() - began)
 
@@ -249,7 +249,7 @@ def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[r
 def _serve(pipe: Connection, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
     """Load, then answer orders until the other end is closed."""
     try:
-        runtimes.prepare(subject.format, threads)
+        prepare_runtime(subject.format, threads)
         before = _start_watching_memory()
         call, milliseconds = _load(subject, inputs, threads)
         gc.collect()
@@ -275,7 +275,7 @@ def _serve(pipe: Connection, subject: Timed, inputs: Mapping[int, Inputs], threa
             pipe.send(RuntimeError(describe(error)))
 
 
-def _warm_up(call: runtimes.Call, inputs: Inputs) -> int:
+def _warm_up(call: Call, inputs: Inputs) -> int:
     """Calls that fill a round."""
     for _ in range(WARM_UP_CALLS):
         call(inputs)
@@ -284,7 +284,7 @@ def _warm_up(call: runtimes.Call, inputs: Inputs) -> int:
     return min(max(round(ROUND_SECONDS / max(time.perf_counter() - began, 1e-6)), CALLS[0]), CALLS[1])
 
 
-def _round(call: runtimes.Call, inputs: Inputs, calls: int) -> _Round:
+def _round(call: Call, inputs: Inputs, calls: int) -> _Round:
     walls = []
     thread, cpu = time.thread_time(), time.process_time()
     for _ in range(calls):

@@ -29,10 +29,10 @@ from torchworker.contract import (
 from torchworker.gates.bootstrap import interval_of_mean
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.int8 import Noise
-from torchworker.parity.rule import compare, usual_loss
+from torchworker.parity.rule import compare_tensors, usual_loss
 from torchworker.process.failure import describe
 from torchworker.project.metrics import metric_values
-from torchworker.runtimes import load as runtimes
+from torchworker.runtimes.load import Call, load_artifact
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
@@ -41,7 +41,7 @@ Scores = dict[str, dict[str, Tensor]]
 """Format to metric to its value on each sample, [samples]."""
 
 
-class NotComparable(Exception):
+class NotComparableError(Exception):
     """Why a release cannot be scored on the candidate's validation samples."""
 
 
@@ -65,7 +65,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     mine: Scores = {}
     for kind, file in candidate.formats.items():
         try:
-            call = runtimes.load(kind, folder / file, request.threads)
+            call = load_artifact(kind, folder / file, request.threads)
         except Exception as error:
             verdicts.append(_verdict(kind, "load", None, describe(error)))
             continue
@@ -98,11 +98,11 @@ def _score_live(request: RehearseRequest, validation: Mapping[str, Tensor], batc
     for kind, file in live.formats.items():
         try:
             _require_same_inputs(live.inputs, validation)
-            call = runtimes.load(kind, Path(live.folder) / file, request.threads)
+            call = load_artifact(kind, Path(live.folder) / file, request.threads)
             scores[kind] = _score(call, validation, live, request.metrics, batch)
         except Exception as error:
             scores.clear()
-            return f"{kind}: {error if isinstance(error, NotComparable) else describe(error)}"
+            return f"{kind}: {error if isinstance(error, NotComparableError) else describe(error)}"
     return "" if scores else "it holds no artifact"
 
 
@@ -135,17 +135,19 @@ def _require_files(release: RehearsedRelease) -> None:
             raise RuntimeError(f"{release.folder}/{name}: expected SHA-256 {sha256}, got {got}")
 
 
-def _golden(folder: Path, moved: Path | None) -> list[tuple[int, dict[str, dict[str, Tensor]]]]:
+def _golden(folder: Path, perturbed: Path | None) -> list[tuple[int, dict[str, dict[str, Tensor]]]]:
     """By batch size, ascending: `input`, `eager`, and `float64` or `moved` tensors by name.
 
-    moved: file with the model's answers after everything was moved by its rounding, for models without float64. It
-    widens limits only, so it need not come from the bucket.
+    Args:
+        folder: the release's, with its golden outputs.
+        perturbed: file with the model's answers after everything was perturbed by its rounding, for models without
+            float64. It widens limits only, so it need not come from the bucket.
     """
     batches: dict[int, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in load_file(folder / GOLDEN).items():
         name, part, of = key.split(".", 2)
         batches.setdefault(int(name.removeprefix("batch_")), {}).setdefault(part, {})[of] = tensor
-    for key, tensor in (load_file(moved) if moved is not None else {}).items():
+    for key, tensor in (load_file(perturbed) if perturbed is not None else {}).items():
         name, part, of = key.split("/", 2)
         size = int(name.removeprefix("batch_")) if name.startswith("batch_") else 0
         if part == "moved" and size in batches:
@@ -160,7 +162,7 @@ def _reference(parts: Mapping[str, Mapping[str, Tensor]], output: str) -> Tensor
 
 def _again(
     kind: str,
-    call: runtimes.Call,
+    call: Call,
     size: int,
     parts: Mapping[str, Mapping[str, Tensor]],
     release: RehearsedRelease,
@@ -179,8 +181,8 @@ def _again(
         return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(release.outputs)}")
     ratio, notes = 0.0, []
     for spec, tensor in zip(release.outputs, got, strict=True):
-        exact, moved = (parts.get(part, {}).get(spec.name) for part in ("float64", "moved"))
-        outcome = compare(tensor, parts["eager"][spec.name], exact, moved, usual=usual[spec.name])
+        exact, perturbed = (parts.get(part, {}).get(spec.name) for part in ("float64", "moved"))
+        outcome = compare_tensors(tensor, parts["eager"][spec.name], exact, perturbed, usual=usual[spec.name])
         ratio = max(ratio, outcome.ratio)
         notes.append(f"{spec.name}: {outcome.note}")
     return _verdict(kind, case, ratio, "; ".join(notes))
@@ -188,7 +190,7 @@ def _again(
 
 def _noise_again(
     kind: str,
-    call: runtimes.Call,
+    call: Call,
     golden: Sequence[tuple[int, Mapping[str, Mapping[str, Tensor]]]],
     release: RehearsedRelease,
     limit: float,
@@ -222,11 +224,13 @@ def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
 
 
 def _require_same_inputs(inputs: Sequence[TensorSpec], validation: Mapping[str, Tensor]) -> None:
-    """Raises NotComparable unless the samples are what a model with these inputs takes."""
+    """Raises NotComparableError unless the samples are what a model with these inputs takes."""
     given = {key.removeprefix("input."): tensor for key, tensor in validation.items() if key.startswith("input.")}
     wanted = {spec.name: spec for spec in inputs}
     if given.keys() != wanted.keys():
-        raise NotComparable(f"its inputs are {', '.join(wanted) or 'not known'}, the candidate's {', '.join(given)}")
+        raise NotComparableError(
+            f"its inputs are {', '.join(wanted) or 'not known'}, the candidate's {', '.join(given)}"
+        )
     for name, spec in wanted.items():
         tensor = given[name]
         dtype, fixed = str(tensor.dtype).removeprefix("torch."), list(spec.shape[1:])
@@ -234,14 +238,14 @@ def _require_same_inputs(inputs: Sequence[TensorSpec], validation: Mapping[str, 
             isinstance(size, str) or size == got for size, got in zip(fixed, tensor.shape[1:], strict=True)
         )
         if dtype != spec.dtype or not same:
-            raise NotComparable(
+            raise NotComparableError(
                 f"its input {name} is {spec.dtype} {list(spec.shape)}, the candidate's {dtype} "
                 f"[batch, {', '.join(map(str, tensor.shape[1:]))}]"
             )
 
 
 def _score(
-    call: runtimes.Call,
+    call: Call,
     validation: Mapping[str, Tensor],
     release: RehearsedRelease,
     metrics: Sequence[str],

@@ -23,12 +23,12 @@ from torchworker.contract import (
     Verdict,
 )
 from torchworker.gates.bootstrap import interval_of
-from torchworker.gates.limits import judge
-from torchworker.process.failure import UserMistake, describe
-from torchworker.process.fork import CORES, Died, can_fork
+from torchworker.gates.limits import apply_limits
+from torchworker.process.failure import UserError, describe
+from torchworker.process.fork import CORES, ChildDiedError, can_fork
 from torchworker.project.metrics import joined
 from torchworker.project.user_code import call_metric, enter
-from torchworker.runtimes import load as runtimes
+from torchworker.runtimes.load import load_artifact
 
 Outputs = dict[str, Tensor]
 """Format to the first output on all samples, [samples, …]."""
@@ -54,10 +54,10 @@ def score(request: ScoreRequest) -> ScoreResult:
         for metric in request.project.custom_metrics:
             try:
                 measured[metric.name] = call_metric(metric, outputs, target, request.project)
-            except UserMistake as mistake:
+            except UserError as mistake:
                 problems[metric.name] = str(mistake)
         metrics[kind] = measured
-        verdicts += judge(kind, measured, request.gates, len(target), problems)
+        verdicts += apply_limits(kind, measured, request.gates, len(target), problems)
     if request.live is None:
         return ScoreResult(metrics=metrics, verdicts=verdicts)
     try:
@@ -70,7 +70,7 @@ def score(request: ScoreRequest) -> ScoreResult:
             for kind, outputs in theirs.items()
         }
     except Exception as error:
-        said = str(error) if isinstance(error, UserMistake) else describe(error)
+        said = str(error) if isinstance(error, UserError) else describe(error)
         return ScoreResult(metrics=metrics, verdicts=verdicts, live_problem=said)
     intervals: dict[str, Interval] = {}
     if request.resampling is not None:
@@ -92,7 +92,7 @@ def _outputs(
     """What each artifact gives on all validation samples."""
     found: Outputs = {}
     for kind, file in formats.items():
-        call = runtimes.load(kind, Path(folder) / file, request.threads)
+        call = load_artifact(kind, Path(folder) / file, request.threads)
         parts = []
         for start in range(0, len(validation["target"]), request.batch):
             part = slice(start, start + request.batch)
@@ -121,6 +121,6 @@ def _interval(
 
     try:
         return {metric.name: interval_of(gain, len(target), asked, CORES if can_fork() else 1)}
-    except (UserMistake, Died) as mistake:
+    except (UserError, ChildDiedError) as mistake:
         print(f"{metric.name} cannot be computed on drawn samples, so there is no interval: {mistake}")
         return {}

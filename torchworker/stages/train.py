@@ -15,9 +15,18 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from torchworker.contract import EVENTS, LOST_CONNECTION, Failure, TrainRequest, TrainResult, TrainSettings, decode
+from torchworker.contract import (
+    EVENTS,
+    LOST_CONNECTION,
+    REQUEST,
+    Failure,
+    TrainRequest,
+    TrainResult,
+    TrainSettings,
+    decode,
+)
 from torchworker.process.events import EventLog
-from torchworker.process.failure import Described
+from torchworker.process.failure import DescribedError
 from torchworker.rank import failure_file, run_rank
 from torchworker.training import rendezvous
 from torchworker.training.checkpoint import find_latest
@@ -27,10 +36,10 @@ OUTPUT_LINES = 15
 """How much of a failed rank's output is shown."""
 
 
-def train(request: TrainRequest, path: Path) -> TrainResult:
+def train(request: TrainRequest) -> TrainResult:
     """Launch the ranks and see them through: one that dies costs the steps since the last checkpoint.
 
-    Every launch has a fresh rendezvous. Raises Described with the root cause when user code failed, or when
+    Every launch has a fresh rendezvous. Raises DescribedError with the root cause when user code failed, or when
     `restarts` launches in a row have died without a new checkpoint.
     """
     folder = Path(request.folder)
@@ -44,7 +53,7 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
         before, _ = find_latest(Path(request.checkpoints))
         watcher = start_watching(folder, request.train.processes, request.train.hang_seconds)
         try:
-            return _launch(request, path)
+            return _launch(request)
         except ChildFailedError as error:
             failure = _root_cause(folder, error, request.train.processes)
             if failure.rank is not None:
@@ -54,7 +63,7 @@ def train(request: TrainRequest, path: Path) -> TrainResult:
         after, _ = find_latest(Path(request.checkpoints))
         fruitless = 1 if after != before else fruitless + 1
         if failure.kind == "user" or fruitless > request.train.restarts:
-            raise Described(failure)
+            raise DescribedError(failure)
         # The next ranks will need it, and they may be forks of this process.
         import torch.distributed.checkpoint  # noqa: F401
 
@@ -72,7 +81,7 @@ def start_method(settings: TrainSettings) -> Literal["fork", "spawn"]:
     return "spawn" if settings.device != "cpu" and torch.cuda.device_count() > 0 else "fork"
 
 
-def _launch(request: TrainRequest, path: Path) -> TrainResult:
+def _launch(request: TrainRequest) -> TrainResult:
     """One launch of all ranks through torch's elastic launcher. Raises ChildFailedError."""
     config = LaunchConfig(
         min_nodes=1,
@@ -87,7 +96,8 @@ def _launch(request: TrainRequest, path: Path) -> TrainResult:
         local_addr=rendezvous.LOOPBACK,
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(request.folder) / "ranks"), redirects=Std.ALL),
     )
-    result: TrainResult = elastic_launch(config, run_rank)(str(path), os.getpid())[0]
+    # Where whoever called this stage wrote it: ranks read it again.
+    result: TrainResult = elastic_launch(config, run_rank)(str(Path(request.folder) / REQUEST), os.getpid())[0]
     return result
 
 

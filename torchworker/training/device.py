@@ -10,23 +10,23 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchworker.contract import TrainSettings
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 
 
 def choose_device(settings: TrainSettings, ranks_here: int, local_rank: int = 0) -> torch.device:
     """The device of a rank; ranks_here: ranks on this machine, local_rank: which of them this is.
 
     `auto` is a GPU for each rank where there is one at all, else the CPU. Does not initialise CUDA.
-    Raises UserMistake when there are fewer GPUs than ranks, or when device, backend, precision and switches do not fit
+    Raises UserError when there are fewer GPUs than ranks, or when device, backend, precision and switches do not fit
     each other.
     """
     gpus = torch.cuda.device_count()
     if settings.device == "cuda" and gpus == 0:
         built = "" if torch.version.cuda else f"; torch {torch.__version__} is built without CUDA"
-        raise UserMistake(f"train.device: expected a CUDA device for each process, found none{built}; use device: cpu")
+        raise UserError(f"train.device: expected a CUDA device for each process, found none{built}; use device: cpu")
     on_gpu = settings.device != "cpu" and gpus > 0
     if on_gpu and ranks_here > gpus:
-        raise UserMistake(
+        raise UserError(
             f"train.processes: {ranks_here} processes on this machine need as many CUDA devices, found {gpus}; use "
             f"processes: {gpus}, or device: cpu"
         )
@@ -44,14 +44,14 @@ def backend_of(settings: TrainSettings, device: torch.device) -> str:
 
 def _check_fit(settings: TrainSettings, device: torch.device) -> None:
     if settings.backend == "nccl" and device.type == "cpu":
-        raise UserMistake("train.backend: nccl exchanges between CUDA devices, and the device is cpu; use gloo")
+        raise UserError("train.backend: nccl exchanges between CUDA devices, and the device is cpu; use gloo")
     uses_nccl = device.type == "cuda" and settings.backend != "gloo"
     if settings.strategy == "fsdp" and device.type == "cuda" and not uses_nccl:
-        raise UserMistake("train.backend: fsdp on CUDA devices needs nccl, got gloo")
+        raise UserError("train.backend: fsdp on CUDA devices needs nccl, got gloo")
     if settings.comm_hook == "bf16" and not uses_nccl:
-        raise UserMistake("train.comm_hook: bf16 needs the backend nccl, and this is gloo; use fp16, or none")
+        raise UserError("train.comm_hook: bf16 needs the backend nccl, and this is gloo; use fp16, or none")
     if settings.cudnn_benchmark and device.type == "cpu":
-        raise UserMistake("train.cudnn_benchmark: is for CUDA devices, and the device is cpu")
+        raise UserError("train.cudnn_benchmark: is for CUDA devices, and the device is cpu")
     if settings.compile:
         _require_compiler()
 
@@ -86,7 +86,7 @@ def _require_compiler() -> None:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError, OSError) as error:
-        raise UserMistake("train.compile: expected a C++ compiler (g++ or CXX), found none") from error
+        raise UserError("train.compile: expected a C++ compiler (g++ or CXX), found none") from error
 
 
 def enter_device(settings: TrainSettings, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainRe
 from torchworker.data.fingerprint import whole_fingerprint
 from torchworker.data.loading import TrainingData, ValidationData
 from torchworker.process.events import EventLog
-from torchworker.process.failure import UserMistake
+from torchworker.process.failure import UserError
 from torchworker.project.metrics import first_output
 from torchworker.project.randomness import seed_everything
 from torchworker.project.user_code import (
@@ -238,12 +238,12 @@ class Loop:
         self.notes.append(note)
 
     def _read_own(self, path: Path) -> dict[str, Any]:
-        """This rank's values; raises UserMistake when the checkpoint is of another model."""
+        """This rank's values; raises UserError when the checkpoint is of another model."""
         own = self.checkpoints.own(path, self.rank)
         there, here = own["shapes"], self._shapes()
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
-                raise UserMistake(
+                raise UserError(
                     f"train: {path} is a checkpoint of another model: {name} is {there.get(name, 'missing')} there and "
                     f"{here.get(name, 'missing')} here; start a new run, or bring back the model that began this one"
                 )
@@ -308,7 +308,7 @@ class Loop:
         self._say_step()
 
     def _refuse(self, loss: float, step: int) -> None:
-        raise UserMistake(
+        raise UserError(
             f"train: the loss became {loss} at epoch {self.epoch}, step {step + 1} of {self.steps} "
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
             "the loss for a log or division of zero"
@@ -351,7 +351,7 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         means = self.evaluation(self.model)
         if not all(math.isfinite(mean) for mean in means.values()):
-            raise UserMistake(
+            raise UserError(
                 f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "
                 f"at learning_rate {self.settings.learning_rate} and the validation data for NaN or inf"
             )

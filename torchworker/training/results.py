@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
-from torchworker.process.failure import UserMistake, user_error
+from torchworker.process.failure import UserError, user_error
 from torchworker.project.user_code import batches, build_model, forward, name_inputs, name_outputs
 from torchworker.project.weights import load_weights, save_weights
 from torchworker.training.device import place
@@ -56,12 +56,12 @@ def save_trained(
 
 
 def try_weights(model: nn.Module, project: Project) -> None:
-    """The weights to a file and back. Raises UserMistake for what would fail when training is over."""
+    """The weights to a file and back. Raises UserError for what would fail when training is over."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_weights(model, Path(folder) / WEIGHTS)
             load_weights(build_model(project), Path(folder) / WEIGHTS)
-    except UserMistake:
+    except UserError:
         raise
     except Exception as error:
         what = f"{project.model.where}: its weights cannot be saved and loaded"

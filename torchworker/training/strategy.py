@@ -75,7 +75,7 @@ Strategy = Replicated | Sharded
 
 
 def share_model(model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> Strategy:
-    """Every rank calls it, with the model on its device. Raises UserMistake for a model that cannot be shared."""
+    """Every rank calls it, with the model on its device. Raises UserError for a model that cannot be shared."""
     kind = Sharded if settings.strategy == "fsdp" else Replicated
     return kind(model, project, settings, device)
 

@@ -20,7 +20,7 @@ from torch.utils import cpp_extension
 from tests.support.zoo.animals import ZOO, Animal
 from torchworker.contract import FORMAT_FILES, ExportRequest, ExportResult, ValidateRequest, ValidateResult, decode
 from torchworker.parity.reference import read_probes
-from torchworker.runtimes import load as runtimes
+from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
@@ -209,7 +209,7 @@ def _is_exact(folder: Path, kind: str, exported: ExportResult) -> bool:
     """Whether every declared answer is the model's own, bit for bit."""
     for library in exported.libraries:
         torch.ops.load_library(str(folder / library))
-    call = runtimes.load(kind, folder / exported.artifacts[kind].file, threads=1)
+    call = load_artifact(kind, folder / exported.artifacts[kind].file, threads=1)
     for probe in read_probes(folder):
         if not probe.declared or probe.eager is None:
             continue
