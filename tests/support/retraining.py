@@ -1,4 +1,4 @@
-"""A model that is retrained night after night, in this process and against the real stack."""
+"""A model that is retrained again and again, in this process and against the real stack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.channels.decisions import Decision, read_decisions
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.tasks.decide import Night
+from train_and_ship.tasks.decide import RetrainResult
 
 POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
 """`train` of a model that learns next to nothing."""
@@ -21,17 +21,17 @@ MODEL = "nightly"
 
 
 class Project:
-    """A model whose code and job change from night to night."""
+    """A model whose code and job change from run to run."""
 
     def __init__(self, folder: Path, store: ObjectStore, model: str = MODEL) -> None:
         self.folder, self.store, self.model = folder, store, model
 
-    def night(self, why: str = "", code: str = CODE, force: bool = False, **job: Any) -> State[Night]:
+    def retrain(self, why: str = "", code: str = CODE, force: bool = False, **job: Any) -> State[RetrainResult]:
         """Retrain in this process; the state in which the flow ended."""
         job = {"export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}, **job}
         path = write_project(self.folder, code, name=self.model, **job)
         ended = asyncio.run(retrain(job=str(path), why=why, force=force, return_state=True))
-        return cast("State[Night]", ended)
+        return cast("State[RetrainResult]", ended)
 
     @property
     def live(self) -> Pointer:
