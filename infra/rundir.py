@@ -11,6 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
+from train_and_ship.infra.errors import JobError
+
 MANIFEST = "STAGE.json"
 
 
@@ -72,3 +74,14 @@ def _hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
+
+
+def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
+    """The folder of this run, made when it is not there; or that of an earlier one. Raises JobError for no such run."""
+    folder = runs / (resume or flow_run_id)
+    if resume and (folder.parent != runs or not folder.is_dir()):
+        known = sorted((path for path in runs.glob("*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+        names = ", ".join(path.name for path in known[:3])
+        raise JobError(f"resume: expected the id of a run in {runs}, got {resume!r}; the last ones: {names or 'none'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -124,7 +124,9 @@ def _sign_parts_by_checksum(client: S3Client) -> None:
 
 def s3_client(settings: Settings) -> S3Client:
     """A client of the store that the settings name, for a library that brings its own ways of reading."""
-    return connect(settings).client
+    endpoint = settings.s3_endpoint or "AWS S3"
+    with translated("reach", endpoint, settings.bucket, settings.s3_is_local):
+        return connect(settings).client
 
 
 def _moment(value: Any) -> datetime.datetime:
@@ -195,7 +197,11 @@ def quoted(etag: str) -> str:
 
 def without_credentials(url: str) -> str:
     """An address as messages may show it."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        # No address at all, which whoever connects to it says.
+        return url
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
@@ -227,7 +233,7 @@ def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[
     except (botocore.ParamValidationError, botocore.InvalidRegionError, botocore.NoRegionError) as error:
         raise SettingsError(f"cannot {action} in {where}: {error}; check SHIP_BUCKET and AWS_REGION") from error
     except ValueError as error:
-        if "endpoint" not in str(error):
+        if "endpoint" not in str(error) and "URL" not in str(error):
             raise
         raise SettingsError(
             f"AWS_ENDPOINT_URL: expected an address such as https://s3.example.com, got {address!r}"

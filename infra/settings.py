@@ -81,7 +81,10 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"environment variable {name}: expected {first['msg'].lower()}, got {os.environ.get(name)!r}"
             ) from None
-        return settings.model_copy(update={"home": settings.home.expanduser().absolute()})
+        home = settings.home.expanduser().absolute()
+        if not next(path for path in (home, *home.parents) if path.exists()).is_dir():
+            raise SettingsError(f"environment variable SHIP_HOME: expected a folder, got {str(home)!r}")
+        return settings.model_copy(update={"home": home})
 
     @property
     def prefect_is_local(self) -> bool:

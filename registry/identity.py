@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from train_and_ship.infra.errors import ReleaseError, RequestError
+from train_and_ship.infra.errors import RequestError
 
 RELEASE_ID_DIGITS = 20
 """Hexadecimal digits of a release id: 80 bits."""
@@ -28,18 +28,23 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
+def is_release_id(text: str) -> bool:
+    """Whether it has the shape of a release id: it becomes part of keys."""
+    return _RELEASE_ID.fullmatch(text) is not None
+
+
 def require_name(kind: str, name: str) -> None:
-    """Raises ReleaseError unless `name` can be a model or channel name: it becomes part of keys."""
+    """Raises RequestError unless `name` can be a model or channel name: it becomes part of keys."""
     if not is_name(name):
-        raise ReleaseError(
+        raise RequestError(
             f"{kind} name: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, got {name!r}"
         )
 
 
 def require_release_id(release: str) -> None:
-    """Raises ReleaseError unless `release` has the shape of a release id: it becomes part of keys."""
-    if not _RELEASE_ID.fullmatch(release):
-        raise ReleaseError(f"release id: expected {RELEASE_ID_DIGITS} lower-case hexadecimal digits, got {release!r}")
+    """Raises RequestError unless `release` has the shape of a release id: it becomes part of keys."""
+    if not is_release_id(release):
+        raise RequestError(f"release id: expected {RELEASE_ID_DIGITS} lower-case hexadecimal digits, got {release!r}")
 
 
 def require_channel(channel: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import httpx
@@ -16,9 +17,14 @@ from train_and_ship.infra.settings import Settings
 def approve(run: str, yes: bool, by: str, comment: str) -> None:
     """Answer the question of a paused flow run. Raises RequestError for a run that asks nothing."""
     settings = Settings.load()
+    unknown = RequestError(f"flow run: expected the id of one that waits for approval, got {run!r}")
+    try:
+        uuid.UUID(run)
+    except ValueError:
+        raise unknown from None
     found = prefect_api(settings, "GET", f"/flow_runs/{run}")
-    if found.status_code in (httpx.codes.NOT_FOUND, httpx.codes.UNPROCESSABLE_ENTITY):
-        raise RequestError(f"flow run: expected the id of one that waits for approval, got {run!r}")
+    if found.status_code == httpx.codes.NOT_FOUND:
+        raise unknown
     state = _answered(found)["state"]
     if state["type"] != "PAUSED" or not state["state_details"].get("run_input_keyset"):
         raise RequestError(f"flow run {run}: expected one that waits for approval, this one is {state['name']}")

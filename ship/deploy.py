@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.prefect_rest import require_prefect
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.job.load import load_job
 
@@ -28,9 +29,12 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
         jobs[job.name] = path.absolute()
     if mistakes:
         raise JobError("\n".join([*mistakes, "nothing was deployed"]))
+    settings = Settings.load()
     # Prefect reads its settings when it is imported.
-    os.environ["PREFECT_API_URL"] = Settings.load().prefect_api_url
-    from train_and_ship.tasks.deployments import deploy_jobs
+    os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+    from train_and_ship.tasks.deployments import deploy_jobs, require_schedule
 
+    require_schedule(cron, timezone)
+    require_prefect(settings)
     for deployed in deploy_jobs(jobs, cron, timezone):
         typer.echo(f"{deployed.name}  {deployed.schedule or 'no schedule'}")

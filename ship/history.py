@@ -15,6 +15,7 @@ from train_and_ship.registry.channels.decisions import decided_at, read_decision
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
+from train_and_ship.registry.identity import require_channel
 
 UNKNOWN = "unknown"
 
@@ -23,6 +24,7 @@ def history(model: str, channel: str, as_json: bool) -> None:
     """Print every move of a channel, the newest first. Exits with 1 when there is none."""
     store = ObjectStore.from_settings(Settings.load())
     require_model(store, model)
+    require_channel(channel)
     moves = read_history(store, model, channel)
     if as_json:
         typer.echo(json.dumps([json.loads(move.encode()) for move in moves], indent=1))
@@ -42,6 +44,7 @@ def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
     """Print what retraining decided, the newest first. Exits with 1 when it was never asked."""
     store = ObjectStore.from_settings(Settings.load())
     require_model(store, model)
+    require_channel(channel)
     decisions = read_decisions(store, model, channel, last)
     if as_json:
         typer.echo(json.dumps([json.loads(decision.encode()) for decision in decisions], indent=1))
@@ -68,6 +71,7 @@ def live(model: str, channel: str, at: str, as_json: bool) -> None:
     store = ObjectStore.from_settings(Settings.load())
     when = parse_time(at) if at else None
     require_model(store, model)
+    require_channel(channel)
     moves: Sequence[Pointer] = []
     if when is None:
         found = read_pointer(store, model, channel)

@@ -153,9 +153,9 @@ def serve(
     model: str,
     channel: Channel = "prod",
     to: Annotated[Path | None, typer.Option(help="Where releases are kept, as with pull.")] = None,
-    port: Annotated[int, typer.Option(help="HTTP on 127.0.0.1; the next two are gRPC and metrics.")] = 8080,
+    port: Annotated[int, typer.Option(help="HTTP on 127.0.0.1; the next two: gRPC, metrics.", min=1, max=65533)] = 8080,
     interval: Annotated[float, typer.Option(help="Seconds between looks at the channel.")] = 10.0,
-    batch_size: Annotated[int, typer.Option(help="Requests computed together at most; 1 turns batching off.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Requests computed together; 1 turns batching off.", min=1)] = 64,
 ) -> None:
     """Serve what is live on a channel over HTTP (Open Inference Protocol, MLServer), and follow the channel."""
     from train_and_ship.ship.serve import serve

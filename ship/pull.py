@@ -12,18 +12,22 @@ from typing import Any
 
 import typer
 
-from shipreader.errors import ReaderError, Refused, Unavailable
+from shipreader.errors import NothingLive, ReaderError, Refused, Unavailable
 from shipreader.reader import Reader
 from shipreader.records import Release
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
-from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client, translated
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import require_model
+from train_and_ship.registry.identity import require_channel
 
 
 def pull(model: str, channel: str, to: Path | None, follow: bool) -> None:
     """Print what became current, once or for every move. Raises ShipError when nothing new could be had."""
-    with reader_errors():
-        reader = make_reader(Settings.load(), model, channel, to, on_change=_show if follow else None)
+    settings = Settings.load()
+    with reader_errors(settings, model):
+        reader = make_reader(settings, model, channel, to, on_change=_show if follow else None)
         if not follow:
             _show(_pull_once(reader))
             return
@@ -41,6 +45,7 @@ def make_reader(
     **options: Any,
 ) -> Reader:
     """A reader of the bucket that the settings name. to: its folder, in SHIP_HOME when None; options: as of Reader."""
+    require_channel(channel)
     return Reader(
         model,
         bucket=settings.bucket,
@@ -62,12 +67,30 @@ def wait_for_signal() -> None:
 
 
 @contextlib.contextmanager
-def reader_errors() -> Iterator[None]:
-    """Turn what the reader raises into this application's errors."""
+def reader_errors(settings: Settings, model: str) -> Iterator[None]:
+    """Turn what the reader raises into this application's errors.
+
+    Raises RequestError for a model that there is not, SettingsError for a bucket or credentials that cannot be used,
+    ReleaseError for what the reader refuses, and ServiceError when nothing is live, or the bucket did not answer.
+    """
     try:
         yield
-    except Unavailable as error:
+    except NothingLive as error:
+        # Whoever may only read cannot find out.
+        with contextlib.suppress(ServiceError, SettingsError):
+            require_model(ObjectStore.from_settings(settings), model)
         raise ServiceError(str(error)) from error
+    except Unavailable as error:
+        cause: BaseException = error
+        while isinstance(cause, ReaderError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        try:
+            with translated("read", settings.s3_endpoint or "AWS S3", settings.bucket, settings.s3_is_local):
+                raise cause
+        except SettingsError:
+            raise SettingsError(str(error)) from error
+        except (ServiceError, ReaderError):
+            raise ServiceError(str(error)) from error
     except Refused as error:
         raise ReleaseError(str(error)) from error
     except ReaderError as error:

@@ -12,6 +12,7 @@ import typer
 
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.prefect_rest import require_prefect
+from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
@@ -29,7 +30,7 @@ def run(job_file: Path, resume: str) -> None:
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, _ = load_job(job_file)
-    _prepare(job, reads_data=True)
+    _prepare(job, resume, reads_data=True)
     from train_and_ship.flows.train_and_ship import train_and_ship
 
     shipped = _ended(train_and_ship(job=str(job_file), resume=resume))
@@ -48,7 +49,7 @@ def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
     job, _ = load_job(job_file)
     job.unattended()
     # What the manifest of a snapshot says may be the answer, and nobody needs torch.
-    _prepare(job, reads_data=job.data.snapshot is None)
+    _prepare(job, resume, reads_data=job.data.snapshot is None)
     from train_and_ship.flows.retrain import retrain
 
     # Called, a flow that ends with a state of its own gives that state's result.
@@ -58,9 +59,11 @@ def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
     typer.echo("\n".join(["", result.title, *lines]))
 
 
-def _prepare(job: Job, *, reads_data: bool) -> None:
+def _prepare(job: Job, resume: str, *, reads_data: bool) -> None:
     """What has to be so before Prefect is imported: its server answers, and its settings are in the environment."""
     settings = Settings.load()
+    if resume:
+        run_folder(settings.runs / job.name, "", resume)
     require_prefect(settings)
     if reads_data:
         # Workers import torch while this process imports Prefect.

@@ -54,7 +54,7 @@ def serve(model: str, channel: str, to: Path | None, port: int, interval: float,
     folder = to if to is not None else settings.home / "pulled" / f"{model}.{channel}"
     server = Server(folder=folder / "mlserver", model=model, port=port, batch_size=batch_size)
     server.require_ports()
-    with reader_errors():
+    with reader_errors(settings, model):
         reader = make_reader(settings, model, channel, folder, accept=server.load, interval=interval)
         release = reader.start()
         # Also when nothing moved since the last time.

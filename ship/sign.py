@@ -7,8 +7,10 @@ import typer
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.catalog import require_model
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import publish_signature
+from train_and_ship.registry.channels.revisions import resolve_release
 
 
 def sign(model: str, release: str) -> None:
@@ -20,6 +22,7 @@ def sign(model: str, release: str) -> None:
         )
     store = ObjectStore.from_settings(settings)
     # Its files are checked as well as can be without reading them: a reader holds every byte against the manifest.
-    manifest = verify_release(store, model, release)
+    require_model(store, model)
+    manifest = verify_release(store, model, resolve_release(store, model, release, settings.mlflow_url))
     key = publish_signature(store, manifest, settings.signing_key)
     typer.echo(f"signed: s3://{store.bucket}/{key}")

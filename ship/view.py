@@ -37,7 +37,7 @@ def view(layout: str, model: str, channel: str, backend: str, to: Path | None, f
     if layout not in LAYOUTS:
         raise SettingsError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
     write = writers[layout]
-    with reader_errors():
+    with reader_errors(settings, model):
         if not follow:
             # Also when nothing moved: a view can be deleted by hand.
             write(make_reader(settings, model, channel, folder).pull())

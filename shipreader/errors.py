@@ -2,6 +2,7 @@
 
 ReaderError
 ├── Unavailable   the bucket did not answer, or did not let us in: the same call can succeed later
+│   └── NothingLive   it answered, and nothing is live on this channel
 └── Refused       what the bucket holds is not to be used: altered, unsigned, too big, or older than what we have
 """
 
@@ -11,7 +12,11 @@ class ReaderError(Exception):
 
 
 class Unavailable(ReaderError):
-    """The bucket did not answer, answered with a fault, or has nothing on this channel."""
+    """The bucket did not answer, or answered with a fault."""
+
+
+class NothingLive(Unavailable):
+    """The channel has no pointer: it was never moved, or somebody deleted it."""
 
 
 class Refused(ReaderError):

@@ -52,7 +52,10 @@ class LocalFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Alone with the folder, which is made when it is missing."""
-        self._releases.mkdir(parents=True, exist_ok=True)
+        try:
+            self._releases.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ReaderError(f"expected a folder for releases at {self.folder}, got a file in its place") from None
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -22,7 +22,7 @@ from typing import Any
 
 from shipreader import signatures
 from shipreader.bucket import Bucket, NotModified, s3_client
-from shipreader.errors import ReaderError, Refused, Unavailable
+from shipreader.errors import NothingLive, ReaderError, Refused, Unavailable
 from shipreader.local import LocalFolder, State
 from shipreader.records import (
     MANIFEST,
@@ -88,7 +88,7 @@ class Reader:
         on_change: called after a release became current.
         """
         self._key = pointer_key(model, channel)
-        if interval <= 0 or not 0 <= jitter <= 1:
+        if not interval > 0 or not 0 <= jitter <= 1:
             raise ReaderError(f"expected an interval above 0 and a jitter from 0 to 1, got {interval} and {jitter}")
         self.model, self.channel = model, channel
         self._keys = signatures.load_keys(public_keys)
@@ -221,7 +221,7 @@ class Reader:
                 self._refused = None
                 return held
             if found is None:
-                raise Unavailable(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
+                raise NothingLive(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
             pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
             if refused is not None and refused.etag == etag and time.monotonic() < refused.until:
                 raise refused.error

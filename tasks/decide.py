@@ -22,7 +22,7 @@ from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
-from train_and_ship.infra.rundir import write_whole
+from train_and_ship.infra.rundir import run_folder, write_whole
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.decisions import (
     FAILED,
@@ -49,7 +49,7 @@ from train_and_ship.tasks.outcome import CUT_OFF
 from train_and_ship.tasks.policy import artifact_key, quiet_mistakes, worth_retrying
 from train_and_ship.tasks.publish import write_report
 from train_and_ship.tasks.requests import project_of
-from train_and_ship.tasks.run import close_ledger, flow_run_page, ledger_of, run_folder
+from train_and_ship.tasks.run import close_ledger, flow_run_page, ledger_of
 from train_and_ship.tasks.snapshot import known_snapshot
 
 PLAN = "plan.json"

@@ -65,18 +65,28 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
     return made
 
 
+def require_schedule(cron: str | None, timezone: str | None) -> CronSchedule:
+    """The schedule. Raises SettingsError for one that Prefect does not understand.
+
+    Args:
+        cron: as crontab has it; None for every midnight.
+        timezone: name of a time zone; None for UTC.
+    """
+    try:
+        return CronSchedule(cron="0 0 * * *" if cron is None else cron, timezone=timezone)
+    except ValidationError as error:
+        got = " ".join(text for text in (cron, timezone) if text)
+        raise SettingsError(f"schedule {got!r}: {error.errors()[0]['msg']}") from None
+
+
 def _nightly(pattern: DeploymentSchedule, cron: str | None, timezone: str | None) -> DeploymentScheduleCreate:
     """The pattern's schedule, with what is not None instead."""
     schedule = pattern.schedule
     if cron is not None or timezone is not None:
         known = schedule if isinstance(schedule, CronSchedule) else None
-        try:
-            schedule = CronSchedule(
-                cron=cron or (known.cron if known else ""), timezone=timezone or (known.timezone if known else None)
-            )
-        except ValidationError as error:
-            got = " ".join(text for text in (cron, timezone) if text)
-            raise SettingsError(f"schedule {got!r}: {error.errors()[0]['msg']}") from None
+        schedule = require_schedule(
+            cron or (known.cron if known else None), timezone or (known.timezone if known else None)
+        )
     return DeploymentScheduleCreate(slug=pattern.slug, schedule=schedule, active=pattern.active)
 
 

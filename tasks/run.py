@@ -17,10 +17,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from torchworker.contract import CppResult, Project
-from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.fork_server import ForkServer, fork_server, running_fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import git_commit
+from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
@@ -186,17 +186,6 @@ def _spent_by_children() -> Mapping[str, float]:
 def _spent_by_server() -> float:
     server = running_fork_server()
     return server.own_seconds() if server is not None else 0.0
-
-
-def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
-    """The folder of this run, made when it is not there; or that of an earlier one. Raises JobError for no such run."""
-    folder = runs / (resume or flow_run_id)
-    if resume and (folder.parent != runs or not folder.is_dir()):
-        known = sorted((path for path in runs.glob("*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)
-        names = ", ".join(path.name for path in known[:3])
-        raise JobError(f"resume: expected the id of a run in {runs}, got {resume!r}; the last ones: {names or 'none'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _begun(folder: Path) -> str:

@@ -1,16 +1,19 @@
-"""What there is in the bucket: models, their channels and releases. Reads only."""
+"""What there is in the bucket: models, their channels and releases. Reads only.
+
+What has another name than one of ours can have was put there by somebody else and is passed over.
+"""
 
 from __future__ import annotations
 
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import channels_prefix, histories_prefix, releases_prefix
-from train_and_ship.registry.identity import require_name
+from train_and_ship.registry.identity import is_name, is_release_id, require_name
 
 
 def models(store: ObjectStore) -> list[str]:
     """Every model that has anything in the bucket, sorted."""
-    return store.list_folders("models/")
+    return [name for name in store.list_folders("models/") if is_name(name)]
 
 
 def require_model(store: ObjectStore, model: str) -> None:
@@ -27,9 +30,9 @@ def channels(store: ObjectStore, model: str) -> list[str]:
     pointers = {
         key.removeprefix(prefix).removesuffix(".json") for key in store.list_keys(prefix) if key.endswith(".json")
     }
-    return sorted(pointers | set(store.list_folders(histories_prefix(model))))
+    return sorted(name for name in pointers | set(store.list_folders(histories_prefix(model))) if is_name(name))
 
 
 def releases(store: ObjectStore, model: str, prefix: str = "") -> list[str]:
     """Ids of the releases that begin with `prefix`, complete or not, sorted."""
-    return store.list_folders(releases_prefix(model), prefix)
+    return [name for name in store.list_folders(releases_prefix(model), prefix) if is_release_id(name)]

@@ -17,57 +17,57 @@ from train_and_ship.registry.identity import require_name, require_release_id
 
 
 def releases_prefix(model: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     return f"models/{model}/releases/"
 
 
 def channels_prefix(model: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     return f"models/{model}/channels/"
 
 
 def histories_prefix(model: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     return f"models/{model}/history/"
 
 
 def tombstones_prefix(model: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     return f"models/{model}/tombstones/"
 
 
 def release_prefix(model: str, release: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     require_release_id(release)
     return f"models/{model}/releases/{release}/"
 
 
 def reports_prefix(model: str, release: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     return f"{release_prefix(model, release)}reports/"
 
 
 def pointer_key(model: str, channel: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     require_name("channel", channel)
     return f"models/{model}/channels/{channel}.json"
 
 
 def history_prefix(model: str, channel: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     require_name("channel", channel)
     return f"models/{model}/history/{channel}/"
 
 
 def decisions_prefix(model: str, channel: str) -> str:
-    """Raises ReleaseError for names that cannot be part of a key."""
+    """Raises RequestError for names that cannot be part of a key."""
     require_name("model", model)
     require_name("channel", channel)
     return f"models/{model}/decisions/{channel}/"

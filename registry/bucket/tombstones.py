@@ -23,7 +23,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.keys import tombstones_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel
-from train_and_ship.registry.identity import canonical_json, require_release_id
+from train_and_ship.registry.identity import canonical_json, is_release_id, require_release_id
 
 SHORTEST_GRACE = timedelta(hours=1)
 """Between a mark and the deletion. Longer than any request can be under way: S3 refuses one signed 15 minutes ago."""
@@ -92,7 +92,7 @@ def read_tombstones(store: ObjectStore, model: str) -> dict[str, Tombstone]:
     """Every mark of a model, by release."""
     keys = store.list_keys(tombstones_prefix(model))
     names = [key.removeprefix(tombstones_prefix(model)).removesuffix(".json") for key in keys]
-    found = in_parallel(lambda release: read_tombstone(store, model, release), names)
+    found = in_parallel(lambda name: read_tombstone(store, model, name), filter(is_release_id, names))
     return {stone.release: stone for stone in found if stone is not None}
 
 

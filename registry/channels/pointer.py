@@ -10,7 +10,7 @@ from typing import Any
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
-from train_and_ship.registry.identity import canonical_json, require_release_id
+from train_and_ship.registry.identity import canonical_json, is_name, is_release_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,10 @@ def decode_pointer(encoded: bytes, key: str) -> Pointer:
             raise ValueError(f"generation {pointer.generation}")
         if pointer.encode() != encoded:
             raise ValueError("other keys or another spelling")
+        if not is_name(pointer.model) or not is_name(pointer.channel):
+            raise ValueError(f"the names {pointer.model!r} and {pointer.channel!r}")
+        if not all(is_release_id(release) for release in (pointer.release, pointer.previous) if release is not None):
+            raise ValueError(f"the releases {pointer.release!r} and {pointer.previous!r}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ReleaseError(f"{key}: expected the record of a move, got {type(error).__name__}: {error}") from None
-    require_release_id(pointer.release)
-    if pointer.previous is not None:
-        require_release_id(pointer.previous)
     return pointer

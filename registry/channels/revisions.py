@@ -19,7 +19,7 @@ GRAMMAR = (
 )
 
 _AGO = re.compile(r"(?P<channel>[a-z0-9][a-z0-9._-]*)~(?P<moves>\d+)")
-_VERSION = re.compile(r"v(\d+)")
+_VERSION = re.compile(r"v([1-9]\d*)")
 _ID = re.compile(rf"[0-9a-f]{{{SHORTEST_ID},}}")
 
 

@@ -29,6 +29,7 @@ from train_and_ship.registry.bucket.tombstones import (
 from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
+from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.tracking.rest import model_registry
 
@@ -87,7 +88,8 @@ def decide(store: ObjectStore, model: str, policy: Policy) -> list[Decision]:
     objects: dict[str, dict[str, ListedObject]] = {}
     for key, item in store.list_objects(releases_prefix(model)).items():
         release, _, name = key.removeprefix(releases_prefix(model)).partition("/")
-        objects.setdefault(release, {})[name] = item
+        if is_release_id(release):
+            objects.setdefault(release, {})[name] = item
     needed = _needed(store, model, policy, now)
     return [
         _decision(release, items, stones.get(release), needed.get(release), policy, now)
@@ -123,7 +125,7 @@ def _decision(
     if stone is None or state is not State.MARKED:
         complete = MANIFEST in items
         return of(Step.MARK, f"{'' if complete else 'incomplete, '}published {_ago(now - newest)} ago, on no channel")
-    left = stone.at + policy.grace - now
+    left = policy.grace - (now - stone.at)
     if left > timedelta(0):
         return of(Step.WAIT, f"may be deleted in {_ago(left)}")
     return of(Step.DELETE, f"marked {_ago(now - stone.at)} ago")

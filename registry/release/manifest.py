@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, require_name, require_release_id
+from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id
 from train_and_ship.registry.release.files import FileEntry, file_hash, require_file, require_relative, walk
 from train_and_ship.registry.release.pickles import find_pickle
 
@@ -156,8 +156,10 @@ def decode_manifest(encoded: bytes) -> Manifest:
         raise ReleaseError(
             f"manifest: expected {MANIFEST} of format {FORMAT}, got {type(error).__name__}: {error}"
         ) from None
-    require_name("model", manifest.model)
-    require_release_id(manifest.release)
+    if not is_name(manifest.model) or not is_release_id(manifest.release):
+        raise ReleaseError(
+            f"manifest: expected a model name and a release id, got {manifest.model!r} and {manifest.release!r}"
+        )
     if not files:
         raise ReleaseError("manifest: expected at least one file, got none")
     for name, entry in files.items():

@@ -286,7 +286,7 @@ def test_the_commands_tell_the_story_of_a_channel(object_store: ObjectStore, abc
         (["live", MODEL, "--channel", "staging"], 1, "nothing was live on staging now; channels: prod"),
         (["live", MODEL, "--at", "tomorrow"], 2, "expected such as"),
         (["history", MODEL, "--channel", "staging"], 1, "never moved; channels: prod"),
-        (["history", "No/Body"], 1, "model name"),
+        (["history", "No/Body"], 2, "model name"),
     ],
 )
 def test_a_mistake_is_one_message(
