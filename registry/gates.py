@@ -1,20 +1,24 @@
-"""Verdicts as people read them, and what is asked of a candidate beside the live release."""
+"""What is asked of a candidate versus the live release, and verdicts as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Self
 
-from torchworker.contract import Verdict
+from torchworker.contract import PARITY, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.text import number, text_table
+from train_and_ship.registry.text import Cell, Mark, Table, number, passed_or_failed
 
 
 def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Each quality metric at its worst over the formats: any of them may be the one that serves.
 
-    metrics: format to metric to value.
+    Args:
+        job: Says which direction of a metric is better.
+        metrics: Format to metric to value.
     """
     found: dict[str, float] = {}
     for values in metrics.values():
@@ -24,14 +28,9 @@ def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, flo
     return found
 
 
-def improvement(job: Job, metric: str, candidate: float, live: float) -> float:
-    """How much better the candidate is, positive when better whatever the metric's direction."""
-    return candidate - live if job.direction(metric) == "higher" else live - candidate
-
-
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """A candidate's metrics beside those of the live release, measured by one process on the same samples."""
+class VersusLive:
+    """A candidate's metrics and those of the live release, measured by one process on the same samples."""
 
     live: str
     """The live release's id."""
@@ -43,11 +42,40 @@ class Beside:
     problem: str = ""
     """Why the live release could not be measured."""
 
+    @classmethod
+    def of(cls, job: Job, result: RehearseResult, live: str) -> Self:
+        """What a rehearsal measured, each metric at its worst over the formats. live: the live release's id."""
+        return cls(
+            live=live,
+            candidate=worst(job, result.candidate),
+            theirs=worst(job, result.live),
+            intervals={name: (item.low, item.high) for name, item in result.intervals.items()},
+            problem=result.live_problem,
+        )
+
+    def improvement(self, job: Job, metric: str) -> float | None:
+        """How much better the candidate is, positive when better whatever the metric's direction; None when it was not
+        measured on both."""
+        mine, theirs = self.candidate.get(metric), self.theirs.get(metric)
+        if mine is None or theirs is None:
+            return None
+        return mine - theirs if job.direction(metric) == "higher" else theirs - mine
+
+
+class Asked(StrEnum):
+    """What in a job asks for a comparison."""
+
+    VS_LIVE = "vs_live"
+    """A gate on a metric: the difference as it was measured."""
+    POLICY = "release.policy"
+    """The lower end of the interval, which counts what other samples would have said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One thing that was asked of the difference between two releases."""
 
+    asked: Asked
     metric: str
     candidate: float | None
     live: float | None
@@ -60,52 +88,63 @@ class Comparison:
     why: str = ""
     """What is wrong, when something is."""
 
-    def row(self) -> tuple[str, ...]:
-        """For a table under COMPARED."""
-        gain = "cannot be compared" if self.improvement is None else f"{self.improvement:+.4g}"
-        outcome = "passed" if self.passed else "FAILED"
-        span = interval_text(self.interval)
-        return (self.metric, number(self.candidate), number(self.live), gain, span, self.needs, outcome)
 
-
-COMPARED = ("metric", "candidate", "live", "improvement", "interval", "needs", "verdict")
+def comparison_table(compared: Sequence[Comparison]) -> Table:
+    """A row for each thing that was asked of the difference."""
+    header = ("metric", "candidate", "live", "improvement", "interval", "needs", "verdict")
+    rows = [
+        (
+            item.metric, number(item.candidate), number(item.live),
+            "cannot be compared" if item.improvement is None else f"{item.improvement:+.4g}",
+            interval_text(item.interval), item.needs, passed_or_failed(item.passed),
+        )
+        for item in compared
+    ]  # fmt: skip
+    return Table(header=header, rows=rows)
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
 
 
-def compare(job: Job, beside: Beside, *, policy: bool = True) -> list[Comparison]:
+def compare(job: Job, versus: VersusLive, *, policy: bool = True) -> list[Comparison]:
     """Everything that the job asks of the difference: `vs_live` of the number itself, `release.policy` of its interval.
 
-    policy: False where nobody has the samples, only recorded numbers. What was not measured has failed.
+    Args:
+        job: Says what is asked.
+        versus: What was measured. What was not has failed.
+        policy: False where nobody has the samples, only recorded numbers.
     """
-    asked = [_measured(job, beside, name, gate.vs_live) for name, gate in job.gates.items() if gate.vs_live is not None]
+    asked = [_measured(job, versus, name, gate.vs_live) for name, gate in job.gates.items() if gate.vs_live is not None]
     if policy and job.release.policy in ("better", "not_worse"):
-        asked.append(_certain(job, beside))
+        asked.append(_certain(job, versus))
     return asked
 
 
-def require_good_enough(job: Job, beside: Beside, *, policy: bool = True) -> None:
-    """Hold a candidate against the live release. Raises GateError with a table when anything that is asked fails."""
-    compared = compare(job, beside, policy=policy)
+def require_good_enough(job: Job, versus: VersusLive, *, policy: bool = True) -> None:
+    """Hold a candidate against the live release; the arguments are those of `compare`.
+
+    Raises:
+        GateError: Anything that is asked fails. It carries the table.
+    """
+    compared = compare(job, versus, policy=policy)
     if not compared:
         return
-    if beside.problem:
-        asked = [f"vs_live ({item.metric})" for item in compared if item.needs.startswith("vs_live")]
-        asked += [f"release.policy: {job.release.policy}"] if len(asked) < len(compared) else []
+    if versus.problem:
+        gates = [f"vs_live ({item.metric})" for item in compared if item.asked is Asked.VS_LIVE]
+        gates += [f"release.policy: {job.release.policy}" for item in compared if item.asked is Asked.POLICY]
         raise GateError(
-            f"{job.name}: the candidate cannot be held against the live release {beside.live}: {beside.problem}. The "
-            f"live release stays. If it is to be replaced all the same, ship once without {' and '.join(asked)}: the "
+            f"{job.name}: the candidate cannot be held against the live release {versus.live}: {versus.problem}. The "
+            f"live release stays. If it is to be replaced all the same, ship once without {' and '.join(gates)}: the "
             "other gates still hold"
         )
-    failed = [item.why for item in compared if not item.passed]
+    failed = [item for item in compared if not item.passed]
     if failed:
-        said = "worse" if any(item.needs.startswith("vs_live") for item in compared if not item.passed) else "not shown"
-        how = f"is worse than the live release {beside.live}" if said == "worse" else _not_shown(job, beside.live)
+        worse = any(item.asked is Asked.VS_LIVE for item in failed)
+        how = f"is worse than the live release {versus.live}" if worse else _not_shown(job, versus.live)
         raise GateError(
-            f"{job.name}: the candidate {how}: {'; '.join(failed)}. The live release stays.",
-            text_table(COMPARED, [item.row() for item in compared]),
+            f"{job.name}: the candidate {how}: {'; '.join(item.why for item in failed)}. The live release stays.",
+            comparison_table(compared).text(),
         )
 
 
@@ -114,28 +153,36 @@ def require_not_slower(
 ) -> None:
     """Hold a candidate's times, sizes and memory against the live release's by the job's `times_live` gates.
 
-    candidate, live: measured by turns in one run; name: the live release's id; problem: why they could not be. Raises
-    GateError with a table when any gate fails; what was not measured has failed.
+    Args:
+        job: Says what is asked.
+        candidate: Gate to value, measured by turns with those of the live release. What was not measured has failed.
+        live: The same of the live release.
+        name: The live release's id.
+        problem: Why they could not be measured; empty when they were.
+
+    Raises:
+        GateError: Any gate fails. It carries the table.
     """
     limits = {gate: limit.times_live for gate, limit in job.gates.items() if limit.times_live is not None}
-    rows, failed = [], []
+    rows: list[Sequence[Cell]] = []
+    failed = []
     for gate, limit in limits.items():
         mine, theirs = candidate.get(gate), live.get(gate)
+        passed, ratio = False, "cannot be compared"
         if mine is None or theirs is None or problem:
             failed.append(f"{gate}: {problem or 'not measured'}")
-            rows.append((gate, number(mine), number(theirs), "cannot be compared", f"<= {limit:g}", "FAILED"))
-            continue
-        passed = mine <= limit * theirs
-        if not passed:
-            failed.append(f"{gate} {number(mine)} against {number(theirs)}")
-        ratio = number(mine / theirs) if theirs else "–"
-        rows.append((gate, number(mine), number(theirs), ratio, f"<= {limit:g}", "passed" if passed else "FAILED"))
+        else:
+            passed, ratio = mine <= limit * theirs, number(mine / theirs) if theirs else "–"
+            if not passed:
+                failed.append(f"{gate} {number(mine)} against {number(theirs)}")
+        rows.append((gate, number(mine), number(theirs), ratio, f"<= {limit:g}", passed_or_failed(passed)))
     if failed:
+        header = ("gate", "candidate", f"live {name}", "ratio", "times_live", "verdict")
         raise GateError(
             f"{job.name}: the candidate is slower or larger than the live release {name} allows: {'; '.join(failed)}. "
             f"The live release stays. If it is to be replaced all the same, ship once without times_live "
             f"({', '.join(limits)})",
-            text_table(("gate", "candidate", f"live {name}", "ratio", "times_live", "verdict"), rows),
+            Table(header=header, rows=rows).text(),
         )
 
 
@@ -144,57 +191,85 @@ def _not_shown(job: Job, live: str) -> str:
     return f"is not shown to be {word} the live release {live}"
 
 
-def _measured(job: Job, beside: Beside, metric: str, limit: float) -> Comparison:
-    """`vs_live`: the difference as it was measured."""
-    mine, theirs = beside.candidate.get(metric), beside.theirs.get(metric)
-    gain = None if mine is None or theirs is None else improvement(job, metric, mine, theirs)
+def _measured(job: Job, versus: VersusLive, metric: str, limit: float) -> Comparison:
+    gain = versus.improvement(job, metric)
     passed = gain is not None and gain >= limit
-    if gain is None:
-        why = f"{metric}: not measured on {'the live release' if mine is not None else 'the candidate'}"
-    else:
-        why = f"{metric} {number(mine)} against {number(theirs)}"
-    return Comparison(
-        metric=metric, candidate=mine, live=theirs, improvement=gain, interval=beside.intervals.get(metric),
-        needs=f"vs_live >= {limit:g}", passed=passed, why="" if passed else why,
-    )  # fmt: skip
+    return _comparison(job, versus, metric, Asked.VS_LIVE, needs=f"vs_live >= {limit:g}", passed=passed)
 
 
-def _certain(job: Job, beside: Beside) -> Comparison:
-    """`release.policy`: the lower end of the interval, which counts what other samples would have said."""
+def _certain(job: Job, versus: VersusLive) -> Comparison:
     release, metric = job.release, job.decisive_metric
     assert metric is not None, "the job was validated"
-    mine, theirs = beside.candidate.get(metric), beside.theirs.get(metric)
-    gain = None if mine is None or theirs is None else improvement(job, metric, mine, theirs)
-    interval = beside.intervals.get(metric)
-    sure = f"{release.confidence:.0%} sure"
-    better = release.policy == "better"
+    interval, better = versus.intervals.get(metric), release.policy == "better"
     limit = release.margin if better else -release.margin
-    needs = f"{sure} {'>' if better else '>='} {limit:g}"
-    passed = interval is not None and (interval[0] > limit if better else interval[0] >= limit)
+    needs = f"{release.confidence:.0%} sure {'>' if better else '>='} {limit:g}"
+    if interval is None:
+        why = f"{metric}: there is no interval, because the metric cannot be computed on drawn samples"
+        return _comparison(job, versus, metric, Asked.POLICY, needs=needs, passed=False, why=why)
+    passed = interval[0] > limit if better else interval[0] >= limit
+    more = (
+        f"{release.confidence:.0%} interval {interval_text(interval)}; release.policy: {release.policy} needs it "
+        f"{'above' if better else 'at or above'} {limit:g}"
+    )
+    return _comparison(job, versus, metric, Asked.POLICY, needs=needs, passed=passed, more=more)
+
+
+def _comparison(
+    job: Job, versus: VersusLive, metric: str, asked: Asked, *, needs: str, passed: bool, why: str = "", more: str = ""
+) -> Comparison:
+    """why: what is wrong, where the numbers do not tell; more: what there is to say beside them."""
+    mine, theirs, gain = versus.candidate.get(metric), versus.theirs.get(metric), versus.improvement(job, metric)
     if gain is None:
         why = f"{metric}: not measured on {'the live release' if mine is not None else 'the candidate'}"
-    elif interval is None:
-        why = f"{metric}: there is no interval, because the metric cannot be computed on drawn samples"
-    else:
-        why = (
-            f"{metric} {number(mine)} against {number(theirs)}, improvement {gain:+.4g}, "
-            f"{release.confidence:.0%} interval {interval_text(interval)}; release.policy: {release.policy} needs it "
-            f"{'above' if better else 'at or above'} {limit:g}"
+    elif not why:
+        why = f"{metric} {number(mine)} against {number(theirs)}" + (
+            f", improvement {gain:+.4g}, {more}" if more else ""
         )
     return Comparison(
-        metric=metric, candidate=mine, live=theirs, improvement=gain, interval=interval, needs=needs, passed=passed,
+        asked=asked, metric=metric, candidate=mine, live=theirs, improvement=gain,
+        interval=versus.intervals.get(metric), needs=needs, passed=passed,
         why="" if passed else why,
     )  # fmt: skip
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Every gate with its numbers and limit, as aligned text."""
+# ---- verdicts
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """A row a verdict, for logs and refusals."""
     header = ("format", "gate", "case", "measured", "limit", "verdict", "note")
-    rows = [(v.format, v.gate, v.case, number(v.measured), v.limit, _outcome(v), v.note) for v in verdicts]
-    return text_table(header, rows)
+    rows = [
+        (
+            item.format, item.gate, item.case, number(item.measured), item.limit,
+            passed_or_failed(item.passed) if item.ran else "not run", item.note,
+        )
+        for item in verdicts
+    ]  # fmt: skip
+    return Table(header=header, rows=rows)
 
 
-def _outcome(verdict: Verdict) -> str:
+def verdicts_by_format(verdicts: Sequence[Verdict]) -> Table:
+    """A row a condition and a column a format, for pages; what is known of failures below."""
+    formats = list(dict.fromkeys(item.format for item in verdicts))
+    # A table of parity alone needs no column that says so.
+    first = 1 if all(item.gate == PARITY for item in verdicts) else 0
+    found: dict[tuple[str, str, str], dict[str, Verdict]] = {}
+    for item in verdicts:
+        found.setdefault((item.gate, item.case, item.limit), {})[item.format] = item
+    rows = [
+        (*condition[first:], *(_outcome(answers.get(name)) for name in formats)) for condition, answers in found.items()
+    ]
+    notes = [
+        f"{item.format}, {item.gate}, {item.case}: {item.note}" for item in verdicts if item.note and not item.passed
+    ]
+    return Table(header=(*("gate", "case", "limit")[first:], *formats), rows=rows, notes=notes)
+
+
+def _outcome(verdict: Verdict | None) -> Cell:
+    """Empty where the format was not asked."""
+    if verdict is None:
+        return ""
     if not verdict.ran:
         return "not run"
-    return "passed" if verdict.passed else "FAILED"
+    value = number(verdict.measured)
+    return Mark(text=f"{value} ✓" if verdict.passed else f"{value} ✗ failed", good=verdict.passed)

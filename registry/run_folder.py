@@ -6,96 +6,168 @@ earlier attempt left behind the point where this one stopped is not its own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from torchworker.contract import (
+    RESULT,
+    ExportResult,
+    InspectResult,
+    MeasureResult,
+    RehearseResult,
+    Reply,
+    TrainResult,
+    ValidateResult,
+    decode,
+)
 from train_and_ship.infra.rundir import MANIFEST, file_sha256, write_whole
 from train_and_ship.registry.cost import Spent, read_costs
+from train_and_ship.registry.data.checks import Report
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.tracking.curves import Point, file_points, history_points
 
-Facts = Mapping[str, Any]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 ABOUT, CHECKS, REGISTERED, AGAINST = "run.json", "data_checks.json", "registered.json", "against.json"
-"""Written for this: what run it is; the data checks' findings; the version in MLflow; what was live."""
+"""Written for this: About, registry.data.checks.Report, Registration and Against."""
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Which run it is."""
+
+    job: Mapping[str, Any]
+    flow_run_id: str
+    flow_run_name: str
+    git_commit: str
+    snapshot: str
+    """Hexadecimal SHA-256 of the data's manifest; empty when the job has no snapshot."""
+    begun: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeFrom:
+    """What it was trained with, when training started."""
+
+    git_commit: str
+    code: str
+    """Fingerprint."""
+    packages: Mapping[str, str]
+    """Version by package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """The version in MLflow."""
+
+    stage: str
+    """Digest of the stage that it was made from."""
+    release: str
+    version: str
+    version_url: str
+    run_url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """What was live."""
+
+    live: str
+    """The release that the candidate was held against; empty when nothing was live."""
+    speed: MeasureResult | None = None
+    """What it recorded of itself when it was made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the release says of how it came to be."""
+
+    start: str = ""
+    """The release whose weights training began with; empty when it began from scratch."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints: `code`, `data`, `config`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """Plain values as the stages wrote them; None where the run did not come so far."""
+    """What the stages wrote; None where the run did not come so far."""
 
     folder: Path
     job: Job
-    about: Facts
+    about: About
     costs: Sequence[Spent]
-    facts: Facts | None
-    """InspectResult."""
-    checks: Facts | None
-    """registry.data.checks.Report."""
-    made_from: Facts | None
-    """Commit, code fingerprint and packages when training started."""
-    trained: Facts | None
-    """TrainResult."""
+    facts: InspectResult | None
+    checks: Report | None
+    made_from: MadeFrom | None
+    trained: TrainResult | None
     points: Sequence[Point]
     """Learning curves, also of a training that did not end."""
-    exported: Facts | None
-    """ExportResult."""
-    validated: Facts | None
-    """ValidateResult."""
-    lineage: Facts | None
-    """lineage.json of the release."""
-    registered: Facts | None
-    """`release`, `version`, `version_url`, `run_url`."""
-    compared: Facts | None
-    """RehearseResult."""
-    against: Facts | None
-    """`live`: what it was held against; `speed`: what that one recorded of itself, a MeasureResult, or None."""
+    exported: ExportResult | None
+    validated: ValidateResult | None
+    lineage: Origin | None
+    registered: Registration | None
+    compared: RehearseResult | None
+    against: Against | None
 
     @property
     def release(self) -> str:
         """Id of the release; empty before there is one."""
-        return str(self.registered["release"]) if self.registered else ""
+        return self.registered.release if self.registered else ""
 
 
-def write_fact(folder: Path, name: str, value: Facts) -> None:
+def write_fact(folder: Path, name: str, value: DataclassInstance) -> None:
     """Whole or not at all."""
-    write_whole(folder / name, json.dumps(value, indent=1).encode())
+    write_whole(folder / name, json.dumps(dataclasses.asdict(value), indent=1).encode())
+
+
+def recall(kind: type[Kind], value: Any) -> Kind | None:
+    """What some version of this application wrote down, which may be another one; None when it does not tell enough."""
+    try:
+        found: Kind = decode(kind, value, lenient=True)
+        return found
+    except (TypeError, AttributeError):
+        return None
 
 
 def read_run(folder: Path) -> RunFiles | None:
     """None for a run that ended before it knew its job."""
-    about = _read(folder / ABOUT)
+    about = _read(About, folder, ABOUT)
     if about is None:
         return None
-    job = Job.model_validate(about["job"])
+    job = Job.model_validate(about.job)
     train = _complete(folder, "train", job.training_digest())
     export = _complete(folder, "export", _digest(train))
     validate = _complete(folder, "validate", _digest(export))
     release = _complete(folder, "release", _digest(validate))
-    registered = _read(folder / REGISTERED)
-    if registered is not None and registered["stage"] != _digest(release):
+    registered = _read(Registration, folder, REGISTERED)
+    if registered is not None and registered.stage != _digest(release):
         registered = None
-    rehearse = _complete(folder, "rehearse", str(registered["release"]) if registered else None)
-    trained = _result(train)
+    rehearse = _complete(folder, "rehearse", registered.release if registered else None)
     inspect = _complete(folder, "inspect", job.training_digest())
+    trained = _result(TrainResult, train)
     return RunFiles(
         folder=folder,
         job=job,
         about=about,
         costs=read_costs(folder),
-        facts=_read(inspect / "data.json") if inspect else None,
-        checks=_read(folder / CHECKS) if inspect and job.data.checks is not None else None,
-        made_from=_read(train / "made_from.json") if train else None,
+        facts=_read(InspectResult, inspect, "data.json"),
+        checks=_read(Report, folder, CHECKS) if inspect and job.data.checks is not None else None,
+        made_from=_read(MadeFrom, train, "made_from.json"),
         trained=trained,
-        points=history_points(trained["history"]) if trained else _unfinished(folder),
-        exported=_result(export),
-        validated=_read(validate / "verdicts.json") if validate else None,
-        lineage=_read(release / "files" / "lineage.json") if release else None,
+        points=history_points(trained.history) if trained else _unfinished(folder),
+        exported=_result(ExportResult, export),
+        validated=_read(ValidateResult, validate, "verdicts.json"),
+        lineage=_read(Origin, release, "files/lineage.json"),
         registered=registered,
-        compared=_read(rehearse / "compared.json") if rehearse else None,
-        against=_read(rehearse / AGAINST) if rehearse else None,
+        compared=_read(RehearseResult, rehearse, "compared.json"),
+        against=_read(Against, rehearse, AGAINST),
     )
 
 
@@ -112,13 +184,15 @@ def _digest(stage: Path | None) -> str | None:
     return file_sha256(stage / MANIFEST) if stage else None
 
 
-def _read(path: Path) -> Facts | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read(kind: type[Kind], folder: Path | None, name: str) -> Kind | None:
+    path = folder / name if folder else None
+    return recall(kind, json.loads(path.read_text())) if path and path.is_file() else None
 
 
-def _result(stage: Path | None) -> Facts | None:
-    reply = _read(stage / "result.json") if stage else None
-    return reply["result"] if reply else None
+def _result(kind: type[Kind], stage: Path | None) -> Kind | None:
+    """What the worker of a stage answered."""
+    reply = _read(Reply, stage, RESULT)
+    return recall(kind, reply.result) if reply else None
 
 
 def _unfinished(folder: Path) -> list[Point]:

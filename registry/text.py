@@ -1,9 +1,110 @@
-"""Numbers, sizes and tables as people read them: plain text and markdown."""
+"""Numbers, sizes and tables as people read them. One table has three renderers: a terminal's, markdown's and HTML's.
+
+The third is registry/report/html.py. What stands in a table may come from a user's job or code.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+NARROW = 50
+"""Letters in a line of a phone, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Text that leads somewhere."""
+
+    text: str
+    url: str
+    """http or https; any other one is shown as text."""
+
+    @property
+    def safe(self) -> bool:
+        return re.match(r"https?://[^\s\"'<>]+$", self.url) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A verdict in a cell: the word says it, the color helps."""
+
+    text: str
+    good: bool
+
+
+Cell = str | Link | Mark
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Columns under a header; a table without one holds facts, a name and its value a row."""
+
+    rows: Sequence[Sequence[Cell]]
+    header: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    """What there is to say about single rows, a line each; it stands below."""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a phone has room for its columns; the first one may wrap."""
+        widths = [max(map(len, column)) for column in zip(*self._plain(), strict=True)]
+        return sum([min(14, widths[0]), *widths[1:]]) + len(widths) <= NARROW
+
+    def text(self) -> str:
+        """Columns padded to their widest cell, for terminals and logs."""
+        lines = self._plain()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        padded = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join([*padded, *self.notes])
+
+    def markdown(self, escape: Callable[[str], str] | None = None) -> str:
+        """For Prefect and MLflow; empty when it has no rows.
+
+        Args:
+            escape: What keeps a cell's text from being markup; `escaped` when None. MLflow shows the backslashes of
+                `escaped`, so what goes there passes `str`.
+        """
+        if not self.rows:
+            return ""
+        kept = escape or escaped
+
+        def shown(cell: Cell) -> str:
+            match cell:
+                case Link():
+                    return f"[{kept(cell.text)}](<{cell.url}>)" if cell.safe else kept(cell.text)
+                case Mark():
+                    return kept(cell.text) if cell.good else f"**{kept(cell.text)}**"
+                case str():
+                    return kept(cell)
+
+        header = [kept(name) for name in self.header] or ["what", "value"]
+        # MLflow's page leaves no room between columns; a no-break space does, also where the text is read raw.
+        gap = "\u00a0" * 2
+        body = [header, *([shown(cell) for cell in row] for row in self.rows)]
+        lines = ["| " + " | ".join(one_line(cell) + gap for cell in line) + " |" for line in body]
+        lines.insert(1, "| " + " | ".join(["---"] * len(header)) + " |")
+        notes = [f"- {one_line(kept(note))}" for note in self.notes]
+        return "\n".join([*lines, *([""] if notes else []), *notes])
+
+    def _plain(self) -> list[list[str]]:
+        cells = [[cell if isinstance(cell, str) else cell.text for cell in row] for row in self.rows]
+        return [list(self.header), *cells] if self.header else cells
+
+
+_MARKDOWN = re.compile(r"([\\`*\[\]<>])")
+
+
+def escaped(text: str) -> str:
+    """Text that markdown leaves alone. Pipes are left to the table that it stands in."""
+    return _MARKDOWN.sub(r"\\\1", text)
+
+
+def one_line(text: str) -> str:
+    """Text as a cell of a markdown table, which a pipe or a line break would end early."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def shorten(text: str, limit: int) -> str:
@@ -23,14 +124,6 @@ def clean(text: str) -> str:
     return _NO_TEXT.sub("\ufffd", text)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table."""
-    # MLflow's page leaves no room between columns; a no-break space does, also where the text is read raw.
-    gap = "\u00a0" * 2
-    body = [[cell(value) + gap for value in row] for row in (header, *rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (body[0], ["---"] * len(header), *body[1:]))
-
-
 def number(value: float | None) -> str:
     """Four significant digits; whole numbers without a point."""
     if value is None:
@@ -40,8 +133,10 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
-def file_size(size: int) -> str:
+def file_size(size: int | None) -> str:
     """Bytes in decimal units: `1.2 MB`."""
+    if size is None:
+        return "not measured"
     amount = float(size)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -50,16 +145,6 @@ def file_size(size: int) -> str:
     return f"{amount:.1f} GB"
 
 
-def cell(text: str) -> str:
-    """Text as a cell of a markdown table, which a pipe or a line break would end early."""
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(value.ljust(w) for value, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+def passed_or_failed(passed: bool) -> Mark:
+    """A verdict as a cell."""
+    return Mark(text="passed" if passed else "FAILED", good=passed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -52,7 +51,7 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
                 # First: a NaN in the data is a better reason than the NaN of the loss.
                 read = await call_worker(fork_server, "inspect", inspect_request(job, project), work)
                 facts: InspectResult = decode(InspectResult, read)
-                report = check_data(job.data.checks, dataclasses.asdict(facts), None, "")
+                report = check_data(job.data.checks, facts, None, "")
                 require_good_data(job.name, report)
             request = CheckRequest(
                 project=project,

@@ -14,7 +14,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import models, require_model
 from train_and_ship.registry.channels.revisions import GRAMMAR, resolve_release
 from train_and_ship.registry.diff import Difference, compare
-from train_and_ship.registry.text import text_table
+from train_and_ship.registry.text import Table
 
 LONGEST = 60
 """Characters shown of one value; --json has all of it."""
@@ -50,7 +50,7 @@ def _named(store: ObjectStore, words: Sequence[str]) -> tuple[str, str, str]:
 
 def _table(found: Sequence[Difference]) -> str:
     rows = [(one.group, _short(one.name), _short(one.before), _short(one.after), one.change) for one in found]
-    return text_table(("", "", "before", "after", "change"), rows)
+    return Table(header=("", "", "before", "after", "change"), rows=rows).text()
 
 
 def _short(text: str) -> str:

@@ -12,10 +12,9 @@ from pydantic import Field
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.channels.moves import Verified, described
-from train_and_ship.registry.report.move import HEADER, noticed
-from train_and_ship.registry.report.page import Link
+from train_and_ship.registry.report.move import noticed
 from train_and_ship.registry.report.run import Outcome
-from train_and_ship.registry.text import table
+from train_and_ship.registry.text import Link, Table
 from train_and_ship.tasks.events import ASKED, emit
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.moves import Request
@@ -71,14 +70,14 @@ async def approval(request: Request, verified: Verified) -> Verified:
     asked = f"{target.model}: shall release {target.release} go live on {target.channel}?"
     changes, problem = await what_changes(request, target)
     await show_question(request, verified, asked, changes, problem)
-    rows = noticed(changes)
+    differences = noticed(changes)
     answer = await ask_person(
         "\n\n".join(
             [
                 f"## {target.model}: release `{target.release}` to `{target.channel}`?",
                 f"Now {described(target.live)}.",
                 f"{request.mover.by}: {request.mover.why}",
-                *([table(HEADER, rows)] if rows else []),
+                *([differences.markdown()] if differences.rows else []),
                 "Everything that would change is among this run's artifacts, and in "
                 f"`ship diff {target.model} {target.channel} {target.release[:8]}`.",
             ]
@@ -110,7 +109,7 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
         [
             f"## {name}: release `{release}` to `{channel}`?",
             f"It would replace `{rehearsed.live}`." if rehearsed.live else "Nothing is live yet.",
-            *([table(("metric", "candidate against live"), compared)] if compared else []),
+            *([Table(header=("metric", "candidate against live"), rows=compared).markdown()] if compared else []),
             f"[The whole report, with its charts]({registered.version.report_url}); without them it is among the run's "
             f"artifacts. [MLflow version {registered.version.version}]({registered.version.version_url})",
             registered.description,

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, Decision, record_decision
-from train_and_ship.registry.report.page import Cell
+from train_and_ship.registry.text import Cell
 from train_and_ship.tasks import events
 from train_and_ship.tasks.decide import RetrainPlan, RetrainResult
 from train_and_ship.tasks.policy import worth_retrying

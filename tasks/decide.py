@@ -41,8 +41,8 @@ from train_and_ship.registry.diff import read_told
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes
-from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.text import Cell, Link
 from train_and_ship.tasks.events import UNCHANGED, emit
 from train_and_ship.tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
 from train_and_ship.tasks.outcome import CUT_OFF

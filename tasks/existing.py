@@ -78,7 +78,7 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
         raise GateError(
             f"{target.model}: release {target.release}, as it came back from the bucket, fails: {failed}. It was not "
             f"made live on {target.channel}",
-            verdict_table(result.verdicts),
+            verdict_table(result.verdicts).text(),
         )
     # What failed can be looked at; what passed is in the bucket.
     shutil.rmtree(work)

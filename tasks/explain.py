@@ -7,10 +7,9 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
-from torchworker.contract import ERROR_DECADES, RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
+from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
 from train_and_ship.infra.errors import ShipError
-from train_and_ship.registry.report.parity_failure import parity_report
-from train_and_ship.registry.report.parity_plot import embedded, histograms
+from train_and_ship.registry.report.parity_failure import embedded, error_histograms, parity_report
 from train_and_ship.tasks.export import Exported
 from train_and_ship.tasks.policy import artifact_key
 from train_and_ship.tasks.run import Run
@@ -26,7 +25,7 @@ async def explain(run: Run, exported: Exported, result: ValidateResult) -> Path 
         return None
     where = await _where(run, exported, result)
     path, plot = run.folder / "parity.md", run.folder / "parity.svg"
-    drawn = histograms(result.errors, ERROR_DECADES)
+    drawn = error_histograms(result.errors)
     plot.write_text(drawn)
     path.write_text(parity_report(run.job.name, result.mismatches, where, plot.name))
     # An artifact has no files beside it.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.artifacts import acreate_markdown_artifact
@@ -20,12 +17,13 @@ from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.provenance import code_fingerprint, environment_lock
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.data.checks import check_data, render_data, require_good_data
+from train_and_ship.registry.data.checks import check_data, require_good_data
 from train_and_ship.registry.diff import read_told
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA
-from train_and_ship.registry.run_folder import CHECKS, write_fact
+from train_and_ship.registry.report.data_sections import data_page
+from train_and_ship.registry.run_folder import CHECKS, recall, write_fact
 from train_and_ship.tasks.policy import artifact_key, worth_retrying
 from train_and_ship.tasks.requests import inspect_request
 from train_and_ship.tasks.run import Run
@@ -64,15 +62,14 @@ async def inspect(run: Run) -> Inspected:
     if checks is None:
         return Inspected(reading=reading)
     with run.timed("inspect"):
-        facts = dataclasses.asdict(await reading)
+        facts = await reading
         live, before = await asyncio.to_thread(_live_facts, run)
         if live and before is None:
             get_run_logger().warning("the live release %s does not say what its data was like: no drift is asked", live)
         report = check_data(checks, facts, before, live)
-        write_fact(run.folder, CHECKS, dataclasses.asdict(report))
-    page = render_data(report, facts)
+        write_fact(run.folder, CHECKS, report)
     await acreate_markdown_artifact(
-        f"# Data of {run.job.name}\n\n{page}",
+        data_page(run.job.name, facts, report),
         key=f"data-{artifact_key(run.job.name)}",
         description=f"{len(report.findings)} checks of the data, {len(report.failed)} failed",
     )
@@ -81,13 +78,13 @@ async def inspect(run: Run) -> Inspected:
     return Inspected(reading=reading)
 
 
-def _live_facts(run: Run) -> tuple[str, Mapping[str, Any] | None]:
+def _live_facts(run: Run) -> tuple[str, InspectResult | None]:
     """The live release, empty when there is none, and what its data was like, None where that is not known."""
     live = read_pointer(run.store, run.job.name, run.job.release.channel)
     if live is None:
         return "", None
     try:
-        return live.release, read_told(run.store, run.job.name, live.release).document(DATA) or None
+        return live.release, recall(InspectResult, read_told(run.store, run.job.name, live.release).document(DATA))
     except ReleaseError:
         # It is broken, which the comparison with it says when it comes to that.
         return live.release, None

@@ -16,8 +16,9 @@ from train_and_ship.registry.channels.pointer import ROLLBACK
 from train_and_ship.registry.diff import Difference, compare
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.move import move_page
-from train_and_ship.registry.report.page import Link, markdown
+from train_and_ship.registry.report.page import markdown
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.text import Link
 from train_and_ship.tasks.moves import Moved, Request
 from train_and_ship.tasks.publish import put, show
 from train_and_ship.tasks.run import flow_run_page

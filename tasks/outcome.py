@@ -30,8 +30,8 @@ from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.text import Cell, Link
 from train_and_ship.registry.tracking.live_run import live_run
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.tasks.publish import show_in_prefect, write_report

@@ -15,7 +15,7 @@ from train_and_ship.registry.channels.aliases import alias_of, follow, set_chall
 from train_and_ship.registry.channels.moves import OtherLive, require_not_rolled_back, require_not_stale
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import move_channel
-from train_and_ship.registry.tracking.description import in_short
+from train_and_ship.registry.report.description import in_short
 from train_and_ship.tasks.approval import Answer
 from train_and_ship.tasks.policy import worth_retrying
 from train_and_ship.tasks.register import Registered

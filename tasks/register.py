@@ -19,11 +19,11 @@ from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
-from train_and_ship.registry.report.speed import int8_table, speed_markdown, speed_metrics
-from train_and_ship.registry.run_folder import REGISTERED, write_fact
+from train_and_ship.registry.report.description import describe
+from train_and_ship.registry.report.speed import speed_metrics
+from train_and_ship.registry.run_folder import REGISTERED, Registration, write_fact
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.curves import Point, file_points, latest_of
-from train_and_ship.registry.tracking.description import describe
 from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
 from train_and_ship.tasks.inspect import Inspected, data_fingerprint, snapshot_fingerprint
 from train_and_ship.tasks.policy import worth_retrying
@@ -73,14 +73,14 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         record = _record(run, trained, validated, folder, manifest, description, points)
         version = await asyncio.to_thread(mlflow_versions.register, record, run.settings.mlflow_url)
     get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
-    told = {
-        "stage": file_sha256(folder.parent / STAGE),
-        "release": manifest.release,
-        "version": version.version,
-        "version_url": version.version_url,
-        "run_url": version.run_url,
-    }
-    write_fact(run.folder, REGISTERED, told)
+    registration = Registration(
+        stage=file_sha256(folder.parent / STAGE),
+        release=manifest.release,
+        version=version.version,
+        version_url=version.version_url,
+        run_url=version.run_url,
+    )
+    write_fact(run.folder, REGISTERED, registration)
     return Registered(folder=folder, manifest=manifest, version=version, description=description)
 
 
@@ -154,8 +154,8 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         reference=validated.result.reference,
         captured={kind: validated.exported.result.artifacts[kind].method for kind in validated.formats},
         left_out={**validated.exported.result.left_out, **validated.dropped},
-        int8=int8_table(validated.result.int8) if validated.result.int8 else "",
-        speed=speed_markdown(validated.result.speed) if validated.result.speed else "",
+        int8=validated.result.int8,
+        speed=validated.result.speed,
     )
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -36,7 +35,7 @@ from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.gates import (
-    Beside,
+    VersusLive,
     interval_text,
     require_good_enough,
     require_not_slower,
@@ -45,7 +44,7 @@ from train_and_ship.registry.gates import (
 )
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import VERDICTS
-from train_and_ship.registry.run_folder import AGAINST, write_fact
+from train_and_ship.registry.run_folder import AGAINST, Against, recall, write_fact
 from train_and_ship.registry.text import file_size, number
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.policy import worth_retrying
@@ -86,31 +85,23 @@ class Rehearsed:
         # A run that was killed after the pointer moved finds its own release there.
         if self.live and self.live != self.published.release:
             result = self.result
-            require_good_enough(self.job, self.beside)
+            require_good_enough(self.job, self.versus_live)
             require_not_slower(self.job, result.candidate_speed, result.live_speed, self.live, result.speed_problem)
 
     @property
-    def beside(self) -> Beside:
+    def versus_live(self) -> VersusLive:
         """The quality of both."""
-        return Beside(
-            live=self.live,
-            candidate=self.quality,
-            theirs=self.live_quality,
-            intervals={name: (item.low, item.high) for name, item in self.result.intervals.items()},
-            problem=self.result.live_problem,
-        )
+        return VersusLive.of(self.job, self.result, self.live)
 
     def in_words(self) -> dict[str, str]:
         """What was compared, for the record of the move."""
-        beside = self.beside
-        mine, theirs = (
-            {**beside.candidate, **self.result.candidate_speed},
-            {**beside.theirs, **self.result.live_speed},
-        )
+        versus = self.versus_live
+        mine = {**versus.candidate, **self.result.candidate_speed}
+        theirs = {**versus.theirs, **self.result.live_speed}
         found = {}
         for name, value in mine.items():
             if name in theirs:
-                span = interval_text(beside.intervals.get(name))
+                span = interval_text(versus.intervals.get(name))
                 found[f"{name} vs live"] = f"{number(value)} against {number(theirs[name])}" + (
                     f", {self.job.release.confidence:.0%} interval of the improvement {span}" if span else ""
                 )
@@ -179,7 +170,7 @@ async def hold_against(
         raise GateError(
             f"{run.job.name}: release {manifest.release}, as it came back from the bucket, fails: {names}. "
             "It was not made live.",
-            verdict_table(result.verdicts),
+            verdict_table(result.verdicts).text(),
         )
     result = replace(result, live_problem=problem or result.live_problem)
     if run.job.train.custom_metrics:
@@ -187,17 +178,19 @@ async def hold_against(
     if any(gate.times_live is not None for gate in run.job.gates.values()):
         result = await _measured(run, request, result, work)
     result.write(work / COMPARED)
-    write_fact(work, AGAINST, {"live": live.release if live else "", "speed": _recorded_speed(current)})
+    write_fact(work, AGAINST, Against(live=live.release if live else "", speed=_recorded_speed(current)))
     stage.finish()
     rehearsed = Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
     get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
     return rehearsed
 
 
-def _recorded_speed(live: RehearsedRelease | None) -> Any:
+def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
     """How fast the live release was when it was made, as its own validation wrote it down; None when it did not."""
     path = Path(live.folder) / VERDICTS if live is not None else None
-    return json.loads(path.read_text()).get("speed") if path is not None and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    return recall(MeasureResult, json.loads(path.read_text()).get("speed"))
 
 
 async def _scored(

@@ -11,8 +11,8 @@ from prefect.cache_policies import NO_CACHE
 
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.channels.decisions import PROMOTED as WENT_LIVE
-from train_and_ship.registry.report.page import Cell, Link
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.text import Cell, Link
 from train_and_ship.tasks.events import PROMOTED, emit
 from train_and_ship.tasks.promote import Kept, Promoted
 from train_and_ship.tasks.publish import places, publish

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchworker.contract import (
+    SPEED_GATES,
     CustomMetric,
     DynamicDim,
     Entrypoint,
@@ -20,7 +21,6 @@ from torchworker.contract import (
     TrainSettings,
 )
 from train_and_ship.registry.job.base import Factory
-from train_and_ship.registry.job.gates import SPEED_GATES
 from train_and_ship.registry.job.job import Job
 
 LOADS = 3

@@ -26,7 +26,7 @@ from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.registry.run_folder import ABOUT, write_fact
+from train_and_ship.registry.run_folder import ABOUT, About, write_fact
 from train_and_ship.registry.tracking.connection import check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
@@ -150,14 +150,14 @@ async def _begin(
         live=live,
         ledger=ledger,
     )
-    about = {
-        "job": job.model_dump(mode="json"),
-        "flow_run_id": flow_run_id,
-        "flow_run_name": run.flow_run_name,
-        "git_commit": commit,
-        "snapshot": snapshot_sha256,
-        "begun": run.begun,
-    }
+    about = About(
+        job=job.model_dump(mode="json"),
+        flow_run_id=flow_run_id,
+        flow_run_name=run.flow_run_name,
+        git_commit=commit,
+        snapshot=snapshot_sha256,
+        begun=run.begun,
+    )
     write_fact(folder, ABOUT, about)
     return run
 

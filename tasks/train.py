@@ -20,7 +20,7 @@ from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResul
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
-from train_and_ship.registry.text import file_size, table
+from train_and_ship.registry.text import Table, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.inspect import code_and_packages
@@ -249,7 +249,7 @@ def describe_progress(line: str, event: dict[str, Any]) -> str:
         rows = [(f"rank {rank}", _milliseconds(times.seconds[rank])) for rank in sorted(slowest)]
         if len(times.seconds) > len(rows):
             rows.append((f"median of {len(times.seconds)}", _milliseconds(times.median)))
-        parts.append(table(("process", "step"), rows))
+        parts.append(Table(header=("process", "step"), rows=rows).markdown())
         if times.straggler is not None:
             parts.append(f"**{_describe_straggler(times)}**")
     return "\n\n".join(parts)

@@ -25,7 +25,7 @@ from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.gates import verdict_table, worst
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.report.speed import speed_text
+from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.tasks.explain import explain
 from train_and_ship.tasks.export import Exported
 from train_and_ship.tasks.policy import worth_retrying
@@ -115,7 +115,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
             result.write(work / VERDICTS)
             stage.finish()
     result = ValidateResult.read(stage.path / VERDICTS)
-    table = verdict_table(result.verdicts)
+    table = verdict_table(result.verdicts).text()
     if not result.passed:
         failed = [verdict for verdict in result.verdicts if verdict.ran and not verdict.passed]
         worst_of = ", ".join(f"{item.format} {item.gate} ({item.case})" for item in failed)
@@ -137,7 +137,9 @@ async def validate(run: Run, exported: Exported) -> Validated:
         logger.warning("; ".join(f"{', '.join(formats)} {what}" for what, formats in skipped.items()))
     logger.info("all %d gates passed\n%s", sum(item.ran for item in result.verdicts), table)
     if result.speed is not None:
-        logger.info("speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_text(result.speed))
+        logger.info(
+            "speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_table(result.speed).text()
+        )
     return validated
 
 
@@ -150,7 +152,7 @@ def _require_demanded(validated: Validated) -> None:
     raise GateError(
         f"{validated.job.name}: export.serve: {serve} is not in the release: {why}. Nothing was registered or "
         "promoted; serve: auto takes what is fastest",
-        verdict_table(validated.result.verdicts),
+        verdict_table(validated.result.verdicts).text(),
     )
 
 

@@ -94,16 +94,26 @@ class Message:
         return decoded
 
 
-def decode(kind: Any, value: Any) -> Any:
+def decode(kind: Any, value: Any, *, lenient: bool = False) -> Any:
     """Rebuild a (nested) dataclass from what `dataclasses.asdict` made of it.
 
-    Raises TypeError for missing or unknown fields: both sides are one version of one package, so a mismatch
-    is a bug, not something to guess about.
+    Args:
+        kind: The dataclass, or the type of a field.
+        value: Plain values, as JSON gives them.
+        lenient: Leave unknown fields out, as of a file that another version wrote.
+
+    Raises:
+        TypeError: A field is missing that has no default, or is unknown. Both sides of a request are one version of one
+            package, so there a mismatch is a bug, not something to guess about.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        fields: dict[str, Any] = {name: decode(hints.get(name, Any), item) for name, item in value.items()}
+        fields: dict[str, Any] = {
+            name: decode(hints.get(name, Any), item, lenient=lenient)
+            for name, item in value.items()
+            if name in hints or not lenient
+        }
         return kind(**fields)  # type: ignore[operator]
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -111,11 +121,11 @@ def decode(kind: Any, value: Any) -> Any:
         options = [option for option in arguments if option is not type(None)]
         # `str | Reference`: only a dataclass was turned into a mapping.
         fits = [option for option in options if dataclasses.is_dataclass(option) == isinstance(value, dict)]
-        return decode((fits or options)[0], value)
+        return decode((fits or options)[0], value, lenient=lenient)
     if origin in (tuple, list, Sequence) or getattr(origin, "__name__", "") == "Sequence":
-        return tuple(decode(arguments[0], item) for item in value)
+        return tuple(decode(arguments[0], item, lenient=lenient) for item in value)
     if origin is dict or getattr(origin, "__name__", "") == "Mapping":
-        return {key: decode(arguments[1], item) for key, item in value.items()}
+        return {key: decode(arguments[1], item, lenient=lenient) for key, item in value.items()}
     return value
 
 

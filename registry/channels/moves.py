@@ -286,7 +286,7 @@ def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Ma
 
     manifest: of the live release. Returns what was compared, for the record. Raises GateError.
     """
-    from train_and_ship.registry.gates import Beside, require_good_enough
+    from train_and_ship.registry.gates import VersusLive, require_good_enough
 
     gated = [metric for metric, gate in job.gates.items() if gate.vs_live is not None]
     scored = verified.scored
@@ -297,7 +297,8 @@ def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Ma
         mine, theirs = verified.manifest.metrics, manifest.metrics
         problem, how = "", "as recorded when each was made"
     # Nobody drew samples anew here, so `release.policy` is not asked: a person is.
-    require_good_enough(job, Beside(live=live.release, candidate=mine, theirs=theirs, problem=problem), policy=False)
+    versus = VersusLive(live=live.release, candidate=mine, theirs=theirs, problem=problem)
+    require_good_enough(job, versus, policy=False)
     said = [f"{metric} {mine[metric]:.4g} against {theirs[metric]:.4g}" for metric in gated]
     # Times can only be compared when they are measured side by side, which train-and-ship does.
     timed = [name for name, gate in job.gates.items() if gate.times_live is not None]

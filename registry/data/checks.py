@@ -1,27 +1,20 @@
-"""What the job asks of its data, held against what the data is like. No store, no network.
-
-`Facts` is what a worker found out (`torchworker.contract.InspectResult`) as plain values, and also what a release keeps
-in its data.json.
-"""
+"""What the job asks of its data, held against what the data is like. No store, no network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from torchworker.contract import InspectResult, SplitFacts, TensorFacts
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.data.drift import Bins, Shift, bins_of_columns, bins_of_labels, ks, psi
 from train_and_ship.registry.job.data import Checks, Drift, TensorCheck
-from train_and_ship.registry.text import number, table, text_table
+from train_and_ship.registry.text import Table, number, passed_or_failed
 
-Facts = Mapping[str, Any]
 SPLITS = ("train", "validation")
 TARGET = "target"
 DRAWN = 6
 """Columns whose distributions are drawn: those that moved most."""
-BAR = 24
-"""Characters of a share of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +29,16 @@ class Finding:
     limit: str
     passed: bool
 
-    def row(self) -> tuple[str, ...]:
-        return (self.check, self.where, self.measured, self.limit, "passed" if self.passed else "FAILED")
+    @property
+    def drift(self) -> bool:
+        """Whether it is asked of every column, and is told only when it failed."""
+        return self.check in ("psi", "ks")
 
 
-HEADER = ("check", "where", "measured", "limit", "verdict")
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """A row for each thing that was asked."""
+    rows = [(item.check, item.where, item.measured, item.limit, passed_or_failed(item.passed)) for item in findings]
+    return Table(header=("check", "where", "measured", "limit", "verdict"), rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +67,30 @@ class Report:
         return [finding for finding in self.findings if not finding.passed]
 
 
-NOTHING_ASKED = Report(findings=(), distributions=(), live="")
+def check_data(checks: Checks, facts: InspectResult, live_facts: InspectResult | None, live: str) -> Report:
+    """Ask everything.
 
+    Args:
+        checks: What is asked.
+        facts: What the data is like.
+        live_facts: The same of the live release; None when there is none that tells.
+        live: Its id; empty when there is none.
 
-def check_data(checks: Checks, facts: Facts, live_facts: Facts | None, live: str) -> Report:
-    """Ask everything. live_facts: the live release's data.json; None when there is none.
-
-    Raises GateError for checks that name a tensor that the data does not have.
+    Raises:
+        GateError: The checks name a tensor that the data does not have.
     """
-    known = facts["train"]["tensors"]
+    known = facts.train.tensors
     unknown = [name for name in checks.tensors if name not in known]
     if unknown:
         raise GateError(f"data.checks.tensors: expected {', '.join(known)}; got {', '.join(unknown)}")
     distributions: list[Distribution] = []
-    findings = [finding for split in SPLITS for finding in _of_split(checks, split, facts[split])]
+    splits = zip(SPLITS, (facts.train, facts.validation), strict=True)
+    findings = [finding for name, split in splits for finding in _of_split(checks, name, split)]
     findings += _of_both(checks, facts)
     if live_facts is not None:
         findings += _against(checks, facts, live_facts)
         if checks.drift is not None:
-            distributions = _distributions(facts["train"], live_facts["train"])
+            distributions = _distributions(facts.train, live_facts.train)
             findings += _drift(checks.drift, distributions)
     distributions.sort(key=lambda item: -item.psi.value)
     return Report(findings=findings, distributions=distributions, live=live if live_facts is not None else "")
@@ -102,36 +105,36 @@ def require_good_data(name: str, report: Report) -> None:
         raise GateError(
             f"{name}: the data is not what data.checks asks for: {said}{more}. Nothing was trained. Mend the data, or "
             "change data.checks if this is how it is from now on",
-            text_table(HEADER, [item.row() for item in failed]),
+            findings_table(failed).text(),
         )
 
 
 # ---- one split
 
 
-def _of_split(checks: Checks, split: str, facts: Facts) -> Iterator[Finding]:
-    for name, tensor in facts["tensors"].items():
+def _of_split(checks: Checks, split: str, facts: SplitFacts) -> Iterator[Finding]:
+    for name, tensor in facts.tensors.items():
         where = f"{split} {name}"
         asked = checks.tensors.get(name, TensorCheck())
         yield from _schema(asked, where, tensor)
-        yield _share("missing", where, tensor["missing"], tensor["values"], checks.missing)
+        yield _share("missing", where, tensor.missing, tensor.values, checks.missing)
         if asked.min is not None or asked.max is not None:
-            found = _share("outside", where, tensor["outside"], tensor["values"], checks.outside)
-            span = f"{number(tensor['low'])} to {number(tensor['high'])}"
+            found = _share("outside", where, tensor.outside, tensor.values, checks.outside)
+            span = f"{number(tensor.low)} to {number(tensor.high)}"
             yield Finding(
                 check=found.check, where=where, measured=f"{found.measured}; values {span}",
                 limit=f"{found.limit} outside {_range(asked)}", passed=found.passed,
             )  # fmt: skip
     yield from _labels(checks, split, facts)
-    yield _share("repeated", split, facts["repeated"], facts["samples"], checks.repeated)
+    yield _share("repeated", split, facts.repeated, facts.samples, checks.repeated)
 
 
-def _schema(asked: TensorCheck, where: str, tensor: Facts) -> Iterator[Finding]:
+def _schema(asked: TensorCheck, where: str, tensor: TensorFacts) -> Iterator[Finding]:
     if asked.dtype is not None:
-        passed = tensor["dtype"] == asked.dtype
-        yield Finding(check="schema", where=where, measured=tensor["dtype"], limit=asked.dtype, passed=passed)
+        passed = tensor.dtype == asked.dtype
+        yield Finding(check="schema", where=where, measured=tensor.dtype, limit=asked.dtype, passed=passed)
     if asked.shape is not None:
-        shapes = [list(shape) for shape in tensor["shapes"]]
+        shapes = [list(shape) for shape in tensor.shapes]
         passed = all(
             len(shape) == len(asked.shape)
             and all(want is None or got == want for got, want in zip(shape, asked.shape, strict=True))
@@ -153,8 +156,8 @@ def _share(check: str, where: str, count: int, total: int, limit: float) -> Find
     return Finding(check=check, where=where, measured=measured, limit=f"at most {limit:.2%}", passed=share <= limit)
 
 
-def _labels(checks: Checks, split: str, facts: Facts) -> Iterator[Finding]:
-    asked, labels = checks.labels, facts["labels"]
+def _labels(checks: Checks, split: str, facts: SplitFacts) -> Iterator[Finding]:
+    asked, labels = checks.labels, facts.labels
     where = f"{split} {TARGET}"
     if (asked.allowed is not None or asked.min_share > 0) and not labels:
         yield Finding(
@@ -180,52 +183,50 @@ def _labels(checks: Checks, split: str, facts: Facts) -> Iterator[Finding]:
 # ---- both splits, and the live release's data
 
 
-def _of_both(checks: Checks, facts: Facts) -> Iterator[Finding]:
-    held = facts["validation"]["samples"]
-    yield _share("overlap", "validation samples in the training data", facts["overlap"], held, checks.overlap)
-    samples = facts["train"]["samples"]
+def _of_both(checks: Checks, facts: InspectResult) -> Iterator[Finding]:
+    held = facts.validation.samples
+    yield _share("overlap", "validation samples in the training data", facts.overlap, held, checks.overlap)
+    samples = facts.train.samples
     yield Finding(
         check="samples", where="train", measured=f"{samples:,}", limit=f"at least {checks.samples:,}",
         passed=samples >= checks.samples,
     )  # fmt: skip
 
 
-def _against(checks: Checks, facts: Facts, live: Facts) -> Iterator[Finding]:
+def _against(checks: Checks, facts: InspectResult, live: InspectResult) -> Iterator[Finding]:
     if checks.shrinks is not None:
-        before, now = live["train"]["samples"], facts["train"]["samples"]
+        before, now = live.train.samples, facts.train.samples
         yield _share("shrinks", "train, against the live release", max(0, before - now), before, checks.shrinks)
     if checks.drift is None:
         return
-    for name in dict.fromkeys([*live["train"]["tensors"], *facts["train"]["tensors"]]):
-        before, now = (_form(side["train"]["tensors"].get(name)) for side in (live, facts))
-        yield Finding(
-            check="schema", where=f"train {name}, against the live release", measured=now, limit=before,
-            passed=before == now,
-        )  # fmt: skip
+    for name in dict.fromkeys([*live.train.tensors, *facts.train.tensors]):
+        was, measured = (_form(side.train.tensors.get(name)) for side in (live, facts))
+        where = f"train {name}, against the live release"
+        yield Finding(check="schema", where=where, measured=measured, limit=was, passed=was == measured)
 
 
-def _form(tensor: Facts | None) -> str:
+def _form(tensor: TensorFacts | None) -> str:
     """A tensor's dtype and rank: sizes may differ where a dimension is dynamic."""
     if tensor is None:
         return "none"
-    ranks = sorted({len(shape) for shape in tensor["shapes"]})
-    return f"{tensor['dtype']}, {' or '.join(map(str, ranks))} dimensions"
+    ranks = sorted({len(shape) for shape in tensor.shapes})
+    return f"{tensor.dtype}, {' or '.join(map(str, ranks))} dimensions"
 
 
-def _distributions(now: Facts, before: Facts) -> list[Distribution]:
+def _distributions(now: SplitFacts, before: SplitFacts) -> list[Distribution]:
     found = []
-    for name, column in now["columns"].items():
-        earlier = before["columns"].get(name)
-        if earlier is None or not earlier["values"] or not column["values"]:
+    for name, column in now.columns.items():
+        earlier = before.columns.get(name)
+        if earlier is None or not earlier.values or not column.values:
             continue
-        bins = bins_of_columns(earlier["quantiles"], column["quantiles"])
-        sizes = (earlier["values"], column["values"])
-        distance = ks(earlier["quantiles"], column["quantiles"], *sizes)
+        bins = bins_of_columns(earlier.quantiles, column.quantiles)
+        sizes = (earlier.values, column.values)
+        distance = ks(earlier.quantiles, column.quantiles, *sizes)
         found.append(Distribution(column=name, bins=bins, psi=psi(bins, *sizes), ks=distance))
-    if now["labels"] and before["labels"]:
-        bins = bins_of_labels(before["labels"], now["labels"])
+    if now.labels and before.labels:
+        bins = bins_of_labels(before.labels, now.labels)
         # Labels are counted, not estimated: an empty one is half a sample.
-        sizes = (before["samples"], now["samples"])
+        sizes = (before.samples, now.samples)
         found.append(Distribution(column=TARGET, bins=bins, psi=psi(bins, *sizes, least=0.5 / max(sizes)), ks=None))
     return found
 
@@ -241,43 +242,3 @@ def _drift(asked: Drift, distributions: Sequence[Distribution]) -> Iterator[Find
                     check=check, where=item.column, measured=f"{shift.value:.3g}{chance}", limit=f"at most {limit:g}",
                     passed=not shift.beyond(limit),
                 )  # fmt: skip
-
-
-# ---- in words
-
-
-def render_data(report: Report, facts: Facts) -> str:
-    """The data and its checks as markdown: facts, failures first, and distributions beside the live release's."""
-    splits = [
-        (split, f"{facts[split]['samples']:,}", f"`{facts[split]['fingerprint']}`", f"{facts[split]['repeated']:,}")
-        for split in SPLITS
-    ]
-    parts = [table(("split", "samples", "fingerprint", "repeated"), splits)]
-    passed = [item for item in report.findings if item.passed]
-    shown = [*report.failed, *[item for item in passed if item.check not in ("psi", "ks")]]
-    if shown:
-        parts.append(table(HEADER, [item.row() for item in shown]))
-    still = len([item for item in passed if item.check in ("psi", "ks")])
-    if still:
-        parts.append(f"{still} statistics of drift passed.")
-    if report.distributions:
-        parts.append(f"### Beside the data of the live release `{report.live}`")
-        parts += [_drawn(item) for item in report.distributions[:DRAWN]]
-    if len(report.distributions) > DRAWN:
-        rest = report.distributions[DRAWN:]
-        parts.append(f"{len(rest)} more columns moved less: psi at most {rest[0].psi.value:.3g}.")
-    return "\n\n".join(parts)
-
-
-def _drawn(item: Distribution) -> str:
-    distance = f", ks {item.ks.value:.3g}" if item.ks is not None else ""
-    rows = [
-        (name, f"{before:.1%}", f"{now:.1%}", f"`{_bar(before)}` `{_bar(now)}`")
-        for name, before, now in zip(item.bins.names, item.bins.before, item.bins.now, strict=True)
-    ]
-    title = f"**{item.column}**: psi {item.psi.value:.3g}{distance}"
-    return f"{title}\n\n{table(('values', 'live', 'now', 'live, now'), rows)}"
-
-
-def _bar(share: float) -> str:
-    return ("█" * round(share * BAR)).ljust(BAR, "░")

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
+from torchworker.contract import SPEED_GATES
 from train_and_ship.registry.job.base import Part
-
-METRIC_DIRECTIONS: Mapping[str, Literal["higher", "lower"]] = {
-    "accuracy": "higher",
-    "mean_squared_error": "lower",
-    "mean_absolute_error": "lower",
-}
-"""Quality metrics of ours, and which direction is better. A test keeps it equal to torchworker's."""
-
-SPEED_GATES = ("p50_ms", "p99_ms", "load_ms", "size_mb", "memory_mb")
-"""What else a gate can be put on: milliseconds of a call at batch 1 (median, 99th percentile), milliseconds until the
-first answer, megabytes of the file and of memory. A test keeps it equal to torchworker's."""
 
 
 class Gate(Part):

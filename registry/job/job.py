@@ -14,12 +14,13 @@ from pydantic import (
     model_validator,
 )
 
+from torchworker.contract import METRICS, SPEED_GATES
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.identity import RESERVED_CHANNELS
 from train_and_ship.registry.job.base import Factory, Part, Target, digest
 from train_and_ship.registry.job.data import Checks, Snapshot
 from train_and_ship.registry.job.export import Export
-from train_and_ship.registry.job.gates import METRIC_DIRECTIONS, SPEED_GATES, Gate, require_fitting
+from train_and_ship.registry.job.gates import Gate, require_fitting
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import Train
 
@@ -82,7 +83,7 @@ def _is_measured(name: str, info: ValidationInfo) -> str:
     if train is None:
         # Its own mistakes are told; which metrics it names is not known.
         return name
-    known = [*METRIC_DIRECTIONS, *(item.label for item in train.custom_metrics), *SPEED_GATES]
+    known = [*METRICS, *(item.label for item in train.custom_metrics), *SPEED_GATES]
     if name not in known:
         raise ValueError(f"something that is measured: {', '.join(known)}")
     return name
@@ -144,7 +145,7 @@ class Job(Part):
         # A custom loop's loss is its own.
         if self.train.metrics is None and self.train.entrypoint is None and isinstance(self.train.loss, str):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]
-        return tuple(dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRIC_DIRECTIONS)]))
+        return tuple(dict.fromkeys([*chosen, *(gate for gate in self.gates if gate in METRICS)]))
 
     @property
     def _measured(self) -> tuple[str, ...]:
@@ -174,7 +175,7 @@ class Job(Part):
     def direction(self, metric: str) -> Literal["higher", "lower"]:
         """Which direction of a metric is an improvement."""
         named = {item.label: item.better for item in self.train.custom_metrics}
-        return named.get(metric) or METRIC_DIRECTIONS[metric]
+        return named.get(metric) or METRICS[metric]
 
     @property
     def threads(self) -> int:

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from torchworker.contract import SPEED_GATES
 from train_and_ship.registry.job.base import Factory, Part, Target
-from train_and_ship.registry.job.gates import SPEED_GATES
 from train_and_ship.registry.job.launcher import LOCAL, LauncherOption, check_train
 
 Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.etree.ElementTree import Element, SubElement, fromstring, tostring
 
+from torchworker.contract import ERROR_DECADES
 from train_and_ship.registry.text import clean, number
 
 WIDTH = 360
@@ -19,6 +20,10 @@ POINTS = 200
 LABEL = 26
 """Most characters of a label in a chart; the rest is in its tooltip."""
 SERIES = ("a", "b")
+ERROR_BINS = ("same", f"<1e{ERROR_DECADES[0]}", *(f"1e{decade}" for decade in ERROR_DECADES), "not finite")
+"""Of torchworker.contract.ErrorCounts: powers of ten at which the bins begin."""
+STYLE = "text{fill:#808080;font:11px sans-serif}.a{fill:#4878a8}.bad,text.bad{fill:#c8443c}.axis{stroke:#808080}"
+"""Of an image that stands in somebody else's page, light or dark."""
 Shown = Callable[[float], str]
 
 
@@ -171,14 +176,18 @@ def intervals(spans: Sequence[Span]) -> str:
     return _written(svg)
 
 
-def spread(rows: Sequence[tuple[str, Sequence[int], bool]], names: Sequence[str]) -> str:
-    """Counts in bins, a row of logarithmic bars each. rows: label, counts, whether it failed; names: of the bins."""
+def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
+    """Elements of outputs by how far they are from the model's, a row of logarithmic bars each.
+
+    Args:
+        rows: Label, counts in ERROR_BINS, and whether it failed.
+    """
     row, foot = 58, 26
-    wide = WIDTH / len(names)
-    svg = _svg(row * len(rows) + foot, f"counts by {', '.join(names)} of {', '.join(label for label, _, _ in rows)}")
+    wide = WIDTH / len(ERROR_BINS)
+    svg = _svg(row * len(rows) + foot, f"counts by {', '.join(ERROR_BINS)} of {', '.join(label for label, *_ in rows)}")
     for place, (label, counts, failed) in enumerate(rows):
-        floor = row * (place + 1)
-        _text(svg, 0, floor - 44, label + (" ✗" if failed else ""), css="bad" if failed else "")
+        floor, label = row * (place + 1), label + (" ✗" if failed else "")
+        _text(svg, 0, floor - 44, label, css="bad" if failed else "", longest=44)
         _line(svg, 0, floor, WIDTH, floor, "axis")
         most = math.log1p(max(counts, default=0)) or 1.0
         for bin_, count in enumerate(counts):
@@ -192,12 +201,29 @@ def spread(rows: Sequence[tuple[str, Sequence[int], bool]], names: Sequence[str]
                     "height": f"{tall:.1f}", "class": "bad" if failed else "a",
                 },
             )  # fmt: skip
-            _title(bar, f"{label}, {names[bin_]}: {count:,}")
-    for bin_ in range(0, len(names)):
-        if bin_ in (0, len(names) - 1) or bin_ % 3 == 2:
-            x = 0 if bin_ == 0 else WIDTH if bin_ == len(names) - 1 else wide * (bin_ + 0.5)
-            _text(svg, x, row * len(rows) + 17, names[bin_], anchor=_anchor(x), small=True)
+            _title(bar, f"{label}, {ERROR_BINS[bin_]}: {count:,}")
+    last = len(ERROR_BINS) - 1
+    for bin_, name in enumerate(ERROR_BINS):
+        if bin_ in (0, last) or bin_ % 3 == 2:
+            x = 0 if bin_ == 0 else WIDTH if bin_ == last else wide * (bin_ + 0.5)
+            _text(svg, x, row * len(rows) + 17, name, anchor=_anchor(x), small=True)
     return _written(svg)
+
+
+def image(titled: Mapping[str, str]) -> str:
+    """Charts under each other as one SVG document, for pages that do not have the styles of ours. titled: by title."""
+    document, y = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "width": f"{WIDTH}"}), 0.0
+    SubElement(document, "style").text = STYLE
+    for title, svg in titled.items():
+        _text(document, 0, y + 16, title, longest=WIDTH)
+        chart = fromstring(svg)
+        height = float(chart.attrib["viewBox"].split()[3])
+        document.append(chart)
+        chart.attrib |= {"y": f"{y + 24:g}", "width": f"{WIDTH}", "height": f"{height:g}"}
+        y += height + 40
+    document.set("viewBox", f"0 0 {WIDTH} {y:g}")
+    document.set("height", f"{y:g}")
+    return _written(document)
 
 
 # ---- parts

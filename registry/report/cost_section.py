@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from train_and_ship.registry.cost import BESIDE, Rates, Spent, total
 from train_and_ship.registry.report import charts
-from train_and_ship.registry.report.page import Block, Chart, Section, Table, Text
+from train_and_ship.registry.report.page import Block, Chart, Section, Text
+from train_and_ship.registry.text import Table
 
 
 def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:

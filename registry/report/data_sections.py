@@ -2,90 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from train_and_ship.registry.data.checks import DRAWN, HEADER, SPLITS
+from torchworker.contract import InspectResult
+from train_and_ship.registry.data.checks import DRAWN, SPLITS, Distribution, Report, findings_table
 from train_and_ship.registry.report import charts
-from train_and_ship.registry.report.page import Block, Chart, Mark, Section, Table, Text
+from train_and_ship.registry.report.page import Block, Chart, Page, Section, Text, markdown
+from train_and_ship.registry.text import Table
 
 BINS = 12
 LEAST = 0.0005
 """Smallest population stability index that is drawn: below it the bars look the same."""
 LABELS = 20
 """Most labels that are drawn: the most frequent ones."""
-Facts = Mapping[str, Any]
+BAR = 24
+"""Characters of a share of 1, where there are no pictures."""
 
 
-def data_section(facts: Facts | None, checks: Facts | None) -> Section:
-    """facts: InspectResult; checks: registry.data.checks.Report; both as plain values, None where nobody asked."""
+def data_page(model: str, facts: InspectResult, checks: Report) -> str:
+    """The data and its checks as markdown, for the person who looks before training."""
+    section = data_section(facts, checks)
+    return markdown(
+        Page(title=f"Data of {model}", verdict="", good=True, intro="", facts=Table(rows=()), sections=[section])
+    )
+
+
+def data_section(facts: InspectResult | None, checks: Report | None) -> Section:
+    """None where nobody asked."""
     if facts is None:
         return Section(title="Data", blocks=())
-    blocks: list[Block] = [_splits(facts)]
-    passed: list[Block] = []
+    splits = list(zip(SPLITS, (facts.train, facts.validation), strict=True))
+    rows = [(name, f"{split.samples:,}", f"{split.repeated:,}", split.fingerprint) for name, split in splits]
+    blocks: list[Block] = [Table(header=("split", "samples", "repeated", "fingerprint"), rows=rows)]
+    more: list[Block] = []
     if checks is not None:
-        found, passed = _findings(checks)
-        blocks += found
-        blocks += _drift(checks) if checks["distributions"] else []
+        passed = [item for item in checks.findings if item.passed]
+        told = [item for item in passed if not item.drift]
+        drift = len(passed) - len(told)
+        blocks.append(Text(text=f"{len(passed)} of {len(checks.findings)} checks passed, {drift} of them on drift."))
+        blocks += [findings_table(checks.failed)] if checks.failed else []
+        blocks += _drift(checks) if checks.distributions else []
+        more += [findings_table(told)] if told else []
     blocks += _labels(facts)
-    more = [*passed, *_columns(facts)]
-    return Section(title="Data", blocks=blocks, more=more, more_title="Its columns, and what was checked")
+    return Section(
+        title="Data", blocks=blocks, more=[*more, *_columns(facts)], more_title="Its columns, and what was checked"
+    )
 
 
-def _splits(facts: Facts) -> Table:
-    rows = [
-        (split, f"{facts[split]['samples']:,}", f"{facts[split]['repeated']:,}", facts[split]["fingerprint"])
-        for split in SPLITS
-    ]
-    return Table(header=("split", "samples", "repeated", "fingerprint"), rows=rows)
-
-
-def _findings(checks: Facts) -> tuple[list[Block], list[Block]]:
-    """What failed, and what passed; of drift, which is asked of every column, only how often it passed."""
-    failed = [item for item in checks["findings"] if not item["passed"]]
-    passed = [item for item in checks["findings"] if item["passed"]]
-    told = [item for item in passed if item["check"] not in ("psi", "ks")]
-    said = f"{len(passed)} of {len(checks['findings'])} checks passed, {len(passed) - len(told)} of them on drift."
-    blocks: list[Block] = [Text(text=said)]
-    if failed:
-        blocks.append(_table(failed))
-    return blocks, [_table(told)] if told else []
-
-
-def _table(findings: Sequence[Any]) -> Table:
-    rows = [
-        (
-            item["check"], item["where"], item["measured"], item["limit"],
-            Mark(text="passed" if item["passed"] else "FAILED", good=item["passed"]),
-        )
-        for item in findings
-    ]  # fmt: skip
-    return Table(header=HEADER, rows=rows)
-
-
-def _drift(checks: Facts) -> list[Block]:
-    moved = [item for item in checks["distributions"] if item["psi"]["value"] >= LEAST]
-    said = f"Beside the data of the live release {checks['live']}, " + (
+def _drift(checks: Report) -> list[Block]:
+    moved = [item for item in checks.distributions if item.psi.value >= LEAST]
+    said = f"Beside the data of the live release {checks.live}, " + (
         "what moved most first:" if moved else "nothing moved."
     )
-    blocks: list[Block] = [Text(text=said)]
-    for item in moved[:DRAWN]:
-        bins = item["bins"]
-        rows = list(zip(bins["names"], zip(bins["before"], bins["now"], strict=True), strict=True))
-        distance = f", ks {item['ks']['value']:.3g}" if item["ks"] is not None else ""
-        blocks.append(
-            Chart(
-                title=item["column"], note=f"psi {item['psi']['value']:.3g}{distance}",
-                svg=charts.histogram(rows, ("live", "now"), _percent),
-            )
-        )  # fmt: skip
-    if (left := len(moved) - DRAWN) > 0:
-        blocks.append(Text(text=f"{left} more columns moved less."))
-    return blocks
+    more = moved[DRAWN:]
+    rest = f"{len(more)} more columns moved less: psi at most {more[0].psi.value:.3g}." if more else ""
+    return [Text(text=said), *(_drawn(item) for item in moved[:DRAWN]), *([Text(text=rest)] if rest else [])]
 
 
-def _labels(facts: Facts) -> list[Block]:
-    counts = [facts[split]["labels"] for split in SPLITS]
+def _drawn(item: Distribution) -> Chart:
+    distance = f", ks {item.ks.value:.3g}" if item.ks is not None else ""
+    bins = list(zip(item.bins.names, item.bins.before, item.bins.now, strict=True))
+    rows = [(name, _percent(before), _percent(now), f"{_bar(before)} {_bar(now)}") for name, before, now in bins]
+    return Chart(
+        title=item.column,
+        note=f"psi {item.psi.value:.3g}{distance}",
+        svg=charts.histogram([(name, (before, now)) for name, before, now in bins], ("live", "now"), _percent),
+        instead=Table(header=("values", "live", "now", "live, now"), rows=rows),
+    )
+
+
+def _bar(share: float) -> str:
+    return ("█" * round(share * BAR)).ljust(BAR, "░")
+
+
+def _labels(facts: InspectResult) -> list[Block]:
+    counts = [facts.train.labels, facts.validation.labels]
     if not all(counts):
         return []
     names = sorted({*counts[0], *counts[1]}, key=lambda name: -counts[0].get(name, 0))
@@ -99,11 +90,11 @@ def _labels(facts: Facts) -> list[Block]:
     return [Chart(title="Labels", note=note, svg=charts.histogram(rows, SPLITS, _percent))]
 
 
-def _columns(facts: Facts) -> list[Block]:
+def _columns(facts: InspectResult) -> list[Block]:
     blocks: list[Block] = []
-    held = facts["validation"]["columns"]
-    for name, column in list(facts["train"]["columns"].items())[:DRAWN]:
-        quantiles, other = column["quantiles"], held.get(name, {}).get("quantiles", ())
+    for name, column in list(facts.train.columns.items())[:DRAWN]:
+        held_out = facts.validation.columns.get(name)
+        quantiles, other = column.quantiles, held_out.quantiles if held_out else ()
         if not quantiles:
             continue
         low, high = min([*quantiles, *other]), max([*quantiles, *other])
@@ -118,7 +109,7 @@ def _columns(facts: Facts) -> list[Block]:
             for place in range(len(bins))
         ]
         blocks.append(Chart(title=name, note="from percentiles", svg=charts.histogram(rows, SPLITS, _percent)))
-    if (left := len(facts["train"]["columns"]) - DRAWN) > 0:
+    if (left := len(facts.train.columns) - DRAWN) > 0:
         blocks.append(Text(text=f"{left} more columns are in data.json of the release."))
     return blocks
 

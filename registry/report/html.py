@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from train_and_ship.registry.report.page import Block, Chart, Lines, Link, Mark, Page, Table
-from train_and_ship.registry.text import clean
+from train_and_ship.registry.report.page import Block, Chart, Lines, Page
+from train_and_ship.registry.text import Link, Mark, Table, clean
 
 TEMPLATE = "page.html.jinja"
 

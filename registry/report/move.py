@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from train_and_ship.registry.channels.moves import Scored, Verified
 from train_and_ship.registry.diff import Difference
-from train_and_ship.registry.report.page import Cell, Page, Section, Table, Text
+from train_and_ship.registry.report.page import Page, Section, Text
 from train_and_ship.registry.report.run import Outcome, decision_section
-from train_and_ship.registry.text import number
+from train_and_ship.registry.text import Cell, Table, number
 
 NOTICED = ("metrics", "parity", "latency", "size", "signature")
 """Groups of differences that whoever calls the model notices; the others tell where they come from."""
-HEADER = ("what", "name", "before", "after", "change")
 
 
 def move_page(
@@ -42,22 +41,23 @@ def move_page(
     )
 
 
-def noticed(changes: Sequence[Difference]) -> list[Sequence[str]]:
-    """Rows under HEADER of what whoever calls the model notices."""
-    return [_row(one) for one in changes if one.group in NOTICED]
+def noticed(changes: Sequence[Difference]) -> Table:
+    """What whoever calls the model notices."""
+    return _table([one for one in changes if one.group in NOTICED])
 
 
 def _changes(title: str, changes: Sequence[Difference]) -> Section:
-    first, rest = noticed(changes), [_row(one) for one in changes if one.group not in NOTICED]
+    first, rest = noticed(changes), _table([one for one in changes if one.group not in NOTICED])
     if not changes:
         return Section(title=title, blocks=[Text(text="No difference.")])
-    blocks = [Table(header=HEADER, rows=first)] if first else [Text(text="Nothing that a caller would notice.")]
-    more = [Table(header=HEADER, rows=rest)] if rest else []
+    blocks = [first] if first.rows else [Text(text="Nothing that a caller would notice.")]
+    more = [rest] if rest.rows else []
     return Section(title=title, blocks=blocks, more=more, more_title="Code, data, training, packages, job")
 
 
-def _row(one: Difference) -> Sequence[str]:
-    return (one.group, one.name, one.before, one.after, one.change)
+def _table(differences: Sequence[Difference]) -> Table:
+    rows = [(one.group, one.name, one.before, one.after, one.change) for one in differences]
+    return Table(header=("what", "name", "before", "after", "change"), rows=rows)
 
 
 def _checked(checked: Mapping[str, str]) -> Section:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
-from train_and_ship.registry.text import table
+from torchworker.contract import ErrorCounts, Mismatch
+from train_and_ship.registry.report import charts
+from train_and_ship.registry.text import Table
 
 SHOWN = 5
 """Questions shown a format; the rest is counted."""
 
 
-class Mismatch(Protocol):
-    """One question on which an artifact is not the model."""
-
-    @property
-    def format(self) -> str: ...
-    @property
-    def probe(self) -> str: ...
-    @property
-    def output(self) -> str: ...
-    @property
-    def note(self) -> str: ...
-    @property
-    def ratio(self) -> float:
-        """How many times the limit."""
-
-    @property
-    def distribution(self) -> Sequence[str]: ...
-
-
 def parity_report(model: str, mismatches: Sequence[Mismatch], where: Mapping[str, str], histograms: str = "") -> str:
-    """Markdown. where: format to the place at which it leaves the model, in words; histograms: address of an image of
-    how far all formats are from the model, empty for none."""
+    """The report as markdown.
+
+    Args:
+        model: The model's name.
+        mismatches: The worst of a format first.
+        where: Format to the place at which it leaves the model, in words.
+        histograms: Address of an image of how far all formats are from the model; empty for none.
+    """
     sections = [
         f"# {model}: artifacts that are not the model",
         "Every format was asked the questions of docs/parity.md; these are the answers that differ by more than "
@@ -51,7 +40,7 @@ def parity_report(model: str, mismatches: Sequence[Mismatch], where: Mapping[str
             for item in mine[:SHOWN]
         ]
         sections.append(f"## {kind}\n\n**Where:** {where.get(kind, 'not looked for')}.")
-        sections.append(table(("question", "output", "× limit", "what"), rows))
+        sections.append(Table(header=("question", "output", "× limit", "what"), rows=rows).markdown(str))
         if len(mine) > SHOWN:
             sections.append(f"And {len(mine) - SHOWN} more.")
         counted = next((item for item in mine if item.distribution), None)
@@ -59,3 +48,18 @@ def parity_report(model: str, mismatches: Sequence[Mismatch], where: Mapping[str
             bars = "\n".join(counted.distribution)
             sections.append(f"Size of the differences, {counted.output} on {counted.probe}:\n\n```text\n{bars}\n```")
     return "\n\n".join(sections) + "\n"
+
+
+def error_histograms(counts: Sequence[ErrorCounts]) -> str:
+    """An SVG document: how far artifacts are from the model, a row for each format and kind of probe."""
+    absolute = [(f"{item.format}: {item.probes}", item.absolute, item.failed) for item in counts]
+    relative = [(f"{item.format}: {item.probes}", item.relative, item.failed) for item in counts]
+    return charts.image({
+        "|artifact − model|": charts.error_histogram(absolute),
+        "|artifact − model| ÷ rms of the output": charts.error_histogram(relative),
+    })  # fmt: skip
+
+
+def embedded(svg: str) -> str:
+    """The address of an image that is in the text itself, for pages that have no files beside them."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

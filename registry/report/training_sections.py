@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from train_and_ship.registry.report import charts
-from train_and_ship.registry.report.page import Block, Cell, Chart, Section, Table, Text
+from train_and_ship.registry.report.page import Block, Chart, Section, Text
 from train_and_ship.registry.run_folder import RunFiles
-from train_and_ship.registry.text import number
+from train_and_ship.registry.text import Cell, Table, number
 from train_and_ship.registry.tracking.curves import Point
 
 CURVES = 12
@@ -48,7 +48,7 @@ def curves_section(files: RunFiles) -> Section:
 
 
 def _by_step(files: RunFiles) -> bool:
-    history = files.trained["history"] if files.trained else ()
+    history = files.trained.history if files.trained else ()
     return "step" in history[0] if history else files.job.train.entrypoint is not None
 
 
@@ -77,7 +77,7 @@ def training_section(files: RunFiles) -> Section:
     if trained is None:
         rows.append(("data", job.data.factory))
     else:
-        held = f"{trained['train_samples']:,} samples, {trained['validation_samples']:,} held out"
-        rows += [("data", f"{job.data.factory}, {held}"), *trained["environment"].items()]
-        rows += [("note", note) for note in trained["notes"]]
+        held = f"{trained.train_samples:,} samples, {trained.validation_samples:,} held out"
+        rows += [("data", f"{job.data.factory}, {held}"), *trained.environment.items()]
+        rows += [("note", note) for note in trained.notes]
     return Section(title="What was trained", blocks=[Table(rows=rows)])

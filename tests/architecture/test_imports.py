@@ -49,7 +49,7 @@ ROOMS = {
         "data": {"identity", "job", "text", "release", "bucket"},
         "diff": {"bucket", "release", "text"},
         "lineage": {"diff", "job", "release"},
-        "run_folder": {"job", "cost", "tracking"},
+        "run_folder": {"job", "cost", "tracking", "data"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff"},
         "serving": {"bucket"},

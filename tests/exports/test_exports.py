@@ -108,7 +108,7 @@ def test_a_check_that_this_machine_cannot_run_is_not_passed(stages: OpenStages) 
         False,
         "not run: no cmake on this machine",
     )
-    assert possible.passed and "not run" in verdict_table(possible.verdicts)
+    assert possible.passed and "not run" in verdict_table(possible.verdicts).text()
     assert not opened.validate("required", no_runner="no cmake on this machine").passed
 
 

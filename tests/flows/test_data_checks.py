@@ -80,7 +80,7 @@ def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributio
     assert project.live.release == live_now and project.live.generation <= before.generation + 1
     _, artifacts = read_run(decision.flow_run)
     (page,) = [str(artifact.data) for artifact in artifacts if artifact.key == "data-drifting"]
-    assert f"Beside the data of the live release `{live_now}`" in page and "█" in page
+    assert f"Beside the data of the live release {live_now}" in page and "█" in page
     report = checked((stack.runs / "drifting" / decision.flow_run / "report.html").read_text())
     assert "drifting: refused" in report.text and f"Beside the data of the live release {live_now}" in report.text
     assert report.headings[:2] == ["Decision", "Data"] and report.charts >= 4

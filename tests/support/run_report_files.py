@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from torchworker.contract import decode
 from train_and_ship.registry.cost import Rates, Spent
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.report.page import Link, Page
+from train_and_ship.registry.report.page import Page
 from train_and_ship.registry.report.run import Outcome, run_page
 from train_and_ship.registry.run_folder import RunFiles
+from train_and_ship.registry.text import Link
 from train_and_ship.registry.tracking.curves import Point
 
 EVIL = "<script>alert(1)</script>"
@@ -43,7 +45,10 @@ def speed(factor: float) -> dict[str, Any]:
         "format": "onnx", "bytes": 1000, "load_ms": 3.0, "memory_bytes": None, "problem": "",
         "speeds": [calls(1), calls(64)],
     }  # fmt: skip
-    return {"measured": {"onnx": onnx}, "serve": {"latency": "onnx"}, "threads": 1, "machine": f"a machine {EVIL}"}
+    return {
+        "measured": {"onnx": onnx}, "serve": {"latency": "onnx"}, "threads": 1, "machine": f"a machine {EVIL}",
+        "speedups": {}, "too_slow": {}, "verdicts": [],
+    }  # fmt: skip
 
 
 def verdict(gate: str, case: str, measured: float, passed: bool = True, note: str = "") -> dict[str, Any]:
@@ -59,7 +64,7 @@ def run_files(**changes: Any) -> RunFiles:
         "folder": Path("/runs/hostile/one"),
         "job": JOB,
         "about": {
-            "flow_run_name": EVIL, "flow_run_id": "0" * 8, "git_commit": "abc", "snapshot": "",
+            "job": {}, "flow_run_name": EVIL, "flow_run_id": "0" * 8, "git_commit": "abc", "snapshot": "",
             "begun": "2026-11-24T02:00:00.000+00:00",
         },
         "costs": [Spent(stage="train", wall=10.0, cpu=18.0, gpu=0.0, attempts=1)],
@@ -82,7 +87,8 @@ def run_files(**changes: Any) -> RunFiles:
         },
         "made_from": {"git_commit": "abc", "code": "c" * 16, "packages": {"torch": "2.13.0", "python": "3.11.2"}},
         "trained": {
-            "train_samples": 90, "validation_samples": 10, "data_fingerprint": "d" * 32, "environment": {"torch": "2"},
+            "weights": "w", "train_samples": 90, "validation_samples": 10, "data_fingerprint": "d" * 32,
+            "environment": {"torch": "2"},
             "notes": [EVIL], "history": [{"epoch": 1}],
         },
         "points": [
@@ -90,12 +96,18 @@ def run_files(**changes: Any) -> RunFiles:
             for step, value in ((1, 1.0), (2, 0.5))
             for name in ("train_loss", "validation_loss", f"validation_{EVIL}")
         ],
-        "exported": {"artifacts": {"onnx": {"method": EVIL}}, "left_out": {"pt2": EVIL_MARKDOWN}},
+        "exported": {
+            "artifacts": {"onnx": {"file": "model.onnx", "method": EVIL, "seconds": 1.0}},
+            "left_out": {"pt2": EVIL_MARKDOWN}, "libraries": [], "inputs": [], "outputs": [], "dims": [],
+            "reference": EVIL,
+        },
         "validated": {
             "verdicts": [verdict("parity", "batch 1", 0.25), verdict(EVIL, "10 samples", 2.0, False, EVIL_IMAGE)],
             "reference": "the model in float64", "validation_samples": 10, "metrics": {"onnx": {EVIL: 0.5}},
             "int8": {}, "speed": speed(1.0),
-            "errors": [{"format": "onnx", "probes": "batches", "failed": False, "relative": [5] + [1] * 14}],
+            "errors": [
+                {"format": "onnx", "probes": "batches", "failed": False, "absolute": [], "relative": [5] + [1] * 14}
+            ],
         },
         "lineage": {"start": "", "inputs": {"config": "e" * 16}},
         "registered": {
@@ -103,13 +115,17 @@ def run_files(**changes: Any) -> RunFiles:
             "run_url": "http://127.0.0.1:5000/#/experiments/1/runs/2", "stage": "",
         },
         "compared": {
-            "live_problem": "", "candidate": {"onnx": {"accuracy": 0.9}},
+            "verdicts": [], "live_problem": "", "candidate": {"onnx": {"accuracy": 0.9}},
             "live": {"onnx": {"accuracy": 0.8}}, "samples": 10, "candidate_speed": {}, "live_speed": {},
             "intervals": {"accuracy": {"low": -0.01, "high": 0.2}},
         },
         "against": {"live": "r1", "speed": speed(2.0)},
     }  # fmt: skip
-    return RunFiles(**{**known, **changes})
+    kinds = get_type_hints(RunFiles)
+    asked = {**known, **changes}
+    return RunFiles(**{
+        name: decode(kinds[name], value) if isinstance(value, dict) else value for name, value in asked.items()
+    })  # fmt: skip
 
 
 def ended(**changes: Any) -> Outcome:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from torchworker.contract import InspectResult, decode
 from train_and_ship.infra.errors import GateError
-from train_and_ship.registry.data.checks import Report, check_data, render_data, require_good_data
+from train_and_ship.registry.data.checks import Report, require_good_data
+from train_and_ship.registry.data.checks import check_data as check_decoded
 from train_and_ship.registry.data.drift import bins_of_columns, bins_of_labels, ks, psi
 from train_and_ship.registry.job.data import Checks
+from train_and_ship.registry.report.data_sections import data_page
 
 
 def percentiles(values: Any) -> list[float]:
@@ -42,7 +45,17 @@ def facts(mean: float = 0.0, seed: int = 0, labels: dict[str, int] | None = None
             "repeated": 0,
         }
 
-    return {"train": split(2000), "validation": split(500), "overlap": 0}
+    return {"train": split(2000), "validation": split(500), "overlap": 0, "seconds": 0.0}
+
+
+def known(found: dict[str, Any]) -> InspectResult:
+    """Facts as a worker's answer is read."""
+    decoded: InspectResult = decode(InspectResult, found)
+    return decoded
+
+
+def check_data(checks: Checks, now: dict[str, Any], live: dict[str, Any] | None, release: str) -> Report:
+    return check_decoded(checks, known(now), None if live is None else known(live), release)
 
 
 def failures(checks: dict[str, Any], now: dict[str, Any], live: dict[str, Any] | None = None) -> list[str]:
@@ -159,11 +172,11 @@ def test_a_constant_that_moved_and_a_new_label_are_seen() -> None:
 
 
 def test_a_refusal_names_check_place_value_and_limit_and_the_page_draws_what_moved() -> None:
-    report: Report = check_data(Checks(), facts(mean=0.7), facts(seed=5), "r1")
+    report = check_data(Checks(), facts(mean=0.7), facts(seed=5), "r1")
     with pytest.raises(GateError) as caught:
         require_good_data("digits", report)
     assert "psi of x[0]: 0." in caught.value.message and "expected at most 0.25" in caught.value.message
     assert "Nothing was trained" in caught.value.message and "FAILED" in caught.value.table
-    page = render_data(report, facts(mean=0.7))
-    assert "data of the live release `r1`" in page and "█" in page
-    assert page.index("**x[0]**") < page.index("**x[1]**")
+    page = data_page("digits", known(facts(mean=0.7)), report)
+    assert "data of the live release r1" in page and "█" in page
+    assert page.index(r"**x\[0\]**") < page.index(r"**x\[1\]**")

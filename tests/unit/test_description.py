@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from torchworker.contract import Verdict
+from train_and_ship.registry.report import description
 from train_and_ship.registry.text import shorten
-from train_and_ship.registry.tracking import description
 
 
-@dataclass(frozen=True)
-class Verdict:
-    format: str
-    gate: str
-    case: str
-    measured: float | None
-    limit: str
-    passed: bool = True
-    note: str = ""
-    ran: bool = True
+def verdict(format: str, gate: str, case: str, measured: float | None, limit: str, **more: Any) -> Verdict:
+    return Verdict(
+        **{"format": format, "gate": gate, "case": case, "measured": measured, "limit": limit, "passed": True, **more}
+    )
 
 
 def describe(**changes: Any) -> str:
@@ -28,9 +22,9 @@ def describe(**changes: Any) -> str:
         "formats": {"onnx": "model.onnx", "pt2": "model.pt2"},
         "sizes": {"model.onnx": 14_900, "model.pt2": 2_500_000},
         "verdicts": [
-            Verdict("onnx", "parity", "batch 1", 1.25, "<= 8"),
-            Verdict("pt2", "parity", "batch 1", 0.0, "<= 8"),
-            Verdict("onnx", "accuracy", "360 samples", 0.97777, ">= 0.97"),
+            verdict("onnx", "parity", "batch 1", 1.25, "<= 8"),
+            verdict("pt2", "parity", "batch 1", 0.0, "<= 8"),
+            verdict("onnx", "accuracy", "360 samples", 0.97777, ">= 0.97"),
         ],
         "metrics": {"onnx": {"accuracy": 0.97777}, "pt2": {"accuracy": 0.97777}},
         "training": {"epoch": 12, "train_loss": 0.05, "time": 1e9},
@@ -62,7 +56,7 @@ def test_files_are_listed_with_their_sizes() -> None:
 
 
 def test_a_failed_gate_stands_out_with_its_note() -> None:
-    failed = Verdict("onnx", "accuracy", "360 samples", None, ">= 0.97", passed=False, note="a | b\nc")
+    failed = verdict("onnx", "accuracy", "360 samples", None, ">= 0.97", passed=False, note="a | b\nc")
     text = lines(describe(verdicts=[failed]))
     assert "1 of 1 gates failed" in text[0]
     assert "| accuracy | 360 samples | >= 0.97 | **not measured ✗ failed** |" in text

@@ -8,7 +8,14 @@ from tests.support.projects import write_project
 from torchworker.contract import Interval, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.bucket.releases import Published
-from train_and_ship.registry.gates import Beside, compare, require_good_enough, require_not_slower, verdict_table, worst
+from train_and_ship.registry.gates import (
+    VersusLive,
+    compare,
+    require_good_enough,
+    require_not_slower,
+    verdict_table,
+    worst,
+)
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.rehearse import Rehearsed
@@ -21,16 +28,16 @@ def job(folder: Path, **gates: object) -> Job:
 def require_not_worse(
     job: Job, candidate: dict[str, float], live: dict[str, float], name: str, problem: str = ""
 ) -> None:
-    require_good_enough(job, Beside(live=name, candidate=candidate, theirs=live, problem=problem))
+    require_good_enough(job, VersusLive(live=name, candidate=candidate, theirs=live, problem=problem))
 
 
 def judged(folder: Path, release: dict[str, object], low: float, high: float) -> bool:
     """Whether a policy lets a candidate pass whose improvement in accuracy lies between these two."""
     one = load_job(write_project(folder, release=release))[0]
-    beside = Beside(
+    versus = VersusLive(
         live="r1", candidate={"accuracy": 0.9}, theirs={"accuracy": 0.9}, intervals={"accuracy": (low, high)}
     )
-    return all(item.passed for item in compare(one, beside))
+    return all(item.passed for item in compare(one, versus))
 
 
 def test_better_needs_the_whole_interval_above_the_margin(tmp_path: Path) -> None:
@@ -53,20 +60,20 @@ def test_always_asks_nothing_and_an_interval_that_is_no_number_fails(tmp_path: P
 
 def test_a_policy_without_an_interval_fails_closed_and_says_why(tmp_path: Path) -> None:
     one = load_job(write_project(tmp_path, release={"policy": "better"}))[0]
-    beside = Beside(live="r1", candidate={"accuracy": 0.99}, theirs={"accuracy": 0.5})
+    versus = VersusLive(live="r1", candidate={"accuracy": 0.99}, theirs={"accuracy": 0.5})
     with pytest.raises(GateError, match=r"is not shown to be better than the live release r1: .*no interval"):
-        require_good_enough(one, beside)
+        require_good_enough(one, versus)
     with pytest.raises(GateError, match=r"ship once without release.policy: better"):
-        require_good_enough(one, Beside(live="r1", candidate={}, theirs={}, problem="its inputs are y"))
+        require_good_enough(one, VersusLive(live="r1", candidate={}, theirs={}, problem="its inputs are y"))
 
 
 def test_a_refusal_shows_both_numbers_and_the_interval(tmp_path: Path) -> None:
     one = load_job(write_project(tmp_path, release={"policy": "better", "margin": 0.01}))[0]
-    beside = Beside(
+    versus = VersusLive(
         live="r1", candidate={"accuracy": 0.91}, theirs={"accuracy": 0.9}, intervals={"accuracy": (-0.012, 0.03)}
     )
     with pytest.raises(GateError) as caught:
-        require_good_enough(one, beside)
+        require_good_enough(one, versus)
     assert "accuracy 0.91 against 0.9, improvement +0.01, 95% interval -0.012 to +0.03" in caught.value.message
     assert "95% sure > 0.01" in caught.value.table and "FAILED" in caught.value.table
 
@@ -143,7 +150,7 @@ def test_the_table_shows_numbers_limits_and_what_was_not_measured() -> None:
             Verdict(format="onnx", gate="parity", case="batch 1", measured=0.25, limit="<= 1", passed=True),
             Verdict(format="pt2", gate="accuracy", case="9 samples", measured=None, limit=">= 1", passed=False),
         ]
-    )
+    ).text()
     assert "onnx    parity    batch 1    0.25          <= 1   passed" in table
     assert "pt2     accuracy  9 samples  not measured  >= 1   FAILED" in table
 

@@ -12,8 +12,9 @@ from train_and_ship.registry.diff import Difference
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.move import move_page, noticed
-from train_and_ship.registry.report.page import Link, markdown
+from train_and_ship.registry.report.page import markdown
 from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.text import Link
 
 EVIL = "<script>alert(1)</script>"
 LIVE = Pointer(
@@ -52,7 +53,7 @@ def test_it_tells_who_moved_what_and_everything_that_changes_by_it() -> None:
 
 
 def test_a_person_who_is_asked_sees_first_what_a_caller_would_notice() -> None:
-    assert [row[1] for row in noticed(CHANGES)] == [f"accuracy {EVIL}"]
+    assert [row[1] for row in noticed(CHANGES).rows] == [f"accuracy {EVIL}"]
 
 
 def test_a_release_whose_own_record_is_damaged_can_be_left_and_the_report_says_what_nobody_can_tell() -> None:

@@ -7,8 +7,7 @@ import torch
 
 from torchworker.contract import ERROR_DECADES, ErrorCounts, Mismatch
 from torchworker.parity.histogram import ErrorHistogram
-from train_and_ship.registry.report.parity_failure import parity_report
-from train_and_ship.registry.report.parity_plot import embedded, histograms
+from train_and_ship.registry.report.parity_failure import embedded, error_histograms, parity_report
 
 
 def mismatch(probe: str, ratio: float = 3.5) -> Mismatch:
@@ -63,14 +62,15 @@ def test_differences_are_counted_by_decade_absolute_and_in_units_of_the_output()
 
 
 def test_histograms_are_a_picture_with_a_row_for_each_kind_of_probe_and_the_failed_ones_red() -> None:
-    svg = histograms(spread(), ERROR_DECADES)
+    svg = error_histograms(spread())
     root = ElementTree.fromstring(svg)
     space = "{http://www.w3.org/2000/svg}"
-    bars = root.findall(f"{space}rect")
+    bars = root.findall(f".//{space}rect")
     titles = [bar.findtext(f"{space}title") for bar in bars]
     assert "onnx: drawn ✗, same: 7" in titles and "onnx: batches, same: 10" in titles
-    assert {bar.get("fill") for bar, title in zip(bars, titles, strict=True) if "drawn" in str(title)} == {"#c8443c"}
-    assert {bar.get("fill") for bar, title in zip(bars, titles, strict=True) if "batches" in str(title)} == {"#4878a8"}
+    assert {bar.get("class") for bar, title in zip(bars, titles, strict=True) if "drawn" in str(title)} == {"bad"}
+    assert {bar.get("class") for bar, title in zip(bars, titles, strict=True) if "batches" in str(title)} == {"a"}
+    assert ".a{fill:#4878a8}" in svg and ".bad,text.bad{fill:#c8443c}" in svg
     assert all(0 < float(str(bar.get("x"))) < float(str(root.get("width"))) for bar in bars)
     address = embedded(svg)
     assert base64.b64decode(address.removeprefix("data:image/svg+xml;base64,")).decode() == svg

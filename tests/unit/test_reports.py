@@ -13,8 +13,9 @@ from torchworker.custom_loop import reporting
 from torchworker.custom_loop.reporting import ALL_KEPT, Reports
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
-from train_and_ship.registry.report.page import Page, Section, Table, markdown
+from train_and_ship.registry.report.page import Page, Section, markdown
 from train_and_ship.registry.report.training_sections import ROWS, history_tables
+from train_and_ship.registry.text import Table
 from train_and_ship.registry.tracking.curves import event_points, history_points, latest_of
 from train_and_ship.tasks.train import describe_report
 

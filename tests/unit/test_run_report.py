@@ -11,12 +11,14 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.support.html_pages import checked
-from tests.support.run_report_files import EVIL, EVIL_IMAGE, EVIL_MARKDOWN, page_of, run_files
+from tests.support.run_report_files import EVIL, EVIL_IMAGE, EVIL_MARKDOWN, page_of, run_files, speed
 from train_and_ship.registry.cost import FLOW, LEDGER, Ledger, Rates, Spent, read_costs
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section, duration, money
 from train_and_ship.registry.report.html import html
-from train_and_ship.registry.report.page import Page, Section, Table, Text, markdown
+from train_and_ship.registry.report.page import Page, Section, Text, markdown
+from train_and_ship.registry.run_folder import Against, recall
+from train_and_ship.registry.text import Table
 
 
 def test_names_that_are_attacks_are_shown_and_do_nothing() -> None:
@@ -74,6 +76,16 @@ def test_markdown_and_html_say_the_same_numbers() -> None:
     numbers = set(re.findall(r"\d+\.\d+", checked(html(page)).text))
     told = set(re.findall(r"\d+\.\d+", re.sub(r"<http\S+>", "", markdown(page))))
     assert told <= numbers
+
+
+def test_what_another_version_wrote_is_read_as_far_as_it_is_known() -> None:
+    written = {"live": "r1", "speed": {**speed(1.0), "watts": 3.0}, "weather": "fine"}
+    found = recall(Against, written)
+    assert found is not None and found.live == "r1"
+    assert found.speed is not None and found.speed.measured["onnx"].speeds[1].p50_ms == 64.0
+    assert recall(Against, {"live": "r1"}) == Against(live="r1")
+    # What lacks what a section shows is left out, and the page is made all the same.
+    assert recall(Against, {"speed": None}) is None and recall(Against, {"live": "r1", "speed": [1]}) is None
 
 
 # ---- cost
@@ -154,7 +166,7 @@ def test_charts_are_well_formed_for_numbers_that_are_awkward() -> None:
         charts.lines({"long": [(float(x), float(x % 7)) for x in range(5000)]}, "step"),
         charts.bars([("zero", [0.0]), ("none", [None])], ["only"]),
         charts.intervals([charts.Span(name="equal", low=0.0, high=0.0, middle=0.0, limit=0.0, passed=False)]),
-        charts.spread([("nothing", [0, 0], False)], ["a", "b"]),
+        charts.error_histogram([("nothing", [0] * len(charts.ERROR_BINS), False)]),
         charts.bars([("control\x00\x1b characters", [1.0])], ["only"]),
     ]
     for svg in drawn:

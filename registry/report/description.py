@@ -1,0 +1,115 @@
+"""The markdown that people read on a model version's page in MLflow.
+
+That page shows neither metrics nor files of its own, so the description carries them. Its first line is plain
+text, because lists of versions show it unrendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torchworker.contract import PARITY, Int8, MeasureResult, Verdict
+from train_and_ship.registry.gates import verdicts_by_format
+from train_and_ship.registry.report.proof_sections import capture_table, metric_table
+from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
+from train_and_ship.registry.text import Table, file_size, number, one_line
+
+
+def describe(
+    *,
+    model: str,
+    release: str,
+    formats: Mapping[str, str],
+    sizes: Mapping[str, int],
+    verdicts: Sequence[Verdict],
+    metrics: Mapping[str, Mapping[str, float]],
+    training: Mapping[str, float],
+    links: Mapping[str, str],
+    reference: str = "the trained model",
+    captured: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
+    speed: MeasureResult | None = None,
+    int8: Mapping[str, Int8] | None = None,
+) -> str:
+    """Describe one version.
+
+    Args:
+        model: Its name.
+        release: The release that the version holds.
+        formats: Format to file name.
+        sizes: File name to bytes.
+        verdicts: Of all gates.
+        metrics: Format to metric to measured value.
+        training: The last values of the history.
+        links: Text to URL; one with an empty URL is left out.
+        reference: What parity was measured against.
+        captured: Format to how it was made.
+        left_out: Format to why it could not be made.
+        speed: None where it was not measured.
+        int8: What came of each int8 variant.
+    """
+    parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
+    gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
+    intro = [
+        _first_line(model, release, formats, verdicts, metrics),
+        " · ".join([f"Release `{release}`", *(f"[{one_line(text)}]({url})" for text, url in links.items() if url)]),
+    ]
+    unit = f"How much of the allowed difference from {reference} each artifact uses; above 1 fails."
+    format_of = {file: name for name, file in formats.items()}
+    files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
+    where = "step" if "step" in training else "epoch"
+    last = f" ({number(training[where])})" if where in training else ""
+    values = [(name, number(value)) for name, value in training.items() if name not in (where, "time")]
+    parts = [
+        ("Parity", unit, verdicts_by_format(parity)),
+        ("Capture", "", capture_table(captured or {}, left_out or {})),
+        ("Metrics", "", metric_table(metrics)),
+        ("Gates", "", verdicts_by_format(gates)),
+        ("int8", "", int8_table(int8 or {})),
+        ("Speed", how_measured(speed) if speed else "", speed_table(speed) if speed else Table(rows=())),
+        ("Files", "", Table(header=("file", "format", "size"), rows=files)),
+        (f"Last {where}{last}", "", Table(header=("metric", "value"), rows=values)),
+    ]
+    # MLflow's page shows the backslashes with which markdown is escaped.
+    sections = [
+        f"### {title}\n{said}\n\n{table.markdown(str)}" if said else f"### {title}\n{table.markdown(str)}"
+        for title, said, table in parts
+        if table.rows
+    ]
+    # MLflow's page sets no space between a table and the next heading.
+    return "\n\n".join([*intro, "\n\n\u00a0\n\n".join(sections)]).rstrip() + "\n"
+
+
+def in_short(verdicts: Sequence[Verdict]) -> dict[str, str]:
+    """One line a gate, for the record of a move: how many were evaluated, and the numbers."""
+    found: dict[str, str] = {}
+    for gate in dict.fromkeys(verdict.gate for verdict in verdicts):
+        of_gate = [verdict for verdict in verdicts if verdict.gate == gate]
+        numbers = sorted(verdict.measured for verdict in of_gate if verdict.measured is not None)
+        measured = f"{number(numbers[0])} to {number(numbers[-1])}" if numbers else "not measured"
+        ran = [verdict for verdict in of_gate if verdict.ran]
+        left = f", {len(of_gate) - len(ran)} not run" if len(ran) < len(of_gate) else ""
+        limits = ", ".join(dict.fromkeys(verdict.limit for verdict in of_gate))
+        found[gate] = f"{sum(verdict.passed for verdict in ran)} of {len(ran)} passed{left}, {measured} ({limits})"
+    return found
+
+
+def _first_line(
+    model: str,
+    release: str,
+    formats: Mapping[str, str],
+    verdicts: Sequence[Verdict],
+    metrics: Mapping[str, Mapping[str, float]],
+) -> str:
+    ran = [verdict for verdict in verdicts if verdict.ran]
+    failed = sum(not verdict.passed for verdict in ran)
+    if not ran:
+        outcome = "not validated"
+    elif failed:
+        outcome = f"{failed} of {len(ran)} gates failed"
+    else:
+        outcome = f"all {len(ran)} gates passed"
+    # Lists of versions show about fifteen characters, so the model's name comes late.
+    first_metric = next(((name, value) for values in metrics.values() for name, value in values.items()), None)
+    quality = f"{first_metric[0]} {number(first_metric[1])}, " if first_metric else ""
+    return f"{quality}{outcome}: {model} {release} as {', '.join(formats)}."
