@@ -16,6 +16,11 @@ from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.settings import project_folder
 
 TIMEOUT_SECONDS = 180.0
+PAGE = 200
+"""As many as Prefect's API gives at once."""
+BEFORE = "flows."
+"""What the names of our flows began with before the packages were called `train_and_ship.…`."""
+FLOWS = ("retrain.retrain", "train_and_ship.train_and_ship", "rollback.rollback", "promote.promote")
 Api = Callable[[str, str, Mapping[str, Any]], httpx.Response]
 
 
@@ -30,7 +35,8 @@ def deploy(
     """Run `command` (`prefect deploy --all`) in the project's folder, unless that would change nothing.
 
     `state` is the file that remembers what was deployed last. Without a prefect.yaml above the current folder there is
-    nothing to deploy. Raises SettingsError with the command's last lines when it fails.
+    nothing to deploy. What `ship deploy` stored with an earlier version gets the name of its flow of today.
+    Raises SettingsError with the command's last lines when it fails.
     """
     project = project_folder()
     if project is None:
@@ -39,12 +45,14 @@ def deploy(
     began = time.monotonic()
     fingerprint = _fingerprint(project)
     names = _names(project / "prefect.yaml")
-    if state.exists() and state.read_text() == fingerprint and names <= _deployed(api):
+    found = _deployed(api)
+    _rename_flows(api, found)
+    if state.exists() and state.read_text() == fingerprint and names <= {item["name"] for item in found}:
         report(f"deployments: {', '.join(sorted(names))} (unchanged)")
         return
     output, failed = run_to_its_end(command, environment, TIMEOUT_SECONDS, project)
     # One invalid entry makes the command skip the others, so its word is not enough.
-    missing = names - _deployed(api)
+    missing = names - {item["name"] for item in _deployed(api)}
     if failed or missing:
         last = "\n".join(output.splitlines()[-20:])
         raise SettingsError(
@@ -85,9 +93,23 @@ def _names(file: Path) -> set[str]:
         raise SettingsError(f"{file}: expected a mapping with a list of named deployments, got {error}") from None
 
 
-def _deployed(api: Api) -> set[str]:
-    reply = api("POST", "/deployments/filter", {"limit": 200})
-    return {deployment["name"] for deployment in reply.json()} if reply.is_success else set()
+def _deployed(api: Api) -> list[Mapping[str, Any]]:
+    """Every deployment that the server has; none when it does not say."""
+    found: list[Mapping[str, Any]] = []
+    while True:
+        reply = api("POST", "/deployments/filter", {"limit": PAGE, "offset": len(found), "sort": "NAME_ASC"})
+        page = reply.json() if reply.is_success else []
+        found += page
+        if len(page) < PAGE:
+            return found
+
+
+def _rename_flows(api: Api, deployments: Sequence[Mapping[str, Any]]) -> None:
+    """Give deployments that name our flows as they were called before the names of today."""
+    old = {BEFORE + flow: f"train_and_ship.{BEFORE}{flow}" for flow in FLOWS}
+    for deployment in deployments:
+        if (entrypoint := old.get(deployment["entrypoint"])) is not None:
+            api("PATCH", f"/deployments/{deployment['id']}", {"entrypoint": entrypoint})
 
 
 def _fingerprint(project: Path) -> str:
