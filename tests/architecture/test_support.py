@@ -12,6 +12,8 @@ from tests.support.imports import imports, modules
 from tests.support.projects import REPOSITORY
 
 SUPPORT = "tests/support/"
+FIXTURES = "tests/fixtures/"
+"""Files that were made once and are read; no test imports them."""
 OTHERS = re.compile(r"(?:from|import) +tests(?:\.(?!support\b)\w+| +import +(?!support\b))")
 """As code for other processes says it, in a string."""
 
@@ -44,6 +46,8 @@ def test_support_imports_no_benchmark() -> None:
 
 def test_helpers_are_in_support_and_tests_are_not() -> None:
     for file, _ in modules("tests"):
+        if file.startswith(FIXTURES):
+            continue
         name = PurePath(file).name
         is_test = name.startswith("test_") or name == "conftest.py"
         if file.startswith(SUPPORT):

@@ -100,26 +100,18 @@ def test_a_schedule_that_cannot_be_read_is_refused(command: Command, stack: Sett
     assert "epsilon" not in deployed(stack)
 
 
-def test_a_deployment_of_before_the_packages_had_their_name_runs_after_ship_up(
-    command: Command, stack: Settings, store: ObjectStore, tmp_path: Path
+def test_ship_up_renames_the_flow_of_an_elder_deployment_of_ours_and_of_no_other(
+    command: Command, stack: Settings, tmp_path: Path
 ) -> None:
-    job = job_of(tmp_path, "elder")
-    assert command("ship", "deploy", str(job)).status == 0
-    # As an earlier version of `ship deploy` stored it.
-    change = {"entrypoint": "flows.retrain.retrain"}
-    of_theirs = {"entrypoint": "flows.retrain.other"}
-    for deployment, body in ((deployed(stack)["elder"], change), (deployed(stack)["retrain"], of_theirs)):
-        httpx.patch(f"{stack.prefect_api_url}/deployments/{deployment['id']}", json=body).raise_for_status()
+    jobs = [job_of(tmp_path, name) for name in ("elder", "foreign")]
+    assert command("ship", "deploy", *map(str, jobs)).status == 0
+    stored = {"elder": "flows.retrain.retrain", "foreign": "flows.retrain.weekly"}
+    for name, entrypoint in stored.items():
+        address = f"{stack.prefect_api_url}/deployments/{deployed(stack)[name]['id']}"
+        httpx.patch(address, json={"entrypoint": entrypoint}).raise_for_status()
 
     assert command("ship", "up").status == 0
 
     found = deployed(stack)
-    assert found["elder"]["entrypoint"] == "train_and_ship.flows.retrain.retrain"
-    assert found["retrain"]["entrypoint"] == "flows.retrain.other", "what is not ours was changed"
-    httpx.patch(
-        f"{stack.prefect_api_url}/deployments/{found['retrain']['id']}",
-        json={"entrypoint": "train_and_ship.flows.retrain.retrain"},
-    ).raise_for_status()
-    ended = command("prefect", "deployment", "run", "retrain/elder", "--watch")
-    assert ended.status == 0, ended.text
-    assert live(store, "elder") is not None
+    assert found["elder"]["entrypoint"] == found["retrain"]["entrypoint"] == "train_and_ship.flows.retrain.retrain"
+    assert found["foreign"]["entrypoint"] == "flows.retrain.weekly"
