@@ -19,7 +19,7 @@ from pathlib import Path
 LEDGER = "costs.jsonl"
 FLOW = "the flow between its stages"
 """Prefect, MLflow and the start of processes: what belongs to no stage."""
-BESIDE = {"inspect": "inspect", "cpp": "build the C++ runner"}
+IN_PARALLEL = {"inspect": "inspect", "cpp": "build the C++ runner"}
 """Work in child processes that goes on beside the stages, and is no part of the one that it ends in."""
 
 
@@ -101,7 +101,7 @@ class Ledger:
     def close(self) -> None:
         """Write down what no stage has taken. Further stages would be counted twice in it."""
         whole = time.perf_counter() - self._began
-        for child, name in BESIDE.items():
+        for child, name in IN_PARALLEL.items():
             seconds = self._children().get(child, 0.0) - self._seen.get(child, 0.0)
             if seconds > 0:
                 self._write_end(self._write_begin(name), name, 0.0, seconds, 0.0)
@@ -109,7 +109,7 @@ class Ledger:
         self._write_end(self._id, FLOW, max(0.0, whole - self._wall), max(0.0, cpu), 0.0)
 
     def _now(self) -> float:
-        return time.process_time() + sum(cpu for name, cpu in self._children().items() if name not in BESIDE)
+        return time.process_time() + sum(cpu for name, cpu in self._children().items() if name not in IN_PARALLEL)
 
     def _write_begin(self, name: str) -> str:
         entry = uuid.uuid4().hex[:12]

@@ -38,12 +38,12 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a release tells about itself."""
+class ReleaseRecord:
+    """What a release keeps about itself, as text: another version may have written it."""
 
     manifest: Manifest
     files: Mapping[str, str]
-    """Text of each file that tells how it came to be, where it has it."""
+    """Text of each file that says how it came to be, where it has it."""
 
     def document(self, name: str) -> Mapping[str, Any]:
         found = json.loads(self.files.get(name, "{}"))
@@ -51,26 +51,42 @@ class Told:
 
 
 def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
-    """Everything that differs between two releases, by group. Raises ReleaseError when one has no manifest."""
-    one, two = read_told(store, model, before), read_told(store, model, after)
-    return [difference for group, tell in GROUPS.items() for difference in _differences(group, tell(one), tell(two))]
+    """Everything that differs between two releases, by group.
+
+    Args:
+        store: The bucket. It is only read.
+        model: The model's name.
+        before: Id of one release.
+        after: Id of the other.
+
+    Raises:
+        ReleaseError: One has no manifest, or is damaged.
+    """
+    one, two = read_release_record(store, model, before), read_release_record(store, model, after)
+    return [
+        difference for group, values in GROUPS.items() for difference in _differences(group, values(one), values(two))
+    ]
 
 
-def read_told(store: ObjectStore, model: str, release: str) -> Told:
-    """What a release tells about itself, verified. Raises ReleaseError when a file is not what the manifest says."""
+def read_release_record(store: ObjectStore, model: str, release: str) -> ReleaseRecord:
+    """The files in which a release says how it came to be, verified.
+
+    Raises:
+        ReleaseError: It has no manifest, or a file is not what the manifest says.
+    """
     manifest = read_manifest(store, model, release)
     names = [name for name in (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT) if name in manifest.files]
     found = in_parallel(lambda name: store.get(release_prefix(model, release) + name), names)
     for name, item in zip(names, found, strict=True):
         if item is None or hashlib.sha256(item[0]).hexdigest() != manifest.files[name].sha256:
             raise ReleaseError(f"{release_prefix(model, release)}{name}: expected what the manifest says, got another")
-    return Told(
+    return ReleaseRecord(
         manifest=manifest, files={name: item[0].decode() for name, item in zip(names, found, strict=True) if item}
     )
 
 
 def _differences(group: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[Difference]:
-    # In the order in which they are told; what only the second has comes last.
+    # In the order in which they stand; what only the second has comes last.
     for name in dict.fromkeys([*left, *right]):
         before, after = left.get(name), right.get(name)
         if before == after:
@@ -91,18 +107,18 @@ def _shown(group: str, value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def _parity(told: Told) -> dict[str, float]:
+def _parity(record: ReleaseRecord) -> dict[str, float]:
     """How much of the allowed difference each format uses at its worst."""
     found: dict[str, float] = {}
-    for verdict in told.document(VERDICTS).get("verdicts", []):
+    for verdict in record.document(VERDICTS).get("verdicts", []):
         if verdict["gate"] == PARITY and verdict["measured"] is not None:
             found[verdict["format"]] = max(found.get(verdict["format"], 0.0), verdict["measured"])
     return found
 
 
-def _latencies(told: Told) -> dict[str, Any]:
+def _latencies(record: ReleaseRecord) -> dict[str, Any]:
     """Milliseconds, by format and batch, and what was fastest."""
-    verdicts = told.document(VERDICTS)
+    verdicts = record.document(VERDICTS)
     found: dict[str, Any] = {
         f"{kind} {name}": value
         for kind, values in verdicts.get("metrics", {}).items()
@@ -114,40 +130,40 @@ def _latencies(told: Told) -> dict[str, Any]:
             found[f"{kind} load_ms"] = item["load_ms"]
         for speed in item["speeds"]:
             found |= {f"{kind} {name}.batch_{speed['batch']}": speed[name] for name in ("p50_ms", "p99_ms")}
-    return found | {f"recommended for {purpose}": kind for purpose, kind in told.manifest.serve.items()}
+    return found | {f"recommended for {purpose}": kind for purpose, kind in record.manifest.serve.items()}
 
 
-def _sizes(told: Told) -> dict[str, int]:
+def _sizes(record: ReleaseRecord) -> dict[str, int]:
     """Bytes of each file, and of all."""
-    sizes = {name: entry.bytes for name, entry in told.manifest.files.items()}
-    return {**sizes, "all files": told.manifest.total_bytes}
+    sizes = {name: entry.bytes for name, entry in record.manifest.files.items()}
+    return {**sizes, "all files": record.manifest.total_bytes}
 
 
-def _signature(told: Told) -> dict[str, str]:
+def _signature(record: ReleaseRecord) -> dict[str, str]:
     """Each tensor's dtype and shape, and the file of each format."""
     tensors = {
         f"{side[:-1]} {tensor['name']}": f"{tensor['dtype']} {tensor['shape']}"
-        for side, listed in told.manifest.signature.items()
+        for side, listed in record.manifest.signature.items()
         if side in ("inputs", "outputs")
         for tensor in listed
     }
-    return {**tensors, **{f"format {kind}": path for kind, path in told.manifest.formats.items()}}
+    return {**tensors, **{f"format {kind}": path for kind, path in record.manifest.formats.items()}}
 
 
-def _lineage(told: Told, names: tuple[str, ...]) -> dict[str, Any]:
-    lineage = told.document(LINEAGE)
+def _lineage(record: ReleaseRecord, names: tuple[str, ...]) -> dict[str, Any]:
+    lineage = record.document(LINEAGE)
     return {name: lineage[name] for name in names if name in lineage}
 
 
-def _inputs(told: Told, name: str) -> dict[str, Any]:
+def _inputs(record: ReleaseRecord, name: str) -> dict[str, Any]:
     """The fingerprint by which retraining knows that something is as it was."""
-    found = told.document(LINEAGE).get("inputs", {}).get(name)
+    found = record.document(LINEAGE).get("inputs", {}).get(name)
     return {} if found is None else {"fingerprint": found}
 
 
-def packages_of(told: Told) -> dict[str, str]:
+def packages_of(record: ReleaseRecord) -> dict[str, str]:
     """Version of every package that was installed."""
-    lines = told.files.get(ENVIRONMENT, "").split()
+    lines = record.files.get(ENVIRONMENT, "").split()
     return dict(line.split("==", 1) for line in lines if "==" in line)
 
 
@@ -161,16 +177,16 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-GROUPS: Mapping[str, Callable[[Told], Mapping[str, Any]]] = {
-    "metrics": lambda told: told.manifest.metrics,
+GROUPS: Mapping[str, Callable[[ReleaseRecord], Mapping[str, Any]]] = {
+    "metrics": lambda record: record.manifest.metrics,
     "parity": _parity,
     "latency": _latencies,
     "size": _sizes,
     "signature": _signature,
-    "code": lambda told: {**_lineage(told, CODE), **_inputs(told, "code")},
-    "data": lambda told: {**_lineage(told, DATA), **_inputs(told, "data")},
-    "training": lambda told: flat(told.document(LINEAGE).get("training_environment", {})),
+    "code": lambda record: {**_lineage(record, CODE), **_inputs(record, "code")},
+    "data": lambda record: {**_lineage(record, DATA), **_inputs(record, "data")},
+    "training": lambda record: flat(record.document(LINEAGE).get("training_environment", {})),
     "packages": packages_of,
-    "job": lambda told: flat(told.document(JOB)),
+    "job": lambda record: flat(record.document(JOB)),
 }
 """What is compared, in the order in which it is shown: value by name."""

@@ -10,7 +10,7 @@ from typing import Self
 from torchworker.contract import PARITY, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.text import Cell, Mark, Table, number, passed_or_failed
+from train_and_ship.registry.text import Cell, Mark, Table, interval_text, number, passed_or_failed
 
 
 def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -101,10 +101,6 @@ def comparison_table(compared: Sequence[Comparison]) -> Table:
         for item in compared
     ]  # fmt: skip
     return Table(header=header, rows=rows)
-
-
-def interval_text(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
 
 
 def compare(job: Job, versus: VersusLive, *, policy: bool = True) -> list[Comparison]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from train_and_ship.registry.diff import Told, flat, packages_of
+from train_and_ship.registry.diff import ReleaseRecord, flat, packages_of
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import JOB, LINEAGE
@@ -51,7 +51,7 @@ def _config(job: Job) -> dict[str, Any]:
     return document
 
 
-def changes(inputs: Inputs, job: Job, live: Told) -> dict[str, str]:
+def changes(inputs: Inputs, job: Job, live: ReleaseRecord) -> dict[str, str]:
     """What differs from the live release: `code`, `data`, `config`, `environment` to how. Empty when nothing does."""
     recorded = live.document(LINEAGE).get("inputs", {})
     found: dict[str, str] = {}
@@ -73,7 +73,7 @@ def changes(inputs: Inputs, job: Job, live: Told) -> dict[str, str]:
     return found
 
 
-def _config_changes(job: Job, live: Told) -> str:
+def _config_changes(job: Job, live: ReleaseRecord) -> str:
     try:
         # With today's defaults, so that a key that is new in the application changes nothing.
         before = Job.model_validate(json.loads(live.files[JOB]))

@@ -148,3 +148,25 @@ def file_size(size: int | None) -> str:
 def passed_or_failed(passed: bool) -> Mark:
     """A verdict as a cell."""
     return Mark(text="passed" if passed else "FAILED", good=passed)
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `4 min 5 s`, `1 h 3 min`."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def money(price: float | None, currency: str) -> str:
+    """With as many digits as it takes to tell it from nothing."""
+    if price is None:
+        return ""
+    shown = f"{price:,.2f}" if price >= 1 or not price else f"{price:.2g}" if price >= 1e-4 else f"{price:.1e}"
+    return f"{shown} {currency}".strip()
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"

@@ -30,7 +30,7 @@ COLOURS = {"up": "green", "external": "cyan"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class ChannelStatus:
     """One channel of one model."""
 
     model: str
@@ -68,20 +68,20 @@ def status() -> None:
     if any(row.state not in COLOURS for row in rows):
         raise typer.Exit(1)
     try:
-        _print_models(standings(ObjectStore.from_settings(settings), next_runs(settings)), console)
+        _print_models(channel_statuses(ObjectStore.from_settings(settings), next_runs(settings)), console)
     except ShipError as error:
         typer.echo(f"The models cannot be shown: {error}", err=True)
 
 
-def standings(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[Standing]:
+def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[ChannelStatus]:
     """Every channel of every model, by name. scheduled: model and channel to the next run."""
     names = [(model, channel) for model in models(store) for channel in channels(store, model)]
     asked = [f"{model}/{channel}" for model, channel in {*names, *scheduled}]
 
-    def look(name: str) -> Standing:
+    def look(name: str) -> ChannelStatus:
         model, channel = name.split("/")
         last = read_decisions(store, model, channel, 1)
-        return Standing(
+        return ChannelStatus(
             model=model,
             channel=channel,
             live=read_pointer(store, model, channel),
@@ -121,13 +121,13 @@ def soonest(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[tuple[str, 
     return found
 
 
-def _print_models(found: Sequence[Standing], console: Console) -> None:
+def _print_models(found: Sequence[ChannelStatus], console: Console) -> None:
     if not found:
         return
     table = Table("model", "channel", Column("live", no_wrap=True), "age", "last run", "why", "next run")
     now = datetime.now(UTC)
-    for standing in found:
-        table.add_row(*(escape(cell) for cell in standing.row(now)))
+    for row in found:
+        table.add_row(*(escape(cell) for cell in row.row(now)))
     console.print(table)
 
 

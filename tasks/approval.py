@@ -13,7 +13,7 @@ from pydantic import Field
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.channels.moves import Verified, described
 from train_and_ship.registry.report.move import noticed
-from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Link, Table
 from train_and_ship.tasks.events import ASKED, emit
 from train_and_ship.tasks.move_report import show_question, what_changes
@@ -128,8 +128,7 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
 
 def _waiting(run: Run, release: str, live: str) -> Outcome:
     return Outcome(
-        verdict="waits",
-        good=True,
+        verdict=Ending.WAITS,
         title=f"{run.job.name}: shall release {release} go live on {run.job.release.channel}?",
         why="All gates passed, and a person decides.",
         facts=[

@@ -37,11 +37,11 @@ from train_and_ship.registry.channels.decisions import (
 )
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 from train_and_ship.registry.cost import read_costs
-from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes
-from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell, Link
 from train_and_ship.tasks.events import UNCHANGED, emit
 from train_and_ship.tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
@@ -194,7 +194,7 @@ def _changes(store: ObjectStore, job: Job, live: Pointer | None, inputs: Inputs)
     if live is None:
         return {"live": f"nothing is live on {job.release.channel}"}
     try:
-        return changes(inputs, job, read_told(store, job.name, live.release))
+        return changes(inputs, job, read_release_record(store, job.name, live.release))
     except ReleaseError as error:
         return {"live": f"release {live.release} is broken: {error}"}
 
@@ -282,6 +282,6 @@ def _skipped(plan: RetrainPlan, decision: Decision, title: str) -> Outcome:
     ]
     page = Link(text=plan.flow_run_id, url=flow_run_page(plan.settings, plan.flow_run_id))
     return Outcome(
-        verdict=SKIPPED, good=True, title=title, why=f"Nothing was trained: {plan.skip}.", facts=facts,
+        verdict=Ending.SKIPPED, title=title, why=f"Nothing was trained: {plan.skip}.", facts=facts,
         places=[("Prefect run", page)],
     )  # fmt: skip

@@ -18,7 +18,7 @@ from train_and_ship.infra.provenance import code_fingerprint, environment_lock
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.data.checks import check_data, require_good_data
-from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA
@@ -84,7 +84,8 @@ def _live_facts(run: Run) -> tuple[str, InspectResult | None]:
     if live is None:
         return "", None
     try:
-        return live.release, recall(InspectResult, read_told(run.store, run.job.name, live.release).document(DATA))
+        record = read_release_record(run.store, run.job.name, live.release)
+        return live.release, recall(InspectResult, record.document(DATA))
     except ReleaseError:
         # It is broken, which the comparison with it says when it comes to that.
         return live.release, None

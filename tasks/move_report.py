@@ -17,7 +17,7 @@ from train_and_ship.registry.diff import Difference, compare
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.move import move_page
 from train_and_ship.registry.report.page import markdown
-from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Link
 from train_and_ship.tasks.moves import Moved, Request
 from train_and_ship.tasks.publish import put, show
@@ -29,8 +29,7 @@ async def report_move(request: Request, verified: Verified, moved: Moved) -> Non
     """Write the report of a channel that has moved: for Prefect, and beside the release. The move stands without it."""
     back = moved.kind == ROLLBACK
     outcome = Outcome(
-        verdict="rolled back" if back else "promoted",
-        good=True,
+        verdict=Ending.ROLLED_BACK if back else Ending.PROMOTED,
         title=f"{moved.model} release {moved.release} is live on {moved.channel}",
         why=f"{moved.moved_by}: {moved.reason}",
         facts=[
@@ -55,8 +54,7 @@ async def show_question(
     """Put the report in front of a person who is asked whether the channel may move: in Prefect."""
     live = verified.target.live
     outcome = Outcome(
-        verdict="waits",
-        good=True,
+        verdict=Ending.WAITS,
         title=question,
         why=f"{request.mover.by}: {request.mover.why}",
         facts=[

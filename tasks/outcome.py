@@ -30,7 +30,7 @@ from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell, Link
 from train_and_ship.registry.tracking.live_run import live_run
 from train_and_ship.registry.tracking.runs import REPORT
@@ -138,9 +138,9 @@ def _report_in(folder: Path | None) -> Path | None:
 def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Settings) -> Outcome:
     error = _error(state)
     if isinstance(error, GateError):
-        verdict, why, rest = "refused", error.message, error.table
+        verdict, why, rest = Ending.REFUSED, error.message, error.table
     else:
-        verdict = "failed" if state.is_failed() else "crashed" if state.is_crashed() else "cancelled"
+        verdict = Ending.FAILED if state.is_failed() else Ending.CRASHED if state.is_crashed() else Ending.CANCELLED
         text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
         why, _, rest = text.partition("\n")
     name = model or str(flow_run.parameters.get("job", flow_run.name))
@@ -152,7 +152,6 @@ def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Setting
     )  # fmt: skip
     return Outcome(
         verdict=verdict,
-        good=False,
         title=f"{name}: {verdict}",
         why=why,
         table=rest.strip("\n"),

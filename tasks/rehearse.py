@@ -34,18 +34,11 @@ from train_and_ship.infra.errors import GateError, WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.gates import (
-    VersusLive,
-    interval_text,
-    require_good_enough,
-    require_not_slower,
-    verdict_table,
-    worst,
-)
+from train_and_ship.registry.gates import VersusLive, require_good_enough, require_not_slower, verdict_table, worst
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import VERDICTS
 from train_and_ship.registry.run_folder import AGAINST, Against, recall, write_fact
-from train_and_ship.registry.text import file_size, number
+from train_and_ship.registry.text import file_size, interval_text, number
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.policy import worth_retrying
 from train_and_ship.tasks.register import Registered

@@ -10,8 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from train_and_ship.registry.bucket.keys import release_prefix
-from train_and_ship.registry.channels.decisions import PROMOTED as WENT_LIVE
-from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell, Link
 from train_and_ship.tasks.events import PROMOTED, emit
 from train_and_ship.tasks.promote import Kept, Promoted
@@ -77,7 +76,7 @@ def decided(
     page: Sequence[Cell] = ("Prefect run", Link(text=run.flow_run_name, url=run.flow_run_url))
     if isinstance(outcome, Kept):
         stays: Sequence[Cell] = ("stays live", f"{outcome.live} on {channel}")
-        return Outcome(verdict="kept", good=True, title=title, why=why, facts=[*asked, stays], places=[page])
+        return Outcome(verdict=Ending.KEPT, title=title, why=why, facts=[*asked, stays], places=[page])
     pointer = outcome.pointer
     facts: list[Sequence[Cell]] = [
         ("channel", f"{channel}, generation {pointer.generation}"),
@@ -85,8 +84,7 @@ def decided(
         *((name, said) for name, said in pointer.verdicts.items() if name == "approved"),
     ]
     return Outcome(
-        verdict=WENT_LIVE,
-        good=True,
+        verdict=Ending.PROMOTED,
         title=title,
         why=f"All gates passed; {why}.",
         facts=[*asked, *facts],

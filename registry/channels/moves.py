@@ -203,12 +203,12 @@ def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, be
     begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it. What is live
     and does not say when it was begun, or is broken, keeps nobody out.
     """
-    from train_and_ship.registry.diff import read_told
+    from train_and_ship.registry.diff import read_release_record
 
     if live is None or live.release == release:
         return
     try:
-        later = str(read_told(store, live.model, live.release).document(LINEAGE).get("begun", ""))
+        later = str(read_release_record(store, live.model, live.release).document(LINEAGE).get("begun", ""))
     except ReleaseError:
         return
     if later > begun:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train_and_ship.registry.cost import BESIDE, Rates, Spent, total
+from train_and_ship.registry.cost import IN_PARALLEL, Rates, Spent, total
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
-from train_and_ship.registry.text import Table
+from train_and_ship.registry.text import Table, duration, money
 
 
 def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:
@@ -20,7 +20,7 @@ def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:
     header = ["stage", "time", "CPU time", *(["GPU time"] if gpus else []), *(["price"] if priced else [])]
     rows = []
     for item in [*spent, whole]:
-        beside = item.stage in BESIDE.values() and not item.wall
+        beside = item.stage in IN_PARALLEL.values() and not item.wall
         row = [item.stage, "in parallel" if beside else duration(item.wall), duration(item.cpu)]
         row += [duration(item.gpu)] if gpus else []
         row += [money(rates.price(item), rates.currency)] if priced else []
@@ -45,24 +45,6 @@ def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:
     drawn = charts.bars([(item.stage, [item.wall, item.cpu]) for item in stages], ["time", "CPU time"], duration)
     blocks += [Chart(title="Seconds by stage", svg=drawn), Table(header=header, rows=rows)]
     return Section(title="Cost", blocks=blocks)
-
-
-def duration(seconds: float) -> str:
-    """`0.42 s`, `12.3 s`, `4 min 5 s`, `1 h 3 min`."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def money(price: float | None, currency: str) -> str:
-    """With as many digits as it takes to tell it from nothing."""
-    if price is None:
-        return ""
-    shown = f"{price:,.2f}" if price >= 1 or not price else f"{price:.2g}" if price >= 1e-4 else f"{price:.1e}"
-    return f"{shown} {currency}".strip()
 
 
 def _rate(rate: float | None, rates: Rates) -> str:

@@ -34,7 +34,7 @@ def move_page(
     return Page(
         title=outcome.title,
         verdict=outcome.verdict,
-        good=outcome.good,
+        good=outcome.verdict.good,
         intro="",
         facts=Table(rows=outcome.places),
         sections=[section for section in sections if not section.empty],

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from torchworker.contract import MeasureResult
 from train_and_ship.registry.cost import Rates, Spent
-from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, interval_text
+from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section
 from train_and_ship.registry.report.data_sections import data_section
@@ -19,16 +20,36 @@ from train_and_ship.registry.report.proof_sections import gates_section, parity_
 from train_and_ship.registry.report.speed import how_measured, speed_table
 from train_and_ship.registry.report.training_sections import curves_section, training_section
 from train_and_ship.registry.run_folder import RunFiles
-from train_and_ship.registry.text import Cell, Link, Table, number
+from train_and_ship.registry.text import Cell, Link, Table, interval_text, number
+
+
+class Ending(StrEnum):
+    """How a run ended, in a word; MLflow keeps it as a tag."""
+
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled back"
+    KEPT = "kept"
+    """The live release stays, the candidate is the challenger."""
+    SKIPPED = "skipped"
+    WAITS = "waits"
+    """For a person's approval."""
+    REFUSED = "refused"
+    """By a gate."""
+    FAILED = "failed"
+    CRASHED = "crashed"
+    CANCELLED = "cancelled"
+
+    @property
+    def good(self) -> bool:
+        """Whether nobody has to look after it."""
+        return self not in (Ending.REFUSED, Ending.FAILED, Ending.CRASHED, Ending.CANCELLED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a run ended."""
 
-    verdict: str
-    """One word."""
-    good: bool
+    verdict: Ending
     title: str
     why: str
     table: str = ""
@@ -59,7 +80,7 @@ def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str
     return Page(
         title=outcome.title,
         verdict=outcome.verdict,
-        good=outcome.good,
+        good=outcome.verdict.good,
         intro=_intro(files),
         facts=Table(rows=[*outcome.places, *(_places(files, bucket) if files else [])]),
         sections=[section for section in sections if not section.empty],

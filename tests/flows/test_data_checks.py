@@ -19,7 +19,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.decisions import FAILED
 from train_and_ship.registry.data.snapshots import publish_snapshot, take
-from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.release.manifest import LINEAGE
 
 CHECKED: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_data_in_a_bucket_is_verified_given_to_the_factory_and_known_without_bei
     project = Project(tmp_path / "project", store, "snapped")
 
     assert project.retrain(train=POOR, code=code, data=kept).name == "Promoted"
-    inputs_of_live = read_told(store, "snapped", project.live.release).document(LINEAGE)["inputs"]
+    inputs_of_live = read_release_record(store, "snapped", project.live.release).document(LINEAGE)["inputs"]
     assert inputs_of_live["data"] == f"snapshot {take(data).sha256}"
 
     assert project.retrain(train=POOR, code=code, data=kept).name == "Skipped"

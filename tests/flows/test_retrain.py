@@ -24,7 +24,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import code_fingerprint
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED
-from train_and_ship.registry.diff import read_told
+from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 
 GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}
@@ -78,7 +78,7 @@ def test_a_better_candidate_goes_live_with_the_interval_in_its_record(project: P
     after = project.live
     assert (after.generation, after.previous) == (before.generation + 1, before.release)
     assert "95% interval of the improvement +0." in after.verdicts["accuracy vs live"]
-    told = read_told(project.store, MODEL, after.release)
+    told = read_release_record(project.store, MODEL, after.release)
     assert told.document(LINEAGE)["inputs"].keys() == {"code", "data", "config"}
     data = json.loads(project.store.get(f"models/{MODEL}/releases/{after.release}/{DATA}")[0])  # type: ignore[index]
     assert data["train"]["samples"] == 96 and data["validation"]["columns"] == {}
@@ -129,10 +129,10 @@ def test_new_data_is_noticed_and_a_warm_start_begins_where_the_live_release_is(p
     decision = project.decisions()[-1]
     assert {"code", "data"} <= decision.changed.keys()
     assert decision.start == before.release
-    told = read_told(project.store, MODEL, project.live.release)
+    told = read_release_record(project.store, MODEL, project.live.release)
     assert told.document(LINEAGE)["start"] == before.release
     # One epoch at this rate learns nothing: what it knows, it has from the live release.
-    was = read_told(project.store, MODEL, before.release).manifest.metrics["accuracy"]
+    was = read_release_record(project.store, MODEL, before.release).manifest.metrics["accuracy"]
     assert told.manifest.metrics["accuracy"] >= was - 0.03 > 0.8
 
 
@@ -197,7 +197,7 @@ def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store
     before = code_fingerprint(tmp_path)
     state = edited.retrain(code=code, train=POOR)
     assert state.name == "Promoted", state.message
-    lineage = read_told(store, "edited", edited.live.release).document(LINEAGE)
+    lineage = read_release_record(store, "edited", edited.live.release).document(LINEAGE)
     assert lineage["inputs"]["code"] == before != code_fingerprint(tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_a_job_file_that_is_edited_while_it_is_decided_on_is_trained_as_it_was(
     state = rewritten.retrain(code=code, train=POOR)
     assert state.name == "Promoted", state.message
     assert "epochs: 7" in (tmp_path / "job.yaml").read_text()
-    assert read_told(store, "rewritten", rewritten.live.release).document(JOB)["train"]["epochs"] == 1
+    assert read_release_record(store, "rewritten", rewritten.live.release).document(JOB)["train"]["epochs"] == 1
 
 
 def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, command: Command, stack: Settings) -> None:

@@ -9,7 +9,7 @@ from torchworker.contract import decode
 from train_and_ship.registry.cost import Rates, Spent
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.report.page import Page
-from train_and_ship.registry.report.run import Outcome, run_page
+from train_and_ship.registry.report.run import Ending, Outcome, run_page
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Link
 from train_and_ship.registry.tracking.curves import Point
@@ -130,7 +130,7 @@ def run_files(**changes: Any) -> RunFiles:
 
 def ended(**changes: Any) -> Outcome:
     known: dict[str, Any] = {
-        "verdict": "kept", "good": True, "title": f"hostile {EVIL}", "why": EVIL_IMAGE, "table": "",
+        "verdict": Ending.KEPT, "title": f"hostile {EVIL}", "why": EVIL_IMAGE, "table": "",
         "facts": [("asked by", EVIL_MARKDOWN)], "places": [("Prefect run", Link(text=EVIL, url="javascript:alert(1)"))],
     }  # fmt: skip
     return Outcome(**{**known, **changes})

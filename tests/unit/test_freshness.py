@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.provenance import code_fingerprint, environment_lock
-from train_and_ship.registry.diff import Told
+from train_and_ship.registry.diff import ReleaseRecord
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes, config_digest
@@ -26,7 +26,7 @@ def inputs(job: Job, **other: Any) -> Inputs:
     return dataclasses.replace(known, **other)
 
 
-def released(job: Job) -> Told:
+def released(job: Job) -> ReleaseRecord:
     """A release made of these inputs."""
     lines = [f"{name}=={version}" for name, version in inputs(job).environment.items()]
     files = {
@@ -36,7 +36,7 @@ def released(job: Job) -> Told:
     }
     entries = {name: FileEntry(sha256="0" * 64, bytes=1) for name in files}
     manifest = Manifest(model=job.name, release="0" * 20, files=entries, formats={}, signature={}, metrics={})
-    return Told(manifest=manifest, files=files)
+    return ReleaseRecord(manifest=manifest, files=files)
 
 
 def job(folder: Path, **parts: Any) -> Job:

@@ -13,7 +13,7 @@ from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.move import move_page, noticed
 from train_and_ship.registry.report.page import markdown
-from train_and_ship.registry.report.run import Outcome
+from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Link
 
 EVIL = "<script>alert(1)</script>"
@@ -35,7 +35,7 @@ CHANGES = [
 
 def page(verified: Verified = VERIFIED, changes: list[Difference] = CHANGES, problem: str = "") -> Any:
     outcome = Outcome(
-        verdict="rolled back", good=True, title="hostile release aaa is live on prod", why=f"grace: {EVIL}",
+        verdict=Ending.ROLLED_BACK, title="hostile release aaa is live on prod", why=f"grace: {EVIL}",
         facts=[("replaces", "b" * 20)], places=[("Prefect run", Link(text="calm-owl", url="http://127.0.0.1:4200/r"))],
     )  # fmt: skip
     return move_page(outcome, verified, verified.verdicts, changes, problem)

@@ -14,11 +14,12 @@ from tests.support.html_pages import checked
 from tests.support.run_report_files import EVIL, EVIL_IMAGE, EVIL_MARKDOWN, page_of, run_files, speed
 from train_and_ship.registry.cost import FLOW, LEDGER, Ledger, Rates, Spent, read_costs
 from train_and_ship.registry.report import charts
-from train_and_ship.registry.report.cost_section import cost_section, duration, money
+from train_and_ship.registry.report.cost_section import cost_section
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.page import Page, Section, Text, markdown
+from train_and_ship.registry.report.run import Ending
 from train_and_ship.registry.run_folder import Against, recall
-from train_and_ship.registry.text import Table
+from train_and_ship.registry.text import Table, duration, money
 
 
 def test_names_that_are_attacks_are_shown_and_do_nothing() -> None:
@@ -59,14 +60,14 @@ def test_a_whole_run_has_every_section_with_its_pictures() -> None:
 )
 def test_a_run_that_stopped_tells_what_it_came_to(stopped: list[str], left: int) -> None:
     files = run_files(**dict.fromkeys(stopped))
-    page = page_of(files, verdict="failed", good=False, why="it broke", table="format  gate\nonnx    parity")
+    page = page_of(files, verdict=Ending.FAILED, why="it broke", table="format  gate\nonnx    parity")
     found = checked(html(page))
     assert len(found.headings) == left, found.headings
     assert found.headings[0] == "Decision" and "it broke" in found.text and found.headings[-1] == "Lineage"
 
 
 def test_a_run_that_never_began_has_its_reason_alone() -> None:
-    found = checked(html(page_of(None, verdict="failed", good=False, why="job file x.yaml: found none")))
+    found = checked(html(page_of(None, verdict=Ending.FAILED, why="job file x.yaml: found none")))
     assert found.headings == ["Decision"] and "job file x.yaml: found none" in found.text
     assert "x.yaml: found none" in markdown(page_of(None, why="job file x.yaml: found none"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support.projects import write_project
 from train_and_ship.registry.channels.decisions import SKIPPED, Decision
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.ship.status import Standing, soonest
+from train_and_ship.ship.status import ChannelStatus, soonest
 
 NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
 
@@ -23,13 +23,13 @@ def test_a_row_says_what_is_live_how_old_it_is_and_what_was_decided() -> None:
         model="digits", channel="prod", decision=SKIPPED, why="nothing has changed",
         at=(NOW - timedelta(hours=8)).isoformat(), flow_run="r", asked="ada", live="a" * 20,
     )  # fmt: skip
-    row = Standing(model="digits", channel="prod", live=live, last=last, next=NOW + timedelta(hours=16)).row(NOW)
+    row = ChannelStatus(model="digits", channel="prod", live=live, last=last, next=NOW + timedelta(hours=16)).row(NOW)
     assert row[:6] == ("digits", "prod", "a" * 20, "3 d", "8 h ago: skipped", "nothing has changed")
     assert row[6].startswith("2026-11-2")
 
 
 def test_a_model_of_which_little_is_known_has_dashes() -> None:
-    row = Standing(model="new", channel="prod", live=None, last=None, next=None).row(NOW)
+    row = ChannelStatus(model="new", channel="prod", live=None, last=None, next=None).row(NOW)
     assert row == ("new", "prod", "nothing", "–", "–", "", "–")
 
 
