@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from train_and_ship.registry.job.base import Part
 
@@ -141,14 +141,6 @@ class Launcher(Part):
         if sum(getattr(self, name) is not None for name in Launcher.model_fields) != 1:
             raise ValueError("local, or exactly one of torchrun, slurm, kubernetes with its options")
         return self
-
-    @classmethod
-    def part(cls, engine: str) -> type[BaseModel] | None:
-        """The options of one engine."""
-        parts: dict[str, type[BaseModel]] = {
-            "local": Local, "torchrun": Torchrun, "slurm": Slurm, "kubernetes": Kubernetes,
-        }  # fmt: skip
-        return parts.get(engine)
 
     @property
     def chosen(self) -> Local | Torchrun | Slurm | Kubernetes | None:

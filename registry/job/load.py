@@ -6,20 +6,14 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from train_and_ship.infra.errors import JobError
-from train_and_ship.registry.job.base import Factory
-from train_and_ship.registry.job.data import Checks, Drift, Labels, Snapshot, TensorCheck
-from train_and_ship.registry.job.export import Dynamic, Export, Quantize
-from train_and_ship.registry.job.gates import Gate
-from train_and_ship.registry.job.job import Data, Job, Release, Retrain
-from train_and_ship.registry.job.launcher import Launcher
-from train_and_ship.registry.job.parity import Parity
-from train_and_ship.registry.job.train import Checkpoint, Train
+from train_and_ship.registry.job.job import Job
 
 
 def load_job(path: Path) -> tuple[Job, Path]:
@@ -111,32 +105,34 @@ def _shown(value: Any) -> str:
 
 def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
     """The part of the job that holds the last key."""
-    parts: dict[str, type[BaseModel]] = {
-        "model": Factory, "data": Data, "train": Train, "export": Export, "parity": Parity, "release": Release,
-        "retrain": Retrain,
-    }  # fmt: skip
-    if len(keys) == 1:
-        return Job
-    if keys[0] == "gates":
-        return Gate if len(keys) == 3 else None
-    if keys[:2] == ["train", "launcher"] and len(keys) > 2:
-        return Launcher.part(str(keys[2])) if len(keys) == 4 else Launcher
-    if keys[:2] == ["export", "dynamic"]:
-        return Dynamic if len(keys) == 4 else None
-    if keys[:2] == ["export", "quantize"]:
-        return Quantize if len(keys) == 3 else None
-    if keys[:2] == ["data", "snapshot"]:
-        return Snapshot if len(keys) == 3 else None
-    if keys[:2] == ["data", "checks"]:
-        inner: dict[str, type[BaseModel]] = {"labels": Labels, "drift": Drift}
-        if len(keys) == 3:
-            return Checks
-        if len(keys) == 4:
-            return inner.get(str(keys[2]))
-        return TensorCheck if len(keys) == 5 and keys[2] == "tensors" else None
-    if keys[0] == "train" and len(keys) == 3:
-        return Checkpoint if keys[1] == "checkpoint" else Factory
-    return parts.get(str(keys[0])) if len(keys) == 2 else None
+    kinds: list[Any] = [Job]
+    for key in keys[:-1]:
+        kinds = [inner for kind in kinds for inner in _inside(kind, key)]
+    models = [option for kind in kinds for option in _options(kind) if _is_model(option)]
+    return models[0] if models else None
+
+
+def _options(kind: Any) -> Iterator[Any]:
+    """What a field may be: the alternatives of its annotation."""
+    if get_origin(kind) in (Union, UnionType):
+        for option in get_args(kind):
+            yield from _options(option)
+    else:
+        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _inside(kind: Any, key: int | str) -> Iterator[Any]:
+    """What lies below a key of something of this kind."""
+    for option in _options(kind):
+        if _is_model(option):
+            field = option.model_fields.get(str(key))
+            yield from [field.annotation] if field else []
+        elif get_origin(option) in (dict, tuple, list):
+            yield get_args(option)[1 if get_origin(option) is dict else 0]
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _did_you_mean(keys: list[int | str]) -> str:
