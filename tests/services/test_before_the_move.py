@@ -37,6 +37,7 @@ from tests.support.before_the_move import (
     read,
 )
 from tests.support.fixture_types import Command, Connect, Ship
+from tests.support.html_pages import checked
 from tests.support.ports import free_port
 from tests.support.prefect_api import Api
 from tests.support.projects import REPOSITORY
@@ -49,12 +50,14 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest, verify_release
 from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, SKIPPED, read_decisions
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.cost import read_costs
-from train_and_ship.registry.diff import packages_of, read_told
+from train_and_ship.registry.cost import Rates, read_costs
+from train_and_ship.registry.diff import packages_of, read_release_record
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import changes, config_digest
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE, VERDICTS
+from train_and_ship.registry.report.html import html
+from train_and_ship.registry.report.run import Ending, Outcome, run_page
 from train_and_ship.registry.run_folder import read_run
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.rest import model_registry
@@ -116,7 +119,7 @@ def test_a_release_of_then_is_verified_and_everything_that_it_tells_is_read(
     folder = tmp_path / release
     assert fetch_release(kept, MODEL, release, folder, manifest_sha256=manifest.sha256()) == manifest
 
-    told = read_told(kept, MODEL, release)
+    told = read_release_record(kept, MODEL, release)
     lineage = told.document(LINEAGE)
     job = Job.model_validate(told.document(JOB))
     assert job.digest() == lineage["job_digest"] and config_digest(job) == lineage["inputs"]["config"]
@@ -215,7 +218,7 @@ def test_a_version_of_then_is_found_and_its_run_is_gone_on_with(kept: ObjectStor
     found = mlflow_versions.find_version(MODEL, RUNS["promoted"], LIVE, mlflow)
     assert found is not None and found.version == "2"
     told = read("mlflow.json")
-    job = Job.model_validate(read_told(kept, MODEL, LIVE).document(JOB))
+    job = Job.model_validate(read_release_record(kept, MODEL, LIVE).document(JOB))
     # A retry finds the run by its tag and params, which MLflow never lets change.
     assert run_params(job) == told["run"]["params"]
     record = RunRecord(
@@ -265,7 +268,7 @@ def test_retraining_after_the_upgrade_finds_nothing_new(
     run.mkdir()
     job, folder = load_job(path)
     job = job.unattended()
-    told = read_told(kept, MODEL, LIVE)
+    told = read_release_record(kept, MODEL, LIVE)
     assert job.digest() == told.document(LINEAGE)["job_digest"]
     facts = asyncio.run(read_facts(fork_server, job, project_of(job, folder), run))
     inputs = asyncio.run(inputs_of(job, folder, data_fingerprint(facts)))
@@ -298,6 +301,24 @@ def test_the_folder_of_a_run_that_ended_tells_all_that_its_report_had(tmp_path: 
     assert lacks == []
     stages = {"decide", "begin", "inspect", "train", "export", "validate", "register", "rehearse", "promote"}
     assert {spent.stage for spent in read_costs(folder)} >= stages
+
+
+@pytest.mark.parametrize("left_out", ["", "reference"])
+def test_the_report_of_that_run_is_made_again_also_when_a_file_lacks_what_is_read_today(
+    left_out: str, tmp_path: Path
+) -> None:
+    put_runs(tmp_path / "runs")
+    folder = tmp_path / "runs" / MODEL / RUNS["promoted"]
+    path = folder / "validate" / "verdicts.json"
+    verdicts = {**json.loads(path.read_text()), "a_later_field": [1]}
+    verdicts.pop(left_out, None)
+    path.write_text(json.dumps(verdicts))
+    outcome = Outcome(verdict=Ending.PROMOTED, title="again", why="all gates passed")
+    found = checked(html(run_page(outcome, read_run(folder), Rates(), "models")))
+    proven = ["Speed", "Parity", "Gates and metrics"]
+    assert [title for title in proven if title in found.headings] == ([] if left_out else proven)
+    for title in ("Decision", "Learning curves", "Data", "Cost", "What was trained", "Lineage"):
+        assert title in found.headings
 
 
 @pytest.fixture
@@ -349,7 +370,7 @@ def test_a_run_that_died_in_training_goes_on_from_its_checkpoint_and_what_it_wri
     pointer = read_pointer(store, MODEL, "prod")
     assert pointer is not None and (pointer.generation, pointer.previous) == (11, LIVE)
 
-    then, now = read_told(store, MODEL, LIVE), read_told(store, MODEL, pointer.release)
+    then, now = read_release_record(store, MODEL, LIVE), read_release_record(store, MODEL, pointer.release)
     assert now.manifest.files.keys() == then.manifest.files.keys()
     assert json.loads(now.manifest.encode()).keys() == json.loads(then.manifest.encode()).keys()
     assert now.manifest.signature == then.manifest.signature
