@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,9 @@ def test_nothing_of_ours_is_imported_by_the_name_of_its_folder() -> None:
         for file, tree in modules(package):
             for name in imports(tree):
                 assert name.partition(".")[0] not in renamed, f"{file} imports {name}; it is train_and_ship.{name}"
+            # Also in the code that a test starts as a string.
+            said = re.search(rf"from ({'|'.join(renamed)})\b[\w.]* import", (REPOSITORY / file).read_text())
+            assert said is None, f"{file} says {said[0]}"
 
 
 def test_no_module_is_loaded_under_two_names() -> None:

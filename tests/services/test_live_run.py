@@ -294,8 +294,8 @@ def test_a_retry_with_other_params_is_another_run(mlflow_server: MlflowServer, f
 
 def test_a_run_whose_process_was_killed_is_ended_by_the_next_one(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from registry import mlflow_runs; from tests.support.live_runs import run_record;"
-        "mlflow_runs.open_run(run_record('doomed'), sys.argv[1]); print('open', flush=True); time.sleep(60)"
+        "import sys, time; from train_and_ship.registry.tracking import runs; from tests.support.live_runs import "
+        "run_record; runs.open_run(run_record('doomed'), sys.argv[1]); print('open', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, mlflow_server.url], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"open\n"
