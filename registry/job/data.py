@@ -12,21 +12,23 @@ from train_and_ship.registry.job.base import Part
 class Snapshot(Part):
     """Data that is known by a manifest: the factory is given its verified folder as `snapshot`."""
 
-    path: str = Field(min_length=1, description="folder, relative to the project, or s3://bucket/prefix")
-    sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="of its SNAPSHOT.json; when absent, whichever is there"
-    )
+    path: str = Field(min_length=1)
+    """folder, relative to the project, or s3://bucket/prefix"""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """of its SNAPSHOT.json; when absent, whichever is there"""
 
 
 class TensorCheck(Part):
     """What one input, or `target`, has to be like."""
 
-    dtype: str | None = Field(None, description="such as float32 or int64")
-    shape: tuple[int | None, ...] | None = Field(
-        None, strict=False, description="of one sample, null where any size will do: [1, 8, 8]"
-    )
-    min: float | None = Field(None, description="smallest value that it may have")
-    max: float | None = Field(None, description="largest value that it may have")
+    dtype: str | None = None
+    """such as float32 or int64"""
+    shape: tuple[int | None, ...] | None = Field(None, strict=False)
+    """of one sample, null where any size will do: [1, 8, 8]"""
+    min: float | None = None
+    """smallest value that it may have"""
+    max: float | None = None
+    """largest value that it may have"""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -38,31 +40,40 @@ class TensorCheck(Part):
 class Labels(Part):
     """What the labels have to be like, where the target is one whole number a sample."""
 
-    allowed: tuple[int, ...] | None = Field(None, strict=False, description="labels that may occur")
-    min_share: float = Field(0.0, ge=0, le=1, description="smallest part of the samples of each label, in each split")
+    allowed: tuple[int, ...] | None = Field(None, strict=False)
+    """labels that may occur"""
+    min_share: float = Field(0.0, ge=0, le=1)
+    """smallest part of the samples of each label, in each split"""
 
 
 class Drift(Part):
     """How far the training data may be from that of the live release, column by column."""
 
-    psi: float | None = Field(0.25, gt=0, description="largest population stability index, over deciles or labels")
-    ks: float | None = Field(None, gt=0, le=1, description="largest Kolmogorov-Smirnov statistic")
-    ignore: tuple[str, ...] = Field((), strict=False, description="columns that may drift: x, x[3] or target")
+    psi: float | None = Field(0.25, gt=0)
+    """largest population stability index, over deciles or labels"""
+    ks: float | None = Field(None, gt=0, le=1)
+    """largest Kolmogorov-Smirnov statistic"""
+    ignore: tuple[str, ...] = Field((), strict=False)
+    """columns that may drift: x, x[3] or target"""
 
 
 class Checks(Part):
     """What is asked of the data; a failure stops the run before training."""
 
-    tensors: dict[str, TensorCheck] = Field(default_factory=dict, description="by input name, or target")
-    missing: float = Field(0.0, ge=0, le=1, description="largest part of a tensor that is NaN or infinite")
-    outside: float = Field(0.0, ge=0, le=1, description="largest part of a tensor outside its min and max")
-    overlap: float = Field(
-        0.0, ge=0, le=1, description="largest part of the validation samples that are training samples, bit by bit"
-    )
-    repeated: float = Field(1.0, ge=0, le=1, description="largest part of a split that repeats another of its samples")
-    samples: int = Field(1, ge=1, description="least number of training samples")
-    shrinks: float | None = Field(
-        None, ge=0, le=1, description="largest part of the live release's training samples that may be gone"
-    )
+    tensors: dict[str, TensorCheck] = Field(default_factory=dict)
+    """by input name, or target"""
+    missing: float = Field(0.0, ge=0, le=1)
+    """largest part of a tensor that is NaN or infinite"""
+    outside: float = Field(0.0, ge=0, le=1)
+    """largest part of a tensor outside its min and max"""
+    overlap: float = Field(0.0, ge=0, le=1)
+    """largest part of the validation samples that are training samples, bit by bit"""
+    repeated: float = Field(1.0, ge=0, le=1)
+    """largest part of a split that repeats another of its samples"""
+    samples: int = Field(1, ge=1)
+    """least number of training samples"""
+    shrinks: float | None = Field(None, ge=0, le=1)
+    """largest part of the live release's training samples that may be gone"""
     labels: Labels = Labels()
-    drift: Drift | None = Field(Drift(), description="against the live release's data; null asks nothing")
+    drift: Drift | None = Drift()
+    """against the live release's data; null asks nothing"""

@@ -25,11 +25,12 @@ def _is_dimension(name: str) -> str:
 class Dynamic(Part):
     """A dimension whose size may change from call to call, and where it is in the inputs."""
 
-    axes: dict[str, Axis | Annotated[tuple[Axis, ...], Field(strict=False, min_length=1)]] = Field(
-        min_length=1, description="input name: axis, or a list of axes, counted from 0, which is the batch"
-    )
-    min: int = Field(1, ge=1, description="smallest size that users will send")
-    max: int | None = Field(None, ge=1, description="largest size; no limit when absent")
+    axes: dict[str, Axis | Annotated[tuple[Axis, ...], Field(strict=False, min_length=1)]] = Field(min_length=1)
+    """input name: axis, or a list of axes, counted from 0, which is the batch"""
+    min: int = Field(1, ge=1)
+    """smallest size that users will send"""
+    max: int | None = Field(None, ge=1)
+    """largest size; no limit when absent"""
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
@@ -44,34 +45,22 @@ Int8 = Literal["onnx-int8-dynamic", "onnx-int8-static", "pt2e-int8"]
 class Quantize(Part):
     """Which int8 variants are tried, and what they have to keep to: one that does not is left out of the release."""
 
-    formats: Literal["auto"] | Annotated[tuple[Int8, ...], Field(strict=False, min_length=1)] = Field(
-        "auto",
-        description="onnx-int8-dynamic and onnx-int8-static by ONNX Runtime, pt2e-int8 by torchao and AOTInductor "
-        "(needs the extra torchao and a C++ compiler); auto: the first two",
-    )
-    samples: int = Field(256, ge=1, description="training samples from which the ranges of activations are taken")
-    sqnr_db: float = Field(
-        30, gt=0, description="smallest ratio of signal to quantization noise on validation samples, in decibels"
-    )
-    agreement: float = Field(
-        0.99, ge=0, le=1, description="smallest share of validation predictions that are the model's own"
-    )
-    flip_margin: float = Field(
-        0.25,
-        ge=0,
-        description="how sure the model may have been of a prediction that differs, in units of its median margin "
-        "(difference of the two best scores)",
-    )
-    metric_loss: float = Field(
-        0.01,
-        ge=0,
-        description="largest loss of any quality metric: of accuracy its difference, of an error that share of it",
-    )
-    speedup: float = Field(
-        1.1,
-        gt=0,
-        description="how many times as fast as its float format it has to be, at batch 1 or at the largest measured",
-    )
+    formats: Literal["auto"] | Annotated[tuple[Int8, ...], Field(strict=False, min_length=1)] = "auto"
+    """onnx-int8-dynamic and onnx-int8-static by ONNX Runtime, pt2e-int8 by torchao and AOTInductor (needs the extra
+    torchao and a C++ compiler); auto: the first two"""
+    samples: int = Field(256, ge=1)
+    """training samples from which the ranges of activations are taken"""
+    sqnr_db: float = Field(30, gt=0)
+    """smallest ratio of signal to quantization noise on validation samples, in decibels"""
+    agreement: float = Field(0.99, ge=0, le=1)
+    """smallest share of validation predictions that are the model's own"""
+    flip_margin: float = Field(0.25, ge=0)
+    """how sure the model may have been of a prediction that differs, in units of its median margin (difference of the
+    two best scores)"""
+    metric_loss: float = Field(0.01, ge=0)
+    """largest loss of any quality metric: of accuracy its difference, of an error that share of it"""
+    speedup: float = Field(1.1, gt=0)
+    """how many times as fast as its float format it has to be, at batch 1 or at the largest measured"""
 
     @property
     def wanted(self) -> tuple[Int8, ...]:
@@ -82,40 +71,33 @@ class Quantize(Part):
 class Export(Part):
     """What is made of the trained weights."""
 
-    formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = Field(
-        ("torchscript", "onnx", "pt2"),
-        description="artifacts of the release; auto: every format that can capture the model, aoti where a C++ "
-        "compiler is, and the reasons of those that cannot; executorch only by name: it needs the extra edge and a "
-        "largest size of every dynamic dimension",
+    formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = (
+        "torchscript",
+        "onnx",
+        "pt2",
     )
-    batch: int = Field(64, ge=2, description="batch size at which the model is captured; the batch stays dynamic")
-    max_batch: int | None = Field(
-        None, ge=2, description="largest batch that users will send; no limit when absent, which executorch needs"
-    )
-    dynamic: dict[Annotated[str, AfterValidator(_is_dimension)], Dynamic] = Field(
-        default_factory=dict, description="further dynamic dimensions by name, see below"
-    )
-    libraries: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part "
-        "of the release",
-    )
-    quantize: Literal["none", "auto"] | Quantize = Field(
-        "none", description="int8 variants beside the formats; auto: with the defaults below"
-    )
-    serve: Literal["auto", "none"] | Format | Int8 = Field(
-        "auto",
-        description="what the release recommends to serve with: auto measures every format at batch 1, 8 and 64 and "
-        "names the fastest for latency and for throughput; a format, that one, measured too; none, nothing is measured "
-        "unless a gate asks for it",
-    )
-    threads: int | None = Field(
-        None, ge=1, description="threads of every runtime while it is measured; those of a rank when absent"
-    )
-    validation_samples: int = Field(
-        10_000, ge=1, description="at most this many validation samples are used to gate artifacts"
-    )
+    """artifacts of the release; auto: every format that can capture the model, aoti where a C++ compiler is, and the
+    reasons of those that cannot; executorch only by name: it needs the extra edge and a largest size of every dynamic
+    dimension"""
+    batch: int = Field(64, ge=2)
+    """batch size at which the model is captured; the batch stays dynamic"""
+    max_batch: int | None = Field(None, ge=2)
+    """largest batch that users will send; no limit when absent, which executorch needs"""
+    dynamic: dict[Annotated[str, AfterValidator(_is_dimension)], Dynamic] = Field(default_factory=dict)
+    """further dynamic dimensions by name, see below"""
+    libraries: tuple[str, ...] = Field((), strict=False)
+    """shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part of the
+    release"""
+    quantize: Literal["none", "auto"] | Quantize = "none"
+    """int8 variants beside the formats; auto: with the defaults below"""
+    serve: Literal["auto", "none"] | Format | Int8 = "auto"
+    """what the release recommends to serve with: auto measures every format at batch 1, 8 and 64 and names the fastest
+    for latency and for throughput; a format, that one, measured too; none, nothing is measured unless a gate asks for
+    it"""
+    threads: int | None = Field(None, ge=1)
+    """threads of every runtime while it is measured; those of a rank when absent"""
+    validation_samples: int = Field(10_000, ge=1)
+    """at most this many validation samples are used to gate artifacts"""
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> Self:

@@ -14,18 +14,15 @@ from train_and_ship.registry.job.base import Part
 class Gate(Part):
     """Limits on one measurement; a candidate outside them is not registered and not promoted."""
 
-    min: float | None = Field(None, description="smallest value that passes; of quality only")
-    max: float | None = Field(None, description="largest value that passes")
-    vs_live: float | None = Field(
-        None,
-        description="smallest improvement over the live release that passes; negative allows a loss; of quality only",
-    )
-    times_live: float | None = Field(
-        None,
-        gt=0,
-        description="largest multiple of the live release's value that passes, both measured in one run: 1.1 allows a "
-        "tenth more; of p50_ms, p99_ms, load_ms, size_mb and memory_mb only",
-    )
+    min: float | None = None
+    """smallest value that passes; of quality only"""
+    max: float | None = None
+    """largest value that passes"""
+    vs_live: float | None = None
+    """smallest improvement over the live release that passes; negative allows a loss; of quality only"""
+    times_live: float | None = Field(None, gt=0)
+    """largest multiple of the live release's value that passes, both measured in one run: 1.1 allows a tenth more; of
+    p50_ms, p99_ms, load_ms, size_mb and memory_mb only"""
 
     @model_validator(mode="after")
     def _has_limit(self) -> Self:

@@ -38,43 +38,39 @@ def _is_channel(value: str) -> str:
 class Release(Part):
     """Where a release goes, and what it takes to replace the one that is there."""
 
-    channel: Annotated[str, AfterValidator(_is_channel)] = Field(
-        "prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="the pointer that is moved"
-    )
-    policy: Policy | None = Field(
-        None,
-        description="better: the interval of the improvement lies above margin; not_worse: above −margin; always: it "
-        "is not asked. When absent, always for `ship run` and better for `ship retrain`; see retraining.md",
-    )
-    approval: Literal["required"] | None = Field(
-        None, description="required: a person says yes, in Prefect or with `ship approve`, before the channel moves"
-    )
-    metric: str | None = Field(None, description="what policy decides on; the first of train.metrics when absent")
-    margin: float = Field(0.0, ge=0, description="in units of the metric")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the interval of the improvement")
-    resamples: int = Field(
-        1000, ge=100, le=100_000, description="how often the validation samples are drawn anew for the interval"
-    )
+    channel: Annotated[str, AfterValidator(_is_channel)] = Field("prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """the pointer that is moved"""
+    policy: Policy | None = None
+    """better: the interval of the improvement lies above margin; not_worse: above −margin; always: it is not asked.
+    When absent, always for `ship run` and better for `ship retrain`; see retraining.md"""
+    approval: Literal["required"] | None = None
+    """required: a person says yes, in Prefect or with `ship approve`, before the channel moves"""
+    metric: str | None = None
+    """what policy decides on; the first of train.metrics when absent"""
+    margin: float = Field(0.0, ge=0)
+    """in units of the metric"""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """of the interval of the improvement"""
+    resamples: int = Field(1000, ge=100, le=100_000)
+    """how often the validation samples are drawn anew for the interval"""
 
 
 class Retrain(Part):
     """What `ship retrain` does, by hand, on a schedule or on an event."""
 
-    start: Literal["live", "scratch"] = Field(
-        "scratch", description="begin with the live release's weights, or as model.factory makes them"
-    )
+    start: Literal["live", "scratch"] = "scratch"
+    """begin with the live release's weights, or as model.factory makes them"""
 
 
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
-    collate: Target | Factory | None = Field(
-        None, description="collate(items) returns (inputs, target) of a batch; torch's own when absent"
-    )
-    snapshot: Snapshot | None = Field(
-        None, description="files that are verified before training; the factory gets their folder as snapshot"
-    )
-    checks: Checks | None = Field(None, description="what is asked of the data before training; see data.md")
+    collate: Target | Factory | None = None
+    """collate(items) returns (inputs, target) of a batch; torch's own when absent"""
+    snapshot: Snapshot | None = None
+    """files that are verified before training; the factory gets their folder as snapshot"""
+    checks: Checks | None = None
+    """what is asked of the data before training; see data.md"""
 
 
 def _is_measured(name: str, info: ValidationInfo) -> str:
@@ -92,16 +88,19 @@ def _is_measured(name: str, info: ValidationInfo) -> str:
 class Job(Part):
     """One model, from code to serving bucket."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="model name in MLflow and in the bucket")
-    project: str = Field(".", description="folder put first on the import path, relative to the job file")
-    model: Factory = Field(description="called with args; returns a torch.nn.Module")
-    data: Data = Field(description='called with split="train" | "validation"; returns a dataset')
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """model name in MLflow and in the bucket"""
+    project: str = "."
+    """folder put first on the import path, relative to the job file"""
+    model: Factory
+    """called with args; returns a torch.nn.Module"""
+    data: Data
+    """called with split="train" | "validation"; returns a dataset"""
     train: Train
     export: Export = Export()
     parity: Parity = Parity()
-    gates: dict[Annotated[str, AfterValidator(_is_measured)], Gate] = Field(
-        default_factory=dict, description="limits by metric name, or by p50_ms, p99_ms, load_ms, size_mb, memory_mb"
-    )
+    gates: dict[Annotated[str, AfterValidator(_is_measured)], Gate] = Field(default_factory=dict)
+    """limits by metric name, or by p50_ms, p99_ms, load_ms, size_mb, memory_mb"""
     release: Release = Release()
     retrain: Retrain = Retrain()
 

@@ -53,14 +53,14 @@ Arguments = Annotated[tuple[str, ...], Field(strict=False)]
 class Machines(Part):
     """What every engine over several machines understands."""
 
-    min_nodes: int | None = Field(None, ge=1, description="go on with as few machines as this; all when absent")
-    time_limit_s: int | None = Field(None, ge=1, description="seconds after which the engine ends the job")
-    python: str | None = Field(
-        None, description="interpreter with train-and-ship on every machine; this one's path when absent"
-    )
-    env: Annotated[dict[str, str], AfterValidator(_names)] = Field(
-        default_factory=dict, description="variables of the ranks; visible to others, so no secrets"
-    )
+    min_nodes: int | None = Field(None, ge=1)
+    """go on with as few machines as this; all when absent"""
+    time_limit_s: int | None = Field(None, ge=1)
+    """seconds after which the engine ends the job"""
+    python: str | None = None
+    """interpreter with train-and-ship on every machine; this one's path when absent"""
+    env: Annotated[dict[str, str], AfterValidator(_names)] = Field(default_factory=dict)
+    """variables of the ranks; visible to others, so no secrets"""
 
     def _enough(self, nodes: int) -> None:
         if self.min_nodes is not None and self.min_nodes > nodes:
@@ -74,12 +74,14 @@ class Local(Part):
 class Torchrun(Machines):
     """Machines that a command such as ssh reaches, with one path for the run folder and the project on all."""
 
-    hosts: Arguments = Field(min_length=1, description="names or addresses of the machines, user@ allowed")
-    address: str = Field(min_length=1, description="address of this machine, by which the hosts reach it")
-    port: int = Field(0, ge=0, le=65535, description="port of this machine where the hosts meet; 0: any free one")
-    connect: Annotated[tuple[str, ...], AfterValidator(_fills_in)] | None = Field(
-        None, strict=False, description="argument list with {host} and {command}; ssh without questions when absent"
-    )
+    hosts: Arguments = Field(min_length=1)
+    """names or addresses of the machines, user@ allowed"""
+    address: str = Field(min_length=1)
+    """address of this machine, by which the hosts reach it"""
+    port: int = Field(0, ge=0, le=65535)
+    """port of this machine where the hosts meet; 0: any free one"""
+    connect: Annotated[tuple[str, ...], AfterValidator(_fills_in)] | None = Field(None, strict=False)
+    """argument list with {host} and {command}; ssh without questions when absent"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -92,14 +94,18 @@ class Torchrun(Machines):
 class Slurm(Machines):
     """A Slurm cluster, through sbatch, squeue, scontrol and scancel on this machine."""
 
-    nodes: int = Field(1, ge=1, description="machines")
-    cpus: int | None = Field(None, ge=1, description="cores on each machine")
-    mem_mb: int | None = Field(None, ge=1, description="memory on each machine, MiB")
-    gpus: int = Field(0, ge=0, description="GPUs on each machine")
-    arguments: Annotated[Arguments, AfterValidator(_not_ours)] = Field(
-        (), strict=False, description="further options of sbatch, such as --partition=gpu"
-    )
-    prefix: Arguments = Field((), description="put before every command of Slurm, such as [ssh, login]")
+    nodes: int = Field(1, ge=1)
+    """machines"""
+    cpus: int | None = Field(None, ge=1)
+    """cores on each machine"""
+    mem_mb: int | None = Field(None, ge=1)
+    """memory on each machine, MiB"""
+    gpus: int = Field(0, ge=0)
+    """GPUs on each machine"""
+    arguments: Annotated[Arguments, AfterValidator(_not_ours)] = Field((), strict=False)
+    """further options of sbatch, such as --partition=gpu"""
+    prefix: Arguments = ()
+    """put before every command of Slurm, such as [ssh, login]"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -110,16 +116,26 @@ class Slurm(Machines):
 class Kubernetes(Machines):
     """A Kubernetes cluster, through kubectl on this machine."""
 
-    nodes: int = Field(1, ge=1, description="pods, one a machine")
-    image: str = Field(min_length=1, description="container image with train-and-ship in it")
-    claim: str = Field(min_length=1, description="PersistentVolumeClaim (ReadWriteMany) with runs and project on it")
-    mount: str = Field(pattern="^/", description="where it is mounted: the path this machine knows it by")
-    namespace: str = Field("default", description="where the job is created")
-    context: str | None = Field(None, description="entry of the kubeconfig; its current one when absent")
-    secret: str | None = Field(None, description="Secret whose keys become variables of the ranks")
-    cpus: int | None = Field(None, ge=1, description="cores of each pod")
-    mem_mb: int | None = Field(None, ge=1, description="memory of each pod, MiB")
-    gpus: int = Field(0, ge=0, description="GPUs of each pod")
+    nodes: int = Field(1, ge=1)
+    """pods, one a machine"""
+    image: str = Field(min_length=1)
+    """container image with train-and-ship in it"""
+    claim: str = Field(min_length=1)
+    """PersistentVolumeClaim (ReadWriteMany) with runs and project on it"""
+    mount: str = Field(pattern="^/")
+    """where it is mounted: the path this machine knows it by"""
+    namespace: str = "default"
+    """where the job is created"""
+    context: str | None = None
+    """entry of the kubeconfig; its current one when absent"""
+    secret: str | None = None
+    """Secret whose keys become variables of the ranks"""
+    cpus: int | None = Field(None, ge=1)
+    """cores of each pod"""
+    mem_mb: int | None = Field(None, ge=1)
+    """memory of each pod, MiB"""
+    gpus: int = Field(0, ge=0)
+    """GPUs of each pod"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -130,10 +146,14 @@ class Kubernetes(Machines):
 class Launcher(Part):
     """Where the ranks run: exactly one of these."""
 
-    local: Local | None = Field(None, description="this machine")
-    torchrun: Torchrun | None = Field(None, description="machines that ssh reaches")
-    slurm: Slurm | None = Field(None, description="a Slurm cluster")
-    kubernetes: Kubernetes | None = Field(None, description="a Kubernetes cluster")
+    local: Local | None = None
+    """this machine"""
+    torchrun: Torchrun | None = None
+    """machines that ssh reaches"""
+    slurm: Slurm | None = None
+    """a Slurm cluster"""
+    kubernetes: Kubernetes | None = None
+    """a Kubernetes cluster"""
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from train_and_ship.infra.errors import JobError
+from train_and_ship.registry.job.base import descriptions
 from train_and_ship.registry.job.job import Job
 
 
@@ -146,8 +147,7 @@ def _did_you_mean(keys: list[int | str]) -> str:
 
 def _describe_key(keys: list[int | str]) -> str:
     model = _model_at(keys)
-    field = model.model_fields.get(str(keys[-1])) if model else None
-    return field.description if field is not None and field.description else "a value"
+    return descriptions(model).get(str(keys[-1]), "a value") if model else "a value"
 
 
 def _line_of(text: str, keys: list[int | str]) -> int:

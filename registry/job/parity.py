@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from train_and_ship.registry.job.base import Part
 
@@ -12,22 +12,15 @@ from train_and_ship.registry.job.base import Part
 class Parity(Part):
     """How artifacts are held against the model. The defaults are what a release should keep."""
 
-    not_finite: Literal["contained", "same", "off"] = Field(
-        "contained",
-        description="NaN and infinity in an input: contained, a sample that shows them must show them in every format "
-        "and no other sample changes; same, in the very same elements; off, not asked",
-    )
-    refusals: Literal["known", "same", "off"] = Field(
-        "known",
-        description="inputs that the model refuses: known, every format refuses them, except that ONNX counts index −1 "
-        "from the end; same, no exception; off, not asked",
-    )
-    cpp: Literal["when_possible", "required", "off"] = Field(
-        "when_possible",
-        description="TorchScript and AOTInductor are also run by a small C++ program, which cmake and a compiler build "
-        "on the first run on a machine: when_possible, reported as not run where they are missing; required, a failure "
-        "there; off",
-    )
+    not_finite: Literal["contained", "same", "off"] = "contained"
+    """NaN and infinity in an input: contained, a sample that shows them must show them in every format and no other
+    sample changes; same, in the very same elements; off, not asked"""
+    refusals: Literal["known", "same", "off"] = "known"
+    """inputs that the model refuses: known, every format refuses them, except that ONNX counts index −1 from the end;
+    same, no exception; off, not asked"""
+    cpp: Literal["when_possible", "required", "off"] = "when_possible"
+    """TorchScript and AOTInductor are also run by a small C++ program, which cmake and a compiler build on the first
+    run on a machine: when_possible, reported as not run where they are missing; required, a failure there; off"""
 
     @field_validator("not_finite", "refusals", "cpp", mode="before")
     @classmethod

@@ -26,10 +26,10 @@ FOR_ANY_LOOP = frozenset({
 class CustomMetric(Factory):
     """A metric in your code: metric(outputs, target) over the whole validation set returns one number."""
 
-    better: Literal["higher", "lower"] = Field(description="which direction is an improvement")
-    name: str | None = Field(
-        None, pattern=r"^[a-z][a-z0-9_]{0,39}$", description="in gates and curves; the attribute's name when absent"
-    )
+    better: Literal["higher", "lower"]
+    """which direction is an improvement"""
+    name: str | None = Field(None, pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    """in gates and curves; the attribute's name when absent"""
 
     @property
     def label(self) -> str:
@@ -39,73 +39,80 @@ class CustomMetric(Factory):
 class Checkpoint(Part):
     """When training saves its state. A run that dies goes on from its newest sound checkpoint."""
 
-    seconds: float = Field(300, gt=0, description="about how far apart checkpoints are")
-    steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints, instead of a time")
-    keep: int = Field(2, ge=1, description="complete checkpoints that stay")
+    seconds: float = Field(300, gt=0)
+    """about how far apart checkpoints are"""
+    steps: int | None = Field(None, ge=1)
+    """optimizer steps between checkpoints, instead of a time"""
+    keep: int = Field(2, ge=1)
+    """complete checkpoints that stay"""
 
 
 class Train(Part):
     """How the model is trained."""
 
-    epochs: int | None = Field(None, ge=1, description="passes over the training data; required without entrypoint")
-    entrypoint: Target | None = Field(
-        None, description="a loop of your own, main(context, **args), in place of the built-in one; see custom-loops.md"
-    )
-    args: dict[str, JsonValue] = Field(default_factory=dict, description="keyword arguments of the entrypoint")
-    steps_per_epoch: int | None = Field(
-        None, ge=1, description="optimizer steps of an epoch, for an iterable dataset that has no len()"
-    )
-    processes: int = Field(1, ge=1, le=1024, description="ranks over all machines")
-    batch_size: int = Field(64, ge=1, description="samples per optimizer step over all processes")
-    seed: int = Field(0, ge=0, lt=2**63, description="of torch, NumPy and Python: initialisation, shuffling, dropout")
-    loss: Loss | Factory = Field("cross_entropy", description="a torch.nn.functional loss, or loss(outputs, target)")
-    optimizer: Optimizer | Factory = Field("adam", description="a torch.optim class, or factory(parameters, lr=…)")
-    learning_rate: float = Field(1e-3, gt=0, description="given to the optimizer as lr")
-    metrics: tuple[Metric | CustomMetric, ...] | None = Field(
-        None, strict=False, description="measured on the validation data; the loss decides when absent"
-    )
-    threads: int | None = Field(None, ge=1, description="torch threads of each process; cores ÷ processes when absent")
-    data_workers: int = Field(0, ge=0, description="DataLoader worker processes of each rank")
-    schedule: Schedule | Factory = Field(
-        "constant", description="learning rate by optimizer step: flat, to 0 by cosine or by a line, or a reference"
-    )
-    accumulate: int = Field(1, ge=1, description="forward and backward passes that make one optimizer step")
-    clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradients")
-    early_stopping: int | None = Field(
-        None, ge=1, description="epochs without a lower validation loss after which training stops"
-    )
+    epochs: int | None = Field(None, ge=1)
+    """passes over the training data; required without entrypoint"""
+    entrypoint: Target | None = None
+    """a loop of your own, main(context, **args), in place of the built-in one; see custom-loops.md"""
+    args: dict[str, JsonValue] = Field(default_factory=dict)
+    """keyword arguments of the entrypoint"""
+    steps_per_epoch: int | None = Field(None, ge=1)
+    """optimizer steps of an epoch, for an iterable dataset that has no len()"""
+    processes: int = Field(1, ge=1, le=1024)
+    """ranks over all machines"""
+    batch_size: int = Field(64, ge=1)
+    """samples per optimizer step over all processes"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """of torch, NumPy and Python: initialisation, shuffling, dropout"""
+    loss: Loss | Factory = "cross_entropy"
+    """a torch.nn.functional loss, or loss(outputs, target)"""
+    optimizer: Optimizer | Factory = "adam"
+    """a torch.optim class, or factory(parameters, lr=…)"""
+    learning_rate: float = Field(1e-3, gt=0)
+    """given to the optimizer as lr"""
+    metrics: tuple[Metric | CustomMetric, ...] | None = Field(None, strict=False)
+    """measured on the validation data; the loss decides when absent"""
+    threads: int | None = Field(None, ge=1)
+    """torch threads of each process; cores ÷ processes when absent"""
+    data_workers: int = Field(0, ge=0)
+    """DataLoader worker processes of each rank"""
+    schedule: Schedule | Factory = "constant"
+    """learning rate by optimizer step: flat, to 0 by cosine or by a line, or a reference"""
+    accumulate: int = Field(1, ge=1)
+    """forward and backward passes that make one optimizer step"""
+    clip_norm: float | None = Field(None, gt=0)
+    """largest L2 norm of the gradients"""
+    early_stopping: int | None = Field(None, ge=1)
+    """epochs without a lower validation loss after which training stops"""
     checkpoint: Checkpoint = Checkpoint()
-    restarts: int = Field(
-        3, ge=0, description="launches in a row that may die without a new checkpoint before the run gives up"
-    )
-    hang_seconds: float = Field(30, gt=0, description="a rank that is silent for longer is handled as dead")
-    collective_seconds: float = Field(
-        600, gt=0, description="an exchange between ranks that takes longer is a lost connection"
-    )
+    restarts: int = Field(3, ge=0)
+    """launches in a row that may die without a new checkpoint before the run gives up"""
+    hang_seconds: float = Field(30, gt=0)
+    """a rank that is silent for longer is handled as dead"""
+    collective_seconds: float = Field(600, gt=0)
+    """an exchange between ranks that takes longer is a lost connection"""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU for each process where the machine has any, else the CPU"
-    )
-    strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="each process has the whole model, or a part of it (FSDP2)"
-    )
-    backend: Literal["gloo", "nccl"] | None = Field(
-        None, description="of the exchange between processes; nccl on GPUs and gloo on CPUs when absent"
-    )
-    comm_hook: Literal["fp16", "bf16"] | None = Field(
-        None, description="exchange ddp's gradients in half precision; bf16 needs nccl"
-    )
-    precision: Literal["float32", "bf16", "fp16"] = Field(
-        "float32", description="autocast in training; weights and validation stay in float32"
-    )
-    fused: bool = Field(False, description="fused kernels of adam, adamw or sgd")
-    channels_last: bool = Field(False, description="NHWC order for images and convolutions")
-    compile: bool = Field(False, description="torch.compile; needs a C++ compiler")
-    cudnn_benchmark: bool = Field(False, description="let cuDNN time its algorithms; for inputs of one shape, on GPUs")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each process where the machine has any, else the CPU"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """each process has the whole model, or a part of it (FSDP2)"""
+    backend: Literal["gloo", "nccl"] | None = None
+    """of the exchange between processes; nccl on GPUs and gloo on CPUs when absent"""
+    comm_hook: Literal["fp16", "bf16"] | None = None
+    """exchange ddp's gradients in half precision; bf16 needs nccl"""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """autocast in training; weights and validation stay in float32"""
+    fused: bool = False
+    """fused kernels of adam, adamw or sgd"""
+    channels_last: bool = False
+    """NHWC order for images and convolutions"""
+    compile: bool = False
+    """torch.compile; needs a C++ compiler"""
+    cudnn_benchmark: bool = False
+    """let cuDNN time its algorithms; for inputs of one shape, on GPUs"""
 
-    launcher: LauncherOption = Field(
-        LOCAL, description="where ranks run: local, or torchrun, slurm or kubernetes with options; see launchers.md"
-    )
+    launcher: LauncherOption = LOCAL
+    """where ranks run: local, or torchrun, slurm or kubernetes with options; see launchers.md"""
 
     @model_validator(mode="after")
     def _fits_the_machines(self) -> Self:
