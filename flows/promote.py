@@ -6,8 +6,9 @@ from prefect import flow
 
 from train_and_ship.tasks.approval import approval
 from train_and_ship.tasks.move_report import report_move
-from train_and_ship.tasks.moves import Moved, ask, choose_existing, move_forward, rehearse_existing
+from train_and_ship.tasks.moves import ask, choose_existing, move_forward, rehearse_existing
 from train_and_ship.tasks.outcome import report_failure
+from train_and_ship.tasks.results import Moved
 
 
 @flow(name="promote", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])

@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import State
 
 from train_and_ship.tasks.approval import candidate_approval
 from train_and_ship.tasks.conclude import conclude
-from train_and_ship.tasks.decide import RetrainResult, decide, ended, skip
+from train_and_ship.tasks.decide import decide, ended, skip
 from train_and_ship.tasks.exclusive import exclusive
 from train_and_ship.tasks.export import export
 from train_and_ship.tasks.inspect import inspect
@@ -15,6 +15,7 @@ from train_and_ship.tasks.outcome import end_mlflow_run, record_failure, report_
 from train_and_ship.tasks.promote import promote_if_better
 from train_and_ship.tasks.register import register
 from train_and_ship.tasks.rehearse import rehearse
+from train_and_ship.tasks.results import RetrainResult
 from train_and_ship.tasks.run import begin
 from train_and_ship.tasks.train import train
 from train_and_ship.tasks.validate import validate
@@ -34,17 +35,17 @@ async def retrain(
     `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, and `resume` is
     the id of an earlier run to go on with. The run ends as Skipped, Promoted or Kept, with the reason.
     """
-    async with exclusive(job, resume):
-        plan = await decide(job, why, force, resume)
+    async with exclusive(job, resume) as job_file:
+        plan = await decide(job_file, why, force, resume)
         if plan.skips:
             return ended(await skip(plan))
-        run = await begin(job, resume, plan.job)
+        run = await begin(plan.job_file, resume)
         inspected = await inspect(run)
         trained = await train(run, plan.start)
         exported = await export(run, trained)
         validated = await validate(run, exported)
         registered = await register(run, inspected, trained, validated)
-        rehearsed = await rehearse(run, registered, validated)
+        rehearsed = await rehearse(run, registered)
         answer = await candidate_approval(run, registered, rehearsed)
-        outcome = await promote_if_better(run, registered, validated, rehearsed, answer)
+        outcome = await promote_if_better(run, registered, rehearsed, answer)
         return ended(await conclude(plan, run, registered, rehearsed, outcome))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prefect import flow
 
 from train_and_ship.tasks.move_report import report_move
-from train_and_ship.tasks.moves import Moved, ask, choose_earlier, move_back
+from train_and_ship.tasks.moves import ask, choose_earlier, move_back
 from train_and_ship.tasks.outcome import report_failure
+from train_and_ship.tasks.results import Moved
 
 
 @flow(name="rollback", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])

@@ -12,7 +12,8 @@ from train_and_ship.tasks.outcome import end_mlflow_run, report_failure
 from train_and_ship.tasks.promote import promote
 from train_and_ship.tasks.register import register
 from train_and_ship.tasks.rehearse import rehearse
-from train_and_ship.tasks.report import Shipped, report
+from train_and_ship.tasks.report import report
+from train_and_ship.tasks.results import Shipped
 from train_and_ship.tasks.run import begin
 from train_and_ship.tasks.train import train
 from train_and_ship.tasks.validate import validate
@@ -29,14 +30,14 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
 
     `job` is the path of a job file; `resume` the id of an earlier run of it to go on with.
     """
-    async with exclusive(job, resume):
-        run = await begin(job, resume)
+    async with exclusive(job, resume) as job_file:
+        run = await begin(job_file, resume)
         inspected = await inspect(run)
         trained = await train(run)
         exported = await export(run, trained)
         validated = await validate(run, exported)
         registered = await register(run, inspected, trained, validated)
-        rehearsed = await rehearse(run, registered, validated)
+        rehearsed = await rehearse(run, registered)
         answer = await candidate_approval(run, registered, rehearsed)
-        promoted = await promote(run, registered, validated, rehearsed, answer)
+        promoted = await promote(run, registered, rehearsed, answer)
         return await report(run, registered, promoted)

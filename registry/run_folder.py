@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torchworker.contract import (
+    EVENTS,
     RESULT,
     ExportResult,
     InspectResult,
@@ -28,11 +29,21 @@ from train_and_ship.infra.rundir import MANIFEST, file_sha256, write_whole
 from train_and_ship.registry.cost import Spent, read_costs
 from train_and_ship.registry.data.checks import Report
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.release.manifest import LINEAGE
 from train_and_ship.registry.tracking.curves import Point, file_points, history_points
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+INSPECT, TRAIN, EXPORT, VALIDATE = "inspect", "train", "export", "validate"
+RELEASE, REHEARSE = "release", "rehearse"
+"""Folders of the stages."""
+ATTEMPTS = "train.attempts"
+"""Folder of the attempts at training on an engine of its own, one folder each."""
+FACTS, MADE_FROM, VERDICTS, COMPARED = "data.json", "made_from.json", "verdicts.json", "compared.json"
+"""Written by stages into their folders: InspectResult, MadeFrom, ValidateResult and RehearseResult."""
+FILES = "files"
+"""Folder of the release's files in the folder of its stage."""
 ABOUT, CHECKS, REGISTERED, AGAINST = "run.json", "data_checks.json", "registered.json", "against.json"
 """Written for this: About, registry.data.checks.Report, Registration and Against."""
 Kind = TypeVar("Kind")
@@ -122,6 +133,16 @@ class RunFiles:
         return self.registered.release if self.registered else ""
 
 
+def stage_inputs(first: str, *more: str) -> str:
+    """What a stage is made from, as its folder records it.
+
+    Args:
+        first: digest of the stage before, or of the job; `read_run` knows by it whether the stage counts.
+        more: whatever else decides what comes out.
+    """
+    return " ".join([first, *more])
+
+
 def write_fact(folder: Path, name: str, value: DataclassInstance) -> None:
     """Whole or not at all."""
     write_whole(folder / name, json.dumps(dataclasses.asdict(value), indent=1).encode())
@@ -136,37 +157,43 @@ def recall(kind: type[Kind], value: Any) -> Kind | None:
         return None
 
 
+def recorded_job(folder: Path) -> Job | None:
+    """The job of a run, as it was when the run began; None for a run that ended before that."""
+    about = _read(About, folder, ABOUT)
+    return Job.model_validate(about.job) if about is not None else None
+
+
 def read_run(folder: Path) -> RunFiles | None:
     """None for a run that ended before it knew its job."""
     about = _read(About, folder, ABOUT)
     if about is None:
         return None
     job = Job.model_validate(about.job)
-    train = _complete(folder, "train", job.training_digest())
-    export = _complete(folder, "export", _digest(train))
-    validate = _complete(folder, "validate", _digest(export))
-    release = _complete(folder, "release", _digest(validate))
+    train = _complete(folder, TRAIN, job.training_digest())
+    export = _complete(folder, EXPORT, _digest(train))
+    validate = _complete(folder, VALIDATE, _digest(export))
+    release = _complete(folder, RELEASE, _digest(validate))
     registered = _read(Registration, folder, REGISTERED)
     if registered is not None and registered.stage != _digest(release):
         registered = None
-    rehearse = _complete(folder, "rehearse", registered.release if registered else None)
-    inspect = _complete(folder, "inspect", job.training_digest())
+    rehearse = _complete(folder, REHEARSE, registered.release if registered else None)
+    inspect = _complete(folder, INSPECT, job.training_digest())
     trained = _result(TrainResult, train)
     return RunFiles(
         folder=folder,
         job=job,
         about=about,
         costs=read_costs(folder),
-        facts=_read(InspectResult, inspect, "data.json"),
+        facts=_read(InspectResult, inspect, FACTS),
         checks=_read(Report, folder, CHECKS) if inspect and job.data.checks is not None else None,
-        made_from=_read(MadeFrom, train, "made_from.json"),
+        made_from=_read(MadeFrom, train, MADE_FROM),
         trained=trained,
         points=history_points(trained.history) if trained else _unfinished(folder),
         exported=_result(ExportResult, export),
-        validated=_read(ValidateResult, validate, "verdicts.json"),
-        lineage=_read(Origin, release, "files/lineage.json"),
+        validated=_read(ValidateResult, validate, VERDICTS),
+        lineage=_read(Origin, release, f"{FILES}/{LINEAGE}"),
         registered=registered,
-        compared=_read(RehearseResult, rehearse, "compared.json"),
+        compared=_read(RehearseResult, rehearse, COMPARED),
         against=_read(Against, rehearse, AGAINST),
     )
 
@@ -197,6 +224,6 @@ def _result(kind: type[Kind], stage: Path | None) -> Kind | None:
 
 def _unfinished(folder: Path) -> list[Point]:
     """Of the last attempt at a training that did not end, on this machine or on an engine's."""
-    events = [*folder.glob("train.work/events.jsonl"), *folder.glob("train.attempts/*/events.jsonl")]
+    events = [*folder.glob(f"{TRAIN}.work/{EVENTS}"), *folder.glob(f"{ATTEMPTS}/*/{EVENTS}")]
     points = file_points(max(events, key=lambda path: path.stat().st_mtime)) if events else []
     return [point for point in points if not point.key.startswith(("steps/", "ranks/"))]

@@ -18,7 +18,6 @@ from torchworker.contract import (
     DynamicDim,
     InspectResult,
     TensorSpec,
-    decode,
 )
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.settings import Settings
@@ -28,7 +27,7 @@ from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.extras import require_extras
 from train_and_ship.tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
 from train_and_ship.tasks.snapshot import verified_snapshot
-from train_and_ship.tasks.worker import call_worker
+from train_and_ship.tasks.worker import ask_worker
 
 
 def check(job_file: Path) -> None:
@@ -49,8 +48,7 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
         try:
             if job.data.checks is not None:
                 # First: a NaN in the data is a better reason than the NaN of the loss.
-                read = await call_worker(fork_server, "inspect", inspect_request(job, project), work)
-                facts: InspectResult = decode(InspectResult, read)
+                facts = await ask_worker(fork_server, "inspect", inspect_request(job, project), InspectResult, work)
                 report = check_data(job.data.checks, facts, None, "")
                 require_good_data(job.name, report)
             request = CheckRequest(
@@ -60,7 +58,7 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
                 dynamic=dynamic_dims(job),
                 max_batch=job.export.max_batch,
             )
-            result: CheckResult = decode(CheckResult, await call_worker(fork_server, "check", request, work))
+            result = await ask_worker(fork_server, "check", request, CheckResult, work)
         finally:
             fork_server.close()
     return result, report

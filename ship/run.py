@@ -18,7 +18,7 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 
 if TYPE_CHECKING:
-    from train_and_ship.tasks.decide import RetrainResult
+    from train_and_ship.tasks.results import RetrainResult
 
 _T = TypeVar("_T")
 

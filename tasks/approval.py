@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 from prefect import get_run_logger
 from prefect.flow_runs import apause_flow_run
@@ -17,11 +16,8 @@ from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Link, Table
 from train_and_ship.tasks.events import ASKED, emit
 from train_and_ship.tasks.move_report import show_question, what_changes
-from train_and_ship.tasks.moves import Request
 from train_and_ship.tasks.publish import places, publish_question
-from train_and_ship.tasks.register import Registered
-from train_and_ship.tasks.rehearse import Rehearsed
-from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a person may take."""
@@ -34,15 +30,6 @@ class Approval(RunInput):
     approve: bool = Field(False, description="Put it live.")
     by: str = Field(min_length=1, description="Your name, for the record.")
     comment: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What somebody said."""
-
-    approved: bool
-    said: str
-    """By whom, and why: `by grace: looks good`."""
 
 
 async def ask_person(question: str) -> Answer:

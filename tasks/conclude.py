@@ -5,30 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, Decision, record_decision
 from train_and_ship.registry.text import Cell
 from train_and_ship.tasks import events
-from train_and_ship.tasks.decide import RetrainPlan, RetrainResult
-from train_and_ship.tasks.policy import worth_retrying
-from train_and_ship.tasks.promote import Kept, Promoted
 from train_and_ship.tasks.publish import publish
-from train_and_ship.tasks.register import Registered
-from train_and_ship.tasks.rehearse import Rehearsed
 from train_and_ship.tasks.report import decided, in_short, why_promoted
-from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, RetrainPlan, RetrainResult, Run
+from train_and_ship.tasks.stage import stage_task
 
 
-@task(
-    name="conclude",
-    task_run_name="conclude",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("conclude")
 async def conclude(
     plan: RetrainPlan, run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept
 ) -> RetrainResult:

@@ -8,11 +8,11 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from torchworker.contract import RESULT, CppRequest, CppResult, decode
+from torchworker.contract import RESULT, CppRequest, CppResult
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.job import Job
-from train_and_ship.tasks.worker import call_worker
+from train_and_ship.tasks.worker import ask_worker
 
 RUNS = frozenset({"torchscript", "aoti"})
 """Formats that the runner runs. A test keeps it equal to torchworker's."""
@@ -26,7 +26,12 @@ def cache_folder() -> Path:
 def start_build(fork_server: ForkServer, job: Job, folder: Path) -> Future[CppResult] | None:
     """Look for the runner, and build it when there is none, in the background. None when the job has no use for it.
 
-    folder: the run directory. The future never fails: a build that does is a reason why there is no runner.
+    The future never fails: a build that does is a reason why there is no runner.
+
+    Args:
+        fork_server: what the building process is forked from.
+        job: whose formats and `parity.cpp` decide whether there is a use for it.
+        folder: the run directory.
     """
     if job.parity.cpp == "off" or not RUNS & set(job.export.wanted):
         return None
@@ -39,7 +44,7 @@ def start_build(fork_server: ForkServer, job: Job, folder: Path) -> Future[CppRe
     def build() -> None:
         try:
             request = CppRequest(cache=str(cache_folder()))
-            built.set_result(decode(CppResult, asyncio.run(call_worker(fork_server, "cpp", request, work))))
+            built.set_result(asyncio.run(ask_worker(fork_server, "cpp", request, CppResult, work)))
         except (ShipError, OSError) as error:
             built.set_result(CppResult(runner="", reason=str(error).split("\n")[0]))
 

@@ -7,13 +7,11 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
@@ -39,18 +37,20 @@ from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, re
 from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell, Link
 from train_and_ship.tasks.events import UNCHANGED, emit
-from train_and_ship.tasks.inspect import data_fingerprint, inputs_of, read_facts, snapshot_fingerprint
+from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, snapshot_fingerprint
+from train_and_ship.tasks.inspect import read_facts
+from train_and_ship.tasks.ledgers import close_ledger, ledger_of
 from train_and_ship.tasks.outcome import CUT_OFF
-from train_and_ship.tasks.policy import artifact_key, quiet_mistakes, worth_retrying
+from train_and_ship.tasks.policy import artifact_key
 from train_and_ship.tasks.publish import write_report
 from train_and_ship.tasks.requests import project_of
-from train_and_ship.tasks.run import close_ledger, flow_run_page, ledger_of
+from train_and_ship.tasks.results import JobFile, RetrainPlan, RetrainResult, flow_run_page
 from train_and_ship.tasks.snapshot import known_snapshot
+from train_and_ship.tasks.stage import stage_task
 
 PLAN = "plan.json"
 INPUTS = ("code", "data", "config", "environment")
@@ -60,83 +60,15 @@ STREAK = 7
 """People are told when so many skips have followed each other, and of each multiple."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetrainPlan:
-    """Whether to train, and from where."""
-
-    job: Job
-    store: ObjectStore
-    settings: Settings
-    flow_run_id: str
-    asked: str
-    live: Pointer | None
-    """What was live when it was asked."""
-    changed: Mapping[str, str]
-    """What is not as it was for the live release, to how."""
-    inputs: str
-    """Digest of everything that a candidate is made from."""
-    skip: str
-    """Why nothing is to be done; empty when there is something."""
-    start: Pointer | None
-    """The live release whose weights training begins with."""
-    began: float
-    """When it was asked, by the monotonic clock."""
-    read_seconds: float
-    """Part of it that reading the user's data took."""
-
-    @property
-    def skips(self) -> bool:
-        return bool(self.skip)
-
-    def decided(self, decision: str, why: str, *, candidate: str = "", version: str = "") -> Decision:
-        """The record of an answer."""
-        return Decision(
-            model=self.job.name,
-            channel=self.job.release.channel,
-            decision=decision,
-            why=why,
-            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            flow_run=self.flow_run_id,
-            asked=self.asked,
-            live=self.live.release if self.live else "",
-            changed=self.changed,
-            inputs=self.inputs,
-            start=self.start.release if self.start else "",
-            candidate=candidate,
-            mlflow_version=version,
-            seconds=round(time.monotonic() - self.began, 3),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrainResult:
-    """What came of it, and where to look."""
-
-    title: str
-    decision: Decision
-    run_url: str
-    version_url: str = ""
-    report: Path | None = None
-
-
-@task(
-    name="decide",
-    task_run_name="decide",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
-async def decide(job_file: str, why: str, force: bool, resume: str) -> RetrainPlan:
+@stage_task("decide")
+async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> RetrainPlan:
     """Compare code, data, job and environment with those of the live release.
 
     Writes the run's own folder, and earlier answers that the bucket could not take. A run that goes on keeps to what it
     decided first. Raises JobError for a job file that cannot be used.
     """
     began = time.monotonic()
-    quiet_mistakes()
-    job, project_folder = load_job(Path(job_file))
-    job = job.unattended()
+    job = job_file.job.unattended()
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
     flow_run_id = str(flow_run.get_id())
@@ -146,7 +78,7 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> RetrainPl
             get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
         live, (read_seconds, inputs) = await asyncio.gather(
             asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
-            _inputs(settings, job, project_folder, folder),
+            _inputs(settings, job, job_file.project, folder),
         )
     earlier = _read_plan(folder)
     start = live if job.retrain.start == "live" else None
@@ -158,7 +90,7 @@ async def decide(job_file: str, why: str, force: bool, resume: str) -> RetrainPl
     if earlier is None and not force:
         skip = await asyncio.to_thread(_reason_to_skip, store, job, live, changed, digest)
     plan = RetrainPlan(
-        job=job,
+        job_file=replace(job_file, job=job),
         store=store,
         settings=settings,
         flow_run_id=flow_run_id,
@@ -233,14 +165,7 @@ def _from_where(plan: RetrainPlan) -> str:
     return f"from the weights of release {plan.start.release}" if plan.start else "from scratch"
 
 
-@task(
-    name="skip",
-    task_run_name="skip",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("skip")
 async def skip(plan: RetrainPlan) -> RetrainResult:
     """Record that nothing was done, and why."""
     decision = replace(plan.decided(SKIPPED, plan.skip), streak=1 + await asyncio.to_thread(streak, plan))

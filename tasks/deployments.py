@@ -32,7 +32,11 @@ class Deployed:
 def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> list[Deployed]:
     """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
 
-    jobs: model to job file. cron, timezone: of the schedule; None leaves it as in prefect.yaml.
+    Args:
+        jobs: model to job file.
+        cron: schedule, as crontab has it; None leaves it as in prefect.yaml.
+        timezone: name of its time zone; None leaves it as in prefect.yaml.
+
     Raises SettingsError for a schedule that Prefect does not understand, ServiceError without the pattern.
     """
     made = []

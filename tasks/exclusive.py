@@ -15,9 +15,10 @@ from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, conc
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.job.load import load_job
+from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
+from train_and_ship.tasks.results import JobFile
 
 LEASE_SECONDS = 60
 """A run that died with its machine holds those of other machines up no longer than this."""
@@ -25,26 +26,29 @@ TRY_SECONDS = 1.0
 
 
 @contextlib.asynccontextmanager
-async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[None]:
-    """Wait until no other run of this job's model is at work, and keep others waiting until the end.
+async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
+    """Read the job file, wait until no other run of its model is at work, and keep others waiting until the end.
 
     On this machine by a lock that the kernel frees when its holder dies; between machines by a global concurrency limit
     of Prefect, `train-and-ship.<model>`, whose slot is on a lease: a run that cannot renew it, because the server is
     away, goes on all the same. A run that is gone on with does not wait for the slot, which may be its own from before.
-    Then what died without a word gets its report. Raises JobError for a job file with mistakes.
+    Then what died without a word gets its report. The job is the one that was asked for, also after a long wait.
+
+    Raises JobError for a job file with mistakes.
     """
     quiet_mistakes()
-    job, _ = load_job(Path(job_file))
+    flow_run_id = str(flow_run.get_id())
+    read = read_job_file(job_file, flow_run_id)
+    model = read.job.name
     settings = Settings.load()
-    log = get_run_logger()
-    waiting = f"another run of {job.name} is at work; this one waits for its end"
-    limit = f"train-and-ship.{job.name}"
+    waiting = f"another run of {model} is at work; this one waits for its end"
+    limit = f"train-and-ship.{model}"
     async with get_client() as client:
         await client.upsert_global_concurrency_limit_by_name(limit, 1)
     async with contextlib.AsyncExitStack() as stack:
-        lock = stack.enter_context(_lock_file(settings.runs / job.name))
+        lock = stack.enter_context(_lock_file(settings.runs / model))
         if not _locked(lock):
-            log.warning(waiting)
+            get_run_logger().warning(waiting)
             # Another process cannot set an event of ours.
             while not _locked(lock):  # noqa: ASYNC110
                 await asyncio.sleep(TRY_SECONDS)
@@ -53,10 +57,10 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[None]:
             await stack.enter_async_context(_slot(limit, TRY_SECONDS))
         except AcquireConcurrencySlotTimeoutError:
             if not resume and (flow_run.get_run_count() or 1) == 1:
-                log.warning(waiting)
+                get_run_logger().warning(waiting)
                 await stack.enter_async_context(_slot(limit, None))
-        await report_abandoned(job.name, resume or str(flow_run.get_id()), settings)
-        yield
+        await report_abandoned(model, resume or flow_run_id, settings)
+        yield read
 
 
 def _lock_file(folder: Path) -> TextIO:

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult, decode
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.objectstore import ObjectStore
@@ -26,18 +26,24 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import user_modules
-from train_and_ship.tasks.worker import call_worker
+from train_and_ship.tasks.worker import ask_worker
 
 
 async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *, gates: bool = True) -> Verified:
     """Download it into a clean process, load every format, and run it on its golden inputs.
 
     Where a run that made this very export is still on this machine, its held-out samples score the release and what is
-    live; elsewhere nobody has the samples, and `Scored.samples` of the result is 0. gates: whether the release's
-    `vs_live` will be asked.
+    live; elsewhere nobody has the samples, and `Scored.samples` of the result is 0.
 
-    Raises GateError when a format does not give its golden outputs, or there is nothing to run, and ReleaseError when
-    the bytes are not what the manifest says.
+    Args:
+        settings: folders of this machine.
+        store: the bucket.
+        verified: the release, complete by what the bucket says of it.
+        gates: whether the release's `vs_live` will be asked.
+
+    Raises:
+        GateError: a format does not give its golden outputs, or there is nothing to run.
+        ReleaseError: the bytes are not what the manifest says.
     """
     target, manifest = verified.target, verified.manifest
     if not manifest.formats or GOLDEN not in manifest.files:
@@ -72,7 +78,7 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
         threads=job.threads if job is not None else 1,
         sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
     )
-    result: RehearseResult = decode(RehearseResult, await call_worker(server, "rehearse", request, work))
+    result = await ask_worker(server, "rehearse", request, RehearseResult, work)
     if not result.passed:
         failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
         raise GateError(

@@ -7,13 +7,12 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
-from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult, decode
+from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.registry.report.parity_failure import embedded, error_histograms, parity_report
-from train_and_ship.tasks.export import Exported
 from train_and_ship.tasks.policy import artifact_key
-from train_and_ship.tasks.run import Run
-from train_and_ship.tasks.worker import call_worker
+from train_and_ship.tasks.results import Exported, Run
+from train_and_ship.tasks.worker import ask_worker
 
 LOCATABLE = ("torchscript", "onnx", "pt2")
 """Formats that can be looked into. Others are machine code."""
@@ -59,7 +58,7 @@ async def _where(run: Run, exported: Exported, result: ValidateResult) -> dict[s
         probes=probes,
     )
     try:
-        found: LocateResult = decode(LocateResult, await call_worker(run.fork_server, "locate", request, folder))
+        found = await ask_worker(run.fork_server, "locate", request, LocateResult, folder)
     except (ShipError, OSError) as error:
         reason = str(error).splitlines()[0]
         return {**where, **dict.fromkeys(probes, f"could not be located: {reason}")}

@@ -115,11 +115,22 @@ async def train_launched(
 ) -> Path:  # fmt: skip
     """Train and return the attempt's folder, which holds what a local training stage holds.
 
-    folder: existing folder for attempts; checkpoints: folder that outlives them; every machine sees both under these
-    paths. inputs: digest of what the training depends on. start: as in TrainRequest, and seen by every machine too.
+    A cancelled caller cancels the job; a killed one leaves it running for the next call to find.
 
-    A cancelled caller cancels the job; a killed one leaves it running for the next call to find. Raises JobError when
-    the user's code is at fault or the engine refuses the job, WorkerError when a machine or rank was lost.
+    Args:
+        chosen: `train.launcher` of the job; its machines are not None.
+        project: the user's code.
+        train: how to train.
+        folder: existing folder for attempts, which every machine sees under this path.
+        checkpoints: folder that outlives attempts, seen by every machine too.
+        inputs: digest of everything that the training depends on.
+        on_event: called with each event of the ranks.
+        say: called with what a person should know of the engine.
+        start: file of the weights that training begins with, seen by every machine; empty for none.
+
+    Raises:
+        JobError: the user's code is at fault, or the engine refuses the job.
+        WorkerError: a machine or a rank was lost.
     """
     assert chosen.machines is not None
     launcher = launcher_for(chosen.machines)

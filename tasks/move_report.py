@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.errors import ShipError
@@ -19,12 +17,12 @@ from train_and_ship.registry.report.move import move_page
 from train_and_ship.registry.report.page import markdown
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Link
-from train_and_ship.tasks.moves import Moved, Request
 from train_and_ship.tasks.publish import put, show
-from train_and_ship.tasks.run import flow_run_page
+from train_and_ship.tasks.results import Moved, Request, flow_run_page
+from train_and_ship.tasks.stage import stage_task
 
 
-@task(name="report-move", task_run_name="report", cache_policy=NO_CACHE)
+@stage_task("report-move", "report", delays=())
 async def report_move(request: Request, verified: Verified, moved: Moved) -> None:
     """Write the report of a channel that has moved: for Prefect, and beside the release. The move stands without it."""
     back = moved.kind == ROLLBACK

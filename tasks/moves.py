@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from dataclasses import dataclass
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.objectstore import ObjectStore
@@ -28,25 +26,12 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.tasks.events import PROMOTED, emit
 from train_and_ship.tasks.existing import promote_tried, try_out
-from train_and_ship.tasks.policy import quiet_mistakes, worth_retrying
+from train_and_ship.tasks.policy import quiet_mistakes
+from train_and_ship.tasks.results import Moved, Request
+from train_and_ship.tasks.stage import stage_task
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked for, by whom and why, and where the services are."""
-
-    model: str
-    channel: str
-    mover: Mover
-    settings: Settings
-    store: ObjectStore
-
-
-Moved = Pointer
-"""What a move leaves behind: the pointer it wrote."""
-
-
-@task(name="ask", task_run_name="ask", cache_policy=NO_CACHE)
+@stage_task("ask", delays=())
 async def ask(model: str, channel: str, why: str, by: str) -> Request:
     """Check that the model is there and that a reason is given. by: the worker's account when empty."""
     quiet_mistakes()
@@ -57,14 +42,7 @@ async def ask(model: str, channel: str, why: str, by: str) -> Request:
     return Request(model=model, channel=channel, mover=mover, settings=settings, store=store)
 
 
-@task(
-    name="choose-rollback",
-    task_run_name="choose",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("choose-rollback", "choose")
 async def choose_earlier(request: Request, to: str) -> Verified:
     """What was live before, or the release that `to` names; every byte of it is read back."""
     return await asyncio.to_thread(_choose_earlier, request, to)
@@ -77,14 +55,7 @@ def _choose_earlier(request: Request, to: str) -> Verified:
     return verify_target(request.store, target, public_key=request.settings.public_key)
 
 
-@task(
-    name="choose-promotion",
-    task_run_name="choose",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("choose-promotion", "choose")
 async def choose_existing(request: Request, source: str) -> Verified:
     """The release that `source` names, complete by what the bucket says of it; `rehearse_existing` reads the files."""
     return await asyncio.to_thread(_choose_existing, request, source)
@@ -97,14 +68,7 @@ def _choose_existing(request: Request, source: str) -> Verified:
     return verify_target(request.store, target, read_back=False, public_key=request.settings.public_key)
 
 
-@task(
-    name="rehearse-existing",
-    task_run_name="rehearse",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("rehearse-existing", "rehearse")
 async def rehearse_existing(request: Request, verified: Verified, gates: bool) -> Verified:
     """Download it, load every format in a clean process, run the golden inputs, and score it beside what is live."""
     tried = await try_out(request.settings, request.store, verified, gates=gates)
@@ -112,28 +76,14 @@ async def rehearse_existing(request: Request, verified: Verified, gates: bool) -
     return tried
 
 
-@task(
-    name="move-back",
-    task_run_name="move",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("move-back", "move")
 async def move_back(request: Request, verified: Verified) -> Moved:
     """Move the channel, once, atomically, and let MLflow's aliases follow."""
     pointer = await asyncio.to_thread(roll_back, request.store, verified, request.mover)
     return await _notify(request, pointer)
 
 
-@task(
-    name="move-forward",
-    task_run_name="move",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("move-forward", "move")
 async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
     """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError."""
     pointer = await promote_tried(request.settings, request.store, verified, request.mover, gates=gates, again=again)

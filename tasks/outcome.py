@@ -29,13 +29,14 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell, Link
 from train_and_ship.registry.tracking.live_run import live_run
 from train_and_ship.registry.tracking.runs import REPORT
+from train_and_ship.tasks.job_file import find_run, job_of
+from train_and_ship.tasks.ledgers import close_ledger
 from train_and_ship.tasks.publish import show_in_prefect, write_report
-from train_and_ship.tasks.run import close_ledger, flow_run_page
+from train_and_ship.tasks.results import flow_run_page
 
 REASON_LENGTH = 1000
 CUT_OFF = "the run was killed, or its machine stopped, before it came to an answer, and nobody went on with it"
@@ -124,11 +125,8 @@ def _folder_of(flow_run: FlowRun, settings: Settings) -> tuple[str, Path | None]
     """
     if "job" not in flow_run.parameters:
         return str(flow_run.parameters.get("model", "")), None
-    try:
-        job, _ = load_job(Path(flow_run.parameters["job"]))
-    except ShipError:
-        return "", None
-    return job.name, settings.runs / job.name / origin(flow_run)
+    run = find_run(str(flow_run.parameters["job"]), str(flow_run.id), origin(flow_run), settings.runs)
+    return run or ("", None)
 
 
 def _report_in(folder: Path | None) -> Path | None:
@@ -169,8 +167,9 @@ async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
 
 
 def _record_failure(flow_run: FlowRun, reason: str) -> None:
-    job, _ = load_job(Path(flow_run.parameters["job"]))
     settings = Settings.load()
+    _, known = _folder_of(flow_run, settings)
+    job = job_of(str(flow_run.parameters["job"]), str(flow_run.id), known)
     why = str(flow_run.parameters.get("why", ""))
     decision = Decision(
         model=job.name,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.provenance import who
@@ -16,44 +14,13 @@ from train_and_ship.registry.channels.moves import OtherLive, require_not_rolled
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import move_channel
 from train_and_ship.registry.report.description import in_short
-from train_and_ship.tasks.approval import Answer
-from train_and_ship.tasks.policy import worth_retrying
-from train_and_ship.tasks.register import Registered
-from train_and_ship.tasks.rehearse import Rehearsed, hold_against
-from train_and_ship.tasks.run import Run
-from train_and_ship.tasks.validate import Validated
+from train_and_ship.tasks.rehearse import hold_against
+from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
+from train_and_ship.tasks.stage import stage_task
 
 
-@dataclass(frozen=True, kw_only=True)
-class Promoted:
-    """A release that is live on a channel."""
-
-    pointer: Pointer
-    rehearsed: Rehearsed
-    """The last one: against what was live when the pointer moved."""
-    alias: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """A candidate that did not replace what is live."""
-
-    why: str
-    live: str
-    """The release that stays."""
-
-
-@task(
-    name="promote",
-    task_run_name="promote",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
-async def promote(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
-) -> Promoted:
+@stage_task("promote")
+async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:
     """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
     Raises GateError when what is live by then is better than the job's `vs_live` and `release.policy` allow or comes
@@ -62,38 +29,29 @@ async def promote(
     all the same and the alias follows later.
     """
     with run.timed("promote"):
-        return await _promote(run, registered, validated, rehearsed, answer)
+        return await _promote(run, registered, rehearsed, answer)
 
 
-@task(
-    name="promote",
-    task_run_name="promote if better",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("promote", "promote if better")
 async def promote_if_better(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
+    run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None
 ) -> Promoted | Kept:
     """As `promote`; a candidate that is not good enough is an answer, not a failure."""
     with run.timed("promote"):
         try:
-            return await _promote(run, registered, validated, rehearsed, answer)
+            return await _promote(run, registered, rehearsed, answer)
         except GateError as refusal:
             get_run_logger().warning("%s", refusal)
             return Kept(why=refusal.message, live=rehearsed.live)
 
 
-async def _promote(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
-) -> Promoted:
+async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:
     channel, name, uri = run.job.release.channel, run.job.name, run.settings.mlflow_url
     log = get_run_logger()
     try:
         if answer is not None and not answer.approved:
             raise GateError(f"{name} {channel}: release {registered.manifest.release} was not approved {answer.said}")
-        pointer, rehearsed = await _move(run, registered, validated, rehearsed, answer)
+        pointer, rehearsed = await _move(run, registered, rehearsed, answer)
     except GateError:
         for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
             log.warning(warning)
@@ -108,7 +66,7 @@ async def _promote(
 
 
 async def _move(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
+    run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None
 ) -> tuple[Pointer, Rehearsed]:
     """Move the pointer; when another release went live meanwhile, rehearse beside that one first.
 
@@ -117,7 +75,7 @@ async def _move(
     while True:
         rehearsed.require_good_enough()
         try:
-            return await asyncio.to_thread(_move_from, run, registered, validated, rehearsed, answer), rehearsed
+            return await asyncio.to_thread(_move_from, run, registered, rehearsed, answer), rehearsed
         except OtherLive as other:
             if answer is not None:
                 now = other.live.release if other.live else "nothing"
@@ -126,12 +84,10 @@ async def _move(
                     f"{answer.said}, to replace {rehearsed.live or 'nothing'}, but {now} is live by now; "
                     f"`ship run … --resume {run.folder.name}` compares and asks again"
                 ) from None
-            rehearsed = await hold_against(run, registered, validated, rehearsed.published, other.live)
+            rehearsed = await hold_against(run, registered, rehearsed.published, other.live)
 
 
-def _move_from(
-    run: Run, registered: Registered, validated: Validated, rehearsed: Rehearsed, answer: Answer | None
-) -> Pointer:
+def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Pointer:
     """Move the pointer from the release that the candidate was held against. Raises OtherLive when it is not live."""
 
     def replacing(live: Pointer | None) -> None:
@@ -154,5 +110,5 @@ def _move_from(
         accept=None,
         replacing=replacing,
         etags=rehearsed.published.etags,
-        verdicts={**in_short(validated.result.verdicts), **rehearsed.in_words(), **signed, **approved},
+        verdicts={**in_short(registered.validated.result.verdicts), **rehearsed.in_words(), **signed, **approved},
     )

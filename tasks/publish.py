@@ -26,9 +26,9 @@ from train_and_ship.registry.run_folder import RunFiles, read_run
 from train_and_ship.registry.tracking.pending_reports import keep_report, send_reports
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.registry.tracking.versions import attach_report
+from train_and_ship.tasks.ledgers import close_ledger
 from train_and_ship.tasks.policy import artifact_key
-from train_and_ship.tasks.register import Registered
-from train_and_ship.tasks.run import Run, close_ledger
+from train_and_ship.tasks.results import Registered, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,11 @@ class Written:
 def write_report(outcome: Outcome, folder: Path | None, settings: Settings, costs: Sequence[Spent] = ()) -> Written:
     """Make the report of a run from what its folder tells, and put it there. Writes two files.
 
-    folder: None, or one that is not there, for a run that has none. costs: those to show, when
-    they are not what the folder tells.
+    Args:
+        outcome: how the run ended, or that it waits.
+        folder: of the run; None, or one that is not there, for a run that has none.
+        settings: prices and the bucket's name.
+        costs: those to show, when they are not what the folder tells.
     """
     if folder is not None and not folder.is_dir():
         folder = None

@@ -7,12 +7,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec
 from train_and_ship.infra.rundir import MANIFEST as STAGE
@@ -21,42 +20,31 @@ from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from train_and_ship.registry.report.description import describe
 from train_and_ship.registry.report.speed import speed_metrics
-from train_and_ship.registry.run_folder import REGISTERED, Registration, write_fact
+from train_and_ship.registry.run_folder import FILES, REGISTERED, RELEASE, Registration, stage_inputs, write_fact
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.curves import Point, file_points, latest_of
-from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
-from train_and_ship.tasks.inspect import Inspected, data_fingerprint, snapshot_fingerprint
-from train_and_ship.tasks.policy import worth_retrying
+from train_and_ship.registry.tracking.versions import VersionRecord
+from train_and_ship.tasks.fingerprints import data_fingerprint, snapshot_fingerprint
 from train_and_ship.tasks.requests import run_params
-from train_and_ship.tasks.run import Run
-from train_and_ship.tasks.train import Trained
-from train_and_ship.tasks.validate import Validated
+from train_and_ship.tasks.results import Inspected, Registered, Run, Trained, Validated
+from train_and_ship.tasks.stage import stage_task
 
 
-@dataclass(frozen=True, kw_only=True)
-class Registered:
-    """A release on disk and its version in MLflow."""
-
-    folder: Path
-    manifest: Manifest
-    version: RegisteredVersion
-    description: str
-
-
-@task(
-    name="register",
-    task_run_name="register",
-    cache_policy=NO_CACHE,
-    retries=3,
-    retry_delay_seconds=[1, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("register", delays=(1, 5, 15))
 async def register(run: Run, inspected: Inspected, trained: Trained, validated: Validated) -> Registered:
-    """Assemble the release folder and register it; a retry finds the version that it already made."""
+    """Assemble the release folder and register it; a retry finds the version that it already made.
+
+    Raises ServiceError when MLflow does not answer, JobError when the data could not be read.
+    """
     with run.timed("register"):
         facts = await inspected.facts()
         data = snapshot_fingerprint(run.snapshot) if run.snapshot else data_fingerprint(facts)
-        inputs = Inputs(code=trained.code, data=data, config=config_digest(run.job), environment=trained.packages)
+        inputs = Inputs(
+            code=trained.made_from.code,
+            data=data,
+            config=config_digest(run.job),
+            environment=trained.made_from.packages,
+        )
         folder = _assemble(run, trained, validated, facts, inputs)
         manifest = build_manifest(
             folder,
@@ -81,14 +69,14 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         run_url=version.run_url,
     )
     write_fact(run.folder, REGISTERED, registration)
-    return Registered(folder=folder, manifest=manifest, version=version, description=description)
+    return Registered(validated=validated, folder=folder, manifest=manifest, version=version, description=description)
 
 
 def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectResult, inputs: Inputs) -> Path:
     """The files of the release, hard links where they already exist."""
-    stage = StageFolder(run.folder, "release", inputs=validated.digest)
+    stage = StageFolder(run.folder, RELEASE, stage_inputs(validated.digest))
     if not stage.is_complete():
-        files = stage.begin() / "files"
+        files = stage.begin() / FILES
         files.mkdir()
         exported = validated.exported
         for name in [*validated.formats.values(), *exported.result.libraries, GOLDEN]:
@@ -101,7 +89,7 @@ def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectRe
         lock = [f"{name}=={version}" for name, version in inputs.environment.items()]
         (files / ENVIRONMENT).write_text("\n".join(lock) + "\n")
         stage.finish()
-    return stage.path / "files"
+    return stage.path / FILES
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -118,7 +106,7 @@ def _lineage(run: Run, trained: Trained, inputs: Inputs) -> dict[str, Any]:
     return {
         "inputs": inputs.recorded(),
         "start": trained.start,
-        "git_commit": trained.git_commit,
+        "git_commit": trained.made_from.git_commit,
         "shipping_git_commit": run.git_commit,
         "flow_run_id": run.origin,
         "begun": run.begun,
@@ -187,10 +175,10 @@ def _record(
         | (speed_metrics(validated.result.speed) if validated.result.speed else {}),
         dataset_name=job.data.factory,
         dataset_digest=result.data_fingerprint,
-        dataset_source=f"{job.data.factory} at {trained.git_commit}",
+        dataset_source=f"{job.data.factory} at {trained.made_from.git_commit}",
         dataset_profile={"train_samples": result.train_samples, "validation_samples": result.validation_samples},
         tags={
-            "git_commit": trained.git_commit,
+            "git_commit": trained.made_from.git_commit,
             "flow_run_id": run.origin,
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,

@@ -7,11 +7,10 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from torchworker.contract import (
     GOLDEN,
@@ -28,88 +27,28 @@ from torchworker.contract import (
     ScoreRequest,
     ScoreResult,
     Timed,
-    decode,
 )
 from train_and_ship.infra.errors import GateError, WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.gates import VersusLive, require_good_enough, require_not_slower, verdict_table, worst
+from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import VERDICTS
-from train_and_ship.registry.run_folder import AGAINST, Against, recall, write_fact
-from train_and_ship.registry.text import file_size, interval_text, number
+from train_and_ship.registry.run_folder import AGAINST, COMPARED, REHEARSE, Against, recall, stage_inputs, write_fact
+from train_and_ship.registry.text import file_size
 from train_and_ship.tasks.copies import download_anew, live_copy
-from train_and_ship.tasks.policy import worth_retrying
-from train_and_ship.tasks.register import Registered
 from train_and_ship.tasks.requests import measure_request, user_modules
-from train_and_ship.tasks.run import Run
-from train_and_ship.tasks.validate import Validated
-from train_and_ship.tasks.worker import call_worker
+from train_and_ship.tasks.results import Registered, Rehearsed, Run
+from train_and_ship.tasks.stage import run_stage, stage_task
+from train_and_ship.tasks.worker import ask_worker
 
-COMPARED = "compared.json"
 REPORT_SECONDS = 5.0
 """Between two lines of progress of one upload."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rehearsed:
-    """A candidate that is in the bucket and was tried from there."""
-
-    job: Job
-    published: Published
-    result: RehearseResult
-    live: str
-    """The release that it was held against; empty when nothing was live."""
-
-    @property
-    def quality(self) -> dict[str, float]:
-        """Each metric of the candidate at its worst over the formats."""
-        return worst(self.job, self.result.candidate)
-
-    @property
-    def live_quality(self) -> dict[str, float]:
-        """The same of the live release, on the same samples."""
-        return worst(self.job, self.result.live)
-
-    def require_good_enough(self) -> None:
-        """Raises GateError when the live release is better than the job's gates and `release.policy` allow, or could
-        not be measured."""
-        # A run that was killed after the pointer moved finds its own release there.
-        if self.live and self.live != self.published.release:
-            result = self.result
-            require_good_enough(self.job, self.versus_live)
-            require_not_slower(self.job, result.candidate_speed, result.live_speed, self.live, result.speed_problem)
-
-    @property
-    def versus_live(self) -> VersusLive:
-        """The quality of both."""
-        return VersusLive.of(self.job, self.result, self.live)
-
-    def in_words(self) -> dict[str, str]:
-        """What was compared, for the record of the move."""
-        versus = self.versus_live
-        mine = {**versus.candidate, **self.result.candidate_speed}
-        theirs = {**versus.theirs, **self.result.live_speed}
-        found = {}
-        for name, value in mine.items():
-            if name in theirs:
-                span = interval_text(versus.intervals.get(name))
-                found[f"{name} vs live"] = f"{number(value)} against {number(theirs[name])}" + (
-                    f", {self.job.release.confidence:.0%} interval of the improvement {span}" if span else ""
-                )
-        return found
-
-
-@task(
-    name="rehearse",
-    task_run_name="rehearse",
-    cache_policy=NO_CACHE,
-    retries=4,
-    retry_delay_seconds=[1, 2, 5, 15],
-    retry_condition_fn=worth_retrying,
-)
-async def rehearse(run: Run, registered: Registered, validated: Validated) -> Rehearsed:
+@stage_task("rehearse")
+async def rehearse(run: Run, registered: Registered) -> Rehearsed:
     """Publish, download into a clean process, run every format on the golden inputs, and score what is live as well.
 
     Raises GateError when the files from the bucket do not give what was validated. How they compare with the live
@@ -125,28 +64,50 @@ async def rehearse(run: Run, registered: Registered, validated: Validated) -> Re
             signing_key=run.settings.signing_key,
         )
         live = await asyncio.to_thread(read_pointer, run.store, run.job.name, run.job.release.channel)
-        return await hold_against(run, registered, validated, published, live)
+        return await hold_against(run, registered, published, live)
 
 
-async def hold_against(
-    run: Run, registered: Registered, validated: Validated, published: Published, live: Pointer | None
-) -> Rehearsed:
-    """Try a published candidate beside one live release. Downloads both; writes to this disk only."""
-    manifest = registered.manifest
-    stage = StageFolder(run.folder, "rehearse", inputs=f"{manifest.release} {live.nonce if live else ''}")
-    if stage.is_complete():
-        get_run_logger().info("rehearse: already complete in this run, verified by hash")
-        result = RehearseResult.read(stage.path / COMPARED)
-        return Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
-    copies = run.settings.home / "releases" / run.job.name
-    candidate = await asyncio.to_thread(download_anew, run.store, manifest, copies / manifest.release)
-    # After it: they may be one release.
-    current, problem = await asyncio.to_thread(live_copy, run.store, copies, live)
-    work = stage.begin()
-    exported = validated.exported.folder
-    request = RehearseRequest(
+async def hold_against(run: Run, registered: Registered, published: Published, live: Pointer | None) -> Rehearsed:
+    """Try a published candidate beside one live release. Downloads both; writes to this disk only.
+
+    Args:
+        run: whose candidate it is.
+        registered: the candidate.
+        published: the candidate in the bucket.
+        live: the release that is live; None when nothing is.
+
+    Raises GateError when the files from the bucket do not give what was validated.
+    """
+    manifest, against = registered.manifest, live.release if live else ""
+    stage = StageFolder(run.folder, REHEARSE, stage_inputs(manifest.release, live.nonce if live else ""))
+
+    async def make(work: Path) -> RehearseResult:
+        copies = run.settings.home / "releases" / run.job.name
+        candidate = await asyncio.to_thread(download_anew, run.store, manifest, copies / manifest.release)
+        # After it: they may be one release.
+        current, problem = await asyncio.to_thread(live_copy, run.store, copies, live)
+        exported = registered.validated.exported.folder
+        request = _request(run, candidate, current, exported)
+        result = await ask_worker(run.fork_server, "rehearse", request, RehearseResult, work)
+        _require_passed(run, manifest.release, result)
+        result = replace(result, live_problem=problem or result.live_problem)
+        if run.job.train.custom_metrics:
+            result = await _scored(run, request, result, exported, work)
+        if any(gate.times_live is not None for gate in run.job.gates.values()):
+            result = await _measured(run, request, result, work)
+        write_fact(work, AGAINST, Against(live=against, speed=_recorded_speed(current)))
+        return result
+
+    result = await run_stage(stage, RehearseResult, make, COMPARED)
+    rehearsed = Rehearsed(job=run.job, published=published, result=result, live=against)
+    get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
+    return rehearsed
+
+
+def _request(run: Run, candidate: RehearsedRelease, live: RehearsedRelease | None, exported: Path) -> RehearseRequest:
+    return RehearseRequest(
         candidate=candidate,
-        live=current,
+        live=live,
         validation=str(exported / VALIDATION),
         moved=str(exported / PROBES),
         metrics=run.job.metrics,
@@ -156,26 +117,16 @@ async def hold_against(
         sqnr_db=run.job.export.int8.sqnr_db if run.job.export.int8 is not None else 0.0,
         resampling=_resampling(run.job),
     )
-    result = decode(RehearseResult, await call_worker(run.fork_server, "rehearse", request, work))
-    if not result.passed:
-        failed = [verdict for verdict in result.verdicts if not verdict.passed]
-        names = ", ".join(f"{item.format} ({item.case})" for item in failed)
-        raise GateError(
-            f"{run.job.name}: release {manifest.release}, as it came back from the bucket, fails: {names}. "
-            "It was not made live.",
-            verdict_table(result.verdicts).text(),
-        )
-    result = replace(result, live_problem=problem or result.live_problem)
-    if run.job.train.custom_metrics:
-        result = await _scored(run, request, result, exported, work)
-    if any(gate.times_live is not None for gate in run.job.gates.values()):
-        result = await _measured(run, request, result, work)
-    result.write(work / COMPARED)
-    write_fact(work, AGAINST, Against(live=live.release if live else "", speed=_recorded_speed(current)))
-    stage.finish()
-    rehearsed = Rehearsed(job=run.job, published=published, result=result, live=live.release if live else "")
-    get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
-    return rehearsed
+
+
+def _require_passed(run: Run, release: str, result: RehearseResult) -> None:
+    if result.passed:
+        return
+    names = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
+    raise GateError(
+        f"{run.job.name}: release {release}, as it came back from the bucket, fails: {names}. It was not made live.",
+        verdict_table(result.verdicts).text(),
+    )
 
 
 def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
@@ -190,7 +141,6 @@ async def _scored(
     run: Run, request: RehearseRequest, result: RehearseResult, exported: Path, work: Path
 ) -> RehearseResult:
     """The result with the metrics that are in user code, of both releases, which the clean room cannot import."""
-
     folder = work / "score"
     folder.mkdir()
     candidate, live = request.candidate, request.live if not result.live_problem else None
@@ -212,14 +162,14 @@ async def _scored(
         resampling=request.resampling,
     )
     try:
-        scored: ScoreResult = decode(ScoreResult, await call_worker(run.fork_server, "score", asked, folder))
+        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder)
     except WorkerError as error:
         if live is None:
             raise
         # The live release may have taken the process down; the candidate alone tells.
         (folder / RESULT).unlink(missing_ok=True)
-        alone = await call_worker(run.fork_server, "score", replace(asked, live=None), folder)
-        scored = replace(decode(ScoreResult, alone), live_problem=str(error).split("\n")[0])
+        scored = await ask_worker(run.fork_server, "score", replace(asked, live=None), ScoreResult, folder)
+        scored = replace(scored, live_problem=str(error).split("\n")[0])
     mine = _joined(result.candidate, scored.metrics)
     if live is None:
         return replace(result, candidate=mine)
@@ -247,8 +197,6 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
         return replace(result, speed_problem=result.live_problem)
     if live.inputs != candidate.inputs:
         return replace(result, speed_problem="the live release takes other inputs")
-    folder = work / "measure"
-    folder.mkdir()
     asked = measure_request(
         run.job,
         [*_subjects("candidate", candidate), *_subjects("live", live)],
@@ -259,7 +207,7 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
     )
     # Fixed limits were asked before.
     asked = replace(asked, gates=[])
-    speed: MeasureResult = decode(MeasureResult, await call_worker(run.fork_server, "measure", asked, folder))
+    speed = await ask_worker(run.fork_server, "measure", asked, MeasureResult, work / "measure")
     timed = [name for name, gate in run.job.gates.items() if gate.times_live is not None]
     problems = [f"{name}: {item.problem}" for name, item in speed.measured.items() if item.problem]
     return replace(

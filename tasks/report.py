@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell, Link
 from train_and_ship.tasks.events import PROMOTED, emit
-from train_and_ship.tasks.promote import Kept, Promoted
 from train_and_ship.tasks.publish import places, publish
-from train_and_ship.tasks.register import Registered
-from train_and_ship.tasks.rehearse import Rehearsed
-from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, Run, Shipped
+from train_and_ship.tasks.stage import stage_task
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shipped:
-    """Where to look at what a run made."""
-
-    title: str
-    release: str
-    run_url: str
-    version_url: str
-    release_uri: str
-    report: Path
-    timings: Path
-
-
-@task(name="report", task_run_name="report", cache_policy=NO_CACHE)
+@stage_task("report", delays=())
 async def report(run: Run, registered: Registered, promoted: Promoted) -> Shipped:
     """Write the report: for Prefect, for MLflow, beside the release and as files of the run."""
     outcome = decided(run, promoted, title=f"{run.job.name} release {promoted.pointer.release} is live on "
@@ -71,7 +51,15 @@ def why_promoted(rehearsed: Rehearsed) -> str:
 def decided(
     run: Run, outcome: Promoted | Kept, *, title: str, why: str, asked: Sequence[Sequence[Cell]] = ()
 ) -> Outcome:
-    """How a run ended that came to its end. asked: what retraining decided before it trained."""
+    """How a run ended that came to its end.
+
+    Args:
+        run: the run.
+        outcome: what became of its candidate.
+        title: a line for people.
+        why: the numbers that decided.
+        asked: what retraining decided before it trained.
+    """
     channel = f"s3://{run.settings.bucket}/models/{run.job.name}/channels/{run.job.release.channel}.json"
     page: Sequence[Cell] = ("Prefect run", Link(text=run.flow_run_name, url=run.flow_run_url))
     if isinstance(outcome, Kept):

@@ -28,7 +28,13 @@ LOADS = 3
 
 
 def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
-    """The user code that the job names. folder: absolute project folder; snapshot: of its verified data."""
+    """The user code that the job names.
+
+    Args:
+        job: what names it.
+        folder: absolute path of the project folder.
+        snapshot: folder of the job's verified data; None when it has no snapshot.
+    """
     return Project(
         name=job.name,
         folder=str(folder),
@@ -161,7 +167,16 @@ def inspect_request(job: Job, project: Project) -> InspectRequest:
 def measure_request(
     job: Job, subjects: Sequence[Timed], *, golden: Path, inputs: Sequence[TensorSpec], serve: str, project: Project
 ) -> MeasureRequest:
-    """Measure these artifacts side by side. golden: file of reference tensors."""
+    """Measure these artifacts side by side.
+
+    Args:
+        job: whose gates and threads count.
+        subjects: the artifacts, each with its format and its file.
+        golden: file of reference tensors.
+        inputs: of the model, by name, with dtype and shape (`[batch, …]`).
+        serve: `export.serve` of the job; `none` recommends nothing.
+        project: user code that the measuring process must not import.
+    """
     return MeasureRequest(
         subjects=subjects,
         golden=str(golden),

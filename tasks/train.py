@@ -6,73 +6,45 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
-from prefect.cache_policies import NO_CACHE
 
 from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResult, decode
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
+from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
 from train_and_ship.registry.text import Table, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
-from train_and_ship.tasks.inspect import code_and_packages
+from train_and_ship.tasks.fingerprints import code_and_packages
 from train_and_ship.tasks.launched import train_launched
-from train_and_ship.tasks.policy import worth_retrying
 from train_and_ship.tasks.requests import train_settings
-from train_and_ship.tasks.run import Run
+from train_and_ship.tasks.results import Run, Trained
+from train_and_ship.tasks.stage import stage_task
 from train_and_ship.tasks.worker import call_worker
 
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0
-MADE_FROM = "made_from.json"
 RANKS_SHOWN = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A complete training stage."""
-
-    folder: Path
-    result: TrainResult
-    digest: str
-    start: str
-    """The release whose weights it began with; empty when it began from scratch."""
-
-    git_commit: str
-    """The commit of the project when training started; a retry may run on a later one."""
-    code: str
-    """Fingerprint of the code then: what is changed while it trains was not trained."""
-    packages: Mapping[str, str]
-    """Version by installed package then."""
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / self.result.weights
-
-
-@task(
-    name="train",
-    task_run_name="train",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=1,
-    retry_condition_fn=worth_retrying,
-)
+@stage_task("train", delays=(1, 1))
 async def train(run: Run, start: Pointer | None = None) -> Trained:
     """Train in child processes; skipped when this run has already trained.
 
-    start: the live release whose weights training begins with; None for the model as its factory makes it.
+    Args:
+        run: what is trained, and where.
+        start: the live release whose weights training begins with; None for the model as its factory makes it.
+
+    Raises JobError when the user's code is at fault, WorkerError when a rank or a machine was lost too often.
     """
-    inputs = run.job.training_digest() if start is None else f"{run.job.training_digest()} from {start.release}"
-    stage = StageFolder(run.folder, "train", inputs=inputs)
+    inputs = stage_inputs(run.job.training_digest(), *(("from", start.release) if start is not None else ()))
+    stage = StageFolder(run.folder, TRAIN, inputs)
     with run.timed("train") as meter:
         if stage.is_complete():
             get_run_logger().info("train: already complete in this run, verified by hash")
@@ -85,7 +57,7 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
         result=result,
         digest=stage.digest(),
         start=start.release if start else "",
-        **json.loads((stage.path / MADE_FROM).read_text()),
+        made_from=decode(MadeFrom, json.loads((stage.path / MADE_FROM).read_text())),
     )
 
 
@@ -97,7 +69,6 @@ def _result(folder: Path) -> TrainResult:
 async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, meter: Meter) -> None:
     weights = ""
     code, packages = await code_and_packages(run.job, Path(run.project.folder))
-    made_from = {"git_commit": run.git_commit, "code": code, "packages": packages}
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
@@ -107,7 +78,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
     progress = _Progress(meter)
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
-    checkpoints, attempts = run.folder / "checkpoints", run.folder / "train.attempts"
+    checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
     settings, launcher = train_settings(run.job), run.job.train.launcher
     try:
         if launcher.machines is None:
@@ -128,7 +99,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         await progress.finish()
     finally:
         reporter.cancel()
-    (stage.work / MADE_FROM).write_text(json.dumps(made_from, indent=1))
+    write_fact(stage.work, MADE_FROM, MadeFrom(git_commit=run.git_commit, code=code, packages=packages))
     run.live.send_soon()
     stage.finish()
     for leftover in (checkpoints, attempts):

@@ -6,13 +6,6 @@ from dataclasses import replace
 
 from torchworker.contract import INT8_OF, ScoreResult, ValidateResult
 from train_and_ship.registry.job.job import Job
-from train_and_ship.tasks.export import Exported
-
-
-def standing(exported: Exported, result: ValidateResult) -> dict[str, str]:
-    """Format to file name, without the variants that were dropped so far."""
-    dropped = {kind for kind, found in result.int8.items() if found.reason}
-    return {kind: file for kind, file in exported.formats.items() if kind not in dropped}
 
 
 def worse_dropped(job: Job, result: ValidateResult, scored: ScoreResult) -> ValidateResult:

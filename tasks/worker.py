@@ -4,20 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply
+from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply, decode
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import Events, ForkServer
+
+Result = TypeVar("Result")
+
+
+async def ask_worker(
+    fork_server: ForkServer,
+    stage: str,
+    request: Message,
+    kind: type[Result],
+    folder: Path,
+    on_event: Events | None = None,
+) -> Result:
+    """As `call_worker`, with the result as the class that it is: `kind`. The folder is made when it is not there."""
+    folder.mkdir(exist_ok=True)
+    result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event))
+    return result
 
 
 async def call_worker(
     fork_server: ForkServer, stage: str, request: Message, folder: Path, on_event: Events | None = None
 ) -> Mapping[str, Any]:
-    """The stage's result as plain JSON. folder: existing folder for request, reply, events and log.
+    """The stage's result as plain JSON.
 
-    Raises JobError when the user's code, data or configuration is at fault, WorkerError when the worker died.
-    Both name the log.
+    Args:
+        fork_server: what the worker process is forked from.
+        stage: name of the stage, as in torchworker/stage.py.
+        request: what is asked.
+        folder: existing folder for request, reply, events and log.
+        on_event: called with each event while the worker runs.
+
+    Raises:
+        JobError: the user's code, data or configuration is at fault.
+        WorkerError: the worker died. Both name the log.
     """
     request.write(folder / REQUEST)
     log = folder / f"{stage}.log"

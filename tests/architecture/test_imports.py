@@ -50,7 +50,7 @@ ROOMS = {
         "data": {"identity", "job", "text", "release", "bucket"},
         "diff": {"bucket", "release", "text"},
         "lineage": {"diff", "job", "release"},
-        "run_folder": {"job", "cost", "tracking", "data"},
+        "run_folder": {"job", "cost", "release", "tracking", "data"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff"},
         "serving": {"bucket"},

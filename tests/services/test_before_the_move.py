@@ -62,7 +62,8 @@ from train_and_ship.registry.run_folder import read_run
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.rest import model_registry
 from train_and_ship.registry.tracking.runs import RunRecord, open_run
-from train_and_ship.tasks.inspect import data_fingerprint, inputs_of, read_facts
+from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of
+from train_and_ship.tasks.inspect import read_facts
 from train_and_ship.tasks.requests import project_of, run_params
 
 FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2", "torchscript": "model.torchscript"}

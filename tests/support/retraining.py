@@ -13,7 +13,7 @@ from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.channels.decisions import Decision, read_decisions
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.tasks.decide import RetrainResult
+from train_and_ship.tasks.results import RetrainResult
 
 POOR = {"epochs": 1, "processes": 1, "batch_size": 32, "learning_rate": 1e-4}
 """`train` of a model that learns next to nothing."""

@@ -18,7 +18,7 @@ from train_and_ship.registry.gates import (
 )
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.tasks.rehearse import Rehearsed
+from train_and_ship.tasks.results import Rehearsed
 
 
 def job(folder: Path, **gates: object) -> Job:

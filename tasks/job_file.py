@@ -1,0 +1,58 @@
+"""The job file of a run, read once: what was asked for does not change while the run goes on. No Prefect here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.load import load_job
+from train_and_ship.registry.run_folder import recorded_job
+from train_and_ship.tasks.results import JobFile
+
+_read: dict[str, JobFile] = {}
+"""By the flow run that was asked for it, in this process."""
+
+
+def read_job_file(path: str, flow_run_id: str) -> JobFile:
+    """Read and validate the job file of a flow run, which this process knows from then on. Raises JobError."""
+    job, project = load_job(Path(path))
+    _read[flow_run_id] = JobFile(job=job, project=project)
+    return _read[flow_run_id]
+
+
+def find_run(path: str, flow_run_id: str, origin: str, runs: Path) -> tuple[str, Path] | None:
+    """Model and folder of a run, for whoever cleans up after it; None for a job file that nobody can read.
+
+    The file itself is read only when neither this process nor the run's folder knows the model.
+
+    Args:
+        path: of the job file.
+        flow_run_id: the flow run, which may have been another process.
+        origin: id of the flow run that began it, after which its folder is named.
+        runs: folder of the runs of every model.
+    """
+    if (known := _read.get(flow_run_id)) is not None:
+        model = known.job.name
+    elif found := [folder for folder in runs.glob("*") if Path(origin).name == origin and (folder / origin).is_dir()]:
+        model = found[0].name
+    else:
+        try:
+            model = load_job(Path(path))[0].name
+        except ShipError:
+            return None
+    return model, runs / model / origin
+
+
+def job_of(path: str, flow_run_id: str, folder: Path | None) -> Job:
+    """The job of a run, as this process or the run's folder knows it; else as it is in the file. Raises JobError.
+
+    Args:
+        path: of the job file.
+        flow_run_id: the flow run, which may have been another process.
+        folder: of the run; None when nobody knows it.
+    """
+    if (known := _read.get(flow_run_id)) is not None:
+        return known.job
+    recorded = recorded_job(folder) if folder is not None else None
+    return recorded or load_job(Path(path))[0]
