@@ -55,6 +55,7 @@ def components(settings: Settings) -> list[Component]:
 
 
 def s3_component(settings: Settings) -> Component:
+    """The local S3 server."""
     folder = settings.home / "s3"
     return Component(
         name="s3",
@@ -86,6 +87,7 @@ def s3_component(settings: Settings) -> Component:
 
 
 def mlflow_component(settings: Settings) -> Component:
+    """The local MLflow server."""
     folder = settings.home / "mlflow"
     environment = _environment(settings)
     # The server must use its own database, not itself.
@@ -167,6 +169,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def prefect_environment(settings: Settings) -> dict[str, str]:
+    """Variables of the Prefect server and worker, and of what they start."""
     environment = _environment(settings)
     environment["PREFECT_HOME"] = str(settings.home / "prefect")
     environment["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"

@@ -60,10 +60,12 @@ class ForkServer:
 
     @property
     def alive(self) -> bool:
+        """Whether its process runs."""
         return self._process.poll() is None
 
     @property
     def pid(self) -> int:
+        """Of its process."""
         return self._process.pid
 
     def spent(self) -> dict[str, float]:
@@ -151,6 +153,7 @@ class Follower:
         self._path, self._on_event, self._offset = path, on_event, 0
 
     def poll(self) -> None:
+        """Give on what was appended since the last call; half a line waits for the next."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

@@ -41,6 +41,7 @@ class Budget:
         return count
 
     def give_back(self, count: int) -> None:
+        """Return what `take` gave."""
         with self._changed:
             self._left += count
             self._changed.notify_all()

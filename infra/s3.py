@@ -271,6 +271,7 @@ def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -
 
 
 def no_such_bucket(bucket: str, address: str, local: bool) -> str:
+    """What to do about a bucket that is not there."""
     if local:
         return f"there is no bucket {bucket!r} at {address}: `ship up` creates it"
     return (

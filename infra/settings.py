@@ -88,10 +88,12 @@ class Settings(BaseModel):
 
     @property
     def prefect_is_local(self) -> bool:
+        """Whether `ship up` starts it."""
         return self.external_prefect is None or self.external_prefect == self._local_prefect
 
     @property
     def mlflow_is_local(self) -> bool:
+        """Whether `ship up` starts it."""
         return self.external_mlflow is None or self.external_mlflow == self._local_mlflow
 
     @property
@@ -115,14 +117,17 @@ class Settings(BaseModel):
 
     @property
     def prefect_api_url(self) -> str:
+        """With `/api` at the end."""
         return self.external_prefect or self._local_prefect
 
     @property
     def prefect_ui_url(self) -> str:
+        """For people."""
         return self.prefect_api_url.removesuffix("/").removesuffix("/api")
 
     @property
     def mlflow_url(self) -> str:
+        """Of API and pages."""
         return self.external_mlflow or self._local_mlflow
 
     @property
@@ -132,6 +137,7 @@ class Settings(BaseModel):
 
     @property
     def bucket(self) -> str:
+        """Where models are."""
         return self.external_bucket or LOCAL_BUCKET
 
     @property

@@ -37,11 +37,20 @@ class Store(Protocol):
     """What the probe needs of an object store."""
 
     @property
-    def address(self) -> str: ...
-    def put_if(self, key: str, body: bytes, **condition: Any) -> str: ...
-    def get(self, key: str) -> tuple[bytes, str] | None: ...
-    def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None: ...
-    def delete(self, key: str) -> None: ...
+    def address(self) -> str:
+        """What messages call the store."""
+
+    def put_if(self, key: str, body: bytes, **condition: Any) -> str:
+        """Write on a condition, such as IfMatch; the ETag. Raises PreconditionFailed."""
+
+    def get(self, key: str) -> tuple[bytes, str] | None:
+        """Content and ETag; None without such a key."""
+
+    def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None:
+        """Send a body that is not the one that was hashed. named: with the algorithm of the checksum named."""
+
+    def delete(self, key: str) -> None:
+        """Delete the object, if it is there."""
 
 
 def probe(store: Store) -> StoreTraits:

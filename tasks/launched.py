@@ -8,7 +8,6 @@ nothing that an earlier one left can be taken for a result.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 import uuid
@@ -29,7 +28,6 @@ from torchworker.contract import (
     Project,
     TrainRequest,
     TrainSettings,
-    decode,
 )
 from train_and_ship.infra.errors import JobError, ShipError, WorkerError
 from train_and_ship.infra.fork_server import Events, Follower
@@ -248,9 +246,7 @@ def _judge(out_dir: Path, spec: Spec, status: Status, logs: str) -> ShipError:
 
     When a machine is lost, all that the ranks of the others see is that their connection closed.
     """
-    failures: Sequence[Failure] = [
-        decode(Failure, json.loads(path.read_text())) for path in sorted(out_dir.glob(FAILURE_FILES))
-    ]
+    failures: Sequence[Failure] = [Failure.read(path) for path in sorted(out_dir.glob(FAILURE_FILES))]
     for failure in failures:
         if failure.kind == "user":
             shown = f"\n{failure.traceback}" if failure.traceback else ""

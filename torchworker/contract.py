@@ -90,6 +90,7 @@ class Message:
 
     @classmethod
     def read(cls, path: Path) -> Self:
+        """What `write` wrote. Raises TypeError for missing or unknown fields."""
         decoded: Self = decode(cls, json.loads(path.read_text()))
         return decoded
 
@@ -254,6 +255,8 @@ class DynamicDim:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest(Message):
+    """Ask whether everything that the job refers to can be built, and tried once."""
+
     project: Project
     train: TrainSettings
     ranks_here: int
@@ -285,6 +288,8 @@ class CheckResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(Message):
+    """Ask for trained weights."""
+
     project: Project
     train: TrainSettings
     folder: str
@@ -297,6 +302,8 @@ class TrainRequest(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
+    """What training left in its folder, and how it went."""
+
     weights: str
     history: Sequence[Mapping[str, float]]
     """One mapping an epoch: epoch, train_loss, validation_loss, validation_<metric>, samples_per_second,
@@ -369,6 +376,8 @@ class SplitFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectResult(Message):
+    """What both splits of the data are like."""
+
     train: SplitFacts
     validation: SplitFacts
     overlap: int
@@ -390,6 +399,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest(Message):
+    """Ask for artifacts in several formats, and for what the model itself answers."""
+
     project: Project
     folder: str
     """Absolute output folder."""
@@ -430,6 +441,8 @@ class Artifact(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
+    """The artifacts, and the signature that they have in common."""
+
     artifacts: Mapping[str, Artifact]
     """By format."""
     left_out: Mapping[str, str]
@@ -446,12 +459,16 @@ class ExportResult:
 
 @dataclass(frozen=True, kw_only=True)
 class CppRequest(Message):
+    """Ask for the C++ runner."""
+
     cache: str
     """Absolute folder that keeps runners, one for each torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CppResult:
+    """The C++ runner, or why there is none."""
+
     runner: str
     """Absolute path of the program; empty when it cannot be built here."""
     reason: str = ""
@@ -504,6 +521,8 @@ class Int8:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateRequest(Message):
+    """Ask whether artifacts are the model, where its code cannot be imported."""
+
     folder: str
     """Absolute folder with artifacts, golden and validation tensors."""
     formats: Mapping[str, str]
@@ -589,6 +608,7 @@ class Speed:
 
     @property
     def samples_per_second(self) -> float:
+        """By the median call."""
         return 1000 * self.batch / self.p50_ms
 
 
@@ -611,22 +631,22 @@ class Measured:
     def value(self, gate: str) -> float | None:
         """What a gate of SPEED_GATES looks at; None when it was not measured."""
         first = self.speeds[0] if self.speeds else None
-        match gate:
-            case "p50_ms":
-                return first.p50_ms if first else None
-            case "p99_ms":
-                return first.p99_ms if first else None
-            case "load_ms":
-                return self.load_ms
-            case "size_mb":
-                return self.bytes / 1e6
-            case "memory_mb":
-                return self.memory_bytes / 1e6 if self.memory_bytes is not None else None
-        raise ValueError(f"expected one of {', '.join(SPEED_GATES)}, got {gate!r}")
+        found: dict[str, float | None] = {
+            "p50_ms": first.p50_ms if first else None,
+            "p99_ms": first.p99_ms if first else None,
+            "load_ms": self.load_ms,
+            "size_mb": self.bytes / 1e6,
+            "memory_mb": self.memory_bytes / 1e6 if self.memory_bytes is not None else None,
+        }
+        if gate not in found:
+            raise ValueError(f"expected one of {', '.join(SPEED_GATES)}, got {gate!r}")
+        return found[gate]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureResult(Message):
+    """How fast, large and quick to load artifacts are, and which to serve with."""
+
     measured: Mapping[str, Measured]
     """By the subject's name."""
     serve: Mapping[str, str]
@@ -702,6 +722,8 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateResult(Message):
+    """The verdicts of the clean room, and what they were made of."""
+
     verdicts: Sequence[Verdict]
     metrics: Mapping[str, Mapping[str, float]]
     """Format to metric to value."""
@@ -719,6 +741,7 @@ class ValidateResult(Message):
 
     @property
     def passed(self) -> bool:
+        """Whether something was checked, and all of it passed."""
         ran = [verdict for verdict in self.verdicts if verdict.ran]
         return bool(ran) and all(verdict.passed for verdict in ran)
 
@@ -741,6 +764,8 @@ class LocateRequest(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class LocateResult:
+    """Where artifacts leave the model."""
+
     where: Mapping[str, str]
     """Format to the place in words."""
 
@@ -795,11 +820,13 @@ class ScoreRequest(Message):
     live: ScoredRelease | None = None
     """What is scored beside it, on the same samples."""
     resampling: Resampling | None = None
-    """Asked for when the difference is to be judged."""
+    """Asked for when the difference is to be tested against chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreResult:
+    """Metrics in user code of each format, and of the live release's."""
+
     metrics: Mapping[str, Mapping[str, float]]
     """Format to metric to value."""
     verdicts: Sequence[Verdict]
@@ -829,6 +856,8 @@ class RehearsedRelease:
 
 @dataclass(frozen=True, kw_only=True)
 class RehearseRequest(Message):
+    """Ask whether files that came back from the bucket still are what was validated, and better than what is live."""
+
     candidate: RehearsedRelease
     live: RehearsedRelease | None
     """What the candidate is held against; None when nothing is live."""
@@ -844,11 +873,13 @@ class RehearseRequest(Message):
     sqnr_db: float = 0.0
     """What int8 variants of the candidate have to reach on the golden inputs."""
     resampling: Resampling | None = None
-    """None when there is nothing to judge."""
+    """None when there is nothing to compare."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RehearseResult(Message):
+    """The last verdicts, and the two releases side by side."""
+
     verdicts: Sequence[Verdict]
     """Of the candidate: what it gives on the golden inputs."""
     candidate: Mapping[str, Mapping[str, float]]
@@ -869,11 +900,12 @@ class RehearseResult(Message):
 
     @property
     def passed(self) -> bool:
+        """Whether something was checked, and all of it passed."""
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
+class Failure(Message):
     """Why a worker stopped."""
 
     kind: Literal["user", "worker"]

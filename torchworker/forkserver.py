@@ -129,6 +129,7 @@ class _ForkServer:
 
 
 def main() -> None:
+    """Serve until standard input ends."""
     # The protocol keeps the original standard output; a stray print goes to the log.
     replies = os.dup(1)
     os.dup2(2, 1)

@@ -18,6 +18,7 @@ from torchworker.process.lifeline import die_with_parent
 
 
 def main() -> None:
+    """Run the command; ends as it does, or kills it when the lease runs out."""
     seconds, command = float(sys.argv[1]), sys.argv[2:]
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, preexec_fn=functools.partial(die_with_parent, os.getpid())

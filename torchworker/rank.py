@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchworker.contract import LOST_CONNECTION, RESULT, Failure, Reply, TrainRequest, TrainResult
+from torchworker.contract import LOST_CONNECTION, RESULT, Reply, TrainRequest, TrainResult
 from torchworker.process.failure import failure_of, is_lost_connection
 from torchworker.process.lifeline import die_with_parent
 from torchworker.project.user_code import enter
@@ -57,7 +56,8 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
         failure = failure_of(error, request.project.folder, rank)
         if is_lost_connection(error):
             failure = dataclasses.replace(failure, kind="worker", message=f"{LOST_CONNECTION}: {failure.message}")
-        _write_failure(failure_file(Path(request.folder), rank), failure)
+        # Whole or not at all: the launcher kills the ranks that are left as soon as one has ended.
+        failure.write(failure_file(Path(request.folder), rank))
         raise
 
 
@@ -67,13 +67,6 @@ def _train(request: TrainRequest, device: torch.device) -> TrainResult | None:
 
         return run_entrypoint(request, request.train.entrypoint, device)
     return Loop(request, device).fit()
-
-
-def _write_failure(path: Path, failure: Failure) -> None:
-    # Whole or not at all: the launcher kills the ranks that are left as soon as one has ended.
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(dataclasses.asdict(failure)))
-    part.replace(path)
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ class Watch:
     """Exit status of each connection that ended, in that order."""
 
     def run(self) -> None:
+        """Start all, wait until the job is over, and write `hosts.ended.json`."""
         port, self.store = _store(self.plan["address"], self.plan["port"])
         for host, argv in self.plan["hosts"].items():
             with (self.folder / f"host-{host.rpartition('@')[2]}.log").open("ab") as log:
@@ -130,6 +131,7 @@ def _store(address: str, port: int) -> tuple[int, TCPStore]:
 
 
 def main() -> None:
+    """Watch the job whose plan is in the folder that is the first argument."""
     folder = Path(sys.argv[1])
     # A request to stop is an ordinary end of this process, so that the connections are closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

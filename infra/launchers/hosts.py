@@ -62,10 +62,6 @@ def plan(spec: Spec, launcher: HostsLauncher) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def log_of(folder: Path, host: str) -> Path:
-    return folder / f"host-{host.rpartition('@')[2]}.log"
-
-
 @dataclass(frozen=True, kw_only=True)
 class HostsLauncher:
     """Job ids are the folders of attempts."""
@@ -82,6 +78,7 @@ class HostsLauncher:
     """Variables of the process that looks after the machines; None: inherited."""
 
     def launch(self, spec: Spec) -> str:
+        """As `Launcher` says."""
         if spec.nodes > len(self.hosts):
             raise JobError(f"train.launcher.torchrun.hosts: expected {spec.nodes} hosts, got {len(self.hosts)}")
         pid_file = spec.out_dir / PID_FILE
@@ -100,6 +97,7 @@ class HostsLauncher:
         return str(spec.out_dir)
 
     def status(self, job: str) -> Status:
+        """As `Launcher` says."""
         folder = Path(job)
         record = PidFile.read(folder / PID_FILE)
         running = record is not None and record.process() is not None
@@ -116,8 +114,10 @@ class HostsLauncher:
         )
 
     def cancel(self, job: str, grace_s: float = 10.0) -> None:
+        """As `Launcher` says."""
         processes.stop([Path(job) / PID_FILE], grace_s)
 
     def logs(self, job: str) -> str:
+        """As `Launcher` says."""
         shown = [Path(job) / LOG, *sorted(Path(job).glob("host-*.log"))]
         return "\n".join(f"{log.name}:\n{last_lines(log)}" for log in shown if log.exists())

@@ -132,11 +132,13 @@ class KubernetesLauncher:
     secret: str | None = None
 
     def launch(self, spec: Spec) -> str:
+        """As `Launcher` says."""
         value = manifest(spec, volume=self.volume, secret=self.secret)
         self._engine.run(*self._kubectl, "apply", "--filename=-", stdin=json.dumps(value))
         return spec.name
 
     def status(self, job: str) -> Status:
+        """As `Launcher` says."""
         try:
             done = self._engine.ask(*self._kubectl, "get", "job", job, "--output=json", "--ignore-not-found")
         except ServiceError as error:
@@ -148,12 +150,14 @@ class KubernetesLauncher:
         return status_of(json.loads(done.stdout))
 
     def cancel(self, job: str, grace_s: float = 10.0) -> None:
+        """As `Launcher` says."""
         self._engine.run(
             *self._kubectl, "delete", f"job/{job}", f"service/{job}", "--ignore-not-found", "--cascade=foreground",
             "--wait=true", f"--timeout={round(grace_s) + 30}s",
         )  # fmt: skip
 
     def logs(self, job: str) -> str:
+        """As `Launcher` says."""
         done = self._engine.ask(
             *self._kubectl, "logs", f"--selector=train-and-ship/job={job}", "--prefix", "--tail=20",
             "--max-log-requests=64",

@@ -133,6 +133,7 @@ class SlurmLauncher:
     """Variables of Slurm's commands; None: inherited."""
 
     def launch(self, spec: Spec) -> str:
+        """As `Launcher` says."""
         # A process that died between sbatch and noting the number finds its job by name.
         listed = self._engine.run("squeue", "--noheader", "--states=all", f"--name={spec.name}", "--format=%A")
         if listed:
@@ -140,6 +141,7 @@ class SlurmLauncher:
         return self._engine.run("sh", "-s", stdin=submission(spec, self.arguments), name="sbatch").split(";")[0]
 
     def status(self, job: str) -> Status:
+        """As `Launcher` says."""
         try:
             done = self._engine.ask("scontrol", "show", "job", "--oneliner", job)
         except ServiceError as error:
@@ -161,6 +163,7 @@ class SlurmLauncher:
         return replace(found, blames=f"{found.blames}: {', '.join(sorted(down))}") if down else found
 
     def cancel(self, job: str, grace_s: float = 10.0) -> None:
+        """As `Launcher` says."""
         if self.status(job).over:
             return
         # SIGTERM, then SIGKILL after Slurm's KillWait; we do not wait longer than we were told to.
@@ -180,6 +183,7 @@ class SlurmLauncher:
         return False
 
     def logs(self, job: str) -> str:
+        """As `Launcher` says."""
         done = self._engine.ask("scontrol", "show", "job", "--oneliner", job)
         found = re.search(r" StdOut=(\S+)", done.stdout)
         return last_lines(Path(found[1])) if found else ""

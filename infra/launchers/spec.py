@@ -68,6 +68,7 @@ class Spec:
 
     @property
     def elastic(self) -> bool:
+        """Whether the job may go on with fewer nodes."""
         return self.min_nodes < self.nodes
 
 
@@ -88,6 +89,7 @@ class Status:
 
     @property
     def over(self) -> bool:
+        """Whether there is nothing to wait for any more."""
         return self.state in ("ended", "unknown")
 
 
@@ -152,5 +154,6 @@ class Engine:
 
 
 def last_line(text: str) -> str:
+    """The last line that says something."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else ""

@@ -42,7 +42,14 @@ class CheckpointHandle:
     def __init__(
         self, folder: Path, settings: TrainSettings, name: str, reports: Reports, say: Callable[..., None]
     ) -> None:
-        """folder: of checkpoints; name: of the loop, for messages; say: writes an event."""
+        """
+        Args:
+            folder: of checkpoints, on a file system that all ranks share.
+            settings: say when checkpoints are due and how many stay.
+            name: of the loop, for messages.
+            reports: the run's history, which goes on from the step of the checkpoint.
+            say: writes an event.
+        """
         self._checkpoints = Checkpoints(folder, settings.checkpoint_keep)
         self._interval = Interval(settings.checkpoint_steps, settings.checkpoint_seconds)
         self._name, self._reports, self._say = name, reports, say
@@ -122,10 +129,18 @@ class CheckpointHandle:
     ) -> None:
         """Write a checkpoint in the background, while the loop goes on; a full disk costs it, not the training.
 
-        state: what all ranks have alike, nested at will; objects with a state_dict at the top. Rank 0's copy of a
-        tensor that is not sharded counts, and rank 0's of everything else. own: JSON values of this rank. files: a
-        folder that is complete in all ranks when they call this, such as a framework's own checkpoint; it is copied.
         The random state of torch, Python and NumPy is saved too.
+
+        Args:
+            state: what all ranks have alike, nested at will; objects with a state_dict at the top. Rank 0's copy of a
+                tensor that is not sharded counts, and rank 0's of everything else.
+            step: grows from call to call, also over restarts.
+            own: JSON values of this rank.
+            files: a folder that is complete in all ranks when they call this, such as a framework's own checkpoint; it
+                is copied.
+
+        Raises:
+            UserError: what was given cannot be saved, ranks do different things, or `load` was not called before.
         """
         self._check_order(step)
         try:

@@ -36,6 +36,13 @@ class Context:
     """What `main` is given, one a rank. The process group exists; the environment is torchrun's."""
 
     def __init__(self, request: TrainRequest, entry: Entrypoint, device: torch.device, events: EventLog | None) -> None:
+        """
+        Args:
+            request: of the training stage.
+            entry: the loop.
+            device: this rank's own.
+            events: where reports go; None but on rank 0.
+        """
         settings = request.train
         self.rank = int(os.environ["RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
@@ -52,11 +59,9 @@ class Context:
         self._project = request.project
         self._start = request.start
         self._started = False
-        self._events = events
         self._reports = Reports(name_of(entry), self.rank, events, Path(request.checkpoints) / JOURNAL)
-        self.checkpoint = CheckpointHandle(
-            Path(request.checkpoints), settings, name_of(entry), self._reports, self._say
-        )
+        say = (events or EventLog(None)).write
+        self.checkpoint = CheckpointHandle(Path(request.checkpoints), settings, name_of(entry), self._reports, say)
 
     def build_model(self) -> nn.Module:
         """The model of `model.factory` on the CPU: untrained, or with the live release's weights (retrain.start)."""
@@ -92,10 +97,6 @@ class Context:
                 "context.report({'train_loss': …}, step=…) now and then"
             )
         return rows
-
-    def _say(self, event: str, **fields: Any) -> None:
-        if self._events is not None:
-            self._events.write(event, **fields)
 
 
 def run_entrypoint(request: TrainRequest, entry: Entrypoint, device: torch.device) -> TrainResult | None:

@@ -13,24 +13,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from torchworker.contract import CheckResult, DynamicDim, Entrypoint, Project
 from torchworker.data.fingerprint import Fingerprint
-from torchworker.data.loading import reading_failed
+from torchworker.data.loading import reading
 from torchworker.data.sharding import NamedDataset, StreamShare
 from torchworker.process.failure import UserError
-from torchworker.project.metrics import first_output
+from torchworker.project import user_code
 from torchworker.project.randomness import seed_everything
 from torchworker.project.signature import dims_of, input_specs, output_specs
-from torchworker.project.user_code import (
-    batches,
-    build_dataset,
-    build_model,
-    call_metric,
-    forward,
-    length_of,
-    name_inputs,
-    require_one_shape,
-    resolve,
-    try_metric,
-)
 from torchworker.training.results import try_weights
 
 BATCH = 64
@@ -38,12 +26,13 @@ BATCH = 64
 
 
 def name_of(entry: Entrypoint) -> str:
+    """The loop's name in messages: `train.entrypoint: module:function`."""
     return f"{entry.function.where}: {entry.function.target}"
 
 
 def resolve_main(entry: Entrypoint, project: Project) -> Callable[..., Any]:
     """The function. Raises UserError unless it takes a context and the job's `train.args`."""
-    main = resolve(entry.function, project)
+    main = user_code.resolve(entry.function, project)
     arguments = ", ".join(["context", *(f"{name}=…" for name in entry.function.args)])
     try:
         inspect.signature(main).bind(None, **entry.function.args)
@@ -61,22 +50,19 @@ def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: i
 
     Raises UserError for what would otherwise fail after training.
     """
-    model = build_model(project).eval()
-    validation_set = build_dataset(project, "validation")
-    some = list(itertools.islice(batches(validation_set, BATCH, project), 2))
-    require_one_shape(some[0], some[-1], project)
+    model = user_code.build_model(project).eval()
+    validation_set = user_code.build_dataset(project, "validation")
+    some = list(itertools.islice(user_code.batches(validation_set, BATCH, project), 2))
+    user_code.require_one_shape(some[0], some[-1], project)
     inputs, target = some[0]
-    outputs = forward(model, inputs, project)
-    for metric in project.metrics:
-        try_metric(metric, outputs, target)
-    for custom in project.custom_metrics:
-        call_metric(custom, first_output(outputs), target, project)
-    train_set = build_dataset(project, "train")
+    outputs = user_code.forward(model, inputs, project)
+    user_code.try_metrics(outputs, target, project)
+    train_set = user_code.build_dataset(project, "train")
     fingerprint_share(train_set, project, 0, rank=0, world=1, only_first=True)
     try_weights(model, project)
     return facts_of(
-        model, inputs, target, dynamic, project, train_samples=length_of(train_set),
-        validation_samples=length_of(validation_set), loss=None, max_batch=max_batch,
+        model, inputs, target, dynamic, project, train_samples=user_code.length_of(train_set),
+        validation_samples=user_code.length_of(validation_set), loss=None, max_batch=max_batch,
     )  # fmt: skip
 
 
@@ -93,9 +79,23 @@ def facts_of(
     loss: float | None,
     max_batch: int | None = None,
 ) -> CheckResult:
-    """What `ship check` says of a model in eval() and of a batch."""
+    """What `ship check` says of a model in eval() and of a batch.
+
+    Args:
+        model: in eval mode.
+        inputs: of one batch as the data gives them: a tensor, a tuple or a dict of tensors, each [batch, …].
+        target: [batch, …].
+        dynamic: declared dimensions beside the batch.
+        project: for messages.
+        train_samples, validation_samples: None for a stream that does not say.
+        loss: of the untrained model; None with an entrypoint.
+        max_batch: largest batch; None for no limit.
+
+    Raises:
+        UserError: a declared dimension does not fit the data.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    named = name_inputs(model, inputs, project)
+    named = user_code.name_inputs(model, inputs, project)
     dims = dims_of(named, dynamic, project, max_batch)
     return CheckResult(
         parameters=sum(parameter.numel() for parameter in trainable),
@@ -115,23 +115,29 @@ def fingerprint_share(
 ) -> Fingerprint:
     """Of this rank's share of the training data as data.factory gives it, each sample read once.
 
-    Random draws depend on the seed and on the sample's place alone. only_first: try the first sample and no more.
+    Random draws depend on the seed and on the sample's place alone.
+
+    Args:
+        dataset: of the training split.
+        project: for messages.
+        seed: of the job.
+        rank, world: which share of how many; sample i belongs to rank i modulo world.
+        only_first: try the first sample and no more.
+
+    Raises:
+        UserError: a sample cannot be read or has no known bytes, or a stream has no len().
     """
     fingerprint = Fingerprint()
-    try:
+    with reading("a training", project):
         for item in itertools.islice(_items(dataset, project, seed, rank, world), 1 if only_first else None):
             fingerprint.add(item)
-    except UserError:
-        raise
-    except Exception as error:
-        raise reading_failed(error, "a training", project) from error
     return fingerprint
 
 
 def _items(dataset: Dataset[Any], project: Project, seed: int, rank: int, world: int) -> Iterator[Any]:
     where = project.data.where
     if isinstance(dataset, IterableDataset):
-        size = length_of(dataset)
+        size = user_code.length_of(dataset)
         if size is None:
             raise UserError(
                 f"{where}: with train.entrypoint a stream of training data needs a len(): it is read once more after "

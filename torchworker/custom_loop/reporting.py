@@ -36,7 +36,13 @@ class Reports:
     """
 
     def __init__(self, name: str, rank: int, events: EventLog | None, journal: Path) -> None:
-        """name: of the reporting function, for messages; journal: the file, in a folder that need not exist."""
+        """
+        Args:
+            name: of the reporting function, for messages.
+            rank: this process's.
+            events: where reports go; None but on rank 0.
+            journal: the file, in a folder that need not exist.
+        """
         self._name, self._rank, self._events = name, rank, events
         self._journal = journal
         self._earlier = _read(journal) if events is not None else []

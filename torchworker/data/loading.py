@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,14 @@ class TrainingData:
     def __init__(
         self, dataset: Dataset[Any], project: Project, settings: TrainSettings, world: int, rank: int, pin_memory: bool
     ) -> None:
+        """
+        Args:
+            dataset: of the split.
+            project: says how to collate.
+            settings: batch size, workers, seed.
+            world, rank: how many ranks share it, and which of them this is.
+            pin_memory: batches are on their way to a GPU.
+        """
         self._project, self._settings, self._world, self._rank = project, settings, world, rank
         self.fingerprint = Fingerprint()
         self.local_batch = settings.batch_size // (world * settings.accumulate)
@@ -104,14 +113,10 @@ class TrainingData:
             self._sampler.set_epoch(epoch)
             self._sampler.consumed = min(consumed, self._sampler.total_size)
         self._generator.manual_seed(self._settings.seed * 1_000_003 + epoch * self._world + self._rank)
-        try:
+        with reading("a training", self._project):
             for batch, total, samples in self._loader:
                 self.fingerprint.merge(total, samples)
                 yield split_batch(batch, self._project)
-        except (UserError, GeneratorExit):
-            raise
-        except Exception as error:
-            raise reading_failed(error, "a training", self._project) from error
 
 
 class ValidationData:
@@ -120,6 +125,14 @@ class ValidationData:
     def __init__(
         self, dataset: Dataset[Any], project: Project, settings: TrainSettings, world: int, rank: int, pin_memory: bool
     ) -> None:
+        """
+        Args:
+            dataset: of the split.
+            project: says how to collate.
+            settings: batch size, workers, seed.
+            world, rank: how many ranks share it, and which of them this is.
+            pin_memory: batches are on their way to a GPU.
+        """
         self._project = project
         stream = isinstance(dataset, IterableDataset)
         self.size = length_of(dataset)
@@ -142,13 +155,9 @@ class ValidationData:
         )
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        try:
+        with reading("a validation", self._project):
             for batch in self._loader:
                 yield split_batch(batch, self._project)
-        except (UserError, GeneratorExit):
-            raise
-        except Exception as error:
-            raise reading_failed(error, "a validation", self._project) from error
 
 
 class _Items(IterableDataset[Any]):
@@ -159,7 +168,14 @@ class _Items(IterableDataset[Any]):
         return (sample.item for sample in self._share)
 
 
-def reading_failed(error: Exception, what: str, project: Project) -> UserError:
-    """what: `a training` or `a validation`."""
-    where = f" ({error.__notes__[0]})" if getattr(error, "__notes__", None) else ""
-    return user_error(f"{project.data.where}: reading {what} item failed{where}", error, project.folder)
+@contextlib.contextmanager
+def reading(what: str, project: Project) -> Iterator[None]:
+    """Around reading the data: what goes wrong is a UserError that names the sample. what: `a training`, …"""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        where = f" ({error.__notes__[0]})" if getattr(error, "__notes__", None) else ""
+        what = f"{project.data.where}: reading {what} item failed{where}"
+        raise user_error(what, error, project.folder) from error

@@ -101,10 +101,15 @@ class StreamShare(IterableDataset[Any]):
         size: int | None,
         most: int | None,
     ) -> None:
-        """where: names the dataset in messages; size: samples that the stream says it has; most: samples of all ranks
-        after which an epoch ends.
+        """With neither `size` nor `most` the stream is read to its end, and ranks may get unequally many.
 
-        With neither, the stream is read to its end and ranks may get unequally many.
+        Args:
+            dataset: of one split.
+            where: names the dataset in messages.
+            seed: of the job.
+            world, rank: how many ranks share it, and which of them this is.
+            size: samples that the stream says it has.
+            most: samples of all ranks after which an epoch ends.
         """
         self._dataset, self._where, self._seed = dataset, where, seed
         self._world, self._rank = world, rank

@@ -43,7 +43,14 @@ def aoti(subject: Subject, path: Path) -> str:
 
 
 def compiled(program: ExportedProgram, subject: Subject, path: Path, *, freezing: bool) -> None:
-    """Write one package. freezing: fold the weights in."""
+    """Write one package.
+
+    Args:
+        program: captured from the subject.
+        subject: whose signature the package carries.
+        path: of the package.
+        freezing: fold the weights in.
+    """
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),

@@ -84,11 +84,11 @@ def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], s
             program = torch.jit.trace(module, **given, check_trace=False)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise _UnfaithfulError(f"{_brief(error)}{user_line(error, subject.folder)}") from error
-    baked = [str(w.message).split("\n")[0] for w in caught if issubclass(w.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
-    if baked:
-        place = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
-        line = f" ({Path(place.filename).name}:{place.lineno})" if place and place.filename else ""
-        raise _UnfaithfulError(f"it would bake in a decision made on the example data{line}: {baked[0]}")
+    baked = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
+    if baked is not None:
+        line = f" ({Path(baked.filename).name}:{baked.lineno})" if baked.filename else ""
+        first = str(baked.message).split("\n")[0]
+        raise _UnfaithfulError(f"it would bake in a decision made on the example data{line}: {first}")
     return program
 
 

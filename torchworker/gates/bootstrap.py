@@ -31,8 +31,14 @@ def interval_of_mean(gains: Tensor, asked: Resampling) -> Interval:
 def interval_of(gain: Callable[[Tensor], float], samples: int, asked: Resampling, processes: int = 1) -> Interval:
     """Of any metric, at most thousands of calls of somebody's function, which forks of this process share.
 
-    gain: how much better the candidate is on the samples with these indices, [samples] int64. Raises what it raises,
-    and ChildDiedError when a fork ends without an answer.
+    Args:
+        gain: how much better the candidate is on the samples with these indices, [samples] int64.
+        samples: how many there are.
+        asked: how many resamples, which confidence and seed.
+        processes: forks that share the work; 1 does it here.
+
+    Raises:
+        ChildDiedError: a fork ended without an answer. Whatever `gain` raises comes through.
     """
     shares = {str(share): partial(_share, gain, samples, asked, share, processes) for share in range(processes)}
     if processes == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchworker.contract import INT8_OF, LATENCY, THROUGHPUT, Gate, Measured, Verdict
+from torchworker.gates.limits import at_most
 
 CLOSE = 1.1
 """Artifacts that take up to so many times as long as the quickest may change places with it."""
@@ -89,22 +90,11 @@ def apply_speed_limits(
     """Fixed limits. What was not measured has failed."""
     verdicts = []
     for gate in gates:
-        limit = f"<= {gate.max:g}"
+        assert gate.max is not None, "the job file allows nothing else"
         for name in asked(gate.name, measured, serve):
             item = measured.get(name)
             found = item.value(gate.name) if item is not None else None
             case = f"batch {item.speeds[0].batch}" if item and item.speeds and gate.name.startswith("p") else "artifact"
             note = "" if found is not None else (item.problem if item else "") or "could not be measured"
-            assert gate.max is not None, "the job file allows nothing else"
-            verdicts.append(
-                Verdict(
-                    format=name,
-                    gate=gate.name,
-                    case=case,
-                    measured=found,
-                    limit=limit,
-                    passed=found is not None and found <= gate.max,
-                    note=note,
-                )
-            )
+            verdicts.append(at_most(name, gate.name, case, found, gate.max, note))
     return verdicts

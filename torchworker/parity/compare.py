@@ -8,18 +8,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torchworker.contract import PARITY, Mismatch, Verdict
+from torchworker.contract import PARITY, ErrorCounts, Mismatch, Verdict
+from torchworker.gates.limits import at_most
 from torchworker.parity.histogram import ErrorHistogram, distribution
-from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SINGLES, Inputs, Probe
+from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPLES, SINGLES, Inputs, Probe
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
-from torchworker.project.metrics import metric_sum
+from torchworker.project.metrics import flips, metric_sum
 from torchworker.runtimes.load import Call
 
 KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 """The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
 
-OF_ITS_SIZE = frozenset({BATCHES, DRAWS, LENGTHS, SINGLES})
+OF_ITS_SIZE = frozenset({BATCHES, SAMPLES, DRAWS, LENGTHS, SINGLES})
 """Questions whose inputs are as large as the data's, and so what the model loses on them."""
 
 
@@ -47,6 +48,7 @@ class Finding:
 
     @property
     def note(self) -> str:
+        """One line: probe, output, what is wrong and where it is worst."""
         where = f"{self.output}: " if self.output else ""
         worst = f" at {self.outcome.worst}" if self.outcome.worst else ""
         return f"{self.probe.name}: {where}{self.outcome.note}{worst}"
@@ -68,10 +70,21 @@ class Finding:
 class ParityResult:
     """What came of the parity check of one artifact."""
 
-    verdicts: list[Verdict]
-    findings: list[Finding]
+    verdicts: list[Verdict] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     histogram: ErrorHistogram = field(default_factory=ErrorHistogram)
     """How far all its answers are from the model's."""
+
+    def __add__(self, other: ParityResult) -> ParityResult:
+        return ParityResult(
+            verdicts=self.verdicts + other.verdicts,
+            findings=self.findings + other.findings,
+            histogram=self.histogram + other.histogram,
+        )
+
+    def errors(self, kind: str) -> list[ErrorCounts]:
+        """The histogram for the report. kind: the format, in words."""
+        return self.histogram.counts(kind, frozenset(item.probe.group for item in self.findings))
 
 
 class Decisions:
@@ -84,17 +97,18 @@ class Decisions:
         """Right answers of the artifact and of the model."""
 
     def add(self, got: Tensor, eager: Tensor, target: Tensor, allowed: float) -> None:
-        """got, eager: [batch, classes, …] scores or one logit; allowed: difference that rounding explains."""
+        """Count one batch.
+
+        Args:
+            got, eager: [batch, classes, …] scores, or [batch, …] one logit of the positive class.
+            target: [batch, …] labels.
+            allowed: difference of a score that rounding explains, in its own units.
+        """
         if got.shape != eager.shape:
             return
         self.hits[0] += metric_sum("accuracy", got, target)[0]
         self.hits[1] += metric_sum("accuracy", eager, target)[0]
-        if eager.dim() == target.dim() + 1 and eager.shape[1] > 1:
-            flipped = got.argmax(1) != eager.argmax(1)
-            best = eager.double().topk(2, dim=1).values
-            margin = best[:, 0] - best[:, 1]
-        else:
-            flipped, margin = (got > 0) != (eager > 0), eager.double().abs()
+        flipped, margin = flips(got, eager, target)
         self.seen += flipped.numel()
         self.flips += int(flipped.sum())
         # Both answers may be this far from the truth, in opposite directions, in both of two scores.
@@ -109,23 +123,24 @@ class Decisions:
             note += f", {self.unexplained} by more than rounding explains, the clearest by {self.largest:.2g}"
         if self.seen:
             note += f"; accuracy {self.hits[0] / self.seen:.4g}, the model's own {self.hits[1] / self.seen:.4g}"
-        return Verdict(
-            format=kind,
-            gate=PARITY,
-            case="predictions",
-            measured=float(self.unexplained) if self.seen else None,
-            limit="<= 0",
-            passed=self.seen > 0 and self.unexplained == 0,
-            note=note,
-        )
+        return at_most(kind, PARITY, "predictions", float(self.unexplained) if self.seen else None, 0, note)
 
 
 def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> ParityResult:
     """One verdict for each batch of capture, one for all other probes, one for how the artifact behaves.
 
-    outputs: names in the order of the signature. No probes is a failure: nothing was proven.
+    Args:
+        kind: the format, in words.
+        call: the artifact: inputs by name to outputs in the order of the signature.
+        probes: with the model's answers. None is a failure: nothing was shown.
+        outputs: names in the order of the signature.
+        policy: what is asked where formats differ by design.
+
+    Returns:
+        Verdicts, every output that is not the model's, and how far all are from it. It raises nothing that the
+        artifact raises; an artifact that ends its process ends this one.
     """
-    check = ParityCheck(kind, call, outputs, policy, {name: _usual(probes, name) for name in outputs})
+    check = ParityCheck(kind, call, outputs, policy, usual_losses(probes, outputs))
     verdicts, findings = [], []
     rest: list[tuple[Probe, float, str]] = []
     for probe in probes:
@@ -144,22 +159,31 @@ def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[st
     return ParityResult(verdicts=verdicts, findings=findings, histogram=check.histogram)
 
 
-def _usual(probes: Sequence[Probe], output: str) -> float:
-    """What the model itself loses on an output, over all questions of the size of the data."""
-    answered = [(probe, probe.eager[output]) for probe in probes if probe.eager and probe.group in OF_ITS_SIZE]
-    return usual_loss((eager, probe.exact.get(output, probe.perturbed.get(output))) for probe, eager in answered)
+def usual_losses(probes: Sequence[Probe], outputs: Sequence[str]) -> dict[str, float]:
+    """What the model itself loses on each output, over all questions of the size of the data."""
+    sized = [probe for probe in probes if probe.group in OF_ITS_SIZE]
+    return {
+        name: usual_loss((probe.eager[name], probe.rounding(name)) for probe in sized if probe.eager)
+        for name in outputs
+    }
 
 
-def verdict(kind: str, case: str, ratio: float, note: str) -> Verdict:
-    return Verdict(format=kind, gate=PARITY, case=case, measured=ratio, limit="<= 1", passed=ratio <= 1, note=note)
+def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
+    """The verdict of parity.
+
+    Args:
+        kind: the format, in words.
+        case: what was asked.
+        ratio: of `Parity`; None when there is none, which is a failure.
+        note: for the reader.
+    """
+    return at_most(kind, PARITY, case, ratio, 1, note)
 
 
 def _summary(kind: str, asked: Sequence[tuple[Probe, float, str]]) -> Verdict:
     """One line for every probe that is not a batch of capture."""
     if not asked:
-        return Verdict(
-            format=kind, gate=PARITY, case="probes", measured=None, limit="<= 1", passed=False, note="none was asked"
-        )
+        return verdict(kind, "probes", None, "none was asked")
     failed = [(probe, note) for probe, ratio, note in asked if not ratio <= 1]
     counts: dict[str, int] = {}
     for probe, _, _ in asked:
@@ -179,9 +203,19 @@ def _skipped(probe: Probe, policy: Policy) -> bool:
 
 
 class ParityCheck:
+    """Asks one artifact, and remembers what later questions need: its first answers, and inputs that it wrote into."""
+
     def __init__(
         self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, float]
     ) -> None:
+        """
+        Args:
+            kind: the format, in words.
+            call: the artifact.
+            outputs: names in the order of the signature.
+            policy: what is asked where formats differ by design.
+            usual: by output, of `usual_loss`.
+        """
         self.kind, self.call, self.outputs, self.policy, self.usual = kind, call, outputs, policy, usual
         self.first: dict[str, list[Tensor]] = {}
         """Answers to the batches of capture, to be asked for again."""
@@ -267,23 +301,42 @@ class ParityCheck:
 
     def _output(self, probe: Probe, name: str, got: Tensor) -> Parity:
         assert probe.eager is not None, "asked before"
-        eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
         shown = probe.touched or not _finite(probe.eager)
         if probe.group == BATCHES or not shown:
-            return compare_tensors(got, eager, exact, perturbed, usual=self.usual[name])
+            return compare_output(got, probe, name, self.usual[name])
         return not_finite(got, probe, name, self.policy.not_finite, self.usual[name])
+
+
+def compare_output(got: Tensor, probe: Probe, name: str, usual: float = 0.0) -> Parity:
+    """Compare an output with the model's own answer to the probe.
+
+    Args:
+        got: the artifact's, [batch, …].
+        probe: with the model's answers.
+        name: of the output.
+        usual: of `usual_loss`, in the output's own units.
+    """
+    assert probe.eager is not None, "asked before"
+    return compare_tensors(got, probe.eager[name], probe.exact.get(name), probe.perturbed.get(name), usual=usual)
 
 
 def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float = 0.0) -> Parity:
     """Compare an output of a batch in which something is NaN or infinite.
 
     `same`: NaN and infinities in the same places. `contained` (and `off`): a sample whose output shows it must show
-    it in the artifact too, in any element; every other sample must agree as always. usual: of `usual_loss`.
+    it in the artifact too, in any element; every other sample must agree as always.
+
+    Args:
+        got: the artifact's output, [batch, …].
+        probe: with the model's answers; `touched` are the samples whose inputs are not finite.
+        name: of the output.
+        policy: `contained`, `same` or `off`.
+        usual: of `usual_loss`.
     """
     assert probe.eager is not None, "asked before"
     eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
     if got.dtype != eager.dtype or got.shape != eager.shape or eager.dim() == 0:
-        return compare_tensors(got, eager, exact, perturbed)
+        return compare_output(got, probe, name)
     real = eager.is_floating_point()
     if policy == "same":
         if real and not bool(eager.isfinite().any()):
@@ -292,7 +345,7 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
             return replace(
                 outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
             )
-        return compare_tensors(got, eager, exact, perturbed)
+        return compare_output(got, probe, name)
     rows = torch.ones(len(eager), dtype=torch.bool)
     rows[list(probe.touched)] = False
     if real:

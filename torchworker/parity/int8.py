@@ -4,6 +4,18 @@ On the validation samples, which calibration has not seen: the ratio of signal t
 output, the share of predictions that are the model's own, how sure the model was of those that differ, and what the
 metrics lose. On the other probes: that it answers, with the right dtypes and shapes, finite where the model is, and
 twice the same. Inputs far outside the data, and NaN, are not asked: eight bits have no room for them.
+
+The limits are the job's (`export.quantize`); why their defaults are what they are:
+
+- *SQNR, 30 dB.* A uniform quantizer of b bits has 6.02 b + 4.77 − 20 log10(c) dB for a signal whose peak is c times its
+  rms (Bennett, "Spectra of Quantized Signals", Bell System Technical Journal 27, 1948; c = √2, a sine, is the known
+  6.02 b + 1.76). Eight bits and a normal signal cut at c = 4 make 40.9 dB. Noises of layers that do not know of each
+  other add up: ten of them cost 10 dB. So 30 dB, which is noise of 3 % of the signal, is what a network of about ten
+  layers has when nothing is wrong with it; some have more.
+- *Flip margin, 0.25; agreement, 0.99; loss of a metric, 0.01.* Chosen, not derived. Noise of 3 % in both of two scores
+  moves their difference by 0.045 of the scores' rms; a flip at a quarter of the usual margin takes more than five times
+  that where this margin is about the scores' rms. It is then no matter of noise. What becomes of real models
+  under these limits is measured in docs/serving-speed.md.
 """
 
 from __future__ import annotations
@@ -16,15 +28,15 @@ from torch import Tensor
 
 from torchworker.contract import METRICS, Int8, Int8Limits, TensorSpec, Verdict
 from torchworker.parity.probes import BATCHES, NOT_FINITE, SCALES, Inputs, Probe
-from torchworker.parity.reference import validation_key
+from torchworker.parity.reference import validation_batches
 from torchworker.process.failure import describe
-from torchworker.project.metrics import metric_sum
+from torchworker.project.metrics import MetricSums, flips
 from torchworker.runtimes.load import Call
 
 INT8 = "int8"
 """The gate of these verdicts."""
 SILENT = 200.0
-"""Decibels where nothing differs: no logarithm has them, and float32 has no more than 150."""
+"""Decibels where nothing differs: no logarithm has them, and float32 has no more than 6.02 · 24 + 1.76 = 146."""
 BOUNDLESS = 1e9
 """A loss or margin for which there is no unit."""
 
@@ -37,7 +49,12 @@ class Noise:
         self._noise: dict[str, float] = {}
 
     def add(self, name: str, got: Tensor, eager: Tensor) -> None:
-        """got, eager: one output, of one shape."""
+        """Add one output of one batch.
+
+        Args:
+            name: of the output.
+            got, eager: floating point, of one shape; counted where eager is finite.
+        """
         finite = eager.isfinite()
         truth = eager.double()[finite]
         self._signal[name] = self._signal.get(name, 0.0) + float(truth.square().sum())
@@ -63,12 +80,13 @@ class Predictions:
         self._flipped: list[Tensor] = []
 
     def add(self, got: Tensor, eager: Tensor, target: Tensor) -> None:
-        """got, eager: [batch, classes, …] scores or one logit."""
-        if eager.dim() == target.dim() + 1 and eager.shape[1] > 1:
-            best = eager.double().topk(2, dim=1).values
-            margin, flipped = best[:, 0] - best[:, 1], got.argmax(1) != eager.argmax(1)
-        else:
-            margin, flipped = eager.double().abs(), (got > 0) != (eager > 0)
+        """Add one batch.
+
+        Args:
+            got, eager: [batch, classes, …] scores, or [batch, …] one logit of the positive class.
+            target: [batch, …] labels.
+        """
+        flipped, margin = flips(got, eager, target)
         self._margins.append(margin.flatten())
         self._flipped.append(flipped.flatten())
 
@@ -101,41 +119,46 @@ def examine(
 ) -> tuple[Int8, dict[str, float]]:
     """What the rule says of one variant, and its metrics.
 
-    outputs: names in the order of the signature; batch: samples of a call, as the reference outputs were made.
+    Args:
+        call: the variant.
+        probes: with the float model's answers.
+        validation: tensors of VALIDATION, [samples, …], and the model's answers to them.
+        inputs: in the order of the signature.
+        outputs: names in the order of the signature.
+        metrics: names in METRICS.
+        batch: samples of a call, as the reference outputs were made.
+        limits: what it has to keep to.
+
+    Returns:
+        The numbers, with the reason where a limit is not kept; metric to value, empty where it could not be measured.
     """
     wrong = behaviour(call, probes, outputs)
     if wrong:
         return Int8(reason=wrong), {}
     noise, predictions = Noise(), Predictions()
-    sums = {name: [0.0, 0.0, 0] for name in metrics}
-    target = validation["target"]
-    for start in range(0, len(target), batch):
-        part = slice(start, start + batch)
+    mine, own = MetricSums(metrics), MetricSums(metrics)
+    for probe, target in validation_batches(validation, inputs, batch, outputs):
         try:
-            got = call({spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in inputs})
+            got = call(probe.inputs)
         except Exception as error:
             return Int8(reason=f"it fails on validation samples: {describe(error).splitlines()[0][:200]}"), {}
-        eager = {name: validation[validation_key("eager", name, start)] for name in outputs}
+        eager = probe.eager or {}
         if wrong := _structure(got, eager):
-            return Int8(reason=f"samples {start} to {start + len(target[part])}: {wrong}"), {}
+            return Int8(reason=f"{probe.name}: {wrong}"), {}
         for position, (name, tensor) in enumerate(eager.items()):
             if tensor.is_floating_point():
                 noise.add(name, got[position], tensor)
             if position == 0 and "accuracy" in metrics:
-                predictions.add(got[0], tensor, target[part])
-        for name in metrics:
-            mine, count = metric_sum(name, got[0], target[part])
-            sums[name][0] += mine
-            sums[name][1] += metric_sum(name, next(iter(eager.values())), target[part])[0]
-            sums[name][2] += count
-    values = {name: mine / count for name, (mine, _, count) in sums.items()}
-    losses = {name: loss(name, mine / count, own / count) for name, (mine, own, count) in sums.items()}
+                predictions.add(got[0], tensor, target)
+        mine.add(got[0], target)
+        own.add(next(iter(eager.values())), target)
+    values, theirs = mine.means(), own.means()
     found = Int8(
         sqnr_db=noise.decibels,
         golden_sqnr_db=golden_noise(call, probes, outputs).decibels,
         agreement=predictions.agreement,
         flip_margin=predictions.flip_margin,
-        losses=losses,
+        losses={name: loss(name, value, theirs[name]) for name, value in values.items()},
     )
     return Int8(**{**vars(found), "reason": verdict(found, limits)}), values
 
@@ -167,7 +190,14 @@ def verdict(found: Int8, limits: Int8Limits) -> str:
 
 
 def kept(kind: str, found: Int8, limits: Int8Limits | None, samples: int) -> list[Verdict]:
-    """The numbers of a variant that is inside all limits, as verdicts."""
+    """The numbers of a variant that is inside all limits, as verdicts.
+
+    Args:
+        kind: the variant.
+        found: its numbers.
+        limits: those that it kept to.
+        samples: validation samples that they are of.
+    """
     assert limits is not None, "whoever makes a variant says what is asked of it"
     rows: list[tuple[str, float | None, str]] = [
         ("SQNR, dB", min(found.sqnr_db, found.golden_sqnr_db), f">= {limits.sqnr_db:g}"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,6 +66,19 @@ class Probe:
     """Outputs with weights and inputs perturbed by their rounding; only without `exact`."""
     error: str = ""
     """What the model said when it refused."""
+
+    @property
+    def size(self) -> int:
+        """Samples of a batch of capture, whose name it is in."""
+        return int(self.name.removeprefix("batch_"))
+
+    def rounding(self, output: str) -> Tensor | None:
+        """What the rounding of the model's own answer is measured by: its float64 output, else the perturbed one."""
+        return self.exact.get(output, self.perturbed.get(output))
+
+    def ordered(self, inputs: Sequence[TensorSpec]) -> Probe:
+        """The probe with its inputs in the order of the signature."""
+        return replace(self, inputs={spec.name: self.inputs[spec.name] for spec in inputs})
 
 
 def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
@@ -147,7 +160,10 @@ def _refused(name: str, inputs: Inputs) -> Probe:
 def singles(pool: Inputs, call: Callable[[Inputs], Any], folder: str) -> Iterator[Probe]:
     """Samples by themselves: a few, and one for every other way through the user's code that any of them takes.
 
-    call: the model; folder: where its code is, whose lines are watched.
+    Args:
+        pool: real samples by input, [samples, …].
+        call: the model: inputs [1, …] by name.
+        folder: where its code is, whose lines are watched.
     """
     count = len(next(iter(pool.values())))
     evenly = [position * count // ALONE for position in range(min(ALONE, count))]

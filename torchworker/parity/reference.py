@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project
-from torchworker.parity.probes import BATCHES, LENGTHS, POOL, Inputs, Probe, probes, refusals, singles
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, TensorSpec
+from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, Probe, probes, refusals, singles
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
@@ -37,6 +37,7 @@ class Answers:
         self._perturbed: nn.Module | None = None
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Outputs by name, as it is. Raises UserError when it refuses the inputs."""
         return name_outputs(forward(self.model, inputs, self.project), self.project)
 
     def exact(self, inputs: Mapping[str, Tensor]) -> Inputs:
@@ -128,6 +129,15 @@ def write_reference(
     `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
     `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`.
+
+    Args:
+        request: says where to, at which batch sizes and of how many validation samples.
+        model: in eval mode, on the CPU.
+        named: the batch of capture by input, [batch, …].
+        dataset: the validation split.
+
+    Raises:
+        UserError: forward keeps state, writes into its inputs, or fails on the user's own data.
     """
     from safetensors.torch import save_file
 
@@ -231,30 +241,48 @@ def read_probes(folder: Path) -> list[Probe]:
     """Every probe with the model's answers, the batches of capture first."""
     from safetensors import safe_open
 
-    parts: dict[str, dict[str, Inputs]] = {}
-    with safe_open(folder / GOLDEN, framework="pt") as golden:
-        for key in golden.keys():  # noqa: SIM118 - not a mapping
-            name, part, tensor = key.split(".", 2)
-            parts.setdefault(name, {}).setdefault(part, {})[tensor] = golden.get_tensor(key)
     with safe_open(folder / PROBES, framework="pt") as asked:
         listed = json.loads(asked.metadata()["probes"])
-        for key in asked.keys():  # noqa: SIM118
-            name, part, tensor = key.split("/", 2)
-            parts.setdefault(name, {}).setdefault(part, {})[tensor] = asked.get_tensor(key)
-    return [
-        Probe(
-            name=item["name"],
-            group=item["group"],
-            declared=item["declared"],
-            touched=tuple(item["touched"]),
-            error=item["error"],
-            inputs=parts[item["name"]]["input"],
-            eager=None if item["error"] else parts[item["name"]]["eager"],
-            exact=parts[item["name"]].get("float64", {}),
-            perturbed=parts[item["name"]].get("moved", {}),
-        )
-        for item in listed
+    golden, parts = _parts(folder / GOLDEN, "."), _parts(folder / PROBES, "/")
+    return [_probe(item, golden.get(item["name"], {}) | parts.get(item["name"], {})) for item in listed]
+
+
+def read_golden(folder: Path, asked: Path | None) -> list[Probe]:
+    """The batches of capture with the model's answers, the smallest first.
+
+    Args:
+        folder: of a release, with its golden outputs.
+        asked: the file of probes, which has the model's answers after everything was perturbed by its rounding, for
+            models without float64. They widen limits only, so it need not come from the bucket.
+    """
+    perturbed = _parts(asked, "/") if asked is not None else {}
+    found = [
+        _probe({"name": name, "group": BATCHES}, parts | {"moved": perturbed.get(name, {}).get("moved", {})})
+        for name, parts in _parts(folder / GOLDEN, ".").items()
     ]
+    return sorted(found, key=lambda probe: probe.size)
+
+
+def _parts(path: Path, separator: str) -> dict[str, dict[str, Inputs]]:
+    """The file's tensors by probe, part (`input`, `eager`, `float64`, `moved`) and name."""
+    from safetensors.torch import load_file
+
+    parts: dict[str, dict[str, Inputs]] = {}
+    for key, tensor in load_file(path).items():
+        probe, part, name = key.split(separator, 2)
+        parts.setdefault(probe, {}).setdefault(part, {})[name] = tensor
+    return parts
+
+
+def _probe(item: Mapping[str, Any], parts: Mapping[str, Inputs]) -> Probe:
+    """item: what `_write_probes` lists of it."""
+    return Probe(
+        **{**item, "touched": tuple(item.get("touched", ()))},
+        inputs=parts["input"],
+        eager=None if item.get("error") else parts["eager"],
+        exact=parts.get("float64", {}),
+        perturbed=parts.get("moved", {}),
+    )
 
 
 def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> None:
@@ -278,6 +306,44 @@ def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> N
 def validation_key(part: str, name: str, start: int) -> str:
     """Where VALIDATION has the model's answer to the batch of validation samples from `start` on."""
     return f"{part}.{name}/{start}"
+
+
+def validation_batches(
+    validation: Mapping[str, Tensor], inputs: Sequence[TensorSpec], batch: int, outputs: Sequence[str] = ()
+) -> Iterator[tuple[Probe, Tensor]]:
+    """The samples of VALIDATION as an artifact is asked about them.
+
+    Args:
+        validation: the file's tensors.
+        inputs: of the artifact, in the order of its signature.
+        batch: samples of a call: as many as the reference outputs were made with, as a model may look across its batch.
+        outputs: those of which the model's own answers are wanted.
+
+    Yields:
+        A probe, its inputs [batch, …] and contiguous; targets [batch, …].
+    """
+    target = validation["target"]
+    for start in range(0, len(target), batch):
+        part = slice(start, start + batch)
+        keys = {
+            kind: {name: validation_key(kind, name, start) for name in outputs}
+            for kind in ("eager", "float64", "moved")
+        }
+        answers = {
+            kind: {name: validation[key] for name, key in named.items() if key in validation}
+            for kind, named in keys.items()
+        }
+        yield (
+            Probe(
+                name=f"samples {start} to {start + len(target[part])}",
+                group=SAMPLES,
+                inputs={spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in inputs},
+                eager=answers["eager"],
+                exact=answers["float64"],
+                perturbed=answers["moved"],
+            ),
+            target[part],
+        )
 
 
 def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path) -> Inputs:

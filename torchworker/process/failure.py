@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sysconfig
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -73,6 +75,26 @@ def user_error(what: str, error: BaseException, folder: str) -> UserError:
     mistake = UserError(f"{what}: {describe(error)}{user_line(error, folder)}")
     mistake.__cause__ = error
     return mistake
+
+
+@contextlib.contextmanager
+def as_user_error(what: str, folder: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> Iterator[None]:
+    """Around a call of the user's code: what it raises becomes a UserError, unless it is one.
+
+    Args:
+        what: what failed then, in words.
+        folder: where the user's code is.
+        kinds: of exceptions that are theirs.
+
+    Raises:
+        UserError: with the error and the user's line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise user_error(what, error, folder) from error
 
 
 def failure_of(error: BaseException, folder: str, rank: int | None = None) -> Failure:

@@ -44,10 +44,12 @@ class CrashNote:
         self._memory = mmap.mmap(-1, self.BYTES)
 
     def write(self, text: str) -> None:
+        """Replace the line; more than BYTES of UTF-8 is cut."""
         self._memory.seek(0)
         self._memory.write(text.encode()[: self.BYTES].ljust(self.BYTES, b"\0"))
 
     def read(self) -> str:
+        """The last line that was written; empty when there was none."""
         return self._memory[:].rstrip(b"\0").decode(errors="replace")
 
 

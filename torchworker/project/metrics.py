@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,19 +12,71 @@ FILLED = -100
 
 
 def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
-    """(sum over samples, number of samples or elements) of a metric on one batch.
+    """A metric on one batch, as what adds up: the metric is sum / count over everything seen.
 
-    The metric is sum / count over everything seen.
+    Args:
+        name: a key of METRICS.
+        outputs, target: as `metric_values` takes them.
+
+    Returns:
+        Sum over samples; number of samples or elements.
     """
     values = metric_values(name, outputs, target)
     return float(values.sum()), values.numel()
 
 
-def metric_values(name: str, outputs: Tensor, target: Tensor) -> Tensor:
-    """The metric of each element of the target; their mean is the metric. Shape of the target.
+class MetricSums:
+    """Metrics added up over batches."""
 
-    outputs: [batch, …] or, for accuracy, [batch, classes, …] scores or [batch] one logit of the positive class;
-    target: [batch, …].
+    def __init__(self, names: Iterable[str]) -> None:
+        self._sums = {name: [0.0, 0] for name in names}
+
+    def add(self, outputs: Tensor, target: Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            outputs, target: as `metric_values` takes them.
+        """
+        for name, found in self._sums.items():
+            part, count = metric_sum(name, outputs, target)
+            found[0] += part
+            found[1] += count
+
+    def means(self) -> dict[str, float]:
+        """Metric to value."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
+
+
+def flips(got: Tensor, eager: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Which predictions differ, and how sure the model was of each of its own.
+
+    Args:
+        got, eager: [batch, classes, …] scores, or [batch, …] one logit of the positive class.
+        target: [batch, …], which tells the two apart.
+
+    Returns:
+        bool and float64, both of the target's shape: whether they differ; the distance between the two best scores, or
+        that of the logit from 0.
+    """
+    if eager.dim() == target.dim() + 1 and eager.shape[1] > 1:
+        best = eager.double().topk(2, dim=1).values
+        return got.argmax(1) != eager.argmax(1), best[:, 0] - best[:, 1]
+    return (got > 0) != (eager > 0), eager.double().abs()
+
+
+def metric_values(name: str, outputs: Tensor, target: Tensor) -> Tensor:
+    """The metric of each element of the target; their mean is the metric.
+
+    Args:
+        name: a key of METRICS.
+        outputs: [batch, …] or, for accuracy, [batch, classes, …] scores or [batch] one logit of the positive class.
+        target: [batch, …].
+
+    Returns:
+        Shape of the target: bool for accuracy, else float64.
+
+    Raises:
+        ValueError: the shapes do not fit; broadcasting would compare every output with every target.
     """
     if name == "accuracy":
         scores = outputs.dim() == target.dim() + 1

@@ -19,8 +19,14 @@ def dims_of(
 ) -> tuple[DynamicDim, ...]:
     """The batch and the declared dimensions, held against one batch of the data.
 
-    max_batch: largest batch; None for no limit. Raises UserError for an input or axis that is not there, and for
-    sizes outside the declared range.
+    Args:
+        named: one batch by input, [batch, …].
+        declared: dimensions beside the batch.
+        project: for messages.
+        max_batch: largest batch; None for no limit.
+
+    Raises:
+        UserError: an input or axis is not there, or the data's own size is outside the declared range.
     """
     batch = DynamicDim(name=BATCH, min=1, max=max_batch, axes={name: (0,) for name in named})
     for dim in declared:
@@ -54,7 +60,16 @@ def sizes_of(named: Mapping[str, Tensor], dims: Sequence[DynamicDim]) -> dict[st
 
 
 def resized(named: Mapping[str, Tensor], dims: Sequence[DynamicDim], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The same inputs with other sizes: cut, or repeated up to them. sizes: dimension name to size, 0 allowed."""
+    """The same inputs with other sizes: cut, or repeated up to them.
+
+    Args:
+        named: by input, [batch, …].
+        dims: where each dimension is.
+        sizes: dimension name to size, 0 allowed; dimensions that are not named stay.
+
+    Returns:
+        Contiguous tensors of the same dtypes; those of which nothing changes are the same objects.
+    """
     changed = dict(named)
     for dim in dims:
         if dim.name not in sizes:
@@ -104,6 +119,15 @@ def output_specs(
     """Outputs, found by calling the model at several sizes: what follows a dynamic dimension gets its name.
 
     A size that changes in another way, such as the length of a decoded sequence, is `<output>_<axis>`.
+
+    Args:
+        model: in eval mode.
+        named: one batch by input, [batch, …], in forward's order.
+        dims: the batch and the declared dimensions.
+        project: for messages.
+
+    Raises:
+        UserError: forward fails on the batch itself.
     """
     calls = [(sizes_of(named, dims), name_outputs(forward(model, named, project), project))]
     rows = next(iter(named.values())).shape[0]

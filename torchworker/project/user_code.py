@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
-from torchworker.process.failure import UserError, describe, is_lost_connection, user_error, user_line
+from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
 from torchworker.project.metrics import first_output, metric_sum
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -64,10 +64,9 @@ def _call(reference: Reference, project: Project, **extra: Any) -> Any:
     function = resolve(reference, project)
     arguments = {**extra, **reference.args}
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    try:
+    what = f"{reference.where}: {reference.target}({shown}) failed"
+    with as_user_error(what, project.folder, (Exception, SystemExit)):
         return function(**arguments)
-    except (Exception, SystemExit) as error:
-        raise user_error(f"{reference.where}: {reference.target}({shown}) failed", error, project.folder) from error
 
 
 def build_model(project: Project) -> nn.Module:
@@ -103,10 +102,8 @@ def build_dataset(project: Project, split: str) -> Dataset[Any]:
 
 def _is_empty_stream(dataset: IterableDataset[Any], asked: str, project: Project) -> bool:
     nothing = object()
-    try:
+    with as_user_error(f"{asked}: reading the first item failed", project.folder):
         return next(iter(dataset), nothing) is nothing
-    except Exception as error:
-        raise user_error(f"{asked}: reading the first item failed", error, project.folder) from error
 
 
 def length_of(dataset: Dataset[Any]) -> int | None:
@@ -133,10 +130,8 @@ def build_collate(project: Project) -> Callable[[list[Any]], Any]:
     name = f"{project.collate.where}: {project.collate.target}"
 
     def collate(items: list[Any]) -> Any:
-        try:
+        with as_user_error(f"{name} failed on {len(items)} items", project.folder):
             return function(items)
-        except Exception as error:
-            raise user_error(f"{name} failed on {len(items)} items", error, project.folder) from error
 
     return collate
 
@@ -155,23 +150,36 @@ def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module)
         kind = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
         more = {"fused": True} if settings.fused else {}
         return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate, **more))
-    reference = settings.optimizer
+    made = _made(settings.optimizer, project, torch.optim.Optimizer, parameters, lr=settings.learning_rate)
+    return typing.cast(torch.optim.Optimizer, made)
+
+
+def _made(reference: Reference, project: Project, kind: type, given: Any, **defaults: Any) -> Any:
+    """What a factory of the user's makes of one thing and the job's arguments, which go before our defaults."""
+    named = f"{reference.where}: {reference.target}"
     factory = resolve(reference, project)
-    try:
-        optimizer = factory(parameters, **{"lr": settings.learning_rate, **reference.args})
-    except Exception as error:
-        raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"{reference.where}: {reference.target} must return a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    return optimizer
+    with as_user_error(f"{named} failed", project.folder):
+        made = factory(given, **{**defaults, **reference.args})
+    if not isinstance(made, kind):
+        expected = f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}"
+        raise UserError(f"{named} must return a {expected}, got {type(made).__name__}")
+    return made
 
 
 def build_schedule(
     project: Project, settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A learning rate schedule that is advanced after every optimizer step; steps: how many there will be."""
+    """A learning rate schedule that is advanced after every optimizer step.
+
+    Args:
+        project: where the user's code is.
+        settings: name the schedule, or refer to a factory of the user's.
+        optimizer: whose learning rate it sets.
+        steps: how many optimizer steps there will be.
+
+    Raises:
+        UserError: the factory fails, or makes something else.
+    """
     reference = settings.schedule
     if reference == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -180,17 +188,8 @@ def build_schedule(
     if reference == "linear":
         return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     assert isinstance(reference, Reference), reference
-    factory = resolve(reference, project)
-    try:
-        schedule = factory(optimizer, **{"total_steps": steps, **reference.args})
-    except Exception as error:
-        raise user_error(f"{reference.where}: {reference.target} failed", error, project.folder) from error
-    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
-        raise UserError(
-            f"{reference.where}: {reference.target} must return a torch.optim.lr_scheduler.LRScheduler, "
-            f"got {type(schedule).__name__}"
-        )
-    return schedule
+    made = _made(reference, project, torch.optim.lr_scheduler.LRScheduler, optimizer, total_steps=steps)
+    return typing.cast(torch.optim.lr_scheduler.LRScheduler, made)
 
 
 def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
@@ -300,7 +299,17 @@ def _flattened(value: Any, name: str, project: Project) -> Iterator[tuple[str, T
 def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | None = None) -> Any:
     """Call the model on a batch's inputs; a failure becomes one message with shapes and the user's line.
 
-    call: what to call instead of the model itself, such as its DistributedDataParallel wrapper.
+    Args:
+        model: names the parameters.
+        inputs: a tensor, a tuple or a dict of tensors, each [batch, …].
+        project: for messages.
+        call: what to call instead of the model itself, such as its DistributedDataParallel wrapper.
+
+    Returns:
+        Whatever forward returns.
+
+    Raises:
+        UserError: forward fails, or the inputs are not those it takes.
     """
     named = name_inputs(model, inputs, project)
     try:
@@ -315,7 +324,14 @@ def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:
     """For cross_entropy with class indices: every label must be one of the model's outputs.
 
     On a GPU an index out of range ends in an assertion of the device that names nothing, so look first.
-    target: [batch, …] integer; outputs: [batch, classes, …].
+
+    Args:
+        target: [batch, …] integer; -100 is no label.
+        outputs: [batch, classes, …].
+        project: names the loss.
+
+    Raises:
+        UserError: with the smallest and the largest label.
     """
     if project.loss != "cross_entropy" or target.is_floating_point() or outputs.dim() < 2 or target.numel() == 0:
         return
@@ -330,9 +346,21 @@ def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:
 
 
 def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project, labels: Tensor | None = None) -> Tensor:
-    """The scalar loss. Raises UserError for labels out of range, a failing loss or a wrong result.
+    """The scalar loss.
 
-    labels: the target on the CPU, where it is at hand: looking at one on a GPU waits for all that the GPU has to do.
+    Args:
+        loss: from `build_loss`.
+        outputs: what forward gave.
+        target: [batch, …], on the device of the outputs.
+        project: for messages.
+        labels: the target on the CPU, where it is at hand: looking at one on a GPU waits for all that the GPU has to
+            do.
+
+    Returns:
+        One number as a tensor, with its graph.
+
+    Raises:
+        UserError: labels out of range, a failing loss or a wrong result.
     """
     if isinstance(outputs, Tensor):
         check_labels(target if labels is None else labels, outputs, project)
@@ -340,9 +368,8 @@ def compute_loss(loss: Loss, outputs: Any, target: Tensor, project: Project, lab
     try:
         value = loss(outputs, target)
     except Exception as error:
-        shown = describe_tensor(outputs) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(
-            f"train.loss: {name}(outputs {shown}, target {describe_tensor(target)}) failed: "
+            f"train.loss: {name}(outputs {_shown(outputs)}, target {describe_tensor(target)}) failed: "
             f"{describe(error)}{user_line(error, project.folder)}"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
@@ -364,14 +391,12 @@ def apply_gradients(
     optimizer: torch.optim.Optimizer, project: Project, scaler: torch.amp.GradScaler | None = None
 ) -> None:
     """One step of the optimizer. scaler: of the loss, when it was scaled."""
-    try:
+    with as_user_error("train.optimizer: step() failed", project.folder, (RuntimeError, TypeError, ValueError)):
         if scaler is not None and scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
         else:
             optimizer.step()
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise user_error("train.optimizer: step() failed", error, project.folder) from error
 
 
 def require_gradients(model: nn.Module, project: Project) -> None:
@@ -387,26 +412,41 @@ def require_gradients(model: nn.Module, project: Project) -> None:
 
 
 def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: Project) -> float:
-    """A metric of the user's own over all samples. outputs, target: on the CPU, [samples, …]."""
+    """A metric of the user's own over all samples.
+
+    Args:
+        metric: which.
+        outputs, target: on the CPU, [samples, …].
+        project: for messages.
+
+    Raises:
+        UserError: it fails, or gives no number.
+    """
     where = f"{metric.reference.where}: {metric.reference.target}"
     shapes = f"(outputs {describe_tensor(outputs)}, target {describe_tensor(target)})"
     function = _function(metric.reference, project)
-    try:
+    with as_user_error(f"{where}{shapes} failed", project.folder):
         return float(function(outputs, target))
-    except Exception as error:
-        raise user_error(f"{where}{shapes} failed", error, project.folder) from error
 
 
-def try_metric(metric: str, outputs: object, target: torch.Tensor) -> None:
-    """Raises UserError when the metric cannot be computed on these shapes."""
-    try:
-        metric_sum(metric, first_output(outputs), target)
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        shown = describe_tensor(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise UserError(
-            f"metrics: {metric} cannot be computed on outputs {shown} and target {describe_tensor(target)}: "
-            f"{describe(error)}"
-        ) from error
+def try_metrics(outputs: Any, target: Tensor, project: Project) -> None:
+    """Each metric of the job once, on one batch. Raises UserError for one that cannot be computed on these shapes.
+
+    Args:
+        outputs: what forward gave; metrics see its first tensor, [batch, …].
+        target: [batch, …].
+        project: names the metrics.
+    """
+    for name in project.metrics:
+        try:
+            metric_sum(name, first_output(outputs), target)
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            raise UserError(
+                f"metrics: {name} cannot be computed on outputs {_shown(outputs)} and target "
+                f"{describe_tensor(target)}: {describe(error)}"
+            ) from error
+    for metric in project.custom_metrics:
+        call_metric(metric, first_output(outputs).cpu(), target.cpu(), project)
 
 
 def describe_tensor(tensor: Tensor) -> str:
@@ -419,6 +459,7 @@ def _shown(value: Any) -> str:
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """Without the torch prefix: `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -445,7 +486,20 @@ class _Start(IterableDataset[Any]):
 def batches(
     dataset: Dataset[Any], size: int, project: Project, limit: int | None = None
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Batches of (inputs, target) in order, for reference data: at most `limit` samples."""
+    """Batches of (inputs, target) in order, for reference data.
+
+    Args:
+        dataset: of one split.
+        size: samples of a batch; the last may be smaller.
+        project: says how to collate.
+        limit: at most so many samples; None for all.
+
+    Yields:
+        Inputs as the data gives them and the target, each [batch, …], on the CPU.
+
+    Raises:
+        UserError: an item cannot be read, or is no pair.
+    """
     from torch.utils.data import DataLoader, Subset
 
     chosen = dataset
@@ -453,10 +507,6 @@ def batches(
         chosen = _Start(dataset, limit)
     elif limit is not None and limit < len(dataset):  # type: ignore[arg-type]
         chosen = Subset(dataset, range(limit))
-    try:
+    with as_user_error(f"{project.data.where}: reading an item failed", project.folder):
         for batch in DataLoader(chosen, batch_size=size, collate_fn=build_collate(project)):
             yield split_batch(batch, project)
-    except UserError:
-        raise
-    except Exception as error:
-        raise user_error(f"{project.data.where}: reading an item failed", error, project.folder) from error

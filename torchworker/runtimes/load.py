@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ def prepare_runtime(kind: str, threads: int) -> None:
         importlib.import_module("torch._inductor.package")
     elif kind == "executorch":
         _executorch_library()
+
+
+def load_libraries(paths: Iterable[Path]) -> None:
+    """Shared libraries with custom operators, before any artifact that needs them."""
+    for path in paths:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
 
 
 def import_archive_reader() -> None:

@@ -19,20 +19,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
 from torchworker.data.fingerprint import Fingerprint, digest_of
-from torchworker.data.loading import reading_failed
+from torchworker.data.loading import reading
 from torchworker.data.sharding import Collate, Read, SeededDataset, StreamShare
 from torchworker.process.failure import UserError
+from torchworker.project import user_code
 from torchworker.project.randomness import seed_everything
-from torchworker.project.user_code import (
-    build_collate,
-    build_dataset,
-    build_model,
-    dtype_name,
-    enter,
-    length_of,
-    name_inputs,
-    split_batch,
-)
 
 KEPT = 10_000
 """Samples of a split whose values are kept for quantiles; up to twice as many while reading."""
@@ -54,10 +45,10 @@ def inspect(request: InspectRequest) -> InspectResult:
     began = time.perf_counter()
     project, settings = request.project, request.train
     torch.set_num_threads(settings.threads)
-    enter(project)
+    user_code.enter(project)
     seed_everything(settings.seed)
     # For the names of its inputs. Not on the meta device: what a factory makes there may be shared with the dataset.
-    model = build_model(project)
+    model = user_code.build_model(project)
     train, seen = _split("train", model, request)
     validation, others = _split("validation", model, request)
     overlap = sum(count for digest, count in others.items() if digest in seen)
@@ -71,21 +62,17 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
     facts: dict[str, _Tensor] = {}
     labels: Counter[int] | None = Counter()
     position = 0
-    try:
-        for batch in _batches(build_dataset(project, split), split, project, request.train):
+    with reading(f"a {split}" if split == "validation" else "a training", project):
+        for batch in _batches(user_code.build_dataset(project, split), split, project, request.train):
             fingerprint.merge(batch.total, batch.samples)
             inputs_seen.update(batch.inputs)
-            inputs, target = split_batch(batch.content, project)
-            for name, tensor in {**name_inputs(model, inputs, project), TARGET: target}.items():
+            inputs, target = user_code.split_batch(batch.content, project)
+            for name, tensor in {**user_code.name_inputs(model, inputs, project), TARGET: target}.items():
                 if name not in facts:
                     facts[name] = _Tensor(request.ranges.get(name, (None, None)))
                 facts[name].add(tensor, position)
             labels = _count(labels, target)
             position += len(batch.inputs)
-    except UserError:
-        raise
-    except Exception as error:
-        raise reading_failed(error, f"a {split}" if split == "validation" else "a training", project) from error
     columns = {label: column for name, found in facts.items() for label, column in found.columns(name).items()}
     if labels:
         columns = {name: column for name, column in columns.items() if not _is_of(name, TARGET)}
@@ -144,9 +131,9 @@ def _inputs_of(item: Any) -> Any:
 
 def _batches(dataset: Dataset[Any], split: str, project: Project, settings: TrainSettings) -> Iterator[_Looked]:
     """What the first epoch reads, in order: every sample once."""
-    collate = _Look(build_collate(project))
+    collate = _Look(user_code.build_collate(project))
     if isinstance(dataset, IterableDataset):
-        size = length_of(dataset)
+        size = user_code.length_of(dataset)
         most = None
         if split == "train" and size is None:
             if settings.steps_per_epoch is None:
@@ -158,7 +145,7 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, settings: Trai
         stream = StreamShare(dataset, project.data.where, seed=settings.seed, world=1, rank=0, size=size, most=most)
         yield from DataLoader(stream, batch_size=BATCH, collate_fn=collate)
         return
-    size = length_of(dataset)
+    size = user_code.length_of(dataset)
     assert size is not None, "map-style datasets have a length"
     yield from DataLoader(
         SeededDataset(dataset, settings.seed),
@@ -190,7 +177,7 @@ class _Tensor:
 
     def add(self, tensor: Tensor, position: int) -> None:
         """tensor: [batch, …]; position: of its first sample in the split."""
-        self._dtypes[dtype_name(tensor)] = None
+        self._dtypes[user_code.dtype_name(tensor)] = None
         if len(self._shapes) < SHAPES:
             self._shapes[tuple(tensor.shape[1:])] = None
         if tensor.is_complex():

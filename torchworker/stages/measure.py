@@ -14,13 +14,13 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -29,9 +29,8 @@ from torchworker.gates.speed import apply_speed_limits, recommended, speedups, t
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.reference import enlarged
 from torchworker.process.failure import describe
-from torchworker.process.fork import ChildDiedError, CrashNote, run_in_fork
-from torchworker.process.lifeline import die_with_parent
-from torchworker.runtimes.load import Call, load_artifact, prepare_runtime
+from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall, run_in_fork
+from torchworker.runtimes.load import Call, load_artifact, load_libraries, prepare_runtime
 
 ROUNDS = 5
 ROUND_SECONDS = 0.02
@@ -56,17 +55,17 @@ def measure(request: MeasureRequest) -> MeasureResult:
         processes: dict[str, _Process] = {}
         for subject in request.subjects:
             print(f"measure: {subject.name}: loading", flush=True)
-            size = Path(subject.file).stat().st_size
+            found = Measured(format=subject.format, bytes=Path(subject.file).stat().st_size)
             try:
                 # One after the other: what loads beside another waits for it.
                 loads = [_load_in_fork(subject, inputs, request.threads) for _ in range(request.loads - 1)]
                 process = stack.enter_context(_Process(subject, inputs, request.threads))
                 loads.append(process.load_ms)
             except Exception as error:
-                measured[subject.name] = Measured(format=subject.format, bytes=size, problem=describe(error))
+                measured[subject.name] = replace(found, problem=describe(error))
                 continue
             processes[subject.name] = process
-            measured[subject.name] = Measured(format=subject.format, bytes=size, load_ms=statistics.median(loads))
+            measured[subject.name] = replace(found, load_ms=statistics.median(loads))
         speeds = {name: list[Speed]() for name in processes}
         for batch in inputs:
             print(f"measure: batch {batch}", flush=True)
@@ -75,16 +74,9 @@ def measure(request: MeasureRequest) -> MeasureResult:
                     speeds[name].append(speed)
                 else:
                     processes.pop(name)
-                    measured[name] = Measured(format=measured[name].format, bytes=measured[name].bytes, problem=speed)
+                    measured[name] = replace(measured[name], load_ms=None, problem=speed)
         for name, process in processes.items():
-            found = measured[name]
-            measured[name] = Measured(
-                format=found.format,
-                bytes=found.bytes,
-                load_ms=found.load_ms,
-                memory_bytes=process.ask("memory"),
-                speeds=speeds[name],
-            )
+            measured[name] = replace(measured[name], memory_bytes=process.ask("memory"), speeds=speeds[name])
     faster = speedups(measured)
     slow = too_slow(faster, request.speedup)
     kept = {name: item for name, item in measured.items() if name not in slow}
@@ -183,17 +175,7 @@ class _Process:
     def __init__(self, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
         self._name = subject.name
         self._pipe, theirs = Pipe()
-        parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            status = 1
-            try:
-                die_with_parent(parent)
-                self._pipe.close()
-                _serve(theirs, subject, inputs, threads)
-                status = 0
-            finally:
-                os._exit(status)
+        self._child = ForkedCall(partial(self._serve, theirs, subject, inputs, threads), CrashNote())
         theirs.close()
         try:
             self.load_ms: float = self._answer()
@@ -206,6 +188,11 @@ class _Process:
 
     def __exit__(self, *_: object) -> None:
         self._end()
+
+    def _serve(self, pipe: Connection, subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> None:
+        # In the fork: while it holds the other end too, that end is never closed.
+        self._pipe.close()
+        _serve(pipe, subject, inputs, threads)
 
     def ask(self, *order: Any) -> Any:
         """What it answers."""
@@ -224,7 +211,7 @@ class _Process:
     def _end(self) -> None:
         # It waits for an order, which does not come any more.
         self._pipe.close()
-        os.waitpid(self._pid, 0)
+        self._child.wait()
 
 
 def _load_in_fork(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> float:
@@ -238,8 +225,7 @@ def _load_in_fork(subject: Timed, inputs: Mapping[int, Inputs], threads: int) ->
 def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[Call, float]:
     """The artifact, and milliseconds until it gave its first answer."""
     prepare_runtime(subject.format, threads)
-    for library in subject.libraries:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    load_libraries(map(Path, subject.libraries))
     began = time.perf_counter()
     call = load_artifact(subject.format, Path(subject.file), threads)
     call(next(iter(inputs.values())))

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import (
-    GOLDEN,
     INT8_OF,
     METRICS,
     Interval,
@@ -27,12 +26,15 @@ from torchworker.contract import (
     Verdict,
 )
 from torchworker.gates.bootstrap import interval_of_mean
+from torchworker.gates.limits import at_most
 from torchworker.parity.clean_room import forbid_user_code
-from torchworker.parity.int8 import Noise
-from torchworker.parity.rule import compare_tensors, usual_loss
+from torchworker.parity.compare import compare_output, usual_losses
+from torchworker.parity.int8 import golden_noise
+from torchworker.parity.probes import Probe
+from torchworker.parity.reference import read_golden, validation_batches
 from torchworker.process.failure import describe
 from torchworker.project.metrics import metric_values
-from torchworker.runtimes.load import Call, load_artifact
+from torchworker.runtimes.load import Call, load_artifact, load_libraries
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
@@ -51,16 +53,13 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     candidate = request.candidate
     folder = Path(candidate.folder)
     _require_files(candidate)
-    for name in candidate.files:
-        if name.endswith(".so"):
-            torch.ops.load_library(str(folder / name))  # type: ignore[no-untyped-call]
-    golden = _golden(folder, Path(request.moved) if request.moved else None)
+    load_libraries(folder / name for name in candidate.files if name.endswith(".so"))
+    asked = read_golden(folder, Path(request.moved) if request.moved else None)
+    golden = [probe.ordered(candidate.inputs) for probe in asked]
+    outputs = [spec.name for spec in candidate.outputs]
     validation = load_file(request.validation) if request.validation else {}
-    batch = golden[min(1, len(golden) - 1)][0]
-    usual = {
-        spec.name: usual_loss((parts["eager"][spec.name], _reference(parts, spec.name)) for _, parts in golden)
-        for spec in candidate.outputs
-    }
+    batch = golden[min(1, len(golden) - 1)].size
+    usual = usual_losses(golden, outputs)
     verdicts: list[Verdict] = []
     mine: Scores = {}
     for kind, file in candidate.formats.items():
@@ -70,9 +69,9 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts.append(_verdict(kind, "load", None, describe(error)))
             continue
         if kind in INT8_OF:
-            verdicts.append(_noise_again(kind, call, golden, candidate, request.sqnr_db))
+            verdicts.append(_noise_again(kind, call, golden, outputs, request.sqnr_db))
         else:
-            verdicts += [_again(kind, call, size, parts, candidate, usual) for size, parts in golden]
+            verdicts += [_again(kind, call, probe, usual) for probe in golden]
         if validation:
             try:
                 mine[kind] = _score(call, validation, candidate, request.metrics, batch)
@@ -135,92 +134,37 @@ def _require_files(release: RehearsedRelease) -> None:
             raise RuntimeError(f"{release.folder}/{name}: expected SHA-256 {sha256}, got {got}")
 
 
-def _golden(folder: Path, perturbed: Path | None) -> list[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """By batch size, ascending: `input`, `eager`, and `float64` or `moved` tensors by name.
-
-    Args:
-        folder: the release's, with its golden outputs.
-        perturbed: file with the model's answers after everything was perturbed by its rounding, for models without
-            float64. It widens limits only, so it need not come from the bucket.
-    """
-    batches: dict[int, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in load_file(folder / GOLDEN).items():
-        name, part, of = key.split(".", 2)
-        batches.setdefault(int(name.removeprefix("batch_")), {}).setdefault(part, {})[of] = tensor
-    for key, tensor in (load_file(perturbed) if perturbed is not None else {}).items():
-        name, part, of = key.split("/", 2)
-        size = int(name.removeprefix("batch_")) if name.startswith("batch_") else 0
-        if part == "moved" and size in batches:
-            batches[size].setdefault(part, {})[of] = tensor
-    return sorted(batches.items())
-
-
-def _reference(parts: Mapping[str, Mapping[str, Tensor]], output: str) -> Tensor | None:
-    """What the rounding of the model's own answer is measured by."""
-    return parts.get("float64", {}).get(output, parts.get("moved", {}).get(output))
-
-
-def _again(
-    kind: str,
-    call: Call,
-    size: int,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    release: RehearsedRelease,
-    usual: Mapping[str, float],
-) -> Verdict:
+def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, float]) -> Verdict:
     """Whether the artifact still gives the golden outputs at one batch size, as the clean room saw it do.
 
     usual: by output, of `usual_loss`.
     """
-    case = f"batch {size}"
+    case = f"batch {probe.size}"
     try:
-        got = call({spec.name: parts["input"][spec.name].clone() for spec in release.inputs})
+        got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
     except Exception as error:
         return _verdict(kind, case, None, describe(error))
-    if len(got) != len(release.outputs):
-        return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(release.outputs)}")
-    ratio, notes = 0.0, []
-    for spec, tensor in zip(release.outputs, got, strict=True):
-        exact, perturbed = (parts.get(part, {}).get(spec.name) for part in ("float64", "moved"))
-        outcome = compare_tensors(tensor, parts["eager"][spec.name], exact, perturbed, usual=usual[spec.name])
-        ratio = max(ratio, outcome.ratio)
-        notes.append(f"{spec.name}: {outcome.note}")
-    return _verdict(kind, case, ratio, "; ".join(notes))
+    if len(got) != len(usual):
+        return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(usual)}")
+    found = {name: compare_output(tensor, probe, name, usual[name]) for name, tensor in zip(usual, got, strict=True)}
+    note = "; ".join(f"{name}: {outcome.note}" for name, outcome in found.items())
+    return _verdict(kind, case, max(0.0, *(outcome.ratio for outcome in found.values())), note)
 
 
-def _noise_again(
-    kind: str,
-    call: Call,
-    golden: Sequence[tuple[int, Mapping[str, Mapping[str, Tensor]]]],
-    release: RehearsedRelease,
-    limit: float,
-) -> Verdict:
+def _noise_again(kind: str, call: Call, golden: Sequence[Probe], outputs: Sequence[str], limit: float) -> Verdict:
     """Whether an int8 artifact is as near to the golden outputs as the clean room saw it be."""
-    noise = Noise()
     case, words = "golden inputs", f">= {limit:g} dB"
     try:
-        for _, parts in golden:
-            got = call({spec.name: parts["input"][spec.name].clone() for spec in release.inputs})
-            for spec, tensor in zip(release.outputs, got, strict=True):
-                if parts["eager"][spec.name].is_floating_point():
-                    noise.add(spec.name, tensor, parts["eager"][spec.name])
+        noise = golden_noise(call, golden, outputs).decibels
     except Exception as error:
         return replace(_verdict(kind, case, None, describe(error)), limit=words)
-    found = _verdict(kind, case, noise.decibels, "SQNR against the model in float32")
-    return replace(found, limit=words, passed=noise.decibels >= limit)
+    found = _verdict(kind, case, noise, "SQNR against the model in float32")
+    return replace(found, limit=words, passed=noise >= limit)
 
 
 def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
     """ratio: None when it could not be measured, which is a failure."""
-    return Verdict(
-        format=kind,
-        gate=REHEARSAL,
-        case=case,
-        measured=ratio,
-        limit="<= 1",
-        passed=ratio is not None and ratio <= 1,
-        note=note,
-    )
+    return at_most(kind, REHEARSAL, case, ratio, 1, note)
 
 
 def _require_same_inputs(inputs: Sequence[TensorSpec], validation: Mapping[str, Tensor]) -> None:
@@ -252,13 +196,11 @@ def _score(
     batch: int,
 ) -> dict[str, Tensor]:
     """Each metric of each validation sample, [samples] float64, from the artifact's own outputs."""
-    samples = len(validation["target"])
     parts: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    for start in range(0, samples, batch):
-        part = slice(start, start + batch)
-        outputs = call({spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in release.inputs})
+    for probe, target in validation_batches(validation, release.inputs, batch):
+        outputs = call(probe.inputs)
         for name in metrics:
             # All samples have one shape, so the mean of their means is the mean over all elements.
-            values = metric_values(name, outputs[0], validation["target"][part]).to(torch.float64)
+            values = metric_values(name, outputs[0], target).to(torch.float64)
             parts[name].append(values.flatten(1).mean(1) if values.dim() > 1 else values)
     return {name: torch.cat(found) for name, found in parts.items()}

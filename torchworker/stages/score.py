@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,11 +23,12 @@ from torchworker.contract import (
 )
 from torchworker.gates.bootstrap import interval_of
 from torchworker.gates.limits import apply_limits
+from torchworker.parity.reference import validation_batches
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import CORES, ChildDiedError, can_fork
 from torchworker.project.metrics import joined
 from torchworker.project.user_code import call_metric, enter
-from torchworker.runtimes.load import load_artifact
+from torchworker.runtimes.load import load_artifact, load_libraries
 
 Outputs = dict[str, Tensor]
 """Format to the first output on all samples, [samples, …]."""
@@ -41,8 +41,7 @@ def score(request: ScoreRequest) -> ScoreResult:
     result says why.
     """
     enter(request.project)
-    for library in request.libraries:
-        torch.ops.load_library(str(Path(request.folder) / library))  # type: ignore[no-untyped-call]
+    load_libraries(Path(request.folder) / library for library in request.libraries)
     validation = load_file(Path(request.folder) / VALIDATION)
     target = validation["target"]
     metrics: dict[str, dict[str, float]] = {}
@@ -93,12 +92,9 @@ def _outputs(
     found: Outputs = {}
     for kind, file in formats.items():
         call = load_artifact(kind, Path(folder) / file, request.threads)
-        parts = []
-        for start in range(0, len(validation["target"]), request.batch):
-            part = slice(start, start + request.batch)
-            given = {spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in inputs}
-            parts.append(call(given)[0])
-        found[kind] = joined(parts)
+        found[kind] = joined(
+            [call(probe.inputs)[0] for probe, _ in validation_batches(validation, inputs, request.batch)]
+        )
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import uuid
@@ -23,7 +22,6 @@ from torchworker.contract import (
     TrainRequest,
     TrainResult,
     TrainSettings,
-    decode,
 )
 from torchworker.process.events import EventLog
 from torchworker.process.failure import DescribedError
@@ -106,10 +104,8 @@ def _root_cause(folder: Path, error: ChildFailedError, processes: int) -> Failur
 
     When a rank dies the others see their connection close, often before the agent sees the death.
     """
-    said: dict[int, Failure] = {}
-    for rank in range(processes):
-        if failure_file(folder, rank).exists():
-            said[rank] = decode(Failure, json.loads(failure_file(folder, rank).read_text()))
+    files = {rank: failure_file(folder, rank) for rank in range(processes)}
+    said = {rank: Failure.read(file) for rank, file in files.items() if file.exists()}
     for failure in said.values():
         if failure.kind == "user":
             return failure

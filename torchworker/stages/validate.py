@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,24 +18,31 @@ from torchworker.contract import (
     ErrorCounts,
     Int8,
     Mismatch,
-    TensorSpec,
     ValidateRequest,
     ValidateResult,
     Verdict,
 )
 from torchworker.gates.limits import apply_limits, not_measured
 from torchworker.parity.clean_room import forbid_user_code
-from torchworker.parity.compare import Decisions, Finding, ParityResult, Policy, compare, verdict
+from torchworker.parity.compare import (
+    Decisions,
+    Finding,
+    ParityResult,
+    Policy,
+    compare,
+    compare_output,
+    usual_losses,
+    verdict,
+)
 from torchworker.parity.histogram import ErrorHistogram
 from torchworker.parity.int8 import examine, kept
 from torchworker.parity.probes import BATCHES, SAMPLES, Probe
-from torchworker.parity.reference import read_probes, read_unasked, validation_key
-from torchworker.parity.rule import compare_tensors, usual_loss
+from torchworker.parity.reference import read_probes, read_unasked, validation_batches
 from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, ChildDiedError, CrashNote, run_parallel
-from torchworker.project.metrics import metric_sum
+from torchworker.project.metrics import MetricSums
 from torchworker.runtimes import cpp_runner
-from torchworker.runtimes.load import Call, checked, load_artifact
+from torchworker.runtimes.load import Call, checked, load_artifact, load_libraries
 
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
@@ -47,15 +53,12 @@ def validate(request: ValidateRequest) -> ValidateResult:
     """Parity on every probe and quality on the validation set, for each format."""
     forbid_user_code(request.forbidden_modules, request.forbidden_folder)
     folder = Path(request.folder)
-    for library in request.libraries:
-        torch.ops.load_library(str(folder / library))  # type: ignore[no-untyped-call]
-    probes = [_ordered(probe, request.inputs) for probe in read_probes(folder)]
+    load_libraries(folder / library for library in request.libraries)
+    probes = [probe.ordered(request.inputs) for probe in read_probes(folder)]
     golden = [probe for probe in probes if probe.group == BATCHES]
     validation = load_file(folder / VALIDATION)
     samples = len(validation["target"])
-    batch = _size(golden[1])
     unasked = "; ".join(read_unasked(folder))
-    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     outputs = [spec.name for spec in request.outputs]
     verdicts: list[Verdict] = []
     mismatches: list[Mismatch] = []
@@ -67,7 +70,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         try:
             call = _noted(load_artifact(kind, folder / file, request.threads), note)
             found, measured = examine(
-                call, probes, validation, request.inputs, outputs, request.metrics, batch, request.int8
+                call, probes, validation, request.inputs, outputs, request.metrics, golden[1].size, request.int8
             )
         except Exception as error:
             return Int8(reason=f"it cannot be examined: {describe(error)}"), {}
@@ -82,16 +85,14 @@ def validate(request: ValidateRequest) -> ValidateResult:
             call = _noted(load_artifact(kind, folder / file, request.threads), note)
         except Exception as error:
             return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
-        result = compare(kind, call, probes, outputs, policy)
-        measured, on_validation = _quality(kind, call, validation, request, batch)
+        measured, result = _checked(kind, call, probes, validation, request)
         cpp = _without_python(kind, folder / file, probes, validation, request)
-        found = [*result.findings, *on_validation.findings, *cpp.findings]
-        found.sort(key=lambda item: -item.outcome.ratio)
+        found = sorted([*result.findings, *cpp.findings], key=lambda item: -item.outcome.ratio)
         gates = apply_limits(kind, measured, request.gates, samples, {})
         missing = [replace(not_measured(kind, PARITY, "not asked", "<= 1", unasked), ran=False)] if unasked else []
-        told = [*result.verdicts, *missing, *on_validation.verdicts, *gates, *cpp.verdicts]
-        counts = [*_counts(kind, result, on_validation), *_counts(f"{kind} in C++", cpp)]
-        return told, [item.mismatch() for item in found[:MISMATCHES]], measured, counts
+        told = [*result.verdicts, *missing, *gates, *cpp.verdicts]
+        errors = [*result.errors(kind), *cpp.errors(f"{kind} in C++")]
+        return told, [item.mismatch() for item in found[:MISMATCHES]], measured, errors
 
     works: dict[str, Callable[[], Any]] = {}
     notes = {kind: CrashNote() for kind in request.formats}
@@ -133,12 +134,15 @@ def validate(request: ValidateRequest) -> ValidateResult:
     )
 
 
-def _counts(kind: str, *results: ParityResult) -> list[ErrorCounts]:
-    """How far the artifact was from the model, over all that was checked."""
-    whole = ErrorHistogram()
-    for result in results:
-        whole.merge(result.histogram)
-    return whole.counts(kind, frozenset(item.probe.group for result in results for item in result.findings))
+def _checked(
+    kind: str, call: Call, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
+) -> tuple[dict[str, float], ParityResult]:
+    """Metrics of one artifact, and its parity on all probes and on the validation samples."""
+    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
+    result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy)
+    batch = [probe for probe in probes if probe.group == BATCHES][1].size
+    measured, on_samples = _quality(kind, call, validation, request, batch)
+    return measured, result + on_samples
 
 
 def _without_python(
@@ -146,31 +150,22 @@ def _without_python(
 ) -> ParityResult:
     """The same questions to the same artifact in the C++ runner; what decides metrics and latency is in Python."""
     if request.cpp == "off" or kind not in cpp_runner.KINDS:
-        return ParityResult(verdicts=[], findings=[])
+        return ParityResult()
     name = f"{kind} in C++"
     if not request.runner or request.libraries:
         why = request.no_runner if not request.runner else "it does not load libraries with custom operators"
         failed = not_measured(name, PARITY, "without Python", "<= 1", f"not run: {why}")
-        return ParityResult(verdicts=[replace(failed, ran=request.cpp == "required")], findings=[])
+        return ParityResult(verdicts=[replace(failed, ran=request.cpp == "required")])
     log = Path(request.log) / f"cpp-{kind}.log"
     print(f"validate: {name}: {len(probes)} probes", flush=True)
-    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     try:
         with cpp_runner.running(Path(request.runner), kind, artifact, request.threads, log) as answer:
             # The runner takes what it is given; whoever calls compiled code checks first.
             call = checked(answer, artifact) if kind == "aoti" else answer
-            result = compare(name, call, probes, [spec.name for spec in request.outputs], policy)
-            batch = _size([probe for probe in probes if probe.group == BATCHES][1])
-            _, on_samples = _quality(name, call, validation, replace(request, metrics=()), batch)
-            result.histogram.merge(on_samples.histogram)
+            return _checked(name, call, probes, validation, replace(request, metrics=()))[1]
     except cpp_runner.RunnerEndedError as error:
         failed = not_measured(name, PARITY, "without Python", "loads and answers", describe(error))
-        return ParityResult(verdicts=[failed], findings=[])
-    return ParityResult(
-        verdicts=[*result.verdicts, *on_samples.verdicts],
-        findings=[*result.findings, *on_samples.findings],
-        histogram=result.histogram,
-    )
+        return ParityResult(verdicts=[failed])
 
 
 def _noted(call: Call, note: CrashNote) -> Call:
@@ -187,11 +182,6 @@ def _noted(call: Call, note: CrashNote) -> Call:
     return noted
 
 
-def _ordered(probe: Probe, inputs: Sequence[TensorSpec]) -> Probe:
-    """Inputs in the order of the signature."""
-    return replace(probe, inputs={spec.name: probe.inputs[spec.name] for spec in inputs})
-
-
 def _quality(
     kind: str, call: Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
 ) -> tuple[dict[str, float], ParityResult]:
@@ -199,35 +189,27 @@ def _quality(
 
     batch: the size of batch that the reference outputs were made in; a model may look across its batch.
     """
-    samples = len(validation["target"])
-    inputs = {spec.name: validation[f"input.{spec.name}"] for spec in request.inputs}
-    starts = range(0, samples, batch)
-    usual = {spec.name: usual_loss(_answers(validation, spec.name, starts)) for spec in request.outputs}
-    sums = {name: [0.0, 0] for name in request.metrics}
-    decisions, histogram = Decisions(), ErrorHistogram()
+    samples, outputs = len(validation["target"]), [spec.name for spec in request.outputs]
+    asked = list(validation_batches(validation, request.inputs, batch, outputs))
+    usual = usual_losses([probe for probe, _ in asked], outputs)
+    decisions, histogram, sums = Decisions(), ErrorHistogram(), MetricSums(request.metrics)
     ratio, notes, findings = 0.0, {}, []
     try:
-        for start in starts:
-            part = slice(start, start + batch)
-            fed = {name: tensor[part].contiguous() for name, tensor in inputs.items()}
-            outputs = call(fed)
-            for position, (spec, tensor) in enumerate(zip(request.outputs, outputs, strict=True)):
-                eager = validation[validation_key("eager", spec.name, start)]
-                others = [validation.get(validation_key(kind, spec.name, start)) for kind in ("float64", "moved")]
-                outcome = compare_tensors(tensor, eager, *others, usual=usual[spec.name])
+        for probe, target in asked:
+            assert probe.eager is not None, "validation samples are answered"
+            got = call(probe.inputs)
+            for position, (name, tensor) in enumerate(zip(outputs, got, strict=True)):
+                eager = probe.eager[name]
+                outcome = compare_output(tensor, probe, name, usual[name])
                 histogram.add(SAMPLES, tensor, eager)
                 if outcome.ratio >= ratio:
                     ratio = outcome.ratio
-                    notes[spec.name] = outcome.note
+                    notes[name] = outcome.note
                 if not outcome.passed:
-                    probe = Probe(name=f"samples {start} to {start + len(eager)}", group=SAMPLES, inputs=fed)
-                    findings.append(Finding(kind, probe, spec.name, outcome, tensor, eager))
+                    findings.append(Finding(kind, probe, name, outcome, tensor, eager))
                 if position == 0 and "accuracy" in request.metrics:
-                    decisions.add(tensor, eager, validation["target"][part], outcome.allowed)
-            for name in request.metrics:
-                value, count = metric_sum(name, outputs[0], validation["target"][part])
-                sums[name][0] += value
-                sums[name][1] += count
+                    decisions.add(tensor, eager, target, outcome.allowed)
+            sums.add(got[0], target)
     except Exception as error:
         failed = not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
         return {}, ParityResult(verdicts=[failed], findings=findings, histogram=histogram)
@@ -235,18 +217,4 @@ def _quality(
     verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
     if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
         verdicts.append(decisions.verdict(kind))
-    measured = {name: total / count for name, (total, count) in sums.items()}
-    return measured, ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)
-
-
-def _answers(
-    validation: Mapping[str, Tensor], output: str, starts: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The model's answers to the validation samples, each with what its rounding is measured by."""
-    for start in starts:
-        exact, perturbed = (validation.get(validation_key(part, output, start)) for part in ("float64", "moved"))
-        yield validation[validation_key("eager", output, start)], exact if exact is not None else perturbed
-
-
-def _size(probe: Probe) -> int:
-    return int(probe.name.removeprefix("batch_"))
+    return sums.means(), ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)

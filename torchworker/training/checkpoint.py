@@ -122,8 +122,11 @@ class Checkpoints:
     ) -> float:
         """Start writing a checkpoint and return the seconds that training was held up.
 
-        state: tensors and plain values that every rank has, such as state dicts; own: this rank's JSON values; write:
-        called on rank 0 to write other files into the checkpoint's folder.
+        Args:
+            step: optimizer steps that are done.
+            state: tensors and plain values that every rank has, such as state dicts. Tensors are copied first.
+            own: this rank's JSON values, `world` among them.
+            write: called on rank 0 to write other files into the checkpoint's folder.
         """
         # Half a second of import that a short run does not need.
         import torch.distributed.checkpoint as dcp

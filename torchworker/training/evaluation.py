@@ -32,8 +32,17 @@ class Evaluation:
         channels_last: bool,
         collective: bool,
     ) -> None:
-        """example: a batch that a rank which has run out of its own goes on with, uncounted, when `collective`: a
-        forward pass of a sharded model needs all ranks."""
+        """
+        Args:
+            data: this rank's share of the validation split.
+            example: a batch (inputs, target), each [batch, …], that a rank which has run out of its own goes on with,
+                uncounted, when `collective`.
+            loss: from `build_loss`.
+            project: names the metrics.
+            device: where the model is.
+            channels_last: images in NHWC order.
+            collective: a forward pass needs all ranks, as that of a sharded model does.
+        """
         self._data, self._example, self._loss, self._project = data, example, loss, project
         self._device, self._channels_last, self._collective = device, channels_last, collective
         self.samples = 0

@@ -18,25 +18,8 @@ from torchworker.data.fingerprint import whole_fingerprint
 from torchworker.data.loading import TrainingData, ValidationData
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
-from torchworker.project.metrics import first_output
+from torchworker.project import user_code
 from torchworker.project.randomness import seed_everything
-from torchworker.project.user_code import (
-    apply_gradients,
-    backward,
-    batches,
-    build_dataset,
-    build_loss,
-    build_model,
-    build_optimizer,
-    build_schedule,
-    call_metric,
-    compute_loss,
-    dtype_name,
-    forward,
-    length_of,
-    require_gradients,
-    try_metric,
-)
 from torchworker.project.weights import start_from
 from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
 from torchworker.training.device import device_notes, memory_bytes, place
@@ -60,7 +43,7 @@ class Loop:
         self.world = int(os.environ["WORLD_SIZE"])
         self.device = device
         self.notes = device_notes(self.settings, device)
-        self.events = EventLog(self.folder / EVENTS) if self.rank == 0 else None
+        self._say = EventLog(self.folder / EVENTS if self.rank == 0 else None).write
         self.checkpoints = Checkpoints(Path(request.checkpoints), self.settings.checkpoint_keep)
         self._build()
 
@@ -68,7 +51,7 @@ class Loop:
         settings, project = self.settings, self.project
         # The same seed everywhere while building, so that a model's random initialisation agrees.
         seed_everything(settings.seed)
-        self.model = build_model(project)
+        self.model = user_code.build_model(project)
         if self.start:
             start_from(self.model, Path(self.start))
             self.notes.append(f"started from the weights of release {Path(self.start).parent.name}")
@@ -76,12 +59,12 @@ class Loop:
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pin_memory = self.device.type == "cuda"
-        train_set = build_dataset(project, "train")
-        self.validation_set = build_dataset(project, "validation")
+        train_set = user_code.build_dataset(project, "train")
+        self.validation_set = user_code.build_dataset(project, "validation")
         self.data = TrainingData(train_set, project, settings, self.world, self.rank, pin_memory)
         self.train_set = train_set
         self.notes += self.data.notes
-        self.loss = build_loss(project)
+        self.loss = user_code.build_loss(project)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
         example = self._try_validation()
@@ -97,10 +80,10 @@ class Loop:
             collective=self.strategy.collective_forward,
         )
         # After sharding: the optimizer's state is as large as the parameters that it is given.
-        self.optimizer = build_optimizer(project, settings, self.model)
+        self.optimizer = user_code.build_optimizer(project, settings, self.model)
         self.epoch_steps = self.data.epoch_steps
         self.steps = self.epoch_steps * settings.epochs
-        self.schedule = build_schedule(project, settings, self.optimizer, self.steps)
+        self.schedule = user_code.build_schedule(project, settings, self.optimizer, self.steps)
         # From here each rank draws its own dropout masks.
         seed_everything(settings.seed + self.rank)
 
@@ -125,7 +108,7 @@ class Loop:
             processes=self.world,
             device=str(self.device),
             train_samples=self.data.size,
-            validation_samples=length_of(self.validation_set),
+            validation_samples=user_code.length_of(self.validation_set),
             step=self.step,
             steps=self.steps,
             notes=self.notes,
@@ -199,7 +182,7 @@ class Loop:
         }
 
     def _shapes(self) -> dict[str, str]:
-        return {name: f"{dtype_name(t)} {list(t.shape)}" for name, t in self.model.state_dict().items()}
+        return {name: f"{user_code.dtype_name(t)} {list(t.shape)}" for name, t in self.model.state_dict().items()}
 
     def _save(self) -> None:
         # No checkpoint of weights that a loss has made NaN.
@@ -261,8 +244,8 @@ class Loop:
     def _arrange_buckets(self) -> None:
         """One forward and backward pass whose gradients are thrown away."""
         self.model.train()
-        inputs, target = self._place(next(batches(self.train_set, self.data.local_batch, self.project)))
-        backward(self._loss(inputs, target), self.project)
+        inputs, target = self._place(next(user_code.batches(self.train_set, self.data.local_batch, self.project)))
+        user_code.backward(self._loss(inputs, target), self.project)
         self.optimizer.zero_grad()
 
     # --- one epoch
@@ -295,13 +278,13 @@ class Loop:
             self.losses.add(value, len(target), self.step)
             # Weighted by its samples, so that the last, smaller one counts as much as it holds.
             weighted = value * (len(target) / samples) if len(micro) > 1 else value
-            backward(self.scaler.scale(weighted), self.project)
+            user_code.backward(self.scaler.scale(weighted), self.project)
         if self.step == self.first_step:
-            require_gradients(self.model, self.project)
+            user_code.require_gradients(self.model, self.project)
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        apply_gradients(self.optimizer, self.project, self.scaler)
+        user_code.apply_gradients(self.optimizer, self.project, self.scaler)
         self.schedule.step()
         self.losses.settle(before=self.step)
         self.step_seconds = time.perf_counter() - began
@@ -324,8 +307,8 @@ class Loop:
     def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None) -> Tensor:
         """labels: the target where it came from, on the CPU."""
         with autocast(self.settings, self.device):
-            outputs = forward(self.model, inputs, self.project, call=self.strategy.call)
-            return compute_loss(self.loss, outputs, target, self.project, labels=labels)
+            outputs = user_code.forward(self.model, inputs, self.project, call=self.strategy.call)
+            return user_code.compute_loss(self.loss, outputs, target, self.project, labels=labels)
 
     def _place(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
         placed: tuple[Any, Tensor] = place(batch, self.device, self.settings.channels_last)
@@ -338,14 +321,11 @@ class Loop:
         """One validation batch before the first epoch: a mistake there must not cost an epoch to find. The batch."""
         self.model.eval()
         size = max(1, self.settings.batch_size // self.world)
-        batch = next(batches(self.validation_set, size, self.project))
+        batch = next(user_code.batches(self.validation_set, size, self.project))
         inputs, target = self._place(batch)
-        outputs = forward(self.model, inputs, self.project)
-        compute_loss(self.loss, outputs, target, self.project)
-        for name in self.project.metrics:
-            try_metric(name, outputs, target)
-        for metric in self.project.custom_metrics:
-            call_metric(metric, first_output(outputs).cpu(), target.cpu(), self.project)
+        outputs = user_code.forward(self.model, inputs, self.project)
+        user_code.compute_loss(self.loss, outputs, target, self.project)
+        user_code.try_metrics(outputs, target, self.project)
         return batch
 
     def _evaluate(self) -> dict[str, float]:
@@ -366,7 +346,7 @@ class Loop:
 
     def _say_step(self) -> None:
         now, loss = time.perf_counter(), self.losses.last
-        if self.events is None or loss is None or now - self.last_said < STEP_EVENT_SECONDS:
+        if loss is None or now - self.last_said < STEP_EVENT_SECONDS:
             return
         self.last_said = now
         rate = (self.step + 1 - self.first_step) * self.settings.batch_size / (now - self.began)
@@ -382,7 +362,3 @@ class Loop:
         dist.all_gather_object(every, mine)
         seconds = {str(rank): item[0] for rank, item in enumerate(every)}
         return {"step_seconds": seconds, "memory_bytes": max(item[1] for item in every)}
-
-    def _say(self, event: str, **fields: Any) -> None:
-        if self.events is not None:
-            self.events.write(event, **fields)

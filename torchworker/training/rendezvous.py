@@ -44,27 +44,35 @@ class LoopbackRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
+        """Ranks use the agent's store and open none."""
         return True
 
     def get_backend(self) -> str:
+        """BACKEND."""
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
+        """This agent is the first of one."""
         return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
 
     def is_closed(self) -> bool:
+        """Whether it was closed."""
         return self._closed
 
     def set_closed(self) -> None:
+        """Nobody joins any more."""
         self._closed = True
 
     def num_nodes_waiting(self) -> int:
+        """None ever does."""
         return 0
 
     def get_run_id(self) -> str:
+        """As it was given."""
         return self._run_id
 
     def shutdown(self) -> bool:
+        """Close it; True, as nothing can go wrong."""
         self._closed = True
         return True
 

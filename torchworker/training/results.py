@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
-from torchworker.process.failure import UserError, user_error
+from torchworker.process.failure import as_user_error
 from torchworker.project.user_code import batches, build_model, forward, name_inputs, name_outputs
 from torchworker.project.weights import load_weights, save_weights
 from torchworker.training.device import place
@@ -32,9 +32,14 @@ def save_trained(
 ) -> None:
     """Rank 0 writes WEIGHTS and PROBE into the folder; every rank calls it, as all hold a part of a sharded model.
 
-    model: without a wrapper such as DDP. It ends up in eval(), and on rank 0 on the CPU unless it is sharded.
-
     The probe is what the trained model itself gives on one batch: the export's model, rebuilt from weights, must agree.
+
+    Args:
+        model: without a wrapper such as DDP. It ends up in eval(), and on rank 0 on the CPU unless it is sharded.
+        validation_set: the probe's batch is its first PROBE_SAMPLES samples.
+        project: says how to collate, and rebuilds a sharded model.
+        folder: of the run, on a file system that all ranks share.
+        device: where the model is.
     """
     model.eval()
     sharded = is_sharded(model)
@@ -57,15 +62,10 @@ def save_trained(
 
 def try_weights(model: nn.Module, project: Project) -> None:
     """The weights to a file and back. Raises UserError for what would fail when training is over."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            save_weights(model, Path(folder) / WEIGHTS)
-            load_weights(build_model(project), Path(folder) / WEIGHTS)
-    except UserError:
-        raise
-    except Exception as error:
-        what = f"{project.model.where}: its weights cannot be saved and loaded"
-        raise user_error(what, error, project.folder) from error
+    what = f"{project.model.where}: its weights cannot be saved and loaded"
+    with as_user_error(what, project.folder), tempfile.TemporaryDirectory() as folder:
+        save_weights(model, Path(folder) / WEIGHTS)
+        load_weights(build_model(project), Path(folder) / WEIGHTS)
 
 
 def environment(device: torch.device, settings: TrainSettings) -> dict[str, str]:

@@ -21,6 +21,7 @@ class Replicated:
     """Whether a forward pass in evaluation needs all ranks."""
 
     def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
+        """Args: as `share_model` has them."""
         try:
             self._ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -52,6 +53,7 @@ class Sharded:
     collective_forward = True
 
     def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
+        """Args: as `share_model` has them."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -65,9 +67,11 @@ class Sharded:
         self.call: Any = model
 
     def exchange_gradients(self, now: bool) -> None:
+        """As `Replicated` does."""
         self._fsdp.set_requires_gradient_sync(now)
 
     def release(self) -> None:
+        """As `Replicated` does."""
         del self.call, self._fsdp
 
 
@@ -75,7 +79,17 @@ Strategy = Replicated | Sharded
 
 
 def share_model(model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> Strategy:
-    """Every rank calls it, with the model on its device. Raises UserError for a model that cannot be shared."""
+    """Every rank calls it.
+
+    Args:
+        model: on this rank's device; sharding replaces its parameters.
+        project: for messages.
+        settings: which strategy, hook and compiler.
+        device: this rank's own.
+
+    Raises:
+        UserError: the model cannot be shared between processes.
+    """
     kind = Sharded if settings.strategy == "fsdp" else Replicated
     return kind(model, project, settings, device)
 
@@ -90,6 +104,7 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has made it one of parts."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
