@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -78,7 +78,13 @@ class Ledger:
     """Measures the stages of one run in this process and writes down what they took."""
 
     def __init__(self, folder: Path, children: Callable[[], Mapping[str, float]], server: Callable[[], float]) -> None:
-        """children: CPU-seconds of child processes that have ended, by stage; server: of the fork server."""
+        """Begin to measure.
+
+        Args:
+            folder: The run's.
+            children: CPU-seconds of child processes that have ended, by stage.
+            server: CPU-seconds of the fork server.
+        """
         self._path, self._children, self._server = folder / LEDGER, children, server
         self._began, self._first, self._seen = time.perf_counter(), self._now(), dict(children())
         self._server_at_first = server()
@@ -126,7 +132,14 @@ class Ledger:
 
 
 def read_costs(folder: Path) -> list[Spent]:
-    """What each stage of a run has taken, in the order in which they first began; empty when nothing was measured."""
+    """What each stage of a run has taken.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        The stages in the order in which they first began; empty when nothing was measured.
+    """
     path = folder / LEDGER
     found: dict[str, Spent] = {}
     open_entries: dict[str, str] = {}
@@ -142,20 +155,18 @@ def read_costs(folder: Path) -> list[Spent]:
             open_entries[entry["began"]] = name
             continue
         open_entries.pop(entry["ended"], None)
-        found[name] = Spent(
-            stage=name, wall=so_far.wall + entry["wall"], cpu=so_far.cpu + entry["cpu"], gpu=so_far.gpu + entry["gpu"],
+        found[name] = replace(
+            so_far, wall=so_far.wall + entry["wall"], cpu=so_far.cpu + entry["cpu"], gpu=so_far.gpu + entry["gpu"],
             attempts=so_far.attempts + 1,
         )  # fmt: skip
     for name in open_entries.values():
-        now = found[name]
-        found[name] = Spent(
-            stage=name, wall=now.wall, cpu=now.cpu, gpu=now.gpu, attempts=now.attempts, killed=now.killed + 1
-        )
+        found[name] = replace(found[name], killed=found[name].killed + 1)
     # It began first and is what is left.
     return sorted(found.values(), key=lambda item: item.stage == FLOW)
 
 
 def total(costs: list[Spent]) -> Spent:
+    """All stages together."""
     return Spent(
         stage="all",
         wall=sum(item.wall for item in costs),

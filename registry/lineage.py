@@ -31,7 +31,7 @@ class Inputs:
     """Version by package."""
 
     def digest(self, start: str) -> str:
-        """16 hexadecimal digits. start: the release whose weights training begins with."""
+        """16 hexadecimal digits. start: the release whose weights training begins with; empty for none."""
         environment = sorted(self.environment.items())
         return digest([self.code, self.data, self.config, environment, start])
 
@@ -52,7 +52,16 @@ def _config(job: Job) -> dict[str, Any]:
 
 
 def changes(inputs: Inputs, job: Job, live: ReleaseRecord) -> dict[str, str]:
-    """What differs from the live release: `code`, `data`, `config`, `environment` to how. Empty when nothing does."""
+    """What differs from the live release.
+
+    Args:
+        inputs: What a release would be made of now.
+        job: As it is now.
+        live: What the live release keeps about itself.
+
+    Returns:
+        `code`, `data`, `config`, `environment` to how they differ; empty when nothing does.
+    """
     recorded = live.document(LINEAGE).get("inputs", {})
     found: dict[str, str] = {}
     for name, fingerprint in (("code", inputs.code), ("data", inputs.data)):

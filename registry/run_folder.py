@@ -149,7 +149,15 @@ def write_fact(folder: Path, name: str, value: DataclassInstance) -> None:
 
 
 def recall(kind: type[Kind], value: Any) -> Kind | None:
-    """What some version of this application wrote down, which may be another one; None when it does not tell enough."""
+    """What some version of this application wrote down, which may be another one.
+
+    Args:
+        kind: A dataclass.
+        value: Plain values, as JSON gives them.
+
+    Returns:
+        Without the fields that this version does not know; None when one is missing that it needs.
+    """
     try:
         found: Kind = decode(kind, value, lenient=True)
         return found
@@ -164,7 +172,11 @@ def recorded_job(folder: Path) -> Job | None:
 
 
 def read_run(folder: Path) -> RunFiles | None:
-    """None for a run that ended before it knew its job."""
+    """What the folder of a run tells. Reads only.
+
+    Returns:
+        None for a run that ended before it knew its job.
+    """
     about = _read(About, folder, ABOUT)
     if about is None:
         return None

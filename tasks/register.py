@@ -135,15 +135,11 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         release=manifest.release,
         formats=manifest.formats,
         sizes={name: entry.bytes for name, entry in manifest.files.items()},
-        verdicts=validated.result.verdicts,
-        metrics=validated.result.metrics,
+        result=validated.result,
         training=latest_of(trained.result.history),
         links={"Prefect run": run.flow_run_url},
-        reference=validated.result.reference,
         captured={kind: validated.exported.result.artifacts[kind].method for kind in validated.formats},
         left_out={**validated.exported.result.left_out, **validated.dropped},
-        int8=validated.result.int8,
-        speed=validated.result.speed,
     )
 
 

@@ -66,10 +66,16 @@ def bins_of_labels(before: Mapping[str, int], now: Mapping[str, int]) -> Bins:
 
 
 def psi(bins: Bins, before: int, now: int, least: float = LEAST_SHARE) -> Shift:
-    """Population stability index: the relative entropy there and back. before, now: values behind the shares.
+    """Population stability index: the relative entropy there and back.
 
     Of samples of one distribution it is chi-squared times (1/before + 1/now), with a degree less than there are bins
     (Yurdakul, "Statistical Properties of Population Stability Index", 2018).
+
+    Args:
+        bins: Shares of both samples.
+        before: How many values are behind the shares of the first.
+        now: The same of the second.
+        least: What an empty bin is taken for.
     """
     from scipy import stats
 
@@ -80,7 +86,14 @@ def psi(bins: Bins, before: int, now: int, least: float = LEAST_SHARE) -> Shift:
 
 
 def ks(before: Sequence[float], now: Sequence[float], values_before: int, values_now: int) -> Shift:
-    """Two-sample Kolmogorov-Smirnov: the largest distance of the distribution functions."""
+    """Two-sample Kolmogorov-Smirnov: the largest distance of the distribution functions.
+
+    Args:
+        before: Percentiles, ascending.
+        now: The same of the second sample.
+        values_before: How many values the first stand for.
+        values_now: The same of the second.
+    """
     from scipy import stats
 
     value = float(stats.ks_2samp(now, before, method="asymp").statistic)

@@ -42,7 +42,12 @@ class Span:
 
 
 def lines(series: Mapping[str, Sequence[tuple[float, float]]], over: str) -> str:
-    """One or two curves. series: points (x, y) by name, finite, x ascending; over: what x is."""
+    """One or two curves.
+
+    Args:
+        series: Points (x, y) by name, finite, x ascending.
+        over: What x is.
+    """
     series = {name: _thinned(points) for name, points in series.items() if points}
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
@@ -83,8 +88,13 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], over: str) -> str
 def bars(
     rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[str], shown: Shown = number, limit: float = 0.0
 ) -> str:
-    """Horizontal bars from zero: one group a row, one bar a series. rows: label and a value for each of the series, not
-    negative, None where there is none. limit: drawn as a line, when it is not 0.
+    """Horizontal bars from zero: one group a row, one bar a series.
+
+    Args:
+        rows: Label and a value for each of the series, not negative, None where there is none.
+        series: Their names.
+        shown: A value in words.
+        limit: Drawn as a line, when it is not 0.
     """
     thick = 14 if len(series) == 1 else 11
     group = 20 + thick * len(series) + 6
@@ -114,7 +124,13 @@ def bars(
 
 
 def histogram(bins: Sequence[tuple[str, Sequence[float]]], series: Sequence[str], shown: Shown) -> str:
-    """Upright bars side by side. bins: name and a value for each of the series."""
+    """Upright bars side by side.
+
+    Args:
+        bins: Name and a value, not negative, for each of the series.
+        series: Their names.
+        shown: A value in words.
+    """
     height, top, floor = 150, 26, 126
     svg = _svg(height, f"{', '.join(series)} in {', '.join(name for name, _ in bins)}")
     most = max((value for _, values in bins for value in values), default=0.0) or 1.0

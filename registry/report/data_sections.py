@@ -21,10 +21,7 @@ BAR = 24
 
 def data_page(model: str, facts: InspectResult, checks: Report) -> str:
     """The data and its checks as markdown, for the person who looks before training."""
-    section = data_section(facts, checks)
-    return markdown(
-        Page(title=f"Data of {model}", verdict="", good=True, intro="", facts=Table(rows=()), sections=[section])
-    )
+    return markdown(Page(title=f"Data of {model}", verdict="", good=True, sections=[data_section(facts, checks)]))
 
 
 def data_section(facts: InspectResult | None, checks: Report | None) -> Section:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torchworker.contract import PARITY, Int8, MeasureResult, Verdict
+from torchworker.contract import PARITY, ValidateResult, Verdict
 from train_and_ship.registry.gates import verdicts_by_format
 from train_and_ship.registry.report.proof_sections import capture_table, metric_table
 from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
@@ -21,15 +21,11 @@ def describe(
     release: str,
     formats: Mapping[str, str],
     sizes: Mapping[str, int],
-    verdicts: Sequence[Verdict],
-    metrics: Mapping[str, Mapping[str, float]],
+    result: ValidateResult,
     training: Mapping[str, float],
     links: Mapping[str, str],
-    reference: str = "the trained model",
-    captured: Mapping[str, str] | None = None,
-    left_out: Mapping[str, str] | None = None,
-    speed: MeasureResult | None = None,
-    int8: Mapping[str, Int8] | None = None,
+    captured: Mapping[str, str],
+    left_out: Mapping[str, str],
 ) -> str:
     """Describe one version.
 
@@ -38,23 +34,20 @@ def describe(
         release: The release that the version holds.
         formats: Format to file name.
         sizes: File name to bytes.
-        verdicts: Of all gates.
-        metrics: Format to metric to measured value.
+        result: What was proven and measured.
         training: The last values of the history.
         links: Text to URL; one with an empty URL is left out.
-        reference: What parity was measured against.
         captured: Format to how it was made.
         left_out: Format to why it could not be made.
-        speed: None where it was not measured.
-        int8: What came of each int8 variant.
     """
-    parity = [verdict for verdict in verdicts if verdict.gate == PARITY]
-    gates = [verdict for verdict in verdicts if verdict.gate != PARITY]
+    parity = [verdict for verdict in result.verdicts if verdict.gate == PARITY]
+    gates = [verdict for verdict in result.verdicts if verdict.gate != PARITY]
+    speed = result.speed
     intro = [
-        _first_line(model, release, formats, verdicts, metrics),
+        _first_line(model, release, formats, result),
         " · ".join([f"Release `{release}`", *(f"[{one_line(text)}]({url})" for text, url in links.items() if url)]),
     ]
-    unit = f"How much of the allowed difference from {reference} each artifact uses; above 1 fails."
+    unit = f"How much of the allowed difference from {result.reference} each artifact uses; above 1 fails."
     format_of = {file: name for name, file in formats.items()}
     files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
     where = "step" if "step" in training else "epoch"
@@ -62,10 +55,10 @@ def describe(
     values = [(name, number(value)) for name, value in training.items() if name not in (where, "time")]
     parts = [
         ("Parity", unit, verdicts_by_format(parity)),
-        ("Capture", "", capture_table(captured or {}, left_out or {})),
-        ("Metrics", "", metric_table(metrics)),
+        ("Capture", "", capture_table(captured, left_out)),
+        ("Metrics", "", metric_table(result.metrics)),
         ("Gates", "", verdicts_by_format(gates)),
-        ("int8", "", int8_table(int8 or {})),
+        ("int8", "", int8_table(result.int8)),
         ("Speed", how_measured(speed) if speed else "", speed_table(speed) if speed else Table(rows=())),
         ("Files", "", Table(header=("file", "format", "size"), rows=files)),
         (f"Last {where}{last}", "", Table(header=("metric", "value"), rows=values)),
@@ -94,14 +87,8 @@ def in_short(verdicts: Sequence[Verdict]) -> dict[str, str]:
     return found
 
 
-def _first_line(
-    model: str,
-    release: str,
-    formats: Mapping[str, str],
-    verdicts: Sequence[Verdict],
-    metrics: Mapping[str, Mapping[str, float]],
-) -> str:
-    ran = [verdict for verdict in verdicts if verdict.ran]
+def _first_line(model: str, release: str, formats: Mapping[str, str], result: ValidateResult) -> str:
+    ran = [verdict for verdict in result.verdicts if verdict.ran]
     failed = sum(not verdict.passed for verdict in ran)
     if not ran:
         outcome = "not validated"
@@ -110,6 +97,6 @@ def _first_line(
     else:
         outcome = f"all {len(ran)} gates passed"
     # Lists of versions show about fifteen characters, so the model's name comes late.
-    first_metric = next(((name, value) for values in metrics.values() for name, value in values.items()), None)
+    first_metric = next(((name, value) for values in result.metrics.values() for name, value in values.items()), None)
     quality = f"{first_metric[0]} {number(first_metric[1])}, " if first_metric else ""
     return f"{quality}{outcome}: {model} {release} as {', '.join(formats)}."

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from train_and_ship.registry.channels.moves import Scored, Verified
 from train_and_ship.registry.diff import Difference
 from train_and_ship.registry.report.page import Page, Section, Text
-from train_and_ship.registry.report.run import Outcome, decision_section
+from train_and_ship.registry.report.run import Outcome, decision_section, outcome_page
 from train_and_ship.registry.text import Cell, Table, number
 
 NOTICED = ("metrics", "parity", "latency", "size", "signature")
@@ -20,8 +20,15 @@ NOTICED = ("metrics", "parity", "latency", "size", "signature")
 def move_page(
     outcome: Outcome, verified: Verified, checked: Mapping[str, str], changes: Sequence[Difference], problem: str
 ) -> Page:
-    """The report. checked: gate to what was found, in words; changes: from what was live to the target; problem: why
-    nobody can tell them, or empty."""
+    """The report.
+
+    Args:
+        outcome: Who asked for the move, and what came of it.
+        verified: The release that moves.
+        checked: Gate to what was found, in words.
+        changes: From what was live to the target.
+        problem: Why nobody can tell them; empty otherwise.
+    """
     target = verified.target
     sections = [decision_section(outcome), _checked(checked), _scored(verified.scored)]
     title = "What changes"
@@ -31,14 +38,7 @@ def move_page(
         sections.append(Section(title=title, blocks=[Text(text=f"Nobody can tell: {problem}")]))
     else:
         sections.append(_changes(f"{title}, from release {target.live.release}", changes))
-    return Page(
-        title=outcome.title,
-        verdict=outcome.verdict,
-        good=outcome.verdict.good,
-        intro="",
-        facts=Table(rows=outcome.places),
-        sections=[section for section in sections if not section.empty],
-    )
+    return outcome_page(outcome, sections)
 
 
 def noticed(changes: Sequence[Difference]) -> Table:

@@ -66,8 +66,8 @@ class Page:
     """One word: promoted, kept, refused, failed, skipped …"""
     good: bool
     """Whether the verdict is one that nobody has to look after."""
-    intro: str
-    facts: Table
+    intro: str = ""
+    facts: Table = field(default_factory=lambda: Table(rows=()))
     sections: Sequence[Section] = field(default_factory=tuple)
 
 

@@ -61,7 +61,15 @@ class Outcome:
 
 
 def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str, costs: Sequence[Spent] = ()) -> Page:
-    """The report. files: None for a run that ended before it began to work, which has costs alone. bucket: its name."""
+    """The report of a run.
+
+    Args:
+        outcome: How it ended.
+        files: What its folder tells; None for a run that ended before it began to work, which has costs alone.
+        rates: What an hour costs.
+        bucket: Its name.
+        costs: Those to show, when they are not what the folder tells.
+    """
     sections = [decision_section(outcome)]
     if files is None:
         sections.append(cost_section(costs, rates))
@@ -77,12 +85,19 @@ def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str
             training_section(files),
             _lineage(files),
         ]
+    return outcome_page(outcome, sections, _places(files, bucket) if files else [], _intro(files))
+
+
+def outcome_page(
+    outcome: Outcome, sections: Sequence[Section], places: Sequence[Sequence[Cell]] = (), intro: str = ""
+) -> Page:
+    """The page of an outcome, without the sections that have nothing to say. places: more of them than it has."""
     return Page(
         title=outcome.title,
         verdict=outcome.verdict,
         good=outcome.verdict.good,
-        intro=_intro(files),
-        facts=Table(rows=[*outcome.places, *(_places(files, bucket) if files else [])]),
+        intro=intro,
+        facts=Table(rows=[*outcome.places, *places]),
         sections=[section for section in sections if not section.empty],
     )
 

@@ -20,32 +20,49 @@ WAITING = "report.waiting.json"
 
 
 def keep_report(run: Path, version: RegisteredVersion, model: str, decision: str, why: str) -> None:
-    """The REPORT in the folder `run` is to go to the run of this version, which gets the decision as tags."""
+    """The REPORT in the folder of a run is to go to MLflow, which gets the decision as tags. Writes one file there.
+
+    Args:
+        run: The folder.
+        version: Whose run in MLflow gets it.
+        model: The model's name.
+        decision: What was decided, in a word.
+        why: In a sentence.
+    """
     document = {"model": model, "version": asdict(version), "decision": decision, "why": why}
     write_whole(run / WAITING, json.dumps(document).encode())
 
 
 def send_reports(runs: Path, tracking_uri: str, *, dry_run: bool = False) -> Iterator[str]:
-    """Give MLflow what waits in the runs of a model, and tell of each, in words. Writes to MLflow; can be repeated.
+    """Give MLflow what waits in the runs of a model. Writes to MLflow; can be repeated.
 
-    runs: folder of the model's runs. dry_run: tell only. Raises ServiceError and SettingsError; what was not sent waits
-    on.
+    Args:
+        runs: Folder of the model's runs.
+        tracking_uri: Of MLflow.
+        dry_run: Write nothing.
+
+    Yields:
+        What became of each report, in words.
+
+    Raises:
+        ServiceError: MLflow did not do what was asked. What was not sent waits on.
+        SettingsError: MLflow denied access.
     """
     for waiting in sorted(runs.glob(f"*/{WAITING}"), key=lambda path: path.stat().st_mtime):
         document = json.loads(waiting.read_text())
         model, version = document["model"], RegisteredVersion(**document["version"])
-        told = f"the report of {model} version {version.version}"
+        report = f"the report of {model} version {version.version}"
         if dry_run:
-            yield f"{told} is not in MLflow"
+            yield f"{report} is not in MLflow"
             continue
         try:
             attach_report(version, model, (waiting.parent / REPORT).read_text(), tracking_uri)
             tag_decision(version, model, document["decision"], document["why"], tracking_uri)
-            told += " is in MLflow"
+            ended = "is in MLflow"
         except ServiceError as error:
             if getattr(error.__cause__, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            told += " is not wanted any more: somebody deleted the version or its run"
+            ended = "is not wanted any more: somebody deleted the version or its run"
         # Whoever else sent it meanwhile has taken it away.
         waiting.unlink(missing_ok=True)
-        yield told
+        yield f"{report} {ended}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchworker.contract import Verdict
+from torchworker.contract import ValidateResult, Verdict
 from train_and_ship.registry.report import description
 from train_and_ship.registry.text import shorten
 
@@ -29,9 +29,13 @@ def describe(**changes: Any) -> str:
         "metrics": {"onnx": {"accuracy": 0.97777}, "pt2": {"accuracy": 0.97777}},
         "training": {"epoch": 12, "train_loss": 0.05, "time": 1e9},
         "links": {"flow run": "http://127.0.0.1:4200/runs", "nowhere": ""},
+        "captured": {},
+        "left_out": {},
         **changes,
     }
-    return description.describe(**arguments)
+    verdicts, metrics = arguments.pop("verdicts"), arguments.pop("metrics")
+    result = ValidateResult(verdicts=verdicts, metrics=metrics, reference="the trained model", validation_samples=360)
+    return description.describe(result=result, **arguments)
 
 
 def lines(text: str) -> list[str]:
