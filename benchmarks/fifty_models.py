@@ -35,6 +35,7 @@ from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.data.snapshots import take
 from train_and_ship.registry.release.manifest import JOB, MANIFEST, build_manifest
@@ -115,7 +116,7 @@ def put_live(settings: Settings, jobs: list[Path], folder: Path) -> None:
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     store, first = ObjectStore.from_settings(settings), jobs[0].stem
-    pointer = read_pointer(store, first, "prod")
+    pointer = read_pointer(Channel(store, first, "prod"))
     assert pointer is not None
     made = fetch_release(store, first, pointer.release, folder)
     (folder / MANIFEST).unlink()

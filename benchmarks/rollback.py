@@ -23,9 +23,10 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_record, record, record_key
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 from train_and_ship.registry.tracking.connection import connect
 
@@ -77,22 +78,13 @@ def two_releases(settings: Settings, store: ObjectStore, model: str) -> Manifest
 
 def promote(store: ObjectStore, manifest: Manifest, version: str) -> None:
     """Put a release of two live. version: in MLflow."""
-    move_channel(
-        store,
-        manifest,
-        model=manifest.model,
-        channel="prod",
-        reason="benchmark",
-        moved_by="benchmark",
-        flow_run="",
-        mlflow_version=version,
-        accept=None,
-    )
+    move = Move(manifest=manifest, reason="benchmark", moved_by="benchmark", mlflow_version=version)
+    move_channel(Channel(store, manifest.model, "prod"), move, accept=None)
 
 
 def lengthen(store: ObjectStore, model: str, moves: int) -> None:
     """Give the channel a history of so many moves, as if its two releases had been promoted in turns."""
-    live = read_pointer(store, model, "prod")
+    live = read_pointer(Channel(store, model, "prod"))
     first = read_record(store, record_key(model, "prod", 1))
     assert live is not None
 

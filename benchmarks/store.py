@@ -34,8 +34,9 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.bucket.releases import Published, publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 MODEL, CHANNEL = "bench", "prod"
@@ -91,10 +92,8 @@ def make(folder: Path, files: int, size: int, seed: int) -> Manifest:
 
 def promote(target: ObjectStore, folder: Path, manifest: Manifest) -> tuple[Pointer, Published]:
     published = publish(target, folder, manifest)
-    pointer = move_channel(
-        target, manifest, model=MODEL, channel=CHANNEL, reason="benchmark", moved_by="benchmark", flow_run="",
-        mlflow_version="", accept=None, etags=published.etags,
-    )  # fmt: skip
+    move = Move(manifest=manifest, reason="benchmark", moved_by="benchmark", etags=published.etags)
+    pointer = move_channel(Channel(target, MODEL, CHANNEL), move, accept=None)
     return pointer, published
 
 
@@ -168,7 +167,7 @@ def again(address: str) -> dict[str, object]:
         _, published = promote(target, folder, manifest)
         second = proxy.requests[before:]
         before = len(proxy.requests)
-        pointer = read_pointer(target, MODEL, CHANNEL)
+        pointer = read_pointer(Channel(target, MODEL, CHANNEL))
         assert pointer is not None
         resolved = proxy.requests[before:]
         before = len(proxy.requests)

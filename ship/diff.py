@@ -11,10 +11,11 @@ import typer
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.catalog import models, require_model
+from train_and_ship.registry.bucket.catalog import models
 from train_and_ship.registry.channels.revisions import GRAMMAR, resolve_release
 from train_and_ship.registry.diff import Difference, compare
 from train_and_ship.registry.text import Table
+from train_and_ship.ship.named import named_channel
 
 LONGEST = 60
 """Characters shown of one value; --json has all of it."""
@@ -25,8 +26,8 @@ def diff(words: Sequence[str], as_json: bool) -> None:
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
     model, before, after = _named(store, words)
-    require_model(store, model)
-    ids = [resolve_release(store, model, name, settings.mlflow_url) for name in (before, after)]
+    channel = named_channel(settings, model)
+    ids = [resolve_release(channel, name) for name in (before, after)]
     found = compare(store, model, *ids)
     if as_json:
         rows = [dataclasses.asdict(difference) for difference in found]

@@ -10,7 +10,7 @@ from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import models, require_model
-from train_and_ship.registry.channels.aliases import mirror_all
+from train_and_ship.registry.channels.aliases import sync_all_aliases
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.tracking.pending_reports import send_reports
 
@@ -45,7 +45,7 @@ def mlflow_caught_up(settings: Settings) -> Iterator[str]:
     What is in the way is told too, and no reason to fail.
     """
     try:
-        done = mirror_all(ObjectStore.from_settings(settings), settings.mlflow_url)
+        done = sync_all_aliases(ObjectStore.from_settings(settings), settings.mlflow_url)
         yield from (f"mended: {change}" for change in done.changed)
     except ShipError as error:
         yield f"the MLflow aliases were not compared with the channels: {error}"

@@ -8,30 +8,28 @@ from datetime import UTC, datetime
 
 import typer
 
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.catalog import channels, require_model
+from train_and_ship.registry.bucket.catalog import channels
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import decided_at, read_decisions
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
-from train_and_ship.registry.identity import require_channel
+from train_and_ship.ship.named import named_channel
 
 UNKNOWN = "unknown"
 
 
 def history(model: str, channel: str, as_json: bool) -> None:
     """Print every move of a channel, the newest first. Exits with 1 when there is none."""
-    store = ObjectStore.from_settings(Settings.load())
-    require_model(store, model)
-    require_channel(channel)
-    moves = read_history(store, model, channel)
+    asked = named_channel(Settings.load(), model, channel)
+    moves = read_history(asked)
     if as_json:
         typer.echo(json.dumps([json.loads(move.encode()) for move in moves], indent=1))
     elif moves:
         _print_moves(moves)
     if not moves:
-        typer.echo(f"{model}: {channel} was never moved; channels: {_known(store, model)}", err=True)
+        typer.echo(f"{model}: {channel} was never moved; channels: {_known(asked)}", err=True)
         raise typer.Exit(1)
     if lost := holes(moves):
         numbers = ", ".join(map(str, lost))
@@ -42,10 +40,7 @@ def history(model: str, channel: str, as_json: bool) -> None:
 
 def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
     """Print what retraining decided, the newest first. Exits with 1 when it was never asked."""
-    store = ObjectStore.from_settings(Settings.load())
-    require_model(store, model)
-    require_channel(channel)
-    decisions = read_decisions(store, model, channel, last)
+    decisions = read_decisions(named_channel(Settings.load(), model, channel), last)
     if as_json:
         typer.echo(json.dumps([json.loads(decision.encode()) for decision in decisions], indent=1))
     elif decisions:
@@ -68,21 +63,19 @@ def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
 
 def live(model: str, channel: str, at: str, as_json: bool) -> None:
     """Print what is live, or was at a time. Exits with 1 when nothing was."""
-    store = ObjectStore.from_settings(Settings.load())
     when = parse_time(at) if at else None
-    require_model(store, model)
-    require_channel(channel)
+    asked = named_channel(Settings.load(), model, channel)
     moves: Sequence[Pointer] = []
     if when is None:
-        found = read_pointer(store, model, channel)
+        found = read_pointer(asked)
     else:
-        moves = read_history(store, model, channel)
+        moves = read_history(asked)
         found = live_at(moves, when)
-    asked = f"at {_both(when)}" if when else "now"
+    time = f"at {_both(when)}" if when else "now"
     if as_json:
         typer.echo(json.dumps(json.loads(found.encode()) if found else None, indent=1))
     elif found is not None:
-        typer.echo(_told(found, asked, moves))
+        typer.echo(_told(found, time, moves))
     if when is not None and (unknown := doubts(moves, found)):
         numbers = ", ".join(map(str, unknown))
         typer.echo(f"It is not known when generations {numbers} went live: they may have been live then.", err=True)
@@ -94,12 +87,12 @@ def live(model: str, channel: str, at: str, as_json: bool) -> None:
         )
     if found is None:
         first = f"; the first move was at {_both(moved_at(moves[0]))}" if moves else ""
-        typer.echo(f"{model}: nothing was live on {channel} {asked}{first}; channels: {_known(store, model)}", err=True)
+        typer.echo(f"{model}: nothing was live on {channel} {time}{first}; channels: {_known(asked)}", err=True)
         raise typer.Exit(1)
 
 
-def _known(store: ObjectStore, model: str) -> str:
-    return ", ".join(channels(store, model)) or "none"
+def _known(channel: Channel) -> str:
+    return ", ".join(channels(channel.store, channel.model)) or "none"
 
 
 def _both(time: datetime | None) -> str:

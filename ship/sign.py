@@ -5,12 +5,11 @@ from __future__ import annotations
 import typer
 
 from train_and_ship.infra.errors import SettingsError
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.catalog import require_model
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.ship.named import named_channel
 
 
 def sign(model: str, release: str) -> None:
@@ -20,9 +19,9 @@ def sign(model: str, release: str) -> None:
         raise SettingsError(
             "ship sign: expected SHIP_SIGNING_KEY to name a private key (PEM), got none; see docs/trust.md"
         )
-    store = ObjectStore.from_settings(settings)
+    channel = named_channel(settings, model)
+    store = channel.store
     # Its files are checked as well as can be without reading them: a reader holds every byte against the manifest.
-    require_model(store, model)
-    manifest = verify_release(store, model, resolve_release(store, model, release, settings.mlflow_url))
+    manifest = verify_release(store, model, resolve_release(channel, release))
     key = publish_signature(store, manifest, settings.signing_key)
     typer.echo(f"signed: s3://{store.bucket}/{key}")

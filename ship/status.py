@@ -20,6 +20,7 @@ from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.settings import Settings, project_folder
 from train_and_ship.registry.bucket.catalog import channels, models
 from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import Decision, decided_at, read_decisions
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
@@ -80,11 +81,12 @@ def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], dat
 
     def look(name: str) -> ChannelStatus:
         model, channel = name.split("/")
-        last = read_decisions(store, model, channel, 1)
+        asked = Channel(store, model, channel)
+        last = read_decisions(asked, 1)
         return ChannelStatus(
             model=model,
             channel=channel,
-            live=read_pointer(store, model, channel),
+            live=read_pointer(asked),
             last=last[-1] if last else None,
             next=scheduled.get((model, channel)),
         )

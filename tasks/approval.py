@@ -49,29 +49,28 @@ async def approval(request: Request, verified: Verified) -> Verified:
     What was approved replaces what was live when it was asked, and nothing else. Raises GateError when the answer is
     no.
     """
-    target = verified.target
+    target, channel = verified.target, verified.target.channel
     get_run_logger().info(
-        "waiting for approval: %s %s, release %s; now %s",
-        target.model, target.channel, target.release, described(target.live),
+        "waiting for approval: %s, release %s; now %s", channel, target.release, described(target.live),
     )  # fmt: skip
-    asked = f"{target.model}: shall release {target.release} go live on {target.channel}?"
+    asked = f"{channel.model}: shall release {target.release} go live on {channel.name}?"
     changes, problem = await what_changes(request, target)
     await show_question(request, verified, asked, changes, problem)
     differences = noticed(changes)
     answer = await ask_person(
         "\n\n".join(
             [
-                f"## {target.model}: release `{target.release}` to `{target.channel}`?",
+                f"## {channel.model}: release `{target.release}` to `{channel.name}`?",
                 f"Now {described(target.live)}.",
                 f"{request.mover.by}: {request.mover.why}",
                 *([differences.markdown()] if differences.rows else []),
                 "Everything that would change is among this run's artifacts, and in "
-                f"`ship diff {target.model} {target.channel} {target.release[:8]}`.",
+                f"`ship diff {channel} {target.release[:8]}`.",
             ]
         )
     )
     if not answer.approved:
-        raise GateError(f"{target.model} {target.channel}: release {target.release} was not approved {answer.said}")
+        raise GateError(f"{channel}: release {target.release} was not approved {answer.said}")
     return dataclasses.replace(
         verified,
         target=dataclasses.replace(target, expects_live=True),

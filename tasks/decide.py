@@ -22,6 +22,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.rundir import run_folder, write_whole
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
@@ -77,7 +78,7 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
         if waiting := await asyncio.to_thread(record_waiting, store, settings.runs / job.name, folder):
             get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
         live, (read_seconds, inputs) = await asyncio.gather(
-            asyncio.to_thread(read_pointer, store, job.name, job.release.channel),
+            asyncio.to_thread(read_pointer, Channel(store, job.name, job.release.channel)),
             _inputs(settings, job, job_file.project, folder),
         )
     earlier = _read_plan(folder)
@@ -137,7 +138,7 @@ def _reason_to_skip(store: ObjectStore, job: Job, live: Pointer | None, changed:
         return ""
     if not changed:
         return f"nothing has changed since release {live.release}: code, data, config and environment are the same"
-    for decision in reversed(read_decisions(store, job.name, job.release.channel, LOOK_BACK)):
+    for decision in reversed(read_decisions(Channel(store, job.name, job.release.channel), LOOK_BACK)):
         if decision.decision == KEPT and (decision.inputs, decision.live) == (inputs, live.release):
             return (
                 f"the same code, data, config and environment were tried at {decided_at(decision):%Y-%m-%d %H:%M} UTC "
@@ -187,7 +188,7 @@ async def skip(plan: RetrainPlan) -> RetrainResult:
 
 def streak(plan: RetrainPlan) -> int:
     """How many times in a row the answer was to skip, before this one."""
-    last = read_decisions(plan.store, plan.job.name, plan.job.release.channel, 1)
+    last = read_decisions(Channel(plan.store, plan.job.name, plan.job.release.channel), 1)
     return last[-1].streak if last else 0
 
 

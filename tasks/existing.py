@@ -15,7 +15,6 @@ from pathlib import Path
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import file_sha256
 from train_and_ship.infra.settings import Settings
@@ -29,7 +28,7 @@ from train_and_ship.tasks.requests import user_modules
 from train_and_ship.tasks.worker import ask_worker
 
 
-async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *, gates: bool = True) -> Verified:
+async def try_out(settings: Settings, verified: Verified, *, gates: bool = True) -> Verified:
     """Download it into a clean process, load every format, and run it on its golden inputs.
 
     Where a run that made this very export is still on this machine, its held-out samples score the release and what is
@@ -45,27 +44,28 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
         GateError: a format does not give its golden outputs, or there is nothing to run.
         ReleaseError: the bytes are not what the manifest says.
     """
-    target, manifest = verified.target, verified.manifest
+    target, manifest, channel = verified.target, verified.manifest, verified.target.channel
+    store, model = channel.store, channel.model
     if not manifest.formats or GOLDEN not in manifest.files:
         lacks = f"carries no {GOLDEN}" if manifest.formats else "holds no artifact"
         raise GateError(
-            f"{target.model}: release {target.release} cannot be tried before it goes live: it {lacks}, as releases of "
+            f"{model}: release {target.release} cannot be tried before it goes live: it {lacks}, as releases of "
             "`ship run` do. `ship rollback --to` moves a channel to it without trying it"
         )
-    server = fork_server(settings.runs / target.model / "host.log")
-    job = await asyncio.to_thread(_job, store, verified, gates)
-    live = await asyncio.to_thread(read_pointer, store, target.model, target.channel)
+    server = fork_server(settings.runs / model / "host.log")
+    job = await asyncio.to_thread(_job, verified, gates)
+    live = await asyncio.to_thread(read_pointer, channel)
     samples = None
     # Metrics in user code cannot be measured where user code cannot be imported.
     if gates and job is not None and _measurable(job):
-        samples = await asyncio.to_thread(_held_out, settings.runs / target.model, manifest)
+        samples = await asyncio.to_thread(_held_out, settings.runs / model, manifest)
     # Not among the copies of live releases: others may be reading those.
-    work = settings.home / "rehearsals" / target.model / f"{target.release}.{uuid.uuid4().hex[:8]}"
+    work = settings.home / "rehearsals" / model / f"{target.release}.{uuid.uuid4().hex[:8]}"
     work.mkdir(parents=True)
     candidate = await asyncio.to_thread(download_anew, store, manifest, work / "candidate")
     current, problem = None, ""
     if samples is not None:
-        copies = settings.home / "releases" / target.model
+        copies = settings.home / "releases" / model
         current, problem = await asyncio.to_thread(live_copy, store, copies, live)
     request = RehearseRequest(
         candidate=candidate,
@@ -82,8 +82,8 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
     if not result.passed:
         failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
         raise GateError(
-            f"{target.model}: release {target.release}, as it came back from the bucket, fails: {failed}. It was not "
-            f"made live on {target.channel}",
+            f"{model}: release {target.release}, as it came back from the bucket, fails: {failed}. It was not "
+            f"made live on {channel.name}",
             verdict_table(result.verdicts).text(),
         )
     # What failed can be looked at; what passed is in the bucket.
@@ -99,24 +99,22 @@ async def try_out(settings: Settings, store: ObjectStore, verified: Verified, *,
     )
 
 
-async def promote_tried(
-    settings: Settings, store: ObjectStore, verified: Verified, mover: Mover, *, gates: bool, again: bool
-) -> Pointer:
+async def promote_tried(settings: Settings, verified: Verified, mover: Mover, *, gates: bool, again: bool) -> Pointer:
     """As `promote_existing`; when another release went live meanwhile, the target is held against that one first."""
     while True:
         try:
-            return await asyncio.to_thread(promote_existing, store, verified, mover, gates=gates, again=again)
+            return await asyncio.to_thread(promote_existing, verified, mover, gates=gates, again=again)
         except OtherLive:
-            verified = await try_out(settings, store, verified, gates=gates)
+            verified = await try_out(settings, verified, gates=gates)
 
 
 # ---- below
 
 
-def _job(store: ObjectStore, verified: Verified, gates: bool) -> Job | None:
+def _job(verified: Verified, gates: bool) -> Job | None:
     """The job that made the release; None when it cannot be read and nobody asks its gates."""
     try:
-        return release_job(store, verified.target)
+        return release_job(verified.target)
     except GateError:
         if gates:
             raise

@@ -57,7 +57,7 @@ async def inspect(run: Run) -> Inspected:
 
 def _live_facts(run: Run) -> tuple[str, InspectResult | None]:
     """The live release, empty when there is none, and what its data was like, None where that is not known."""
-    live = read_pointer(run.store, run.job.name, run.job.release.channel)
+    live = read_pointer(run.channel)
     if live is None:
         return "", None
     try:

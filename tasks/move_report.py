@@ -41,7 +41,7 @@ async def report_move(request: Request, verified: Verified, moved: Moved) -> Non
     await show(markdown(page), page.title, moved.model)
     await put({
         "the bucket": asyncio.to_thread(
-            put_report, request.store, moved.model, moved.release, moved.flow_run, html(page), datetime.now(UTC)
+            put_report, request.channel.store, moved.model, moved.release, moved.flow_run, html(page), datetime.now(UTC)
         ),
     })  # fmt: skip
 
@@ -62,7 +62,7 @@ async def show_question(
         places=_places(request, verified.target),
     )
     page = move_page(outcome, verified, verified.verdicts, changes, problem)
-    await show(markdown(page), page.title, verified.target.model)
+    await show(markdown(page), page.title, verified.target.channel.model)
 
 
 async def what_changes(request: Request, target: Target) -> tuple[list[Difference], str]:
@@ -70,7 +70,8 @@ async def what_changes(request: Request, target: Target) -> tuple[list[Differenc
     if target.live is None:
         return [], ""
     try:
-        found = await asyncio.to_thread(compare, request.store, target.model, target.live.release, target.release)
+        store, model = target.channel.store, target.channel.model
+        found = await asyncio.to_thread(compare, store, model, target.live.release, target.release)
     except ShipError as error:
         # A rollback is often away from what is damaged.
         return [], str(error)
@@ -81,5 +82,5 @@ def _places(request: Request, target: Target) -> list[tuple[str, str | Link]]:
     name, run = str(flow_run.get_name()), request.mover.flow_run
     return [
         ("Prefect run", Link(text=name, url=flow_run_page(request.settings, run))),
-        ("release", f"s3://{request.settings.bucket}/models/{target.model}/releases/{target.release}/"),
+        ("release", f"s3://{request.settings.bucket}/models/{target.channel.model}/releases/{target.release}/"),
     ]

@@ -12,18 +12,17 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import require_model
-from train_and_ship.registry.channels.aliases import follow
+from train_and_ship.registry.channels.aliases import sync_after_move
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import (
     Mover,
     Verified,
-    choose_promotion,
-    choose_rollback,
+    ask_promotion,
+    ask_rollback,
     described,
     roll_back,
-    verify_target,
 )
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.tasks.events import PROMOTED, emit
 from train_and_ship.tasks.existing import promote_tried, try_out
 from train_and_ship.tasks.policy import quiet_mistakes
@@ -37,41 +36,27 @@ async def ask(model: str, channel: str, why: str, by: str) -> Request:
     quiet_mistakes()
     mover = Mover(by=by or who(), why=why, flow_run=str(flow_run.get_id() or ""))
     settings = Settings.load()
-    store = ObjectStore.from_settings(settings)
-    await asyncio.to_thread(require_model, store, model)
-    return Request(model=model, channel=channel, mover=mover, settings=settings, store=store)
+    asked = Channel(ObjectStore.from_settings(settings), model, channel, settings.mlflow_url)
+    await asyncio.to_thread(require_model, asked.store, model)
+    return Request(channel=asked, mover=mover, settings=settings)
 
 
 @stage_task("choose-rollback", "choose")
 async def choose_earlier(request: Request, to: str) -> Verified:
     """What was live before, or the release that `to` names; every byte of it is read back."""
-    return await asyncio.to_thread(_choose_earlier, request, to)
-
-
-def _choose_earlier(request: Request, to: str) -> Verified:
-    uri = request.settings.mlflow_url
-    release = resolve_release(request.store, request.model, to, uri) if to else None
-    target = choose_rollback(request.store, request.model, request.channel, release, uri)
-    return verify_target(request.store, target, public_key=request.settings.public_key)
+    return await asyncio.to_thread(ask_rollback, request.channel, to, request.settings.public_key)
 
 
 @stage_task("choose-promotion", "choose")
 async def choose_existing(request: Request, source: str) -> Verified:
     """The release that `source` names, complete by what the bucket says of it; `rehearse_existing` reads the files."""
-    return await asyncio.to_thread(_choose_existing, request, source)
-
-
-def _choose_existing(request: Request, source: str) -> Verified:
-    uri = request.settings.mlflow_url
-    release = resolve_release(request.store, request.model, source, uri)
-    target = choose_promotion(request.store, request.model, request.channel, release, uri)
-    return verify_target(request.store, target, read_back=False, public_key=request.settings.public_key)
+    return await asyncio.to_thread(ask_promotion, request.channel, source, request.settings.public_key)
 
 
 @stage_task("rehearse-existing", "rehearse")
 async def rehearse_existing(request: Request, verified: Verified, gates: bool) -> Verified:
     """Download it, load every format in a clean process, run the golden inputs, and score it beside what is live."""
-    tried = await try_out(request.settings, request.store, verified, gates=gates)
+    tried = await try_out(request.settings, verified, gates=gates)
     get_run_logger().info("rehearsed from the bucket: %s", tried.verdicts["rehearsal"])
     return tried
 
@@ -79,24 +64,23 @@ async def rehearse_existing(request: Request, verified: Verified, gates: bool) -
 @stage_task("move-back", "move")
 async def move_back(request: Request, verified: Verified) -> Moved:
     """Move the channel, once, atomically, and let MLflow's aliases follow."""
-    pointer = await asyncio.to_thread(roll_back, request.store, verified, request.mover)
+    pointer = await asyncio.to_thread(roll_back, verified, request.mover)
     return await _notify(request, pointer)
 
 
 @stage_task("move-forward", "move")
 async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
     """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError."""
-    pointer = await promote_tried(request.settings, request.store, verified, request.mover, gates=gates, again=again)
+    pointer = await promote_tried(request.settings, verified, request.mover, gates=gates, again=again)
     return await _notify(request, pointer)
 
 
 async def _notify(request: Request, pointer: Pointer) -> Moved:
     log = get_run_logger()
-    title = f"{pointer.model} {pointer.channel}: {described(pointer)}"
+    title = f"{request.channel}: {described(pointer)}"
     log.info(title)
     emit(PROMOTED, pointer.model, title, f"{request.mover.by}: {request.mover.why}")
-    follows = (request.store, pointer.model, pointer.channel, request.settings.mlflow_url)
-    for warning in await asyncio.to_thread(follow, *follows):
+    for warning in await asyncio.to_thread(sync_after_move, request.channel):
         log.warning(warning)
     # Results hold no ETag: it belongs to the moment it was read.
     return dataclasses.replace(pointer, etag="")

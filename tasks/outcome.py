@@ -27,6 +27,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import put_report
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.report.run import Ending, Outcome
@@ -184,7 +185,7 @@ def _record_failure(flow_run: FlowRun, reason: str) -> None:
     folder = settings.runs / job.name / origin(flow_run)
     try:
         store = ObjectStore.from_settings(settings)
-        live = read_pointer(store, job.name, job.release.channel)
+        live = read_pointer(Channel(store, job.name, job.release.channel))
         decision = replace(decision, live=live.release if live else "")
         record_decision(store, decision, folder)
     except ServiceError:

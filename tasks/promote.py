@@ -9,10 +9,10 @@ from prefect import get_run_logger
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.signing import require_signer
-from train_and_ship.registry.channels.aliases import alias_of, follow, set_challenger
+from train_and_ship.registry.channels.aliases import alias_of, set_challenger, sync_after_move
 from train_and_ship.registry.channels.moves import OtherLive, require_not_rolled_back, require_not_stale
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.report.description import in_short
 from train_and_ship.tasks.rehearse import hold_against
 from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
@@ -46,23 +46,23 @@ async def promote_if_better(
 
 
 async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:
-    channel, name, uri = run.job.release.channel, run.job.name, run.settings.mlflow_url
+    channel = run.channel
     log = get_run_logger()
     try:
         if answer is not None and not answer.approved:
-            raise GateError(f"{name} {channel}: release {registered.manifest.release} was not approved {answer.said}")
+            raise GateError(f"{channel}: release {registered.manifest.release} was not approved {answer.said}")
         pointer, rehearsed = await _move(run, registered, rehearsed, answer)
     except GateError:
-        for warning in await asyncio.to_thread(set_challenger, name, registered.version.version, uri):
+        for warning in await asyncio.to_thread(set_challenger, channel, registered.version.version):
             log.warning(warning)
         raise
-    for warning in await asyncio.to_thread(follow, run.store, name, channel, uri):
+    for warning in await asyncio.to_thread(sync_after_move, channel):
         log.warning(warning)
     log.info(
         "%s is live on %s: generation %d, release %s, %s bytes sent",
-        name, channel, pointer.generation, pointer.release, f"{rehearsed.published.sent_bytes:,}",
+        channel.model, channel.name, pointer.generation, pointer.release, f"{rehearsed.published.sent_bytes:,}",
     )  # fmt: skip
-    return Promoted(pointer=pointer, rehearsed=rehearsed, alias=alias_of(channel))
+    return Promoted(pointer=pointer, rehearsed=rehearsed, alias=alias_of(channel.name))
 
 
 async def _move(
@@ -80,7 +80,7 @@ async def _move(
             if answer is not None:
                 now = other.live.release if other.live else "nothing"
                 raise GateError(
-                    f"{run.job.name} {run.job.release.channel}: release {registered.manifest.release} was approved "
+                    f"{run.channel}: release {registered.manifest.release} was approved "
                     f"{answer.said}, to replace {rehearsed.live or 'nothing'}, but {now} is live by now; "
                     f"`ship run … --resume {run.folder.name}` compares and asks again"
                 ) from None
@@ -92,23 +92,19 @@ def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: A
 
     def replacing(live: Pointer | None) -> None:
         require_not_rolled_back(registered.manifest.release, live)
-        require_not_stale(run.store, registered.manifest.release, live, run.begun)
+        require_not_stale(run.channel, registered.manifest.release, live, run.begun)
         if (live.release if live else "") != rehearsed.live:
             raise OtherLive(live)
 
     approved = {"approved": answer.said} if answer is not None else {}
     signed = require_signer(run.store, registered.manifest, run.settings.public_key)
-    return move_channel(
-        run.store,
-        registered.manifest,
-        model=run.job.name,
-        channel=run.job.release.channel,
+    move = Move(
+        manifest=registered.manifest,
         reason="all gates passed",
         moved_by=who(),
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,
-        accept=None,
-        replacing=replacing,
-        etags=rehearsed.published.etags,
         verdicts={**in_short(registered.validated.result.verdicts), **rehearsed.in_words(), **signed, **approved},
+        etags=rehearsed.published.etags,
     )
+    return move_channel(run.channel, move, accept=None, replacing=replacing)

@@ -63,7 +63,7 @@ async def rehearse(run: Run, registered: Registered) -> Rehearsed:
             _UploadLog(run.job.name).show,
             signing_key=run.settings.signing_key,
         )
-        live = await asyncio.to_thread(read_pointer, run.store, run.job.name, run.job.release.channel)
+        live = await asyncio.to_thread(read_pointer, run.channel)
         return await hold_against(run, registered, published, live)
 
 

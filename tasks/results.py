@@ -25,7 +25,8 @@ from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import Published
-from train_and_ship.registry.channels.decisions import Decision
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.decisions import Decision, Verdict
 from train_and_ship.registry.channels.moves import Mover
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
@@ -83,6 +84,11 @@ class Run:
         stages = {item.stage: item.wall for item in read_costs(self.folder) if item.stage != FLOW and item.wall}
         path.write_text(json.dumps({"stages": stages}, indent=1))
         return path
+
+    @property
+    def channel(self) -> Channel:
+        """The one that the job's release is for."""
+        return Channel(self.store, self.job.name, self.job.release.channel, self.settings.mlflow_url)
 
     @property
     def flow_run_url(self) -> str:
@@ -309,7 +315,7 @@ class RetrainPlan:
     def skips(self) -> bool:
         return bool(self.skip)
 
-    def decided(self, decision: str, why: str, *, candidate: str = "", version: str = "") -> Decision:
+    def decided(self, decision: Verdict, why: str, *, candidate: str = "", version: str = "") -> Decision:
         """The record of an answer."""
         return Decision(
             model=self.job.name,
@@ -344,11 +350,9 @@ class RetrainResult:
 class Request:
     """What is asked for, by whom and why, and where the services are."""
 
-    model: str
-    channel: str
+    channel: Channel
     mover: Mover
     settings: Settings
-    store: ObjectStore
 
 
 Moved = Pointer

@@ -8,24 +8,24 @@ deleted: readers of `models:/<model>@champion` see no gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.catalog import channels, models
+from train_and_ship.registry.channels.channel import PRODUCTION, Channel
 from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.tracking.rest import ModelRegistry, model_registry
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-PRODUCTION = "prod"
 ROUNDS = 20
 """How often the pointer may have moved again while the aliases were set."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mirrored:
+class Synced:
     """What was done to the aliases of a model, in words."""
 
     changed: tuple[str, ...] = ()
@@ -33,12 +33,12 @@ class Mirrored:
     missing: tuple[str, ...] = ()
     """Aliases that cannot be right, because MLflow has no version of the release."""
 
-    def __add__(self, other: Mirrored) -> Mirrored:
-        return Mirrored(changed=self.changed + other.changed, missing=self.missing + other.missing)
+    def __add__(self, other: Synced) -> Synced:
+        return Synced(changed=self.changed + other.changed, missing=self.missing + other.missing)
 
 
 def alias_of(channel: str) -> str:
-    """The MLflow alias that mirrors a channel: `champion` for prod, else the channel's own name."""
+    """The MLflow alias of what is live on a channel: `champion` for prod, else the channel's own name."""
     return CHAMPION if channel == PRODUCTION else channel
 
 
@@ -47,51 +47,51 @@ def previous_alias_of(channel: str) -> str:
     return PREVIOUS if channel == PRODUCTION else f"{channel}-{PREVIOUS}"
 
 
-def mirror_channel(
-    store: ObjectStore, model: str, channel: str, tracking_uri: str, *, dry_run: bool = False
-) -> Mirrored:
+def sync_aliases(channel: Channel, *, dry_run: bool = False) -> Synced:
     """Set the aliases of a channel to what its pointer says. Writes to MLflow, and can be repeated.
 
     Raises ServiceError or SettingsError when MLflow, or the bucket, does not do what is asked.
     """
-    registry = model_registry(tracking_uri)
-    done = Mirrored()
-    pointer = read_pointer(store, model, channel)
+    registry = model_registry(channel.tracking_uri)
+    done = Synced()
+    pointer = read_pointer(channel)
     for _ in range(ROUNDS):
         if pointer is None:
             return done
-        done += _set(registry, store, pointer, dry_run)
-        again = read_pointer(store, model, channel)
+        done += _set(registry, channel, pointer, dry_run)
+        again = read_pointer(channel)
         if dry_run or again == pointer:
             return done
         pointer = again
-    raise ServiceError(f"{model} {channel}: it moved {ROUNDS} times while its MLflow aliases were set; call again")
+    raise ServiceError(f"{channel}: it moved {ROUNDS} times while its MLflow aliases were set; call again")
 
 
-def follow(store: ObjectStore, model: str, channel: str, tracking_uri: str) -> list[str]:
-    """As `mirror_channel`, after a move: returns warnings instead of raising, for the move has taken place."""
+def sync_after_move(channel: Channel) -> list[str]:
+    """As `sync_aliases`, after a move: returns warnings instead of raising, for the move has taken place."""
     try:
-        done = mirror_channel(store, model, channel, tracking_uri)
+        done = sync_aliases(channel)
     except (ServiceError, SettingsError, ReleaseError) as error:
-        return [f"the MLflow alias {alias_of(channel)} follows later, with the next move or `ship doctor`: {error}"]
+        return [
+            f"the MLflow alias {alias_of(channel.name)} follows later, with the next move or `ship doctor`: {error}"
+        ]
     return list(done.missing)
 
 
-def mirror_all(store: ObjectStore, tracking_uri: str, names: Iterable[str] | None = None) -> Mirrored:
-    """Set the aliases of every channel of every model, or of these. Raises as `mirror_channel`."""
-    done = Mirrored()
-    for model in models(store) if names is None else names:
-        for channel in channels(store, model):
-            done += mirror_channel(store, model, channel, tracking_uri)
+def sync_all_aliases(store: ObjectStore, tracking_uri: str) -> Synced:
+    """Set the aliases of every channel of every model. Raises as `sync_aliases`."""
+    done = Synced()
+    for model in models(store):
+        for name in channels(store, model):
+            done += sync_aliases(Channel(store, model, name, tracking_uri))
     return done
 
 
-def set_challenger(model: str, version: str, tracking_uri: str) -> list[str]:
+def set_challenger(channel: Channel, version: str) -> list[str]:
     """Name a refused candidate in MLflow; returns warnings, for the refusal is what matters."""
     try:
-        model_registry(tracking_uri).set_alias(model, CHALLENGER, version)
+        model_registry(channel.tracking_uri).set_alias(channel.model, CHALLENGER, version)
     except ShipError as error:
-        return [f"version {version} of {model} could not be named {CHALLENGER} in MLflow: {error}"]
+        return [f"version {version} of {channel.model} could not be named {CHALLENGER} in MLflow: {error}"]
     return []
 
 
@@ -102,11 +102,11 @@ def version_of(registry: ModelRegistry, model: str, release: str, recorded: str)
     return next(iter(registry.versions(model, release)), None)
 
 
-def _set(registry: ModelRegistry, store: ObjectStore, pointer: Pointer, dry_run: bool) -> Mirrored:
-    model = pointer.model
+def _set(registry: ModelRegistry, channel: Channel, pointer: Pointer, dry_run: bool) -> Synced:
+    model = channel.model
     wanted: dict[str, tuple[str, str]] = {alias_of(pointer.channel): (pointer.release, pointer.mlflow_version)}
     if pointer.previous is not None:
-        wanted[previous_alias_of(pointer.channel)] = (pointer.previous, _version_before(store, pointer))
+        wanted[previous_alias_of(pointer.channel)] = (pointer.previous, _version_before(channel, pointer))
     present: Mapping[str, str] = registry.aliases(model)
     changed, missing = [], []
     for alias, (release, recorded) in wanted.items():
@@ -121,10 +121,10 @@ def _set(registry: ModelRegistry, store: ObjectStore, pointer: Pointer, dry_run:
             if not dry_run:
                 registry.set_alias(model, alias, version)
             changed.append(f"alias {alias} of {model}: version {now or 'none'} → {version} (release {release})")
-    return Mirrored(changed=tuple(changed), missing=tuple(missing))
+    return Synced(changed=tuple(changed), missing=tuple(missing))
 
 
-def _version_before(store: ObjectStore, pointer: Pointer) -> str:
+def _version_before(channel: Channel, pointer: Pointer) -> str:
     """MLflow version in the record of the move that `pointer` replaced; empty when that is lost."""
-    before = find_record(store, pointer.model, pointer.channel, pointer.generation - 1)
+    before = find_record(channel, pointer.generation - 1)
     return before.mlflow_version if before is not None and before.release == pointer.previous else ""

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 
 from train_and_ship.infra.errors import ReleaseError
@@ -18,12 +19,26 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.keys import decisions_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.timeline import live_at
 from train_and_ship.registry.identity import canonical_json
 
-SKIPPED, PROMOTED, KEPT, FAILED = "skipped", "promoted", "kept", "failed"
-"""Not trained; the candidate went live; the candidate did not, and is the challenger; no candidate, or a bad one."""
+
+class Verdict(StrEnum):
+    """What retraining decided; written into records and tags."""
+
+    SKIPPED = "skipped"
+    """Nothing was trained."""
+    PROMOTED = "promoted"
+    """The candidate went live."""
+    KEPT = "kept"
+    """The candidate did not, and is the challenger."""
+    FAILED = "failed"
+    """There is no candidate, or a bad one."""
+
+
+SKIPPED, PROMOTED, KEPT, FAILED = Verdict
 WAITING = "decision.json"
 """In the folder of a run: its decision, until the bucket takes it."""
 _FORMAT = 1
@@ -35,8 +50,7 @@ class Decision:
 
     model: str
     channel: str
-    decision: str
-    """One of SKIPPED, PROMOTED, KEPT, FAILED."""
+    decision: Verdict
     why: str
     at: str
     """UTC, ISO 8601 with milliseconds, by the clock of the machine that decided."""
@@ -94,7 +108,8 @@ def record_waiting(store: ObjectStore, runs: Path, but: Path | None = None) -> i
             path.unlink()
             continue
         if not decision.live:
-            live = live_at(read_history(store, decision.model, decision.channel), decided_at(decision))
+            channel = Channel(store, decision.model, decision.channel)
+            live = live_at(read_history(channel), decided_at(decision))
             decision = replace(decision, live=live.release if live else "")
         record_decision(store, decision)
         path.unlink()
@@ -107,13 +122,13 @@ def _has_later(store: ObjectStore, decision: Decision) -> bool:
     return any(key.endswith(own) and key > _key(decision) for key in known)
 
 
-def read_decisions(store: ObjectStore, model: str, channel: str, last: int) -> list[Decision]:
+def read_decisions(channel: Channel, last: int) -> list[Decision]:
     """The last so many decisions, oldest first. Raises ReleaseError for what is none."""
     # Keys begin with the time, so their order is that of the decisions.
-    keys = sorted(store.list_keys(decisions_prefix(model, channel)))[-last:]
+    keys = sorted(channel.store.list_keys(decisions_prefix(channel.model, channel.name)))[-last:]
 
     def read(key: str) -> Decision | None:
-        found = store.get(key)
+        found = channel.store.get(key)
         return None if found is None else _decode(found[0], key)
 
     return [decision for decision in in_parallel(read, keys) if decision is not None]
@@ -128,6 +143,6 @@ def _decode(encoded: bytes, key: str) -> Decision:
         document = json.loads(encoded)
         if document.pop("format") != _FORMAT:
             raise ValueError("another format")
-        return Decision(**document)
+        return Decision(**{**document, "decision": Verdict(document["decision"])})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ReleaseError(f"{key}: expected the record of a decision, got {type(error).__name__}: {error}") from None

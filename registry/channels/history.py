@@ -12,16 +12,18 @@ from train_and_ship.infra.errors import ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import history_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 
 _log = logging.getLogger(__name__)
 
 
-def read_history(store: ObjectStore, model: str, channel: str) -> list[Pointer]:
+def read_history(channel: Channel) -> list[Pointer]:
     """Every move of a channel, oldest first; the last one is what was live when this was called."""
     # The pointer first: by then every older record is in the history.
-    live = read_pointer(store, model, channel)
-    records = in_parallel(lambda key: read_record(store, key), store.list_keys(history_prefix(model, channel)))
+    live = read_pointer(channel)
+    keys = channel.store.list_keys(history_prefix(channel.model, channel.name))
+    records = in_parallel(lambda key: read_record(channel.store, key), keys)
     if live is None:
         return records
     return [move for move in records if move.generation < live.generation] + [live]
@@ -45,10 +47,10 @@ def record_if_possible(store: ObjectStore, pointer: Pointer) -> None:
         _log.warning("generation %d is live; its copy in the history follows later: %s", pointer.generation, error)
 
 
-def find_record(store: ObjectStore, model: str, channel: str, generation: int) -> Pointer | None:
+def find_record(channel: Channel, generation: int) -> Pointer | None:
     """The record of one move; None where the history lacks it, as it may lack the last move's for a moment."""
-    key = record_key(model, channel, generation)
-    found = store.get(key)
+    key = record_key(channel.model, channel.name, generation)
+    found = channel.store.get(key)
     return None if found is None else decode_pointer(found[0], key)
 
 
@@ -59,8 +61,8 @@ def read_record(store: ObjectStore, key: str) -> Pointer:
     return decode_pointer(found[0], key)
 
 
-def first_generation(store: ObjectStore, model: str, channel: str) -> int:
+def first_generation(channel: Channel) -> int:
     """1, or one more than the history knows where somebody deleted the pointer."""
-    prefix = history_prefix(model, channel)
-    names = [key.removeprefix(prefix).removesuffix(".json") for key in store.list_keys(prefix)]
+    prefix = history_prefix(channel.model, channel.name)
+    names = [key.removeprefix(prefix).removesuffix(".json") for key in channel.store.list_keys(prefix)]
     return max((int(name) for name in names if name.isdecimal()), default=0) + 1

@@ -7,20 +7,21 @@ All raise RequestError for what cannot be asked for, ReleaseError for a release 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ShipError
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record
-from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
-from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.channels.timeline import rollback_target
 from train_and_ship.registry.identity import require_channel
 from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 class Target:
     """A release that is to go live on a channel, and what was live when that was decided."""
 
-    model: str
-    channel: str
+    channel: Channel
     release: str
     mlflow_version: str
     """Empty when nobody could tell."""
@@ -92,77 +92,85 @@ class Mover:
             raise RequestError('why: expected a reason for the record, such as --why "errors since 14:00", got nothing')
 
 
-def choose_rollback(store: ObjectStore, model: str, channel: str, release: str | None, tracking_uri: str) -> Target:
+def choose_rollback(channel: Channel, release: str | None) -> Target:
     """What a rollback goes back to: `release`, or what was live before this one. Reads only."""
-    require_channel(channel)
-    live = read_pointer(store, model, channel)
+    require_channel(channel.name)
+    live = read_pointer(channel)
     if release is not None:
-        _require_another(live, release)
-        return _target(store, model, channel, release, live, tracking_uri)
+        return _target(channel, release, live)
     if live is None:
-        raise RequestError(f"{model}: nothing is live on {channel!r}, so there is nothing to go back from; use --to")
-    before = rollback_target(live, lambda generation: _record_of(store, model, channel, generation))
+        raise RequestError(
+            f"{channel.model}: nothing is live on {channel.name!r}, so there is nothing to go back from; use --to"
+        )
+    before = rollback_target(live, lambda generation: _record_of(channel, generation))
     if before is None:
         raise RequestError(
-            f"{model} {channel}: expected a release that was live before {live.release}, found none; name one with --to"
+            f"{channel}: expected a release that was live before {live.release}, found none; name one with --to"
         )
     return Target(
-        model=model,
-        channel=channel,
-        release=before.release,
-        mlflow_version=before.mlflow_version,
-        live=live,
-        expects_live=True,
+        channel=channel, release=before.release, mlflow_version=before.mlflow_version, live=live, expects_live=True
     )
 
 
-def choose_promotion(store: ObjectStore, model: str, channel: str, release: str, tracking_uri: str) -> Target:
+def choose_promotion(channel: Channel, release: str) -> Target:
     """An existing release for a channel. Reads only."""
-    require_channel(channel)
-    live = read_pointer(store, model, channel)
-    _require_another(live, release)
-    return _target(store, model, channel, release, live, tracking_uri)
+    require_channel(channel.name)
+    return _target(channel, release, read_pointer(channel))
 
 
-def verify_target(
-    store: ObjectStore, target: Target, *, read_back: bool = True, public_key: Path | None = None
-) -> Verified:
+def verify_target(target: Target, *, read_back: bool = True, public_key: Path | None = None) -> Verified:
     """Check every byte of the target, or with read_back=False what the store says of its files. Reads only.
 
     public_key: file (PEM) of the key that has to have signed it; None asks for no signature.
     """
-    manifest = verify_release(store, target.model, target.release, read_back=read_back)
+    store = target.channel.store
+    manifest = verify_release(store, target.channel.model, target.release, read_back=read_back)
     how = "read back and hashed" if read_back else "checked by what the store says of them"
     said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
     signed = require_signer(store, manifest, public_key)
     return Verified(target=target, manifest=manifest, verdicts={"bytes": said, **signed})
 
 
-def roll_back(store: ObjectStore, verified: Verified, mover: Mover) -> Pointer:
+def ask_rollback(channel: Channel, to: str, public_key: Path | None, *, read_back: bool = True) -> Verified:
+    """Resolve, choose and verify what a rollback goes back to. Reads only.
+
+    Args:
+        channel: what is to move.
+        to: names a release, as `resolve_release` takes it; empty for what was live before.
+        public_key: as in `verify_target`.
+        read_back: as in `verify_target`.
+    """
+    release = resolve_release(channel, to) if to else None
+    return verify_target(choose_rollback(channel, release), read_back=read_back, public_key=public_key)
+
+
+def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Verified:
+    """Resolve, choose and verify the release that `source` names, by what the store says of it. Reads only.
+
+    Whoever tries it before it goes live reads its files. Arguments: as of `ask_rollback`.
+    """
+    target = choose_promotion(channel, resolve_release(channel, source))
+    return verify_target(target, read_back=False, public_key=public_key)
+
+
+def roll_back(verified: Verified, mover: Mover) -> Pointer:
     """Move the channel to the target. No gate is asked, and what is live may be broken.
 
     RequestError when the target expects what was live, and something else went live meanwhile.
     """
+    move = replace(_move_of(verified, mover), kind=ROLLBACK)
     target = verified.target
-    return _move(store, verified, mover, kind=ROLLBACK, replacing=lambda live: _require_unchanged(target, live))
+    return move_channel(target.channel, move, accept=None, replacing=lambda live: _require_unchanged(target, live))
 
 
-def promote_existing(
-    store: ObjectStore,
-    verified: Verified,
-    mover: Mover,
-    *,
-    gates: bool = True,
-    again: bool = False,
-    verdicts: Mapping[str, str] | None = None,
-) -> Pointer:
+def promote_existing(verified: Verified, mover: Mover, *, gates: bool = True, again: bool = False) -> Pointer:
     """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`: GateError.
 
     gates: False leaves them out, which the record says. again: also a release that a rollback has just left.
-    verdicts: more for the record. Raises OtherLive when the target was measured beside a release that is not live.
+    Raises OtherLive when the target was measured beside a release that is not live.
     """
     target = verified.target
-    job = release_job(store, target) if gates else None
+    job = release_job(target) if gates else None
 
     def accept(live: Pointer | None, manifest: Manifest | None) -> Mapping[str, str]:
         if job is None or live is None or manifest is None:
@@ -176,15 +184,10 @@ def promote_existing(
         if gates and verified.scored is not None and verified.scored.live != (live.release if live else ""):
             raise OtherLive(live)
 
-    return _move(
-        store,
-        verified,
-        mover,
-        kind=PROMOTION,
-        replacing=replacing,
-        accept=accept if gates else None,
-        verdicts={**(verdicts or {}), **({} if gates else {"vs_live": "not asked"})},
-    )
+    move = _move_of(verified, mover)
+    if not gates:
+        move = replace(move, verdicts={**move.verdicts, "vs_live": "not asked"})
+    return move_channel(target.channel, move, accept=accept if gates else None, replacing=replacing)
 
 
 def require_not_rolled_back(release: str, live: Pointer | None) -> None:
@@ -197,7 +200,7 @@ def require_not_rolled_back(release: str, live: Pointer | None) -> None:
         )
 
 
-def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, begun: str) -> None:
+def require_not_stale(channel: Channel, release: str, live: Pointer | None, begun: str) -> None:
     """Raises GateError when what is live comes from a run that was begun later than the one that made `release`.
 
     begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it. What is live
@@ -208,7 +211,7 @@ def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, be
     if live is None or live.release == release:
         return
     try:
-        later = str(read_release_record(store, live.model, live.release).document(LINEAGE).get("begun", ""))
+        later = str(read_release_record(channel.store, live.model, live.release).document(LINEAGE).get("begun", ""))
     except ReleaseError:
         return
     if later > begun:
@@ -218,14 +221,14 @@ def require_not_stale(store: ObjectStore, release: str, live: Pointer | None, be
         )
 
 
-def release_job(store: ObjectStore, target: Target) -> Job:
+def release_job(target: Target) -> Job:
     """The job that made the target. Raises GateError when it cannot be read, for then its gates cannot be asked."""
     from pydantic import ValidationError
 
     from train_and_ship.registry.job.job import Job
 
-    key = release_prefix(target.model, target.release) + JOB
-    found = store.get(key)
+    key = release_prefix(target.channel.model, target.release) + JOB
+    found = target.channel.store.get(key)
     try:
         if found is None:
             raise ReleaseError(f"{key}: expected the job that made the release, got none")
@@ -247,36 +250,31 @@ def described(live: Pointer | None) -> str:
 # ---- below
 
 
-def _target(
-    store: ObjectStore, model: str, channel: str, release: str, live: Pointer | None, tracking_uri: str
-) -> Target:
+def _target(channel: Channel, release: str, live: Pointer | None) -> Target:
+    if live is not None and live.release == release:
+        raise RequestError(f"{channel}: {described(live)} already; nothing was moved")
     try:
-        version = version_of(model_registry(tracking_uri), model, release, "") or ""
+        version = version_of(model_registry(channel.tracking_uri), channel.model, release, "") or ""
     except ShipError:
         # The record then names none, and the alias is found by the release, once MLflow is back.
         version = ""
-    return Target(model=model, channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
+    return Target(channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
 
 
 def _require_unchanged(target: Target, live: Pointer | None) -> None:
     if target.expects_live and live != target.live:
         raise RequestError(
-            f"{target.model} {target.channel}: not moved, because somebody else moved it meanwhile: {described(live)}. "
+            f"{target.channel}: not moved, because somebody else moved it meanwhile: {described(live)}. "
             "Look again, then ask again if you still want to"
         )
 
 
-def _require_another(live: Pointer | None, release: str) -> None:
-    if live is not None and live.release == release:
-        raise RequestError(f"{live.model} {live.channel}: {described(live)} already; nothing was moved")
-
-
-def _record_of(store: ObjectStore, model: str, channel: str, generation: int) -> Pointer:
-    move = find_record(store, model, channel, generation)
+def _record_of(channel: Channel, generation: int) -> Pointer:
+    move = find_record(channel, generation)
     if move is None:
         raise RequestError(
-            f"{model} {channel}: the record of generation {generation} is lost, so what was live before is not known; "
-            f"name a release with --to, or try `ship doctor {model}` first"
+            f"{channel}: the record of generation {generation} is lost, so what was live before is not known; "
+            f"name a release with --to, or try `ship doctor {channel.model}` first"
         )
     return move
 
@@ -307,28 +305,12 @@ def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Ma
     return {"vs_live": f"{compared} (live {live.release})", **more}
 
 
-def _move(
-    store: ObjectStore,
-    verified: Verified,
-    mover: Mover,
-    *,
-    kind: str,
-    replacing: Callable[[Pointer | None], None],
-    accept: Callable[[Pointer | None, Manifest | None], Mapping[str, str]] | None = None,
-    verdicts: Mapping[str, str] | None = None,
-) -> Pointer:
-    target = verified.target
-    return move_channel(
-        store,
-        verified.manifest,
-        model=target.model,
-        channel=target.channel,
+def _move_of(verified: Verified, mover: Mover) -> Move:
+    return Move(
+        manifest=verified.manifest,
         reason=mover.why,
         moved_by=mover.by,
         flow_run=mover.flow_run,
-        mlflow_version=target.mlflow_version,
-        accept=accept,
-        replacing=replacing,
-        kind=kind,
-        verdicts={**verified.verdicts, **(verdicts or {})},
+        mlflow_version=verified.target.mlflow_version,
+        verdicts=verified.verdicts,
     )

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.identity import canonical_json, is_name, is_release_id
+
+
+class MoveKind(StrEnum):
+    """Why a channel moved; written into records."""
+
+    PROMOTION = ""
+    ROLLBACK = "rollback"
+    """Away from a release that disappointed."""
+
+
+PROMOTION, ROLLBACK = MoveKind.PROMOTION, MoveKind.ROLLBACK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +48,7 @@ class Pointer:
     """Id of the flow run that moved it; empty outside a flow."""
     mlflow_version: str
     """Version of the model in MLflow; empty when it has none."""
-    kind: str = ""
-    """`rollback` for a move away from a release that disappointed; empty for a promotion."""
+    kind: MoveKind = PROMOTION
     verdicts: Mapping[str, str] = field(default_factory=dict)
     """What was proven before the move, by gate, in words."""
     etag: str = field(default="", compare=False)
@@ -54,8 +65,6 @@ class Pointer:
         return canonical_json(record)
 
 
-PROMOTION, ROLLBACK = "", "rollback"
-
 _POINTER_FORMAT = 1
 _TEXTS = (
     *("model", "channel", "release", "manifest_sha256", "nonce"),
@@ -63,15 +72,15 @@ _TEXTS = (
 )
 
 
-def read_pointer(store: ObjectStore, model: str, channel: str) -> Pointer | None:
+def read_pointer(channel: Channel) -> Pointer | None:
     """What is live on a channel, with the ETag it was read under; None on an unused channel."""
-    key = pointer_key(model, channel)
-    found = store.get(key)
+    key = pointer_key(channel.model, channel.name)
+    found = channel.store.get(key)
     if found is None:
         return None
     pointer = decode_pointer(found[0], key)
-    if (pointer.model, pointer.channel) != (model, channel):
-        raise ReleaseError(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
+    if (pointer.model, pointer.channel) != (channel.model, channel.name):
+        raise ReleaseError(f"{key}: expected the pointer of {channel}, got {pointer.model} {pointer.channel}")
     return replace(pointer, etag=found[1])
 
 
@@ -85,10 +94,10 @@ def decode_pointer(encoded: bytes, key: str) -> Pointer:
             **{name: document[name] for name in _TEXTS},
             generation=document["generation"],
             previous=document["previous"],
-            kind=document.get("kind", PROMOTION),
+            kind=MoveKind(document.get("kind", PROMOTION)),
             verdicts=document.get("verdicts", {}),
         )
-        texts = [pointer.previous or "", pointer.kind, *(getattr(pointer, name) for name in _TEXTS)]
+        texts = [pointer.previous or "", *(getattr(pointer, name) for name in _TEXTS)]
         texts += [text for item in pointer.verdicts.items() for text in item]
         if not all(isinstance(text, str) for text in texts) or type(pointer.generation) is not int:
             raise TypeError("a value of another type")

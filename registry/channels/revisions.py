@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from train_and_ship.infra.errors import RequestError
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.catalog import channels, releases
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.identity import is_name
 from train_and_ship.registry.tracking.rest import model_registry
 
 SHORTEST_ID = 4
@@ -23,17 +25,18 @@ _VERSION = re.compile(r"v([1-9]\d*)")
 _ID = re.compile(rf"[0-9a-f]{{{SHORTEST_ID},}}")
 
 
-def resolve_release(store: ObjectStore, model: str, text: str, tracking_uri: str) -> str:
-    """The id of the release that `text` names; a channel's name comes before anything else.
+def resolve_release(channel: Channel, text: str) -> str:
+    """The id of the release of the channel's model that `text` names; a channel's name comes before anything else.
 
     MLflow is asked about versions only. Raises RequestError when it names none, or more than one.
     """
+    store, model = channel.store, channel.model
     if (ago := _AGO.fullmatch(text)) is not None:
-        return _moves_ago(store, model, ago["channel"], int(ago["moves"]))
-    if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", text) and (live := read_pointer(store, model, text)) is not None:
+        return _moves_ago(replace(channel, name=ago["channel"]), int(ago["moves"]))
+    if is_name(text) and (live := read_pointer(replace(channel, name=text))) is not None:
         return live.release
     if (version := _VERSION.fullmatch(text)) is not None:
-        release = model_registry(tracking_uri).release(model, version[1])
+        release = model_registry(channel.tracking_uri).release(model, version[1])
         if release is None:
             raise RequestError(f"{model}: MLflow has no version {version[1]} of a release")
         return release
@@ -46,24 +49,23 @@ def resolve_release(store: ObjectStore, model: str, text: str, tracking_uri: str
     raise RequestError(f"{model}: expected {GRAMMAR}; got {text!r}, which is none of them. Channels: {known}")
 
 
-def _moves_ago(store: ObjectStore, model: str, channel: str, moves: int) -> str:
-    live = read_pointer(store, model, channel)
+def _moves_ago(channel: Channel, moves: int) -> str:
+    live = read_pointer(channel)
     if live is None:
-        known = ", ".join(channels(store, model)) or "none"
-        raise RequestError(f"{model}: nothing is live on {channel!r}; channels: {known}")
+        known = ", ".join(channels(channel.store, channel.model)) or "none"
+        raise RequestError(f"{channel.model}: nothing is live on {channel.name!r}; channels: {known}")
     if moves == 0:
         return live.release
     wanted = live.generation - moves
     if wanted < 1:
-        raise RequestError(
-            f"{model}: {channel}~{moves} is before the first move, which is {channel}~{live.generation - 1}"
-        )
-    if (move := find_record(store, model, channel, wanted)) is not None:
+        first = f"{channel.name}~{live.generation - 1}"
+        raise RequestError(f"{channel.model}: {channel.name}~{moves} is before the first move, which is {first}")
+    if (move := find_record(channel, wanted)) is not None:
         return move.release
-    later = live if moves == 1 else find_record(store, model, channel, wanted + 1)
+    later = live if moves == 1 else find_record(channel, wanted + 1)
     if later is not None and later.previous is not None:
         # Its own record is lost; whoever replaced it says what it was.
         return later.previous
     raise RequestError(
-        f"{model} {channel}~{moves}: the records of generation {wanted} and of the next are lost; name a release"
+        f"{channel}~{moves}: the records of generation {wanted} and of the next are lost; name a release"
     )

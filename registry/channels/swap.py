@@ -11,15 +11,18 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum, auto
 
 from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import read_manifest, verify_release
 from train_and_ship.registry.bucket.tombstones import SHORTEST_GRACE, State, boot_seconds, claim, read_tombstone
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import (
     first_generation,
     read_record,
@@ -27,7 +30,7 @@ from train_and_ship.registry.channels.history import (
     record_if_possible,
     record_key,
 )
-from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, MoveKind, Pointer, read_pointer
 from train_and_ship.registry.release.manifest import Manifest
 
 MOVE_CONFLICTS = 50
@@ -45,126 +48,199 @@ Accept = Callable[[Pointer | None, Manifest | None], Mapping[str, str] | None]
 
 Returns verdicts for the record of the move: gate to what was found, in words.
 """
+Replacing = Callable[[Pointer | None], None]
+"""Given what is live, None on an unused channel; raises whatever is to keep it."""
 
 
-def read_live(store: ObjectStore, model: str, channel: str) -> tuple[Pointer | None, Manifest | None]:
-    """What is live on a channel and its manifest; ReleaseError when its manifest is missing or altered."""
-    pointer = read_pointer(store, model, channel)
-    return pointer, _live_manifest(store, pointer)
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """A release that is to go live, and what the record says of its move."""
+
+    manifest: Manifest
+    reason: str
+    moved_by: str
+    flow_run: str = ""
+    """Id of the flow run that moves it; empty outside a flow."""
+    mlflow_version: str = ""
+    """Version of the model in MLflow; empty when it has none."""
+    kind: MoveKind = PROMOTION
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    """What was proven before, by gate, in words."""
+    etags: Mapping[str, str] | None = None
+    """Of its files, as `verify_release` takes them."""
 
 
-def move_channel(
-    store: ObjectStore,
-    manifest: Manifest,
-    *,
-    model: str,
-    channel: str,
-    reason: str,
-    moved_by: str,
-    flow_run: str,
-    mlflow_version: str,
-    accept: Accept | None,
-    etags: Mapping[str, str] | None = None,
-    replacing: Callable[[Pointer | None], None] | None = None,
-    kind: str = PROMOTION,
-    verdicts: Mapping[str, str] | None = None,
-) -> Pointer:
+class Outcome(Enum):
+    """What came of one attempt to move a channel."""
+
+    LIVE = auto()
+    """The release is live: by this move, also when others followed it, or by an earlier one."""
+    WRITTEN = auto()
+    """The store acknowledged our pointer. A 200 is believed when it is seen: read it back at once."""
+    CONFLICT = auto()
+    """Another was faster, or it is ours and the reply was lost: reading tells."""
+    FAULT = auto()
+    """The store did not answer, or answered with a fault that may pass."""
+
+
+def move_channel(channel: Channel, move: Move, *, accept: Accept | None, replacing: Replacing | None = None) -> Pointer:
     """Make a published release live on a channel, once, atomically. Writes; can be repeated.
 
-    `accept` is asked about what is live, and again whenever that has changed before our move; None asks nobody and
-    reads nothing of the live release, which may be broken. `replacing` is asked likewise, and about the pointer only.
-    A channel that has this release already is left as it is. etags: as in `verify_release`.
+    A channel that has this release already is left as it is.
 
-    Returns the pointer that this call, or an earlier one, wrote. It was live, but another mover may have followed.
-    Raises ReleaseError when the release is incomplete or is not what `manifest` says, GateError from `accept`,
-    StoreRefused for a store without conditional writes, and ServiceError when it could not be done, or not be told,
-    after several attempts: then call again.
+    Args:
+        channel: what moves.
+        move: the release, and what the record says.
+        accept: asked about what is live, and again whenever that has changed before our move. None asks nobody and
+            reads nothing of the live release, which may be broken.
+        replacing: asked likewise, and about the pointer only.
+
+    Returns:
+        The pointer that this call, or an earlier one, wrote. It was live, but another mover may have followed.
+
+    Raises:
+        ReleaseError: the release is incomplete, or is not what its manifest says.
+        GateError: from `accept`.
+        StoreRefused: the store has no conditional writes.
+        ServiceError: it could not be done, or not be told, after several attempts: then call again.
     """
-    store.probe()
-    release, manifest_sha256 = manifest.release, manifest.sha256()
-    claim(store, model, release, publishing=False)
-    claimed = boot_seconds()
-    stored = verify_release(store, model, release, etags=etags)
-    if stored.sha256() != manifest_sha256:
-        raise ReleaseError(f"release {release} of {model}: the bucket has the same files with another description")
-    nonce = uuid.uuid4().hex
-    tried: Pointer | None = None
-    replaced: Pointer | None = None
-    accepted: str | None = None
-    found: Mapping[str, str] = {}
-    acknowledged = False
-    conflicts = faults = 0
-    while True:
-        try:
-            live = read_pointer(store, model, channel)
-            if tried is not None and (mine := _outcome(store, tried, live)) is not None:
-                record_if_possible(store, mine)
-                if boot_seconds() - claimed > CLAIM_HOLDS_SECONDS and live == mine:
-                    _require_not_deleted(store, mine, replaced)
-                return mine
-            if acknowledged:
-                raise ReleaseError(
-                    f"{model} {channel}: the store acknowledged generation {tried.generation if tried else 0}, "
-                    f"but what is live is {live}: it does not keep what it promised"
-                )
-            if live is not None:
-                # Before it is replaced: its own mover may have died.
-                record(store, live, probably_there=True)
-                if (live.release, live.manifest_sha256) == (release, manifest_sha256):
-                    return live
-            if accepted != _version(live):
-                if replacing is not None:
-                    replacing(live)
-                if accept is not None:
-                    found = accept(live, _live_manifest(store, live)) or {}
-                accepted = _version(live)
-            tried = Pointer(
-                model=model,
-                channel=channel,
-                generation=live.generation + 1 if live else first_generation(store, model, channel),
-                release=release,
-                manifest_sha256=manifest_sha256,
-                previous=live.release if live else None,
-                nonce=nonce,
-                moved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                moved_by=moved_by,
-                reason=reason,
-                flow_run=flow_run,
-                mlflow_version=mlflow_version,
-                kind=kind,
-                verdicts={**(verdicts or {}), **found},
-            )
-            if boot_seconds() - claimed > CLAIM_FRESH_SECONDS:
-                claim(store, model, release, publishing=False)
-                claimed = boot_seconds()
-            replaced = live
-            _put_pointer(store, tried, live)
-            # Read back at once: a 200 is believed when it is seen.
-            acknowledged = True
-        except PreconditionFailed as error:
-            # Another was faster, or it is ours and the reply was lost: reading tells.
-            conflicts += 1
-            if conflicts >= MOVE_CONFLICTS:
-                raise ServiceError(
-                    f"{model} {channel}: not moved: others moved it {conflicts} times while this was tried"
-                ) from error
-            _pause(conflicts)
-        except ServiceError as error:
-            faults += 1
-            if not error.retryable or faults >= MOVE_FAULTS:
-                raise
-            _pause(faults)
+    mover = _Mover(channel, move, accept, replacing)
+    mover.prepare()
+    times: Counter[Outcome] = Counter()
+    while (outcome := mover.attempt()) is not Outcome.LIVE:
+        times[outcome] += 1
+        if outcome is Outcome.CONFLICT and times[outcome] >= MOVE_CONFLICTS:
+            raise ServiceError(
+                f"{channel}: not moved: others moved it {times[outcome]} times while this was tried"
+            ) from mover.error
+        if outcome is Outcome.FAULT and times[outcome] >= MOVE_FAULTS:
+            raise mover.error
+        if outcome is not Outcome.WRITTEN:
+            _pause(times[outcome])
+    assert mover.live is not None
+    return mover.live
 
 
 # ---- below
 
 
-def _require_not_deleted(store: ObjectStore, mine: Pointer, replaced: Pointer | None) -> None:
+class _Mover:
+    """One move of a channel, from one attempt to the next."""
+
+    def __init__(self, channel: Channel, move: Move, accept: Accept | None, replacing: Replacing | None) -> None:
+        self._channel, self._move, self._accept, self._replacing = channel, move, accept, replacing
+        self._release, self._sha256 = move.manifest.release, move.manifest.sha256()
+        self._nonce = uuid.uuid4().hex
+        self._claimed = 0.0
+        """By the clock of `boot_seconds`."""
+        self._tried: Pointer | None = None
+        """What was sent last, whatever came of it."""
+        self._acknowledged = False
+        """The store says that it wrote it."""
+        self._asked: str | None = None
+        """The version of what is live that `accept` and `replacing` agreed to replace; None before they were asked."""
+        self._found: Mapping[str, str] = {}
+        """What `accept` returned then."""
+        self._replaced: Pointer | None = None
+        """What was live when `_tried` was sent."""
+        self.live: Pointer | None = None
+        """What was read last, and at the end what is returned."""
+        self.error: PreconditionFailed | ServiceError = ServiceError("not tried yet")
+        """Why the last attempt did not move it."""
+
+    def prepare(self) -> None:
+        """Once, before the first attempt: nobody deletes the release from here on, and it is complete. Writes."""
+        store, model = self._channel.store, self._channel.model
+        store.probe()
+        self._claim()
+        stored = verify_release(store, model, self._release, etags=self._move.etags)
+        if stored.sha256() != self._sha256:
+            raise ReleaseError(
+                f"release {self._release} of {model}: the bucket has the same files with another description"
+            )
+
+    def attempt(self) -> Outcome:
+        """Read what is live; unless that settles it, record it, ask, and try to replace it. Writes."""
+        try:
+            self.live = live = read_pointer(self._channel)
+            if self._tried is not None and (mine := _as_written(self._channel, self._tried, live)) is not None:
+                self._finish(mine)
+                return Outcome.LIVE
+            if self._acknowledged:
+                raise ReleaseError(
+                    f"{self._channel}: the store acknowledged generation {self._tried.generation if self._tried else 0}"
+                    f", but what is live is {live}: it does not keep what it promised"
+                )
+            if live is not None:
+                # Before it is replaced: its own mover may have died.
+                record(self._channel.store, live, probably_there=True)
+                if (live.release, live.manifest_sha256) == (self._release, self._sha256):
+                    return Outcome.LIVE
+            self._ask(live)
+            self._put(live)
+            self._acknowledged = True
+            return Outcome.WRITTEN
+        except PreconditionFailed as error:
+            self.error = error
+            return Outcome.CONFLICT
+        except ServiceError as error:
+            if not error.retryable:
+                raise
+            self.error = error
+            return Outcome.FAULT
+
+    def _claim(self) -> None:
+        claim(self._channel.store, self._channel.model, self._release, publishing=False)
+        self._claimed = boot_seconds()
+
+    def _ask(self, live: Pointer | None) -> None:
+        """Once about each thing that is live."""
+        version = live.nonce if live else ""
+        if self._asked == version:
+            return
+        if self._replacing is not None:
+            self._replacing(live)
+        if self._accept is not None:
+            self._found = self._accept(live, _live_manifest(self._channel, live)) or {}
+        self._asked = version
+
+    def _put(self, live: Pointer | None) -> None:
+        move = self._move
+        self._tried = Pointer(
+            model=self._channel.model,
+            channel=self._channel.name,
+            generation=live.generation + 1 if live else first_generation(self._channel),
+            release=self._release,
+            manifest_sha256=self._sha256,
+            previous=live.release if live else None,
+            nonce=self._nonce,
+            moved_at=_now(),
+            moved_by=move.moved_by,
+            reason=move.reason,
+            flow_run=move.flow_run,
+            mlflow_version=move.mlflow_version,
+            kind=move.kind,
+            verdicts={**move.verdicts, **self._found},
+        )
+        if boot_seconds() - self._claimed > CLAIM_FRESH_SECONDS:
+            self._claim()
+        self._replaced = live
+        _put_pointer(self._channel.store, self._tried, live)
+
+    def _finish(self, mine: Pointer) -> None:
+        """Our move took place: record it, and move back if the release was deleted before. Writes."""
+        record_if_possible(self._channel.store, mine)
+        if boot_seconds() - self._claimed > CLAIM_HOLDS_SECONDS and self.live == mine:
+            _require_not_deleted(self._channel, mine, self._replaced)
+        self.live = mine
+
+
+def _require_not_deleted(channel: Channel, mine: Pointer, replaced: Pointer | None) -> None:
     """For a mover that stood still between its claim and its move: move back if the release is gone. Writes.
 
     Raises ReleaseError in that case.
     """
-    stone = read_tombstone(store, mine.model, mine.release)
+    stone = read_tombstone(channel.store, mine.model, mine.release)
     if stone is None or stone.state in (State.KEPT, State.MARKED):
         return
     outcome = "nothing was live before, so this channel has no usable release now"
@@ -174,24 +250,24 @@ def _require_not_deleted(store: ObjectStore, mine: Pointer, replaced: Pointer | 
             generation=mine.generation + 1,
             previous=mine.release,
             nonce=uuid.uuid4().hex,
-            moved_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            moved_at=_now(),
             reason=f"release {mine.release} was deleted by `ship gc` while its mover stood still",
             kind=ROLLBACK,
             verdicts={},
         )
         outcome = f"the channel went back to {replaced.release}"
         try:
-            record(store, mine)
-            _put_pointer(store, back, mine)
+            record(channel.store, mine)
+            _put_pointer(channel.store, back, mine)
         except PreconditionFailed:
             outcome = "another mover has followed"
     raise ReleaseError(
-        f"{mine.model} {mine.channel}: release {mine.release} was deleted by `ship gc` while its mover stood still for "
+        f"{channel}: release {mine.release} was deleted by `ship gc` while its mover stood still for "
         f"more than {CLAIM_HOLDS_SECONDS / 60:.0f} minutes; {outcome}"
     )
 
 
-def _outcome(store: ObjectStore, tried: Pointer, live: Pointer | None) -> Pointer | None:
+def _as_written(channel: Channel, tried: Pointer, live: Pointer | None) -> Pointer | None:
     """The pointer as our attempt wrote it, when it took place: still live, or in the history if others followed."""
     if live is None or live.generation < tried.generation:
         return None
@@ -200,8 +276,7 @@ def _outcome(store: ObjectStore, tried: Pointer, live: Pointer | None) -> Pointe
     if live.generation == tried.generation:
         return None
     # Whoever replaced ours made sure first that it is there.
-    key = record_key(tried.model, tried.channel, tried.generation)
-    recorded = read_record(store, key)
+    recorded = read_record(channel.store, record_key(tried.model, tried.channel, tried.generation))
     return recorded if recorded.nonce == tried.nonce else None
 
 
@@ -214,19 +289,19 @@ def _put_pointer(store: ObjectStore, pointer: Pointer, live: Pointer | None) -> 
         store.replace(key, pointer.encode(), live.etag)
 
 
-def _live_manifest(store: ObjectStore, live: Pointer | None) -> Manifest | None:
+def _live_manifest(channel: Channel, live: Pointer | None) -> Manifest | None:
     if live is None:
         return None
     try:
-        return read_manifest(store, live.model, live.release, sha256=live.manifest_sha256)
+        return read_manifest(channel.store, live.model, live.release, sha256=live.manifest_sha256)
     except ReleaseError as error:
         raise ReleaseError(
-            f"the live release of {live.model} {live.channel} is broken; no candidate can be held against it: {error}"
+            f"the live release of {channel} is broken; no candidate can be held against it: {error}"
         ) from error
 
 
-def _version(live: Pointer | None) -> str:
-    return live.nonce if live else ""
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _pause(times: int) -> None:

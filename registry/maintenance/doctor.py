@@ -11,10 +11,11 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.catalog import channels, releases
 from train_and_ship.registry.bucket.keys import releases_prefix
 from train_and_ship.registry.bucket.releases import verify_release
-from train_and_ship.registry.channels.aliases import mirror_channel
+from train_and_ship.registry.channels.aliases import sync_aliases
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.maintenance.history_repair import broken_links, rebuild_history
+from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.tracking.pending_reports import send_reports
 
@@ -37,47 +38,46 @@ def examine(
     runs: folder of the model's runs on this machine, where reports wait.
     Raises SettingsError or ServiceError when the bucket does not answer.
     """
-    for channel in channels(store, model):
+    known = [Channel(store, model, name, tracking_uri) for name in channels(store, model)]
+    for channel in known:
         try:
-            yield from _channel(store, model, channel, dry_run)
+            yield from _channel(channel, dry_run)
         except ReleaseError as error:
             yield Finding(what=str(error), can_mend=False)
     yield from _incomplete(store, model)
-    for channel in channels(store, model):
-        yield from _aliases(store, model, channel, tracking_uri, dry_run)
+    for channel in known:
+        yield from _aliases(channel, dry_run)
     if runs is not None:
         yield from _reports(runs, tracking_uri, dry_run)
 
 
-def _channel(store: ObjectStore, model: str, channel: str, dry_run: bool) -> Iterator[Finding]:
-    where = f"{model} {channel}"
-    rebuilt = rebuild_history(store, model, channel, dry_run=dry_run)
-    for generation in rebuilt.exact:
-        yield Finding(what=f"{where}: the record of generation {generation} was missing", can_mend=True)
-    for generation in rebuilt.partial:
+def _channel(channel: Channel, dry_run: bool) -> Iterator[Finding]:
+    repaired = repair_history(channel, dry_run=dry_run)
+    for generation in repaired.exact:
+        yield Finding(what=f"{channel}: the record of generation {generation} was missing", can_mend=True)
+    for generation in repaired.partial:
         told = "its neighbours tell the release; who moved, when and why cannot be recovered"
-        yield Finding(what=f"{where}: the record of generation {generation} is lost; {told}", can_mend=True)
-    for generation in rebuilt.lost:
+        yield Finding(what=f"{channel}: the record of generation {generation} is lost; {told}", can_mend=True)
+    for generation in repaired.lost:
         told = f"so is that of generation {generation + 1}; what was live then cannot be recovered"
-        yield Finding(what=f"{where}: the record of generation {generation} is lost, and {told}", can_mend=False)
-    moves = read_history(store, model, channel)
+        yield Finding(what=f"{channel}: the record of generation {generation} is lost, and {told}", can_mend=False)
+    moves = read_history(channel)
     for contradiction in broken_links(moves):
-        yield Finding(what=f"{where}: {contradiction}", can_mend=False)
-    live = read_pointer(store, model, channel)
+        yield Finding(what=f"{channel}: {contradiction}", can_mend=False)
+    live = read_pointer(channel)
     if live is None:
-        back = (
-            f"`ship rollback {model} --channel {channel} --to {moves[-1].release[:8]} --why …` puts the last one back"
-        )
+        asked = f"`ship rollback {channel.model} --channel {channel.name} --to {moves[-1].release[:8]} --why …`"
+        back = f"{asked} puts the last one back"
         yield Finding(
-            what=f"{where}: nothing is live after {len(moves)} moves: its pointer is gone; {back}", can_mend=False
+            what=f"{channel}: nothing is live after {len(moves)} moves: its pointer is gone; {back}", can_mend=False
         )
         return
     try:
-        if verify_release(store, model, live.release).sha256() != live.manifest_sha256:
+        if verify_release(channel.store, channel.model, live.release).sha256() != live.manifest_sha256:
             raise ReleaseError(f"release {live.release}: its manifest was altered after it went live")
     except ReleaseError as error:
-        way_out = f"`ship rollback {model} --channel {channel} --why …`, or publish it again"
-        yield Finding(what=f"{where}: the live release is broken: {error}; {way_out}", can_mend=False)
+        way_out = f"`ship rollback {channel.model} --channel {channel.name} --why …`, or publish it again"
+        yield Finding(what=f"{channel}: the live release is broken: {error}; {way_out}", can_mend=False)
 
 
 def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
@@ -92,14 +92,14 @@ def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
             yield Finding(what=what + "or one that died; publishing it again completes it", can_mend=False)
 
 
-def _aliases(store: ObjectStore, model: str, channel: str, tracking_uri: str, dry_run: bool) -> Iterator[Finding]:
+def _aliases(channel: Channel, dry_run: bool) -> Iterator[Finding]:
     try:
-        done = mirror_channel(store, model, channel, tracking_uri, dry_run=dry_run)
+        done = sync_aliases(channel, dry_run=dry_run)
     except ReleaseError:
         # Said already.
         return
     except (ServiceError, SettingsError) as error:
-        yield Finding(what=f"{model} {channel}: the MLflow aliases could not be compared: {error}", can_mend=False)
+        yield Finding(what=f"{channel}: the MLflow aliases could not be compared: {error}", can_mend=False)
         return
     for change in done.changed:
         yield Finding(what=change, can_mend=True)

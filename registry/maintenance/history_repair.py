@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record, read_history, record
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 from train_and_ship.registry.channels.timeline import holes
@@ -23,7 +24,7 @@ REBUILT = "(record lost, rebuilt from its neighbours: who moved, when and why is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rebuilt:
+class Repaired:
     """What was, or would be, written again."""
 
     exact: tuple[int, ...] = ()
@@ -34,39 +35,39 @@ class Rebuilt:
     """Generations that nothing tells about."""
 
 
-def rebuild_history(store: ObjectStore, model: str, channel: str, *, dry_run: bool = False) -> Rebuilt:
+def repair_history(channel: Channel, *, dry_run: bool = False) -> Repaired:
     """Write every missing record that can be found out. Writes unless dry_run; can be repeated."""
     exact, partial, lost = [], [], []
-    known = {move.generation: move for move in read_history(store, model, channel)}
-    live = read_pointer(store, model, channel)
-    if live is not None and find_record(store, model, channel, live.generation) is None:
+    known = {move.generation: move for move in read_history(channel)}
+    live = read_pointer(channel)
+    if live is not None and find_record(channel, live.generation) is None:
         exact.append(live)
     missing = holes([known[generation] for generation in sorted(known)])
-    kept = _kept_versions(store, model, channel) if missing else {}
+    kept = _kept_versions(channel) if missing else {}
     # Backwards: a record says what it replaced.
     for generation in reversed(missing):
         if generation in kept:
             exact.append(kept[generation])
         elif (later := known.get(generation + 1)) is not None and later.previous is not None:
-            partial.append(_between(store, known.get(generation - 1), later))
+            partial.append(_between(channel.store, known.get(generation - 1), later))
         else:
             lost.append(generation)
             continue
         known[generation] = (exact if generation in kept else partial)[-1]
     if not dry_run:
         for move in (*exact, *partial):
-            record(store, move)
-    return Rebuilt(exact=_numbers(exact), partial=_numbers(partial), lost=tuple(sorted(lost)))
+            record(channel.store, move)
+    return Repaired(exact=_numbers(exact), partial=_numbers(partial), lost=tuple(sorted(lost)))
 
 
 def _numbers(moves: Iterable[Pointer]) -> tuple[int, ...]:
     return tuple(sorted(move.generation for move in moves))
 
 
-def _kept_versions(store: ObjectStore, model: str, channel: str) -> dict[int, Pointer]:
+def _kept_versions(channel: Channel) -> dict[int, Pointer]:
     """The pointer as it was at each generation, where the bucket keeps versions."""
-    key = pointer_key(model, channel)
-    found = [decode_pointer(body, key) for body in store.get_versions(key)]
+    key = pointer_key(channel.model, channel.name)
+    found = [decode_pointer(body, key) for body in channel.store.get_versions(key)]
     return {move.generation: move for move in found}
 
 

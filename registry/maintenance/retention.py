@@ -26,6 +26,7 @@ from train_and_ship.registry.bucket.tombstones import (
     read_tombstone,
     read_tombstones,
 )
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
@@ -134,12 +135,12 @@ def _decision(
 def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> dict[str, str]:
     """Why each release has to stay, by release."""
     needed: dict[str, str] = {}
-    for channel in channels(store, model):
+    for channel in (Channel(store, model, name) for name in channels(store, model)):
         last: set[str] = set()
         later: Pointer | None = None
-        for move in _newest_first(store, model, channel):
+        for move in _newest_first(channel):
             if later is None:
-                needed[move.release] = f"live on {channel}"
+                needed[move.release] = f"live on {channel.name}"
                 recent = True
             else:
                 off = moved_at(later)
@@ -147,30 +148,30 @@ def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> di
                 recent = off is None or now - off < policy.slowest_reader
             if len(last) < policy.keep_last:
                 last.add(move.release)
-                needed.setdefault(move.release, f"among the last {policy.keep_last} of {channel}")
+                needed.setdefault(move.release, f"among the last {policy.keep_last} of {channel.name}")
             elif recent:
-                needed.setdefault(move.release, f"still live on {channel} less than {policy.slowest_reader} ago")
+                needed.setdefault(move.release, f"still live on {channel.name} less than {policy.slowest_reader} ago")
             else:
                 break
             later = move
     return needed
 
 
-def _newest_first(store: ObjectStore, model: str, channel: str) -> Iterator[Pointer]:
+def _newest_first(channel: Channel) -> Iterator[Pointer]:
     """The moves of a channel, read as far back as they are asked for."""
-    move = read_pointer(store, model, channel)
+    move = read_pointer(channel)
     if move is None:
         raise ReleaseError(
-            f"{model} {channel}: nothing is live, and its history is not empty; what has to be kept cannot be told. "
-            f"`ship doctor {model}` says more"
+            f"{channel}: nothing is live, and its history is not empty; what has to be kept cannot be told. "
+            f"`ship doctor {channel.model}` says more"
         )
     yield move
     while move.generation > 1:
-        before = find_record(store, model, channel, move.generation - 1)
+        before = find_record(channel, move.generation - 1)
         if before is None:
             raise ReleaseError(
-                f"{model} {channel}: the record of generation {move.generation - 1} is lost; what has to be kept "
-                f"cannot be told. `ship doctor {model}` rebuilds what can be"
+                f"{channel}: the record of generation {move.generation - 1} is lost; what has to be kept "
+                f"cannot be told. `ship doctor {channel.model}` rebuilds what can be"
             )
         move = before
         yield move
@@ -200,7 +201,7 @@ def _delete(store: ObjectStore, model: str, release: str, stone: Tombstone | Non
     # From here on nobody can claim it.
     stone = change(store, stone, model=model, release=release, state=State.DELETING, at=store.now())
     for channel in channels(store, model):
-        live = read_pointer(store, model, channel)
+        live = read_pointer(Channel(store, model, channel))
         if live is not None and live.release == release:
             change(store, stone, model=model, release=release, state=State.KEPT, at=store.now())
             return f"live on {channel} meanwhile"

@@ -10,6 +10,7 @@ from tests.support.prefect_api import Api
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 
@@ -26,7 +27,7 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     )
     first = api.start("train-and-ship", job=str(job))
     api.wait(first, "Paused")
-    assert read_pointer(store, "asked", "prod") is None
+    assert read_pointer(Channel(store, "asked", "prod")) is None
     # The person has the whole report before there is an answer.
     assert "All gates passed, and a person decides." in report_in_mlflow(stack, "asked", "1")
     (shown,) = reports_in_prefect(api, first)
@@ -36,7 +37,7 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     yes = command("ship", "approve", first, "--by", "grace", "--comment", "looks good")
     assert yes.status == 0 and f"approved by grace: {stack.prefect_ui_url}" in yes.output, yes.text
     api.wait(first, "Completed")
-    live = read_pointer(store, "asked", "prod")
+    live = read_pointer(Channel(store, "asked", "prod"))
     assert live is not None and live.verdicts["approved"] == "by grace: looks good"
     assert "a person decides" not in report_in_mlflow(stack, "asked", "1")
     assert "by grace: looks good" in reports_in_prefect(api, first)[-1]
@@ -48,7 +49,7 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     assert no.status == 0, no.text
     kept = api.wait(second, "Kept")
     assert kept["state_type"] == "COMPLETED"
-    assert read_pointer(store, "asked", "prod") == live
+    assert read_pointer(Channel(store, "asked", "prod")) == live
 
     again = command("ship", "approve", second)
     assert again.status == 2 and "expected one that waits for approval, this one is Kept" in again.errors

@@ -16,6 +16,7 @@ from torchworker.stages import cpp
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.tasks.cpp import RUNS
 
@@ -39,7 +40,7 @@ def test_a_compiled_release_is_proven_without_python_and_promoted(
     )
     ended = command("ship", "run", str(job))
     assert ended.status == 0, ended.text
-    pointer = read_pointer(store, "compiled", "prod")
+    pointer = read_pointer(Channel(store, "compiled", "prod"))
     assert pointer is not None
     release = tmp_path / "release"
     assert fetch_release(store, "compiled", pointer.release, release).formats == {"aoti": "model.aoti.pt2"}

@@ -15,6 +15,7 @@ from tests.support.flow_runs import flow_run_of, read_run, refused
 from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 
@@ -39,7 +40,7 @@ def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(
     ended = command("ship", "run", str(path))
     assert ended.status == 0, ended.text
     assert "Traceback" not in ended.text
-    pointer = read_pointer(store, job["name"], "prod")
+    pointer = read_pointer(Channel(store, job["name"], "prod"))
     assert pointer is not None
     prefix = f"models/{job['name']}/releases/{pointer.release}"
     lineage = json.loads(store.get(f"{prefix}/lineage.json")[0])

@@ -11,6 +11,7 @@ from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 RECALL = """
@@ -44,7 +45,7 @@ def test_a_metric_in_user_code_is_gated_on_each_artifact_and_recorded(
         ended = command("ship", "run", path)
         assert ended.status == 0, ended.text
     assert ended.text.count("recall_of_2") >= 2
-    pointer = read_pointer(store, "recalled", "prod")
+    pointer = read_pointer(Channel(store, "recalled", "prod"))
     assert pointer is not None and pointer.generation in (1, 2)
     assert 0 <= read_manifest(store, "recalled", pointer.release).metrics["recall_of_2"] <= 1
 

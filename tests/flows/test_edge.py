@@ -14,6 +14,7 @@ from tests.support.fixture_types import Command
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 if importlib.util.find_spec("executorch") is None:
@@ -52,7 +53,7 @@ def test_a_program_for_devices_is_proven_measured_rehearsed_and_pulled(
     assert "batch: 1 to 20" in ended.output and "executorch: model.pte" in ended.output
     ended = command("ship", "run", str(job))
     assert ended.status == 0, ended.text
-    pointer = read_pointer(store, "edge", "prod")
+    pointer = read_pointer(Channel(store, "edge", "prod"))
     assert pointer is not None
     manifest = read_manifest(store, "edge", pointer.release)
     assert manifest.formats == {"executorch": "model.pte"}

@@ -16,6 +16,7 @@ from tests.support.projects import REPOSITORY
 from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.release.manifest import Manifest
 
@@ -32,7 +33,7 @@ def shipped(command: Command, store: ObjectStore, example: str, folder: Path) ->
     assert ended.status == 0, ended.text
     assert "Traceback" not in ended.text
     name = yaml.safe_load(path.read_text())["name"]
-    pointer = read_pointer(store, name, "prod")
+    pointer = read_pointer(Channel(store, name, "prod"))
     assert pointer is not None
     manifest = fetch_release(store, name, pointer.release, folder)
     return manifest

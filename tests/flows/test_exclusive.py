@@ -18,6 +18,7 @@ from tests.support.processes import eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import FAILED, PROMOTED, WAITING, read_decisions
 from train_and_ship.registry.tracking.runs import REPORT, TAG_FLOW_RUN
 from train_and_ship.tasks.outcome import CUT_OFF
@@ -58,7 +59,7 @@ def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other
     # Nobody told the server: the slot's lease runs out.
     assert second.wait(timeout=200) == 0
     assert runs("crowded") == 2
-    killed, shipped = read_decisions(store, "crowded", "prod", 5)
+    killed, shipped = read_decisions(Channel(store, "crowded", "prod"), 5)
     assert (killed.decision, killed.why, shipped.decision) == (FAILED, CUT_OFF, PROMOTED)
     assert not list(stack.runs.glob(f"crowded/*/{WAITING}"))
     (shown,) = reports_in_prefect(Api(stack), killed.flow_run)

@@ -15,6 +15,7 @@ from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 DYNAMIC, STATIC = "onnx-int8-dynamic", "onnx-int8-static"
@@ -40,7 +41,7 @@ def test_a_variant_that_holds_its_promises_is_released_and_one_that_does_not_is_
     assert re.search(rf"{STATIC} is not in the release: SQNR 3\d\.\d dB, expected at least 40", ended.text)
     # Two batches of capture and a larger one, and the variant once on all of them.
     assert "rehearsed from the bucket: 4 checks passed" in ended.text
-    pointer = read_pointer(store, "eighth", "prod")
+    pointer = read_pointer(Channel(store, "eighth", "prod"))
     assert pointer is not None
     manifest = fetch_release(store, "eighth", pointer.release, tmp_path / "release")
     assert manifest.formats == {"onnx": "model.onnx", DYNAMIC: "model.int8-dynamic.onnx"}

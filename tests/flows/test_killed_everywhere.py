@@ -22,6 +22,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import MANIFEST
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.tracking.connection import connect
 
@@ -63,7 +64,7 @@ def test_a_flow_killed_in_and_after_every_stage_ends_with_the_same_release_and_r
 
     def files_of(name: str) -> dict[str, str]:
         """What is live: the files that do not say when and where it was made."""
-        pointer = read_pointer(store, name, "prod")
+        pointer = read_pointer(Channel(store, name, "prod"))
         assert pointer is not None
         told = ("lineage.json", "verdicts.json", "job.json")
         files = read_manifest(store, name, pointer.release).files
@@ -89,7 +90,7 @@ def test_a_flow_killed_in_and_after_every_stage_ends_with_the_same_release_and_r
         return {name: path.stat().st_mtime_ns for name, path in manifests.items() if path.exists()}
 
     def live_pointer() -> Pointer | None:
-        return read_pointer(store, harassed, "prod")
+        return read_pointer(Channel(store, harassed, "prod"))
 
     complete: dict[str, int] = {}
     for moment in moments:

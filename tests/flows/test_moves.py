@@ -20,6 +20,7 @@ from tests.support.runnable_releases import runnable
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import reports_prefix
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.tracking.rest import RestRegistry
@@ -38,7 +39,7 @@ def releases(store: ObjectStore, tmp_path: Path) -> list[Manifest]:
 
 
 def live(store: ObjectStore, model: str) -> Pointer:
-    pointer = read_pointer(store, model, "prod")
+    pointer = read_pointer(Channel(store, model, "prod"))
     assert pointer is not None
     return pointer
 

@@ -17,6 +17,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.rundir import MANIFEST
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.tracking.connection import connect
 
@@ -96,7 +97,7 @@ def test_a_run_outlives_its_worker_its_servers_and_the_machine(machine: Settings
     again = {stage: (folder / stage / MANIFEST).stat().st_mtime_ns for stage in written}
     assert {**again, "rehearse": 0} == {**written, "rehearse": 0} and {"train", "export", "validate"} <= set(written)
     assert "resumed from step" in (folder / "train" / "events.jsonl").read_text()
-    live = read_pointer(ObjectStore.from_settings(machine), MODEL, "prod")
+    live = read_pointer(Channel(ObjectStore.from_settings(machine), MODEL, "prod"))
     assert live is not None and live.generation == 1
     versions = connect(machine.mlflow_url).search_model_versions(f"name='{MODEL}'")
     assert [version.version for version in versions] == ["1"]

@@ -17,6 +17,7 @@ from tests.support.signing_keys import key_pair
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.release.pickles import TORCHSCRIPT_ENTRIES, find_pickle
 
@@ -24,10 +25,10 @@ from train_and_ship.registry.release.pickles import TORCHSCRIPT_ENTRIES, find_pi
 @pytest.fixture(scope="module")
 def live_digits(command: Command, store: ObjectStore) -> Pointer:
     """The pointer of the digits example, shipped unless another test has done so."""
-    if read_pointer(store, "digits", "prod") is None:
+    if read_pointer(Channel(store, "digits", "prod")) is None:
         ended = command("ship", "run", "examples/digits/job.yaml")
         assert ended.status == 0, ended.text
-    pointer = read_pointer(store, "digits", "prod")
+    pointer = read_pointer(Channel(store, "digits", "prod"))
     assert pointer is not None
     return pointer
 
@@ -91,7 +92,7 @@ def test_a_run_with_a_key_ships_a_signed_release_and_one_with_a_bad_key_does_not
     assert ended.status == 2 and "expected a private key in PEM" in ended.errors and "epoch" not in ended.text
     ended = command("ship", "run", str(job), SHIP_SIGNING_KEY=str(key))
     assert ended.status == 0, ended.text
-    pointer = read_pointer(store, "signed", "prod")
+    pointer = read_pointer(Channel(store, "signed", "prod"))
     assert pointer is not None
     manifest = read_manifest(store, "signed", pointer.release)
     require_signature(store, manifest, load_public_key(key.with_suffix(".pub")))

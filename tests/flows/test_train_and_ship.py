@@ -23,6 +23,7 @@ from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.swap import move_channel
@@ -60,7 +61,7 @@ def test_a_person_sees_progress_with_a_rate_and_an_eta(shipped: Ended) -> None:
 def test_the_release_is_live_complete_and_holds_every_format(
     shipped: Ended, store: ObjectStore, tmp_path: Path
 ) -> None:
-    pointer = read_pointer(store, "digits", "prod")
+    pointer = read_pointer(Channel(store, "digits", "prod"))
     assert pointer is not None
     assert f"digits release {pointer.release} is live on prod" in shipped.output
     assert f"s3://models/models/digits/releases/{pointer.release}/" in shipped.output
@@ -103,7 +104,7 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(shipped: Ended
 def test_pyfunc_loads_the_champion_and_predicts_what_eager_did(
     shipped: Ended, stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
-    pointer = read_pointer(store, "digits", "prod")
+    pointer = read_pointer(Channel(store, "digits", "prod"))
     assert pointer is not None
     fetch_release(store, "digits", pointer.release, tmp_path / "release")
     golden = load_file(tmp_path / "release" / "golden.safetensors")
@@ -138,7 +139,7 @@ def test_the_whole_report_is_one_file_in_the_runs_folder_in_mlflow_and_beside_th
     ]  # fmt: skip
     # Speed at two batches, two of parity, loss, accuracy, rate and seconds, labels and columns, seconds by stage.
     assert report.charts >= 10
-    pointer = read_pointer(store, "digits", "prod")
+    pointer = read_pointer(Channel(store, "digits", "prod"))
     version = MlflowClient(stack.mlflow_url).get_model_version_by_alias("digits", "champion")
     assert pointer is not None and version.tags["decision"] == "promoted"
     for part in (f"digits release {pointer.release} is live on prod", "All gates passed", "onnx", "accuracy", "torch"):
@@ -175,21 +176,23 @@ def test_the_bare_deployment_name_runs_and_promotes_the_next_release(
     assert before is not None
     ended = command("prefect", "deployment", "run", "train-and-ship", "--watch")
     assert ended.status == 0, ended.text
-    after = read_pointer(store, "digits", "prod")
+    after = read_pointer(Channel(store, "digits", "prod"))
 
     assert after is not None
     assert (after.generation, after.previous) == (before[0] + 1, before[1])
-    assert [move.generation for move in read_history(store, "digits", "prod")] == list(range(1, after.generation + 1))
+    assert [move.generation for move in read_history(Channel(store, "digits", "prod"))] == list(
+        range(1, after.generation + 1)
+    )
 
 
 def test_two_releases_can_be_compared_and_the_newer_rolled_back(
     shipped: Ended, command: Command, store: ObjectStore, stack: Settings
 ) -> None:
-    newer = read_pointer(store, "digits", "prod")
+    newer = read_pointer(Channel(store, "digits", "prod"))
     assert newer is not None
     if newer.previous is None:
         assert command("ship", "run", JOB).status == 0
-        newer = read_pointer(store, "digits", "prod")
+        newer = read_pointer(Channel(store, "digits", "prod"))
         assert newer is not None
     told = command("ship", "diff", "digits", "prod~1", "prod")
     assert told.status == 0, told.text
@@ -276,7 +279,7 @@ GUARD = {"name": "guarded", "gates": {"accuracy": {"vs_live": 0}}}
 
 def relabelled(store: ObjectStore, folder: Path, **changes: Any) -> str:
     """The live release of `guarded` once more, with another description, made live in its place; returns its id."""
-    live = read_pointer(store, "guarded", "prod")
+    live = read_pointer(Channel(store, "guarded", "prod"))
     assert live is not None
     manifest = fetch_release(store, "guarded", live.release, folder)
     (folder / MANIFEST).unlink()
@@ -353,7 +356,7 @@ def test_a_candidate_that_is_much_slower_or_larger_than_the_live_release_stays_o
     before = live(store, "weighed")
     again = command("ship", "run", str(small))
     assert again.status == 0, again.text
-    told = read_pointer(store, "weighed", "prod")
+    told = read_pointer(Channel(store, "weighed", "prod"))
     assert told is not None and re.fullmatch(r"\S+ against \S+", told.verdicts["p50_ms vs live"])
 
     large = write_project(

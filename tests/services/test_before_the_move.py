@@ -48,6 +48,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest, verify_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, SKIPPED, read_decisions
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.cost import Rates, read_costs
@@ -353,7 +354,7 @@ def test_a_run_that_died_after_its_export_is_gone_on_with_and_repeats_nothing(
         assert f"{stage}: already complete in this run, verified by hash" in ended.text
     assert {name: (run / name / "STAGE.json").read_bytes() for name in complete} == complete
     # The plan of then holds: the live release of then, and training from scratch.
-    decision = read_decisions(store, MODEL, "prod", 1)[-1]
+    decision = read_decisions(Channel(store, MODEL), 1)[-1]
     assert (decision.decision, decision.live, decision.start) == (KEPT, LIVE, "")
     assert json.loads((run / "release/files/lineage.json").read_text())["begun"] == (run / "begun").read_text()
     assert f"release {LIVE} stays live on prod" in ended.output and not (run / "decision.json").exists()
@@ -368,7 +369,7 @@ def test_a_run_that_died_in_training_goes_on_from_its_checkpoint_and_what_it_wri
     ended = command("ship", "run", str(machine), "--resume", run.name)
     assert ended.status == 0, ended.text
     assert "resumed from step 5 of 24" in ended.text
-    pointer = read_pointer(store, MODEL, "prod")
+    pointer = read_pointer(Channel(store, MODEL))
     assert pointer is not None and (pointer.generation, pointer.previous) == (11, LIVE)
 
     then, now = read_release_record(store, MODEL, LIVE), read_release_record(store, MODEL, pointer.release)
@@ -446,4 +447,4 @@ def test_a_deployment_of_then_trains_its_model_after_the_next_ship_up(
     assert now["name"] == MODEL and now["schedules"][0]["schedule"]["cron"] == "30 3 * * *"
     ended = api.wait(api.start("retrain", MODEL, why="night 4"), "Skipped", "Kept", "Promoted", seconds=240)
     assert ended["state_type"] == "COMPLETED"
-    assert read_decisions(store, MODEL, "prod", 1)[-1].asked.startswith("night 4 (")
+    assert read_decisions(Channel(store, MODEL), 1)[-1].asked.startswith("night 4 (")

@@ -43,6 +43,7 @@ from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, read_record, record_key
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 from train_and_ship.registry.release.manifest import Manifest, build_manifest, verify_folder
@@ -120,7 +121,7 @@ class Scene:
         self.proxy.settle()
         self.proxy.rules.clear()
         old = self.history[-1] if self.history else None
-        live = read_pointer(self.direct, MODEL, CHANNEL)
+        live = read_pointer(Channel(self.direct, MODEL, CHANNEL))
         allowed = {manifest.release, old.release if old else None}
         assert (live.release if live else None) in allowed
         for pointer in {pointer.release: pointer for pointer in (old, live) if pointer}.values():
@@ -130,7 +131,7 @@ class Scene:
         again = promote(self.direct, self.folder / manifest.release, manifest, self.copy())
         assert live is None or live.release != manifest.release or again == live
         assert again.generation == len(self.history) + 1 and again.previous == (old.release if old else None)
-        assert read_pointer(self.direct, MODEL, CHANNEL) == again
+        assert read_pointer(Channel(self.direct, MODEL, CHANNEL)) == again
         if old is not None:
             assert read_record(self.direct, record_key(MODEL, CHANNEL, old.generation)) == old
         self.history.append(again)
@@ -163,7 +164,7 @@ def scene(
         anew = functools.partial(ObjectStore, connection, bucket=bucket, address=proxy.url)
         scene = Scene(direct, anew, proxy, tmp_path, candidates())
         yield scene
-        assert read_history(direct, MODEL, CHANNEL) == scene.history
+        assert read_history(Channel(direct, MODEL, CHANNEL)) == scene.history
 
 
 def disturbed(scene: Scene, index: int, fault: Fault, following: int = 0) -> str:
@@ -177,7 +178,7 @@ def disturbed(scene: Scene, index: int, fault: Fault, following: int = 0) -> str
         # Anything else would be a mistake of ours.
         outcome = str(error)
     else:
-        live = read_pointer(scene.direct, MODEL, CHANNEL)
+        live = read_pointer(Channel(scene.direct, MODEL, CHANNEL))
         assert live == pointer and live.release == manifest.release
     scene.end(manifest)
     return outcome
@@ -315,5 +316,5 @@ def test_32_promoters_and_8_readers_at_once_see_every_generation_once_and_never_
             over.set()
         seen = [done.result() for done in readers]
     assert sorted(pointer.generation for pointer in moves) == list(range(1, PROMOTERS + 1))
-    assert read_history(object_store, MODEL, CHANNEL) == sorted(moves, key=lambda pointer: pointer.generation)
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == sorted(moves, key=lambda pointer: pointer.generation)
     assert all(generations[-1] == PROMOTERS for generations in seen)

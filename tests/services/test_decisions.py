@@ -22,6 +22,7 @@ from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
 from train_and_ship.registry.bucket.keys import decisions_prefix
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
@@ -54,9 +55,9 @@ def test_decisions_are_read_back_in_their_order_the_last_ones_first_wanted(objec
     decisions = [decided(number, decision) for number, decision in enumerate([PROMOTED, SKIPPED, KEPT, SKIPPED])]
     for decision in reversed(decisions):
         record_decision(object_store, decision)
-    assert read_decisions(object_store, "asked", "prod", 10) == decisions
-    assert read_decisions(object_store, "asked", "prod", 2) == decisions[-2:]
-    assert read_decisions(object_store, "asked", "staging", 2) == []
+    assert read_decisions(Channel(object_store, "asked", "prod"), 10) == decisions
+    assert read_decisions(Channel(object_store, "asked", "prod"), 2) == decisions[-2:]
+    assert read_decisions(Channel(object_store, "asked", "staging"), 2) == []
 
 
 def test_a_decision_can_be_recorded_again_and_never_replaced(object_store: ObjectStore) -> None:
@@ -71,7 +72,7 @@ def test_what_is_no_decision_is_refused_by_its_key(object_store: ObjectStore) ->
     key = f"{decisions_prefix('strange', 'prod')}20261117T020000.000000Z-r.json"
     object_store.put_new(key, b'{"format": 1, "model": 3}')
     with pytest.raises(ReleaseError, match=f"{key}: expected the record of a decision"):
-        read_decisions(object_store, "strange", "prod", 5)
+        read_decisions(Channel(object_store, "strange", "prod"), 5)
 
 
 def test_what_the_bucket_could_not_take_is_recorded_by_the_next_run_with_what_was_live_then(
@@ -84,7 +85,7 @@ def test_what_the_bucket_could_not_take_is_recorded_by_the_next_run_with_what_wa
     runs = tmp_path / "runs"
     keep_until_recorded(runs / "r0", failed)
     assert record_waiting(object_store, runs) == 1
-    (found,) = read_decisions(object_store, manifest.model, "prod", 5)
+    (found,) = read_decisions(Channel(object_store, manifest.model, "prod"), 5)
     assert found == dataclasses.replace(failed, live=moved.release)
     assert record_waiting(object_store, runs) == 0
 
@@ -110,7 +111,7 @@ def test_an_answer_that_did_arrive_while_its_reply_was_lost_is_no_obstacle(
     record_decision(object_store, one)
     keep_until_recorded(tmp_path / "r0", one)
     assert record_waiting(object_store, tmp_path) == 1
-    assert read_decisions(object_store, "twice", "prod", 5) == [one]
+    assert read_decisions(Channel(object_store, "twice", "prod"), 5) == [one]
 
 
 def test_what_was_to_be_said_of_a_run_that_is_killed_is_not_said_when_it_spoke_itself_or_is_at_work(
@@ -122,7 +123,7 @@ def test_what_was_to_be_said_of_a_run_that_is_killed_is_not_said_when_it_spoke_i
     # Its reply was lost, or it was killed right after: what waits is still there.
     record_decision(object_store, own)
     assert record_waiting(object_store, tmp_path, tmp_path / "works") == 1
-    assert read_decisions(object_store, "killed", "prod", 5) == [own]
+    assert read_decisions(Channel(object_store, "killed", "prod"), 5) == [own]
     assert [path.parent.name for path in tmp_path.glob(f"*/{WAITING}")] == ["works"]
     record_decision(object_store, dataclasses.replace(own, flow_run="works"), tmp_path / "works")
     assert not list(tmp_path.glob(f"*/{WAITING}"))

@@ -14,11 +14,12 @@ from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, aliases, dama
 from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.moves import choose_rollback, roll_back, verify_target
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.maintenance.doctor import examine
-from train_and_ship.registry.maintenance.history_repair import REBUILT, Rebuilt, rebuild_history
+from train_and_ship.registry.maintenance.history_repair import REBUILT, Repaired, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 
@@ -51,20 +52,20 @@ def test_a_healthy_model_has_no_findings(object_store: ObjectStore, moves: list[
 
 
 def test_the_last_record_is_taken_from_the_pointer(object_store: ObjectStore, moves: list[Manifest]) -> None:
-    before = read_history(object_store, MODEL, CHANNEL)
+    before = read_history(Channel(object_store, MODEL, CHANNEL))
     lose(object_store, 5)
-    assert read_history(object_store, MODEL, CHANNEL) == before
-    assert rebuild_history(object_store, MODEL, CHANNEL, dry_run=True).exact == (5,)
-    assert rebuild_history(object_store, MODEL, CHANNEL) == Rebuilt(exact=(5,))
-    assert rebuild_history(object_store, MODEL, CHANNEL) == Rebuilt()
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == before
+    assert repair_history(Channel(object_store, MODEL, CHANNEL), dry_run=True).exact == (5,)
+    assert repair_history(Channel(object_store, MODEL, CHANNEL)) == Repaired(exact=(5,))
+    assert repair_history(Channel(object_store, MODEL, CHANNEL)) == Repaired()
 
 
 def test_a_lost_record_is_rebuilt_from_its_neighbours(object_store: ObjectStore, moves: list[Manifest]) -> None:
-    before = read_history(object_store, MODEL, CHANNEL)
+    before = read_history(Channel(object_store, MODEL, CHANNEL))
     lose(object_store, 1, 3)
     first, third = findings(object_store)
     assert "generation 1 is lost; its neighbours tell the release" in first and "generation 3" in third
-    after = read_history(object_store, MODEL, CHANNEL)
+    after = read_history(Channel(object_store, MODEL, CHANNEL))
     assert [entry.release for entry in after] == [entry.release for entry in before]
     assert [entry.previous for entry in after] == [entry.previous for entry in before]
     assert after[2].manifest_sha256 == before[2].manifest_sha256
@@ -77,8 +78,8 @@ def test_of_two_lost_neighbours_the_older_is_gone(object_store: ObjectStore, mov
     lost, rebuilt = findings(object_store)[::-1]
     assert "generation 2 is lost, and so is that of generation 3; what was live then cannot be recovered" in lost
     assert "generation 3 is lost; its neighbours tell the release" in rebuilt
-    assert [entry.generation for entry in read_history(object_store, MODEL, CHANNEL)] == [1, 3, 4, 5]
-    assert read_history(object_store, MODEL, CHANNEL)[1].release == moves[2].release
+    assert [entry.generation for entry in read_history(Channel(object_store, MODEL, CHANNEL))] == [1, 3, 4, 5]
+    assert read_history(Channel(object_store, MODEL, CHANNEL))[1].release == moves[2].release
 
 
 def test_a_bucket_that_keeps_versions_gives_every_record_back(object_store: ObjectStore, tmp_path: Path) -> None:
@@ -86,10 +87,10 @@ def test_a_bucket_that_keeps_versions_gives_every_record_back(object_store: Obje
     client.put_bucket_versioning(Bucket=object_store.bucket, VersioningConfiguration={"Status": "Enabled"})
     for seed in range(4):
         move(object_store, published(object_store, tmp_path / str(seed), seed), reason=f"reason {seed}")
-    before = read_history(object_store, MODEL, CHANNEL)
+    before = read_history(Channel(object_store, MODEL, CHANNEL))
     lose(object_store, 1, 2, 3)
-    assert rebuild_history(object_store, MODEL, CHANNEL) == Rebuilt(exact=(1, 2, 3))
-    assert read_history(object_store, MODEL, CHANNEL) == before
+    assert repair_history(Channel(object_store, MODEL, CHANNEL)) == Repaired(exact=(1, 2, 3))
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == before
 
 
 def test_a_record_that_a_dead_mover_left_out_is_written(
@@ -101,7 +102,7 @@ def test_a_record_that_a_dead_mover_left_out_is_written(
         proxy.add(Rule(DropRequest(), "PUT", "00000006"))
         dead = move(store, published(object_store, tmp_path / "more", 9))
     assert findings(object_store) == [f"{MODEL} {CHANNEL}: the record of generation 6 was missing"]
-    assert read_history(object_store, MODEL, CHANNEL)[-1] == dead
+    assert read_history(Channel(object_store, MODEL, CHANNEL))[-1] == dead
     assert findings(object_store) == []
 
 
@@ -121,8 +122,8 @@ def test_a_deleted_pointer_is_named_and_a_rollback_puts_it_back(
     object_store.delete(pointer_key(MODEL, CHANNEL))
     (gone,) = findings(object_store)
     assert f"its pointer is gone; `ship rollback digits --channel prod --to {moves[4].release[:8]}" in gone
-    target = choose_rollback(object_store, MODEL, CHANNEL, moves[4].release, NOWHERE)
-    assert roll_back(object_store, verify_target(object_store, target), MOVER).generation == 6
+    target = choose_rollback(Channel(object_store, MODEL, CHANNEL, NOWHERE), moves[4].release)
+    assert roll_back(verify_target(target), MOVER).generation == 6
     assert findings(object_store) == []
 
 
@@ -133,7 +134,7 @@ def test_aliases_are_mended_and_a_dry_run_changes_nothing(
         versioned(manifest.release)
     lose(object_store, 2)
     assert len(findings(object_store, mlflow_server.url, dry_run=True)) == 3
-    assert aliases(mlflow_server) == {} and len(read_history(object_store, MODEL, CHANNEL)) == 4
+    assert aliases(mlflow_server) == {} and len(read_history(Channel(object_store, MODEL, CHANNEL))) == 4
     assert len(findings(object_store, mlflow_server.url)) == 3
     assert aliases(mlflow_server) == {"champion": 5, "previous": 4}
     assert findings(object_store, mlflow_server.url) == []
@@ -156,5 +157,5 @@ def test_the_command_says_what_it_mended_and_what_is_left(
     assert doctor() == (0, "1 model examined: all well\n")
     status, said = doctor(uri=NOWHERE)
     assert status == 1 and "to do       digits prod: the MLflow aliases could not be compared" in said
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == moves[4].release

@@ -23,6 +23,7 @@ from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import LEASE, State, claim, read_tombstone
 from train_and_ship.registry.channels import swap as moving
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.moves import choose_rollback, roll_back, verify_target
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
@@ -108,7 +109,7 @@ def present(store: ObjectStore, manifest: Manifest) -> bool:
 
 
 def live(store: ObjectStore) -> Pointer:
-    pointer = read_pointer(store, MODEL, CHANNEL)
+    pointer = read_pointer(Channel(store, MODEL, CHANNEL))
     assert pointer is not None
     return pointer
 
@@ -130,7 +131,9 @@ def test_old_releases_are_marked_then_deleted_and_the_last_ones_stay(
     assert state(object_store, five[0]) is State.DELETED
     assert steps(object_store, five) == ["gone", "gone", "gone", "keep", "keep"]
     # The history stays, and so does its answer.
-    assert [entry.release for entry in read_history(object_store, MODEL, CHANNEL)] == [one.release for one in five]
+    assert [entry.release for entry in read_history(Channel(object_store, MODEL, CHANNEL))] == [
+        one.release for one in five
+    ]
     assert [finding for finding in examine(object_store, MODEL, NOWHERE) if "aliases" not in finding.what] == []
 
 
@@ -201,8 +204,8 @@ def test_a_marked_release_that_goes_live_is_not_deleted(object_store: ObjectStor
 
 
 def test_a_rollback_to_a_marked_release_unmarks_it(object_store: ObjectStore, expired: list[Manifest]) -> None:
-    target = choose_rollback(object_store, MODEL, CHANNEL, expired[1].release, NOWHERE)
-    roll_back(object_store, verify_target(object_store, target), MOVER)
+    target = choose_rollback(Channel(object_store, MODEL, CHANNEL, NOWHERE), expired[1].release)
+    roll_back(verify_target(target), MOVER)
     assert state(object_store, expired[1]) is State.KEPT
 
 
@@ -303,7 +306,7 @@ def test_a_mover_that_stood_still_until_its_release_was_deleted_moves_back(
             move(store, five[0])
     pointer = live(object_store)
     assert (pointer.release, pointer.previous, pointer.kind) == (five[4].release, five[0].release, ROLLBACK)
-    assert [entry.generation for entry in read_history(object_store, MODEL, CHANNEL)] == list(range(1, 8))
+    assert [entry.generation for entry in read_history(Channel(object_store, MODEL, CHANNEL))] == list(range(1, 8))
     verify_release(object_store, MODEL, pointer.release)
 
 

@@ -27,6 +27,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.iam import Role, policy
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.maintenance.retention import Policy, carry_out, decide
@@ -85,7 +86,7 @@ def test_a_trainer_publishes_and_signs_but_moves_no_channel(
     denied(lambda: trainer.put_new(f"models/{MODEL}/history/{CHANNEL}/00000009.json", b"{}"))
     denied(lambda: trainer.delete(release_prefix(MODEL, live.release) + "file0.bin"))
     denied(lambda: trainer.delete(key))
-    assert read_pointer(object_store, MODEL, CHANNEL) == before
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == before
 
 
 def test_a_promoter_moves_its_channel_and_no_other_and_adds_to_no_release(
@@ -96,7 +97,7 @@ def test_a_promoter_moves_its_channel_and_no_other_and_adds_to_no_release(
     # There, on, and back again.
     for manifest in (*releases, releases[0]):
         move(promoter, manifest)
-    assert [record.generation for record in read_history(promoter, MODEL, CHANNEL)] == [1, 2, 3]
+    assert [record.generation for record in read_history(Channel(promoter, MODEL, CHANNEL))] == [1, 2, 3]
     denied(lambda: move(promoter, releases[0], channel="staging"))
     denied(lambda: publish(promoter, tmp_path / "new", make_release(tmp_path / "new", seed=2)))
     denied(lambda: promoter.delete(release_prefix(MODEL, releases[1].release) + "file0.bin"))
@@ -155,7 +156,7 @@ def test_a_collector_deletes_releases_but_moves_and_replaces_nothing(
     denied(lambda: collector.delete(pointer_key(MODEL, CHANNEL)))
     denied(lambda: collector.delete(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))
     denied(lambda: collector.put_new(release_prefix(MODEL, live.release) + "more", b""))
-    assert read_pointer(object_store, MODEL, CHANNEL) == before
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == before
 
 
 def test_views_are_written_by_one_role_and_read_by_another(

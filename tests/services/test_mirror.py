@@ -13,7 +13,8 @@ from tests.support.releases import CHANNEL, MODEL, NOWHERE, aliases, move, rolle
 from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.channels.aliases import follow, mirror_all, mirror_channel
+from train_and_ship.registry.channels.aliases import sync_after_move, sync_aliases, sync_all_aliases
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.tracking.rest import ClientRegistry, ModelRegistry, RestRegistry
@@ -39,35 +40,35 @@ def abc(abc: list[Manifest], versioned: Versioned) -> list[Manifest]:
 
 def test_the_aliases_follow_the_pointers(object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer) -> None:
     move(object_store, abc[0], channel="staging", mlflow_version="1")
-    mirror_all(object_store, mlflow.url)
+    sync_all_aliases(object_store, mlflow.url)
     assert aliases(mlflow) == {"champion": 3, "previous": 2, "staging": 1}
     rolled_back(object_store, uri=mlflow.url)
-    assert follow(object_store, MODEL, CHANNEL, mlflow.url) == []
+    assert sync_after_move(Channel(object_store, MODEL, CHANNEL, mlflow.url)) == []
     assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 1}
     # Nothing is left to do.
-    assert mirror_all(object_store, mlflow.url).changed == ()
+    assert sync_all_aliases(object_store, mlflow.url).changed == ()
     move(object_store, abc[2], channel="staging", mlflow_version="3")
-    assert follow(object_store, MODEL, "staging", mlflow.url) == []
+    assert sync_after_move(Channel(object_store, MODEL, "staging", mlflow.url)) == []
     assert aliases(mlflow) == {"champion": 2, "previous": 3, "staging": 3, "staging-previous": 1}
 
 
 def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
     object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer
 ) -> None:
-    mirror_all(object_store, mlflow.url)
+    sync_all_aliases(object_store, mlflow.url)
     mlflow.kill()
     try:
         pointer = rolled_back(object_store, abc[0].release, mlflow.url)
         assert pointer.generation == 4 and pointer.mlflow_version == ""
-        (warning,) = follow(object_store, MODEL, CHANNEL, mlflow.url)
+        (warning,) = sync_after_move(Channel(object_store, MODEL, CHANNEL, mlflow.url))
         assert "the MLflow alias champion follows later, with the next move or `ship doctor`" in warning
         assert "does not answer" in warning
     finally:
         mlflow.start()
     assert aliases(mlflow) == {"champion": 3, "previous": 2}
-    done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url, dry_run=True)
+    done = sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url), dry_run=True)
     assert len(done.changed) == 2 and aliases(mlflow) == {"champion": 3, "previous": 2}
-    mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+    sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url))
     assert aliases(mlflow) == {"champion": 1, "previous": 3}
 
 
@@ -79,11 +80,11 @@ def test_a_slow_mirror_does_not_undo_a_newer_one(
         def overtaken() -> None:
             """While the first mirror is about to set what it has read, the channel moves and the newer one is done."""
             rolled_back(object_store, abc[0].release)
-            mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+            sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url))
             assert aliases(mlflow)["champion"] == 1
 
         proxy.add(Rule(PassOn(), "POST", "alias", times=1, before=overtaken))
-        mirror_channel(object_store, MODEL, CHANNEL, proxy.url)
+        sync_aliases(Channel(object_store, MODEL, CHANNEL, proxy.url))
     assert aliases(mlflow) == {"champion": 1, "previous": 3}
 
 
@@ -91,12 +92,12 @@ def test_a_version_that_is_gone_is_replaced_by_another_of_the_same_release_or_na
     object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer, versioned: Versioned
 ) -> None:
     MlflowClient(mlflow.url).delete_model_version(MODEL, "3")
-    done = mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+    done = sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url))
     assert done.missing == (f"alias champion of {MODEL}: MLflow has no version of release {abc[2].release}",)
     versioned(abc[2].release)
-    mirror_channel(object_store, MODEL, CHANNEL, mlflow.url)
+    sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url))
     assert aliases(mlflow) == {"champion": 4, "previous": 2}
-    assert resolve_release(object_store, MODEL, "v4", mlflow.url) == abc[2].release
+    assert resolve_release(Channel(object_store, MODEL, tracking_uri=mlflow.url), "v4") == abc[2].release
 
 
 def test_the_alias_is_there_at_every_moment(
@@ -105,7 +106,7 @@ def test_the_alias_is_there_at_every_moment(
     with FaultProxy(mlflow.url) as proxy:
         for release in (None, abc[2].release, abc[0].release):
             rolled_back(object_store, release)
-            mirror_channel(object_store, MODEL, CHANNEL, proxy.url)
+            sync_aliases(Channel(object_store, MODEL, CHANNEL, proxy.url))
         assert {request.method for request in proxy.requests} == {"GET", "POST"}
         assert not [request for request in proxy.requests if "DELETE" in request.method]
 

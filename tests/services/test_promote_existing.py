@@ -15,6 +15,7 @@ from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import Mover, Verified, choose_promotion, verify_target
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.release.manifest import JOB, Manifest
@@ -35,19 +36,19 @@ def settings(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def chosen(store: ObjectStore, manifest: Manifest) -> Verified:
-    return verify_target(store, choose_promotion(store, MODEL, CHANNEL, manifest.release, NOWHERE), read_back=False)
+    return verify_target(choose_promotion(Channel(store, MODEL, CHANNEL, NOWHERE), manifest.release), read_back=False)
 
 
 def promoted(settings: Settings, store: ObjectStore, manifest: Manifest, gates: bool = True) -> Pointer:
     async def all_of_it() -> Pointer:
-        tried = await try_out(settings, store, chosen(store, manifest), gates=gates)
-        return await promote_tried(settings, store, tried, MOVER, gates=gates, again=False)
+        tried = await try_out(settings, chosen(store, manifest), gates=gates)
+        return await promote_tried(settings, tried, MOVER, gates=gates, again=False)
 
     return asyncio.run(all_of_it())
 
 
 def live(store: ObjectStore) -> str:
-    pointer = read_pointer(store, MODEL, CHANNEL)
+    pointer = read_pointer(Channel(store, MODEL, CHANNEL))
     return pointer.release if pointer is not None else ""
 
 
@@ -142,10 +143,10 @@ def test_a_release_is_held_against_what_is_live_when_it_moves(
     move(object_store, first)
 
     async def overtaken() -> Pointer:
-        tried = await try_out(settings, object_store, chosen(object_store, third))
+        tried = await try_out(settings, chosen(object_store, third))
         assert tried.scored is not None and tried.scored.live == first.release
         move(object_store, second)
-        return await promote_tried(settings, object_store, tried, MOVER, gates=True, again=False)
+        return await promote_tried(settings, tried, MOVER, gates=True, again=False)
 
     pointer = asyncio.run(overtaken())
     assert pointer.previous == second.release
@@ -208,4 +209,4 @@ def test_bytes_that_changed_in_the_bucket_are_found_before_they_are_loaded(
     assert stored is not None
     object_store.replace(key, b"x" * stored.bytes, stored.etag)
     with pytest.raises(Exception, match=r"model\.torchscript: altered in the bucket"):
-        asyncio.run(try_out(settings, object_store, verified))
+        asyncio.run(try_out(settings, verified))

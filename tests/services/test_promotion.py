@@ -30,6 +30,7 @@ from train_and_ship.infra.errors import GateError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.swap import Accept
@@ -45,8 +46,8 @@ def store_url(each_store_url: str) -> str:
 
 
 def test_an_unused_channel_has_no_pointer_and_no_history(object_store: ObjectStore) -> None:
-    assert read_pointer(object_store, MODEL, CHANNEL) is None
-    assert read_history(object_store, MODEL, CHANNEL) == []
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) is None
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == []
 
 
 def test_every_move_is_recorded(object_store: ObjectStore, tmp_path: Path) -> None:
@@ -54,8 +55,8 @@ def test_every_move_is_recorded(object_store: ObjectStore, tmp_path: Path) -> No
     moves = [move(object_store, manifest, reason=f"move {n}") for n, manifest in enumerate(releases)]
     assert [pointer.generation for pointer in moves] == [1, 2, 3]
     assert [pointer.previous for pointer in moves] == [None, releases[0].release, releases[1].release]
-    assert read_pointer(object_store, MODEL, CHANNEL) == moves[-1]
-    assert read_history(object_store, MODEL, CHANNEL) == moves
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == moves[-1]
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == moves
     assert moves[2].reason == "move 2" and moves[2].moved_at.endswith("+00:00")
 
 
@@ -63,7 +64,7 @@ def test_channels_are_independent(object_store: ObjectStore, tmp_path: Path) -> 
     first, second = (published(object_store, tmp_path / str(seed), seed) for seed in range(2))
     move(object_store, first)
     assert move(object_store, second, channel="staging").generation == 1
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == first.release
 
 
@@ -72,7 +73,7 @@ def test_moving_to_what_is_live_changes_nothing(object_store: ObjectStore, tmp_p
     first = move(object_store, manifest)
     again = move(object_store, manifest, reason="again")
     assert again == first and again.etag == first.etag
-    assert read_history(object_store, MODEL, CHANNEL) == [first]
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == [first]
 
 
 def test_a_refused_candidate_leaves_the_channel_as_it_was(object_store: ObjectStore, tmp_path: Path) -> None:
@@ -80,8 +81,8 @@ def test_a_refused_candidate_leaves_the_channel_as_it_was(object_store: ObjectSt
     live = move(object_store, better)
     with pytest.raises(GateError, match="worse"):
         move(object_store, worse, accept=not_worse_than_live(worse))
-    assert read_pointer(object_store, MODEL, CHANNEL) == live
-    assert read_history(object_store, MODEL, CHANNEL) == [live]
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == live
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == [live]
 
 
 def not_worse_than_live(candidate: Manifest) -> Accept:
@@ -111,7 +112,7 @@ def test_a_candidate_is_held_against_what_is_live_by_then(
     with pytest.raises(GateError, match=best.release):
         move(faulty, candidate, accept=accept)
     assert asked == [old.release, best.release]
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == best.release
 
 
@@ -122,7 +123,7 @@ def test_a_candidate_still_good_enough_follows_the_other_move(
     proxy.add(Rule(PassOn(), "PUT", POINTER, times=1, before=lambda: ignore(move(object_store, other))))
     pointer = move(faulty, candidate, accept=not_worse_than_live(candidate))
     assert (pointer.generation, pointer.previous) == (2, other.release)
-    assert read_history(object_store, MODEL, CHANNEL)[-1] == pointer
+    assert read_history(Channel(object_store, MODEL, CHANNEL))[-1] == pointer
 
 
 LOST = [DropReply(), AnswerAfter(500, "InternalError"), AnswerAfter(503, "SlowDown"), AnswerAfter(409, "Conflict")]
@@ -139,8 +140,8 @@ def test_a_move_whose_reply_was_lost_is_recognised(
     # Every repetition by the client library is lost as well.
     proxy.add(Rule(fault, "PUT", POINTER, times=3))
     pointer = move(faulty, candidate)
-    history = read_history(object_store, MODEL, CHANNEL)
-    assert read_pointer(object_store, MODEL, CHANNEL) == pointer == history[-1]
+    history = read_history(Channel(object_store, MODEL, CHANNEL))
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == pointer == history[-1]
     assert [record.generation for record in history] == ([1] if first else [1, 2])
 
 
@@ -155,7 +156,7 @@ def test_a_move_whose_reply_was_lost_and_that_others_followed_is_recognised(
     proxy.add(Rule(PassOn(), "GET", POINTER, times=1, before=lambda: ignore(move(object_store, other))))
     pointer = move(faulty, mine)
     assert (pointer.generation, pointer.release) == (1, mine.release)
-    history = read_history(object_store, MODEL, CHANNEL)
+    history = read_history(Channel(object_store, MODEL, CHANNEL))
     assert [record.release for record in history] == [mine.release, other.release]
     assert len(proxy.sent("PUT", POINTER)) == 3
 
@@ -176,7 +177,7 @@ def test_a_move_that_cannot_be_done_says_so_and_can_be_repeated(
     rule = proxy.add(Rule(Answer(400, "InvalidRequest"), "PUT", POINTER))
     with pytest.raises(ServiceError, match="InvalidRequest"):
         move(faulty, candidate)
-    assert read_pointer(object_store, MODEL, CHANNEL) is None
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) is None
     proxy.rules.remove(rule)
     assert move(faulty, candidate).generation == 1
 
@@ -202,10 +203,10 @@ def test_a_mover_that_died_before_the_history_leaves_no_hole(
     broken = proxy.add(Rule(DropRequest(), "PUT", "/history/"))
     dead = move(faulty, first)
     assert object_store.list_keys(f"models/{MODEL}/history/") == {}
-    assert read_history(object_store, MODEL, CHANNEL) == [dead]
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == [dead]
     proxy.rules.remove(broken)
     after = move(object_store, second)
-    assert read_history(object_store, MODEL, CHANNEL) == [dead, after]
+    assert read_history(Channel(object_store, MODEL, CHANNEL)) == [dead, after]
 
 
 def test_nothing_is_replaced_whose_record_cannot_be_kept(
@@ -218,7 +219,7 @@ def test_nothing_is_replaced_whose_record_cannot_be_kept(
     proxy.add(Rule(Answer(400, "InvalidRequest"), "PUT", "/history/"))
     with pytest.raises(ServiceError):
         move(faulty, second)
-    assert read_pointer(object_store, MODEL, CHANNEL) == live
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == live
 
 
 def test_generations_go_on_after_somebody_deleted_the_pointer(
@@ -228,7 +229,7 @@ def test_generations_go_on_after_somebody_deleted_the_pointer(
     move(object_store, first)
     object_store.delete(pointer_key(MODEL, CHANNEL))
     assert move(object_store, second).generation == 2
-    assert len(read_history(object_store, MODEL, CHANNEL)) == 2
+    assert len(read_history(Channel(object_store, MODEL, CHANNEL))) == 2
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_racing_promoters_get_unique_generations_and_a_history_without_a_hole(
     with ThreadPoolExecutor(promoters) as pool:
         moves = [pointer for pointers in pool.map(promote, range(promoters)) for pointer in pointers]
     assert sorted(pointer.generation for pointer in moves) == list(range(1, promoters * moves_each + 1))
-    history = read_history(object_store, MODEL, CHANNEL)
+    history = read_history(Channel(object_store, MODEL, CHANNEL))
     assert history == sorted(moves, key=lambda pointer: pointer.generation)
     for before, after in itertools.pairwise(history):
         assert after.previous == before.release
@@ -286,7 +287,7 @@ def test_racing_promoters_survive_lost_replies(
 
     with ThreadPoolExecutor(promoters) as pool:
         moves = [pointer for pointers in pool.map(promote, range(promoters)) for pointer in pointers]
-    history = read_history(object_store, MODEL, CHANNEL)
+    history = read_history(Channel(object_store, MODEL, CHANNEL))
     assert [record.generation for record in history] == list(range(1, promoters * moves_each + 1))
     assert history == sorted(moves, key=lambda pointer: pointer.generation)
 
@@ -303,10 +304,10 @@ def test_a_killed_server_comes_back_with_everything_acknowledged(
         moves = [move(store, manifest) for manifest in releases]
         server.kill()
         with pytest.raises(ServiceError):
-            read_pointer(store, MODEL, CHANNEL)
+            read_pointer(Channel(store, MODEL, CHANNEL))
         server.start()
-        assert read_pointer(store, MODEL, CHANNEL) == moves[-1]
-        assert read_history(store, MODEL, CHANNEL) == moves
+        assert read_pointer(Channel(store, MODEL, CHANNEL)) == moves[-1]
+        assert read_history(Channel(store, MODEL, CHANNEL)) == moves
         for manifest in releases:
             fetch_release(store, MODEL, manifest.release, tmp_path / f"{manifest.release}-copy")
         assert move(store, releases[0]).generation == 3

@@ -33,6 +33,7 @@ from train_and_ship.infra.objectstore import LOCAL_PART_BYTES, ObjectStore
 from train_and_ship.registry.bucket import releases
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.release.manifest import MANIFEST, build_manifest, verify_folder
 
@@ -114,7 +115,7 @@ def test_an_uploader_killed_in_the_middle_leaves_no_release_and_the_next_one_goe
     assert 0 < len(present) <= 5 and not any(MANIFEST in key for key in present)
     with pytest.raises(ReleaseError, match="never published to the end"):
         move(object_store, manifest)
-    assert read_pointer(object_store, MODEL, CHANNEL) is None
+    assert read_pointer(Channel(object_store, MODEL, CHANNEL)) is None
 
     result = publish(object_store, tmp_path / "release", manifest)
     assert result.present_bytes == sum(present.values())

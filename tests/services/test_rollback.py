@@ -18,6 +18,7 @@ from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.moves import (
     Mover,
@@ -45,7 +46,7 @@ def test_a_rollback_puts_back_what_was_live_before_and_says_so(object_store: Obj
     assert (pointer.kind, pointer.reason, pointer.moved_by) == (ROLLBACK, MOVER.why, MOVER.by)
     assert pointer.mlflow_version == "2"
     assert pointer.verdicts == {"bytes": "4 files, 4,006 bytes, read back and hashed"}
-    assert read_history(object_store, MODEL, CHANNEL)[-1] == pointer
+    assert read_history(Channel(object_store, MODEL, CHANNEL))[-1] == pointer
     assert rolled_back(object_store).release == abc[0].release
     with pytest.raises(RequestError, match=r"live before .*found none; name one with --to"):
         rolled_back(object_store)
@@ -68,7 +69,7 @@ def test_a_rollback_to_damaged_bytes_is_refused_and_names_the_file(
     damage(object_store, key_of(abc[1], "file2.bin"))
     with pytest.raises(ReleaseError, match=r"file2\.bin: expected SHA-256"):
         rolled_back(object_store)
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == abc[2].release
     assert rolled_back(object_store, abc[0].release).release == abc[0].release
 
@@ -107,7 +108,7 @@ def test_a_rollback_that_a_promotion_overtook_is_given_up(
         proxy.add(Rule(PassOn(), "PUT", POINTER, times=1, before=lambda: _ignore(move(object_store, fix))))
         with pytest.raises(RequestError, match=f"moved it meanwhile: release {fix.release} is live"):
             rolled_back(store)
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == fix.release
 
 
@@ -142,7 +143,7 @@ def test_rollbacks_and_promotions_at_once_all_find_their_place(
 
     with ThreadPoolExecutor(12) as pool:
         ends = list(pool.map(go, range(12)))
-    moves = read_history(object_store, MODEL, CHANNEL)
+    moves = read_history(Channel(object_store, MODEL, CHANNEL))
     assert [entry.generation for entry in moves] == list(range(1, len(moves) + 1))
     for earlier, later in itertools.pairwise(moves):
         assert later.previous == earlier.release
@@ -156,11 +157,11 @@ def test_what_a_rollback_left_does_not_come_back_by_itself(object_store: ObjectS
     with pytest.raises(GateError, match=r"taken off by a rollback \(ada@host, .*errors since 14:00\).*--again"):
         require_not_rolled_back(abc[2].release, pointer)
     require_not_rolled_back(abc[0].release, pointer)
-    target = choose_promotion(object_store, MODEL, CHANNEL, abc[2].release, NOWHERE)
-    verified = verify_target(object_store, target)
+    target = choose_promotion(Channel(object_store, MODEL, CHANNEL, NOWHERE), abc[2].release)
+    verified = verify_target(target)
     with pytest.raises(GateError, match="taken off by a rollback"):
-        promote_existing(object_store, verified, MOVER, gates=False)
-    assert promote_existing(object_store, verified, MOVER, gates=False, again=True).release == abc[2].release
+        promote_existing(verified, MOVER, gates=False)
+    assert promote_existing(verified, MOVER, gates=False, again=True).release == abc[2].release
 
 
 # ---- promotion of what is in the bucket
@@ -186,14 +187,14 @@ def with_job(store: ObjectStore, folder: Path, accuracy: float, vs_live: float =
 
 
 def promoted(store: ObjectStore, release: str, gates: bool = True) -> Pointer:
-    target = choose_promotion(store, MODEL, CHANNEL, release, NOWHERE)
-    return promote_existing(store, verify_target(store, target), MOVER, gates=gates)
+    target = choose_promotion(Channel(store, MODEL, CHANNEL, NOWHERE), release)
+    return promote_existing(verify_target(target), MOVER, gates=gates)
 
 
 def test_a_release_moves_from_staging_to_prod(object_store: ObjectStore, tmp_path: Path) -> None:
     manifest = with_job(object_store, tmp_path / "a", 0.97)
     move(object_store, manifest, channel="staging")
-    pointer = promoted(object_store, resolve_release(object_store, MODEL, "staging", NOWHERE))
+    pointer = promoted(object_store, resolve_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), "staging"))
     assert (pointer.release, pointer.channel, pointer.generation) == (manifest.release, "prod", 1)
     assert pointer.verdicts["vs_live"] == "nothing was live"
     better = with_job(object_store, tmp_path / "b", 0.98)
@@ -225,7 +226,7 @@ def test_gates_that_cannot_be_read_have_failed(object_store: ObjectStore, tmp_pa
 def test_releases_have_many_names(object_store: ObjectStore, abc: list[Manifest]) -> None:
     ids = [manifest.release for manifest in abc]
     names = {"prod": ids[2], "prod~0": ids[2], "prod~1": ids[1], "prod~2": ids[0], ids[0]: ids[0], ids[1][:8]: ids[1]}
-    assert {name: resolve_release(object_store, MODEL, name, NOWHERE) for name in names} == names
+    assert {name: resolve_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), name) for name in names} == names
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_a_name_that_means_nothing_says_what_would(
     object_store: ObjectStore, abc: list[Manifest], name: str, said: str
 ) -> None:
     with pytest.raises((RequestError, ServiceError), match=said):
-        resolve_release(object_store, MODEL, name, NOWHERE)
+        resolve_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), name)
 
 
 # ---- the commands

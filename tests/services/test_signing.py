@@ -34,6 +34,7 @@ from train_and_ship.registry.bucket.signing import (
     sign,
     signature_key,
 )
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
@@ -285,13 +286,13 @@ def test_a_channel_moves_only_to_what_the_required_key_signed(
         assert (
             "expected a signature by key" in refused.errors and f"`ship sign {MODEL} {first.release}`" in refused.errors
         )
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == second.release
 
     monkeypatch.setenv("SHIP_SIGNING_KEY", str(key))
     assert ship("sign", MODEL, first.release).status == 0
     assert ship(*back).status == 0
-    live = read_pointer(object_store, MODEL, CHANNEL)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert live is not None and live.release == first.release
     assert live.verdicts["signature"].startswith("by key ")
 

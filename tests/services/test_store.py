@@ -15,6 +15,7 @@ from train_and_ship.infra.errors import PreconditionFailed, ServiceError, Settin
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 CONDITIONS = ("if-match", "if-none-match")
@@ -103,7 +104,7 @@ def test_refused_credentials_are_a_mistake_to_mend(
         faulty.check()
     assert "secret" not in str(caught.value)
     with pytest.raises(SettingsError, match=code):
-        read_pointer(faulty, MODEL, CHANNEL)
+        read_pointer(Channel(faulty, MODEL, CHANNEL))
 
 
 def test_missing_credentials_are_named_with_what_to_do(

@@ -16,6 +16,7 @@ from tests.support.fixture_types import Connect
 from tests.support.ports import free_port
 from train_and_ship.infra.errors import StoreRefused
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.release.manifest import build_manifest
 
@@ -75,5 +76,5 @@ def test_a_real_server_that_ignores_conditions_is_refused_with_the_reason(
     with pytest.raises(StoreRefused, match=reason) as caught:
         publish(store, folder, manifest)
     assert not caught.value.retryable
-    assert read_pointer(store, "digits", "prod") is None
+    assert read_pointer(Channel(store, "digits", "prod")) is None
     assert store.list_keys("") == {}

@@ -19,8 +19,9 @@ from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release, publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.release.manifest import Manifest, decode_manifest
 
 
@@ -28,18 +29,8 @@ def promote(store: ObjectStore, folder: Path, manifest: Manifest, copy: Path, ch
     """What a promotion does with the store: publish, download what is to be tried, move."""
     published = publish(store, folder, manifest)
     fetch_release(store, manifest.model, manifest.release, copy)
-    return move_channel(
-        store,
-        manifest,
-        model=manifest.model,
-        channel=channel,
-        reason="chaos",
-        moved_by="tester",
-        flow_run="",
-        mlflow_version="",
-        accept=lambda pointer, live: None,
-        etags=published.etags,
-    )
+    move = Move(manifest=manifest, reason="chaos", moved_by="tester", etags=published.etags)
+    return move_channel(Channel(store, manifest.model, channel), move, accept=lambda pointer, live: None)
 
 
 class PromoterHost:

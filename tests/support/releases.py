@@ -11,9 +11,10 @@ from tests.support.stack_servers import MlflowServer
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import Mover, choose_rollback, roll_back, verify_target
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.registry.channels.swap import Accept, move_channel
+from train_and_ship.registry.channels.swap import Accept, Move, Replacing, move_channel
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest
 from train_and_ship.registry.tracking.rest import RestRegistry
 
@@ -41,23 +42,24 @@ def published(store: ObjectStore, folder: Path, seed: int = 0, accuracy: float =
     return manifest
 
 
-def move(store: ObjectStore, manifest: Manifest, accept: Accept | None = None, **changes: Any) -> Pointer:
-    arguments: dict[str, Any] = {
-        "model": MODEL,
-        "channel": CHANNEL,
-        "reason": "all gates passed",
-        "moved_by": "tester",
-        "flow_run": "run-1",
-        "mlflow_version": "7",
-        "accept": accept,
-        **changes,
-    }
-    return move_channel(store, manifest, **arguments)
+def move(
+    store: ObjectStore,
+    manifest: Manifest,
+    accept: Accept | None = None,
+    *,
+    model: str = MODEL,
+    channel: str = CHANNEL,
+    replacing: Replacing | None = None,
+    **changes: Any,
+) -> Pointer:
+    said: dict[str, Any] = {"reason": "all gates passed", "moved_by": "tester", "flow_run": "run-1"}
+    asked = Move(manifest=manifest, **{**said, "mlflow_version": "7", **changes})
+    return move_channel(Channel(store, model, channel), asked, accept=accept, replacing=replacing)
 
 
 def rolled_back(store: ObjectStore, to: str | None = None, uri: str = NOWHERE) -> Pointer:
-    target = choose_rollback(store, MODEL, CHANNEL, to, uri)
-    return roll_back(store, verify_target(store, target), MOVER)
+    target = choose_rollback(Channel(store, MODEL, CHANNEL, uri), to)
+    return roll_back(verify_target(target), MOVER)
 
 
 def replace_object(store: ObjectStore, key: str, body: bytes) -> None:

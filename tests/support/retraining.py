@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State
 from tests.support.projects import CODE, write_project
 from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import Decision, read_decisions
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.tasks.results import RetrainResult
@@ -35,9 +36,9 @@ class Project:
 
     @property
     def live(self) -> Pointer:
-        pointer = read_pointer(self.store, self.model, "prod")
+        pointer = read_pointer(Channel(self.store, self.model, "prod"))
         assert pointer is not None
         return pointer
 
     def decisions(self) -> list[Decision]:
-        return read_decisions(self.store, self.model, "prod", 100)
+        return read_decisions(Channel(self.store, self.model, "prod"), 100)

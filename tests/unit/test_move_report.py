@@ -6,6 +6,9 @@ import dataclasses
 from typing import Any
 
 from tests.support.html_pages import checked
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import Scored, Target, Verified
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.diff import Difference
@@ -21,8 +24,9 @@ LIVE = Pointer(
     model="hostile", channel="prod", generation=7, release="b" * 20, manifest_sha256="0" * 64, previous=None, nonce="n",
     moved_at="2026-11-24T02:00:00Z", moved_by="ada", reason="all gates passed", flow_run="", mlflow_version="2",
 )  # fmt: skip
+CHANNEL = Channel(ObjectStore.from_settings(Settings.load()), "hostile")  # Nobody asks it anything.
 VERIFIED = Verified(
-    target=Target(model="hostile", channel="prod", release="a" * 20, mlflow_version="1", live=LIVE, expects_live=True),
+    target=Target(channel=CHANNEL, release="a" * 20, mlflow_version="1", live=LIVE, expects_live=True),
     manifest=Manifest(model="hostile", release="a" * 20, files={}, formats={}, signature={}, metrics={}, serve={}),
     verdicts={"bytes": "8 files, read back and hashed"},
     scored=Scored(live="b" * 20, samples=360, candidate={"accuracy": 0.97}, against={"accuracy": 0.98}, problem=""),

@@ -20,6 +20,7 @@ from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import WAITING, read_decisions
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.tracking.rest import model_registry
@@ -126,7 +127,7 @@ class Month:
             said = up.text
             assert up.status == 0, said
         night.morning(self.project)
-        live = read_pointer(self.store, MODEL, "prod")
+        live = read_pointer(Channel(self.store, MODEL, "prod"))
         return Lived(
             night=night, rows=rows, run=run, state=str(state), asleep=asleep, morning=morning,
             seconds=seconds, served=served, said=said, live=live,
@@ -138,7 +139,7 @@ class Month:
 
     def _answers(self, run: str) -> int:
         """How many decisions of this run are on record."""
-        return sum(answer.flow_run == run for answer in read_decisions(self.store, MODEL, "prod", 5))
+        return sum(answer.flow_run == run for answer in read_decisions(Channel(self.store, MODEL, "prod"), 5))
 
     def _served(self, night: Night) -> str:
         """What the serving machine has, once it had the time to look."""
@@ -146,7 +147,7 @@ class Month:
             # It cannot know better, and goes on with what it has.
             eventually(lambda: self._reader.status().problem, "the serving machine misses the bucket")
             return self._reader.current.id if self._reader.current else ""
-        live = read_pointer(self.store, MODEL, "prod")
+        live = read_pointer(Channel(self.store, MODEL, "prod"))
         if live is None:
             return ""
         if self._reader.current is None:
