@@ -7,15 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from shipreader.records import NAME, RELEASE_ID
 from train_and_ship.infra.errors import RequestError
 
 RELEASE_ID_DIGITS = 20
 """Hexadecimal digits of a release id: 80 bits."""
 RESERVED_CHANNELS = re.compile(r"latest|champion|challenger|previous|.*-previous|v\d+")
 """A channel other than prod is also an MLflow alias, and these are taken; `staging-previous` is of `staging`."""
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_RELEASE_ID = re.compile(rf"[0-9a-f]{{{RELEASE_ID_DIGITS}}}")
 
 
 def canonical_json(document: Mapping[str, Any]) -> bytes:
@@ -25,12 +23,12 @@ def canonical_json(document: Mapping[str, Any]) -> bytes:
 
 def is_name(text: str) -> bool:
     """Whether a model or channel can be called so: it becomes part of keys."""
-    return _NAME.fullmatch(text) is not None
+    return NAME.fullmatch(text) is not None
 
 
 def is_release_id(text: str) -> bool:
     """Whether it has the shape of a release id: it becomes part of keys."""
-    return _RELEASE_ID.fullmatch(text) is not None
+    return RELEASE_ID.fullmatch(text) is not None
 
 
 def require_name(kind: str, name: str) -> None:

@@ -1,7 +1,8 @@
 """What the bucket says: the pointer of a channel and the manifest of a release, read with suspicion.
 
-The writer's side is registry/channels/pointer.py and registry/release/manifest.py of train-and-ship. This is written
-anew and not shared, because a serving machine installs this package alone. A test gives both sides the same bad input.
+The writer's side is registry/channels/pointer.py and registry/release/manifest.py of train-and-ship, which has the
+constants and the rules of names from here: a serving machine installs this package alone. Both sides read documents in
+their own way, and a test gives both the same bad input.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ POINTER_BYTES, MANIFEST_BYTES = 2**20, 16 * 2**20
 """Longer ones are not read."""
 MOST_FILES = 100_000
 LONGEST_PATH = 512
+"""Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
 PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
 """Files that run code when they are read: no release has them."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_RELEASE_ID = re.compile(r"[0-9a-f]{20}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+"""Of a model or a channel: it becomes part of keys."""
+RELEASE_ID = re.compile(r"[0-9a-f]{20}")
+"""80 bits in hexadecimal: the beginning of the file table's SHA-256."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Release:
 def pointer_key(model: str, channel: str) -> str:
     """Raises ReaderError for names that cannot be part of a key."""
     for kind, name in (("model", model), ("channel", channel)):
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ReaderError(f"{kind} name: expected lower-case letters, digits, dots, dashes, _; got {name!r}")
     return f"models/{model}/channels/{channel}.json"
 
@@ -137,7 +141,7 @@ def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
     if (pointer.model, pointer.channel) != (model, channel):
         raise Refused(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
     # It becomes part of keys and paths.
-    if not _RELEASE_ID.fullmatch(pointer.release) or not _SHA256.fullmatch(pointer.manifest_sha256):
+    if not RELEASE_ID.fullmatch(pointer.release) or not SHA256.fullmatch(pointer.manifest_sha256):
         raise Refused(f"{key}: expected a release id and a SHA-256, got {_shown(document)}")
     return pointer
 
@@ -180,7 +184,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
         raise Refused(f"{key}: expected 1 to {MOST_FILES:,} files, got {len(files):,}")
     for name, entry in files.items():
         require_path(name, key)
-        if not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+        if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
             raise Refused(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
         if type(entry.bytes) is not int or entry.bytes < 0:
             raise Refused(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
@@ -199,15 +203,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
 
 def require_path(name: str, where: str) -> None:
     """Raises Refused unless `name` stays below the folder it is joined to, and is no pickle."""
-    parts = name.split("/")
-    if (
-        not name.isprintable()
-        or "\\" in name
-        or len(name) > LONGEST_PATH
-        or any(part in ("", ".", "..") for part in parts)
-        or ":" in parts[0]
-        or not _is_utf8(name)
-    ):
+    if not stays_below(name):
         raise Refused(f"{where}: file name {name!r}: expected a relative path with / between its parts and no ..")
     if name.startswith("MANIFEST."):
         raise Refused(f"{where}: file name {name!r}: names that begin so are the release's own")
@@ -215,7 +211,21 @@ def require_path(name: str, where: str) -> None:
         raise Refused(f"{where}: {name}: expected no pickle in a release: reading one runs code")
 
 
+def stays_below(name: str) -> bool:
+    """Whether a name is safe as a key, and as a path below the folder it is joined to."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and len(name) <= LONGEST_PATH
+        and not any(part in ("", ".", "..") for part in parts)
+        and ":" not in parts[0]
+        and _is_utf8(name)
+    )
+
+
 def _is_utf8(name: str) -> bool:
+    # File systems hold bytes that are no text; they are listed as lone surrogates.
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from shipreader.records import FileEntry
 from train_and_ship.infra.errors import PreconditionFailed, ReleaseError
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
 from train_and_ship.registry.bucket.keys import release_prefix, reports_prefix
@@ -27,7 +28,7 @@ from train_and_ship.registry.bucket.transfer import (
     in_parallel,
     put_immutable,
 )
-from train_and_ship.registry.release.files import FileEntry, require_file, require_size
+from train_and_ship.registry.release.files import require_file, require_size
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest, decode_manifest, verify_folder
 
 LISTED_AT_ONCE = 990

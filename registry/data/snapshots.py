@@ -13,13 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from shipreader.records import FileEntry
 from train_and_ship.infra.errors import JobError, PreconditionFailed, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
-from train_and_ship.registry.release.files import FileEntry, file_hash, require_file, require_relative, walk
+from train_and_ship.registry.release.files import file_hash, require_file, require_relative, walk
 
 SNAPSHOT = "SNAPSHOT.json"
 _FORMAT = 1

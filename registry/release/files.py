@@ -6,23 +6,10 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from shipreader.records import FileEntry, stays_below
 from train_and_ship.infra.errors import ReleaseError
-
-_LONGEST_PATH = 512
-"""Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """One file of a release."""
-
-    sha256: str
-    """64 lower-case hexadecimal digits."""
-    bytes: int
-    """Size."""
 
 
 def require_file(path: Path, entry: FileEntry) -> None:
@@ -71,22 +58,5 @@ def walk(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def require_relative(name: str) -> None:
     """Raises ReleaseError unless `name` is safe as a key and as a path below a folder."""
-    parts = name.split("/")
-    if (
-        not name.isprintable()
-        or "\\" in name
-        or len(name) > _LONGEST_PATH
-        or any(part in ("", ".", "..") for part in parts)
-        or ":" in parts[0]
-        or not _encodable(name)
-    ):
+    if not stays_below(name):
         raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
-
-
-def _encodable(name: str) -> bool:
-    # File systems hold bytes that are no text; os.scandir gives them as lone surrogates.
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

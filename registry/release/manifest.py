@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from shipreader.records import FORMAT, PICKLE_ENDINGS, SHA256, FileEntry
+from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id
-from train_and_ship.registry.release.files import FileEntry, file_hash, require_file, require_relative, walk
+from train_and_ship.registry.release.files import file_hash, require_file, require_relative, walk
 from train_and_ship.registry.release.pickles import find_pickle
 
-MANIFEST = "MANIFEST.json"
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 """Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
 DATA = "data.json"
 """What its data was like, in counts and quantiles; the next data is held against it."""
-FORMAT = 1
-"""Version of the manifest's layout."""
-PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
-"""Files that run code when they are read."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +158,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
         raise ReleaseError("manifest: expected at least one file, got none")
     for name, entry in files.items():
         _require_path(name)
-        if not _SHA256.fullmatch(entry.sha256) or entry.bytes < 0:
+        if not SHA256.fullmatch(entry.sha256) or entry.bytes < 0:
             raise ReleaseError(f"manifest: {name}: expected a SHA-256 and a size, got {entry}")
     for name in files:
         above = next((str(up) for up in PurePosixPath(name).parents if str(up) in files), None)

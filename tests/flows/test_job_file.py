@@ -17,6 +17,7 @@ from train_and_ship.flows.train_and_ship import train_and_ship
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import FAILED, PROMOTED, read_decisions
 from train_and_ship.registry.tracking.runs import REPORT
 
@@ -71,6 +72,6 @@ def test_a_run_that_fails_is_reported_and_recorded_without_it(
     path = job_file(tmp_path, reads, gates={"accuracy": {"min": 2.0}})
     with pytest.raises(GateError):
         asyncio.run(retrain(job=path, force=True))
-    decision = read_decisions(store, MODEL, "prod", 1)[-1]
+    decision = read_decisions(Channel(store, MODEL), 1)[-1]
     assert decision.decision == FAILED != PROMOTED and "gates failed" in decision.why
     assert (stack.runs / MODEL / decision.flow_run / REPORT).is_file() and reads.count == 1

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from shipreader.records import FileEntry
 from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.provenance import code_fingerprint, environment_lock
 from train_and_ship.registry.diff import ReleaseRecord
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.lineage import Inputs, changes, config_digest
-from train_and_ship.registry.release.files import FileEntry
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, Manifest
 
 
