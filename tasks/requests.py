@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torchworker.contract import (
     SPEED_GATES,
@@ -66,38 +68,25 @@ def _named(choice: str | Factory, where: str) -> str | Reference:
 
 
 def train_settings(job: Job) -> TrainSettings:
+    """How to train: what the job file and the worker call alike is taken as it is."""
     train = job.train
-    return TrainSettings(
-        entrypoint=_entrypoint(job),
-        processes=train.processes,
-        epochs=train.epochs or 0,
-        steps_per_epoch=train.steps_per_epoch,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        optimizer=_named(train.optimizer, "train.optimizer.factory"),
-        learning_rate=train.learning_rate,
-        threads=job.threads,
-        data_workers=train.data_workers,
-        schedule=_named(train.schedule, "train.schedule.factory"),
-        accumulate=train.accumulate,
-        clip_norm=train.clip_norm,
-        early_stopping=train.early_stopping,
-        checkpoint_seconds=train.checkpoint.seconds,
-        checkpoint_steps=train.checkpoint.steps,
-        checkpoint_keep=train.checkpoint.keep,
-        restarts=train.restarts,
-        hang_seconds=train.hang_seconds,
-        collective_seconds=train.collective_seconds,
-        device=train.device,
-        backend=train.backend,
-        strategy=train.strategy,
-        comm_hook=train.comm_hook,
-        precision=train.precision,
-        fused=train.fused,
-        channels_last=train.channels_last,
-        compile=train.compile,
-        cudnn_benchmark=train.cudnn_benchmark,
-    )
+    alike = {name: getattr(train, name) for name in _names(TrainSettings) & type(train).model_fields.keys()}
+    settings: dict[str, Any] = {
+        **alike,
+        "entrypoint": _entrypoint(job),
+        "epochs": train.epochs or 0,
+        "optimizer": _named(train.optimizer, "train.optimizer.factory"),
+        "schedule": _named(train.schedule, "train.schedule.factory"),
+        "threads": job.threads,
+        "checkpoint_seconds": train.checkpoint.seconds,
+        "checkpoint_steps": train.checkpoint.steps,
+        "checkpoint_keep": train.checkpoint.keep,
+    }
+    return TrainSettings(**settings)
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def dynamic_dims(job: Job) -> list[DynamicDim]:
@@ -142,15 +131,7 @@ def speed_gates(job: Job) -> list[Gate]:
 def int8_limits(job: Job) -> Int8Limits | None:
     """What is asked of int8 variants; None when none are tried."""
     asked = job.export.int8
-    if asked is None:
-        return None
-    return Int8Limits(
-        sqnr_db=asked.sqnr_db,
-        agreement=asked.agreement,
-        flip_margin=asked.flip_margin,
-        metric_loss=asked.metric_loss,
-        speedup=asked.speedup,
-    )
+    return Int8Limits(**asked.model_dump(include=_names(Int8Limits))) if asked is not None else None
 
 
 BATCHES = (1, 8, 64)

@@ -1,7 +1,7 @@
 """The connection to MLflow: its import, its client, and its errors as ours.
 
-The modules `registry/mlflow_*.py` are the only ones that import mlflow, and only inside functions, because the
-import costs more than a second: call `warm_up` in a thread while something else is busy.
+The files of this room are the only ones that import mlflow, and only inside functions, because the import costs more
+than a second: call `import_mlflow` in a thread while something else is busy.
 """
 
 from __future__ import annotations
@@ -31,11 +31,6 @@ _ENVIRONMENT_DEFAULTS = {
     # Usage statistics are sent to the makers of mlflow unless somebody asks for that.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
-
-def warm_up() -> None:
-    """Import mlflow (1 to 2 s)."""
-    import_mlflow()
 
 
 def check_reachable(tracking_uri: str) -> None:
@@ -68,6 +63,7 @@ def check_reachable(tracking_uri: str) -> None:
 
 
 def import_mlflow() -> None:
+    """Import mlflow (1 to 2 s), with settings that suit a program that nobody watches."""
     for name, value in _ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import mlflow
