@@ -26,7 +26,7 @@ from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.registry.tracking.connection import check_reachable, connect, warm_up
+from train_and_ship.registry.tracking.connection import check_reachable, connect, import_mlflow
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import RunRecord
 from train_and_ship.tasks.requests import project_of, run_params, train_settings
@@ -150,7 +150,7 @@ def main() -> None:
 
     url = Settings.load().mlflow_url
     check_reachable(url)
-    warm_up()
+    import_mlflow()
     server = server_processes(url)
     job, _ = load_job(ROOT / "examples/digits/job.yaml")
     job = job.model_copy(update={"train": job.train.model_copy(update={"epochs": options.epochs})})
