@@ -18,12 +18,12 @@ from torchworker.contract import (
     PROBES,
     RESULT,
     VALIDATION,
+    Artifacts,
     MeasureResult,
     RehearsedRelease,
     RehearseRequest,
     RehearseResult,
     Resampling,
-    ScoredRelease,
     ScoreRequest,
     ScoreResult,
     Timed,
@@ -158,7 +158,7 @@ async def _scored(
         batch=run.job.export.batch,
         gates=[],
         threads=run.job.threads,
-        live=ScoredRelease(folder=live.folder, formats=live.formats, inputs=live.inputs) if live else None,
+        live=Artifacts(folder=live.folder, formats=live.formats, inputs=live.inputs) if live else None,
         resampling=request.resampling,
     )
     try:

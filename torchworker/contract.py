@@ -520,23 +520,37 @@ class Int8:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidateRequest(Message):
-    """Ask whether artifacts are the model, where its code cannot be imported."""
+class Artifacts(Message):
+    """Artifacts in a folder of this machine; some requests want reference tensors beside them."""
 
     folder: str
-    """Absolute folder with artifacts, golden and validation tensors."""
+    """Absolute."""
     formats: Mapping[str, str]
     """Format to file name."""
     libraries: Sequence[str] = ()
     """File names of libraries with custom operators, loaded before any artifact."""
     inputs: Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanRoom(Message):
+    """What is asked where the user's code cannot be imported."""
+
+    forbidden_modules: Sequence[str]
+    """Top-level modules of user code, which the process must not be able to import."""
+    forbidden_folder: str
+    """Nor anything from here."""
+    threads: int
+    """Intra-op threads of every runtime."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateRequest(Artifacts, CleanRoom):
+    """Ask whether artifacts are the model. Beside them lie golden and validation tensors."""
+
     outputs: Sequence[TensorSpec]
     metrics: Sequence[str]
     gates: Sequence[Gate]
-    forbidden_modules: Sequence[str]
-    """Top-level modules of user code, which this process must not be able to import."""
-    forbidden_folder: str
-    threads: int
     not_finite: str = "contained"
     """What is asked of NaN and infinity: `contained`, `same` or `off`."""
     refusals: str = "known"
@@ -568,7 +582,7 @@ class Timed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureRequest(Message):
+class MeasureRequest(CleanRoom):
     """Ask how fast, large and quick to load artifacts are, side by side."""
 
     subjects: Sequence[Timed]
@@ -577,8 +591,6 @@ class MeasureRequest(Message):
     inputs: Sequence[TensorSpec]
     batches: Sequence[int]
     """Batch sizes, ascending; those beyond the largest of the reference tensors are left out."""
-    threads: int
-    """Intra-op threads of every runtime."""
     serve: str
     """`auto`, the format that the release shall recommend, or `none`."""
     gates: Sequence[Gate]
@@ -587,8 +599,6 @@ class MeasureRequest(Message):
     """How many times as fast as its float format an int8 variant has to be."""
     loads: int = 1
     """Processes in which the time to load each is measured; their median counts."""
-    forbidden_modules: Sequence[str]
-    forbidden_folder: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -790,34 +800,16 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredRelease:
-    """Artifacts on this disk."""
-
-    folder: str
-    """Absolute."""
-    formats: Mapping[str, str]
-    """Format to file name."""
-    inputs: Sequence[TensorSpec]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRequest(Message):
-    """Ask for the metrics in user code, of artifacts that passed the clean room."""
+class ScoreRequest(Artifacts):
+    """Ask for the metrics in user code, of artifacts that passed the clean room. Beside them lie validation tensors."""
 
     project: Project
-    folder: str
-    """Absolute folder with artifacts and validation tensors."""
-    formats: Mapping[str, str]
-    """Format to file name."""
-    libraries: Sequence[str] = ()
-    """File names of libraries with custom operators, loaded before any artifact."""
-    inputs: Sequence[TensorSpec]
     batch: int
     """Samples of one call."""
     gates: Sequence[Gate]
     """Those on custom metrics."""
     threads: int
-    live: ScoredRelease | None = None
+    live: Artifacts | None = None
     """What is scored beside it, on the same samples."""
     resampling: Resampling | None = None
     """Asked for when the difference is to be tested against chance."""
@@ -839,23 +831,18 @@ class ScoreResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RehearsedRelease:
+class RehearsedRelease(Artifacts):
     """A release on this disk, as it came from the bucket."""
 
-    folder: str
-    """Absolute."""
     files: Mapping[str, str]
     """Path in the folder to hexadecimal SHA-256, as its manifest says."""
-    formats: Mapping[str, str]
-    """Format to file name."""
-    inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     serve: Mapping[str, str] = field(default_factory=dict)
     """`latency` and `throughput` to the format that it recommends; empty when it recommends none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RehearseRequest(Message):
+class RehearseRequest(CleanRoom):
     """Ask whether files that came back from the bucket still are what was validated, and better than what is live."""
 
     candidate: RehearsedRelease
@@ -867,9 +854,6 @@ class RehearseRequest(Message):
     """File of probes; only the model's answers after rounding everything are read, which widen limits."""
     metrics: Sequence[str]
     """Names in METRICS."""
-    forbidden_modules: Sequence[str]
-    forbidden_folder: str
-    threads: int
     sqnr_db: float = 0.0
     """What int8 variants of the candidate have to reach on the golden inputs."""
     resampling: Resampling | None = None
