@@ -1,4 +1,4 @@
-"""A night without changes: what retraining costs when there is nothing to do, beside `ship run` of the same job.
+"""What retraining costs when there is nothing to do, beside `ship run` of the same job.
 
     python benchmarks/no_change.py [rounds]
 
@@ -101,7 +101,7 @@ def main() -> None:
         "ratio with a snapshot",
     )  # fmt: skip
     text = "\n".join([
-        "## A night without changes",
+        "## A retraining run without changes",
         "",
         machine("torch", "prefect", "mlflow"),
         "Measured with `python benchmarks/no_change.py`: examples/digits on a running local stack, alternately, one "

@@ -7,9 +7,9 @@
     │   ├── RequestError      what was asked for is not there, or cannot be done now
     │   └── GateError         a gate refused the candidate
     ├── ServiceError          Prefect, MLflow or the bucket did not answer: retried
-    │   ├── StoreFault        the object store answered with a fault: its status says whether a retry can help
-    │   └── StoreRefused      the object store cannot keep the promises promotion needs: never retried
-    ├── PreconditionFailed    a conditional write did not happen, or its outcome has to be read
+    │   ├── StoreFaultError   the object store answered with a fault: its status says whether a retry can help
+    │   └── StoreRefusedError the object store cannot keep the promises promotion needs: never retried
+    ├── PreconditionFailedError  a conditional write did not happen, or its outcome has to be read
     ├── ReleaseError          a release is incomplete, altered or moved under us: never retried
     └── WorkerError           a child process died without giving a reason: retried
 
@@ -58,7 +58,7 @@ class ServiceError(ShipError):
     retryable = True
 
 
-class StoreFault(ServiceError):
+class StoreFaultError(ServiceError):
     """The object store answered with a fault. `status` is the HTTP status."""
 
     def __init__(self, message: str, *, status: int, code: str) -> None:
@@ -72,13 +72,13 @@ _DAMAGED_CODES = frozenset(["BadDigest", "InvalidDigest", "IncompleteBody", "XAm
 """The body was not what was sent."""
 
 
-class StoreRefused(ServiceError):
+class StoreRefusedError(ServiceError):
     """The object store ignores conditional writes, so promotion could lose an update."""
 
     retryable = False
 
 
-class PreconditionFailed(ShipError):
+class PreconditionFailedError(ShipError):
     """A conditional write did not happen, or its outcome has to be read: 412 or 409.
 
     After a reply was lost, the client's own repetition gets this answer for a write that did happen.

@@ -82,8 +82,8 @@ class PartsUpload:
         """Returns the ETag. Ends with the object as a whole or without any; parts of a failed upload are deleted.
 
         file: opened from `path`, of `size` bytes; sha256: hexadecimal, what the file has to have; report: called with
-        the size of each part that arrived, from any thread. Raises PreconditionFailed when the key exists by now or
-        the outcome has to be read, ReleaseError when the file is not what it should be.
+        the size of each part that arrived, from any thread. Raises PreconditionFailedError when the key exists by now
+        or the outcome has to be read, ReleaseError when the file is not what it should be.
         """
         target: dict[str, Any] = {"Bucket": self.bucket, "Key": self.key}
         with self.translated(f"begin to upload {self.key}"):

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from train_and_ship.infra import leftovers, s3
-from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError
+from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError
 from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
 from train_and_ship.infra.s3 import quoted, status_of
 from train_and_ship.infra.settings import Settings
@@ -262,13 +262,13 @@ class ObjectStore:
     # ---- writing
 
     def put_new(self, key: str, body: bytes) -> str:
-        """Create an object of up to a few megabytes; returns its ETag. Raises PreconditionFailed when it exists."""
+        """Create an object of up to a few megabytes; returns its ETag. Raises PreconditionFailedError if it exists."""
         return self._put(key, body, IfNoneMatch="*")
 
     def replace(self, key: str, body: bytes, etag: str) -> str:
         """Replace the object that has this ETag; returns the new one.
 
-        Raises PreconditionFailed when the object is another by now, or gone.
+        Raises PreconditionFailedError when the object is another by now, or gone.
         """
         matched = quoted(etag) if self.probe().etag_quoted else etag.strip('"')
         return self._put(key, body, IfMatch=matched)
@@ -281,7 +281,7 @@ class ObjectStore:
         The file is read once: what is hashed is what is sent, and nothing becomes an object unless it has that hash.
         Up to `multipart_bytes` it is one conditional PUT. Above, it goes up in parts, whose end is not conditional in
         every store: there, somebody who uploads the same key at the same time may be overwritten, so use keys whose
-        content the caller knows. Raises PreconditionFailed when the key exists or the outcome has to be read,
+        content the caller knows. Raises PreconditionFailedError when the key exists or the outcome has to be read,
         ReleaseError when the file has another hash, and ServiceError when the store refused a body that was damaged on
         the way.
         """
@@ -298,7 +298,7 @@ class ObjectStore:
                 report(size)
                 return etag
             if self.head(key) is not None:
-                raise PreconditionFailed(f"{key} exists in {self!r}")
+                raise PreconditionFailedError(f"{key} exists in {self!r}")
             upload = PartsUpload(
                 client=self._client,
                 bucket=self.bucket,
@@ -341,7 +341,7 @@ class ObjectStore:
         """Find out by trying whether conditional writes hold, once for each instance.
 
         Writes a few small objects under `.probe/` and deletes them; where deleting is not allowed they stay. Raises
-        StoreRefused with the promise that the store does not keep.
+        StoreRefusedError with the promise that the store does not keep.
         """
         with self._probing:
             if self._traits is None:
@@ -351,8 +351,8 @@ class ObjectStore:
     def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None:
         """Write an object whose body becomes another of the same length on the way, after it was signed: for `probe`.
 
-        named: whether the request names the algorithm of the checksum that it gives. Raises StoreFault where the store
-        notices.
+        named: whether the request names the algorithm of the checksum that it gives. Raises StoreFaultError where the
+        store notices.
         """
         assert len(body) == len(damaged)
         events = self._client.meta.events
@@ -395,7 +395,7 @@ class ObjectStore:
     def _put_small(self, key: str, body: bytes, sha256: str) -> str | None:
         """Create an object in the cheap way; its ETag, or None where that is not possible or did not succeed.
 
-        Raises PreconditionFailed when the key exists.
+        Raises PreconditionFailedError when the key exists.
         """
         traits = self._traits
         # Bodies are believed to arrive whole where the store compares them with a checksum that is not named as well.
@@ -425,7 +425,7 @@ class ObjectStore:
                 )
             except self._client.exceptions.NoSuchKey as error:
                 # If-Match on an object that is gone.
-                raise PreconditionFailed(f"cannot write {key}: it is gone") from error
+                raise PreconditionFailedError(f"cannot write {key}: it is gone") from error
         return quoted(reply["ETag"])
 
     def _translated(self, action: str) -> contextlib.AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError, ShipError, StoreFault
+from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError, ShipError, StoreFaultError
 from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _moment(value: Any) -> datetime.datetime:
         return found
 
 
-class _BrokenOff(Exception):
+class _BrokenOffError(Exception):
     """A download that ended without an answer of the store that says why."""
 
 
@@ -178,11 +178,11 @@ def download(
             transfer.download_file(bucket, key, str(path), callback=progress)
     except S3DownloadFailedError as error:
         # Also for an object that was replaced meanwhile: its cause is a refused If-Match, which is no race of ours.
-        raise _BrokenOff(str(error)) from error
+        raise _BrokenOffError(str(error)) from error
     except Boto3Error as error:
         # The transfer manager wraps the answer in text.
         cause = error.__cause__ or error.__context__
-        raise cause if isinstance(cause, ClientError) else _BrokenOff(str(error)) from error
+        raise cause if isinstance(cause, ClientError) else _BrokenOffError(str(error)) from error
 
 
 def status_of(error: Any) -> int:
@@ -242,7 +242,7 @@ def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[
         hint = "is the local stack up? `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
         reason = str(error.kwargs.get("error", error)) if isinstance(error, botocore.BotoCoreError) else str(error)
         raise ServiceError(f"cannot {action} in {where}: no answer ({reason}); {hint}") from error
-    except (botocore.BotoCoreError, HTTPError, _BrokenOff) as error:
+    except (botocore.BotoCoreError, HTTPError, _BrokenOffError) as error:
         raise ServiceError(f"cannot {action} in {where}: {error}") from error
 
 
@@ -259,7 +259,7 @@ def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -
             f"bucket {bucket!r} cannot be made at {address}: {code}: {text}; set SHIP_BUCKET to another"
         )
     if status in (409, 412) or code == "NoSuchUpload":
-        return PreconditionFailed(f"cannot {action} in {where}: {status} {code}")
+        return PreconditionFailedError(f"cannot {action} in {where}: {status} {code}")
     if code in _REGION_CODES:
         return SettingsError(f"{where} is in another region ({code}: {text}); set AWS_REGION to the bucket's")
     if code in _CREDENTIAL_CODES or status in (401, 403):
@@ -267,7 +267,7 @@ def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -
             f"{where} refused these credentials: cannot {action} ({status} {code}: {text}). "
             f"Expected credentials that may read, list and write the bucket, from {_CREDENTIALS}"
         )
-    return StoreFault(f"cannot {action} in {where}: it answered {status} {code}: {text}", status=status, code=code)
+    return StoreFaultError(f"cannot {action} in {where}: it answered {status} {code}: {text}", status=status, code=code)
 
 
 def no_such_bucket(bucket: str, address: str, local: bool) -> str:

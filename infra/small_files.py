@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_and_ship.infra import s3
-from train_and_ship.infra.errors import PreconditionFailed
+from train_and_ship.infra.errors import PreconditionFailedError
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Store
@@ -51,7 +51,7 @@ class SmallFiles:
     def put_new(self, key: str, body: bytes, sha256: str) -> str | None:
         """Create an object; its ETag, or None when it has to be sent in another way, also because this one failed.
 
-        sha256: hexadecimal, of the body. Raises PreconditionFailed when the key exists.
+        sha256: hexadecimal, of the body. Raises PreconditionFailedError when the key exists.
         """
         if not self._usable or not _KEY.fullmatch(key) or "." in key.split("/") or ".." in key.split("/"):
             return None
@@ -62,7 +62,7 @@ class SmallFiles:
             store = self._connected()
             written = obstore.put(store, key, body, attributes={"sha256": sha256}, mode="create")
         except AlreadyExistsError as error:
-            raise PreconditionFailed(f"{key} exists in s3://{self._bucket}") from error
+            raise PreconditionFailedError(f"{key} exists in s3://{self._bucket}") from error
         # Whatever it is, boto3 meets it too, and says it in words.
         except Exception as error:
             self._failed(error)

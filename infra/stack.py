@@ -84,7 +84,7 @@ def up(settings: Settings, report: Report = lambda line: None) -> None:
     settings; ServiceError when a component does not come up, after stopping what this call started.
     """
     ours = components(settings)
-    with _alone(settings, report), _default_interrupt():
+    with _exclusive(settings, report), _default_interrupt():
         for name in _external_names(ours):
             report(f"{name}: external, not started here")
         running = _running(settings, ours)
@@ -102,7 +102,7 @@ def down(settings: Settings, report: Report = lambda line: None) -> None:
     """Stop every process that the pid files prove to be ours, with all descendants. Idempotent; data stays."""
     if not settings.home.exists():
         return
-    with _alone(settings, report):
+    with _exclusive(settings, report):
         # The worker first, so that its runs end while the server can still write that down.
         stopped = stop([_pid_file(settings, "worker")])
         server = PidFile.read(_pid_file(settings, "prefect"))
@@ -124,7 +124,7 @@ def _external_names(ours: list[Component]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(settings: Settings, report: Report) -> Iterator[None]:
+def _exclusive(settings: Settings, report: Report) -> Iterator[None]:
     """One command at a time changes the stack of a home. The kernel frees the lock even after kill -9."""
     settings.home.mkdir(parents=True, exist_ok=True)
     with (settings.home / "stack.lock").open("w") as lock:

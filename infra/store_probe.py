@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from train_and_ship.infra.errors import PreconditionFailed, ShipError, StoreFault, StoreRefused
+from train_and_ship.infra.errors import PreconditionFailedError, ShipError, StoreFaultError, StoreRefusedError
 
 RACERS = 8
 RACE_SECONDS = 60
@@ -41,7 +41,7 @@ class Store(Protocol):
         """What messages call the store."""
 
     def put_if(self, key: str, body: bytes, **condition: Any) -> str:
-        """Write on a condition, such as IfMatch; the ETag. Raises PreconditionFailed."""
+        """Write on a condition, such as IfMatch; the ETag. Raises PreconditionFailedError."""
 
     def get(self, key: str) -> tuple[bytes, str] | None:
         """Content and ETag; None without such a key."""
@@ -56,7 +56,7 @@ class Store(Protocol):
 def probe(store: Store) -> StoreTraits:
     """Write a few small objects under `.probe/` and delete them; where deleting is not allowed they stay.
 
-    Raises StoreRefused with the promise that the store does not keep.
+    Raises StoreRefusedError with the promise that the store does not keep.
     """
     prefix = f"{PROBE_PREFIX}/{uuid.uuid4().hex}/"
     keys = {name: f"{prefix}{name}" for name in ("conditions", "race", "damaged")}
@@ -138,7 +138,7 @@ def _checks_bodies(store: Store, key: str) -> tuple[bool, bool]:
 def _notices_damage(store: Store, key: str, *, named: bool) -> bool:
     try:
         store.put_damaged(key, b"whole", b"whale", named=named)
-    except StoreFault as fault:
+    except StoreFaultError as fault:
         if fault.status != 400:
             raise
         return True
@@ -149,16 +149,16 @@ def _put(store: Store, key: str, body: bytes, header: str, **condition: str) -> 
     """The new ETag, or None when the condition was refused."""
     try:
         return store.put_if(key, body, **condition)
-    except PreconditionFailed:
+    except PreconditionFailedError:
         return None
-    except StoreFault as fault:
+    except StoreFaultError as fault:
         if fault.status == 501:
             raise _refused(store, f"it does not implement {header} on PUT") from fault
         raise
 
 
-def _refused(store: Store, reason: str) -> StoreRefused:
-    return StoreRefused(
+def _refused(store: Store, reason: str) -> StoreRefusedError:
+    return StoreRefusedError(
         f"{store.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
         "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW."
     )

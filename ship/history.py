@@ -75,7 +75,7 @@ def live(model: str, channel: str, at: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(json.loads(found.encode()) if found else None, indent=1))
     elif found is not None:
-        typer.echo(_told(found, time, moves))
+        typer.echo(_described(found, time, moves))
     if when is not None and (unknown := doubts(moves, found)):
         numbers = ", ".join(map(str, unknown))
         typer.echo(f"It is not known when generations {numbers} went live: they may have been live then.", err=True)
@@ -103,7 +103,7 @@ def _both(time: datetime | None) -> str:
     return f"{local:%Y-%m-%d %H:%M:%S %z} ({time.astimezone(UTC):%H:%M:%S} UTC)"
 
 
-def _told(move: Pointer, asked: str, moves: Sequence[Pointer]) -> str:
+def _described(move: Pointer, asked: str, moves: Sequence[Pointer]) -> str:
     until = next((later for later in moves if later.generation == move.generation + 1), None)
     lines = [
         f"{move.model} {move.channel} {asked}: release {move.release}",

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from shipreader.errors import NothingLive, ReaderError, Refused, Unavailable
+from shipreader.errors import NothingLiveError, ReaderError, RefusedError, UnavailableError
 from shipreader.reader import Reader
 from shipreader.records import Release
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
@@ -75,12 +75,12 @@ def reader_errors(settings: Settings, model: str) -> Iterator[None]:
     """
     try:
         yield
-    except NothingLive as error:
+    except NothingLiveError as error:
         # Whoever may only read cannot find out.
         with contextlib.suppress(ServiceError, SettingsError):
             require_model(ObjectStore.from_settings(settings), model)
         raise ServiceError(str(error)) from error
-    except Unavailable as error:
+    except UnavailableError as error:
         cause: BaseException = error
         while isinstance(cause, ReaderError) and cause.__cause__ is not None:
             cause = cause.__cause__
@@ -91,7 +91,7 @@ def reader_errors(settings: Settings, model: str) -> Iterator[None]:
             raise SettingsError(str(error)) from error
         except (ServiceError, ReaderError):
             raise ServiceError(str(error)) from error
-    except Refused as error:
+    except RefusedError as error:
         raise ReleaseError(str(error)) from error
     except ReaderError as error:
         raise SettingsError(str(error)) from error
@@ -100,7 +100,7 @@ def reader_errors(settings: Settings, model: str) -> Iterator[None]:
 def _pull_once(reader: Reader) -> Release:
     try:
         return reader.pull()
-    except (Unavailable, Refused) as error:
+    except (UnavailableError, RefusedError) as error:
         kept = reader.current
         if kept is None:
             raise

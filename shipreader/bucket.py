@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shipreader.errors import Refused, Unavailable
+from shipreader.errors import RefusedError, UnavailableError
 from shipreader.records import FileEntry
 
 CONNECT_SECONDS, READ_SECONDS = 5, 30
@@ -41,14 +41,14 @@ class Bucket:
         self._client, self.name = client, name
 
     def small(self, key: str, limit: int) -> bytes | None:
-        """A small object; None when there is none. Raises Refused when it is longer than `limit` bytes."""
+        """A small object; None when there is none. Raises RefusedError when it is longer than `limit` bytes."""
         found = self.changed(key, None, limit)
         return None if found is None else found[0]
 
     def changed(self, key: str, etag: str | None, limit: int) -> tuple[bytes, str] | None:
         """Content and ETag, in one conditional GET. None when there is none.
 
-        Raises NotModified when the object still has this ETag, and Refused when it is longer than `limit` bytes.
+        Raises NotModifiedError when the object still has this ETag, and RefusedError above `limit` bytes.
         """
         condition = {} if etag is None else {"IfNoneMatch": etag}
         with self._translated(key):
@@ -58,18 +58,18 @@ class Bucket:
                 return None
             except self._client.exceptions.ClientError as error:
                 if _status(error) == 304:
-                    raise NotModified from None
+                    raise NotModifiedError from None
                 raise
             with contextlib.closing(reply["Body"]) as body:
                 content: bytes = body.read(limit + 1)
         if len(content) > limit:
-            raise Refused(f"{key}: expected at most {limit:,} bytes, got more")
+            raise RefusedError(f"{key}: expected at most {limit:,} bytes, got more")
         return content, str(reply["ETag"])
 
     def download(self, key: str, path: Path, entry: FileEntry) -> None:
         """Write an object to the new file `path`, while it is no longer than the entry says.
 
-        A transfer that breaks off goes on from there. Raises Refused for more, fewer or other bytes.
+        A transfer that breaks off goes on from there. Raises RefusedError for more, fewer or other bytes.
         """
         digest, size, fruitless = hashlib.sha256(), 0, 0
         # x: a file or a link that is there already is an error, never followed.
@@ -81,18 +81,22 @@ class Bucket:
                     for piece in self._pieces(key, size):
                         size += len(piece)
                         if size > entry.bytes:
-                            raise Refused(f"{key}: expected {entry.bytes:,} bytes, got more: altered in the bucket")
+                            raise RefusedError(
+                                f"{key}: expected {entry.bytes:,} bytes, got more: altered in the bucket"
+                            )
                         digest.update(piece)
                         file.write(piece)
                     break
-                except Unavailable:
+                except UnavailableError:
                     fruitless = 0 if size > before else fruitless + 1
                     if fruitless >= ATTEMPTS:
                         raise
         if size != entry.bytes:
-            raise Refused(f"{key}: expected {entry.bytes:,} bytes, got {size:,}: altered in the bucket")
+            raise RefusedError(f"{key}: expected {entry.bytes:,} bytes, got {size:,}: altered in the bucket")
         if digest.hexdigest() != entry.sha256:
-            raise Refused(f"{key}: expected SHA-256 {entry.sha256}, got {digest.hexdigest()}: altered in the bucket")
+            raise RefusedError(
+                f"{key}: expected SHA-256 {entry.sha256}, got {digest.hexdigest()}: altered in the bucket"
+            )
 
     def _pieces(self, key: str, start: int) -> Iterator[bytes]:
         where = {"Range": f"bytes={start}-"} if start else {}
@@ -100,7 +104,9 @@ class Bucket:
             try:
                 reply = self._client.get_object(Bucket=self.name, Key=key, **where)
             except self._client.exceptions.NoSuchKey:
-                raise Refused(f"{key}: expected a file of the release, got none: deleted from the bucket") from None
+                raise RefusedError(
+                    f"{key}: expected a file of the release, got none: deleted from the bucket"
+                ) from None
             except self._client.exceptions.ClientError as error:
                 if _status(error) == 416:
                     # All of it had arrived before the connection broke, or it is shorter by now: the size tells.
@@ -121,12 +127,12 @@ class Bucket:
             hint = ""
             if status in (401, 403):
                 hint = ": it does not exist, or these credentials may not read it"
-            raise Unavailable(f"s3://{self.name}/{key}: the store answered {status} {code}{hint}") from error
+            raise UnavailableError(f"s3://{self.name}/{key}: the store answered {status} {code}{hint}") from error
         except (botocore.BotoCoreError, botocore.HTTPClientError, HTTPError, OSError) as error:
-            raise Unavailable(f"s3://{self.name}/{key}: no answer: {error}") from error
+            raise UnavailableError(f"s3://{self.name}/{key}: no answer: {error}") from error
 
 
-class NotModified(Exception):
+class NotModifiedError(Exception):
     """The object still has the ETag that was asked about."""
 
 

@@ -1,9 +1,9 @@
 """What a reader raises. Whatever it is, the release that was good before stays where it is.
 
 ReaderError
-├── Unavailable   the bucket did not answer, or did not let us in: the same call can succeed later
-│   └── NothingLive   it answered, and nothing is live on this channel
-└── Refused       what the bucket holds is not to be used: altered, unsigned, too big, or older than what we have
+├── UnavailableError      the bucket did not answer, or did not let us in: the same call can succeed later
+│   └── NothingLiveError  it answered, and nothing is live on this channel
+└── RefusedError          what the bucket holds is not to be used: altered, unsigned, too big, or older than ours
 """
 
 
@@ -11,13 +11,13 @@ class ReaderError(Exception):
     """Base of what a reader raises on purpose, and itself: a mistake in how it was set up."""
 
 
-class Unavailable(ReaderError):
+class UnavailableError(ReaderError):
     """The bucket did not answer, or answered with a fault."""
 
 
-class NothingLive(Unavailable):
+class NothingLiveError(UnavailableError):
     """The channel has no pointer: it was never moved, or somebody deleted it."""
 
 
-class Refused(ReaderError):
+class RefusedError(ReaderError):
     """The release or the pointer breaks a promise. The message says what was expected and what was found."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shipreader.errors import ReaderError, Refused
+from shipreader.errors import ReaderError, RefusedError
 from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest
 
 CURRENT = "current"
@@ -82,15 +82,15 @@ class LocalFolder:
         return self._releases / f"{name}.sig.json"
 
     def verified(self, pointer: Pointer) -> Manifest:
-        """Read every byte of a release that is here. Raises Refused for anything but exactly its files."""
+        """Read every byte of a release that is here. Raises RefusedError for anything but exactly its files."""
         folder = self.release(pointer.release)
         found = dict(_walk(folder))
         if MANIFEST not in found:
-            raise Refused(f"{folder}: expected {MANIFEST}, got none")
+            raise RefusedError(f"{folder}: expected {MANIFEST}, got none")
         manifest = decode_manifest(found.pop(MANIFEST).read_bytes(), pointer)
         for name in sorted(found.keys() | manifest.files.keys()):
             if name not in manifest.files or name not in found:
-                raise Refused(f"{folder / name}: expected {'a' if name in manifest.files else 'no such'} file")
+                raise RefusedError(f"{folder / name}: expected {'a' if name in manifest.files else 'no such'} file")
             _require_file(found[name], manifest.files[name])
         return manifest
 
@@ -98,7 +98,7 @@ class LocalFolder:
         """Make a release appear, complete, by one rename. `bring` fills a new folder with its verified files."""
         free = shutil.disk_usage(self.folder).free
         if manifest.total_bytes > free:
-            raise Refused(
+            raise RefusedError(
                 f"{manifest.model} {manifest.release}: expected room for {manifest.total_bytes:,} bytes "
                 f"in {self.folder}, got {free:,}"
             )
@@ -163,9 +163,9 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below by relative path. Raises Refused for links and special files."""
+    """Every file below by relative path. Raises RefusedError for links and special files."""
     if folder.is_symlink() or not folder.is_dir():
-        raise Refused(f"{folder}: expected the folder of a release")
+        raise RefusedError(f"{folder}: expected the folder of a release")
     pending = [folder]
     while pending:
         with os.scandir(pending.pop()) as entries:
@@ -176,7 +176,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
                 elif stat.S_ISREG(mode):
                     yield Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)
                 else:
-                    raise Refused(f"{entry.path}: expected a regular file, got a link or a special file")
+                    raise RefusedError(f"{entry.path}: expected a regular file, got a link or a special file")
 
 
 def _require_file(path: Path, entry: FileEntry) -> None:
@@ -186,7 +186,7 @@ def _require_file(path: Path, entry: FileEntry) -> None:
             size += len(piece)
             digest.update(piece)
     if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
-        raise Refused(
+        raise RefusedError(
             f"{path}: expected {entry.bytes:,} bytes with SHA-256 {entry.sha256}, "
             f"got {size:,} with {digest.hexdigest()}"
         )

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from shipreader import signatures
-from shipreader.bucket import Bucket, NotModified, s3_client
-from shipreader.errors import NothingLive, ReaderError, Refused, Unavailable
+from shipreader.bucket import Bucket, NotModifiedError, s3_client
+from shipreader.errors import NothingLiveError, ReaderError, RefusedError, UnavailableError
 from shipreader.local import LocalFolder, State
 from shipreader.records import (
     MANIFEST,
@@ -115,7 +115,7 @@ class Reader:
     def pull(self) -> Release:
         """Look at the channel once and follow it.
 
-        Raises Unavailable or Refused; what was current before still is then.
+        Raises UnavailableError or RefusedError; what was current before still is then.
         """
         with self._working:
             before = self.current
@@ -129,7 +129,7 @@ class Reader:
         """Follow the channel in a thread of its own. Returns once there is something to serve.
 
         What an earlier process left in the folder will do when the bucket does not answer, or holds something bad.
-        Raises Unavailable or Refused when there is neither.
+        Raises UnavailableError or RefusedError when there is neither.
         """
         if self._thread is not None:
             raise ReaderError("this reader was started already")
@@ -157,7 +157,7 @@ class Reader:
     def _first(self) -> Release:
         try:
             return self.pull()
-        except (Unavailable, Refused, OSError) as error:
+        except (UnavailableError, RefusedError, OSError) as error:
             kept = self.current
             if kept is None:
                 raise
@@ -216,12 +216,12 @@ class Reader:
             known = self._state.etag if held is not None and self._state is not None else None
             try:
                 found = self._bucket.changed(self._key, known, POINTER_BYTES)
-            except NotModified:
+            except NotModifiedError:
                 assert held is not None
                 self._refused = None
                 return held
             if found is None:
-                raise NothingLive(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
+                raise NothingLiveError(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
             pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
             if refused is not None and refused.etag == etag and time.monotonic() < refused.until:
                 raise refused.error
@@ -230,7 +230,7 @@ class Reader:
                 release = self._bring(pointer)
                 if self._accept is not None:
                     self._require_accepted(release)
-            except Refused as error:
+            except RefusedError as error:
                 self._refused = _Refusal.after(self._refused, etag, error, self._interval)
                 raise
             self._refused = None
@@ -256,7 +256,7 @@ class Reader:
             manifest = self._local.verified(pointer)
             if self._keys:
                 self._require_signed_here(manifest)
-        except Refused as error:
+        except RefusedError as error:
             _log.warning("%s %s: what is on disk cannot be served: %s", self.model, self.channel, error)
             return None
         self._local.point(pointer.release)
@@ -269,7 +269,7 @@ class Reader:
             return
         held = self._state.pointer
         if pointer.generation < held.generation or (pointer.generation == held.generation and pointer != held):
-            raise Refused(
+            raise RefusedError(
                 f"{self._key}: expected generation {held.generation} or later, got another {pointer.generation}: "
                 "the bucket went back in time (a restored backup?). Move the channel anew, or delete "
                 f"{self._local.folder} to follow it"
@@ -280,16 +280,16 @@ class Reader:
         prefix = release_prefix(pointer.model, pointer.release)
         encoded = self._bucket.small(prefix + MANIFEST, MANIFEST_BYTES)
         if encoded is None:
-            raise Refused(f"{prefix}{MANIFEST}: expected the manifest of the live release, got none")
+            raise RefusedError(f"{prefix}{MANIFEST}: expected the manifest of the live release, got none")
         manifest = decode_manifest(encoded, pointer)
         if self._keys:
             # Before any file is asked for.
             self._local.signature(pointer.release).write_bytes(self._signature(manifest, prefix))
         if self._max_bytes is not None and manifest.total_bytes > self._max_bytes:
-            raise Refused(f"{prefix}: expected at most {self._max_bytes:,} bytes, got {manifest.total_bytes:,}")
+            raise RefusedError(f"{prefix}: expected at most {self._max_bytes:,} bytes, got {manifest.total_bytes:,}")
         try:
             self._local.verified(pointer)
-        except Refused:
+        except RefusedError:
             self._local.add(manifest, lambda draft, files: self._download(prefix, draft, files))
         return self._release(manifest, pointer)
 
@@ -307,7 +307,7 @@ class Reader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _signature(self, manifest: Manifest, prefix: str) -> bytes:
-        """The signature in the bucket that holds. Raises Refused when there is none by the required keys."""
+        """The signature in the bucket that holds. Raises RefusedError when there is none by the required keys."""
         for key in self._keys:
             name = prefix + signatures.file_name(key)
             found = self._bucket.small(name, signatures.SIGNATURE_BYTES)
@@ -315,14 +315,14 @@ class Reader:
                 signatures.require_signed(found, _signed(manifest), key, name)
                 return found
         wanted = " or ".join(signatures.key_id(key) for key in self._keys)
-        raise Refused(
+        raise RefusedError(
             f"{prefix}: expected a signature by key {wanted}, got none: published without a key, or with another one"
         )
 
     def _require_signed_here(self, manifest: Manifest) -> None:
         path = self._local.signature(manifest.release)
         if not path.is_file():
-            raise Refused(f"{path}: expected a signature, got none: it was pulled before one was required")
+            raise RefusedError(f"{path}: expected a signature, got none: it was pulled before one was required")
         signatures.require_signed_by_any(path.read_bytes(), _signed(manifest), self._keys, str(path))
 
     def _require_accepted(self, release: Release) -> None:
@@ -330,7 +330,7 @@ class Reader:
         try:
             self._accept(release)
         except Exception as error:
-            raise Refused(f"release {release.id} was not accepted: {type(error).__name__}: {error}") from error
+            raise RefusedError(f"release {release.id} was not accepted: {type(error).__name__}: {error}") from error
 
     def _previous(self, pointer: Pointer) -> str | None:
         if self._state is None:
@@ -359,13 +359,13 @@ class _Refusal:
     """A pointer that led to something bad."""
 
     etag: str
-    error: Refused
+    error: RefusedError
     pause: float
     until: float
     """On the monotonic clock: not downloaded again before."""
 
     @staticmethod
-    def after(earlier: _Refusal | None, etag: str, error: Refused, interval: float) -> _Refusal:
+    def after(earlier: _Refusal | None, etag: str, error: RefusedError, interval: float) -> _Refusal:
         same = earlier is not None and earlier.etag == etag
         pause = min(LONGEST_PAUSE_SECONDS, earlier.pause * 2 if same and earlier else interval * 2)
         return _Refusal(etag, error, pause, time.monotonic() + pause)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shipreader.errors import ReaderError, Refused
+from shipreader.errors import ReaderError, RefusedError
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -129,33 +129,33 @@ def release_prefix(model: str, release: str) -> str:
 
 
 def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
-    """Raises Refused unless it is the pointer of this model's channel."""
+    """Raises RefusedError unless it is the pointer of this model's channel."""
     key = pointer_key(model, channel)
     document = _json_object(encoded, key)
     values: dict[str, Any] = {name: document.get(name) for name in Pointer.__dataclass_fields__}
     generation = values.pop("generation")
     wrong = [name for name, value in values.items() if not isinstance(value, str)]
     if wrong or type(generation) is not int or generation < 1:
-        raise Refused(f"{key}: expected the record of a move, got {_shown(document)}")
+        raise RefusedError(f"{key}: expected the record of a move, got {_shown(document)}")
     pointer = Pointer(generation=generation, **values)
     if (pointer.model, pointer.channel) != (model, channel):
-        raise Refused(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
+        raise RefusedError(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
     # It becomes part of keys and paths.
     if not RELEASE_ID.fullmatch(pointer.release) or not SHA256.fullmatch(pointer.manifest_sha256):
-        raise Refused(f"{key}: expected a release id and a SHA-256, got {_shown(document)}")
+        raise RefusedError(f"{key}: expected a release id and a SHA-256, got {_shown(document)}")
     return pointer
 
 
 def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
     """Read the manifest that a pointer names.
 
-    Raises Refused for other bytes than the pointer's hash says, for another release, and for file names that would
+    Raises RefusedError for other bytes than the pointer's hash says, for another release, and for file names that would
     leave the folder, fall on one another, or are pickles.
     """
     key = release_prefix(pointer.model, pointer.release) + MANIFEST
     got = hashlib.sha256(encoded).hexdigest()
     if got != pointer.manifest_sha256:
-        raise Refused(f"{key}: expected SHA-256 {pointer.manifest_sha256}, got {got}: altered after it went live")
+        raise RefusedError(f"{key}: expected SHA-256 {pointer.manifest_sha256}, got {got}: altered after it went live")
     document = _json_object(encoded, key)
     try:
         files = {str(name): FileEntry(item["sha256"], item["bytes"]) for name, item in document["files"].items()}
@@ -172,43 +172,43 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
         table = json.dumps(document["files"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         own = hashlib.sha256(table.encode()).hexdigest()[: len(pointer.release)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refused(f"{key}: expected a manifest, got {type(error).__name__}: {error}") from None
+        raise RefusedError(f"{key}: expected a manifest, got {type(error).__name__}: {error}") from None
     if (manifest.model, manifest.release) != (pointer.model, pointer.release):
-        raise Refused(
+        raise RefusedError(
             f"{key}: expected the manifest of {pointer.model} {pointer.release}, "
             f"got that of {manifest.model} {manifest.release}"
         )
     if own != manifest.release:
-        raise Refused(f"{key}: expected release {own} by its file table, got {manifest.release}")
+        raise RefusedError(f"{key}: expected release {own} by its file table, got {manifest.release}")
     if not 0 < len(files) <= MOST_FILES:
-        raise Refused(f"{key}: expected 1 to {MOST_FILES:,} files, got {len(files):,}")
+        raise RefusedError(f"{key}: expected 1 to {MOST_FILES:,} files, got {len(files):,}")
     for name, entry in files.items():
         require_path(name, key)
         if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
-            raise Refused(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
+            raise RefusedError(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
         if type(entry.bytes) is not int or entry.bytes < 0:
-            raise Refused(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
+            raise RefusedError(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
         parts = name.split("/")
         above = next((up for end in range(1, len(parts)) if (up := "/".join(parts[:end])) in files), None)
         if above is not None:
-            raise Refused(f"{key}: {above} is a file, and the folder of {name}")
+            raise RefusedError(f"{key}: {above} is a file, and the folder of {name}")
     for kind, path in manifest.formats.items():
         if path not in files:
-            raise Refused(f"{key}: format {kind}: expected one of its files, got {path!r}")
+            raise RefusedError(f"{key}: format {kind}: expected one of its files, got {path!r}")
     for purpose, kind in manifest.serve.items():
         if not isinstance(kind, str) or kind not in manifest.formats:
-            raise Refused(f"{key}: serve.{purpose}: expected one of its formats, got {kind!r}")
+            raise RefusedError(f"{key}: serve.{purpose}: expected one of its formats, got {kind!r}")
     return manifest
 
 
 def require_path(name: str, where: str) -> None:
-    """Raises Refused unless `name` stays below the folder it is joined to, and is no pickle."""
+    """Raises RefusedError unless `name` stays below the folder it is joined to, and is no pickle."""
     if not stays_below(name):
-        raise Refused(f"{where}: file name {name!r}: expected a relative path with / between its parts and no ..")
+        raise RefusedError(f"{where}: file name {name!r}: expected a relative path with / between its parts and no ..")
     if name.startswith("MANIFEST."):
-        raise Refused(f"{where}: file name {name!r}: names that begin so are the release's own")
+        raise RefusedError(f"{where}: file name {name!r}: names that begin so are the release's own")
     if name.lower().endswith(PICKLE_ENDINGS):
-        raise Refused(f"{where}: {name}: expected no pickle in a release: reading one runs code")
+        raise RefusedError(f"{where}: {name}: expected no pickle in a release: reading one runs code")
 
 
 def stays_below(name: str) -> bool:
@@ -237,11 +237,11 @@ def _json_object(encoded: bytes, key: str) -> dict[str, Any]:
     try:
         document = json.loads(encoded)
     except (ValueError, RecursionError):
-        raise Refused(f"{key}: expected JSON, got {encoded[:80]!r}") from None
+        raise RefusedError(f"{key}: expected JSON, got {encoded[:80]!r}") from None
     if not isinstance(document, dict):
-        raise Refused(f"{key}: expected a JSON object, got {type(document).__name__}")
+        raise RefusedError(f"{key}: expected a JSON object, got {type(document).__name__}")
     if document.get("format") != FORMAT:
-        raise Refused(
+        raise RefusedError(
             f"{key}: expected format {FORMAT}, got {document.get('format')!r}: written by another version, "
             "which needs another reader"
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shipreader.errors import ReaderError, Refused
+from shipreader.errors import ReaderError, RefusedError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
@@ -92,7 +92,7 @@ def require_signed_by_any(bundle: bytes, release: Signed, keys: Sequence[Ellipti
         try:
             require_signed(bundle, release, key, where)
             return
-        except Refused:
+        except RefusedError:
             if number == len(keys):
                 raise
 
@@ -100,7 +100,7 @@ def require_signed_by_any(bundle: bytes, release: Signed, keys: Sequence[Ellipti
 def require_signed(bundle: bytes, release: Signed, key: EllipticCurvePublicKey, where: str) -> None:
     """Check that `bundle` is the key's signature of exactly this release.
 
-    where: what messages call the bundle. Raises Refused.
+    where: what messages call the bundle. Raises RefusedError.
     """
     from cryptography.exceptions import InvalidSignature
 
@@ -113,15 +113,15 @@ def require_signed(bundle: bytes, release: Signed, key: EllipticCurvePublicKey, 
         signature = base64.b64decode(entry["sig"], validate=True)
         kind = envelope["payloadType"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(f"{where}: expected a signature bundle, got {type(error).__name__}: {error}") from None
+        raise RefusedError(f"{where}: expected a signature bundle, got {type(error).__name__}: {error}") from None
     if hint != key_id(key):
-        raise Refused(f"{where}: expected a signature by key {key_id(key)}, got one by key {hint}")
+        raise RefusedError(f"{where}: expected a signature by key {key_id(key)}, got one by key {hint}")
     try:
         key.verify(signature, covered(payload), algorithm(key))
     except InvalidSignature:
-        raise Refused(f"{where}: the signature does not hold: it, or what it signs, was altered") from None
+        raise RefusedError(f"{where}: the signature does not hold: it, or what it signs, was altered") from None
     if kind != PAYLOAD:
-        raise Refused(f"{where}: expected a payload of {PAYLOAD}, got {kind!r}")
+        raise RefusedError(f"{where}: expected a payload of {PAYLOAD}, got {kind!r}")
     _require_statement(json.loads(payload), release, where)
 
 
@@ -133,14 +133,14 @@ def _require_statement(statement: Any, release: Signed, where: str) -> None:
         resources = statement["predicate"]["resources"]
         named = {item["name"]: item["digest"] for item in resources if item["algorithm"] == "sha256"}
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{where}: expected a model signature, got {type(error).__name__}: {error}") from None
+        raise RefusedError(f"{where}: expected a model signature, got {type(error).__name__}: {error}") from None
     if predicate != PREDICATE or len(named) != len(resources):
-        raise Refused(f"{where}: expected {PREDICATE} with SHA-256 digests, got {predicate}")
+        raise RefusedError(f"{where}: expected {PREDICATE} with SHA-256 digests, got {predicate}")
     if subject["name"] != release.model:
-        raise Refused(f"{where}: expected a signature of model {release.model}, got one of {subject['name']}")
+        raise RefusedError(f"{where}: expected a signature of model {release.model}, got one of {subject['name']}")
     expected = release.digests
     if named != expected:
         other = sorted(name for name in named.keys() | expected.keys() if named.get(name) != expected.get(name))
-        raise Refused(
+        raise RefusedError(
             f"{where}: expected a signature of this release, got one of another: {', '.join(other[:5])} differ"
         )

@@ -18,7 +18,14 @@ from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import file_sha256
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.channels.moves import Mover, OtherLive, Scored, Verified, promote_existing, release_job
+from train_and_ship.registry.channels.moves import (
+    Mover,
+    OtherLiveError,
+    Scored,
+    Verified,
+    promote_existing,
+    release_job,
+)
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.gates import verdict_table, worst
 from train_and_ship.registry.job.job import Job
@@ -104,7 +111,7 @@ async def promote_tried(settings: Settings, verified: Verified, mover: Mover, *,
     while True:
         try:
             return await asyncio.to_thread(promote_existing, verified, mover, gates=gates, again=again)
-        except OtherLive:
+        except OtherLiveError:
             verified = await try_out(settings, verified, gates=gates)
 
 

@@ -10,7 +10,7 @@ from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import alias_of, set_challenger, sync_after_move
-from train_and_ship.registry.channels.moves import OtherLive, require_not_rolled_back, require_not_stale
+from train_and_ship.registry.channels.moves import OtherLiveError, require_not_rolled_back, require_not_stale
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.report.description import in_short
@@ -76,7 +76,7 @@ async def _move(
         rehearsed.require_good_enough()
         try:
             return await asyncio.to_thread(_move_from, run, registered, rehearsed, answer), rehearsed
-        except OtherLive as other:
+        except OtherLiveError as other:
             if answer is not None:
                 now = other.live.release if other.live else "nothing"
                 raise GateError(
@@ -88,13 +88,13 @@ async def _move(
 
 
 def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Pointer:
-    """Move the pointer from the release that the candidate was held against. Raises OtherLive when it is not live."""
+    """Move the pointer from the release it was held against. Raises OtherLiveError when another is live."""
 
     def replacing(live: Pointer | None) -> None:
         require_not_rolled_back(registered.manifest.release, live)
         require_not_stale(run.channel, registered.manifest.release, live, run.begun)
         if (live.release if live else "") != rehearsed.live:
-            raise OtherLive(live)
+            raise OtherLiveError(live)
 
     approved = {"approved": answer.said} if answer is not None else {}
     signed = require_signer(run.store, registered.manifest, run.settings.public_key)

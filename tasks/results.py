@@ -144,7 +144,7 @@ class Exported:
         return {kind: artifact.file for kind, artifact in self.result.artifacts.items()}
 
 
-def standing(exported: Exported, result: ValidateResult) -> dict[str, str]:
+def kept_formats(exported: Exported, result: ValidateResult) -> dict[str, str]:
     """Format to file name, without the variants that were dropped so far."""
     dropped = {kind for kind, found in result.int8.items() if found.reason}
     return {kind: file for kind, file in exported.formats.items() if kind not in dropped}
@@ -173,7 +173,7 @@ class Validated:
     @property
     def formats(self) -> dict[str, str]:
         """Format to file name, of what passed."""
-        return standing(self.exported, self.result)
+        return kept_formats(self.exported, self.result)
 
     @property
     def serve(self) -> dict[str, str]:

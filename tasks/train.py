@@ -48,7 +48,7 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
     with run.timed("train") as meter:
         if stage.is_complete():
             get_run_logger().info("train: already complete in this run, verified by hash")
-            run.live.follow(stage.path / EVENTS)
+            run.live.tail(stage.path / EVENTS)
         else:
             await _train(run, stage, start, inputs, meter)
     result = _result(stage.path)
@@ -74,7 +74,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
     if (stage.work / EVENTS).exists():
         # Left by an attempt that died, perhaps with steps that MLflow was not told.
-        run.live.follow(stage.work / EVENTS)
+        run.live.tail(stage.work / EVENTS)
     progress = _Progress(meter)
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
@@ -83,7 +83,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
     try:
         if launcher.machines is None:
             work = stage.begin()
-            run.live.follow(work / EVENTS)
+            run.live.tail(work / EVENTS)
             request = TrainRequest(
                 project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints), start=weights
             )

@@ -26,7 +26,7 @@ from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
 from train_and_ship.tasks.explain import explain
 from train_and_ship.tasks.requests import fixed_gates, int8_limits, measure_request, speed_gates, user_modules
-from train_and_ship.tasks.results import Exported, Run, Validated, standing
+from train_and_ship.tasks.results import Exported, Run, Validated, kept_formats
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.variants import without, worse_dropped
 from train_and_ship.tasks.worker import ask_worker
@@ -132,7 +132,7 @@ async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Pa
     request = ScoreRequest(
         project=run.project,
         folder=str(exported.folder),
-        formats=standing(exported, result),
+        formats=kept_formats(exported, result),
         libraries=exported.result.libraries,
         inputs=exported.result.inputs,
         batch=run.job.export.batch,
@@ -155,7 +155,7 @@ async def _measured(run: Run, exported: Exported, result: ValidateResult, work: 
         run.job,
         [
             Timed(name=kind, format=kind, file=str(exported.folder / file), libraries=libraries)
-            for kind, file in standing(exported, result).items()
+            for kind, file in kept_formats(exported, result).items()
         ],
         golden=exported.folder / GOLDEN,
         inputs=exported.result.inputs,

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shipreader.records import FileEntry
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
 from train_and_ship.registry.bucket.keys import release_prefix, reports_prefix
 from train_and_ship.registry.bucket.signing import publish_signature
@@ -60,8 +60,8 @@ def publish(
     signing_key: private key (PEM) to sign it with, before the manifest is written; see registry/bucket/signing.py.
 
     Bytes that are there are not sent again. Each file is read once and sent with its hash; what the store does not
-    compare with that is read back. Raises StoreRefused for a store without conditional writes, and ReleaseError when a
-    local file is not what the manifest says, or when the bucket holds other bytes under its name.
+    compare with that is read back. Raises StoreRefusedError for a store without conditional writes, and ReleaseError
+    when a local file is not what the manifest says, or when the bucket holds other bytes under its name.
     """
     traits = store.probe()
     claim(store, manifest.model, manifest.release, publishing=True)
@@ -79,7 +79,7 @@ def publish(
             try:
                 etag = store.upload_file_new(path, key, entry.sha256, meter.of(name))
                 sent = True
-            except PreconditionFailed:
+            except PreconditionFailedError:
                 # Somebody was faster, or our own reply was lost.
                 pass
         if not sent:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import shipreader.signatures as signatures
-from shipreader.errors import ReaderError, Refused
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, SettingsError
+from shipreader.errors import ReaderError, RefusedError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.identity import canonical_json
@@ -95,7 +95,7 @@ def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path)
     key = signature_key(manifest, public_key)
     # No two signatures of this kind are alike: one that is there is checked, not compared.
     if store.get(key) is None:
-        with contextlib.suppress(PreconditionFailed):
+        with contextlib.suppress(PreconditionFailedError):
             store.put_new(key, sign(manifest, private_key))
     require_signature(store, manifest, public_key)
     return key
@@ -112,7 +112,7 @@ def require_signature(store: ObjectStore, manifest: Manifest, public_key: Ellipt
         )
     try:
         signatures.require_signed(found[0], _signed(manifest), public_key, key)
-    except Refused as error:
+    except RefusedError as error:
         raise ReleaseError(str(error)) from None
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.keys import tombstones_prefix
@@ -106,14 +106,14 @@ def change(
     at: datetime,
     mlflow_done: bool = False,
 ) -> Tombstone:
-    """Replace exactly `old`, or create the first mark. Writes. Raises PreconditionFailed when it is another by now."""
+    """Replace exactly `old`, or create the first mark. Raises PreconditionFailedError when it is another by now."""
     new = Tombstone(
         model=model, release=release, state=state, at=at, by=who(), nonce=uuid.uuid4().hex, mlflow_done=mlflow_done
     )
     key = tombstone_key(model, release)
     try:
         etag = store.put_new(key, new.encode()) if old is None else store.replace(key, new.encode(), old.etag)
-    except (PreconditionFailed, ServiceError):
+    except (PreconditionFailedError, ServiceError):
         # Ours, and only the reply was lost?
         now = read_tombstone(store, model, release)
         if now is None or now.nonce != new.nonce:
@@ -145,7 +145,7 @@ def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> 
         try:
             change(store, stone, model=model, release=release, state=State.KEPT, at=store.now())
             return
-        except PreconditionFailed:
+        except PreconditionFailedError:
             # A collector or another claimer was faster.
             continue
     raise ServiceError(

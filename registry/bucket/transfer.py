@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 
 FILES_AT_ONCE = 8
@@ -32,7 +32,7 @@ def put_immutable(store: ObjectStore, key: str, body: bytes, other: str, *, prob
     try:
         store.put_new(key, body)
         return
-    except PreconditionFailed:
+    except PreconditionFailedError:
         found = store.get(key)
     if found is None or found[0] != body:
         raise ReleaseError(

@@ -71,7 +71,7 @@ class Verified:
     """None when nobody has run it."""
 
 
-class OtherLive(Exception):
+class OtherLiveError(Exception):
     """What is live is not what the target was measured beside: measure again."""
 
     def __init__(self, live: Pointer | None) -> None:
@@ -167,7 +167,7 @@ def promote_existing(verified: Verified, mover: Mover, *, gates: bool = True, ag
     """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`: GateError.
 
     gates: False leaves them out, which the record says. again: also a release that a rollback has just left.
-    Raises OtherLive when the target was measured beside a release that is not live.
+    Raises OtherLiveError when the target was measured beside a release that is not live.
     """
     target = verified.target
     job = release_job(target) if gates else None
@@ -182,7 +182,7 @@ def promote_existing(verified: Verified, mover: Mover, *, gates: bool = True, ag
         if not again:
             require_not_rolled_back(target.release, live)
         if gates and verified.scored is not None and verified.scored.live != (live.release if live else ""):
-            raise OtherLive(live)
+            raise OtherLiveError(live)
 
     move = _move_of(verified, mover)
     if not gates:

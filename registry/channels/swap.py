@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, auto
 
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import read_manifest, verify_release
@@ -101,7 +101,7 @@ def move_channel(channel: Channel, move: Move, *, accept: Accept | None, replaci
     Raises:
         ReleaseError: the release is incomplete, or is not what its manifest says.
         GateError: from `accept`.
-        StoreRefused: the store has no conditional writes.
+        StoreRefusedError: the store has no conditional writes.
         ServiceError: it could not be done, or not be told, after several attempts: then call again.
     """
     mover = _Mover(channel, move, accept, replacing)
@@ -145,7 +145,7 @@ class _Mover:
         """What was live when `_tried` was sent."""
         self.live: Pointer | None = None
         """What was read last, and at the end what is returned."""
-        self.error: PreconditionFailed | ServiceError = ServiceError("not tried yet")
+        self.error: PreconditionFailedError | ServiceError = ServiceError("not tried yet")
         """Why the last attempt did not move it."""
 
     def prepare(self) -> None:
@@ -180,7 +180,7 @@ class _Mover:
             self._put(live)
             self._acknowledged = True
             return Outcome.WRITTEN
-        except PreconditionFailed as error:
+        except PreconditionFailedError as error:
             self.error = error
             return Outcome.CONFLICT
         except ServiceError as error:
@@ -259,7 +259,7 @@ def _require_not_deleted(channel: Channel, mine: Pointer, replaced: Pointer | No
         try:
             record(channel.store, mine)
             _put_pointer(channel.store, back, mine)
-        except PreconditionFailed:
+        except PreconditionFailedError:
             outcome = "another mover has followed"
     raise ReleaseError(
         f"{channel}: release {mine.release} was deleted by `ship gc` while its mover stood still for "
@@ -281,7 +281,7 @@ def _as_written(channel: Channel, tried: Pointer, live: Pointer | None) -> Point
 
 
 def _put_pointer(store: ObjectStore, pointer: Pointer, live: Pointer | None) -> None:
-    """Replace what is live, or create the first pointer. Raises PreconditionFailed when something else is live."""
+    """Replace what is live, or create the first pointer. Raises PreconditionFailedError when something else is live."""
     key = pointer_key(pointer.model, pointer.channel)
     if live is None:
         store.put_new(key, pointer.encode())

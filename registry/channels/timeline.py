@@ -85,10 +85,10 @@ def rollback_target(live: Pointer, read: Callable[[int], Pointer]) -> Pointer | 
     Rollbacks count as undoing: rolling back twice goes two releases back, never to the one that the first rollback
     fled from. read: the move of a generation; called for no more of them than needed.
     """
-    return next((move for move in _standing(live, read) if move.release != live.release), None)
+    return next((move for move in _moves_that_stand(live, read) if move.release != live.release), None)
 
 
-def _standing(move: Pointer | None, read: Callable[[int], Pointer]) -> Iterator[Pointer]:
+def _moves_that_stand(move: Pointer | None, read: Callable[[int], Pointer]) -> Iterator[Pointer]:
     """The moves that no rollback has undone, the newest first, from `move` on."""
 
     def before(move: Pointer) -> Pointer | None:
@@ -99,7 +99,7 @@ def _standing(move: Pointer | None, read: Callable[[int], Pointer]) -> Iterator[
         while move.kind == ROLLBACK:
             # Undone is all that happened since this release went live before.
             release = move.release
-            undone = next((older for older in _standing(before(move), read) if older.release == release), None)
+            undone = next((older for older in _moves_that_stand(before(move), read) if older.release == release), None)
             if undone is None:
                 break
             move = undone

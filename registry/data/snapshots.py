@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from shipreader.records import FileEntry
-from train_and_ship.infra.errors import JobError, PreconditionFailed, ReleaseError, RequestError
+from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.transfer import in_parallel
@@ -70,7 +70,7 @@ def publish_snapshot(folder: Path, contents: Contents, store: ObjectStore, prefi
         try:
             store.upload_file_new(folder / name, key, entry.sha256)
             return entry.bytes
-        except PreconditionFailed:
+        except PreconditionFailedError:
             if store.hash(key) != (entry.sha256, entry.bytes):
                 raise ReleaseError(
                     f"s3://{store.bucket}/{key}: expected nothing or the same {entry.bytes:,} bytes, got another file; "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, RequestError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore
 from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix
@@ -190,7 +190,7 @@ def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
                 return _delete(store, model, decision.release, stone)
             case Step.KEEP | Step.WAIT:
                 pass
-    except PreconditionFailed:
+    except PreconditionFailedError:
         now = read_tombstone(store, model, decision.release)
         return f"changed meanwhile: {now.state} by {now.by}" if now is not None else "its mark is gone"
     return None
@@ -249,7 +249,7 @@ def notify_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_v
                 yield f"MLflow: version {version} tagged {TAG_DELETED} (release {stone.release})"
         if not stone.mlflow_done:
             # Another collector did the same, or the release was published again.
-            with contextlib.suppress(PreconditionFailed):
+            with contextlib.suppress(PreconditionFailedError):
                 change(
                     store,
                     stone,

@@ -23,7 +23,7 @@ from typing import Any
 
 from shipreader.mlserver import can_batch
 from shipreader.records import Release
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError, SettingsError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.transfer import put_immutable
 
@@ -43,7 +43,7 @@ _DATATYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class ServingLayout:
     """A view that holds a release."""
 
     prefix: str
@@ -52,7 +52,7 @@ class View:
     """What it names; higher than the release's own when another writer was ahead."""
 
 
-def write_triton(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> View:
+def write_triton(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> ServingLayout:
     """Make a release the version that Triton serves from the channel's model repository.
 
     `prefix` of the result is the repository. A view that names a later generation already is left as it is. Raises
@@ -64,10 +64,10 @@ def write_triton(store: ObjectStore, release: Release, backend: str = "onnxrunti
     _put_version(store, f"{folder}{release.generation}/", release, backend)
     generation = _commit(store, f"{folder}config.pbtxt", config, release.generation)
     _prune(store, folder, generation)
-    return View(prefix=prefix, generation=generation)
+    return ServingLayout(prefix=prefix, generation=generation)
 
 
-def write_kserve(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> View:
+def write_kserve(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> ServingLayout:
     """Make a prefix that KServe downloads for one generation: a Triton model repository with version 1.
 
     Complete when this returns; hand out its address only then. Raises as `write_triton`.
@@ -78,7 +78,7 @@ def write_kserve(store: ObjectStore, release: Release, backend: str = "onnxrunti
     _put_version(store, f"{folder}1/", release, backend)
     put_immutable(store, f"{folder}config.pbtxt", config.encode(), "another configuration")
     _prune(store, views, release.generation)
-    return View(prefix=f"{views}{release.generation}/", generation=release.generation)
+    return ServingLayout(prefix=f"{views}{release.generation}/", generation=release.generation)
 
 
 def inference_service(release: Release, uri: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _put_version(store: ObjectStore, folder: str, release: Release, backend: str
         put_immutable(store, f"{folder}model.py", code, "the code of another version of train-and-ship")
     try:
         store.upload_file_new(release.folder / name, folder + ARTIFACT, sha256)
-    except PreconditionFailed:
+    except PreconditionFailedError:
         if store.hash(folder + ARTIFACT) != (sha256, release.manifest.files[name].bytes):
             raise ReleaseError(f"{folder}{ARTIFACT}: expected {sha256}, got another file; delete it") from None
 
@@ -180,7 +180,7 @@ def _commit(store: ObjectStore, key: str, config: str, generation: int) -> int:
                 return int(named[1])
             store.replace(key, config.encode(), found[1])
             return generation
-        except PreconditionFailed:
+        except PreconditionFailedError:
             # Another writer was faster, or it is ours and the reply was lost: reading tells.
             continue
     raise ServiceError(f"{key}: others replaced it {_RACES} times while this was tried")

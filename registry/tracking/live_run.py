@@ -61,7 +61,7 @@ class LiveRun:
         _live[self._record.tags[mlflow_runs.TAG_FLOW_RUN]] = self
         self._sender.start()
 
-    def follow(self, events: Path) -> None:
+    def tail(self, events: Path) -> None:
         """Show this file from now on, after the rest of those before. events: made when it is not there yet."""
         events.touch()
         self._files.append(EventPoints(events))
@@ -105,10 +105,10 @@ class LiveRun:
                 pause = max(self._send_seconds, self._send() / SEND_SHARE)
                 self._complete = last and not self._abandoned
             except ShipError as error:
-                self._tell(str(error))
+                self._warn_once(str(error))
             except Exception as error:
                 # Watching must not disturb what is watched.
-                self._tell(f"{type(error).__name__}: {error}")
+                self._warn_once(f"{type(error).__name__}: {error}")
             if last:
                 break
             if not self._stopping.is_set():
@@ -162,7 +162,7 @@ class LiveRun:
             self._files.popleft().close()
         return samples
 
-    def _tell(self, reason: str) -> None:
+    def _warn_once(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
             self._warn(f"MLflow cannot be told how it goes; the run goes on and its curves are added later. {reason}")

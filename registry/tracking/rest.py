@@ -90,7 +90,7 @@ class RestRegistry:
         return {item["alias"]: str(item["version"]) for item in listed}
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
-        self._tell("POST", "registered-models/alias", {"name": model, "alias": alias, "version": version})
+        self._change("POST", "registered-models/alias", {"name": model, "alias": alias, "version": version})
 
     def versions(self, model: str, release: str) -> list[str]:
         query = {
@@ -107,12 +107,12 @@ class RestRegistry:
         return next((str(tag["value"]) for tag in tags if tag["key"] == TAG_RELEASE), None)
 
     def set_tag(self, model: str, version: str, name: str, value: str) -> None:
-        self._tell("POST", "model-versions/set-tag", {"name": model, "version": version, "key": name, "value": value})
+        self._change("POST", "model-versions/set-tag", {"name": model, "version": version, "key": name, "value": value})
 
     def delete_version(self, model: str, version: str) -> None:
         self._ask("DELETE", "model-versions/delete", {"name": model, "version": version})
 
-    def _tell(self, method: str, path: str, values: Mapping[str, str]) -> None:
+    def _change(self, method: str, path: str, values: Mapping[str, str]) -> None:
         if self._ask(method, path, values) is None:
             raise ServiceError(f"MLflow at {self._shown} has nothing of that name: {path} {dict(values)}")
 

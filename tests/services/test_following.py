@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from shipreader import bucket as reader_bucket
-from shipreader.errors import Unavailable
+from shipreader.errors import UnavailableError
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, FaultProxy, OtherBytes, Rule
@@ -94,7 +94,7 @@ def test_a_follower_serves_on_while_the_bucket_is_down_and_says_so_once(
 def test_a_new_machine_without_a_bucket_says_so(connect: Connect, tmp_path: Path) -> None:
     connect("models", f"http://127.0.0.1:{free_port()}")
     reader = Reader(MODEL, bucket="models", folder=tmp_path, client=s3_client(Settings.load()))
-    with pytest.raises(Unavailable, match="no answer"):
+    with pytest.raises(UnavailableError, match="no answer"):
         reader.start()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shipreader.errors import Unavailable
+from shipreader.errors import UnavailableError
 from shipreader.reader import Reader
 from tests.support.ceph_rgw import RgwServer
 from tests.support.fixture_types import Connect
@@ -120,7 +120,7 @@ def test_a_reader_follows_its_channel_and_can_do_nothing_else(
     reader_store = as_role(Role.READER, model=MODEL, channel=CHANNEL)
     client = s3_client(Settings.load())
     reader = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "served", channel=CHANNEL, client=client)
-    with pytest.raises(Unavailable, match=r"403 .*does not exist, or these credentials may not read it"):
+    with pytest.raises(UnavailableError, match=r"403 .*does not exist, or these credentials may not read it"):
         reader.pull()
     # There, on, and back: conditional GETs and all, on RGW.
     for generation, manifest in enumerate((first, first, second, first), 1):
@@ -129,7 +129,7 @@ def test_a_reader_follows_its_channel_and_can_do_nothing_else(
         assert release.id == manifest.release and release.generation == max(1, generation - 1)
     staging = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "other", channel="staging", client=client)
     move(object_store, first, channel="staging")
-    with pytest.raises(Unavailable, match="403"):
+    with pytest.raises(UnavailableError, match="403"):
         staging.pull()
     denied(lambda: reader_store.list_keys("models/"))
     denied(lambda: reader_store.put_new("models/digits/releases/x", b""))

@@ -143,7 +143,7 @@ def test_metrics_are_visible_before_training_ends(mlflow_server: MlflowServer, f
     url = mlflow_server.url
     live = live_run(flow_run, url)
     training = Training(tmp_path / "events")
-    live.follow(training.path)
+    live.tail(training.path)
     training.epoch()
     run = until(lambda: (run := run_of(flow_run, url)) and "train_loss" in run.data.metrics and run)
     assert run.info.status == "RUNNING"
@@ -168,7 +168,7 @@ def test_a_server_that_dies_during_training_disturbs_nothing_and_gets_everything
     warned: list[str] = []
     live = live_run(flow_run, mortal.url, warned)
     training = Training(tmp_path / "events")
-    live.follow(training.path)
+    live.tail(training.path)
     training.epoch()
     until(lambda: (run := run_of(flow_run, mortal.url)) and "train_loss" in run.data.metrics)
     mortal.kill()
@@ -192,7 +192,7 @@ def test_a_server_that_comes_back_is_told_what_it_missed_while_it_trains(
 ) -> None:
     live = live_run(flow_run, mortal.url)
     training = Training(tmp_path / "events")
-    live.follow(training.path)
+    live.tail(training.path)
     training.epoch()
     until(lambda: (run := run_of(flow_run, mortal.url)) and "train_loss" in run.data.metrics)
     mortal.kill()
@@ -210,7 +210,7 @@ def test_a_server_that_never_answers_holds_up_nobody(flow_run: str, tmp_path: Pa
     with socket.create_server(("127.0.0.1", 0)) as silent:
         live = live_run(flow_run, f"http://127.0.0.1:{silent.getsockname()[1]}")
         training = Training(tmp_path / "events")
-        live.follow(training.path)
+        live.tail(training.path)
         training.finish()
         began = time.monotonic()
         assert not live.stop()
@@ -220,7 +220,7 @@ def test_a_server_that_never_answers_holds_up_nobody(flow_run: str, tmp_path: Pa
 def test_a_failed_run_says_why(mlflow_server: MlflowServer, flow_run: str, tmp_path: Path) -> None:
     live = live_run(flow_run, mlflow_server.url)
     training = Training(tmp_path / "events")
-    live.follow(training.path)
+    live.tail(training.path)
     training.epoch()
     live.end("FAILED", "the loss became nan at epoch 2")
     run = run_of(flow_run, mlflow_server.url)
@@ -236,7 +236,7 @@ def test_what_fails_after_the_registration_is_a_tag_and_the_run_stays_finished(
 ) -> None:
     live = live_run(flow_run, mlflow_server.url)
     training = Training(tmp_path / "events")
-    live.follow(training.path)
+    live.tail(training.path)
     training.finish()
     register(flow_run, training, mlflow_server.url, tmp_path, complete=live.stop())
     live.end("FAILED", "worse than the live release")
@@ -251,7 +251,7 @@ def test_a_retry_continues_the_run_and_repeats_no_point(
     url = mlflow_server.url
     live = live_run(flow_run, url)
     first = Training(tmp_path / "first")
-    live.follow(first.path)
+    live.tail(first.path)
     first.epoch()
     first.epoch()
     live.end("KILLED", "cancelled")
@@ -260,7 +260,7 @@ def test_a_retry_continues_the_run_and_repeats_no_point(
     live = live_run(flow_run, url)
     # From the beginning again, later.
     again = Training(tmp_path / "again", began=1_700_001_000.0)
-    live.follow(again.path)
+    live.tail(again.path)
     again.epoch()
     # The status is set first, then the tag is removed.
     until(lambda: (run := run_of(flow_run, url)).info.status == "RUNNING" and "failure" not in run.data.tags)
@@ -274,12 +274,12 @@ def test_a_second_attempt_in_the_same_process_continues_the_curves(
 ) -> None:
     live = live_run(flow_run, mlflow_server.url)
     first = Training(tmp_path / "first")
-    live.follow(first.path)
+    live.tail(first.path)
     first.epoch()
     first.epoch()
     first.path.unlink()
     again = Training(tmp_path / "again", began=1_700_001_000.0)
-    live.follow(again.path)
+    live.tail(again.path)
     again.finish()
     register(flow_run, again, mlflow_server.url, tmp_path, complete=live.stop())
     assert_complete(flow_run, again, mlflow_server.url)

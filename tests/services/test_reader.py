@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shipreader import bucket as reader_bucket
-from shipreader.errors import ReaderError, Refused, Unavailable
+from shipreader.errors import ReaderError, RefusedError, UnavailableError
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.support.fault_proxy import FaultProxy, OtherBytes, Rule
@@ -106,7 +106,7 @@ def test_the_last_two_releases_stay_on_disk(object_store: ObjectStore, make_read
 
 
 def test_an_unused_channel_is_named(make_reader: MakeReader) -> None:
-    with pytest.raises(Unavailable, match="nothing is live on prod"):
+    with pytest.raises(UnavailableError, match="nothing is live on prod"):
         make_reader().pull()
 
 
@@ -154,7 +154,7 @@ def test_an_altered_file_is_refused_and_the_last_good_release_stays(
         (b"x" * 9999, "more"),
     ):
         replace_object(object_store, key, body)
-        with pytest.raises(Refused, match=reason):
+        with pytest.raises(RefusedError, match=reason):
             reader.pull()
         assert reader.current == good and good.id in reader.status().release.folder.name  # type: ignore[union-attr]
         assert reason in reader.status().problem
@@ -182,7 +182,7 @@ def test_a_file_that_is_longer_than_the_manifest_says_is_not_downloaded_to_its_e
 
     made = make_reader()
     made.__class__ = Watched
-    with pytest.raises(Refused, match="got more"):
+    with pytest.raises(RefusedError, match="got more"):
         made.pull()
     assert written == [1000]
 
@@ -193,7 +193,7 @@ def test_a_compressed_object_is_not_unpacked(
     manifest = published(object_store, tmp_path / "release")
     move(object_store, manifest)
     proxy.add(Rule(OtherBytes(gzip.compress(bytes(10**7)), "gzip"), "GET", "/file0.bin"))
-    with pytest.raises(Refused, match=r"file0\.bin: expected 1,000 bytes, got more"):
+    with pytest.raises(RefusedError, match=r"file0\.bin: expected 1,000 bytes, got more"):
         make_reader().pull()
 
 
@@ -206,11 +206,11 @@ def test_a_release_larger_than_allowed_or_than_the_disk_is_refused_before_it_is_
 ) -> None:
     manifest = published(object_store, tmp_path / "release")
     move(object_store, manifest)
-    with pytest.raises(Refused, match=f"expected at most 4,005 bytes, got {manifest.total_bytes:,}"):
+    with pytest.raises(RefusedError, match=f"expected at most 4,005 bytes, got {manifest.total_bytes:,}"):
         make_reader(max_bytes=4005).pull()
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(Refused, match=r"expected room for 4,006 bytes .* got 100"):
+    with pytest.raises(RefusedError, match=r"expected room for 4,006 bytes .* got 100"):
         make_reader().pull()
     assert proxy.sent("GET", "/file") == []
 
@@ -242,7 +242,7 @@ def test_a_manifest_that_would_leave_the_folder_is_refused(
     manifest = make_release(tmp_path / "release")
     for name in ("../escaped", "/tmp/escaped"):
         foreign(object_store, manifest, {name: ENTRY})
-        with pytest.raises(Refused, match="relative path"):
+        with pytest.raises(RefusedError, match="relative path"):
             make_reader().pull()
     assert not list(tmp_path.rglob("escaped*")) and not Path("/tmp/escaped").exists()
     assert not (tmp_path / "served" / "current").exists()
@@ -257,7 +257,7 @@ def test_a_damaged_pointer_is_refused_and_the_last_good_release_stays(
     good = reader.pull()
     for body in (b"", b'{"format":2}', b"[" * 100_000, b"x" * 2**21):
         replace_object(object_store, pointer_key(MODEL, CHANNEL), body)
-        with pytest.raises(Refused, match=r"channels/prod\.json: expected"):
+        with pytest.raises(RefusedError, match=r"channels/prod\.json: expected"):
             reader.pull()
         assert reader.current == good
 
@@ -267,7 +267,7 @@ def test_an_altered_manifest_is_refused(object_store: ObjectStore, make_reader: 
     move(object_store, manifest)
     better = canonical_json({**json.loads(manifest.encode()), "metrics": {"accuracy": 1.0}})
     replace_object(object_store, release_prefix(MODEL, manifest.release) + MANIFEST, better)
-    with pytest.raises(Refused, match="altered after it went live"):
+    with pytest.raises(RefusedError, match="altered after it went live"):
         make_reader().pull()
 
 
@@ -281,13 +281,13 @@ def test_a_bucket_that_went_back_in_time_is_not_followed(
     # A backup is restored: the pointer is the one of yesterday.
     put_pointer(object_store, moves[0])
     for same in (reader, make_reader()):
-        with pytest.raises(Refused, match="expected generation 2 or later, got another 1: the bucket went back"):
+        with pytest.raises(RefusedError, match="expected generation 2 or later, got another 1: the bucket went back"):
             same.pull()
         assert same.current == held
     # Another move got the number that we know.
     forked = Pointer(**{**vars(moves[1]), "release": releases[2].release, "nonce": "other"})
     put_pointer(object_store, forked)
-    with pytest.raises(Refused, match="got another 2"):
+    with pytest.raises(RefusedError, match="got another 2"):
         reader.pull()
     # A move that follows is followed.
     put_pointer(object_store, Pointer(**{**vars(moves[0]), "generation": 3, "nonce": "later"}))
@@ -326,6 +326,6 @@ def test_what_the_server_does_not_accept_does_not_become_current(
     move(object_store, first)
     reader.pull()
     move(object_store, second)
-    with pytest.raises(Refused, match="was not accepted: RuntimeError: this runtime is too old"):
+    with pytest.raises(RefusedError, match="was not accepted: RuntimeError: this runtime is too old"):
         reader.pull()
     assert reader.current is not None and reader.current.id == first.release

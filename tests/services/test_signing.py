@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from shipreader.errors import ReaderError, Refused
+from shipreader.errors import ReaderError, RefusedError
 from shipreader.reader import Reader
 from tests.support.fixture_types import Ship
 from tests.support.releases import CHANNEL, MODEL, make_release, move, replace_object
@@ -125,14 +125,16 @@ def test_a_reader_that_requires_a_key_refuses_an_unsigned_release_before_any_fil
     manifest = make_release(tmp_path / "release")
     publish(object_store, tmp_path / "release", manifest)
     move(object_store, manifest)
-    with pytest.raises(Refused, match=r"expected a signature by key [0-9a-f]{64}, got none: published without a key"):
+    with pytest.raises(
+        RefusedError, match=r"expected a signature by key [0-9a-f]{64}, got none: published without a key"
+    ):
         make_reader(key.with_suffix(".pub")).pull()
     assert list((tmp_path / "served" / "releases").iterdir()) == []
     with pytest.raises(ReleaseError, match="got none"):
         require_signature(object_store, manifest, load_public_key(key.with_suffix(".pub")))
     # Who requires none takes it, and then it still does not do for one who does.
     make_reader().pull()
-    with pytest.raises(Refused, match="got none"):
+    with pytest.raises(RefusedError, match="got none"):
         make_reader(key.with_suffix(".pub")).pull()
     assert make_reader(key.with_suffix(".pub")).current is None
     # Signed later.
@@ -148,20 +150,20 @@ def test_a_signature_by_another_key_is_refused(
     publish(object_store, tmp_path / "release", manifest, signing_key=thief)
     move(object_store, manifest)
     reader = make_reader(key.with_suffix(".pub"))
-    with pytest.raises(Refused, match="got none: published without a key, or with another one"):
+    with pytest.raises(RefusedError, match="got none: published without a key, or with another one"):
         reader.pull()
     # Even under the name of the right one.
     bundle = sign(manifest, thief)
     public = load_public_key(key.with_suffix(".pub"))
     object_store.put_new(signature_key(manifest, public), bundle)
-    with pytest.raises(Refused, match="expected a signature by key"):
+    with pytest.raises(RefusedError, match="expected a signature by key"):
         reader.pull()
     # And with the right key's name inside.
     document = json.loads(bundle)
     good = sign(manifest, key)
     document["verificationMaterial"] = json.loads(good)["verificationMaterial"]
     replace_object(object_store, signature_key(manifest, public), json.dumps(document).encode())
-    with pytest.raises(Refused, match="the signature does not hold"):
+    with pytest.raises(RefusedError, match="the signature does not hold"):
         reader.pull()
 
 
@@ -196,7 +198,7 @@ def test_an_altered_signature_is_refused(
     ):
         assert altered != good
         replace_object(object_store, place, altered)
-        with pytest.raises(Refused, match=reason):
+        with pytest.raises(RefusedError, match=reason):
             make_reader(key.with_suffix(".pub")).pull()
         with pytest.raises(ReleaseError, match=reason):
             publish_signature(object_store, manifest, key)
@@ -211,12 +213,12 @@ def test_a_good_signature_of_another_release_or_model_is_refused(
     place = signature_key(manifest, load_public_key(key.with_suffix(".pub")))
     of_other = sign(other, key)
     replace_object(object_store, place, of_other)
-    with pytest.raises(Refused, match=r"got one of another: MANIFEST\.json, file0\.bin.* differ"):
+    with pytest.raises(RefusedError, match=r"got one of another: MANIFEST\.json, file0\.bin.* differ"):
         make_reader(key.with_suffix(".pub")).pull()
     renamed = Manifest(**{**vars(manifest), "model": "faces"})
     of_faces = sign(renamed, key)
     replace_object(object_store, place, of_faces)
-    with pytest.raises(Refused, match="expected a signature of model digits, got one of faces"):
+    with pytest.raises(RefusedError, match="expected a signature of model digits, got one of faces"):
         make_reader(key.with_suffix(".pub")).pull()
 
 
@@ -230,7 +232,7 @@ def test_a_description_that_was_improved_under_a_good_signature_is_refused(
     replace_object(object_store, release_prefix(MODEL, manifest.release) + MANIFEST, better.encode())
     move(object_store, better)
     make_reader(folder=tmp_path / "trusting").pull()
-    with pytest.raises(Refused, match=r"got one of another: MANIFEST\.json differ"):
+    with pytest.raises(RefusedError, match=r"got one of another: MANIFEST\.json differ"):
         make_reader(key.with_suffix(".pub")).pull()
 
 

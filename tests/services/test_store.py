@@ -11,7 +11,7 @@ from tests.support.fixture_types import Connect
 from tests.support.ports import free_port
 from tests.support.releases import CHANNEL, MODEL, make_release
 from tests.support.stack_servers import S3Server
-from train_and_ship.infra.errors import PreconditionFailed, ServiceError, SettingsError, StoreRefused
+from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError, StoreRefusedError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
@@ -44,7 +44,7 @@ def test_a_store_that_ignores_a_condition_is_refused(
 ) -> None:
     proxy.add(Rule(StripHeaders((header,))))
     store = connect(bucket, proxy.url)
-    with pytest.raises(StoreRefused, match="replaced") as caught:
+    with pytest.raises(StoreRefusedError, match="replaced") as caught:
         publish(store, tmp_path / "release", make_release(tmp_path / "release"))
     assert not caught.value.retryable
     assert store.list_keys("") == {}
@@ -54,13 +54,13 @@ def test_a_store_that_checks_conditions_only_most_of_the_time_is_refused(
     connect: Connect, bucket: str, proxy: FaultProxy
 ) -> None:
     proxy.add(Rule(StripHeaders(CONDITIONS), "PUT", r"/race", times=2))
-    with pytest.raises(StoreRefused, match=r"8 PUTs .* had \d winners, not 1"):
+    with pytest.raises(StoreRefusedError, match=r"8 PUTs .* had \d winners, not 1"):
         connect(bucket, proxy.url).probe()
 
 
 def test_a_store_that_does_not_know_a_condition_is_refused(connect: Connect, bucket: str, proxy: FaultProxy) -> None:
     proxy.add(Rule(Answer(501, "NotImplemented"), "PUT", "/conditions"))
-    with pytest.raises(StoreRefused, match="does not implement If-None-Match"):
+    with pytest.raises(StoreRefusedError, match="does not implement If-None-Match"):
         connect(bucket, proxy.url).probe()
 
 
@@ -151,10 +151,10 @@ def test_an_object_is_read_again_only_when_it_changed(object_store: ObjectStore)
 
 def test_conditional_writes_say_when_they_did_not_happen(object_store: ObjectStore) -> None:
     etag = object_store.put_new("key", b"1")
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(PreconditionFailedError):
         object_store.put_new("key", b"2")
     object_store.replace("key", b"2", etag)
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(PreconditionFailedError):
         object_store.replace("key", b"3", etag)
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(PreconditionFailedError):
         object_store.replace("absent", b"3", etag)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.fixture_types import Connect
 from tests.support.ports import free_port
-from train_and_ship.infra.errors import StoreRefused
+from train_and_ship.infra.errors import StoreRefusedError
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
@@ -73,7 +73,7 @@ def test_a_real_server_that_ignores_conditions_is_refused_with_the_reason(
     manifest = build_manifest(folder, model="digits", formats={}, signature={}, metrics={})
 
     reason = r"cannot be used for promotion: a PUT with If-None-Match: \* replaced an existing object"
-    with pytest.raises(StoreRefused, match=reason) as caught:
+    with pytest.raises(StoreRefusedError, match=reason) as caught:
         publish(store, folder, manifest)
     assert not caught.value.retryable
     assert read_pointer(Channel(store, "digits", "prod")) is None

@@ -27,7 +27,7 @@ from tests.support.fault_proxy import (
 from tests.support.fixture_types import Connect
 from tests.support.stack_servers import S3Server
 from train_and_ship.infra import objectstore
-from train_and_ship.infra.errors import PreconditionFailed, ReleaseError, ServiceError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
 from train_and_ship.infra.multipart import Budget
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release, publish
@@ -123,7 +123,7 @@ def test_a_file_that_is_replaced_while_it_is_downloaded_is_a_fault_and_no_race_t
 def test_a_file_that_is_there_is_not_replaced(parts: ObjectStore, large: tuple[Path, str]) -> None:
     path, sha256 = large
     parts.put_new(KEY, b"other")
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(PreconditionFailedError):
         parts.upload_file_new(path, KEY, sha256)
     assert parts.get(KEY) is not None and pending(parts) == []
 
@@ -139,7 +139,7 @@ def test_a_file_that_appears_while_parts_go_up_is_not_replaced_where_the_store_c
         parts.upload_file_new(path, KEY, sha256)
         assert parts.hash(KEY) == (sha256, path.stat().st_size)
         return
-    with pytest.raises(PreconditionFailed):
+    with pytest.raises(PreconditionFailedError):
         parts.upload_file_new(path, KEY, sha256)
     found = parts.get(KEY)
     assert found is not None and found[0] == b"other"

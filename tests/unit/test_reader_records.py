@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shipreader import records
-from shipreader.errors import Refused
+from shipreader.errors import RefusedError
 from shipreader.mlserver import served
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer
@@ -38,7 +38,7 @@ def both_refuse(document: dict[str, Any], reason: str) -> None:
         table = b""
     document = {**document, "release": hashlib.sha256(table).hexdigest()[:20]}
     encoded = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(RefusedError, match=reason):
         records.decode_manifest(encoded, pointer_to(encoded, document["release"]))
     with pytest.raises(ReleaseError):
         decode_manifest(encoded)
@@ -92,18 +92,18 @@ def test_a_format_without_its_file_and_a_release_without_files_are_refused(manif
 
 @pytest.mark.parametrize("encoded", [b"", b"{", b"[]", b"null", b'{"format":1}', b'{"format":2}', b"\xff"])
 def test_anything_else_is_refused(encoded: bytes) -> None:
-    with pytest.raises(Refused, match="expected"):
+    with pytest.raises(RefusedError, match="expected"):
         records.decode_manifest(encoded, pointer_to(encoded, "0" * 20))
-    with pytest.raises(Refused, match="expected"):
+    with pytest.raises(RefusedError, match="expected"):
         records.decode_pointer(encoded, "digits", "prod")
 
 
 def test_another_manifest_than_the_pointer_names_is_refused(manifest: Manifest) -> None:
     encoded = manifest.encode()
     good = pointer_to(encoded, manifest.release)
-    with pytest.raises(Refused, match="altered after it went live"):
+    with pytest.raises(RefusedError, match="altered after it went live"):
         records.decode_manifest(encoded + b" ", good)
-    with pytest.raises(Refused, match="expected the manifest of digits 0000"):
+    with pytest.raises(RefusedError, match="expected the manifest of digits 0000"):
         records.decode_manifest(encoded, pointer_to(encoded, "0" * 20))
 
 
@@ -137,7 +137,7 @@ def test_a_pointer_is_read_as_it_was_written_and_new_keys_in_it_are_no_harm() ->
 )
 def test_a_pointer_that_names_something_else_is_refused(change: dict[str, Any]) -> None:
     good = {"format": 1, **vars(records.Pointer("digits", "prod", 1, "a" * 20, "b" * 64, "n", ""))}
-    with pytest.raises(Refused, match=r"channels/prod\.json: expected"):
+    with pytest.raises(RefusedError, match=r"channels/prod\.json: expected"):
         records.decode_pointer(json.dumps({**good, **change}).encode(), "digits", "prod")
 
 
