@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -295,3 +296,20 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
 
 def test_no_module_of_ours_hides_a_standard_library_module() -> None:
     assert not TOPS & set(sys.stdlib_module_names)
+
+
+def test_the_picture_of_the_rooms_shows_what_the_rules_allow() -> None:
+    (picture,) = re.findall(
+        r"```mermaid\nflowchart TB\n(.*?)```", (REPOSITORY / "docs/architecture.md").read_text(), re.DOTALL
+    )
+    for package, drawing in re.findall(r"subgraph (\w+)\n(.*?)    end\n", picture, re.DOTALL):
+        called = dict(re.findall(r"(\w+)\[(\w+)\]", drawing))
+        shown = set()
+        for line in re.sub(r"\[\w+\]", "", drawing).splitlines():
+            steps = [[called.get(name, name) for name in re.findall(r"\w+", part)] for part in line.split("-->")]
+            for above, below in itertools.pairwise(steps):
+                for room, other in itertools.product(above, below):
+                    shown |= {room, other}
+                    assert other in ROOMS[package][room], f"{package}: {room} --> {other} is drawn and not allowed"
+        # Standing alone, or below everything, some are left out.
+        assert shown >= set(ROOMS[package]) - {"torchrun_controller", "lease"}
