@@ -48,4 +48,4 @@ async def retrain(
         rehearsed = await rehearse(run, registered)
         answer = await candidate_approval(run, registered, rehearsed)
         outcome = await promote_if_better(run, registered, rehearsed, answer)
-        return ended(await conclude(plan, run, registered, rehearsed, outcome))
+        return ended(await conclude(plan, run, registered, outcome))

@@ -94,6 +94,11 @@ def _editable_folders() -> list[Path]:
     return sorted(folder for folder in found if folder.is_dir())
 
 
+def asked_by(why: str) -> str:
+    """Who this process runs as, behind the reason when one is given."""
+    return f"{why} ({who()})" if why else who()
+
+
 def who() -> str:
     """The person and the machine that this process runs as: `ada@host`."""
     try:

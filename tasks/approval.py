@@ -12,11 +12,10 @@ from pydantic import Field
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.channels.moves import Verified, described
 from train_and_ship.registry.report.move import noticed
-from train_and_ship.registry.report.run import Ending, Outcome
-from train_and_ship.registry.text import Link, Table
+from train_and_ship.registry.text import Table
 from train_and_ship.tasks.events import ASKED, emit
 from train_and_ship.tasks.move_report import show_question, what_changes
-from train_and_ship.tasks.publish import places, publish_question
+from train_and_ship.tasks.publish import places, publish_question, waiting
 from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run
 
 WAIT_SECONDS = 7 * 24 * 3600
@@ -44,17 +43,24 @@ async def ask_person(question: str) -> Answer:
 
 
 async def approval(request: Request, verified: Verified) -> Verified:
-    """Ask about a release that is in the bucket already; returns what was approved, with the answer for the record.
+    """Ask about a release that is in the bucket already.
 
-    What was approved replaces what was live when it was asked, and nothing else. Raises GateError when the answer is
-    no.
+    Args:
+        request: who wants the channel moved, and why; the question says so.
+        verified: the release, and what was checked of it.
+
+    Returns:
+        What was approved, with the answer for the record. It replaces what was live when it was asked, nothing else.
+
+    Raises:
+        GateError: the answer is no.
     """
     target, channel = verified.target, verified.target.channel
     get_run_logger().info(
         "waiting for approval: %s, release %s; now %s", channel, target.release, described(target.live),
     )  # fmt: skip
     asked = f"{channel.model}: shall release {target.release} go live on {channel.name}?"
-    changes, problem = await what_changes(request, target)
+    changes, problem = await what_changes(target)
     await show_question(request, verified, asked, changes, problem)
     differences = noticed(changes)
     answer = await ask_person(
@@ -82,6 +88,11 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
     """Ask about the candidate of this run, when its job says so, with its report; None when nobody is asked.
 
     Nobody is asked about one that the gates refuse anyway. A run that is gone on with asks again.
+
+    Args:
+        run: whose job says whether a person is asked.
+        registered: the candidate.
+        rehearsed: the candidate beside what is live, whose numbers are in the question.
     """
     if run.job.release.approval is None:
         return None
@@ -101,25 +112,14 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
             registered.description,
         ]
     )
-    await publish_question(run, registered, _waiting(run, release, rehearsed.live))
+    asked = f"{name}: shall release {release} go live on {channel}?"
+    waits = waiting(asked, "All gates passed, and a person decides.", rehearsed.live, run.flow_run_id, [run.place])
+    await publish_question(run, registered, waits)
     page = f"{run.flow_run_url}, or `ship approve {run.flow_run_id}`"
     get_run_logger().info("waiting for approval of release %s: %s", release, page)
     emit(
-        ASKED, name, f"{name}: shall release {release} go live on {channel}?",
+        ASKED, name, asked,
         "\n".join([*(f"{what}: {said}" for what, said in compared), f"Answer: {page}", *places(run, registered)[1:]]),
     )  # fmt: skip
     with run.timed("wait for approval"):
         return await ask_person(question)
-
-
-def _waiting(run: Run, release: str, live: str) -> Outcome:
-    return Outcome(
-        verdict=Ending.WAITS,
-        title=f"{run.job.name}: shall release {release} go live on {run.job.release.channel}?",
-        why="All gates passed, and a person decides.",
-        facts=[
-            ("would replace", live or "nothing, this is the first"),
-            ("answer", f"on the page of the run, or with `ship approve {run.flow_run_id}`"),
-        ],
-        places=[("Prefect run", Link(text=run.flow_run_name, url=run.flow_run_url))],
-    )

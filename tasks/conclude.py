@@ -10,23 +10,27 @@ from train_and_ship.registry.text import Cell
 from train_and_ship.tasks import events
 from train_and_ship.tasks.publish import publish
 from train_and_ship.tasks.report import decided, in_short, why_promoted
-from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, RetrainPlan, RetrainResult, Run
+from train_and_ship.tasks.results import Kept, Promoted, Registered, RetrainPlan, RetrainResult, Run
 from train_and_ship.tasks.stage import stage_task
 
 
 @stage_task("conclude")
-async def conclude(
-    plan: RetrainPlan, run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept
-) -> RetrainResult:
+async def conclude(plan: RetrainPlan, run: Run, registered: Registered, outcome: Promoted | Kept) -> RetrainResult:
     """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run."""
-    decision = _decision(plan, registered, outcome)
-    title = _title(plan, decision)
-    await asyncio.to_thread(record_decision, plan.store, decision, run.folder)
-    last = rehearsed if isinstance(outcome, Kept) else outcome.rehearsed
+    made = {"candidate": registered.manifest.release, "version": registered.version.version}
+    if isinstance(outcome, Kept):
+        event, decision = events.KEPT, plan.decided(KEPT, outcome.why, **made)
+        title = (
+            f"{plan.job.name}: release {decision.live} stays live on {decision.channel}; release {decision.candidate} "
+            f"is the challenger (version {decision.mlflow_version})"
+        )
+    else:
+        event, decision = events.PROMOTED, plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
+        title = f"{plan.job.name} release {decision.candidate} is live on {decision.channel}"
+    await asyncio.to_thread(record_decision, plan.channel.store, decision, run.folder)
     ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
     path = await publish(run, registered, ended)
-    event = events.PROMOTED if decision.decision == PROMOTED else events.KEPT
-    events.emit(event, run.job.name, title, in_short(run, registered, last, outcome))
+    events.emit(event, run.job.name, title, in_short(run, registered, outcome))
     run.write_timings()
     return RetrainResult(
         title=title,
@@ -34,22 +38,6 @@ async def conclude(
         run_url=run.flow_run_url,
         version_url=registered.version.version_url,
         report=path,
-    )
-
-
-def _decision(plan: RetrainPlan, registered: Registered, outcome: Promoted | Kept) -> Decision:
-    made = {"candidate": registered.manifest.release, "version": registered.version.version}
-    if isinstance(outcome, Kept):
-        return plan.decided(KEPT, outcome.why, **made)
-    return plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
-
-
-def _title(plan: RetrainPlan, decision: Decision) -> str:
-    if decision.decision == PROMOTED:
-        return f"{plan.job.name} release {decision.candidate} is live on {decision.channel}"
-    return (
-        f"{plan.job.name}: release {decision.live} stays live on {decision.channel}; release {decision.candidate} is "
-        f"the challenger (version {decision.mlflow_version})"
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from prefect import get_run_logger
-from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
@@ -19,7 +18,7 @@ from prefect.states import Completed
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.provenance import who
+from train_and_ship.infra.provenance import asked_by
 from train_and_ship.infra.rundir import run_folder, write_whole
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.channel import Channel
@@ -40,16 +39,16 @@ from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, changes
 from train_and_ship.registry.report.run import Ending, Outcome
-from train_and_ship.registry.text import Cell, Link
+from train_and_ship.registry.text import Cell
 from train_and_ship.tasks.events import UNCHANGED, emit
 from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, snapshot_fingerprint
 from train_and_ship.tasks.inspect import read_facts
 from train_and_ship.tasks.ledgers import close_ledger, ledger_of
 from train_and_ship.tasks.outcome import CUT_OFF
-from train_and_ship.tasks.policy import artifact_key
+from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.publish import write_report
 from train_and_ship.tasks.requests import project_of
-from train_and_ship.tasks.results import JobFile, RetrainPlan, RetrainResult, flow_run_page
+from train_and_ship.tasks.results import JobFile, RetrainPlan, RetrainResult, flow_run_page, flow_run_place
 from train_and_ship.tasks.snapshot import known_snapshot
 from train_and_ship.tasks.stage import stage_task
 
@@ -71,14 +70,14 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
     began = time.monotonic()
     job = job_file.job.unattended()
     settings = Settings.load()
-    store = ObjectStore.from_settings(settings)
+    channel = Channel(ObjectStore.from_settings(settings), job.name, job.release.channel, settings.mlflow_url)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
     with ledger_of(folder).stage("decide"):
-        if waiting := await asyncio.to_thread(record_waiting, store, settings.runs / job.name, folder):
+        if waiting := await asyncio.to_thread(record_waiting, channel.store, settings.runs / job.name, folder):
             get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
         live, (read_seconds, inputs) = await asyncio.gather(
-            asyncio.to_thread(read_pointer, Channel(store, job.name, job.release.channel)),
+            asyncio.to_thread(read_pointer, channel),
             _inputs(settings, job, job_file.project, folder),
         )
     earlier = _read_plan(folder)
@@ -86,16 +85,16 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
     if earlier is not None:
         live, start = earlier
     digest = inputs.digest(start.release if start else "")
-    changed = await asyncio.to_thread(_changes, store, job, live, inputs)
+    changed = await asyncio.to_thread(_changes, channel, job, live, inputs)
     skip = ""
     if earlier is None and not force:
-        skip = await asyncio.to_thread(_reason_to_skip, store, job, live, changed, digest)
+        skip = await asyncio.to_thread(_reason_to_skip, channel, live, changed, digest)
     plan = RetrainPlan(
         job_file=replace(job_file, job=job),
-        store=store,
+        channel=channel,
         settings=settings,
         flow_run_id=flow_run_id,
-        asked=f"{why} ({who()})" if why else who(),
+        asked=asked_by(why),
         live=live,
         changed=changed,
         inputs=digest,
@@ -123,22 +122,22 @@ async def _inputs(settings: Settings, job: Job, project_folder: Path, folder: Pa
     return facts.seconds, await inputs_of(job, project_folder, data_fingerprint(facts))
 
 
-def _changes(store: ObjectStore, job: Job, live: Pointer | None, inputs: Inputs) -> dict[str, str]:
+def _changes(channel: Channel, job: Job, live: Pointer | None, inputs: Inputs) -> dict[str, str]:
     if live is None:
-        return {"live": f"nothing is live on {job.release.channel}"}
+        return {"live": f"nothing is live on {channel.name}"}
     try:
-        return changes(inputs, job, read_release_record(store, job.name, live.release))
+        return changes(inputs, job, read_release_record(channel.store, channel.model, live.release))
     except ReleaseError as error:
         return {"live": f"release {live.release} is broken: {error}"}
 
 
-def _reason_to_skip(store: ObjectStore, job: Job, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:
+def _reason_to_skip(channel: Channel, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:
     """Why training would find nothing new; empty when it may."""
     if live is None:
         return ""
     if not changed:
         return f"nothing has changed since release {live.release}: code, data, config and environment are the same"
-    for decision in reversed(read_decisions(Channel(store, job.name, job.release.channel), LOOK_BACK)):
+    for decision in reversed(read_decisions(channel, LOOK_BACK)):
         if decision.decision == KEPT and (decision.inputs, decision.live) == (inputs, live.release):
             return (
                 f"the same code, data, config and environment were tried at {decided_at(decision):%Y-%m-%d %H:%M} UTC "
@@ -170,7 +169,7 @@ def _from_where(plan: RetrainPlan) -> str:
 async def skip(plan: RetrainPlan) -> RetrainResult:
     """Record that nothing was done, and why."""
     decision = replace(plan.decided(SKIPPED, plan.skip), streak=1 + await asyncio.to_thread(streak, plan))
-    await asyncio.to_thread(record_decision, plan.store, decision)
+    await asyncio.to_thread(record_decision, plan.channel.store, decision)
     page = flow_run_page(plan.settings, plan.flow_run_id)
     title = f"{plan.job.name}: skipped, {plan.skip}"
     if decision.streak % STREAK == 0:
@@ -182,13 +181,13 @@ async def skip(plan: RetrainPlan) -> RetrainResult:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     written = await asyncio.to_thread(write_report, _skipped(plan, decision, title), folder, plan.settings, costs)
-    await acreate_markdown_artifact(written.markdown, key=f"report-{artifact_key(plan.job.name)}", description=title)
+    await show(written.markdown, title, plan.job.name)
     return RetrainResult(title=title, decision=decision, run_url=page, report=written.file)
 
 
 def streak(plan: RetrainPlan) -> int:
     """How many times in a row the answer was to skip, before this one."""
-    last = read_decisions(Channel(plan.store, plan.job.name, plan.job.release.channel), 1)
+    last = read_decisions(plan.channel, 1)
     return last[-1].streak if last else 0
 
 
@@ -206,8 +205,6 @@ def _skipped(plan: RetrainPlan, decision: Decision, title: str) -> Outcome:
         ("seconds", f"{decision.seconds:.1f}, of which {plan.read_seconds:.1f} were reading the data"),
         ("in a row", f"{decision.streak}"),
     ]
-    page = Link(text=plan.flow_run_id, url=flow_run_page(plan.settings, plan.flow_run_id))
-    return Outcome(
-        verdict=Ending.SKIPPED, title=title, why=f"Nothing was trained: {plan.skip}.", facts=facts,
-        places=[("Prefect run", page)],
-    )  # fmt: skip
+    place = flow_run_place(plan.settings, plan.flow_run_id, plan.flow_run_id)
+    why = f"Nothing was trained: {plan.skip}."
+    return Outcome(verdict=Ending.SKIPPED, title=title, why=why, facts=facts, places=[place])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import get_run_logger
-from prefect.artifacts import acreate_markdown_artifact
 
 from torchworker.contract import RESULT, LocateRequest, LocateResult, Mismatch, ValidateResult
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.registry.report.parity_failure import embedded, error_histograms, parity_report
-from train_and_ship.tasks.policy import artifact_key
+from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.results import Exported, Run
 from train_and_ship.tasks.worker import ask_worker
 
@@ -30,9 +29,7 @@ async def explain(run: Run, exported: Exported, result: ValidateResult) -> Path 
     # An artifact has no files beside it.
     markdown = parity_report(run.job.name, result.mismatches, where, embedded(drawn))
     get_run_logger().error("\n".join(f"{kind} {place}" for kind, place in where.items()))
-    await acreate_markdown_artifact(
-        markdown, key=f"parity-{artifact_key(run.job.name)}", description=f"{run.job.name}: parity failed"
-    )
+    await show(markdown, f"{run.job.name}: parity failed", run.job.name, "parity")
     return path
 
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from prefect import get_run_logger
-from prefect.artifacts import acreate_markdown_artifact
 
 from torchworker.contract import InspectResult, Project
 from train_and_ship.infra.errors import ReleaseError
@@ -20,7 +19,7 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import DATA
 from train_and_ship.registry.report.data_sections import data_page
 from train_and_ship.registry.run_folder import CHECKS, FACTS, INSPECT, recall, stage_inputs, write_fact
-from train_and_ship.tasks.policy import artifact_key
+from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.requests import inspect_request
 from train_and_ship.tasks.results import Inspected, Run
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
@@ -45,11 +44,8 @@ async def inspect(run: Run) -> Inspected:
             get_run_logger().warning("the live release %s does not say what its data was like: no drift is asked", live)
         report = check_data(checks, facts, before, live)
         write_fact(run.folder, CHECKS, report)
-    await acreate_markdown_artifact(
-        data_page(run.job.name, facts, report),
-        key=f"data-{artifact_key(run.job.name)}",
-        description=f"{len(report.findings)} checks of the data, {len(report.failed)} failed",
-    )
+    title = f"{len(report.findings)} checks of the data, {len(report.failed)} failed"
+    await show(data_page(run.job.name, facts, report), title, run.job.name, "data")
     require_good_data(run.job.name, report)
     get_run_logger().info("the data passes %d checks", len(report.findings))
     return Inspected(reading=reading)

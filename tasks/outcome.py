@@ -9,9 +9,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,21 +22,21 @@ from prefect.states import Crashed
 
 from train_and_ship.infra.errors import GateError, ServiceError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.provenance import who
+from train_and_ship.infra.provenance import asked_by
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import FAILED, Decision, keep_until_recorded, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.report.run import Ending, Outcome
-from train_and_ship.registry.text import Cell, Link
 from train_and_ship.registry.tracking.live_run import live_run
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.tasks.job_file import find_run, job_of
 from train_and_ship.tasks.ledgers import close_ledger
 from train_and_ship.tasks.publish import show_in_prefect, write_report
-from train_and_ship.tasks.results import flow_run_page
+from train_and_ship.tasks.results import flow_run_place
 
+_log = logging.getLogger(__name__)
 REASON_LENGTH = 1000
 CUT_OFF = "the run was killed, or its machine stopped, before it came to an answer, and nobody went on with it"
 
@@ -56,7 +54,7 @@ async def end_mlflow_run(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
             await _end_from_outside(model, folder, status, reason, settings)
     except (ShipError, OSError) as error:
         # The next run of this model on this machine ends it.
-        logging.getLogger(__name__).warning("the MLflow run could not be ended: %s", error)
+        _log.warning("the MLflow run could not be ended: %s", error)
 
 
 async def report_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -108,15 +106,12 @@ async def _report(flow_run: FlowRun, state: State[Any], model: str, folder: Path
     written = await asyncio.to_thread(write_report, outcome, folder, settings)
     await show_in_prefect(written, model, flow_run.id)
     if written.files is not None and written.files.against is not None:
-        await asyncio.to_thread(
-            put_report, ObjectStore.from_settings(settings), model, written.files.release, str(flow_run.id),
-            written.html, datetime.now(UTC),
-        )  # fmt: skip
+        store, release = ObjectStore.from_settings(settings), written.files.release
+        await asyncio.to_thread(put_report, store, model, release, str(flow_run.id), written.html)
 
 
 def _warn_of_report(error: Exception) -> None:
-    log = logging.getLogger(__name__)
-    log.warning("the report of a run could not be written: %s: %s", type(error).__name__, error)
+    _log.warning("the report of a run could not be written: %s: %s", type(error).__name__, error)
 
 
 def _folder_of(flow_run: FlowRun, settings: Settings) -> tuple[str, Path | None]:
@@ -140,22 +135,16 @@ def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Setting
         verdict, why, rest = Ending.REFUSED, error.message, error.table
     else:
         verdict = Ending.FAILED if state.is_failed() else Ending.CRASHED if state.is_crashed() else Ending.CANCELLED
-        text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
-        why, _, rest = text.partition("\n")
+        why, _, rest = _said(state).partition("\n")
     name = model or str(flow_run.parameters.get("job", flow_run.name))
-    facts: list[Sequence[Cell]] = []
-    if asked := flow_run.parameters.get("why"):
-        facts.append(("asked by", str(asked)))
-    page: Sequence[Cell] = (
-        "Prefect run", Link(text=str(flow_run.name), url=flow_run_page(settings, str(flow_run.id)))
-    )  # fmt: skip
+    asked = flow_run.parameters.get("why")
     return Outcome(
         verdict=verdict,
         title=f"{name}: {verdict}",
         why=why,
         table=rest.strip("\n"),
-        facts=facts,
-        places=[page],
+        facts=[("asked by", str(asked))] if asked else [],
+        places=[flow_run_place(settings, str(flow_run.name), str(flow_run.id))],
     )
 
 
@@ -164,23 +153,20 @@ async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[A
     try:
         await asyncio.to_thread(_record_failure, flow_run, _reason(state))
     except (ShipError, OSError) as error:
-        logging.getLogger(__name__).warning("the failed retraining run could not be recorded: %s", error)
+        _log.warning("the failed retraining run could not be recorded: %s", error)
 
 
 def _record_failure(flow_run: FlowRun, reason: str) -> None:
     settings = Settings.load()
     _, known = _folder_of(flow_run, settings)
     job = job_of(str(flow_run.parameters["job"]), str(flow_run.id), known)
-    why = str(flow_run.parameters.get("why", ""))
     decision = Decision(
         model=job.name,
         channel=job.release.channel,
         decision=FAILED,
         why=reason,
-        at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         flow_run=str(flow_run.id),
-        asked=f"{why} ({who()})" if why else who(),
-        live="",
+        asked=asked_by(str(flow_run.parameters.get("why", ""))),
     )
     folder = settings.runs / job.name / origin(flow_run)
     try:
@@ -200,14 +186,18 @@ def _error(state: State[Any]) -> Exception | None:
     return found if isinstance(found, Exception) else None
 
 
+def _said(state: State[Any]) -> str:
+    error = _error(state)
+    return (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
+
+
 def _ended(state: State[Any]) -> tuple[str, str]:
     """As MLflow calls it, and the reason."""
     return "FAILED" if state.is_failed() else "KILLED", _reason(state)
 
 
 def _reason(state: State[Any]) -> str:
-    error = _error(state)
-    text = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
+    text = _said(state)
     return text if len(text) <= REASON_LENGTH else text[:REASON_LENGTH] + " …"
 
 

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from prefect import Task
+from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 
@@ -39,6 +40,18 @@ def quiet_mistakes() -> None:
             logger.addFilter(_QuietMistakes())
 
 
-def artifact_key(name: str) -> str:
-    """Prefect artifact keys hold letters, digits and dashes."""
-    return name.replace("_", "-").replace(".", "-")
+def artifact_key(kind: str, model: str) -> str:
+    """Prefect artifact keys hold letters, digits and dashes. model: empty when nobody knows."""
+    return "-".join([kind, model.replace("_", "-").replace(".", "-")]) if model else kind
+
+
+async def show(text: str, title: str, model: str, kind: str = "report") -> None:
+    """Put markdown on the page of this flow run.
+
+    Args:
+        text: the markdown.
+        title: what the list of artifacts says of it.
+        model: whose it is.
+        kind: what it is, in a word, which is part of the artifact's key.
+    """
+    await acreate_markdown_artifact(text, key=artifact_key(kind, model), description=title)

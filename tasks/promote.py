@@ -42,7 +42,7 @@ async def promote_if_better(
             return await _promote(run, registered, rehearsed, answer)
         except GateError as refusal:
             get_run_logger().warning("%s", refusal)
-            return Kept(why=refusal.message, live=rehearsed.live)
+            return Kept(why=refusal.message, rehearsed=rehearsed)
 
 
 async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
@@ -21,13 +19,14 @@ from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.cost import FLOW, Rates, Spent, read_costs
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.page import markdown
-from train_and_ship.registry.report.run import Outcome, run_page
+from train_and_ship.registry.report.run import Ending, Outcome, run_page
 from train_and_ship.registry.run_folder import RunFiles, read_run
+from train_and_ship.registry.text import Cell
 from train_and_ship.registry.tracking.pending_reports import keep_report, send_reports
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.registry.tracking.versions import attach_report
 from train_and_ship.tasks.ledgers import close_ledger
-from train_and_ship.tasks.policy import artifact_key
+from train_and_ship.tasks.policy import artifact_key, show
 from train_and_ship.tasks.results import Registered, Run
 
 
@@ -42,6 +41,33 @@ class Written:
     """HTML in the run's folder, with the markdown beside it; None for a run that has no folder."""
     files: RunFiles | None
     """What it was made from."""
+
+
+def replaced(release: str | None) -> str:
+    """What a move replaces, in words."""
+    return release or "nothing, this is the first"
+
+
+def waiting(question: str, why: str, live: str, flow_run_id: str, places: Sequence[Sequence[Cell]]) -> Outcome:
+    """A run that waits for a person.
+
+    Args:
+        question: what is asked.
+        why: why it is.
+        live: the release that would be replaced; empty when nothing is live.
+        flow_run_id: of the flow run that waits.
+        places: where to look.
+    """
+    return Outcome(
+        verdict=Ending.WAITS,
+        title=question,
+        why=why,
+        facts=[
+            ("would replace", replaced(live)),
+            ("answer", f"on the page of the run, or with `ship approve {flow_run_id}`"),
+        ],
+        places=places,
+    )
 
 
 def write_report(outcome: Outcome, folder: Path | None, settings: Settings, costs: Sequence[Spent] = ()) -> Written:
@@ -88,9 +114,7 @@ async def publish(run: Run, registered: Registered, outcome: Outcome) -> Path:
     await put({
         # Earlier ones too, which it missed.
         "MLflow": asyncio.to_thread(lambda: list(send_reports(run.folder.parent, url))),
-        "the bucket": asyncio.to_thread(
-            put_report, run.store, name, release, run.flow_run_id, written.html, datetime.now(UTC)
-        ),
+        "the bucket": asyncio.to_thread(put_report, run.store, name, release, run.flow_run_id, written.html),
     })  # fmt: skip
     return written.file
 
@@ -106,11 +130,6 @@ async def publish_question(run: Run, registered: Registered, outcome: Outcome) -
     written = await asyncio.to_thread(write_report, outcome, run.folder, run.settings, costs)
     await show(written.markdown, written.title, name)
     await put({"MLflow": asyncio.to_thread(attach_report, registered.version, name, written.html, url)})
-
-
-async def show(text: str, title: str, model: str) -> None:
-    """A report in markdown on the page of this flow run."""
-    await acreate_markdown_artifact(text, key=_key(model), description=title)
 
 
 async def put(places: Mapping[str, Coroutine[Any, Any, object]]) -> None:
@@ -130,12 +149,7 @@ def places(run: Run, registered: Registered) -> list[str]:
 
 async def show_in_prefect(written: Written, model: str, flow_run: UUID) -> None:
     """As an artifact of a flow run that is over. model: empty when nobody knows."""
-    artifact = ArtifactCreate(
-        key=_key(model), type="markdown", description=written.title, data=written.markdown, flow_run_id=flow_run
-    )
+    key, title, text = artifact_key("report", model), written.title, written.markdown
+    artifact = ArtifactCreate(key=key, type="markdown", description=title, data=text, flow_run_id=flow_run)
     async with get_client() as client:
         await client.create_artifact(artifact)
-
-
-def _key(model: str) -> str:
-    return f"report-{artifact_key(model)}" if model else "report"

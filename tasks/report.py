@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.report.run import Ending, Outcome
-from train_and_ship.registry.text import Cell, Link
+from train_and_ship.registry.text import Cell
 from train_and_ship.tasks.events import PROMOTED, emit
-from train_and_ship.tasks.publish import places, publish
+from train_and_ship.tasks.publish import places, publish, replaced
 from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, Run, Shipped
 from train_and_ship.tasks.stage import stage_task
 
@@ -16,10 +16,10 @@ from train_and_ship.tasks.stage import stage_task
 @stage_task("report", delays=())
 async def report(run: Run, registered: Registered, promoted: Promoted) -> Shipped:
     """Write the report: for Prefect, for MLflow, beside the release and as files of the run."""
-    outcome = decided(run, promoted, title=f"{run.job.name} release {promoted.pointer.release} is live on "
-                      f"{promoted.pointer.channel}", why=why_promoted(promoted.rehearsed))  # fmt: skip
+    title = f"{run.job.name} release {promoted.pointer.release} is live on {promoted.pointer.channel}"
+    outcome = decided(run, promoted, title=title, why=why_promoted(promoted.rehearsed))
     path = await publish(run, registered, outcome)
-    emit(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted.rehearsed, promoted))
+    emit(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted))
     return Shipped(
         title=outcome.title,
         release=registered.manifest.release,
@@ -31,14 +31,14 @@ async def report(run: Run, registered: Registered, promoted: Promoted) -> Shippe
     )
 
 
-def in_short(run: Run, registered: Registered, rehearsed: Rehearsed, outcome: Promoted | Kept) -> str:
+def in_short(run: Run, registered: Registered, outcome: Promoted | Kept) -> str:
     """What people are told."""
     if isinstance(outcome, Kept):
         first = outcome.why
     else:
         replaced = outcome.pointer.previous
         first = f"Replaces {replaced}" if replaced else "The first release"
-    compared = [f"{name}: {said}" for name, said in rehearsed.in_words().items()]
+    compared = [f"{name}: {said}" for name, said in outcome.rehearsed.in_words().items()]
     return "\n".join([first, *compared, *places(run, registered)])
 
 
@@ -60,21 +60,14 @@ def decided(
         why: the numbers that decided.
         asked: what retraining decided before it trained.
     """
-    channel = f"s3://{run.settings.bucket}/models/{run.job.name}/channels/{run.job.release.channel}.json"
-    page: Sequence[Cell] = ("Prefect run", Link(text=run.flow_run_name, url=run.flow_run_url))
+    channel = f"s3://{run.settings.bucket}/{pointer_key(run.job.name, run.job.release.channel)}"
     if isinstance(outcome, Kept):
-        stays: Sequence[Cell] = ("stays live", f"{outcome.live} on {channel}")
-        return Outcome(verdict=Ending.KEPT, title=title, why=why, facts=[*asked, stays], places=[page])
-    pointer = outcome.pointer
-    facts: list[Sequence[Cell]] = [
-        ("channel", f"{channel}, generation {pointer.generation}"),
-        ("replaces", pointer.previous or "nothing, this is the first"),
-        *((name, said) for name, said in pointer.verdicts.items() if name == "approved"),
-    ]
-    return Outcome(
-        verdict=Ending.PROMOTED,
-        title=title,
-        why=f"All gates passed; {why}.",
-        facts=[*asked, *facts],
-        places=[page],
-    )
+        verdict, facts = Ending.KEPT, [("stays live", f"{outcome.rehearsed.live} on {channel}")]
+    else:
+        verdict, why, pointer = Ending.PROMOTED, f"All gates passed; {why}.", outcome.pointer
+        facts = [
+            ("channel", f"{channel}, generation {pointer.generation}"),
+            ("replaces", replaced(pointer.previous)),
+            *((name, said) for name, said in pointer.verdicts.items() if name == "approved"),
+        ]
+    return Outcome(verdict=verdict, title=title, why=why, facts=[*asked, *facts], places=[run.place])

@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from torchworker.contract import (
@@ -34,7 +33,7 @@ from train_and_ship.registry.gates import VersusLive, require_good_enough, requi
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.run_folder import MadeFrom
-from train_and_ship.registry.text import interval_text, number
+from train_and_ship.registry.text import Cell, Link, interval_text, number
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.versions import RegisteredVersion
 
@@ -91,12 +90,22 @@ class Run:
         return Channel(self.store, self.job.name, self.job.release.channel, self.settings.mlflow_url)
 
     @property
+    def place(self) -> Sequence[Cell]:
+        """Where to look: its page in Prefect."""
+        return flow_run_place(self.settings, self.flow_run_name, self.flow_run_id)
+
+    @property
     def flow_run_url(self) -> str:
         return flow_run_page(self.settings, self.flow_run_id)
 
 
 def flow_run_page(settings: Settings, flow_run_id: str) -> str:
     return f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id}"
+
+
+def flow_run_place(settings: Settings, name: str, flow_run_id: str) -> Sequence[Cell]:
+    """The page of a flow run, as reports list where to look."""
+    return "Prefect run", Link(text=name, url=flow_run_page(settings, flow_run_id))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +274,8 @@ class Kept:
     """A candidate that did not replace what is live."""
 
     why: str
-    live: str
-    """The release that stays."""
+    rehearsed: Rehearsed
+    """Beside the release that stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +297,8 @@ class RetrainPlan:
 
     job_file: JobFile
     """The job that was looked at, which is the one that is trained."""
-    store: ObjectStore
+    channel: Channel
+    """The one that is retrained for."""
     settings: Settings
     flow_run_id: str
     asked: str
@@ -318,11 +328,10 @@ class RetrainPlan:
     def decided(self, decision: Verdict, why: str, *, candidate: str = "", version: str = "") -> Decision:
         """The record of an answer."""
         return Decision(
-            model=self.job.name,
-            channel=self.job.release.channel,
+            model=self.channel.model,
+            channel=self.channel.name,
             decision=decision,
             why=why,
-            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             flow_run=self.flow_run_id,
             asked=self.asked,
             live=self.live.release if self.live else "",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -16,6 +15,7 @@ from train_and_ship.infra.provenance import git_commit
 from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import require_usable_keys
+from train_and_ship.registry.channels.timeline import utc_now
 from train_and_ship.registry.cost import Ledger
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.run_folder import ABOUT, About, write_fact
@@ -114,7 +114,7 @@ async def _begin(
 def _begun(folder: Path) -> str:
     path = folder / "begun"
     if not path.exists():
-        path.write_text(datetime.now(UTC).isoformat(timespec="milliseconds"))
+        path.write_text(utc_now())
     return path.read_text()
 
 

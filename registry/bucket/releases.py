@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from shipreader.records import FileEntry
@@ -256,8 +256,8 @@ def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
         )
 
 
-def put_report(store: ObjectStore, model: str, release: str, flow_run: str, html: str, at: datetime) -> str:
-    """Writes; returns the key. at: UTC, by which the reports of several runs are in order."""
-    key = f"{reports_prefix(model, release)}{at:%Y%m%dT%H%M%S.%fZ}-{flow_run}.html"
+def put_report(store: ObjectStore, model: str, release: str, flow_run: str, html: str) -> str:
+    """Writes; returns the key, which begins with the time: reports of several runs are in order."""
+    key = f"{reports_prefix(model, release)}{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{flow_run}.html"
     put_immutable(store, key, html.encode(), "another report")
     return key

@@ -21,7 +21,7 @@ from train_and_ship.registry.bucket.keys import decisions_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
-from train_and_ship.registry.channels.timeline import live_at
+from train_and_ship.registry.channels.timeline import live_at, utc_now
 from train_and_ship.registry.identity import canonical_json
 
 
@@ -52,12 +52,12 @@ class Decision:
     channel: str
     decision: Verdict
     why: str
-    at: str
+    at: str = field(default_factory=utc_now)
     """UTC, ISO 8601 with milliseconds, by the clock of the machine that decided."""
     flow_run: str
     asked: str
     """Who or what asked: the schedule, a person, an event."""
-    live: str
+    live: str = ""
     """The release that was live when it was asked; empty when none was."""
     changed: Mapping[str, str] = field(default_factory=dict)
     """What is not as it was for the live release: code, data, config, environment, to how."""

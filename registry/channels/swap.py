@@ -14,7 +14,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from enum import Enum, auto
 
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
@@ -31,6 +30,7 @@ from train_and_ship.registry.channels.history import (
     record_key,
 )
 from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, MoveKind, Pointer, read_pointer
+from train_and_ship.registry.channels.timeline import utc_now
 from train_and_ship.registry.release.manifest import Manifest
 
 MOVE_CONFLICTS = 50
@@ -214,7 +214,7 @@ class _Mover:
             manifest_sha256=self._sha256,
             previous=live.release if live else None,
             nonce=self._nonce,
-            moved_at=_now(),
+            moved_at=utc_now(),
             moved_by=move.moved_by,
             reason=move.reason,
             flow_run=move.flow_run,
@@ -250,7 +250,7 @@ def _require_not_deleted(channel: Channel, mine: Pointer, replaced: Pointer | No
             generation=mine.generation + 1,
             previous=mine.release,
             nonce=uuid.uuid4().hex,
-            moved_at=_now(),
+            moved_at=utc_now(),
             reason=f"release {mine.release} was deleted by `ship gc` while its mover stood still",
             kind=ROLLBACK,
             verdicts={},
@@ -298,10 +298,6 @@ def _live_manifest(channel: Channel, live: Pointer | None) -> Manifest | None:
         raise ReleaseError(
             f"the live release of {channel} is broken; no candidate can be held against it: {error}"
         ) from error
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _pause(times: int) -> None:

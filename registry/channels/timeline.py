@@ -14,6 +14,11 @@ from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer
 _ZONE = re.compile(r"(?P<time>.*\d)\s+(?P<zone>[A-Za-z][A-Za-z0-9_+/-]*)")
 
 
+def utc_now() -> str:
+    """Now, by this machine's clock: UTC, ISO 8601 with milliseconds, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def moved_at(move: Pointer) -> datetime | None:
     """When a move took place, by its mover's clock; None for a record that was rebuilt without knowing."""
     return datetime.fromisoformat(move.moved_at) if move.moved_at else None

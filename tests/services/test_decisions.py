@@ -132,8 +132,9 @@ def test_what_was_to_be_said_of_a_run_that_is_killed_is_not_said_when_it_spoke_i
 def test_a_streak_is_of_skips_since_the_last_other_answer(object_store: ObjectStore, tmp_path: Path) -> None:
     job, project = load_job(write_project(tmp_path, name="streak"))
     plan = RetrainPlan(
-        job_file=JobFile(job=job, project=project), store=object_store, settings=Settings.load(), flow_run_id="r",
-        asked="ada", live=None, changed={}, inputs="", skip="nothing", start=None, began=0.0, read_seconds=0.0,
+        job_file=JobFile(job=job, project=project), channel=Channel(object_store, "streak"), settings=Settings.load(),
+        flow_run_id="r", asked="ada", live=None, changed={}, inputs="", skip="nothing", start=None, began=0.0,
+        read_seconds=0.0,
     )  # fmt: skip
     assert streak(plan) == 0
     record_decision(object_store, dataclasses.replace(decided(0, SKIPPED, "streak"), streak=13))
