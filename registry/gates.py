@@ -117,6 +117,23 @@ def compare(job: Job, versus: VersusLive, *, policy: bool = True) -> list[Compar
     return asked
 
 
+def require_rehearsed(candidate: str, result: RehearseResult, otherwise: str) -> None:
+    """Refuse a release that is not what was validated, as it came back from the bucket.
+
+    Args:
+        candidate: Which release of which model it is, in words.
+        result: What its rehearsal found.
+        otherwise: What has not been done, in words.
+
+    Raises:
+        GateError: A check failed, or there was none; it carries the table of all.
+    """
+    if not result.passed:
+        failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
+        said = f"{candidate}, as it came back from the bucket, fails: {failed}. {otherwise}"
+        raise GateError(said, verdict_table(result.verdicts).text())
+
+
 def require_good_enough(job: Job, versus: VersusLive, *, policy: bool = True) -> None:
     """Hold a candidate against the live release; the arguments are those of `compare`.
 

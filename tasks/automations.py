@@ -28,6 +28,8 @@ from train_and_ship.tasks.events import ASKED, KEPT, PROMOTED, UNCHANGED
 from train_and_ship.tasks.notification import NotificationAddress
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
+RUNS = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+OURS = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)})
 """A server may have other people's flows too."""
 BLOCK = "train-and-ship"
 PREFIX = "train-and-ship: "
@@ -57,13 +59,8 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
 
 def _flow_runs(*states: str) -> EventTrigger:
     """One of our flow runs came to one of these states."""
-    return EventTrigger(
-        expect={f"prefect.flow-run.{state}" for state in states},
-        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-        match_related=ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}),
-        posture=Posture.Reactive,
-        threshold=1,
-    )
+    expected = {f"prefect.flow-run.{state}" for state in states}
+    return EventTrigger(expect=expected, match=RUNS, match_related=OURS, posture=Posture.Reactive, threshold=1)
 
 
 def _notify(title: str, trigger: EventTrigger, block: UUID, subject: str, body: str) -> AutomationCore:
@@ -80,10 +77,8 @@ def _crash_the_silent(seconds: int) -> AutomationCore:
             after={heartbeat},
             # Any word of the run will do: the events of its end have the names of states, Skipped and Kept among them.
             expect={"prefect.flow-run.*"},
-            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-            match_related=ResourceSpecification(
-                {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}
-            ),
+            match=RUNS,
+            match_related=OURS,
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -105,14 +100,11 @@ def apply(settings: Settings) -> list[str]:
         block = UUID(str(address.save(BLOCK, overwrite=True)))
     wanted = {automation.name: automation for automation in automations(settings, block)}
     with get_client(sync_client=True) as client:
-        found = [known for known in client.read_automations() if known.name.startswith(PREFIX)]
-        for known in found:
-            if known.name not in wanted:
-                client.delete_automation(known.id)
-    known_ids = {known.name: known for known in found}
+        found = {known.name: known for known in client.read_automations() if known.name.startswith(PREFIX)}
+        for name in found.keys() - wanted.keys():
+            client.delete_automation(found[name].id)
     for name, automation in wanted.items():
-        if name in known_ids:
-            known = known_ids[name]
+        if (known := found.get(name)) is not None:
             paused = automation.model_copy(update={"enabled": known.enabled})
             Automation(id=known.id, **paused.model_dump()).update()
         else:

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseRequest, RehearseResult
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.rundir import MANIFEST as STAGE
@@ -27,11 +27,11 @@ from train_and_ship.registry.channels.moves import (
     release_job,
 )
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.gates import verdict_table, worst
+from train_and_ship.registry.gates import require_rehearsed, worst
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks.copies import download_anew, live_copy
-from train_and_ship.tasks.requests import user_modules
+from train_and_ship.tasks.requests import rehearse_request
 from train_and_ship.tasks.worker import ask_worker
 
 
@@ -43,7 +43,6 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
 
     Args:
         settings: folders of this machine.
-        store: the bucket.
         verified: the release, complete by what the bucket says of it.
         gates: whether the release's `vs_live` will be asked.
 
@@ -74,25 +73,10 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
     if samples is not None:
         copies = settings.home / "releases" / model
         current, problem = await asyncio.to_thread(live_copy, store, copies, live)
-    request = RehearseRequest(
-        candidate=candidate,
-        live=current,
-        validation=str(samples / VALIDATION) if samples is not None else None,
-        moved=str(samples / PROBES) if samples is not None else None,
-        metrics=job.metrics if job is not None else (),
-        forbidden_modules=user_modules(job) if job is not None else [],
-        forbidden_folder=str(work),
-        threads=job.threads if job is not None else 1,
-        sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
-    )
+    request = rehearse_request(job, candidate, current, samples, str(work))
     result = await ask_worker(server, "rehearse", request, RehearseResult, work)
-    if not result.passed:
-        failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
-        raise GateError(
-            f"{model}: release {target.release}, as it came back from the bucket, fails: {failed}. It was not "
-            f"made live on {channel.name}",
-            verdict_table(result.verdicts).text(),
-        )
+    release = f"{model}: release {target.release}"
+    require_rehearsed(release, result, f"It was not made live on {channel.name}")
     # What failed can be looked at; what passed is in the bucket.
     shutil.rmtree(work)
     return dataclasses.replace(

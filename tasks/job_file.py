@@ -32,15 +32,11 @@ def find_run(path: str, flow_run_id: str, origin: str, runs: Path) -> tuple[str,
         origin: id of the flow run that began it, after which its folder is named.
         runs: folder of the runs of every model.
     """
-    if (known := _read.get(flow_run_id)) is not None:
-        model = known.job.name
-    elif found := [folder for folder in runs.glob("*") if Path(origin).name == origin and (folder / origin).is_dir()]:
-        model = found[0].name
-    else:
-        try:
-            model = load_job(Path(path))[0].name
-        except ShipError:
-            return None
+    found = [folder for folder in runs.glob("*") if Path(origin).name == origin and (folder / origin).is_dir()]
+    try:
+        model = found[0].name if found and flow_run_id not in _read else job_of(path, flow_run_id, None).name
+    except ShipError:
+        return None
     return model, runs / model / origin
 
 

@@ -25,7 +25,6 @@ from torchworker.contract import (
     RESULT,
     Failure,
     Message,
-    Project,
     TrainRequest,
     TrainSettings,
 )
@@ -108,23 +107,19 @@ def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir:
 
 
 async def train_launched(
-    chosen: options.Launcher, project: Project, train: TrainSettings, folder: Path, checkpoints: Path, inputs: str,
-    on_event: Events, say: Say, start: str = "",
-) -> Path:  # fmt: skip
+    chosen: options.Launcher, request: TrainRequest, folder: Path, inputs: str, on_event: Events, say: Say
+) -> Path:
     """Train and return the attempt's folder, which holds what a local training stage holds.
 
     A cancelled caller cancels the job; a killed one leaves it running for the next call to find.
 
     Args:
         chosen: `train.launcher` of the job; its machines are not None.
-        project: the user's code.
-        train: how to train.
+        request: what to train and how; every machine sees its paths. Its folder gives way to that of the attempt.
         folder: existing folder for attempts, which every machine sees under this path.
-        checkpoints: folder that outlives attempts, seen by every machine too.
         inputs: digest of everything that the training depends on.
         on_event: called with each event of the ranks.
         say: called with what a person should know of the engine.
-        start: file of the weights that training begins with, seen by every machine; empty for none.
 
     Raises:
         JobError: the user's code is at fault, or the engine refuses the job.
@@ -135,14 +130,11 @@ async def train_launched(
     current = folder / CURRENT
     attempt = await _attempt_under_way(current, inputs, chosen, say)
     out_dir = folder / attempt.name
-    spec = spec_for(chosen, train, attempt.name, out_dir)
+    spec = spec_for(chosen, request.train, attempt.name, out_dir)
     try:
         if attempt.job is None:
             out_dir.mkdir(exist_ok=True)
-            request = TrainRequest(
-                project=project, train=train, folder=str(out_dir), checkpoints=str(checkpoints), start=start
-            )
-            request.write(out_dir / REQUEST)
+            replace(request, folder=str(out_dir)).write(out_dir / REQUEST)
             attempt = await _launch(launcher, spec, attempt, current)
             say(f"launched {attempt.engine} job {attempt.job}: {spec.nodes} machines, {spec.nproc} ranks each")
         assert attempt.job is not None
@@ -251,21 +243,17 @@ def _judge(out_dir: Path, spec: Spec, status: Status, logs: str) -> ShipError:
         if failure.kind == "user":
             shown = f"\n{failure.traceback}" if failure.traceback else ""
             return JobError(f"{failure.message} (rank {failure.rank}){shown}")
-    message = status.blames
-    for path in sorted(out_dir.glob(HUNG_FILES)):
-        message = f"rank {path.name.removeprefix('hung-rank')} was silent for {path.read_text()} s and was killed"
-    for failure in failures:
-        if not message and LOST_CONNECTION not in failure.message:
-            message = f"{failure.message} (rank {failure.rank})"
-    if not message:
-        said = {failure.rank for failure in failures}
-        silent = [str(rank) for rank in range(spec.nodes * spec.nproc) if rank not in said]
-        if silent and failures:
-            message = (
-                f"rank {' and '.join(silent)} ended without a word (killed, or out of memory, or its machine lost)"
-            )
-        elif failures:
-            message = f"{failures[0].message} (rank {failures[0].rank})"
-        else:
-            message = "the job ended without a result and no rank said why"
+    said = [f"{failure.message} (rank {failure.rank})" for failure in failures]
+    own = [text for text in said if LOST_CONNECTION not in text]
+    silent = sorted(set(range(spec.nodes * spec.nproc)) - {failure.rank for failure in failures})
+    if hung := sorted(out_dir.glob(HUNG_FILES)):
+        rank = hung[-1].name.removeprefix("hung-rank")
+        message = f"rank {rank} was silent for {hung[-1].read_text()} s and was killed"
+    elif status.blames or own:
+        message = status.blames or own[0]
+    elif said and silent:
+        ranks = " and ".join(map(str, silent))
+        message = f"rank {ranks} ended without a word (killed, or out of memory, or its machine lost)"
+    else:
+        message = said[0] if said else "the job ended without a result and no rank said why"
     return WorkerError(f"train: {message}\n{status.reason}\n{logs}".rstrip())

@@ -15,7 +15,6 @@ from prefect import get_run_logger
 from torchworker.contract import (
     GOLDEN,
     LATENCY,
-    PROBES,
     RESULT,
     VALIDATION,
     Artifacts,
@@ -28,17 +27,16 @@ from torchworker.contract import (
     ScoreResult,
     Timed,
 )
-from train_and_ship.infra.errors import GateError, WorkerError
+from train_and_ship.infra.errors import WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.gates import verdict_table
-from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.gates import require_rehearsed
 from train_and_ship.registry.release.manifest import VERDICTS
 from train_and_ship.registry.run_folder import AGAINST, COMPARED, REHEARSE, Against, recall, stage_inputs, write_fact
 from train_and_ship.registry.text import file_size
 from train_and_ship.tasks.copies import download_anew, live_copy
-from train_and_ship.tasks.requests import measure_request, user_modules
+from train_and_ship.tasks.requests import measure_request, rehearse_request, timed
 from train_and_ship.tasks.results import Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import run_stage, stage_task
 from train_and_ship.tasks.worker import ask_worker
@@ -87,9 +85,11 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         # After it: they may be one release.
         current, problem = await asyncio.to_thread(live_copy, run.store, copies, live)
         exported = registered.validated.exported.folder
-        request = _request(run, candidate, current, exported)
+        release, job = run.job.release, run.job
+        chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
+        request = rehearse_request(job, candidate, current, exported, run.project.folder, chance)
         result = await ask_worker(run.fork_server, "rehearse", request, RehearseResult, work)
-        _require_passed(run, manifest.release, result)
+        require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
         result = replace(result, live_problem=problem or result.live_problem)
         if run.job.train.custom_metrics:
             result = await _scored(run, request, result, exported, work)
@@ -102,31 +102,6 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
     rehearsed = Rehearsed(job=run.job, published=published, result=result, live=against)
     get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
     return rehearsed
-
-
-def _request(run: Run, candidate: RehearsedRelease, live: RehearsedRelease | None, exported: Path) -> RehearseRequest:
-    return RehearseRequest(
-        candidate=candidate,
-        live=live,
-        validation=str(exported / VALIDATION),
-        moved=str(exported / PROBES),
-        metrics=run.job.metrics,
-        forbidden_modules=user_modules(run.job),
-        forbidden_folder=run.project.folder,
-        threads=run.job.threads,
-        sqnr_db=run.job.export.int8.sqnr_db if run.job.export.int8 is not None else 0.0,
-        resampling=_resampling(run.job),
-    )
-
-
-def _require_passed(run: Run, release: str, result: RehearseResult) -> None:
-    if result.passed:
-        return
-    names = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
-    raise GateError(
-        f"{run.job.name}: release {release}, as it came back from the bucket, fails: {names}. It was not made live.",
-        verdict_table(result.verdicts).text(),
-    )
 
 
 def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
@@ -145,15 +120,14 @@ async def _scored(
     folder.mkdir()
     candidate, live = request.candidate, request.live if not result.live_problem else None
     # The live release runs with the candidate's operators: one process cannot have two of one name.
-    libraries = [name for name in candidate.files if name.endswith(".so")]
-    for file in (*candidate.formats.values(), *libraries):
+    for file in (*candidate.formats.values(), *candidate.libraries):
         os.link(Path(candidate.folder) / file, folder / file)
     os.link(exported / VALIDATION, folder / VALIDATION)
     asked = ScoreRequest(
         project=run.project,
         folder=str(folder),
         formats=candidate.formats,
-        libraries=libraries,
+        libraries=candidate.libraries,
         inputs=candidate.inputs,
         batch=run.job.export.batch,
         gates=[],
@@ -186,10 +160,6 @@ def _joined(
     return {kind: {**clean.get(kind, {}), **values} for kind, values in own.items()}
 
 
-def _resampling(job: Job) -> Resampling:
-    return Resampling(resamples=job.release.resamples, confidence=job.release.confidence, seed=job.train.seed)
-
-
 async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, work: Path) -> RehearseResult:
     """The result with times, sizes and memory of both releases, measured by turns on the candidate's inputs."""
     candidate, live = request.candidate, request.live
@@ -220,12 +190,9 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
 
 def _subjects(side: str, release: RehearsedRelease) -> list[Timed]:
     """What a release recommends to serve with; all it has when it recommends nothing."""
-    libraries = [str(Path(release.folder) / name) for name in release.files if name.endswith(".so")]
-    return [
-        Timed(name=f"{side} {kind}", format=kind, file=str(Path(release.folder) / file), libraries=libraries)
-        for kind, file in release.formats.items()
-        if not release.serve or kind in release.serve.values()
-    ]
+    asked = release.serve.values() or release.formats
+    formats = {kind: file for kind, file in release.formats.items() if kind in asked}
+    return timed(Path(release.folder), formats, release.libraries, side)
 
 
 def _values(speed: MeasureResult, side: str, release: RehearsedRelease, gates: Sequence[str]) -> dict[str, float]:

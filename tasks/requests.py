@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchworker.contract import (
+    PROBES,
     SPEED_GATES,
+    VALIDATION,
     CustomMetric,
     DynamicDim,
     Entrypoint,
@@ -18,6 +20,9 @@ from torchworker.contract import (
     MeasureRequest,
     Project,
     Reference,
+    RehearsedRelease,
+    RehearseRequest,
+    Resampling,
     TensorSpec,
     Timed,
     TrainSettings,
@@ -171,6 +176,54 @@ def measure_request(
         loads=LOADS if "load_ms" in job.gates else 1,
         forbidden_modules=user_modules(job),
         forbidden_folder=project.folder,
+    )
+
+
+def timed(folder: Path, formats: Mapping[str, str], libraries: Sequence[str], side: str = "") -> list[Timed]:
+    """Artifacts as subjects of a measurement.
+
+    Args:
+        folder: that holds them.
+        formats: format to file name.
+        libraries: file names of the operators that they need.
+        side: a word in front of the format, where two releases are measured.
+    """
+    paths = [str(folder / name) for name in libraries]
+    return [
+        Timed(name=f"{side} {kind}".lstrip(), format=kind, file=str(folder / file), libraries=paths)
+        for kind, file in formats.items()
+    ]
+
+
+def rehearse_request(
+    job: Job | None,
+    candidate: RehearsedRelease,
+    live: RehearsedRelease | None,
+    samples: Path | None,
+    forbidden_folder: str,
+    resampling: Resampling | None = None,
+) -> RehearseRequest:
+    """Try a release as it came from the bucket.
+
+    Args:
+        job: the job that made it; None asks for no metric.
+        candidate: the release.
+        live: what it is held against; None when nothing is live, or nobody compares.
+        samples: folder of held-out samples and of probes; None where there are none.
+        forbidden_folder: absolute path of a folder from which the process must not import.
+        resampling: how samples are drawn anew, where the difference is tested against chance.
+    """
+    return RehearseRequest(
+        candidate=candidate,
+        live=live,
+        validation=str(samples / VALIDATION) if samples is not None else None,
+        moved=str(samples / PROBES) if samples is not None else None,
+        metrics=job.metrics if job is not None else (),
+        forbidden_modules=user_modules(job) if job is not None else [],
+        forbidden_folder=forbidden_folder,
+        threads=job.threads if job is not None else 1,
+        sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
+        resampling=resampling,
     )
 
 

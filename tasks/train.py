@@ -79,21 +79,23 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
-    settings, launcher = train_settings(run.job), run.job.train.launcher
+    launcher = run.job.train.launcher
+    request = TrainRequest(
+        project=run.project,
+        train=train_settings(run.job),
+        folder=str(stage.work),
+        checkpoints=str(checkpoints),
+        start=weights,
+    )
     try:
         if launcher.machines is None:
             work = stage.begin()
             run.live.tail(work / EVENTS)
-            request = TrainRequest(
-                project=run.project, train=settings, folder=str(work), checkpoints=str(checkpoints), start=weights
-            )
             await call_worker(run.fork_server, "train", request, work, progress.on_event)
         else:
             attempts.mkdir(exist_ok=True)
-            trained = await train_launched(
-                launcher, run.project, settings, attempts, checkpoints, inputs, progress.on_event,
-                get_run_logger().info, weights,
-            )  # fmt: skip
+            say = get_run_logger().info
+            trained = await train_launched(launcher, request, attempts, inputs, progress.on_event, say)
             shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
             meter.cpu = _result(stage.work).cpu_seconds
         await progress.finish()

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.projects import REPOSITORY
-from torchworker.contract import RESULT, Reply, TrainResult, decode
+from torchworker.contract import RESULT, Reply, TrainRequest, TrainResult, decode
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.registry.job.launcher import Launcher
 from train_and_ship.registry.job.load import load_job
@@ -49,12 +49,14 @@ def show(**line: Any) -> None:
 async def main(job_file: str, options: str, folder: str) -> None:
     job, project = load_job(Path(job_file))
     chosen = Launcher.model_validate(json.loads(options))
+    request = TrainRequest(
+        project=project_of(job, project), train=train_settings(job), folder="", checkpoints=f"{folder}/checkpoints"
+    )
     task = asyncio.create_task(
         train_launched(
-            chosen, project_of(job, project), train_settings(job), Path(folder), Path(folder) / "checkpoints",
-            job.digest(), lambda event: show(event=event), lambda text: show(say=text),
+            chosen, request, Path(folder), job.digest(), lambda event: show(event=event), lambda text: show(say=text)
         )
-    )  # fmt: skip
+    )
     # As Prefect does when a flow run is cancelled.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
