@@ -9,19 +9,17 @@ import typer
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.catalog import models, require_model
 from train_and_ship.registry.channels.aliases import sync_all_aliases
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.tracking.pending_reports import send_reports
+from train_and_ship.ship.named import named_models
 
 
 def doctor(model: str, dry_run: bool) -> None:
     """Examine one model, or all. Exits with 1 when something is left that people have to mend."""
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
-    if model:
-        require_model(store, model)
-    names = [model] if model else models(store)
+    names = named_models(store, model)
     mended = left = 0
     for name in names:
         for finding in examine(store, name, settings.mlflow_url, runs=settings.runs / name, dry_run=dry_run):

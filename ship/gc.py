@@ -11,9 +11,9 @@ import typer
 from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.catalog import models, require_model
 from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide, notify_mlflow
 from train_and_ship.registry.text import file_size
+from train_and_ship.ship.named import named_models
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 WILL = {Step.MARK: "would mark", Step.DELETE: "would delete", Step.UNMARK: "would unmark"}
@@ -32,12 +32,11 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
     """Say what would be done with every release, or do it. Exits with 1 when something could not be done."""
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
-    if model:
-        require_model(store, model)
+    names = named_models(store, model)
     if apply:
         store.probe()
     failed = False
-    for name in [model] if model else models(store):
+    for name in names:
         try:
             failed |= _model(store, name, policy, apply)
         except ReleaseError as error:

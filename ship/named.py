@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.bucket.catalog import require_model
+from train_and_ship.registry.bucket.catalog import models, require_model
 from train_and_ship.registry.channels.channel import PRODUCTION, Channel
 from train_and_ship.registry.identity import require_channel
 
@@ -18,3 +18,11 @@ def named_channel(settings: Settings, model: str, channel: str = PRODUCTION) -> 
     store = ObjectStore.from_settings(settings)
     require_model(store, model)
     return Channel(store, model, channel, settings.mlflow_url)
+
+
+def named_models(store: ObjectStore, model: str) -> list[str]:
+    """The model that is named, or all when `model` is empty. Raises RequestError for one that there is not."""
+    if not model:
+        return models(store)
+    require_model(store, model)
+    return [model]

@@ -44,12 +44,23 @@ def make_reader(
     on_change: Callable[[Release], None] | None = None,
     **options: Any,
 ) -> Reader:
-    """A reader of the bucket that the settings name. to: its folder, in SHIP_HOME when None; options: as of Reader."""
+    """A reader of the bucket that the settings name.
+
+    Args:
+        settings: where the bucket is.
+        model: what is followed.
+        channel: of it.
+        to: the reader's folder; None as in `folder_for`.
+        on_change: as of Reader.
+        options: more of Reader's.
+
+    Raises RequestError for names that no channel can have.
+    """
     require_channel(channel)
     return Reader(
         model,
         bucket=settings.bucket,
-        folder=to if to is not None else settings.home / "pulled" / f"{model}.{channel}",
+        folder=folder_for(settings, model, channel, to),
         channel=channel,
         client=s3_client(settings),
         public_keys=[settings.public_key] if settings.public_key is not None else [],
@@ -58,12 +69,23 @@ def make_reader(
     )
 
 
-def wait_for_signal() -> None:
-    """Until Ctrl-C or SIGTERM."""
+def folder_for(settings: Settings, model: str, channel: str, to: Path | None) -> Path:
+    """Where the releases of a channel are kept: `to`, or when it is None a folder in SHIP_HOME."""
+    return to if to is not None else settings.home / "pulled" / f"{model}.{channel}"
+
+
+def current(release: Release) -> str:
+    """Which release it is, in a line."""
+    return f"{release.model} {release.channel}: generation {release.generation}, release {release.id}"
+
+
+def wait_for_signal(check: Callable[[], None] = lambda: None) -> None:
+    """Until Ctrl-C or SIGTERM. check: called twice a second; what it raises ends the waiting."""
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
-    stopping.wait()
+    while not stopping.wait(0.5):
+        check()
 
 
 @contextlib.contextmanager
@@ -108,7 +130,4 @@ def _pull_once(reader: Reader) -> Release:
 
 
 def _show(release: Release) -> None:
-    typer.echo(
-        f"{release.model} {release.channel}: generation {release.generation}, release {release.id}\n"
-        f"  {release.folder.parent.parent / 'current'}"
-    )
+    typer.echo(f"{current(release)}\n  {release.folder.parent.parent / 'current'}")

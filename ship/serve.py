@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.processes import last_lines, port_is_free
 from train_and_ship.infra.settings import LOOPBACK, Settings
 from train_and_ship.infra.toolenv import environment
-from train_and_ship.ship.pull import make_reader, reader_errors
+from train_and_ship.ship.pull import current, folder_for, make_reader, reader_errors, wait_for_signal
 
 START_SECONDS = 120
 LOAD_SECONDS = 300
@@ -51,7 +50,7 @@ def serve(model: str, channel: str, to: Path | None, port: int, interval: float,
     """Serve until interrupted. Raises SettingsError for a taken port, ServiceError when the server does not start."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     settings = Settings.load()
-    folder = to if to is not None else settings.home / "pulled" / f"{model}.{channel}"
+    folder = folder_for(settings, model, channel, to)
     server = Server(folder=folder / "mlserver", model=model, port=port, batch_size=batch_size)
     server.require_ports()
     with reader_errors(settings, model):
@@ -59,25 +58,14 @@ def serve(model: str, channel: str, to: Path | None, port: int, interval: float,
         release = reader.start()
         # Also when nothing moved since the last time.
         server.load(release)
-        with server.running():
+        with server.running(), closing(reader):
             typer.echo(
-                f"{model} {channel}: generation {release.generation}, release {release.id}\n"
+                f"{current(release)}\n"
                 f"  infer    {server.url}/v2/models/{model}/infer\n"
                 f"  docs     {server.url}/v2/docs\n"
                 f"  log      {server.log}"
             )
-            try:
-                _wait(server)
-            finally:
-                reader.close()
-
-
-def _wait(server: Server) -> None:
-    stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
-    while not stopping.wait(0.5):
-        server.require_alive()
+            wait_for_signal(server.require_alive)
 
 
 @dataclass(kw_only=True)

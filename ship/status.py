@@ -76,22 +76,20 @@ def status() -> None:
 
 def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[ChannelStatus]:
     """Every channel of every model, by name. scheduled: model and channel to the next run."""
-    names = [(model, channel) for model in models(store) for channel in channels(store, model)]
-    asked = [f"{model}/{channel}" for model, channel in {*names, *scheduled}]
+    names = {(model, channel) for model in models(store) for channel in channels(store, model)}
 
-    def look(name: str) -> ChannelStatus:
-        model, channel = name.split("/")
-        asked = Channel(store, model, channel)
+    def look(name: tuple[str, str]) -> ChannelStatus:
+        asked = Channel(store, *name)
         last = read_decisions(asked, 1)
         return ChannelStatus(
-            model=model,
-            channel=channel,
+            model=asked.model,
+            channel=asked.name,
             live=read_pointer(asked),
             last=last[-1] if last else None,
-            next=scheduled.get((model, channel)),
+            next=scheduled.get(name),
         )
 
-    return in_parallel(look, sorted(asked))
+    return in_parallel(look, sorted(names | scheduled.keys()))
 
 
 def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:

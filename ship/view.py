@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,7 @@ from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.serving.layouts import inference_service, write_kserve, write_triton
-from train_and_ship.ship.pull import make_reader, reader_errors, wait_for_signal
-
-LAYOUTS = ("triton", "kserve", "mlserver")
+from train_and_ship.ship.pull import current, folder_for, make_reader, reader_errors, wait_for_signal
 
 
 def view(layout: str, model: str, channel: str, backend: str, to: Path | None, follow: bool) -> None:
@@ -28,14 +27,14 @@ def view(layout: str, model: str, channel: str, backend: str, to: Path | None, f
     """
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
-    folder = to if to is not None else settings.home / "pulled" / f"{model}.{channel}"
+    folder = folder_for(settings, model, channel, to)
     writers: dict[str, Callable[[Release], None]] = {
         "triton": partial(_triton, store, backend),
         "kserve": partial(_kserve, store, backend),
         "mlserver": partial(_mlserver, folder / "mlserver"),
     }
-    if layout not in LAYOUTS:
-        raise SettingsError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if layout not in writers:
+        raise SettingsError(f"layout: expected one of {', '.join(writers)}; got {layout!r}")
     write = writers[layout]
     with reader_errors(settings, model):
         if not follow:
@@ -50,12 +49,9 @@ def view(layout: str, model: str, channel: str, backend: str, to: Path | None, f
                 written.append(release)
 
         # A release that a view cannot hold is refused, and the last good one stays.
-        reader = make_reader(settings, model, channel, folder, accept=write_once)
-        write_once(reader.start())
-        try:
+        with closing(make_reader(settings, model, channel, folder, accept=write_once)) as reader:
+            write_once(reader.start())
             wait_for_signal()
-        finally:
-            reader.close()
 
 
 def _triton(store: ObjectStore, backend: str, release: Release) -> None:
@@ -76,7 +72,7 @@ def _kserve(store: ObjectStore, backend: str, release: Release) -> None:
 def _mlserver(repository: Path, release: Release) -> None:
     path = write_model(repository / "models", release)
     typer.echo(
-        f"{release.model} {release.channel}: generation {release.generation}, release {release.id}\n"
+        f"{current(release)}\n"
         f"  {path}\n"
         f"  MLSERVER_MODEL_REPOSITORY_ROOT={json.dumps(str(repository / 'models'))} mlserver start"
     )

@@ -36,7 +36,7 @@ from train_and_ship.registry.release.manifest import VERDICTS
 from train_and_ship.registry.run_folder import AGAINST, COMPARED, REHEARSE, Against, recall, stage_inputs, write_fact
 from train_and_ship.registry.text import file_size
 from train_and_ship.tasks.copies import download_anew, live_copy
-from train_and_ship.tasks.requests import measure_request, rehearse_request, timed
+from train_and_ship.tasks.requests import measure_request, rehearse_request, timed_artifacts
 from train_and_ship.tasks.results import Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import run_stage, stage_task
 from train_and_ship.tasks.worker import ask_worker
@@ -192,7 +192,7 @@ def _subjects(side: str, release: RehearsedRelease) -> list[Timed]:
     """What a release recommends to serve with; all it has when it recommends nothing."""
     asked = release.serve.values() or release.formats
     formats = {kind: file for kind, file in release.formats.items() if kind in asked}
-    return timed(Path(release.folder), formats, release.libraries, side)
+    return timed_artifacts(Path(release.folder), formats, release.libraries, side)
 
 
 def _values(speed: MeasureResult, side: str, release: RehearsedRelease, gates: Sequence[str]) -> dict[str, float]:

@@ -179,7 +179,7 @@ def measure_request(
     )
 
 
-def timed(folder: Path, formats: Mapping[str, str], libraries: Sequence[str], side: str = "") -> list[Timed]:
+def timed_artifacts(folder: Path, formats: Mapping[str, str], libraries: Sequence[str], side: str = "") -> list[Timed]:
     """Artifacts as subjects of a measurement.
 
     Args:

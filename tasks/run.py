@@ -16,8 +16,6 @@ from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.channels.timeline import utc_now
-from train_and_ship.registry.cost import Ledger
-from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.run_folder import ABOUT, About, write_fact
 from train_and_ship.registry.tracking.connection import check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun
@@ -47,68 +45,63 @@ async def begin(job_file: JobFile, resume: str = "") -> Run:
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
+    page = flow_run_page(settings, flow_run_id)
     ledger = ledger_of(folder)
     with ledger.stage("begin"):
-        return await _begin(job, job_file.project, settings, flow_run_id, folder, ledger)
-
-
-async def _begin(
-    job: Job, project_folder: Path, settings: Settings, flow_run_id: str, folder: Path, ledger: Ledger
-) -> Run:
-    # Workers import torch while this process imports MLflow and talks to the services.
-    server = fork_server(folder.parent / "host.log")
-    store = ObjectStore.from_settings(settings)
-    (snapshot, snapshot_sha256), *_ = await asyncio.gather(
-        asyncio.to_thread(verified_snapshot, settings, job, project_folder),
-        asyncio.to_thread(check_reachable, settings.mlflow_url),
-        asyncio.to_thread(_check_store, store),
-    )
-    commit = git_commit(project_folder)
-    # The import of MLflow, more than a second, and the first requests go on in the background.
-    live = LiveRun(
-        RunRecord(
-            model=job.name,
-            run_name=str(flow_run.get_name()),
-            params=run_params(job),
-            tags={
-                TAG_COMMIT: commit,
-                TAG_FLOW_RUN: folder.name,
-                "flow_run_url": flow_run_page(settings, flow_run_id),
-            },
-            note=f"In progress: [Prefect run]({flow_run_page(settings, flow_run_id)})",
-            started=time.time(),
-        ),
-        settings.mlflow_url,
-        get_run_logger().warning,
-    )
-    live.start()
-    run = Run(
-        cpp=start_build(server, job, folder),
-        job=job,
-        project=project_of(job, project_folder, snapshot),
-        snapshot=snapshot_sha256,
-        settings=settings,
-        folder=folder,
-        flow_run_id=flow_run_id,
-        origin=folder.name,
-        begun=_begun(folder),
-        flow_run_name=str(flow_run.get_name()),
-        git_commit=commit,
-        fork_server=server,
-        store=store,
-        live=live,
-        ledger=ledger,
-    )
-    about = About(
-        job=job.model_dump(mode="json"),
-        flow_run_id=flow_run_id,
-        flow_run_name=run.flow_run_name,
-        git_commit=commit,
-        snapshot=snapshot_sha256,
-        begun=run.begun,
-    )
-    write_fact(folder, ABOUT, about)
-    return run
+        # Workers import torch while this process imports MLflow and talks to the services.
+        server = fork_server(folder.parent / "host.log")
+        store = ObjectStore.from_settings(settings)
+        (snapshot, snapshot_sha256), *_ = await asyncio.gather(
+            asyncio.to_thread(verified_snapshot, settings, job, job_file.project),
+            asyncio.to_thread(check_reachable, settings.mlflow_url),
+            asyncio.to_thread(_check_store, store),
+        )
+        commit = git_commit(job_file.project)
+        # The import of MLflow, more than a second, and the first requests go on in the background.
+        live = LiveRun(
+            RunRecord(
+                model=job.name,
+                run_name=str(flow_run.get_name()),
+                params=run_params(job),
+                tags={
+                    TAG_COMMIT: commit,
+                    TAG_FLOW_RUN: folder.name,
+                    "flow_run_url": page,
+                },
+                note=f"In progress: [Prefect run]({page})",
+                started=time.time(),
+            ),
+            settings.mlflow_url,
+            get_run_logger().warning,
+        )
+        live.start()
+        run = Run(
+            cpp=start_build(server, job, folder),
+            job=job,
+            project=project_of(job, job_file.project, snapshot),
+            snapshot=snapshot_sha256,
+            settings=settings,
+            folder=folder,
+            flow_run_id=flow_run_id,
+            origin=folder.name,
+            begun=_begun(folder),
+            flow_run_name=str(flow_run.get_name()),
+            git_commit=commit,
+            fork_server=server,
+            store=store,
+            live=live,
+            ledger=ledger,
+        )
+        about = About(
+            job=job.model_dump(mode="json"),
+            flow_run_id=flow_run_id,
+            flow_run_name=run.flow_run_name,
+            git_commit=commit,
+            snapshot=snapshot_sha256,
+            begun=run.begun,
+        )
+        write_fact(folder, ABOUT, about)
+        return run
 
 
 def _begun(folder: Path) -> str:

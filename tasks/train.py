@@ -129,11 +129,6 @@ class _Progress:
                     event["processes"], event["device"], f"{event['train_samples']:,}",
                     "a stream" if event["validation_samples"] is None else f"{event['validation_samples']:,}",
                 )  # fmt: skip
-                for note in event["notes"]:
-                    self._logger.warning(note)
-            case "resumed":
-                for note in event["notes"]:
-                    self._logger.warning(note)
             case "restarting":
                 where = event["checkpoint"] or "the beginning"
                 self._logger.warning("%s; training goes on from %s", event["cause"], where)
@@ -163,6 +158,9 @@ class _Progress:
                 if time.monotonic() - self._logged >= LOG_SECONDS or not self._reported:
                     self._say(line)
                 self._reported = True
+        # When it starts, and when it goes on from a checkpoint.
+        for note in event.get("notes", ()):
+            self._logger.warning(note)
 
     def _show(self, line: str, event: dict[str, Any]) -> None:
         self._description = describe_progress(line, event)

@@ -24,7 +24,14 @@ from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
 from train_and_ship.tasks.explain import explain
-from train_and_ship.tasks.requests import fixed_gates, int8_limits, measure_request, speed_gates, timed, user_modules
+from train_and_ship.tasks.requests import (
+    fixed_gates,
+    int8_limits,
+    measure_request,
+    speed_gates,
+    timed_artifacts,
+    user_modules,
+)
 from train_and_ship.tasks.results import Exported, Run, Validated, kept_formats
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.variants import without, worse_dropped
@@ -151,7 +158,7 @@ async def _measured(run: Run, exported: Exported, result: ValidateResult, work: 
     """The result with how fast the artifacts are, side by side on this machine, and the limits on that."""
     request = measure_request(
         run.job,
-        timed(exported.folder, kept_formats(exported, result), exported.result.libraries),
+        timed_artifacts(exported.folder, kept_formats(exported, result), exported.result.libraries),
         golden=exported.folder / GOLDEN,
         inputs=exported.result.inputs,
         serve=run.job.export.serve,

@@ -17,6 +17,7 @@ SMALL_UPLOADS_AT_ONCE = 128
 """The store writes each to disk, which it does for many at a time; twice as many gained nothing."""
 
 _T = TypeVar("_T")
+_Name = TypeVar("_Name")
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, from any thread, one call at a time."""
@@ -40,7 +41,7 @@ def put_immutable(store: ObjectStore, key: str, body: bytes, other: str, *, prob
         )
 
 
-def in_parallel(function: Callable[[str], _T], names: Iterable[str], at_once: int = FILES_AT_ONCE) -> list[_T]:
+def in_parallel(function: Callable[[_Name], _T], names: Iterable[_Name], at_once: int = FILES_AT_ONCE) -> list[_T]:
     """Call `function` for every name, a few at a time; the results in order. Stops at the first error and raises it."""
     with ThreadPoolExecutor(at_once, thread_name_prefix="bucket") as pool:
         futures = [pool.submit(function, name) for name in names]
