@@ -80,7 +80,7 @@ def train(
         run_name=side,
         params=run_params(job),
         tags={"flow_run_id": flow_run},
-        note="",
+        description="",
         started=time.time(),
     )
     live = LiveRun(record, url, sys.exit) if side == "watched" else None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from train_and_ship.infra.s3 import status_of
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -24,8 +26,7 @@ def ensure_upload_rule(client: S3Client, bucket: str, translated: Translated, da
         try:
             rules = list(client.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"])
         except client.exceptions.ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status != 404:
+            if (status := status_of(error)) != 404:
                 return f"not known: the store answers {status} to a question for its lifecycle rules"
     if any("AbortIncompleteMultipartUpload" in rule and rule["Status"] == "Enabled" for rule in rules):
         return "a rule of the bucket drops them"
@@ -40,8 +41,7 @@ def ensure_upload_rule(client: S3Client, bucket: str, translated: Translated, da
             # Replaces all of them: there is no way to add one.
             client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [*rules, rule]})
         except client.exceptions.ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            return f"no rule: the store answers {status} to one; `ship gc` drops those of its models itself"
+            return f"no rule: the store answers {status_of(error)} to one; `ship gc` drops those of its models itself"
     return f"a new rule of the bucket drops them after {days} days"
 
 

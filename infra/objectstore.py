@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from train_and_ship.infra import leftovers, s3
 from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError
 from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
-from train_and_ship.infra.s3 import quoted, status_of
+from train_and_ship.infra.s3 import quoted
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.small_files import SMALL_BYTES, SmallFiles
 from train_and_ship.infra.store_probe import StoreTraits, probe
@@ -109,12 +109,9 @@ class ObjectStore:
     def create_bucket_if_missing(self) -> None:
         """Create the bucket unless it is there already and ours."""
         with self._translated("look for the bucket"):
-            try:
+            with s3.unless_missing():
                 self._client.head_bucket(Bucket=self.bucket)
                 return
-            except self._client.exceptions.ClientError as error:
-                if status_of(error) != 404:
-                    raise
             region = self._client.meta.region_name
             where: dict[str, Any] = {}
             if region not in ("us-east-1", "aws-global"):
@@ -124,24 +121,28 @@ class ObjectStore:
 
     def check(self) -> None:
         """One request: the store answers, the bucket is there, and these credentials may see it."""
-        with self._translated("look for the bucket"):
-            try:
-                self._client.head_bucket(Bucket=self.bucket)
-            except self._client.exceptions.ClientError as error:
-                # HEAD has no body, so the code is only the number.
-                if status_of(error) == 404:
-                    raise SettingsError(s3.no_such_bucket(self.bucket, self.address, self._is_local)) from None
-                raise
+        with self._translated("look for the bucket"), s3.unless_missing():
+            self._client.head_bucket(Bucket=self.bucket)
+            return
+        # HEAD has no body, so the code is only the number.
+        raise SettingsError(s3.no_such_bucket(self.bucket, self.address, self._is_local))
 
     # ---- reading
 
     def get(self, key: str) -> tuple[bytes, str] | None:
         """A small object's content and ETag, or None when there is no such key."""
-        return self._get(key, None)
-
-    def get_if_changed(self, key: str, etag: str) -> tuple[bytes, str] | None:
-        """As `get`, but None also when the object still has this ETag."""
-        return self._get(key, etag)
+        with self._translated(f"read {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
+            reply = self._client.get_object(Bucket=self.bucket, Key=key)
+            with contextlib.closing(reply["Body"]) as body:
+                content = body.read()
+            claimed = reply["Metadata"].get(METADATA_SHA256)
+            if claimed is not None and claimed != (got := hashlib.sha256(content).hexdigest()):
+                # Written with its hash, so the way back is to blame: reading again can help.
+                raise ServiceError(
+                    f"read {key} from {self!r}: expected SHA-256 {claimed}, got {got}: damaged on the way"
+                )
+            return content, quoted(reply["ETag"])
+        return None
 
     def get_versions(self, key: str) -> list[bytes]:
         """Contents of a small object as they were, the newest first, where the bucket keeps versions; else the last."""
@@ -158,22 +159,18 @@ class ObjectStore:
 
     def head(self, key: str) -> StoredObject | None:
         """What is known about an object, or None when there is no such key."""
-        with self._translated(f"look at {key}"):
-            try:
-                reply = self._client.head_object(Bucket=self.bucket, Key=key, ChecksumMode="ENABLED")
-            except self._client.exceptions.ClientError as error:
-                if status_of(error) == 404:
-                    return None
-                raise
-        checksum = reply.get("ChecksumSHA256")
-        # Of a multipart upload it is a hash of hashes, written with the number of parts behind.
-        whole = checksum is not None and "-" not in checksum
-        return StoredObject(
-            bytes=reply["ContentLength"],
-            etag=quoted(reply["ETag"]),
-            sha256=reply["Metadata"].get(METADATA_SHA256),
-            stored_sha256=base64.b64decode(checksum).hex() if checksum is not None and whole else None,
-        )
+        with self._translated(f"look at {key}"), s3.unless_missing():
+            reply = self._client.head_object(Bucket=self.bucket, Key=key, ChecksumMode="ENABLED")
+            checksum = reply.get("ChecksumSHA256")
+            # Of a multipart upload it is a hash of hashes, written with the number of parts behind.
+            whole = checksum is not None and "-" not in checksum
+            return StoredObject(
+                bytes=reply["ContentLength"],
+                etag=quoted(reply["ETag"]),
+                sha256=reply["Metadata"].get(METADATA_SHA256),
+                stored_sha256=base64.b64decode(checksum).hex() if checksum is not None and whole else None,
+            )
+        return None
 
     def list_keys(self, prefix: str) -> dict[str, int]:
         """Every key with this prefix and its size in bytes, sorted by key."""
@@ -225,39 +222,32 @@ class ObjectStore:
         """Read an object back: hexadecimal SHA-256 and size in bytes of what a reader gets; None without such a key."""
         digest = hashlib.sha256()
         size = 0
-        with self._translated(f"read back {key}"):
-            try:
-                body = self._client.get_object(Bucket=self.bucket, Key=key)["Body"]
-            except self._client.exceptions.NoSuchKey:
-                return None
-            with contextlib.closing(body):
+        with self._translated(f"read back {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
+            with contextlib.closing(self._client.get_object(Bucket=self.bucket, Key=key)["Body"]) as body:
                 for piece in body.iter_chunks(PIECE_BYTES):
                     digest.update(piece)
                     size += len(piece)
-        return digest.hexdigest(), size
+            return digest.hexdigest(), size
+        return None
 
     def download_file(self, key: str, path: Path, progress: Callable[[int], None] | None = None) -> bool:
         """Write an object to `path`; big ones in parallel ranges. False when there is no such key.
 
         progress: called with the number of bytes that just arrived, from any thread.
         """
-        with self._translated(f"download {key}"):
-            try:
-                s3.download(
-                    self._client,
-                    self.bucket,
-                    key,
-                    path,
-                    whole=self.multipart_bytes,
-                    part_bytes=self._part_bytes,
-                    at_once=PARTS_AT_ONCE,
-                    progress=progress or _no_progress,
-                )
-            except self._client.exceptions.ClientError as error:
-                if status_of(error) == 404:
-                    return False
-                raise
-        return True
+        with self._translated(f"download {key}"), s3.unless_missing():
+            s3.download(
+                self._client,
+                self.bucket,
+                key,
+                path,
+                whole=self.multipart_bytes,
+                part_bytes=self._part_bytes,
+                at_once=PARTS_AT_ONCE,
+                progress=progress or _no_progress,
+            )
+            return True
+        return False
 
     # ---- writing
 
@@ -372,25 +362,6 @@ class ObjectStore:
         return self._put(key, body, **condition)
 
     # ---- below
-
-    def _get(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        condition: dict[str, Any] = {} if etag is None else {"IfNoneMatch": quoted(etag)}
-        with self._translated(f"read {key}"):
-            try:
-                reply = self._client.get_object(Bucket=self.bucket, Key=key, **condition)
-                with contextlib.closing(reply["Body"]) as body:
-                    content = body.read()
-            except self._client.exceptions.NoSuchKey:
-                return None
-            except self._client.exceptions.ClientError as error:
-                if status_of(error) == 304:
-                    return None
-                raise
-        claimed = reply["Metadata"].get(METADATA_SHA256)
-        if claimed is not None and claimed != (got := hashlib.sha256(content).hexdigest()):
-            # Written with its hash, so the way back is to blame: reading again can help.
-            raise ServiceError(f"read {key} from {self!r}: expected SHA-256 {claimed}, got {got}: damaged on the way")
-        return content, quoted(reply["ETag"])
 
     def _put_small(self, key: str, body: bytes, sha256: str) -> str | None:
         """Create an object in the cheap way; its ETag, or None where that is not possible or did not succeed.

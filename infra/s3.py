@@ -190,6 +190,18 @@ def status_of(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+@contextlib.contextmanager
+def unless_missing() -> Iterator[None]:
+    """Let the block end where the store answers 404; within `translated`, which sees all other answers."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if status_of(error) != 404:
+            raise
+
+
 def quoted(etag: str) -> str:
     """An entity tag in quotation marks, as HTTP has it."""
     return etag if etag.startswith('"') else f'"{etag}"'

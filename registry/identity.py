@@ -31,18 +31,20 @@ def is_release_id(text: str) -> bool:
     return RELEASE_ID.fullmatch(text) is not None
 
 
-def require_name(kind: str, name: str) -> None:
-    """Raises RequestError unless `name` can be a model or channel name: it becomes part of keys."""
+def require_name(kind: str, name: str) -> str:
+    """The name itself. Raises RequestError unless it can be that of a model or channel: it becomes part of keys."""
     if not is_name(name):
         raise RequestError(
             f"{kind} name: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, got {name!r}"
         )
+    return name
 
 
-def require_release_id(release: str) -> None:
-    """Raises RequestError unless `release` has the shape of a release id: it becomes part of keys."""
+def require_release_id(release: str) -> str:
+    """The id itself. Raises RequestError unless it has the shape of a release id: it becomes part of keys."""
     if not is_release_id(release):
         raise RequestError(f"release id: expected {RELEASE_ID_DIGITS} lower-case hexadecimal digits, got {release!r}")
+    return release
 
 
 def require_channel(channel: str) -> None:

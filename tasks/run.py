@@ -68,7 +68,7 @@ async def begin(job_file: JobFile, resume: str = "") -> Run:
                     TAG_FLOW_RUN: folder.name,
                     "flow_run_url": page,
                 },
-                note=f"In progress: [Prefect run]({page})",
+                description=f"In progress: [Prefect run]({page})",
                 started=time.time(),
             ),
             settings.mlflow_url,

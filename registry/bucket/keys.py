@@ -18,33 +18,27 @@ from train_and_ship.registry.identity import require_name, require_release_id
 
 def releases_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    return f"models/{model}/releases/"
+    return f"models/{require_name('model', model)}/releases/"
 
 
 def channels_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    return f"models/{model}/channels/"
+    return f"models/{require_name('model', model)}/channels/"
 
 
 def histories_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    return f"models/{model}/history/"
+    return f"models/{require_name('model', model)}/history/"
 
 
 def tombstones_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    return f"models/{model}/tombstones/"
+    return f"models/{require_name('model', model)}/tombstones/"
 
 
 def release_prefix(model: str, release: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    require_release_id(release)
-    return f"models/{model}/releases/{release}/"
+    return f"{releases_prefix(model)}{require_release_id(release)}/"
 
 
 def reports_prefix(model: str, release: str) -> str:
@@ -54,20 +48,14 @@ def reports_prefix(model: str, release: str) -> str:
 
 def pointer_key(model: str, channel: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    require_name("channel", channel)
-    return f"models/{model}/channels/{channel}.json"
+    return f"{channels_prefix(model)}{require_name('channel', channel)}.json"
 
 
 def history_prefix(model: str, channel: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    require_name("channel", channel)
-    return f"models/{model}/history/{channel}/"
+    return f"{histories_prefix(model)}{require_name('channel', channel)}/"
 
 
 def decisions_prefix(model: str, channel: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
-    require_name("model", model)
-    require_name("channel", channel)
-    return f"models/{model}/decisions/{channel}/"
+    return f"models/{require_name('model', model)}/decisions/{require_name('channel', channel)}/"

@@ -77,8 +77,7 @@ def boot_seconds() -> float:
 
 
 def tombstone_key(model: str, release: str) -> str:
-    require_release_id(release)
-    return f"{tombstones_prefix(model)}{release}.json"
+    return f"{tombstones_prefix(model)}{require_release_id(release)}.json"
 
 
 def read_tombstone(store: ObjectStore, model: str, release: str) -> Tombstone | None:

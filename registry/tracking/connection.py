@@ -20,6 +20,8 @@ from train_and_ship.infra.errors import ServiceError, SettingsError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+MISSING, EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
+"""Codes of MLflow's errors."""
 _ENVIRONMENT_DEFAULTS = {
     # mlflow's own default is 7 retries over more than two minutes. These give up about 8 s after a server has
     # gone, yet outlast its restart.
@@ -107,11 +109,24 @@ def translated(action: str, tracking_uri: str) -> Iterator[None]:
         raise ServiceError(f"{action}: MLflow at {shown} answered: {reason}") from error
 
 
+@contextlib.contextmanager
+def passing_over(code: str) -> Iterator[None]:
+    """Let the block end where MLflow answers with this error code; within `translated`, which sees all others."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != code:
+            raise
+
+
 def without_credentials(uri: str) -> str:
+    """An address as messages may show it; of a database no more than its kind."""
     parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
-    return urlunsplit(parts).rstrip("/") if parts.scheme in ("http", "https") else parts.scheme or uri
+    if parts.scheme not in ("http", "https"):
+        return parts.scheme or uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
 def tls_verification() -> bool | ssl.SSLContext:

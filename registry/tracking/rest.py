@@ -17,13 +17,18 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 
 from train_and_ship.infra.errors import ServiceError, SettingsError
-from train_and_ship.registry.tracking.connection import connect, tls_verification, translated, without_credentials
+from train_and_ship.registry.tracking.connection import (
+    MISSING,
+    connect,
+    passing_over,
+    tls_verification,
+    translated,
+    without_credentials,
+)
 
 CONNECT_SECONDS, READ_SECONDS = 1.0, 10.0
 TAG_RELEASE = "release"
 """Tag of a version: the id of the release it holds."""
-
-_MISSING = "RESOURCE_DOES_NOT_EXIST"
 
 
 class ModelRegistry(Protocol):
@@ -132,7 +137,7 @@ class RestRegistry:
         if 200 <= reply.status < 300 and isinstance(said, dict):
             return said
         code = str(said.get("error_code", "")) if isinstance(said, dict) else ""
-        if code == _MISSING:
+        if code == MISSING:
             return None
         text = str(said.get("message", "")) if isinstance(said, dict) else ""
         if reply.status in (401, 403):
@@ -150,18 +155,10 @@ class ClientRegistry:
         self._uri = tracking_uri
 
     def aliases(self, model: str) -> Mapping[str, str]:
-        with translated(f"reading the aliases of {model}", self._uri):
-            from mlflow.exceptions import MlflowException
-
-            try:
-                return {
-                    name: str(version)
-                    for name, version in connect(self._uri).get_registered_model(model).aliases.items()
-                }
-            except MlflowException as error:
-                if error.error_code == _MISSING:
-                    return {}
-                raise
+        with translated(f"reading the aliases of {model}", self._uri), passing_over(MISSING):
+            found = connect(self._uri).get_registered_model(model).aliases
+            return {name: str(version) for name, version in found.items()}
+        return {}
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
         with translated(f"setting alias {alias} of {model} to version {version}", self._uri):
@@ -175,26 +172,14 @@ class ClientRegistry:
             return [str(item.version) for item in found]
 
     def release(self, model: str, version: str) -> str | None:
-        with translated(f"reading version {version} of {model}", self._uri):
-            from mlflow.exceptions import MlflowException
-
-            try:
-                return connect(self._uri).get_model_version(model, version).tags.get(TAG_RELEASE)
-            except MlflowException as error:
-                if error.error_code == _MISSING:
-                    return None
-                raise
+        with translated(f"reading version {version} of {model}", self._uri), passing_over(MISSING):
+            return connect(self._uri).get_model_version(model, version).tags.get(TAG_RELEASE)
+        return None
 
     def set_tag(self, model: str, version: str, name: str, value: str) -> None:
         with translated(f"tagging version {version} of {model}", self._uri):
             connect(self._uri).set_model_version_tag(model, version, name, value)
 
     def delete_version(self, model: str, version: str) -> None:
-        with translated(f"deleting version {version} of {model}", self._uri):
-            from mlflow.exceptions import MlflowException
-
-            try:
-                connect(self._uri).delete_model_version(model, version)
-            except MlflowException as error:
-                if error.error_code != _MISSING:
-                    raise
+        with translated(f"deleting version {version} of {model}", self._uri), passing_over(MISSING):
+            connect(self._uri).delete_model_version(model, version)

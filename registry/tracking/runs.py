@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,15 @@ import psutil
 
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.registry.text import shorten
-from train_and_ship.registry.tracking.connection import connect, key, milliseconds, translated, user
+from train_and_ship.registry.tracking.connection import (
+    EXISTS,
+    connect,
+    key,
+    milliseconds,
+    passing_over,
+    translated,
+    user,
+)
 from train_and_ship.registry.tracking.curves import Point
 
 if TYPE_CHECKING:
@@ -51,15 +60,20 @@ class RunRecord:
     """What is known of a run when it begins."""
 
     model: str
-    """Name of the experiment that holds the model's runs."""
+    """Name of the registered model, and of the experiment that holds its runs."""
     run_name: str
     params: Mapping[str, str | int | float | bool]
     tags: Mapping[str, str]
     """`flow_run_id`, `git_commit` and whatever else is worth searching for."""
-    note: str
-    """Markdown on the run's page."""
-    started: float
-    """Unix seconds."""
+    description: str
+    """Markdown on the run's page; the first line is plain text."""
+    started: float | None = None
+    """When the work began, unix seconds."""
+
+    @property
+    def began(self) -> float:
+        """`started`, or now where nobody said."""
+        return time.time() if self.started is None else self.started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +108,12 @@ def open_with(client: MlflowClient, record: RunRecord) -> OpenRun:
     if run is None:
         run = client.create_run(
             experiment_id,
-            start_time=milliseconds(record.started),
-            tags=run_tags(record.tags, record.note) | {TAG_PROCESS: _this_process()},
+            start_time=milliseconds(record.began),
+            tags=run_tags(record.tags, record.description) | {TAG_PROCESS: _this_process()},
             run_name=record.run_name,
         )
     elif run.info.status != "FINISHED":
-        _continue(client, run, record.note)
+        _continue(client, run, record.description)
     if run.data.params.keys() != params.keys():
         _log_params(client, run.info.run_id, params)
     return OpenRun(
@@ -245,17 +259,12 @@ def run_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
     found = client.get_experiment_by_name(name)
     if found is None:
-        try:
+        with passing_over(EXISTS):
             # The tag answers the question that the page would otherwise ask each visitor.
             return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
+        found = client.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "active":
         raise SettingsError(
             f"MLflow experiment {name!r} was deleted; restore it with `mlflow experiments restore` or rename the job"

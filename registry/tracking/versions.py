@@ -22,7 +22,14 @@ import yaml
 
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.text import shorten
-from train_and_ship.registry.tracking.connection import check_reachable, connect, translated, without_credentials
+from train_and_ship.registry.tracking.connection import (
+    EXISTS,
+    check_reachable,
+    connect,
+    passing_over,
+    translated,
+    without_credentials,
+)
 from train_and_ship.registry.tracking.curves import Point, history_points, position
 from train_and_ship.registry.tracking.rest import TAG_RELEASE
 from train_and_ship.registry.tracking.runs import (
@@ -55,11 +62,12 @@ _NEEDS_ONNX = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VersionRecord:
-    """Everything that MLflow is told about one release."""
+class VersionRecord(RunRecord):
+    """Everything that MLflow is told about one release, and about the run that it comes from.
 
-    model: str
-    """Name of the registered model, and of the experiment that holds its runs."""
+    Its tags are `git_commit`, `flow_run_id`, `release`, `sha256.<file>` and whatever else is worth searching for.
+    """
+
     folder: Path
     """Folder with the artifacts."""
     formats: Mapping[str, str]
@@ -68,7 +76,6 @@ class VersionRecord:
     """Other file names in the folder that belong to the version."""
     signature: Mapping[str, Sequence[Mapping[str, Any]]]
     """`inputs` and `outputs`: items with `name`, `dtype` and `shape`; a string in a shape is a dynamic dimension."""
-    params: Mapping[str, str | int | float | bool]
     history: Sequence[Mapping[str, float]]
     """One mapping an epoch or report: `epoch` or `step`, `time` (unix seconds) and metrics."""
     points: Sequence[Point] = ()
@@ -82,13 +89,12 @@ class VersionRecord:
     """Where the data comes from, in words, as a reference or as a URI."""
     dataset_profile: Mapping[str, Any]
     """Sizes of the data: `{"train_samples": 1437}`."""
-    tags: Mapping[str, str]
-    """`git_commit`, `flow_run_id`, `release`, `sha256.<file>` and whatever else is worth searching for."""
-    description: str
-    """Markdown; the first line is plain text."""
-    run_name: str
-    started: float | None = None
-    """When the work began, unix seconds; by default the end of the first epoch."""
+
+    @property
+    def began(self) -> float:
+        """`started`, or the end of the first epoch where nobody said."""
+        first = self.history[0].get("time") if self.history else None
+        return first if self.started is None and first else super().began
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +116,6 @@ class RegisteredVersion:
         return f"{self.run_url}/artifacts/{REPORT}" if self.run_url else ""
 
 
-def find_version(model: str, flow_run_id: str, release: str, tracking_uri: str) -> RegisteredVersion | None:
-    """The version that this flow run registered for this release, or None. Raises ServiceError."""
-    with translated(f"looking for a version of {model}", tracking_uri):
-        return _find(connect(tracking_uri), model, flow_run_id, release, tracking_uri)
-
-
 def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
     """Complete the flow run's run and create one version with all files of the record. Writes to MLflow.
 
@@ -131,7 +131,7 @@ def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
         flow_run, release = record.tags.get(TAG_FLOW_RUN), record.tags.get(TAG_RELEASE)
         if flow_run and release and (found := _find(client, record.model, flow_run, release, tracking_uri)):
             return found
-        run = open_with(client, run_record(record))
+        run = open_with(client, record)
         with _failed_unless_finished(client, run.run_id):
             model_id = _log_model(client, run.experiment_id, run.run_id, record, files)
             _log_run(client, run, model_id, record)
@@ -155,18 +155,6 @@ def tag_decision(version: RegisteredVersion, model: str, decision: str, why: str
         client = connect(tracking_uri)
         client.set_model_version_tag(model, version.version, "decision", decision)
         client.set_model_version_tag(model, version.version, "decision_why", why)
-
-
-def run_record(record: VersionRecord) -> RunRecord:
-    """The run that a version comes from."""
-    return RunRecord(
-        model=record.model,
-        run_name=record.run_name,
-        params=record.params,
-        tags=record.tags,
-        note=record.description,
-        started=record.started or (record.history[0].get("time") if record.history else None) or time.time(),
-    )
 
 
 # ---- the steps of a registration
@@ -308,13 +296,8 @@ def _log_run(client: MlflowClient, run: OpenRun, model_id: str, record: VersionR
 
 
 def _create_version(client: MlflowClient, run_id: str, model_id: str, record: VersionRecord) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with passing_over(EXISTS):
         client.create_registered_model(record.model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     description = record.description
     if "onnx" not in record.formats:
         first, _, rest = description.partition("\n")

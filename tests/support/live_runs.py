@@ -17,7 +17,7 @@ def run_record(flow_run: str, **changes: Any) -> RunRecord:
         run_name="r",
         params={"epochs": EPOCHS},
         tags={"flow_run_id": flow_run, "git_commit": "3f9a1c2"},
-        note="In progress",
+        description="In progress",
         started=1_700_000_000.0,
     )
     return dataclasses.replace(base, **changes)
