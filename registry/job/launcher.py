@@ -91,8 +91,8 @@ class Torchrun(Machines):
         return self
 
 
-class Slurm(Machines):
-    """A Slurm cluster, through sbatch, squeue, scontrol and scancel on this machine."""
+class Cluster(Machines):
+    """What an engine that gives out machines is asked for."""
 
     nodes: int = Field(1, ge=1)
     """machines"""
@@ -102,10 +102,6 @@ class Slurm(Machines):
     """memory on each machine, MiB"""
     gpus: int = Field(0, ge=0)
     """GPUs on each machine"""
-    arguments: Annotated[Arguments, AfterValidator(_not_ours)] = Field((), strict=False)
-    """further options of sbatch, such as --partition=gpu"""
-    prefix: Arguments = ()
-    """put before every command of Slurm, such as [ssh, login]"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -113,11 +109,18 @@ class Slurm(Machines):
         return self
 
 
-class Kubernetes(Machines):
-    """A Kubernetes cluster, through kubectl on this machine."""
+class Slurm(Cluster):
+    """A Slurm cluster, through sbatch, squeue, scontrol and scancel on this machine."""
 
-    nodes: int = Field(1, ge=1)
-    """pods, one a machine"""
+    arguments: Annotated[Arguments, AfterValidator(_not_ours)] = Field((), strict=False)
+    """further options of sbatch, such as --partition=gpu"""
+    prefix: Arguments = ()
+    """put before every command of Slurm, such as [ssh, login]"""
+
+
+class Kubernetes(Cluster):
+    """A Kubernetes cluster, through kubectl on this machine; each of its machines is a pod."""
+
     image: str = Field(min_length=1)
     """container image with train-and-ship in it"""
     claim: str = Field(min_length=1)
@@ -130,17 +133,6 @@ class Kubernetes(Machines):
     """entry of the kubeconfig; its current one when absent"""
     secret: str | None = None
     """Secret whose keys become variables of the ranks"""
-    cpus: int | None = Field(None, ge=1)
-    """cores of each pod"""
-    mem_mb: int | None = Field(None, ge=1)
-    """memory of each pod, MiB"""
-    gpus: int = Field(0, ge=0)
-    """GPUs of each pod"""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        self._enough(self.nodes)
-        return self
 
 
 class Launcher(Part):
@@ -174,13 +166,13 @@ class Launcher(Part):
     @property
     def cpus(self) -> int | None:
         """Cores of each machine, where the job file says so."""
-        return self.machines.cpus if isinstance(self.machines, Slurm | Kubernetes) else None
+        return self.machines.cpus if isinstance(self.machines, Cluster) else None
 
     @property
     def nodes(self) -> int:
         if self.torchrun is not None:
             return len(self.torchrun.hosts)
-        return self.machines.nodes if isinstance(self.machines, Slurm | Kubernetes) else 1
+        return self.machines.nodes if isinstance(self.machines, Cluster) else 1
 
 
 def _from_name(value: Any) -> Any:
