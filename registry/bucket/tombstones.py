@@ -57,18 +57,9 @@ class Tombstone:
     etag: str = field(default="", compare=False)
 
     def encode(self) -> bytes:
-        return canonical_json(
-            {
-                "format": _FORMAT,
-                "model": self.model,
-                "release": self.release,
-                "state": self.state.value,
-                "at": self.at.isoformat(),
-                "by": self.by,
-                "nonce": self.nonce,
-                "mlflow_done": self.mlflow_done,
-            }
-        )
+        """The record as canonical JSON, without the ETag."""
+        record = {**vars(self), "format": _FORMAT, "at": self.at.isoformat()}
+        return canonical_json({name: value for name, value in record.items() if name != "etag"})
 
 
 def boot_seconds() -> float:
@@ -102,13 +93,25 @@ def change(
     model: str,
     release: str,
     state: State,
-    at: datetime,
+    at: datetime | None = None,
     mlflow_done: bool = False,
 ) -> Tombstone:
-    """Replace exactly `old`, or create the first mark. Raises PreconditionFailedError when it is another by now."""
-    new = Tombstone(
-        model=model, release=release, state=state, at=at, by=who(), nonce=uuid.uuid4().hex, mlflow_done=mlflow_done
-    )
+    """Replace one mark by another. Writes.
+
+    Args:
+        store: the bucket.
+        old: what exactly is replaced; None creates the first mark.
+        model: whose release it is.
+        release: its id.
+        state: what is decided.
+        at: when, by the store's clock; now when None.
+        mlflow_done: as in `Tombstone`.
+
+    Raises:
+        PreconditionFailedError: it is another by now.
+    """
+    at, nonce = at or store.now(), uuid.uuid4().hex
+    new = Tombstone(model=model, release=release, state=state, at=at, by=who(), nonce=nonce, mlflow_done=mlflow_done)
     key = tombstone_key(model, release)
     try:
         etag = store.put_new(key, new.encode()) if old is None else store.replace(key, new.encode(), old.etag)
@@ -142,7 +145,7 @@ def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> 
                 "only training or publishing it again brings it back"
             )
         try:
-            change(store, stone, model=model, release=release, state=State.KEPT, at=store.now())
+            change(store, stone, model=model, release=release, state=State.KEPT)
             return
         except PreconditionFailedError:
             # A collector or another claimer was faster.

@@ -182,10 +182,9 @@ def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
     stone = decision.stone
     try:
         match decision.step:
-            case Step.MARK:
-                change(store, stone, model=model, release=decision.release, state=State.MARKED, at=store.now())
-            case Step.UNMARK:
-                change(store, stone, model=model, release=decision.release, state=State.KEPT, at=store.now())
+            case Step.MARK | Step.UNMARK:
+                state = State.MARKED if decision.step is Step.MARK else State.KEPT
+                change(store, stone, model=model, release=decision.release, state=state)
             case Step.DELETE:
                 return _delete(store, model, decision.release, stone)
             case Step.KEEP | Step.WAIT:
@@ -199,11 +198,11 @@ def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
 def _delete(store: ObjectStore, model: str, release: str, stone: Tombstone | None) -> str | None:
     began = boot_seconds()
     # From here on nobody can claim it.
-    stone = change(store, stone, model=model, release=release, state=State.DELETING, at=store.now())
+    stone = change(store, stone, model=model, release=release, state=State.DELETING)
     for channel in channels(store, model):
         live = read_pointer(Channel(store, model, channel))
         if live is not None and live.release == release:
-            change(store, stone, model=model, release=release, state=State.KEPT, at=store.now())
+            change(store, stone, model=model, release=release, state=State.KEPT)
             return f"live on {channel} meanwhile"
     prefix = release_prefix(model, release)
     # The manifest first: without it there is no release, only files.
@@ -212,7 +211,7 @@ def _delete(store: ObjectStore, model: str, release: str, stone: Tombstone | Non
         if boot_seconds() - began > LEASE.total_seconds():
             return f"not finished within {LEASE}; the next run goes on"
         store.delete(key)
-    change(store, stone, model=model, release=release, state=State.DELETED, at=store.now())
+    change(store, stone, model=model, release=release, state=State.DELETED)
     return None
 
 
@@ -251,11 +250,5 @@ def notify_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_v
             # Another collector did the same, or the release was published again.
             with contextlib.suppress(PreconditionFailedError):
                 change(
-                    store,
-                    stone,
-                    model=model,
-                    release=stone.release,
-                    state=State.DELETED,
-                    at=stone.at,
-                    mlflow_done=True,
+                    store, stone, model=model, release=stone.release, state=stone.state, at=stone.at, mlflow_done=True
                 )
