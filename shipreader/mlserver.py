@@ -22,6 +22,7 @@ DATATYPES = {
     "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
     "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
 }  # fmt: skip
+"""Of the Open Inference Protocol, by dtype. Triton's configuration has the same with `TYPE_` before them."""
 
 
 def write_model(

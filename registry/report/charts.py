@@ -77,10 +77,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], over: str) -> str
             _title(SubElement(svg, "polyline", {"points": path, "class": f"line {css}"}), name)
         if len(points) <= 30:
             for x, y in points:
-                dot = SubElement(
-                    svg, "circle", {"cx": f"{x_of(x):.1f}", "cy": f"{y_of(y):.1f}", "r": "2.5", "class": css}
-                )
-                _title(dot, f"{name}, {over} {x:g}: {number(y)}")
+                _shape(svg, "circle", css, f"{name}, {over} {x:g}: {number(y)}", cx=x_of(x), cy=y_of(y), r=2.5)
     _legend(svg, list(series))
     return _written(svg)
 
@@ -112,11 +109,8 @@ def bars(
                 continue
             at = y + 19 + thick * turn
             long = max(1.0, room * value / most)
-            bar = SubElement(
-                svg, "rect",
-                {"x": "0", "y": f"{at:g}", "width": f"{long:.1f}", "height": f"{thick - 2}", "class": css, "rx": "1.5"},
-            )  # fmt: skip
-            _title(bar, f"{label}, {name}: {shown(value)}")
+            said = f"{label}, {name}: {shown(value)}"
+            _shape(svg, "rect", css, said, x=0, y=at, width=long, height=thick - 2, rx=1.5)
             _text(svg, long + 5, at + thick - 3.5, shown(value), small=True)
     if len(series) > 1:
         _legend(svg, series)
@@ -140,20 +134,16 @@ def histogram(bins: Sequence[tuple[str, Sequence[float]]], series: Sequence[str]
         for turn, (css, of, value) in enumerate(zip(SERIES, series, values, strict=False)):
             tall = (floor - top) * value / most
             x = wide * place + (wide - thick * len(series)) / 2 + thick * turn
-            bar = {"x": f"{x:.1f}", "y": f"{floor - tall:.1f}", "width": f"{max(0.5, thick - 0.5):.1f}"}
-            _title(
-                SubElement(svg, "rect", bar | {"height": f"{tall:.1f}", "class": css}), f"{name}, {of}: {shown(value)}"
-            )
+            said = f"{name}, {of}: {shown(value)}"
+            _shape(svg, "rect", css, said, x=x, y=floor - tall, width=max(0.5, thick - 0.5), height=tall)
     _line(svg, 0, floor, WIDTH, floor, "axis")
     fits = all(6.5 * len(name) < wide for name, _ in bins)
     for place, (name, _) in enumerate(bins):
-        x = wide * (place + 0.5)
         if fits:
-            _text(svg, x, floor + 17, name, anchor="middle", small=True)
+            _text(svg, wide * (place + 0.5), floor + 17, name, anchor="middle", small=True)
         elif place in (0, len(bins) - 1):
-            _text(
-                svg, 0 if place == 0 else WIDTH, floor + 17, name, anchor="start" if place == 0 else "end", small=True
-            )
+            x = 0 if place == 0 else WIDTH
+            _text(svg, x, floor + 17, name, anchor=_anchor(x), small=True)
     _text(svg, WIDTH, 13, f"up to {shown(most)}", anchor="end", small=True)
     _legend(svg, series)
     return _written(svg)
@@ -179,12 +169,11 @@ def intervals(spans: Sequence[Span]) -> str:
         _line(svg, x_of(0), y - 12, x_of(0), y + 12, "axis")
         if span.limit:
             _line(svg, x_of(span.limit), y - 12, x_of(span.limit), y + 12, "axis dashed")
-        bar = {"x": f"{x_of(span.low):.1f}", "y": f"{y - 4}", "height": "8", "class": css, "rx": "3"}
-        bar["width"] = f"{max(2.0, x_of(span.high) - x_of(span.low)):.1f}"
-        _title(SubElement(svg, "rect", bar), f"{span.name}: {span.low:+.4g} to {span.high:+.4g}")
+        wide, said = max(2.0, x_of(span.high) - x_of(span.low)), f"{span.name}: {span.low:+.4g} to {span.high:+.4g}"
+        _shape(svg, "rect", css, said, x=x_of(span.low), y=y - 4, width=wide, height=8, rx=3)
         if span.middle is not None:
-            middle = {"cx": f"{x_of(span.middle):.1f}", "cy": f"{y}", "r": "6", "class": f"{css} dot"}
-            _title(SubElement(svg, "circle", middle), f"{span.name}: {span.middle:+.4g}")
+            said = f"{span.name}: {span.middle:+.4g}"
+            _shape(svg, "circle", f"{css} dot", said, cx=x_of(span.middle), cy=y, r=6)
         _text(svg, x_of(0), y + 24, "0", anchor=_anchor(x_of(0)), small=True)
         for value in dict.fromkeys((span.low, span.high)):
             if abs(x_of(value) - x_of(0)) > 24:
@@ -210,14 +199,8 @@ def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
             if not count:
                 continue
             tall = max(2.0, 38 * math.log1p(count) / most)
-            bar = SubElement(
-                svg, "rect",
-                {
-                    "x": f"{wide * bin_ + 1.5:.1f}", "y": f"{floor - tall:.1f}", "width": f"{wide - 3:.1f}",
-                    "height": f"{tall:.1f}", "class": "bad" if failed else "a",
-                },
-            )  # fmt: skip
-            _title(bar, f"{label}, {ERROR_BINS[bin_]}: {count:,}")
+            css, said = "bad" if failed else "a", f"{label}, {ERROR_BINS[bin_]}: {count:,}"
+            _shape(svg, "rect", css, said, x=wide * bin_ + 1.5, y=floor - tall, width=wide - 3, height=tall)
     last = len(ERROR_BINS) - 1
     for bin_, name in enumerate(ERROR_BINS):
         if bin_ in (0, last) or bin_ % 3 == 2:
@@ -267,6 +250,12 @@ def _text(
     element.text = text if len(text) <= longest else text[: longest - 1] + "…"
     if element.text != text:
         _title(element, text)
+
+
+def _shape(svg: Element, tag: str, css: str, said: str, **place: float) -> None:
+    """said: in its tooltip; place: attributes of an SVG element, such as `cx`."""
+    attributes = {name: f"{value:.1f}" for name, value in place.items()}
+    _title(SubElement(svg, tag, attributes | {"class": css}), said)
 
 
 def _title(element: Element, text: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shipreader.mlserver import can_batch
+from shipreader.mlserver import DATATYPES, can_batch
 from shipreader.records import Release
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
@@ -34,12 +34,7 @@ BACKENDS = ("onnxruntime", "python")
 KEPT = 2
 """Versions that stay in a view: the one that is named, and the one before, which is still being served."""
 _RACES = 20
-_DATATYPES = {
-    "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32",
-    "float64": "TYPE_FP64", "bool": "TYPE_BOOL",
-    "int8": "TYPE_INT8", "int16": "TYPE_INT16", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
-    "uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "uint32": "TYPE_UINT32", "uint64": "TYPE_UINT64",
-}  # fmt: skip
+_DATATYPES = {"bfloat16": "BF16", **DATATYPES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +130,10 @@ def _tensors(kind: str, tensors: Sequence[Mapping[str, Any]], batches: bool) -> 
             raise ReleaseError(f"{tensor['name']}: Triton has no {tensor['dtype']}")
         shape = tensor["shape"][1:] if batches else tensor["shape"]
         dims = ", ".join(str(-1 if isinstance(size, str) else size) for size in shape)
-        if not dims:
-            # A batch of single numbers: Triton wants a dimension to take away.
-            lines.append(
-                f"{kind} {{ name: {json.dumps(tensor['name'])} data_type: {_DATATYPES[tensor['dtype']]} "
-                "dims: [ 1 ] reshape: { shape: [ ] } }"
-            )
-            continue
-        lines.append(
-            f"{kind} {{ name: {json.dumps(tensor['name'])} data_type: {_DATATYPES[tensor['dtype']]} dims: [ {dims} ] }}"
-        )
+        # A batch of single numbers: Triton wants a dimension to take away.
+        shaped = f"dims: [ {dims} ]" if dims else "dims: [ 1 ] reshape: { shape: [ ] }"
+        data_type = f"TYPE_{_DATATYPES[tensor['dtype']]}"
+        lines.append(f"{kind} {{ name: {json.dumps(tensor['name'])} data_type: {data_type} {shaped} }}")
     return lines
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.rundir import write_whole
+from train_and_ship.registry.tracking.connection import MISSING
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.registry.tracking.versions import RegisteredVersion, attach_report, tag_decision
 
@@ -60,7 +61,7 @@ def send_reports(runs: Path, tracking_uri: str, *, dry_run: bool = False) -> Ite
             tag_decision(version, model, document["decision"], document["why"], tracking_uri)
             ended = "is in MLflow"
         except ServiceError as error:
-            if getattr(error.__cause__, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+            if getattr(error.__cause__, "error_code", "") != MISSING:
                 raise
             ended = "is not wanted any more: somebody deleted the version or its run"
         # Whoever else sent it meanwhile has taken it away.
