@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,6 @@ from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_ma
 
 CURRENT = "current"
 _DRAFT = ".draft-"
-PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -180,13 +178,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _require_file(path: Path, entry: FileEntry) -> None:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            size += len(piece)
-            digest.update(piece)
-    if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
+    got = FileEntry.of(path)
+    if got != entry:
         raise RefusedError(
-            f"{path}: expected {entry.bytes:,} bytes with SHA-256 {entry.sha256}, "
-            f"got {size:,} with {digest.hexdigest()}"
+            f"{path}: expected {entry.bytes:,} bytes with SHA-256 {entry.sha256}, got {got.bytes:,} with {got.sha256}"
         )

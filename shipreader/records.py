@@ -43,6 +43,12 @@ class FileEntry:
     """64 lower-case hexadecimal digits."""
     bytes: int
 
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """What a file is like, read once in pieces."""
+        with path.open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), file.tell())
+
 
 @dataclass(frozen=True)
 class Pointer:

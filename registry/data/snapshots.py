@@ -20,7 +20,7 @@ from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
-from train_and_ship.registry.release.files import file_hash, require_file, require_relative, walk
+from train_and_ship.registry.release.files import file_table, read_table, require_file, require_relative, walk
 
 SNAPSHOT = "SNAPSHOT.json"
 _FORMAT = 1
@@ -49,8 +49,7 @@ def take(folder: Path) -> Contents:
     for name, path in walk(folder):
         if name != SNAPSHOT:
             require_relative(name)
-            digest, size = file_hash(path)
-            files[name] = FileEntry(sha256=digest, bytes=size)
+            files[name] = FileEntry.of(path)
     if not files:
         raise RequestError(f"{folder}: expected at least one file, found none")
     body = _encode(files)
@@ -144,7 +143,7 @@ def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Pat
 
     def verify(name: str) -> None:
         path, entry = folder / name, contents.files[name]
-        if bucket and not (path.is_file() and file_hash(path) == (entry.sha256, entry.bytes)):
+        if bucket and not (path.is_file() and FileEntry.of(path) == entry):
             _download(stores(bucket), prefix + name, path)
         require_file(path, entry)
 
@@ -177,8 +176,7 @@ def _local(snapshot: Snapshot, project: Path) -> Path:
 
 
 def _encode(files: Mapping[str, FileEntry]) -> bytes:
-    table = {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
-    return canonical_json({"format": _FORMAT, "files": table})
+    return canonical_json({"format": _FORMAT, "files": file_table(files)})
 
 
 def _decode(body: bytes, where: str) -> dict[str, FileEntry]:
@@ -186,10 +184,7 @@ def _decode(body: bytes, where: str) -> dict[str, FileEntry]:
         document = json.loads(body)
         if document["format"] != _FORMAT:
             raise ValueError(f"format {document['format']!r}")
-        files = {
-            str(name): FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
-            for name, entry in document["files"].items()
-        }
+        files = read_table(document["files"])
         for name in files:
             require_relative(name)
         return files

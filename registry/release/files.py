@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from shipreader.records import FileEntry, stays_below
 from train_and_ship.infra.errors import ReleaseError
@@ -15,8 +15,7 @@ from train_and_ship.infra.errors import ReleaseError
 def require_file(path: Path, entry: FileEntry) -> None:
     """Raises ReleaseError unless the file at `path` has the entry's size and hash."""
     require_size(path, entry)
-    sha256, _ = file_hash(path)
-    if sha256 != entry.sha256:
+    if (sha256 := FileEntry.of(path).sha256) != entry.sha256:
         raise ReleaseError(f"{path}: expected SHA-256 {entry.sha256}, got {sha256}")
 
 
@@ -27,10 +26,17 @@ def require_size(path: Path, entry: FileEntry) -> None:
         raise ReleaseError(f"{path}: expected {entry.bytes:,} bytes, got {size:,}")
 
 
-def file_hash(path: Path) -> tuple[str, int]:
-    """Hexadecimal SHA-256 and size in bytes of a file, read once in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+def file_table(files: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:
+    """A table of files as manifests write it."""
+    return {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
+
+
+def read_table(table: Mapping[str, Any]) -> dict[str, FileEntry]:
+    """What `file_table` wrote, sorted. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
+    return {
+        str(name): FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
+        for name, entry in sorted(table.items())
+    }
 
 
 def walk(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -17,7 +17,7 @@ from shipreader.records import FORMAT, PICKLE_ENDINGS, SHA256, FileEntry
 from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id
-from train_and_ship.registry.release.files import file_hash, require_file, require_relative, walk
+from train_and_ship.registry.release.files import file_table, read_table, require_file, require_relative, walk
 from train_and_ship.registry.release.pickles import find_pickle
 
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
@@ -52,7 +52,7 @@ class Manifest:
             "format": self.format,
             "model": self.model,
             "release": self.release,
-            "files": _table(self.files),
+            "files": file_table(self.files),
             "formats": dict(self.formats),
             "signature": dict(self.signature),
             "metrics": dict(self.metrics),
@@ -97,8 +97,7 @@ def build_manifest(
                 f"{name}: expected no pickle in a release, got one ({found}): reading it runs code; "
                 "save tensors as .safetensors"
             )
-        sha256, size = file_hash(path)
-        files[name] = FileEntry(sha256=sha256, bytes=size)
+        files[name] = FileEntry.of(path)
     manifest = Manifest(
         model=model,
         release=release_id(files),
@@ -118,7 +117,7 @@ def build_manifest(
 
 def release_id(files: Mapping[str, FileEntry]) -> str:
     """The id of a release with these files: the first 20 hexadecimal digits of the file table's SHA-256."""
-    return hashlib.sha256(canonical_json(_table(files))).hexdigest()[:RELEASE_ID_DIGITS]
+    return hashlib.sha256(canonical_json(file_table(files))).hexdigest()[:RELEASE_ID_DIGITS]
 
 
 def decode_manifest(encoded: bytes) -> Manifest:
@@ -132,10 +131,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
                 f"manifest: expected format {FORMAT}, got {document.get('format')!r}; "
                 "it was written by another version of train-and-ship"
             )
-        files = {
-            str(name): FileEntry(sha256=str(entry["sha256"]), bytes=int(entry["bytes"]))
-            for name, entry in sorted(document["files"].items())
-        }
+        files = read_table(document["files"])
         manifest = Manifest(
             model=str(document["model"]),
             release=str(document["release"]),
@@ -195,10 +191,6 @@ def verify_folder(folder: Path, manifest: Manifest) -> None:
         if name not in found:
             raise ReleaseError(f"{folder / name}: expected a file of {manifest.files[name].bytes:,} bytes, got none")
         require_file(found[name], manifest.files[name])
-
-
-def _table(files: Mapping[str, FileEntry]) -> dict[str, dict[str, Any]]:
-    return {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in files.items()}
 
 
 def _require_path(name: str) -> None:
