@@ -22,9 +22,17 @@ def automate(
     state: Path,
     report: Callable[[str], None],
 ) -> None:
-    """Run `command` unless `state`, the file that remembers the last time, says that it would change nothing.
+    """Run a command unless that would change nothing.
 
-    Raises SettingsError with the command's last line when it fails.
+    Args:
+        settings: what the automations depend on.
+        command: writes them.
+        environment: the command's variables.
+        state: the file that remembers the last time.
+        report: called with each line for the person.
+
+    Raises:
+        SettingsError: the command failed; with its last line.
     """
     fingerprint = _fingerprint(settings)
     if state.exists() and state.read_text() == fingerprint:

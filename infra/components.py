@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ import httpx
 
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.prefect_rest import http_client, prefect_api
-from train_and_ship.infra.processes import PidFile
+from train_and_ship.infra.processes import PidFile, Program
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
 
 WORK_POOL = "local"
@@ -21,23 +21,14 @@ WORKER_NAME = "local"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
-    """One process of the stack, as a value: nothing is started by making one."""
+class Component(Program):
+    """One process of the stack. Its name is also that of its pid file and log; its data is in its folder."""
 
-    name: str
-    """Also the name of its pid file and log."""
     title: str
     url: str
     """Where to look at it."""
-    argv: tuple[str, ...]
-    environment: Mapping[str, str]
-    folder: Path
-    """Its data and current folder."""
-    port: int | None
-    port_variable: str | None
+    port_variable: str | None = None
     """The environment variable that changes `port`."""
-    configuration: Mapping[str, str]
-    """Settings that cannot change while it runs."""
     ready: Callable[[PidFile], bool]
     """Whether it answers; raises nothing."""
 
@@ -144,8 +135,6 @@ def _worker(settings: Settings) -> Component:
         # Ten seconds, the default, is most of the time between a click and the first line of a short run.
         environment={**prefect_environment(settings), "PREFECT_WORKER_QUERY_SECONDS": "2"},
         folder=settings.home / "prefect",
-        port=None,
-        port_variable=None,
         configuration=addresses,
         ready=lambda record: _worker_is_online(settings, record),
     )

@@ -32,11 +32,20 @@ def deploy(
     state: Path,
     report: Callable[[str], None],
 ) -> None:
-    """Run `command` (`prefect deploy --all`) in the project's folder, unless that would change nothing.
+    """Run a command in the project's folder, unless that would change nothing.
 
-    `state` is the file that remembers what was deployed last. Without a prefect.yaml above the current folder there is
-    nothing to deploy. What `ship deploy` stored with an earlier version gets the name of its flow of today.
-    Raises SettingsError with the command's last lines when it fails.
+    Without a prefect.yaml above the current folder there is nothing to deploy. What `ship deploy` stored with an
+    earlier version gets the name of its flow of today.
+
+    Args:
+        api: asks Prefect: method, path and body to its reply.
+        command: `prefect deploy --all`.
+        environment: the command's variables.
+        state: the file that remembers what was deployed last.
+        report: called with each line for the person.
+
+    Raises:
+        SettingsError: prefect.yaml cannot be read, or the command failed; with its last lines.
     """
     project = project_folder()
     if project is None:
@@ -67,7 +76,17 @@ def deploy(
 def run_to_its_end(
     command: Sequence[str], environment: Mapping[str, str], seconds: float, folder: Path | None = None
 ) -> tuple[str, bool]:
-    """What a command printed, and whether it failed or took longer than it may."""
+    """Run a command that asks nothing.
+
+    Args:
+        command: argument list.
+        environment: its variables.
+        seconds: how long it may take.
+        folder: where it runs; the current one when None.
+
+    Returns:
+        What it printed, and whether it failed or took longer than it may.
+    """
     try:
         done = subprocess.run(
             command,

@@ -108,12 +108,22 @@ class ForkServer:
     async def run(
         self, stage: str, request: Path, *, log: Path, events: Path | None = None, on_event: Events | None = None
     ) -> int:
-        """Run one stage in a fresh child and return its exit status (negative: the signal that ended it).
-
-        request: the stage's request file; log: file for the child's output; events: file of JSON lines that
-        is followed while the child runs, each line given to on_event.
+        """Run one stage in a fresh child.
 
         If the caller is cancelled, the child and everything it started are killed before this returns.
+
+        Args:
+            stage: its name.
+            request: its request file.
+            log: file for the child's output.
+            events: file of JSON lines that is followed while the child runs.
+            on_event: given each of its lines.
+
+        Returns:
+            The exit status; negative: the signal that ended it.
+
+        Raises:
+            WorkerError: the fork server is gone.
         """
         future: Future[int] = Future()
         with self._lock:

@@ -20,7 +20,17 @@ Translated = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
 def ensure_upload_rule(client: S3Client, bucket: str, translated: Translated, days: int) -> str:
-    """See `ObjectStore.ensure_upload_rule`."""
+    """Have the store drop uploads by itself, as `ObjectStore.ensure_upload_rule` says.
+
+    Args:
+        client: of the store.
+        bucket: its name.
+        translated: turns what the client raises into our errors.
+        days: after how many.
+
+    Returns:
+        What is so now, in words.
+    """
     rules: list[Any] = []
     with translated("read the lifecycle rules"):
         try:
@@ -48,7 +58,19 @@ def ensure_upload_rule(client: S3Client, bucket: str, translated: Translated, da
 def drop_uploads(
     client: S3Client, bucket: str, translated: Translated, prefix: str, begun_before: datetime, *, dry_run: bool
 ) -> list[str]:
-    """See `ObjectStore.drop_uploads`."""
+    """Abort old uploads, as `ObjectStore.drop_uploads` says.
+
+    Args:
+        client: of the store.
+        bucket: its name.
+        translated: turns what the client raises into our errors.
+        prefix: below which they are looked for.
+        begun_before: by the store's clock; later ones stay.
+        dry_run: tell only.
+
+    Returns:
+        Their keys.
+    """
     dropped = []
     with translated(f"list uploads below {prefix}"):
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):

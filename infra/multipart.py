@@ -79,11 +79,21 @@ class PartsUpload:
     _failed: threading.Event = field(default_factory=threading.Event)
 
     def send(self, file: BinaryIO, path: Path, size: int, sha256: str, report: Callable[[int], None]) -> str:
-        """Returns the ETag. Ends with the object as a whole or without any; parts of a failed upload are deleted.
+        """Upload it. Ends with the object as a whole or without any; parts of a failed upload are deleted.
 
-        file: opened from `path`, of `size` bytes; sha256: hexadecimal, what the file has to have; report: called with
-        the size of each part that arrived, from any thread. Raises PreconditionFailedError when the key exists by now
-        or the outcome has to be read, ReleaseError when the file is not what it should be.
+        Args:
+            file: opened from `path`.
+            path: for messages.
+            size: of the file, bytes.
+            sha256: hexadecimal, what the file has to have.
+            report: called with the size of each part that arrived, from any thread.
+
+        Returns:
+            The ETag.
+
+        Raises:
+            PreconditionFailedError: the key exists by now, or the outcome has to be read.
+            ReleaseError: the file is not what it should be.
         """
         target: dict[str, Any] = {"Bucket": self.bucket, "Key": self.key}
         with self.translated(f"begin to upload {self.key}"):

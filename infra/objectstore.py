@@ -71,7 +71,14 @@ class ObjectStore:
     """
 
     def __init__(self, connection: s3.Connection, *, bucket: str, address: str, kms_key_id: str | None = None) -> None:
-        """address: what messages call the store; kms_key_id: AWS KMS key that encrypts what is written."""
+        """Opens no connection.
+
+        Args:
+            connection: a client, and the rights it has.
+            bucket: its name.
+            address: what messages call the store.
+            kms_key_id: AWS KMS key that encrypts what is written; None leaves it to the bucket.
+        """
         self._connection, self._client = connection, connection.client
         self.bucket = bucket
         self.address = address
@@ -264,16 +271,26 @@ class ObjectStore:
         return self._put(key, body, IfMatch=matched)
 
     def upload_file_new(self, path: Path, key: str, sha256: str, progress: Callable[[int], None] | None = None) -> str:
-        """Create an object from a file of any size whose hexadecimal SHA-256 is known; returns its ETag.
-
-        progress: called with the number of bytes that just arrived, from any thread.
+        """Create an object from a file of any size whose SHA-256 is known.
 
         The file is read once: what is hashed is what is sent, and nothing becomes an object unless it has that hash.
         Up to `multipart_bytes` it is one conditional PUT. Above, it goes up in parts, whose end is not conditional in
         every store: there, somebody who uploads the same key at the same time may be overwritten, so use keys whose
-        content the caller knows. Raises PreconditionFailedError when the key exists or the outcome has to be read,
-        ReleaseError when the file has another hash, and ServiceError when the store refused a body that was damaged on
-        the way.
+        content the caller knows.
+
+        Args:
+            path: the file.
+            key: of the object.
+            sha256: hexadecimal.
+            progress: called with the number of bytes that just arrived, from any thread.
+
+        Returns:
+            The ETag.
+
+        Raises:
+            PreconditionFailedError: the key exists, or the outcome has to be read.
+            ReleaseError: the file has another hash.
+            ServiceError: the store refused a body that was damaged on the way.
         """
         size = path.stat().st_size
         report = progress or _no_progress
@@ -339,10 +356,16 @@ class ObjectStore:
             return self._traits
 
     def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None:
-        """Write an object whose body becomes another of the same length on the way, after it was signed: for `probe`.
+        """Write an object whose body becomes another one on the way, after it was signed: for `probe`.
 
-        named: whether the request names the algorithm of the checksum that it gives. Raises StoreFaultError where the
-        store notices.
+        Args:
+            key: of the object.
+            body: what is signed.
+            damaged: what is sent, of the same length.
+            named: whether the request names the algorithm of the checksum that it gives.
+
+        Raises:
+            StoreFaultError: the store noticed.
         """
         assert len(body) == len(damaged)
         events = self._client.meta.events

@@ -27,12 +27,22 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 def prefect_api(
     settings: Settings, method: str, path: str, body: Mapping[str, Any] | None = None, *, tries: int = 1
 ) -> httpx.Response:
-    """One call to the Prefect server that the settings name; body: sent as JSON.
+    """One call to the Prefect server that the settings name.
 
-    tries: how often a server is asked that takes the request and does not answer in time, as one that has just started
-    beside much else; more than once only where it does no harm to repeat it.
+    Args:
+        settings: where it is.
+        method: such as GET.
+        path: below its API's address.
+        body: sent as JSON.
+        tries: how often a server is asked that takes the request and does not answer in time, as one that has just
+            started beside much else; more than once only where it does no harm to repeat it.
 
-    Raises ServiceError when it does not answer and SettingsError when it wants another password.
+    Returns:
+        The reply, whatever its status.
+
+    Raises:
+        ServiceError: it does not answer.
+        SettingsError: it wants another password.
     """
     account = os.environ.get(ACCOUNT, "")
     user, _, password = account.partition(":")

@@ -14,7 +14,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -94,43 +94,48 @@ def _own_line() -> set[int]:
     return {this.pid, *(parent.pid for parent in this.parents())}
 
 
-def start(
-    argv: Sequence[str],
-    *,
-    name: str,
-    environment: Mapping[str, str],
-    folder: Path,
-    log: Path,
-    pid_file: Path,
-    port: int | None,
-    configuration: Mapping[str, str],
-) -> PidFile:
-    """Start `argv` in `folder` in its own session, output to `log`, and write its pid file.
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What to start, as a value: nothing is started by making one."""
+
+    name: str
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    folder: Path
+    """Its current folder."""
+    port: int | None = None
+    """TCP port it listens on, if any."""
+    configuration: Mapping[str, str] = field(default_factory=dict)
+    """Settings that cannot change while it runs."""
+
+
+def start(program: Program, log: Path, pid_file: Path) -> PidFile:
+    """Start a program in its own session, output to `log`, and write its pid file.
 
     The log of the previous start is kept as `NAME.log.1`.
     """
-    for needed in (folder, log.parent):
+    for needed in (program.folder, log.parent):
         needed.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(log.with_name(log.name + ".1"))
     token = uuid.uuid4().hex
     with log.open("ab") as output:
         child = subprocess.Popen(
-            list(argv),
-            cwd=folder,
-            env={**environment, TOKEN_VARIABLE: token},
+            list(program.argv),
+            cwd=program.folder,
+            env={**program.environment, TOKEN_VARIABLE: token},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     record = PidFile(
-        name=name,
+        name=program.name,
         pid=child.pid,
         create_time=psutil.Process(child.pid).create_time(),
-        port=port,
+        port=program.port,
         token=token,
-        configuration=dict(configuration),
+        configuration=dict(program.configuration),
     )
     record.write(pid_file)
     # It is meant to outlive us: without this, Python warns about a child that was never waited for.

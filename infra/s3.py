@@ -155,9 +155,17 @@ def download(
     at_once: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Write an object to `path`: when it has more than `whole` bytes in ranges of `part_bytes`, so many at once.
+    """Write an object to a file, a large one in ranges. To be called within `translated`.
 
-    To be called within `translated`.
+    Args:
+        client: of the store.
+        bucket: its name.
+        key: of the object.
+        path: the file.
+        whole: bytes up to which it comes in one piece.
+        part_bytes: size of a range.
+        at_once: how many ranges at the same time.
+        progress: called with the number of bytes that just arrived, from any thread.
     """
     from boto3.exceptions import Boto3Error
     from boto3.s3.transfer import S3Transfer, TransferConfig
@@ -219,7 +227,14 @@ def without_credentials(url: str) -> str:
 
 @contextlib.contextmanager
 def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[None]:
-    """Turn what boto3 raises into this application's errors."""
+    """Turn what boto3 raises into this application's errors.
+
+    Args:
+        action: what is being done, in words.
+        address: of the store, as messages show it.
+        bucket: its name.
+        local: whether it is the server that `ship up` starts.
+    """
     from botocore import exceptions as botocore
     from urllib3.exceptions import HTTPError
 

@@ -238,7 +238,7 @@ def _start_all(
             record = None
         if record is None:
             begun.append(component)
-            record = _start(settings, component)
+            record = start(component, _log(settings, name), _pid_file(settings, name))
             if not _wait(settings, component, record, cancelled):
                 raise ServiceError(
                     f"{component.title} did not answer within {START_SECONDS:.0f} s. "
@@ -296,19 +296,6 @@ def _start_all(
         stop([_pid_file(settings, component.name) for component in begun])
         raise
     return [*deploying, *automating]
-
-
-def _start(settings: Settings, component: Component) -> PidFile:
-    return start(
-        component.argv,
-        name=component.name,
-        environment=component.environment,
-        folder=component.folder,
-        log=_log(settings, component.name),
-        pid_file=_pid_file(settings, component.name),
-        port=component.port,
-        configuration=component.configuration,
-    )
 
 
 def _wait(settings: Settings, component: Component, record: PidFile, cancelled: threading.Event) -> bool:

@@ -11,9 +11,12 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from train_and_ship.infra.errors import PreconditionFailedError, ShipError, StoreFaultError, StoreRefusedError
+
+if TYPE_CHECKING:
+    from train_and_ship.infra.objectstore import ObjectStore
 
 RACERS = 8
 RACE_SECONDS = 60
@@ -33,27 +36,7 @@ class StoreTraits:
     """The same where the request gives the checksum without naming its algorithm, as `infra/small_files.py` does."""
 
 
-class Store(Protocol):
-    """What the probe needs of an object store."""
-
-    @property
-    def address(self) -> str:
-        """What messages call the store."""
-
-    def put_if(self, key: str, body: bytes, **condition: Any) -> str:
-        """Write on a condition, such as IfMatch; the ETag. Raises PreconditionFailedError."""
-
-    def get(self, key: str) -> tuple[bytes, str] | None:
-        """Content and ETag; None without such a key."""
-
-    def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None:
-        """Send a body that is not the one that was hashed. named: with the algorithm of the checksum named."""
-
-    def delete(self, key: str) -> None:
-        """Delete the object, if it is there."""
-
-
-def probe(store: Store) -> StoreTraits:
+def probe(store: ObjectStore) -> StoreTraits:
     """Write a few small objects under `.probe/` and delete them; where deleting is not allowed they stay.
 
     Raises StoreRefusedError with the promise that the store does not keep.
@@ -81,7 +64,7 @@ def probe(store: Store) -> StoreTraits:
     return traits
 
 
-def _conditions(store: Store, key: str) -> bool:
+def _conditions(store: ObjectStore, key: str) -> bool:
     """Returns whether If-Match wants the ETag quoted."""
     first = _first(store, key)
     if first is None:
@@ -100,7 +83,7 @@ def _conditions(store: Store, key: str) -> bool:
     return match.startswith('"')
 
 
-def _first(store: Store, key: str) -> str | None:
+def _first(store: ObjectStore, key: str) -> str | None:
     """The ETag of the new object, also when the reply to its PUT was lost and the repetition met it."""
     for _ in range(2):
         etag = _put(store, key, b"1", "If-None-Match", IfNoneMatch="*")
@@ -112,12 +95,12 @@ def _first(store: Store, key: str) -> str | None:
     return None
 
 
-def _is(store: Store, key: str, body: bytes) -> bool:
+def _is(store: ObjectStore, key: str, body: bytes) -> bool:
     found = store.get(key)
     return found is not None and found[0] == body
 
 
-def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> int:
+def _race(store: ObjectStore, key: str, pool: ThreadPoolExecutor) -> int:
     """Returns how many of the racers created the object."""
     start = threading.Barrier(RACERS)
 
@@ -130,12 +113,12 @@ def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> int:
     return winners if winners or store.get(key) is None else 1
 
 
-def _checks_bodies(store: Store, key: str) -> tuple[bool, bool]:
+def _checks_bodies(store: ObjectStore, key: str) -> tuple[bool, bool]:
     """Whether damage is noticed with the algorithm named, and without."""
     return _notices_damage(store, key, named=True), _notices_damage(store, key, named=False)
 
 
-def _notices_damage(store: Store, key: str, *, named: bool) -> bool:
+def _notices_damage(store: ObjectStore, key: str, *, named: bool) -> bool:
     try:
         store.put_damaged(key, b"whole", b"whale", named=named)
     except StoreFaultError as fault:
@@ -145,7 +128,7 @@ def _notices_damage(store: Store, key: str, *, named: bool) -> bool:
     return False
 
 
-def _put(store: Store, key: str, body: bytes, header: str, **condition: str) -> str | None:
+def _put(store: ObjectStore, key: str, body: bytes, header: str, **condition: str) -> str | None:
     """The new ETag, or None when the condition was refused."""
     try:
         return store.put_if(key, body, **condition)
@@ -157,7 +140,7 @@ def _put(store: Store, key: str, body: bytes, header: str, **condition: str) -> 
         raise
 
 
-def _refused(store: Store, reason: str) -> StoreRefusedError:
+def _refused(store: ObjectStore, reason: str) -> StoreRefusedError:
     return StoreRefusedError(
         f"{store.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
         "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW."

@@ -20,7 +20,7 @@ from train_and_ship.infra import processes
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.launchers.spec import Spec, Status
 from train_and_ship.infra.launchers.torchrun import agent_argv, environment
-from train_and_ship.infra.processes import PidFile, last_lines
+from train_and_ship.infra.processes import PidFile, Program, last_lines
 
 PLAN, ENDED, PID_FILE, LOG = "hosts.plan.json", "hosts.ended.json", "hosts.pid.json", "hosts.log"
 """Files in the attempt's folder: what to start, how it ended, which process looks after it, what that one printed."""
@@ -35,7 +35,15 @@ SSH = (
 
 
 def host_argv(spec: Spec, host: str, connect: tuple[str, ...], address: str, port: int) -> tuple[str, ...]:
-    """What is started here to run torchrun there. `user@` before a host is for the connection only."""
+    """What is started here to run torchrun there.
+
+    Args:
+        spec: the job.
+        host: the machine; `user@` before it is for the connection only.
+        connect: argument list with {host} and {command}.
+        address: of this machine, where the hosts meet.
+        port: of this machine; 0 leaves it to the controller.
+    """
     agent = agent_argv(
         spec,
         endpoint=f"{address}:{port or ANY_PORT}",
@@ -84,16 +92,13 @@ class HostsLauncher:
         pid_file = spec.out_dir / PID_FILE
         if PidFile.read(pid_file) is None:
             (spec.out_dir / PLAN).write_text(json.dumps(plan(spec, self), indent=1))
-            processes.start(
-                [sys.executable, "-P", "-m", "torchworker.torchrun_controller", str(spec.out_dir)],
+            controller = Program(
                 name=spec.name,
-                environment=dict(os.environ if self.environment is None else self.environment),
+                argv=[sys.executable, "-P", "-m", "torchworker.torchrun_controller", str(spec.out_dir)],
+                environment=os.environ if self.environment is None else self.environment,
                 folder=spec.out_dir,
-                log=spec.out_dir / LOG,
-                pid_file=pid_file,
-                port=None,
-                configuration={},
             )
+            processes.start(controller, spec.out_dir / LOG, pid_file)
         return str(spec.out_dir)
 
     def status(self, job: str) -> Status:

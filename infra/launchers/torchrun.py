@@ -28,8 +28,11 @@ def environment(spec: Spec) -> dict[str, str]:
 def agent_argv(spec: Spec, *, endpoint: str, local_addr: str, is_host: str) -> tuple[str, ...]:
     """torchrun on one machine.
 
-    endpoint: HOST:PORT of the store where the machines meet; local_addr: address by which the others reach this
-    machine (its host name need not resolve then); is_host: `1` where this torchrun holds the store, else `0`.
+    Args:
+        spec: the job.
+        endpoint: HOST:PORT of the store where the machines meet.
+        local_addr: address by which the others reach this machine; its host name need not resolve then.
+        is_host: `1` where this torchrun holds the store, else `0`.
     """
     return (
         *(spec.python, "-P", "-m", "torch.distributed.run"),

@@ -23,7 +23,7 @@ class Rule:
 
 RULES = {
     "torchworker": Rule(arguments=4),
-    "infra": Rule(),
+    "infra": Rule(arguments=4),
     "flows": Rule(),
 }
 """Packages that keep a rule."""
