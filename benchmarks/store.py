@@ -27,7 +27,7 @@ from report import PAGE, ROOT, machine, write
 
 sys.path.insert(0, str(ROOT))
 
-from shipreader.bucket import Bucket, NotModified, s3_client
+from shipreader.bucket import Bucket, NotModifiedError, s3_client
 from shipreader.records import POINTER_BYTES
 from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
 from tests.support.fault_proxy import FaultProxy
@@ -177,7 +177,7 @@ def again(address: str) -> dict[str, object]:
             # As a serving machine asks.
             Bucket(s3_client(proxy.url), bucket).changed(pointer_key(MODEL, CHANNEL), pointer.etag, POINTER_BYTES)
             unchanged = False
-        except NotModified:
+        except NotModifiedError:
             unchanged = True
         asked = proxy.requests[before:]
     body = sum(

@@ -35,7 +35,7 @@ def s3_client(endpoint_url: str | None = None) -> Any:
 
 
 class Bucket:
-    """One bucket. Every method raises Unavailable when the store does not give an answer that can be used."""
+    """One bucket. Every method raises UnavailableError when the store does not give an answer that can be used."""
 
     def __init__(self, client: Any, name: str) -> None:
         self._client, self.name = client, name

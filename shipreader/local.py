@@ -15,14 +15,13 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shipreader.errors import ReaderError, RefusedError
-from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest
+from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest, files_below
 
 CURRENT = "current"
 _DRAFT = ".draft-"
@@ -82,7 +81,7 @@ class LocalFolder:
     def verified(self, pointer: Pointer) -> Manifest:
         """Read every byte of a release that is here. Raises RefusedError for anything but exactly its files."""
         folder = self.release(pointer.release)
-        found = dict(_walk(folder))
+        found = dict(files_below(folder))
         if MANIFEST not in found:
             raise RefusedError(f"{folder}: expected {MANIFEST}, got none")
         manifest = decode_manifest(found.pop(MANIFEST).read_bytes(), pointer)
@@ -158,23 +157,6 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below by relative path. Raises RefusedError for links and special files."""
-    if folder.is_symlink() or not folder.is_dir():
-        raise RefusedError(f"{folder}: expected the folder of a release")
-    pending = [folder]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                mode = entry.stat(follow_symlinks=False).st_mode
-                if stat.S_ISDIR(mode):
-                    pending.append(Path(entry.path))
-                elif stat.S_ISREG(mode):
-                    yield Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)
-                else:
-                    raise RefusedError(f"{entry.path}: expected a regular file, got a link or a special file")
 
 
 def _require_file(path: Path, entry: FileEntry) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,29 @@ def require_path(name: str, where: str) -> None:
         raise RefusedError(f"{where}: file name {name!r}: names that begin so are the release's own")
     if name.lower().endswith(PICKLE_ENDINGS):
         raise RefusedError(f"{where}: {name}: expected no pickle in a release: reading one runs code")
+
+
+def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below a folder of this machine by relative POSIX path, in any order.
+
+    Raises RefusedError for links and special files.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise RefusedError(
+            f"release folder {folder}: expected a folder, got {'a link' if folder.is_symlink() else 'none'}"
+        )
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                mode, path = entry.stat(follow_symlinks=False).st_mode, Path(entry.path)
+                if stat.S_ISDIR(mode):
+                    pending.append(path)
+                elif stat.S_ISREG(mode):
+                    yield path.relative_to(folder).as_posix(), path
+                else:
+                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
+                    raise RefusedError(f"{path}: expected a regular file, got {kind}; copy the content instead")
 
 
 def stays_below(name: str) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shipreader.records import FileEntry, stays_below
+from shipreader.errors import RefusedError
+from shipreader.records import FileEntry, files_below, stays_below
 from train_and_ship.infra.errors import ReleaseError
 
 
@@ -39,27 +38,12 @@ def read_table(table: Mapping[str, Any]) -> dict[str, FileEntry]:
     }
 
 
-def walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def walk(folder: Path) -> list[tuple[str, Path]]:
     """Every file below `folder` by relative POSIX path, sorted. Raises ReleaseError for anything but files."""
-    if folder.is_symlink() or not folder.is_dir():
-        raise ReleaseError(
-            f"release folder {folder}: expected a folder, got {'a link' if folder.is_symlink() else 'none'}"
-        )
-    found = []
-    pending = [folder]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                mode = entry.stat(follow_symlinks=False).st_mode
-                path = Path(entry.path)
-                if stat.S_ISDIR(mode):
-                    pending.append(path)
-                elif stat.S_ISREG(mode):
-                    found.append((path.relative_to(folder).as_posix(), path))
-                else:
-                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
-                    raise ReleaseError(f"{path}: expected a regular file, got {kind}; copy the content instead")
-    yield from sorted(found)
+    try:
+        return sorted(files_below(folder))
+    except RefusedError as error:
+        raise ReleaseError(f"{error}") from None
 
 
 def require_relative(name: str) -> None:
