@@ -37,7 +37,7 @@ async def retrain(
     """
     async with exclusive(job, resume) as job_file:
         plan = await decide(job_file, why, force, resume)
-        if plan.skips:
+        if plan.skip:
             return ended(await skip(plan))
         run = await begin(plan.job_file, resume)
         inspected = await inspect(run)

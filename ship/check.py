@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from torchworker.contract import (
     FORMAT_FILES,
@@ -113,9 +113,8 @@ def _checked(job: Job, data: Report) -> str:
 
 
 def _print(job: Job, folder: Path, result: CheckResult, data: Report | None, console: Console) -> None:
-    facts = Table(title=f"{job.name}", show_header=False, title_justify="left")
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
+    columns = Column(style="bold"), Column(overflow="fold")
+    facts = Table(*columns, title=job.name, show_header=False, title_justify="left")
     may_be = ", if it can capture the model" if job.export.formats == "auto" else ""
     for name, value in (
         ("project", str(folder)),
@@ -138,9 +137,7 @@ def _print(job: Job, folder: Path, result: CheckResult, data: Report | None, con
     ):
         facts.add_row(name, escape(value))
     console.print(facts)
-    gates = Table(title="gates", title_justify="left")
-    for column in ("measured", "min", "max", "against live", "times live"):
-        gates.add_column(column)
+    gates = Table("measured", "min", "max", "against live", "times live", title="gates", title_justify="left")
     gates.add_row("parity of every format", "", "1 (× its own rounding)", "", "")
     for name, gate in job.gates.items():
         limits = (gate.min, gate.max, gate.vs_live, gate.times_live)

@@ -36,5 +36,5 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
 
     require_schedule(cron, timezone)
     require_prefect(settings)
-    for deployed in deploy_jobs(jobs, cron, timezone):
-        typer.echo(f"{deployed.name}  {deployed.schedule or 'no schedule'}")
+    for name, schedule in deploy_jobs(jobs, cron, timezone).items():
+        typer.echo(f"{name}  {schedule or 'no schedule'}")

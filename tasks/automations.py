@@ -40,9 +40,10 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     yield _crash_the_silent(settings.silent_seconds)
     if block is None:
         return
+    ends = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
     yield _notify(
         "a run failed",
-        _flow_runs("Failed", "Crashed"),
+        EventTrigger(expect=ends, match=RUNS, match_related=OURS, posture=Posture.Reactive, threshold=1),
         block,
         "{{ flow.name }} {{ flow_run.parameters.job or flow_run.parameters.model }}: {{ flow_run.state.name }}",
         f"{{{{ flow_run.state.message }}}}\n\n{settings.prefect_ui_url}/runs/flow-run/{{{{ flow_run.id }}}}",
@@ -55,12 +56,6 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     ):
         trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
         yield _notify(title, trigger, block, "{{ event.payload.subject }}", "{{ event.payload.body }}")
-
-
-def _flow_runs(*states: str) -> EventTrigger:
-    """One of our flow runs came to one of these states."""
-    expected = {f"prefect.flow-run.{state}" for state in states}
-    return EventTrigger(expect=expected, match=RUNS, match_related=OURS, posture=Posture.Reactive, threshold=1)
 
 
 def _notify(title: str, trigger: EventTrigger, block: UUID, subject: str, body: str) -> AutomationCore:

@@ -108,7 +108,8 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
         # Whoever is killed says nothing any more: the next run of the model does.
         keep_until_recorded(folder, plan.decided(FAILED, CUT_OFF))
     what = "; ".join(f"{name}: {how}" for name, how in changed.items()) or "nothing has changed"
-    get_run_logger().info("%s: %s", job.name, skip or f"trains, {_from_where(plan)}; {what}")
+    where = f"the weights of release {start.release}" if start else "scratch"
+    get_run_logger().info("%s: %s", job.name, skip or f"trains, from {where}; {what}")
     return plan
 
 
@@ -159,10 +160,6 @@ def _read_plan(folder: Path) -> tuple[Pointer | None, Pointer | None] | None:
 def _write_plan(folder: Path, live: Pointer | None, start: Pointer | None) -> None:
     texts = {name: pointer.encode().decode() if pointer else "" for name, pointer in (("live", live), ("start", start))}
     write_whole(folder / PLAN, json.dumps(texts).encode())
-
-
-def _from_where(plan: RetrainPlan) -> str:
-    return f"from the weights of release {plan.start.release}" if plan.start else "from scratch"
 
 
 @stage_task("skip")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -19,17 +18,7 @@ PATTERN = "retrain/retrain"
 """The deployment that the others are made like."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """A deployment of one job."""
-
-    name: str
-    """As in `prefect deployment run <name>`."""
-    schedule: str
-    """In words; empty without one."""
-
-
-def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> list[Deployed]:
+def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> dict[str, str]:
     """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
 
     Args:
@@ -37,9 +26,14 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
         cron: schedule, as crontab has it; None leaves it as in prefect.yaml.
         timezone: name of its time zone; None leaves it as in prefect.yaml.
 
-    Raises SettingsError for a schedule that Prefect does not understand, ServiceError without the pattern.
+    Returns:
+        Name of each, as in `prefect deployment run <name>`, to its schedule in words, empty without one.
+
+    Raises:
+        SettingsError: Prefect does not understand the schedule.
+        ServiceError: the pattern is not there.
     """
-    made = []
+    made = {}
     with get_client(sync_client=True) as client:
         try:
             pattern = client.read_deployment_by_name(PATTERN)
@@ -65,7 +59,7 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
                 tags=[model],
                 schedules=schedules,
             )
-            made.append(Deployed(name=f"retrain/{model}", schedule=", ".join(_in_words(item) for item in schedules)))
+            made[f"retrain/{model}"] = ", ".join(_in_words(item) for item in schedules)
     return made
 
 

@@ -215,15 +215,11 @@ async def _wait(launcher: Launcher, job: str, out_dir: Path, on_event: Events, s
                 break
         await asyncio.sleep(POLL_SECONDS)
     for _ in range(round(FILES_SECONDS / POLL_SECONDS)):
-        if _something_said(out_dir):
+        if (out_dir / RESULT).exists() or any(out_dir.glob(FAILURE_FILES)):
             break
         await asyncio.sleep(POLL_SECONDS)
     follower.poll()
     return status
-
-
-def _something_said(out_dir: Path) -> bool:
-    return (out_dir / RESULT).exists() or bool(list(out_dir.glob(FAILURE_FILES)))
 
 
 def _logs(launcher: Launcher, job: str) -> str:

@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.signing import require_signer
-from train_and_ship.registry.channels.aliases import alias_of, set_challenger, sync_after_move
+from train_and_ship.registry.channels.aliases import set_challenger, sync_after_move
 from train_and_ship.registry.channels.moves import OtherLiveError, require_not_rolled_back, require_not_stale
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import Move, move_channel
@@ -62,7 +62,7 @@ async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answe
         "%s is live on %s: generation %d, release %s, %s bytes sent",
         channel.model, channel.name, pointer.generation, pointer.release, f"{rehearsed.published.sent_bytes:,}",
     )  # fmt: skip
-    return Promoted(pointer=pointer, rehearsed=rehearsed, alias=alias_of(channel.name))
+    return Promoted(pointer=pointer, rehearsed=rehearsed)
 
 
 async def _move(

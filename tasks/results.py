@@ -166,7 +166,6 @@ class Validated:
     job: Job
     exported: Exported
     result: ValidateResult
-    folder: Path
     digest: str
 
     @property
@@ -266,7 +265,6 @@ class Promoted:
     pointer: Pointer
     rehearsed: Rehearsed
     """The last one: against what was live when the pointer moved."""
-    alias: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,10 +318,6 @@ class RetrainPlan:
     @property
     def job(self) -> Job:
         return self.job_file.job
-
-    @property
-    def skips(self) -> bool:
-        return bool(self.skip)
 
     def decided(self, decision: Verdict, why: str, *, candidate: str = "", version: str = "") -> Decision:
         """The record of an answer."""

@@ -194,14 +194,11 @@ class _Progress:
 
     async def _update(self, percent: float) -> None:
         if self._artifact is None:
-            self._artifact = await _created(percent, self._description)
+            self._artifact = await acreate_progress_artifact(
+                percent, key="training-progress", description=self._description
+            )
         else:
             await aupdate_progress_artifact(self._artifact, percent, self._description)
-
-
-async def _created(percent: float, description: str) -> UUID:
-    artifact: UUID = await acreate_progress_artifact(percent, key="training-progress", description=description)
-    return artifact
 
 
 def describe_progress(line: str, event: dict[str, Any]) -> str:

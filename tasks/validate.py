@@ -60,7 +60,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
         result = await run_stage(stage, ValidateResult, make, VERDICTS)
     if not result.passed:
         raise await _refusal(run, exported, result)
-    validated = Validated(job=run.job, exported=exported, result=result, folder=stage.path, digest=stage.digest())
+    validated = Validated(job=run.job, exported=exported, result=result, digest=stage.digest())
     _require_demanded(validated)
     _log(validated)
     return validated

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply, decode
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import Events, ForkServer
+from train_and_ship.infra.processes import last_lines
 
 Result = TypeVar("Result")
 
@@ -50,7 +51,9 @@ async def call_worker(
     )
     if not (folder / RESULT).exists():
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise WorkerError(f"{stage}: the worker process {how} and left no result.\n{_tail(log)}")
+        raise WorkerError(
+            f"{stage}: the worker process {how} and left no result.\nLast lines of {log}:\n{last_lines(log)}"
+        )
     reply = Reply.read(folder / RESULT)
     if reply.failure is not None:
         rank = f" (rank {reply.failure.rank})" if reply.failure.rank is not None else ""
@@ -58,11 +61,10 @@ async def call_worker(
         if reply.failure.kind == "user":
             trace = [reply.failure.traceback] if stage == "train" and reply.failure.traceback else []
             raise JobError("\n".join([f"{reply.failure.message}{rank}", *trace, *output]))
-        raise WorkerError("\n".join([f"{stage}: {reply.failure.message}{rank}", *(output or [_tail(log)])]))
+        raise WorkerError(
+            "\n".join(
+                [f"{stage}: {reply.failure.message}{rank}", *(output or [f"Last lines of {log}:", last_lines(log)])]
+            )
+        )
     assert reply.result is not None
     return reply.result
-
-
-def _tail(log: Path, lines: int = 20) -> str:
-    text = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return "\n".join([f"Last lines of {log}:", *text[-lines:]])
