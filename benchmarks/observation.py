@@ -86,7 +86,7 @@ def train(
     live = LiveRun(record, url, sys.exit) if side == "watched" else None
     if live:
         live.start()
-        live.follow(work / EVENTS)
+        live.tail(work / EVENTS)
     cpu, began = cpu_seconds(server), time.perf_counter()
     said = asyncio.run(call_worker(fork_server, "train", request, work, lambda event: None))
     seconds = time.perf_counter() - began

@@ -86,7 +86,9 @@ def validation(folder: Path) -> list[Probe]:
             for part in ("eager", "float64", "moved")
         }
         found.append(
-            Probe(name="", group="", inputs=inputs, eager=parts["eager"], exact=parts["float64"], moved=parts["moved"])
+            Probe(
+                name="", group="", inputs=inputs, eager=parts["eager"], exact=parts["float64"], perturbed=parts["moved"]
+            )
         )
     return found
 
@@ -99,13 +101,13 @@ def ours(call: Call, case: Case, probes: list[Probe], samples: list[Probe], kind
     if not all(item.passed for item in compare(kind, call, probes, case.outputs, Policy()).verdicts):
         return False
     usual = {
-        name: usual_loss((probe.eager[name], probe.exact.get(name, probe.moved.get(name))) for probe in samples)
+        name: usual_loss((probe.eager[name], probe.exact.get(name, probe.perturbed.get(name))) for probe in samples)
         for name in case.outputs
     }
     for probe in samples:
         got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
         for name, tensor in zip(case.outputs, got, strict=True):
-            others = probe.exact.get(name), probe.moved.get(name)
+            others = probe.exact.get(name), probe.perturbed.get(name)
             if not compare_tensors(tensor, probe.eager[name], *others, usual=usual[name]).passed:
                 return False
     return True

@@ -218,7 +218,7 @@ def flatness(few: int, many: int, rounds: int) -> dict[int, tuple[float, float]]
                 folder = Path(name) / "release"
                 manifest = make(folder, 8, 10_000, seed=number + 1000)
                 seconds = timed(partial(promote, targets[count], folder, manifest))
-                read = timed(partial(read_pointer, targets[count], MODEL, CHANNEL))
+                read = timed(partial(read_pointer, Channel(targets[count], MODEL, CHANNEL)))
                 if number:
                     moves[count].append(seconds)
                     reads[count].append(read)

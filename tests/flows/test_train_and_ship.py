@@ -26,7 +26,7 @@ from train_and_ship.registry.bucket.releases import fetch_release, publish
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.channels.swap import move_channel
+from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.cost import FLOW, read_costs
 from train_and_ship.registry.release.manifest import MANIFEST, build_manifest
 
@@ -288,8 +288,8 @@ def relabelled(store: ObjectStore, folder: Path, **changes: Any) -> str:
     described = {"signature": manifest.signature, "metrics": manifest.metrics, **changes}
     made = build_manifest(folder, model="guarded", formats=manifest.formats, **described)
     publish(store, folder, made)
-    who = {"model": "guarded", "channel": "prod", "moved_by": "tester", "flow_run": "", "mlflow_version": "1"}
-    return move_channel(store, made, **who, reason="relabelled", accept=None).release
+    relabelling = Move(manifest=made, reason="relabelled", moved_by="tester", mlflow_version="1")
+    return move_channel(Channel(store, "guarded", "prod"), relabelling, accept=None).release
 
 
 def test_candidates_are_held_against_the_live_release_itself_not_against_what_it_says_of_itself(

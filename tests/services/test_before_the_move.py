@@ -171,7 +171,7 @@ def test_what_changed_between_two_releases_is_told(kept: ObjectStore, ship: Ship
 def test_a_rollback_is_the_eleventh_move_and_the_aliases_follow(kept: ObjectStore, ship: Ship, mlflow: str) -> None:
     done = ship("rollback", MODEL, "--why", "errors since the upgrade", mlflow=mlflow)
     assert done.status == 0 and done.errors == "" and f"release {BEFORE} is live, generation 11" in done.output
-    pointer = read_pointer(kept, MODEL, "prod")
+    pointer = read_pointer(Channel(kept, MODEL))
     assert pointer is not None
     assert (pointer.release, pointer.previous, pointer.generation, pointer.mlflow_version) == (BEFORE, LIVE, 11, "1")
     written = json.loads(pointer.encode())
@@ -277,7 +277,7 @@ def test_retraining_after_the_upgrade_finds_nothing_new(
     # The packages of this machine are others, and a reason.
     inputs = dataclasses.replace(inputs, environment=packages_of(told))
     assert changes(inputs, job, told) == {}
-    promoted, *_ = read_decisions(kept, MODEL, "prod", 10)
+    promoted, *_ = read_decisions(Channel(kept, MODEL), 10)
     assert inputs.digest("") == promoted.inputs
 
 

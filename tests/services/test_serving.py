@@ -17,7 +17,7 @@ import pytest
 from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, onnx_release
 from tests.support.ports import free_ports
-from tests.support.releases import move
+from tests.support.releases import move, published
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import port_is_free
@@ -164,6 +164,9 @@ def test_the_server_ends_with_the_command_even_when_that_is_killed(
 def test_an_unused_channel_and_a_taken_port_are_named(object_store: ObjectStore, tmp_path: Path) -> None:
     ship = Path(sys.executable).with_name("ship")
     variables = {**os.environ, "SHIP_HOME": str(tmp_path)}
+    done = subprocess.run([ship, "serve", "digits"], env=variables, capture_output=True, text=True)
+    assert done.returncode == 2 and "expected a model" in done.stderr
+    published(object_store, tmp_path / "release")
     done = subprocess.run([ship, "serve", "digits"], env=variables, capture_output=True, text=True)
     assert done.returncode == 1 and "nothing is live on prod" in done.stderr
     with socket.socket() as listener:

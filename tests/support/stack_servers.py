@@ -39,16 +39,7 @@ class StackServer:
     def start(self) -> None:
         """Returns when it answers."""
         component, log = self.component, self.folder / "log"
-        self.running = start(
-            component.argv,
-            name=component.name,
-            environment=component.environment,
-            folder=component.folder,
-            log=log,
-            pid_file=self.folder / "pid.json",
-            port=component.port,
-            configuration=component.configuration,
-        )
+        self.running = start(component, log, self.folder / "pid.json")
         deadline = time.monotonic() + START_SECONDS
         while not component.ready(self.running):
             alive = self.running.process() is not None
