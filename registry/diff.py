@@ -46,6 +46,7 @@ class ReleaseRecord:
     """Text of each file that says how it came to be, where it has it."""
 
     def document(self, name: str) -> Mapping[str, Any]:
+        """One of its JSON files; an empty one where it has none."""
         found = json.loads(self.files.get(name, "{}"))
         return found if isinstance(found, dict) else {}
 

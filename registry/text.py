@@ -23,6 +23,7 @@ class Link:
 
     @property
     def safe(self) -> bool:
+        """Whether it is a web address and nothing else."""
         return re.match(r"https?://[^\s\"'<>]+$", self.url) is not None
 
 
@@ -169,4 +170,5 @@ def money(price: float | None, currency: str) -> str:
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
+    """Both ends with their signs; empty for None."""
     return "" if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"

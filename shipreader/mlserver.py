@@ -30,8 +30,15 @@ def write_model(
 ) -> Path:
     """Make the model that MLServer loads from a repository folder this release; the path of its settings.
 
-    batch_size: 1 turns batching off, which is also off for models whose first dimension is not the batch. Raises
-    ReaderError for a release without ONNX or with a dtype that the protocol does not have.
+    Args:
+        repository: MLServer's folder of models.
+        release: verified, on this machine.
+        batch_size: requests computed together; 1 turns batching off, which is also off for models whose first dimension
+            is not the batch.
+        batch_seconds: how long a request waits for others at most.
+
+    Raises:
+        ReaderError: a release without ONNX or with a dtype that the protocol does not have.
     """
     folder = repository / release.model
     folder.mkdir(parents=True, exist_ok=True)

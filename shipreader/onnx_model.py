@@ -25,6 +25,7 @@ class OnnxModel(MLModel):  # type: ignore[misc]
     """One release. Requests that do not fit its signature are refused before they share a batch with others."""
 
     async def load(self) -> bool:
+        """MLServer's hook: open the ONNX Runtime session."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         path = self._settings.parameters.uri
@@ -38,6 +39,7 @@ class OnnxModel(MLModel):  # type: ignore[misc]
         return True
 
     async def unload(self) -> bool:
+        """MLServer's hook: nothing to do at once."""
         # Requests may wait in its queue yet; session and thread go when the last of them is answered.
         return True
 
@@ -73,6 +75,7 @@ class OnnxModel(MLModel):  # type: ignore[misc]
         return RequestInput(name=item.name, datatype=item.datatype, shape=shape, data=array.ravel().tolist())
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
+        """MLServer's hook: one request, or several that were put together."""
         fed = {
             item.name: np.asarray(item.data.root, dtype=_DTYPES[item.datatype]).reshape(item.shape)
             for item in payload.inputs

@@ -80,12 +80,23 @@ class Reader:
         accept: Callable[[Release], None] | None = None,
         on_change: Callable[[Release], None] | None = None,
     ) -> None:
-        """client: a boto3 S3 client; None makes one from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, …).
-        public_keys: PEM files; when any are given, a release has to be signed by one of them.
-        interval: seconds between looks at the channel; jitter: the part of it that is random, 0 to 1.
-        max_bytes: refuse larger releases.
-        accept: called with a verified release before it becomes current; whatever it raises keeps it out.
-        on_change: called after a release became current.
+        """What to follow, and where it goes.
+
+        Args:
+            model: its name in the bucket.
+            bucket: the bucket's name.
+            folder: of this machine, where releases are kept; `current` in it leads to the one to serve.
+            channel: the channel to follow.
+            client: a boto3 S3 client; None makes one from the environment (AWS_ENDPOINT_URL, AWS_PROFILE, …).
+            public_keys: PEM files; when any are given, a release has to be signed by one of them.
+            interval: seconds between looks at the channel.
+            jitter: the part of it that is random, 0 to 1.
+            max_bytes: larger releases are refused; None for no limit.
+            accept: called with a verified release before it becomes current; whatever it raises keeps it out.
+            on_change: called after a release became current.
+
+        Raises:
+            ReaderError: an interval, a jitter or a name that cannot be.
         """
         self._key = pointer_key(model, channel)
         if not interval > 0 or not 0 <= jitter <= 1:
@@ -110,6 +121,7 @@ class Reader:
         return self._status.release
 
     def status(self) -> Status:
+        """What is current, and what is wrong."""
         return self._status
 
     def pull(self) -> Release:

@@ -88,6 +88,7 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
+        """Size of all files."""
         return sum(entry.bytes for entry in self.files.values())
 
 
@@ -105,10 +106,12 @@ class Release:
 
     @property
     def model(self) -> str:
+        """Its model's name."""
         return self.manifest.model
 
     @property
     def id(self) -> str:
+        """The release's id."""
         return self.manifest.release
 
     def recommended(self, purpose: str) -> str | None:
@@ -133,6 +136,7 @@ def pointer_key(model: str, channel: str) -> str:
 
 
 def release_prefix(model: str, release: str) -> str:
+    """Where a release lies in the bucket; with the slash at its end."""
     return f"models/{model}/releases/{release}/"
 
 

@@ -87,7 +87,14 @@ def algorithm(key: EllipticCurvePublicKey) -> ECDSA:
 
 
 def require_signed_by_any(bundle: bytes, release: Signed, keys: Sequence[EllipticCurvePublicKey], where: str) -> None:
-    """As `require_signed`, by at least one of the keys."""
+    """As `require_signed`, by at least one of the keys.
+
+    Args:
+        bundle: the signature, as it lies in the bucket.
+        release: what it has to be of.
+        keys: public ones.
+        where: what messages call the bundle.
+    """
     for number, key in enumerate(keys, 1):
         try:
             require_signed(bundle, release, key, where)
@@ -98,9 +105,16 @@ def require_signed_by_any(bundle: bytes, release: Signed, keys: Sequence[Ellipti
 
 
 def require_signed(bundle: bytes, release: Signed, key: EllipticCurvePublicKey, where: str) -> None:
-    """Check that `bundle` is the key's signature of exactly this release.
+    """Check that a bundle is the key's signature of exactly this release.
 
-    where: what messages call the bundle. Raises RefusedError.
+    Args:
+        bundle: the signature, as it lies in the bucket.
+        release: what it has to be of.
+        key: the public one.
+        where: what messages call the bundle.
+
+    Raises:
+        RefusedError: it is not.
     """
     from cryptography.exceptions import InvalidSignature
 

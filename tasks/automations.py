@@ -119,6 +119,7 @@ def _require_known(addresses: str) -> None:
 
 
 def main() -> int:
+    """Write the automations of the settings' server; returns the exit status."""
     try:
         settings = Settings.load()
         os.environ["PREFECT_API_URL"] = settings.prefect_api_url

@@ -16,7 +16,14 @@ from train_and_ship.tasks.stage import stage_task
 
 @stage_task("conclude")
 async def conclude(plan: RetrainPlan, run: Run, registered: Registered, outcome: Promoted | Kept) -> RetrainResult:
-    """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run."""
+    """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run.
+
+    Args:
+        plan: what was to be done, and why.
+        run: the run that did it.
+        registered: its release and its version in MLflow.
+        outcome: whether it went live.
+    """
     made = {"candidate": registered.manifest.release, "version": registered.version.version}
     if isinstance(outcome, Kept):
         event, decision = events.KEPT, plan.decided(KEPT, outcome.why, **made)

@@ -50,7 +50,14 @@ def live_copy(store: ObjectStore, copies: Path, live: Pointer | None) -> tuple[R
 def live_weights(store: ObjectStore, copies: Path, live: Pointer, folder: Path) -> Path:
     """The live release's weights, verified, below a folder of the run, in one that is named by the release.
 
-    copies: as in `live_copy`. Raises ReleaseError when the release is broken: what training begins with is not guessed.
+    Args:
+        store: the bucket.
+        copies: as in `live_copy`.
+        live: what is live.
+        folder: of the run; the weights are a hard link there, or a copy where that cannot be.
+
+    Raises:
+        ReleaseError: the release is broken: what training begins with is not guessed.
     """
     try:
         manifest, copy = _fetch(store, copies, live)

@@ -65,7 +65,16 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
     """Compare code, data, job and environment with those of the live release.
 
     Writes the run's own folder, and earlier answers that the bucket could not take. A run that goes on keeps to what it
-    decided first. Raises JobError for a job file that cannot be used.
+    decided first.
+
+    Args:
+        job_file: what is to be trained.
+        why: who asks, for the record.
+        force: train although nothing has changed.
+        resume: id of an earlier run to go on with; empty for a new one.
+
+    Raises:
+        JobError: the job cannot be used.
     """
     began = time.monotonic()
     job = job_file.job.unattended()

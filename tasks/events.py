@@ -15,7 +15,14 @@ UNCHANGED = "train-and-ship.unchanged"
 
 
 def emit(event: str, model: str, subject: str, body: str) -> None:
-    """Emit an event about a model. Sent in the background; a server that does not answer is not waited for."""
+    """Emit an event about a model. Sent in the background; a server that does not answer is not waited for.
+
+    Args:
+        event: one of the names above.
+        model: whom it is about.
+        subject: one line, which people see first.
+        body: more of it, as plain text.
+    """
     emit_event(
         event=event,
         resource={"prefect.resource.id": f"train-and-ship.model.{model}", "prefect.resource.name": model},

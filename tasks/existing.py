@@ -91,7 +91,15 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
 
 
 async def promote_tried(settings: Settings, verified: Verified, mover: Mover, *, gates: bool, again: bool) -> Pointer:
-    """As `promote_existing`; when another release went live meanwhile, the target is held against that one first."""
+    """As `promote_existing`; when another release went live meanwhile, the target is held against that one first.
+
+    Args:
+        settings: where the services are.
+        verified: the target, tried.
+        mover: who moves it, and why.
+        gates: as in `promote_existing`.
+        again: as in `promote_existing`.
+    """
     while True:
         try:
             return await asyncio.to_thread(promote_existing, verified, mover, gates=gates, again=again)

@@ -17,6 +17,7 @@ def data_fingerprint(facts: InspectResult) -> str:
 
 
 def snapshot_fingerprint(sha256: str) -> str:
+    """The data's name where it is a snapshot. sha256: hexadecimal, of the snapshot's manifest."""
     return f"snapshot {sha256}"
 
 

@@ -59,6 +59,7 @@ class Attempt(Message):
 
     @property
     def engine(self) -> str:
+        """Its name in the job file, such as `slurm`."""
         return next(iter(self.options))
 
 
@@ -81,7 +82,14 @@ def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) 
 
 
 def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir: Path) -> Spec:
-    """One attempt as a value."""
+    """One attempt as a value.
+
+    Args:
+        chosen: the engine and its options, as the job says.
+        train: how to train.
+        name: of the attempt.
+        out_dir: its folder, which every machine sees under this path.
+    """
     machines, nodes = chosen.machines, chosen.nodes
     assert machines is not None
     min_nodes = machines.min_nodes or nodes

@@ -32,7 +32,14 @@ from train_and_ship.tasks.stage import stage_task
 
 @stage_task("ask", delays=())
 async def ask(model: str, channel: str, why: str, by: str) -> Request:
-    """Check that the model is there and that a reason is given. by: the worker's account when empty."""
+    """Check that the model is there and that a reason is given.
+
+    Args:
+        model: its name in the bucket.
+        channel: the channel that is to move.
+        why: the reason, for the record.
+        by: who asks; the worker's account when empty.
+    """
     quiet_mistakes()
     mover = Mover(by=by or who(), why=why, flow_run=str(flow_run.get_id() or ""))
     settings = Settings.load()
@@ -70,7 +77,14 @@ async def move_back(request: Request, verified: Verified) -> Moved:
 
 @stage_task("move-forward", "move")
 async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
-    """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError."""
+    """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError.
+
+    Args:
+        request: who asks for what.
+        verified: the target, tried.
+        gates: False leaves the job's `vs_live` out, which the record says.
+        again: also a release that a rollback has just left.
+    """
     pointer = await promote_tried(request.settings, verified, request.mover, gates=gates, again=again)
     return await _notify(request, pointer)
 

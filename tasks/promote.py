@@ -23,10 +23,18 @@ from train_and_ship.tasks.stage import stage_task
 async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:
     """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
-    Raises GateError when what is live by then is better than the job's `vs_live` and `release.policy` allow or comes
-    from a run that began later, when a rollback has just taken this very release off, or when a person said no; the
-    version stays in MLflow as the challenger. MLflow decides nothing here: when it does not answer, the release is live
-    all the same and the alias follows later.
+    The version of a refused candidate stays in MLflow as the challenger. MLflow decides nothing here: when it does not
+    answer, the release is live all the same and the alias follows later.
+
+    Args:
+        run: the run that made the candidate.
+        registered: the candidate's release and version.
+        rehearsed: how it did, and beside which release.
+        answer: what a person said; None when nobody was asked.
+
+    Raises:
+        GateError: what is live by then is better than the job's `vs_live` and `release.policy` allow or comes from a
+            run that began later, a rollback has just taken this very release off, or a person said no.
     """
     with run.timed("promote"):
         return await _promote(run, registered, rehearsed, answer)
@@ -36,7 +44,14 @@ async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer
 async def promote_if_better(
     run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None
 ) -> Promoted | Kept:
-    """As `promote`; a candidate that is not good enough is an answer, not a failure."""
+    """As `promote`; a candidate that is not good enough is an answer, not a failure.
+
+    Args:
+        run: as in `promote`, as are the others.
+        registered: the candidate.
+        rehearsed: how it did.
+        answer: what a person said.
+    """
     with run.timed("promote"):
         try:
             return await _promote(run, registered, rehearsed, answer)

@@ -34,7 +34,15 @@ from train_and_ship.tasks.stage import stage_task
 async def register(run: Run, inspected: Inspected, trained: Trained, validated: Validated) -> Registered:
     """Assemble the release folder and register it; a retry finds the version that it already made.
 
-    Raises ServiceError when MLflow does not answer, JobError when the data could not be read.
+    Args:
+        run: whose folder the release is assembled in.
+        inspected: what the data is like.
+        trained: weights and history.
+        validated: the artifacts that passed.
+
+    Raises:
+        ServiceError: MLflow does not answer.
+        JobError: the data could not be read.
     """
     with run.timed("register"):
         facts = await inspected.facts()

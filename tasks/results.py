@@ -96,10 +96,12 @@ class Run:
 
     @property
     def flow_run_url(self) -> str:
+        """Where Prefect shows it."""
         return flow_run_page(self.settings, self.flow_run_id)
 
 
 def flow_run_page(settings: Settings, flow_run_id: str) -> str:
+    """Where Prefect shows a flow run."""
     return f"{settings.prefect_ui_url}/runs/flow-run/{flow_run_id}"
 
 
@@ -134,6 +136,7 @@ class Trained:
 
     @property
     def weights(self) -> Path:
+        """The file of the trained weights."""
         return self.folder / self.result.weights
 
 
@@ -317,10 +320,18 @@ class RetrainPlan:
 
     @property
     def job(self) -> Job:
+        """The job that was read."""
         return self.job_file.job
 
     def decided(self, decision: Verdict, why: str, *, candidate: str = "", version: str = "") -> Decision:
-        """The record of an answer."""
+        """The record of an answer.
+
+        Args:
+            decision: which.
+            why: the reason in words.
+            candidate: id of the release that was made; empty when none was.
+            version: its version in MLflow.
+        """
         return Decision(
             model=self.channel.model,
             channel=self.channel.name,

@@ -22,7 +22,16 @@ async def ask_worker(
     folder: Path,
     on_event: Events | None = None,
 ) -> Result:
-    """As `call_worker`, with the result as the class that it is: `kind`. The folder is made when it is not there."""
+    """As `call_worker`, with the result as the class that it is.
+
+    Args:
+        fork_server: what forks the process.
+        stage: which stage it runs.
+        request: what it is asked.
+        kind: class of the result.
+        folder: where request, log and result lie; made when it is not there.
+        on_event: called with each event of the stage while it works.
+    """
     folder.mkdir(exist_ok=True)
     result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event))
     return result

@@ -40,8 +40,15 @@ class Role(StrEnum):
 def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms_key: str = "") -> Policy:
     """The policy of one role on one bucket, for one model and channel or for all.
 
-    kms_key: ARN of the key that encrypts the bucket (SSE-KMS); empty for buckets with the store's own keys. Raises
-    SettingsError for names that no model or channel has.
+    Args:
+        role: who it is for.
+        bucket: its name.
+        model: one model, or all.
+        channel: one channel, or all.
+        kms_key: ARN of the key that encrypts the bucket (SSE-KMS); empty for buckets with the store's own keys.
+
+    Raises:
+        SettingsError: a name that no model or channel has.
     """
     for kind, name in (("model", model), ("channel", channel)):
         if name != ANY and not is_name(name):

@@ -57,11 +57,19 @@ def publish(
 ) -> Published:
     """Bring a release into the bucket: files in parallel, the manifest last. Writes; can be repeated.
 
-    signing_key: private key (PEM) to sign it with, before the manifest is written; see registry/bucket/signing.py.
-
     Bytes that are there are not sent again. Each file is read once and sent with its hash; what the store does not
-    compare with that is read back. Raises StoreRefusedError for a store without conditional writes, and ReleaseError
-    when a local file is not what the manifest says, or when the bucket holds other bytes under its name.
+    compare with that is read back.
+
+    Args:
+        store: the bucket.
+        folder: where the release's files lie.
+        manifest: what they are.
+        progress: called with the bytes that are there and those there will be.
+        signing_key: private key (PEM) to sign it with, before the manifest is written; see registry/bucket/signing.py.
+
+    Raises:
+        StoreRefusedError: the store has no conditional writes.
+        ReleaseError: a local file is not what the manifest says, or the bucket holds other bytes under its name.
     """
     traits = store.probe()
     claim(store, manifest.model, manifest.release, publishing=True)
@@ -115,10 +123,18 @@ def verify_release(
 ) -> Manifest:
     """Check that a release is complete: its manifest is its own, and every file is there with its size and hash.
 
-    etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one listing
-    tells; without them each file is asked for the hash that the store knows of it. read_back: download and hash every
-    file instead, which finds what rotted in the store. Else only the manifest is downloaded. Raises ReleaseError with
-    the file, what was expected and what was found.
+    Only the manifest is downloaded, unless everything is read back.
+
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        release: its id.
+        etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one
+            listing tells; without them each file is asked for the hash that the store knows of it.
+        read_back: download and hash every file, which finds what rotted in the store.
+
+    Raises:
+        ReleaseError: with the file, what was expected and what was found.
     """
     prefix = release_prefix(model, release)
     manifest = read_manifest(store, model, release)
@@ -138,9 +154,16 @@ def verify_release(
 
 
 def read_manifest(store: ObjectStore, model: str, release: str, *, sha256: str | None = None) -> Manifest:
-    """A release's manifest. Raises ReleaseError when there is none, or it is not this release's.
+    """A release's manifest.
 
-    sha256: hexadecimal hash that it must have, where a pointer says so.
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        release: its id.
+        sha256: hexadecimal hash that it must have, where a pointer says so.
+
+    Raises:
+        ReleaseError: there is none, or it is not this release's.
     """
     key = release_prefix(model, release) + MANIFEST
     found = store.get(key)
@@ -168,10 +191,21 @@ def fetch_release(
     manifest_sha256: str | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Download a release into the new folder `folder`, with its MANIFEST.json. Writes to disk only.
+    """Download a release, with its MANIFEST.json. Writes to disk only.
 
     The folder appears complete, by one rename, after every file was verified by hash; one that is there already is
-    verified instead. manifest_sha256: as in `read_manifest`. Raises ReleaseError for files that are missing or altered.
+    verified instead.
+
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        release: its id.
+        folder: the new folder.
+        manifest_sha256: as `sha256` of `read_manifest`.
+        progress: called with the bytes that are there and those there will be.
+
+    Raises:
+        ReleaseError: files are missing or altered.
     """
     manifest = read_manifest(store, model, release, sha256=manifest_sha256)
     if folder.exists():
@@ -257,7 +291,15 @@ def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
 
 
 def put_report(store: ObjectStore, model: str, release: str, flow_run: str, html: str) -> str:
-    """Writes; returns the key, which begins with the time: reports of several runs are in order."""
+    """Put a run's report beside the release. Writes; returns the key, which begins with the time.
+
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        release: its id.
+        flow_run: id of the run that the report is about.
+        html: the report.
+    """
     key = f"{reports_prefix(model, release)}{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{flow_run}.html"
     put_immutable(store, key, html.encode(), "another report")
     return key

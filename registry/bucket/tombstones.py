@@ -35,6 +35,8 @@ _TRIES = 20
 
 
 class State(StrEnum):
+    """What has become of a release that somebody wanted to delete."""
+
     MARKED = "marked"
     KEPT = "kept"
     DELETING = "deleting"
@@ -68,6 +70,7 @@ def boot_seconds() -> float:
 
 
 def tombstone_key(model: str, release: str) -> str:
+    """Where the mark on a release lies."""
     return f"{tombstones_prefix(model)}{require_release_id(release)}.json"
 
 
@@ -127,8 +130,15 @@ def change(
 def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> None:
     """Make sure that nobody deletes the release for the next hour: take a mark away. One GET where there is none.
 
-    publishing: bytes are about to be brought, so it may have been deleted before. Raises ReleaseError for a deleted
-    release, and ServiceError (or ReleaseError) while it is being deleted.
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        release: its id.
+        publishing: bytes are about to be brought, so it may have been deleted before.
+
+    Raises:
+        ReleaseError: it was deleted.
+        ServiceError: it is being deleted; a ReleaseError where that cannot end well.
     """
     for _ in range(_TRIES):
         stone = read_tombstone(store, model, release)

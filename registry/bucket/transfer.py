@@ -24,9 +24,17 @@ Progress = Callable[[int, int], None]
 
 
 def put_immutable(store: ObjectStore, key: str, body: bytes, other: str, *, probably_there: bool = False) -> None:
-    """Create the object, or find it there with the same bytes. Raises ReleaseError when it holds something else.
+    """Create the object, or find it there with the same bytes.
 
-    probably_there: look first, which is one request instead of two.
+    Args:
+        store: the bucket.
+        key: where.
+        body: its bytes.
+        other: what messages call something else that is there.
+        probably_there: look first, which is one request instead of two.
+
+    Raises:
+        ReleaseError: it holds something else.
     """
     if probably_there and (found := store.get(key)) is not None and found[0] == body:
         return
@@ -67,6 +75,7 @@ class Meter:
         return None if self._progress is None else lambda count: self._set(name, lambda done: done + count)
 
     def finish(self, name: str, size: int) -> None:
+        """All of a file is there, whatever was counted before."""
         self._set(name, lambda done: size)
 
     def _set(self, name: str, change: Callable[[int], int]) -> None:

@@ -96,7 +96,14 @@ def set_challenger(channel: Channel, version: str) -> list[str]:
 
 
 def version_of(registry: ModelRegistry, model: str, release: str, recorded: str) -> str | None:
-    """The version that holds a release: the one in the record of its move while that exists, else the newest."""
+    """The version that holds a release: the one in the record of its move while that exists, else the newest.
+
+    Args:
+        registry: MLflow's.
+        model: the registered model.
+        release: id of the release.
+        recorded: the version that the record of the move names; empty when it names none.
+    """
     if recorded and registry.release(model, recorded) == release:
         return recorded
     return next(iter(registry.versions(model, release)), None)

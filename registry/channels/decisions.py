@@ -74,6 +74,7 @@ class Decision:
     """How many times in a row it was skipped, this one included; 0 for any other answer."""
 
     def encode(self) -> bytes:
+        """The record as canonical JSON."""
         return canonical_json({"format": _FORMAT, **asdict(self)})
 
 
@@ -135,6 +136,7 @@ def read_decisions(channel: Channel, last: int) -> list[Decision]:
 
 
 def decided_at(decision: Decision) -> datetime:
+    """When the answer was given."""
     return datetime.fromisoformat(decision.at)
 
 

@@ -30,6 +30,7 @@ def read_history(channel: Channel) -> list[Pointer]:
 
 
 def record_key(model: str, channel: str, generation: int) -> str:
+    """Where the record of a move lies."""
     return f"{history_prefix(model, channel)}{generation:08d}.json"
 
 
@@ -40,6 +41,7 @@ def record(store: ObjectStore, pointer: Pointer, *, probably_there: bool = False
 
 
 def record_if_possible(store: ObjectStore, pointer: Pointer) -> None:
+    """Write the record of a move unless it is there; the next mover does it where the store refuses now."""
     try:
         record(store, pointer)
     except ServiceError as error:
@@ -55,6 +57,7 @@ def find_record(channel: Channel, generation: int) -> Pointer | None:
 
 
 def read_record(store: ObjectStore, key: str) -> Pointer:
+    """One record. Raises ReleaseError when it is not there or is none."""
     found = store.get(key)
     if found is None:
         raise ReleaseError(f"{key}: expected the record of a move, got none: it was deleted")

@@ -164,10 +164,17 @@ def roll_back(verified: Verified, mover: Mover) -> Pointer:
 
 
 def promote_existing(verified: Verified, mover: Mover, *, gates: bool = True, again: bool = False) -> Pointer:
-    """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`: GateError.
+    """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`.
 
-    gates: False leaves them out, which the record says. again: also a release that a rollback has just left.
-    Raises OtherLiveError when the target was measured beside a release that is not live.
+    Args:
+        verified: the target, read and perhaps tried.
+        mover: who moves it, and why.
+        gates: False leaves them out, which the record says.
+        again: also a release that a rollback has just left.
+
+    Raises:
+        GateError: it is worse.
+        OtherLiveError: the target was measured beside a release that is not live.
     """
     target = verified.target
     job = release_job(target) if gates else None
@@ -203,8 +210,13 @@ def require_not_rolled_back(release: str, live: Pointer | None) -> None:
 def require_not_stale(channel: Channel, release: str, live: Pointer | None, begun: str) -> None:
     """Raises GateError when what is live comes from a run that was begun later than the one that made `release`.
 
-    begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it. What is live
-    and does not say when it was begun, or is broken, keeps nobody out.
+    What is live and does not say when it was begun, or is broken, keeps nobody out.
+
+    Args:
+        channel: what is to move.
+        release: id of the release that would go live.
+        live: what is live.
+        begun: UTC, ISO 8601, by the clock of the machine that ran it, as `lineage.json` of a release has it.
     """
     from train_and_ship.registry.diff import read_release_record
 

@@ -64,6 +64,7 @@ class Report:
 
     @property
     def failed(self) -> list[Finding]:
+        """What was found and is against the job's word."""
         return [finding for finding in self.findings if not finding.passed]
 
 

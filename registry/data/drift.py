@@ -26,6 +26,7 @@ class Shift:
     """What samples of these sizes from one distribution stay below, at SURE."""
 
     def beyond(self, limit: float) -> bool:
+        """Whether it is above the limit, and above what chance explains."""
         return self.value > limit and self.value > self.chance
 
 
@@ -57,6 +58,7 @@ def bins_of_columns(before: Sequence[float], now: Sequence[float]) -> Bins:
 
 
 def bins_of_labels(before: Mapping[str, int], now: Mapping[str, int]) -> Bins:
+    """Two counts by label as shares of the same bins, one a label."""
     names = list(dict.fromkeys([*before, *now]))
     return Bins(
         names=names,

@@ -39,6 +39,7 @@ class Contents:
 
     @property
     def total_bytes(self) -> int:
+        """Size of all files."""
         return sum(entry.bytes for entry in self.files.values())
 
 
@@ -58,10 +59,21 @@ def take(folder: Path) -> Contents:
 
 
 def publish_snapshot(folder: Path, contents: Contents, store: ObjectStore, prefix: str) -> int:
-    """Upload what the bucket lacks, the manifest last; returns the bytes that were sent. Can be repeated.
+    """Upload what the bucket lacks, the manifest last. Can be repeated.
 
-    A file is never replaced, so a snapshot grows by new names; its manifest is. Raises ReleaseError for a name that
-    holds other content there.
+    A file is never replaced, so a snapshot grows by new names; its manifest is.
+
+    Args:
+        folder: where the files lie.
+        contents: the snapshot's manifest.
+        store: the bucket.
+        prefix: where the snapshot lies there.
+
+    Returns:
+        The bytes that were sent.
+
+    Raises:
+        ReleaseError: a name holds other content there.
     """
 
     def bring(name: str) -> int:
@@ -135,7 +147,17 @@ def _not_as_said(what: str) -> JobError:
 def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Path) -> tuple[Path, Contents]:
     """The folder of a snapshot, every file verified; one in a bucket is downloaded into the cache, what it lacks of it.
 
-    Raises JobError with the file, what was expected and what was found.
+    Args:
+        snapshot: what the job says of it.
+        project: absolute project folder, to which a path is relative.
+        stores: opens the bucket that an address names.
+        cache: folder of downloaded snapshots.
+
+    Returns:
+        The folder, and what the manifest says.
+
+    Raises:
+        JobError: with the file, what was expected and what was found.
     """
     contents = identify(snapshot, project, stores)
     bucket, prefix = split_address(snapshot.path)

@@ -156,6 +156,7 @@ class Launcher(Part):
 
     @property
     def chosen(self) -> Local | Torchrun | Slurm | Kubernetes | None:
+        """The engine and its options; None when it is `local` without any."""
         return self.local or self.torchrun or self.slurm or self.kubernetes
 
     @property
@@ -170,6 +171,7 @@ class Launcher(Part):
 
     @property
     def nodes(self) -> int:
+        """Machines, 1 for this one."""
         if self.torchrun is not None:
             return len(self.torchrun.hosts)
         return self.machines.nodes if isinstance(self.machines, Cluster) else 1

@@ -33,6 +33,7 @@ class CustomMetric(Factory):
 
     @property
     def label(self) -> str:
+        """What the metric is called: its `name`, else the name of what is referred to."""
         return self.name or self.factory.rpartition(":")[2].rpartition(".")[2].lower()
 
 

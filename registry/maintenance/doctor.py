@@ -32,11 +32,18 @@ class Finding:
 def examine(
     store: ObjectStore, model: str, tracking_uri: str, *, runs: Path | None = None, dry_run: bool = False
 ) -> Iterator[Finding]:
-    """Look at pointers, histories, releases, MLflow's aliases and the reports that it has not got yet, and mend what
-    can be. Writes unless dry_run.
+    """Look at pointers, histories, releases, MLflow's aliases and the reports that it lacks, and mend what can be.
 
-    runs: folder of the model's runs on this machine, where reports wait.
-    Raises SettingsError or ServiceError when the bucket does not answer.
+    Args:
+        store: the bucket.
+        model: the model to look at.
+        tracking_uri: MLflow's.
+        runs: folder of the model's runs on this machine, where reports wait.
+        dry_run: write nothing.
+
+    Raises:
+        SettingsError: the bucket or its credentials cannot be used.
+        ServiceError: the bucket does not answer.
     """
     known = [Channel(store, model, name, tracking_uri) for name in channels(store, model)]
     for channel in known:

@@ -59,6 +59,8 @@ class Policy:
 
 
 class Step(StrEnum):
+    """What is to be done with a release."""
+
     KEEP = "keep"
     UNMARK = "unmark"
     MARK = "mark"
@@ -230,8 +232,15 @@ def _ago(span: timedelta) -> str:
 def notify_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_versions: bool) -> Iterator[str]:
     """Tag MLflow's versions of deleted releases, or delete them; says what was done. Writes, and can be repeated.
 
-    A version that has an alias is never deleted. Raises ServiceError or SettingsError when MLflow does not do what is
-    asked: what is left is done by the next call.
+    Args:
+        store: the bucket.
+        model: whose versions.
+        tracking_uri: MLflow's.
+        delete_versions: delete them; one that has an alias is tagged all the same.
+
+    Raises:
+        SettingsError: MLflow denies access.
+        ServiceError: MLflow does not do what is asked: what is left is done by the next call.
     """
     registry = model_registry(tracking_uri)
     for stone in read_tombstones(store, model).values():

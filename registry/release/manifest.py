@@ -67,6 +67,7 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
+        """Size of all files."""
         return sum(entry.bytes for entry in self.files.values())
 
 
@@ -79,10 +80,19 @@ def build_manifest(
     metrics: Mapping[str, float],
     serve: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hash every file below `folder` and describe them. Reads only; a MANIFEST.json that lies there is not a member.
+    """Hash every file below a folder and describe them. Reads only; a MANIFEST.json that lies there is not a member.
 
-    Raises ReleaseError for an empty folder, symbolic links, special files, names that could not be keys, pickles,
-    formats without their file, and values that JSON does not have (NaN).
+    Args:
+        folder: the release's files.
+        model: its model.
+        formats: format to the path of its artifact.
+        signature: as in `Manifest`.
+        metrics: quality by metric.
+        serve: `latency` and `throughput` to the recommended format; None where nothing was measured.
+
+    Raises:
+        ReleaseError: an empty folder, symbolic links, special files, names that could not be keys, pickles, formats
+            without their file, and values that JSON does not have (NaN).
     """
     paths = {name: path for name, path in walk(folder) if name != MANIFEST}
     for name in paths:

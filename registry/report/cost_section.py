@@ -11,6 +11,7 @@ from train_and_ship.registry.text import Table, duration, money
 
 
 def cost_section(costs: Sequence[Spent], rates: Rates) -> Section:
+    """What each stage took, and its price."""
     spent = list(costs)
     if not spent:
         return Section(title="Cost", blocks=())

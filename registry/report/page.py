@@ -54,6 +54,7 @@ class Section:
 
     @property
     def empty(self) -> bool:
+        """Whether it has nothing to say."""
         return not self.blocks and not self.more
 
 

@@ -13,6 +13,7 @@ from train_and_ship.registry.text import Table, number
 
 
 def parity_section(files: RunFiles) -> Section:
+    """How far each format is from the model."""
     verdicts = [item for item in files.validated.verdicts if item.gate == PARITY] if files.validated else []
     if not verdicts or files.validated is None:
         return Section(title="Parity", blocks=())
@@ -51,6 +52,7 @@ def _errors(counts: Sequence[ErrorCounts]) -> list[tuple[str, list[int], bool]]:
 
 
 def gates_section(files: RunFiles) -> Section:
+    """The other gates, with their numbers."""
     if files.validated is None:
         return Section(title="Gates", blocks=())
     gates = [item for item in files.validated.verdicts if item.gate != PARITY]

@@ -91,7 +91,14 @@ def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str
 def outcome_page(
     outcome: Outcome, sections: Sequence[Section], places: Sequence[Sequence[Cell]] = (), intro: str = ""
 ) -> Page:
-    """The page of an outcome, without the sections that have nothing to say. places: more of them than it has."""
+    """The page of an outcome, without the sections that have nothing to say.
+
+    Args:
+        outcome: what came of it.
+        sections: what there is to say.
+        places: where to look, besides those of the outcome.
+        intro: a paragraph before the sections.
+    """
     return Page(
         title=outcome.title,
         verdict=outcome.verdict,

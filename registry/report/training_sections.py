@@ -20,6 +20,7 @@ ROWS = 100
 
 
 def curves_section(files: RunFiles) -> Section:
+    """The learning curves."""
     found: dict[str, list[tuple[float, float]]] = {}
     for point in files.points:
         found.setdefault(point.key, []).append((float(point.step), point.value))
@@ -72,6 +73,7 @@ def history_tables(points: Sequence[Point], over: str) -> list[Block]:
 
 
 def training_section(files: RunFiles) -> Section:
+    """What trained on what."""
     job, trained = files.job, files.trained
     rows: list[Sequence[Cell]] = [("model", f"{job.model.factory} {dict(job.model.args) or ''}".strip())]
     if trained is None:

@@ -19,6 +19,7 @@ class TritonPythonModel:
     """What Triton's Python backend looks for."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Triton's hook: open the ONNX Runtime session."""
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         self._inputs = [item["name"] for item in json.loads(args["model_config"])["input"]]

@@ -145,10 +145,12 @@ def key(name: str) -> str:
 
 
 def milliseconds(seconds: float) -> int:
+    """Seconds as MLflow counts them."""
     return int(seconds * 1000)
 
 
 def user() -> str:
+    """The name of this process's account."""
     # A container may run under a number that has no name.
     with contextlib.suppress(KeyError, OSError):
         return getpass.getuser()

@@ -59,6 +59,7 @@ class RankTimes:
 
     @property
     def slowest(self) -> int:
+        """The rank with the longest step."""
         return max(self.seconds, key=lambda rank: self.seconds[rank])
 
     @property
@@ -188,6 +189,7 @@ class EventPoints:
         return True
 
     def close(self) -> None:
+        """Let go of the file."""
         self._file.close()
 
 

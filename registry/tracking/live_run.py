@@ -40,7 +40,14 @@ class LiveRun:
     def __init__(
         self, record: RunRecord, tracking_uri: str, warn: Callable[[str], None], *, send_seconds: float = SEND_SECONDS
     ) -> None:
-        """warn: told once, in words, when MLflow cannot be reached."""
+        """Nothing is sent before `start`.
+
+        Args:
+            record: what MLflow is told when the run is opened.
+            tracking_uri: MLflow's.
+            warn: told once, in words, when MLflow cannot be reached.
+            send_seconds: between two times that something is sent.
+        """
         self._record, self._uri, self._warn, self._send_seconds = record, tracking_uri, warn, send_seconds
         self._run: OpenRun | None = None
         self._latest: dict[str, int] = {}

@@ -47,7 +47,14 @@ class ModelRegistry(Protocol):
         """The release that a version holds; None when there is no such version, or it holds none of ours."""
 
     def set_tag(self, model: str, version: str, name: str, value: str) -> None:
-        """Writes to MLflow."""
+        """Writes to MLflow.
+
+        Args:
+            model: the registered model.
+            version: which one.
+            name: of the tag.
+            value: of the tag.
+        """
 
     def delete_version(self, model: str, version: str) -> None:
         """Writes to MLflow. A version that is gone already is no error."""
@@ -90,14 +97,17 @@ class RestRegistry:
             self._pool = urllib3.PoolManager(**pool)
 
     def aliases(self, model: str) -> Mapping[str, str]:
+        """As `ModelRegistry.aliases`."""
         found = self._ask("GET", "registered-models/get", {"name": model})
         listed = found["registered_model"].get("aliases", []) if found else []
         return {item["alias"]: str(item["version"]) for item in listed}
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
+        """As `ModelRegistry.set_alias`."""
         self._change("POST", "registered-models/alias", {"name": model, "alias": alias, "version": version})
 
     def versions(self, model: str, release: str) -> list[str]:
+        """As `ModelRegistry.versions`."""
         query = {
             "filter": f"name = '{model}' and tags.{TAG_RELEASE} = '{release}'",
             "order_by": "version_number DESC",
@@ -107,14 +117,17 @@ class RestRegistry:
         return [str(item["version"]) for item in (found or {}).get("model_versions", [])]
 
     def release(self, model: str, version: str) -> str | None:
+        """As `ModelRegistry.release`."""
         found = self._ask("GET", "model-versions/get", {"name": model, "version": version})
         tags = found["model_version"].get("tags", []) if found else []
         return next((str(tag["value"]) for tag in tags if tag["key"] == TAG_RELEASE), None)
 
     def set_tag(self, model: str, version: str, name: str, value: str) -> None:
+        """As `ModelRegistry.set_tag`."""
         self._change("POST", "model-versions/set-tag", {"name": model, "version": version, "key": name, "value": value})
 
     def delete_version(self, model: str, version: str) -> None:
+        """As `ModelRegistry.delete_version`."""
         self._ask("DELETE", "model-versions/delete", {"name": model, "version": version})
 
     def _change(self, method: str, path: str, values: Mapping[str, str]) -> None:
@@ -155,16 +168,19 @@ class ClientRegistry:
         self._uri = tracking_uri
 
     def aliases(self, model: str) -> Mapping[str, str]:
+        """As `ModelRegistry.aliases`."""
         with translated(f"reading the aliases of {model}", self._uri), passing_over(MISSING):
             found = connect(self._uri).get_registered_model(model).aliases
             return {name: str(version) for name, version in found.items()}
         return {}
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
+        """As `ModelRegistry.set_alias`."""
         with translated(f"setting alias {alias} of {model} to version {version}", self._uri):
             connect(self._uri).set_registered_model_alias(model, alias, version)
 
     def versions(self, model: str, release: str) -> list[str]:
+        """As `ModelRegistry.versions`."""
         with translated(f"looking for release {release} of {model}", self._uri):
             found = connect(self._uri).search_model_versions(
                 f"name = '{model}' and tags.{TAG_RELEASE} = '{release}'", order_by=["version_number DESC"]
@@ -172,14 +188,17 @@ class ClientRegistry:
             return [str(item.version) for item in found]
 
     def release(self, model: str, version: str) -> str | None:
+        """As `ModelRegistry.release`."""
         with translated(f"reading version {version} of {model}", self._uri), passing_over(MISSING):
             return connect(self._uri).get_model_version(model, version).tags.get(TAG_RELEASE)
         return None
 
     def set_tag(self, model: str, version: str, name: str, value: str) -> None:
+        """As `ModelRegistry.set_tag`."""
         with translated(f"tagging version {version} of {model}", self._uri):
             connect(self._uri).set_model_version_tag(model, version, name, value)
 
     def delete_version(self, model: str, version: str) -> None:
+        """As `ModelRegistry.delete_version`."""
         with translated(f"deleting version {version} of {model}", self._uri), passing_over(MISSING):
             connect(self._uri).delete_model_version(model, version)

@@ -143,10 +143,20 @@ def end_run(
 ) -> None:
     """The flow run failed or was cancelled: say so on its run, which ends unless it has. Writes to MLflow.
 
-    report: an HTML file, which becomes the run's REPORT; None when there is none.
+    A run that had FINISHED stays so, with the reason: its version exists, and what failed came later. Without a run
+    there is nothing to do.
 
-    status: `FAILED` or `KILLED`. A run that had FINISHED stays so, with the reason: its version exists, and what
-    failed came later. Without a run there is nothing to do. Raises ServiceError and SettingsError.
+    Args:
+        model: name of the experiment.
+        flow_run_id: id of the flow run that began it.
+        status: `FAILED` or `KILLED`.
+        reason: in words.
+        tracking_uri: MLflow's.
+        report: an HTML file, which becomes the run's REPORT; None when there is none.
+
+    Raises:
+        SettingsError: MLflow denies access.
+        ServiceError: MLflow does not answer.
     """
     with translated(f"ending the run of {model}", tracking_uri):
         client = connect(tracking_uri)
@@ -159,7 +169,15 @@ def end_run(
 
 
 def end_with(client: MlflowClient, run_id: str, now: str, status: str, reason: str) -> None:
-    """`end_run` with a client. now: status that the run has."""
+    """`end_run` with a client.
+
+    Args:
+        client: MLflow's.
+        run_id: MLflow's id of the run.
+        now: status that the run has.
+        status: `FAILED` or `KILLED`.
+        reason: in words.
+    """
     from mlflow.entities import RunTag
 
     tags = {TAG_FAILURE: reason}
@@ -238,6 +256,7 @@ def metrics_of(points: Sequence[Point], model_id: str | None = None) -> list[Met
 
 
 def params_of(params: Mapping[str, str | int | float | bool]) -> dict[str, str]:
+    """Params with the names and lengths that MLflow takes."""
     return {key(name): str(value)[:_PARAM_LENGTH] for name, value in params.items()}
 
 

@@ -143,14 +143,34 @@ def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
 def attach_report(version: RegisteredVersion, model: str, report: str, tracking_uri: str) -> None:
     """The file REPORT of a version's run, over an earlier one. Writes to MLflow.
 
-    report: an HTML document. Raises ServiceError and SettingsError.
+    Args:
+        version: which one.
+        model: the registered model.
+        report: an HTML document.
+        tracking_uri: MLflow's.
+
+    Raises:
+        SettingsError: MLflow denies access.
+        ServiceError: MLflow does not answer.
     """
     with translated(f"adding the report of {model} version {version.version}", tracking_uri):
         connect(tracking_uri).log_text(version.run_id, report, REPORT)
 
 
 def tag_decision(version: RegisteredVersion, model: str, decision: str, why: str, tracking_uri: str) -> None:
-    """Tags `decision` and `decision_why` of a version. Raises ServiceError and SettingsError."""
+    """Tags `decision` and `decision_why` of a version. Writes to MLflow.
+
+    Args:
+        version: which one.
+        model: the registered model.
+        decision: `promoted`, `kept`, ….
+        why: the reason in words.
+        tracking_uri: MLflow's.
+
+    Raises:
+        SettingsError: MLflow denies access.
+        ServiceError: MLflow does not answer.
+    """
     with translated(f"recording the decision on {model} version {version.version}", tracking_uri):
         client = connect(tracking_uri)
         client.set_model_version_tag(model, version.version, "decision", decision)
