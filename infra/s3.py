@@ -266,7 +266,7 @@ def translated(action: str, address: str, bucket: str, local: bool) -> Iterator[
             f"AWS_ENDPOINT_URL: expected an address such as https://s3.example.com, got {address!r}"
         ) from error
     except (botocore.HTTPClientError, botocore.ConnectionError) as error:
-        hint = "is the local stack up? `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
+        hint = "start the local stack with `ship up`" if local else "check AWS_ENDPOINT_URL and the network"
         reason = str(error.kwargs.get("error", error)) if isinstance(error, botocore.BotoCoreError) else str(error)
         raise ServiceError(f"cannot {action} in {where}: no answer ({reason}); {hint}") from error
     except (botocore.BotoCoreError, HTTPError, _BrokenOffError) as error:

@@ -147,9 +147,9 @@ def require_good_enough(job: Job, versus: VersusLive, *, policy: bool = True) ->
         gates = [f"vs_live ({item.metric})" for item in compared if item.asked is Asked.VS_LIVE]
         gates += [f"release.policy: {job.release.policy}" for item in compared if item.asked is Asked.POLICY]
         raise GateError(
-            f"{job.name}: the candidate cannot be held against the live release {versus.live}: {versus.problem}. The "
-            f"live release stays. If it is to be replaced all the same, ship once without {' and '.join(gates)}: the "
-            "other gates still hold"
+            f"{job.name}: the candidate cannot be compared with the live release {versus.live}: {versus.problem}. The "
+            f"live release stays. To replace it nevertheless, take {' and '.join(gates)} out of the job file for one "
+            "run; the other gates are still asked"
         )
     failed = [item for item in compared if not item.passed]
     if failed:
@@ -193,8 +193,8 @@ def require_not_slower(
         header = ("gate", "candidate", f"live {name}", "ratio", "times_live", "verdict")
         raise GateError(
             f"{job.name}: the candidate is slower or larger than the live release {name} allows: {'; '.join(failed)}. "
-            f"The live release stays. If it is to be replaced all the same, ship once without times_live "
-            f"({', '.join(limits)})",
+            f"The live release stays. To replace it nevertheless, take times_live ({', '.join(limits)}) out of the job "
+            "file for one run",
             Table(header=header, rows=rows).text(),
         )
 

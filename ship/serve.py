@@ -24,7 +24,7 @@ from shipreader.errors import ReaderError
 from shipreader.mlserver import BATCH_SECONDS, BATCH_SIZE, write_model
 from shipreader.records import Release
 from train_and_ship.infra.errors import ServiceError, SettingsError
-from train_and_ship.infra.processes import last_lines, port_is_free
+from train_and_ship.infra.processes import last_lines, port_holder, port_is_free
 from train_and_ship.infra.settings import LOOPBACK, Settings
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.ship.pull import current, folder_for, make_reader, reader_errors, wait_for_signal
@@ -94,7 +94,10 @@ class Server:
         """Raises SettingsError when one of its ports is taken."""
         for port in range(self.port, self.port + 3):
             if not port_is_free(port):
-                raise SettingsError(f"--port {self.port}: expected three free ports from there, and {port} is taken")
+                raise SettingsError(
+                    f"--port {self.port}: HTTP, gRPC and metrics need the ports {self.port} to {self.port + 2}, and "
+                    f"{port} is taken by {port_holder(port)}; name another"
+                )
 
     def load(self, release: Release) -> None:
         """Make a release the one that is served, or the one to start with. Raises ReaderError; the old one stays."""

@@ -74,7 +74,10 @@ def require_schedule(cron: str | None, timezone: str | None) -> CronSchedule:
         return CronSchedule(cron="0 0 * * *" if cron is None else cron, timezone=timezone)
     except ValidationError as error:
         got = " ".join(text for text in (cron, timezone) if text)
-        raise SettingsError(f"schedule {got!r}: {error.errors()[0]['msg']}") from None
+        raise SettingsError(
+            f"schedule {got!r}: expected what crontab takes, such as '0 2 * * *' for two o'clock each day, and a time "
+            f"zone such as Europe/Berlin (UTC when absent); {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def _nightly(pattern: DeploymentSchedule, cron: str | None, timezone: str | None) -> DeploymentScheduleCreate:

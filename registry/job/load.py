@@ -23,10 +23,10 @@ def load_job(path: Path) -> tuple[Job, Path]:
     Raises JobError with one line a mistake: where, what was expected, what was given.
     """
     if not path.is_file():
-        patterns = ("*.yaml", "jobs/*.yaml", "examples/*/job.yaml")
-        near = [str(found) for pattern in patterns for found in sorted(Path().glob(pattern)) if _looks_like_job(found)]
-        hint = f"; job files here: {', '.join(near[:5])}" if near else ""
-        raise JobError(f"job file {path}: expected a YAML file, found none{hint}")
+        places = [*Path().glob("*.yaml"), *Path().glob("jobs/*.yaml"), *Path().glob("examples/*/job.yaml")]
+        found = {str(place): None for place in [*path.parent.glob("*.y*ml"), *sorted(places)] if _looks_like_job(place)}
+        hint = f"; did you mean {next(iter(found))}?" if len(found) == 1 else f"; there are {', '.join([*found][:5])}"
+        raise JobError(f"job file {path}: no such file{hint if found else ''}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -26,7 +26,7 @@ def nowhere() -> str:
 
 
 def test_a_missing_job_file(command: Command, store: ObjectStore) -> None:
-    refused(command("ship", "run", "nowhere.yaml"), store, "nowhere.yaml: expected a YAML file, found none")
+    refused(command("ship", "run", "nowhere.yaml"), store, "nowhere.yaml: no such file")
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])

@@ -162,7 +162,7 @@ def test_a_live_release_that_cannot_be_measured_keeps_its_place(
     candidate = runnable(object_store, tmp_path / "a", 0.9, seed=2)
     run_that_made(settings.runs / MODEL, tmp_path / "a", right=2)
     move(object_store, strange)
-    with pytest.raises(GateError, match=r"cannot be held against the live release .*its inputs are image"):
+    with pytest.raises(GateError, match=r"cannot be compared with the live release .*its inputs are image"):
         promoted(settings, object_store, candidate)
 
 

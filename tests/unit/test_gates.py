@@ -63,7 +63,7 @@ def test_a_policy_without_an_interval_fails_closed_and_says_why(tmp_path: Path) 
     versus = VersusLive(live="r1", candidate={"accuracy": 0.99}, theirs={"accuracy": 0.5})
     with pytest.raises(GateError, match=r"is not shown to be better than the live release r1: .*no interval"):
         require_good_enough(one, versus)
-    with pytest.raises(GateError, match=r"ship once without release.policy: better"):
+    with pytest.raises(GateError, match=r"take release.policy: better out of the job file for one run"):
         require_good_enough(one, VersusLive(live="r1", candidate={}, theirs={}, problem="its inputs are y"))
 
 
@@ -122,7 +122,9 @@ def test_what_was_not_measured_on_either_side_fails_closed(tmp_path: Path) -> No
 
 def test_a_live_release_that_cannot_be_scored_fails_closed_and_the_way_out_is_named(tmp_path: Path) -> None:
     plain = job(tmp_path, accuracy={"vs_live": 0})
-    with pytest.raises(GateError, match=r"live release r1: its inputs are y.*ship once without vs_live \(accuracy\)"):
+    with pytest.raises(
+        GateError, match=r"live release r1: its inputs are y.*take vs_live \(accuracy\) out of the job file"
+    ):
         require_not_worse(plain, {"accuracy": 1.0}, {}, "r1", "its inputs are y")
 
 
@@ -138,7 +140,7 @@ def test_times_are_held_against_the_live_release_as_multiples(tmp_path: Path) ->
 
 def test_times_that_could_not_be_measured_beside_live_fail_closed_and_the_way_out_is_named(tmp_path: Path) -> None:
     plain = job(tmp_path, memory_mb={"times_live": 2})
-    with pytest.raises(GateError, match=r"memory_mb: not measured.*ship once without times_live \(memory_mb\)"):
+    with pytest.raises(GateError, match=r"memory_mb: not measured.*take times_live \(memory_mb\) out of the job file"):
         require_not_slower(plain, {"memory_mb": 1.0}, {}, "r1")
     with pytest.raises(GateError, match="memory_mb: the live release takes other inputs"):
         require_not_slower(plain, {"memory_mb": 1.0}, {"memory_mb": 1.0}, "r1", "the live release takes other inputs")

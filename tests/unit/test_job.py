@@ -39,8 +39,17 @@ def test_the_example_job_is_valid_and_its_project_is_beside_it() -> None:
 
 
 def test_a_missing_job_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"nowhere\.yaml: expected a YAML file, found none"):
+    with pytest.raises(JobError, match=r"nowhere\.yaml: no such file"):
         load_job(tmp_path / "nowhere.yaml")
+
+
+def test_a_job_file_that_lies_beside_the_missing_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "job.yaml").write_text(GOOD)
+    (tmp_path / "mine" / "other.yaml").write_text("a: 1\n")
+    with pytest.raises(JobError, match=r"mine/job\.yml: no such file; did you mean mine/job\.yaml\?$"):
+        load_job(Path("mine/job.yml"))
 
 
 def test_a_yaml_error_is_named_with_its_line(tmp_path: Path) -> None:
