@@ -210,7 +210,7 @@ async def _end_from_outside(model: str, folder: Path, status: str, reason: str, 
     """The flow's process is gone, and whoever does this must not carry mlflow from now on."""
     report = _report_in(folder)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "train_and_ship.registry.tracking.runs"),
+        *(sys.executable, "-P", "-m", "train_and_ship.registry.tracking.end_run"),
         *(model, folder.name, status, reason, settings.mlflow_url),
         *([str(report)] if report is not None else []),
         stderr=asyncio.subprocess.DEVNULL,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -344,8 +343,3 @@ def _is_alive(process: str) -> bool:
         # A pid alone proves nothing: the kernel gives it to somebody else later.
         return abs(psutil.Process(int(pid)).create_time() - float(created)) < 0.05
     return False
-
-
-if __name__ == "__main__":
-    model, flow_run, status, reason, uri, *reports = sys.argv[1:]
-    end_run(model, flow_run, status, reason, uri, Path(reports[0]) if reports else None)
