@@ -64,12 +64,8 @@ def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
     for module in (tombstones, retention, moving):
         monkeypatch.setattr(module, "boot_seconds", lambda: boot() + calendar.passed.total_seconds())
 
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
-            return datetime.now(UTC) + calendar.passed
-
-    monkeypatch.setattr(moving, "datetime", Later)
+    later = lambda: (datetime.now(UTC) + calendar.passed).isoformat(timespec="milliseconds")  # noqa: E731
+    monkeypatch.setattr(moving, "utc_now", later)
     return calendar
 
 
