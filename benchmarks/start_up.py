@@ -87,7 +87,7 @@ def main() -> None:
         [
             "## Start-up",
             "",
-            f"`python benchmarks/start_up.py`, {options.pairs} pairs by turns. {machine('torch', 'prefect')}",
+            f"`python benchmarks/start_up.py --pairs {options.pairs}`, by turns. {machine('torch', 'prefect')}",
             "CPU (user and system) of whole processes; medians, in brackets the middle half. Before: 4215e1c, when "
             f"the packages had no rooms and no name of their own. *Within*: at most {MARGIN:.0%} more than before.",
             "",
