@@ -18,6 +18,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases tests benchmarks
 	$(MAKE) test
 
 # Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; twenty minutes.
