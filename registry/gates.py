@@ -130,7 +130,7 @@ def require_rehearsed(candidate: str, result: RehearseResult, otherwise: str) ->
     """
     if not result.passed:
         failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
-        said = f"{candidate}, as it came back from the bucket, fails: {failed}. {otherwise}"
+        said = f"{candidate}, as it came back from the bucket, fails: {failed or 'nothing was checked'}. {otherwise}"
         raise GateError(said, verdict_table(result.verdicts).text())
 
 

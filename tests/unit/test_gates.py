@@ -13,6 +13,7 @@ from train_and_ship.registry.gates import (
     compare,
     require_good_enough,
     require_not_slower,
+    require_rehearsed,
     verdict_table,
     worst,
 )
@@ -168,3 +169,9 @@ def test_a_candidate_that_is_live_already_need_not_be_better_than_itself(tmp_pat
     Rehearsed(job=one, published=published, result=result, live="r1").require_good_enough()
     with pytest.raises(GateError, match="is not shown to be better"):
         Rehearsed(job=one, published=published, result=result, live="r2").require_good_enough()
+
+
+def test_a_rehearsal_in_which_nothing_was_checked_is_no_pass() -> None:
+    result = RehearseResult(verdicts=[], candidate={}, live={}, live_problem="", samples=0)
+    with pytest.raises(GateError, match=r"release r1, as it came back .* nothing was checked\. It was not made live"):
+        require_rehearsed("release r1", result, "It was not made live.")
