@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-import select
 import subprocess
 import sys
 import threading
 import time
 
 from torchworker.process.lifeline import die_with_parent
+from torchworker.process.readable import readable
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 def _hold(child: subprocess.Popen[bytes], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
-        if select.select([sys.stdin.fileno()], [], [], left)[0]:
+        if readable(sys.stdin.fileno(), left):
             if not os.read(sys.stdin.fileno(), 4096):
                 break
             deadline = time.monotonic() + seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -79,6 +80,19 @@ def test_what_dies_in_a_fork_says_what_it_was_asked() -> None:
     assert run_in_fork(lambda: nn.Linear(1, 1).in_features, CrashNote()) == 1
     with pytest.raises(ValueError, match="mine"):
         run_in_fork(_failing, CrashNote())
+
+
+def test_a_process_with_more_than_a_thousand_files_open_forks_too() -> None:
+    """As a server's or a training's may have; select() refuses descriptors above 1023."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(2048, before[1])), before[1]))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert run_in_fork(lambda: 7, CrashNote(), seconds=60.0) == 7
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def _failing() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-import select
 import signal
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from torchworker.process.lifeline import die_with_parent
+from torchworker.process.readable import readable
 
 Result = TypeVar("Result")
 
@@ -155,6 +155,6 @@ def _ends(pid: int, seconds: float | None) -> bool:
     """Whether the child ends by then."""
     descriptor = os.pidfd_open(pid)
     try:
-        return bool(select.select([descriptor], [], [], seconds)[0])
+        return readable(descriptor, seconds)
     finally:
         os.close(descriptor)

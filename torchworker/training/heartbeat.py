@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import threading
 import time
 from pathlib import Path
 
 from torchworker.process.lifeline import children, die_with_parent
+from torchworker.process.readable import readable
 
 BEAT_SECONDS = 1.0
 
@@ -76,7 +76,7 @@ def watch_this_process(folder: Path, rank: int, seconds: float) -> int:
     os.close(writing)
     # Meeting the other ranks may take any time; from the first beat on there is no excuse.
     alive = bool(os.read(reading, 4096))
-    while alive and select.select([reading], [], [], seconds)[0]:
+    while alive and readable(reading, seconds):
         alive = bool(os.read(reading, 4096))
     if alive:
         # The folder may be gone, or on a file system that is: the kill is what counts.
