@@ -64,6 +64,8 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "train-and-ship needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
+	# What an earlier version wrote here names modules of then, and Prefect would load them.
+	rm -rf *.egg-info
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --editable '.[local,examples,dev]'
