@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from train_and_ship.infra import stack
-from train_and_ship.infra.errors import JobError, ShipError
+from train_and_ship.infra.errors import JobError, ReleaseError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.settings import Settings, project_folder
@@ -41,23 +41,26 @@ class ChannelStatus:
     """What retraining decided last; None when it was never asked."""
     next: datetime | None
     """When it is asked again; None when nothing is scheduled, or nobody could tell."""
+    unreadable: str = ""
+    """Why the bucket's records of it cannot be read; the other fields are empty then."""
 
     def row(self, now: datetime) -> tuple[str, ...]:
+        """The cells of the table: model, channel, release, its age, the last decision, why, and the next run."""
         moved = moved_at(self.live) if self.live else None
         decided = f"{_ago(decided_at(self.last), now)} ago: {self.last.decision}" if self.last else "–"
         return (
             self.model,
             self.channel,
-            self.live.release if self.live else "nothing",
+            self.live.release if self.live else "unreadable" if self.unreadable else "nothing",
             _ago(moved, now) if moved else "–",
             decided,
-            self.last.why if self.last else "",
+            self.last.why if self.last else self.unreadable,
             f"{self.next.astimezone():%Y-%m-%d %H:%M %z}" if self.next else "–",
         )
 
 
 def status() -> None:
-    """Print both tables. Exits with 1 unless everything is up."""
+    """Print both tables. Exits with 1 unless everything is up and every model's records can be read."""
     settings, console = Settings.load(), Console()
     rows = stack.status(settings)
     # Folded, not cut: an address is there to be copied.
@@ -69,9 +72,13 @@ def status() -> None:
     if any(row.state not in COLOURS for row in rows):
         raise typer.Exit(1)
     try:
-        _print_models(channel_statuses(ObjectStore.from_settings(settings), next_runs(settings)), console)
+        found = channel_statuses(ObjectStore.from_settings(settings), next_runs(settings))
     except ShipError as error:
         typer.echo(f"The models cannot be shown: {error}", err=True)
+        raise typer.Exit(1) from None
+    _print_models(found, console)
+    if any(row.unreadable for row in found):
+        raise typer.Exit(1)
 
 
 def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[ChannelStatus]:
@@ -79,14 +86,17 @@ def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], dat
     names = {(model, channel) for model in models(store) for channel in channels(store, model)}
 
     def look(name: tuple[str, str]) -> ChannelStatus:
-        asked = Channel(store, *name)
-        last = read_decisions(asked, 1)
+        model, channel = name
+        try:
+            asked = Channel(store, model, channel)
+            live, last = read_pointer(asked), read_decisions(asked, 1)
+        except ReleaseError as error:
+            # Of this channel only: the others are shown.
+            return ChannelStatus(
+                model=model, channel=channel, live=None, last=None, next=scheduled.get(name), unreadable=str(error)
+            )
         return ChannelStatus(
-            model=asked.model,
-            channel=asked.name,
-            live=read_pointer(asked),
-            last=last[-1] if last else None,
-            next=scheduled.get(name),
+            model=model, channel=channel, live=live, last=last[-1] if last else None, next=scheduled.get(name)
         )
 
     return in_parallel(look, sorted(names | scheduled.keys()))
@@ -124,7 +134,8 @@ def soonest(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[tuple[str, 
 def _print_models(found: Sequence[ChannelStatus], console: Console) -> None:
     if not found:
         return
-    table = Table("model", "channel", Column("live", no_wrap=True), "age", "last run", "why", "next run")
+    model, live = Column("model", no_wrap=True), Column("live", no_wrap=True)
+    table = Table(model, "channel", live, "age", "last run", "why", "next run")
     now = datetime.now(UTC)
     for row in found:
         table.add_row(*(escape(cell) for cell in row.row(now)))

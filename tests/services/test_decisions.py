@@ -21,7 +21,7 @@ from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
-from train_and_ship.registry.bucket.keys import decisions_prefix
+from train_and_ship.registry.bucket.keys import decisions_prefix, histories_prefix, pointer_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
@@ -36,6 +36,7 @@ from train_and_ship.registry.channels.decisions import (
     record_waiting,
 )
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.ship.status import channel_statuses
 from train_and_ship.tasks.decide import streak
 from train_and_ship.tasks.outcome import record_failure
 from train_and_ship.tasks.results import JobFile, RetrainPlan
@@ -73,6 +74,17 @@ def test_what_is_no_decision_is_refused_by_its_key(object_store: ObjectStore) ->
     object_store.put_new(key, b'{"format": 1, "model": 3}')
     with pytest.raises(ReleaseError, match=f"{key}: expected the record of a decision"):
         read_decisions(Channel(object_store, "strange", "prod"), 5)
+
+
+def test_a_channel_whose_records_cannot_be_read_hides_no_other(object_store: ObjectStore) -> None:
+    record_decision(object_store, decided(0, KEPT, "readable"))
+    # It was moved once: channels are listed by that.
+    object_store.put_new(histories_prefix("readable") + "prod/1.json", b"{}")
+    object_store.put_new(pointer_key("torn", "prod"), b'{"format": 1')
+    table = {row.model: row for row in channel_statuses(object_store, {})}
+    assert table["readable"].last is not None and table["readable"].unreadable == ""
+    cells = table["torn"].row(FIRST)
+    assert cells[2] == "unreadable" and "expected the record of a move" in cells[5]
 
 
 def test_what_the_bucket_could_not_take_is_recorded_by_the_next_run_with_what_was_live_then(
