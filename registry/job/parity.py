@@ -19,8 +19,8 @@ class Parity(Part):
     """inputs that the model refuses: known, every format refuses them, except that ONNX counts index −1 from the end;
     same, no exception; off, not asked"""
     cpp: Literal["when_possible", "required", "off"] = "when_possible"
-    """TorchScript and AOTInductor are also run by a small C++ program, which cmake and a compiler build on the first
-    run on a machine: when_possible, reported as not run where they are missing; required, a failure there; off"""
+    """TorchScript and AOTInductor are also run by a small C++ program, which a C++ compiler builds on the first
+    run on a machine: when_possible, reported as not run where there is none; required, a failure there; off"""
 
     @field_validator("not_finite", "refusals", "cpp", mode="before")
     @classmethod

@@ -101,15 +101,15 @@ def test_torchscript_is_run_without_python_and_held_to_the_same_rule(stages: Ope
 def test_a_check_that_this_machine_cannot_run_is_not_passed(stages: OpenStages) -> None:
     opened = stages()
     opened.export("torchscript")
-    possible = opened.validate("when_possible", no_runner="no cmake on this machine")
+    possible = opened.validate("when_possible", no_runner="no C++ compiler on this machine")
     (verdict,) = [verdict for verdict in possible.verdicts if not verdict.passed]
     assert (verdict.format, verdict.ran, verdict.note) == (
         "torchscript in C++",
         False,
-        "not run: no cmake on this machine",
+        "not run: no C++ compiler on this machine",
     )
     assert possible.passed and "not run" in verdict_table(possible.verdicts).text()
-    assert not opened.validate("required", no_runner="no cmake on this machine").passed
+    assert not opened.validate("required", no_runner="no C++ compiler on this machine").passed
 
 
 def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(stages: OpenStages) -> None:

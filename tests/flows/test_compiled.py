@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,8 @@ def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:
 def test_a_compiled_release_is_proven_without_python_and_promoted(
     command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
-    if cpp.cmake() is None or shutil.which("c++") is None:
-        pytest.skip("no cmake or no C++ compiler on this machine")
+    if cpp.compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
     job = write_project(
         tmp_path / "project",
         name="compiled",
