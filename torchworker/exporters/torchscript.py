@@ -17,7 +17,7 @@ from torchworker.exporters.agreement import disagreement
 from torchworker.exporters.subject import Subject
 from torchworker.process.failure import UserError, user_line
 from torchworker.project.user_code import arguments, forward, name_outputs
-from torchworker.runtimes.load import call_script
+from torchworker.runtimes.load import call_script, ignore_script_deprecation
 
 
 class _UnfaithfulError(Exception):
@@ -29,7 +29,7 @@ def torchscript(subject: Subject, path: Path) -> str:
 
     Raises UserError when neither script, trace nor a mix of both gives the model's own outputs.
     """
-    warnings.simplefilter("ignore", DeprecationWarning)
+    ignore_script_deprecation()
     refusals = {}
     for way in (_script, _trace, _mixed):
         try:

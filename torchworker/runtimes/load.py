@@ -79,11 +79,23 @@ def flat(outputs: Any) -> list[Tensor]:
 
 
 def _torchscript(path: Path) -> Call:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        program = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    return partial(call_script, load_script(path))
 
-    return partial(call_script, program)
+
+def load_script(path: Path) -> Any:
+    """A TorchScript program on the CPU."""
+    with warnings.catch_warnings():
+        ignore_script_deprecation()
+        return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+
+
+def ignore_script_deprecation() -> None:
+    """Let torch not say at every call that TorchScript is deprecated; docs/leaving-torchscript.md says what to do.
+
+    torch 2.13 says it as a DeprecationWarning, 2.14 as a FutureWarning, which Python shows to everybody.
+    """
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", r"`torch\.jit\.", category)
 
 
 def call_script(program: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from torchworker.parity.reference import read_probes
 from torchworker.process.failure import describe, is_theirs
 from torchworker.project.user_code import build_model, enter, forward
 from torchworker.project.weights import load_weights
-from torchworker.runtimes.load import onnx_session
+from torchworker.runtimes.load import load_script, onnx_session
 
 CLOSE = 2.0**-14
 """Two values are the same place in the computation when they differ by less than this share of the largest one."""
@@ -193,9 +193,9 @@ def _in_onnx(path: Path, inputs: Mapping[str, Tensor]) -> Inside:
 
 def _in_torchscript(path: Path, inputs: Mapping[str, Tensor]) -> Inside:
     """TorchScript: the tensors of the inlined graph's straight part; what is inside a branch or loop is not seen."""
+    program = load_script(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        program = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         graph = program.graph.copy()
         torch._C._jit_pass_inline(graph)
         lowered, weights = torch._C._jit_pass_lower_graph(graph, program._c)
