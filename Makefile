@@ -10,8 +10,9 @@ ship: up
 	$(BIN)/ship run examples/digits/job.yaml
 
 # Many tests wait for a machine or a server to die, so more of them than cores run at once.
+# `make test ARGS="-k rollback"` runs a part.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder --durations=10 $(ARGS)
 
 # What CI runs before it lets a change in: style, types, tests.
 check: $(READY)

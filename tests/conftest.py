@@ -15,6 +15,7 @@ from tests.support.fixture_types import Command
 from tests.support.local_stack import enter_local_stack
 from tests.support.processes import run_command
 from tests.support.scheduling import MACHINE_WIDE, ByFile
+from tests.support.telling import keep_files, told_before
 from train_and_ship.infra import stack as local_stack
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.objectstore import ObjectStore
@@ -24,6 +25,22 @@ from train_and_ship.infra.settings import Settings
 def pytest_configure() -> None:
     # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
     enter_local_stack(Path(tempfile.mkdtemp(prefix="ship-tests-")))
+
+
+def pytest_report_header() -> list[str]:
+    return told_before()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    """Keeps the files of a test that failed, and says where they are."""
+    report: pytest.TestReport = yield
+    if report.failed:
+        temporary = getattr(item, "funcargs", {}).get("tmp_path")
+        folders = [Path(os.environ["SHIP_HOME"]), *([temporary] if temporary is not None else [])]
+        kept = keep_files(f"{item.nodeid}-{report.when}", folders, report.longreprtext)
+        report.sections.append(("Kept", f"logs, reports and screenshots: {kept}"))
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)
