@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torchworker.contract import DynamicDim
 from torchworker.process.fork import ChildDiedError, CrashNote, run_in_fork
 from torchworker.project.signature import other_sizes, resized, sizes_of
-from torchworker.runtimes.load import _require_signature
+from torchworker.runtimes.load import _require_signature, ignore_script_deprecation
 
 BATCH = DynamicDim(name="batch", min=1, max=None, axes={"tokens": (0,), "pairs": (0,)})
 LENGTH = DynamicDim(name="length", min=1, max=7, axes={"tokens": (1,), "pairs": (1, 2)})
@@ -54,6 +55,18 @@ def test_a_compiled_package_refuses_what_it_was_not_compiled_for(tensor: torch.T
     else:
         with pytest.raises(ValueError, match=told):
             _require_signature({"x": tensor}, signature)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_that_torchscript_is_deprecated_is_not_said_at_every_call_and_other_warnings_are(
+    category: type[Warning],
+) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ignore_script_deprecation()
+        warnings.warn("`torch.jit.load` is deprecated. Please switch to `torch.export`.", category, stacklevel=1)
+        warnings.warn("`torch.linalg` is something else", category, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["`torch.linalg` is something else"]
 
 
 def test_without_a_compiler_aoti_is_refused_with_the_way_out() -> None:
