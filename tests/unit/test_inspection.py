@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult
 from torchworker.process.failure import UserError
-from torchworker.stages.inspect import inspect
+from torchworker.stages.inspect import _column, inspect
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
@@ -24,6 +25,12 @@ def look(folder: Path, extra: str = "", ranges: dict[str, tuple[float | None, fl
     (folder / "plain.py").rename(folder / f"{module}.py")
     one, project = load_job(path)
     return inspect(InspectRequest(project=project_of(one, project), train=train_settings(one), ranges=ranges or {}))
+
+
+def test_a_percentile_is_the_value_of_its_whole_numbered_rank() -> None:
+    # Of 1 to 100, the seventh percentile is 7; by 0.07 × 100 = 7.000000000000001 it was 8, and so at five other places.
+    assert list(_column(np.arange(100, 0, -1, dtype=np.float64)).quantiles) == [1.0, *map(float, range(1, 101))]
+    assert list(_column(np.array([5.0, np.nan])).quantiles) == [5.0] * 101
 
 
 def test_counts_limits_labels_and_one_column_a_number(tmp_path: Path) -> None:
