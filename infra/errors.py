@@ -58,6 +58,10 @@ class ServiceError(ShipError):
     retryable = True
 
 
+class AnsweredError(ServiceError):
+    """A service that answers refused what was asked: asking it for something else may do."""
+
+
 class StoreFaultError(ServiceError):
     """The object store answered with a fault. `status` is the HTTP status."""
 

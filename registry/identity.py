@@ -47,8 +47,23 @@ def require_release_id(release: str) -> str:
     return release
 
 
+def may_be_alias(channel: str) -> bool:
+    """Whether MLflow can have an alias of that name. Channels with a dot were made before this was asked."""
+    return "." not in channel
+
+
+def require_new_channel(channel: str) -> None:
+    """Raises RequestError unless a channel can be made with that name."""
+    require_channel(channel)
+    if not may_be_alias(channel):
+        raise RequestError(
+            "channel: expected a name without dots, because MLflow has no alias with one, "
+            f"got {channel!r}; {channel.replace('.', '-')} can be one"
+        )
+
+
 def require_channel(channel: str) -> None:
-    """Raises RequestError for names that cannot be both part of a key and an alias in MLflow, or are taken there."""
+    """Raises RequestError for names that no channel can have: no part of a key, or taken as an alias in MLflow."""
     if not is_name(channel) or RESERVED_CHANNELS.fullmatch(channel):
         raise RequestError(
             "channel: expected 1 to 63 lower-case letters, digits, dots, dashes or underscores, and not latest, "

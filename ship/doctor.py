@@ -45,6 +45,7 @@ def mlflow_caught_up(settings: Settings) -> Iterator[str]:
     try:
         done = sync_all_aliases(ObjectStore.from_settings(settings), settings.mlflow_url)
         yield from (f"mended: {change}" for change in done.changed)
+        yield from done.failed
     except ShipError as error:
         yield f"the MLflow aliases were not compared with the channels: {error}"
     for runs in sorted(path for path in settings.runs.glob("*") if path.is_dir()):

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError, ShipError
+from train_and_ship.infra.errors import AnsweredError, ReleaseError, ServiceError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.catalog import channels, models
 from train_and_ship.registry.channels.channel import PRODUCTION, Channel
 from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.identity import may_be_alias
 from train_and_ship.registry.tracking.rest import ModelRegistry, model_registry
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -31,10 +32,16 @@ class Synced:
     changed: tuple[str, ...] = ()
     """Aliases that were set, or would be."""
     missing: tuple[str, ...] = ()
-    """Aliases that cannot be right, because MLflow has no version of the release."""
+    """Aliases that cannot be right: MLflow has no version of the release, or cannot have such an alias."""
+    failed: tuple[str, ...] = ()
+    """Channels whose aliases could not be looked at or set, and why."""
 
     def __add__(self, other: Synced) -> Synced:
-        return Synced(changed=self.changed + other.changed, missing=self.missing + other.missing)
+        return Synced(
+            changed=self.changed + other.changed,
+            missing=self.missing + other.missing,
+            failed=self.failed + other.failed,
+        )
 
 
 def alias_of(channel: str) -> str:
@@ -52,9 +59,12 @@ def sync_aliases(channel: Channel, *, dry_run: bool = False) -> Synced:
 
     Raises ServiceError or SettingsError when MLflow, or the bucket, does not do what is asked.
     """
+    pointer = read_pointer(channel)
+    if not may_be_alias(channel.name):
+        told = f"{channel}: MLflow has no alias with a dot in its name, so none follows this channel"
+        return Synced(missing=(told,) if pointer is not None else ())
     registry = model_registry(channel.tracking_uri)
     done = Synced()
-    pointer = read_pointer(channel)
     for _ in range(ROUNDS):
         if pointer is None:
             return done
@@ -78,11 +88,17 @@ def sync_after_move(channel: Channel) -> list[str]:
 
 
 def sync_all_aliases(store: ObjectStore, tracking_uri: str) -> Synced:
-    """Set the aliases of every channel of every model. Raises as `sync_aliases`."""
+    """Set the aliases of every channel of every model. What is wrong with one channel keeps no other from it.
+
+    Raises as `sync_aliases`, for what would be in the way of all: bucket or MLflow do not answer, or deny access.
+    """
     done = Synced()
     for model in models(store):
         for name in channels(store, model):
-            done += sync_aliases(Channel(store, model, name, tracking_uri))
+            try:
+                done += sync_aliases(Channel(store, model, name, tracking_uri))
+            except (ReleaseError, AnsweredError) as error:
+                done += Synced(failed=(f"the aliases of {model} {name} were not set: {error}",))
     return done
 
 

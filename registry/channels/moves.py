@@ -23,7 +23,7 @@ from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_poi
 from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.channels.timeline import rollback_target
-from train_and_ship.registry.identity import require_channel
+from train_and_ship.registry.identity import require_channel, require_new_channel
 from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
 from train_and_ship.registry.tracking.rest import model_registry
 
@@ -94,8 +94,7 @@ class Mover:
 
 def choose_rollback(channel: Channel, release: str | None) -> Target:
     """What a rollback goes back to: `release`, or what was live before this one. Reads only."""
-    require_channel(channel.name)
-    live = read_pointer(channel)
+    live = _live(channel)
     if release is not None:
         return _target(channel, release, live)
     if live is None:
@@ -112,10 +111,17 @@ def choose_rollback(channel: Channel, release: str | None) -> Target:
     )
 
 
+def _live(channel: Channel) -> Pointer | None:
+    require_channel(channel.name)
+    live = read_pointer(channel)
+    if live is None:
+        require_new_channel(channel.name)
+    return live
+
+
 def choose_promotion(channel: Channel, release: str) -> Target:
     """An existing release for a channel. Reads only."""
-    require_channel(channel.name)
-    return _target(channel, release, read_pointer(channel))
+    return _target(channel, release, _live(channel))
 
 
 def verify_target(target: Target, *, read_back: bool = True, public_key: Path | None = None) -> Verified:

@@ -16,7 +16,7 @@ from pydantic import (
 
 from torchworker.contract import METRICS, SPEED_GATES
 from train_and_ship.infra.errors import JobError
-from train_and_ship.registry.identity import RESERVED_CHANNELS
+from train_and_ship.registry.identity import RESERVED_CHANNELS, may_be_alias
 from train_and_ship.registry.job.base import Factory, Part, Target, digest
 from train_and_ship.registry.job.data import Checks, Snapshot
 from train_and_ship.registry.job.export import Export
@@ -32,6 +32,8 @@ def _is_channel(value: str) -> str:
     if RESERVED_CHANNELS.fullmatch(value):
         taken = "latest, champion, challenger, previous, …-previous or v and digits"
         raise ValueError(f"a channel that MLflow can have as an alias: not {taken}")
+    if not may_be_alias(value):
+        raise ValueError(f"a channel that MLflow can have as an alias: no dots, such as {value.replace('.', '-')}")
     return value
 
 

@@ -16,7 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.errors import AnsweredError, ServiceError, SettingsError
 from train_and_ship.registry.tracking.connection import (
     MISSING,
     connect,
@@ -132,7 +132,7 @@ class RestRegistry:
 
     def _change(self, method: str, path: str, values: Mapping[str, str]) -> None:
         if self._ask(method, path, values) is None:
-            raise ServiceError(f"MLflow at {self._shown} has nothing of that name: {path} {dict(values)}")
+            raise AnsweredError(f"MLflow at {self._shown} has nothing of that name: {path} {dict(values)}")
 
     def _ask(self, method: str, path: str, values: Mapping[str, str]) -> dict[str, Any] | None:
         """The reply's JSON, or None when MLflow says that there is no such thing."""
@@ -158,7 +158,7 @@ class RestRegistry:
                 f"MLflow at {self._shown} denied access ({path}: {reply.status} {text}); "
                 "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
-        raise ServiceError(f"MLflow at {self._shown} answered {path} with {reply.status} {code} {text}".rstrip())
+        raise AnsweredError(f"MLflow at {self._shown} answered {path} with {reply.status} {code} {text}".rstrip())
 
 
 class ClientRegistry:

@@ -11,10 +11,12 @@ from tests.support.fault_proxy import FaultProxy, PassOn, Rule
 from tests.support.fixture_types import Versioned
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, aliases, move, rolled_back
 from tests.support.stack_servers import MlflowServer, S3Server
-from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.errors import RequestError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.aliases import sync_after_move, sync_aliases, sync_all_aliases
 from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.moves import choose_promotion, choose_rollback
 from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.tracking.rest import ClientRegistry, ModelRegistry, RestRegistry
@@ -70,6 +72,27 @@ def test_mlflow_may_be_down_while_channels_move_and_is_told_later(
     assert len(done.changed) == 2 and aliases(mlflow) == {"champion": 3, "previous": 2}
     sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url))
     assert aliases(mlflow) == {"champion": 1, "previous": 3}
+
+
+def test_a_channel_that_cannot_have_an_alias_keeps_no_other_from_its_own(
+    object_store: ObjectStore, abc: list[Manifest], mlflow: MlflowServer
+) -> None:
+    # A name that could be given before; it sorts before prod.
+    move(object_store, abc[0], channel="eu.west", mlflow_version="1")
+    move(object_store, abc[1], channel="eu.west", mlflow_version="2")
+    object_store.put_new(pointer_key(MODEL, "halved"), b'{"format": 1')
+    done = sync_all_aliases(object_store, mlflow.url)
+    assert aliases(mlflow) == {"champion": 3, "previous": 2}
+    assert done.missing == (
+        f"{MODEL} eu.west: MLflow has no alias with a dot in its name, so none follows this channel",
+    )
+    (failed,) = done.failed
+    assert failed.startswith(f"the aliases of {MODEL} halved were not set: ")
+    # It is read and rolled back as before, and no second one is made.
+    target = choose_rollback(Channel(object_store, MODEL, "eu.west"), None)
+    assert target.release == abc[0].release
+    with pytest.raises(RequestError, match=r"expected a name without dots.* got 'eu.north'; eu-north can be one"):
+        choose_promotion(Channel(object_store, MODEL, "eu.north"), abc[0].release)
 
 
 def test_a_slow_mirror_does_not_undo_a_newer_one(

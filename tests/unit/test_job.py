@@ -128,6 +128,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("project: nowhere\n", "project: expected a folder"),
         ("release: {channel: ../prod}\n", "lower-case letters"),
         ("release: {channel: latest}\n", "a channel that MLflow can have as an alias"),
+        ("release: {channel: eu.west}\n", "no dots, such as eu-west"),
         ("  learning_rate: 1e-3\n", "YAML reads 1e-3 as text; write it with a point, such as 1.0e-3"),
     ],
 )
