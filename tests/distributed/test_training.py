@@ -14,6 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
 from tests.support.training import Train
@@ -181,6 +184,39 @@ def test_a_last_step_that_ruins_the_model_is_noticed(train: Train, tmp_path: Pat
     job = {"epochs": 1, "processes": 1, "batch_size": 96, "optimizer": "sgd", "learning_rate": 1e38}
     with pytest.raises(JobError, match=r"after step 1 of 1 the model gives .*expected finite numbers"):
         train(write_project(tmp_path / "p", train=job))
+
+
+def test_an_optimizer_with_modes_is_in_the_right_one_and_the_weights_are_those_that_were_validated(
+    train: Train, tmp_path: Path
+) -> None:
+    """schedulefree raises a plain Exception when it is asked to step outside its train mode."""
+    optimizer = {"factory": "schedulefree:AdamWScheduleFree"}
+    job = {"epochs": 2, "processes": 1, "batch_size": 32, "learning_rate": 0.05, "optimizer": optimizer}
+    result = train(write_project(tmp_path / "p", train=job))
+    weights = load_file(tmp_path / "train0" / WEIGHTS)
+    inputs = torch.randn(96, 4, generator=torch.Generator().manual_seed(1))
+    targets = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 1).long()
+    hidden = torch.relu(inputs @ weights["0.weight"].T + weights["0.bias"])
+    outputs = hidden @ weights["2.weight"].T + weights["2.bias"]
+    loss = nn.functional.cross_entropy(outputs, targets).item()
+    assert loss == pytest.approx(result.history[-1]["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("raised", ["Exception", "KeyError", "ZeroDivisionError"])
+def test_whatever_an_optimizer_raises_in_its_step_is_the_jobs_mistake(
+    train: Train, tmp_path: Path, raised: str
+) -> None:
+    extra = f"""
+        class Failing(torch.optim.SGD):
+            def step(self, closure=None):
+                raise {raised}("not like this")
+        def make_optimizer(parameters, lr):
+            return Failing(parameters, lr=lr)
+    """
+    job = {"epochs": 1, "processes": 1, "optimizer": {"factory": "plain:make_optimizer"}}
+    told = rf"train\.optimizer: step\(\) failed: {raised}: .*not like this.* \(plain\.py:\d+"
+    with pytest.raises(JobError, match=told):
+        train(write_project(tmp_path / "p", extra=extra, train=job))
 
 
 def test_labels_out_of_range_are_named_before_the_loss_sees_them(train: Train, tmp_path: Path) -> None:

@@ -390,13 +390,29 @@ def backward(value: Tensor, project: Project) -> None:
 def apply_gradients(
     optimizer: torch.optim.Optimizer, project: Project, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """One step of the optimizer. scaler: of the loss, when it was scaled."""
-    with as_user_error("train.optimizer: step() failed", project.folder, (RuntimeError, TypeError, ValueError)):
+    """One step of the optimizer. scaler: of the loss, when it was scaled.
+
+    Raises UserError for whatever it raises, unless that is of the machine: another rank that is gone, CUDA, the system.
+    """
+    try:
         if scaler is not None and scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
         else:
             optimizer.step()
+    except Exception as error:
+        machine = (OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+        if isinstance(error, (UserError, *machine)) or is_lost_connection(error):
+            raise
+        raise user_error("train.optimizer: step() failed", error, project.folder) from error
+
+
+def set_optimizer_mode(optimizer: torch.optim.Optimizer, project: Project, *, training: bool) -> None:
+    """Tell an optimizer that has modes, as schedule-free ones do, whether weights are trained or used now."""
+    mode = getattr(optimizer, "train" if training else "eval", None)
+    if callable(mode) and callable(getattr(optimizer, "eval", None)):
+        with as_user_error("train.optimizer: its change of mode failed", project.folder):
+            mode()
 
 
 def require_gradients(model: nn.Module, project: Project) -> None:

@@ -136,6 +136,7 @@ class Loop:
             self.losses.sums.zero_()
         self.checkpoints.wait()
         digest = whole_fingerprint(self.data.fingerprint)
+        user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
         save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
         cpu_seconds = whole_cpu_seconds()
         result = None
@@ -253,6 +254,7 @@ class Loop:
     def _train_epoch(self) -> float:
         """The rest of this epoch's share of this rank; the mean loss over all samples of all ranks."""
         self.model.train()
+        user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
         stream = self.data.epoch(self.epoch, self.epoch_step)
         for _ in range(self.epoch_step, self.epoch_steps):
             self._optimizer_step(stream)
@@ -329,6 +331,8 @@ class Loop:
         return batch
 
     def _evaluate(self) -> dict[str, float]:
+        # Weights of schedule-free optimizers are others while training.
+        user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
         means = self.evaluation(self.model)
         if not all(math.isfinite(mean) for mean in means.values()):
             raise UserError(
