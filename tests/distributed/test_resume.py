@@ -161,24 +161,35 @@ def test_a_torn_checkpoint_is_found_by_its_hash_and_the_one_before_is_used(
     assert attempt.weights == uninterrupted[0]
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(attempt: Attempt, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("nn.Linear(4, 3)", r"checkpoint of another model: bias is missing there and float32 \[3\] here"),
+        (
+            "build_model()\n        next(reversed(list(found.parameters()))).requires_grad_(False)",
+            r"other layers were trained, .*\(net\.6\.bias: trained then and not now\); start a new run",
+        ),
+    ],
+    ids=["another model", "frozen layers"],
+)
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused_by_name(
+    attempt: Attempt, tmp_path: Path, model: str, told: str
+) -> None:
     stopped_after(attempt, tmp_path / "project", 2)
-    other = {"train": {**STATEFUL_TRAIN, "optimizer": "sgd"}, "model": {"factory": "plain:other"}}
-    path = tmp_path / "project" / "plain.py"
-    with pytest.raises(JobError, match=r"checkpoint of another model: bias is missing there and float32 \[3\] here"):
-        code = STATEFUL + "\n    def other():\n        return nn.Linear(4, 3)\n"
-        job = write_project(tmp_path / "project", extra=code, **{"train": STATEFUL_TRAIN, **other})
-        loaded, folder = load_job(job)
-        work = attempt.folder / "other"
-        work.mkdir()
-        request = TrainRequest(
-            project=project_of(loaded, folder),
-            train=train_settings(loaded),
-            folder=str(work),
-            checkpoints=str(attempt.folder / "checkpoints"),
-        )
+    code = STATEFUL + f"\n    def other():\n        found = {model}\n        return found\n"
+    train = {**STATEFUL_TRAIN, "optimizer": "sgd"} if "Linear" in model else STATEFUL_TRAIN
+    job = write_project(tmp_path / "project", extra=code, train=train, model={"factory": "plain:other"})
+    loaded, folder = load_job(job)
+    work = attempt.folder / "other"
+    work.mkdir()
+    request = TrainRequest(
+        project=project_of(loaded, folder),
+        train=train_settings(loaded),
+        folder=str(work),
+        checkpoints=str(attempt.folder / "checkpoints"),
+    )
+    with pytest.raises(JobError, match=told):
         asyncio.run(call_worker(attempt.fork_server, "train", request, work))
-    assert path.exists()
 
 
 def test_a_stopped_rank_is_noticed_and_handled_as_dead(

@@ -179,11 +179,16 @@ class Loop:
             "fingerprint": [self.data.fingerprint.total, self.data.fingerprint.samples],
             "history": self.history,
             "shapes": self._shapes(),
+            "trained": self._trained(),
             "random": random_state(),
         }
 
     def _shapes(self) -> dict[str, str]:
         return {name: f"{user_code.dtype_name(t)} {list(t.shape)}" for name, t in self.model.state_dict().items()}
+
+    def _trained(self) -> list[str]:
+        named = self.model.named_parameters()
+        return [name.removeprefix("module.") for name, parameter in named if parameter.requires_grad]
 
     def _save(self) -> None:
         # No checkpoint of weights that a loss has made NaN.
@@ -222,7 +227,7 @@ class Loop:
         self.notes.append(note)
 
     def _read_own(self, path: Path) -> dict[str, Any]:
-        """This rank's values; raises UserError when the checkpoint is of another model."""
+        """This rank's values; raises UserError when the checkpoint is of another model, or of other layers of it."""
         own = self.checkpoints.own(path, self.rank)
         there, here = own["shapes"], self._shapes()
         for name in sorted(there.keys() | here.keys()):
@@ -231,6 +236,15 @@ class Loop:
                     f"train: {path} is a checkpoint of another model: {name} is {there.get(name, 'missing')} there and "
                     f"{here.get(name, 'missing')} here; start a new run, or bring back the model that began this one"
                 )
+        # Checkpoints of before do not say it.
+        then, now = set(own.get("trained", self._trained())), set(self._trained())
+        if then != now:
+            changes = {"trained now and not then": now - then, "trained then and not now": then - now}
+            told = "; ".join(f"{', '.join(sorted(names))}: {how}" for how, names in changes.items() if names)
+            raise UserError(
+                f"train: {path} was written while other layers were trained, and holds no optimizer state for these "
+                f"({told}); start a new run, or freeze as the run that was begun did"
+            )
         return own
 
     def _share_sums(self, path: Path, world: int) -> None:
