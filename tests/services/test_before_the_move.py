@@ -389,7 +389,9 @@ def test_a_run_that_died_in_training_goes_on_from_its_checkpoint_and_what_it_wri
     assert version.tags["flow_run_id"] == run.name
     made = client.get_run(version.run_id)
     assert made.data.params == told["run"]["params"] and made.data.tags.keys() == told["run"]["tags"].keys()
-    assert {name for name in made.data.metrics if not name.startswith("system/")} == told["run"]["metrics"].keys()
+    # Whether one rank held up the other in a step that was looked at is chance; its name has a test of its own.
+    measured = {name for name in made.data.metrics if not name.startswith("system/")}
+    assert measured - {"ranks/straggler"} == told["run"]["metrics"].keys() - {"ranks/straggler"}
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     files = sorted(item.path for item in client.list_logged_model_artifacts(logged.model_id))
     assert (logged.name, files) == (told["logged_model"]["name"], told["logged_model"]["artifacts"])
