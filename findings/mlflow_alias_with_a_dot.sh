@@ -3,6 +3,7 @@
 # `set_registered_model_alias(name, "eu.west", version)` raises INVALID_PARAMETER_VALUE, with SQLite behind it and no server
 # too, while the same text is accepted as the name of a model and as the value of a tag. Who mirrors deployment channels
 # (`eu.west`, `2026.11`) as aliases learns it at the first promotion, after the release is out; a dash works.
+# seen: 2026-11-29: model name with a dot: accepted; alias with a dot: INVALID_PARAMETER_VALUE: Invalid alias name: 'eu.west'. Names may only contain alphanumerics, underscores (_), and dashes (-).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
