@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.support.projects import STATEFUL, STATEFUL_TRAIN, write_project
+from tests.support.training import Train
 from torchworker.contract import TrainRequest, TrainResult, decode
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import ForkServer
@@ -179,17 +180,8 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused_by_name(
     code = STATEFUL + f"\n    def other():\n        found = {model}\n        return found\n"
     train = {**STATEFUL_TRAIN, "optimizer": "sgd"} if "Linear" in model else STATEFUL_TRAIN
     job = write_project(tmp_path / "project", extra=code, train=train, model={"factory": "plain:other"})
-    loaded, folder = load_job(job)
-    work = attempt.folder / "other"
-    work.mkdir()
-    request = TrainRequest(
-        project=project_of(loaded, folder),
-        train=train_settings(loaded),
-        folder=str(work),
-        checkpoints=str(attempt.folder / "checkpoints"),
-    )
     with pytest.raises(JobError, match=told):
-        asyncio.run(call_worker(attempt.fork_server, "train", request, work))
+        Train(attempt.fork_server, attempt.folder)(job)
 
 
 def test_a_stopped_rank_is_noticed_and_handled_as_dead(

@@ -66,7 +66,7 @@ def _arguments(program: Path) -> list[str]:
         *("-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")),
         *(str(SOURCE), "-o", str(program), f"-L{libraries}", f"-Wl,-rpath,{libraries}"),
         # Operators register themselves when their library is loaded, so it is linked whether or not a symbol asks for
-        # it. What a CUDA build's own libraries need is the driver's to find, when they are loaded.
+        # it. What libraries of a CUDA build need they find by their own RPATH, when they are loaded.
         *("-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined", "-ltorch_cpu", "-lc10"),
         # RPATH, not RUNPATH, which does not count for what is loaded later: a compiled model asks for libtorch.so.
         "-Wl,--disable-new-dtags",

@@ -242,7 +242,7 @@ class Loop:
             changes = {"trained now and not then": now - then, "trained then and not now": then - now}
             told = "; ".join(f"{', '.join(sorted(names))}: {how}" for how, names in changes.items() if names)
             raise UserError(
-                f"train: {path} was written while other layers were trained, and holds no optimizer state for these "
+                f"train: {path} was written while other layers were trained, so its optimizer state is not of these "
                 f"({told}); start a new run, or freeze as the run that was begun did"
             )
         return own
