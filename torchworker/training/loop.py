@@ -208,6 +208,8 @@ class Loop:
         # DDP arranges its gradient buckets after its first backward pass, and the order in which many ranks
         # sum depends on them. One pass before the state is restored puts them as they were.
         self._arrange_buckets()
+        # To give its state a form, torch takes a step with an optimizer that has taken none.
+        user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
         state = self._state()
         self.checkpoints.load(path, state)
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
