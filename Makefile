@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: ship test check chaos month bench bench-store bench-parity bench-inference up down clean
+# Hundreds of interpreters start; without this each compiles the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: ship test soak check month bench bench-store bench-parity bench-inference up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -14,17 +17,18 @@ ship: up
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder --durations=10 $(ARGS)
 
+# What is long by nature: every fault at every request of a promotion on both kinds of store, flows killed everywhere,
+# power cuts, several hosts, Slurm, a team's server, the whole zoo.
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak --numprocesses 3 --no-loadscope-reorder --durations=10 $(ARGS)
+
 # What CI runs before it lets a change in: style, types, tests.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases tests benchmarks
-	$(MAKE) test
-
-# Every fault at every request of a promotion, on both kinds of store, and a flow killed everywhere; twenty minutes.
-chaos: $(READY)
-	$(BIN)/python -m pytest -m chaos --numprocesses 3 --no-loadscope-reorder tests/services tests/flows
+	$(MAKE) test soak
 
 # Thirty nights with everything that can go wrong, on a stack of its own; ten minutes. Writes docs/month.md and its picture.
 month: $(READY)

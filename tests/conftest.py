@@ -13,8 +13,9 @@ import pytest
 
 from tests.support.fixture_types import Command
 from tests.support.local_stack import enter_local_stack
-from tests.support.processes import run_command
-from tests.support.scheduling import MACHINE_WIDE, ByFile
+from tests.support.new_databases import put_databases
+from tests.support.processes import Ended, cool_down, run_command, warm_up
+from tests.support.scheduling import ByFile, longest_first
 from tests.support.telling import keep_files, told_before
 from train_and_ship.infra import stack as local_stack
 from train_and_ship.infra.fork_server import ForkServer
@@ -49,11 +50,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first."""
-    items.sort(key=lambda item: not item.path.name.endswith(MACHINE_WIDE))
+    items.sort(key=longest_first())
 
 
 def pytest_unconfigure() -> None:
+    cool_down()
     shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
 
 
@@ -61,8 +62,10 @@ def pytest_unconfigure() -> None:
 def stack() -> Iterator[Settings]:
     """The settings of a running local stack; os.environ points every client to it."""
     settings = Settings.load()
+    put_databases(settings.home)
     try:
         local_stack.up(settings)
+        warm_up()
         yield settings
     finally:
         local_stack.down(settings)
@@ -78,6 +81,14 @@ def command(stack: Settings) -> Command:
 def store(stack: Settings) -> ObjectStore:
     """The stack's object store."""
     return ObjectStore.from_settings(stack)
+
+
+@pytest.fixture(scope="session")
+def digits(command: Command) -> Ended:
+    """The digits example, shipped once on the stack; others may have moved its channel since."""
+    ended = command("ship", "run", "examples/digits/job.yaml")
+    assert ended.status == 0, ended.text
+    return ended
 
 
 @pytest.fixture(scope="module")

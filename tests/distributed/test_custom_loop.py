@@ -408,6 +408,7 @@ def test_a_script_that_ends_the_process_group_itself_ships_too(train: Train, tmp
     assert (tmp_path / "train0" / WEIGHTS).exists()
 
 
+@pytest.mark.soak
 def test_a_killed_rank_costs_no_bit_of_what_lightning_trains(train: Train, tmp_path: Path) -> None:
     example = REPOSITORY / "examples" / "lightning"
     document = yaml.safe_load((example / "job.yaml").read_text())

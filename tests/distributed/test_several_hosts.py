@@ -78,6 +78,7 @@ def test_a_host_that_loses_power_is_named_within_seconds(lab: Lab, start: Start,
     assert nothing_runs(lab)
 
 
+@pytest.mark.soak
 def test_a_rank_that_is_stopped_on_another_host_is_noticed_and_named(lab: Lab, start: Start, tmp_path: Path) -> None:
     flow = start(write_project(tmp_path / "p", extra=SLOW, train=quick(300, hang_seconds=4, epochs=9)))
     flow.until("event", "step")
@@ -93,6 +94,7 @@ def test_a_rank_that_is_stopped_on_another_host_is_noticed_and_named(lab: Lab, s
     assert nothing_runs(lab)
 
 
+@pytest.mark.soak
 def test_a_job_that_may_shrink_goes_on_without_the_host_that_died(lab: Lab, start: Start, tmp_path: Path) -> None:
     job = write_project(tmp_path / "p", extra=SLOW, train=quick(10, batch_size=16))
     flow = start(job, min_nodes=1)
@@ -108,6 +110,7 @@ def test_a_job_that_may_shrink_goes_on_without_the_host_that_died(lab: Lab, star
     assert nothing_runs(lab)
 
 
+@pytest.mark.soak
 def test_a_link_that_is_cut_is_noticed_in_bounded_time_and_both_sides_stop(
     lab: Lab, start: Start, tmp_path: Path
 ) -> None:
@@ -123,6 +126,7 @@ def test_a_link_that_is_cut_is_noticed_in_bounded_time_and_both_sides_stop(
     assert nothing_runs(lab)
 
 
+@pytest.mark.soak
 def test_two_hosts_train_one_model_even_if_the_flow_is_killed_and_the_next_one_finds_the_job(
     lab: Lab, start: Start, tmp_path: Path
 ) -> None:
@@ -145,6 +149,7 @@ def test_two_hosts_train_one_model_even_if_the_flow_is_killed_and_the_next_one_f
     assert nothing_runs(lab)
 
 
+@pytest.mark.soak
 def test_a_cancelled_flow_ends_every_process_on_every_host(lab: Lab, start: Start, tmp_path: Path) -> None:
     flow = start(write_project(tmp_path / "p", extra=SLOW))
     flow.until("event", "step")
@@ -175,6 +180,7 @@ def test_an_exception_in_user_code_on_another_host_is_the_error_that_is_shown(
     assert nothing_runs(lab)
 
 
+@pytest.mark.soak
 def test_hosts_stop_when_the_process_that_looks_after_them_is_killed(lab: Lab, start: Start, tmp_path: Path) -> None:
     flow = start(write_project(tmp_path / "p", extra=SLOW))
     flow.until("event", "step")

@@ -81,6 +81,7 @@ def test_a_job_gives_a_result_even_if_the_flow_is_killed_and_the_next_one_finds_
     assert len(list((tmp_path / "attempts").glob("ship-*"))) == 1
 
 
+@pytest.mark.soak
 def test_a_cancelled_flow_ends_the_job_on_every_node(cluster: Cluster, start: Start, tmp_path: Path) -> None:
     flow = start(write_project(tmp_path / "p", extra=SLOW))
     flow.until("event", "step")
@@ -95,6 +96,7 @@ def test_a_cancelled_flow_ends_the_job_on_every_node(cluster: Cluster, start: St
     assert not ranks_on(cluster, "h1") and not ranks_on(cluster, "h2")
 
 
+@pytest.mark.soak
 def test_a_job_that_may_shrink_goes_on_without_the_node_that_died(
     cluster: Cluster, start: Start, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_job_that_may_shrink_goes_on_without_the_node_that_died(
     assert result_in(ended["done"]).environment["processes"] == "1"
 
 
+@pytest.mark.soak
 def test_a_node_that_dies_ends_a_job_of_fixed_size_and_slurm_says_so(
     cluster: Cluster, start: Start, tmp_path: Path
 ) -> None:

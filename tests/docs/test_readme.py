@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.support.fixture_types import Command
+from tests.support.processes import Ended
 from tests.support.projects import REPOSITORY
 from train_and_ship.infra.settings import Settings
+from train_and_ship.ship.main import app
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -53,6 +56,7 @@ def test_the_example_project_imports_nothing_of_ours(tmp_path: Path) -> None:
 
 
 # It trains and ships several times.
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_every_command_works_as_written(command: Command, tmp_path: Path) -> None:
     write_example(tmp_path)
@@ -70,15 +74,27 @@ def test_every_command_works_as_written(command: Command, tmp_path: Path) -> Non
     assert ran == 10
 
 
-def test_the_python_that_loads_a_model_works(command: Command, stack: Settings) -> None:
-    assert command("ship", "run", "examples/digits/job.yaml").status == 0
+def test_every_command_of_ours_is_one_with_these_words_and_options(tmp_path: Path) -> None:
+    write_example(tmp_path)
+    group, understood = typer.main.get_command(app), 0
+    for words in commands():
+        if words[0] == "ship":
+            arguments = [str(tmp_path / word) if word.startswith("mine/") else word for word in words[1:]]
+            # Parses them as the command would, and runs nothing; what does not fit is raised.
+            context = group.make_context("ship", arguments)
+            name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+            command.make_context(name, rest, parent=context)
+            understood += 1
+    assert understood == 9
+
+
+def test_the_python_that_loads_a_model_works(digits: Ended, stack: Settings) -> None:
     (block,) = [block for block in blocks("python") if "pyfunc" in block]
     code = block.replace("http://127.0.0.1:5000", stack.mlflow_url)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_python_of_a_serving_machine_works(command: Command, stack: Settings, tmp_path: Path) -> None:
-    assert command("ship", "run", "examples/digits/job.yaml").status == 0
+def test_the_python_of_a_serving_machine_works(digits: Ended, stack: Settings, tmp_path: Path) -> None:
     (block,) = [block for block in blocks("python") if "shipreader" in block]
     variables = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
     environment = {**os.environ, **variables, "AWS_ENDPOINT_URL": stack.s3_endpoint or ""}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.projects import write_project
-from tests.support.worker_stages import FORMATS, ONE, OpenStages
+from tests.support.worker_stages import EACH_FORMATS, FORMATS, ONE, OpenStages
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.gates import verdict_table
 
@@ -332,9 +332,12 @@ def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(st
     assert accuracies[0] == accuracies[1] > 0.5
 
 
-def test_a_project_folder_that_holds_the_python_environment_is_validated(stages: OpenStages) -> None:
+@EACH_FORMATS
+def test_a_project_folder_that_holds_the_python_environment_is_validated(
+    stages: OpenStages, formats: tuple[str, ...]
+) -> None:
     opened = stages()
-    opened.export(*FORMATS)
+    opened.export(*formats)
     opened.project_folder = Path(sys.prefix).parent
     assert opened.validate().passed
 

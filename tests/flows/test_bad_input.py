@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fault_proxy import FaultProxy, Rule, StripHeaders
+from tests.support.fault_proxy import Answer, FaultProxy, Rule, StripHeaders
 from tests.support.fixture_types import Command
 from tests.support.flow_runs import refused
 from tests.support.ports import free_ports
@@ -110,6 +110,17 @@ def test_run_stops_at_a_loss_that_becomes_nan(command: Command, store: ObjectSto
 def test_an_unreachable_prefect(command: Command, store: ObjectStore, job: str) -> None:
     url = nowhere()
     refused(command("ship", "run", job, PREFECT_API_URL=f"{url}/api"), store, "Prefect", url, "ship up")
+
+
+def test_a_prefect_that_asks_for_an_account_is_named_by_its_variable(
+    command: Command, stack: Settings, store: ObjectStore, job: str
+) -> None:
+    with FaultProxy(f"http://{LOOPBACK}:{stack.prefect_port}") as proxy:
+        proxy.add(Rule(Answer(401, "Unauthorized")))
+        url = f"{proxy.url}/api"
+        refused(command("ship", "run", job, PREFECT_API_URL=url), store, "PREFECT_API_AUTH_STRING")
+        shown = command("ship", "status", PREFECT_API_URL=url)
+    assert "is not known" in shown.errors and "PREFECT_API_AUTH_STRING" in shown.errors, shown.text
 
 
 def test_an_unreachable_mlflow(command: Command, store: ObjectStore, job: str) -> None:

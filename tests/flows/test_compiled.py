@@ -24,6 +24,7 @@ def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:
     assert set(cpp_runner.KINDS) == RUNS
 
 
+@pytest.mark.soak
 def test_a_compiled_release_is_proven_without_python_and_promoted(
     command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:

@@ -23,7 +23,9 @@ from train_and_ship.registry.channels.pointer import read_pointer
     ("example", "names", "reports"),
     [
         ("own_loop", {"train_loss", "validation_loss", "validation_accuracy"}, 20),
-        ("lightning", {"train_loss", "validation_loss", "validation_accuracy"}, 8),
+        pytest.param(
+            *("lightning", {"train_loss", "validation_loss", "validation_accuracy"}, 8), marks=pytest.mark.soak
+        ),
     ],
 )
 def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(

@@ -49,6 +49,7 @@ def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
     assert manifest.signature["inputs"][0]["shape"] == ["batch", 30]
 
 
+@pytest.mark.soak
 def test_sequences_are_classified_at_any_length(command: Command, store: ObjectStore, tmp_path: Path) -> None:
     manifest = shipped(command, store, "sequence", tmp_path / "release")
     assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
@@ -63,6 +64,7 @@ def test_sequences_are_classified_at_any_length(command: Command, store: ObjectS
         assert int(short.argmax()) == 0, f"{kind}: not German"
 
 
+@pytest.mark.soak
 def test_a_translator_ships_with_its_beam_search_and_every_format_writes_cyrillic(
     command: Command, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from tests.support.channels import live
 from tests.support.flow_runs import reports_in_prefect
 from tests.support.prefect_api import Api
 from tests.support.processes import eventually
@@ -24,6 +26,24 @@ from train_and_ship.registry.tracking.runs import REPORT, TAG_FLOW_RUN
 from train_and_ship.tasks.outcome import CUT_OFF
 
 
+def test_a_run_waits_while_another_of_its_model_is_at_work_on_this_machine(
+    stack: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    train = {"epochs": 1, "processes": 1, "batch_size": 32}
+    job = write_project(tmp_path, name="patient", train=train, export={"formats": ["torchscript"]})
+    log, folder = tmp_path / "log", stack.runs / "patient"
+    folder.mkdir(parents=True)
+    with (folder / "run.lock").open("w") as other, log.open("w") as output:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        argv = [Path(sys.executable).with_name("ship"), "run", str(job)]
+        run = subprocess.Popen(argv, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+        eventually(lambda: "another run of patient is at work" in log.read_text(), "it waits")
+        assert run.poll() is None and not list(folder.glob("*-*"))
+    assert run.wait() == 0, log.read_text()
+    assert live(store, "patient") is not None
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other_models_do_not(
     stack: Settings, store: ObjectStore, tmp_path: Path

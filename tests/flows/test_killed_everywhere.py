@@ -29,7 +29,6 @@ from train_and_ship.registry.tracking.connection import connect
 MIDDLE = {stage: "checkpoints/step-????????" if stage == "train" else f"{stage}.work/*" for stage in STAGES}
 END = {stage: f"{stage}/{MANIFEST}" for stage in STAGES}
 EVERYWHERE = [moment for stage in STAGES for moment in (MIDDLE[stage], END[stage])]
-SOME = [MIDDLE["train"], END["train"], MIDDLE["export"], END["validate"], END["release"], MIDDLE["rehearse"]]
 
 
 def killed(job: Path, resume: str, moment: Callable[[], object]) -> None:
@@ -46,14 +45,13 @@ def killed(job: Path, resume: str, moment: Callable[[], object]) -> None:
     flow.wait()
 
 
+# `test_resume.py` kills at one moment.
+@pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "moments", [pytest.param(SOME, id="some"), pytest.param(EVERYWHERE, id="everywhere", marks=pytest.mark.chaos)]
-)
 def test_a_flow_killed_in_and_after_every_stage_ends_with_the_same_release_and_repeats_no_complete_stage(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path, moments: list[str]
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
-    whole, harassed = f"whole-{len(moments)}", f"harassed-{len(moments)}"
+    whole, harassed = "whole", "harassed"
 
     def job_of(name: str) -> Path:
         train = {"epochs": 2, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}
@@ -93,7 +91,7 @@ def test_a_flow_killed_in_and_after_every_stage_ends_with_the_same_release_and_r
         return read_pointer(Channel(store, harassed, "prod"))
 
     complete: dict[str, int] = {}
-    for moment in moments:
+    for moment in EVERYWHERE:
         killed(job, folder.name, appears(moment))
         complete = {**written(), **complete}
     # Between the pointer and the report, which comes last.

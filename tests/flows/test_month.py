@@ -16,8 +16,8 @@ SOME = (1, 2, 6, 16, 26)
 """The first, a quiet one, damaged data, a run killed in training, and MLflow dying before a promotion."""
 
 
-# It trains and ships several times, and kills servers in between: minutes, which `make test` has not.
-@pytest.mark.chaos
+# It trains and ships several times, and kills servers in between.
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_after_nights_on_which_things_broke_every_record_says_what_happened_and_nothing_is_half_done(
     stack: Settings, tmp_path: Path

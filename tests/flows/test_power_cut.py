@@ -55,6 +55,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting
         ship("down")
 
 
+# `services/test_stack.py` kills components, `test_resume.py` a flow, one at a time.
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_run_outlives_its_worker_its_servers_and_the_machine(machine: Settings, tmp_path: Path) -> None:
     train = {"epochs": 3, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}

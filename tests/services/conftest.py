@@ -81,7 +81,7 @@ def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RgwServer]:
         server.kill()
 
 
-@pytest.fixture(scope="session", params=["ministack", "rgw"])
+@pytest.fixture(scope="session", params=["ministack", pytest.param("rgw", marks=pytest.mark.soak)])
 def each_store_url(request: pytest.FixtureRequest) -> str:
     """Addresses of both kinds of server. A module whose `store_url` is this one runs its tests against each."""
     server = request.getfixturevalue("s3_server" if request.param == "ministack" else "rgw_server")

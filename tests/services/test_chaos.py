@@ -1,6 +1,6 @@
 """A promotion that the network, the store or a SIGKILL gets in the way of, at every one of its requests.
 
-`make test` tries some faults at each request, `make chaos` every fault at each.
+`make test` tries some faults at each request on one server, `make soak` every fault at each on two.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def store_url(each_store_url: str) -> str:
     return each_store_url
 
 
-@pytest.fixture(params=["small", pytest.param("in parts", marks=pytest.mark.chaos)])
+@pytest.fixture(params=["small", pytest.param("in parts", marks=pytest.mark.soak)])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of the files of a release: the second kind has one that goes up in two parts."""
     smallest = 5 * 2**20
@@ -191,7 +191,7 @@ def test_some_fault_at_every_request_leaves_the_old_or_the_new_release_live(scen
         disturbed(scene, index, FAULTS[kinds[index % len(kinds)]])
 
 
-@pytest.mark.chaos
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", FAULTS)
 def test_every_fault_at_every_request_leaves_the_old_or_the_new_release_live(scene: Scene, kind: str) -> None:
@@ -203,7 +203,7 @@ def test_every_fault_at_every_request_leaves_the_old_or_the_new_release_live(sce
     print(f"{kind}: {len(failed)} of {count} promotions gave up: {failed}")
 
 
-@pytest.mark.chaos
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["500", "request lost", "reply lost"])
 def test_a_store_that_is_gone_from_any_request_on_leaves_the_old_or_the_new_release_live(
@@ -255,7 +255,7 @@ def test_a_promoter_killed_at_any_request_leaves_the_old_or_the_new_release_live
             kill_at(scene, host, index, after=index % 2 == 1)
 
 
-@pytest.mark.chaos
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("after", [False, True], ids=["before it happens", "after it happened"])
 def test_a_promoter_killed_before_or_after_any_request_leaves_the_old_or_the_new_release_live(

@@ -157,6 +157,7 @@ def team(stack: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield Team(**{**vars(team), "variables": variables})
 
 
+@pytest.mark.soak
 def test_several_workers_ship_through_one_server_whose_state_is_backed_up_and_restored(
     team: Team, command: Command, store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.support.projects import REPOSITORY
+
+TABLE = REPOSITORY / "docs" / "testing.md"
 MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
 """Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
 
 
 EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
 """In the id of a test that runs against both stores (`each_store_url`)."""
+
+
+def longest_first() -> Callable[[pytest.Item], float]:
+    """A key to sort tests by: those of files that took long when docs/testing.md was written come first, file by file."""
+    rows = re.findall(r"^\| (\S+/test_\w+\.py) \| \d+ \| (\d+) \|", TABLE.read_text(), re.MULTILINE)
+    seconds = {file: float(value) for file, value in rows}
+    machine = sum(value for file, value in seconds.items() if file.endswith(MACHINE_WIDE))
+
+    def key(item: pytest.Item) -> float:
+        file = item.nodeid.partition("::")[0].removeprefix("tests/")
+        return -(machine if file.endswith(MACHINE_WIDE) else seconds.get(file, 0.0))
+
+    return key
 
 
 class ByFile(LoadScopeScheduling):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from tests.support.new_databases import put_databases
 from train_and_ship.infra.components import Component, mlflow_component, s3_component
 from train_and_ship.infra.processes import PidFile, last_lines, start
 from train_and_ship.infra.settings import Settings
@@ -67,3 +68,6 @@ class MlflowServer(StackServer):
 
     component_of = staticmethod(mlflow_component)
     port_variable = "SHIP_MLFLOW_PORT"
+
+    def __post_init__(self) -> None:
+        put_databases(self.folder, "mlflow")

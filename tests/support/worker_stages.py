@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from torchworker.contract import (
     FORMAT_FILES,
     Artifact,
@@ -32,6 +34,14 @@ from train_and_ship.tasks.worker import call_worker
 
 FORMATS = tuple(kind for kind in FORMAT_FILES if kind != "executorch")
 """Those that need no largest batch."""
+EACH_FORMATS = pytest.mark.parametrize(
+    "formats",
+    [
+        pytest.param(tuple(kind for kind in FORMATS if kind != "aoti"), id="not compiled"),
+        pytest.param(("aoti",), id="aoti", marks=pytest.mark.soak),
+    ],
+)
+"""AOTInductor compiles C++ for twenty seconds; `test_exports.py` asks it together with the others."""
 ONE = {"epochs": 1, "processes": 1, "batch_size": 32}
 
 
