@@ -19,7 +19,7 @@ from torchworker.contract import (
     InspectResult,
     TensorSpec,
 )
-from train_and_ship.infra.fork_server import ForkServer
+from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.data.checks import Report, check_data, require_good_data
 from train_and_ship.registry.job.job import Job
@@ -44,23 +44,20 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
     project, report = project_of(job, folder, snapshot), None
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
-        fork_server = ForkServer(work / "host.log")
-        try:
-            if job.data.checks is not None:
-                # First: a NaN in the data is a better reason than the NaN of the loss.
-                facts = await ask_worker(fork_server, "inspect", inspect_request(job, project), InspectResult, work)
-                report = check_data(job.data.checks, facts, None, "")
-                require_good_data(job.name, report)
-            request = CheckRequest(
-                project=project,
-                train=train_settings(job),
-                ranks_here=0 if job.train.launcher.machines else job.train.processes,
-                dynamic=dynamic_dims(job),
-                max_batch=job.export.max_batch,
-            )
-            result = await ask_worker(fork_server, "check", request, CheckResult, work)
-        finally:
-            fork_server.close()
+        server = fork_server(work / "host.log")
+        if job.data.checks is not None:
+            # First: a NaN in the data is a better reason than the NaN of the loss.
+            facts = await ask_worker(server, "inspect", inspect_request(job, project), InspectResult, work)
+            report = check_data(job.data.checks, facts, None, "")
+            require_good_data(job.name, report)
+        request = CheckRequest(
+            project=project,
+            train=train_settings(job),
+            ranks_here=0 if job.train.launcher.machines else job.train.processes,
+            dynamic=dynamic_dims(job),
+            max_batch=job.export.max_batch,
+        )
+        result = await ask_worker(server, "check", request, CheckResult, work)
     return result, report
 
 

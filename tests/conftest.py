@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Command, Ship
 from tests.support.local_stack import enter_local_stack
 from tests.support.new_databases import put_databases
-from tests.support.processes import Ended, cool_down, run_command, warm_up
+from tests.support.processes import Ended, run_command
 from tests.support.scheduling import ByFile, longest_first
+from tests.support.ship_here import ship_here
 from tests.support.telling import keep_files, told_before
 from train_and_ship.infra import stack as local_stack
 from train_and_ship.infra.fork_server import ForkServer
+from train_and_ship.infra.fork_server import fork_server as process_fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 
@@ -54,7 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
-    cool_down()
     shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
 
 
@@ -65,7 +67,6 @@ def stack() -> Iterator[Settings]:
     put_databases(settings.home)
     try:
         local_stack.up(settings)
-        warm_up()
         yield settings
     finally:
         local_stack.down(settings)
@@ -75,6 +76,12 @@ def stack() -> Iterator[Settings]:
 def command(stack: Settings) -> Command:
     """Run an installed command from the repository against the stack; variables given by name are added."""
     return run_command
+
+
+@pytest.fixture
+def ship(stack: Settings, capsys: pytest.CaptureFixture[str]) -> Ship:
+    """The `ship` command in this process, against the stack; variables given by name are added."""
+    return functools.partial(ship_here, capsys)
 
 
 @pytest.fixture(scope="session")
@@ -91,9 +98,7 @@ def digits(command: Command) -> Ended:
     return ended
 
 
-@pytest.fixture(scope="module")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """A fork server, for tests that run stages without Prefect."""
-    started = ForkServer(tmp_path_factory.mktemp("host") / "host.log")
-    yield started
-    started.close()
+@pytest.fixture
+def fork_server() -> ForkServer:
+    """The fork server of this process, for tests that run stages without Prefect."""
+    return process_fork_server(Path(os.environ["SHIP_HOME"]) / "host.log")

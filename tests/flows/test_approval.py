@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
 from tests.support.prefect_api import Api
 from tests.support.projects import write_project
@@ -15,7 +15,7 @@ from train_and_ship.registry.channels.pointer import read_pointer
 
 
 def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_after_a_no(
-    command: Command, stack: Settings, store: ObjectStore, tmp_path: Path
+    ship: Ship, stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
     api = Api(stack)
     job = write_project(
@@ -34,7 +34,7 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     assert "would replace" in shown and f"ship approve {first}" in shown and "## Parity" in shown
     assert "between its stages" not in shown and "Killed" not in shown
 
-    yes = command("ship", "approve", first, "--by", "grace", "--comment", "looks good")
+    yes = ship("approve", first, "--by", "grace", "--comment", "looks good")
     assert yes.status == 0 and f"approved by grace: {stack.prefect_ui_url}" in yes.output, yes.text
     api.wait(first, "Completed")
     live = read_pointer(Channel(store, "asked", "prod"))
@@ -45,13 +45,13 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     second = api.start("retrain", job=str(job), force=True)
     page = api.wait(second, "Paused")
     assert page["state"]["state_details"]["run_input_keyset"]
-    no = command("ship", "approve", second, "--reject", "--by", "grace", "--comment", "not on a Friday")
+    no = ship("approve", second, "--reject", "--by", "grace", "--comment", "not on a Friday")
     assert no.status == 0, no.text
     kept = api.wait(second, "Kept")
     assert kept["state_type"] == "COMPLETED"
     assert read_pointer(Channel(store, "asked", "prod")) == live
 
-    again = command("ship", "approve", second)
+    again = ship("approve", second)
     assert again.status == 2 and "expected one that waits for approval, this one is Kept" in again.errors
-    unknown = command("ship", "approve", "tomorrow")
+    unknown = ship("approve", "tomorrow")
     assert unknown.status == 2 and "got 'tomorrow'" in unknown.errors and "Traceback" not in unknown.text

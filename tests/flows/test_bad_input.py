@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_proxy import Answer, FaultProxy, Rule, StripHeaders
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.flow_runs import refused
 from tests.support.ports import free_ports
 from tests.support.projects import write_project
@@ -25,16 +25,16 @@ def nowhere() -> str:
     return f"http://{LOOPBACK}:{free_ports(1)[0]}"
 
 
-def test_a_missing_job_file(command: Command, store: ObjectStore) -> None:
-    refused(command("ship", "run", "nowhere.yaml"), store, "nowhere.yaml: no such file")
+def test_a_missing_job_file(ship: Ship, store: ObjectStore) -> None:
+    refused(ship("run", "nowhere.yaml"), store, "nowhere.yaml: no such file")
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])
 def test_a_job_with_mistakes_is_refused_by_check_and_by_run(
-    command: Command, store: ObjectStore, tmp_path: Path, verb: str
+    ship: Ship, store: ObjectStore, tmp_path: Path, verb: str
 ) -> None:
     job = write_project(tmp_path, name="mistaken", nmae="x", train={"epochs": "many"})
-    refused(command("ship", verb, str(job)), store, "nmae: unknown key; did you mean name?", "expected a valid integer")
+    refused(ship(verb, str(job)), store, "nmae: unknown key; did you mean name?", "expected a valid integer")
 
 
 MISTAKES = {
@@ -92,40 +92,38 @@ EXTRA = """
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_check_names_what_is_wrong_in_user_code(
-    command: Command, store: ObjectStore, tmp_path: Path, mistake: str
-) -> None:
+def test_check_names_what_is_wrong_in_user_code(ship: Ship, store: ObjectStore, tmp_path: Path, mistake: str) -> None:
     keys, message = MISTAKES[mistake]
     (tmp_path / "nested.py").write_text("import nothere\n")
     job = write_project(tmp_path, extra=EXTRA, name="mistaken", **keys)
-    refused(command("ship", "check", str(job)), store, message)
+    refused(ship("check", str(job)), store, message)
 
 
-def test_run_stops_at_a_loss_that_becomes_nan(command: Command, store: ObjectStore, tmp_path: Path) -> None:
+def test_run_stops_at_a_loss_that_becomes_nan(ship: Ship, store: ObjectStore, tmp_path: Path) -> None:
     train = {"epochs": 1, "processes": 2, "batch_size": 32, "learning_rate": 1e38, "optimizer": "sgd"}
     job = write_project(tmp_path, name="mistaken", train=train)
-    refused(command("ship", "run", str(job)), store, "the loss became", "learning_rate 1e+38")
+    refused(ship("run", str(job)), store, "the loss became", "learning_rate 1e+38")
 
 
-def test_an_unreachable_prefect(command: Command, store: ObjectStore, job: str) -> None:
+def test_an_unreachable_prefect(ship: Ship, store: ObjectStore, job: str) -> None:
     url = nowhere()
-    refused(command("ship", "run", job, PREFECT_API_URL=f"{url}/api"), store, "Prefect", url, "ship up")
+    refused(ship("run", job, PREFECT_API_URL=f"{url}/api"), store, "Prefect", url, "ship up")
 
 
 def test_a_prefect_that_asks_for_an_account_is_named_by_its_variable(
-    command: Command, stack: Settings, store: ObjectStore, job: str
+    ship: Ship, stack: Settings, store: ObjectStore, job: str
 ) -> None:
     with FaultProxy(f"http://{LOOPBACK}:{stack.prefect_port}") as proxy:
         proxy.add(Rule(Answer(401, "Unauthorized")))
         url = f"{proxy.url}/api"
-        refused(command("ship", "run", job, PREFECT_API_URL=url), store, "PREFECT_API_AUTH_STRING")
-        shown = command("ship", "status", PREFECT_API_URL=url)
+        refused(ship("run", job, PREFECT_API_URL=url), store, "PREFECT_API_AUTH_STRING")
+        shown = ship("status", PREFECT_API_URL=url)
     assert "is not known" in shown.errors and "PREFECT_API_AUTH_STRING" in shown.errors, shown.text
 
 
-def test_an_unreachable_mlflow(command: Command, store: ObjectStore, job: str) -> None:
+def test_an_unreachable_mlflow(ship: Ship, store: ObjectStore, job: str) -> None:
     url = nowhere()
-    refused(command("ship", "run", job, MLFLOW_TRACKING_URI=url), store, "MLflow", url)
+    refused(ship("run", job, MLFLOW_TRACKING_URI=url), store, "MLflow", url)
 
 
 def mine(url: str, bucket: str = "models") -> dict[str, str]:
@@ -138,20 +136,18 @@ def mine(url: str, bucket: str = "models") -> dict[str, str]:
     }
 
 
-def test_an_unreachable_s3(command: Command, store: ObjectStore, job: str) -> None:
+def test_an_unreachable_s3(ship: Ship, store: ObjectStore, job: str) -> None:
     url = nowhere()
-    refused(command("ship", "run", job, **mine(url)), store, url)
+    refused(ship("run", job, **mine(url)), store, url)
 
 
-def test_a_bucket_that_does_not_exist(command: Command, store: ObjectStore, stack: Settings, job: str) -> None:
+def test_a_bucket_that_does_not_exist(ship: Ship, store: ObjectStore, stack: Settings, job: str) -> None:
     assert stack.s3_endpoint
-    refused(command("ship", "run", job, **mine(stack.s3_endpoint, "no-such-bucket")), store, "no-such-bucket")
+    refused(ship("run", job, **mine(stack.s3_endpoint, "no-such-bucket")), store, "no-such-bucket")
 
 
-def test_a_store_that_ignores_conditional_writes(
-    command: Command, store: ObjectStore, stack: Settings, job: str
-) -> None:
+def test_a_store_that_ignores_conditional_writes(ship: Ship, store: ObjectStore, stack: Settings, job: str) -> None:
     assert stack.s3_endpoint
     with FaultProxy(stack.s3_endpoint) as proxy:
         proxy.add(Rule(StripHeaders(("if-match", "if-none-match")), method="PUT"))
-        refused(command("ship", "run", job, **mine(proxy.url)), store, "If-None-Match")
+        refused(ship("run", job, **mine(proxy.url)), store, "If-None-Match")

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Command, Ship
 from tests.support.html_pages import checked
 from tests.support.projects import SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -30,7 +30,7 @@ def workers_of(run: Path) -> list[psutil.Process]:
 
 
 def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_on_from(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    command: Command, ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     train = {"epochs": 6, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}
     job = write_project(tmp_path, extra=SLOW, name="cancelled", train=train, export={"formats": ["torchscript"]})
@@ -57,6 +57,6 @@ def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_
     assert "cancelled: cancelled" in report.text and "Training did not end" in report.text
 
     # As it is now, with fewer epochs left than the whole.
-    again = command("ship", "run", str(job), "--resume", found[0])
+    again = ship("run", str(job), "--resume", found[0])
     assert again.status == 0, again.text
     assert re.search(r"resumed from step \d+ of 18", again.text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
 from torchworker.runtimes import cpp_runner
 from torchworker.stages import cpp
@@ -26,7 +26,7 @@ def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:
 
 @pytest.mark.soak
 def test_a_compiled_release_is_proven_without_python_and_promoted(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     if cpp.compiler() is None:
         pytest.skip("no C++ compiler on this machine")
@@ -38,7 +38,7 @@ def test_a_compiled_release_is_proven_without_python_and_promoted(
         parity={"cpp": "required"},
         gates={"accuracy": {"min": 0.3}},
     )
-    ended = command("ship", "run", str(job))
+    ended = ship("run", str(job))
     assert ended.status == 0, ended.text
     pointer = read_pointer(Channel(store, "compiled", "prod"))
     assert pointer is not None

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.flow_runs import flow_run_of, read_run, refused
 from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -29,7 +29,7 @@ from train_and_ship.registry.channels.pointer import read_pointer
     ],
 )
 def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(
-    command: Command, stack: Settings, store: ObjectStore, example: str, names: set[str], reports: int
+    ship: Ship, stack: Settings, store: ObjectStore, example: str, names: set[str], reports: int
 ) -> None:
     path = REPOSITORY / "examples" / example / "job.yaml"
     job = yaml.safe_load(path.read_text())
@@ -39,7 +39,7 @@ def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(
             r"^(from|import) (flows|tasks|registry|infra|torchworker|ship)\b", module.read_text(), re.M
         )
 
-    ended = command("ship", "run", str(path))
+    ended = ship("run", str(path))
     assert ended.status == 0, ended.text
     assert "Traceback" not in ended.text
     pointer = read_pointer(Channel(store, job["name"], "prod"))
@@ -67,8 +67,8 @@ def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(
 
 
 @pytest.mark.parametrize("example", ["own_loop", "lightning"])
-def test_check_finds_the_loop_and_builds_model_and_data_without_running_it(command: Command, example: str) -> None:
-    ended = command("ship", "check", f"examples/{example}/job.yaml")
+def test_check_finds_the_loop_and_builds_model_and_data_without_running_it(ship: Ship, example: str) -> None:
+    ended = ship("check", f"examples/{example}/job.yaml")
     assert ended.status == 0, ended.text
     text = " ".join(ended.output.replace("│", " ").split())
     assert f"{example if example == 'own_loop' else 'lightning_loop'}:main(context, epochs=" in text
@@ -109,10 +109,10 @@ EXTRA = """
     ],
 )
 def test_check_names_what_a_custom_loop_would_trip_over(
-    command: Command, store: ObjectStore, tmp_path: Path, train: dict[str, object], data: str, expected: str
+    ship: Ship, store: ObjectStore, tmp_path: Path, train: dict[str, object], data: str, expected: str
 ) -> None:
     job = write_project(
         tmp_path, name="mistaken", extra=EXTRA, train={"entrypoint": "plain:main", **train},
         data={"factory": f"plain:{data}"},
     )  # fmt: skip
-    refused(command("ship", "check", str(job)), store, expected)
+    refused(ship("check", str(job)), store, expected)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -38,11 +38,11 @@ def job(folder: Path, name: str, factory: str, gate: dict[str, float], **args: A
 
 
 def test_a_metric_in_user_code_is_gated_on_each_artifact_and_recorded(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     path = job(tmp_path, "recalled", "recall", {"min": 0.0, "vs_live": -1.0}, of=2)
     for _ in range(2):
-        ended = command("ship", "run", path)
+        ended = ship("run", path)
         assert ended.status == 0, ended.text
     assert ended.text.count("recall_of_2") >= 2
     pointer = read_pointer(Channel(store, "recalled", "prod"))
@@ -50,11 +50,11 @@ def test_a_metric_in_user_code_is_gated_on_each_artifact_and_recorded(
     assert 0 <= read_manifest(store, "recalled", pointer.release).metrics["recall_of_2"] <= 1
 
 
-def test_a_metric_that_fails_or_falls_short_stops_the_run(command: Command, store: ObjectStore, tmp_path: Path) -> None:
-    short = command("ship", "run", job(tmp_path / "short", "short", "recall", {"min": 1.5}, of=2))
+def test_a_metric_that_fails_or_falls_short_stops_the_run(ship: Ship, store: ObjectStore, tmp_path: Path) -> None:
+    short = ship("run", job(tmp_path / "short", "short", "recall", {"min": 1.5}, of=2))
     assert short.status == 2 and "recall_of_2" in short.errors and "FAILED" in short.errors, short.text
     assert live(store, "short") is None
 
-    broken = command("ship", "check", job(tmp_path / "broken", "broken", "always", {"min": 0.1}))
+    broken = ship("check", job(tmp_path / "broken", "broken", "always", {"min": 0.1}))
     assert broken.status == 2, broken.text
     assert "no table of classes" in broken.errors and "Traceback" not in broken.errors

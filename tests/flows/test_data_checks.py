@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.flow_runs import read_run
 from tests.support.html_pages import checked
 from tests.support.projects import CODE, write_project
@@ -33,7 +33,7 @@ CHECKED: dict[str, Any] = {
 
 
 def test_corrupt_data_is_refused_before_training_and_names_each_fault(
-    command: Command, store: ObjectStore, tmp_path: Path
+    ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     extra = """
         build_sound = build_dataset
@@ -45,12 +45,12 @@ def test_corrupt_data_is_refused_before_training_and_names_each_fault(
                 inputs[:2] = build_dataset("train").tensors[0][:2]
             return TensorDataset(inputs, target)
     """
-    sound = command("ship", "check", str(write_project(tmp_path / "sound", name="sound", train=POOR, data=CHECKED)))
+    sound = ship("check", str(write_project(tmp_path / "sound", name="sound", train=POOR, data=CHECKED)))
     assert sound.status == 0 and "passes 16 checks; drift is asked when a run begins" in sound.output, sound.text
     job = write_project(tmp_path / "corrupt", extra=extra, name="corrupt", train=POOR, data=CHECKED)
-    checked = command("ship", "check", str(job))
+    checked = ship("check", str(job))
     assert checked.status == 2 and "Traceback" not in checked.text, checked.text
-    ended = command("ship", "run", str(job))
+    ended = ship("run", str(job))
     assert ended.status == 2, ended.text
     assert "the data is not what data.checks asks for" in ended.errors and "Nothing was trained" in ended.errors
     assert "missing of train input: 1 of 384 (0.26%), expected at most 0.00%" in ended.errors

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 import httpx
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Command, Ship
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -51,17 +51,17 @@ def scheduled(stack: Settings, name: str) -> list[dict[str, Any]]:
 
 
 def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_again_changes_only_what_is_asked(
-    command: Command, stack: Settings, store: ObjectStore, tmp_path: Path
+    command: Command, ship: Ship, stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
     jobs = [job_of(tmp_path, name) for name in ("alpha", "beta")]
-    done = command("ship", "deploy", *map(str, jobs), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
+    done = ship("deploy", *map(str, jobs), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
     assert done.status == 0 and "retrain/alpha  30 3 * * * Europe/Berlin" in done.output, done.text
     found = deployed(stack)
     assert {"alpha", "beta", "retrain"} <= found.keys()
     assert [nightly(found[name]) for name in ("alpha", "beta")] == [("30 3 * * *", "Europe/Berlin")] * 2
     assert all(found[name]["global_concurrency_limit"]["limit"] == 1 for name in ("alpha", "beta"))
 
-    again = command("ship", "deploy", str(jobs[0]))
+    again = ship("deploy", str(jobs[0]))
     assert again.status == 0, again.text
     after = deployed(stack)
     assert after["alpha"]["id"] == found["alpha"]["id"]
@@ -73,44 +73,44 @@ def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_agai
 
 
 def test_the_next_nights_are_there_as_runs_that_wait_for_their_time(
-    command: Command, stack: Settings, tmp_path: Path
+    ship: Ship, stack: Settings, tmp_path: Path
 ) -> None:
     job = job_of(tmp_path, "zeta")
-    done = command("ship", "deploy", str(job), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
+    done = ship("deploy", str(job), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
     assert done.status == 0, done.text
     when = datetime.fromisoformat(scheduled(stack, "zeta")[0]["expected_start_time"])
     assert (when.astimezone(ZoneInfo("Europe/Berlin")).hour, when.minute) == (3, 30)
 
 
-def test_a_mistake_in_one_job_file_deploys_none_of_them(command: Command, stack: Settings, tmp_path: Path) -> None:
+def test_a_mistake_in_one_job_file_deploys_none_of_them(ship: Ship, stack: Settings, tmp_path: Path) -> None:
     good, twin = job_of(tmp_path, "gamma"), job_of(tmp_path / "twin", "gamma")
     bad = job_of(tmp_path, "delta")
     bad.write_text(bad.read_text().replace("epochs", "epoch"))
-    done = command("ship", "deploy", str(good), str(twin), str(bad))
+    done = ship("deploy", str(good), str(twin), str(bad))
     assert done.status == 2 and "Traceback" not in done.text
     assert "epochs" in done.errors and f"gamma is the model of {good} too" in done.errors
     assert "nothing was deployed" in done.errors and not {"gamma", "delta"} & deployed(stack).keys()
 
 
-def test_a_schedule_that_cannot_be_read_is_refused(command: Command, stack: Settings, tmp_path: Path) -> None:
+def test_a_schedule_that_cannot_be_read_is_refused(ship: Ship, stack: Settings, tmp_path: Path) -> None:
     job = str(job_of(tmp_path, "epsilon"))
     for option, value in (("--cron", "every night"), ("--timezone", "Europe/Bonn")):
-        done = command("ship", "deploy", job, option, value)
+        done = ship("deploy", job, option, value)
         assert done.status == 2 and value in done.errors and "Traceback" not in done.text, done.text
     assert "epsilon" not in deployed(stack)
 
 
 def test_ship_up_renames_the_flow_of_an_elder_deployment_of_ours_and_of_no_other(
-    command: Command, stack: Settings, tmp_path: Path
+    ship: Ship, stack: Settings, tmp_path: Path
 ) -> None:
     jobs = [job_of(tmp_path, name) for name in ("elder", "foreign")]
-    assert command("ship", "deploy", *map(str, jobs)).status == 0
+    assert ship("deploy", *map(str, jobs)).status == 0
     stored = {"elder": "flows.retrain.retrain", "foreign": "flows.retrain.weekly"}
     for name, entrypoint in stored.items():
         address = f"{stack.prefect_api_url}/deployments/{deployed(stack)[name]['id']}"
         httpx.patch(address, json={"entrypoint": entrypoint}).raise_for_status()
 
-    assert command("ship", "up").status == 0
+    assert ship("up").status == 0
 
     found = deployed(stack)
     assert found["elder"]["entrypoint"] == found["retrain"]["entrypoint"] == "train_and_ship.flows.retrain.retrain"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import read_manifest
@@ -39,7 +39,7 @@ print(json.dumps({"signature": json.loads(signature), "off": float(off)}))
 
 
 def test_a_program_for_devices_is_proven_measured_rehearsed_and_pulled(
-    command: Command, store: ObjectStore, tmp_path: Path
+    ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     job = write_project(
         tmp_path / "project",
@@ -48,10 +48,10 @@ def test_a_program_for_devices_is_proven_measured_rehearsed_and_pulled(
         export={"formats": ["executorch"], "batch": 8, "max_batch": 20},
         gates={"accuracy": {"min": 0.3}, "size_mb": {"max": 1}},
     )
-    ended = command("ship", "check", str(job))
+    ended = ship("check", str(job))
     assert ended.status == 0, ended.text
     assert "batch: 1 to 20" in ended.output and "executorch: model.pte" in ended.output
-    ended = command("ship", "run", str(job))
+    ended = ship("run", str(job))
     assert ended.status == 0, ended.text
     pointer = read_pointer(Channel(store, "edge", "prod"))
     assert pointer is not None
@@ -60,7 +60,7 @@ def test_a_program_for_devices_is_proven_measured_rehearsed_and_pulled(
     assert manifest.serve == {"latency": "executorch", "throughput": "executorch"}
     assert manifest.signature["dims"] == [{"name": "batch", "min": 1, "max": 20}]
 
-    ended = command("ship", "pull", "edge", "--to", str(tmp_path / "device"))
+    ended = ship("pull", "edge", "--to", str(tmp_path / "device"))
     assert ended.status == 0, ended.text
     folder = tmp_path / "device" / "current"
     verdicts = json.loads((folder / "verdicts.json").read_text())["verdicts"]

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.projects import REPOSITORY
 from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.objectstore import ObjectStore
@@ -23,13 +23,13 @@ from train_and_ship.registry.release.manifest import Manifest
 OURS = re.compile(r"^\s*(from|import) (flows|tasks|registry|infra|torchworker|ship|shipreader)\b", re.M)
 
 
-def shipped(command: Command, store: ObjectStore, example: str, folder: Path) -> Manifest:
+def shipped(ship: Ship, store: ObjectStore, example: str, folder: Path) -> Manifest:
     """Runs the example's job, downloads what it made live into the folder, and returns its manifest."""
     path = REPOSITORY / "examples" / example / "job.yaml"
     assert len(path.read_text().splitlines()) < 25
     for module in path.parent.glob("*.py"):
         assert not OURS.search(module.read_text())
-    ended = command("ship", "run", str(path))
+    ended = ship("run", str(path))
     assert ended.status == 0, ended.text
     assert "Traceback" not in ended.text
     name = yaml.safe_load(path.read_text())["name"]
@@ -40,9 +40,9 @@ def shipped(command: Command, store: ObjectStore, example: str, folder: Path) ->
 
 
 def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
-    command: Command, store: ObjectStore, tmp_path: Path
+    ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
-    manifest = shipped(command, store, "tabular", tmp_path / "release")
+    manifest = shipped(ship, store, "tabular", tmp_path / "release")
     metrics = manifest.metrics
     assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
     assert metrics["accuracy"] >= 0.93 and metrics["recall"] >= 0.88
@@ -50,8 +50,8 @@ def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
 
 
 @pytest.mark.soak
-def test_sequences_are_classified_at_any_length(command: Command, store: ObjectStore, tmp_path: Path) -> None:
-    manifest = shipped(command, store, "sequence", tmp_path / "release")
+def test_sequences_are_classified_at_any_length(ship: Ship, store: ObjectStore, tmp_path: Path) -> None:
+    manifest = shipped(ship, store, "sequence", tmp_path / "release")
     assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
     assert manifest.metrics["accuracy"] >= 0.68
     assert manifest.signature["inputs"][0]["shape"] == ["batch", "length"]
@@ -66,9 +66,9 @@ def test_sequences_are_classified_at_any_length(command: Command, store: ObjectS
 
 @pytest.mark.soak
 def test_a_translator_ships_with_its_beam_search_and_every_format_writes_cyrillic(
-    command: Command, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ship: Ship, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = shipped(command, store, "translate", tmp_path / "release")
+    manifest = shipped(ship, store, "translate", tmp_path / "release")
     metrics = manifest.metrics
     assert set(manifest.formats) == {"torchscript", "pt2"}
     assert metrics["exact_match"] >= 0.55 and metrics["character_error_rate"] <= 0.14

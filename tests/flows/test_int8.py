@@ -10,7 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -34,9 +34,9 @@ def job(folder: Path, **export: Any) -> Path:
 
 
 def test_a_variant_that_holds_its_promises_is_released_and_one_that_does_not_is_left_out_with_the_reason(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
-    ended = command("ship", "run", str(job(tmp_path / "project")))
+    ended = ship("run", str(job(tmp_path / "project")))
     assert ended.status == 0, ended.text
     assert re.search(rf"{STATIC} is not in the release: SQNR 3\d\.\d dB, expected at least 40", ended.text)
     # Two batches of capture and a larger one, and the variant once on all of them.
@@ -54,10 +54,10 @@ def test_a_variant_that_holds_its_promises_is_released_and_one_that_does_not_is_
 
 
 def test_a_variant_that_the_job_wants_to_serve_with_and_that_is_not_good_enough_stops_the_run(
-    command: Command, store: ObjectStore, tmp_path: Path
+    ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     before = live(store, "eighth")
-    ended = command("ship", "run", str(job(tmp_path, serve=STATIC)))
+    ended = ship("run", str(job(tmp_path, serve=STATIC)))
     assert ended.status == 2, ended.text
     assert re.search(rf"export\.serve: {STATIC} is not in the release: SQNR", ended.errors)
     assert "Nothing was registered or promoted" in ended.errors and "Traceback" not in ended.text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Command, Ship
 from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
 from tests.support.html_pages import checked
 from tests.support.prefect_api import Api
@@ -136,19 +136,19 @@ def test_a_flow_moves_the_channel_while_mlflow_is_down(
 
 
 def test_a_release_is_promoted_although_mlflow_went_away_after_it_was_registered(
-    stack: Settings, command: Command, store: ObjectStore, tmp_path: Path
+    stack: Settings, ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     quick = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
     job = write_project(tmp_path, **quick, name="mirrorless")
     with FaultProxy(stack.mlflow_url) as proxy:
         # All that is asked once the version is made: it is registered, and then nobody is there.
         proxy.add(Rule(DropRequest(), path="registered-models/(get|alias)"))
-        ended = command("ship", "run", str(job), MLFLOW_TRACKING_URI=proxy.url)
+        ended = ship("run", str(job), MLFLOW_TRACKING_URI=proxy.url)
     assert ended.status == 0, ended.text
     assert "the MLflow alias champion follows later, with the next move or `ship doctor`" in ended.text
     pointer = live(store, "mirrorless")
     assert RestRegistry(stack.mlflow_url).aliases("mirrorless") == {}
-    before, after = command("ship", "doctor", "mirrorless", "--dry-run"), command("ship", "doctor", "mirrorless")
+    before, after = ship("doctor", "mirrorless", "--dry-run"), ship("doctor", "mirrorless")
     assert "the report of mirrorless version 1 is not in MLflow" in before.output
     assert after.status == 0 and "the report of mirrorless version 1 is in MLflow" in after.output
     assert pointer.release in report_in_mlflow(stack, "mirrorless", "1")

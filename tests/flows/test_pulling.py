@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
+from tests.support.processes import Ended
 from tests.support.projects import write_project
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.objectstore import ObjectStore
@@ -22,12 +23,9 @@ from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.release.pickles import TORCHSCRIPT_ENTRIES, find_pickle
 
 
-@pytest.fixture(scope="module")
-def live_digits(command: Command, store: ObjectStore) -> Pointer:
-    """The pointer of the digits example, shipped unless another test has done so."""
-    if read_pointer(Channel(store, "digits", "prod")) is None:
-        ended = command("ship", "run", "examples/digits/job.yaml")
-        assert ended.status == 0, ended.text
+@pytest.fixture
+def live_digits(digits: Ended, store: ObjectStore) -> Pointer:
+    """The pointer of the digits example."""
     pointer = read_pointer(Channel(store, "digits", "prod"))
     assert pointer is not None
     return pointer
@@ -53,44 +51,44 @@ def test_no_file_of_a_release_is_a_pickle_and_torchs_own_archives_name_nothing_b
     assert configurations and not any(b'"use_pickle":true' in text.replace(b" ", b"") for text in configurations)
 
 
-def test_ship_pull_brings_what_is_live_and_says_where(live_digits: Pointer, command: Command, tmp_path: Path) -> None:
-    ended = command("ship", "pull", "digits", "--to", str(tmp_path / "digits"))
+def test_ship_pull_brings_what_is_live_and_says_where(live_digits: Pointer, ship: Ship, tmp_path: Path) -> None:
+    ended = ship("pull", "digits", "--to", str(tmp_path / "digits"))
     assert ended.status == 0, ended.text
     assert re.match(r"digits prod: generation \d+, release [0-9a-f]{20}\n +/.*/digits/current\n", ended.output)
     assert (tmp_path / "digits" / "current" / "model.onnx").is_file()
-    ended = command("ship", "pull", "digits", "--channel", "canary", "--to", str(tmp_path / "canary"))
+    ended = ship("pull", "digits", "--channel", "canary", "--to", str(tmp_path / "canary"))
     assert ended.status == 1 and "nothing is live on canary" in ended.errors and "Traceback" not in ended.text
-    ended = command("ship", "pull", "digits", "--to", str(tmp_path / "digits"), SHIP_PUBLIC_KEY="/none.pub")
+    ended = ship("pull", "digits", "--to", str(tmp_path / "digits"), SHIP_PUBLIC_KEY="/none.pub")
     assert ended.status == 2 and "expected a public key in PEM" in ended.errors
 
 
 def test_a_release_is_signed_later_and_then_required_to_be(
-    live_digits: Pointer, command: Command, store: ObjectStore, tmp_path: Path
+    live_digits: Pointer, ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     key = key_pair(tmp_path)
     public = {"SHIP_PUBLIC_KEY": str(key.with_suffix(".pub"))}
-    pull = ("ship", "pull", "digits", "--to", str(tmp_path / "digits"))
-    assert command(*pull).status == 0
-    ended = command(*pull, **public)
+    pull = ("pull", "digits", "--to", str(tmp_path / "digits"))
+    assert ship(*pull).status == 0
+    ended = ship(*pull, **public)
     assert ended.status == 1 and "expected a signature by key" in ended.errors
-    sign = ("ship", "sign", "digits", live_digits.release)
-    ended = command(*sign)
+    sign = ("sign", "digits", live_digits.release)
+    ended = ship(*sign)
     assert ended.status == 2 and "expected SHIP_SIGNING_KEY" in ended.errors
-    ended = command(*sign, SHIP_SIGNING_KEY=str(key))
+    ended = ship(*sign, SHIP_SIGNING_KEY=str(key))
     assert ended.status == 0 and "MANIFEST." in ended.output, ended.text
-    assert command(*pull, **public).status == 0
+    assert ship(*pull, **public).status == 0
 
 
 QUICK = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
 
 
 def test_a_run_with_a_key_ships_a_signed_release_and_one_with_a_bad_key_does_not_begin(
-    command: Command, store: ObjectStore, tmp_path: Path
+    ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     job, key = write_project(tmp_path, **QUICK, name="signed"), key_pair(tmp_path)
-    ended = command("ship", "run", str(job), SHIP_SIGNING_KEY=str(tmp_path / "none.pem"))
+    ended = ship("run", str(job), SHIP_SIGNING_KEY=str(tmp_path / "none.pem"))
     assert ended.status == 2 and "expected a private key in PEM" in ended.errors and "epoch" not in ended.text
-    ended = command("ship", "run", str(job), SHIP_SIGNING_KEY=str(key))
+    ended = ship("run", str(job), SHIP_SIGNING_KEY=str(key))
     assert ended.status == 0, ended.text
     pointer = read_pointer(Channel(store, "signed", "prod"))
     assert pointer is not None

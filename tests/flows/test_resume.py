@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from tests.support.processes import orphans
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -32,7 +32,7 @@ ASKS_A_FILE = """
 
 
 def test_a_flow_killed_in_training_goes_on_from_its_checkpoint(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     train = {"epochs": 4, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}
     job = write_project(tmp_path, extra=SLOW, name="killed", train=train, export={"formats": ["torchscript"]})
@@ -54,14 +54,14 @@ def test_a_flow_killed_in_training_goes_on_from_its_checkpoint(
     assert orphans() == []
     assert live(store, "killed") is None
 
-    ended = command("ship", "run", str(job), "--resume", run_id)
+    ended = ship("run", str(job), "--resume", run_id)
     assert ended.status == 0, ended.text
     assert re.search(r"resumed from step \d+ of 12", ended.text)
     assert live(store, "killed") is not None
 
 
 def test_a_complete_stage_is_verified_and_not_repeated(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     job = write_project(
         tmp_path,
@@ -71,39 +71,39 @@ def test_a_complete_stage_is_verified_and_not_repeated(
         export={"formats": ["torchscript"]},
     )
     (tmp_path / "broken").touch()
-    first = command("ship", "run", str(job))
+    first = ship("run", str(job))
     assert first.status == 2 and "not today" in first.errors, first.text
     (run,) = (path for path in (stack.runs / "mended").iterdir() if path.is_dir())
     weights = (run / "train" / "weights.safetensors").stat().st_mtime_ns
 
     (tmp_path / "broken").unlink()
-    second = command("ship", "run", str(job), "--resume", run.name)
+    second = ship("run", str(job), "--resume", run.name)
     assert second.status == 0, second.text
     assert "train: already complete in this run, verified by hash" in second.text
     assert (run / "train" / "weights.safetensors").stat().st_mtime_ns == weights
     assert live(store, "mended") is not None
 
 
-def test_a_run_that_does_not_exist_cannot_be_resumed(command: Command) -> None:
-    ended = command("ship", "run", "examples/digits/job.yaml", "--resume", "../..")
+def test_a_run_that_does_not_exist_cannot_be_resumed(ship: Ship) -> None:
+    ended = ship("run", "examples/digits/job.yaml", "--resume", "../..")
     assert ended.status == 2
     assert "resume: expected the id of a run in" in ended.errors and "Traceback" not in ended.text
 
 
 def test_an_old_run_that_is_gone_on_with_does_not_replace_what_a_later_one_put_live(
-    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     train = {"epochs": 1, "processes": 1, "batch_size": 32}
     job = write_project(tmp_path, extra=ASKS_A_FILE, name="fenced", train=train, export={"formats": ["torchscript"]})
     (tmp_path / "broken").touch()
-    old = command("ship", "run", str(job))
+    old = ship("run", str(job))
     assert old.status == 2, old.text
     (run,) = (path for path in (stack.runs / "fenced").iterdir() if path.is_dir())
     (tmp_path / "broken").unlink()
-    later = command("ship", "run", str(job))
+    later = ship("run", str(job))
     assert later.status == 0, later.text
     promoted = live(store, "fenced")
 
-    stale = command("ship", "run", str(job), "--resume", run.name)
+    stale = ship("run", str(job), "--resume", run.name)
     assert stale.status == 2 and "comes from a run that began later" in stale.errors, stale.text
     assert "Traceback" not in stale.text and live(store, "fenced") == promoted

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from mlflow import MlflowClient
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Command, Ship
 from tests.support.flow_runs import read_run
 from tests.support.html_pages import checked
 from tests.support.prefect_api import Api
@@ -168,18 +168,18 @@ def test_a_metric_of_ones_own_decides_on_its_resampled_predictions(
     assert "95% interval" in decision.why and "recall" in decision.why
 
 
-def test_the_command_says_what_was_decided_and_history_lists_it(project: Project, command: Command) -> None:
+def test_the_command_says_what_was_decided_and_history_lists_it(project: Project, ship: Ship) -> None:
     job = str(project.folder / "job.yaml")
     project.retrain(train=GOOD, release={"policy": "always"}, force=True)
-    ended = command("ship", "retrain", job, "--why", "by hand")
+    ended = ship("retrain", job, "--why", "by hand")
     assert ended.status == 0, ended.text
     assert f"{MODEL}: skipped, nothing has changed since release" in ended.output
-    listed = command("ship", "history", MODEL, "--decisions")
+    listed = ship("history", MODEL, "--decisions")
     assert listed.status == 0, listed.text
     words = [line.split()[3] for line in listed.output.splitlines() if line[:1] == "2"]
     assert words[0] == "skipped" and {"promoted", "kept", "failed"} <= set(words)
     assert "asked by: by hand (" in listed.output
-    table = command("ship", "status", COLUMNS="300")
+    table = ship("status", COLUMNS="300")
     assert table.status == 0, table.text
     row = next((line for line in table.output.splitlines() if f" {MODEL} " in line), table.text)
     assert project.live.release in row and "ago: skipped" in row and "nothing has changed since release" in row
@@ -239,9 +239,9 @@ def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, com
     assert project.decisions()[-1].asked.startswith("train-and-ship.data.landed (")
 
 
-def test_a_job_in_which_nothing_is_measured_is_refused_at_once(tmp_path: Path, command: Command) -> None:
+def test_a_job_in_which_nothing_is_measured_is_refused_at_once(tmp_path: Path, ship: Ship) -> None:
     job = write_project(tmp_path, name="blind", train={**POOR, "metrics": []})
-    ended = command("ship", "retrain", str(job))
+    ended = ship("retrain", str(job))
     assert ended.status == 2
     assert "nothing is measured, so no candidate can be shown to be better" in ended.errors
     with pytest.raises(JobError):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.support.fixture_types import Connect, MakeReader, Ship, Versioned
 from tests.support.ports import free_port
 from tests.support.processes import Ended
 from tests.support.releases import CHANNEL, MODEL, move, published
+from tests.support.ship_here import ship_here
 from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
@@ -128,18 +128,11 @@ def bucket(object_store: ObjectStore) -> str:
 
 
 @pytest.fixture
-def ship(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ship:
+def ship(capsys: pytest.CaptureFixture[str]) -> Ship:
     """The `ship` command in this process, as its entry point runs it. mlflow: its address, by default nobody's."""
-    from train_and_ship.ship.main import main
 
-    def run(*words: str, mlflow: str = f"http://127.0.0.1:{free_port()}") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["ship", *words])
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), said.out, said.err)
+    def run(*words: str, mlflow: str = f"http://127.0.0.1:{free_port()}", **variables: str) -> Ended:
+        return ship_here(capsys, *words, MLFLOW_TRACKING_URI=mlflow, **variables)
 
     return run
 

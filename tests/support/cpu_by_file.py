@@ -14,8 +14,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.processes import warm_cpu_seconds
-
 NAME = "cpu_seconds"
 BEGAN = pytest.StashKey[float]()
 LONGEST = 30
@@ -56,4 +54,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _cpu_seconds() -> float:
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used) + warm_cpu_seconds()
+    return sum(one.ru_utime + one.ru_stime for one in used)

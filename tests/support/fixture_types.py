@@ -9,9 +9,9 @@ from tests.support.processes import Ended
 from train_and_ship.infra.objectstore import ObjectStore
 
 Command = Callable[..., Ended]
-"""`command`: run an installed command against the stack."""
+"""`command`: run an installed command against the stack, in a process of its own."""
 Ship = Callable[..., Ended]
-"""`ship`: the command in this process."""
+"""`ship`: the command in this process, which starts no interpreter."""
 Connect = Callable[..., ObjectStore]
 """`connect`: an object store from settings."""
 MakeReader = Callable[..., Reader]

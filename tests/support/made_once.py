@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -31,7 +30,7 @@ def made_once(name: str, inputs: tuple[str, ...], make: Callable[[Path], None]) 
             draft = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=KEPT))
             try:
                 make(draft)
-                os.rename(draft, kept)
+                draft.rename(kept)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return kept

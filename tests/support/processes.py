@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 import psutil
 
 from tests.support.projects import REPOSITORY
-from tests.support.warm_commands import WarmCommands
 from train_and_ship.infra.settings import Settings
 
 
@@ -32,45 +30,19 @@ class Ended:
         return self.output + self.errors
 
 
-HANGS_SECONDS = 600
-_warm: list[WarmCommands] = []
-
-
-def warm_up() -> None:
-    """From now on `run_command` forks commands from a process that has imported what they import, where it can."""
-    if not _warm:
-        _warm.append(WarmCommands())
-
-
-def cool_down() -> None:
-    """End that process."""
-    while _warm:
-        _warm.pop().close()
-
-
-def warm_cpu_seconds() -> float:
-    """CPU time of the commands that process ran; no child of this one's."""
-    return sum(commands.cpu_seconds for commands in _warm)
-
-
 def run_command(name: str, *words: str, **variables: str) -> Ended:
     """Run an installed command from the repository; variables given by name are added to the environment.
 
     One that hangs fails the test. How long one that does not hang may take, no test says: machines differ.
     """
-    argv, environment = [str(Path(sys.executable).with_name(name)), *words], {**os.environ, **variables}
-    if not (_warm and _warm[0].can(name, environment)):
-        return run_cold(argv, environment)
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        status = _warm[0].run(argv, environment, output.fileno(), errors.fileno(), HANGS_SECONDS)
-        output.seek(0)
-        errors.seek(0)
-        return Ended(status, output.read(), errors.read())
-
-
-def run_cold(argv: Sequence[str], environment: dict[str, str]) -> Ended:
-    """Run a program from the repository, an interpreter of its own where it is one."""
-    done = subprocess.run(argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANGS_SECONDS)
+    done = subprocess.run(
+        [Path(sys.executable).with_name(name), *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

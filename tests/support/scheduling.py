@@ -14,13 +14,15 @@ TABLE = REPOSITORY / "docs" / "testing.md"
 MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
 """Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
 
+DIGITS = ("flows/test_digits.py", "flows/test_pulling.py", "docs/test_readme.py")
+"""Tests that share one run of the digits example."""
 
 EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
 """In the id of a test that runs against both stores (`each_store_url`)."""
 
 
 def longest_first() -> Callable[[pytest.Item], float]:
-    """A key to sort tests by: those of files that took long when docs/testing.md was written come first, file by file."""
+    """A key to sort tests by: files that took long when docs/testing.md was written come first."""
     rows = re.findall(r"^\| (\S+/test_\w+\.py) \| \d+ \| (\d+) \|", TABLE.read_text(), re.MULTILINE)
     seconds = {file: float(value) for file, value in rows}
     machine = sum(value for file, value in seconds.items() if file.endswith(MACHINE_WIDE))
@@ -37,5 +39,7 @@ class ByFile(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
+        if file.endswith(DIGITS):
+            return "digits"
         store = EACH_STORE.search(nodeid)
         return "machine" if file.endswith(MACHINE_WIDE) else file + (store[0] if store else "")

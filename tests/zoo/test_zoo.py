@@ -1,7 +1,7 @@
 """No model of the zoo is exported silently wrong, and docs/exports.md says what became of each.
 
-`make test` asks three: one that every format takes, one whose ONNX program the clean room refuses, one that torch.export
-cannot capture. `make soak` asks all.
+`make test` asks three: one that every format takes, one whose ONNX program the clean room refuses, one that
+torch.export cannot capture. `make soak` asks all.
 """
 
 from __future__ import annotations
