@@ -128,10 +128,13 @@ def bucket(object_store: ObjectStore) -> str:
 
 
 @pytest.fixture
-def ship(capsys: pytest.CaptureFixture[str]) -> Ship:
-    """The `ship` command in this process, as its entry point runs it. mlflow: its address, by default nobody's."""
+def ship(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Ship:
+    """The `ship` command in this process. mlflow: its address; by default the stack's, nobody's where there is none."""
+    default = (
+        os.environ["MLFLOW_TRACKING_URI"] if "stack" in request.fixturenames else f"http://127.0.0.1:{free_port()}"
+    )
 
-    def run(*words: str, mlflow: str = f"http://127.0.0.1:{free_port()}", **variables: str) -> Ended:
+    def run(*words: str, mlflow: str = default, **variables: str) -> Ended:
         return ship_here(capsys, *words, MLFLOW_TRACKING_URI=mlflow, **variables)
 
     return run

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Command, Ship
 from tests.support.processes import eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -82,10 +82,10 @@ def state_of(stack: Settings, flow_run: str) -> dict[str, Any]:
 
 
 def test_people_are_told_what_went_live_and_what_it_replaced(
-    receiver: Receiver, command: Command, store: ObjectStore, tmp_path: Path
+    receiver: Receiver, ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
     job = write_project(tmp_path, name="told", train=SHORT, export={"formats": ["torchscript"]})
-    done = command("ship", "run", str(job))
+    done = ship("run", str(job))
     assert done.status == 0, done.text
     told = receiver.wait_for("told release", 30)
     promoted = live(store, "told")
@@ -93,11 +93,11 @@ def test_people_are_told_what_went_live_and_what_it_replaced(
     assert "The first release" in told["message"] and "/runs/flow-run/" in told["message"]
 
 
-def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, command: Command, tmp_path: Path) -> None:
+def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: Ship, tmp_path: Path) -> None:
     job = write_project(
         tmp_path, name="poor", train=SHORT, export={"formats": ["torchscript"]}, gates={"accuracy": {"min": 0.999}}
     )
-    done = command("ship", "run", str(job))
+    done = ship("run", str(job))
     assert done.status != 0
     told = receiver.wait_for(f"train-and-ship {job}: Failed", 30)
     assert "accuracy" in told["message"] and "0.999" in told["message"] and "/runs/flow-run/" in told["message"]

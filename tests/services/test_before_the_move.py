@@ -342,13 +342,13 @@ def machine(stack: Settings, store: ObjectStore, tmp_path: Path) -> Iterator[Pat
 
 
 def test_a_run_that_died_after_its_export_is_gone_on_with_and_repeats_nothing(
-    machine: Path, command: Command, store: ObjectStore, stack: Settings
+    machine: Path, ship: Ship, store: ObjectStore, stack: Settings
 ) -> None:
-    shown = command("ship", "status", COLUMNS="250")
+    shown = ship("status", COLUMNS="250")
     assert shown.status == 0 and MODEL in shown.output and LIVE in shown.output, shown.text
     run = stack.runs / MODEL / RUNS["after_export"]
     complete = {name: (run / name / "STAGE.json").read_bytes() for name in ("inspect", "train", "export")}
-    ended = command("ship", "retrain", str(machine), "--resume", run.name)
+    ended = ship("retrain", str(machine), "--resume", run.name)
     assert ended.status == 0, ended.text
     for stage in ("train", "export"):
         assert f"{stage}: already complete in this run, verified by hash" in ended.text
@@ -361,12 +361,12 @@ def test_a_run_that_died_after_its_export_is_gone_on_with_and_repeats_nothing(
 
 
 def test_a_run_that_died_in_training_goes_on_from_its_checkpoint_and_what_it_writes_has_the_names_of_then(
-    machine: Path, command: Command, store: ObjectStore, stack: Settings
+    machine: Path, ship: Ship, store: ObjectStore, stack: Settings
 ) -> None:
     from mlflow import MlflowClient
 
     run = stack.runs / MODEL / RUNS["in_training"]
-    ended = command("ship", "run", str(machine), "--resume", run.name)
+    ended = ship("run", str(machine), "--resume", run.name)
     assert ended.status == 0, ended.text
     assert "resumed from step 5 of 24" in ended.text
     pointer = read_pointer(Channel(store, MODEL))
@@ -398,11 +398,11 @@ def test_a_run_that_died_in_training_goes_on_from_its_checkpoint_and_what_it_wri
 
 
 def test_the_samples_of_a_run_of_then_are_found_when_its_release_is_promoted(
-    machine: Path, command: Command, store: ObjectStore
+    machine: Path, ship: Ship, store: ObjectStore
 ) -> None:
-    back = command("ship", "rollback", MODEL, "--why", "an exercise")
+    back = ship("rollback", MODEL, "--why", "an exercise")
     assert back.status == 0, back.text
-    done = command("ship", "promote", MODEL, "--from", "staging", "--again", "--why", "it is over")
+    done = ship("promote", MODEL, "--from", "staging", "--again", "--why", "it is over")
     assert done.status == 0 and "both measured on 48 held-out samples" in done.output, done.text
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fixture_types import Command
+from tests.support.fixture_types import Ship
 from train_and_ship.infra.errors import JobError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -105,10 +105,10 @@ def test_a_file_of_a_published_snapshot_is_never_replaced(data: Path, store: Obj
         publish_snapshot(data, take(data), store, prefix)
 
 
-def test_the_command_prints_the_hash_to_pin(data: Path, command: Command, store: ObjectStore) -> None:
+def test_the_command_prints_the_hash_to_pin(data: Path, ship: Ship, store: ObjectStore) -> None:
     address = f"s3://{store.bucket}/data/{uuid.uuid4().hex}"
-    ended = command("ship", "snapshot", str(data), "--to", address)
+    ended = ship("snapshot", str(data), "--to", address)
     assert ended.status == 0, ended.text
     assert f"sha256: {take(data).sha256}" in ended.output and "260 B sent" in ended.output
-    assert command("ship", "snapshot", str(data / "labels.csv")).status == 2
-    assert command("ship", "snapshot", str(data), "--to", "s3:/typo").status == 2
+    assert ship("snapshot", str(data / "labels.csv")).status == 2
+    assert ship("snapshot", str(data), "--to", "s3:/typo").status == 2
