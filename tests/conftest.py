@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,10 +24,13 @@ from train_and_ship.infra.fork_server import fork_server as process_fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 
+HOME = Path(tempfile.mkdtemp(prefix="ship-tests-"))
+"""Of this process's stack. Tests may take SHIP_HOME out of the environment."""
+
 
 def pytest_configure() -> None:
     # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
-    enter_local_stack(Path(tempfile.mkdtemp(prefix="ship-tests-")))
+    enter_local_stack(HOME)
 
 
 def pytest_report_header() -> list[str]:
@@ -41,7 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report: pytest.TestReport = yield
     if report.failed:
         temporary = getattr(item, "funcargs", {}).get("tmp_path")
-        folders = [Path(os.environ["SHIP_HOME"]), *([temporary] if temporary is not None else [])]
+        folders = [HOME, *([temporary] if temporary is not None else [])]
         kept = keep_files(f"{item.nodeid}-{report.when}", folders, report.longreprtext)
         report.sections.append(("Kept", f"logs, reports and screenshots: {kept}"))
     return report
@@ -57,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["SHIP_HOME"], ignore_errors=True)
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +100,7 @@ def digits(command: Command) -> Ended:
     return ended
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fork_server() -> ForkServer:
-    """The fork server of this process, for tests that run stages without Prefect."""
-    return process_fork_server(Path(os.environ["SHIP_HOME"]) / "host.log")
+    """The fork server of this process, for tests that run stages without Prefect; a new one if it has died."""
+    return process_fork_server(HOME / "host.log")
