@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.fixture_types import Command, Ship
-from tests.support.local_stack import enter_local_stack
+from tests.support.local_stack import HOME, enter_local_stack
 from tests.support.new_databases import put_databases
 from tests.support.processes import Ended, run_command
 from tests.support.scheduling import ByFile, longest_first
@@ -24,13 +24,11 @@ from train_and_ship.infra.fork_server import fork_server as process_fork_server
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 
-HOME = Path(tempfile.mkdtemp(prefix="ship-tests-"))
-"""Of this process's stack. Tests may take SHIP_HOME out of the environment."""
 
-
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
-    enter_local_stack(HOME)
+    config.stash[HOME] = Path(tempfile.mkdtemp(prefix="ship-tests-"))
+    enter_local_stack(config.stash[HOME])
 
 
 def pytest_report_header() -> list[str]:
@@ -43,7 +41,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report: pytest.TestReport = yield
     if report.failed:
         temporary = getattr(item, "funcargs", {}).get("tmp_path")
-        folders = [HOME, *([temporary] if temporary is not None else [])]
+        folders = [item.config.stash[HOME], *([temporary] if temporary is not None else [])]
         kept = keep_files(f"{item.nodeid}-{report.when}", folders, report.longreprtext)
         report.sections.append(("Kept", f"logs, reports and screenshots: {kept}"))
     return report
@@ -58,8 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=longest_first())
 
 
-def pytest_unconfigure() -> None:
-    shutil.rmtree(HOME, ignore_errors=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[HOME], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +99,6 @@ def digits(command: Command) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def fork_server() -> ForkServer:
+def fork_server(pytestconfig: pytest.Config) -> ForkServer:
     """The fork server of this process, for tests that run stages without Prefect; a new one if it has died."""
-    return process_fork_server(HOME / "host.log")
+    return process_fork_server(pytestconfig.stash[HOME] / "host.log")

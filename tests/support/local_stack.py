@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.support.ports import free_ports
 from train_and_ship.infra.settings import LOOPBACK
 
 FOREIGN = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "SHIP_BUCKET", "PREFECT_PROFILE")
 """Addresses and accounts of the developer's own services, which must never be used, nor written to, by a test."""
+HOME = pytest.StashKey[Path]()
+"""The home of the testing process's stack: tests may take SHIP_HOME out of the environment."""
 
 
 def stack_environment(home: Path) -> dict[str, str]:

@@ -31,6 +31,9 @@ def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str)
         with contextlib.chdir(REPOSITORY), _log_in_this_terminal(), pytest.raises(SystemExit) as ended:
             main()
     finally:
+        if "mlflow" in sys.modules:
+            # What a command sets lasts as long as its process; the variable is asked again.
+            sys.modules["mlflow"].set_tracking_uri(None)
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
