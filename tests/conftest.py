@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     enter_local_stack(config.stash[HOME])
 
 
-def pytest_report_header() -> list[str]:
-    return told_before()
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return told_before(config.option.markexpr)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -38,6 +38,7 @@ print(json.dumps({"signature": json.loads(signature), "off": float(off)}))
 """What somebody writes who has ExecuTorch and nothing of ours."""
 
 
+@pytest.mark.soak
 def test_a_program_for_devices_is_proven_measured_rehearsed_and_pulled(
     ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:

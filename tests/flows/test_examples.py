@@ -39,6 +39,7 @@ def shipped(ship: Ship, store: ObjectStore, example: str, folder: Path) -> Manif
     return manifest
 
 
+@pytest.mark.soak
 def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
     ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -270,6 +270,7 @@ def test_a_promoter_killed_before_or_after_any_request_leaves_the_old_or_the_new
 PROMOTERS, READERS = 32, 8
 
 
+@pytest.mark.soak
 def test_32_promoters_and_8_readers_at_once_see_every_generation_once_and_never_a_torn_release(
     connect: Connect, object_store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ from tests.support.projects import REPOSITORY
 TABLE = REPOSITORY / "docs" / "testing.md"
 MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
 """Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
-
+BY_TEST = ("services/test_chaos.py",)
+"""Files in which every test takes minutes: their tests are asked side by side too."""
 DIGITS = ("flows/test_digits.py", "flows/test_pulling.py", "docs/test_readme.py")
 """Tests that share one run of the digits example."""
 
@@ -41,5 +42,8 @@ class ByFile(LoadScopeScheduling):
         file = nodeid.partition("::")[0]
         if file.endswith(DIGITS):
             return "digits"
+        if file.endswith(MACHINE_WIDE):
+            return "machine"
         store = EACH_STORE.search(nodeid)
-        return "machine" if file.endswith(MACHINE_WIDE) else file + (store[0] if store else "")
+        test = nodeid.partition("[")[0] if file.endswith(BY_TEST) else file
+        return test + (store[0] if store else "")

@@ -17,8 +17,9 @@ from tests.support.projects import REPOSITORY
 
 def test_what_is_skipped_is_told_before_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    told = telling.told_before()
-    assert "minutes on two cores" in told[0]
+    told = telling.told_before("soak")
+    assert told[0].startswith("make soak takes about") and "minutes on two cores" in told[0]
+    assert telling.told_before("not soak")[0].startswith("make test takes about")
     assert "skipped, because there is no Slurm: jobs under Slurm" in told
 
 
