@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
     from botocore.credentials import ReadOnlyCredentials
+    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
 
 CONNECT_SECONDS = 5
@@ -84,6 +86,7 @@ def connect(settings: Settings) -> Connection:
     else:
         core, config = botocore.session.Session(), Config(**options)
 
+    core.register_component("data_loader", _descriptions(core.get_config_variable("data_path")))
     # Half of the time that a listing takes here goes into dates otherwise.
     core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_moment)
 
@@ -99,6 +102,14 @@ def connect(settings: Settings) -> Connection:
         ca_bundle=core.get_config_variable("ca_bundle"),
         is_local=local,
     )
+
+
+@functools.cache
+def _descriptions(folders: str | None) -> Loader:
+    """botocore's descriptions of services: what it reads anew for each session is most of what a client costs."""
+    from botocore.loaders import create_loader
+
+    return create_loader(folders)
 
 
 def _sign_parts_by_checksum(client: S3Client) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tests.support.processes import Ended
 from tests.support.projects import REPOSITORY
-from train_and_ship.ship.main import main
+from train_and_ship.ship import main
 
 
 def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str) -> Ended:
@@ -23,13 +23,15 @@ def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str)
     What a command loads, how it starts and what a signal does to it is asked of `run_command`, which starts the
     installed one.
     """
-    argv, environment, collects = sys.argv, dict(os.environ), gc.get_threshold()
+    argv, environment, collects, freeze = sys.argv, dict(os.environ), gc.get_threshold(), main.freeze
     capsys.readouterr()
     try:
         sys.argv = ["ship", *words]
+        # A command that ends lets its garbage lie; this process goes on.
+        main.freeze = lambda: None
         os.environ.update(variables)
         with contextlib.chdir(REPOSITORY), _log_in_this_terminal(), pytest.raises(SystemExit) as ended:
-            main()
+            main.main()
     finally:
         if "mlflow" in sys.modules:
             # What a command sets lasts as long as its process; the variable is asked again.
@@ -37,8 +39,7 @@ def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str)
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
-        # A command that ends lets its garbage lie; this process goes on.
-        gc.unfreeze()
+        main.freeze = freeze
         gc.set_threshold(*collects)
     said = capsys.readouterr()
     return Ended(int(ended.value.code or 0), said.out, said.err)
