@@ -20,7 +20,7 @@ test: $(READY)
 # What is long by nature: every fault at every request of a promotion on both kinds of store, flows killed everywhere,
 # power cuts, several hosts, Slurm, a team's server, the whole zoo.
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak --numprocesses 3 --no-loadscope-reorder --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -m soak --numprocesses 4 --no-loadscope-reorder --durations=10 $(ARGS)
 
 # What CI runs before it lets a change in: style, types, tests.
 check: $(READY)

@@ -19,13 +19,13 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 
+# `distributed/test_custom_loop.py` trains with loops of one's own, and the tests below build both examples.
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("example", "names", "reports"),
     [
         ("own_loop", {"train_loss", "validation_loss", "validation_accuracy"}, 20),
-        pytest.param(
-            *("lightning", {"train_loss", "validation_loss", "validation_accuracy"}, 8), marks=pytest.mark.soak
-        ),
+        ("lightning", {"train_loss", "validation_loss", "validation_accuracy"}, 8),
     ],
 )
 def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(

@@ -1,7 +1,7 @@
 """No model of the zoo is exported silently wrong, and docs/exports.md says what became of each.
 
-`make test` asks three: one that every format takes, one whose ONNX program the clean room refuses, one that
-torch.export cannot capture. `make soak` asks all.
+`make test` asks three: one whose ONNX program the clean room refuses, one that TorchScript cannot capture, one that
+torch.export cannot. `make soak` asks all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support.projects import REPOSITORY
 from tests.support.zoo.animals import ZOO
 from tests.support.zoo.export_page import EDGE, USUAL, Row, page, told, visit
 
-SOME = ("U-Net at odd sizes", "LSTM, any length", "Python `if` on data")
+SOME = ("LSTM, any length", "the same with torch.cond", "Python `if` on data")
 QUICK = tuple(kind for kind in USUAL if kind != "aoti")
 PAGE = REPOSITORY / "docs" / "exports.md"
 
