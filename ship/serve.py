@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from train_and_ship.infra.settings import LOOPBACK, Settings
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.ship.pull import current, folder_for, make_reader, reader_errors, wait_for_signal
 
+BELOW_PYTHON = (3, 13)
+"""mlserver 1.7.1 says `Requires-Python: <3.13,>=3.9`."""
 START_SECONDS = 120
 LOAD_SECONDS = 300
 STOP_SECONDS = 20
@@ -40,6 +43,17 @@ _START = (
 )
 
 
+def require_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
+    """Raises SettingsError on a Python that the newest MLServer does not install on."""
+    if version >= BELOW_PYTHON:
+        mine, below = (".".join(map(str, numbers)) for numbers in (version, BELOW_PYTHON))
+        raise SettingsError(
+            f"ship serve: expected Python below {below}, which MLServer 1.7.1 needs, and this is {mine}; serve from an "
+            "environment of Python 3.12 (train, promote and pull with any), or by another server: `ship view triton`, "
+            "`ship view kserve`, shipreader"
+        )
+
+
 def requirements() -> list[str]:
     """What the serving environment holds, each with its version."""
     lines = Path(__file__).with_name("mlserver-requirements.txt").read_text().splitlines()
@@ -47,7 +61,12 @@ def requirements() -> list[str]:
 
 
 def serve(model: str, channel: str, to: Path | None, port: int, interval: float, batch_size: int) -> None:
-    """Serve until interrupted. Raises SettingsError for a taken port, ServiceError when the server does not start."""
+    """Serve until interrupted.
+
+    Raises SettingsError for a Python that MLServer does not run on or a taken port, ServiceError when the server does
+    not start.
+    """
+    require_python()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     settings = Settings.load()
     folder = folder_for(settings, model, channel, to)

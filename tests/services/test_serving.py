@@ -18,13 +18,13 @@ from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, onnx_release
 from tests.support.ports import free_ports
 from tests.support.releases import move, published
-from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import port_is_free
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
-from train_and_ship.ship.serve import requirements
+from train_and_ship.ship.serve import require_python, requirements
 
 # A first run installs MLServer into an environment of its own.
 pytestmark = pytest.mark.timeout(900)
@@ -34,9 +34,18 @@ pytestmark = pytest.mark.timeout(900)
 def mlserver() -> None:
     """The environment that `ship serve` makes on first use. Skipped where pip cannot get it."""
     try:
+        require_python()
         environment("mlserver", requirements())
-    except ServiceError as error:
+    except (ServiceError, SettingsError) as error:
         pytest.skip(str(error))
+
+
+def test_a_python_that_mlserver_does_not_install_on_is_named_with_the_way_out() -> None:
+    require_python((3, 12))
+    with pytest.raises(
+        SettingsError, match=r"below 3\.13, which MLServer 1\.7\.1 needs, and this is 3\.13; .*Python 3\.12"
+    ):
+        require_python((3, 13))
 
 
 Serve = Callable[..., str]
