@@ -16,7 +16,7 @@ from tests.support.fixture_types import Command, Ship
 from tests.support.local_stack import HOME, enter_local_stack
 from tests.support.new_databases import put_databases
 from tests.support.processes import Ended, run_command
-from tests.support.scheduling import ByFile, longest_first
+from tests.support.scheduling import ByFile, longest_first, shuffled
 from tests.support.ship_here import ship_here
 from tests.support.telling import keep_files, told_before
 from train_and_ship.infra import stack as local_stack
@@ -30,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
     config.stash[HOME] = Path(tempfile.mkdtemp(prefix="ship-tests-"))
     enter_local_stack(config.stash[HOME])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="ask files, and tests in a file, in a drawn order")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -59,8 +63,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=longest_first())
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--shuffle")
+    items.sort(key=longest_first() if seed is None else shuffled(seed))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -27,6 +27,7 @@ from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, S
 from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 
+pytestmark = pytest.mark.in_order
 GOOD = {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}
 
 

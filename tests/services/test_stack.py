@@ -21,6 +21,8 @@ import pytest
 from tests.support.local_stack import stack_environment
 from tests.support.ports import free_ports
 
+# The last one stops what they share.
+pytestmark = pytest.mark.in_order
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
 PORTS = ("SHIP_PREFECT_PORT", "SHIP_MLFLOW_PORT", "SHIP_S3_PORT")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 
@@ -31,6 +32,19 @@ def longest_first() -> Callable[[pytest.Item], float]:
     def key(item: pytest.Item) -> float:
         file = item.nodeid.partition("::")[0].removeprefix("tests/")
         return -(machine if file.endswith(MACHINE_WIDE) else seconds.get(file, 0.0))
+
+    return key
+
+
+def shuffled(seed: int) -> Callable[[pytest.Item], tuple[bytes, bytes]]:
+    """A key to sort tests by: files in a drawn order, and their tests, unless these say that they are in order."""
+
+    def drawn(text: str) -> bytes:
+        return hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+    def key(item: pytest.Item) -> tuple[bytes, bytes]:
+        file = drawn(item.nodeid.partition("::")[0])
+        return file, b"" if item.get_closest_marker("in_order") else drawn(item.nodeid)
 
     return key
 
