@@ -212,6 +212,7 @@ def test_what_cannot_be_quantized_is_left_out_with_the_reason(fork_server: ForkS
     assert STATIC in stages.result.left_out and stages.validate().passed
 
 
+@pytest.mark.soak
 def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(
     fork_server: ForkServer, tmp_path: Path
 ) -> None:

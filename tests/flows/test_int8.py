@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow import MlflowClient
 
 from tests.support.channels import live
@@ -33,6 +34,7 @@ def job(folder: Path, **export: Any) -> Path:
     )
 
 
+@pytest.mark.soak
 def test_a_variant_that_holds_its_promises_is_released_and_one_that_does_not_is_left_out_with_the_reason(
     ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:

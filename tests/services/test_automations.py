@@ -103,6 +103,7 @@ def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: S
     assert "accuracy" in told["message"] and "0.999" in told["message"] and "/runs/flow-run/" in told["message"]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_run_that_fell_silent_is_crashed_and_told(
     receiver: Receiver, command: Command, stack: Settings, tmp_path: Path

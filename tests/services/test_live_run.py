@@ -187,6 +187,7 @@ def test_a_server_that_dies_during_training_disturbs_nothing_and_gets_everything
     assert_complete(flow_run, training, mortal.url)
 
 
+@pytest.mark.soak
 def test_a_server_that_comes_back_is_told_what_it_missed_while_it_trains(
     mortal: MlflowServer, flow_run: str, tmp_path: Path
 ) -> None:
