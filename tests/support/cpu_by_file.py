@@ -2,16 +2,18 @@
 
     make test ARGS="-p tests.support.cpu_by_file"
 
-CPU time is user and system time of the testing process and of the children that it has waited for by the end of the
-test; a server of the session counts for the file at whose end it is stopped.
+CPU time is user and system time of the testing process and of all that it has started, dead or alive: what a server of
+the session does while nobody asks it counts for the tests that run meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections import defaultdict
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 NAME = "cpu_seconds"
@@ -54,4 +56,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _cpu_seconds() -> float:
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    ended = sum(one.ru_utime + one.ru_stime for one in used)
+    alive = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            alive += sum(process.cpu_times()[:4])
+    return ended + alive
