@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -20,6 +21,7 @@ import pytest
 
 from tests.support.local_stack import stack_environment
 from tests.support.ports import free_ports
+from tests.support.prefect_api import Api
 
 # The last one stops what they share.
 pytestmark = pytest.mark.in_order
@@ -84,19 +86,19 @@ class Stack:
                 continue
         return found
 
-    def api(self, method: str, path: str, body: object = None) -> httpx.Response:
-        port = self.environment["SHIP_PREFECT_PORT"]
-        return httpx.request(method, f"http://127.0.0.1:{port}/api{path}", json=body, trust_env=False)
+    def api(self, method: str, path: str, body: object = None) -> Any:
+        # A busy server may say that its database is locked: no answer to what was asked.
+        return Api(f"http://127.0.0.1:{self.environment['SHIP_PREFECT_PORT']}/api").ask(method, path, body)
 
     def runs(self) -> dict[str, str]:
         """State types of all flow runs by id."""
-        return {run["id"]: run["state_type"] for run in self.api("POST", "/flow_runs/filter", {}).json()}
+        return {run["id"]: run["state_type"] for run in self.api("POST", "/flow_runs/filter", {})}
 
     def start_long_run(self) -> str:
         """Start a run of five minutes, wait until its child process is there, and return its id."""
-        deployment = self.api("GET", "/deployments/name/tiny/tiny").json()["id"]
+        deployment = self.api("GET", "/deployments/name/tiny/tiny")["id"]
         body = {"parameters": {"seconds": 300}, "state": {"type": "SCHEDULED"}}
-        run = self.api("POST", f"/deployments/{deployment}/create_flow_run", body).json()["id"]
+        run = self.api("POST", f"/deployments/{deployment}/create_flow_run", body)["id"]
         assert eventually(lambda: bool(self.sleepers())), self.runs()
         return str(run)
 

@@ -11,10 +11,11 @@ from train_and_ship.infra.settings import Settings
 
 
 class Api:
-    """Prefect's REST API."""
+    """Prefect's REST API. where: the settings of a stack, or the API's address."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.http = httpx.Client(base_url=settings.prefect_api_url, timeout=30, trust_env=False)
+    def __init__(self, where: Settings | str) -> None:
+        address = where if isinstance(where, str) else where.prefect_api_url
+        self.http = httpx.Client(base_url=address, timeout=30, trust_env=False)
 
     def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The answer; asked again when SQLite behind a busy server is locked, or a GET is not answered in time."""
