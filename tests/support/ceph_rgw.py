@@ -25,7 +25,8 @@ from pathlib import Path
 from tests.support.ports import free_port, free_ports
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
-START_SECONDS = 120
+START_SECONDS = 600
+"""Guards against hanging: on a machine whose cores are busy `ceph osd new` alone has taken more than two minutes."""
 ACCESS_KEY, SECRET_KEY = "test", "secret"
 """Of the user that `start` creates, who may do everything."""
 
