@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.processes import PATIENCE
 from tests.support.projects import DIGITS, REPOSITORY, write_project
 from tests.support.training import Train
 from torchworker.contract import ExportRequest, ExportResult, decode
@@ -222,7 +223,7 @@ def test_compiling_without_a_compiler_is_told_before_training(tmp_path: Path) ->
     bare = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": "/nowhere/c++"}
     done = subprocess.run(
         [Path(sys.executable).with_name("ship"), "check", str(path)],
-        cwd=REPOSITORY, env=bare, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, env=bare, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert "train.compile: expected a C++ compiler (g++ or CXX), found none" in done.stderr

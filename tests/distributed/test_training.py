@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.support.processes import PATIENCE
 from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
 from tests.support.training import Train
 from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
@@ -171,7 +172,7 @@ def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones(trai
     request = TrainRequest.read(forked / REQUEST)
     replace(request, folder=str(spawned), checkpoints=str(tmp_path / "others")).write(spawned / REQUEST)
     (tmp_path / "spawned.py").write_text(SPAWNED)
-    subprocess.run([sys.executable, "-P", tmp_path / "spawned.py", spawned / REQUEST], check=True, timeout=120)
+    subprocess.run([sys.executable, "-P", tmp_path / "spawned.py", spawned / REQUEST], check=True, timeout=PATIENCE)
 
     assert (spawned / WEIGHTS).read_bytes() == (forked / WEIGHTS).read_bytes()
 

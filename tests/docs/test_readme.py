@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from tests.support.fixture_types import Command
-from tests.support.processes import Ended
+from tests.support.processes import PATIENCE, Ended
 from tests.support.projects import REPOSITORY
 from train_and_ship.infra.settings import Settings
 from train_and_ship.ship.main import app
@@ -91,7 +91,7 @@ def test_every_command_of_ours_is_one_with_these_words_and_options(tmp_path: Pat
 def test_the_python_that_loads_a_model_works(digits: Ended, stack: Settings) -> None:
     (block,) = [block for block in blocks("python") if "pyfunc" in block]
     code = block.replace("http://127.0.0.1:5000", stack.mlflow_url)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_the_python_of_a_serving_machine_works(digits: Ended, stack: Settings, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_python_of_a_serving_machine_works(digits: Ended, stack: Settings, t
     variables = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
     environment = {**os.environ, **variables, "AWS_ENDPOINT_URL": stack.s3_endpoint or ""}
     script = [sys.executable, "-c", block.replace("/srv/digits", str(tmp_path / "digits"))]
-    done = subprocess.run(script, check=True, timeout=120, env=environment, capture_output=True, text=True)
+    done = subprocess.run(script, check=True, timeout=PATIENCE, env=environment, capture_output=True, text=True)
     assert Path(done.stdout.splitlines()[-1]).name == "model.onnx"
 
 

@@ -11,6 +11,7 @@ import psutil
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
 from tests.support.html_pages import checked
+from tests.support.processes import PATIENCE
 from tests.support.projects import SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -44,7 +45,7 @@ def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_
     found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", started.text)
     assert started.status == 0 and found, started.text
     run = stack.runs / "cancelled" / found[0]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     # An epoch, for the report to have something to tell of.
     while not (list(run.glob("checkpoints/step-????????")) and epochs(run)):
         assert time.monotonic() < deadline, "training did not start"

@@ -12,6 +12,7 @@ import httpx
 
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
+from tests.support.processes import PATIENCE
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -41,7 +42,7 @@ def scheduled(stack: Settings, name: str) -> list[dict[str, Any]]:
         "deployments": {"name": {"any_": [name]}},
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
     }
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while True:
         found: list[dict[str, Any]] = httpx.post(f"{stack.prefect_api_url}/flow_runs/filter", json=query).json()
         if found:

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from tests.support.channels import live
 from tests.support.flow_runs import reports_in_prefect
 from tests.support.prefect_api import Api
-from tests.support.processes import eventually
+from tests.support.processes import PATIENCE, eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -70,14 +70,14 @@ def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other
     other = start("run", job_of("beside", 1), "other.log")
     waiting = "another run of crowded is at work"
     eventually(lambda: waiting in (tmp_path / "second.log").read_text(), "the second run waits")
-    assert other.wait(timeout=120) == 0
+    assert other.wait(timeout=PATIENCE) == 0
     assert first.poll() is None and runs("crowded") == 1
     eventually(lambda: list(stack.runs.glob(f"crowded/*/{WAITING}")), "what is to be said if it is killed")
 
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     # Nobody told the server: the slot's lease runs out.
-    assert second.wait(timeout=200) == 0
+    assert second.wait(timeout=PATIENCE) == 0
     assert runs("crowded") == 2
     killed, shipped = read_decisions(Channel(store, "crowded", "prod"), 5)
     assert (killed.decision, killed.why, shipped.decision) == (FAILED, CUT_OFF, PROMOTED)

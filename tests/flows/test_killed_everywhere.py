@@ -17,6 +17,7 @@ import pytest
 from tests.support.fixture_types import Command
 from tests.support.flow_runs import STAGES
 from tests.support.html_pages import checked
+from tests.support.processes import PATIENCE
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import MANIFEST
@@ -36,7 +37,7 @@ def killed(job: Path, resume: str, moment: Callable[[], object]) -> None:
     argv = [Path(sys.executable).with_name("ship"), "run", str(job), *(["--resume", resume] if resume else [])]
     flow = subprocess.Popen(argv, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert flow.stderr is not None
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while not moment():
         assert flow.poll() is None, flow.stderr.read()
         assert time.monotonic() < deadline, "the moment did not come"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.channels import live
 from tests.support.fixture_types import Ship
-from tests.support.processes import orphans
+from tests.support.processes import PATIENCE, orphans
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -42,7 +42,7 @@ def test_a_flow_killed_in_training_goes_on_from_its_checkpoint(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (saved := sorted((stack.runs / "killed").glob("*/checkpoints/step-????????"))):
         assert flow.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

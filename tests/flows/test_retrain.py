@@ -16,6 +16,7 @@ from tests.support.fixture_types import Command, Ship
 from tests.support.flow_runs import read_run
 from tests.support.html_pages import checked
 from tests.support.prefect_api import Api
+from tests.support.processes import PATIENCE
 from tests.support.projects import CODE, write_project
 from tests.support.retraining import MODEL, POOR, Project
 from train_and_ship.flows.retrain import retrain
@@ -227,7 +228,7 @@ def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, com
     )  # fmt: skip
     assert ended.status == 0, ended.text
     asked = {"flow_runs": {"deployment_id": {"any_": [deployment]}}}
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     runs: list[dict[str, Any]] = []
     while not any(run["state_type"] == "COMPLETED" for run in runs):
         assert time.monotonic() < deadline, runs

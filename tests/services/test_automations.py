@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
-from tests.support.processes import eventually
+from tests.support.processes import PATIENCE, eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
@@ -87,7 +87,7 @@ def test_people_are_told_what_went_live_and_what_it_replaced(
     job = write_project(tmp_path, name="told", train=SHORT, export={"formats": ["torchscript"]})
     done = ship("run", str(job))
     assert done.status == 0, done.text
-    told = receiver.wait_for("told release", 30)
+    told = receiver.wait_for("told release", PATIENCE)
     promoted = live(store, "told")
     assert promoted is not None and promoted[1] in told["title"] and "is live on prod" in told["title"]
     assert "The first release" in told["message"] and "/runs/flow-run/" in told["message"]
@@ -99,7 +99,7 @@ def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: S
     )
     done = ship("run", str(job))
     assert done.status != 0
-    told = receiver.wait_for(f"train-and-ship {job}: Failed", 30)
+    told = receiver.wait_for(f"train-and-ship {job}: Failed", PATIENCE)
     assert "accuracy" in told["message"] and "0.999" in told["message"] and "/runs/flow-run/" in told["message"]
 
 
@@ -131,8 +131,10 @@ def test_a_run_that_fell_silent_is_crashed_and_told(
     flow.wait()
     assert state_of(stack, run.name)["type"] == "RUNNING"
 
-    eventually(lambda: state_of(stack, run.name)["type"] == "CRASHED", "it is marked as crashed", SILENT_SECONDS + 60)
-    told = receiver.wait_for(f"train-and-ship {job}: Crashed", 30)
+    eventually(
+        lambda: state_of(stack, run.name)["type"] == "CRASHED", "it is marked as crashed", SILENT_SECONDS + PATIENCE
+    )
+    told = receiver.wait_for(f"train-and-ship {job}: Crashed", PATIENCE)
     assert f"No sign of life for {SILENT_SECONDS} s" in told["message"]
 
 

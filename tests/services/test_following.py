@@ -22,6 +22,7 @@ from shipreader.records import Release
 from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, FaultProxy, OtherBytes, Rule
 from tests.support.fixture_types import Connect, MakeReader
 from tests.support.ports import free_port
+from tests.support.processes import PATIENCE
 from tests.support.projects import REPOSITORY
 from tests.support.releases import MODEL, content, move, published
 from tests.support.stack_servers import S3Server
@@ -32,7 +33,7 @@ from train_and_ship.registry.release.manifest import MANIFEST
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it did not happen within a minute"
         time.sleep(0.01)
@@ -233,7 +234,7 @@ def test_a_reader_killed_in_the_middle_leaves_the_last_good_release_and_no_rubbi
     argv = [sys.executable, "-c", READER, object_store.bucket, str(tmp_path / "served")]
     process.append(subprocess.Popen(argv, cwd=REPOSITORY, env=os.environ.copy()))
     started.set()
-    assert process[0].wait(timeout=60) == -9
+    assert process[0].wait(timeout=PATIENCE) == -9
     assert (tmp_path / "served" / "current").resolve() == good.folder
     assert content(good.folder) == content(tmp_path / "0")
     assert make_reader().pull().id == second.release
@@ -265,7 +266,7 @@ def test_the_reader_installs_alone_and_its_command_follows_a_channel(
         assert process.stdout.readline() == f"digits prod: generation 2, {second.release} -> {folder}/current\n"
     finally:
         process.terminate()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     script = (
         "import sys, shipreader.reader, shipreader.__main__, shipreader.signatures\n"
         "print(shipreader.__file__, {'torch', 'prefect', 'mlflow', 'pydantic'} & set(sys.modules))"

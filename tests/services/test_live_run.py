@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 
 from tests.support.live_runs import EPOCHS, live_run, run_record
 from tests.support.ports import free_port
+from tests.support.processes import PATIENCE
 from tests.support.stack_servers import MlflowServer
 from train_and_ship.registry.tracking import runs as mlflow_runs
 from train_and_ship.registry.tracking import versions as mlflow_versions
@@ -119,7 +120,7 @@ def points(run_id: str, key: str, url: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in MlflowClient(url).get_metric_history(run_id, key)]
 
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline

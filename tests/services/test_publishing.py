@@ -25,6 +25,7 @@ from tests.support.fault_proxy import (
     StripHeaders,
 )
 from tests.support.fixture_types import Connect
+from tests.support.processes import PATIENCE
 from tests.support.projects import REPOSITORY
 from tests.support.releases import CHANNEL, MODEL, ignore, key_of, make_release, move, published
 from train_and_ship.infra import objectstore
@@ -109,7 +110,7 @@ def test_an_uploader_killed_in_the_middle_leaves_no_release_and_the_next_one_goe
     argv = [sys.executable, "-c", UPLOADER, str(tmp_path / "release"), str(tmp_path / "manifest")]
     uploader.append(subprocess.Popen(argv, cwd=REPOSITORY))
     started.set()
-    assert uploader[0].wait(timeout=60) == -9
+    assert uploader[0].wait(timeout=PATIENCE) == -9
 
     present = object_store.list_keys(release_prefix(MODEL, manifest.release))
     assert 0 < len(present) <= 5 and not any(MANIFEST in key for key in present)

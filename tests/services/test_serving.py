@@ -17,6 +17,7 @@ import pytest
 from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, onnx_release
 from tests.support.ports import free_ports
+from tests.support.processes import PATIENCE
 from tests.support.releases import move, published
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
@@ -59,7 +60,7 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
     for process in processes:
         if process.poll() is None:
             process.terminate()
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=PATIENCE) == 0
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_no_request_fails_while_the_channel_moves_on_is_rolled_back_and_meets_a_
         # Generation 5 cannot be loaded: 4 stays. 6 is a rollback.
         move(object_store, bad)
         log = tmp_path / "served" / "mlserver" / "mlserver.log"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while "Protobuf parsing failed" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
@@ -160,7 +161,7 @@ def test_the_server_ends_with_the_command_even_when_that_is_killed(
     url = serve()
     started[0].kill()
     assert started[0].wait() == -signal.SIGKILL
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             httpx.get(f"{url}/ready", timeout=1)

@@ -22,6 +22,7 @@ import pytest
 from tests.support.local_stack import stack_environment
 from tests.support.ports import free_ports
 from tests.support.prefect_api import Api
+from tests.support.processes import PATIENCE
 
 # The last one stops what they share.
 pytestmark = pytest.mark.in_order
@@ -61,7 +62,7 @@ class Stack:
             env={**self.environment, **extra},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
 
     def ship(self, *argv: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +141,7 @@ def idle(tmp_path: Path) -> Iterator[Stack]:
     stack.ship("down")
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -189,7 +190,7 @@ def test_two_ups_at_once_end_with_one_stack(running: Stack) -> None:
         subprocess.Popen([SCRIPTS / "ship", "up"], cwd=running.project, env=running.environment, stdout=subprocess.PIPE)
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0].decode() for process in both]
+    outputs = [process.communicate(timeout=PATIENCE)[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(output.count("S3: up at") for output in outputs) == 1
 

@@ -25,6 +25,7 @@ from tests.support.fault_proxy import (
     Rule,
 )
 from tests.support.fixture_types import Connect
+from tests.support.processes import PATIENCE
 from tests.support.stack_servers import S3Server
 from train_and_ship.infra import objectstore
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
@@ -239,6 +240,6 @@ def test_a_budget_is_never_overdrawn_and_never_stuck() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
     assert 0 < largest[0] <= 100

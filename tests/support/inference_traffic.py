@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx
 
 from tests.support.onnx_releases import WIDTH
+from tests.support.processes import PATIENCE
 
 
 def request_body(value: float, rows: int = 1) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class Traffic:
         for thread in self._threads:
             thread.join()
 
-    def until(self, factor: float, seconds: float = 60) -> None:
+    def until(self, factor: float, seconds: float = PATIENCE) -> None:
         """Wait until this factor is answered."""
         deadline = time.monotonic() + seconds
         while not self.factors or self.factors[-1][1] != factor:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.processes import PATIENCE
 from train_and_ship.infra.settings import LOOPBACK
 
 USER, PASSWORD = "ship", "open-sesame"
@@ -91,7 +92,7 @@ def postgres(programs: Path, port: int) -> Iterator[Postgres]:
 
 
 def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while True:
         assert server.poll() is None and time.monotonic() < deadline, "PostgreSQL did not start"
         with socket.socket() as probe:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from tests.support.processes import PATIENCE
 from train_and_ship.infra.settings import Settings
 
 
@@ -39,7 +40,7 @@ class Api:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         return str(self.ask("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
 
-    def wait(self, run: str, *states: str, seconds: float = 120) -> dict[str, Any]:
+    def wait(self, run: str, *states: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The run, once it is in one of these states."""
         deadline = time.monotonic() + seconds
         while True:

@@ -46,7 +46,12 @@ def run_command(name: str, *words: str, **variables: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def eventually(look: Callable[[], object], what: str, seconds: float = 60.0, every: float = 0.1) -> None:
+PATIENCE = 240.0
+"""Seconds; guards against hanging, on a machine that is busy with other things too. What is promised within a time, a
+test says itself."""
+
+
+def eventually(look: Callable[[], object], what: str, seconds: float = PATIENCE, every: float = 0.1) -> None:
     """Wait until `look` gives something true; what: the words of the failure when it does not in time."""
     deadline = time.monotonic() + seconds
     while not look():
@@ -72,7 +77,7 @@ def kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, f"still alive after SIGKILL: {alive}"
 
 
