@@ -213,7 +213,7 @@ def _first_failure(said: str, status: int) -> str | None:
     if failed is not None:
         return failed[1]
     # 1: failures, 2: stopped, 3 and 4: it could not even begin. 5: there is no such test any more, or it is soak.
-    return None if status == 0 or "no tests ran" in said or "not found:" in said else f"pytest: {said[-200:]}"
+    return None if status in (0, 5) or "not found:" in said else f"pytest: {said[-200:]}"
 
 
 def _nearest_first(fault: Fault) -> list[str]:
