@@ -172,8 +172,6 @@ class Month:
         parents = [process.parent() for process in processes_of(self.settings) if is_worker(process)]
         # The host forks, so that its children look like it.
         flows = {parent for parent in parents if parent is not None and not is_worker(parent)}
-        # This process has a host too, where tests before have run flows in it.
-        flows.discard(psutil.Process())
         assert len(flows) == 1, f"expected one run at work, found {flows}"
         kill(list(flows))
 
@@ -190,5 +188,6 @@ class Month:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    """Whether it runs a stage, or the host that all stages are forked from."""
-    return any(word.startswith("torchworker") for word in process.cmdline())
+    """Whether it runs a stage, or the host that all stages are forked from; not this process's, which tests share."""
+    named = any(word.startswith("torchworker") for word in process.cmdline())
+    return named and psutil.Process() not in process.parents()
