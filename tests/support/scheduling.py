@@ -58,6 +58,7 @@ class ByFile(LoadScopeScheduling):
             return "digits"
         if file.endswith(MACHINE_WIDE):
             return "machine"
+        if file.endswith(BY_TEST):
+            return nodeid
         store = EACH_STORE.search(nodeid)
-        test = nodeid.partition("[")[0] if file.endswith(BY_TEST) else file
-        return test + (store[0] if store else "")
+        return file + (store[0] if store else "")
