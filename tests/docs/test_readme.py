@@ -76,14 +76,12 @@ def test_every_command_works_as_written(command: Command, tmp_path: Path) -> Non
 
 def test_every_command_of_ours_is_one_with_these_words_and_options(tmp_path: Path) -> None:
     write_example(tmp_path)
-    group, understood = typer.main.get_command(app), 0
+    ours, understood = typer.main.get_command(app).commands, 0
     for words in commands():
         if words[0] == "ship":
-            arguments = [str(tmp_path / word) if word.startswith("mine/") else word for word in words[1:]]
+            arguments = [str(tmp_path / word) if word.startswith("mine/") else word for word in words[2:]]
             # Parses them as the command would, and runs nothing; what does not fit is raised.
-            context = group.make_context("ship", arguments)
-            name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-            command.make_context(name, rest, parent=context)
+            ours[words[1]].make_context(words[1], arguments)
             understood += 1
     assert understood == 9
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.projects import REPOSITORY
+from train_and_ship.infra.fork_server import running_fork_server
 from train_and_ship.infra.settings import Settings
 
 
@@ -81,9 +82,22 @@ def kill(processes: Sequence[psutil.Process]) -> None:
     assert not alive, f"still alive after SIGKILL: {alive}"
 
 
+def _left_in_host(seconds: float = 3.0) -> list[psutil.Process]:
+    """What is still alive below this process's fork server; what was killed just now is given a moment to end."""
+    host = running_fork_server()
+    deadline = time.monotonic() + seconds
+    while host is not None and host.alive:
+        below = psutil.Process(host.pid).children(recursive=True)
+        left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+    return []
+
+
 def orphans() -> list[str]:
-    """Worker processes of this stack whose flow process is gone."""
-    found = []
+    """Worker processes of this stack whose flow process is gone, and what runs in this process left in its own host."""
+    found = [" ".join(process.cmdline()) for process in _left_in_host()]
     for process in psutil.process_iter(["cmdline", "ppid", "environ"]):
         words, environment = process.info["cmdline"] or [], process.info["environ"] or {}
         ours = environment.get("SHIP_HOME") == os.environ["SHIP_HOME"]
