@@ -6,8 +6,10 @@
 
 A version is the channel's generation: it only grows, also when the release is an older one. Triton polls, lists and
 loads what it finds, so a version that is half there must not count: the configuration names one version explicitly and
-is replaced by one conditional PUT after the version is complete. KServe downloads a prefix once, when a pod starts, so
-each generation has a prefix of its own.
+is replaced by one conditional PUT after the version is complete. What a poll compares is the newest modification time,
+which S3 tells in whole seconds: a poll between the version and the configuration, all in one second, would not see the
+configuration until something else is written, so it gets a second of its own. KServe downloads a prefix once, when a
+pod starts, so each generation has a prefix of its own.
 
 Everything here writes, and can be repeated.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,8 @@ BACKENDS = ("onnxruntime", "python")
 KEPT = 2
 """Versions that stay in a view: the one that is named, and the one before, which is still being served."""
 _RACES = 20
+_TICK_SECONDS = 1.0
+"""How finely S3 tells when an object was modified."""
 _DATATYPES = {"bfloat16": "BF16", **DATATYPES}
 
 
@@ -57,7 +62,7 @@ def write_triton(store: ObjectStore, release: Release, backend: str = "onnxrunti
     folder = f"{prefix}{release.model}/"
     config = triton_config(release, backend, release.generation)
     _put_version(store, f"{folder}{release.generation}/", release, backend)
-    generation = _commit(store, f"{folder}config.pbtxt", config, release.generation)
+    generation = _commit(store, folder, config, release.generation)
     _prune(store, folder, generation)
     return ServingLayout(prefix=prefix, generation=generation)
 
@@ -154,21 +159,31 @@ def _put_version(store: ObjectStore, folder: str, release: Release, backend: str
             raise ReleaseError(f"{folder}{ARTIFACT}: expected {sha256}, got another file; delete it") from None
 
 
-def _commit(store: ObjectStore, key: str, config: str, generation: int) -> int:
-    """Replace the configuration unless it names a later version; the generation that it names then."""
+def _commit(store: ObjectStore, folder: str, config: str, generation: int) -> int:
+    """Replace the configuration unless it names a later version; the generation that it names then.
+
+    Returns once the configuration is modified in a second in which nothing else was, as far as a listing tells.
+    """
+    key = f"{folder}config.pbtxt"
     for _ in range(_RACES):
+        seconds = {key: listed.modified.replace(microsecond=0) for key, listed in store.list_objects(folder).items()}
         found = store.get(key)
+        body, named = config.encode(), generation
+        if found is not None:
+            naming = re.search(rb"versions: \[ (\d+) \]", found[0])
+            if naming is None:
+                raise ReleaseError(f"{key}: expected a configuration that names one version, got {found[0][:200]!r}")
+            if int(naming[1]) > generation:
+                body, named = found[0], int(naming[1])
+            if found[0] == body and seconds.pop(key, None) not in seconds.values():
+                return named
+        # What was listed is of an earlier second than what is written now.
+        time.sleep(_TICK_SECONDS)
         try:
             if found is None:
-                store.put_new(key, config.encode())
-                return generation
-            named = re.search(rb"versions: \[ (\d+) \]", found[0])
-            if named is None:
-                raise ReleaseError(f"{key}: expected a configuration that names one version, got {found[0][:200]!r}")
-            if int(named[1]) > generation or found[0] == config.encode():
-                return int(named[1])
-            store.replace(key, config.encode(), found[1])
-            return generation
+                store.put_new(key, body)
+            else:
+                store.replace(key, body, found[1])
         except PreconditionFailedError:
             # Another writer was faster, or it is ours and the reply was lost: reading tells.
             continue

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import httpx
-
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
+from tests.support.prefect_api import Api
 from tests.support.processes import PATIENCE
 from tests.support.projects import write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -27,8 +26,7 @@ def job_of(folder: Path, name: str) -> Path:
 def deployed(stack: Settings) -> dict[str, dict[str, Any]]:
     """By name: what the server has of the flow `retrain`."""
     body = {"flows": {"name": {"any_": ["retrain"]}}}
-    reply = httpx.post(f"{stack.prefect_api_url}/deployments/filter", json=body).raise_for_status().json()
-    return {item["name"]: item for item in reply}
+    return {item["name"]: item for item in Api(stack).ask("POST", "/deployments/filter", body)}
 
 
 def nightly(deployment: dict[str, Any]) -> tuple[str, str]:
@@ -44,7 +42,7 @@ def scheduled(stack: Settings, name: str) -> list[dict[str, Any]]:
     }
     deadline = time.monotonic() + PATIENCE
     while True:
-        found: list[dict[str, Any]] = httpx.post(f"{stack.prefect_api_url}/flow_runs/filter", json=query).json()
+        found: list[dict[str, Any]] = Api(stack).ask("POST", "/flow_runs/filter", query)
         if found:
             return found
         assert time.monotonic() < deadline, f"Prefect schedules no run of {name}"
@@ -108,8 +106,7 @@ def test_ship_up_renames_the_flow_of_an_elder_deployment_of_ours_and_of_no_other
     assert ship("deploy", *map(str, jobs)).status == 0
     stored = {"elder": "flows.retrain.retrain", "foreign": "flows.retrain.weekly"}
     for name, entrypoint in stored.items():
-        address = f"{stack.prefect_api_url}/deployments/{deployed(stack)[name]['id']}"
-        httpx.patch(address, json={"entrypoint": entrypoint}).raise_for_status()
+        Api(stack).ask("PATCH", f"/deployments/{deployed(stack)[name]['id']}", {"entrypoint": entrypoint})
 
     assert ship("up").status == 0
 

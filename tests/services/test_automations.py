@@ -14,11 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
+from tests.support.prefect_api import Api
 from tests.support.processes import PATIENCE, eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -77,7 +77,7 @@ def automated(command: Command, **variables: str) -> list[str]:
 
 
 def state_of(stack: Settings, flow_run: str) -> dict[str, Any]:
-    state: dict[str, Any] = httpx.get(f"{stack.prefect_api_url}/flow_runs/{flow_run}").json()["state"]
+    state: dict[str, Any] = Api(stack).ask("GET", f"/flow_runs/{flow_run}")["state"]
     return state
 
 
@@ -126,7 +126,8 @@ def test_a_run_that_fell_silent_is_crashed_and_told(
             "occurred": {"since": "2020-01-01T00:00:00Z"},
         }
     }
-    eventually(lambda: httpx.post(f"{stack.prefect_api_url}/events/filter", json=heard).json()["total"], "a heartbeat")
+    api = Api(stack)
+    eventually(lambda: api.ask("POST", "/events/filter", heard)["total"], "a heartbeat")
     os.kill(flow.pid, signal.SIGKILL)
     flow.wait()
     assert state_of(stack, run.name)["type"] == "RUNNING"
@@ -141,12 +142,13 @@ def test_a_run_that_fell_silent_is_crashed_and_told(
 def test_an_automation_that_was_paused_by_hand_stays_paused(
     receiver: Receiver, command: Command, stack: Settings
 ) -> None:
+    api = Api(stack)
+
     def known() -> dict[str, dict[str, Any]]:
-        reply = httpx.post(f"{stack.prefect_api_url}/automations/filter", json={})
-        return {item["name"]: item for item in reply.json()}
+        return {item["name"]: item for item in api.ask("POST", "/automations/filter", {})}
 
     name = "train-and-ship: a release went live"
-    httpx.patch(f"{stack.prefect_api_url}/automations/{known()[name]['id']}", json={"enabled": False})
+    api.ask("PATCH", f"/automations/{known()[name]['id']}", {"enabled": False})
     before = known()
     automated(command, SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
     assert known()[name]["enabled"] is False

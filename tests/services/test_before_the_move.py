@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from mlflow import MlflowClient
 
@@ -434,7 +433,7 @@ def deployed(stack: Settings, machine: Path) -> Iterator[str]:
     flow = api.ask("POST", "/flows/", {"name": body.pop("flow_name")})
     made = api.ask("POST", "/deployments/", {**body, "flow_id": flow["id"], "concurrency_limit": 1})
     yield str(made["id"])
-    httpx.delete(f"{stack.prefect_api_url}/deployments/{made['id']}").raise_for_status()
+    api.ask("DELETE", f"/deployments/{made['id']}")
 
 
 def test_a_deployment_of_then_trains_its_model_after_the_next_ship_up(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,31 @@ def test_a_version_that_is_half_there_does_not_count(
         traffic.until(3.0)
     assert traffic.failures == [] and len(traffic.factors) > start
     assert {version for version, _ in traffic.factors} == {"1", "3"}
+
+
+def test_the_commit_has_a_second_of_its_own_because_triton_compares_whole_seconds(
+    object_store: ObjectStore, go_live: Callable[[float], Release]
+) -> None:
+    release, folder = go_live(1.0), f"{TRITON}{MODEL}/"
+
+    def seconds() -> dict[str, datetime]:
+        return {key: item.modified.replace(microsecond=0) for key, item in object_store.list_objects(folder).items()}
+
+    before: datetime | None = None
+    for generation in (1, 2):
+        write_triton(object_store, replace(release, generation=generation))
+        found = seconds()
+        committed = found.pop(f"{folder}config.pbtxt")
+        assert committed > max(found.values()) and committed != before
+        before = committed
+    # A writer that died behind its commit: the next one of the same release ends it.
+    object_store.put_new(f"{folder}9/model.onnx", b"of another writer")
+    config = object_store.get(f"{folder}config.pbtxt")
+    assert config is not None
+    object_store.replace(f"{folder}config.pbtxt", *config)
+    write_triton(object_store, replace(release, generation=2))
+    found = seconds()
+    assert found.pop(f"{folder}config.pbtxt") > max(found.values())
 
 
 def test_a_view_never_goes_back_however_many_write_it(

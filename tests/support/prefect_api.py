@@ -18,8 +18,11 @@ class Api:
         address = where if isinstance(where, str) else where.prefect_api_url
         self.http = httpx.Client(base_url=address, timeout=30, trust_env=False)
 
-    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """The answer; asked again when SQLite behind a busy server is locked, or a GET is not answered in time."""
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """The answer, None where it is empty.
+
+        Asked again when SQLite behind a busy server is locked, or a GET is not answered in time.
+        """
         for attempt in range(20):
             try:
                 reply = self.http.request(method, path, json=body)
@@ -31,8 +34,8 @@ class Api:
             if reply.status_code < 500:
                 break
             time.sleep(0.5)
-        answer: dict[str, Any] = reply.raise_for_status().json()
-        return answer
+        reply.raise_for_status()
+        return reply.json() if reply.content else None
 
     def start(self, flow: str, name: str = "", **parameters: Any) -> str:
         """Id of a new run of a flow's deployment; name: of the deployment where it is not the flow's."""
@@ -44,7 +47,7 @@ class Api:
         """The run, once it is in one of these states."""
         deadline = time.monotonic() + seconds
         while True:
-            found = self.ask("GET", f"/flow_runs/{run}")
+            found: dict[str, Any] = self.ask("GET", f"/flow_runs/{run}")
             if found["state_name"] in states:
                 return found
             assert found["state_type"] not in ("COMPLETED", "FAILED", "CRASHED"), found["state"]["message"]
@@ -58,5 +61,5 @@ class Api:
     def artifacts(self, run: str) -> list[dict[str, Any]]:
         """What the run shows on its page, the oldest first."""
         body = {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "UPDATED_DESC"}
-        found: Any = self.ask("POST", "/artifacts/filter", body)
+        found = self.ask("POST", "/artifacts/filter", body)
         return list(reversed(found))
