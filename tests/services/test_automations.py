@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command, Ship
+from tests.support.fixture_types import Ship
 from tests.support.prefect_api import Api
 from tests.support.processes import PATIENCE, eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
+from train_and_ship.tasks.automations import apply, main
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 SILENT_SECONDS = 35
@@ -61,19 +62,21 @@ class Receiver:
 
 
 @pytest.fixture(scope="module")
-def receiver(command: Command) -> Iterator[Receiver]:
+def receiver(stack: Settings) -> Iterator[Receiver]:
     """Told of everything; nobody is told afterwards."""
     receiver = Receiver()
-    automated(command, SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
+    automated(SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
     yield receiver
-    assert automated(command) == ["train-and-ship: a run fell silent"]
+    assert automated() == ["train-and-ship: a run fell silent"]
     receiver.server.shutdown()
 
 
-def automated(command: Command, **variables: str) -> list[str]:
-    done = command("python", "-P", "-m", "train_and_ship.tasks.automations", **variables)
-    assert done.status == 0, done.text
-    return done.output.strip().split(", ")
+def automated(**variables: str) -> list[str]:
+    """What `ship up` starts as a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return apply(Settings.load())
 
 
 def state_of(stack: Settings, flow_run: str) -> dict[str, Any]:
@@ -105,9 +108,7 @@ def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: S
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_a_run_that_fell_silent_is_crashed_and_told(
-    receiver: Receiver, command: Command, stack: Settings, tmp_path: Path
-) -> None:
+def test_a_run_that_fell_silent_is_crashed_and_told(receiver: Receiver, stack: Settings, tmp_path: Path) -> None:
     train = {**SHORT, "epochs": 40}
     job = write_project(tmp_path, extra=SLOW, name="silent", train=train, export={"formats": ["torchscript"]})
     flow = subprocess.Popen(
@@ -139,9 +140,7 @@ def test_a_run_that_fell_silent_is_crashed_and_told(
     assert f"No sign of life for {SILENT_SECONDS} s" in told["message"]
 
 
-def test_an_automation_that_was_paused_by_hand_stays_paused(
-    receiver: Receiver, command: Command, stack: Settings
-) -> None:
+def test_an_automation_that_was_paused_by_hand_stays_paused(receiver: Receiver, stack: Settings) -> None:
     api = Api(stack)
 
     def known() -> dict[str, dict[str, Any]]:
@@ -150,7 +149,7 @@ def test_an_automation_that_was_paused_by_hand_stays_paused(
     name = "train-and-ship: a release went live"
     api.ask("PATCH", f"/automations/{known()[name]['id']}", {"enabled": False})
     before = known()
-    automated(command, SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
+    automated(SHIP_NOTIFY=receiver.address, SHIP_SILENT_SECONDS=str(SILENT_SECONDS))
     assert known()[name]["enabled"] is False
     assert {title: item["id"] for title, item in known().items()} == {
         title: item["id"] for title, item in before.items()
@@ -158,7 +157,10 @@ def test_an_automation_that_was_paused_by_hand_stays_paused(
 
 
 @pytest.mark.parametrize("address", ["carrier-pigeon://secret@home", "somewhere"])
-def test_an_address_that_nobody_can_write_to_is_refused_without_showing_it(command: Command, address: str) -> None:
-    done = command("python", "-P", "-m", "train_and_ship.tasks.automations", SHIP_NOTIFY=address)
-    assert done.status == 2 and "SHIP_NOTIFY: expected addresses for Apprise" in done.errors
-    assert "secret" not in done.text and "Traceback" not in done.text
+def test_an_address_that_nobody_can_write_to_is_refused_without_showing_it(
+    address: str, stack: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHIP_NOTIFY", address)
+    assert main() == 2
+    said = capsys.readouterr()
+    assert "SHIP_NOTIFY: expected addresses for Apprise" in said.err and "secret" not in said.out + said.err

@@ -1,24 +1,34 @@
-"""Which tests stay together in one process when several run side by side."""
+"""Which tests stay together in one process when several run side by side, and which processes have a stack."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tests.support.projects import REPOSITORY
 
 TABLE = REPOSITORY / "docs" / "testing.md"
-MACHINE_WIDE = ("test_several_hosts.py", "test_slurm.py")
-"""Tests that have a machine to themselves: network namespaces and daemons with names of their own."""
+TOGETHER = {
+    "one machine": ("distributed/test_several_hosts.py", "distributed/test_slurm.py"),
+    "one run of digits": ("flows/test_digits.py", "flows/test_pulling.py", "docs/test_readme.py"),
+    "one MLflow": tuple(
+        f"services/test_{name}.py"
+        for name in ("before_the_move", "live_run", "mirror", "gc", "doctor", "mlflow_versions")
+    ),
+}
+"""Files that share what is slow to start, or of which a machine has one: network namespaces, daemons with a name."""
 BY_TEST = ("services/test_chaos.py",)
 """Files in which every test takes minutes: their tests are asked side by side too."""
-DIGITS = ("flows/test_digits.py", "flows/test_pulling.py", "docs/test_readme.py")
-"""Tests that share one run of the digits example."""
-
+_NEEDS_STACK = re.compile(r"\b(stack: Settings|command: Command|digits: Ended)\b")
+_NEEDS_STACK_ELSEWHERE = re.compile(r"\b(ship: Ship|store: ObjectStore)\b")
+"""Below tests/services, fixtures of these names mean servers of their own."""
 EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
 """In the id of a test that runs against both stores (`each_store_url`)."""
 
@@ -26,14 +36,19 @@ EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
 def longest_first() -> Callable[[pytest.Item], float]:
     """A key to sort tests by: files that took long when docs/testing.md was written come first."""
     rows = re.findall(r"^\| (\S+/test_\w+\.py) \| \d+ \| (\d+) \|", TABLE.read_text(), re.MULTILINE)
-    seconds = {file: float(value) for file, value in rows}
-    machine = sum(value for file, value in seconds.items() if file.endswith(MACHINE_WIDE))
+    seconds: Counter[str] = Counter()
+    for file, value in rows:
+        seconds[_scope(file)] += int(value)
 
     def key(item: pytest.Item) -> float:
-        file = item.nodeid.partition("::")[0].removeprefix("tests/")
-        return -(machine if file.endswith(MACHINE_WIDE) else seconds.get(file, 0.0))
+        return -seconds[_scope(item.nodeid.partition("::")[0].removeprefix("tests/"))]
 
     return key
+
+
+def _scope(file: str) -> str:
+    """file: named from tests/."""
+    return next((scope for scope, files in TOGETHER.items() if file in files), file)
 
 
 def shuffled(seed: int) -> Callable[[pytest.Item], tuple[bytes, bytes]]:
@@ -49,16 +64,35 @@ def shuffled(seed: int) -> Callable[[pytest.Item], tuple[bytes, bytes]]:
     return key
 
 
+@functools.cache
+def needs_stack(file: str) -> bool:
+    """Whether tests of a file, named from the repository, ask for the stack of their process."""
+    text = (REPOSITORY / file).read_text()
+    return bool(_NEEDS_STACK.search(text) or ("tests/services/" not in file and _NEEDS_STACK_ELSEWHERE.search(text)))
+
+
 class ByFile(LoadScopeScheduling):
-    """Tests of a file share fixtures, so they stay together when others run beside them; on two stores, by store."""
+    """Tests of a file share fixtures, so they stay together when others run beside them; on two stores, by store.
+
+    A stack costs as much as many tests. Of three processes or more the last one has none while there is other work, and
+    the others take what needs theirs first.
+    """
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        with_stack = self.numnodes < 3 or node.gateway.id != f"gw{self.numnodes - 1}"
+        for scope, tests in self.workqueue.items():
+            if _any_needs_stack(tests) == with_stack:
+                self.workqueue.move_to_end(scope, last=False)
+                break
+        super()._assign_work_unit(node)
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        if file.endswith(DIGITS):
-            return "digits"
-        if file.endswith(MACHINE_WIDE):
-            return "machine"
-        if file.endswith(BY_TEST):
+        file = nodeid.partition("::")[0].removeprefix("tests/")
+        if file in BY_TEST:
             return nodeid
         store = EACH_STORE.search(nodeid)
-        return file + (store[0] if store else "")
+        return _scope(file) + (store[0] if store else "")
+
+
+def _any_needs_stack(tests: Iterable[str]) -> bool:
+    return any(needs_stack(test.partition("::")[0]) for test in tests)

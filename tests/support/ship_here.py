@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import sys
 from collections.abc import Iterator
 
+import click
 import pytest
+import typer
 from rich.console import Console
 
 from tests.support.processes import Ended
@@ -23,12 +26,14 @@ def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str)
     What a command loads, how it starts and what a signal does to it is asked of `run_command`, which starts the
     installed one.
     """
-    argv, environment, collects, freeze = sys.argv, dict(os.environ), gc.get_threshold(), main.freeze
+    argv, environment, collects = sys.argv, dict(os.environ), gc.get_threshold()
+    freeze, app = main.freeze, main.app
     capsys.readouterr()
     try:
         sys.argv = ["ship", *words]
         # A command that ends lets its garbage lie; this process goes on.
         main.freeze = lambda: None
+        main.app = _parser()  # type: ignore[assignment]
         os.environ.update(variables)
         with contextlib.chdir(REPOSITORY), _log_in_this_terminal(), pytest.raises(SystemExit) as ended:
             main.main()
@@ -39,10 +44,16 @@ def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str)
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
-        main.freeze = freeze
+        main.freeze, main.app = freeze, app
         gc.set_threshold(*collects)
     said = capsys.readouterr()
     return Ended(int(ended.value.code or 0), said.out, said.err)
+
+
+@functools.cache
+def _parser() -> click.Command:
+    """What Typer makes of the commands' signatures, a hundredth of a second each time."""
+    return typer.main.get_command(main.app)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,3 +57,49 @@ def test_a_drawn_order_keeps_files_together_and_tests_in_order_that_say_so() -> 
         assert [nodeid for nodeid in ids(drawn) if "test_b" in nodeid] == ids(items)[9:18]
         orders.add(tuple(ids(drawn)))
     assert len(orders) == 5
+
+
+class Node:
+    """A testing process, as the scheduler sees it."""
+
+    def __init__(self, number: int) -> None:
+        self.gateway = SimpleNamespace(id=f"gw{number}")
+        self.given: list[int] = []
+
+    def send_runtest_some(self, indices: list[int]) -> None:
+        self.given += indices
+
+
+@pytest.mark.parametrize(("processes", "last"), [(3, "without"), (2, "with")])
+def test_of_three_processes_the_last_has_no_stack_while_there_is_other_work(
+    processes: int, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "needs_stack", lambda file: "with_" in file)
+    tests = [f"tests/flows/test_{kind}_{number}.py::test" for number in range(2) for kind in ("with", "without")]
+    nodes = [Node(number) for number in range(processes)]
+    asked = scheduling.ByFile.__new__(scheduling.ByFile)
+    asked.numnodes, asked.assigned_work = processes, {}
+    asked.workqueue = OrderedDict((test, {test: False}) for test in tests)
+    asked.registered_collections = dict.fromkeys(nodes, tests)  # type: ignore[arg-type]
+
+    def next_of(node: Node) -> str:
+        asked._assign_work_unit(node)  # type: ignore[arg-type]
+        return tests[node.given[-1]].partition("_")[2].partition("_")[0]
+
+    assert [next_of(nodes[-1]), next_of(nodes[0])] == [last, "with"]
+    # Then what is left, of whichever kind.
+    rest = {next_of(nodes[-1]), next_of(nodes[-1])}
+    assert rest == ({"without", "with"} if processes == 3 else {"without"})
+    assert not asked.workqueue
+
+
+def test_a_file_needs_the_stack_whose_tests_ask_for_it_or_for_what_is_made_of_it() -> None:
+    for file, needed in {
+        "tests/flows/test_retrain.py": True,
+        "tests/services/test_stack.py": False,
+        "tests/services/test_mistakes.py": False,
+        "tests/services/test_automations.py": True,
+        "tests/docs/test_readme.py": True,
+        "tests/exports/test_exports.py": False,
+    }.items():
+        assert scheduling.needs_stack(file) is needed, file
