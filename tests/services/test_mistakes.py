@@ -6,18 +6,19 @@ Commands and parameters come from the app itself: a new one has to be in the tab
 from __future__ import annotations
 
 import socket
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import typer.main
 
-from tests.support.fixture_types import Ship
+from tests.support.fixture_types import Connect, Ship
 from tests.support.releases import MODEL, move, published
 from train_and_ship.infra import errors
 from train_and_ship.infra.errors import ShipError, UserError
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.ship.main import app
 
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -132,13 +133,26 @@ def parameters() -> Iterator[tuple[str, str, Sequence[str]]]:
                 yield command, parameter.name, values
 
 
+@pytest.fixture(scope="module")
+def shipped() -> dict[str, Any]:
+    """The bucket with a release that is live, once there is one."""
+    return {}
+
+
 @pytest.fixture
-def places(tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A model with a release that is live, and files to be named."""
+def places(
+    tmp_path: Path, connect: Connect, shipped: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, str]]:
+    """A model with a release that is live, and files to be named. A mistake leaves the bucket as it is."""
+    if not shipped:
+        store = connect(f"test-{uuid.uuid4().hex[:12]}")
+        store.create_bucket_if_missing()
+        release = move(store, published(store, tmp_path / "release")).release
+        shipped.update(bucket=store.bucket, release=release, objects=store.list_objects(""))
+    store = connect(shipped["bucket"])
     monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
     signing = tmp_path / "key.pem"
     monkeypatch.setenv("SHIP_SIGNING_KEY", str(signing))
-    release = move(object_store, published(object_store, tmp_path / "release")).release
     folder = tmp_path / "folder"
     folder.mkdir()
     files = {
@@ -146,7 +160,7 @@ def places(tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.Monkey
         "broken": "name: [digits\n",
         "misspelt": "nmae: digits\n",
     }
-    found = {"folder": str(folder), "release": release, "binary": str(folder / "binary.yaml")}
+    found = {"folder": str(folder), "release": shipped["release"], "binary": str(folder / "binary.yaml")}
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for name, text in files.items():
         found[name] = str(folder / f"{name}.yaml")
@@ -156,6 +170,7 @@ def places(tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.Monkey
         listener.listen()
         found["taken"] = str(listener.getsockname()[1])
         yield found
+    assert store.list_objects("") == shipped["objects"]
 
 
 def filled(words: Sequence[str], places: dict[str, str]) -> list[str]:
