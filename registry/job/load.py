@@ -37,13 +37,16 @@ def load_job(path: Path) -> tuple[Job, Path]:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise JobError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    twice = _given_twice(text, path)
     if not isinstance(document, dict):
         raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
     try:
         job = Job.model_validate(document)
     except ValidationError as error:
-        lines = list(_explain(error, path, text))
+        lines = [*twice, *_explain(error, path, text)]
         raise JobError("\n".join(lines)) from None
+    if twice:
+        raise JobError("\n".join(twice))
     folder = (path.parent / job.project).resolve()
     if not folder.is_dir():
         raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
@@ -53,6 +56,35 @@ def load_job(path: Path) -> tuple[Job, Path]:
 def _looks_like_job(path: Path) -> bool:
     text = path.read_text(errors="replace")
     return all(f"{key}:" in text for key in ("name", "model", "data", "train"))
+
+
+def _given_twice(text: str, path: Path) -> list[str]:
+    """A line for each key that its mapping has already, of which YAML would quietly keep the last one's value.
+
+    What a merge (`<<: *base`) brings is there to be given anew and does not count.
+    """
+    found: list[tuple[int, str]] = []
+    # An anchor's node is in the tree once for each alias.
+    seen: set[int] = set()
+    pending: list[tuple[yaml.Node | None, tuple[str, ...]]] = [(yaml.compose(text, Loader=yaml.SafeLoader), ())]
+    while pending:
+        node, keys = pending.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending += [(item, (*keys, str(number))) for number, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            first: dict[str, int] = {}
+            for key, value in node.value:
+                # Keys that are no scalars are refused later.
+                name, line = str(key.value), key.start_mark.line + 1
+                pending.append((value, (*keys, name)))
+                if name in first and key.tag != "tag:yaml.org,2002:merge":
+                    place = ".".join((*keys, name))
+                    found.append((line, f"{path}:{line}: {place}: given twice (line {first[name]})"))
+                first.setdefault(name, line)
+    return [told for _, told in sorted(found)]
 
 
 def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:

@@ -57,6 +57,52 @@ def test_a_yaml_error_is_named_with_its_line(tmp_path: Path) -> None:
     assert refused(tmp_path, "name: a\nmodel: b: c\n").startswith("job.yaml:2:")
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("release: {channel: prod}\nrelease: {channel: staging}\n", ["7:@release: given twice (line 6)"]),
+        ("train:\n  epochs: 1\n", ["6:@train: given twice (line 4)"]),
+        ("\"name\": other\n", ["6:@name: given twice (line 1)"]),
+        ("  batch_size: 8\n  epochs: 3\n  epochs: 4\n", [
+            "7:@train.epochs: given twice (line 5)", "8:@train.epochs: given twice (line 5)",
+        ]),
+        ("gates:\n  accuracy: {min: 0.9, min: 0.1}\nname: a\n", [
+            "7:@gates.accuracy.min: given twice (line 7)", "8:@name: given twice (line 1)",
+        ]),
+        ("  optimizer: {factory: 'a:b', args: {x: [{y: 1, y: 2}]}}\n", [
+            "6:@train.optimizer.args.x.0.y: given twice (line 6)",
+        ]),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_given_twice_is_refused_whichever_would_count(
+    tmp_path: Path, more: str, expected: list[str]
+) -> None:
+    assert refused(tmp_path, GOOD + more).splitlines() == [f"job.yaml:{line.replace('@', ' ')}" for line in expected]
+
+
+def test_a_key_that_is_given_twice_is_told_with_the_other_mistakes(tmp_path: Path) -> None:
+    told = refused(tmp_path, GOOD + "  epochs: many\n  epoch: 3\n")
+    assert "job.yaml:6: train.epochs: given twice (line 5)" in told
+    assert "train.epochs: expected" in told and "train.epoch: unknown key" in told
+
+
+def test_what_a_merge_brings_may_be_given_anew(tmp_path: Path) -> None:
+    text = """\
+name: merged
+model: {factory: plain:build_model, args: &small {width: 4, depth: 1}}
+data:
+  factory: plain:build_dataset
+  args: {<<: *small, depth: 2, again: *small}
+train: {epochs: 2}
+"""
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    job, _ = load_job(path)
+    assert job.data.args == {"width": 4, "depth": 2, "again": {"width": 4, "depth": 1}}
+    # Of the anchor, once.
+    assert refused(tmp_path, text.replace("depth: 1}", "depth: 1, depth: 3}")).count("given twice") == 1
+
+
 def test_an_empty_file_is_not_a_job(tmp_path: Path) -> None:
     assert "expected keys such as name, model, data, train" in refused(tmp_path, "")
 
