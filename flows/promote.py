@@ -9,6 +9,7 @@ from train_and_ship.tasks.move_report import report_move
 from train_and_ship.tasks.moves import ask, choose_existing, move_forward, rehearse_existing
 from train_and_ship.tasks.outcome import report_failure
 from train_and_ship.tasks.results import Moved
+from train_and_ship.tasks.stopping import stoppable
 
 
 @flow(name="promote", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])
@@ -28,11 +29,12 @@ async def promote(
     yes on this run's page first. `gates` asks the release's own `vs_live`; `again` allows a release that a rollback has
     just left. `why` and `by` are for the record.
     """
-    request = await ask(model, channel, why, by)
-    candidate = await choose_existing(request, source)
-    tried = await rehearse_existing(request, candidate, gates)
-    if approve:
-        tried = await approval(request, tried)
-    moved = await move_forward(request, tried, gates, again)
-    await report_move(request, tried, moved)
-    return moved
+    async with stoppable():
+        request = await ask(model, channel, why, by)
+        candidate = await choose_existing(request, source)
+        tried = await rehearse_existing(request, candidate, gates)
+        if approve:
+            tried = await approval(request, tried)
+        moved = await move_forward(request, tried, gates, again)
+        await report_move(request, tried, moved)
+        return moved

@@ -8,6 +8,7 @@ from train_and_ship.tasks.move_report import report_move
 from train_and_ship.tasks.moves import ask, choose_earlier, move_back
 from train_and_ship.tasks.outcome import report_failure
 from train_and_ship.tasks.results import Moved
+from train_and_ship.tasks.stopping import stoppable
 
 
 @flow(name="rollback", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])
@@ -16,8 +17,9 @@ async def rollback(model: str, why: str, channel: str = "prod", to: str = "", by
 
     `to` names a release instead: an id, `prod~2`, `staging`, or `v7` in MLflow. `why` and `by` are for the record.
     """
-    request = await ask(model, channel, why, by)
-    earlier = await choose_earlier(request, to)
-    moved = await move_back(request, earlier)
-    await report_move(request, earlier, moved)
-    return moved
+    async with stoppable():
+        request = await ask(model, channel, why, by)
+        earlier = await choose_earlier(request, to)
+        moved = await move_back(request, earlier)
+        await report_move(request, earlier, moved)
+        return moved

@@ -73,10 +73,13 @@ def _prepare(job: Job, resume: str, *, reads_data: bool) -> None:
 
 
 def _ended(flow: Coroutine[Any, Any, _T]) -> _T:
-    """Run a flow; a signal that ended it is the exit status."""
-    from train_and_ship.tasks.policy import TerminationSignal
+    """Run a flow; a signal that ended it is the exit status. Raises StoppedError when a person has stopped the run."""
+    from train_and_ship.tasks.policy import Abort, TerminationSignal
+    from train_and_ship.tasks.stopping import StoppedError
 
     try:
         return asyncio.run(flow)
+    except Abort as stopped:
+        raise StoppedError(str(stopped)) from None
     except TerminationSignal as stop:
         raise typer.Exit(128 + stop.signal) from None

@@ -19,6 +19,7 @@ from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import JobFile
+from train_and_ship.tasks.stopping import stoppable
 
 LEASE_SECONDS = 60
 """A run that died with its machine holds those of other machines up no longer than this."""
@@ -32,7 +33,8 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     On this machine by a lock that the kernel frees when its holder dies; between machines by a global concurrency limit
     of Prefect, `train-and-ship.<model>`, whose slot is on a lease: a run that cannot renew it, because the server is
     away, goes on all the same. A run that is gone on with does not wait for the slot, which may be its own from before.
-    Then what died without a word gets its report. The job is the one that was asked for, also after a long wait.
+    Then what died without a word gets its report. The job is the one that was asked for, also after a long wait. A
+    person may stop the run from the beginning on.
 
     Raises JobError for a job file with mistakes.
     """
@@ -46,6 +48,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     async with get_client() as client:
         await client.upsert_global_concurrency_limit_by_name(limit, 1)
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(stoppable())
         lock = stack.enter_context(_lock_file(settings.runs / model))
         if not _locked(lock):
             get_run_logger().warning(waiting)

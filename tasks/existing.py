@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import shutil
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseResult
@@ -90,7 +92,15 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
     )
 
 
-async def promote_tried(settings: Settings, verified: Verified, mover: Mover, *, gates: bool, again: bool) -> Pointer:
+async def promote_tried(
+    settings: Settings,
+    verified: Verified,
+    mover: Mover,
+    *,
+    gates: bool,
+    again: bool,
+    move: Callable[[Callable[[], Pointer]], Awaitable[Pointer]] = asyncio.to_thread,
+) -> Pointer:
     """As `promote_existing`; when another release went live meanwhile, the target is held against that one first.
 
     Args:
@@ -99,10 +109,11 @@ async def promote_tried(settings: Settings, verified: Verified, mover: Mover, *,
         mover: who moves it, and why.
         gates: as in `promote_existing`.
         again: as in `promote_existing`.
+        move: what does it in a thread.
     """
     while True:
         try:
-            return await asyncio.to_thread(promote_existing, verified, mover, gates=gates, again=again)
+            return await move(functools.partial(promote_existing, verified, mover, gates=gates, again=again))
         except OtherLiveError:
             verified = await try_out(settings, verified, gates=gates)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
@@ -28,6 +29,7 @@ from train_and_ship.tasks.existing import promote_tried, try_out
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import Moved, Request
 from train_and_ship.tasks.stage import stage_task
+from train_and_ship.tasks.stopping import unless_stopped
 
 
 @stage_task("ask", delays=())
@@ -71,7 +73,7 @@ async def rehearse_existing(request: Request, verified: Verified, gates: bool) -
 @stage_task("move-back", "move")
 async def move_back(request: Request, verified: Verified) -> Moved:
     """Move the channel, once, atomically, and let MLflow's aliases follow."""
-    pointer = await asyncio.to_thread(roll_back, verified, request.mover)
+    pointer = await unless_stopped(functools.partial(roll_back, verified, request.mover))
     return await _notify(request, pointer)
 
 
@@ -85,7 +87,9 @@ async def move_forward(request: Request, verified: Verified, gates: bool, again:
         gates: False leaves the job's `vs_live` out, which the record says.
         again: also a release that a rollback has just left.
     """
-    pointer = await promote_tried(request.settings, verified, request.mover, gates=gates, again=again)
+    pointer = await promote_tried(
+        request.settings, verified, request.mover, gates=gates, again=again, move=unless_stopped
+    )
     return await _notify(request, pointer)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from prefect import Task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Abort, TerminationSignal
 
 from train_and_ship.infra.errors import ShipError
 
-__all__ = ["TerminationSignal", "quiet_mistakes", "worth_retrying"]
+__all__ = ["Abort", "TerminationSignal", "quiet_mistakes", "worth_retrying"]
 
 
 def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:

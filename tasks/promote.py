@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from prefect import get_run_logger
 
@@ -17,6 +18,7 @@ from train_and_ship.registry.report.description import in_short
 from train_and_ship.tasks.rehearse import hold_against
 from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import stage_task
+from train_and_ship.tasks.stopping import require_not_stopped, unless_stopped
 
 
 @stage_task("promote")
@@ -90,7 +92,8 @@ async def _move(
     while True:
         rehearsed.require_good_enough()
         try:
-            return await asyncio.to_thread(_move_from, run, registered, rehearsed, answer), rehearsed
+            move = functools.partial(_move_from, run, registered, rehearsed, answer)
+            return await unless_stopped(move), rehearsed
         except OtherLiveError as other:
             if answer is not None:
                 now = other.live.release if other.live else "nothing"
@@ -106,6 +109,7 @@ def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: A
     """Move the pointer from the release it was held against. Raises OtherLiveError when another is live."""
 
     def replacing(live: Pointer | None) -> None:
+        require_not_stopped()
         require_not_rolled_back(registered.manifest.release, live)
         require_not_stale(run.channel, registered.manifest.release, live, run.begun)
         if (live.release if live else "") != rehearsed.live:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
 from tests.support.html_pages import checked
-from tests.support.processes import PATIENCE
-from tests.support.projects import SLOW, write_project
+from tests.support.prefect_api import Api
+from tests.support.processes import PATIENCE, eventually
+from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.decisions import FAILED, read_decisions
+from train_and_ship.tasks.stopping import STOPPED
 
 
 def workers_of(run: Path) -> list[psutil.Process]:
@@ -68,3 +75,43 @@ def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_
     again = ship("run", str(job), "--resume", found[0])
     assert again.status == 0, again.text
     assert re.search(r"resumed from step \d+ of 18", again.text)
+
+
+@pytest.mark.parametrize(("name", "at"), [("run", "in training"), ("retrain", "while a person is asked")])
+def test_a_run_of_a_terminal_that_is_stopped_in_prefect_ends_there_and_nothing_goes_live(
+    stack: Settings, store: ObjectStore, tmp_path: Path, name: str, at: str
+) -> None:
+    model, trains = f"stopped-{name}", at == "in training"
+    job = write_project(
+        tmp_path,
+        extra=SLOW if trains else "",
+        name=model,
+        train={"epochs": 200 if trains else 1, "processes": 2 if trains else 1, "batch_size": 32},
+        export={"formats": ["torchscript"]},
+        release={} if trains else {"approval": "required"},
+    )
+    api = Api(stack)
+    command = subprocess.Popen(
+        [Path(sys.executable).with_name("ship"), name, str(job)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    folder = stack.runs / model
+    eventually(lambda: list(folder.glob("*-*")) or command.poll() is not None, "the run")
+    (run,) = folder.glob("*-*")
+    if trains:
+        eventually(lambda: epochs(run) or command.poll() is not None, "an epoch")
+        assert workers_of(run)
+    else:
+        api.wait(run.name, "Paused")
+
+    api.ask("POST", f"/flow_runs/{run.name}/set_state", {"state": {"type": "CANCELLING"}})
+    said, _ = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 2 and STOPPED in said and "Traceback" not in said, said
+    ended = api.ask("GET", f"/flow_runs/{run.name}")["state"]
+    assert (ended["name"], ended["message"]) == ("Cancelled", STOPPED)
+    assert not workers_of(run) and live(store, model) is None
+    report = checked((run / "report.html").read_text())
+    assert "cancelled" in report.text and STOPPED in report.text
+    if name == "retrain":
+        decided = read_decisions(Channel(store, model), 1)[-1]
+        assert (decided.decision, decided.why) == (FAILED, STOPPED)
