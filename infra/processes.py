@@ -69,7 +69,10 @@ class PidFile:
             return None
 
     def family(self) -> list[psutil.Process]:
-        """The process and every descendant alive, also those that changed session or lost their parent."""
+        """The process and every descendant alive, the eldest first; those of other sessions and orphans too.
+
+        A parent that is signalled before its child does not take the child's end for an answer, or for a fault.
+        """
         family: set[psutil.Process] = set()
         if (leader := self.process()) is not None:
             family.add(leader)
@@ -78,7 +81,16 @@ class PidFile:
         for process in psutil.process_iter():
             if process not in family and _token(process) == self.token:
                 family.add(process)
-        return [process for process in family if process.pid not in _own_line()]
+        own = _own_line()
+        return sorted((process for process in family if process.pid not in own), key=_age)
+
+
+def _age(process: psutil.Process) -> tuple[float, int]:
+    """Sorts the eldest first. psutil has asked for the time already, to tell processes apart."""
+    try:
+        return process.create_time(), process.pid
+    except psutil.Error:
+        return 0.0, process.pid
 
 
 def _token(process: psutil.Process) -> str | None:

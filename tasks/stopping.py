@@ -21,7 +21,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.states import Cancelled, Running
 
-from train_and_ship.infra.errors import RequestError
+from train_and_ship.infra.errors import ShipError
 
 LOOK_SECONDS = 2.0
 STOPPED = "cancelled in Prefect before anything went live"
@@ -29,7 +29,7 @@ STOPPED = "cancelled in Prefect before anything went live"
 Result = TypeVar("Result")
 
 
-class StoppedError(RequestError):
+class StoppedError(ShipError):
     """A person stopped the run."""
 
 
