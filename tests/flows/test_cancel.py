@@ -77,7 +77,10 @@ def test_cancelling_in_prefect_ends_every_process_and_leaves_a_checkpoint_to_go_
     assert re.search(r"resumed from step \d+ of 18", again.text)
 
 
-@pytest.mark.parametrize(("name", "at"), [("run", "in training"), ("retrain", "while a person is asked")])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("run", "in training"), pytest.param("retrain", "while a person is asked", marks=pytest.mark.soak)],
+)
 def test_a_run_of_a_terminal_that_is_stopped_in_prefect_ends_there_and_nothing_goes_live(
     stack: Settings, store: ObjectStore, tmp_path: Path, name: str, at: str
 ) -> None:
