@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak check month bench bench-store bench-parity bench-inference up down clean
+.PHONY: ship test soak check matrix month bench bench-store bench-parity bench-inference up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -29,6 +29,11 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases tests benchmarks
 	$(MAKE) test soak
+
+# The core of the tests with every version that is promised, in environments of their own below build/matrix (some 6 GB
+# each; with uv on PATH they share files). `make matrix ARGS="--row 3.13"` asks one. Writes docs/versions.md's table.
+matrix:
+	$(PYTHON) -m tests.matrix $(ARGS)
 
 # Thirty nights with everything that can go wrong, on a stack of its own; ten minutes. Writes docs/month.md and its picture.
 month: $(READY)
