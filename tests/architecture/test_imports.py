@@ -181,8 +181,10 @@ def test_no_module_is_loaded_under_two_names() -> None:
         "files = collections.defaultdict(list)\n"
         "for name, module in list(sys.modules.items()):\n"
         "    path = getattr(module, '__file__', None)\n"
-        f"    if path and os.path.realpath(path).startswith({str(REPOSITORY)!r} + '/') and '/.venv/' not in path:\n"
-        "        files[os.path.realpath(path)].append(name)\n"
+        # The environment may lie in the repository.
+        "    if path and not path.startswith(sys.prefix + '/'):\n"
+        f"        if os.path.realpath(path).startswith({str(REPOSITORY)!r} + '/'):\n"
+        "            files[os.path.realpath(path)].append(name)\n"
         "print(json.dumps([len(files), [names for names in files.values() if len(names) > 1]]))"
     )
     loaded, twice = json.loads(
