@@ -28,7 +28,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.report import write
-from tests.support.matrix import CORE, GO_WITH_TORCH, PAGE, REPOSITORY, ROWS, SHOWN, Answer, Row, chosen, table
+from tests.support.matrix import (
+    CORE,
+    CORE_OPTIONS,
+    GO_WITH_TORCH,
+    PAGE,
+    REPOSITORY,
+    ROWS,
+    SHOWN,
+    Answer,
+    Row,
+    chosen,
+    table,
+)
 
 PLACE = REPOSITORY / "build" / "matrix"
 CORE_SECONDS = 2400
@@ -194,7 +206,7 @@ def _variables() -> dict[str, str]:
 
 def _run(python: Path, core: tuple[str, ...] | list[str], report: Path) -> str:
     """Run pytest; returns why it did not come to its end, or nothing. What it prints is kept beside its report."""
-    argv = [python, "-m", "pytest", "-m", "", "--numprocesses", "3", "--no-loadscope-reorder"]
+    argv = [python, "-m", "pytest", *CORE_OPTIONS, "--numprocesses", "3", "--no-loadscope-reorder"]
     argv += ["--junitxml", report, *core]
     with report.with_suffix(".log").open("w") as log:
         running = subprocess.Popen(argv, cwd=REPOSITORY, env=_variables(), stdout=log, stderr=subprocess.STDOUT)
