@@ -31,6 +31,7 @@ from benchmarks.report import write
 from tests.support.matrix import (
     CORE,
     CORE_OPTIONS,
+    EXTRAS,
     GO_WITH_TORCH,
     PAGE,
     REPOSITORY,
@@ -126,7 +127,7 @@ def _environment(row: Row) -> Path:
     print(f"{row.name}: making {home.relative_to(REPOSITORY)} with {interpreter}", flush=True)
     shutil.rmtree(home, ignore_errors=True)
     _output([interpreter, "-m", "venv", home])
-    arguments = ["--editable", f".[{','.join(row.extras)}]", row.torch]
+    arguments = ["--editable", f".[{','.join(EXTRAS)}]", row.torch]
     if row.constraints:
         arguments += ["--constraint", _constraints()]
     _output([*_installer(python), *arguments])
@@ -153,7 +154,7 @@ def _key(row: Row, interpreter: str) -> str:
     decides = [project[name] for name in ("dependencies", "optional-dependencies", "scripts", "entry-points")]
     constraints = _constraints().read_text() if row.constraints else ""
     version = _output([interpreter, "-c", "import sys; print(sys.version)"])
-    return hashlib.sha256(repr((row, version, decides, constraints)).encode()).hexdigest()
+    return hashlib.sha256(repr((row, EXTRAS, version, decides, constraints)).encode()).hexdigest()
 
 
 def _constraints() -> Path:

@@ -46,9 +46,6 @@ class Row:
     """A requirement. Without a local version it is what a package installer takes by itself."""
     constraints: bool = True
     """The versions of constraints.txt, without torch's; else the newest that pyproject.toml allows."""
-    extras: tuple[str, ...] = ("local", "examples", "dev", "edge")
-    without: tuple[str, ...] = ()
-    """What is taken out again, because it is not made for this torch."""
 
 
 ROWS = (
@@ -57,10 +54,12 @@ ROWS = (
     Row(name="3.13", python="3.13", torch="torch==2.13.0"),
     Row(name="3.14", python="3.14", torch="torch==2.13.0"),
     Row(name="3.15", python="3.15", torch="torch>=2.13,<2.15"),
-    Row(name="torch-2.14", python="3.11", torch="torch==2.14.1", extras=("local", "examples", "dev")),
+    Row(name="torch-2.14", python="3.11", torch="torch==2.14.1"),
     Row(name="newest", python="3.12", torch="torch==2.13.0", constraints=False),
 )
 """In the order of the table."""
+EXTRAS = ("local", "examples", "dev", "edge")
+"""What is installed of ours in each."""
 
 SHOWN = ("torch", "prefect", "mlflow", "onnx", "onnxruntime")
 """Packages whose versions the table has."""
