@@ -181,7 +181,8 @@ def _output(command: list[str | Path]) -> str:
     done = subprocess.run(command, cwd=REPOSITORY, env=_variables(), capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split()).replace("|", "/")
-        raise CannotRunError(f"`{Path(command[0]).name}` ended with {done.returncode}: {said[-300:]}")
+        end = said if len(said) < 300 else f"… {said[-300:].partition(' ')[2]}"
+        raise CannotRunError(f"`{Path(command[0]).name}` ended with {done.returncode}: {end}")
     return done.stdout
 
 
