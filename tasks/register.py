@@ -16,6 +16,7 @@ from prefect import get_run_logger
 from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
+from train_and_ship.registry.data.checks import require_held_out, shared_samples
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from train_and_ship.registry.report.description import describe
@@ -43,9 +44,13 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
     Raises:
         ServiceError: MLflow does not answer.
         JobError: the data could not be read.
+        GateError: most of the held-out data is training data, and the job does not allow it.
     """
     with run.timed("register"):
         facts = await inspected.facts()
+        require_held_out(run.job.data.checks, facts)
+        if shared := shared_samples(facts):
+            get_run_logger().warning("%s", shared)
         data = snapshot_fingerprint(run.snapshot) if run.snapshot else data_fingerprint(facts)
         inputs = Inputs(
             code=trained.made_from.code,
@@ -66,7 +71,7 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         shown = await asyncio.to_thread(run.live.stop)
         # What MLflow could not be told while it happened.
         points = [] if shown else file_points(trained.folder / EVENTS)
-        record = _record(run, trained, validated, folder, manifest, description, points)
+        record = _record(run, trained, validated, folder, manifest, description, points, shared)
         version = await asyncio.to_thread(mlflow_versions.register, record, run.settings.mlflow_url)
     get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
     registration = Registration(
@@ -159,6 +164,7 @@ def _record(
     manifest: Manifest,
     description: str,
     points: Sequence[Point],
+    shared: str,
 ) -> VersionRecord:
     job, result = run.job, trained.result
     artifacts = set(manifest.formats.values())
@@ -186,6 +192,7 @@ def _record(
             "flow_run_id": run.origin,
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,
+            **({"data.overlap": shared} if shared else {}),
             **{f"serve.{purpose}": kind for purpose, kind in manifest.serve.items()},
             **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
         },

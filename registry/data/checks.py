@@ -13,6 +13,8 @@ from train_and_ship.registry.text import Table, number, passed_or_failed
 
 SPLITS = ("train", "validation")
 TARGET = "target"
+MOST_SHARED = 0.5
+"""Part of the validation samples that may be training samples where the job gives no limit of its own."""
 DRAWN = 6
 """Columns whose distributions are drawn: those that moved most."""
 
@@ -66,6 +68,25 @@ class Report:
     def failed(self) -> list[Finding]:
         """What was found and is against the job's word."""
         return [finding for finding in self.findings if not finding.passed]
+
+
+def shared_samples(facts: InspectResult) -> str:
+    """What there is to say of validation samples that are training samples; empty when there are none."""
+    if not facts.overlap:
+        return ""
+    held = facts.validation.samples
+    share = f"{facts.overlap:,} of {held:,} validation samples ({facts.overlap / held:.1%})"
+    return f"{share} are training samples, bit by bit"
+
+
+def require_held_out(checks: Checks | None, facts: InspectResult) -> None:
+    """Raises GateError when most of the held-out data is training data and the job has no checks, which limit it."""
+    if checks is None and facts.overlap > MOST_SHARED * facts.validation.samples:
+        raise GateError(
+            f"{shared_samples(facts)}: no number that is measured on them says how good the model is on anything new. "
+            'data.factory gets "train" or "validation" and has to answer with different samples; where they are meant '
+            "to be the same, say so: data.checks: {overlap: 1.0}"
+        )
 
 
 def check_data(checks: Checks, facts: InspectResult, live_facts: InspectResult | None, live: str) -> Report:

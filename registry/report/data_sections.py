@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchworker.contract import InspectResult
-from train_and_ship.registry.data.checks import DRAWN, SPLITS, Distribution, Report, findings_table
+from train_and_ship.registry.data.checks import DRAWN, SPLITS, Distribution, Report, findings_table, shared_samples
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Page, Section, Text, markdown
 from train_and_ship.registry.text import Table
@@ -19,7 +19,7 @@ BAR = 24
 """Characters of a share of 1, where there are no pictures."""
 
 
-def data_page(model: str, facts: InspectResult, checks: Report) -> str:
+def data_page(model: str, facts: InspectResult, checks: Report | None) -> str:
     """The data and its checks as markdown, for the person who looks before training."""
     return markdown(Page(title=f"Data of {model}", verdict="", good=True, sections=[data_section(facts, checks)]))
 
@@ -32,6 +32,8 @@ def data_section(facts: InspectResult | None, checks: Report | None) -> Section:
     rows = [(name, f"{split.samples:,}", f"{split.repeated:,}", split.fingerprint) for name, split in splits]
     blocks: list[Block] = [Table(header=("split", "samples", "repeated", "fingerprint"), rows=rows)]
     more: list[Block] = []
+    if shared := shared_samples(facts):
+        blocks.append(Text(text=f"{shared}."))
     if checks is not None:
         passed = [item for item in checks.findings if item.passed]
         told = [item for item in passed if not item.drift]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from tests.support.channels import live
 from tests.support.fixture_types import Ship
-from tests.support.flow_runs import read_run
+from tests.support.flow_runs import flow_run_of, read_run
 from tests.support.html_pages import checked
 from tests.support.projects import CODE, write_project
 from tests.support.retraining import POOR, Project
@@ -59,6 +60,35 @@ def test_corrupt_data_is_refused_before_training_and_names_each_fault(
     assert "overlap of validation samples in the training data: 2 of 96 (2.08%)" in ended.errors
     assert "training on" not in ended.text and "Traceback" not in ended.text
     assert live(store, "corrupt") is None
+
+
+def test_held_out_data_that_is_training_data_does_not_go_live(
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    """Of one whose factory ignores the split, however it is drawn, and of one with a few samples in both."""
+    extra = """
+        build_apart = build_dataset
+        def build_dataset(split):
+            inputs, target = build_apart("train").tensors
+            order = torch.randperm(96, generator=torch.Generator().manual_seed(1 if split == "train" else 2))
+            return TensorDataset(inputs[order], target[order])
+        def build_some(split):
+            inputs, target = build_apart(split).tensors
+            if split == "validation":
+                inputs[:2] = build_apart("train").tensors[0][:2]
+            return TensorDataset(inputs, target)
+    """
+    more = {"extra": extra, "train": POOR, "export": {"formats": ["torchscript"]}}
+    ended = ship("run", str(write_project(tmp_path / "same", name="same", **more)))
+    assert ended.status == 2 and "Traceback" not in ended.text, ended.text
+    assert "96 of 96 validation samples (100.0%) are training samples, bit by bit: no number" in ended.errors
+    assert live(store, "same") is None
+    told = "2 of 96 validation samples (2.1%) are training samples, bit by bit"
+    some = write_project(tmp_path / "some", name="some", data={"factory": "plain:build_some"}, **more)
+    ended = ship("run", str(some))
+    assert ended.status == 0 and told in ended.text, ended.text
+    assert told in checked((stack.runs / "some" / flow_run_of(ended) / "report.html").read_text()).text
+    assert MlflowClient(stack.mlflow_url).get_model_version("some", "1").tags["data.overlap"] == told
 
 
 def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributions(

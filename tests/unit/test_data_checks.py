@@ -11,7 +11,7 @@ from scipy import stats
 
 from torchworker.contract import InspectResult, decode
 from train_and_ship.infra.errors import GateError
-from train_and_ship.registry.data.checks import Report, require_good_data
+from train_and_ship.registry.data.checks import Report, require_good_data, require_held_out, shared_samples
 from train_and_ship.registry.data.checks import check_data as check_decoded
 from train_and_ship.registry.data.drift import bins_of_columns, bins_of_labels, ks, psi
 from train_and_ship.registry.job.data import Checks
@@ -113,6 +113,20 @@ def test_labels_that_should_not_be_there_and_labels_that_are_rare() -> None:
     # One that is allowed and does not occur is as rare as can be.
     assert failures(asked, changed(labels={"0": 2000})) == ["labels train target"]
     assert failures(asked, changed(labels={})) == ["labels train target"]
+
+
+def test_held_out_samples_that_are_training_samples_are_told_and_most_of_them_are_refused() -> None:
+    shared = facts()
+    assert shared_samples(known(shared)) == "" and "training samples" not in data_page("m", known(shared), None)
+    shared["overlap"] = 250
+    told = "250 of 500 validation samples (50.0%) are training samples, bit by bit"
+    assert shared_samples(known(shared)) == told and told in data_page("m", known(shared), None)
+    require_held_out(None, known(shared))
+    shared["overlap"] = 251
+    with pytest.raises(GateError, match=r"251 of 500 validation samples \(50\.2%\) are training .* \{overlap: 1\.0\}"):
+        require_held_out(None, known(shared))
+    # Whoever gives checks gives their limit, and check_data has asked it.
+    require_held_out(Checks(overlap=1.0), known(shared))
 
 
 def test_overlap_repeats_and_a_shrunken_set() -> None:
