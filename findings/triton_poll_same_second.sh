@@ -166,6 +166,7 @@ argv = [str(home / "bin" / "tritonserver"), f"--model-repository=s3://{address}/
 argv += [f"--backend-directory={home / 'backends'}", "--model-control-mode=poll", "--repository-poll-secs=1"]
 argv += ["--http-address=127.0.0.1", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false"]
 argv += [f"--backend-config=python,shm-default-byte-size={2**20}"]
+argv += [f"--backend-config=python,shm-region-prefix-name={home.parent.name}"]
 environment = {
     **os.environ,
     "AWS_EC2_METADATA_DISABLED": "true",
@@ -196,8 +197,10 @@ finally:
     end = time.monotonic() + 40
     while not triton_ended() and time.monotonic() < end:
         time.sleep(0.1)
-    # The stubs that run the models may outlive it.
+    # The stubs that run the models may outlive it, and then their shared memory is left too.
     os.killpg(triton.pid, signal.SIGKILL)
+    for left in Path("/dev/shm").glob(f"{home.parent.name}*"):
+        left.unlink()
     triton.wait()
 PYTHON
 python_id=$!
