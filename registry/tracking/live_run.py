@@ -30,6 +30,8 @@ FAILED_PAUSES = 5
 """How much longer the pause is after MLflow did not answer."""
 SYSTEM_SAMPLES = 100_000
 """Values of the machine kept while MLflow is away: 17 hours of eight every 5 s."""
+LAST_SAMPLE_SECONDS = 0.5
+"""How long the last batch waits for the last measure of the machine."""
 STOP_SECONDS = 3.0
 """How long the end of a run may wait for the last batch."""
 
@@ -109,6 +111,9 @@ class LiveRun:
             pause = FAILED_PAUSES * self._send_seconds
             try:
                 self._open()
+                if last and self._sampler.ident is not None:
+                    # It measures once more when it is told to stop: a short run has a measure too.
+                    self._sampler.join(LAST_SAMPLE_SECONDS)
                 pause = max(self._send_seconds, self._send() / SEND_SHARE)
                 self._complete = last and not self._abandoned
             except ShipError as error:
@@ -179,7 +184,9 @@ class LiveRun:
     def _sample_until_stopped(self) -> None:
         with contextlib.suppress(Exception):
             sample, seconds = mlflow_runs.system_monitor()
-            while not self._stopping.wait(seconds):
+            stopped = False
+            while not stopped:
+                stopped = self._stopping.wait(seconds)
                 now = time.time()
                 self._samples.extend(Point(name, value, self._system_step, now) for name, value in sample().items())
                 self._system_step += 1

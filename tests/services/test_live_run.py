@@ -326,6 +326,16 @@ def test_a_process_that_leaves_ends_its_run(mlflow_server: MlflowServer, tmp_pat
     assert run_of("leaving", mlflow_server.url).info.status == "KILLED"
 
 
+def test_a_run_that_is_over_before_the_machine_is_measured_again_has_a_measure_of_it(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "600")
+    live = live_run("short", mlflow_server.url)
+    until(lambda: live._sampler.is_alive())
+    assert live.stop(PATIENCE)
+    assert "system/system_memory_usage_megabytes" in run_of("short", mlflow_server.url).data.metrics
+
+
 def test_system_metrics_are_those_of_the_machine_and_not_of_this_process() -> None:
     sample, _ = mlflow_runs.system_monitor()
     # One core busy in another process.
