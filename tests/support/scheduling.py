@@ -26,6 +26,8 @@ TOGETHER = {
 """Files that share what is slow to start, or of which a machine has one: network namespaces, daemons with a name."""
 BY_TEST = ("services/test_chaos.py",)
 """Files in which every test takes minutes: their tests are asked side by side too."""
+WITH_STACK = ("gw0", "gw1")
+"""Testing processes that have a stack from the beginning on."""
 _NEEDS_STACK = re.compile(r"\b(stack: Settings|command: Command|digits: Ended)\b")
 _NEEDS_STACK_ELSEWHERE = re.compile(r"\b(ship: Ship|store: ObjectStore)\b")
 """Below tests/services, fixtures of these names mean servers of their own."""
@@ -74,12 +76,12 @@ def needs_stack(file: str) -> bool:
 class ByFile(LoadScopeScheduling):
     """Tests of a file share fixtures, so they stay together when others run beside them; on two stores, by store.
 
-    A stack costs as much as many tests. Of three processes or more the last one has none while there is other work, and
-    the others take what needs theirs first.
+    A stack costs as much as many tests: two processes take what needs one first, the others what needs none while there
+    is such work.
     """
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        with_stack = self.numnodes < 3 or node.gateway.id != f"gw{self.numnodes - 1}"
+        with_stack = node.gateway.id in WITH_STACK
         for scope, tests in self.workqueue.items():
             if _any_needs_stack(tests) == with_stack:
                 self.workqueue.move_to_end(scope, last=False)
