@@ -32,12 +32,11 @@ def load_job(path: Path) -> tuple[Job, Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"job file {path}: expected UTF-8 text that can be read, got {error}") from None
     try:
-        document = yaml.safe_load(text)
+        document, twice = _parsed(text, path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise JobError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    twice = _given_twice(text, path)
     if not isinstance(document, dict):
         raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
     try:
@@ -58,7 +57,19 @@ def _looks_like_job(path: Path) -> bool:
     return all(f"{key}:" in text for key in ("name", "model", "data", "train"))
 
 
-def _given_twice(text: str, path: Path) -> list[str]:
+def _parsed(text: str, path: Path) -> tuple[Any, list[str]]:
+    """What the YAML says, and a line for each key that it says twice. Raises YAMLError."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        # Before it is made into values: that resolves merges in place.
+        twice = _given_twice(root, path)
+        return loader.construct_document(root) if root is not None else None, twice
+    finally:
+        loader.dispose()
+
+
+def _given_twice(root: yaml.Node | None, path: Path) -> list[str]:
     """A line for each key that its mapping has already, of which YAML would quietly keep the last one's value.
 
     What a merge (`<<: *base`) brings is there to be given anew and does not count.
@@ -66,7 +77,7 @@ def _given_twice(text: str, path: Path) -> list[str]:
     found: list[tuple[int, str]] = []
     # An anchor's node is in the tree once for each alias.
     seen: set[int] = set()
-    pending: list[tuple[yaml.Node | None, tuple[str, ...]]] = [(yaml.compose(text, Loader=yaml.SafeLoader), ())]
+    pending: list[tuple[yaml.Node | None, tuple[str, ...]]] = [(root, ())]
     while pending:
         node, keys = pending.pop()
         if node is None or id(node) in seen:

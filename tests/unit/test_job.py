@@ -55,6 +55,7 @@ def test_a_job_file_that_lies_beside_the_missing_one_is_named(tmp_path: Path, mo
 def test_a_yaml_error_is_named_with_its_line(tmp_path: Path) -> None:
     assert refused(tmp_path, GOOD + "export: [\n").startswith("job.yaml:7:1: not valid YAML")
     assert refused(tmp_path, "name: a\nmodel: b: c\n").startswith("job.yaml:2:")
+    assert "not valid YAML" in refused(tmp_path, GOOD + "\x07")
 
 
 @pytest.mark.parametrize(
