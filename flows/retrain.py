@@ -42,7 +42,7 @@ async def retrain(
         run = await begin(plan.job_file, resume)
         inspected = await inspect(run)
         trained = await train(run, plan.start)
-        exported = await export(run, trained)
+        exported = await export(run, inspected, trained)
         validated = await validate(run, exported)
         registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered)

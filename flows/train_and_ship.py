@@ -34,7 +34,7 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
         run = await begin(job_file, resume)
         inspected = await inspect(run)
         trained = await train(run)
-        exported = await export(run, trained)
+        exported = await export(run, inspected, trained)
         validated = await validate(run, exported)
         registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered)

@@ -6,29 +6,42 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from torchworker.contract import ExportRequest, ExportResult
+from torchworker.contract import ExportRequest, ExportResult, InspectResult
 from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.data.readings import contradictions_of_gates, contradictions_of_training
 from train_and_ship.registry.run_folder import EXPORT, stage_inputs
+from train_and_ship.tasks.readings import require_same_data
 from train_and_ship.tasks.requests import dynamic_dims
-from train_and_ship.tasks.results import Exported, Run, Trained
+from train_and_ship.tasks.results import Exported, Inspected, Run, Trained
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.worker import ask_worker
 
 
 @stage_task("export", delays=WORKER_DELAYS)
-async def export(run: Run, trained: Trained) -> Exported:
+async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     """Write every format of the job side by side; all of them or none, or with `auto` those that fit.
 
-    Raises JobError for a model that cannot be captured faithfully, WorkerError when the worker died.
+    Args:
+        run: whose formats.
+        inspected: the data; which of the held-out samples the gates look at.
+        trained: the weights, and what was read to make them.
+
+    Raises:
+        JobError: the model cannot be captured faithfully, or the data could not be read.
+        GateError: processes of this run have read different data.
+        WorkerError: the worker died.
     """
+    facts = await inspected.facts()
+    await require_same_data(run, contradictions_of_training(run.job, facts, trained.result))
     inputs = stage_inputs(trained.digest, run.job.export.model_dump_json())
     stage = StageFolder(run.folder, EXPORT, inputs)
 
     async def make(work: Path) -> ExportResult:
-        return await ask_worker(run.fork_server, "export", _request(run, trained, work), ExportResult, work)
+        return await ask_worker(run.fork_server, "export", _request(run, facts, trained, work), ExportResult, work)
 
     with run.timed("export"):
         result = await run_stage(stage, ExportResult, make)
+        await require_same_data(run, contradictions_of_gates(facts, result))
     for kind, artifact in result.artifacts.items():
         get_run_logger().info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
     for kind, why in result.left_out.items():
@@ -36,7 +49,7 @@ async def export(run: Run, trained: Trained) -> Exported:
     return Exported(folder=stage.path, result=result, digest=stage.digest(), weights=trained.weights)
 
 
-def _request(run: Run, trained: Trained, work: Path) -> ExportRequest:
+def _request(run: Run, facts: InspectResult, trained: Trained, work: Path) -> ExportRequest:
     asked, int8 = run.job.export, run.job.export.int8
     return ExportRequest(
         project=run.project,
@@ -48,6 +61,7 @@ def _request(run: Run, trained: Trained, work: Path) -> ExportRequest:
         batch=asked.batch,
         seed=run.job.train.seed,
         validation_limit=asked.validation_samples,
+        drawn=facts.drawn,
         dynamic=dynamic_dims(run.job),
         max_batch=asked.max_batch,
         int8=int8.wanted if int8 is not None else (),

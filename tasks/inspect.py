@@ -76,7 +76,7 @@ async def read_facts(fork_server: ForkServer, job: Job, project: Project, folder
     Raises JobError when the data cannot be read, WorkerError when the worker died.
     """
     request = inspect_request(job, project)
-    asked = json.dumps(request.ranges, sort_keys=True)
+    asked = json.dumps([request.ranges, request.most], sort_keys=True)
     stage = StageFolder(folder, INSPECT, stage_inputs(job.training_digest(), asked))
 
     async def make(work: Path) -> InspectResult:

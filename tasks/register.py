@@ -111,7 +111,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _summary(facts: InspectResult) -> dict[str, Any]:
     """What the next candidate's data is held against: counts and quantiles, no samples."""
-    return dataclasses.asdict(replace(facts, seconds=0.0, validation=replace(facts.validation, columns={})))
+    return dataclasses.asdict(replace(facts, seconds=0.0, drawn=None, validation=replace(facts.validation, columns={})))
 
 
 def _lineage(run: Run, trained: Trained, inputs: Inputs) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def inspect_request(job: Job, project: Project) -> InspectRequest:
     """Read the data, and count what is outside the ranges of `data.checks`."""
     tensors = job.data.checks.tensors if job.data.checks is not None else {}
     ranges = {name: (asked.min, asked.max) for name, asked in tensors.items()}
-    return InspectRequest(project=project, train=train_settings(job), ranges=ranges)
+    return InspectRequest(project=project, train=train_settings(job), ranges=ranges, most=job.export.validation_samples)
 
 
 def measure_request(

@@ -301,6 +301,15 @@ class TrainRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What was read of one split, each sample counted once."""
+
+    samples: int
+    fingerprint: str
+    """Order-independent hash of every sample as data.factory gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What training left in its folder, and how it went."""
 
@@ -318,6 +327,9 @@ class TrainResult:
     """What a person should know: resumed from where, with which doubts."""
     cpu_seconds: float = 0.0
     """Of all ranks and what they started, in the launch that ended well."""
+    read: Mapping[str, Reading] = field(default_factory=dict)
+    """Split to what all ranks together have read of it: of the training data in the first epoch, of the validation data
+    when it was first evaluated. A custom loop's own reading is not seen; there it is the data once more, after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +340,8 @@ class InspectRequest(Message):
     train: TrainSettings
     ranges: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     """Tensor to the smallest and largest value that it may have; None for no limit."""
+    most: int | None = None
+    """At most this many validation samples are drawn for the gates; None for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +386,8 @@ class SplitFacts:
     """Samples by label; empty when the target is no label."""
     repeated: int
     """Samples whose inputs occurred before in this split."""
+    varies: bool = False
+    """Whether a sample that is read twice under different random states differs, as with random augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +400,27 @@ class InspectResult(Message):
     """Validation samples whose inputs are those of a training sample, bit by bit."""
     seconds: float
     """What reading took."""
+    drawn: Sequence[int] | None = None
+    """Places of the validation samples that gates look at, ascending; None for all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RereadRequest(Message):
+    """Ask whether a split of the data is the same each time that it is read, by one process without workers."""
+
+    project: Project
+    train: TrainSettings
+    split: Literal["train", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RereadResult:
+    """A split that was read twice, sample after sample, under the random states that training gives its samples."""
+
+    same: bool
+    """Whether both times gave the same; if not, what is drawn at random is drawn anew each time."""
+    read: Reading | None
+    """What it was; None when it was not the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,7 +450,9 @@ class ExportRequest(Message):
     """Batch size at which the model is captured."""
     seed: int
     validation_limit: int
-    """At most this many validation samples are kept for the quality gate."""
+    """At most this many validation samples are kept for the quality gate: the first, unless others are drawn."""
+    drawn: Sequence[int] | None = None
+    """Places of the validation samples to keep, ascending; None for all up to the limit."""
     dynamic: Sequence[DynamicDim] = ()
     """Declared dimensions beside the batch."""
     max_batch: int | None = None
@@ -455,6 +494,8 @@ class ExportResult:
     """The dynamic dimensions that the shapes of inputs and outputs name: the batch, then the declared ones."""
     reference: str
     """How the reference outputs were made, in words."""
+    validation: Reading | None = None
+    """The validation samples that gates look at."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from torchworker.contract import (
     Project,
     RehearseRequest,
     Reply,
+    RereadRequest,
     ScoreRequest,
     TrainRequest,
     ValidateRequest,
@@ -29,6 +30,7 @@ from torchworker.process.failure import DescribedError, failure_of
 STAGES: Mapping[str, tuple[str, type[Message]]] = {
     "check": ("check", CheckRequest),
     "inspect": ("inspect", InspectRequest),
+    "reread": ("reread", RereadRequest),
     "train": ("train", TrainRequest),
     "export": ("export", ExportRequest),
     "cpp": ("build", CppRequest),

@@ -19,7 +19,7 @@ from torchworker.custom_loop.checkpoints import CheckpointHandle
 from torchworker.custom_loop.preflight import fingerprint_share, name_of, resolve_main, try_parts
 from torchworker.custom_loop.reporting import Reports
 from torchworker.custom_loop.returned import require_sound, unwrapped
-from torchworker.data.fingerprint import whole_count, whole_fingerprint
+from torchworker.data.fingerprint import whole_readings
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError, is_lost_connection, user_error, user_line
 from torchworker.project.randomness import seed_everything
@@ -145,7 +145,7 @@ def _finish(
     mine = fingerprint_share(
         build_dataset(project, "train"), project, request.train.seed, context.rank, context.world_size
     )
-    fingerprint, train_samples = whole_fingerprint(mine), whole_count(mine)
+    read = whole_readings({"train": mine})
     validation_set = build_dataset(project, "validation")
     save_trained(model, validation_set, project, Path(request.folder), context.device)
     cpu_seconds = whole_cpu_seconds()
@@ -154,12 +154,13 @@ def _finish(
         result = TrainResult(
             weights=WEIGHTS,
             history=history,
-            train_samples=train_samples,
+            train_samples=read["train"].samples,
             validation_samples=_count(validation_set),
-            data_fingerprint=fingerprint,
+            data_fingerprint=read["train"].fingerprint,
             environment=environment(context.device, request.train),
             notes=notes,
             cpu_seconds=cpu_seconds,
+            read=read,
         )
     del model
     leave()

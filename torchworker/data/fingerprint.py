@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchworker.contract import Reading
 from torchworker.process.failure import UserError
 
 _MODULUS = 1 << 128
@@ -42,6 +44,10 @@ class Fingerprint:
         """32 hexadecimal digits over the samples and their number."""
         return hashlib.blake2b(f"{self.samples}:{self.total:032x}".encode(), digest_size=16).hexdigest()
 
+    def reading(self) -> Reading:
+        """How many samples, and the hash over them."""
+        return Reading(samples=self.samples, fingerprint=self.hexdigest())
+
 
 def digest_of(item: Any) -> int:
     """BLAKE2b-128 of one sample, or of a part of it. Raises UserError for a value whose bytes are not known."""
@@ -70,18 +76,12 @@ def _bytes(leaf: Any) -> tuple[str, bytes]:
     )
 
 
-def whole_count(mine: Fingerprint) -> int:
-    """Samples that all ranks have seen. Every rank calls it."""
-    count = torch.tensor(mine.samples)
-    dist.all_reduce(count)
-    return int(count)
-
-
-def whole_fingerprint(mine: Fingerprint) -> str:
-    """The hash over what all ranks have seen. Every rank calls it."""
-    parts: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
-    dist.all_gather_object(parts, (mine.total, mine.samples))
-    whole = Fingerprint()
-    for total, samples in parts:
-        whole.merge(total, samples)
-    return whole.hexdigest()
+def whole_readings(mine: Mapping[str, Fingerprint]) -> dict[str, Reading]:
+    """By split, what all ranks have read. Every rank calls it."""
+    parts: list[dict[str, tuple[int, int]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, {split: (found.total, found.samples) for split, found in mine.items()})
+    whole = {split: Fingerprint() for split in mine}
+    for part in parts:
+        for split, (total, samples) in part.items():
+            whole[split].merge(total, samples)
+    return {split: found.reading() for split, found in whole.items()}

@@ -8,12 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchworker.contract import Project, TrainSettings
-from torchworker.data.fingerprint import Fingerprint
-from torchworker.data.sharding import Collate, NamedDataset, ResumableSampler, SeededDataset, StreamShare
+from torchworker.data.fingerprint import Fingerprint, digest_of
+from torchworker.data.sharding import (
+    Collate,
+    HashedOnce,
+    NamedDataset,
+    PassKeys,
+    ResumableSampler,
+    SeededDataset,
+    StreamShare,
+)
 from torchworker.process.failure import UserError, user_error
 from torchworker.project.user_code import build_collate, length_of, split_batch
 
@@ -119,8 +128,43 @@ class TrainingData:
                 yield split_batch(batch, self._project)
 
 
+def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
+    """What a person should know of a stream that the ranks are to share. Every rank calls it.
+
+    Raises UserError when the stream gives each rank something else, as recipes for one rank alone do: a rank would keep
+    only a part of its part.
+    """
+    world = dist.get_world_size()
+    if world == 1 or not isinstance(dataset, IterableDataset):
+        return []
+    first = [_first_digest(dataset, project, seed) for _ in range(2)]
+    every: list[list[int]] = [[]] * world
+    dist.all_gather_object(every, first)
+    other = next((rank for rank in range(world) if every[rank][0] != every[0][0]), None)
+    if other is None:
+        return []
+    if all(found[0] == found[1] for found in every):
+        raise UserError(
+            f"{project.data.where}: the stream begins with another sample in rank {other} than in rank 0, so it "
+            "divides itself among the ranks (by torch.distributed.get_rank(), RANK, or a library's split by node). The "
+            f"ranks take turns through one stream, and each would keep one of {world} samples of its own part alone; "
+            "give every rank the whole stream"
+        )
+    return [
+        f"{project.data.where}: the stream begins with another sample each time that it is read, so it draws from "
+        f"generators of its own: {world} processes each keep one of {world} samples of another order, and some are "
+        "used twice and some never; draw from torch's, Python's or NumPy's global generators, which are seeded alike"
+    ]
+
+
+def _first_digest(dataset: IterableDataset[Any], project: Project, seed: int) -> int:
+    stream = StreamShare(dataset, project.data.where, seed=seed, world=1, rank=0, size=None, most=1)
+    with reading("the first", project):
+        return next(digest_of(sample.item) for sample in stream)
+
+
 class ValidationData:
-    """Batches of (inputs, target) of one rank, each sample on exactly one rank."""
+    """Batches of (inputs, target) of one rank, each sample on exactly one rank; `fingerprint` is of the first pass."""
 
     def __init__(
         self, dataset: Dataset[Any], project: Project, settings: TrainSettings, world: int, rank: int, pin_memory: bool
@@ -134,38 +178,38 @@ class ValidationData:
             pin_memory: batches are on their way to a GPU.
         """
         self._project = project
+        self.fingerprint = Fingerprint()
+        self._passed = False
         stream = isinstance(dataset, IterableDataset)
         self.size = length_of(dataset)
         """Samples over all ranks; None for a stream that does not say."""
         share: Dataset[Any]
+        keys: PassKeys | None = None
         if isinstance(dataset, IterableDataset):
-            whole = StreamShare(
+            share = StreamShare(
                 dataset, project.data.where, seed=settings.seed, world=world, rank=rank, size=None, most=None
             )
-            share = _Items(whole)
         else:
-            share = NamedDataset(dataset, world, rank)
+            share = HashedOnce(NamedDataset(dataset, world, rank))
+            keys = share.keys
         self._loader: DataLoader[Any] = DataLoader(
             share,
             batch_size=max(1, settings.batch_size // world),
+            sampler=keys,
             num_workers=0 if stream else settings.data_workers,
             persistent_workers=settings.data_workers > 0 and not stream,
-            collate_fn=build_collate(project),
+            collate_fn=Collate(build_collate(project)),
             pin_memory=pin_memory,
         )
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        # A stream hashes in each pass, here: it has no workers.
+        passed, self._passed = self._passed, True
         with reading("a validation", self._project):
-            for batch in self._loader:
+            for batch, total, samples in self._loader:
+                if not passed:
+                    self.fingerprint.merge(total, samples)
                 yield split_batch(batch, self._project)
-
-
-class _Items(IterableDataset[Any]):
-    def __init__(self, share: StreamShare) -> None:
-        self._share = share
-
-    def __iter__(self) -> Iterator[Any]:
-        return (sample.item for sample in self._share)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
 
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.process.failure import UserError
@@ -63,8 +63,18 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, key: int) -> Read:
         epoch, index = divmod(abs(key), self._size)
         if get_worker_info() is not None:
-            seed_everything(self._seed * 1_000_003 + abs(key))
+            seed_everything(sample_seed(self._seed, abs(key)))
         return Read(_item(self._dataset, index, self._size), hashed=epoch == 1 and key > 0)
+
+
+def sample_seed(seed: int, key: int) -> int:
+    """What a sample's random draws begin with. key: epoch × samples of the split + place of the sample."""
+    return seed * 1_000_003 + key
+
+
+def places_all_over(size: int, most: int) -> list[int]:
+    """At most so many places, evenly spaced over all of a split."""
+    return sorted({place * size // most for place in range(most)}) if size > most else list(range(size))
 
 
 class NamedDataset(Dataset[Any]):
@@ -80,6 +90,37 @@ class NamedDataset(Dataset[Any]):
 
     def __getitem__(self, position: int) -> Any:
         return _item(self._dataset, self._indices[position], self._size)
+
+
+class HashedOnce(Dataset[Read]):
+    """The same samples in each pass, which count in the fingerprint in the first one: `keys` says which pass it is."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+        self.keys = PassKeys(len(dataset))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, key: int) -> Read:
+        return Read(self._dataset[key if key >= 0 else ~key], hashed=key >= 0)
+
+
+class PassKeys(Sampler[int]):
+    """Places in order: as they are in the first pass, and each turned to `~place`, which is negative, in later ones.
+
+    Workers that live on have a dataset of their own, so that the key is all that they are told.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._again = size, False
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        again, self._again = self._again, True
+        return (~place if again else place for place in range(self._size))
 
 
 class StreamShare(IterableDataset[Any]):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, TensorSpec
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
+from torchworker.data.fingerprint import Fingerprint
 from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, Probe, probes, refusals, singles
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
@@ -122,8 +123,8 @@ def golden_sizes(batch: int, largest: int | None) -> list[int]:
 
 def write_reference(
     request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], dataset: Dataset[Any]
-) -> str:
-    """Three files; returns in words what they were made with.
+) -> tuple[str, Reading]:
+    """Three files; returns in words what they were made with, and which validation samples they hold.
 
     `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
     `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
@@ -158,7 +159,7 @@ def write_reference(
             # safetensors refuses tensors that share memory; slices of one batch do.
             stored |= {f"{probe.name}.{part}.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
     save_file(stored, folder / GOLDEN)
-    pool = _write_validation(request, answers, dataset, folder)
+    pool, read = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
@@ -176,8 +177,8 @@ def write_reference(
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
     _write_probes([*asked, *refused], [*unasked, *hung], folder / PROBES)
     if answers.fixed_precision:
-        return "eager, with the rounding of weights and inputs; the model does not run in float64"
-    return "eager, checked against float64"
+        return "eager, with the rounding of weights and inputs; the model does not run in float64", read
+    return "eager, checked against float64", read
 
 
 def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe], list[str]]:
@@ -346,10 +347,12 @@ def validation_batches(
         )
 
 
-def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path) -> Inputs:
+def _write_validation(
+    request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path
+) -> tuple[Inputs, Reading]:
     """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
 
-    Returns the first samples' inputs, which probes are made from.
+    Returns the first samples' inputs, which probes are made from, and what was read.
     """
     from safetensors.torch import save_file
 
@@ -357,7 +360,9 @@ def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset
     first: Any = None
     answered: dict[str, Tensor] = {}
     start = 0
-    for inputs, target in batches(dataset, request.batch, request.project, limit=request.validation_limit):
+    fingerprint = Fingerprint()
+    chosen = request.drawn if request.drawn is not None else request.validation_limit
+    for inputs, target in batches(dataset, request.batch, request.project, chosen, fingerprint.add):
         first = (inputs, target) if first is None else first
         require_one_shape(first, (inputs, target), request.project)
         named = name_inputs(answers.model, inputs, request.project)
@@ -372,4 +377,5 @@ def _write_validation(request: ExportRequest, answers: Answers, dataset: Dataset
         start += len(target)
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
     save_file({**joined, **answered}, folder / VALIDATION)
-    return {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
+    pool = {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
+    return pool, fingerprint.reading()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -491,16 +490,29 @@ def require_one_shape(first: Any, other: Any, project: Project) -> None:
         )
 
 
-class _Start(IterableDataset[Any]):
-    def __init__(self, dataset: IterableDataset[Any], limit: int) -> None:
-        self._dataset, self._limit = dataset, limit
+class _Chosen(IterableDataset[Any]):
+    """Samples of a stream by their place, up to the last of them."""
+
+    def __init__(self, dataset: IterableDataset[Any], places: Sequence[int]) -> None:
+        self._dataset, self._places = dataset, places
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self._dataset), self._limit)
+        wanted = iter(self._places)
+        place = next(wanted, None)
+        for position, item in enumerate(self._dataset):
+            if place is None:
+                return
+            if position == place:
+                yield item
+                place = next(wanted, None)
 
 
 def batches(
-    dataset: Dataset[Any], size: int, project: Project, limit: int | None = None
+    dataset: Dataset[Any],
+    size: int,
+    project: Project,
+    chosen: int | Sequence[int] | None = None,
+    see: Callable[[Any], object] | None = None,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Batches of (inputs, target) in order, for reference data.
 
@@ -508,7 +520,8 @@ def batches(
         dataset: of one split.
         size: samples of a batch; the last may be smaller.
         project: says how to collate.
-        limit: at most so many samples; None for all.
+        chosen: the first so many samples, or those at these places, ascending; None for all.
+        see: called with each sample before it is collated.
 
     Yields:
         Inputs as the data gives them and the target, each [batch, …], on the CPU.
@@ -518,11 +531,21 @@ def batches(
     """
     from torch.utils.data import DataLoader, Subset
 
-    chosen = dataset
-    if isinstance(dataset, IterableDataset) and limit is not None:
-        chosen = _Start(dataset, limit)
-    elif limit is not None and limit < len(dataset):  # type: ignore[arg-type]
-        chosen = Subset(dataset, range(limit))
+    places = range(chosen) if isinstance(chosen, int) else chosen
+    of: Dataset[Any] = dataset
+    if isinstance(dataset, IterableDataset) and places is not None:
+        of = _Chosen(dataset, places)
+    elif isinstance(chosen, int):
+        of = Subset(dataset, range(min(chosen, len(dataset))))  # type: ignore[arg-type]
+    elif places is not None:
+        of = Subset(dataset, places)
+    collate = build_collate(project)
+
+    def collate_seen(items: list[Any]) -> Any:
+        for item in items if see is not None else ():
+            see(item)  # type: ignore[misc]
+        return collate(items)
+
     with as_user_error(f"{project.data.where}: reading an item failed", project.folder):
-        for batch in DataLoader(chosen, batch_size=size, collate_fn=build_collate(project)):
+        for batch in DataLoader(of, batch_size=size, collate_fn=collate_seen):
             yield split_batch(batch, project)

@@ -84,7 +84,7 @@ def export(request: ExportRequest) -> ExportResult:
     dims = dims_of(named, request.dynamic, request.project, request.max_batch)
     artifacts: dict[str, Artifact] = {}
     left_out: dict[str, str] = {}
-    reference = ""
+    reference, read = "", None
     with torch.no_grad():
         require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_hash(model)
@@ -104,7 +104,7 @@ def export(request: ExportRequest) -> ExportResult:
         else:
             with _Exports(request.formats, request, subject) as exports:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
-                reference = write_reference(request, model, named, dataset)
+                reference, read = write_reference(request, model, named, dataset)
                 if state_hash(model) != before:
                     raise UserError(
                         "export: running the model in eval mode changed its own parameters or buffers; an exported "
@@ -119,6 +119,7 @@ def export(request: ExportRequest) -> ExportResult:
         outputs=outputs,
         dims=dims,
         reference=reference,
+        validation=read,
     )
 
 
@@ -253,5 +254,5 @@ def _calibration(request: ExportRequest, subject: Subject) -> list[dict[str, Ten
     if not isinstance(dataset, IterableDataset) and size is not None:
         order = torch.randperm(size, generator=torch.Generator().manual_seed(request.seed))
         dataset = Subset(dataset, order[:limit].tolist())
-    drawn = batches(dataset, request.batch, project, limit=limit)
+    drawn = batches(dataset, request.batch, project, limit)
     return [name_inputs(subject.model, inputs, project) for inputs, _ in drawn]

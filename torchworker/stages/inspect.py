@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
+from torchworker.data.drawing import drawn_places
 from torchworker.data.fingerprint import Fingerprint, digest_of
 from torchworker.data.loading import reading
-from torchworker.data.sharding import Collate, Read, SeededDataset, StreamShare
+from torchworker.data.sharding import Collate, Read, SeededDataset, StreamShare, places_all_over, sample_seed
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.randomness import seed_everything
@@ -34,6 +35,8 @@ LABELS = 1000
 SHAPES = 5
 """Different shapes of one tensor that are listed."""
 BATCH = 256
+READ_TWICE = 16
+"""Samples of a split by which it is seen whether reading them draws at random."""
 TARGET = "target"
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -50,19 +53,36 @@ def inspect(request: InspectRequest) -> InspectResult:
     model = user_code.build_model(project)
     train, seen = _split("train", model, request)
     validation, others = _split("validation", model, request)
-    overlap = sum(count for digest, count in others.items() if digest in seen)
-    return InspectResult(train=train, validation=validation, overlap=overlap, seconds=time.perf_counter() - began)
+    overlap = sum(count for digest, count in others.inputs.items() if digest in seen.inputs)
+    return InspectResult(
+        train=train,
+        validation=validation,
+        overlap=overlap,
+        seconds=time.perf_counter() - began,
+        drawn=drawn_places(validation.samples, request.most, settings.seed, others.labels),
+    )
 
 
-def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[SplitFacts, Counter[int]]:
-    """The facts of a split, and how often each sample's inputs occur by their hash."""
+class _Seen(NamedTuple):
+    """What is remembered of the samples of a split."""
+
+    inputs: Counter[int]
+    """How often each sample's inputs occur, by their hash."""
+    labels: list[int] | None
+    """Of each sample in order; None where the target of a sample is not one whole number."""
+
+
+def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[SplitFacts, _Seen]:
     project = request.project
     fingerprint, inputs_seen = Fingerprint(), Counter[int]()
     facts: dict[str, _Tensor] = {}
     labels: Counter[int] | None = Counter()
+    # Of the training data nobody draws.
+    each: list[int] | None = [] if split == "validation" else None
     position = 0
     with reading(f"a {split}" if split == "validation" else "a training", project):
-        for batch in _batches(user_code.build_dataset(project, split), split, project, request.train):
+        dataset = user_code.build_dataset(project, split)
+        for batch in _batches(dataset, split, project, request.train):
             fingerprint.merge(batch.total, batch.samples)
             inputs_seen.update(batch.inputs)
             inputs, target = user_code.split_batch(batch.content, project)
@@ -71,7 +91,10 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
                     facts[name] = _Tensor(request.ranges.get(name, (None, None)))
                 facts[name].add(tensor, position)
             labels = _count(labels, target)
+            each = _each(each, target, len(batch.inputs))
             position += len(batch.inputs)
+        # After the workers are gone: what a dataset opens when it is first read must not be shared with them.
+        varies = _varies(dataset, request.train)
     columns = {label: column for name, found in facts.items() for label, column in found.columns(name).items()}
     if labels:
         columns = {name: column for name, column in columns.items() if not _is_of(name, TARGET)}
@@ -82,7 +105,8 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
         columns=columns,
         labels={str(label): count for label, count in sorted((labels or {}).items())},
         repeated=position - len(inputs_seen),
-    ), inputs_seen
+        varies=varies,
+    ), _Seen(inputs_seen, each)
 
 
 def _is_of(column: str, tensor: str) -> bool:
@@ -98,6 +122,26 @@ def _count(labels: Counter[int] | None, target: Tensor) -> Counter[int] | None:
         return None
     labels.update(dict(zip(values.long().tolist(), counts.tolist(), strict=True)))
     return labels if len(labels) <= LABELS else None
+
+
+def _each(labels: list[int] | None, target: Tensor, samples: int) -> list[int] | None:
+    """The labels of all samples so far, or None once a target is not one whole number a sample."""
+    if labels is None or target.is_floating_point() or target.is_complex() or target.numel() != samples:
+        return None
+    labels += target.flatten().tolist()
+    return labels
+
+
+def _varies(dataset: Dataset[Any], settings: TrainSettings) -> bool:
+    """Whether some samples differ when they are read under another random state. A stream's state is its own."""
+    if isinstance(dataset, IterableDataset):
+        return False
+    places = places_all_over(len(dataset), READ_TWICE)  # type: ignore[arg-type]
+    read = []
+    for attempt in range(2):
+        seed_everything(sample_seed(settings.seed, attempt))
+        read.append([digest_of(dataset[place]) for place in places])
+    return read[0] != read[1]
 
 
 # ---- reading

@@ -43,7 +43,7 @@ class Evaluation:
             channels_last: images in NHWC order.
             collective: a forward pass needs all ranks, as that of a sharded model does.
         """
-        self._data, self._example, self._loss, self._project = data, example, loss, project
+        self.data, self._example, self._loss, self._project = data, example, loss, project
         self._device, self._channels_last, self._collective = device, channels_last, collective
         self.samples = 0
         """Validation samples over all ranks, known after the first call."""
@@ -85,7 +85,7 @@ class Evaluation:
 
     def _batches(self) -> Iterator[tuple[Batch, bool]]:
         """(batch, whether it counts)."""
-        iterator = iter(self._data)
+        iterator = iter(self.data)
         while True:
             batch = next(iterator, None)
             if self._collective:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchworker.contract import EVENTS, WEIGHTS, Project, TrainRequest, TrainResult, TrainSettings
-from torchworker.data.fingerprint import whole_fingerprint
-from torchworker.data.loading import TrainingData, ValidationData
+from torchworker.data.fingerprint import whole_readings
+from torchworker.data.loading import TrainingData, ValidationData, one_stream
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
@@ -61,6 +61,8 @@ class Loop:
         pin_memory = self.device.type == "cuda"
         train_set = user_code.build_dataset(project, "train")
         self.validation_set = user_code.build_dataset(project, "validation")
+        for dataset in (train_set, self.validation_set):
+            self.notes += one_stream(dataset, project, settings.seed)
         self.data = TrainingData(train_set, project, settings, self.world, self.rank, pin_memory)
         self.train_set = train_set
         self.notes += self.data.notes
@@ -135,7 +137,7 @@ class Loop:
             self.epoch_step = 0
             self.losses.sums.zero_()
         self.checkpoints.wait()
-        digest = whole_fingerprint(self.data.fingerprint)
+        read = whole_readings({"train": self.data.fingerprint, "validation": self.evaluation.data.fingerprint})
         user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
         save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
         cpu_seconds = whole_cpu_seconds()
@@ -146,10 +148,11 @@ class Loop:
                 history=self.history,
                 train_samples=self.data.size,
                 validation_samples=self.evaluation.samples,
-                data_fingerprint=digest,
+                data_fingerprint=read["train"].fingerprint,
                 environment=environment(self.device, self.settings),
                 notes=[*self.notes, *self.checkpoints.failures],
                 cpu_seconds=cpu_seconds,
+                read=read,
             )
         self.strategy.release()
         leave()
