@@ -43,7 +43,7 @@ async def retrain(
         inspected = await inspect(run)
         trained = await train(run, plan.start)
         exported = await export(run, inspected, trained)
-        validated = await validate(run, exported)
+        validated = await validate(run, trained, exported)
         registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered)
         answer = await candidate_approval(run, registered, rehearsed)

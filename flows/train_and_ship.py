@@ -35,7 +35,7 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
         inspected = await inspect(run)
         trained = await train(run)
         exported = await export(run, inspected, trained)
-        validated = await validate(run, exported)
+        validated = await validate(run, trained, exported)
         registered = await register(run, inspected, trained, validated)
         rehearsed = await rehearse(run, registered)
         answer = await candidate_approval(run, registered, rehearsed)

@@ -131,6 +131,7 @@ def _print(job: Job, folder: Path, result: CheckResult, data: Report | None, con
         *([("int8", _int8(job))] if job.export.int8 is not None else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
+        *(("note", note) for note in result.notes),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)

@@ -62,6 +62,7 @@ def _request(run: Run, facts: InspectResult, trained: Trained, work: Path) -> Ex
         seed=run.job.train.seed,
         validation_limit=asked.validation_samples,
         drawn=facts.drawn,
+        ignored=trained.result.ignored,
         dynamic=dynamic_dims(run.job),
         max_batch=asked.max_batch,
         int8=int8.wanted if int8 is not None else (),

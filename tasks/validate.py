@@ -20,6 +20,7 @@ from torchworker.contract import (
 )
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.agreement import require_agreement
 from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
@@ -32,17 +33,18 @@ from train_and_ship.tasks.requests import (
     timed_artifacts,
     user_modules,
 )
-from train_and_ship.tasks.results import Exported, Run, Validated, kept_formats
+from train_and_ship.tasks.results import Exported, Run, Trained, Validated, kept_formats
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.variants import without, worse_dropped
 from train_and_ship.tasks.worker import ask_worker
 
 
 @stage_task("validate", delays=WORKER_DELAYS)
-async def validate(run: Run, exported: Exported) -> Validated:
+async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
     """Hold every artifact against the model and the limits of the job that need no other release.
 
-    Raises GateError with the whole table when any gate fails or could not be evaluated.
+    Raises GateError with the whole table when any gate fails or could not be evaluated, or when what the gates measured
+    contradicts what training did.
     """
     stage = StageFolder(run.folder, VALIDATE, stage_inputs(exported.digest, run.job.digest()))
 
@@ -51,7 +53,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
         request = _request(run, exported, runner, work)
         result = await ask_worker(run.fork_server, "validate", request, ValidateResult, work)
         if run.job.train.custom_metrics and result.passed:
-            result = await _scored(run, exported, result, work)
+            result = await _scored(run, trained, exported, result, work)
         if result.passed and (run.job.export.serve != "none" or speed_gates(run.job) or result.int8):
             result = await _measured(run, exported, result, work)
         return result
@@ -60,6 +62,7 @@ async def validate(run: Run, exported: Exported) -> Validated:
         result = await run_stage(stage, ValidateResult, make, VERDICTS)
     if not result.passed:
         raise await _refusal(run, exported, result)
+    require_agreement(run.job, trained.result, result)
     validated = Validated(job=run.job, exported=exported, result=result, digest=stage.digest())
     _require_demanded(validated)
     _log(validated)
@@ -133,7 +136,7 @@ def _require_demanded(validated: Validated) -> None:
     )
 
 
-async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
+async def _scored(run: Run, trained: Trained, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
     """The result with the metrics that are in user code, which the clean room cannot import."""
     request = ScoreRequest(
         project=run.project,
@@ -144,12 +147,17 @@ async def _scored(run: Run, exported: Exported, result: ValidateResult, work: Pa
         batch=run.job.export.batch,
         gates=fixed_gates(run.job, custom=True),
         threads=run.job.threads,
+        errors=trained.result.validation_samples > result.validation_samples,
     )
     scored = await ask_worker(run.fork_server, "score", request, ScoreResult, work / "score")
     result = replace(
         result,
         verdicts=[*result.verdicts, *(item for item in scored.verdicts if item.format not in INT8_OF)],
         metrics={kind: {**values, **scored.metrics[kind]} for kind, values in result.metrics.items()},
+        standard_errors={
+            kind: {**result.standard_errors.get(kind, {}), **scored.standard_errors.get(kind, {})}
+            for kind in result.metrics
+        },
     )
     return worse_dropped(run.job, result, scored)
 

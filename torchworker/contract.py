@@ -284,6 +284,8 @@ class CheckResult:
     validation_samples: int | None
     loss: float | None
     """Loss of the untrained model on one batch; None with an entrypoint, which has its own."""
+    notes: Sequence[str] = ()
+    """What a person should know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +332,8 @@ class TrainResult:
     read: Mapping[str, Reading] = field(default_factory=dict)
     """Split to what all ranks together have read of it: of the training data in the first epoch, of the validation data
     when it was first evaluated. A custom loop's own reading is not seen; there it is the data once more, after it."""
+    ignored: Sequence[int] = ()
+    """Labels among the model's classes that mean nothing to the loss, and so to accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,6 +457,8 @@ class ExportRequest(Message):
     """At most this many validation samples are kept for the quality gate: the first, unless others are drawn."""
     drawn: Sequence[int] | None = None
     """Places of the validation samples to keep, ascending; None for all up to the limit."""
+    ignored: Sequence[int] = ()
+    """Labels among the model's classes that accuracy does not count."""
     dynamic: Sequence[DynamicDim] = ()
     """Declared dimensions beside the batch."""
     max_batch: int | None = None
@@ -785,6 +791,8 @@ class ValidateResult(Message):
     """Where parity failed, the worst first; empty when it passed."""
     int8: Mapping[str, Int8] = field(default_factory=dict)
     """Every int8 variant that was made, kept or not."""
+    standard_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Format to metric to the standard error of its value, where it can be said."""
     speed: MeasureResult | None = None
     """None when the job asks for no measurement, or something failed before it."""
     errors: Sequence[ErrorCounts] = ()
@@ -854,6 +862,8 @@ class ScoreRequest(Artifacts):
     """What is scored beside it, on the same samples."""
     resampling: Resampling | None = None
     """Asked for when the difference is to be tested against chance."""
+    errors: bool = False
+    """Whether the standard error of each metric is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -865,6 +875,8 @@ class ScoreResult:
     verdicts: Sequence[Verdict]
     live: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The same of the live release; empty when it could not be scored."""
+    standard_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Format to metric to the standard error of its value, where it was wanted and can be said."""
     live_problem: str = ""
     """Why not."""
     intervals: Mapping[str, Interval] = field(default_factory=dict)

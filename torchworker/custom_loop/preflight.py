@@ -17,6 +17,7 @@ from torchworker.data.loading import reading
 from torchworker.data.sharding import NamedDataset, StreamShare
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
 from torchworker.project.signature import dims_of, input_specs, output_specs
 from torchworker.training.results import try_weights
@@ -57,6 +58,7 @@ def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: i
     inputs, target = some[0]
     outputs = user_code.forward(model, inputs, project)
     user_code.try_metrics(outputs, target, project)
+    require_pairs(None, outputs, target, project)
     train_set = user_code.build_dataset(project, "train")
     fingerprint_share(train_set, project, 0, rank=0, world=1, only_first=True)
     try_weights(model, project)
@@ -78,6 +80,7 @@ def facts_of(
     validation_samples: int | None,
     loss: float | None,
     max_batch: int | None = None,
+    notes: Sequence[str] = (),
 ) -> CheckResult:
     """What `ship check` says of a model in eval() and of a batch.
 
@@ -90,6 +93,7 @@ def facts_of(
         train_samples, validation_samples: None for a stream that does not say.
         loss: of the untrained model; None with an entrypoint.
         max_batch: largest batch; None for no limit.
+        notes: what else a person should know.
 
     Raises:
         UserError: a declared dimension does not fit the data.
@@ -107,6 +111,7 @@ def facts_of(
         train_samples=train_samples,
         validation_samples=validation_samples,
         loss=loss,
+        notes=notes,
     )
 
 

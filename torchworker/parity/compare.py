@@ -95,6 +95,8 @@ class Decisions:
         self.largest = 0.0
         self.hits = [0.0, 0.0]
         """Right answers of the artifact and of the model."""
+        self.asked = 0
+        """Labels that count."""
 
     def add(self, got: Tensor, eager: Tensor, target: Tensor, allowed: float) -> None:
         """Count one batch.
@@ -106,8 +108,10 @@ class Decisions:
         """
         if got.shape != eager.shape:
             return
-        self.hits[0] += metric_sum("accuracy", got, target)[0]
-        self.hits[1] += metric_sum("accuracy", eager, target)[0]
+        for side, answers in enumerate((got, eager)):
+            right, asked = metric_sum("accuracy", answers, target)
+            self.hits[side] += right
+        self.asked += asked
         flipped, margin = flips(got, eager, target)
         self.seen += flipped.numel()
         self.flips += int(flipped.sum())
@@ -121,8 +125,8 @@ class Decisions:
         note = f"{self.flips} of {self.seen} predictions differ"
         if self.flips:
             note += f", {self.unexplained} by more than rounding explains, the clearest by {self.largest:.2g}"
-        if self.seen:
-            note += f"; accuracy {self.hits[0] / self.seen:.4g}, the model's own {self.hits[1] / self.seen:.4g}"
+        if self.asked:
+            note += f"; accuracy {self.hits[0] / self.asked:.4g}, the model's own {self.hits[1] / self.asked:.4g}"
         return at_most(kind, PARITY, "predictions", float(self.unexplained) if self.seen else None, 0, note)
 
 

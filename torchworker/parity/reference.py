@@ -20,9 +20,12 @@ from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, P
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
+from torchworker.project.metrics import without
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
 
+LABELS = "labels"
+"""In VALIDATION: the target with FILLED where the loss ignores a label; absent where it ignores none."""
 REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
 
@@ -129,7 +132,8 @@ def write_reference(
     `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
     `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
-    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`.
+    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`, and
+    `labels` where the target has labels that no metric of ours counts.
 
     Args:
         request: says where to, at which batch sizes and of how many validation samples.
@@ -321,9 +325,9 @@ def validation_batches(
         outputs: those of which the model's own answers are wanted.
 
     Yields:
-        A probe, its inputs [batch, …] and contiguous; targets [batch, …].
+        A probe, its inputs [batch, …] and contiguous; targets [batch, …] for the metrics that need no user code.
     """
-    target = validation["target"]
+    target = validation.get(LABELS, validation["target"])
     for start in range(0, len(target), batch):
         part = slice(start, start + batch)
         keys = {
@@ -376,6 +380,8 @@ def _write_validation(
         parts.setdefault("target", []).append(target)
         start += len(target)
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    if request.ignored:
+        joined[LABELS] = without(joined["target"], request.ignored)
     save_file({**joined, **answered}, folder / VALIDATION)
     pool = {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
     return pool, fingerprint.reading()

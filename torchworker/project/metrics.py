@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,17 +20,34 @@ def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
         outputs, target: as `metric_values` takes them.
 
     Returns:
-        Sum over samples; number of samples or elements.
+        Sum over elements that count; how many these are.
     """
-    values = metric_values(name, outputs, target)
-    return float(values.sum()), values.numel()
+    values, counts = metric_values(name, outputs, target)
+    return float(values[counts].sum()), int(counts.sum())
+
+
+def sample_sums(name: str, outputs: Tensor, target: Tensor) -> Tensor:
+    """A metric on one batch by sample.
+
+    Args:
+        name: a key of METRICS.
+        outputs, target: as `metric_values` takes them.
+
+    Returns:
+        [batch, 2] float64: its sum over the elements that count, and their number.
+    """
+    values, counts = (
+        part.flatten(1) if part.dim() > 1 else part[:, None] for part in metric_values(name, outputs, target)
+    )
+    kept = torch.where(counts, values.to(torch.float64), 0.0)
+    return torch.stack([kept.sum(1), counts.sum(1).to(torch.float64)], 1)
 
 
 class MetricSums:
-    """Metrics added up over batches."""
+    """Metrics added up over batches of samples in order."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._sums = {name: [0.0, 0] for name in names}
+        self._sums: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def add(self, outputs: Tensor, target: Tensor) -> None:
         """Add one batch.
@@ -38,13 +56,45 @@ class MetricSums:
             outputs, target: as `metric_values` takes them.
         """
         for name, found in self._sums.items():
-            part, count = metric_sum(name, outputs, target)
-            found[0] += part
-            found[1] += count
+            found.append(sample_sums(name, outputs, target))
 
     def means(self) -> dict[str, float]:
-        """Metric to value."""
-        return {name: total / count for name, (total, count) in self._sums.items()}
+        """Metric to value; NaN where nothing counts."""
+        return {name: mean_of(torch.cat(found)) for name, found in self._sums.items()}
+
+    def standard_errors(self) -> dict[str, float]:
+        """Metric to the standard error of its value, as `standard_error` has it, where it can be said."""
+        errors = {}
+        for name, found in self._sums.items():
+            sums = torch.cat(found)
+            errors[name] = standard_error(lambda part, sums=sums: mean_of(sums[part]), len(sums))  # type: ignore[misc]
+        return {name: error for name, error in errors.items() if math.isfinite(error)}
+
+
+def mean_of(sums: Tensor) -> float:
+    """The metric over samples; NaN where nothing counts. sums: [samples, 2], of `sample_sums`."""
+    total, count = sums.sum(0).tolist()
+    return total / count if count else math.nan
+
+
+GROUPS = 20
+
+
+def standard_error(metric: Callable[[slice], float], samples: int) -> float:
+    """How far a metric may be from that of all samples, were others drawn; NaN where it cannot be said.
+
+    The samples are dealt into GROUPS groups, each a smaller sample: the spread of their values by the root of their
+    number, as with batch means (Law, "Simulation Modeling and Analysis", section on batch means). It holds for metrics
+    that are no means too.
+
+    Args:
+        metric: its value on the samples of a slice.
+        samples: how many there are.
+    """
+    if samples < 2 * GROUPS:
+        return math.nan
+    values = torch.tensor([metric(slice(group, None, GROUPS)) for group in range(GROUPS)], dtype=torch.float64)
+    return float(values.std() / GROUPS**0.5)
 
 
 def flips(got: Tensor, eager: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +114,11 @@ def flips(got: Tensor, eager: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return (got > 0) != (eager > 0), eager.double().abs()
 
 
-def metric_values(name: str, outputs: Tensor, target: Tensor) -> Tensor:
-    """The metric of each element of the target; their mean is the metric.
+def metric_values(name: str, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The metric of each element of the target, and which of them count; their mean is the metric.
+
+    For accuracy a label that is none of the model's classes is padding, as torch's losses ignore -100: no answer to it
+    could be right. So is NaN, where there is one logit.
 
     Args:
         name: a key of METRICS.
@@ -73,7 +126,7 @@ def metric_values(name: str, outputs: Tensor, target: Tensor) -> Tensor:
         target: [batch, …].
 
     Returns:
-        Shape of the target: bool for accuracy, else float64.
+        Both of the target's shape: bool for accuracy, else float64; and bool.
 
     Raises:
         ValueError: the shapes do not fit; broadcasting would compare every output with every target.
@@ -84,10 +137,26 @@ def metric_values(name: str, outputs: Tensor, target: Tensor) -> Tensor:
             # One logit in a column of its own is not one class: argmax would always say 0.
             outputs, scores = outputs.squeeze(1), False
         _require_same_shape(outputs[:, 0] if scores else outputs, target)
-        return outputs.argmax(1) == target if scores else (outputs > 0) == (target > 0.5)
+        if scores:
+            return outputs.argmax(1) == target, (target >= 0) & (target < outputs.shape[1])
+        return (outputs > 0) == (target > 0.5), ~target.isnan() & (target != FILLED)
     _require_same_shape(outputs, target)
     difference = outputs.to(torch.float64) - target.to(torch.float64)
-    return difference.square() if name == "mean_squared_error" else difference.abs()
+    values = difference.square() if name == "mean_squared_error" else difference.abs()
+    return values, torch.ones_like(values, dtype=torch.bool)
+
+
+def without(target: Tensor, ignored: Sequence[int]) -> Tensor:
+    """The target with labels that the loss ignores turned into FILLED, which no metric counts.
+
+    Args:
+        target: [batch, …].
+        ignored: labels; the target itself is returned when it has none of them.
+    """
+    if not ignored or target.is_floating_point():
+        return target
+    padding = torch.isin(target, torch.tensor(ignored, dtype=target.dtype, device=target.device))
+    return torch.where(padding, FILLED, target.long())
 
 
 def _require_same_shape(outputs: Tensor, target: Tensor) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def seed_everything(seed: int) -> None:
     """Seed all of them, on every device."""
     torch.manual_seed(seed % 2**64)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -24,9 +30,21 @@ class OwnRandom:
 
     def __init__(self, seed: int) -> None:
         outside = _states()
-        seed_everything(seed)
+        # Not torch.manual_seed, which seeds every GPU too, and a GPU's state would not be restored.
+        torch.default_generator.manual_seed(seed % 2**64)
+        _seed_others(seed)
         self._inside = _states()
         _restore(outside)
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What the function returns that is called with this state."""
+        outside = _states()
+        _restore(self._inside)
+        try:
+            return function()
+        finally:
+            self._inside = _states()
+            _restore(outside)
 
     def iterate(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """What the iterator gives; it starts and goes on with this state."""

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
 from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
 from torchworker.project.metrics import first_output, metric_sum
+from torchworker.project.randomness import OwnRandom
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -427,7 +428,7 @@ def require_gradients(model: nn.Module, project: Project) -> None:
 
 
 def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: Project) -> float:
-    """A metric of the user's own over all samples.
+    """A metric of the user's own over all samples. What it draws at random is the same each time.
 
     Args:
         metric: which.
@@ -441,7 +442,7 @@ def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: 
     shapes = f"(outputs {describe_tensor(outputs)}, target {describe_tensor(target)})"
     function = _function(metric.reference, project)
     with as_user_error(f"{where}{shapes} failed", project.folder):
-        return float(function(outputs, target))
+        return float(OwnRandom(0).call(lambda: function(outputs, target)))
 
 
 def try_metrics(outputs: Any, target: Tensor, project: Project) -> None:

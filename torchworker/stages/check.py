@@ -13,9 +13,11 @@ from torchworker.custom_loop.preflight import facts_of, resolve_main, try_parts
 from torchworker.data.loading import TrainingData
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
 from torchworker.training.device import choose_device
 from torchworker.training.results import try_weights
+from torchworker.training.weighting import is_mean, no_mean, weigh_of
 
 
 def check(request: CheckRequest) -> CheckResult:
@@ -47,6 +49,7 @@ def check(request: CheckRequest) -> CheckResult:
         inputs, target = some[0]
         with torch.no_grad():
             outputs = user_code.forward(model, inputs, project)
+            require_pairs(loss, outputs, target, project)
             value = user_code.compute_loss(loss, outputs, target, project)
             if not torch.isfinite(value):
                 raise UserError(
@@ -57,10 +60,14 @@ def check(request: CheckRequest) -> CheckResult:
         if split == "train":
             # Whether an epoch has an end, and a sample for every process.
             TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
+    several = settings.processes * settings.accumulate > 1
+    notes = (
+        [no_mean(project, settings)] if several and not weigh_of(loss) and not is_mean(loss, outputs, target) else []
+    )
     _try_step(model, inputs, target, loss, optimizer, project)
     return facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
-        validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch,
+        validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch, notes=notes,
     )  # fmt: skip
 
 

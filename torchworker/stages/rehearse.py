@@ -33,14 +33,14 @@ from torchworker.parity.int8 import golden_noise
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import read_golden, validation_batches
 from torchworker.process.failure import describe
-from torchworker.project.metrics import metric_values
+from torchworker.project.metrics import mean_of, sample_sums
 from torchworker.runtimes.load import Call, load_artifact, load_libraries
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
 
 Scores = dict[str, dict[str, Tensor]]
-"""Format to metric to its value on each sample, [samples]."""
+"""Format to metric to its sum and count on each sample, [samples, 2]."""
 
 
 class NotComparableError(Exception):
@@ -107,7 +107,7 @@ def _score_live(request: RehearseRequest, validation: Mapping[str, Tensor], batc
 
 def _means(scores: Scores) -> dict[str, dict[str, float]]:
     """Format to metric to value: the mean over all samples."""
-    return {kind: {name: float(values.mean()) for name, values in found.items()} for kind, found in scores.items()}
+    return {kind: {name: mean_of(sums) for name, sums in found.items()} for kind, found in scores.items()}
 
 
 def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[str, Interval]:
@@ -118,11 +118,30 @@ def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[s
     for name in request.metrics:
         sign = 1.0 if METRICS[name] == "higher" else -1.0
         candidate, live = (
-            min((scores[name] for scores in side.values()), key=lambda values: sign * float(values.mean()))
+            min((scores[name] for scores in side.values()), key=lambda sums: sign * mean_of(sums))
             for side in (mine, theirs)
         )
-        found[name] = interval_of_mean(sign * (candidate - live), request.resampling)
+        found[name] = interval_of_mean(
+            _gains(sign * (candidate[:, 0] - live[:, 0]), candidate[:, 1]), request.resampling
+        )
     return found
+
+
+def _gains(gains: Tensor, counts: Tensor) -> Tensor:
+    """How much better each sample went, [samples], with the difference of the two metrics as their mean.
+
+    Where samples count differently many elements (some labels are padding), the metric is a ratio of sums, which is
+    linearized: a sample differs by what it adds to the numerator less what the ratio says for its elements.
+
+    Args:
+        gains: [samples], of the sums.
+        counts: [samples], elements that count, the same for both.
+    """
+    each = float(counts.mean())
+    if bool((counts == each).all()):
+        return gains / each
+    ratio = float(gains.sum() / counts.sum())
+    return ratio + (gains - ratio * counts) / each
 
 
 def _require_files(release: RehearsedRelease) -> None:
@@ -195,12 +214,10 @@ def _score(
     metrics: Sequence[str],
     batch: int,
 ) -> dict[str, Tensor]:
-    """Each metric of each validation sample, [samples] float64, from the artifact's own outputs."""
+    """Each metric of each validation sample, [samples, 2] of `sample_sums`, from the artifact's own outputs."""
     parts: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for probe, target in validation_batches(validation, release.inputs, batch):
         outputs = call(probe.inputs)
         for name in metrics:
-            # All samples have one shape, so the mean of their means is the mean over all elements.
-            values = metric_values(name, outputs[0], target).to(torch.float64)
-            parts[name].append(values.flatten(1).mean(1) if values.dim() > 1 else values)
+            parts[name].append(sample_sums(name, outputs[0], target))
     return {name: torch.cat(found) for name, found in parts.items()}

@@ -5,6 +5,7 @@ It runs after the clean room has shown that the artifacts stand alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torchworker.gates.limits import apply_limits
 from torchworker.parity.reference import validation_batches
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import CORES, ChildDiedError, can_fork
-from torchworker.project.metrics import joined
+from torchworker.project.metrics import joined, standard_error
 from torchworker.project.user_code import call_metric, enter
 from torchworker.runtimes.load import load_artifact, load_libraries
 
@@ -46,6 +47,7 @@ def score(request: ScoreRequest) -> ScoreResult:
     target = validation["target"]
     metrics: dict[str, dict[str, float]] = {}
     verdicts: list[Verdict] = []
+    errors: dict[str, dict[str, float]] = {}
     mine = _outputs(request.folder, request.formats, request.inputs, validation, request)
     for kind, outputs in mine.items():
         measured: dict[str, float] = {}
@@ -56,9 +58,15 @@ def score(request: ScoreRequest) -> ScoreResult:
             except UserError as mistake:
                 problems[metric.name] = str(mistake)
         metrics[kind] = measured
+        if request.errors:
+            errors[kind] = {
+                metric.name: error
+                for metric in request.project.custom_metrics
+                if math.isfinite(error := _standard_error(metric, outputs, target, request))
+            }
         verdicts += apply_limits(kind, measured, request.gates, len(target), problems)
     if request.live is None:
-        return ScoreResult(metrics=metrics, verdicts=verdicts)
+        return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors)
     try:
         theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, validation, request)
         live = {
@@ -70,7 +78,7 @@ def score(request: ScoreRequest) -> ScoreResult:
         }
     except Exception as error:
         said = str(error) if isinstance(error, UserError) else describe(error)
-        return ScoreResult(metrics=metrics, verdicts=verdicts, live_problem=said)
+        return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors, live_problem=said)
     intervals: dict[str, Interval] = {}
     if request.resampling is not None:
         for metric in request.project.custom_metrics:
@@ -78,7 +86,17 @@ def score(request: ScoreRequest) -> ScoreResult:
             if None not in pair:
                 both = (mine[str(pair[0])], theirs[str(pair[1])])
                 intervals |= _interval(metric, both, target, request, request.resampling)
-    return ScoreResult(metrics=metrics, verdicts=verdicts, live=live, intervals=intervals)
+    return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors, live=live, intervals=intervals)
+
+
+def _standard_error(metric: CustomMetric, outputs: Tensor, target: Tensor, request: ScoreRequest) -> float:
+    """NaN where it cannot be said, as when the metric cannot be computed on a part of the samples."""
+    try:
+        return standard_error(
+            lambda part: call_metric(metric, outputs[part], target[part], request.project), len(target)
+        )
+    except UserError:
+        return math.nan
 
 
 def _outputs(

@@ -64,6 +64,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
     mismatches: list[Mismatch] = []
     errors: list[ErrorCounts] = []
     metrics: dict[str, dict[str, float]] = {}
+    standard_errors: dict[str, dict[str, float]] = {}
 
     def quantized(kind: str, file: str, note: CrashNote) -> tuple[Int8, dict[str, float]]:
         assert request.int8 is not None, "whoever makes a variant says what is asked of it"
@@ -80,19 +81,19 @@ def validate(request: ValidateRequest) -> ValidateResult:
 
     def examined(
         kind: str, file: str, note: CrashNote
-    ) -> tuple[list[Verdict], list[Mismatch], dict[str, float] | None, list[ErrorCounts]]:
+    ) -> tuple[list[Verdict], list[Mismatch], MetricSums | None, list[ErrorCounts]]:
         try:
             call = _noted(load_artifact(kind, folder / file, request.threads), note)
         except Exception as error:
             return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
-        measured, result = _checked(kind, call, probes, validation, request)
+        sums, result = _checked(kind, call, probes, validation, request)
         cpp = _without_python(kind, folder / file, probes, validation, request)
         found = sorted([*result.findings, *cpp.findings], key=lambda item: -item.outcome.ratio)
-        gates = apply_limits(kind, measured, request.gates, samples, {})
+        gates = apply_limits(kind, sums.means(), request.gates, samples, {})
         missing = [replace(not_measured(kind, PARITY, "not asked", "<= 1", unasked), ran=False)] if unasked else []
         told = [*result.verdicts, *missing, *gates, *cpp.verdicts]
         errors = [*result.errors(kind), *cpp.errors(f"{kind} in C++")]
-        return told, [item.mismatch() for item in found[:MISMATCHES]], measured, errors
+        return told, [item.mismatch() for item in found[:MISMATCHES]], sums, errors
 
     works: dict[str, Callable[[], Any]] = {}
     notes = {kind: CrashNote() for kind in request.formats}
@@ -114,18 +115,19 @@ def validate(request: ValidateRequest) -> ValidateResult:
                 verdicts += apply_limits(kind, values, request.gates, samples, {})
             continue
         try:
-            told, found, measured, counts = begun.result()
+            told, found, sums, counts = begun.result()
         except ChildDiedError as death:
             ended = not_measured(kind, PARITY, "probes", "survives them", str(death))
-            told, found, measured, counts = [ended], [], None, []
+            told, found, sums, counts = [ended], [], None, []
         verdicts += told
         mismatches += found
         errors += counts
-        if measured is not None:
-            metrics[kind] = measured
+        if sums is not None:
+            metrics[kind], standard_errors[kind] = sums.means(), sums.standard_errors()
     return ValidateResult(
         verdicts=verdicts,
         metrics=metrics,
+        standard_errors=standard_errors,
         reference="the model in float64" if any(probe.exact for probe in golden) else NO_FLOAT64,
         validation_samples=samples,
         int8=int8,
@@ -136,13 +138,13 @@ def validate(request: ValidateRequest) -> ValidateResult:
 
 def _checked(
     kind: str, call: Call, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
-) -> tuple[dict[str, float], ParityResult]:
+) -> tuple[MetricSums, ParityResult]:
     """Metrics of one artifact, and its parity on all probes and on the validation samples."""
     policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy)
     batch = [probe for probe in probes if probe.group == BATCHES][1].size
-    measured, on_samples = _quality(kind, call, validation, request, batch)
-    return measured, result + on_samples
+    sums, on_samples = _quality(kind, call, validation, request, batch)
+    return sums, result + on_samples
 
 
 def _without_python(
@@ -184,7 +186,7 @@ def _noted(call: Call, note: CrashNote) -> Call:
 
 def _quality(
     kind: str, call: Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
-) -> tuple[dict[str, float], ParityResult]:
+) -> tuple[MetricSums, ParityResult]:
     """Each metric over the whole validation set from the artifact's own outputs, and parity on the same samples.
 
     batch: the size of batch that the reference outputs were made in; a model may look across its batch.
@@ -212,9 +214,9 @@ def _quality(
             sums.add(got[0], target)
     except Exception as error:
         failed = not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
-        return {}, ParityResult(verdicts=[failed], findings=findings, histogram=histogram)
+        return MetricSums(()), ParityResult(verdicts=[failed], findings=findings, histogram=histogram)
     note = "; ".join(f"{name}: {note}" for name, note in notes.items())
     verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
     if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
         verdicts.append(decisions.verdict(kind))
-    return sums.means(), ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)
+    return sums, ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from torchworker.contract import Project
 from torchworker.data.loading import ValidationData
-from torchworker.project.metrics import first_output, joined, metric_sum
+from torchworker.project.metrics import first_output, joined, metric_sum, without
 from torchworker.project.user_code import Loss, call_metric, compute_loss, forward, require_one_shape
 from torchworker.training.device import place
+from torchworker.training.weighting import Weigh
 
 Batch = tuple[Any, Tensor]
 
@@ -29,6 +30,8 @@ class Evaluation:
         project: Project,
         device: torch.device,
         *,
+        weigh: Weigh,
+        ignored: Sequence[int],
         channels_last: bool,
         collective: bool,
     ) -> None:
@@ -40,10 +43,13 @@ class Evaluation:
             loss: from `build_loss`.
             project: names the metrics.
             device: where the model is.
+            weigh: what a batch weighs in the mean loss.
+            ignored: labels that the loss ignores, and so accuracy.
             channels_last: images in NHWC order.
             collective: a forward pass needs all ranks, as that of a sharded model does.
         """
         self.data, self._example, self._loss, self._project = data, example, loss, project
+        self._weigh, self._ignored = weigh, ignored
         self._device, self._channels_last, self._collective = device, channels_last, collective
         self.samples = 0
         """Validation samples over all ranks, known after the first call."""
@@ -56,7 +62,7 @@ class Evaluation:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
         names = ("loss", *self._project.metrics)
-        sums = {name: [0.0, 0] for name in names}
+        sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in names}
         rows = 0
         kept: list[tuple[Tensor, Tensor]] = []
         for batch, counted in self._batches():
@@ -68,10 +74,12 @@ class Evaluation:
             if not counted:
                 continue
             rows += len(target)
-            sums["loss"][0] += float(compute_loss(self._loss, outputs, target, self._project)) * len(target)
-            sums["loss"][1] += len(target)
+            if weight := self._weigh(batch[1]):
+                sums["loss"][0] += float(compute_loss(self._loss, outputs, target, self._project)) * weight
+                sums["loss"][1] += weight
+            labels = without(target, self._ignored)
             for name in self._project.metrics:
-                part, count = metric_sum(name, first_output(outputs), target)
+                part, count = metric_sum(name, first_output(outputs), labels)
                 sums[name][0] += part
                 sums[name][1] += count
             if self._project.custom_metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torchworker.data.loading import TrainingData, ValidationData, one_stream
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.metrics import first_output
+from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
 from torchworker.project.weights import start_from
 from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
@@ -27,6 +29,7 @@ from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
 from torchworker.training.strategy import autocast, make_scaler, share_model
+from torchworker.training.weighting import TINY, Weigh, by_samples, ignored_labels, is_mean, no_mean, weigh_of
 
 STEP_EVENT_SECONDS = 0.25
 
@@ -69,6 +72,15 @@ class Loop:
         self.loss = user_code.build_loss(project)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
+        weigh = weigh_of(self.loss)
+        self.weighs = weigh is not None
+        """Whether it is known what a batch weighs in the loss; if not, it is its number of samples."""
+        self.weigh: Weigh = weigh if weigh is not None else by_samples
+        self.noted = False
+        self.first_step = -1
+        """Of this launch."""
+        self.ignored: list[int] = []
+        """Classes that the loss ignores."""
         example = self._try_validation()
         self.strategy = share_model(self.model, project, settings, self.device)
         self.scaler = make_scaler(settings, self.device)
@@ -78,6 +90,8 @@ class Loop:
             self.loss,
             project,
             self.device,
+            weigh=self.weigh,
+            ignored=self.ignored,
             channels_last=settings.channels_last,
             collective=self.strategy.collective_forward,
         )
@@ -153,6 +167,7 @@ class Loop:
                 notes=[*self.notes, *self.checkpoints.failures],
                 cpu_seconds=cpu_seconds,
                 read=read,
+                ignored=self.ignored,
             )
         self.strategy.release()
         leave()
@@ -289,17 +304,16 @@ class Loop:
     def _optimizer_step(self, stream: Iterator[tuple[Any, Tensor]]) -> None:
         began = time.perf_counter()
         micro = [batch for _, batch in zip(range(self.settings.accumulate), stream, strict=False)]
-        samples = sum(len(target) for _, target in micro)
+        weights = [self.weigh(target) for _, target in micro]
+        shares = self._shares(weights)
         self.optimizer.zero_grad()
-        for position, batch in enumerate(micro):
+        for position, (batch, weight, share) in enumerate(zip(micro, weights, shares, strict=True)):
             inputs, target = self._place(batch)
             # Gradients are exchanged once a step.
             self.strategy.exchange_gradients(position == len(micro) - 1)
-            value = self._loss(inputs, target, labels=batch[1])
-            self.losses.add(value, len(target), self.step)
-            # Weighted by its samples, so that the last, smaller one counts as much as it holds.
-            weighted = value * (len(target) / samples) if len(micro) > 1 else value
-            user_code.backward(self.scaler.scale(weighted), self.project)
+            value = self._loss(inputs, target, labels=batch[1], counts=weight > 0)
+            self.losses.add(value, weight, self.step)
+            user_code.backward(self.scaler.scale(value if share is None else value * share), self.project)
         if self.step == self.first_step:
             user_code.require_gradients(self.model, self.project)
         if self.settings.clip_norm is not None:
@@ -310,6 +324,24 @@ class Loop:
         self.losses.settle(before=self.step)
         self.step_seconds = time.perf_counter() - began
         self._say_step()
+
+    def _shares(self, weights: Sequence[float]) -> Sequence[float | Tensor | None]:
+        """What the loss of each of this rank's batches of a step is multiplied by; None for 1. Every rank calls it.
+
+        The gradients are then those of one batch on one rank: ranks are averaged.
+        """
+        if self.world == 1:
+            whole: float | Tensor = sum(weights)
+        elif self.weighs:
+            # On a GPU nobody waits for it.
+            whole = torch.tensor(sum(weights), dtype=torch.float64, device=self.device)
+            dist.all_reduce(whole)
+            whole = (float(whole) if self.device.type == "cpu" else whole) / self.world
+        else:
+            whole = sum(weights)
+        if isinstance(whole, Tensor):
+            return [weight / whole.clamp_min(TINY) for weight in weights]
+        return [None if weight == whole else weight / max(whole, TINY) for weight in weights]
 
     def _refuse(self, loss: float, step: int) -> None:
         raise UserError(
@@ -325,11 +357,26 @@ class Loop:
         losses = [row["validation_loss"] for row in self.history]
         return min(losses[-patience:]) >= min(losses[:-patience])
 
-    def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None) -> Tensor:
-        """labels: the target where it came from, on the CPU."""
+    def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None, counts: bool = True) -> Tensor:
+        """labels: the target where it came from, on the CPU; counts: False when no label of it does."""
         with autocast(self.settings, self.device):
             outputs = user_code.forward(self.model, inputs, self.project, call=self.strategy.call)
-            return user_code.compute_loss(self.loss, outputs, target, self.project, labels=labels)
+            if not counts:
+                # A mean over nothing would be NaN.
+                return first_output(outputs).sum() * 0
+            value = user_code.compute_loss(self.loss, outputs, target, self.project, labels=labels)
+        if self.step == self.first_step and not self.weighs and self.world * self.settings.accumulate > 1:
+            self._note_loss(outputs, target)
+        return value
+
+    def _note_loss(self, outputs: Any, target: Tensor) -> None:
+        """Say once that the loss of a step is not that of its parts, where it is not."""
+        if self.noted or is_mean(self.loss, outputs, target):
+            return
+        self.noted = True
+        note = no_mean(self.project, self.settings)
+        self.notes.append(note)
+        self._say("note", notes=[note])
 
     def _place(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
         placed: tuple[Any, Tensor] = place(batch, self.device, self.settings.channels_last)
@@ -345,8 +392,13 @@ class Loop:
         batch = next(user_code.batches(self.validation_set, size, self.project))
         inputs, target = self._place(batch)
         outputs = user_code.forward(self.model, inputs, self.project)
+        require_pairs(self.loss, outputs, target, self.project)
         user_code.compute_loss(self.loss, outputs, target, self.project)
         user_code.try_metrics(outputs, target, self.project)
+        if "accuracy" in self.project.metrics:
+            found: list[Any] = [ignored_labels(self.loss, outputs, target)]
+            dist.broadcast_object_list(found, 0)
+            self.ignored = found[0]
         return batch
 
     def _evaluate(self) -> dict[str, float]:

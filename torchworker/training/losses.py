@@ -21,7 +21,7 @@ class _Copy:
 
     value: Tensor
     arrived: torch.cuda.Event
-    samples: int
+    weight: float
     step: int
 
 
@@ -33,30 +33,30 @@ class Losses:
         self._refuse = refuse
         self._under_way: deque[_Copy] = deque()
         self.sums = torch.zeros(2, dtype=torch.float64)
-        """Loss times samples, and samples, of what was read so far."""
+        """Loss times weight, and weight, of what was read so far."""
         self.last: float | None = None
         """The newest that was read."""
 
-    def add(self, loss: Tensor, samples: int, step: int) -> None:
-        """Take a loss (one number) over so many samples, on its device; on the CPU it is read before this returns."""
+    def add(self, loss: Tensor, weight: float, step: int) -> None:
+        """Take a loss (one number) and its weight, on its device; on the CPU it is read before this returns."""
         if loss.device.type == "cpu":
-            self._read(float(loss.detach()), samples, step)
+            self._read(float(loss.detach()), weight, step)
             return
         # Pinned, because it is asked for without waiting.
         value = loss.detach().to("cpu", non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        self._under_way.append(_Copy(value=value, arrived=arrived, samples=samples, step=step))
+        self._under_way.append(_Copy(value=value, arrived=arrived, weight=weight, step=step))
 
     def settle(self, before: float = math.inf) -> None:
         """Read what is still under way of the steps before this one."""
         while self._under_way and self._under_way[0].step < before:
             copy = self._under_way.popleft()
             copy.arrived.synchronize()
-            self._read(float(copy.value), copy.samples, copy.step)
+            self._read(float(copy.value), copy.weight, copy.step)
 
-    def _read(self, loss: float, samples: int, step: int) -> None:
+    def _read(self, loss: float, weight: float, step: int) -> None:
         if not math.isfinite(loss):
             self._refuse(loss, step)
         self.last = loss
-        self.sums += torch.tensor([loss * samples, samples], dtype=torch.float64)
+        self.sums += torch.tensor([loss * weight, weight], dtype=torch.float64)

@@ -1,0 +1,108 @@
+"""The metrics of the epoch that ships, as training measured them, held against those of the gates. No store.
+
+Training evaluates the model on all held-out samples, the gates ask each artifact about as many of them as the job says.
+The artifacts are proven to be the model; so where both numbers are of the same samples they are one number, and where
+the gates see a sample of them they differ by no more than a sample does. If not, one of the two does not measure what
+people will get, and nobody can say which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torchworker.contract import INT8_OF, TrainResult, ValidateResult
+from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.text import Table, number, passed_or_failed
+
+T_999 = 3.883
+"""Student's t with 19 degrees of freedom, two-sided 99.9 %: standard errors are of 20 groups of samples."""
+ROUNDING = 0.01
+"""Part of a metric that rounding may make, on another device and in other batches."""
+FLIPS = 2
+"""Samples that may be on the other side of a decision for the same reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """One metric, as two processes measured it."""
+
+    metric: str
+    format: str
+    trained: float
+    """At the end of the epoch that ships, on all held-out samples."""
+    gated: float
+    allowed: float
+    """How far they may be apart."""
+    sampled: bool
+    """Whether the gates saw only some of these samples."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both can be of one model and one set of samples."""
+        return abs(self.trained - self.gated) <= self.allowed
+
+
+def agreements(job: Job, trained: TrainResult, result: ValidateResult) -> list[Agreement]:
+    """Every metric of every float format that can be held against the epoch's.
+
+    Of a custom loop there is none: it reports what it likes.
+    """
+    if job.train.entrypoint is not None or not trained.history:
+        return []
+    return list(_compared(_of_epoch(trained), trained.validation_samples, result))
+
+
+def _of_epoch(trained: TrainResult) -> Mapping[str, float]:
+    return {name.removeprefix("validation_"): value for name, value in trained.history[-1].items()}
+
+
+def _compared(epoch: Mapping[str, float], samples: int, result: ValidateResult) -> Iterator[Agreement]:
+    sampled = result.validation_samples < samples
+    for kind, values in result.metrics.items():
+        if kind in INT8_OF:
+            # As near as the job allows, which is asked of it elsewhere.
+            continue
+        errors = result.standard_errors.get(kind, {})
+        for name, value in values.items():
+            if name not in epoch or (sampled and name not in errors):
+                continue
+            rounding = ROUNDING * max(abs(value), abs(epoch[name])) + FLIPS / result.validation_samples
+            chance = T_999 * errors[name] if sampled else 0.0
+            yield Agreement(
+                metric=name, format=kind, trained=epoch[name], gated=value, allowed=rounding + chance, sampled=sampled
+            )
+
+
+def require_agreement(job: Job, trained: TrainResult, result: ValidateResult) -> None:
+    """Raises GateError when the gates measured what the epoch that ships did not."""
+    compared = agreements(job, trained, result)
+    wrong = [item for item in compared if not item.agrees]
+    if not wrong:
+        return
+    first = wrong[0]
+    epoch = int(trained.history[-1]["epoch"])
+    of = f"{result.validation_samples:,} of these" if first.sampled else "the same"
+    raise GateError(
+        f"{job.name}: {first.metric} is {number(first.trained)} at the end of epoch {epoch} on "
+        f"{trained.validation_samples:,} validation samples (training), and {number(first.gated)} on {of} at the gates "
+        f"({first.format}); expected a difference of at most {number(first.allowed)}. The artifact gives the model's "
+        "answers, so the two were not measured on the same thing: look for validation data that depends on who reads "
+        "it or on when, and for a metric that depends on the order or the number of the samples it is given. Nothing "
+        "was registered or promoted",
+        agreement_table(compared).text(),
+    )
+
+
+def agreement_table(compared: Sequence[Agreement]) -> Table:
+    """A row for each number that was measured twice."""
+    header = ("format", "metric", "training", "gates", "allowed difference", "verdict")
+    rows = [
+        (
+            item.format, item.metric, number(item.trained), number(item.gated), number(item.allowed),
+            passed_or_failed(item.agrees),
+        )
+        for item in compared
+    ]  # fmt: skip
+    return Table(header=header, rows=rows)

@@ -1,0 +1,158 @@
+"""What a batch weighs in a mean loss: what the loss divides by, which need not be its number of samples.
+
+A mean over valid tokens, or with class weights, is the same in one batch as in its parts only if the parts weigh what
+they count for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchworker.contract import Project, TrainSettings
+from torchworker.project.metrics import FILLED, first_output
+from torchworker.project.pairing import asked_apart, with_first
+from torchworker.project.user_code import Loss
+
+Weigh = Callable[[Tensor], float]
+"""From the target of a batch, [batch, …], on the CPU, to what its loss divides by."""
+
+OVER_ELEMENTS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.BCELoss)
+ELEMENTWISE = (
+    nn.functional.mse_loss,
+    nn.functional.l1_loss,
+    nn.functional.smooth_l1_loss,
+    nn.functional.huber_loss,
+    nn.functional.binary_cross_entropy,
+    nn.functional.binary_cross_entropy_with_logits,
+)
+"""The same as functions."""
+OVER_LABELS = (nn.CrossEntropyLoss, nn.NLLLoss)
+MEAN = 1e-4
+"""Relative difference up to which a loss is the mean of those of its parts."""
+DRAWS = 2
+LABELS = 1000
+TINY = 1e-30
+
+
+def weigh_of(loss: Loss) -> Weigh | None:
+    """How torch's own losses weigh a batch; None for one that cannot be known. loss: from `build_loss`."""
+    function, given = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+    if given.get("reduction", "mean") == "mean":
+        if function in (nn.functional.cross_entropy, nn.functional.nll_loss):
+            return _over_labels(given.get("ignore_index", FILLED), given.get("weight"))
+        if function in ELEMENTWISE:
+            return _over_elements
+    # A class of the user's that only presets arguments is one of torch's too.
+    if isinstance(loss, (*OVER_ELEMENTS, *OVER_LABELS)) and loss.reduction == "mean":
+        kind = next(kind for kind in type(loss).__mro__ if kind in (*OVER_ELEMENTS, *OVER_LABELS))
+        if type(loss).forward is kind.forward:
+            if isinstance(loss, OVER_LABELS):
+                return _over_labels(loss.ignore_index, loss.weight)
+            return _over_elements
+    return None
+
+
+def by_samples(target: Tensor) -> float:
+    """What a batch weighs of whose loss nothing is known."""
+    return float(len(target))
+
+
+def no_mean(project: Project, settings: TrainSettings) -> str:
+    """What there is to say of a loss that `is_mean` denies, where a step has several parts."""
+    name = project.loss if isinstance(project.loss, str) else project.loss.target
+    parts = [f"{settings.processes} processes"] if settings.processes > 1 else []
+    parts += [f"accumulate {settings.accumulate}"] if settings.accumulate > 1 else []
+    return (
+        f"train.loss: {name} of a batch is not the mean of those of its halves, so {' and '.join(parts)} train by "
+        "other gradients than one process with the whole batch would; class weights and ignored labels are weighed "
+        "right in torch's own losses (torch.nn:CrossEntropyLoss)"
+    )
+
+
+def _over_elements(target: Tensor) -> float:
+    return float(target.numel())
+
+
+def _over_labels(ignored: int, weight: Tensor | None) -> Weigh:
+    def weigh(target: Tensor) -> float:
+        if target.is_floating_point():
+            # Probabilities of classes: torch divides by the number of samples, or of their positions.
+            return target.numel() / target.shape[1]
+        kept = target[target != ignored]
+        return float(kept.numel()) if weight is None else float(weight.detach().cpu()[kept].double().sum())
+
+    return weigh
+
+
+@torch.no_grad()
+def is_mean(loss: Loss, outputs: Any, target: Tensor) -> bool:
+    """Whether the loss of a batch is the mean of those of its halves, by samples; True where it cannot be asked.
+
+    Args:
+        loss: from `build_loss`.
+        outputs: what forward gave, its tensors [batch, …].
+        target: [batch, …].
+    """
+    size = len(target)
+    if size < 2:
+        return True
+    ask = asked_apart(loss)
+    order = torch.argsort(target.detach().reshape(size, -1)[:, 0].double().cpu(), stable=True).to(target.device)
+    try:
+        whole = float(ask(outputs, target))
+        for places in (torch.arange(size, device=target.device), order):
+            parts = [places[: size // 2], places[size // 2 :]]
+            mean = sum(len(part) / size * float(ask(_at(outputs, part, size), target[part])) for part in parts)
+            if not abs(whole - mean) <= MEAN * max(abs(whole), abs(mean)):
+                return False
+    except Exception:
+        return True
+    return True
+
+
+def _at(outputs: Any, places: Tensor, size: int) -> Any:
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor[places] if tensor.dim() and len(tensor) == size else tensor, outputs
+    )
+
+
+@torch.enable_grad()
+def ignored_labels(loss: Loss, outputs: Any, target: Tensor) -> list[int]:
+    """Labels among the model's classes that mean nothing to the loss, as padding with a class's number does.
+
+    The gradient of the loss is zero at every place that has such a label, whatever the answers are.
+
+    Args:
+        loss: from `build_loss`.
+        outputs: what forward gave; its first tensor is [batch, classes, …].
+        target: [batch, …], whole numbers.
+    """
+    try:
+        output = first_output(outputs)
+    except TypeError:
+        return []
+    if target.is_floating_point() or target.is_complex() or output.dim() != target.dim() + 1 or output.shape[1] < 2:
+        return []
+    present = torch.unique(target)
+    present = present[(present >= 0) & (present < output.shape[1])][:LABELS]
+    silent = torch.ones(len(present), dtype=torch.bool)
+    ask = asked_apart(loss)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        answer = torch.randn(output.shape, generator=generator).to(output.device, output.dtype).requires_grad_()
+        try:
+            (gradient,) = torch.autograd.grad(ask(with_first(outputs, answer), target), answer)
+        except Exception:
+            return []
+        felt = gradient.abs().amax(1) > 0
+        if not bool(felt.any()):
+            return []
+        for place, label in enumerate(present):
+            silent[place] &= not bool(felt[target == label].any())
+    return [int(label) for label in present[silent.to(present.device)]]
