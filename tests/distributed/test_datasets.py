@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.support.projects import write_project
 from tests.support.training import Train
+from torchworker.contract import WEIGHTS
 from train_and_ship.infra.errors import JobError
 from train_and_ship.ship.check import check
 
@@ -71,6 +75,9 @@ def test_validation_on_a_stream_is_exact_at_every_number_of_processes(
         ("Long", {}, "the stream gives more samples than the 90 that its len() says"),
         ("Empty", {}, "returned an empty dataset"),
         ("Breaks", {}, "reading a training item failed (sample 40 of the stream): KeyError: 'no such file'"),
+        ("Sharded", {}, "the stream begins with another sample in rank 1 than in rank 0, so it divides itself"),
+        ("ByFile", {"steps_per_epoch": 1}, "the stream begins with another sample in rank 1 than in rank 0"),
+        ("HeldOutSharded", {}, "the stream begins with another sample in rank 1 than in rank 0"),
     ],
 )
 def test_a_stream_that_is_not_what_it_says_is_refused(
@@ -92,6 +99,21 @@ def test_a_stream_that_is_not_what_it_says_is_refused(
                 if position == 40:
                     raise KeyError("no such file")
                 yield sample
+    class Sharded(Sized):
+        # As recipes for DistributedDataParallel say.
+        def __iter__(self):
+            return iter(self.samples[torch.distributed.get_rank() :: 2])
+    class ByFile(Stream):
+        # As libraries that split by node.
+        def __iter__(self):
+            import os
+            return iter(self.samples[48 * int(os.environ["RANK"]) :][:48])
+    class HeldOutSharded(Sized):
+        def __init__(self, split):
+            super().__init__(split)
+            self.step = 2 if split == "validation" else 1
+        def __iter__(self):
+            return iter(self.samples[torch.distributed.get_rank() % self.step :: self.step])
     """
     )
     data = {"factory": "plain:build_dataset", "args": {"kind": kind}}
@@ -127,6 +149,73 @@ def test_a_shuffling_stream_gives_every_rank_the_same_order_and_each_epoch_anoth
     assert len(set(orders[0])) > 2
     listed = train(write_project(tmp_path / "list", train={"epochs": 1, "processes": 2, "batch_size": 32}))
     assert result.data_fingerprint == listed.data_fingerprint
+
+
+def test_a_stream_with_generators_of_its_own_is_told_that_ranks_see_other_orders(train: Train, tmp_path: Path) -> None:
+    extra = (
+        STREAM
+        + """
+    import random
+    class Sized(Sized):
+        def __iter__(self):
+            return iter(random.SystemRandom().sample(self.samples, 96))
+    """
+    )
+    result = train(write_project(tmp_path / "p", extra=extra, train={"epochs": 1, "processes": 2, "batch_size": 32}))
+    assert any("draws from generators of its own: 2 processes each keep one of 2" in note for note in result.notes)
+
+
+WEIGHTED = """
+    class Weighted(nn.CrossEntropyLoss):
+        def __init__(self):
+            super().__init__(weight=torch.tensor([1.0, 30.0, 5.0]))
+    def padded(outputs, target):
+        return nn.functional.cross_entropy(outputs, target)
+    def own(outputs, target):
+        weight = torch.tensor([1.0, 30.0, 5.0])[target]
+        return (weight * nn.functional.cross_entropy(outputs, target, reduction="none")).sum() / weight.sum()
+    plain = build_dataset
+    def build_dataset(split, padding=False):
+        dataset = plain(split)
+        if padding:
+            # In order of their labels, so that ranks and batches have unequally many that count.
+            dataset.tensors[1][::3] = -100
+            dataset.tensors[1][:32] = -100
+        return dataset
+"""
+
+
+@pytest.mark.parametrize(
+    ("loss", "padding", "parts"),
+    [
+        ({"factory": "plain:Weighted"}, False, {"processes": 2}),
+        ("cross_entropy", True, {"processes": 2, "accumulate": 2}),
+        ({"factory": "plain:Weighted"}, True, {"processes": 1, "accumulate": 4}),
+    ],
+)
+def test_parts_of_a_step_weigh_what_they_count_for(
+    train: Train, tmp_path: Path, loss: Any, padding: bool, parts: dict[str, int]
+) -> None:
+    plan = {"epochs": 2, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.1, "loss": loss}
+    data = {"factory": "plain:build_dataset", "args": {"padding": padding}}
+    found = []
+    for name, how in (("whole", {"processes": 1}), ("parts", parts)):
+        result = train(write_project(tmp_path / name, extra=WEIGHTED, data=data, train={**plan, **how}))
+        weights = load_file(next(tmp_path.glob(f"train{len(found)}")) / WEIGHTS)
+        found.append((weights, result.history[-1]))
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    (whole, history), (others, theirs) = found
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, others[name], atol=1e-5), name
+    for name in ("train_loss", "validation_loss"):
+        assert theirs[name] == pytest.approx(history[name], rel=1e-4)
+
+
+def test_a_loss_that_is_no_mean_over_samples_is_told_where_a_step_has_parts(train: Train, tmp_path: Path) -> None:
+    plan = {"epochs": 1, "batch_size": 32, "loss": {"factory": "plain:own"}}
+    job = write_project(tmp_path / "p", extra=WEIGHTED, train={**plan, "processes": 2})
+    said = "train.loss: plain:own of a batch is not the mean of those of its halves, so 2 processes train by other"
+    assert any(note.startswith(said) for note in train(job).notes)
 
 
 def test_samples_that_are_used_twice_to_fill_the_ranks_are_told(train: Train, tmp_path: Path) -> None:

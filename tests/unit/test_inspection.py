@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from tests.support.projects import write_project
-from torchworker.contract import InspectRequest, InspectResult
+from torchworker.contract import InspectRequest, InspectResult, RereadRequest, RereadResult
 from torchworker.process.failure import UserError
 from torchworker.stages.inspect import _column, inspect
+from torchworker.stages.reread import reread
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
 
-def look(folder: Path, extra: str = "", ranges: dict[str, tuple[float | None, float | None]] | None = None,
-         **job: object) -> InspectResult:  # fmt: skip
+def look(
+    folder: Path,
+    extra: str = "",
+    ranges: dict[str, tuple[float | None, float | None]] | None = None,
+    most: int | None = None,
+    data_args: dict[str, object] | None = None,
+    **job: object,
+) -> InspectResult:
     module = f"looked_{folder.name.replace('-', '_')}"
     path = write_project(
-        folder, extra=extra, model={"factory": f"{module}:build_model"}, data={"factory": f"{module}:build_dataset"},
-        **job,
+        folder, extra=extra, model={"factory": f"{module}:build_model"}, 
+        data={"factory": f"{module}:build_dataset", "args": data_args or {}}, **job,
     )  # fmt: skip
     (folder / "plain.py").rename(folder / f"{module}.py")
     one, project = load_job(path)
-    return inspect(InspectRequest(project=project_of(one, project), train=train_settings(one), ranges=ranges or {}))
+    return inspect(
+        InspectRequest(project=project_of(one, project), train=train_settings(one), ranges=ranges or {}, most=most)
+    )
+
+
+def read_again(folder: Path, split: Literal["train", "validation"]) -> RereadResult:
+    job, project = load_job(folder / "job.yaml")
+    return reread(RereadRequest(project=project_of(job, project), train=train_settings(job), split=split))
 
 
 def test_a_percentile_is_the_value_of_its_whole_numbered_rank() -> None:
@@ -126,6 +141,59 @@ def test_a_stream_is_read_as_far_as_an_epoch_goes(tmp_path: Path) -> None:
     assert look(tmp_path / "a", extra, train=endless).train.samples == 160
     with pytest.raises(UserError, match="steps_per_epoch"):
         look(tmp_path / "b", extra, train={"epochs": 1, "batch_size": 32})
+
+
+def test_random_augmentation_is_seen_and_what_is_drawn_for_gates_is_of_every_label(tmp_path: Path) -> None:
+    extra = """
+        class Noisy:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                inputs, target = self.inner[index]
+                return inputs + torch.randn(4), target
+        listed = build_dataset
+        def build_dataset(split):
+            inputs, targets = listed(split).tensors
+            order = targets.argsort()
+            dataset = TensorDataset(inputs[order], targets[order])
+            return Noisy(dataset) if split == "train" else dataset
+    """
+    facts = look(tmp_path, extra, most=48)
+    assert (facts.train.varies, facts.validation.varies) == (True, False)
+    assert facts.drawn is not None and len(facts.drawn) == 48
+    labels = facts.validation.labels
+    ends = [labels["0"], labels["0"] + labels["1"], 96]
+    drawn = [sum(low <= place < high for place in facts.drawn) for low, high in zip([0, *ends], ends, strict=False)]
+    assert drawn == [pytest.approx(labels[name] / 2, abs=0.5) for name in ("0", "1", "2")]
+
+
+def test_data_that_another_process_reads_otherwise_is_the_same_when_it_is_read_again(tmp_path: Path) -> None:
+    extra = """
+        from torch.utils.data import get_worker_info
+        class Scrambled:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                inputs, target = self.inner[index]
+                return (inputs if get_worker_info() is None else inputs * 0), target
+        class Drawn(Scrambled):
+            def __getitem__(self, index):
+                import os
+                return torch.tensor(list(os.urandom(4))).float(), 0
+        listed = build_dataset
+        def build_dataset(split, kind="Scrambled"):
+            return globals()[kind](listed(split))
+    """
+    looked = look(tmp_path / "scrambled", extra, train={"epochs": 1, "batch_size": 32, "data_workers": 1})
+    assert not looked.train.varies
+    again = read_again(tmp_path / "scrambled", "train")
+    assert again.same and again.read is not None
+    assert again.read.samples == 96 and again.read.fingerprint != looked.train.fingerprint
+    # Scrambled validation data, and what is drawn from nobody's generator.
+    assert read_again(tmp_path / "scrambled", "validation").same
+    write = tmp_path / "anew"
+    look(write, extra, data_args={"kind": "Drawn"})
+    assert not read_again(write, "train").same
 
 
 def test_a_dataset_that_fails_is_the_users_mistake_with_the_line(tmp_path: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from torchworker.contract import DynamicDim, ExportRequest, Project, Reference, Verdict
+from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.parity import reference
 from torchworker.parity.compare import KNOWN, Policy, compare
 from torchworker.parity.probes import Probe
@@ -20,13 +21,13 @@ from torchworker.parity.reference import enlarged, read_probes, read_unasked, wr
 from torchworker.runtimes.load import Call
 
 CODE = Path(__file__).parent
+NOTHING = Reference(target="plain:nothing", where="model.factory")
 
 
 def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence[DynamicDim] = ()) -> list[Probe]:
     """Every probe for the model, with validation data of these inputs."""
-    nothing = Reference(target="plain:nothing", where="model.factory")
     project = Project(
-        name="plain", folder=str(CODE), model=nothing, data=nothing, collate=None, loss="mse_loss", metrics=[]
+        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, collate=None, loss="mse_loss", metrics=[]
     )
     request = ExportRequest(
         project=project,
@@ -48,6 +49,33 @@ def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence
         batch = enlarged(dict(zip(names, inputs, strict=True)), 8)
         write_reference(request, model, batch, dataset)
     return read_probes(folder)
+
+
+def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_are_padding(tmp_path: Path) -> None:
+    project = Project(
+        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, collate=None, loss="cross_entropy", metrics=[]
+    )
+    request = ExportRequest(
+        project=project, folder=str(tmp_path), weights="", formats=[], batch=4, seed=0, validation_limit=5,
+        drawn=[1, 4, 6, 9, 11], ignored=[0],
+    )  # fmt: skip
+    inputs, labels = torch.arange(12.0)[:, None].expand(12, 3).contiguous(), torch.arange(12) % 3
+    model = nn.Linear(3, 3).eval()
+    torch.set_num_threads(1)
+
+    class Stream(IterableDataset[object]):
+        def __iter__(self) -> Iterator[object]:
+            return iter(TensorDataset(inputs, labels))
+
+    readings = []
+    for dataset in (TensorDataset(inputs, labels), Stream()):
+        with torch.no_grad():
+            _, read = write_reference(request, model, {"input": inputs[:4]}, dataset)
+        kept = load_file(tmp_path / VALIDATION)
+        assert kept["input.input"][:, 0].tolist() == [1, 4, 6, 9, 11]
+        assert (kept["target"].tolist(), kept["labels"].tolist()) == ([1, 1, 0, 0, 2], [1, 1, -100, -100, 2])
+        readings.append(read)
+    assert readings[0].samples == 5 and readings[0] == readings[1]
 
 
 class Pairs(Dataset[object]):

@@ -137,13 +137,13 @@ def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
     world = dist.get_world_size()
     if world == 1 or not isinstance(dataset, IterableDataset):
         return []
-    first = [_first_digest(dataset, project, seed) for _ in range(2)]
-    every: list[list[int]] = [[]] * world
-    dist.all_gather_object(every, first)
-    other = next((rank for rank in range(world) if every[rank][0] != every[0][0]), None)
+    first, again = [0] * world, [0] * world
+    dist.all_gather_object(first, _first_digest(dataset, project, seed))
+    other = next((rank for rank in range(world) if first[rank] != first[0]), None)
     if other is None:
         return []
-    if all(found[0] == found[1] for found in every):
+    dist.all_gather_object(again, _first_digest(dataset, project, seed))
+    if again == first:
         raise UserError(
             f"{project.data.where}: the stream begins with another sample in rank {other} than in rank 0, so it "
             "divides itself among the ranks (by torch.distributed.get_rank(), RANK, or a library's split by node). The "

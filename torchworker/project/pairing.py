@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -117,7 +118,14 @@ def asked_apart(loss: Loss) -> Loss:
     except Exception:
         apart = loss
     draws = OwnRandom(0)
-    return lambda outputs, target: draws.call(lambda: apart(outputs, target))
+
+    def ask(outputs: Any, target: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # What torch says of shapes is said here in other words.
+            warnings.simplefilter("ignore")
+            return draws.call(lambda: apart(outputs, target))
+
+    return ask
 
 
 def with_first(outputs: Any, tensor: Tensor) -> Any:
