@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,13 @@ from torchworker.contract import (
 )
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry.data.checks import Report, check_data, require_good_data
+from train_and_ship.registry.data.checks import (
+    Report,
+    check_data,
+    require_good_data,
+    require_held_out,
+    shared_samples,
+)
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.extras import require_extras
@@ -35,21 +42,21 @@ def check(job_file: Path) -> None:
     job, folder = load_job(job_file)
     require_extras(job)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
-    result, data = asyncio.run(_build(job, folder, snapshot))
-    _print(job, folder, result, data, Console())
+    result, facts, data = asyncio.run(_build(job, folder, snapshot))
+    _print(job, folder, result, facts, data, Console())
 
 
-async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckResult, Report | None]:
-    """What the job is, and what its data is like where the job has checks of it; the live release is not asked."""
+async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckResult, InspectResult, Report | None]:
+    """The job, its data, and the checks of that where the job has some; the live release is not asked.
+
+    Without checks the data is only glanced at: a run reads all of it.
+    """
     project, report = project_of(job, folder, snapshot), None
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
         server = fork_server(work / "host.log")
-        if job.data.checks is not None:
-            # First: a NaN in the data is a better reason than the NaN of the loss.
-            facts = await ask_worker(server, "inspect", inspect_request(job, project), InspectResult, work)
-            report = check_data(job.data.checks, facts, None, "")
-            require_good_data(job.name, report)
+        look = replace(inspect_request(job, project), glance=job.data.checks is None)
+        looking = asyncio.create_task(ask_worker(server, "inspect", look, InspectResult, work / "inspect"))
         request = CheckRequest(
             project=project,
             train=train_settings(job),
@@ -57,8 +64,18 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
             dynamic=dynamic_dims(job),
             max_batch=job.export.max_batch,
         )
-        result = await ask_worker(server, "check", request, CheckResult, work)
-    return result, report
+        try:
+            if job.data.checks is not None:
+                # First: a NaN in the data is a better reason than the NaN of the loss.
+                report = check_data(job.data.checks, await looking, None, "")
+                require_good_data(job.name, report)
+            result = await ask_worker(server, "check", request, CheckResult, work)
+            facts = await looking
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        require_held_out(job.data.checks, facts)
+    return result, facts, report
 
 
 def _count(samples: int | None) -> str:
@@ -109,7 +126,9 @@ def _checked(job: Job, data: Report) -> str:
     return f"passes {len(data.findings)} checks{drift}"
 
 
-def _print(job: Job, folder: Path, result: CheckResult, data: Report | None, console: Console) -> None:
+def _print(
+    job: Job, folder: Path, result: CheckResult, seen: InspectResult, data: Report | None, console: Console
+) -> None:
     columns = Column(style="bold"), Column(overflow="fold")
     facts = Table(*columns, title=job.name, show_header=False, title_justify="left")
     may_be = ", if it can capture the model" if job.export.formats == "auto" else ""
@@ -131,7 +150,7 @@ def _print(job: Job, folder: Path, result: CheckResult, data: Report | None, con
         *([("int8", _int8(job))] if job.export.int8 is not None else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
-        *(("note", note) for note in result.notes),
+        *(("note", note) for note in (shared_samples(seen), *result.notes) if note),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)

@@ -346,6 +346,8 @@ class InspectRequest(Message):
     """Tensor to the smallest and largest value that it may have; None for no limit."""
     most: int | None = None
     """At most this many validation samples are drawn for the gates; None for all."""
+    glance: bool = False
+    """Read only some samples of each split, from all over it, and for a few seconds only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,8 @@ class Export(Part):
     threads: int | None = Field(None, ge=1)
     """threads of every runtime while it is measured; those of a rank when absent"""
     validation_samples: int = Field(10_000, ge=1)
-    """at most this many validation samples are used to gate artifacts"""
+    """at most this many validation samples are used to gate artifacts: all there are, or as many drawn by train.seed,
+    from each label in proportion where the target is one whole number"""
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ErrorCounts
+from train_and_ship.registry.agreement import agreement_table, agreements
 from train_and_ship.registry.gates import verdicts_by_format
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
@@ -62,11 +63,15 @@ def gates_section(files: RunFiles) -> Section:
         said = f"Of each artifact's own outputs on {files.validated.validation_samples:,} held-out samples:"
         blocks += [Text(text=said), metrics]
     more = []
+    if files.trained is not None and (compared := agreements(files.job, files.trained, files.validated)):
+        more.append(agreement_table(compared))
     if files.exported is not None:
         dropped = {kind: item.reason for kind, item in files.validated.int8.items() if item.reason}
         captured = {kind: item.method for kind, item in files.exported.artifacts.items() if kind not in dropped}
         more.append(capture_table(captured, {**files.exported.left_out, **dropped}))
-    return Section(title="Gates and metrics", blocks=blocks, more=more, more_title="How it was captured")
+    return Section(
+        title="Gates and metrics", blocks=blocks, more=more, more_title="Held against training, and how it was captured"
+    )
 
 
 def metric_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:

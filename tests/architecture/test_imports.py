@@ -58,7 +58,7 @@ ROOMS = {
         "serving": {"bucket"},
         "report": {
             *("identity", "text", "cost", "job", "release", "tracking", "gates", "bucket"),
-            *("data", "diff", "lineage", "run_folder", "channels"),
+            *("data", "diff", "lineage", "run_folder", "channels", "agreement"),
         },
         "maintenance": {
             *("identity", "text", "cost", "job", "release", "tracking", "gates", "bucket"),

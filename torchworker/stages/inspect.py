@@ -35,6 +35,8 @@ LABELS = 1000
 SHAPES = 5
 """Different shapes of one tensor that are listed."""
 BATCH = 256
+GLANCED, GLANCE_SECONDS = 2_000, 10.0
+"""Samples of a split that a glance takes, and how long at most."""
 READ_TWICE = 16
 """Samples of a split by which it is seen whether reading them draws at random."""
 TARGET = "target"
@@ -73,6 +75,7 @@ class _Seen(NamedTuple):
 
 
 def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[SplitFacts, _Seen]:
+    began = time.perf_counter()
     project = request.project
     fingerprint, inputs_seen = Fingerprint(), Counter[int]()
     facts: dict[str, _Tensor] = {}
@@ -82,7 +85,7 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
     position = 0
     with reading(f"a {split}" if split == "validation" else "a training", project):
         dataset = user_code.build_dataset(project, split)
-        for batch in _batches(dataset, split, project, request.train):
+        for batch in _batches(dataset, split, project, request):
             fingerprint.merge(batch.total, batch.samples)
             inputs_seen.update(batch.inputs)
             inputs, target = user_code.split_batch(batch.content, project)
@@ -93,6 +96,8 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
             labels = _count(labels, target)
             each = _each(each, target, len(batch.inputs))
             position += len(batch.inputs)
+            if request.glance and time.perf_counter() - began > GLANCE_SECONDS:
+                break
         # After the workers are gone: what a dataset opens when it is first read must not be shared with them.
         varies = _varies(dataset, request.train)
     columns = {label: column for name, found in facts.items() for label, column in found.columns(name).items()}
@@ -172,8 +177,9 @@ def _inputs_of(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
 
 
-def _batches(dataset: Dataset[Any], split: str, project: Project, settings: TrainSettings) -> Iterator[_Looked]:
+def _batches(dataset: Dataset[Any], split: str, project: Project, request: InspectRequest) -> Iterator[_Looked]:
     """What the first epoch reads, in order: every sample once."""
+    settings = request.train
     collate = _Look(user_code.build_collate(project))
     if isinstance(dataset, IterableDataset):
         size = user_code.length_of(dataset)
@@ -185,6 +191,8 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, settings: Trai
                     "looked at: it would have no end"
                 )
             most = settings.steps_per_epoch * settings.batch_size
+        if request.glance:
+            size, most = None, GLANCED
         stream = StreamShare(dataset, project.data.where, seed=settings.seed, world=1, rank=0, size=size, most=most)
         yield from DataLoader(stream, batch_size=BATCH, collate_fn=collate)
         return
@@ -194,7 +202,7 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, settings: Trai
         SeededDataset(dataset, settings.seed),
         batch_size=BATCH,
         # Keys of the first epoch: see ResumableSampler. The first sample's would be 0 in an epoch before it.
-        sampler=range(size, 2 * size),
+        sampler=[size + place for place in places_all_over(size, GLANCED)] if request.glance else range(size, 2 * size),
         num_workers=settings.data_workers,
         collate_fn=collate,
     )
