@@ -47,9 +47,10 @@ class Agreement:
 def agreements(job: Job, trained: TrainResult, result: ValidateResult) -> list[Agreement]:
     """Every metric of every float format that can be held against the epoch's.
 
-    Of a custom loop there is none: it reports what it likes.
+    Of a custom loop there is none: it reports what it likes. Nor where samples are coupled: training asks in batches,
+    the gates one by one.
     """
-    if job.train.entrypoint is not None or not trained.history:
+    if job.train.entrypoint is not None or job.coupled or not trained.history:
         return []
     return list(_compared(_of_epoch(trained), trained.validation_samples, result))
 

@@ -144,6 +144,7 @@ def _print(
         ("inputs", "\n".join(_tensor(spec) for spec in result.inputs)),
         ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
         ("target", _tensor(result.target)),
+        *([("samples", result.independence)] if result.independence else []),
         ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
         *_training(job, result),
         ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted)),

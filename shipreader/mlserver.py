@@ -74,7 +74,13 @@ def served(release: Release) -> str:
 
 
 def can_batch(signature: Mapping[str, Any]) -> bool:
-    """Whether the first dimension of every tensor, and no other, is one dynamic dimension: the batch."""
+    """Whether requests may be computed together.
+
+    The first dimension of every tensor, and no other, is one dynamic dimension, the batch, and answers do not depend on
+    the other samples in it.
+    """
+    if signature.get("coupled"):
+        return False
     shapes = [tensor["shape"] for side in ("inputs", "outputs") for tensor in signature[side]]
     first = {shape[0] if shape else 0 for shape in shapes}
     others = [size for shape in shapes for size in shape[1:]]

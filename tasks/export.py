@@ -33,7 +33,9 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     """
     facts = await inspected.facts()
     await require_same_data(run, contradictions_of_training(run.job, facts, trained.result))
-    inputs = stage_inputs(trained.digest, run.job.export.model_dump_json())
+    inputs = stage_inputs(
+        trained.digest, run.job.export.model_dump_json(), *(("coupled",) if run.project.coupled else ())
+    )
     stage = StageFolder(run.folder, EXPORT, inputs)
 
     async def make(work: Path) -> ExportResult:

@@ -136,10 +136,12 @@ def _specs(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in tensors]
 
 
-def _signature(validated: Validated) -> dict[str, list[dict[str, Any]]]:
+def _signature(validated: Validated) -> dict[str, Any]:
     reference = validated.exported.result
     dims = [{"name": dim.name, "min": dim.min, "max": dim.max} for dim in reference.dims]
-    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims}
+    # Whoever makes a view of the release later knows that requests must not be put together.
+    coupled = {"coupled": True} if validated.job.coupled else {}
+    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims, **coupled}
 
 
 def _description(run: Run, trained: Trained, validated: Validated, manifest: Manifest) -> str:

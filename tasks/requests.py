@@ -55,6 +55,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
             CustomMetric(name=item.label, reference=_reference(item, "train.metrics.factory"), better=item.better)
             for item in job.train.custom_metrics
         ],
+        coupled=job.coupled,
     )
 
 

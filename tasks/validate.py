@@ -117,6 +117,8 @@ def _log(validated: Validated) -> None:
     logger.info(
         "all %d gates passed\n%s", sum(item.ran for item in result.verdicts), verdict_table(result.verdicts).text()
     )
+    if result.independence:
+        logger.info("%s", result.independence)
     if result.speed is not None:
         logger.info(
             "speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_table(result.speed).text()

@@ -170,6 +170,8 @@ class Project(Message):
     custom_metrics: Sequence[CustomMetric] = ()
     snapshot: str = ""
     """Absolute folder of verified data that the data factory is given; empty when the job has no snapshot."""
+    coupled: bool = False
+    """Whether answers may depend on the other samples of a batch: gates are then measured one sample at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +288,8 @@ class CheckResult:
     """Loss of the untrained model on one batch; None with an entrypoint, which has its own."""
     notes: Sequence[str] = ()
     """What a person should know."""
+    independence: str = ""
+    """Whether answers depend on the other samples of a batch, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,7 +503,8 @@ class ExportResult:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     dims: Sequence[DynamicDim]
-    """The dynamic dimensions that the shapes of inputs and outputs name: the batch, then the declared ones."""
+    """The dynamic dimensions that the shapes of inputs and outputs name: the batch, then the declared ones. The batch
+    is 1, and none of them, where the project's samples are coupled."""
     reference: str
     """How the reference outputs were made, in words."""
     validation: Reading | None = None
@@ -799,6 +804,9 @@ class ValidateResult(Message):
     """None when the job asks for no measurement, or something failed before it."""
     errors: Sequence[ErrorCounts] = ()
     """How far all formats but int8 variants are from the model, on every kind of probe."""
+    independence: str = ""
+    """Whether the model's answers depend on the other samples of a batch, in words; empty where an older version
+    exported it, which did not ask."""
 
     @property
     def passed(self) -> bool:

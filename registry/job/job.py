@@ -190,6 +190,11 @@ class Job(Part):
         """Threads with which artifacts are measured."""
         return self.export.threads or self.threads
 
+    @property
+    def coupled(self) -> bool:
+        """Whether answers may depend on the other samples of a batch."""
+        return self.parity.coupled == "allowed"
+
     def digest(self) -> str:
         """16 hexadecimal digits that change when anything in the job changes."""
         return digest(self.model_dump(mode="json"))

@@ -22,6 +22,11 @@ class Parity(Part):
     """TorchScript and AOTInductor are also run by a small C++ program, which a C++ compiler builds on the first
     run on a machine: when_possible, reported as not run where there is none; required, a failure there; off"""
 
+    coupled: Literal["refused", "allowed"] = "refused"
+    """answers that depend on the other samples of a batch: refused, with the module and line they come from; allowed,
+    gates are measured one sample at a time, as the release is then served: its signature has a batch of 1, and no
+    server puts requests together"""
+
     @field_validator("not_finite", "refusals", "cpp", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:

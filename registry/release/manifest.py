@@ -39,7 +39,8 @@ class Manifest:
     """Format (torchscript, onnx, pt2, executorch, …) to the path of its artifact."""
     signature: Mapping[str, Any]
     """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
-    `dims`: name, min and max of each, null for no limit."""
+    `dims`: name, min and max of each, null for no limit; `coupled`: true where answers may depend on the other samples
+    of a batch, and only there: the batch is 1 then."""
     metrics: Mapping[str, float]
     """Quality measured before release, by metric; what the next candidate is held against."""
     serve: Mapping[str, str] = field(default_factory=dict)

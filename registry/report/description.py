@@ -48,6 +48,8 @@ def describe(
         " · ".join([f"Release `{release}`", *(f"[{one_line(text)}]({url})" for text, url in links.items() if url)]),
     ]
     unit = f"How much of the allowed difference from {result.reference} each artifact uses; above 1 fails."
+    if result.independence:
+        unit += f" {one_line(result.independence)}."
     format_of = {file: name for name, file in formats.items()}
     files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
     where = "step" if "step" in training else "epoch"

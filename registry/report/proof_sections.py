@@ -27,6 +27,8 @@ def parity_section(files: RunFiles) -> Section:
         if item.measured is not None and item.limit == "<= 1":
             used[item.format] = max(used.get(item.format, 0.0), item.measured)
     blocks: list[Block] = [Text(text=said)]
+    if files.validated.independence:
+        blocks.append(Text(text=f"{files.validated.independence}."))
     finite = [(name, [value]) for name, value in used.items() if value != float("inf")]
     if finite:
         blocks.append(

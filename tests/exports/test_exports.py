@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -132,6 +133,8 @@ def test_a_gate_that_fails_says_what_was_measured_and_the_limit(stages: OpenStag
     assert failed.measured is not None and failed.measured < 0.999
 
 
+ACROSS: dict[str, Any] = {"parity": {"coupled": "allowed"}}
+"""A branch on the sum of a batch looks across it."""
 BRANCH = """
     class Branches(nn.Module):
         def __init__(self):
@@ -147,7 +150,7 @@ BRANCH = """
 
 
 def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_the_line(stages: OpenStages) -> None:
-    opened = stages(BRANCH.format(tail=""))
+    opened = stages(BRANCH.format(tail=""), **ACROSS)
     assert opened.export("torchscript")["torchscript"].method == "torch.jit.script"
     assert opened.validate().passed
 
@@ -158,7 +161,7 @@ def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_t
 
 
 def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(stages: OpenStages) -> None:
-    opened = stages(BRANCH.format(tail=""), export={"formats": "auto"})
+    opened = stages(BRANCH.format(tail=""), export={"formats": "auto"}, **ACROSS)
     assert set(opened.export(*opened.job.export.wanted)) == {"torchscript"}
     assert opened.result is not None
     assert set(opened.result.left_out) == {"onnx", "pt2", "aoti"}
@@ -168,14 +171,14 @@ def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(stages: Open
 
 
 def test_auto_with_nothing_that_fits_fails_with_every_reason(stages: OpenStages) -> None:
-    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), export={"formats": "auto"})
+    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), export={"formats": "auto"}, **ACROSS)
     with pytest.raises(JobError, match=r"(?s)TorchScript cannot capture.*torch.export cannot capture"):
         opened.export("torchscript", "pt2")
 
 
 def test_a_trace_that_would_bake_in_a_branch_is_refused(stages: OpenStages) -> None:
     # A numpy round trip cannot be scripted, so only tracing is left, and the branch would be frozen.
-    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"))
+    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), **ACROSS)
     with pytest.raises(JobError, match=r"trace: it would bake in a decision made on the example data \(plain.py:\d+\)"):
         opened.export("torchscript")
 
@@ -291,7 +294,7 @@ def test_a_decision_that_capture_hides_is_caught_on_samples_it_did_not_see(stage
         # 1.2 is above what is in the batch of capture.
         sign = float((numpy.from_dlpack(x.detach())[:, 0] > 1.2).any())
         return super().forward(x) * (1 + sign)
-    """))  # fmt: skip
+    """), **ACROSS)  # fmt: skip
     opened.export("torchscript")
     result = opened.validate()
 

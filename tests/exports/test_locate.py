@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from torchworker.contract import LocateRequest, Project, Reference
+from torchworker.project.recording import record
 from torchworker.stages import locate
 
 
@@ -61,7 +62,7 @@ def test_the_line_of_the_first_layer_that_differs_is_named(kind: str, tmp_path: 
     written(wrong, kind, tmp_path / "model")
     inputs = {"x": torch.randn(5, 6)}
     with torch.no_grad():
-        steps = locate.record(model, inputs, request(tmp_path))
+        steps = record(model, inputs, request(tmp_path).project)
         where = locate.first_difference(steps, locate.values_inside(kind, tmp_path / "model", inputs))
     assert "linear in second (Linear), test_locate.py:" in where
     assert "states = states + self.second(states)" in where
@@ -72,7 +73,7 @@ def test_an_artifact_that_is_right_inside_and_wrong_outside_is_told_apart(tmp_pa
     written(model, "torchscript", tmp_path / "model")
     inputs = {"x": torch.randn(5, 6)}
     with torch.no_grad():
-        steps = locate.record(model, inputs, request(tmp_path))
+        steps = record(model, inputs, request(tmp_path).project)
         where = locate.first_difference(steps, locate.values_inside("torchscript", tmp_path / "model", inputs))
     assert f"all {len(steps)} steps of the model are found inside" in where
 
@@ -90,7 +91,7 @@ def test_a_value_written_over_in_place_is_compared_as_it_was(tmp_path: Path) -> 
     written(wrong, "torchscript", tmp_path / "model")
     inputs = {"x": torch.randn(5, 6)}
     with torch.no_grad():
-        steps = locate.record(model, inputs, request(tmp_path))
+        steps = record(model, inputs, request(tmp_path).project)
         # The graph writes in place as well: what is read after it ran is only the last value.
         where = locate.first_difference(steps, locate.values_inside("torchscript", tmp_path / "model", inputs))
     assert "linear in last (Linear)" in where

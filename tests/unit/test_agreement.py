@@ -69,3 +69,8 @@ def test_a_custom_loop_reports_what_it_likes(tmp_path: Path) -> None:
     train: dict[str, Any] = {"entrypoint": "plain:main", "processes": 1}
     own = load_job(write_project(tmp_path, train=train))[0]
     assert agreements(own, trained(accuracy=0.9), gated(20_000, {"onnx": {"accuracy": 0.1}})) == []
+
+
+def test_coupled_samples_have_other_answers_in_training_than_one_by_one(tmp_path: Path) -> None:
+    coupled = load_job(write_project(tmp_path, parity={"coupled": "allowed"}))[0]
+    assert agreements(coupled, trained(accuracy=1.0), gated(20_000, {"onnx": {"accuracy": 0.55}})) == []

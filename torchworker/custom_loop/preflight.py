@@ -17,9 +17,10 @@ from torchworker.data.loading import reading
 from torchworker.data.sharding import NamedDataset, StreamShare
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.independence import require_independent
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
-from torchworker.project.signature import dims_of, input_specs, output_specs
+from torchworker.project.signature import dims_of, input_specs, of_one_sample, output_specs, without_batch
 from torchworker.training.results import try_weights
 
 BATCH = 64
@@ -59,12 +60,14 @@ def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: i
     outputs = user_code.forward(model, inputs, project)
     user_code.try_metrics(outputs, target, project)
     require_pairs(None, outputs, target, project)
+    independence = require_independent(model, inputs, project, outputs)
     train_set = user_code.build_dataset(project, "train")
     fingerprint_share(train_set, project, 0, rank=0, world=1, only_first=True)
     try_weights(model, project)
     return facts_of(
         model, inputs, target, dynamic, project, train_samples=user_code.length_of(train_set),
         validation_samples=user_code.length_of(validation_set), loss=None, max_batch=max_batch,
+        independence=independence,
     )  # fmt: skip
 
 
@@ -81,6 +84,7 @@ def facts_of(
     loss: float | None,
     max_batch: int | None = None,
     notes: Sequence[str] = (),
+    independence: str = "",
 ) -> CheckResult:
     """What `ship check` says of a model in eval() and of a batch.
 
@@ -94,6 +98,7 @@ def facts_of(
         loss: of the untrained model; None with an entrypoint.
         max_batch: largest batch; None for no limit.
         notes: what else a person should know.
+        independence: of `require_independent`.
 
     Raises:
         UserError: a declared dimension does not fit the data.
@@ -101,17 +106,21 @@ def facts_of(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     named = user_code.name_inputs(model, inputs, project)
     dims = dims_of(named, dynamic, project, max_batch)
+    inputs_of, outputs_of = input_specs(named, dims), output_specs(model, named, dims, project)
+    if project.coupled:
+        inputs_of, outputs_of, dims = of_one_sample(inputs_of), of_one_sample(outputs_of), without_batch(dims)
     return CheckResult(
         parameters=sum(parameter.numel() for parameter in trainable),
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trainable),
-        inputs=input_specs(named, dims),
-        outputs=output_specs(model, named, dims, project),
+        inputs=inputs_of,
+        outputs=outputs_of,
         target=input_specs({"target": target}, dims_of({"target": target}, (), project))[0],
         dims=dims,
         train_samples=train_samples,
         validation_samples=validation_samples,
         loss=loss,
         notes=notes,
+        independence=independence,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, P
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
+from torchworker.project.answers import Answers
 from torchworker.project.metrics import without
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
@@ -30,61 +30,11 @@ REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
 
 
-class Answers:
-    """What the model says to a question: as it is, in float64, and with everything perturbed by its own rounding."""
-
-    def __init__(self, model: nn.Module, project: Project) -> None:
-        self.model, self.project = model, project
-        self.fixed_precision = False
-        """Whether the model was found not to run in float64."""
-        self._double: nn.Module | None = None
-        self._perturbed: nn.Module | None = None
-
-    def eager(self, inputs: Mapping[str, Tensor]) -> Inputs:
-        """Outputs by name, as it is. Raises UserError when it refuses the inputs."""
-        return name_outputs(forward(self.model, inputs, self.project), self.project)
-
-    def exact(self, inputs: Mapping[str, Tensor]) -> Inputs:
-        """Outputs in float64, or nothing when the model fixes a precision inside."""
-        if self.fixed_precision:
-            return {}
-        doubled = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-        try:
-            self._double = self._double or copy.deepcopy(self.model).double()
-            outputs = name_outputs(forward(self._double, doubled, self.project), self.project)
-        except (UserError, RuntimeError, TypeError, NotImplementedError):
-            self.fixed_precision = True
-            return {}
-        if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
-            self.fixed_precision = True
-            return {}
-        return outputs
-
-    def perturbed(self, inputs: Mapping[str, Tensor]) -> Inputs:
-        """Outputs when each weight and input is perturbed, up or down by half a unit in the last place, at random."""
-        generator = torch.Generator().manual_seed(0)
-        try:
-            if self._perturbed is None:
-                self._perturbed = copy.deepcopy(self.model)
-                for tensor in [*self._perturbed.parameters(), *self._perturbed.buffers()]:
-                    tensor.copy_(_perturbed(tensor, generator))
-            nudged = {name: _perturbed(tensor, generator) for name, tensor in inputs.items()}
-            return name_outputs(forward(self._perturbed, nudged, self.project), self.project)
-        except (UserError, RuntimeError, TypeError, NotImplementedError):
-            return {}
-
-    def complete(self, probe: Probe) -> Probe:
-        """The probe with the model's answers. Raises UserError when the model refuses it."""
-        eager = self.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
-        exact = self.exact(probe.inputs)
-        return replace(probe, eager=eager, exact=exact, perturbed={} if exact else self.perturbed(probe.inputs))
-
-
-def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    signs = torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1)
-    return (tensor.double() * (1 + signs * torch.finfo(tensor.dtype).eps / 2)).to(tensor.dtype)
+def complete(answers: Answers, probe: Probe) -> Probe:
+    """The probe with the model's answers. Raises UserError when the model refuses it."""
+    eager = answers.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
+    exact = answers.exact(probe.inputs)
+    return replace(probe, eager=eager, exact=exact, perturbed={} if exact else answers.perturbed(probe.inputs))
 
 
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
@@ -125,7 +75,11 @@ def golden_sizes(batch: int, largest: int | None) -> list[int]:
 
 
 def write_reference(
-    request: ExportRequest, model: nn.Module, named: Mapping[str, Tensor], dataset: Dataset[Any]
+    request: ExportRequest,
+    model: nn.Module,
+    named: Mapping[str, Tensor],
+    dataset: Dataset[Any],
+    independence: str = "",
 ) -> tuple[str, Reading]:
     """Three files; returns in words what they were made with, and which validation samples they hold.
 
@@ -140,6 +94,7 @@ def write_reference(
         model: in eval mode, on the CPU.
         named: the batch of capture by input, [batch, …].
         dataset: the validation split.
+        independence: of `require_independent`, which goes with the probes.
 
     Raises:
         UserError: forward keeps state, writes into its inputs, or fails on the user's own data.
@@ -152,7 +107,7 @@ def write_reference(
     for size in golden_sizes(request.batch, request.max_batch):
         batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
         _twice(model, batch, project)
-        golden.append(answers.complete(Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
+        golden.append(complete(answers, Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
     if answers.fixed_precision:
         golden = [
             replace(probe, exact={}, perturbed=probe.perturbed or answers.perturbed(probe.inputs)) for probe in golden
@@ -165,12 +120,12 @@ def write_reference(
     save_file(stored, folder / GOLDEN)
     pool, read = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
-    asked += [answers.complete(probe) for probe in singles(pool, answers.eager, project.folder)]
+    asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
     unasked: list[str] = []
     for probe in probes(pool, dims):
         try:
-            asked.append(answers.complete(probe))
+            asked.append(complete(answers, probe))
         except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:
@@ -179,7 +134,7 @@ def write_reference(
                 unasked.append(f"{probe.name}, which the model refuses itself ({refusal})")
     signature = {spec.name: spec for spec in input_specs(named, dims)}
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
-    _write_probes([*asked, *refused], [*unasked, *hung], folder / PROBES)
+    _write_probes([*asked, *refused], [*unasked, *hung], independence, folder / PROBES)
     if answers.fixed_precision:
         return "eager, with the rounding of weights and inputs; the model does not run in float64", read
     return "eager, checked against float64", read
@@ -211,8 +166,9 @@ def _answer_or_error(answers: Answers, inputs: Mapping[str, Tensor]) -> tuple[In
         return None, describe(error.__cause__ or error)
 
 
-def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], path: Path) -> None:
-    """Tensors `<probe>/<part>/<name>`; the list of probes, and what was not asked, as JSON in the file's metadata."""
+def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], independence: str, path: Path) -> None:
+    """Tensors `<probe>/<part>/<name>`; the list of probes, what was not asked, and the line on independence in the
+    file's metadata, lists as JSON."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -230,7 +186,8 @@ def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], path: Path) ->
                 "error": probe.error,
             }
         )
-    save_file(tensors, path, metadata={"probes": json.dumps(listed), "unasked": json.dumps(list(unasked))})
+    told = {"probes": json.dumps(listed), "unasked": json.dumps(list(unasked)), "independence": independence}
+    save_file(tensors, path, metadata=told)
 
 
 def read_unasked(folder: Path) -> list[str]:
@@ -240,6 +197,14 @@ def read_unasked(folder: Path) -> list[str]:
     with safe_open(folder / PROBES, framework="pt") as asked:
         told: list[str] = json.loads(asked.metadata()["unasked"])
     return told
+
+
+def read_independence(folder: Path) -> str:
+    """Whether the model's answers depend on the other samples of a batch, in words; empty where nobody asked."""
+    from safetensors import safe_open
+
+    with safe_open(folder / PROBES, framework="pt") as asked:
+        return str(asked.metadata().get("independence", ""))
 
 
 def read_probes(folder: Path) -> list[Probe]:
@@ -366,11 +331,12 @@ def _write_validation(
     start = 0
     fingerprint = Fingerprint()
     chosen = request.drawn if request.drawn is not None else request.validation_limit
-    for inputs, target in batches(dataset, request.batch, request.project, chosen, fingerprint.add):
+    size = 1 if request.project.coupled else request.batch
+    for inputs, target in batches(dataset, size, request.project, chosen, fingerprint.add):
         first = (inputs, target) if first is None else first
         require_one_shape(first, (inputs, target), request.project)
         named = name_inputs(answers.model, inputs, request.project)
-        probe = answers.complete(Probe(name="", group="", inputs=named))
+        probe = complete(answers, Probe(name="", group="", inputs=named))
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
         # Batch by batch: how long a decoded sequence gets may depend on the batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -111,6 +112,21 @@ def input_specs(named: Mapping[str, Tensor], dims: Sequence[DynamicDim]) -> tupl
                 shape[axis] = dim.name
         specs.append(TensorSpec(name=name, dtype=dtype_name(tensor), shape=shape))
     return tuple(specs)
+
+
+def of_one_sample(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The same with a batch of 1: a model whose samples are coupled is asked one at a time, and nothing is batched."""
+    return tuple(replace(spec, shape=[1 if size == BATCH else size for size in spec.shape]) for spec in specs)
+
+
+def without_batch(dims: Sequence[DynamicDim]) -> tuple[DynamicDim, ...]:
+    """The declared dimensions alone, for a signature of one sample."""
+    return tuple(dim for dim in dims if dim.name != BATCH)
+
+
+def samples_of_a_call(inputs: Sequence[TensorSpec], batch: int) -> int:
+    """How many samples are put into one call: `batch`, or 1 where the signature has a batch of 1."""
+    return 1 if all(spec.shape and spec.shape[0] == 1 for spec in inputs) else batch
 
 
 def output_specs(

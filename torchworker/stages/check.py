@@ -13,6 +13,7 @@ from torchworker.custom_loop.preflight import facts_of, resolve_main, try_parts
 from torchworker.data.loading import TrainingData
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.independence import require_independent
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
 from torchworker.training.device import choose_device
@@ -57,6 +58,8 @@ def check(request: CheckRequest) -> CheckResult:
                     "number; look for NaN or inf in the inputs, and for a log or division of zero"
                 )
             user_code.try_metrics(outputs, target, project)
+        if split == "validation":
+            independence = require_independent(model, inputs, project, outputs)
         if split == "train":
             # Whether an epoch has an end, and a sample for every process.
             TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
@@ -68,6 +71,7 @@ def check(request: CheckRequest) -> CheckResult:
     return facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch, notes=notes,
+        independence=independence,
     )  # fmt: skip
 
 

@@ -40,7 +40,16 @@ from torchworker.exporters.torchscript import torchscript
 from torchworker.parity.reference import enlarged, require_trained, write_reference
 from torchworker.process.failure import DescribedError, UserError, describe, failure_of
 from torchworker.process.fork import CrashNote, ForkedCall, can_fork
-from torchworker.project.signature import dims_of, input_specs, output_specs, resized, sizes_of
+from torchworker.project.independence import require_independent
+from torchworker.project.signature import (
+    dims_of,
+    input_specs,
+    of_one_sample,
+    output_specs,
+    resized,
+    sizes_of,
+    without_batch,
+)
 from torchworker.project.user_code import batches, build_dataset, build_model, enter, length_of, name_inputs
 from torchworker.project.weights import load_weights, state_hash
 
@@ -60,7 +69,8 @@ REFERENCE_THREADS = 1
 def export(request: ExportRequest) -> ExportResult:
     """Write reference data, then every format, into the request's folder.
 
-    Raises UserError when the model cannot be captured faithfully, with the line and the ways out.
+    Raises UserError when the model cannot be captured faithfully, with the line and the ways out, or when its answers
+    depend on the other samples of a batch and the job does not allow it.
     """
     torch.set_num_threads(REFERENCE_THREADS)
     torch.manual_seed(request.seed)
@@ -102,21 +112,26 @@ def export(request: ExportRequest) -> ExportResult:
             # The interpreter that this stage started for one format, and from which it wants the file that is left.
             _export_child(request.only, request, subject)
         else:
+            independence = require_independent(model, named, request.project)
             with _Exports(request.formats, request, subject) as exports:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
-                reference, read = write_reference(request, model, named, dataset)
+                reference, read = write_reference(request, model, named, dataset, independence)
                 if state_hash(model) != before:
                     raise UserError(
                         "export: running the model in eval mode changed its own parameters or buffers; an exported "
                         "model must not keep state between calls"
                     )
                 artifacts, left_out = _all(exports, request, subject)
+    inputs_of, outputs_of = input_specs(named, dims), outputs
+    if request.project.coupled:
+        inputs_of, outputs_of = of_one_sample(inputs_of), of_one_sample(outputs_of)
+        dims = without_batch(dims)
     return ExportResult(
         artifacts=artifacts,
         left_out=left_out,
         libraries=_copy_libraries(request),
-        inputs=input_specs(named, dims),
-        outputs=outputs,
+        inputs=inputs_of,
+        outputs=outputs_of,
         dims=dims,
         reference=reference,
         validation=read,

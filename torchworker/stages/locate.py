@@ -8,22 +8,19 @@ fused or folded away is not blamed, because what comes after it is found.
 
 from __future__ import annotations
 
-import linecache
-import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from torchworker.contract import LocateRequest, LocateResult
 from torchworker.parity.reference import read_probes
-from torchworker.process.failure import describe, is_theirs
-from torchworker.project.user_code import build_model, enter, forward
+from torchworker.process.failure import describe
+from torchworker.project.recording import Step, record
+from torchworker.project.user_code import build_model, enter
 from torchworker.project.weights import load_weights
 from torchworker.runtimes.load import load_script, onnx_session
 
@@ -32,16 +29,6 @@ CLOSE = 2.0**-14
 
 Inside = list[tuple[str, Tensor]]
 """Values inside an artifact in the order they are computed, with what people call them."""
-
-
-@dataclass
-class Step:
-    """One torch call of the model."""
-
-    what: str
-    value: Tensor
-    feeds: list[int]
-    """Steps whose results it was given."""
 
 
 def locate(request: LocateRequest) -> LocateResult:
@@ -58,57 +45,12 @@ def locate(request: LocateRequest) -> LocateResult:
         inputs = {key: asked[name].inputs[key] for key in request.inputs}
         try:
             with torch.no_grad():
-                steps = record(model, inputs, request)
+                steps = record(model, inputs, request.project)
                 inside = values_inside(kind, folder / request.formats[kind], inputs)
             where[kind] = first_difference(steps, inside)
         except Exception as error:
             where[kind] = f"could not be located: {describe(error).splitlines()[0][:200]}"
     return LocateResult(where=where)
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self, names: Mapping[int, str], folder: Path) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self._names, self._folder = names, folder
-        self._made: dict[int, int] = {}
-        self._kept: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [*args, *(kwargs or {}).values()]
-        given += [item for group in given if isinstance(group, list | tuple) for item in group]
-        feeds = [self._made[id(item)] for item in given if isinstance(item, Tensor) and id(item) in self._made]
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else (result,):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
-                # Kept alive, so that no later tensor gets its id; cloned, because it may be written into.
-                self._kept.append(tensor)
-                self._made[id(tensor)] = len(self.steps)
-                self.steps.append(Step(what=self._called(func), value=tensor.clone(), feeds=feeds))
-        return result
-
-    def _called(self, func: Any) -> str:
-        name, module, line = getattr(func, "__name__", str(func)), "", ""
-        frame = sys._getframe(2)
-        while frame is not None and not line:
-            own = frame.f_locals.get("self")
-            if not module and isinstance(own, nn.Module) and id(own) in self._names:
-                module = f" in {self._names[id(own)] or 'the model'} ({type(own).__name__})"
-            if is_theirs(frame.f_code.co_filename, self._folder):
-                path = Path(frame.f_code.co_filename).relative_to(self._folder)
-                source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-                line = f", {path}:{frame.f_lineno}: {source}"
-            frame = frame.f_back  # type: ignore[assignment]
-        return f"{name}{module}{line}"
-
-
-def record(model: nn.Module, inputs: Mapping[str, Tensor], request: LocateRequest) -> list[Step]:
-    """Every torch call of one forward that gives a floating point tensor."""
-    names = {id(module): name for name, module in model.named_modules()}
-    recorder = _Recorder(names, Path(request.project.folder))
-    with recorder:
-        forward(model, {name: tensor.clone() for name, tensor in inputs.items()}, request.project)
-    return recorder.steps
 
 
 def first_difference(steps: list[Step], inside: Inside) -> str:

@@ -30,6 +30,7 @@ from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.reference import enlarged
 from torchworker.process.failure import describe
 from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall, run_in_fork
+from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes.load import Call, load_artifact, load_libraries, prepare_runtime
 
 ROUNDS = 5
@@ -103,6 +104,7 @@ def _inputs(request: MeasureRequest) -> dict[int, Inputs]:
     with safe_open(request.golden, framework="pt") as golden:
         largest = max(int(key.split(".")[0].removeprefix("batch_")) for key in golden.keys())  # noqa: SIM118
         named = {spec.name: golden.get_tensor(f"batch_{largest}.input.{spec.name}") for spec in request.inputs}
+    largest = samples_of_a_call(request.inputs, largest)
     sizes = sorted({size for size in request.batches if size <= largest}) or [1]
     return {size: {name: tensor.clone() for name, tensor in enlarged(named, size).items()} for size in sizes}
 

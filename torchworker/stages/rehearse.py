@@ -34,6 +34,7 @@ from torchworker.parity.probes import Probe
 from torchworker.parity.reference import read_golden, validation_batches
 from torchworker.process.failure import describe
 from torchworker.project.metrics import mean_of, sample_sums
+from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes.load import Call, load_artifact, load_libraries
 
 REHEARSAL = "rehearsal"
@@ -216,6 +217,7 @@ def _score(
 ) -> dict[str, Tensor]:
     """Each metric of each validation sample, [samples, 2] of `sample_sums`, from the artifact's own outputs."""
     parts: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    batch = samples_of_a_call(release.inputs, batch)
     for probe, target in validation_batches(validation, release.inputs, batch):
         outputs = call(probe.inputs)
         for name in metrics:

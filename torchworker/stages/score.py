@@ -28,6 +28,7 @@ from torchworker.parity.reference import validation_batches
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import CORES, ChildDiedError, can_fork
 from torchworker.project.metrics import joined, standard_error
+from torchworker.project.signature import samples_of_a_call
 from torchworker.project.user_code import call_metric, enter
 from torchworker.runtimes.load import load_artifact, load_libraries
 
@@ -108,11 +109,10 @@ def _outputs(
 ) -> Outputs:
     """What each artifact gives on all validation samples."""
     found: Outputs = {}
+    batch = samples_of_a_call(inputs, request.batch)
     for kind, file in formats.items():
         call = load_artifact(kind, Path(folder) / file, request.threads)
-        found[kind] = joined(
-            [call(probe.inputs)[0] for probe, _ in validation_batches(validation, inputs, request.batch)]
-        )
+        found[kind] = joined([call(probe.inputs)[0] for probe, _ in validation_batches(validation, inputs, batch)])
     return found
 
 

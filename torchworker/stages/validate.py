@@ -37,10 +37,11 @@ from torchworker.parity.compare import (
 from torchworker.parity.histogram import ErrorHistogram
 from torchworker.parity.int8 import examine, kept
 from torchworker.parity.probes import BATCHES, SAMPLES, Probe
-from torchworker.parity.reference import read_probes, read_unasked, validation_batches
+from torchworker.parity.reference import read_independence, read_probes, read_unasked, validation_batches
 from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, ChildDiedError, CrashNote, run_parallel
 from torchworker.project.metrics import MetricSums
+from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes import cpp_runner
 from torchworker.runtimes.load import Call, checked, load_artifact, load_libraries
 
@@ -56,6 +57,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
     load_libraries(folder / library for library in request.libraries)
     probes = [probe.ordered(request.inputs) for probe in read_probes(folder)]
     golden = [probe for probe in probes if probe.group == BATCHES]
+    batch = samples_of_a_call(request.inputs, golden[1].size)
     validation = load_file(folder / VALIDATION)
     samples = len(validation["target"])
     unasked = "; ".join(read_unasked(folder))
@@ -71,7 +73,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         try:
             call = _noted(load_artifact(kind, folder / file, request.threads), note)
             found, measured = examine(
-                call, probes, validation, request.inputs, outputs, request.metrics, golden[1].size, request.int8
+                call, probes, validation, request.inputs, outputs, request.metrics, batch, request.int8
             )
         except Exception as error:
             return Int8(reason=f"it cannot be examined: {describe(error)}"), {}
@@ -133,6 +135,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         int8=int8,
         mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
         errors=errors,
+        independence=read_independence(folder),
     )
 
 
@@ -142,7 +145,7 @@ def _checked(
     """Metrics of one artifact, and its parity on all probes and on the validation samples."""
     policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
     result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy)
-    batch = [probe for probe in probes if probe.group == BATCHES][1].size
+    batch = samples_of_a_call(request.inputs, [probe for probe in probes if probe.group == BATCHES][1].size)
     sums, on_samples = _quality(kind, call, validation, request, batch)
     return sums, result + on_samples
 

@@ -19,6 +19,7 @@ from torchworker.data.loading import TrainingData, ValidationData, one_stream
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.independence import require_independent
 from torchworker.project.metrics import first_output
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
@@ -399,6 +400,9 @@ class Loop:
             found: list[Any] = [ignored_labels(self.loss, outputs, target)]
             dist.broadcast_object_list(found, 0)
             self.ignored = found[0]
+        if self.rank == 0:
+            # All ranks have the same model and data.
+            require_independent(self.model, inputs, self.project, outputs)
         return batch
 
     def _evaluate(self) -> dict[str, float]:

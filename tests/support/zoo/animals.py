@@ -24,6 +24,8 @@ class Animal:
     libraries: tuple[str, ...] = ()
     compiled: bool = False
     """Whether AOTInductor is asked too: a compilation takes many seconds, so only a few models are."""
+    coupled: bool = False
+    """Whether answers depend on the other samples of a batch."""
 
 
 ZOO = (
@@ -85,8 +87,9 @@ ZOO = (
         data="zoo:graph_data",
         dynamic={"edges": {"axes": {"edges": 1}, "max": 64}},
     ),
-    Animal(name="Python `if` on data", model="zoo:Branch", data="zoo:branch_data"),
-    Animal(name="the same with torch.cond", model="zoo:Cond", data="zoo:branch_data", compiled=True),
+    # One way for the whole batch, by its sum.
+    Animal(name="Python `if` on data", model="zoo:Branch", data="zoo:branch_data", coupled=True),
+    Animal(name="the same with torch.cond", model="zoo:Cond", data="zoo:branch_data", compiled=True, coupled=True),
     Animal(name="an untyped part inside a loop on data", model="zoo:Untyped", data="zoo:branch_data"),
     Animal(
         name="custom C++ operator",

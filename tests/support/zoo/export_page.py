@@ -141,6 +141,7 @@ def _write_project(folder: Path, animal: Animal, library: Path | None, max_batch
             "dynamic": dict(animal.dynamic),
             "libraries": list(animal.libraries),
         },
+        "parity": {"coupled": "allowed" if animal.coupled else "refused"},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     for name in ("trained", "export", "validate"):
