@@ -12,10 +12,8 @@ from typing import Any
 import httpx
 
 from train_and_ship.infra.errors import ServiceError, SettingsError
-from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.settings import PREFECT_ACCOUNT, Settings
 
-ACCOUNT = "PREFECT_API_AUTH_STRING"
-"""Prefect's own variable: user:password of a server that asks for one."""
 ANSWER_SECONDS = 10
 BUSY = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 """Nothing was done, ask again: so a server answers whose database is locked, as after a start under load. Prefect's own
@@ -44,7 +42,7 @@ def prefect_api(
         ServiceError: it does not answer.
         SettingsError: it wants another password.
     """
-    account = os.environ.get(ACCOUNT, "")
+    account = os.environ.get(PREFECT_ACCOUNT, "")
     user, _, password = account.partition(":")
 
     def ask() -> httpx.Response:
@@ -76,7 +74,7 @@ def prefect_api(
         ) from error
     if reply.status_code == httpx.codes.UNAUTHORIZED:
         raise SettingsError(
-            f"environment variable {ACCOUNT}: expected the user:password of the Prefect server at "
+            f"environment variable {PREFECT_ACCOUNT}: expected the user:password of the Prefect server at "
             f"{settings.prefect_api_url}, got {'another one' if account else 'nothing'}"
         )
     return reply

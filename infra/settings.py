@@ -15,6 +15,8 @@ from train_and_ship.infra.errors import SettingsError
 
 LOOPBACK = "127.0.0.1"
 LOCAL_BUCKET = "models"
+PREFECT_ACCOUNT = "PREFECT_API_AUTH_STRING"
+"""Prefect's own variable: user:password of a server that asks for one."""
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect takes no less."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import typer
 
+from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.prefect_events import PROMOTED, send_event
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.aliases import sync_after_move
@@ -16,6 +18,7 @@ from train_and_ship.registry.channels.moves import (
     Verified,
     ask_promotion,
     ask_rollback,
+    described,
     roll_back,
 )
 from train_and_ship.registry.channels.pointer import Pointer
@@ -27,7 +30,7 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     mover = Mover(by=who(), why=why)
     settings = Settings.load()
     verified = ask_rollback(named_channel(settings, model, channel), to, settings.public_key, read_back=not quick)
-    _finish(verified, roll_back(verified, mover))
+    _finish(settings, verified, roll_back(verified, mover))
 
 
 def promote(model: str, source: str, channel: str, why: str, gates: bool, again: bool) -> None:
@@ -44,13 +47,13 @@ def promote(model: str, source: str, channel: str, why: str, gates: bool, again:
         tried = await try_out(settings, verified, gates=gates)
         return tried, await promote_tried(settings, tried, mover, gates=gates, again=again)
 
-    _finish(*asyncio.run(tried()))
+    _finish(settings, *asyncio.run(tried()))
 
 
-def _finish(verified: Verified, pointer: Pointer) -> None:
-    """Let MLflow follow, and say what happened."""
+def _finish(settings: Settings, verified: Verified, pointer: Pointer) -> None:
+    """Let MLflow follow, tell whoever wants to be told, and say what happened."""
     channel = verified.target.channel
-    warnings = sync_after_move(channel)
+    warnings = [*sync_after_move(channel), *_untold(settings, f"{channel}: {described(pointer)}", pointer)]
     typer.echo(
         f"{channel}: release {pointer.release} is live, generation {pointer.generation}\n"
         f"  replaced  {pointer.previous or 'nothing'}\n"
@@ -61,3 +64,12 @@ def _finish(verified: Verified, pointer: Pointer) -> None:
     )
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
+
+
+def _untold(settings: Settings, title: str, pointer: Pointer) -> list[str]:
+    """Send the event that a flow would; a warning where people asked to be told and cannot be."""
+    try:
+        send_event(settings, PROMOTED, pointer.model, title, f"{pointer.moved_by}: {pointer.reason}")
+    except ServiceError as error:
+        return [f"nobody was told of this move: {error}"] if settings.notify is not None else []
+    return []

@@ -10,10 +10,11 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.prefect_events import ASKED
 from train_and_ship.registry.channels.moves import Verified, described
 from train_and_ship.registry.report.move import noticed
 from train_and_ship.registry.text import Table
-from train_and_ship.tasks.events import ASKED, emit
+from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.publish import places, publish_question, waiting
 from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run

@@ -23,8 +23,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 
 from train_and_ship.infra.errors import SettingsError, ShipError
+from train_and_ship.infra.prefect_events import ASKED, KEPT, PROMOTED, UNCHANGED
 from train_and_ship.infra.settings import Settings
-from train_and_ship.tasks.events import ASKED, KEPT, PROMOTED, UNCHANGED
 from train_and_ship.tasks.notification import NotificationAddress
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")

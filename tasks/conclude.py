@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from train_and_ship.infra import prefect_events
 from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, Decision, record_decision
 from train_and_ship.registry.text import Cell
-from train_and_ship.tasks import events
+from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.publish import publish
 from train_and_ship.tasks.report import decided, in_short, why_promoted
 from train_and_ship.tasks.results import Kept, Promoted, Registered, RetrainPlan, RetrainResult, Run
@@ -26,18 +27,18 @@ async def conclude(plan: RetrainPlan, run: Run, registered: Registered, outcome:
     """
     made = {"candidate": registered.manifest.release, "version": registered.version.version}
     if isinstance(outcome, Kept):
-        event, decision = events.KEPT, plan.decided(KEPT, outcome.why, **made)
+        event, decision = prefect_events.KEPT, plan.decided(KEPT, outcome.why, **made)
         title = (
             f"{plan.job.name}: release {decision.live} stays live on {decision.channel}; release {decision.candidate} "
             f"is the challenger (version {decision.mlflow_version})"
         )
     else:
-        event, decision = events.PROMOTED, plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
+        event, decision = prefect_events.PROMOTED, plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
         title = f"{plan.job.name} release {decision.candidate} is live on {decision.channel}"
     await asyncio.to_thread(record_decision, plan.channel.store, decision, run.folder)
     ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
     path = await publish(run, registered, ended)
-    events.emit(event, run.job.name, title, in_short(run, registered, outcome))
+    emit(event, run.job.name, title, in_short(run, registered, outcome))
     run.write_timings()
     return RetrainResult(
         title=title,

@@ -18,6 +18,7 @@ from prefect.states import Completed
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.prefect_events import UNCHANGED
 from train_and_ship.infra.provenance import asked_by
 from train_and_ship.infra.rundir import run_folder, write_whole
 from train_and_ship.infra.settings import Settings
@@ -40,7 +41,7 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, changes
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
-from train_and_ship.tasks.events import UNCHANGED, emit
+from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, snapshot_fingerprint
 from train_and_ship.tasks.inspect import read_facts
 from train_and_ship.tasks.ledgers import close_ledger, ledger_of

@@ -10,6 +10,7 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.prefect_events import PROMOTED
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import require_model
@@ -24,7 +25,7 @@ from train_and_ship.registry.channels.moves import (
     roll_back,
 )
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.tasks.events import PROMOTED, emit
+from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.existing import promote_tried, try_out
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import Moved, Request

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from train_and_ship.infra.prefect_events import PROMOTED
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
-from train_and_ship.tasks.events import PROMOTED, emit
+from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.publish import places, publish, replaced
 from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, Run, Shipped
 from train_and_ship.tasks.stage import stage_task

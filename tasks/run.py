@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.channels.timeline import utc_now
 from train_and_ship.registry.run_folder import ABOUT, About, write_fact
-from train_and_ship.registry.tracking.connection import check_reachable
+from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
 from train_and_ship.tasks.cpp import start_build
@@ -53,7 +54,7 @@ async def begin(job_file: JobFile, resume: str = "") -> Run:
         store = ObjectStore.from_settings(settings)
         (snapshot, snapshot_sha256), *_ = await asyncio.gather(
             asyncio.to_thread(verified_snapshot, settings, job, job_file.project),
-            asyncio.to_thread(check_reachable, settings.mlflow_url),
+            asyncio.to_thread(_look_for_mlflow, settings.mlflow_url),
             asyncio.to_thread(_check_store, store),
         )
         commit = git_commit(job_file.project)
@@ -109,6 +110,12 @@ def _begun(folder: Path) -> str:
     if not path.exists():
         path.write_text(utc_now())
     return path.read_text()
+
+
+def _look_for_mlflow(url: str) -> None:
+    """A server that is away when a run begins is told later, by `LiveRun`, which says so; the version needs it."""
+    with contextlib.suppress(AwayError):
+        check_reachable(url)
 
 
 def _check_store(store: ObjectStore) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import os
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -35,10 +36,15 @@ _ENVIRONMENT_DEFAULTS = {
 }
 
 
+class AwayError(ServiceError):
+    """A server that does not answer now, and may in an hour; not an address at which there can be none."""
+
+
 def check_reachable(tracking_uri: str) -> None:
     """Ask the server for its health, within 3 s and without importing mlflow.
 
-    Raises ServiceError. A tracking URI that is no web address (a database) has nothing to ask.
+    Raises ServiceError, and AwayError where it may be there later. A tracking URI that is no web address (a database)
+    has nothing to ask.
     """
     if urlsplit(tracking_uri).scheme not in ("http", "https"):
         return
@@ -54,14 +60,27 @@ def check_reachable(tracking_uri: str) -> None:
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
-        raise ServiceError(
+        kind = ServiceError if _is_wrong(error) else AwayError
+        raise kind(
             f"MLflow at {shown} does not answer ({reason}). Start it with `ship up`, or set MLFLOW_TRACKING_URI."
         ) from error
+    if answer.status_code in (502, 503, 504):
+        raise AwayError(f"MLflow at {shown} does not answer: what stands before it says {answer.status_code}.")
     if answer.status_code != httpx.codes.OK:
         raise ServiceError(
             f"expected MLflow at {shown}, got status {answer.status_code} from {shown}/health. "
             "Is another program listening there? Set MLFLOW_TRACKING_URI or SHIP_MLFLOW_PORT."
         )
+
+
+def _is_wrong(error: Exception) -> bool:
+    """Whether no server can be at the address: it is none, or no name."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__ in ("InvalidURL", "UnsupportedProtocol")
 
 
 def import_mlflow() -> None:

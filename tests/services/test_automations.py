@@ -94,6 +94,11 @@ def test_people_are_told_what_went_live_and_what_it_replaced(
     promoted = live(store, "told")
     assert promoted is not None and promoted[1] in told["title"] and "is live on prod" in told["title"]
     assert "The first release" in told["message"] and "/runs/flow-run/" in told["message"]
+    # What somebody moves by hand, without Prefect, is told too.
+    moved = ship("promote", "told", "--from", "prod", "--to", "staging", "--why", "a look at it")
+    assert moved.status == 0 and "warning" not in moved.errors, moved.text
+    told = receiver.wait_for("told staging", PATIENCE)
+    assert promoted[1] in told["title"] and told["message"].endswith("a look at it")
 
 
 def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: Ship, tmp_path: Path) -> None:

@@ -188,6 +188,24 @@ def test_a_server_that_dies_during_training_disturbs_nothing_and_gets_everything
     assert_complete(flow_run, training, mortal.url)
 
 
+def test_a_server_that_is_away_when_a_run_begins_is_told_everything_when_it_is_back(
+    mortal: MlflowServer, flow_run: str, tmp_path: Path
+) -> None:
+    mortal.kill()
+    warned: list[str] = []
+    live = live_run(flow_run, mortal.url, warned)
+    training = Training(tmp_path / "events")
+    live.tail(training.path)
+    training.epoch()
+    until(lambda: warned)
+    mortal.start()
+    until(lambda: (run := run_of(flow_run, mortal.url)) and "train_loss" in run.data.metrics)
+    training.finish()
+    assert live.stop()
+    register(flow_run, training, mortal.url, tmp_path, complete=True)
+    assert_complete(flow_run, training, mortal.url)
+
+
 @pytest.mark.soak
 def test_a_server_that_comes_back_is_told_what_it_missed_while_it_trains(
     mortal: MlflowServer, flow_run: str, tmp_path: Path

@@ -25,7 +25,7 @@ from tests.support.ports import free_port
 from tests.support.stack_servers import MlflowServer
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
 from train_and_ship.registry.tracking import versions as mlflow_versions
-from train_and_ship.registry.tracking.connection import check_reachable
+from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.rest import model_registry
 from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
 
@@ -276,7 +276,7 @@ def test_a_missing_file_is_named_before_anything_is_written(server: str, folder:
 def test_a_server_that_is_not_there_is_reported_within_three_seconds() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     started = time.monotonic()
-    with pytest.raises(ServiceError, match=rf"MLflow at {url} does not answer.*`ship up`"):
+    with pytest.raises(AwayError, match=rf"MLflow at {url} does not answer.*`ship up`"):
         check_reachable(url)
     assert time.monotonic() - started < 3
 
@@ -284,14 +284,24 @@ def test_a_server_that_is_not_there_is_reported_within_three_seconds() -> None:
 def test_a_server_that_accepts_but_never_answers_is_reported_within_three_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
-        with pytest.raises(ServiceError, match="does not answer"):
+        with pytest.raises(AwayError, match="does not answer"):
             check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 3.5
 
 
 def test_another_program_on_the_port_is_not_taken_for_mlflow() -> None:
-    with answering(lambda path: 403) as url, pytest.raises(ServiceError, match="got status 403"):
+    with answering(lambda path: 403) as url, pytest.raises(ServiceError, match="got status 403") as raised:
         check_reachable(url)
+    # It will not become one.
+    assert not isinstance(raised.value, AwayError)
+
+
+def test_a_server_that_restarts_behind_a_proxy_is_away_and_a_wrong_name_is_wrong() -> None:
+    with answering(lambda path: 503) as url, pytest.raises(AwayError, match="what stands before it says 503"):
+        check_reachable(url)
+    with pytest.raises(ServiceError, match="does not answer") as raised:
+        check_reachable("http://nowhere.invalid:5000")
+    assert not isinstance(raised.value, AwayError)
 
 
 def test_a_reachable_server_is_reported_as_nothing(server: str) -> None:
