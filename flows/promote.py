@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import flow
 
 from train_and_ship.tasks.approval import approval
@@ -22,15 +24,17 @@ async def promote(
     gates: bool = True,
     again: bool = False,
     by: str = "",
+    allow: Sequence[str] = (),
 ) -> Moved:
     """Put what is live on `source` live on `channel`, after it was tried: downloaded, loaded, run, and compared.
 
     `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve` a person has to say
     yes on this run's page first. `gates` asks the release's own `vs_live`; `again` allows a release that a rollback has
-    just left. `why` and `by` are for the record.
+    just left. `allow` says in what the release may be of another kind than what is live: signature, labels, formats,
+    model, live_score, runtime. `why` and `by` are for the record.
     """
     async with stoppable():
-        request = await ask(model, channel, why, by)
+        request = await ask(model, channel, why, by, allow)
         candidate = await choose_existing(request, source)
         tried = await rehearse_existing(request, candidate, gates)
         if approve:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import flow
 from prefect.client.schemas.objects import State
 
@@ -28,18 +30,24 @@ from train_and_ship.tasks.validate import validate
     on_cancellation=[report_failure, record_failure],
 )
 async def retrain(
-    job: str = "examples/digits/job.yaml", why: str = "", force: bool = False, resume: str = ""
+    job: str = "examples/digits/job.yaml",
+    why: str = "",
+    force: bool = False,
+    resume: str = "",
+    allow: Sequence[str] = (),
 ) -> State[RetrainResult]:
     """Train again when code, data, job or environment changed, and promote what is better than the live release.
 
-    `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, and `resume` is
-    the id of an earlier run to go on with. The run ends as Skipped, Promoted or Kept, with the reason.
+    `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, `resume` is the
+    id of an earlier run to go on with, and `allow` says in what the candidate may be of another kind than what is live,
+    this once: signature, labels, formats, model, live_score, runtime. The run ends as Skipped, Promoted or Kept, with
+    the reason.
     """
     async with exclusive(job, resume) as job_file:
-        plan = await decide(job_file, why, force, resume)
+        plan = await decide(job_file, why, force, resume, allow)
         if plan.skip:
             return ended(await skip(plan))
-        run = await begin(plan.job_file, resume)
+        run = await begin(plan.job_file, resume, allow)
         inspected = await inspect(run)
         trained = await train(run, plan.start)
         exported = await export(run, inspected, trained)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import flow
 
 from train_and_ship.tasks.approval import candidate_approval
@@ -25,13 +27,14 @@ from train_and_ship.tasks.validate import validate
     on_crashed=[report_failure, end_mlflow_run],
     on_cancellation=[report_failure],
 )
-async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = "") -> Shipped:
+async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = "", allow: Sequence[str] = ()) -> Shipped:
     """Train a model, prove its exports equal to it, and put it live.
 
-    `job` is the path of a job file; `resume` the id of an earlier run of it to go on with.
+    `job` is the path of a job file; `resume` the id of an earlier run of it to go on with; `allow` says in what the
+    release may be of another kind than what is live, this once: signature, labels, formats, model, live_score, runtime.
     """
     async with exclusive(job, resume) as job_file:
-        run = await begin(job_file, resume)
+        run = await begin(job_file, resume, allow)
         inspected = await inspect(run)
         trained = await train(run)
         exported = await export(run, inspected, trained)

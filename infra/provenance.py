@@ -24,6 +24,18 @@ def git_commit(folder: Path) -> str:
     return f"{head}-dirty" if _git(folder, "status", "--porcelain", "--", ".") else head
 
 
+def project_place(folder: Path) -> dict[str, str]:
+    """`repository`, by the last part of its origin's address, and `folder`, the path below its root; what git tells.
+
+    Forks, mirrors and clones have both in common, and two projects of one repository differ in the folder.
+    """
+    origin = _git(folder, "config", "--get", "remote.origin.url")
+    found = {"repository": origin.rstrip("/").replace(":", "/").rpartition("/")[2].removesuffix(".git")}
+    if _git(folder, "rev-parse", "--is-inside-work-tree") == "true":
+        found["folder"] = _git(folder, "rev-parse", "--show-prefix").rstrip("/") or "."
+    return {name: said for name, said in found.items() if said}
+
+
 def _git(folder: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)

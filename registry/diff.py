@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torchworker.contract import PARITY
@@ -14,14 +15,27 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import read_manifest
 from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.kind import Kind, changes_in_kind
 from train_and_ship.registry.release.manifest import DATA as DATA_FILE
-from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest
+from train_and_ship.registry.release.manifest import (
+    ENVIRONMENT,
+    JOB,
+    LINEAGE,
+    MANIFEST,
+    VERDICTS,
+    Manifest,
+    decode_manifest,
+)
 from train_and_ship.registry.text import file_size, number
 
 NONE = "–"
 """A value that one of the two does not have."""
 CODE = ("git_commit", "shipping_git_commit")
 DATA = ("data_fingerprint", "train_samples", "validation_samples")
+KIND = "kind"
+"""The group of what makes a release another kind of thing than the other; a channel does not move over it by itself."""
+TOLD = (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT)
+"""Files in which a release says how it came to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +43,7 @@ class Difference:
     """One value that is not the same in both."""
 
     group: str
-    """One of GROUPS."""
+    """KIND, or one of GROUPS."""
     name: str
     before: str
     after: str
@@ -50,6 +64,11 @@ class ReleaseRecord:
         found = json.loads(self.files.get(name, "{}"))
         return found if isinstance(found, dict) else {}
 
+    @property
+    def kind(self) -> Kind:
+        """What kind of thing it is."""
+        return Kind.of(self.manifest, self.document)
+
 
 def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
     """Everything that differs between two releases, by group.
@@ -64,8 +83,13 @@ def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Dif
         ReleaseError: One has no manifest, or is damaged.
     """
     one, two = read_release_record(store, model, before), read_release_record(store, model, after)
+    kinds = [
+        Difference(group=KIND, name=f"{item.kind}: {item.of}", before=item.live, after=item.candidate)
+        for item in changes_in_kind(one.kind, two.kind)
+    ]
     return [
-        difference for group, values in GROUPS.items() for difference in _differences(group, values(one), values(two))
+        *kinds,
+        *(found for group, values in GROUPS.items() for found in _differences(group, values(one), values(two))),
     ]
 
 
@@ -76,13 +100,21 @@ def read_release_record(store: ObjectStore, model: str, release: str) -> Release
         ReleaseError: It has no manifest, or a file is not what the manifest says.
     """
     manifest = read_manifest(store, model, release)
-    names = [name for name in (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT) if name in manifest.files]
+    names = [name for name in TOLD if name in manifest.files]
     found = in_parallel(lambda name: store.get(release_prefix(model, release) + name), names)
     for name, item in zip(names, found, strict=True):
         if item is None or hashlib.sha256(item[0]).hexdigest() != manifest.files[name].sha256:
             raise ReleaseError(f"{release_prefix(model, release)}{name}: expected what the manifest says, got another")
     return ReleaseRecord(
         manifest=manifest, files={name: item[0].decode() for name, item in zip(names, found, strict=True) if item}
+    )
+
+
+def read_copied_record(folder: Path) -> ReleaseRecord:
+    """As `read_release_record`, of a copy on this disk, which was verified when it was made."""
+    manifest = decode_manifest((folder / MANIFEST).read_bytes())
+    return ReleaseRecord(
+        manifest=manifest, files={name: (folder / name).read_text() for name in TOLD if name in manifest.files}
     )
 
 

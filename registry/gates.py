@@ -10,6 +10,7 @@ from typing import Self
 from torchworker.contract import PARITY, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.kind import LiveScore
 from train_and_ship.registry.text import Cell, Mark, Table, interval_text, number, passed_or_failed
 
 
@@ -60,6 +61,17 @@ class VersusLive:
         if mine is None or theirs is None:
             return None
         return mine - theirs if job.direction(metric) == "higher" else theirs - mine
+
+
+def live_score(job: Job, result: RehearseResult) -> LiveScore:
+    """How the live release does on the samples of a rehearsal, to be held against its own record."""
+    return LiveScore(
+        samples=result.samples,
+        scored=worst(job, result.live),
+        spread=result.live_spread,
+        constant=result.constant,
+        widths={name: item.high - item.low for name, item in result.intervals.items()},
+    )
 
 
 class Asked(StrEnum):

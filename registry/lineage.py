@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,17 @@ class Inputs:
     environment: Mapping[str, str]
     """Version by package."""
 
-    def digest(self, start: str) -> str:
-        """16 hexadecimal digits. start: the release whose weights training begins with; empty for none."""
+    def digest(self, start: str, allowed: Collection[str] = ()) -> str:
+        """16 hexadecimal digits.
+
+        Args:
+            start: The release whose weights training begins with; empty for none.
+            allowed: In what the candidate may be of another kind than the live release: what was kept because nobody
+                had allowed it is another question once somebody has.
+        """
         environment = sorted(self.environment.items())
-        return digest([self.code, self.data, self.config, environment, start])
+        more = [sorted(allowed)] if allowed else []
+        return digest([self.code, self.data, self.config, environment, start, *more])
 
     def recorded(self) -> dict[str, str]:
         """For the lineage of a release; its packages are a file of their own."""

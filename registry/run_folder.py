@@ -29,6 +29,7 @@ from train_and_ship.infra.rundir import MANIFEST, file_sha256, write_whole
 from train_and_ship.registry.cost import Spent, read_costs
 from train_and_ship.registry.data.checks import Report
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.kind import KindChange
 from train_and_ship.registry.release.manifest import LINEAGE
 from train_and_ship.registry.tracking.curves import Point, file_points, history_points
 
@@ -94,6 +95,8 @@ class Against:
     """The release that the candidate was held against; empty when nothing was live."""
     speed: MeasureResult | None = None
     """What it recorded of itself when it was made."""
+    changes: Sequence[KindChange] = ()
+    """What makes the candidate another kind of thing than it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +209,13 @@ def read_run(folder: Path) -> RunFiles | None:
         lineage=_read(Origin, release, f"{FILES}/{LINEAGE}"),
         registered=registered,
         compared=_read(RehearseResult, rehearse, COMPARED),
-        against=_read(Against, rehearse, AGAINST),
+        against=read_against(rehearse),
     )
+
+
+def read_against(rehearsal: Path | None) -> Against | None:
+    """What was live, of a complete rehearsal. rehearsal: its folder."""
+    return _read(Against, rehearsal, AGAINST)
 
 
 def _complete(folder: Path, name: str, inputs: str | None) -> Path | None:

@@ -96,15 +96,25 @@ def check(job: Path) -> None:
     check(job)
 
 
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="In what the release may be of another kind than what is live, this once: signature, labels, formats, "
+        "model, live_score or runtime; can be repeated."
+    ),
+]
+
+
 @app.command()
 def run(
     job: Path,
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
+    allow: Allow = None,
 ) -> None:
     """Train, export, validate, register and promote one job, here and now."""
     from train_and_ship.ship.run import run
 
-    run(job, resume)
+    run(job, resume, allow)
 
 
 @app.command()
@@ -113,11 +123,12 @@ def retrain(
     why: Annotated[str, typer.Option(help="What is new, for the record.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
+    allow: Allow = None,
 ) -> None:
     """Train again if code, data, job or environment changed, and put live what is better than what is there."""
     from train_and_ship.ship.run import retrain
 
-    retrain(job, why, force, resume)
+    retrain(job, why, force, resume, allow)
 
 
 @app.command()
@@ -241,7 +252,7 @@ def diff(
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what changed between two releases: metrics, parity, latency, size, code, data, packages, job."""
+    """Show what changed between two releases: kind, metrics, parity, latency, size, code, data, packages, job."""
     from train_and_ship.ship.diff import diff
 
     diff(releases, as_json)
@@ -269,11 +280,12 @@ def promote(
     to: Annotated[str, typer.Option(help="The channel that is moved.")] = "prod",
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not ask the job's vs_live gates.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also a release that a rollback has just left.")] = False,
+    allow: Allow = None,
 ) -> None:
     """Put a release that is in the bucket already live on a channel."""
     from train_and_ship.ship.rollback import promote
 
-    promote(model, source, to, why, not no_gates, again)
+    promote(model, source, to, why, not no_gates, again, allow)
 
 
 @app.command()

@@ -20,6 +20,14 @@ def named_channel(settings: Settings, model: str, channel: str = PRODUCTION) -> 
     return Channel(store, model, channel, settings.mlflow_url)
 
 
+def named_kinds(allow: list[str] | None) -> list[str]:
+    """In what a release may be of another kind than what is live. Raises RequestError for what is no kind."""
+    from train_and_ship.registry.kind import require_kinds
+
+    require_kinds(allow or [])
+    return allow or []
+
+
 def named_models(store: ObjectStore, model: str) -> list[str]:
     """The model that is named, or all when `model` is empty. Raises RequestError for one that there is not."""
     if not model:

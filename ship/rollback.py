@@ -22,7 +22,7 @@ from train_and_ship.registry.channels.moves import (
     roll_back,
 )
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.ship.named import named_channel
+from train_and_ship.ship.named import named_channel, named_kinds
 
 
 def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
@@ -33,19 +33,19 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     _finish(settings, verified, roll_back(verified, mover))
 
 
-def promote(model: str, source: str, channel: str, why: str, gates: bool, again: bool) -> None:
+def promote(model: str, source: str, channel: str, why: str, gates: bool, again: bool, allow: list[str] | None) -> None:
     """Put the release that `source` names live on a channel."""
     import asyncio
 
     from train_and_ship.tasks.existing import promote_tried, try_out
 
-    mover = Mover(by=who(), why=why)
+    mover, allow = Mover(by=who(), why=why), named_kinds(allow)
     settings = Settings.load()
     verified = ask_promotion(named_channel(settings, model, channel), source, settings.public_key)
 
     async def tried() -> tuple[Verified, Pointer]:
         tried = await try_out(settings, verified, gates=gates)
-        return tried, await promote_tried(settings, tried, mover, gates=gates, again=again)
+        return tried, await promote_tried(settings, tried, mover, gates=gates, again=again, allow=allow)
 
     _finish(settings, *asyncio.run(tried()))
 
@@ -61,6 +61,7 @@ def _finish(settings: Settings, verified: Verified, pointer: Pointer) -> None:
         f"  bytes     {verified.verdicts['bytes']}"
         + (f"\n  tried     {verified.verdicts['rehearsal']}" if "rehearsal" in verified.verdicts else "")
         + (f"\n  vs live   {pointer.verdicts['vs_live']}" if "vs_live" in pointer.verdicts else "")
+        + "".join(f"\n  {gate}  {said}" for gate, said in pointer.verdicts.items() if gate.endswith(" vs live"))
     )
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)

@@ -16,6 +16,7 @@ from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.ship.named import named_kinds
 
 if TYPE_CHECKING:
     from train_and_ship.tasks.results import RetrainResult
@@ -23,17 +24,18 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def run(job_file: Path, resume: str) -> None:
+def run(job_file: Path, resume: str, allow: list[str] | None) -> None:
     """Run train-and-ship once, going on with an earlier run when `resume` names one.
 
     Raises ShipError with one message when it does not end with a promotion.
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, _ = load_job(job_file)
+    kinds = named_kinds(allow)
     _prepare(job, resume, reads_data=True)
     from train_and_ship.flows.train_and_ship import train_and_ship
 
-    shipped = _ended(train_and_ship(job=str(job_file), resume=resume))
+    shipped = _ended(train_and_ship(job=str(job_file), resume=resume, allow=kinds))
     typer.echo(
         f"\n{shipped.title}\n"
         f"  run      {shipped.run_url}\n"
@@ -44,16 +46,18 @@ def run(job_file: Path, resume: str) -> None:
     )
 
 
-def retrain(job_file: Path, why: str, force: bool, resume: str) -> None:
+def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str] | None) -> None:
     """Run retrain once. Raises ShipError with one message when there is no candidate, or no gate lets it through."""
     job, _ = load_job(job_file)
     job.unattended()
+    kinds = named_kinds(allow)
     # What the manifest of a snapshot says may be the answer, and nobody needs torch.
     _prepare(job, resume, reads_data=job.data.snapshot is None)
     from train_and_ship.flows.retrain import retrain
 
     # Called, a flow that ends with a state of its own gives that state's result.
-    result = cast("RetrainResult", _ended(retrain(job=str(job_file), why=why, force=force, resume=resume)))
+    ended = _ended(retrain(job=str(job_file), why=why, force=force, resume=resume, allow=kinds))
+    result = cast("RetrainResult", ended)
     places = {"run": result.run_url, "version": result.version_url, "report": result.report, "why": result.decision.why}
     lines = [f"  {name:<8} {value}" for name, value in places.items() if value]
     typer.echo("\n".join(["", result.title, *lines]))

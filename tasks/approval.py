@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 from prefect import get_run_logger
@@ -11,13 +12,14 @@ from pydantic import Field
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.prefect_events import ASKED
-from train_and_ship.registry.channels.moves import Verified, described
+from train_and_ship.registry.channels.moves import Verified, described, kind_changes
+from train_and_ship.registry.kind import not_allowed
 from train_and_ship.registry.report.move import noticed
 from train_and_ship.registry.text import Table
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.publish import places, publish_question, waiting
-from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run
+from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run, consent
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a person may take."""
@@ -62,6 +64,7 @@ async def approval(request: Request, verified: Verified) -> Verified:
     )  # fmt: skip
     asked = f"{channel.model}: shall release {target.release} go live on {channel.name}?"
     changes, problem = await what_changes(target)
+    kinds = not_allowed(await asyncio.to_thread(kind_changes, verified, target.live), dict.fromkeys(request.allow, ""))
     await show_question(request, verified, asked, changes, problem)
     differences = noticed(changes)
     answer = await ask_person(
@@ -71,6 +74,7 @@ async def approval(request: Request, verified: Verified) -> Verified:
                 f"Now {described(target.live)}.",
                 f"{request.mover.by}: {request.mover.why}",
                 *([differences.markdown()] if differences.rows else []),
+                *([consent(kinds)] if kinds else []),
                 "Everything that would change is among this run's artifacts, and in "
                 f"`ship diff {channel} {target.release[:8]}`.",
             ]
@@ -82,13 +86,15 @@ async def approval(request: Request, verified: Verified) -> Verified:
         verified,
         target=dataclasses.replace(target, expects_live=True),
         verdicts={**verified.verdicts, "approved": answer.said},
+        approved=answer.said,
     )
 
 
 async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehearsed) -> Answer | None:
     """Ask about the candidate of this run, when its job says so, with its report; None when nobody is asked.
 
-    Nobody is asked about one that the gates refuse anyway. A run that is gone on with asks again.
+    Nobody is asked about one that the gates refuse anyway. Where it is of another kind than what is live, the question
+    says in what, and a yes allows it. A run that is gone on with asks again.
 
     Args:
         run: whose job says whether a person is asked.
@@ -103,24 +109,30 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
         return None
     name, channel, release = run.job.name, run.job.release.channel, registered.manifest.release
     compared = [(what, said) for what, said in rehearsed.in_words().items()]
+    consents = [rehearsed.asks_consent] if rehearsed.asks_consent else []
     question = "\n\n".join(
         [
             f"## {name}: release `{release}` to `{channel}`?",
             f"It would replace `{rehearsed.live}`." if rehearsed.live else "Nothing is live yet.",
             *([Table(header=("metric", "candidate against live"), rows=compared).markdown()] if compared else []),
+            *consents,
             f"[The whole report, with its charts]({registered.version.report_url}); without them it is among the run's "
             f"artifacts. [MLflow version {registered.version.version}]({registered.version.version_url})",
             registered.description,
         ]
     )
     asked = f"{name}: shall release {release} go live on {channel}?"
-    waits = waiting(asked, "All gates passed, and a person decides.", rehearsed.live, run.flow_run_id, [run.place])
+    why = " ".join(["All gates passed, and a person decides.", *consents])
+    waits = waiting(asked, why, rehearsed.live, run.flow_run_id, [run.place])
     await publish_question(run, registered, waits)
     page = f"{run.flow_run_url}, or `ship approve {run.flow_run_id}`"
     get_run_logger().info("waiting for approval of release %s: %s", release, page)
     emit(
         ASKED, name, asked,
-        "\n".join([*(f"{what}: {said}" for what, said in compared), f"Answer: {page}", *places(run, registered)[1:]]),
+        "\n".join([
+            *(f"{what}: {said}" for what, said in compared), *consents,
+            f"Answer: {page}", *places(run, registered)[1:],
+        ]),
     )  # fmt: skip
     with run.timed("wait for approval"):
         return await ask_person(question)

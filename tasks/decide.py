@@ -38,6 +38,7 @@ from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, re
 from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.kind import require_kinds
 from train_and_ship.registry.lineage import Inputs, changes
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
@@ -62,7 +63,7 @@ STREAK = 7
 
 
 @stage_task("decide")
-async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> RetrainPlan:
+async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: Sequence[str] = ()) -> RetrainPlan:
     """Compare code, data, job and environment with those of the live release.
 
     Writes the run's own folder, and earlier answers that the bucket could not take. A run that goes on keeps to what it
@@ -73,11 +74,14 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
         why: who asks, for the record.
         force: train although nothing has changed.
         resume: id of an earlier run to go on with; empty for a new one.
+        allow: as of `begin`.
 
     Raises:
         JobError: the job cannot be used.
+        RequestError: there is no such kind.
     """
     began = time.monotonic()
+    require_kinds(allow)
     job = job_file.job.unattended()
     settings = Settings.load()
     channel = Channel(ObjectStore.from_settings(settings), job.name, job.release.channel, settings.mlflow_url)
@@ -94,7 +98,7 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str) -> Retra
     start = live if job.retrain.start == "live" else None
     if earlier is not None:
         live, start = earlier
-    digest = inputs.digest(start.release if start else "")
+    digest = inputs.digest(start.release if start else "", {*job.release.allow, *allow})
     changed = await asyncio.to_thread(_changes, channel, job, live, inputs)
     skip = ""
     if earlier is None and not force:

@@ -11,10 +11,10 @@ import functools
 import json
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearseResult
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearsedRelease, RehearseResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.rundir import MANIFEST as STAGE
@@ -29,8 +29,10 @@ from train_and_ship.registry.channels.moves import (
     release_job,
 )
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.gates import require_rehearsed, worst
+from train_and_ship.registry.diff import read_copied_record
+from train_and_ship.registry.gates import live_score, require_rehearsed, worst
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import rehearse_request
@@ -88,7 +90,7 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
             "bytes": f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, downloaded and hashed",
             "rehearsal": f"{len(result.verdicts)} checks passed: {', '.join(sorted(manifest.formats))}",
         },
-        scored=_scored(job, live, result, problem) if gates else None,
+        scored=_scored(job, live, result, problem, current) if gates else None,
     )
 
 
@@ -99,6 +101,7 @@ async def promote_tried(
     *,
     gates: bool,
     again: bool,
+    allow: Sequence[str] = (),
     move: Callable[[Callable[[], Pointer]], Awaitable[Pointer]] = asyncio.to_thread,
 ) -> Pointer:
     """As `promote_existing`; when another release went live meanwhile, the target is held against that one first.
@@ -109,11 +112,14 @@ async def promote_tried(
         mover: who moves it, and why.
         gates: as in `promote_existing`.
         again: as in `promote_existing`.
+        allow: as in `promote_existing`.
         move: what does it in a thread.
     """
     while True:
         try:
-            return await move(functools.partial(promote_existing, verified, mover, gates=gates, again=again))
+            return await move(
+                functools.partial(promote_existing, verified, mover, gates=gates, again=again, allow=allow)
+            )
         except OtherLiveError:
             verified = await try_out(settings, verified, gates=gates)
 
@@ -135,15 +141,20 @@ def _measurable(job: Job) -> bool:
     return all(name in job.metrics for name, gate in job.gates.items() if gate.vs_live is not None)
 
 
-def _scored(job: Job | None, live: Pointer | None, result: RehearseResult, problem: str) -> Scored | None:
+def _scored(
+    job: Job | None, live: Pointer | None, result: RehearseResult, problem: str, copy: RehearsedRelease | None
+) -> Scored | None:
+    """copy: of what is live, on this disk."""
     if job is None:
         return None
+    record = read_copied_record(Path(copy.folder)).kind if copy is not None else Kind()
     return Scored(
         live=live.release if live is not None else "",
         samples=result.samples,
         candidate=worst(job, result.candidate),
         against=worst(job, result.live),
         problem=problem or result.live_problem,
+        contradictions=live_score(job, result).contradictions(record, job.direction),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
@@ -25,6 +26,7 @@ from train_and_ship.registry.channels.moves import (
     roll_back,
 )
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.kind import kinds_in, require_kinds
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.existing import promote_tried, try_out
 from train_and_ship.tasks.policy import quiet_mistakes
@@ -34,7 +36,7 @@ from train_and_ship.tasks.stopping import unless_stopped
 
 
 @stage_task("ask", delays=())
-async def ask(model: str, channel: str, why: str, by: str) -> Request:
+async def ask(model: str, channel: str, why: str, by: str, allow: Sequence[str] = ()) -> Request:
     """Check that the model is there and that a reason is given.
 
     Args:
@@ -42,13 +44,15 @@ async def ask(model: str, channel: str, why: str, by: str) -> Request:
         channel: the channel that is to move.
         why: the reason, for the record.
         by: who asks; the worker's account when empty.
+        allow: in which kinds (KINDS) a promotion may differ from what is live.
     """
     quiet_mistakes()
+    require_kinds(allow)
     mover = Mover(by=by or who(), why=why, flow_run=str(flow_run.get_id() or ""))
     settings = Settings.load()
     asked = Channel(ObjectStore.from_settings(settings), model, channel, settings.mlflow_url)
     await asyncio.to_thread(require_model, asked.store, model)
-    return Request(channel=asked, mover=mover, settings=settings)
+    return Request(channel=asked, mover=mover, settings=settings, allow=tuple(allow))
 
 
 @stage_task("choose-rollback", "choose")
@@ -80,7 +84,7 @@ async def move_back(request: Request, verified: Verified) -> Moved:
 
 @stage_task("move-forward", "move")
 async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
-    """As `move_back`, unless the release's own gates find it worse than what is live by then: GateError.
+    """As `move_back`, unless it is of another kind than what is live by then, or worse by its own gates: GateError.
 
     Args:
         request: who asks for what.
@@ -89,7 +93,7 @@ async def move_forward(request: Request, verified: Verified, gates: bool, again:
         again: also a release that a rollback has just left.
     """
     pointer = await promote_tried(
-        request.settings, verified, request.mover, gates=gates, again=again, move=unless_stopped
+        request.settings, verified, request.mover, gates=gates, again=again, allow=request.allow, move=unless_stopped
     )
     return await _notify(request, pointer)
 
@@ -98,7 +102,8 @@ async def _notify(request: Request, pointer: Pointer) -> Moved:
     log = get_run_logger()
     title = f"{request.channel}: {described(pointer)}"
     log.info(title)
-    emit(PROMOTED, pointer.model, title, f"{request.mover.by}: {request.mover.why}")
+    differs = [f"{what}: {said}" for what, said in kinds_in(pointer.verdicts).items()]
+    emit(PROMOTED, pointer.model, title, "\n".join([f"{request.mover.by}: {request.mover.why}", *differs]))
     for warning in await asyncio.to_thread(sync_after_move, request.channel):
         log.warning(warning)
     # Results hold no ETag: it belongs to the moment it was read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from dataclasses import replace
 
 from prefect import get_run_logger
 
@@ -11,7 +12,12 @@ from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import set_challenger, sync_after_move
-from train_and_ship.registry.channels.moves import OtherLiveError, require_not_rolled_back, require_not_stale
+from train_and_ship.registry.channels.moves import (
+    OtherLiveError,
+    allowances,
+    require_not_rolled_back,
+    require_not_stale,
+)
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.report.description import in_short
@@ -35,8 +41,9 @@ async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer
         answer: what a person said; None when nobody was asked.
 
     Raises:
-        GateError: what is live by then is better than the job's `vs_live` and `release.policy` allow or comes from a
-            run that began later, a rollback has just taken this very release off, or a person said no.
+        GateError: what is live by then is of another kind, which nobody has allowed, is better than the job's `vs_live`
+            and `release.policy` allow or comes from a run that began later, a rollback has just taken this very release
+            off, or a person said no.
     """
     with run.timed("promote"):
         return await _promote(run, registered, rehearsed, answer)
@@ -90,6 +97,7 @@ async def _move(
     What a person approved replaces what was live when it was asked, and nothing else: GateError.
     """
     while True:
+        rehearsed = await _require_same_kind(run, rehearsed, answer)
         rehearsed.require_good_enough()
         try:
             move = functools.partial(_move_from, run, registered, rehearsed, answer)
@@ -103,6 +111,15 @@ async def _move(
                     f"`ship run … --resume {run.folder.name}` compares and asks again"
                 ) from None
             rehearsed = await hold_against(run, registered, rehearsed.published, other.live)
+
+
+async def _require_same_kind(run: Run, rehearsed: Rehearsed, answer: Answer | None) -> Rehearsed:
+    """With how each difference in kind is allowed: a person who said yes was asked about all of them. GateError."""
+    allowed = rehearsed.allowed
+    if answer is not None:
+        allowed = {**dict.fromkeys({change.kind for change in rehearsed.changes}, answer.said), **allowed}
+    told = (run.channel, rehearsed.published.release, rehearsed.live, rehearsed.changes, allowed)
+    return replace(rehearsed, allowed=await asyncio.to_thread(allowances, *told))
 
 
 def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Pointer:

@@ -14,11 +14,13 @@ from typing import Any
 from prefect import get_run_logger
 
 from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec
+from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
 from train_and_ship.registry.data.checks import require_held_out, shared_samples
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from train_and_ship.registry.release.onnx_header import onnx_versions
 from train_and_ship.registry.report.description import describe
 from train_and_ship.registry.report.speed import speed_metrics
 from train_and_ship.registry.run_folder import FILES, REGISTERED, RELEASE, Registration, stage_inputs, write_fact
@@ -97,7 +99,7 @@ def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectRe
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
         _write_json(files / VERDICTS, dataclasses.asdict(validated.result))
-        _write_json(files / LINEAGE, _lineage(run, trained, inputs))
+        _write_json(files / LINEAGE, _lineage(run, trained, validated, inputs))
         _write_json(files / DATA, _summary(facts))
         lock = [f"{name}=={version}" for name, version in inputs.environment.items()]
         (files / ENVIRONMENT).write_text("\n".join(lock) + "\n")
@@ -114,8 +116,8 @@ def _summary(facts: InspectResult) -> dict[str, Any]:
     return dataclasses.asdict(replace(facts, seconds=0.0, drawn=None, validation=replace(facts.validation, columns={})))
 
 
-def _lineage(run: Run, trained: Trained, inputs: Inputs) -> dict[str, Any]:
-    result = trained.result
+def _lineage(run: Run, trained: Trained, validated: Validated, inputs: Inputs) -> dict[str, Any]:
+    result, exported, formats = trained.result, validated.exported, validated.formats
     return {
         "inputs": inputs.recorded(),
         "start": trained.start,
@@ -123,6 +125,8 @@ def _lineage(run: Run, trained: Trained, inputs: Inputs) -> dict[str, Any]:
         "shipping_git_commit": run.git_commit,
         "flow_run_id": run.origin,
         "begun": run.begun,
+        "project": project_place(Path(run.project.folder)),
+        "onnx": onnx_versions(exported.folder / onnx) if (onnx := formats.get("onnx")) else {},
         "job_digest": run.job.digest(),
         "data_fingerprint": result.data_fingerprint,
         "train_samples": result.train_samples,

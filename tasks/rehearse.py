@@ -31,9 +31,21 @@ from train_and_ship.infra.errors import WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.gates import require_rehearsed
+from train_and_ship.registry.diff import read_copied_record
+from train_and_ship.registry.gates import live_score, require_rehearsed
+from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.kind import KindChange, changes_in_kind
 from train_and_ship.registry.release.manifest import VERDICTS
-from train_and_ship.registry.run_folder import AGAINST, COMPARED, REHEARSE, Against, recall, stage_inputs, write_fact
+from train_and_ship.registry.run_folder import (
+    AGAINST,
+    COMPARED,
+    REHEARSE,
+    Against,
+    read_against,
+    recall,
+    stage_inputs,
+    write_fact,
+)
 from train_and_ship.registry.text import file_size
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import measure_request, rehearse_request, timed_artifacts
@@ -50,7 +62,7 @@ async def rehearse(run: Run, registered: Registered) -> Rehearsed:
     """Publish, download into a clean process, run every format on the golden inputs, and score what is live as well.
 
     Raises GateError when the files from the bucket do not give what was validated. How they compare with the live
-    release is decided when the pointer moves.
+    release, in numbers and in kind, is decided when the pointer moves.
     """
     with run.timed("rehearse"):
         published = await asyncio.to_thread(
@@ -95,13 +107,32 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
             result = await _scored(run, request, result, exported, work)
         if any(gate.times_live is not None for gate in run.job.gates.values()):
             result = await _measured(run, request, result, work)
-        write_fact(work, AGAINST, Against(live=against, speed=_recorded_speed(current)))
+        changes = await asyncio.to_thread(_in_kind, run.job, candidate, current, result)
+        write_fact(work, AGAINST, Against(live=against, speed=_recorded_speed(current), changes=changes))
         return result
 
     result = await run_stage(stage, RehearseResult, make, COMPARED)
-    rehearsed = Rehearsed(job=run.job, published=published, result=result, live=against)
+    recorded = read_against(stage.path)
+    rehearsed = Rehearsed(
+        job=run.job,
+        published=published,
+        result=result,
+        live=against,
+        changes=recorded.changes if recorded is not None else (),
+        allowed=run.allowed,
+    )
     get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
     return rehearsed
+
+
+def _in_kind(
+    job: Job, candidate: RehearsedRelease, live: RehearsedRelease | None, result: RehearseResult
+) -> list[KindChange]:
+    """What makes the candidate another kind of thing than the live release; nothing where that is broken or absent."""
+    if live is None:
+        return []
+    before, after = (read_copied_record(Path(release.folder)).kind for release in (live, candidate))
+    return [*changes_in_kind(before, after), *live_score(job, result).contradictions(before, job.direction)]
 
 
 def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from train_and_ship.infra.prefect_events import PROMOTED
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.kind import kinds_in
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
 from train_and_ship.tasks.events import emit
@@ -70,5 +71,6 @@ def decided(
             ("channel", f"{channel}, generation {pointer.generation}"),
             ("replaces", replaced(pointer.previous)),
             *((name, said) for name, said in pointer.verdicts.items() if name == "approved"),
+            *kinds_in(pointer.verdicts).items(),
         ]
     return Outcome(verdict=verdict, title=title, why=why, facts=[*asked, *facts], places=[run.place])

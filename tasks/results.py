@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchworker.contract import (
@@ -26,11 +26,12 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import Decision, Verdict
-from train_and_ship.registry.channels.moves import Mover
+from train_and_ship.registry.channels.moves import BY_JOB, BY_REQUEST, Mover
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
 from train_and_ship.registry.gates import VersusLive, require_good_enough, require_not_slower, worst
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.kind import KindChange, in_words, not_allowed
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.run_folder import MadeFrom
 from train_and_ship.registry.text import Cell, Link, interval_text, number
@@ -72,6 +73,13 @@ class Run:
     cpp: Future[CppResult] | None
     """The C++ runner, being looked for or built; None when the job has no use for it."""
     ledger: Ledger
+    allow: Sequence[str] = ()
+    """In which kinds the candidate may differ from what is live, this once."""
+
+    @property
+    def allowed(self) -> dict[str, str]:
+        """Kind to how it is allowed, for good and once."""
+        return {**dict.fromkeys(self.job.release.allow, BY_JOB), **dict.fromkeys(self.allow, BY_REQUEST)}
 
     def timed(self, stage: str) -> contextlib.AbstractContextManager[Meter]:
         """Add what the block takes to the stage's cost."""
@@ -212,6 +220,10 @@ class Rehearsed:
     result: RehearseResult
     live: str
     """The release that it was held against; empty when nothing was live."""
+    changes: Sequence[KindChange] = ()
+    """What makes it another kind of thing than that release."""
+    allowed: Mapping[str, str] = field(default_factory=dict)
+    """Kind of change to how it is allowed."""
 
     @property
     def quality(self) -> dict[str, float]:
@@ -233,6 +245,11 @@ class Rehearsed:
             require_not_slower(self.job, result.candidate_speed, result.live_speed, self.live, result.speed_problem)
 
     @property
+    def asks_consent(self) -> str:
+        """A sentence about what a yes allows besides, for whoever is asked; empty when that is nothing."""
+        return consent(not_allowed(self.changes, self.allowed))
+
+    @property
     def versus_live(self) -> VersusLive:
         """The quality of both."""
         return VersusLive.of(self.job, self.result, self.live)
@@ -249,7 +266,12 @@ class Rehearsed:
                 found[f"{name} vs live"] = f"{number(value)} against {number(theirs[name])}" + (
                     f", {self.job.release.confidence:.0%} interval of the improvement {span}" if span else ""
                 )
-        return found
+        return {**found, **in_words(self.changes, self.allowed)}
+
+
+def consent(kinds: Sequence[str]) -> str:
+    """What a person's yes allows. kinds: of change, that nothing else allows."""
+    return f"A yes also allows that it is of another kind than what is live: {', '.join(kinds)}." if kinds else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +389,8 @@ class Request:
     channel: Channel
     mover: Mover
     settings: Settings
+    allow: Sequence[str] = ()
+    """In which kinds a promotion may differ from what is live."""
 
 
 Moved = Pointer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -17,6 +18,7 @@ from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.channels.timeline import utc_now
+from train_and_ship.registry.kind import require_kinds
 from train_and_ship.registry.run_folder import ABOUT, About, write_fact
 from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun
@@ -31,15 +33,18 @@ from train_and_ship.tasks.stage import stage_task
 
 
 @stage_task("begin", delays=())
-async def begin(job_file: JobFile, resume: str = "") -> Run:
+async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) -> Run:
     """Make sure that the job can be done here, and that every service answers, before any work starts.
 
     Args:
         job_file: what is to be done. Whatever the file has become since, this is what the record says.
         resume: id of an earlier run whose stages and checkpoints are gone on with; empty for a new one.
+        allow: in which kinds (KINDS) the candidate may differ from what is live, this once.
 
-    Raises JobError for what the job needs and is not here, SettingsError or ServiceError for the services.
+    Raises JobError for what the job needs and is not here, SettingsError or ServiceError for the services, RequestError
+    for kinds that there are not.
     """
+    require_kinds(allow)
     job = job_file.job
     require_extras(job)
     settings = Settings.load()
@@ -92,6 +97,7 @@ async def begin(job_file: JobFile, resume: str = "") -> Run:
             store=store,
             live=live,
             ledger=ledger,
+            allow=tuple(allow),
         )
         about = About(
             job=job.model_dump(mode="json"),

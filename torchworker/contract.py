@@ -412,6 +412,8 @@ class InspectResult(Message):
     """What reading took."""
     drawn: Sequence[int] | None = None
     """Places of the validation samples that gates look at, ascending; None for all of them."""
+    classes: Sequence[str] = ()
+    """Names of the classes in the order of their labels, where the training data has them as its `classes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -944,6 +946,10 @@ class RehearseResult(Message):
     """Why these could not be measured."""
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     """Metric to what the improvement over the live release may be."""
+    live_spread: Mapping[str, float] = field(default_factory=dict)
+    """Metric to the standard deviation of one sample's value, of the live release's format that is worst at it."""
+    constant: Mapping[str, float] = field(default_factory=dict)
+    """Metric to what the best answer that is always the same scores on these samples."""
 
     @property
     def passed(self) -> bool:

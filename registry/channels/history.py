@@ -64,6 +64,11 @@ def read_record(store: ObjectStore, key: str) -> Pointer:
     return decode_pointer(found[0], key)
 
 
+def was_live(channel: Channel, release: str) -> bool:
+    """Whether a release was live on this channel before, or is. Reads the whole history."""
+    return any(move.release == release for move in read_history(channel))
+
+
 def first_generation(channel: Channel) -> int:
     """1, or one more than the history knows where somebody deleted the pointer."""
     prefix = history_prefix(channel.model, channel.name)

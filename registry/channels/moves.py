@@ -6,8 +6,9 @@ All raise RequestError for what cannot be asked for, ReleaseError for a release 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record
+from train_and_ship.registry.channels.history import find_record, was_live
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.registry.channels.swap import Move, move_channel
@@ -29,6 +30,10 @@ from train_and_ship.registry.tracking.rest import model_registry
 
 if TYPE_CHECKING:
     from train_and_ship.registry.job.job import Job
+    from train_and_ship.registry.kind import KindChange
+
+BY_JOB, BY_REQUEST = "by release.allow", "once, with --allow"
+"""How a difference in kind is allowed, as the record of the move says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ class Scored:
     """The live release's numbers."""
     problem: str
     """Why the live release could not be measured; empty when it was."""
+    contradictions: Sequence[KindChange] = ()
+    """Where the live release scored far below its own record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,8 @@ class Verified:
     verdicts: Mapping[str, str]
     scored: Scored | None = None
     """None when nobody has run it."""
+    approved: str = ""
+    """Who has said yes to what differs in kind, in words: `by grace: looks good`; empty when nobody was asked."""
 
 
 class OtherLiveError(Exception):
@@ -169,17 +178,20 @@ def roll_back(verified: Verified, mover: Mover) -> Pointer:
     return move_channel(target.channel, move, accept=None, replacing=lambda live: _require_unchanged(target, live))
 
 
-def promote_existing(verified: Verified, mover: Mover, *, gates: bool = True, again: bool = False) -> Pointer:
-    """Move the channel to the target, unless it is worse than what is live then by its own job's `vs_live`.
+def promote_existing(
+    verified: Verified, mover: Mover, *, gates: bool = True, again: bool = False, allow: Sequence[str] = ()
+) -> Pointer:
+    """Move the channel to the target, unless it is of another kind than what is live then, or worse.
 
     Args:
         verified: the target, read and perhaps tried.
         mover: who moves it, and why.
-        gates: False leaves them out, which the record says.
+        gates: False leaves its own job's `vs_live` out, which the record says.
         again: also a release that a rollback has just left.
+        allow: in which kinds (KINDS) it may differ, beside those that its own job allows.
 
     Raises:
-        GateError: it is worse.
+        GateError: it is worse, or differs in kind in a way that nobody has allowed.
         OtherLiveError: the target was measured beside a release that is not live.
     """
     target = verified.target
@@ -190,12 +202,13 @@ def promote_existing(verified: Verified, mover: Mover, *, gates: bool = True, ag
             return {"vs_live": "not asked" if job is None else "nothing was live"}
         return _require_not_worse(job, verified, live, manifest)
 
-    def replacing(live: Pointer | None) -> None:
+    def replacing(live: Pointer | None) -> Mapping[str, str]:
         _require_unchanged(target, live)
         if not again:
             require_not_rolled_back(target.release, live)
         if gates and verified.scored is not None and verified.scored.live != (live.release if live else ""):
             raise OtherLiveError(live)
+        return _require_same_kind(verified, live, allow)
 
     move = _move_of(verified, mover)
     if not gates:
@@ -237,6 +250,49 @@ def require_not_stale(channel: Channel, release: str, live: Pointer | None, begu
             f"{live.model} {live.channel}: release {live.release} is live and comes from a run that began later "
             f"({later}) than this one ({begun}), which is not put in its place; a new run is held against it"
         )
+
+
+def kind_changes(verified: Verified, live: Pointer | None) -> list[KindChange]:
+    """What makes a target another kind of thing than what is live. Reads the records of both.
+
+    What is live and cannot be read differs in nothing: a way out of a broken release needs no consent.
+    """
+    from train_and_ship.registry.diff import read_release_record
+    from train_and_ship.registry.kind import changes_in_kind
+
+    store, manifest = verified.target.channel.store, verified.manifest
+    if live is None or live.release == manifest.release:
+        return []
+    candidate = read_release_record(store, manifest.model, manifest.release)
+    try:
+        before = read_release_record(store, manifest.model, live.release)
+    except ReleaseError:
+        return []
+    return [*changes_in_kind(before.kind, candidate.kind), *(verified.scored.contradictions if verified.scored else ())]
+
+
+def allowances(
+    channel: Channel, release: str, live: str, changes: Sequence[KindChange], allowed: Mapping[str, str]
+) -> Mapping[str, str]:
+    """How each difference in kind is allowed, also by the channel's own past, which is read only where nothing else is.
+
+    Args:
+        channel: what is to move.
+        release: id of the candidate.
+        live: id of what is live.
+        changes: what differs.
+        allowed: kind to who allows it.
+
+    Raises:
+        GateError: nobody has allowed one, and the release was never live here.
+    """
+    from train_and_ship.registry.kind import not_allowed, refusal
+
+    if not (asked := not_allowed(changes, allowed)):
+        return allowed
+    if not was_live(channel, release):
+        raise refusal(channel.model, channel.name, release, live, changes, allowed)
+    return {**allowed, **dict.fromkeys(asked, f"because it was live on {channel.name} before")}
 
 
 def release_job(target: Target) -> Job:
@@ -321,6 +377,23 @@ def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Ma
     more = {"times_live": f"not measured: {', '.join(timed)}"} if timed else {}
     compared = f"{'; '.join(said)}, {how}" if said else "no such gate"
     return {"vs_live": f"{compared} (live {live.release})", **more}
+
+
+def _require_same_kind(verified: Verified, live: Pointer | None, allow: Sequence[str]) -> Mapping[str, str]:
+    """What differs in kind and how it is allowed, for the record. Raises GateError."""
+    changes = kind_changes(verified, live)
+    if not changes:
+        return {}
+    from train_and_ship.registry.kind import in_words
+
+    assert live is not None, "what is live differs"
+    target = verified.target
+    allowed = dict.fromkeys({change.kind for change in changes}, verified.approved) if verified.approved else {}
+    # A job that cannot be read allows nothing.
+    with contextlib.suppress(GateError):
+        allowed |= dict.fromkeys(release_job(target).release.allow, BY_JOB)
+    allowed |= dict.fromkeys(allow, BY_REQUEST)
+    return in_words(changes, allowances(target.channel, target.release, live.release, changes, allowed))
 
 
 def _move_of(verified: Verified, mover: Mover) -> Move:

@@ -48,8 +48,8 @@ Accept = Callable[[Pointer | None, Manifest | None], Mapping[str, str] | None]
 
 Returns verdicts for the record of the move: gate to what was found, in words.
 """
-Replacing = Callable[[Pointer | None], None]
-"""Given what is live, None on an unused channel; raises whatever is to keep it."""
+Replacing = Callable[[Pointer | None], Mapping[str, str] | None]
+"""Given what is live, None on an unused channel; raises whatever is to keep it. Returns what `Accept` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class _Mover:
         self._asked: str | None = None
         """The version of what is live that `accept` and `replacing` agreed to replace; None before they were asked."""
         self._found: Mapping[str, str] = {}
-        """What `accept` returned then."""
+        """What they returned then."""
         self._replaced: Pointer | None = None
         """What was live when `_tried` was sent."""
         self.live: Pointer | None = None
@@ -198,10 +198,10 @@ class _Mover:
         version = live.nonce if live else ""
         if self._asked == version:
             return
-        if self._replacing is not None:
-            self._replacing(live)
+        found = (self._replacing(live) if self._replacing is not None else None) or {}
         if self._accept is not None:
-            self._found = self._accept(live, _live_manifest(self._channel, live)) or {}
+            found = {**found, **(self._accept(live, _live_manifest(self._channel, live)) or {})}
+        self._found = found
         self._asked = version
 
     def _put(self, live: Pointer | None) -> None:

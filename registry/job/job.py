@@ -26,6 +26,8 @@ from train_and_ship.registry.job.train import Train
 
 Policy = Literal["better", "not_worse", "always"]
 """What a candidate must be, beside the live release, to replace it."""
+Allowed = Literal["signature", "labels", "formats", "model", "live_score", "runtime"]
+"""In what a candidate may be another kind of thing than the live release: registry.kind.KINDS."""
 
 
 def _is_channel(value: str) -> str:
@@ -47,6 +49,9 @@ class Release(Part):
     When absent, always for `ship run` and better for `ship retrain`; see retraining.md"""
     approval: Literal["required"] | None = None
     """required: a person says yes, in Prefect or with `ship approve`, before the channel moves"""
+    allow: Annotated[tuple[Allowed, ...], Field(strict=False)] = ()
+    """in what a release may be of another kind than the live one and replace it all the same, such as [signature];
+    nothing when absent: it takes a person, see releases.md"""
     metric: str | None = None
     """what policy decides on; the first of train.metrics when absent"""
     margin: float = Field(0.0, ge=0)

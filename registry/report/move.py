@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from train_and_ship.registry.channels.moves import Scored, Verified
-from train_and_ship.registry.diff import Difference
+from train_and_ship.registry.diff import KIND, Difference
 from train_and_ship.registry.report.page import Page, Section, Text
 from train_and_ship.registry.report.run import Outcome, decision_section, outcome_page
 from train_and_ship.registry.text import Cell, Table, number
 
-NOTICED = ("metrics", "parity", "latency", "size", "signature")
+NOTICED = (KIND, "metrics", "parity", "latency", "size", "signature")
 """Groups of differences that whoever calls the model notices; the others tell where they come from."""
 
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from torchworker.contract import MeasureResult
 from train_and_ship.registry.cost import Rates, Spent
 from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table
+from train_and_ship.registry.kind import kind_table
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section
 from train_and_ship.registry.report.data_sections import data_section
@@ -148,8 +149,11 @@ def _versus_live(files: RunFiles) -> Section:
     if not against.live:
         return Section(title="Beside the live release", blocks=[Text(text="Nothing was live to hold it against.")])
     title = f"Beside the live release {against.live}"
+    kinds: list[Block] = []
+    if against.changes:
+        kinds = [Text(text="It is of another kind than the live release:"), kind_table(against.changes)]
     if result.live_problem:
-        return Section(title=title, blocks=[Text(text=f"It could not be scored: {result.live_problem}")])
+        return Section(title=title, blocks=[*kinds, Text(text=f"It could not be scored: {result.live_problem}")])
     job, versus = files.job, VersusLive.of(files.job, result, against.live)
     asked = compare(job, versus)
     decisive = next((item.metric for item in asked if item.asked is Asked.POLICY), None)
@@ -174,7 +178,7 @@ def _versus_live(files: RunFiles) -> Section:
     )
     if result.live_speed:
         said += " Times, sizes and memory were measured by turns."
-    blocks: list[Block] = [Text(text=said)]
+    blocks: list[Block] = [*kinds, Text(text=said)]
     if drawn:
         blocks.append(Chart(title="Improvement over the live release", svg=charts.intervals(drawn)))
     blocks.append(Table(header=("metric", "candidate", "live", "interval of the improvement"), rows=rows))

@@ -14,7 +14,7 @@ from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import publish
-from train_and_ship.registry.diff import NONE, Difference, compare
+from train_and_ship.registry.diff import KIND, NONE, Difference, compare
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from train_and_ship.ship.diff import diff
 
@@ -33,6 +33,7 @@ def told(
     parity: float,
     commit: str,
     torch: str,
+    factory: str = "net:Net",
     **more: Any,
 ) -> Manifest:
     """A release that tells how it came to be, as the register stage writes it."""
@@ -42,7 +43,7 @@ def told(
     verdicts = [{**verdict, "measured": parity / 2}, verdict, {**verdict, "gate": "accuracy", "measured": accuracy}]
     metrics = {"onnx": {"accuracy": accuracy, "p50_ms.batch_1": 0.5 * epochs}}
     documents = {
-        JOB: {"name": MODEL, "train": {"epochs": epochs, "seed": 0}, "gates": {}},
+        JOB: {"name": MODEL, "model": {"factory": factory}, "train": {"epochs": epochs, "seed": 0}, "gates": {}},
         VERDICTS: {"verdicts": verdicts, "metrics": metrics},
         LINEAGE: {"git_commit": commit, "data_fingerprint": "same", "train_samples": 10, **more},
     }
@@ -81,6 +82,16 @@ def test_every_kind_of_change_is_told_and_nothing_else(object_store: ObjectStore
     assert by_name["job", "train.epochs"].change == "+1 (+100.0%)"
     assert not {"data", "signature", "training"} & {one.group for one in found}
     assert compare(object_store, MODEL, two[0].release, two[0].release) == []
+
+
+def test_what_makes_it_another_kind_of_thing_is_told_first(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path
+) -> None:
+    asked = {"epochs": 1, "accuracy": 0.9, "parity": 0.1, "commit": "ccc", "torch": "2.13"}
+    other = told(object_store, tmp_path / "c", factory="other:Net", **asked)  # type: ignore[arg-type]
+    first, *rest = compare(object_store, MODEL, two[1].release, other.release)
+    assert first == Difference(group=KIND, name="model: model.factory", before="net:Net", after="other:Net")
+    assert KIND not in {one.group for one in rest}
 
 
 def test_what_only_one_of_them_tells_is_a_difference_too(

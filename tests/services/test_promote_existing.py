@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from tests.support.fixture_types import Ship
-from tests.support.releases import CHANNEL, MODEL, NOWHERE, key_of, move
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, key_of, move, rolled_back
 from tests.support.runnable_releases import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
 from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Mover, Verified, choose_promotion, verify_target
+from train_and_ship.registry.channels.moves import Mover, Verified, choose_promotion, promote_existing, verify_target
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.release.manifest import JOB, Manifest
+from train_and_ship.registry.release.manifest import JOB, MANIFEST, Manifest
 from train_and_ship.tasks.existing import promote_tried, try_out
 
 MOVER = Mover(by="ada@host", why="a quiet week")
@@ -39,10 +40,12 @@ def chosen(store: ObjectStore, manifest: Manifest) -> Verified:
     return verify_target(choose_promotion(Channel(store, MODEL, CHANNEL, NOWHERE), manifest.release), read_back=False)
 
 
-def promoted(settings: Settings, store: ObjectStore, manifest: Manifest, gates: bool = True) -> Pointer:
+def promoted(
+    settings: Settings, store: ObjectStore, manifest: Manifest, gates: bool = True, allow: tuple[str, ...] = ()
+) -> Pointer:
     async def all_of_it() -> Pointer:
         tried = await try_out(settings, chosen(store, manifest), gates=gates)
-        return await promote_tried(settings, tried, MOVER, gates=gates, again=False)
+        return await promote_tried(settings, tried, MOVER, gates=gates, again=False, allow=allow)
 
     return asyncio.run(all_of_it())
 
@@ -101,8 +104,12 @@ def test_both_are_measured_where_the_run_that_made_the_release_is_still_here(
     for name in ("g", "b"):
         run_that_made(settings.runs / MODEL, tmp_path / name, right=1)
     move(object_store, bad)
-    pointer = promoted(settings, object_store, good)
     expected = _accuracy(2, right=1)
+    # What is live boasts, which is looked at before anything replaces it.
+    with pytest.raises(GateError, match=r"live_score: accuracy of the live release: 1 in its own record → 0\.\d+ on"):
+        promoted(settings, object_store, good)
+    pointer = promoted(settings, object_store, good, allow=("live_score",))
+    assert pointer.verdicts["live_score vs live"].endswith("on these 60 samples (allowed once, with --allow)")
     assert pointer.verdicts["vs_live"] == (
         f"accuracy 1 against {expected:.4g}, both measured on 60 held-out samples (live {bad.release})"
     )
@@ -162,8 +169,10 @@ def test_a_live_release_that_cannot_be_measured_keeps_its_place(
     candidate = runnable(object_store, tmp_path / "a", 0.9, seed=2)
     run_that_made(settings.runs / MODEL, tmp_path / "a", right=2)
     move(object_store, strange)
-    with pytest.raises(GateError, match=r"cannot be compared with the live release .*its inputs are image"):
+    with pytest.raises(GateError, match=r"another kind .*signature: input image: float32 \[batch, 4\] → none"):
         promoted(settings, object_store, candidate)
+    with pytest.raises(GateError, match=r"cannot be compared with the live release .*its inputs are image"):
+        promoted(settings, object_store, candidate, allow=("signature",))
 
 
 def test_metrics_in_user_code_are_compared_as_they_were_recorded(
@@ -197,6 +206,58 @@ def test_the_command_says_what_was_tried_and_compared(
     refused = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")
     assert refused.status == 2 and "It was not made live on prod" in refused.errors
     assert "batch 8" in refused.errors and "Traceback" not in refused.errors
+
+
+def test_a_release_of_another_kind_needs_a_word_unless_it_was_live_here_before(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path, ship: Ship
+) -> None:
+    first = runnable(object_store, tmp_path / "a", 0.9, seed=1)
+    write_release(tmp_path / "b", 2, MODEL)
+    other = publish_folder(object_store, tmp_path / "b", MODEL, 0.9, max_batch=16)
+    move(object_store, first)
+    move(object_store, other, channel="staging")
+    for gates in (True, False):
+        # Gates on numbers are another matter.
+        with pytest.raises(GateError, match=rf"--from {other.release[:8]} --to prod --allow signature"):
+            promoted(settings, object_store, other, gates)
+    assert live(object_store) == first.release
+    allowed = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week", "--allow", "signature")
+    assert allowed.status == 0, allowed.text
+    said = "sizes of input x axis 0: 1 or more → 1 to 16 (allowed once, with --allow)"
+    assert f"signature vs live  {said}" in allowed.output
+    # A rollback asks nobody, and neither does what was live here before.
+    assert rolled_back(object_store).release == first.release
+    third = runnable(object_store, tmp_path / "c", 0.9, seed=3)
+    assert promoted(settings, object_store, third).previous == first.release
+    again = promoted(settings, object_store, other)
+    assert again.verdicts["signature vs live"].endswith("(allowed because it was live on prod before)")
+
+
+@pytest.mark.parametrize("way", ["its own job allows it", "a person was asked"])
+def test_a_release_of_another_kind_goes_live_when(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path, way: str
+) -> None:
+    move(object_store, runnable(object_store, tmp_path / "a", 0.9, seed=1))
+    write_release(tmp_path / "b", 2, MODEL)
+    job = json.loads((tmp_path / "b" / JOB).read_text())
+    if way == "its own job allows it":
+        job["release"] = {"allow": ["signature"]}
+    (tmp_path / "b" / JOB).write_text(json.dumps(job))
+    verified = chosen(object_store, publish_folder(object_store, tmp_path / "b", MODEL, 0.9, max_batch=16))
+    if way == "a person was asked":
+        verified = dataclasses.replace(verified, approved="by grace: it has to be")
+    pointer = promote_existing(verified, MOVER)
+    how = {"its own job allows it": "by release.allow", "a person was asked": "by grace: it has to be"}[way]
+    assert pointer.verdicts["signature vs live"].endswith(f"(allowed {how})")
+
+
+def test_what_is_live_and_cannot_be_read_asks_for_no_consent(object_store: ObjectStore, tmp_path: Path) -> None:
+    broken = runnable(object_store, tmp_path / "a", 0.9, seed=1)
+    move(object_store, broken)
+    object_store.delete(key_of(broken, MANIFEST))
+    write_release(tmp_path / "b", 2, MODEL)
+    other = publish_folder(object_store, tmp_path / "b", MODEL, 0.9, max_batch=16)
+    assert promote_existing(chosen(object_store, other), MOVER, gates=False).release == other.release
 
 
 def test_bytes_that_changed_in_the_bucket_are_found_before_they_are_loaded(

@@ -58,12 +58,19 @@ def write_release(folder: Path, seed: int, model: str, vs_live: float = 0.0, gol
 
 
 def publish_folder(
-    store: ObjectStore, folder: Path, model: str, accuracy: float, input_name: str = "x", metric: str = "accuracy"
+    store: ObjectStore,
+    folder: Path,
+    model: str,
+    accuracy: float,
+    input_name: str = "x",
+    metric: str = "accuracy",
+    max_batch: int | None = None,
 ) -> Manifest:
     """accuracy: what the release says of itself."""
     signature = {
         "inputs": [{"name": input_name, "dtype": "float32", "shape": ["batch", FEATURES]}],
         "outputs": [{"name": "output", "dtype": "float32", "shape": ["batch", CLASSES]}],
+        "dims": [{"name": "batch", "min": 1, "max": max_batch}],
     }
     manifest = build_manifest(
         folder, model=model, formats={"torchscript": ARTIFACT}, signature=signature, metrics={metric: accuracy}

@@ -159,6 +159,25 @@ def without(target: Tensor, ignored: Sequence[int]) -> Tensor:
     return torch.where(padding, FILLED, target.long())
 
 
+def constant_score(name: str, target: Tensor) -> float:
+    """What the best answer that is always the same scores: as much as a model does that knows nothing of its inputs.
+
+    Args:
+        name: a key of METRICS.
+        target: [samples, …]; of many elements of labels, a million spread over it are looked at.
+    """
+    if name == "accuracy":
+        labels = target.flatten()[:: max(1, target.numel() // 1_000_000)]
+        # What is padding is no answer: NaN is not at least 0 either.
+        labels = labels[labels >= 0]
+        counts = torch.unique(labels > 0.5 if labels.is_floating_point() else labels, return_counts=True)[1]
+        return float(counts.max()) / len(labels) if len(labels) else math.nan
+    values = target.to(torch.float64)
+    if name == "mean_squared_error":
+        return float(values.var(0, correction=0).mean())
+    return float((values - values.median(0).values).abs().mean())
+
+
 def _require_same_shape(outputs: Tensor, target: Tensor) -> None:
     """Broadcasting would compare every output with every target."""
     if outputs.shape != target.shape:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
 from torchworker.data.drawing import drawn_places
@@ -62,6 +62,7 @@ def inspect(request: InspectRequest) -> InspectResult:
         overlap=overlap,
         seconds=time.perf_counter() - began,
         drawn=drawn_places(validation.samples, request.most, settings.seed, others.labels),
+        classes=seen.classes,
     )
 
 
@@ -72,6 +73,8 @@ class _Seen(NamedTuple):
     """How often each sample's inputs occur, by their hash."""
     labels: list[int] | None
     """Of each sample in order; None where the target of a sample is not one whole number."""
+    classes: list[str]
+    """Names of the classes, where the dataset has them."""
 
 
 def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[SplitFacts, _Seen]:
@@ -111,7 +114,15 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
         labels={str(label): count for label, count in sorted((labels or {}).items())},
         repeated=position - len(inputs_seen),
         varies=varies,
-    ), _Seen(inputs_seen, each)
+    ), _Seen(inputs_seen, each, _class_names(dataset))
+
+
+def _class_names(dataset: object) -> list[str]:
+    """What a dataset calls its classes, as torchvision's do: `classes`, a list of names; empty where it has none."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else []
 
 
 def _is_of(column: str, tensor: str) -> bool:

@@ -33,7 +33,7 @@ from torchworker.parity.int8 import golden_noise
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import read_golden, validation_batches
 from torchworker.process.failure import describe
-from torchworker.project.metrics import mean_of, sample_sums
+from torchworker.project.metrics import constant_score, mean_of, sample_sums
 from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes.load import Call, load_artifact, load_libraries
 
@@ -80,6 +80,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
                 verdicts.append(_verdict(kind, "validation samples", None, describe(error)))
     theirs: Scores = {}
     problem = _score_live(request, validation, batch, theirs)
+    scored = request.metrics if theirs else ()
     return RehearseResult(
         verdicts=verdicts,
         candidate=_means(mine),
@@ -87,6 +88,8 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
         live_problem=problem,
         samples=len(validation["target"]) if validation else 0,
         intervals=_intervals(request, mine, theirs),
+        live_spread={name: _spread(_worst(theirs, name)) for name in scored},
+        constant={name: constant_score(name, validation["target"]) for name in scored},
     )
 
 
@@ -117,14 +120,9 @@ def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[s
         return {}
     found = {}
     for name in request.metrics:
-        sign = 1.0 if METRICS[name] == "higher" else -1.0
-        candidate, live = (
-            min((scores[name] for scores in side.values()), key=lambda sums: sign * mean_of(sums))
-            for side in (mine, theirs)
-        )
-        found[name] = interval_of_mean(
-            _gains(sign * (candidate[:, 0] - live[:, 0]), candidate[:, 1]), request.resampling
-        )
+        candidate, live = _worst(mine, name), _worst(theirs, name)
+        gains = _gains(_sign(name) * (candidate[:, 0] - live[:, 0]), candidate[:, 1])
+        found[name] = interval_of_mean(gains, request.resampling)
     return found
 
 
@@ -143,6 +141,20 @@ def _gains(gains: Tensor, counts: Tensor) -> Tensor:
         return gains / each
     ratio = float(gains.sum() / counts.sum())
     return ratio + (gains - ratio * counts) / each
+
+
+def _worst(scores: Scores, name: str) -> Tensor:
+    """A metric of each sample, [samples, 2], of the format that is worst at it."""
+    return min((found[name] for found in scores.values()), key=lambda sums: _sign(name) * mean_of(sums))
+
+
+def _sign(name: str) -> float:
+    return 1.0 if METRICS[name] == "higher" else -1.0
+
+
+def _spread(sums: Tensor) -> float:
+    """Standard deviation of one sample's value. sums: [samples, 2]."""
+    return float(_gains(sums[:, 0], sums[:, 1]).std(correction=0))
 
 
 def _require_files(release: RehearsedRelease) -> None:
