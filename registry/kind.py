@@ -310,7 +310,7 @@ def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
     new = [label for label in after if _missing(label, after, before)]
     if gone or new:
         counts = [f"{len(found)} ({_some(found)})" for found in (before, after)]
-        yield KindChange(kind=LABELS, of="labels trained on", live=counts[0], candidate=counts[1])
+        yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
 
 
 def _names(live: Sequence[str], candidate: Sequence[str]) -> Iterator[KindChange]:

@@ -42,9 +42,20 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     assert "a person decides" not in report_in_mlflow(stack, "asked", "1")
     assert "by grace: looks good" in reports_in_prefect(api, first)[-1]
 
+    job = write_project(
+        tmp_path,
+        name="asked",
+        train={"epochs": 1, "processes": 1, "batch_size": 32},
+        export={"formats": ["torchscript"], "max_batch": 64},
+        release={"approval": "required", "policy": "always"},
+    )
     second = api.start("retrain", job=str(job), force=True)
     page = api.wait(second, "Paused")
     assert page["state"]["state_details"]["run_input_keyset"]
+    # Whoever says yes knows to what.
+    asked = reports_in_prefect(api, second)[-1]
+    assert "A yes also allows that it is of another kind than what is live: signature." in asked
+    assert "sizes of input input axis 0" in asked and "1 to 64" in asked
     no = ship("approve", second, "--reject", "--by", "grace", "--comment", "not on a Friday")
     assert no.status == 0, no.text
     kept = api.wait(second, "Kept")

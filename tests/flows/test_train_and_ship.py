@@ -117,10 +117,21 @@ def test_candidates_are_held_against_the_live_release_itself_not_against_what_it
     bad_job = write_project(tmp_path / "bad", **QUICK, **GUARD)
     assert ship("run", str(bad_job)).status == 0
 
-    # It boasts; the better candidate replaces it all the same.
-    relabelled(store, tmp_path / "boasts", metrics={"accuracy": 1.0})
-    ended = ship("run", str(good_job))
+    # It boasts: that is looked at before the better candidate replaces it, which is at hand then.
+    boasts = relabelled(store, tmp_path / "boasts", metrics={"accuracy": 1.0})
+    asked = ship("run", str(good_job))
+    assert asked.status == 2 and "Traceback" not in asked.errors, asked.text
+    assert re.search(
+        r"live_score: accuracy of the live release: 1 in its own record → 0\.\d+ on these 96", asked.errors
+    )
+    now = live(store, "guarded")
+    assert now is not None and now[1] == boasts
+    ended = ship("run", str(good_job), "--resume", flow_run_of(asked), "--allow", "live_score")
     assert ended.status == 0, ended.text
+    told = read_pointer(Channel(store, "guarded", "prod"))
+    assert told is not None and told.verdicts["live_score vs live"].endswith("(allowed once, with --allow)")
+    (shown,) = [item for item in read_run(flow_run_of(ended))[1] if item.key == "report-guarded"]
+    assert "It is of another kind than the live release" in str(shown.data) and "with --allow" in str(shown.data)
     assert re.search(r"rehearsed from the bucket: 3 checks passed; accuracy 0\.\d+, live 0\.\d+", ended.text)
 
     # It is modest; the worse candidate does not replace it, and stays in the bucket as a release that is not live.
@@ -153,13 +164,14 @@ def test_a_live_release_with_other_inputs_stays_until_a_job_without_vs_live_repl
     signature = fetch_release(store, "guarded", before[1], tmp_path / "last").signature
     other = {**signature, "inputs": [{**signature["inputs"][0], "name": "renamed"}]}
     strange = relabelled(store, tmp_path / "strange", signature=other)
-    ended = ship("run", str(good_job))
+    ended = ship("run", str(good_job), "--allow", "signature")
     assert ended.status == 2
     assert re.search(
         rf"cannot be compared with the live release {strange}: torchscript: its inputs are renamed", ended.errors
     )
     assert "take vs_live (accuracy) out of the job file for one run" in ended.errors
-    way_out = write_project(tmp_path / "good", **GOOD, name="guarded", gates={"accuracy": {"min": 0.5}})
+    open_to_it = {"gates": {"accuracy": {"min": 0.5}}, "release": {"allow": ["signature"]}}
+    way_out = write_project(tmp_path / "good", **GOOD, name="guarded", **open_to_it)
     assert ship("run", str(way_out)).status == 0
     after = live(store, "guarded")
     assert after is not None and after[1] != strange

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import onnx_ir as ir
@@ -18,8 +20,10 @@ from tests.support.projects import write_project
 from torchworker.contract import Interval, RehearseResult
 from torchworker.project.metrics import constant_score
 from torchworker.stages.inspect import _class_names
-from train_and_ship.infra.errors import JobError, RequestError
+from train_and_ship.infra.errors import GateError, JobError, RequestError
 from train_and_ship.infra.provenance import project_place
+from train_and_ship.registry.bucket.releases import Published
+from train_and_ship.registry.channels import moves
 from train_and_ship.registry.gates import live_score
 from train_and_ship.registry.job.job import Allowed
 from train_and_ship.registry.job.load import load_job
@@ -38,6 +42,8 @@ from train_and_ship.registry.lineage import Inputs
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE, VERDICTS, Manifest
 from train_and_ship.registry.release.onnx_header import onnx_versions
 from train_and_ship.ship.named import named_kinds
+from train_and_ship.tasks.promote import _require_same_kind
+from train_and_ship.tasks.results import Answer, Rehearsed
 
 BATCH = {"name": "batch", "min": 1, "max": None}
 LENGTH = {"name": "length", "min": 1, "max": 512}
@@ -146,10 +152,10 @@ def test_names_of_classes_are_compared_in_their_order() -> None:
 
 def test_a_class_that_nobody_trained_on_before_is_told_although_the_outputs_are_the_same() -> None:
     roomy = [tensor("logits", "batch", 1000)]
-    expected = "labels: labels trained on: 3 (0, 1, 2) → 4 (0, 1, 2, 3)"
+    expected = "labels: trained on: 3 (0, 1, 2) → 4 (0, 1, 2, 3)"
     assert said(counted(0, 1, 2, outputs=roomy), counted(0, 1, 2, 3, outputs=roomy)) == [expected]
     assert said(counted(0, 1, 2, outputs=roomy), counted(0, 2, outputs=roomy)) == [
-        "labels: labels trained on: 3 (0, 1, 2) → 2 (0, 2)"
+        "labels: trained on: 3 (0, 1, 2) → 2 (0, 2)"
     ]
 
 
@@ -348,6 +354,31 @@ def test_records_say_what_differed_and_how_it_was_allowed() -> None:
     }  # fmt: skip
     # Metrics are compared with what is live in the same record.
     assert kinds_in({**told, "accuracy vs live": "0.9 against 0.8", "bytes": "8 files"}) == told
+
+
+@pytest.mark.parametrize("was_live", [True, False])
+def test_a_yes_allows_all_that_it_was_asked_about_and_the_channels_past_does_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_live: bool
+) -> None:
+    monkeypatch.setattr(moves, "was_live", lambda channel, release: was_live)
+    job, _ = load_job(write_project(tmp_path))
+    run: Any = SimpleNamespace(channel=SimpleNamespace(model="digits", name="prod"))
+    rehearsed = Rehearsed(
+        job=job, published=Published(release="r1", sent_bytes=1, present_bytes=0, etags={}), result=scores(0.5), live="r2",
+        changes=CHANGES, allowed={"labels": "by release.allow"},
+    )  # fmt: skip
+    assert rehearsed.asks_consent.endswith("another kind than what is live: signature.")
+
+    def allowed(answer: Answer | None) -> Mapping[str, str]:
+        return asyncio.run(_require_same_kind(run, rehearsed, answer)).allowed
+
+    yes = Answer(approved=True, said="by grace: it has to be")
+    assert allowed(yes) == {"labels": "by release.allow", "signature": "by grace: it has to be"}
+    if was_live:
+        assert allowed(None)["signature"] == "because it was live on prod before"
+    else:
+        with pytest.raises(GateError, match="digits prod: release r1 is of another kind than r2"):
+            allowed(None)
 
 
 def test_a_candidate_that_was_kept_for_its_kind_is_another_question_once_that_is_allowed() -> None:
