@@ -309,6 +309,8 @@ def test_a_metric_in_user_code_has_to_be_half_as_good_or_ten_times_as_bad(tmp_pa
 def test_the_best_constant_answer_is_the_most_frequent_class_the_mean_or_the_median() -> None:
     assert constant_score("accuracy", torch.tensor([0, 1, 1, 2])) == 0.5
     assert constant_score("accuracy", torch.tensor([0.0, 1.0, 1.0, 1.0])) == 0.75
+    # Padding is no answer.
+    assert constant_score("accuracy", torch.tensor([[0, 1, 1, 1], [-100, -100, -100, -100]])) == 0.75
     columns = torch.tensor([[0.0, 10.0], [2.0, 10.0], [4.0, 10.0]])
     assert constant_score("mean_squared_error", columns) == pytest.approx((8 / 3 + 0) / 2)
     assert constant_score("mean_absolute_error", columns) == pytest.approx((4 / 3 + 0) / 2)
@@ -364,8 +366,8 @@ def test_a_yes_allows_all_that_it_was_asked_about_and_the_channels_past_does_wit
     job, _ = load_job(write_project(tmp_path))
     run: Any = SimpleNamespace(channel=SimpleNamespace(model="digits", name="prod"))
     rehearsed = Rehearsed(
-        job=job, published=Published(release="r1", sent_bytes=1, present_bytes=0, etags={}), result=scores(0.5), live="r2",
-        changes=CHANGES, allowed={"labels": "by release.allow"},
+        job=job, published=Published(release="r1", sent_bytes=1, present_bytes=0, etags={}), result=scores(0.5),
+        live="r2", changes=CHANGES, allowed={"labels": "by release.allow"},
     )  # fmt: skip
     assert rehearsed.asks_consent.endswith("another kind than what is live: signature.")
 
