@@ -105,7 +105,15 @@ def _training(job: Job, result: CheckResult) -> list[tuple[str, str]]:
             f"{train.epochs} epochs, batch {train.batch_size} over {ranks}, {optimizer}, learning rate "
             f"{train.learning_rate:g}, seed {train.seed}",
         ),
+        *([("ships", _ships(job))] if train.ships == "best" or train.ema is not None else []),
     ]
+
+
+def _ships(job: Job) -> str:
+    watched, better = job.watched
+    most = "highest" if better == "higher" else "lowest"
+    averaged = f", averaged over the steps (ema {job.train.ema:g})" if job.train.ema is not None else ""
+    return (f"the epoch with the {most} {watched}" if job.train.ships == "best" else "the last epoch") + averaged
 
 
 def _int8(job: Job) -> str:

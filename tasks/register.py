@@ -13,7 +13,7 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec
+from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec, TrainResult
 from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
@@ -23,9 +23,10 @@ from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LIN
 from train_and_ship.registry.release.onnx_header import onnx_versions
 from train_and_ship.registry.report.description import describe
 from train_and_ship.registry.report.speed import speed_metrics
+from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import FILES, REGISTERED, RELEASE, Registration, stage_inputs, write_fact
 from train_and_ship.registry.tracking import versions as mlflow_versions
-from train_and_ship.registry.tracking.curves import Point, file_points, latest_of
+from train_and_ship.registry.tracking.curves import Point, file_points, shipped_of
 from train_and_ship.registry.tracking.versions import VersionRecord
 from train_and_ship.tasks.fingerprints import data_fingerprint, snapshot_fingerprint
 from train_and_ship.tasks.requests import run_params
@@ -133,6 +134,8 @@ def _lineage(run: Run, trained: Trained, validated: Validated, inputs: Inputs) -
         "validation_samples": result.validation_samples,
         "training_environment": dict(result.environment),
         "history": [dict(row) for row in result.history],
+        # Where nothing was chosen it is the last row.
+        **({"shipped_epoch": result.shipped_epoch, "chosen_by": result.chosen_by} if result.chosen_by else {}),
     }
 
 
@@ -155,11 +158,17 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         formats=manifest.formats,
         sizes={name: entry.bytes for name, entry in manifest.files.items()},
         result=validated.result,
-        training=latest_of(trained.result.history),
+        training=shipped_of(trained.result),
         links={"Prefect run": run.flow_run_url},
         captured={kind: validated.exported.result.artifacts[kind].method for kind in validated.formats},
         left_out={**validated.exported.result.left_out, **validated.dropped},
+        shipped=shipped_words(run.job, trained.result) if trained.result.chosen_by else "",
     )
+
+
+def _measured(result: TrainResult) -> dict[str, float]:
+    """Of the epoch that ships: how good it was, on which data."""
+    return {name: value for name, value in shipped_of(result).items() if name.startswith(("train_", "validation_"))}
 
 
 def _record(
@@ -182,13 +191,16 @@ def _record(
         signature=_signature(validated),
         params=run_params(job),
         history=result.history,
+        shipped_epoch=result.shipped_epoch,
         points=points,
         metrics={
             f"{kind}.{name}": value
             for kind, values in validated.result.metrics.items()
             for name, value in values.items()
         }
-        | (speed_metrics(validated.result.speed) if validated.result.speed else {}),
+        | (speed_metrics(validated.result.speed) if validated.result.speed else {})
+        # Of a run MLflow shows the end of each curve, which is another epoch's.
+        | ({f"shipped.{name}": value for name, value in _measured(result).items()} if result.chosen_by else {}),
         dataset_name=job.data.factory,
         dataset_digest=result.data_fingerprint,
         dataset_source=f"{job.data.factory} at {trained.made_from.git_commit}",
@@ -199,6 +211,8 @@ def _record(
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,
             **({"data.overlap": shared} if shared else {}),
+            **({"shipped.epoch": str(result.shipped_epoch)} if result.shipped_epoch else {}),
+            **({"shipped.why": shipped_words(job, result)} if result.chosen_by else {}),
             **{f"serve.{purpose}": kind for purpose, kind in manifest.serve.items()},
             **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
         },

@@ -87,6 +87,9 @@ def train_settings(job: Job) -> TrainSettings:
         "checkpoint_seconds": train.checkpoint.seconds,
         "checkpoint_steps": train.checkpoint.steps,
         "checkpoint_keep": train.checkpoint.keep,
+        "weights": train.ships,
+        "watched": job.watched[0],
+        "watched_better": job.watched[1],
     }
     return TrainSettings(**settings)
 
@@ -249,6 +252,7 @@ def run_params(job: Job) -> dict[str, str]:
         **{f"model.{name}": str(value) for name, value in job.model.args.items()},
         **{f"data.{name}": str(value) for name, value in job.data.args.items()},
         **{f"train.{name}": str(value) for name, value in train.items() if value is not None and name != "args"},
+        **({"train.weights": "best"} if job.train.ships == "best" else {}),
         **{f"train.args.{name}": str(value) for name, value in job.train.args.items()},
         "export.formats": job.export.formats if job.export.formats == "auto" else ",".join(job.export.formats),
         "export.serve": job.export.serve,

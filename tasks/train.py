@@ -17,6 +17,7 @@ from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResul
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
+from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
 from train_and_ship.registry.text import Table, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
@@ -52,6 +53,8 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
         else:
             await _train(run, stage, start, inputs, meter)
     result = _result(stage.path)
+    if shipped := shipped_words(run.job, result):
+        get_run_logger().info("ships: %s", shipped)
     return Trained(
         folder=stage.path,
         result=result,

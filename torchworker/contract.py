@@ -211,7 +211,14 @@ class TrainSettings:
     clip_norm: float | None
     """Largest L2 norm of the gradients, None for no limit."""
     early_stopping: int | None
-    """Epochs without a lower validation loss after which training stops, None for never."""
+    """Epochs without a better watched number after which training stops, None for never."""
+    weights: Literal["last", "best"]
+    """Of which epoch they ship: the last, or the one whose watched number is best."""
+    watched: str
+    """The key of the history that early stopping and `best` go by: `validation_loss`, `validation_accuracy`."""
+    watched_better: Literal["higher", "lower"]
+    ema: float | None
+    """Decay of the moving average of the weights, which is validated and ships; None for the weights themselves."""
     checkpoint_seconds: float
     """About how far apart checkpoints are."""
     checkpoint_steps: int | None
@@ -338,6 +345,11 @@ class TrainResult:
     when it was first evaluated. A custom loop's own reading is not seen; there it is the data once more, after it."""
     ignored: Sequence[int] = ()
     """Labels among the model's classes that mean nothing to the loss, and so to accuracy."""
+    shipped_epoch: int = 0
+    """The epoch (from 1) whose weights these are, and whose row of the history is theirs; 0 where that is not known, as
+    of a custom loop."""
+    chosen_by: str = ""
+    """The key of the history where that epoch is the best; empty when the last one ships whatever it is like."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,6 +164,12 @@ class Job(Part):
         """What `release.policy` decides on; None when nothing is measured."""
         return self.release.metric or next(iter(self._measured), None)
 
+    @property
+    def watched(self) -> tuple[str, Literal["higher", "lower"]]:
+        """What `early_stopping` and `train.weights: best` go by, as a history calls it, and its better direction."""
+        metric = self.decisive_metric
+        return ("validation_loss", "lower") if metric is None else (f"validation_{metric}", self.direction(metric))
+
     def unattended(self) -> Job:
         """The job as it is run when nobody watches: without a policy of its own, only what is better goes live.
 
@@ -208,7 +214,8 @@ class Job(Part):
         """The same for what training depends on: a gate or a format that is changed later needs no new training."""
         kept = self.model_dump(mode="json", include={"name", "project", "model", "data", "train"})
         kept["data"].pop("checks")
-        return digest({**kept, "metrics": self.metrics})
+        chosen = self.train.early_stopping is not None or self.train.ships == "best"
+        return digest({**kept, "metrics": self.metrics, **({"watched": self.watched} if chosen else {})})
 
 
 _METRIC_OF_LOSS: Mapping[str, str] = {

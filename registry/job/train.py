@@ -21,6 +21,8 @@ FOR_ANY_LOOP = frozenset({
     "collective_seconds", "device", "backend", "launcher",
 })  # fmt: skip
 """What also holds for a custom loop; the other keys are read by the built-in one."""
+CAME_LATER = frozenset({"weights", "ema"})
+"""Keys that stand nowhere when they are not given, so that jobs of before have the digests that they had."""
 
 
 class CustomMetric(Factory):
@@ -84,7 +86,11 @@ class Train(Part):
     clip_norm: float | None = Field(None, gt=0)
     """largest L2 norm of the gradients"""
     early_stopping: int | None = Field(None, ge=1)
-    """epochs without a lower validation loss after which training stops"""
+    """epochs without a better release.metric (without metrics: validation loss) after which training stops"""
+    weights: Literal["last", "best"] | None = None
+    """of which epoch the weights ship; when absent, best with early_stopping and else last; see which-epoch.md"""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """decay of a moving average of the weights over the steps, such as 0.999; it is validated and ships"""
     checkpoint: Checkpoint = Checkpoint()
     restarts: int = Field(3, ge=0)
     """launches in a row that may die without a new checkpoint before the run gives up"""
@@ -137,7 +143,9 @@ class Train(Part):
     @model_serializer(mode="wrap")
     def _what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the keys that the chosen loop does not read."""
-        values: dict[str, Any] = dump(self)
+        values: dict[str, Any] = {
+            name: value for name, value in dump(self).items() if value is not None or name not in CAME_LATER
+        }
         if self.entrypoint is None:
             return {name: value for name, value in values.items() if name not in ("entrypoint", "args")}
         return {name: value for name, value in values.items() if name in FOR_ANY_LOOP}
@@ -151,6 +159,11 @@ class Train(Part):
                 f"{self.processes}{passes}"
             )
         return self
+
+    @property
+    def ships(self) -> Literal["last", "best"]:
+        """Of which epoch the weights ship."""
+        return self.weights or ("best" if self.early_stopping is not None else "last")
 
     @property
     def custom_metrics(self) -> tuple[CustomMetric, ...]:

@@ -26,6 +26,7 @@ def describe(
     links: Mapping[str, str],
     captured: Mapping[str, str],
     left_out: Mapping[str, str],
+    shipped: str = "",
 ) -> str:
     """Describe one version.
 
@@ -35,10 +36,11 @@ def describe(
         formats: Format to file name.
         sizes: File name to bytes.
         result: What was proven and measured.
-        training: The last values of the history.
+        training: What the history says of the weights that ship.
         links: Text to URL; one with an empty URL is left out.
         captured: Format to how it was made.
         left_out: Format to why it could not be made.
+        shipped: Which epoch that is and why, in words; empty for the last.
     """
     parity = [verdict for verdict in result.verdicts if verdict.gate == PARITY]
     gates = [verdict for verdict in result.verdicts if verdict.gate != PARITY]
@@ -53,6 +55,7 @@ def describe(
     format_of = {file: name for name, file in formats.items()}
     files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
     where = "step" if "step" in training else "epoch"
+    which = "Epoch that ships" if shipped else f"Last {where}"
     last = f" ({number(training[where])})" if where in training else ""
     values = [(name, number(value)) for name, value in training.items() if name not in (where, "time")]
     parts = [
@@ -63,7 +66,7 @@ def describe(
         ("int8", "", int8_table(result.int8)),
         ("Speed", how_measured(speed) if speed else "", speed_table(speed) if speed else Table(rows=())),
         ("Files", "", Table(header=("file", "format", "size"), rows=files)),
-        (f"Last {where}{last}", "", Table(header=("metric", "value"), rows=values)),
+        (f"{which}{last}", shipped, Table(header=("metric", "value"), rows=values)),
     ]
     # MLflow's page shows the backslashes with which markdown is escaped.
     sections = [

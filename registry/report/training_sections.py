@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torchworker.contract import TrainResult
+from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Cell, Table, number
-from train_and_ship.registry.tracking.curves import Point
+from train_and_ship.registry.tracking.curves import Point, shipped_of
 
 CURVES = 12
 """Most charts of learning curves: the others are in MLflow."""
@@ -81,5 +83,22 @@ def training_section(files: RunFiles) -> Section:
     else:
         held = f"{trained.train_samples:,} samples, {trained.validation_samples:,} held out"
         rows += [("data", f"{job.data.factory}, {held}"), *trained.environment.items()]
+        if shipped := shipped_words(job, trained):
+            rows.append(("ships", shipped))
         rows += [("note", note) for note in trained.notes]
     return Section(title="What was trained", blocks=[Table(rows=rows)])
+
+
+def shipped_words(job: Job, trained: TrainResult) -> str:
+    """Which epoch's weights ship and why; empty where that is not known, as of a custom loop."""
+    epoch, last = trained.shipped_epoch, len(trained.history)
+    if not epoch:
+        return ""
+    averaged = f", averaged over the steps (ema {job.train.ema:g})" if job.train.ema is not None else ""
+    if not trained.chosen_by:
+        return f"epoch {epoch}, the last{averaged}"
+    value = number(shipped_of(trained)[trained.chosen_by])
+    return (
+        f"epoch {epoch} of {last}{averaged}: {trained.chosen_by} {value} is the best. It was chosen on the validation "
+        "samples, which the gates measure on too, so their numbers are a little optimistic"
+    )

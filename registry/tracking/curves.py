@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchworker.contract import TrainResult
+
 STRAGGLER_RATIO = 1.5
 """A rank is a straggler when its step takes this many times the median rank's."""
 STEP_SECONDS = 1.0
@@ -127,6 +129,13 @@ def latest_of(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for row in history:
         latest |= row
     return latest
+
+
+def shipped_of(trained: TrainResult) -> dict[str, float]:
+    """What the history says of the weights that ship: the row of their epoch, or of a custom loop all last values."""
+    if not trained.shipped_epoch:
+        return latest_of(trained.history)
+    return dict(trained.history[trained.shipped_epoch - 1])
 
 
 def _row_points(row: Mapping[str, Any], epoch: int, when: float) -> list[Point]:

@@ -78,6 +78,8 @@ class VersionRecord(RunRecord):
     """`inputs` and `outputs`: items with `name`, `dtype` and `shape`; a string in a shape is a dynamic dimension."""
     history: Sequence[Mapping[str, float]]
     """One mapping an epoch or report: `epoch` or `step`, `time` (unix seconds) and metrics."""
+    shipped_epoch: int = 0
+    """Which of them the model is of; 0 for the last."""
     points: Sequence[Point] = ()
     """What else was measured while it trained; each curve in order."""
     metrics: Mapping[str, float]
@@ -212,7 +214,7 @@ def _log_model(
     )
     model_id = str(logged.model_id)
     try:
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, _last_epoch(record))])
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, _shipped(record))])
         with tempfile.TemporaryDirectory(prefix="mlflow-model-") as name:
             staging = Path(name)
             generated = _write_model_files(
@@ -292,14 +294,14 @@ def _write_model_files(folder: Path, model: Model, record: VersionRecord) -> set
 
 
 def _log_run(client: MlflowClient, run: OpenRun, model_id: str, record: VersionRecord) -> None:
-    """Log what the run lacks of the training, the last epoch and the final metrics for the model too, and the data."""
+    """Log what the run lacks of the training, the model's epoch and final metrics for the model too, and the data."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
-    trained, last, now = history_points(record.history), _last_epoch(record), time.time()
-    metrics = metrics_of(missing_points([*(p for p in trained if p.step < last), *record.points], run.latest))
+    trained, shipped, now = history_points(record.history), _shipped(record), time.time()
+    metrics = metrics_of(missing_points([*(p for p in trained if p.step != shipped), *record.points], run.latest))
     # Known to the run perhaps, which then keeps one of the two, but not to the model.
-    metrics += metrics_of([point for point in trained if point.step == last], model_id)
-    metrics += metrics_of([Point(name, value, last, now) for name, value in record.metrics.items()], model_id)
+    metrics += metrics_of([point for point in trained if point.step == shipped], model_id)
+    metrics += metrics_of([Point(name, value, shipped, now) for name, value in record.metrics.items()], model_id)
     tags = [RunTag(name, value) for name, value in run_tags(record.tags, record.description).items()]
     client.log_batch(run.run_id, metrics=metrics[:BATCH_OF_METRICS], tags=tags)
     for start in range(BATCH_OF_METRICS, len(metrics), BATCH_OF_METRICS):
@@ -362,7 +364,10 @@ def _signature(signature: Mapping[str, Sequence[Mapping[str, Any]]]) -> ModelSig
         return None
 
 
-def _last_epoch(record: VersionRecord) -> int:
+def _shipped(record: VersionRecord) -> int:
+    """Where the model stands on the curves of the history."""
+    if record.shipped_epoch:
+        return record.shipped_epoch
     return position(record.history[-1], len(record.history)) if record.history else 0
 
 

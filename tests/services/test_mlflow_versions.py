@@ -132,6 +132,20 @@ def test_the_run_has_params_and_metrics_of_every_epoch(server: str, registered: 
     assert run.data.metrics["top-5 ___"] == 99.5
 
 
+def test_the_model_has_the_metrics_of_the_epoch_that_ships_and_the_run_all_of_them(server: str, folder: Path) -> None:
+    tags = {"release": "r-best", "flow_run_id": "run-best"}
+    version = mlflow_versions.register(record(folder, model="best", shipped_epoch=2, tags=tags), server)
+    client = MlflowClient(server)
+    (output,) = client.get_run(version.run_id).outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert {metric.key: (metric.value, metric.step) for metric in logged.metrics or []} == {
+        "train_loss": (1 / 2, 2), "onnx.accuracy": (0.9778, 2), "top-5 ___": (99.5, 2),
+    }  # fmt: skip
+    history = client.get_metric_history(version.run_id, "train_loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert output.step == 2 and client.get_run(version.run_id).data.metrics["train_loss"] == 1 / 3
+
+
 def test_final_metrics_are_shown_on_the_model_page(server: str, registered: RegisteredVersion) -> None:
     client = MlflowClient(server)
     model_id = client.get_run(registered.run_id).outputs.model_outputs[0].model_id

@@ -20,7 +20,10 @@ class Train:
     def __init__(self, fork_server: ForkServer, folder: Path) -> None:
         self._host, self._folder, self._runs = fork_server, folder, iter(range(100))
 
-    def __call__(self, job_file: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> TrainResult:
+    def __call__(
+        self, job_file: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None, start: Path | None = None
+    ) -> TrainResult:
+        """start: the weights of a release that training starts from."""
         job, project = load_job(job_file)
         work = self._folder / f"train{next(self._runs)}"
         work.mkdir()
@@ -29,6 +32,7 @@ class Train:
             train=train_settings(job),
             folder=str(work),
             checkpoints=str(self._folder / "checkpoints"),
+            start=str(start or ""),
         )
         reply = asyncio.run(call_worker(self._host, "train", request, work, on_event))
         result: TrainResult = decode(TrainResult, reply)

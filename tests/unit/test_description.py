@@ -54,6 +54,14 @@ def test_formats_are_columns_and_conditions_are_lines() -> None:
     assert "| accuracy | 0.9778 | 0.9778 |" in text
 
 
+def test_the_values_are_those_of_the_epoch_that_ships_and_why_it_does_stands_before_them() -> None:
+    assert "### Last epoch (12)" in lines(describe())
+    text = lines(describe(shipped="epoch 12 of 20: accuracy 0.98 is the best."))
+    place = text.index("### Epoch that ships (12)")
+    assert text[place + 1] == "epoch 12 of 20: accuracy 0.98 is the best."
+    assert "| train_loss | 0.05 |" in text[place:]
+
+
 def test_files_are_listed_with_their_sizes() -> None:
     assert "| `model.onnx` | onnx | 14.9 kB |" in lines(describe())
     assert "| `model.pt2` | pt2 | 2.5 MB |" in lines(describe())

@@ -16,6 +16,7 @@ from torchworker.project import user_code
 from torchworker.project.independence import require_independent
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
+from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
 from torchworker.training.results import try_weights
 from torchworker.training.weighting import is_mean, no_mean, weigh_of
@@ -37,6 +38,9 @@ def check(request: CheckRequest) -> CheckResult:
         return try_parts(project, request.dynamic, request.max_batch)
     loss = user_code.build_loss(project)
     model = user_code.build_model(project)
+    if settings.ema is not None:
+        # A model that cannot be copied has no average.
+        Averaging(model, settings.ema, project)
     optimizer = user_code.build_optimizer(project, settings, model)
     user_code.build_schedule(project, settings, optimizer, steps=1)
     model.eval()

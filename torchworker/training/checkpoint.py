@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,7 +118,12 @@ class Checkpoints:
         return found[0], found[1]
 
     def save(
-        self, step: int, state: dict[str, Any], own: dict[str, Any], write: Callable[[Path], None] | None = None
+        self,
+        step: int,
+        state: dict[str, Any],
+        own: dict[str, Any],
+        write: Callable[[Path], None] | None = None,
+        kept: Mapping[str, Any] | None = None,
     ) -> float:
         """Start writing a checkpoint and return the seconds that training was held up.
 
@@ -127,6 +132,7 @@ class Checkpoints:
             state: tensors and plain values that every rank has, such as state dicts. Tensors are copied first.
             own: this rank's JSON values, `world` among them.
             write: called on rank 0 to write other files into the checkpoint's folder.
+            kept: more of the state, whose tensors nobody changes any more; they are not copied.
         """
         # Half a second of import that a short run does not need.
         import torch.distributed.checkpoint as dcp
@@ -152,7 +158,7 @@ class Checkpoints:
             self.wait()
             return time.perf_counter() - began
         # async_save copies what is on a GPU; what is on the CPU it would read while training goes on changing it.
-        state = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
+        state = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state) | dict(kept or {})
         future = dcp.async_save(  # type: ignore[attr-defined]
             state,
             checkpoint_id=str(work),

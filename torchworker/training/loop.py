@@ -24,12 +24,14 @@ from torchworker.project.metrics import first_output
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
 from torchworker.project.weights import start_from
+from torchworker.training.averaging import Averaging
+from torchworker.training.best import BestWeights, stops_early
 from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
 from torchworker.training.device import device_notes, memory_bytes, place
 from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
-from torchworker.training.strategy import autocast, make_scaler, share_model
+from torchworker.training.strategy import autocast, make_scaler, shard, share_model
 from torchworker.training.weighting import TINY, Weigh, by_samples, ignored_labels, is_mean, no_mean, weigh_of
 
 STEP_EVENT_SECONDS = 0.25
@@ -83,7 +85,16 @@ class Loop:
         self.ignored: list[int] = []
         """Classes that the loss ignores."""
         example = self._try_validation()
+        # Before sharding, after which a model cannot be copied.
+        self.average = Averaging(self.model, settings.ema, project) if settings.ema is not None else None
         self.strategy = share_model(self.model, project, settings, self.device)
+        self.shipped = self.model
+        """What is validated and ships."""
+        if self.average is not None:
+            self.shipped = self.average.model
+            if settings.strategy == "fsdp":
+                shard(self.shipped, project, self.device)
+        self.best = BestWeights(self.shipped, settings)
         self.scaler = make_scaler(settings, self.device)
         self.evaluation = Evaluation(
             ValidationData(self.validation_set, project, settings, self.world, self.rank, pin_memory),
@@ -132,7 +143,7 @@ class Loop:
         )
         self.began = self.last_said = time.perf_counter()
         self.first_step = self.step
-        while self.epoch <= settings.epochs and not self._stops_early():
+        while self.epoch <= settings.epochs and not stops_early(self.history, settings):
             began, first = time.perf_counter(), self.epoch_step
             train_loss = self._train_epoch()
             seconds = time.perf_counter() - began
@@ -147,6 +158,7 @@ class Loop:
                 "time": time.time(),
             }
             self.history.append(row)
+            self.best.see(self.history)
             self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
             self.epoch += 1
             self.epoch_step = 0
@@ -154,7 +166,8 @@ class Loop:
         self.checkpoints.wait()
         read = whole_readings({"train": self.data.fingerprint, "validation": self.evaluation.data.fingerprint})
         user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
-        save_trained(self.model, self.validation_set, self.project, self.folder, self.device)
+        self.best.put_back()
+        save_trained(self.shipped, self.validation_set, self.project, self.folder, self.device)
         cpu_seconds = whole_cpu_seconds()
         result = None
         if self.rank == 0:
@@ -169,6 +182,8 @@ class Loop:
                 cpu_seconds=cpu_seconds,
                 read=read,
                 ignored=self.ignored,
+                shipped_epoch=self.best.epoch or len(self.history),
+                chosen_by=settings.watched if self.best.epoch else "",
             )
         self.strategy.release()
         leave()
@@ -185,6 +200,7 @@ class Loop:
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            **({"average": self.average.state()} if self.average is not None else {}),
         }
 
     def _own(self) -> dict[str, Any]:
@@ -197,6 +213,8 @@ class Loop:
             "sums": self.losses.sums.tolist(),
             "fingerprint": [self.data.fingerprint.total, self.data.fingerprint.samples],
             "history": self.history,
+            "best": self.best.epoch,
+            "ema": self.settings.ema,
             "shapes": self._shapes(),
             "trained": self._trained(),
             "random": random_state(),
@@ -212,7 +230,7 @@ class Loop:
     def _save(self) -> None:
         # No checkpoint of weights that a loss has made NaN.
         self.losses.settle()
-        held = self.checkpoints.save(self.step, self._state(), self._own())
+        held = self.checkpoints.save(self.step, self._state(), self._own(), kept=self.best.state)
         self._say("checkpoint", step=self.step, held_seconds=held, failures=self.checkpoints.failures)
 
     def _resume(self) -> None:
@@ -230,11 +248,14 @@ class Loop:
         # To give its state a form, torch takes a step with an optimizer that has taken none.
         user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
         state = self._state()
-        self.checkpoints.load(path, state)
+        self.best.expect(own.get("best", 0))
+        self.checkpoints.load(path, {**state, **self.best.state})
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         set_model_state_dict(self.model, state["model"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.epoch, self.step, self.epoch_step = own["epoch"], own["step"], own["epoch_step"]
         self.history = own["history"]
         note = f"resumed from step {self.step} of {self.steps}"
@@ -246,6 +267,8 @@ class Loop:
             self._share_sums(path, own["world"])
             note += f", written by {own['world']} processes and read by {self.world}: bits may differ"
         self.notes.append(note)
+        if self.history and self.settings.weights == "best" and "best" not in own:
+            self.notes.append("the checkpoint is of an earlier version and keeps no best weights: a later epoch ships")
 
     def _read_own(self, path: Path) -> dict[str, Any]:
         """This rank's values; raises UserError when the checkpoint is of another model, or of other layers of it."""
@@ -257,6 +280,11 @@ class Loop:
                     f"train: {path} is a checkpoint of another model: {name} is {there.get(name, 'missing')} there and "
                     f"{here.get(name, 'missing')} here; start a new run, or bring back the model that began this one"
                 )
+        if own.get("ema") != self.settings.ema:
+            raise UserError(
+                f"train.ema: {path} was written with {own.get('ema')}, and the job says {self.settings.ema}; start a "
+                "new run, or give what the run that was begun had"
+            )
         # Checkpoints of before do not say it.
         then, now = set(own.get("trained", self._trained())), set(self._trained())
         if then != now:
@@ -322,6 +350,8 @@ class Loop:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         user_code.apply_gradients(self.optimizer, self.project, self.scaler)
         self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.model)
         self.losses.settle(before=self.step)
         self.step_seconds = time.perf_counter() - began
         self._say_step()
@@ -350,13 +380,6 @@ class Loop:
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
             "the loss for a log or division of zero"
         )
-
-    def _stops_early(self) -> bool:
-        patience = self.settings.early_stopping
-        if patience is None or len(self.history) <= patience:
-            return False
-        losses = [row["validation_loss"] for row in self.history]
-        return min(losses[-patience:]) >= min(losses[:-patience])
 
     def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None, counts: bool = True) -> Tensor:
         """labels: the target where it came from, on the CPU; counts: False when no label of it does."""
@@ -408,7 +431,7 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         # Weights of schedule-free optimizers are others while training.
         user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
-        means = self.evaluation(self.model)
+        means = self.evaluation(self.shipped)
         if not all(math.isfinite(mean) for mean in means.values()):
             raise UserError(
                 f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "

@@ -44,26 +44,13 @@ class Replicated:
 
 
 class Sharded:
-    """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are spread over the ranks.
-
-    The units that are gathered together are the composite items of every ModuleList and Sequential (the layers of a
-    transformer, the stages of a network), and what is left.
-    """
+    """FSDP2 (`fully_shard`): parameters, gradients and optimizer state are spread over the ranks."""
 
     collective_forward = True
 
     def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
         """Args: as `share_model` has them."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        try:
-            for unit in sharding_units(model):
-                fully_shard(unit, mesh=mesh)
-            self._fsdp: Any = fully_shard(model, mesh=mesh)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            raise _cannot_be_shared(error, project) from error
+        self._fsdp: Any = shard(model, project, device)
         self.call: Any = model
 
     def exchange_gradients(self, now: bool) -> None:
@@ -92,6 +79,28 @@ def share_model(model: nn.Module, project: Project, settings: TrainSettings, dev
     """
     kind = Sharded if settings.strategy == "fsdp" else Replicated
     return kind(model, project, settings, device)
+
+
+def shard(model: nn.Module, project: Project, device: torch.device) -> Any:
+    """Make a model one of parts, in place. Every rank calls it.
+
+    The units that are gathered together are the composite items of every ModuleList and Sequential (the layers of a
+    transformer, the stages of a network), and what is left.
+
+    Raises:
+        UserError: the model cannot be shared between processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    try:
+        for unit in sharding_units(model):
+            fully_shard(unit, mesh=mesh)
+        sharded: Any = fully_shard(model, mesh=mesh)
+        return sharded
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise _cannot_be_shared(error, project) from error
 
 
 def sharding_units(model: nn.Module) -> list[nn.Module]:
