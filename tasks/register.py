@@ -18,6 +18,7 @@ from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
 from train_and_ship.registry.data.checks import require_held_out, shared_samples
+from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from train_and_ship.registry.release.onnx_header import onnx_versions
@@ -171,6 +172,13 @@ def _measured(result: TrainResult) -> dict[str, float]:
     return {name: value for name, value in shipped_of(result).items() if name.startswith(("train_", "validation_"))}
 
 
+def _choice(job: Job, result: TrainResult) -> dict[str, str]:
+    """Tags; none where the last epoch ships whatever it is like."""
+    if not result.chosen_by:
+        return {}
+    return {"shipped.epoch": str(result.shipped_epoch), "shipped.why": shipped_words(job, result)}
+
+
 def _record(
     run: Run,
     trained: Trained,
@@ -211,8 +219,7 @@ def _record(
             "flow_run_url": run.flow_run_url,
             "release": manifest.release,
             **({"data.overlap": shared} if shared else {}),
-            **({"shipped.epoch": str(result.shipped_epoch)} if result.shipped_epoch else {}),
-            **({"shipped.why": shipped_words(job, result)} if result.chosen_by else {}),
+            **_choice(job, result),
             **{f"serve.{purpose}": kind for purpose, kind in manifest.serve.items()},
             **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
         },
