@@ -15,6 +15,7 @@ from tests.support.html_pages import checked
 from tests.support.projects import write_project
 from tests.support.run_report_files import page_of, run_files
 from torchworker.contract import TrainResult, TrainSettings
+from torchworker.process.failure import UserError
 from torchworker.training.averaging import Averaging
 from torchworker.training.best import best_epoch, stops_early
 from train_and_ship.infra.errors import JobError
@@ -188,3 +189,11 @@ def test_weights_and_running_statistics_are_averaged_and_other_buffers_are_as_in
         torch.testing.assert_close(found[name], tensor, msg=name)
     for name in found.keys() - expected.keys():
         assert torch.equal(found[name], model.state_dict()[name]), name
+
+
+def test_a_model_that_cannot_be_copied_has_no_average_and_the_key_is_named(tmp_path: Path) -> None:
+    job, folder = load_job(write_project(tmp_path))
+    model = nn.Linear(3, 2)
+    model.scaled = model.weight * 2
+    with pytest.raises(UserError, match=r"train\.ema: plain:build_model makes a model that cannot be copied"):
+        Averaging(model, 0.9, project_of(job, folder))

@@ -58,12 +58,8 @@ class Averaging:
                 averaged[place].copy_(current[place])
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, to be saved or to be filled by one: the tensors are the average's own."""
+        """For a checkpoint: the tensors are the average's own, and to read into them is to go on from there."""
         return self._average.state_dict()
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave, filled with what a checkpoint holds."""
-        self._average.load_state_dict(state)
 
 
 def _of_shards(decay: float) -> Any:

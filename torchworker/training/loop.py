@@ -254,8 +254,6 @@ class Loop:
         set_model_state_dict(self.model, state["model"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load(state["average"])
         self.epoch, self.step, self.epoch_step = own["epoch"], own["step"], own["epoch_step"]
         self.history = own["history"]
         note = f"resumed from step {self.step} of {self.steps}"
