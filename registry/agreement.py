@@ -56,7 +56,7 @@ def agreements(job: Job, trained: TrainResult, result: ValidateResult) -> list[A
 
 
 def _of_epoch(trained: TrainResult) -> Mapping[str, float]:
-    return {name.removeprefix("validation_"): value for name, value in trained.history[-1].items()}
+    return {name.removeprefix("validation_"): value for name, value in trained.shipped.items()}
 
 
 def _compared(epoch: Mapping[str, float], samples: int, result: ValidateResult) -> Iterator[Agreement]:
@@ -83,7 +83,7 @@ def require_agreement(job: Job, trained: TrainResult, result: ValidateResult) ->
     if not wrong:
         return
     first = wrong[0]
-    epoch = int(trained.history[-1]["epoch"])
+    epoch = int(trained.shipped["epoch"])
     of = f"{result.validation_samples:,} of these" if first.sampled else "the same"
     raise GateError(
         f"{job.name}: {first.metric} is {number(first.trained)} at the end of epoch {epoch} on "

@@ -351,6 +351,11 @@ class TrainResult:
     chosen_by: str = ""
     """The key of the history where that epoch is the best; empty when the last one ships whatever it is like."""
 
+    @property
+    def shipped(self) -> Mapping[str, float]:
+        """The row of the history that is of these weights; the last one where that is not known."""
+        return self.history[self.shipped_epoch - 1] if self.shipped_epoch else self.history[-1]
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectRequest(Message):

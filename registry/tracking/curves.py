@@ -133,9 +133,7 @@ def latest_of(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def shipped_of(trained: TrainResult) -> dict[str, float]:
     """What the history says of the weights that ship: the row of their epoch, or of a custom loop all last values."""
-    if not trained.shipped_epoch:
-        return latest_of(trained.history)
-    return dict(trained.history[trained.shipped_epoch - 1])
+    return dict(trained.shipped) if trained.shipped_epoch else latest_of(trained.history)
 
 
 def _row_points(row: Mapping[str, Any], epoch: int, when: float) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def test_a_metric_on_a_scale_of_its_own_is_held_by_its_size(job: Job) -> None:
     for value, agrees in ((1.204e6, True), (1.3e6, False)):
         result = gated(20_000, {"onnx": {"mean_squared_error": value}})
         assert [item.agrees for item in agreements(job, trained(mean_squared_error=1.2e6), result)] == [agrees]
+
+
+def test_the_epoch_that_was_chosen_is_the_one_that_is_held_against_the_gates(job: Job) -> None:
+    chosen = replace(trained(accuracy=0.9), shipped_epoch=1, chosen_by="validation_accuracy")
+    (item,) = agreements(job, chosen, gated(20_000, {"onnx": {"accuracy": 0.1}}))
+    assert item.agrees and item.trained == 0.1
 
 
 def test_what_cannot_be_compared_is_not(job: Job) -> None:
