@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import hashlib
 import json
@@ -11,6 +12,7 @@ import site
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -69,19 +71,56 @@ SOURCES = frozenset([".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".
 _NOT_CODE = frozenset(["__pycache__", "node_modules", "site-packages"])
 
 
-def code_fingerprint(folder: Path, more: Iterable[Path] = ()) -> str:
-    """16 hexadecimal digits over the source files below a folder, those of editable installs, and `more` files.
+@dataclass(frozen=True)
+class CodeFile:
+    """One file of code."""
+
+    name: str
+    """For people: relative to the project, or behind the package that it is of."""
+    inner: str
+    """Relative to the folder that it was found in; empty for a file that was named alone."""
+    sha256: str
+    """Hexadecimal."""
+
+
+def code_files(folder: Path, more: Iterable[Path] = (), only: Iterable[Path] | None = None) -> list[CodeFile]:
+    """The source files below a folder, those of editable installs, and `more` files.
 
     Code that is not used counts too: what a model imports late is not known before it runs. Hidden folders and virtual
     environments do not count, and neither does this application, whose version is in `environment_lock`.
+
+    Args:
+        folder: of the project, absolute.
+        more: further files, which are named.
+        only: files and folders that are all that counts beside `more`; None for everything.
     """
+    found = []
+    if only is None:
+        found += [_code_file(path, folder, "") for path in _sources(folder)]
+        for name, root in editable_folders():
+            found += [_code_file(path, root, f"{name}: ") for path in _sources(root)]
+    else:
+        several = {path: None for place in only for path in ([place] if place.is_file() else _sources(place))}
+        found += [_code_file(path, folder, "") for path in several]
+    return found + [CodeFile(os.path.relpath(path, folder), "", _sha256(path)) for path in more]
+
+
+def _code_file(path: Path, root: Path, before: str) -> CodeFile:
+    inner = Path(os.path.relpath(path, root)).as_posix()
+    return CodeFile(before + inner, inner, _sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def code_fingerprint(files: Iterable[CodeFile]) -> str:
+    """16 hexadecimal digits over files of code."""
     digest = hashlib.sha256()
-    for root in [folder, *_editable_folders()]:
-        for path in _sources(root):
-            digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    for path in more:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for file in files:
+        if file.inner:
+            digest.update(f"{file.inner}\n".encode())
+        digest.update(bytes.fromhex(file.sha256))
     return digest.hexdigest()[:16]
 
 
@@ -96,14 +135,15 @@ def _sources(folder: Path) -> Iterator[Path]:
         yield from (here / name for name in sorted(files) if Path(name).suffix in SOURCES)
 
 
-def _editable_folders() -> list[Path]:
-    """Sources of packages that are installed in place, whose version says nothing."""
+@functools.cache
+def editable_folders() -> list[tuple[str, Path]]:
+    """Packages that are installed in place, whose version says nothing, and their sources."""
     found = []
     for name, item in _installed().items():
         origin = json.loads(item.read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable") and name != "train-and-ship":
-            found.append(Path(unquote(urlsplit(origin["url"]).path)))
-    return sorted(folder for folder in found if folder.is_dir())
+            found.append((name, Path(unquote(urlsplit(origin["url"]).path))))
+    return sorted(((name, folder) for name, folder in found if folder.is_dir()), key=lambda item: item[1])
 
 
 def asked_by(why: str) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from torchworker.contract import decode
 from train_and_ship.registry.diff import ReleaseRecord, flat, packages_of
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.release.manifest import JOB, LINEAGE
+from train_and_ship.registry.made_of import Files, differences
+from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 
+_SILENT = "the live release does not say what it was trained on"
 SHOWN = 3
 """Differences that are named; of the others it is said how many."""
 NOT_TRAINED_ON = ("gates", "release", "retrain")
@@ -29,6 +33,10 @@ class Inputs:
     config: str
     environment: Mapping[str, str]
     """Version by package."""
+    files: Files = field(default_factory=Files)
+    """Beside the data."""
+    samples: Mapping[str, int] = field(default_factory=dict)
+    """By split; empty where the data was not read."""
 
     def digest(self, start: str, allowed: Collection[str] = ()) -> str:
         """16 hexadecimal digits.
@@ -39,7 +47,9 @@ class Inputs:
                 had allowed it is another question once somebody has.
         """
         environment = sorted(self.environment.items())
-        more = [sorted(allowed)] if allowed else []
+        # Nothing where there is none, as before such things were looked at.
+        more: list[Any] = [sorted(allowed)] if allowed else []
+        more += [found for found in (self.files.opened, self.files.named) if found]
         return digest([self.code, self.data, self.config, environment, start, *more])
 
     def recorded(self) -> dict[str, str]:
@@ -58,25 +68,36 @@ def _config(job: Job) -> dict[str, Any]:
     return document
 
 
-def changes(inputs: Inputs, job: Job, live: ReleaseRecord) -> dict[str, str]:
+def recorded_files(release: ReleaseRecord) -> Files | None:
+    """Which files a release was made of; None for one from before that was recorded."""
+    try:
+        said = release.document(LINEAGE).get("files")
+        found: Files | None = decode(Files, said, lenient=True) if said else None
+        return found
+    except (TypeError, AttributeError):
+        return None
+
+
+def changes(inputs: Inputs, job: Job, live: ReleaseRecord, project: Path) -> dict[str, str]:
     """What differs from the live release.
 
     Args:
         inputs: What a release would be made of now.
         job: As it is now.
         live: What the live release keeps about itself.
+        project: Absolute folder of the code.
 
     Returns:
         `code`, `data`, `config`, `environment` to how they differ; empty when nothing does.
     """
     recorded = live.document(LINEAGE).get("inputs", {})
     found: dict[str, str] = {}
-    for name, fingerprint in (("code", inputs.code), ("data", inputs.data)):
-        earlier = recorded.get(name)
-        if earlier is None:
-            found[name] = "the live release does not say what it was trained on"
-        elif earlier != fingerprint:
-            found[name] = f"fingerprint {earlier} → {fingerprint}"
+    if code := _code_changes(inputs, job, live, project):
+        found["code"] = code
+    if (earlier := recorded.get("data")) is None:
+        found["data"] = _SILENT
+    elif earlier != inputs.data:
+        found["data"] = _data_changes(inputs, live) or f"fingerprint {earlier} → {inputs.data}"
     if config := _config_changes(job, live):
         found["config"] = config
     before = packages_of(live)
@@ -87,6 +108,33 @@ def changes(inputs: Inputs, job: Job, live: ReleaseRecord) -> dict[str, str]:
         said = [f"{name} {before.get(name, 'none')} → {inputs.environment.get(name, 'none')}" for name in different]
         found["environment"] = _some(said)
     return found
+
+
+def _code_changes(inputs: Inputs, job: Job, live: ReleaseRecord, project: Path) -> str:
+    """Of files, by name. A release that does not say which they were has a fingerprint of its source files."""
+    before = recorded_files(live)
+    if before is not None:
+        return _some(differences(before, inputs.files, job, project))
+    earlier = live.document(LINEAGE).get("inputs", {}).get("code")
+    if earlier is None:
+        return _SILENT
+    said = [] if earlier == inputs.code else [f"fingerprint {earlier} → {inputs.code}"]
+    return _some([*said, *(f"{pattern} was not looked at before" for pattern in inputs.files.named)])
+
+
+def _data_changes(inputs: Inputs, live: ReleaseRecord) -> str:
+    """By split, in samples; empty where one of both was not read."""
+    said, known = [], live.document(DATA)
+    for split, samples in inputs.samples.items():
+        earlier = known.get(split, {}).get("samples")
+        fingerprint = known.get(split, {}).get("fingerprint")
+        if earlier is None or fingerprint is None:
+            return ""
+        if earlier != samples:
+            said.append(f"{split} {earlier:,} → {samples:,} samples")
+        elif fingerprint not in inputs.data.split():
+            said.append(f"{split}: other samples, {samples:,} as before")
+    return ", ".join(said)
 
 
 def _config_changes(job: Job, live: ReleaseRecord) -> str:

@@ -30,6 +30,7 @@ from train_and_ship.registry.cost import Spent, read_costs
 from train_and_ship.registry.data.checks import Report
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange
+from train_and_ship.registry.made_of import Files
 from train_and_ship.registry.release.manifest import LINEAGE
 from train_and_ship.registry.tracking.curves import Point, file_points, history_points
 
@@ -73,6 +74,8 @@ class MadeFrom:
     """Fingerprint."""
     packages: Mapping[str, str]
     """Version by package."""
+    files: Files | None = None
+    """Source files as they were then, and what training opened; None where an older version has trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

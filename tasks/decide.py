@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -39,11 +39,12 @@ from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import require_kinds
-from train_and_ship.registry.lineage import Inputs, changes
+from train_and_ship.registry.lineage import Inputs, changes, recorded_files
+from train_and_ship.registry.made_of import files_now
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
 from train_and_ship.tasks.events import emit
-from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, snapshot_fingerprint
+from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, project_hashes, snapshot_fingerprint
 from train_and_ship.tasks.inspect import read_facts
 from train_and_ship.tasks.ledgers import close_ledger, ledger_of
 from train_and_ship.tasks.outcome import CUT_OFF
@@ -98,11 +99,12 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: S
     start = live if job.retrain.start == "live" else None
     if earlier is not None:
         live, start = earlier
+    now = _Now(channel, settings, job, job_file.project, inputs)
+    changed, inputs = await asyncio.to_thread(now.changes, live.release if live else "")
     digest = inputs.digest(start.release if start else "", {*job.release.allow, *allow})
-    changed = await asyncio.to_thread(_changes, channel, job, live, inputs)
     skip = ""
     if earlier is None and not force:
-        skip = await asyncio.to_thread(_reason_to_skip, channel, live, changed, digest)
+        skip = await asyncio.to_thread(_reason_to_skip, now, live, changed, digest)
     plan = RetrainPlan(
         job_file=replace(job_file, job=job),
         channel=channel,
@@ -130,30 +132,52 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: S
 async def _inputs(settings: Settings, job: Job, project_folder: Path, folder: Path) -> tuple[float, Inputs]:
     """Seconds that reading the data took, and the fingerprints. A snapshot is known without being read."""
     if snapshot := await asyncio.to_thread(known_snapshot, settings, job, project_folder):
-        return 0.0, await inputs_of(job, project_folder, snapshot_fingerprint(snapshot))
+        return 0.0, await inputs_of(settings, job, project_folder, snapshot_fingerprint(snapshot))
     # It imports torch while this process talks to the bucket.
     server = fork_server(folder.parent / "host.log")
     facts = await read_facts(server, job, project_of(job, project_folder), folder)
-    return facts.seconds, await inputs_of(job, project_folder, data_fingerprint(facts))
+    samples = {"train": facts.train.samples, "validation": facts.validation.samples}
+    return facts.seconds, await inputs_of(settings, job, project_folder, data_fingerprint(facts), samples)
 
 
-def _changes(channel: Channel, job: Job, live: Pointer | None, inputs: Inputs) -> dict[str, str]:
-    if live is None:
-        return {"live": f"nothing is live on {channel.name}"}
-    try:
-        return changes(inputs, job, read_release_record(channel.store, channel.model, live.release))
-    except ReleaseError as error:
-        return {"live": f"release {live.release} is broken: {error}"}
+@dataclass(frozen=True)
+class _Now:
+    """What a release would be made of now, to be held against releases that there are."""
+
+    channel: Channel
+    settings: Settings
+    job: Job
+    project: Path
+    inputs: Inputs
+
+    def changes(self, release: str) -> tuple[dict[str, str], Inputs]:
+        """How that release differs, and the inputs with the files that it has opened, as these are now. release: empty
+        when nothing is live."""
+        if not release:
+            return {"live": f"nothing is live on {self.channel.name}"}, self.inputs
+        try:
+            record = read_release_record(self.channel.store, self.channel.model, release)
+        except ReleaseError as error:
+            return {"live": f"release {release} is broken: {error}"}, self.inputs
+        inputs, before = self.inputs, recorded_files(record)
+        if before is not None:
+            hashes = project_hashes(self.settings, self.project)
+            inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
+        return changes(inputs, self.job, record, self.project), inputs
 
 
-def _reason_to_skip(channel: Channel, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:
+def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:
     """Why training would find nothing new; empty when it may."""
     if live is None:
         return ""
     if not changed:
         return f"nothing has changed since release {live.release}: code, data, config and environment are the same"
-    for decision in reversed(read_decisions(channel, LOOK_BACK)):
+    for decision in reversed(read_decisions(now.channel, LOOK_BACK)):
         if decision.decision == KEPT and (decision.inputs, decision.live) == (inputs, live.release):
+            # It may have opened other files than the live release. One that is gone or broken tells nothing.
+            since, _ = now.changes(decision.candidate)
+            if since.keys() - {"live"}:
+                return ""
             return (
                 f"the same code, data, config and environment were tried at {decided_at(decision):%Y-%m-%d %H:%M} UTC "
                 f"(release {decision.candidate}), and release {live.release} stayed: {decision.why}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 from torchworker.contract import InspectResult
-from train_and_ship.infra.provenance import code_fingerprint, environment_lock
+from train_and_ship.infra.file_hashes import FileHashes
+from train_and_ship.infra.provenance import environment_lock
+from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
+from train_and_ship.registry.made_of import Files, files_of
 
 
 def data_fingerprint(facts: InspectResult) -> str:
@@ -21,16 +25,33 @@ def snapshot_fingerprint(sha256: str) -> str:
     return f"snapshot {sha256}"
 
 
-async def code_and_packages(job: Job, project_folder: Path) -> tuple[str, dict[str, str]]:
-    """Fingerprint of the code, and version by package, as they are now."""
-    libraries = [project_folder / library for library in job.export.libraries]
-    code, lock = await asyncio.gather(
-        asyncio.to_thread(code_fingerprint, project_folder, libraries), asyncio.to_thread(environment_lock)
+def project_hashes(settings: Settings, project_folder: Path) -> FileHashes:
+    """Hashes of the project's files, as they are remembered on this machine."""
+    return FileHashes(settings.home, str(project_folder))
+
+
+async def code_and_packages(settings: Settings, job: Job, project_folder: Path) -> tuple[str, Files, dict[str, str]]:
+    """Fingerprint of the code, its files, and version by package, as they are now."""
+    hashes = project_hashes(settings, project_folder)
+    (code, files), lock = await asyncio.gather(
+        asyncio.to_thread(files_of, job, project_folder, hashes), asyncio.to_thread(environment_lock)
     )
-    return code, dict(line.split("==", 1) for line in lock)
+    return code, files, dict(line.split("==", 1) for line in lock)
 
 
-async def inputs_of(job: Job, project_folder: Path, data: str) -> Inputs:
-    """Fingerprints of everything that a release of this job is made from, as it is now. data: that of the data."""
-    code, packages = await code_and_packages(job, project_folder)
-    return Inputs(code=code, data=data, config=config_digest(job), environment=packages)
+async def inputs_of(
+    settings: Settings, job: Job, project_folder: Path, data: str, samples: Mapping[str, int] | None = None
+) -> Inputs:
+    """Fingerprints of everything that a release of this job is made from, as it is now.
+
+    Args:
+        settings: where hashes of files are remembered.
+        job: what a release is made of.
+        project_folder: absolute.
+        data: fingerprint of the data.
+        samples: by split, where the data was read.
+    """
+    code, files, packages = await code_and_packages(settings, job, project_folder)
+    return Inputs(
+        code=code, data=data, config=config_digest(job), environment=packages, files=files, samples=samples or {}
+    )

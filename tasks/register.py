@@ -120,8 +120,12 @@ def _summary(facts: InspectResult) -> dict[str, Any]:
 
 def _lineage(run: Run, trained: Trained, validated: Validated, inputs: Inputs) -> dict[str, Any]:
     result, exported, formats = trained.result, validated.exported, validated.formats
+    files = trained.made_from.files
+    if files is not None:
+        files = files.touched_again(exported.result.touched, Path(run.project.folder))
     return {
         "inputs": inputs.recorded(),
+        **({"files": dataclasses.asdict(files)} if files is not None else {}),
         "start": trained.start,
         "git_commit": trained.made_from.git_commit,
         "shipping_git_commit": run.git_commit,

@@ -17,12 +17,13 @@ from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResul
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
+from train_and_ship.registry.made_of import with_opened
 from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
 from train_and_ship.registry.text import Table, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
-from train_and_ship.tasks.fingerprints import code_and_packages
+from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
 from train_and_ship.tasks.requests import train_settings
 from train_and_ship.tasks.results import Run, Trained
@@ -71,7 +72,8 @@ def _result(folder: Path) -> TrainResult:
 
 async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, meter: Meter) -> None:
     weights = ""
-    code, packages = await code_and_packages(run.job, Path(run.project.folder))
+    project = Path(run.project.folder)
+    code, files, packages = await code_and_packages(run.settings, run.job, project)
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
@@ -104,7 +106,18 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         await progress.finish()
     finally:
         reporter.cancel()
-    write_fact(stage.work, MADE_FROM, MadeFrom(git_commit=run.git_commit, code=code, packages=packages))
+    trained_on = _result(stage.work)
+    files = await asyncio.to_thread(
+        with_opened,
+        files,
+        run.job,
+        project,
+        project_hashes(run.settings, project),
+        trained_on.opened,
+        trained_on.listed,
+    )
+    made_from = MadeFrom(git_commit=run.git_commit, code=code, packages=packages, files=files)
+    write_fact(stage.work, MADE_FROM, made_from)
     run.live.send_soon()
     stage.finish()
     for leftover in (checkpoints, attempts):

@@ -323,6 +323,19 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenedFile:
+    """A file that the user's code read."""
+
+    path: str
+    """Absolute."""
+    identity: Sequence[int] = ()
+    """Inode, size, times of modification and of change in nanoseconds, when it was opened; empty when it was looked for
+    and not there."""
+    native: bool = False
+    """It was opened while code was built, below Python, so perhaps by another process."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What training left in its folder, and how it went."""
 
@@ -345,6 +358,10 @@ class TrainResult:
     when it was first evaluated. A custom loop's own reading is not seen; there it is the data once more, after it."""
     ignored: Sequence[int] = ()
     """Labels among the model's classes that mean nothing to the loss, and so to accuracy."""
+    opened: Sequence[OpenedFile] = ()
+    """What model.factory, the references and their imports read in rank 0, without what is data."""
+    listed: Sequence[str] = ()
+    """Absolute folders of the project whose content they asked for."""
     shipped_epoch: int = 0
     """The epoch (from 1) whose weights these are, and whose row of the history is theirs; 0 where that is not known, as
     of a custom loop."""
@@ -528,6 +545,8 @@ class ExportResult:
     """How the reference outputs were made, in words."""
     validation: Reading | None = None
     """The validation samples that gates look at."""
+    touched: Sequence[str] = ()
+    """Absolute files of the project that anybody opened, natively or not, while model.factory was called."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torchworker.contract import LOST_CONNECTION, RESULT, Reply, TrainRequest, TrainResult
 from torchworker.process.failure import failure_of, is_lost_connection
 from torchworker.process.lifeline import die_with_parent
+from torchworker.project.opened import Opened
 from torchworker.project.user_code import enter
 from torchworker.training.device import backend_of, choose_device, enter_device, ranks_on_this_machine
 from torchworker.training.heartbeat import announce, keep_beating, watch_this_process
@@ -50,8 +51,15 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
             device_id=device if device.type == "cuda" else None,
         )
         keep_beating(folder, rank, watcher)
+        own = [request.folder, str(folder.parent), request.checkpoints]
+        own += [str(Path(request.start).parent)] if request.start else []
+        opened = Opened(request.project, own) if rank == 0 else None
         enter(request.project)
-        return _train(request, device)
+        result = _train(request, device)
+        if result is None or opened is None:
+            return result
+        files, listed = opened.close()
+        return dataclasses.replace(result, opened=files, listed=listed)
     except (Exception, SystemExit) as error:
         failure = failure_of(error, request.project.folder, rank)
         if is_lost_connection(error):

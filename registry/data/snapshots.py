@@ -1,6 +1,6 @@
 """Snapshots of data: a folder, or a prefix of a bucket, with a manifest that names every file by hash and size.
 
-The manifest's own hash says which data it is, without reading any of it; before training every file is verified.
+The manifest's own hash says which data it is, when every file is what the manifest says; before training all are read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from urllib.parse import urlsplit
 
 from shipreader.records import FileEntry
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
-from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.file_hashes import ELSEWHERE, FileHashes, Identity
+from train_and_ship.infra.objectstore import ListedObject, ObjectStore
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
-from train_and_ship.registry.release.files import file_table, read_table, require_file, require_relative, walk
+from train_and_ship.registry.release.files import (
+    file_table,
+    read_table,
+    require_file,
+    require_relative,
+    require_size,
+    walk,
+)
 
 SNAPSHOT = "SNAPSHOT.json"
 _FORMAT = 1
@@ -99,18 +107,75 @@ def publish_snapshot(folder: Path, contents: Contents, store: ObjectStore, prefi
     return sent
 
 
-def identify(snapshot: Snapshot, project: Path, stores: Stores) -> Contents:
-    """Read the manifest, and see whether names and sizes are as it says; no file is read.
+def identify(snapshot: Snapshot, project: Path, stores: Stores, home: Path) -> Contents:
+    """Which data it is by its manifest, when every file is what that says; what was hashed before and has not been
+    touched since is not read again.
 
-    Raises JobError when there is no manifest, or another one than the job pins, or when files were added, removed or
-    resized after it was made: then it would hide that the data has changed.
+    Args:
+        snapshot: what the job says of it.
+        project: absolute project folder, to which a path is relative.
+        stores: opens the bucket that an address names.
+        home: SHIP_HOME, where hashes are remembered.
+
+    Raises:
+        JobError: there is no manifest, or another one than the job pins, or files were added, removed, resized or
+            altered after it was made: then it would hide that the data has changed.
+    """
+    contents, there = _listed(snapshot, project, stores)
+    bucket, prefix = split_address(snapshot.path)
+    hashes = _hashes(snapshot, project, home)
+
+    def verify(name: str) -> None:
+        if bucket:
+            got = _hash_in_bucket(stores(bucket), prefix + name, there[name], hashes)
+        else:
+            got = hashes.sha256(_local(snapshot, project) / name)
+        if got != contents.files[name].sha256:
+            raise _not_as_said(f"{name}: expected SHA-256 {contents.files[name].sha256}, got {got}")
+
+    try:
+        in_parallel(verify, sorted(contents.files))
+    finally:
+        hashes.save()
+    return contents
+
+
+def _hashes(snapshot: Snapshot, project: Path, home: Path) -> FileHashes:
+    bucket, _ = split_address(snapshot.path)
+    return FileHashes(home, snapshot.path if bucket else str(_local(snapshot, project)))
+
+
+def _object(store: ObjectStore, key: str, found: ListedObject) -> tuple[str, Identity]:
+    """How it is remembered, and what says that it is the same."""
+    return f"{ELSEWHERE}{store.bucket}/{key}", (found.etag, found.bytes, found.modified.isoformat())
+
+
+def _hash_in_bucket(store: ObjectStore, key: str, found: ListedObject, hashes: FileHashes) -> str:
+    """Of an object, by what is remembered, by the store's own checksum, or read."""
+    name, identity = _object(store, key, found)
+    if (known := hashes.recall(name, identity)) is not None:
+        return known
+    told = store.head(key)
+    sha256 = told.stored_sha256 if told is not None and told.etag == found.etag else None
+    if sha256 is None:
+        sha256, _ = store.hash(key) or ("none", 0)
+    hashes.remember(name, identity, sha256)
+    return sha256
+
+
+def _listed(snapshot: Snapshot, project: Path, stores: Stores) -> tuple[Contents, Mapping[str, ListedObject]]:
+    """The manifest, and what a bucket says of the files, by name. Names and sizes are as the manifest says.
+
+    Raises JobError.
     """
     bucket, prefix = split_address(snapshot.path)
+    listed: dict[str, ListedObject] = {}
     if bucket:
         store = stores(bucket)
         found = store.get(prefix + SNAPSHOT)
         body, where = (found[0] if found else None), f"s3://{bucket}/{prefix}{SNAPSHOT}"
-        there = {key.removeprefix(prefix): size for key, size in store.list_keys(prefix).items()}
+        listed = {key.removeprefix(prefix): item for key, item in store.list_objects(prefix).items()}
+        there = {name: item.bytes for name, item in listed.items()}
     else:
         folder = _local(snapshot, project)
         path = folder / SNAPSHOT
@@ -130,7 +195,7 @@ def identify(snapshot: Snapshot, project: Path, stores: Stores) -> Contents:
     if there != said:
         name = min(name for name in there.keys() | said.keys() if there.get(name) != said.get(name))
         raise _not_as_said(f"{where} says {name}: {_size(said.get(name))}, and there is {_size(there.get(name))}")
-    return Contents(files=files, sha256=digest)
+    return Contents(files=files, sha256=digest), listed
 
 
 def _size(size: int | None) -> str:
@@ -144,7 +209,7 @@ def _not_as_said(what: str) -> JobError:
     )
 
 
-def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Path) -> tuple[Path, Contents]:
+def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Path, home: Path) -> tuple[Path, Contents]:
     """The folder of a snapshot, every file verified; one in a bucket is downloaded into the cache, what it lacks of it.
 
     Args:
@@ -152,6 +217,7 @@ def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Pat
         project: absolute project folder, to which a path is relative.
         stores: opens the bucket that an address names.
         cache: folder of downloaded snapshots.
+        home: SHIP_HOME, where the hashes are remembered.
 
     Returns:
         The folder, and what the manifest says.
@@ -159,20 +225,28 @@ def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Pat
     Raises:
         JobError: with the file, what was expected and what was found.
     """
-    contents = identify(snapshot, project, stores)
+    contents, there = _listed(snapshot, project, stores)
     bucket, prefix = split_address(snapshot.path)
     folder = cache / contents.sha256[:20] if bucket else _local(snapshot, project)
+    hashes = _hashes(snapshot, project, home)
 
     def verify(name: str) -> None:
         path, entry = folder / name, contents.files[name]
         if bucket and not (path.is_file() and FileEntry.of(path) == entry):
             _download(stores(bucket), prefix + name, path)
-        require_file(path, entry)
+            require_file(path, entry)
+            hashes.remember(*_object(stores(bucket), prefix + name, there[name]), entry.sha256)
+            return
+        require_size(path, entry)
+        if (got := hashes.fresh(path)) != entry.sha256:
+            raise ReleaseError(f"{path}: expected SHA-256 {entry.sha256}, got {got}")
 
     try:
         in_parallel(verify, sorted(contents.files))
     except ReleaseError as error:
         raise _not_as_said(str(error)) from error
+    finally:
+        hashes.save()
     return folder, contents
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -67,6 +69,18 @@ class Retrain(Part):
 
     start: Literal["live", "scratch"] = "scratch"
     """begin with the live release's weights, or as model.factory makes them"""
+    code: tuple[str, ...] | None = Field(None, strict=False, min_length=1)
+    """files and folders, relative to the project, whose sources are all that counts as code; every source file when
+    absent"""
+    files: tuple[str, ...] = Field((), strict=False)
+    """further files whose change is a reason to train, as globs relative to the project, ** for any folders; with a !
+    in front, files that are none although the code opens them"""
+
+    @model_serializer(mode="wrap")
+    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not given of the keys that are new: jobs keep their digests."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name == "start" or value}
 
 
 class Data(Factory):

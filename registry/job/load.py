@@ -49,7 +49,21 @@ def load_job(path: Path) -> tuple[Job, Path]:
     folder = (path.parent / job.project).resolve()
     if not folder.is_dir():
         raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
+    _require_files(job, folder, path)
     return job, folder
+
+
+def _require_files(job: Job, folder: Path, path: Path) -> None:
+    """Raises JobError for what `retrain` names and is not there: a slip of the pen would look like no change."""
+    named = [("code", name) for name in job.retrain.code or ()]
+    named += [("files", name) for name in job.retrain.files if not any(sign in name for sign in "*?[!")]
+    missing = [
+        f"{path}: retrain.{key}: expected {folder / name}, found none"
+        for key, name in named
+        if not (folder / name).exists()
+    ]
+    if missing:
+        raise JobError("\n".join(missing))
 
 
 def _looks_like_job(path: Path) -> bool:

@@ -52,8 +52,9 @@ ROOMS = {
         "bucket": {"release", "identity"},
         "data": {"identity", "job", "text", "release", "bucket"},
         "diff": {"bucket", "kind", "release", "text"},
-        "lineage": {"diff", "job", "release"},
-        "run_folder": {"job", "cost", "kind", "release", "tracking", "data"},
+        "made_of": {"job"},
+        "lineage": {"diff", "job", "release", "made_of"},
+        "run_folder": {"job", "cost", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff", "kind"},
         "serving": {"bucket"},

@@ -104,6 +104,38 @@ def test_a_custom_loop_leaves_what_the_built_in_loop_leaves(uninterrupted: dict[
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == list(range(1, 9))
 
 
+def test_what_a_loop_reads_is_told_and_what_its_data_reads_is_not(train: Train, tmp_path: Path) -> None:
+    loop = """
+    from pathlib import Path
+    HERE = Path(__file__).parent
+    class Lines(torch.utils.data.Dataset):
+        def __len__(self): return 16
+        def __getitem__(self, index):
+            value = float((HERE / "rows.csv").read_text())
+            return torch.full((4,), value), torch.tensor(0)
+    def build_dataset(split):
+        (HERE / f"{split}.txt").read_text()
+        return Lines()
+    def main(context):
+        rate = float((HERE / "rate.txt").read_text())
+        model = context.build_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        for step, (inputs, target) in enumerate(torch.utils.data.DataLoader(context.build_dataset("train"), 8)):
+            loss = nn.functional.cross_entropy(model(inputs), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            context.report({"train_loss": loss}, step=step)
+        (context.folder / "notes.txt").write_text("done")
+        return model
+    """
+    job = write_loop(tmp_path / "p", loop=loop, processes=1)
+    for name in ("rows.csv", "train.txt", "validation.txt", "rate.txt", "unread.txt"):
+        (job.parent / name).write_text("0.1")
+    result = train(job)
+    assert {Path(file.path).name for file in result.opened if not file.native} == {"plain.py", "rate.txt"}
+
+
 def test_the_context_says_where_the_loop_runs_and_what_the_job_is(train: Train, tmp_path: Path) -> None:
     extra = """
     import json

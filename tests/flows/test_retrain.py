@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from safetensors.torch import save_file
 
 from tests.support.fixture_types import Command, Ship
 from tests.support.flow_runs import read_run
@@ -22,7 +24,7 @@ from tests.support.retraining import MODEL, POOR, Project
 from train_and_ship.flows.retrain import retrain
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.provenance import code_fingerprint
+from train_and_ship.infra.provenance import code_files, code_fingerprint
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.decisions import FAILED, KEPT, PROMOTED, SKIPPED
 from train_and_ship.registry.diff import read_release_record
@@ -196,11 +198,45 @@ def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store
     """)
     edited = Project(tmp_path, store, "edited")
     write_project(tmp_path, code, name="edited")
-    before = code_fingerprint(tmp_path)
+    before = code_fingerprint(code_files(tmp_path))
     state = edited.retrain(code=code, train=POOR)
     assert state.name == "Promoted", state.message
     lineage = read_release_record(store, "edited", edited.live.release).document(LINEAGE)
-    assert lineage["inputs"]["code"] == before != code_fingerprint(tmp_path)
+    assert lineage["inputs"]["code"] == before != code_fingerprint(code_files(tmp_path))
+
+
+def test_a_file_that_the_model_reads_is_a_reason_and_one_that_nobody_reads_is_none(
+    tmp_path: Path, store: ObjectStore, stack: Settings
+) -> None:
+    code = CODE.replace("def build_model(width=8):", "def build_plain(width):") + textwrap.dedent("""
+        import json
+        from pathlib import Path
+        HERE = Path(__file__).parent
+        def build_model():
+            from safetensors import safe_open
+            with safe_open(HERE / "weights" / "first.safetensors", "pt") as file:
+                known = file.get_tensor("weight")
+            model = build_plain(json.loads((HERE / "config.json").read_text())["width"])
+            with torch.no_grad():
+                model[0].weight[: len(known)] = known
+            return model
+    """)
+    (tmp_path / "weights").mkdir()
+    weights = tmp_path / "weights" / "first.safetensors"
+    save_file({"weight": torch.zeros(2, 4)}, weights)
+    (tmp_path / "config.json").write_text(json.dumps({"width": 8}))
+    (tmp_path / "notes.json").write_text("[]")
+    read = Project(tmp_path, store, "reads-files")
+    job = {"code": code, "train": POOR, "release": {"policy": "always"}}
+    assert read.retrain(**job).name == "Promoted"
+    (tmp_path / "notes.json").write_text("[1]")
+    assert read.retrain(**job).name == "Skipped"
+    # The same size, by which nothing is told.
+    (tmp_path / "config.json").write_text(json.dumps({"width": 9}))
+    save_file({"weight": torch.ones(2, 4)}, weights)
+    state = read.retrain(**job)
+    assert state.name == "Promoted", state.message
+    assert read.decisions()[-1].changed == {"code": "config.json changed, weights/first.safetensors changed"}
 
 
 def test_a_job_file_that_is_edited_while_it_is_decided_on_is_trained_as_it_was(

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
 from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
 from torchworker.project.metrics import first_output, metric_sum
+from torchworker.project.opened import counts_as_code, counts_as_data
 from torchworker.project.randomness import OwnRandom
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -29,6 +30,7 @@ def enter(project: Project) -> None:
         sys.path.insert(0, project.folder)
 
 
+@counts_as_code
 def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
     """The callable behind `module:attribute`.
 
@@ -60,6 +62,7 @@ def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], found)
 
 
+@counts_as_code
 def _call(reference: Reference, project: Project, **extra: Any) -> Any:
     function = resolve(reference, project)
     arguments = {**extra, **reference.args}
@@ -81,6 +84,7 @@ def build_model(project: Project) -> nn.Module:
     return model
 
 
+@counts_as_data
 def build_dataset(project: Project, split: str) -> Dataset[Any]:
     """The `train` or `validation` dataset: map-style or iterable, not empty, items (inputs, target)."""
     more = {"snapshot": project.snapshot} if project.snapshot else {}
@@ -154,6 +158,7 @@ def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module)
     return typing.cast(torch.optim.Optimizer, made)
 
 
+@counts_as_code
 def _made(reference: Reference, project: Project, kind: type, given: Any, **defaults: Any) -> Any:
     """What a factory of the user's makes of one thing and the job's arguments, which go before our defaults."""
     named = f"{reference.where}: {reference.target}"

@@ -41,6 +41,7 @@ from torchworker.parity.reference import enlarged, require_trained, write_refere
 from torchworker.process.failure import DescribedError, UserError, describe, failure_of
 from torchworker.process.fork import CrashNote, ForkedCall, can_fork
 from torchworker.project.independence import require_independent
+from torchworker.project.opened import Opened
 from torchworker.project.signature import (
     dims_of,
     input_specs,
@@ -75,7 +76,9 @@ def export(request: ExportRequest) -> ExportResult:
     torch.set_num_threads(REFERENCE_THREADS)
     torch.manual_seed(request.seed)
     enter(request.project)
+    opened = Opened(request.project, [str(Path(request.folder).parent)], python=False)
     model = build_model(request.project)
+    touched, _ = opened.close()
     try:
         load_weights(model, Path(request.weights))
     except (RuntimeError, ValueError) as error:
@@ -135,6 +138,7 @@ def export(request: ExportRequest) -> ExportResult:
         dims=dims,
         reference=reference,
         validation=read,
+        touched=[file.path for file in touched],
     )
 
 
