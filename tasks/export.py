@@ -43,7 +43,7 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
 
     with run.timed("export"):
         result = await run_stage(stage, ExportResult, make)
-        await require_same_data(run, contradictions_of_gates(facts, result))
+        await require_same_data(run, contradictions_of_gates(run.job, facts, result))
     for kind, artifact in result.artifacts.items():
         get_run_logger().info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
     for kind, why in result.left_out.items():

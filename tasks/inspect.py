@@ -15,6 +15,7 @@ from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.data.checks import check_data, require_good_data
 from train_and_ship.registry.diff import read_release_record
+from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.release.manifest import DATA
 from train_and_ship.registry.report.data_sections import data_page
@@ -76,7 +77,9 @@ async def read_facts(fork_server: ForkServer, job: Job, project: Project, folder
     Raises JobError when the data cannot be read, WorkerError when the worker died.
     """
     request = inspect_request(job, project)
-    asked = json.dumps([request.ranges, request.most], sort_keys=True)
+    # What is drawn only where the job says how much: the facts of a run of before, which drew nothing, still hold.
+    drawn = [] if request.most == Export.model_fields["validation_samples"].default else [request.most]
+    asked = json.dumps([request.ranges, *drawn] if drawn else request.ranges, sort_keys=True)
     stage = StageFolder(folder, INSPECT, stage_inputs(job.training_digest(), asked))
 
     async def make(work: Path) -> InspectResult:

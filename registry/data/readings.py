@@ -44,10 +44,11 @@ def contradictions_of_training(job: Job, facts: InspectResult, trained: TrainRes
     return found
 
 
-def contradictions_of_gates(facts: InspectResult, exported: ExportResult) -> list[Contradiction]:
+def contradictions_of_gates(job: Job, facts: InspectResult, exported: ExportResult) -> list[Contradiction]:
     """The same of the validation samples that gates look at."""
     read, inspected = exported.validation, facts.validation
-    if read is None:
+    if read is None or (facts.drawn is None and inspected.samples > job.export.validation_samples):
+        # Of before, when the first were taken.
         return []
     if facts.drawn is not None:
         # Of some samples there is no fingerprint to hold theirs against.

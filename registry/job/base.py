@@ -9,9 +9,18 @@ import inspect
 import itertools
 import json
 import textwrap
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic_core import CoreSchema
 
 
@@ -27,6 +36,22 @@ class Part(BaseModel):
     """A mapping of a job file: unknown keys and near types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    came_later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that earlier versions did not have. What is recorded has them only where they are not the default, so that
+    the digest of a job without them is what it was."""
+
+    @model_serializer(mode="wrap")
+    def _recorded(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return self.recorded(dump(self))
+
+    def recorded(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Of all values by key those that are recorded."""
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in self.came_later or getattr(self, name) != fields[name].default
+        }
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -49,7 +74,9 @@ def descriptions(part: type[BaseModel]) -> dict[str, str]:
             assert isinstance(node, ast.ClassDef)
             for field, below in itertools.pairwise(node.body):
                 match field, below:
-                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))) if (
+                        name in part.model_fields
+                    ):
                         found[name] = " ".join(text.split())
     return found
 

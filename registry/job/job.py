@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -44,6 +42,8 @@ def _is_channel(value: str) -> str:
 class Release(Part):
     """Where a release goes, and what it takes to replace the one that is there."""
 
+    came_later: ClassVar[frozenset[str]] = frozenset({"allow"})
+
     channel: Annotated[str, AfterValidator(_is_channel)] = Field("prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """the pointer that is moved"""
     policy: Policy | None = None
@@ -67,6 +67,8 @@ class Release(Part):
 class Retrain(Part):
     """What `ship retrain` does, by hand, on a schedule or on an event."""
 
+    came_later: ClassVar[frozenset[str]] = frozenset({"code", "files"})
+
     start: Literal["live", "scratch"] = "scratch"
     """begin with the live release's weights, or as model.factory makes them"""
     code: tuple[str, ...] | None = Field(None, strict=False, min_length=1)
@@ -75,12 +77,6 @@ class Retrain(Part):
     files: tuple[str, ...] = Field((), strict=False)
     """further files whose change is a reason to train, as globs relative to the project, ** for any folders; with a !
     in front, files that are none although the code opens them"""
-
-    @model_serializer(mode="wrap")
-    def _given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is not given of the keys that are new: jobs keep their digests."""
-        values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name == "start" or value}
 
 
 class Data(Factory):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -11,6 +11,8 @@ from train_and_ship.registry.job.base import Part
 
 class Parity(Part):
     """How artifacts are held against the model. The defaults are what a release should keep."""
+
+    came_later: ClassVar[frozenset[str]] = frozenset({"coupled"})
 
     not_finite: Literal["contained", "same", "off"] = "contained"
     """NaN and infinity in an input: contained, a sample that shows them must show them in every format and no other

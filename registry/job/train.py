@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from torchworker.contract import SPEED_GATES
 from train_and_ship.registry.job.base import Factory, Part, Target
@@ -21,8 +21,6 @@ FOR_ANY_LOOP = frozenset({
     "collective_seconds", "device", "backend", "launcher",
 })  # fmt: skip
 """What also holds for a custom loop; the other keys are read by the built-in one."""
-CAME_LATER = frozenset({"weights", "ema"})
-"""Keys that stand nowhere when they are not given, so that jobs of before have the digests that they had."""
 
 
 class CustomMetric(Factory):
@@ -52,6 +50,8 @@ class Checkpoint(Part):
 
 class Train(Part):
     """How the model is trained."""
+
+    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema"})
 
     epochs: int | None = Field(None, ge=1)
     """passes over the training data; required without entrypoint"""
@@ -140,12 +140,9 @@ class Train(Part):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _what_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def recorded(self, values: dict[str, Any]) -> dict[str, Any]:
         """Without the keys that the chosen loop does not read."""
-        values: dict[str, Any] = {
-            name: value for name, value in dump(self).items() if value is not None or name not in CAME_LATER
-        }
+        values = super().recorded(values)
         if self.entrypoint is None:
             return {name: value for name, value in values.items() if name not in ("entrypoint", "args")}
         return {name: value for name, value in values.items() if name in FOR_ANY_LOOP}

@@ -53,7 +53,9 @@ def test_the_same_samples_are_no_contradiction_and_a_result_of_before_says_nothi
     job = job_of(tmp_path)
     assert contradictions_of_training(job, facts(), trained(train=SAME, validation=SAME)) == []
     assert contradictions_of_training(job, facts(), trained()) == []
-    assert contradictions_of_gates(facts(), exported(SAME)) == []
+    assert contradictions_of_gates(job, facts(), exported(SAME)) == []
+    # As many as the first version took.
+    assert contradictions_of_gates(job, facts(20_000), exported(SAME)) == []
 
 
 def test_other_samples_and_other_counts_are(tmp_path: Path) -> None:
@@ -72,10 +74,10 @@ def test_random_augmentation_is_compared_only_where_each_sample_has_its_own_seed
     assert [item.counted for item in fewer] == [True]
 
 
-def test_of_drawn_samples_the_gates_count_is_asked() -> None:
-    some = facts(drawn=list(range(50)))
-    assert contradictions_of_gates(some, exported(FEWER)) == []
-    (wrong,) = contradictions_of_gates(some, exported(SAME))
+def test_of_drawn_samples_the_gates_count_is_asked(tmp_path: Path) -> None:
+    some, job = facts(drawn=list(range(50))), job_of(tmp_path)
+    assert contradictions_of_gates(job, some, exported(FEWER)) == []
+    (wrong,) = contradictions_of_gates(job, some, exported(SAME))
     assert (wrong.inspected.samples, wrong.other.samples) == (50, 100)
 
 
