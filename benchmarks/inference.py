@@ -102,7 +102,7 @@ class Stages:
             outputs=result.outputs,
             metrics=self.job.metrics,
             gates=fixed_gates(self.job, custom=False),
-            forbidden_modules=user_modules(self.job),
+            forbidden_modules=user_modules(self.job, self.project_folder),
             forbidden_folder=self.project.folder,
             threads=1,
             int8=int8_limits(self.job),

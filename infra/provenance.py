@@ -11,9 +11,12 @@ import platform
 import site
 import socket
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -58,10 +61,9 @@ def _installed() -> dict[str, metadata.Distribution]:
 
     Not what sys.path has by now: importing setuptools, for one, adds copies of a dozen packages that it brings along.
     """
-    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     modules = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found: dict[str, metadata.Distribution] = {}
-    for item in metadata.distributions(path=[*modules, *user, *site.getsitepackages()]):
+    for item in metadata.distributions(path=[*modules, *_site_folders()]):
         if name := (item.metadata["Name"] or "").lower().replace("_", "-"):
             found.setdefault(name, item)
     return found
@@ -144,6 +146,38 @@ def editable_folders() -> list[tuple[str, Path]]:
         if origin.get("dir_info", {}).get("editable") and name != "train-and-ship":
             found.append((name, Path(unquote(urlsplit(origin["url"]).path))))
     return sorted(((name, folder) for name, folder in found if folder.is_dir()), key=lambda item: item[1])
+
+
+def is_library(module: str, folder: Path) -> bool:
+    """Whether a top-level module is Python's or an installed package's, and so nobody's code of the project.
+
+    What the folder has by this name comes first, as it does for Python. A package that was installed from a folder of
+    its sources (`pip install .`, `pip install -e .`) is somebody's own.
+    """
+    found = PathFinder.find_spec(module, [str(folder), *sys.path])
+    if found is None:
+        return module in sys.builtin_module_names
+    places = list(found.submodule_search_locations or []) or [found.origin or ""]
+    roots = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")] + _site_folders()
+    if not all(any(Path(place).is_relative_to(root) for root in roots) for place in places):
+        return False
+    return module not in _installed_from_folders()
+
+
+def _installed_from_folders() -> set[str]:
+    """Top-level modules of packages whose sources are in a folder of this machine (PEP 610)."""
+    modules: set[str] = set()
+    for place in _site_folders():
+        for origin in Path(place).glob("*.dist-info/direct_url.json"):
+            if "dir_info" in json.loads(origin.read_text()):
+                files = metadata.PathDistribution(origin.parent).files or []
+                modules |= {file.parts[0].removesuffix(".py") for file in files}
+    return modules
+
+
+def _site_folders() -> list[str]:
+    """Where packages are installed, the user's own folder first."""
+    return [*([site.getusersitepackages()] if site.ENABLE_USER_SITE else []), *site.getsitepackages()]
 
 
 def asked_by(why: str) -> str:

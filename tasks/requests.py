@@ -27,6 +27,7 @@ from torchworker.contract import (
     Timed,
     TrainSettings,
 )
+from train_and_ship.infra.provenance import is_library
 from train_and_ship.registry.job.base import Factory
 from train_and_ship.registry.job.job import Job
 
@@ -96,6 +97,11 @@ def train_settings(job: Job) -> TrainSettings:
 
 def _names(kind: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
+
+
+def required_formats(job: Job) -> tuple[str, ...]:
+    """Formats without which there is no release; `auto` leaves out what cannot be made."""
+    return () if job.export.formats == "auto" else job.export.wanted
 
 
 def dynamic_dims(job: Job) -> list[DynamicDim]:
@@ -178,7 +184,7 @@ def measure_request(
         speedup=job.export.int8.speedup if job.export.int8 is not None else 1.0,
         # Some archives take seconds to load: no run waits for a median that nothing is decided by.
         loads=LOADS if "load_ms" in job.gates else 1,
-        forbidden_modules=user_modules(job),
+        forbidden_modules=user_modules(job, Path(project.folder)),
         forbidden_folder=project.folder,
     )
 
@@ -223,7 +229,7 @@ def rehearse_request(
         validation=str(samples / VALIDATION) if samples is not None else None,
         moved=str(samples / PROBES) if samples is not None else None,
         metrics=job.metrics if job is not None else (),
-        forbidden_modules=user_modules(job) if job is not None else [],
+        forbidden_modules=user_modules(job, Path(forbidden_folder)) if job is not None else [],
         forbidden_folder=forbidden_folder,
         threads=job.threads if job is not None else 1,
         sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
@@ -231,8 +237,13 @@ def rehearse_request(
     )
 
 
-def user_modules(job: Job) -> list[str]:
-    """Top-level modules that the job refers to."""
+def user_modules(job: Job, folder: Path) -> list[str]:
+    """Top-level modules of the user's own that the job refers to: `torch.optim:SGD` is none.
+
+    Args:
+        job: with references.
+        folder: of the project, where Python looks first.
+    """
     train = job.train
     parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *job.train.custom_metrics]
     named = [item.factory for item in parts if isinstance(item, Factory)]
@@ -240,7 +251,8 @@ def user_modules(job: Job) -> list[str]:
         named.append(job.data.collate if isinstance(job.data.collate, str) else job.data.collate.factory)
     if train.entrypoint is not None:
         named.append(train.entrypoint)
-    return sorted({target.partition(":")[0].partition(".")[0] for target in named})
+    modules = {target.partition(":")[0].partition(".")[0] for target in named}
+    return sorted(module for module in modules if not is_library(module, folder))
 
 
 def run_params(job: Job) -> dict[str, str]:

@@ -78,7 +78,7 @@ def _request(run: Run, exported: Exported, runner: CppResult, work: Path) -> Val
         outputs=exported.result.outputs,
         metrics=run.job.metrics,
         gates=fixed_gates(run.job, custom=False),
-        forbidden_modules=user_modules(run.job),
+        forbidden_modules=user_modules(run.job, Path(run.project.folder)),
         forbidden_folder=run.project.folder,
         threads=run.job.threads,
         not_finite=run.job.parity.not_finite,

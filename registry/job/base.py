@@ -93,6 +93,6 @@ class Factory(Part):
     """A callable in your code and the keyword arguments it is called with."""
 
     factory: Target
-    """module:attribute, importable from the project folder"""
+    """module:attribute, in the project folder or installed"""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """keyword arguments"""

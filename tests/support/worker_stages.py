@@ -97,7 +97,7 @@ class WorkerStages:
             outputs=self.result.outputs,
             metrics=self.job.metrics,
             gates=fixed_gates(self.job, custom=False),
-            forbidden_modules=user_modules(self.job),
+            forbidden_modules=user_modules(self.job, self.project_folder),
             forbidden_folder=str(self.project_folder),
             threads=1,
             not_finite=self.job.parity.not_finite,

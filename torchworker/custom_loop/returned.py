@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
-from torchworker.project.user_code import build_model, describe_tensor
+from torchworker.project.user_code import build_model, describe_tensor, uncompiled
 from torchworker.training.strategy import is_sharded
 
 SHOWN = 3
@@ -37,7 +37,7 @@ def unwrapped(returned: Any, name: str) -> nn.Module:
             f"{name} must return the trained torch.nn.Module in every rank, got {type(returned).__name__} in rank "
             f"{dist.get_rank()}"
         )
-    return returned
+    return uncompiled(returned)
 
 
 def require_sound(model: nn.Module, name: str, project: Project) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
 from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
+from torchworker.project.library import as_metric, as_tensors, takes
 from torchworker.project.metrics import first_output, metric_sum
 from torchworker.project.opened import counts_as_code, counts_as_data
 from torchworker.project.randomness import OwnRandom
@@ -65,7 +66,7 @@ def resolve(reference: Reference, project: Project) -> Callable[..., Any]:
 @counts_as_code
 def _call(reference: Reference, project: Project, **extra: Any) -> Any:
     function = resolve(reference, project)
-    arguments = {**extra, **reference.args}
+    arguments = {**extra, **as_tensors(function, reference.args)}
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     what = f"{reference.where}: {reference.target}({shown}) failed"
     with as_user_error(what, project.folder, (Exception, SystemExit)):
@@ -79,8 +80,26 @@ def build_model(project: Project) -> nn.Module:
         raise UserError(
             f"{project.model.where}: {project.model.target} must return a torch.nn.Module, got {type(model).__name__}"
         )
+    model = uncompiled(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{project.model.where}: the model has no parameters to train")
+    return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model and its parts without torch.compile, which puts `_orig_mod` into the names of weights."""
+    while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+        model = inner
+    for module in model.modules():
+        # Of module.compile().
+        module.__dict__.pop("_compiled_call_impl", None)
+        own: Any = module.__dict__.get("forward")
+        if hasattr(own, "_torchdynamo_orig_callable") and own.__name__ == "forward":
+            # torch.compile(self.forward): the class has the original.
+            del module.forward
+        for name, child in module._modules.items():
+            if child is not None and "_orig_mod" in child._modules:
+                module._modules[name] = uncompiled(child)
     return model
 
 
@@ -115,12 +134,17 @@ def length_of(dataset: Dataset[Any]) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _function(reference: Reference, project: Project) -> Callable[..., Any]:
-    """What a reference to a function means: a class is instantiated with the args, a function is given them."""
+def _function(reference: Reference, project: Project, adapt: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+    """What a reference to a function means: a class is instantiated with the args, a function is given them.
+
+    adapt: makes what is called of what was found.
+    """
     found = resolve(reference, project)
-    if not inspect.isclass(found):
-        return functools.partial(found, **reference.args) if reference.args else found
-    made = _call(reference, project)
+    if inspect.isclass(found):
+        found = _call(reference, project)
+    elif reference.args:
+        found = functools.partial(found, **as_tensors(found, reference.args))
+    made = adapt(found) if adapt is not None else found
     if not callable(made):
         raise UserError(f"{reference.where}: {reference.target} must make something callable, got {type(made)}")
     return typing.cast(Callable[..., Any], made)
@@ -164,7 +188,7 @@ def _made(reference: Reference, project: Project, kind: type, given: Any, **defa
     named = f"{reference.where}: {reference.target}"
     factory = resolve(reference, project)
     with as_user_error(f"{named} failed", project.folder):
-        made = factory(given, **{**defaults, **reference.args})
+        made = factory(given, **{**defaults, **as_tensors(factory, reference.args)})
     if not isinstance(made, kind):
         expected = f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}"
         raise UserError(f"{named} must return a {expected}, got {type(made).__name__}")
@@ -174,7 +198,7 @@ def _made(reference: Reference, project: Project, kind: type, given: Any, **defa
 def build_schedule(
     project: Project, settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A learning rate schedule that is advanced after every optimizer step.
+    """A learning rate schedule that is advanced after every optimizer step, unless it `follows_loss`.
 
     Args:
         project: where the user's code is.
@@ -193,8 +217,19 @@ def build_schedule(
     if reference == "linear":
         return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     assert isinstance(reference, Reference), reference
-    made = _made(reference, project, torch.optim.lr_scheduler.LRScheduler, optimizer, total_steps=steps)
+    given = {"total_steps": steps} if takes(resolve(reference, project), "total_steps") else {}
+    made = _made(reference, project, torch.optim.lr_scheduler.LRScheduler, optimizer, **given)
+    if getattr(made, "mode", "") == "max" and follows_loss(made):
+        raise UserError(
+            f"{reference.where}: {reference.target} is given the validation loss after each epoch, of which less is "
+            "better; expected mode: min, got max"
+        )
     return typing.cast(torch.optim.lr_scheduler.LRScheduler, made)
+
+
+def follows_loss(schedule: torch.optim.lr_scheduler.LRScheduler) -> bool:
+    """Whether a schedule is advanced once an epoch, by the validation loss, as ReduceLROnPlateau is."""
+    return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
@@ -445,7 +480,7 @@ def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: 
     """
     where = f"{metric.reference.where}: {metric.reference.target}"
     shapes = f"(outputs {describe_tensor(outputs)}, target {describe_tensor(target)})"
-    function = _function(metric.reference, project)
+    function = _function(metric.reference, project, as_metric)
     with as_user_error(f"{where}{shapes} failed", project.folder):
         return float(OwnRandom(0).call(lambda: function(outputs, target)))
 

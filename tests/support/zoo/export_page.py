@@ -181,7 +181,7 @@ async def _visit_one(fork_server: ForkServer, folder: Path, animal: Animal, kind
         outputs=exported.outputs,
         metrics=(),
         gates=(),
-        forbidden_modules=user_modules(job),
+        forbidden_modules=user_modules(job, project_folder),
         forbidden_folder=str(project_folder),
         threads=1,
         not_finite=job.parity.not_finite,
