@@ -99,6 +99,34 @@ def test_a_killed_rank_costs_no_bit(
     assert [(row["epoch"], row["train_loss"], row["validation_loss"]) for row in result.history] == same
 
 
+def test_a_lone_last_sample_and_a_plateau_cost_no_bit_either(
+    fork_server: ForkServer, attempt: Attempt, tmp_path: Path
+) -> None:
+    """49 samples of each rank in batches of 6: the last one joins the eighth batch, so an epoch has four steps."""
+    job: dict[str, Any] = {
+        "data": {"factory": "plain:build_dataset", "args": {"size": 98}},
+        "train": {
+            **STATEFUL_TRAIN,
+            "epochs": 4,
+            "learning_rate": 0.5,
+            "optimizer": {"factory": "torch.optim:Adam", "args": {"betas": [0.8, 0.99]}},
+            "schedule": {"factory": "torch.optim.lr_scheduler:ReduceLROnPlateau", "args": {"patience": 0}},
+        },
+    }
+    whole = Attempt(fork_server, tmp_path / "whole")
+    expected = whole.train(tmp_path / "project", **job)
+    # Twice eight passes are two epochs; the third begins after the rate was looked at twice.
+    result = attempt.train(tmp_path / "project", **job, **model(22))
+
+    assert whole.said("restarting") == [] and len(attempt.said("restarting")) == 1
+    assert attempt.weights == whole.weights
+    assert result.data_fingerprint == expected.data_fingerprint
+    rates = [row["learning_rate"] for row in expected.history]
+    assert rates == [row["learning_rate"] for row in result.history] and rates[0] > rates[-1]
+    assert [event["step"] for event in whole.said("epoch")] == [4, 8, 12, 16]
+    assert any("is joined to the batch before it, which has 7" in note for note in result.notes)
+
+
 def test_the_agent_or_host_killed_the_next_call_goes_on_from_the_checkpoint(
     uninterrupted: tuple[str, TrainResult], tmp_path: Path
 ) -> None:

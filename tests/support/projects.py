@@ -21,9 +21,9 @@ def build_model(width=8):
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
 
 
-def build_dataset(split):
+def build_dataset(split, size=96):
     generator = torch.Generator().manual_seed(0 if split == "train" else 1)
-    inputs = torch.randn(96, 4, generator=generator)
+    inputs = torch.randn(size, 4, generator=generator)
     return TensorDataset(inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 1).long())
 """
 
@@ -55,8 +55,8 @@ STATEFUL = """
             return inputs + 0.1 * torch.randn(4), target
 
     original = build_dataset
-    def build_dataset(split):
-        return Noisy(original(split)) if split == "train" else original(split)
+    def build_dataset(split, size=96):
+        return Noisy(original(split, size)) if split == "train" else original(split)
 
     class Net(nn.Module):
         def __init__(self, dies):

@@ -17,6 +17,7 @@ from torchworker.data.fingerprint import Fingerprint, digest_of
 from torchworker.data.sharding import (
     Collate,
     HashedOnce,
+    JoinedBatches,
     NamedDataset,
     PassKeys,
     ResumableSampler,
@@ -50,10 +51,11 @@ class TrainingData:
         """Samples of one forward and backward pass on one rank."""
         self.size = self._epoch_size(dataset)
         """Samples of an epoch, over all ranks."""
-        self.epoch_steps = math.ceil(math.ceil(math.ceil(self.size / world) / self.local_batch) / settings.accumulate)
-        """Optimizer steps of an epoch."""
+        self.joined = False
+        """Whether a last batch of one sample is joined to the batch before it."""
+        self._lone = ""
+        self._pin_memory = pin_memory
         self._generator = torch.Generator()
-        stream = isinstance(dataset, IterableDataset)
         self._sampler: ResumableSampler | None = None
         self._stream: StreamShare | None = None
         if isinstance(dataset, IterableDataset):
@@ -64,17 +66,64 @@ class TrainingData:
             )  # fmt: skip
         else:
             self._sampler = ResumableSampler(dataset, world, rank, shuffle=True, seed=settings.seed)
-        self._loader: DataLoader[Any] = DataLoader(
-            self._stream if self._stream is not None else SeededDataset(dataset, settings.seed),
-            batch_size=self.local_batch,
-            sampler=self._sampler,
-            num_workers=settings.data_workers,
+        self._read_from: Dataset[Any] = self._stream or SeededDataset(dataset, settings.seed)
+        self._loader = self._load(batch_size=self.local_batch, sampler=self._sampler)
+
+    def _load(self, **how: Any) -> DataLoader[Any]:
+        workers = self._settings.data_workers
+        return DataLoader(
+            self._read_from,
+            num_workers=workers,
             # A worker that lives on would not learn which epoch of a stream begins.
-            persistent_workers=settings.data_workers > 0 and not stream,
-            collate_fn=Collate(build_collate(project)),
+            persistent_workers=workers > 0 and self._stream is None,
+            collate_fn=Collate(build_collate(self._project)),
             generator=self._generator,
-            pin_memory=pin_memory,
+            pin_memory=self._pin_memory,
+            **how,
         )
+
+    @property
+    def _share(self) -> int:
+        """Samples of an epoch of each rank."""
+        return math.ceil(self.size / self._world)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        batches = math.ceil(self._share / self.local_batch) - self.joined
+        return math.ceil(batches / self._settings.accumulate)
+
+    @property
+    def has_lone_batch(self) -> bool:
+        """Whether some batch of an epoch is of one sample."""
+        return self.local_batch == 1 or self._share % self.local_batch == 1
+
+    def join_lone_batch(self, why: str) -> None:
+        """Have no batch of one sample: a last one goes into the batch before it.
+
+        why: the model cannot be trained on one, in words. Raises UserError when there is no batch before it.
+        """
+        most = self._world * self._settings.accumulate
+        if self.local_batch == 1:
+            raise UserError(
+                f"train.batch_size: {self._settings.batch_size} is one sample for each forward pass ({self._world} "
+                f"processes × accumulate {self._settings.accumulate}), and the model cannot be trained on one: {why}; "
+                f"expected at least {2 * most}"
+            )
+        if self._share == 1:
+            raise UserError(
+                f"{self._project.data.where}: {self.size} training samples are one for each of {self._world} "
+                f"processes, and the model cannot be trained on one: {why}; expected at least {2 * self._world}"
+            )
+        self.joined = True
+        if self._stream is not None:
+            # Lists of samples, which the loader hands on to the collate function as they are.
+            self._read_from = JoinedBatches(self._stream, self.local_batch, self._share, self._world)
+            self._loader = self._load(batch_size=None)
+        elif self._sampler is not None:
+            batches = JoinedBatches(self._sampler, self.local_batch, self._share, self._world)
+            self._loader = self._load(batch_sampler=batches)
+        self._lone = why
 
     def _epoch_size(self, dataset: Dataset[Any]) -> int:
         where, settings = self._project.data.where, self._settings
@@ -104,13 +153,24 @@ class TrainingData:
 
     @property
     def notes(self) -> list[str]:
-        """What is not quite one pass over each sample."""
+        """What is not quite one pass over each sample, in batches of one size."""
         repeated = -self.size % self._world
         if not repeated:
-            return []
+            return self.join_notes
         return [
             f"{repeated} of {self.size:,} training samples {'is' if repeated == 1 else 'are'} used twice an epoch, so "
-            f"that {self._world} processes get equally many"
+            f"that {self._world} processes get equally many",
+            *self.join_notes,
+        ]
+
+    @property
+    def join_notes(self) -> list[str]:
+        """That a last batch is joined to the one before it, and why."""
+        if not self.joined:
+            return []
+        return [
+            f"the last batch of an epoch would be of one sample, on which the model cannot be trained ({self._lone}): "
+            f"it is joined to the batch before it, which has {self.local_batch + 1}"
         ]
 
     def epoch(self, epoch: int, steps: int) -> Iterator[tuple[Any, Tensor]]:

@@ -185,6 +185,28 @@ class StreamShare(IterableDataset[Any]):
             yield Read(last, hashed=False)
 
 
+class JoinedBatches(IterableDataset[list[Any]]):
+    """Batches of what a rank reads in what is left of an epoch; a last one of a single item joins the one before it."""
+
+    def __init__(self, items: StreamShare | ResumableSampler, size: int, share: int, world: int) -> None:
+        """
+        Args:
+            items: samples of a stream, or keys of a dataset's samples.
+            size: of a batch; at least 2.
+            share: items of this rank in an epoch.
+            world: how many ranks there are.
+        """
+        self._items, self._size, self._share, self._world = items, size, share, world
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        left = self._share - self._items.consumed // self._world
+        items = iter(self._items)
+        while left > 0:
+            taken = left if left == self._size + 1 else min(left, self._size)
+            yield list(islice(items, taken))
+            left -= taken
+
+
 class Collate:
     """Collates samples into (batch, sum of their fingerprints, how many of them were hashed)."""
 
