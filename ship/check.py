@@ -32,7 +32,13 @@ from train_and_ship.registry.data.checks import (
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.extras import require_extras
-from train_and_ship.tasks.requests import dynamic_dims, inspect_request, project_of, train_settings
+from train_and_ship.tasks.requests import (
+    dynamic_dims,
+    inspect_request,
+    project_of,
+    required_formats,
+    train_settings,
+)
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.worker import ask_worker
 
@@ -63,6 +69,7 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
             ranks_here=0 if job.train.launcher.machines else job.train.processes,
             dynamic=dynamic_dims(job),
             max_batch=job.export.max_batch,
+            formats=required_formats(job),
         )
         try:
             if job.data.checks is not None:

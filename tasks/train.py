@@ -25,7 +25,7 @@ from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
-from train_and_ship.tasks.requests import train_settings
+from train_and_ship.tasks.requests import required_formats, train_settings
 from train_and_ship.tasks.results import Run, Trained
 from train_and_ship.tasks.stage import stage_task
 from train_and_ship.tasks.worker import call_worker
@@ -91,6 +91,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         folder=str(stage.work),
         checkpoints=str(checkpoints),
         start=weights,
+        formats=required_formats(run.job),
     )
     try:
         if launcher.machines is None:

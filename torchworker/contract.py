@@ -236,6 +236,8 @@ class TrainSettings:
     strategy: Literal["ddp", "fsdp"]
     comm_hook: Literal["fp16", "bf16"] | None
     """Precision in which DDP exchanges gradients; None for their own."""
+    find_unused_parameters: bool | None = None
+    """Whether DDP looks for parameters that a step does not use; None to find out whether it has to."""
     precision: Literal["float32", "bf16", "fp16"]
     """Of autocast in the forward pass and the loss; weights stay in their own."""
     fused: bool
@@ -274,6 +276,8 @@ class CheckRequest(Message):
     """Declared dimensions beside the batch."""
     max_batch: int | None = None
     """Largest batch; None for no limit."""
+    formats: Sequence[str] = ()
+    """That the release must have: what one of them cannot hold is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +315,8 @@ class TrainRequest(Message):
     """Absolute folder of checkpoints, which outlives attempts; training goes on from the newest sound one."""
     start: str = ""
     """Absolute path of the weights that training starts from; empty for the model as its factory makes it."""
+    formats: Sequence[str] = ()
+    """That the release must have: what one of them cannot hold is refused before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)

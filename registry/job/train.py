@@ -107,6 +107,9 @@ class Train(Part):
     """of the exchange between processes; nccl on GPUs and gloo on CPUs when absent"""
     comm_hook: Literal["fp16", "bf16"] | None = None
     """exchange ddp's gradients in half precision; bf16 needs nccl"""
+    find_unused_parameters: bool | None = None
+    """ddp looks in each step for parameters that take no part in it, as with LayerDrop; when absent, it does so where
+    forward decides something by chance or by values"""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """autocast in training; weights and validation stay in float32"""
     fused: bool = False
@@ -186,6 +189,8 @@ class Train(Part):
             raise ValueError("precision: bf16 or float32 with strategy: fsdp")
         if self.compile:
             raise ValueError("compile: false with strategy: fsdp")
+        if self.find_unused_parameters:
+            raise ValueError("no find_unused_parameters with strategy: fsdp; it is ddp's")
 
     @model_validator(mode="after")
     def _metrics_have_names(self) -> Self:

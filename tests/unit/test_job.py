@@ -273,6 +273,10 @@ def test_a_format_whose_library_is_not_installed_says_what_to_install(
     with pytest.raises(JobError, match=r"executorch needs the library .* pip install 'train-and-ship\[edge\]'"):
         require_extras(job)
     require_extras(load(tmp_path, GOOD))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(JobError, match=r"aoti needs a C\+\+ compiler .* install g\+\+"):
+        require_extras(load(tmp_path, GOOD + "export: {formats: [onnx, aoti]}\n"))
+    require_extras(load(tmp_path, GOOD + "export: {formats: auto}\n"))
 
 
 CUSTOM = GOOD.replace("epochs: 2", "entrypoint: plain:main")

@@ -106,7 +106,7 @@ def run_entrypoint(request: TrainRequest, entry: Entrypoint, device: torch.devic
     rank = dist.get_rank()
     events = EventLog(Path(request.folder) / EVENTS) if rank == 0 else None
     if events is not None:
-        facts = try_parts(project)
+        facts = try_parts(project, formats=request.formats)
         events.write(
             "started", processes=dist.get_world_size(), device=str(device), train_samples=facts.train_samples,
             validation_samples=facts.validation_samples, step=0, notes=[],

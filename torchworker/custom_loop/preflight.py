@@ -20,6 +20,7 @@ from torchworker.project import user_code
 from torchworker.project.independence import require_independent
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
+from torchworker.project.shippable import require_shippable
 from torchworker.project.signature import dims_of, input_specs, of_one_sample, output_specs, without_batch
 from torchworker.training.results import try_weights
 
@@ -47,8 +48,16 @@ def resolve_main(entry: Entrypoint, project: Project) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: int | None = None) -> CheckResult:
+def try_parts(
+    project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: int | None = None, formats: Sequence[str] = ()
+) -> CheckResult:
     """Model and data, one validation batch, the first training item, and the weights to a file and back.
+
+    Args:
+        project: what is tried.
+        dynamic: declared dimensions beside the batch.
+        max_batch: largest batch; None for no limit.
+        formats: that the release must have.
 
     Raises UserError for what would otherwise fail after training.
     """
@@ -57,7 +66,7 @@ def try_parts(project: Project, dynamic: Sequence[DynamicDim] = (), max_batch: i
     some = list(itertools.islice(user_code.batches(validation_set, BATCH, project), 2))
     user_code.require_one_shape(some[0], some[-1], project)
     inputs, target = some[0]
-    outputs = user_code.forward(model, inputs, project)
+    outputs = require_shippable(model, inputs, project, formats)
     user_code.try_metrics(outputs, target, project)
     require_pairs(None, outputs, target, project)
     independence = require_independent(model, inputs, project, outputs)

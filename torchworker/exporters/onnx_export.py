@@ -16,14 +16,13 @@ from torchworker.process.failure import UserError, describe
 
 OPSET = 20
 """ONNX operator set: what torch 2.13's exporter writes natively."""
-SINGLE_FILE_BYTES = 1_900_000_000
-"""A protobuf file ends at 2 GiB; stay clear of it."""
 
 
 def onnx_model(subject: Subject, path: Path) -> str:
     """Write one file with named inputs, outputs and dynamic dimensions, and say how it was captured.
 
-    Raises UserError for models that torch.export or ONNX cannot express, and where the exporter itself has doubts.
+    Raises UserError for models that torch.export or ONNX cannot express, and where the exporter itself has doubts. What
+    ONNX cannot hold whatever the model computes is in `project/shippable.py`.
     """
     # The exporter reports progress on standard output and logs every missing optional decomposition.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -31,12 +30,6 @@ def onnx_model(subject: Subject, path: Path) -> str:
     torch.backends.mha.set_fastpath_enabled(False)
     captured = capture(subject)
     program = captured.program
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    if size > SINGLE_FILE_BYTES:
-        raise UserError(
-            f"export: the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB; "
-            "leave onnx out of export.formats"
-        )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -16,9 +16,12 @@ from torchworker.project import user_code
 from torchworker.project.independence import require_independent
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
+from torchworker.project.shippable import require_shippable
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
 from torchworker.training.results import try_weights
+from torchworker.training.strategy import unused_parameters
+from torchworker.training.trial import deciding_line, refusal_of_one
 from torchworker.training.weighting import is_mean, no_mean, weigh_of
 
 
@@ -35,14 +38,13 @@ def check(request: CheckRequest) -> CheckResult:
     user_code.enter(project)
     if settings.entrypoint is not None:
         resolve_main(settings.entrypoint, project)
-        return try_parts(project, request.dynamic, request.max_batch)
+        return try_parts(project, request.dynamic, request.max_batch, request.formats)
     loss = user_code.build_loss(project)
     model = user_code.build_model(project)
     if settings.ema is not None:
         # A model that cannot be copied has no average.
         Averaging(model, settings.ema, project)
     optimizer = user_code.build_optimizer(project, settings, model)
-    user_code.build_schedule(project, settings, optimizer, steps=1)
     model.eval()
     sizes = {}
     for split in ("validation", "train"):
@@ -53,7 +55,10 @@ def check(request: CheckRequest) -> CheckResult:
             user_code.require_one_shape(some[0], some[-1], project)
         inputs, target = some[0]
         with torch.no_grad():
-            outputs = user_code.forward(model, inputs, project)
+            if split == "validation":
+                outputs = require_shippable(model, inputs, project, request.formats)
+            else:
+                outputs = user_code.forward(model, inputs, project)
             require_pairs(loss, outputs, target, project)
             value = user_code.compute_loss(loss, outputs, target, project)
             if not torch.isfinite(value):
@@ -66,16 +71,19 @@ def check(request: CheckRequest) -> CheckResult:
             independence = require_independent(model, inputs, project, outputs)
         if split == "train":
             # Whether an epoch has an end, and a sample for every process.
-            TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
+            data = TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
+    if data.has_lone_batch and (why := refusal_of_one(model, loss, (inputs, target), project)):
+        data.join_lone_batch(why)
+    user_code.build_schedule(project, settings, optimizer, data.epoch_steps * settings.epochs)
+    find_unused, notes = unused_parameters(settings, settings.processes, deciding_line(model, inputs, project))
     several = settings.processes * settings.accumulate > 1
-    notes = (
-        [no_mean(project, settings)] if several and not weigh_of(loss) and not is_mean(loss, outputs, target) else []
-    )
-    _try_step(model, inputs, target, loss, optimizer, project)
+    if several and not weigh_of(loss) and not is_mean(loss, outputs, target):
+        notes.append(no_mean(project, settings))
+    _try_step(model, inputs, target, loss, optimizer, project, find_unused)
     return facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
-        validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch, notes=notes,
-        independence=independence,
+        validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch,
+        notes=[*data.join_notes, *notes], independence=independence,
     )  # fmt: skip
 
 
@@ -86,11 +94,13 @@ def _try_step(
     loss: user_code.Loss,
     optimizer: torch.optim.Optimizer,
     project: Project,
+    find_unused: bool,
 ) -> None:
     """One training step, and the weights to a file and back: what would otherwise fail in or after training."""
     model.train()
     outputs = user_code.forward(model, inputs, project)
     user_code.backward(user_code.compute_loss(loss, outputs, target, project), project)
-    user_code.require_gradients(model, project)
+    if not find_unused:
+        user_code.require_gradients(model, project)
     user_code.apply_gradients(optimizer, project)
     try_weights(model, project)

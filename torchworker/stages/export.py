@@ -42,6 +42,7 @@ from torchworker.process.failure import DescribedError, UserError, describe, fai
 from torchworker.process.fork import CrashNote, ForkedCall, can_fork
 from torchworker.project.independence import require_independent
 from torchworker.project.opened import Opened
+from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import (
     dims_of,
     input_specs,
@@ -51,7 +52,16 @@ from torchworker.project.signature import (
     sizes_of,
     without_batch,
 )
-from torchworker.project.user_code import batches, build_dataset, build_model, enter, length_of, name_inputs
+from torchworker.project.user_code import (
+    batches,
+    build_dataset,
+    build_model,
+    enter,
+    forward,
+    length_of,
+    name_inputs,
+    name_outputs,
+)
 from torchworker.project.weights import load_weights, state_hash
 
 EXPORTERS: Mapping[str, Callable[[Subject, Path], str]] = {
@@ -116,7 +126,9 @@ def export(request: ExportRequest) -> ExportResult:
             _export_child(request.only, request, subject)
         else:
             independence = require_independent(model, named, request.project)
-            with _Exports(request.formats, request, subject) as exports:
+            impossible = _impossible(request, subject)
+            able = [kind for kind in request.formats if kind not in impossible]
+            with _Exports(able, request, subject) as exports:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
                 reference, read = write_reference(request, model, named, dataset, independence)
                 if state_hash(model) != before:
@@ -124,7 +136,7 @@ def export(request: ExportRequest) -> ExportResult:
                         "export: running the model in eval mode changed its own parameters or buffers; an exported "
                         "model must not keep state between calls"
                     )
-                artifacts, left_out = _all(exports, request, subject)
+                artifacts, left_out = _all(exports, request, subject, impossible)
     inputs_of, outputs_of = input_specs(named, dims), outputs
     if request.project.coupled:
         inputs_of, outputs_of = of_one_sample(inputs_of), of_one_sample(outputs_of)
@@ -151,9 +163,23 @@ def _copy_libraries(request: ExportRequest) -> list[str]:
     return [Path(library).name for library in request.libraries]
 
 
-def _all(exports: _Exports, request: ExportRequest, subject: Subject) -> tuple[dict[str, Artifact], dict[str, str]]:
+def _impossible(request: ExportRequest, subject: Subject) -> dict[str, Failure]:
+    """Formats that cannot hold the model, whatever an exporter makes of it, and why."""
+    outputs = name_outputs(forward(subject.model, subject.inputs, subject.project), subject.project)
+    reasons = {kind: cannot_hold(kind, subject.model, subject.inputs, outputs) for kind in request.formats}
+    return {
+        kind: Failure(kind="user", message=f"export: {why}, or leave {kind} out of export.formats")
+        for kind, why in reasons.items()
+        if why
+    }
+
+
+def _all(
+    exports: _Exports, request: ExportRequest, subject: Subject, impossible: Mapping[str, Failure]
+) -> tuple[dict[str, Artifact], dict[str, str]]:
     """Artifacts by format, int8 variants among them, and why some were left out."""
     artifacts, failures = exports.made()
+    failures |= impossible
     broken = [failure for failure in failures.values() if failure.kind == "worker"]
     if failures and (broken or not request.auto or not artifacts):
         raise DescribedError(_joined(list(failures.values())))

@@ -23,6 +23,7 @@ from torchworker.project.independence import require_independent
 from torchworker.project.metrics import first_output
 from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
+from torchworker.project.shippable import require_shippable
 from torchworker.project.weights import start_from
 from torchworker.training.averaging import Averaging
 from torchworker.training.best import BestWeights, stops_early
@@ -31,7 +32,8 @@ from torchworker.training.device import device_notes, memory_bytes, place
 from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
-from torchworker.training.strategy import autocast, make_scaler, shard, share_model
+from torchworker.training.strategy import autocast, make_scaler, naming_unused, shard, share_model, unused_parameters
+from torchworker.training.trial import deciding_line, refusal_of_one
 from torchworker.training.weighting import TINY, Weigh, by_samples, ignored_labels, is_mean, no_mean, weigh_of
 
 STEP_EVENT_SECONDS = 0.25
@@ -44,6 +46,7 @@ class Loop:
         self.project: Project = request.project
         self.settings: TrainSettings = request.train
         self.start = request.start
+        self._formats = request.formats
         self.folder = Path(request.folder)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
@@ -71,7 +74,6 @@ class Loop:
             self.notes += one_stream(dataset, project, settings.seed)
         self.data = TrainingData(train_set, project, settings, self.world, self.rank, pin_memory)
         self.train_set = train_set
-        self.notes += self.data.notes
         self.loss = user_code.build_loss(project)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
@@ -85,9 +87,10 @@ class Loop:
         self.ignored: list[int] = []
         """Classes that the loss ignores."""
         example = self._try_validation()
+        self.finds_unused = self._try_training(example)
         # Before sharding, after which a model cannot be copied.
         self.average = Averaging(self.model, settings.ema, project) if settings.ema is not None else None
-        self.strategy = share_model(self.model, project, settings, self.device)
+        self.strategy = share_model(self.model, project, settings, self.device, find_unused=self.finds_unused)
         self.shipped = self.model
         """What is validated and ships."""
         if self.average is not None:
@@ -160,6 +163,8 @@ class Loop:
             self.history.append(row)
             self.best.see(self.history)
             self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
+            if user_code.follows_loss(self.schedule):
+                self.schedule.step(row["validation_loss"])
             self.epoch += 1
             self.epoch_step = 0
             self.losses.sums.zero_()
@@ -341,13 +346,14 @@ class Loop:
             value = self._loss(inputs, target, labels=batch[1], counts=weight > 0)
             self.losses.add(value, weight, self.step)
             user_code.backward(self.scaler.scale(value if share is None else value * share), self.project)
-        if self.step == self.first_step:
+        if self.step == self.first_step and not self.finds_unused:
             user_code.require_gradients(self.model, self.project)
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         user_code.apply_gradients(self.optimizer, self.project, self.scaler)
-        self.schedule.step()
+        if not user_code.follows_loss(self.schedule):
+            self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
         self.losses.settle(before=self.step)
@@ -381,7 +387,7 @@ class Loop:
 
     def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None, counts: bool = True) -> Tensor:
         """labels: the target where it came from, on the CPU; counts: False when no label of it does."""
-        with autocast(self.settings, self.device):
+        with autocast(self.settings, self.device), naming_unused(self.model, self.project):
             outputs = user_code.forward(self.model, inputs, self.project, call=self.strategy.call)
             if not counts:
                 # A mean over nothing would be NaN.
@@ -413,7 +419,7 @@ class Loop:
         size = max(1, self.settings.batch_size // self.world)
         batch = next(user_code.batches(self.validation_set, size, self.project))
         inputs, target = self._place(batch)
-        outputs = user_code.forward(self.model, inputs, self.project)
+        outputs = require_shippable(self.model, inputs, self.project, self._formats)
         require_pairs(self.loss, outputs, target, self.project)
         user_code.compute_loss(self.loss, outputs, target, self.project)
         user_code.try_metrics(outputs, target, self.project)
@@ -425,6 +431,23 @@ class Loop:
             # All ranks have the same model and data.
             require_independent(self.model, inputs, self.project, outputs)
         return batch
+
+    def _try_training(self, example: tuple[Any, Tensor]) -> bool:
+        """What has to be known before the model is shared: whether DDP has to look for unused parameters."""
+        inputs, target = self._place(example)
+        # Rank 0's answers: a wrong guess costs little, and two different ones cost the run.
+        answers = [""] * 2
+        if self.rank == 0:
+            answers[0] = deciding_line(self.model, inputs, self.project)
+            if self.data.has_lone_batch:
+                answers[1] = refusal_of_one(self.model, self.loss, (inputs, target), self.project)
+        dist.broadcast_object_list(answers, 0)
+        decides, refuses_one = answers
+        if refuses_one:
+            self.data.join_lone_batch(refuses_one)
+        find_unused, notes = unused_parameters(self.settings, self.world, decides)
+        self.notes += [*self.data.notes, *notes]
+        return find_unused
 
     def _evaluate(self) -> dict[str, float]:
         # Weights of schedule-free optimizers are others while training.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchworker.contract import Project, TrainSettings
-from torchworker.process.failure import is_lost_connection, user_error
+from torchworker.process.failure import UserError, is_lost_connection, user_error
 from torchworker.project.user_code import build_model
 
 
@@ -20,10 +23,16 @@ class Replicated:
     collective_forward = False
     """Whether a forward pass in evaluation needs all ranks."""
 
-    def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device, find_unused: bool
+    ) -> None:
         """Args: as `share_model` has them."""
         try:
-            self._ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+            self._ddp = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                find_unused_parameters=find_unused,
+            )
         except (RuntimeError, ValueError, TypeError) as error:
             raise _cannot_be_shared(error, project) from error
         if settings.comm_hook is not None:
@@ -31,12 +40,14 @@ class Replicated:
 
             hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
             self._ddp.register_comm_hook(dist.group.WORLD, hooks[settings.comm_hook])
+        # One process has nobody to wait for, and so no parameter that it waits for either.
+        self._exchanges = dist.get_world_size() > 1 or settings.comm_hook is not None
         self.call: Any = torch.compile(self._ddp) if settings.compile else self._ddp
         """What a training step calls instead of the model."""
 
     def exchange_gradients(self, now: bool) -> None:
         """Whether the next backward pass averages gradients over the ranks; false while they are accumulated."""
-        self._ddp.require_backward_grad_sync = now
+        self._ddp.require_backward_grad_sync = now and self._exchanges
 
     def release(self) -> None:
         """Let go of the process group; nothing can be trained afterwards."""
@@ -48,8 +59,10 @@ class Sharded:
 
     collective_forward = True
 
-    def __init__(self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> None:
-        """Args: as `share_model` has them."""
+    def __init__(
+        self, model: nn.Module, project: Project, settings: TrainSettings, device: torch.device, find_unused: bool
+    ) -> None:
+        """Args: as `share_model` has them; nothing is looked for here."""
         self._fsdp: Any = shard(model, project, device)
         self.call: Any = model
 
@@ -65,7 +78,9 @@ class Sharded:
 Strategy = Replicated | Sharded
 
 
-def share_model(model: nn.Module, project: Project, settings: TrainSettings, device: torch.device) -> Strategy:
+def share_model(
+    model: nn.Module, project: Project, settings: TrainSettings, device: torch.device, *, find_unused: bool
+) -> Strategy:
     """Every rank calls it.
 
     Args:
@@ -73,12 +88,55 @@ def share_model(model: nn.Module, project: Project, settings: TrainSettings, dev
         project: for messages.
         settings: which strategy, hook and compiler.
         device: this rank's own.
+        find_unused: DDP looks in each step for parameters that take no part in it, and waits for none of them.
 
     Raises:
         UserError: the model cannot be shared between processes.
     """
     kind = Sharded if settings.strategy == "fsdp" else Replicated
-    return kind(model, project, settings, device)
+    return kind(model, project, settings, device, find_unused)
+
+
+def unused_parameters(settings: TrainSettings, world: int, decides: str) -> tuple[bool, list[str]]:
+    """Whether some steps may leave parameters out, and what is to be said of it.
+
+    Args:
+        settings: which strategy, and what the job says itself.
+        world: how many ranks there are.
+        decides: where forward decides what it does in a step, from `deciding_line`; empty when it does not.
+    """
+    if settings.find_unused_parameters is not None:
+        return settings.find_unused_parameters, []
+    if not decides or world == 1:
+        return bool(decides), []
+    if settings.strategy == "fsdp":
+        return False, [
+            f"forward decides what it calls ({decides}); with strategy: fsdp all processes have to call the same "
+            "modules in a step, or they wait for each other"
+        ]
+    return True, [
+        f"forward decides what it calls ({decides}), so ddp looks in each step for parameters that take no part; "
+        "train.find_unused_parameters: false spares that where all of them always do"
+    ]
+
+
+@contextlib.contextmanager
+def naming_unused(model: nn.Module, project: Project) -> Iterator[None]:
+    """Around a training step's forward pass: DDP's word about an unused parameter of the last one names the key."""
+    try:
+        yield
+    except UserError as mistake:
+        found = re.search(r"did not receive grad for rank (\d+): ([\d ]+)", str(mistake))
+        if "Expected to have finished reduction" not in str(mistake) or found is None:
+            raise
+        trained = [name for name, item in model.named_parameters() if item.requires_grad]
+        unused = [trained[int(position)] for position in found[2].split()]
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        raise UserError(
+            f"{project.model.where}: the last step of rank {found[1]} did not use {', '.join(unused[:5])}{more}, and "
+            "the other processes wait for their gradients; set train.find_unused_parameters: true for a model that "
+            "uses some modules now and then"
+        ) from None
 
 
 def shard(model: nn.Module, project: Project, device: torch.device) -> Any:

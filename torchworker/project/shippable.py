@@ -1,0 +1,174 @@
+"""What a model has to be like to be shipped, asked before it is trained: outputs that hold, and the same each time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchworker.contract import Project
+from torchworker.process.failure import UserError
+from torchworker.project.user_code import describe_tensor, forward, name_inputs, name_outputs
+from torchworker.project.watch import Place, watched
+
+LARGEST_ONNX = 1_900_000_000
+"""Bytes of weights. A protobuf file ends at 2 GiB; stay clear of it."""
+
+
+@torch.no_grad()
+def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: Sequence[str]) -> Any:
+    """What forward gives on a batch, if artifacts can give the same.
+
+    Args:
+        model: in eval mode.
+        inputs: of one batch as the data gives them, on the model's device.
+        project: for messages.
+        formats: that the job asks for by name.
+
+    Returns:
+        Whatever forward returns.
+
+    Raises:
+        UserError: an output has no dimension, not the batch as its first one, or is complex; two calls on the same
+            inputs differ, or change inputs or buffers; or a format cannot hold the model.
+    """
+    given = name_inputs(model, inputs, project)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    kept = {name: tensor.clone() for name, tensor in _kept(model).items()}
+    outputs = forward(model, inputs, project)
+    named = name_outputs(outputs, project)
+    for name, tensor in before.items():
+        if not _close(tensor, given[name]):
+            raise UserError(
+                f"{project.model.where}: forward changes its input {name!r} in place, which exported formats do not "
+                "do; clone it first"
+            )
+    for name, tensor in _kept(model).items():
+        if name not in kept or not _close(kept[name], tensor):
+            raise UserError(
+                f"{project.model.where}: forward changes the buffer {name!r} in eval mode; an exported model must not "
+                "keep state between calls: change it in training only (if self.training)"
+            )
+    _require_batch(model, given, named, project)
+    _require_same(model, inputs, named, project)
+    for kind in formats:
+        if why := cannot_hold(kind, model, given, named):
+            raise UserError(f"{project.model.where}: {why}, or leave {kind} out of export.formats")
+    return outputs
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are saved, by name."""
+    state = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in state}
+
+
+def _require_batch(
+    model: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], project: Project
+) -> None:
+    """Raises UserError for an output that is not one row a sample."""
+    rows = len(next(iter(inputs.values())))
+    found = {rows: outputs}
+    if rows > 1:
+        try:
+            one = forward(model, {name: tensor[:1] for name, tensor in inputs.items()}, project)
+            found[1] = name_outputs(one, project)
+        except (UserError, IndexError):
+            # Inputs may belong together in ways that cutting breaks.
+            pass
+    mistakes = []
+    for name, tensor in outputs.items():
+        what = f"{project.model.where}: output {name!r} of forward"
+        sizes = (size for size, named in found.items() if name in named and named[name].shape[:1] != (size,))
+        if tensor.dim() == 0:
+            mistakes.append(
+                f"{what} has no dimension; expected the batch as the first one of every output: give it one "
+                "(value.expand(len(x))), or return it in training only (if self.training)"
+            )
+        elif (size := next(sizes, None)) is not None:
+            mistakes.append(
+                f"{what} is {describe_tensor(found[size][name])} for a batch of {size}; expected the batch as the "
+                "first dimension of every output: move it there (transpose), or return in training only (if "
+                "self.training) what has none"
+            )
+        elif tensor.is_complex():
+            mistakes.append(
+                f"{what} is {describe_tensor(tensor)}, and neither ONNX nor what serves models has complex numbers; "
+                "return torch.view_as_real of it, which has the real and the imaginary part as its last dimension"
+            )
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], project: Project) -> None:
+    """Raises UserError for a difference that no rounding explains; the export asks for every bit."""
+    second = name_outputs(forward(model, inputs, project), project)
+    different = next((name for name, tensor in first.items() if not _close(tensor, second.get(name))), None)
+    if different is None:
+        return
+    what = (
+        f"{project.model.where}: output {different!r} of forward differs between two calls on the same inputs in eval "
+        "mode"
+    )
+    watch = watched(model, inputs, project)
+    draws = watch.draws if watch is not None else []
+    if not draws:
+        raise UserError(
+            f"{what}; a model with randomness or state in forward cannot be proven equal to its export: take it out, "
+            "or keep it to training (if self.training)"
+        )
+    place = next((place for place in draws if place.dropout), draws[0])
+    if not place.dropout:
+        raise UserError(
+            f"{what}: it draws random numbers ({place}); draw them in training only (if self.training), or take them "
+            "as an input"
+        )
+    raise UserError(f"{what}: dropout is on there ({place}); {_way_out(place)}")
+
+
+def _way_out(place: Place) -> str:
+    if hasattr(nn, place.kind) and issubclass(getattr(nn, place.kind), nn.modules.dropout._DropoutNd):
+        return f"{place.module} is in training mode although the model is not: leave train() and eval() to the loop"
+    if "scaled_dot_product" in place.line:
+        return "give dropout_p=0.0 unless self.training"
+    return "functional dropout does not follow eval(): pass training=self.training to it, or use nn.Dropout"
+
+
+def _close(first: Tensor, second: Tensor | None) -> bool:
+    if second is None or first.shape != second.shape:
+        return False
+    if first.is_floating_point():
+        return torch.allclose(first.double(), second.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
+    return torch.equal(first, second)
+
+
+def cannot_hold(kind: str, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> str:
+    """Why a format cannot hold a model, and what to change, as far as that is known without capturing it.
+
+    Args:
+        kind: the format.
+        model: whose weights count.
+        inputs, outputs: of one batch, by name.
+
+    Returns:
+        Words, empty when nothing speaks against it.
+    """
+    if kind != "onnx":
+        return ""
+    if twice := [name for name in outputs if name in inputs]:
+        return (
+            f"output {twice[0]!r} of forward has the name of an input, and in an ONNX file each name stands once; "
+            "rename it in what forward returns"
+        )
+    for name, tensor in outputs.items():
+        if tensor.dtype == torch.bfloat16:
+            return (
+                f"output {name!r} of forward is {describe_tensor(tensor)}, which NumPy, and so ONNX Runtime, does not "
+                "have; return it as float32 (.float())"
+            )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size > LARGEST_ONNX:
+        return f"the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB"
+    return ""
