@@ -135,7 +135,7 @@ def test_coupled_samples_that_are_allowed_are_gated_and_measured_one_by_one_and_
         threads=1,
         serve="auto",
         gates=[],
-        forbidden_modules=user_modules(stages.job),
+        forbidden_modules=user_modules(stages.job, stages.project_folder),
         forbidden_folder=str(stages.project_folder),
     )
     speed = decode(MeasureResult, asyncio.run(call_worker(fork_server, "measure", request, folder)))
