@@ -51,7 +51,7 @@ class Checkpoint(Part):
 class Train(Part):
     """How the model is trained."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema", "find_unused_parameters"})
 
     epochs: int | None = Field(None, ge=1)
     """passes over the training data; required without entrypoint"""
