@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,8 @@ from torchworker.data.loading import TrainingData, ValidationData, one_stream
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
-from torchworker.project.independence import require_independent
 from torchworker.project.metrics import first_output
-from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
-from torchworker.project.shippable import require_shippable
 from torchworker.project.weights import start_from
 from torchworker.training.averaging import Averaging
 from torchworker.training.best import BestWeights, stops_early
@@ -31,10 +28,10 @@ from torchworker.training.checkpoint import Checkpoints, Interval, random_state,
 from torchworker.training.device import device_notes, memory_bytes, place
 from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
+from torchworker.training.preflight import Preflight
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
-from torchworker.training.strategy import autocast, make_scaler, naming_unused, shard, share_model, unused_parameters
-from torchworker.training.trial import deciding_line, refusal_of_one
-from torchworker.training.weighting import TINY, Weigh, by_samples, ignored_labels, is_mean, no_mean, weigh_of
+from torchworker.training.strategy import autocast, make_scaler, naming_unused, shard, share_model
+from torchworker.training.weighting import StepWeights
 
 STEP_EVENT_SECONDS = 0.25
 
@@ -77,17 +74,14 @@ class Loop:
         self.loss = user_code.build_loss(project)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
-        weigh = weigh_of(self.loss)
-        self.weighs = weigh is not None
-        """Whether it is known what a batch weighs in the loss; if not, it is its number of samples."""
-        self.weigh: Weigh = weigh if weigh is not None else by_samples
-        self.noted = False
+        self.weights = StepWeights(self.loss, settings, self.device)
         self.first_step = -1
         """Of this launch."""
-        self.ignored: list[int] = []
-        """Classes that the loss ignores."""
-        example = self._try_validation()
-        self.finds_unused = self._try_training(example)
+        preflight = Preflight(self.model, self.loss, project, settings, self.device)
+        example = preflight.try_validation(self.validation_set, self._formats)
+        self.ignored = preflight.ignored
+        self.finds_unused, notes = preflight.try_training(self.data, example)
+        self.notes += notes
         # Before sharding, after which a model cannot be copied.
         self.average = Averaging(self.model, settings.ema, project) if settings.ema is not None else None
         self.strategy = share_model(self.model, project, settings, self.device, find_unused=self.finds_unused)
@@ -105,7 +99,7 @@ class Loop:
             self.loss,
             project,
             self.device,
-            weigh=self.weigh,
+            weigh=self.weights.of,
             ignored=self.ignored,
             channels_last=settings.channels_last,
             collective=self.strategy.collective_forward,
@@ -336,8 +330,8 @@ class Loop:
     def _optimizer_step(self, stream: Iterator[tuple[Any, Tensor]]) -> None:
         began = time.perf_counter()
         micro = [batch for _, batch in zip(range(self.settings.accumulate), stream, strict=False)]
-        weights = [self.weigh(target) for _, target in micro]
-        shares = self._shares(weights)
+        weights = [self.weights.of(target) for _, target in micro]
+        shares = self.weights.shares(weights)
         self.optimizer.zero_grad()
         for position, (batch, weight, share) in enumerate(zip(micro, weights, shares, strict=True)):
             inputs, target = self._place(batch)
@@ -360,24 +354,6 @@ class Loop:
         self.step_seconds = time.perf_counter() - began
         self._say_step()
 
-    def _shares(self, weights: Sequence[float]) -> Sequence[float | Tensor | None]:
-        """What the loss of each of this rank's batches of a step is multiplied by; None for 1. Every rank calls it.
-
-        The gradients are then those of one batch on one rank: ranks are averaged.
-        """
-        if self.world == 1:
-            whole: float | Tensor = sum(weights)
-        elif self.weighs:
-            # On a GPU nobody waits for it.
-            whole = torch.tensor(sum(weights), dtype=torch.float64, device=self.device)
-            dist.all_reduce(whole)
-            whole = (float(whole) if self.device.type == "cpu" else whole) / self.world
-        else:
-            whole = sum(weights)
-        if isinstance(whole, Tensor):
-            return [weight / whole.clamp_min(TINY) for weight in weights]
-        return [None if weight == whole else weight / max(whole, TINY) for weight in weights]
-
     def _refuse(self, loss: float, step: int) -> None:
         raise UserError(
             f"train: the loss became {loss} at epoch {self.epoch}, step {step + 1} of {self.steps} "
@@ -393,61 +369,14 @@ class Loop:
                 # A mean over nothing would be NaN.
                 return first_output(outputs).sum() * 0
             value = user_code.compute_loss(self.loss, outputs, target, self.project, labels=labels)
-        if self.step == self.first_step and not self.weighs and self.world * self.settings.accumulate > 1:
-            self._note_loss(outputs, target)
+        if self.step == self.first_step and (notes := self.weights.notes(outputs, target, self.project)):
+            self.notes += notes
+            self._say("note", notes=notes)
         return value
-
-    def _note_loss(self, outputs: Any, target: Tensor) -> None:
-        """Say once that the loss of a step is not that of its parts, where it is not."""
-        if self.noted or is_mean(self.loss, outputs, target):
-            return
-        self.noted = True
-        note = no_mean(self.project, self.settings)
-        self.notes.append(note)
-        self._say("note", notes=[note])
 
     def _place(self, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
         placed: tuple[Any, Tensor] = place(batch, self.device, self.settings.channels_last)
         return placed
-
-    # --- validation
-
-    @torch.no_grad()
-    def _try_validation(self) -> tuple[Any, Tensor]:
-        """One validation batch before the first epoch: a mistake there must not cost an epoch to find. The batch."""
-        self.model.eval()
-        size = max(1, self.settings.batch_size // self.world)
-        batch = next(user_code.batches(self.validation_set, size, self.project))
-        inputs, target = self._place(batch)
-        outputs = require_shippable(self.model, inputs, self.project, self._formats)
-        require_pairs(self.loss, outputs, target, self.project)
-        user_code.compute_loss(self.loss, outputs, target, self.project)
-        user_code.try_metrics(outputs, target, self.project)
-        if "accuracy" in self.project.metrics:
-            found: list[Any] = [ignored_labels(self.loss, outputs, target)]
-            dist.broadcast_object_list(found, 0)
-            self.ignored = found[0]
-        if self.rank == 0:
-            # All ranks have the same model and data.
-            require_independent(self.model, inputs, self.project, outputs)
-        return batch
-
-    def _try_training(self, example: tuple[Any, Tensor]) -> bool:
-        """What has to be known before the model is shared: whether DDP has to look for unused parameters."""
-        inputs, target = self._place(example)
-        # Rank 0's answers: a wrong guess costs little, and two different ones cost the run.
-        answers = [""] * 2
-        if self.rank == 0:
-            answers[0] = deciding_line(self.model, inputs, self.project)
-            if self.data.has_lone_batch:
-                answers[1] = refusal_of_one(self.model, self.loss, (inputs, target), self.project)
-        dist.broadcast_object_list(answers, 0)
-        decides, refuses_one = answers
-        if refuses_one:
-            self.data.join_lone_batch(refuses_one)
-        find_unused, notes = unused_parameters(self.settings, self.world, decides)
-        self.notes += [*self.data.notes, *notes]
-        return find_unused
 
     def _evaluate(self) -> dict[str, float]:
         # Weights of schedule-free optimizers are others while training.

@@ -7,10 +7,11 @@ they count for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -56,6 +57,55 @@ def weigh_of(loss: Loss) -> Weigh | None:
                 return _over_labels(loss.ignore_index, loss.weight)
             return _over_elements
     return None
+
+
+class StepWeights:
+    """What the loss of each batch of an optimizer step is multiplied by. Every rank makes one."""
+
+    def __init__(self, loss: Loss, settings: TrainSettings, device: torch.device) -> None:
+        """
+        Args:
+            loss: from `build_loss`.
+            settings: into how many parts a step falls.
+            device: where gradients are.
+        """
+        weigh = weigh_of(loss)
+        self._loss, self._settings, self._device = loss, settings, device
+        self._known = weigh is not None
+        self._noted = False
+        self._world = dist.get_world_size()
+        self.of: Weigh = weigh if weigh is not None else by_samples
+        """What a batch weighs; where that is not known, its number of samples."""
+
+    def shares(self, weights: Sequence[float]) -> Sequence[float | Tensor | None]:
+        """Factors of the losses of this rank's batches of a step; None for 1. Every rank calls it.
+
+        The gradients are then those of one batch on one rank: ranks are averaged.
+        """
+        if self._known and self._world > 1:
+            # On a GPU nobody waits for it.
+            whole = torch.tensor(sum(weights), dtype=torch.float64, device=self._device)
+            dist.all_reduce(whole)
+            if self._device.type != "cpu":
+                return [weight * self._world / whole.clamp_min(TINY) for weight in weights]
+            mean = float(whole) / self._world
+        else:
+            mean = sum(weights)
+        return [None if weight == mean else weight / max(mean, TINY) for weight in weights]
+
+    def notes(self, outputs: Any, target: Tensor, project: Project) -> list[str]:
+        """What there is to say, once, of a step whose loss is not that of its parts.
+
+        Args:
+            outputs: what forward gave on a batch of training samples.
+            target: [batch, …].
+            project: names the loss.
+        """
+        asked = self._known or self._world * self._settings.accumulate == 1 or self._noted
+        if asked or is_mean(self._loss, outputs, target):
+            return []
+        self._noted = True
+        return [no_mean(project, self._settings)]
 
 
 def by_samples(target: Tensor) -> float:

@@ -1,0 +1,97 @@
+"""What the ranks ask on one batch before the first step: a mistake there must not cost an epoch to find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from torchworker.contract import Project, TrainSettings
+from torchworker.data.loading import TrainingData
+from torchworker.project import user_code
+from torchworker.project.independence import require_independent
+from torchworker.project.pairing import require_pairs
+from torchworker.project.shippable import require_shippable
+from torchworker.training.device import place
+from torchworker.training.strategy import unused_parameters
+from torchworker.training.trial import deciding_line, refusal_of_one
+from torchworker.training.weighting import ignored_labels
+
+Batch = tuple[Any, Tensor]
+
+
+class Preflight:
+    """Asks a model that is not shared yet. Every rank makes one and asks the same."""
+
+    def __init__(
+        self, model: nn.Module, loss: user_code.Loss, project: Project, settings: TrainSettings, device: torch.device
+    ) -> None:
+        """
+        Args:
+            model: on the device.
+            loss: from `build_loss`.
+            project: names both, and the metrics.
+            settings: batch size, processes.
+            device: of this rank.
+        """
+        self._model, self._loss, self._project = model, loss, project
+        self._settings, self._device = settings, device
+        self.ignored: list[int] = []
+        """Classes that the loss ignores, known after `try_validation`."""
+
+    @torch.no_grad()
+    def try_validation(self, dataset: Dataset[Any], formats: Sequence[str]) -> Batch:
+        """Loss, metrics and what will be exported, on the first batch of the validation split, which is returned.
+
+        Args:
+            dataset: of the split.
+            formats: that have to hold the model's outputs.
+
+        Raises:
+            UserError: one of them cannot be.
+        """
+        self._model.eval()
+        size = max(1, self._settings.batch_size // dist.get_world_size())
+        batch = next(user_code.batches(dataset, size, self._project))
+        inputs, target = self._place(batch)
+        outputs = require_shippable(self._model, inputs, self._project, formats)
+        require_pairs(self._loss, outputs, target, self._project)
+        user_code.compute_loss(self._loss, outputs, target, self._project)
+        user_code.try_metrics(outputs, target, self._project)
+        if "accuracy" in self._project.metrics:
+            found: list[Any] = [ignored_labels(self._loss, outputs, target)]
+            dist.broadcast_object_list(found, 0)
+            self.ignored = found[0]
+        if dist.get_rank() == 0:
+            # All ranks have the same model and data.
+            require_independent(self._model, inputs, self._project, outputs)
+        return batch
+
+    def try_training(self, data: TrainingData, example: Batch) -> tuple[bool, list[str]]:
+        """Whether DDP has to look for unused parameters, and what a person should know of the data and of that.
+
+        Args:
+            data: of this rank; a last batch of one sample is joined to the one before it where it cannot be trained on.
+            example: a batch (inputs, target), each [batch, …].
+        """
+        inputs, target = self._place(example)
+        # Rank 0's answers: a wrong guess costs little, and two different ones cost the run.
+        answers = [""] * 2
+        if dist.get_rank() == 0:
+            answers[0] = deciding_line(self._model, inputs, self._project)
+            if data.has_lone_batch:
+                answers[1] = refusal_of_one(self._model, self._loss, (inputs, target), self._project)
+        dist.broadcast_object_list(answers, 0)
+        decides, refuses_one = answers
+        if refuses_one:
+            data.join_lone_batch(refuses_one)
+        find_unused, notes = unused_parameters(self._settings, dist.get_world_size(), decides)
+        return find_unused, [*data.notes, *notes]
+
+    def _place(self, batch: Batch) -> Batch:
+        placed: Batch = place(batch, self._device, self._settings.channels_last)
+        return placed
