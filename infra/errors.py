@@ -11,7 +11,7 @@
     │   └── StoreRefusedError the object store cannot keep the promises promotion needs: never retried
     ├── PreconditionFailedError  a conditional write did not happen, or its outcome has to be read
     ├── ReleaseError          a release is incomplete, altered or moved under us: never retried
-    └── WorkerError           a child process died without giving a reason: retried
+    └── WorkerError           a child process died without giving a reason: retried, unless that was done already
 
 Every message says what was expected, what was found and what to do.
 """
@@ -96,4 +96,7 @@ class ReleaseError(ShipError):
 class WorkerError(ShipError):
     """A child process ended without a result (killed, out of memory, crashed)."""
 
-    retryable = True
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        """retryable: False when its retries are used up."""
+        super().__init__(message)
+        self.retryable = retryable

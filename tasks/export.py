@@ -9,6 +9,7 @@ from prefect import get_run_logger
 from torchworker.contract import ExportRequest, ExportResult, InspectResult
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.data.readings import contradictions_of_gates, contradictions_of_training
+from train_and_ship.registry.gates import require_may_pass
 from train_and_ship.registry.run_folder import EXPORT, stage_inputs
 from train_and_ship.tasks.readings import require_same_data
 from train_and_ship.tasks.requests import dynamic_dims
@@ -28,11 +29,12 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
 
     Raises:
         JobError: the model cannot be captured faithfully, or the data could not be read.
-        GateError: processes of this run have read different data.
+        GateError: processes of this run have read different data, or the model cannot pass the job's gates.
         WorkerError: the worker died.
     """
     facts = await inspected.facts()
     await require_same_data(run, contradictions_of_training(run.job, facts, trained.result))
+    require_may_pass(run.job, trained.result)
     inputs = stage_inputs(
         trained.digest, run.job.export.model_dump_json(), *(("coupled",) if run.project.coupled else ())
     )

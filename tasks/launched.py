@@ -24,6 +24,7 @@ from torchworker.contract import (
     REQUEST,
     RESULT,
     Failure,
+    Launches,
     Message,
     TrainRequest,
     TrainSettings,
@@ -81,7 +82,7 @@ def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) 
             )
 
 
-def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir: Path) -> Spec:
+def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir: Path, died: int = 0) -> Spec:
     """One attempt as a value.
 
     Args:
@@ -89,6 +90,7 @@ def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir:
         train: how to train.
         name: of the attempt.
         out_dir: its folder, which every machine sees under this path.
+        died: launches that `train.restarts` has counted already.
     """
     machines, nodes = chosen.machines, chosen.nodes
     assert machines is not None
@@ -108,7 +110,8 @@ def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir:
         mem_mb=resources.mem_mb if resources else None,
         gpus=resources.gpus if resources else 0,
         # A job of fixed size is launched again from its newest checkpoint, with a fresh folder and rendezvous.
-        max_restarts=train.restarts if min_nodes < nodes else 0,
+        # What torchrun starts again inside a job is of the same budget; rank 0 keeps it to the number.
+        max_restarts=max(1, train.restarts - died) if min_nodes < nodes else 0,
         image=image,
         time_limit=machines.time_limit_s,
     )
@@ -138,7 +141,8 @@ async def train_launched(
     current = folder / CURRENT
     attempt = await _attempt_under_way(current, inputs, chosen, say)
     out_dir = folder / attempt.name
-    spec = spec_for(chosen, request.train, attempt.name, out_dir)
+    checkpoints = Path(request.checkpoints)
+    spec = spec_for(chosen, request.train, attempt.name, out_dir, Launches.so_far(checkpoints).deaths)
     try:
         if attempt.job is None:
             out_dir.mkdir(exist_ok=True)
@@ -158,7 +162,7 @@ async def train_launched(
         raise
     current.unlink()
     if not (out_dir / RESULT).exists():
-        raise _judge(out_dir, spec, status, logs)
+        raise _judge(out_dir, spec, status, logs, request)
     return out_dir
 
 
@@ -237,27 +241,47 @@ def _logs(launcher: Launcher, job: str) -> str:
         return f"(no logs: {error})"
 
 
-def _judge(out_dir: Path, spec: Spec, status: Status, logs: str) -> ShipError:
-    """The root cause: the user's exception, before what the engine blames, before what else the ranks said.
+def _judge(out_dir: Path, spec: Spec, status: Status, logs: str, request: TrainRequest) -> ShipError:
+    """What the attempt ended with, which is counted: JobError when the same would happen again."""
+    failures = [Failure.read(path) for path in sorted(out_dir.glob(FAILURE_FILES))]
+    cause = _root_cause(failures, out_dir, spec, status)
+    checkpoints = Path(request.checkpoints)
+    end: Failure | None = cause
+    if not cause.spent:
+        launches = Launches.so_far(checkpoints).died(checkpoints, cause.place)
+        launches.keep(checkpoints)
+        end = launches.end(cause, request.train.restarts)
+    if end is not None and end.kind == "user":
+        return JobError("\n".join([f"{end.message}{_rank(end)}", *([end.traceback] if end.traceback else [])]))
+    said = f"train: {(end or cause).message}{_rank(end or cause)}\n{status.reason}\n{logs}"
+    return WorkerError(said.rstrip(), retryable=end is None)
+
+
+def _rank(failure: Failure) -> str:
+    return f" (rank {failure.rank})" if failure.rank is not None else ""
+
+
+def _root_cause(failures: Sequence[Failure], out_dir: Path, spec: Spec, status: Status) -> Failure:
+    """The user's exception, before what the engine blames, before what else the ranks said.
 
     When a machine is lost, all that the ranks of the others see is that their connection closed.
     """
-    failures: Sequence[Failure] = [Failure.read(path) for path in sorted(out_dir.glob(FAILURE_FILES))]
-    for failure in failures:
-        if failure.kind == "user":
-            shown = f"\n{failure.traceback}" if failure.traceback else ""
-            return JobError(f"{failure.message} (rank {failure.rank}){shown}")
-    said = [f"{failure.message} (rank {failure.rank})" for failure in failures]
-    own = [text for text in said if LOST_CONNECTION not in text]
+    decided = [failure for failure in failures if failure.kind == "user" or failure.spent]
+    if decided:
+        return decided[0]
+    own = [failure for failure in failures if LOST_CONNECTION not in failure.message]
     silent = sorted(set(range(spec.nodes * spec.nproc)) - {failure.rank for failure in failures})
     if hung := sorted(out_dir.glob(HUNG_FILES)):
         rank = hung[-1].name.removeprefix("hung-rank")
-        message = f"rank {rank} was silent for {hung[-1].read_text()} s and was killed"
-    elif status.blames or own:
-        message = status.blames or own[0]
-    elif said and silent:
+        return Failure(kind="worker", message=f"rank {rank} {hung[-1].read_text()}")
+    if status.blames:
+        return Failure(kind="worker", message=status.blames)
+    if own:
+        return own[0]
+    if failures and silent:
         ranks = " and ".join(map(str, silent))
         message = f"rank {ranks} ended without a word (killed, or out of memory, or its machine lost)"
-    else:
-        message = said[0] if said else "the job ended without a result and no rank said why"
-    return WorkerError(f"train: {message}\n{status.reason}\n{logs}".rstrip())
+        return Failure(kind="worker", message=message)
+    if failures:
+        return failures[0]
+    return Failure(kind="worker", message="the job ended without a result and no rank said why")

@@ -13,7 +13,18 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 
-from torchworker.contract import EVENTS, RESULT, Reply, TrainRequest, TrainResult, decode
+from torchworker.contract import (
+    EVENTS,
+    LAUNCHES,
+    RESULT,
+    Failure,
+    Launches,
+    Reply,
+    TrainRequest,
+    TrainResult,
+    decode,
+)
+from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
@@ -30,11 +41,14 @@ from train_and_ship.tasks.results import Run, Trained
 from train_and_ship.tasks.stage import stage_task
 from train_and_ship.tasks.worker import call_worker
 
+AGAIN_SECONDS = 1.0
+"""Between two attempts."""
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0
 RANKS_SHOWN = 8
 
 
+# Prefect's attempts are for services alone: `train.restarts` counts what happens to ranks and machines.
 @stage_task("train", delays=(1, 1))
 async def train(run: Run, start: Pointer | None = None) -> Trained:
     """Train in child processes; skipped when this run has already trained.
@@ -77,14 +91,10 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
-    if (stage.work / EVENTS).exists():
-        # Left by an attempt that died, perhaps with steps that MLflow was not told.
-        run.live.tail(stage.work / EVENTS)
     progress = _Progress(meter)
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
-    launcher = run.job.train.launcher
     request = TrainRequest(
         project=run.project,
         train=train_settings(run.job),
@@ -94,17 +104,13 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         formats=required_formats(run.job),
     )
     try:
-        if launcher.machines is None:
-            work = stage.begin()
-            run.live.tail(work / EVENTS)
-            await call_worker(run.fork_server, "train", request, work, progress.on_event)
-        else:
-            attempts.mkdir(exist_ok=True)
-            say = get_run_logger().info
-            trained = await train_launched(launcher, request, attempts, inputs, progress.on_event, say)
-            shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
-            meter.cpu = _result(stage.work).cpu_seconds
+        while not await _attempt(run, stage, request, attempts, inputs, progress):
+            pass
         await progress.finish()
+    except (JobError, WorkerError):
+        # Whoever goes on with this run has mended something, and has all launches again.
+        (checkpoints / LAUNCHES).unlink(missing_ok=True)
+        raise
     finally:
         reporter.cancel()
     trained_on = _result(stage.work)
@@ -125,11 +131,48 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+async def _attempt(
+    run: Run, stage: StageFolder, request: TrainRequest, attempts: Path, inputs: str, progress: _Progress
+) -> bool:
+    """Train into the stage's work folder; False when that ended and the run has launches left. Prefect retries none.
+
+    Raises JobError, and WorkerError when there is nothing left.
+    """
+    launcher, say = run.job.train.launcher, get_run_logger()
+    if (stage.work / EVENTS).exists():
+        # Left by an attempt that died, perhaps with steps that MLflow was not told.
+        run.live.tail(stage.work / EVENTS)
+    try:
+        if launcher.machines is None:
+            work = stage.begin()
+            run.live.tail(work / EVENTS)
+            await call_worker(run.fork_server, "train", request, work, progress.on_event)
+        else:
+            attempts.mkdir(exist_ok=True)
+            trained = await train_launched(launcher, request, attempts, inputs, progress.on_event, say.info)
+            shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
+            progress.meter.cpu = _result(stage.work).cpu_seconds
+    except WorkerError as error:
+        if not error.retryable:
+            raise
+        if launcher.machines is None:
+            # The agent counts its ranks' deaths, and nobody but this process its own.
+            checkpoints = Path(request.checkpoints)
+            launches = Launches.so_far(checkpoints).died(checkpoints, "")
+            launches.keep(checkpoints)
+            if end := launches.end(Failure(kind="worker", message=str(error)), request.train.restarts):
+                raise WorkerError(end.message, retryable=False) from None
+        say.warning("%s; training goes on from its newest checkpoint", error)
+        await asyncio.sleep(AGAIN_SECONDS)
+        return False
+    return True
+
+
 class _Progress:
     """Turns worker events into log lines and one Prefect progress artifact."""
 
     def __init__(self, meter: Meter) -> None:
-        self._logger, self._meter = get_run_logger(), meter
+        self._logger, self.meter = get_run_logger(), meter
         self._percent = 0.0
         self._description = "Training starts"
         self._artifact: UUID | None = None
@@ -140,7 +183,7 @@ class _Progress:
     def on_event(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "started":
-                self._meter.ranks_started(str(event["device"]), event["processes"])
+                self.meter.ranks_started(str(event["device"]), event["processes"])
                 self._logger.info(
                     "training on %d processes (%s): %s samples, %s held out",
                     event["processes"], event["device"], f"{event['train_samples']:,}",

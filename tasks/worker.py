@@ -73,7 +73,8 @@ async def call_worker(
         raise WorkerError(
             "\n".join(
                 [f"{stage}: {reply.failure.message}{rank}", *(output or [f"Last lines of {log}:", last_lines(log)])]
-            )
+            ),
+            retryable=not reply.failure.spent,
         )
     assert reply.result is not None
     return reply.result

@@ -26,6 +26,10 @@ GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
 PROBES = "probes.safetensors"
 PROBE = "probe.safetensors"
+CHECKPOINT = "CHECKPOINT.json"
+"""Manifest of a checkpoint, which is complete when it has one."""
+LAUNCHES = "launches.json"
+"""Beside the checkpoints of a run: Launches."""
 
 FORMAT_FILES: Mapping[str, str] = {
     "torchscript": "model.torchscript",
@@ -229,6 +233,8 @@ class TrainSettings:
     """Launches in a row, after the first, that may die without a new checkpoint before the run gives up."""
     hang_seconds: float
     """A rank that is silent for longer is killed and handled as dead."""
+    build_seconds: float = 1800.0
+    """The same while model and data are made, and while the rank computes in one call that holds the interpreter."""
     device: Literal["auto", "cpu", "cuda"]
     """`auto`: a CUDA device for each rank where there is one, else the CPU."""
     backend: Literal["gloo", "nccl"] | None
@@ -339,6 +345,64 @@ class OpenedFile:
     and not there."""
     native: bool = False
     """It was opened while code was built, below Python, so perhaps by another process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launches(Message):
+    """What a run has used up of `train.restarts`, kept beside its checkpoints: one budget, whoever launches again."""
+
+    deaths: int = 0
+    """Launches in a row that ended without a result and without a new checkpoint."""
+    checkpoint: str = ""
+    """The newest one when the last of them ended."""
+    place: str = ""
+    """Of the failure that ended it."""
+    repeated: bool = False
+    """Whether the one before it ended at the same place."""
+
+    @classmethod
+    def so_far(cls, checkpoints: Path) -> Self:
+        """What the folder of checkpoints says; nothing is used up in a new one."""
+        path = checkpoints / LAUNCHES
+        return cls.read(path) if path.exists() else cls()
+
+    def died(self, checkpoints: Path, place: str) -> Self:
+        """With one more launch that ended without a result. place: of its failure."""
+        newest = _newest_checkpoint(checkpoints)
+        fruitless = newest == self.checkpoint
+        return dataclasses.replace(
+            self,
+            deaths=self.deaths + 1 if fruitless else 1,
+            checkpoint=newest,
+            place=place,
+            repeated=fruitless and bool(place) and place == self.place,
+        )
+
+    def keep(self, checkpoints: Path) -> None:
+        """For whoever launches next."""
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        self.write(checkpoints / LAUNCHES)
+
+    def end(self, failure: Failure, restarts: int) -> Failure | None:
+        """What the run ends with; None when it may launch again.
+
+        failure: of the launch that was counted last; restarts: of the job.
+        """
+        if failure.kind == "user" and not failure.passing:
+            return failure
+        if self.repeated:
+            again = f"{failure.message} (twice, {failure.place.partition(' < ')[0]}, so another try would not help)"
+            return dataclasses.replace(failure, kind="user", message=again, traceback="")
+        if self.deaths > restarts:
+            count = f"{self.deaths} launches" if self.deaths > 1 else "a launch"
+            said = f"{failure.message}; {count} without a new checkpoint is what train.restarts: {restarts} allows"
+            return dataclasses.replace(failure, message=said, spent=True)
+        return None
+
+
+def _newest_checkpoint(folder: Path) -> str:
+    """Its name, which says its step: one that is written again is no progress."""
+    return max((path.parent.name for path in folder.glob(f"step-????????/{CHECKPOINT}")), default="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1012,6 +1076,13 @@ class Failure(Message):
     rank: int | None = None
     output: Sequence[str] = ()
     """The last lines that this rank printed."""
+    place: str = ""
+    """The exception's class and where it was raised, which is the same when the same goes wrong again; empty for what
+    the machine does (memory, disks, connections) and for a rank that said nothing."""
+    passing: bool = False
+    """Of memory, a disk or a connection, also in their code: it may not happen again."""
+    spent: bool = False
+    """Another launch might have helped, and the run has none left."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchworker.contract import LOST_CONNECTION, RESULT, Reply, TrainRequest, TrainResult
-from torchworker.process.failure import failure_of, is_lost_connection
+from torchworker.contract import (
+    FAILURE_FILES,
+    LOST_CONNECTION,
+    RESULT,
+    Failure,
+    Launches,
+    Reply,
+    TrainRequest,
+    TrainResult,
+)
+from torchworker.process.failure import failure_of, is_lost_connection, may_pass, place_of
 from torchworker.process.lifeline import die_with_parent
 from torchworker.project.opened import Opened
 from torchworker.project.user_code import enter
@@ -21,6 +30,9 @@ from torchworker.training.device import backend_of, choose_device, enter_device,
 from torchworker.training.heartbeat import announce, keep_beating, watch_this_process
 from torchworker.training.loop import Loop
 from torchworker.training.network import choose_interface
+
+FIRST_LAUNCH = "first-launch"
+"""In the folder of an attempt from its first launch on."""
 
 
 def failure_file(folder: Path, rank: int) -> Path:
@@ -64,6 +76,10 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
         failure = failure_of(error, request.project.folder, rank)
         if is_lost_connection(error):
             failure = dataclasses.replace(failure, kind="worker", message=f"{LOST_CONNECTION}: {failure.message}")
+        elif may_pass(error):
+            failure = dataclasses.replace(failure, passing=True)
+        else:
+            failure = dataclasses.replace(failure, place=place_of(error))
         # Whole or not at all: the launcher kills the ranks that are left as soon as one has ended.
         failure.write(failure_file(Path(request.folder), rank))
         raise
@@ -77,13 +93,40 @@ def _train(request: TrainRequest, device: torch.device) -> TrainResult | None:
     return Loop(request, device).fit()
 
 
+def _begin_again(folder: Path, request: TrainRequest, rank: int) -> None:
+    """Where torchrun starts all ranks again: rank 0 counts the launch that ended; nobody trains when it was the last.
+
+    torchrun goes on starting ranks for as long as its own count allows; they end at once.
+    """
+    said = {path: Failure.read(path) for path in sorted(folder.glob(FAILURE_FILES))}
+    if any(failure.spent or (failure.kind == "user" and not failure.passing) for failure in said.values()):
+        sys.exit(1)
+    if rank != 0:
+        return
+    first = folder / FIRST_LAUNCH
+    if first.exists():
+        lost = Failure(kind="worker", message="a machine or a rank was lost", rank=rank)
+        cause = next((failure for failure in said.values() if failure.place), next(iter(said.values()), lost))
+        checkpoints = Path(request.checkpoints)
+        launches = Launches.so_far(checkpoints).died(checkpoints, cause.place)
+        launches.keep(checkpoints)
+        for path in said:
+            path.unlink()
+        if end := launches.end(cause, request.train.restarts):
+            end.write(failure_file(folder, rank))
+            sys.exit(1)
+    first.touch()
+
+
 def main() -> None:
     """Entry for torchrun on any machine: rank 0 also writes `result.json` into the run's folder."""
     request_file = sys.argv[1]
     request = TrainRequest.read(Path(request_file))
     folder = Path(request.folder)
+    rank = int(os.environ["RANK"])
+    _begin_again(folder, request, rank)
     # Before anything starts a thread.
-    watcher = watch_this_process(folder, int(os.environ["RANK"]), request.train.hang_seconds)
+    watcher = watch_this_process(folder, rank, request.train)
     choose_interface()
     result = run_rank(request_file, os.getppid(), watcher)
     if result is not None:

@@ -18,7 +18,7 @@ Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
 
 FOR_ANY_LOOP = frozenset({
     "entrypoint", "args", "processes", "seed", "metrics", "threads", "checkpoint", "restarts", "hang_seconds",
-    "collective_seconds", "device", "backend", "launcher",
+    "build_seconds", "collective_seconds", "device", "backend", "launcher",
 })  # fmt: skip
 """What also holds for a custom loop; the other keys are read by the built-in one."""
 
@@ -51,7 +51,7 @@ class Checkpoint(Part):
 class Train(Part):
     """How the model is trained."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema", "find_unused_parameters"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema", "find_unused_parameters", "build_seconds"})
 
     epochs: int | None = Field(None, ge=1)
     """passes over the training data; required without entrypoint"""
@@ -93,9 +93,12 @@ class Train(Part):
     """decay of a moving average of the weights over the steps, such as 0.999; it is validated and ships"""
     checkpoint: Checkpoint = Checkpoint()
     restarts: int = Field(3, ge=0)
-    """launches in a row that may die without a new checkpoint before the run gives up"""
+    """how often ranks are launched again, whatever ended them, until there is a new checkpoint, which renews the
+    number: at most 1 + restarts × (1 + new checkpoints) launches of a run"""
     hang_seconds: float = Field(30, gt=0)
     """a rank that is silent for longer is handled as dead"""
+    build_seconds: float = Field(1800, gt=0)
+    """the same while model and data are made, and while a rank computes in one call that holds the interpreter"""
     collective_seconds: float = Field(600, gt=0)
     """an exchange between ranks that takes longer is a lost connection"""
 

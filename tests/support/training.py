@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from train_and_ship.tasks.worker import call_worker
 
 
 class Train:
-    """Trains job files for real, without Prefect, each into a folder `train<n>`; all share `checkpoints`."""
+    """Trains job files for real, without Prefect, each into a folder `train<n>`.
+
+    All share `checkpoints`, without what the built-in loop has at its end: another one would have nothing to do.
+    """
 
     def __init__(self, fork_server: ForkServer, folder: Path) -> None:
         self._host, self._folder, self._runs = fork_server, folder, iter(range(100))
@@ -35,5 +39,7 @@ class Train:
             start=str(start or ""),
         )
         reply = asyncio.run(call_worker(self._host, "train", request, work, on_event))
+        if job.train.entrypoint is None:
+            shutil.rmtree(max((self._folder / "checkpoints").glob("step-????????")))
         result: TrainResult = decode(TrainResult, reply)
         return result

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.projects import write_project
-from torchworker.contract import Interval, RehearseResult, Verdict
+from torchworker.contract import Interval, RehearseResult, TrainResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.gates import (
     VersusLive,
     compare,
     require_good_enough,
+    require_may_pass,
     require_not_slower,
     require_rehearsed,
     verdict_table,
@@ -175,3 +177,52 @@ def test_a_rehearsal_in_which_nothing_was_checked_is_no_pass() -> None:
     result = RehearseResult(verdicts=[], candidate={}, live={}, live_problem="", samples=0)
     with pytest.raises(GateError, match=r"release r1, as it came back .* nothing was checked\. It was not made live"):
         require_rehearsed("release r1", result, "It was not made live.")
+
+
+# ---- the trained model, before it is exported
+
+
+def trained(accuracy: float, samples: int = 96, **more: float) -> TrainResult:
+    return TrainResult(
+        weights="", history=[{"validation_accuracy": 0.1}, {"validation_accuracy": accuracy, **more}],
+        train_samples=96, validation_samples=samples, data_fingerprint="", environment={}, notes=(),
+    )  # fmt: skip
+
+
+def test_a_trained_model_that_cannot_pass_a_gate_is_refused_before_the_export(tmp_path: Path) -> None:
+    gates = {"accuracy": {"min": 0.9}, "mean_absolute_error": {"max": 2.0}, "p50_ms": {"max": 0.001}}
+    one = load_job(write_project(tmp_path, gates=gates))[0]
+    with pytest.raises(
+        GateError, match=r"2 of 3 gates failed before the export.* accuracy 0.52, expected >= 0.9"
+    ) as caught:
+        require_may_pass(one, trained(0.52, validation_mean_absolute_error=3.0))
+    assert "the trained model" in caught.value.table and "<= 2" in caught.value.table
+    require_may_pass(one, trained(0.95, validation_mean_absolute_error=1.0))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "samples", "job"),
+    [
+        (0.899, 96, {}),
+        (float("nan"), 96, {}),
+        (0.5, 20_000, {}),
+        (0.5, 96, {"export": {"validation_samples": 90}}),
+        (0.5, 96, {"gates": {"accuracy": {"vs_live": 0.0}}}),
+        (0.5, 96, {"train": {"entrypoint": "plain:main"}}),
+        (0.5, 96, {"parity": {"coupled": "allowed"}}),
+    ],
+    ids=[
+        "rounding",
+        "no number",
+        "a drawn sample",
+        "a smaller sample",
+        "against live",
+        "a loop of one's own",
+        "coupled",
+    ],
+)
+def test_what_is_not_certain_is_left_to_the_artifacts(
+    tmp_path: Path, accuracy: float, samples: int, job: dict[str, Any]
+) -> None:
+    one = load_job(write_project(tmp_path, **{"gates": {"accuracy": {"min": 0.9}}, **job}))[0]
+    require_may_pass(one, trained(accuracy, samples))

@@ -15,8 +15,8 @@ import kubernetes_validate
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from torchworker.contract import Failure, TrainSettings
-from train_and_ship.infra.errors import JobError, SettingsError
+from torchworker.contract import Failure, Launches, Project, Reference, TrainRequest, TrainSettings
+from train_and_ship.infra.errors import JobError, SettingsError, WorkerError
 from train_and_ship.infra.launchers import hosts, kubernetes, slurm
 from train_and_ship.infra.launchers.hosts import HostsLauncher, host_argv
 from train_and_ship.infra.launchers.kubernetes import KubernetesLauncher, Volume, manifest
@@ -376,11 +376,17 @@ def test_ranks_must_divide_over_the_machines_and_shrinking_needs_restarts() -> N
 
 def failed(folder: Path, *failures: Failure) -> None:
     for failure in failures:
-        text = json.dumps({"kind": failure.kind, "message": failure.message, "traceback": "", "rank": failure.rank})
-        (folder / f"failure-rank{failure.rank}.json").write_text(text)
+        failure.write(folder / f"failure-rank{failure.rank}.json")
 
 
 LOST = Failure(kind="worker", message="LostConnection: closed by peer", rank=0)
+
+
+def launched(folder: Path, **train: Any) -> TrainRequest:
+    """What was asked, with a folder of checkpoints in `folder`."""
+    nothing = Reference(target="plain:nothing", where="")
+    project = Project(name="plain", folder="", model=nothing, data=nothing, loss="cross_entropy", metrics=())
+    return TrainRequest(project=project, train=settings(**train), folder="", checkpoints=str(folder / "checkpoints"))
 
 
 @pytest.mark.parametrize(
@@ -397,5 +403,30 @@ def test_the_error_names_the_first_cause_and_not_the_connections_it_broke(
     tmp_path: Path, failures: list[Failure], blames: str, expected: str
 ) -> None:
     failed(tmp_path, *failures)
-    error = _judge(tmp_path, spec(nproc=1), Status("ended", "all over", blames), "")
+    error = _judge(tmp_path, spec(nproc=1), Status("ended", "all over", blames), "", launched(tmp_path))
     assert expected in str(error)
+
+
+def test_attempts_and_what_torchrun_starts_again_are_of_one_budget(tmp_path: Path) -> None:
+    asked, over = launched(tmp_path, restarts=3), Status("ended")
+    checkpoints = Path(asked.checkpoints)
+    failed(tmp_path, LOST)
+    assert _judge(tmp_path, spec(nproc=1), over, "", asked).retryable
+    # Rank 0 counts what torchrun starts again.
+    Launches.so_far(checkpoints).died(checkpoints, "").keep(checkpoints)
+    elastic = options({"slurm": {"nodes": 2, "min_nodes": 1}})
+    left = spec_for(elastic, asked.train, "ship-1", OUT, Launches.so_far(checkpoints).deaths)
+    assert left.max_restarts == 1
+    assert _judge(tmp_path, spec(nproc=1), over, "", asked).retryable
+    last = _judge(tmp_path, spec(nproc=1), over, "", asked)
+    assert isinstance(last, WorkerError) and not last.retryable
+    assert "4 launches without a new checkpoint is what train.restarts: 3 allows" in str(last)
+
+
+def test_the_same_exception_at_the_same_place_in_two_attempts_is_a_mistake(tmp_path: Path) -> None:
+    asked, over = launched(tmp_path), Status("ended")
+    failed(tmp_path, Failure(kind="worker", message="ValueError: no", rank=1, place="ValueError at a.py:3 < b.py:4"))
+    assert _judge(tmp_path, spec(nproc=1), over, "", asked).retryable
+    again = _judge(tmp_path, spec(nproc=1), over, "", asked)
+    assert isinstance(again, JobError)
+    assert "ValueError: no (twice, ValueError at a.py:3, so another try would not help) (rank 1)" in str(again)

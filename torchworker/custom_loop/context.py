@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from torchworker.contract import EVENTS, WEIGHTS, Entrypoint, Project, TrainRequest, TrainResult
 from torchworker.custom_loop.checkpoints import CheckpointHandle
+from torchworker.custom_loop.finished import keep_returned, returned_before
 from torchworker.custom_loop.preflight import fingerprint_share, name_of, resolve_main, try_parts
 from torchworker.custom_loop.reporting import Reports
 from torchworker.custom_loop.returned import require_sound, unwrapped
@@ -25,7 +27,7 @@ from torchworker.process.failure import UserError, is_lost_connection, user_erro
 from torchworker.project.randomness import seed_everything
 from torchworker.project.user_code import build_dataset, build_model, length_of
 from torchworker.project.weights import start_from
-from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
+from torchworker.training.results import environment, leave, save_probe, save_whole, whole_cpu_seconds
 
 JOURNAL = "reports.jsonl"
 FOLDER = "loop"
@@ -88,6 +90,11 @@ class Context:
         """
         self._reports.add(metrics, step, steps)
 
+    def go_on_from_the_end(self) -> None:
+        """The loop has returned in an earlier launch: what it reported is known."""
+        self._reports.resume(sys.maxsize)
+        self.checkpoint.notes.append("the loop had returned its model before; it was not called again")
+
     def reported(self, name: str) -> list[dict[str, float]]:
         """The run's history. Raises UserError in rank 0 when nothing was reported."""
         rows = self._reports.finish()
@@ -105,13 +112,20 @@ def run_entrypoint(request: TrainRequest, entry: Entrypoint, device: torch.devic
     main = resolve_main(entry, project)
     rank = dist.get_rank()
     events = EventLog(Path(request.folder) / EVENTS) if rank == 0 else None
+    everyone = dist.new_group(backend="gloo", timeout=timedelta(seconds=settings.build_seconds))
     if events is not None:
         facts = try_parts(project, formats=request.formats)
         events.write(
             "started", processes=dist.get_world_size(), device=str(device), train_samples=facts.train_samples,
             validation_samples=facts.validation_samples, step=0, notes=[],
         )  # fmt: skip
+    # The other ranks wait for rank 0 here, and not in an exchange of the loop's own.
+    dist.barrier(group=everyone)
     context = Context(request, entry, device, events)
+    model = returned_before(request, entry)
+    if model is not None:
+        context.go_on_from_the_end()
+        return _finish(model, request, entry, context, together=True)
     seed_everything(settings.seed)
     store = dist.distributed_c10d._get_default_store()
     returned = _call(main, context, entry, project)
@@ -142,12 +156,14 @@ def _finish(
     require_sound(model, name, project)
     history = context.reported(name)
     notes = context.checkpoint.finish(together)
+    save_whole(model, project, Path(request.folder))
+    keep_returned(request, entry)
     mine = fingerprint_share(
         build_dataset(project, "train"), project, request.train.seed, context.rank, context.world_size
     )
     read = whole_readings({"train": mine})
     validation_set = build_dataset(project, "validation")
-    save_trained(model, validation_set, project, Path(request.folder), context.device)
+    save_probe(model, validation_set, project, Path(request.folder), context.device)
     cpu_seconds = whole_cpu_seconds()
     result = None
     if context.rank == 0:

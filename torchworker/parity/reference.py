@@ -23,6 +23,7 @@ from torchworker.project.answers import Answers
 from torchworker.project.metrics import without
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
+from torchworker.project.weights import save_tensors
 
 LABELS = "labels"
 """In VALIDATION: the target with FILLED where the loss ignores a label; absent where it ignores none."""
@@ -99,8 +100,6 @@ def write_reference(
     Raises:
         UserError: forward keeps state, writes into its inputs, or fails on the user's own data.
     """
-    from safetensors.torch import save_file
-
     project, folder = request.project, Path(request.folder)
     answers = Answers(model, project)
     golden = []
@@ -115,9 +114,8 @@ def write_reference(
     stored: dict[str, Tensor] = {}
     for probe in golden:
         for part, tensors in (("input", probe.inputs), ("eager", probe.eager or {}), ("float64", probe.exact)):
-            # safetensors refuses tensors that share memory; slices of one batch do.
-            stored |= {f"{probe.name}.{part}.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(stored, folder / GOLDEN)
+            stored |= {f"{probe.name}.{part}.{name}": tensor for name, tensor in tensors.items()}
+    save_tensors(stored, folder / GOLDEN)
     pool, read = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
@@ -169,14 +167,12 @@ def _answer_or_error(answers: Answers, inputs: Mapping[str, Tensor]) -> tuple[In
 def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], independence: str, path: Path) -> None:
     """Tensors `<probe>/<part>/<name>`; the list of probes, what was not asked, and the line on independence in the
     file's metadata, lists as JSON."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     listed = []
     for probe in asked:
         parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed}
         for part, named in parts.items():
-            tensors |= {f"{probe.name}/{part}/{name}": tensor.contiguous().clone() for name, tensor in named.items()}
+            tensors |= {f"{probe.name}/{part}/{name}": tensor for name, tensor in named.items()}
         listed.append(
             {
                 "name": probe.name,
@@ -187,7 +183,7 @@ def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], independence: 
             }
         )
     told = {"probes": json.dumps(listed), "unasked": json.dumps(list(unasked)), "independence": independence}
-    save_file(tensors, path, metadata=told)
+    save_tensors(tensors, path, metadata=told)
 
 
 def read_unasked(folder: Path) -> list[str]:
@@ -323,8 +319,6 @@ def _write_validation(
 
     Returns the first samples' inputs, which probes are made from, and what was read.
     """
-    from safetensors.torch import save_file
-
     parts: dict[str, list[Tensor]] = {}
     first: Any = None
     answered: dict[str, Tensor] = {}
@@ -348,6 +342,6 @@ def _write_validation(
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
-    save_file({**joined, **answered}, folder / VALIDATION)
+    save_tensors({**joined, **answered}, folder / VALIDATION)
     pool = {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
     return pool, fingerprint.reading()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 
 from torchworker.contract import Failure
@@ -115,6 +116,29 @@ def failure_of(error: BaseException, folder: str, rank: int | None = None) -> Fa
     return Failure(
         kind="worker", message=describe(error), traceback="".join(traceback.format_exception(error)), rank=rank
     )
+
+
+MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+"""What the system says of a wrong path: it will say so again."""
+MACHINE_WORDS = ("out of memory", "can't allocate memory", "DataLoader worker (pid")
+"""In a RuntimeError of torch: no memory, on whatever device, or a loading process that was killed for it."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is memory, a disk or a connection that failed, in whoever's code: it may not happen again."""
+    if isinstance(error, UserError):
+        # What was raised in their code, and not what we say of it.
+        return error.__cause__ is not None and may_pass(error.__cause__)
+    if isinstance(error, OSError):
+        return not isinstance(error, MISSING)
+    words = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in words for part in MACHINE_WORDS)
+
+
+def place_of(error: BaseException) -> str:
+    """`ValueError at torch.py:12 < results.py:60 < loop.py:140`: the same when the same goes wrong again."""
+    frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    return f"{type(error).__name__} at {' < '.join(reversed(frames))}"
 
 
 def is_lost_connection(error: BaseException | None) -> bool:

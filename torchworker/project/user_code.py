@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
 from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
+from torchworker.process.phase import building
 from torchworker.project.library import as_metric, as_tensors, takes
 from torchworker.project.metrics import first_output, metric_sum
 from torchworker.project.opened import counts_as_code, counts_as_data
@@ -73,6 +74,7 @@ def _call(reference: Reference, project: Project, **extra: Any) -> Any:
         return function(**arguments)
 
 
+@building()
 def build_model(project: Project) -> nn.Module:
     """The untrained model. Raises UserError unless it is an nn.Module with parameters to train."""
     model = _call(project.model, project)
@@ -83,6 +85,7 @@ def build_model(project: Project) -> nn.Module:
     model = uncompiled(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{project.model.where}: the model has no parameters to train")
+    _unexpand(model)
     return model
 
 
@@ -103,7 +106,17 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def _unexpand(model: nn.Module) -> None:
+    """Give expanded buffers memory of their own: nothing can be loaded or broadcast into one place for many values."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            plain = buffer.layout == torch.strided and not nn.parameter.is_lazy(buffer)
+            if plain and any(size > 1 and step == 0 for size, step in zip(buffer.shape, buffer.stride(), strict=True)):
+                setattr(module, name, buffer.contiguous())
+
+
 @counts_as_data
+@building()
 def build_dataset(project: Project, split: str) -> Dataset[Any]:
     """The `train` or `validation` dataset: map-style or iterable, not empty, items (inputs, target)."""
     more = {"snapshot": project.snapshot} if project.snapshot else {}

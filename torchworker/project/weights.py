@@ -1,25 +1,83 @@
-"""Model weights as safetensors: no pickle, tied parameters stored once."""
+"""Tensors and model weights as safetensors: no pickle, whatever their memory is like, tied parameters stored once.
+
+safetensors takes tensors that are contiguous and share no memory, which those of a model need not be: an output is a
+transposed view, buffers are views of one table, images are in NHWC order. All that is written goes through here.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from torchworker.process.failure import UserError
 
+TIED = "tied"
+"""Entry of the file's header: names that it leaves out, each with the name that has the tensor."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name, each with its values alone: contiguous, on the CPU, in memory of its own.
+
+    Args:
+        tensors: of any strides and on any device, which may be views of each other.
+        path: of the file.
+        metadata: texts that go into its header.
+    """
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        memory = values.untyped_storage().data_ptr()
+        own[name] = values.clone() if memory in taken else values
+        taken.add(memory)
+    save_file(own, path, metadata=dict(metadata) if metadata is not None else None)
+
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Parameters and buffers of the model on the CPU."""
-    save_model(model, str(path))
+    """Parameters and buffers of the model; what is one tensor under several names is stored once.
+
+    Raises TypeError for a state that is no tensor, which is a module's `get_extra_state`.
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} in the state of the model is a {type(value).__name__}; expected tensors alone")
+        state[name] = value
+    same: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name in sorted(state):
+        tensor = state[name]
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and (first := same.setdefault(view, name)) != name:
+            tied[name] = first
+    # One entry: safetensors 0.8 writes several in an order that differs from process to process.
+    metadata = {TIED: json.dumps(tied)} if tied else None
+    save_tensors({name: tensor for name, tensor in state.items() if name not in tied}, path, metadata)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load in place. Raises RuntimeError when names or shapes do not match."""
-    load_model(model, str(path), strict=True)
+    """Load in place, so that what is tied in the model stays so. Raises RuntimeError when names or shapes do not match.
+
+    What the file has once for several names, each of them gets.
+    """
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    # Files of before have an entry a name.
+    tied: dict[str, str] = json.loads(metadata[TIED]) if metadata.get(TIED, "").startswith("{") else metadata
+    here = model.state_dict()
+    for name, kept in tied.items():
+        # They also leave out what is a part of another tensor, and comes with it.
+        if name in here and kept in state:
+            state[name] = state[kept] if here[name].shape == state[kept].shape else here[name]
+    model.load_state_dict(state)
 
 
 def start_from(model: nn.Module, path: Path) -> None:

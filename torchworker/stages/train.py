@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import uuid
@@ -19,6 +20,7 @@ from torchworker.contract import (
     LOST_CONNECTION,
     REQUEST,
     Failure,
+    Launches,
     TrainRequest,
     TrainResult,
     TrainSettings,
@@ -37,8 +39,8 @@ OUTPUT_LINES = 15
 def train(request: TrainRequest) -> TrainResult:
     """Launch the ranks and see them through: one that dies costs the steps since the last checkpoint.
 
-    Every launch has a fresh rendezvous. Raises DescribedError with the root cause when user code failed, or when
-    `restarts` launches in a row have died without a new checkpoint.
+    Every launch has a fresh rendezvous. Raises DescribedError with the root cause when the same would happen again:
+    user code failed, or anything twice at the same place; and when the run's launches are used up.
     """
     folder = Path(request.folder)
     rendezvous.register()
@@ -46,10 +48,10 @@ def train(request: TrainRequest) -> TrainResult:
     # Gloo would otherwise look up the host's name, which need not resolve, and listen on that address.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     events = EventLog(folder / EVENTS)
-    fruitless = 0
+    checkpoints = Path(request.checkpoints)
+    launches = Launches.so_far(checkpoints)
     while True:
-        before, _ = find_latest(Path(request.checkpoints))
-        watcher = start_watching(folder, request.train.processes, request.train.hang_seconds)
+        watcher = start_watching(folder, request.train.processes, request.train)
         try:
             return _launch(request)
         except ChildFailedError as error:
@@ -58,16 +60,20 @@ def train(request: TrainRequest) -> TrainResult:
                 failure = replace(failure, output=_last_output(folder / "ranks", failure.rank))
         finally:
             stop_watching(watcher)
-        after, _ = find_latest(Path(request.checkpoints))
-        fruitless = 1 if after != before else fruitless + 1
-        if failure.kind == "user" or fruitless > request.train.restarts:
-            raise DescribedError(failure)
+        launches = launches.died(checkpoints, failure.place)
+        # Where nothing can be written, this process still knows.
+        with contextlib.suppress(OSError):
+            launches.keep(checkpoints)
+        if end := launches.end(failure, request.train.restarts):
+            raise DescribedError(end)
         # The next ranks will need it, and they may be forks of this process.
         import torch.distributed.checkpoint  # noqa: F401
 
-        events.write("restarting", cause=failure.message, checkpoint=after.name if after else None)
-        for leftover in (*folder.glob("failure-rank*"), *folder.glob("hung-rank*"), *folder.glob("heartbeat-rank*")):
-            leftover.unlink()
+        newest, _ = find_latest(checkpoints)
+        events.write("restarting", cause=failure.message, checkpoint=newest.name if newest else None)
+        for kind in ("failure", "hung", "heartbeat", "building"):
+            for leftover in folder.glob(f"{kind}-rank*"):
+                leftover.unlink()
 
 
 def start_method(settings: TrainSettings) -> Literal["fork", "spawn"]:
@@ -109,8 +115,8 @@ def _root_cause(folder: Path, error: ChildFailedError, processes: int) -> Failur
     for failure in said.values():
         if failure.kind == "user":
             return failure
-    for rank, seconds in hung_ranks(folder).items():
-        return Failure(kind="worker", message=f"rank {rank} was silent for {seconds} s and was killed", rank=rank)
+    for rank, why in hung_ranks(folder).items():
+        return Failure(kind="worker", message=f"rank {rank} {why}", rank=rank)
     signalled = {rank: item.exitcode for rank, item in error.failures.items() if item.exitcode < 0}
     for rank, code in signalled.items():
         return Failure(kind="worker", message=f"rank {rank} was killed by {_signal_name(-code)}", rank=rank)

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-MANIFEST = "CHECKPOINT.json"
+from torchworker.contract import CHECKPOINT
+
 STEPS_TO_MEASURE = 20
 """Steps after which an interval in seconds is turned into steps."""
 
@@ -36,18 +37,19 @@ def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
     """
     damaged: list[str] = []
     for path in sorted(folder.glob("step-????????"), reverse=True):
-        problem = _problem(path)
+        problem = problem_of(path)
         if not problem:
             return path, damaged
         damaged.append(f"checkpoint {path.name} is damaged ({problem}) and is not used")
     return None, damaged
 
 
-def _problem(path: Path) -> str:
+def problem_of(path: Path) -> str:
+    """What is wrong with a folder that `complete` has made; empty when its files are what they were."""
     try:
-        said: dict[str, str] = json.loads((path / MANIFEST).read_text())
+        said: dict[str, str] = json.loads((path / CHECKPOINT).read_text())
     except (OSError, ValueError):
-        return f"{MANIFEST} is missing or torn"
+        return f"{CHECKPOINT} is missing or torn"
     found = _hashes(path)
     if found == said:
         return ""
@@ -55,11 +57,20 @@ def _problem(path: Path) -> str:
     return f"{wrong[0]} is missing, added or changed"
 
 
+def complete(work: Path) -> None:
+    """Give `<name>.work` its manifest and its name, from which on it is there."""
+    (work / CHECKPOINT).write_text(json.dumps(_hashes(work)))
+    target = work.with_suffix("")
+    # A damaged one of the same name was not used.
+    shutil.rmtree(target, ignore_errors=True)
+    work.rename(target)
+
+
 def _hashes(path: Path) -> dict[str, str]:
     hashes = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if file.is_file() and name != MANIFEST:
+        if file.is_file() and name != CHECKPOINT:
             with file.open("rb") as opened:
                 hashes[name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return hashes
@@ -176,11 +187,7 @@ class Checkpoints:
         """In rank 0's saving thread, after every rank has written: hash, rename, forget the oldest."""
         try:
             done.result()
-            (work / MANIFEST).write_text(json.dumps(_hashes(work)))
-            target = work.with_suffix("")
-            # A damaged one of the same step was not used.
-            shutil.rmtree(target, ignore_errors=True)
-            work.rename(target)
+            complete(work)
             for old in sorted(self._folder.glob("step-????????"))[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:  # torch's CheckpointException is no Exception

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Loop:
 
     def _build(self) -> None:
         settings, project = self.settings, self.project
+        # Some ranks take longer than others to make their parts: that is no lost connection.
+        everyone = dist.new_group(backend="gloo", timeout=timedelta(seconds=settings.build_seconds))
         # The same seed everywhere while building, so that a model's random initialisation agrees.
         seed_everything(settings.seed)
         self.model = user_code.build_model(project)
@@ -67,8 +70,6 @@ class Loop:
         pin_memory = self.device.type == "cuda"
         train_set = user_code.build_dataset(project, "train")
         self.validation_set = user_code.build_dataset(project, "validation")
-        for dataset in (train_set, self.validation_set):
-            self.notes += one_stream(dataset, project, settings.seed)
         self.data = TrainingData(train_set, project, settings, self.world, self.rank, pin_memory)
         self.train_set = train_set
         self.loss = user_code.build_loss(project)
@@ -77,6 +78,9 @@ class Loop:
         self.weights = StepWeights(self.loss, settings, self.device)
         self.first_step = -1
         """Of this launch."""
+        dist.barrier(group=everyone)
+        for dataset in (train_set, self.validation_set):
+            self.notes += one_stream(dataset, project, settings.seed)
         preflight = Preflight(self.model, self.loss, project, settings, self.device)
         example = preflight.try_validation(self.validation_set, self._formats)
         self.ignored = preflight.ignored
@@ -162,7 +166,13 @@ class Loop:
             self.epoch += 1
             self.epoch_step = 0
             self.losses.sums.zero_()
+            if self.step < self.steps and stops_early(self.history, settings):
+                # Only now is it known to have been the last step.
+                self._save()
         self.checkpoints.wait()
+        if not self.evaluation.samples:
+            # Gone on with after the last epoch: the samples are known when they were read.
+            self._evaluate()
         read = whole_readings({"train": self.data.fingerprint, "validation": self.evaluation.data.fingerprint})
         user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
         self.best.put_back()
@@ -243,7 +253,8 @@ class Loop:
         own = self._read_own(path)
         # DDP arranges its gradient buckets after its first backward pass, and the order in which many ranks
         # sum depends on them. One pass before the state is restored puts them as they were.
-        self._arrange_buckets()
+        if own["step"] < self.steps:
+            self._arrange_buckets()
         # To give its state a form, torch takes a step with an optimizer that has taken none.
         user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
         state = self._state()
@@ -320,8 +331,11 @@ class Loop:
             self._optimizer_step(stream)
             self.step += 1
             self.epoch_step += 1
-            if self.interval.is_due(self.step) and self.step < self.steps:
+            # What comes after the last step may fail, and must not cost the steps.
+            if self.interval.is_due(self.step) or self.step == self.steps:
                 self._save()
+        if self.step == self.steps:
+            self.checkpoints.wait()
         self.losses.settle()
         total = self.losses.sums.clone()
         dist.all_reduce(total)

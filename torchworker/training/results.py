@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 
 from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
 from torchworker.process.failure import as_user_error
 from torchworker.project.user_code import batches, build_model, forward, name_inputs, name_outputs
-from torchworker.project.weights import load_weights, save_weights
+from torchworker.project.weights import load_weights, save_tensors, save_weights
 from torchworker.training.device import place
 from torchworker.training.strategy import is_sharded, whole_model
 
@@ -26,7 +25,6 @@ PROBE_SAMPLES = 64
 """Samples on which the export has to give what the trained model gave."""
 
 
-@torch.no_grad()
 def save_trained(
     model: nn.Module, validation_set: Dataset[Any], project: Project, folder: Path, device: torch.device
 ) -> None:
@@ -41,12 +39,25 @@ def save_trained(
         folder: of the run, on a file system that all ranks share.
         device: where the model is.
     """
-    model.eval()
-    sharded = is_sharded(model)
+    save_whole(model, project, folder)
+    save_probe(model, validation_set, project, folder, device)
+
+
+def save_whole(model: nn.Module, project: Project, folder: Path) -> None:
+    """The first half of `save_trained`, which needs no data: rank 0 writes WEIGHTS, and every rank calls it."""
     whole = whole_model(model, project)
     if whole is not None:
         save_weights(whole, folder / WEIGHTS)
-    if not sharded and whole is None:
+
+
+@torch.no_grad()
+def save_probe(
+    model: nn.Module, validation_set: Dataset[Any], project: Project, folder: Path, device: torch.device
+) -> None:
+    """As `save_trained`, of which it is the second half: rank 0 writes PROBE."""
+    model.eval()
+    sharded, first = is_sharded(model), dist.get_rank() == 0
+    if not sharded and not first:
         return
     inputs, _ = next(batches(validation_set, PROBE_SAMPLES, project))
     if sharded:
@@ -56,8 +67,8 @@ def save_trained(
     outputs = name_outputs(forward(model, inputs, project), project)
     tensors = {f"input.{name}": tensor for name, tensor in name_inputs(model, inputs, project).items()}
     tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
-    if whole is not None:
-        save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / PROBE)
+    if first:
+        save_tensors(tensors, folder / PROBE)
 
 
 def try_weights(model: nn.Module, project: Project) -> None:
