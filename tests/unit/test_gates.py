@@ -204,6 +204,7 @@ def test_a_trained_model_that_cannot_pass_a_gate_is_refused_before_the_export(tm
     ("accuracy", "samples", "job"),
     [
         (0.899, 96, {}),
+        (0.875, 40, {}),
         (float("nan"), 96, {}),
         (0.5, 20_000, {}),
         (0.5, 96, {"export": {"validation_samples": 90}}),
@@ -213,6 +214,7 @@ def test_a_trained_model_that_cannot_pass_a_gate_is_refused_before_the_export(tm
     ],
     ids=[
         "rounding",
+        "two samples of few",
         "no number",
         "a drawn sample",
         "a smaller sample",
