@@ -49,7 +49,7 @@ async def retrain(
             return ended(await skip(plan))
         run = await begin(plan.job_file, resume, allow)
         inspected = await inspect(run)
-        trained = await train(run, plan.start)
+        trained = await train(run, inspected, plan.start)
         exported = await export(run, inspected, trained)
         validated = await validate(run, trained, exported)
         registered = await register(run, inspected, trained, validated)

@@ -36,7 +36,7 @@ async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = ""
     async with exclusive(job, resume) as job_file:
         run = await begin(job_file, resume, allow)
         inspected = await inspect(run)
-        trained = await train(run)
+        trained = await train(run, inspected)
         exported = await export(run, inspected, trained)
         validated = await validate(run, trained, exported)
         registered = await register(run, inspected, trained, validated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -40,24 +40,45 @@ from train_and_ship.tasks.requests import (
     train_settings,
 )
 from train_and_ship.tasks.snapshot import verified_snapshot
+from train_and_ship.tasks.trial import Trial, try_export
 from train_and_ship.tasks.worker import ask_worker
 
 
-def check(job_file: Path) -> None:
-    """Print the job's facts. Raises JobError with one message a mistake, GateError for data that fails its checks."""
+def check(job_file: Path, export: bool = True) -> None:
+    """Print the job's facts.
+
+    Args:
+        job_file: of the job.
+        export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+
+    Raises:
+        JobError: one message a mistake.
+        GateError: the data fails its checks, or an artifact is not the model.
+    """
     job, folder = load_job(job_file)
     require_extras(job)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
-    result, facts, data = asyncio.run(_build(job, folder, snapshot))
-    _print(job, folder, result, facts, data, Console())
+    console = Console()
+    found = asyncio.run(_build(job, folder, snapshot, export, console))
+    _print(job, folder, found, console)
 
 
-async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckResult, InspectResult, Report | None]:
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """All that was found out."""
+
+    result: CheckResult
+    facts: InspectResult
+    report: Report | None
+    trial: Trial | None
+
+
+async def _build(job: Job, folder: Path, snapshot: Path | None, export: bool, console: Console) -> _Found:
     """The job, its data, and the checks of that where the job has some; the live release is not asked.
 
     Without checks the data is only glanced at: a run reads all of it.
     """
-    project, report = project_of(job, folder, snapshot), None
+    project, report, trial = project_of(job, folder, snapshot), None, None
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
         server = fork_server(work / "host.log")
@@ -77,12 +98,20 @@ async def _build(job: Job, folder: Path, snapshot: Path | None) -> tuple[CheckRe
                 report = check_data(job.data.checks, await looking, None, "")
                 require_good_data(job.name, report)
             result = await ask_worker(server, "check", request, CheckResult, work)
+            if export:
+                trial = await try_export(
+                    server, job, project, work, lambda text: console.print(f"{text} …", style="dim")
+                )
             facts = await looking
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
         require_held_out(job.data.checks, facts)
-    return result, facts, report
+    return _Found(result=result, facts=facts, report=report, trial=trial)
+
+
+def _say(console: Console, what: str) -> None:
+    console.print(escape(f"{what} …"), style="dim")
 
 
 def _count(samples: int | None) -> str:
@@ -141,12 +170,18 @@ def _checked(job: Job, data: Report) -> str:
     return f"passes {len(data.findings)} checks{drift}"
 
 
-def _print(
-    job: Job, folder: Path, result: CheckResult, seen: InspectResult, data: Report | None, console: Console
-) -> None:
+def _exports(job: Job, trial: Trial | None) -> list[str]:
+    if trial is None:
+        may_be = ", if it can capture the model" if job.export.formats == "auto" else ""
+        return [f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted]
+    made = [f"{kind}: {item.file}, {item.method}" for kind, item in trial.exported.artifacts.items()]
+    return made + [f"not {kind}: {why}" for kind, why in trial.exported.left_out.items()]
+
+
+def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
+    result, data = found.result, found.report
     columns = Column(style="bold"), Column(overflow="fold")
     facts = Table(*columns, title=job.name, show_header=False, title_justify="left")
-    may_be = ", if it can capture the model" if job.export.formats == "auto" else ""
     for name, value in (
         ("project", str(folder)),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
@@ -162,11 +197,11 @@ def _print(
         *([("samples", result.independence)] if result.independence else []),
         ("dynamic", "\n".join(_dimension(dim) for dim in result.dims)),
         *_training(job, result),
-        ("exports", "\n".join(f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted)),
+        ("exports", "\n".join(_exports(job, found.trial))),
         *([("int8", _int8(job))] if job.export.int8 is not None else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
-        *(("note", note) for note in (shared_samples(seen), *result.notes) if note),
+        *(("note", note) for note in (shared_samples(found.facts), *result.notes) if note),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)

@@ -89,11 +89,14 @@ def approve(
 
 
 @app.command()
-def check(job: Path) -> None:
+def check(
+    job: Path,
+    no_export: Annotated[bool, typer.Option("--no-export", help="Do not export the untrained model.")] = False,
+) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
     from train_and_ship.ship.check import check
 
-    check(job)
+    check(job, export=not no_export)
 
 
 Allow = Annotated[

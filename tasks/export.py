@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import get_run_logger
 
-from torchworker.contract import ExportRequest, ExportResult, InspectResult
+from torchworker.contract import ExportResult
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.data.readings import contradictions_of_gates, contradictions_of_training
 from train_and_ship.registry.gates import require_may_pass
 from train_and_ship.registry.run_folder import EXPORT, stage_inputs
 from train_and_ship.tasks.readings import require_same_data
-from train_and_ship.tasks.requests import dynamic_dims
+from train_and_ship.tasks.requests import export_request
 from train_and_ship.tasks.results import Exported, Inspected, Run, Trained
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.worker import ask_worker
@@ -41,7 +42,9 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     stage = StageFolder(run.folder, EXPORT, inputs)
 
     async def make(work: Path) -> ExportResult:
-        return await ask_worker(run.fork_server, "export", _request(run, facts, trained, work), ExportResult, work)
+        request = export_request(run.job, run.project, work, weights=str(trained.weights))
+        request = replace(request, drawn=facts.drawn, ignored=trained.result.ignored)
+        return await ask_worker(run.fork_server, "export", request, ExportResult, work)
 
     with run.timed("export"):
         result = await run_stage(stage, ExportResult, make)
@@ -51,24 +54,3 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     for kind, why in result.left_out.items():
         get_run_logger().warning("%s is left out: %s", kind, why)
     return Exported(folder=stage.path, result=result, digest=stage.digest(), weights=trained.weights)
-
-
-def _request(run: Run, facts: InspectResult, trained: Trained, work: Path) -> ExportRequest:
-    asked, int8 = run.job.export, run.job.export.int8
-    return ExportRequest(
-        project=run.project,
-        folder=str(work),
-        weights=str(trained.weights),
-        formats=asked.wanted,
-        auto=asked.formats == "auto",
-        libraries=[str(Path(run.project.folder, name)) for name in asked.libraries],
-        batch=asked.batch,
-        seed=run.job.train.seed,
-        validation_limit=asked.validation_samples,
-        drawn=facts.drawn,
-        ignored=trained.result.ignored,
-        dynamic=dynamic_dims(run.job),
-        max_batch=asked.max_batch,
-        int8=int8.wanted if int8 is not None else (),
-        calibration_samples=int8.samples if int8 is not None else 0,
-    )

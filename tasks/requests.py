@@ -14,6 +14,8 @@ from torchworker.contract import (
     CustomMetric,
     DynamicDim,
     Entrypoint,
+    ExportRequest,
+    ExportResult,
     Gate,
     InspectRequest,
     Int8Limits,
@@ -23,9 +25,11 @@ from torchworker.contract import (
     RehearsedRelease,
     RehearseRequest,
     Resampling,
+    ScoreRequest,
     TensorSpec,
     Timed,
     TrainSettings,
+    ValidateRequest,
 )
 from train_and_ship.infra.provenance import is_library
 from train_and_ship.registry.job.base import Factory
@@ -102,6 +106,82 @@ def _names(kind: type[Any]) -> set[str]:
 def required_formats(job: Job) -> tuple[str, ...]:
     """Formats without which there is no release; `auto` leaves out what cannot be made."""
     return () if job.export.formats == "auto" else job.export.wanted
+
+
+def export_request(job: Job, project: Project, folder: Path, *, weights: str) -> ExportRequest:
+    """Every format of a job.
+
+    Args:
+        job: which formats, and how.
+        project: the user's code.
+        folder: where to.
+        weights: of the trained model; empty for the model as its factory makes it.
+    """
+    asked, int8 = job.export, job.export.int8
+    return ExportRequest(
+        project=project,
+        folder=str(folder),
+        weights=weights,
+        formats=asked.wanted,
+        auto=asked.formats == "auto",
+        libraries=[str(Path(project.folder, name)) for name in asked.libraries],
+        batch=asked.batch,
+        seed=job.train.seed,
+        validation_limit=asked.validation_samples,
+        dynamic=dynamic_dims(job),
+        max_batch=asked.max_batch,
+        int8=int8.wanted if int8 is not None else (),
+        calibration_samples=int8.samples if int8 is not None else 0,
+    )
+
+
+def validate_request(job: Job, project: Project, folder: Path, exported: ExportResult, log: Path) -> ValidateRequest:
+    """Everything that is asked of artifacts in the clean room, in Python.
+
+    Args:
+        job: whose gates.
+        project: user code that the process must not import.
+        folder: with the artifacts and the reference data.
+        exported: what is there.
+        log: folder for logs.
+    """
+    return ValidateRequest(
+        folder=str(folder),
+        formats={kind: artifact.file for kind, artifact in exported.artifacts.items()},
+        libraries=exported.libraries,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        metrics=job.metrics,
+        gates=fixed_gates(job, custom=False),
+        forbidden_modules=user_modules(job, Path(project.folder)),
+        forbidden_folder=project.folder,
+        threads=job.threads,
+        not_finite=job.parity.not_finite,
+        refusals=job.parity.refusals,
+        int8=int8_limits(job),
+        log=str(log),
+    )
+
+
+def score_request(job: Job, project: Project, folder: Path, exported: ExportResult) -> ScoreRequest:
+    """Metrics in user code, of every artifact; no limits are asked.
+
+    Args:
+        job: whose metrics.
+        project: the user's code.
+        folder: with the artifacts and the held-out samples.
+        exported: what is there.
+    """
+    return ScoreRequest(
+        project=project,
+        folder=str(folder),
+        formats={kind: artifact.file for kind, artifact in exported.artifacts.items()},
+        libraries=exported.libraries,
+        inputs=exported.inputs,
+        batch=job.export.batch,
+        gates=(),
+        threads=job.threads,
+    )
 
 
 def dynamic_dims(job: Job) -> list[DynamicDim]:

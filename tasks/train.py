@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -28,6 +29,7 @@ from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
+from train_and_ship.registry.data.checks import require_held_out
 from train_and_ship.registry.made_of import with_opened
 from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
@@ -37,7 +39,7 @@ from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
 from train_and_ship.tasks.requests import required_formats, train_settings
-from train_and_ship.tasks.results import Run, Trained
+from train_and_ship.tasks.results import Inspected, Run, Trained
 from train_and_ship.tasks.stage import stage_task
 from train_and_ship.tasks.worker import call_worker
 
@@ -50,14 +52,18 @@ RANKS_SHOWN = 8
 
 # Prefect's attempts are for services alone: `train.restarts` counts what happens to ranks and machines.
 @stage_task("train", delays=(1, 1))
-async def train(run: Run, start: Pointer | None = None) -> Trained:
+async def train(run: Run, inspected: Inspected, start: Pointer | None = None) -> Trained:
     """Train in child processes; skipped when this run has already trained.
 
     Args:
         run: what is trained, and where.
+        inspected: the data, which is being read meanwhile.
         start: the live release whose weights training begins with; None for the model as its factory makes it.
 
-    Raises JobError when the user's code is at fault, WorkerError when a rank or a machine was lost too often.
+    Raises:
+        JobError: the user's code is at fault.
+        GateError: the data has been read meanwhile, and most of what is held out is training data.
+        WorkerError: a rank or a machine was lost too often.
     """
     inputs = stage_inputs(run.job.training_digest(), *(("from", start.release) if start is not None else ()))
     stage = StageFolder(run.folder, TRAIN, inputs)
@@ -66,7 +72,7 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
             get_run_logger().info("train: already complete in this run, verified by hash")
             run.live.tail(stage.path / EVENTS)
         else:
-            await _train(run, stage, start, inputs, meter)
+            await _while_held_out(run, inspected, _train(run, stage, start, inputs, meter))
     result = _result(stage.path)
     if shipped := shipped_words(run.job, result):
         get_run_logger().info("ships: %s", shipped)
@@ -77,6 +83,22 @@ async def train(run: Run, start: Pointer | None = None) -> Trained:
         start=start.release if start else "",
         made_from=decode(MadeFrom, json.loads((stage.path / MADE_FROM).read_text())),
     )
+
+
+async def _while_held_out(run: Run, inspected: Inspected, work: Coroutine[Any, Any, None]) -> None:
+    """Train, and end at once when the reading beside it finds that no number of this training will mean anything.
+
+    What else the reading comes to is told where its facts are used.
+    """
+    training, reading = asyncio.ensure_future(work), inspected.reading
+    try:
+        await asyncio.wait({training, reading}, return_when=asyncio.FIRST_COMPLETED)
+        if not training.done() and reading.done() and not reading.cancelled() and reading.exception() is None:
+            require_held_out(run.job.data.checks, reading.result())
+        await training
+    finally:
+        training.cancel()
+        await asyncio.gather(training, return_exceptions=True)
 
 
 def _result(folder: Path) -> TrainResult:

@@ -13,7 +13,6 @@ from torchworker.contract import (
     INT8_OF,
     CppResult,
     MeasureResult,
-    ScoreRequest,
     ScoreResult,
     ValidateRequest,
     ValidateResult,
@@ -27,11 +26,11 @@ from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
 from train_and_ship.tasks.explain import explain
 from train_and_ship.tasks.requests import (
     fixed_gates,
-    int8_limits,
     measure_request,
+    score_request,
     speed_gates,
     timed_artifacts,
-    user_modules,
+    validate_request,
 )
 from train_and_ship.tasks.results import Exported, Run, Trained, Validated, kept_formats
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
@@ -70,24 +69,11 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
 
 
 def _request(run: Run, exported: Exported, runner: CppResult, work: Path) -> ValidateRequest:
-    return ValidateRequest(
-        folder=str(exported.folder),
-        formats=exported.formats,
-        libraries=exported.result.libraries,
-        inputs=exported.result.inputs,
-        outputs=exported.result.outputs,
-        metrics=run.job.metrics,
-        gates=fixed_gates(run.job, custom=False),
-        forbidden_modules=user_modules(run.job, Path(run.project.folder)),
-        forbidden_folder=run.project.folder,
-        threads=run.job.threads,
-        not_finite=run.job.parity.not_finite,
-        refusals=run.job.parity.refusals,
-        int8=int8_limits(run.job),
+    return replace(
+        validate_request(run.job, run.project, exported.folder, exported.result, work),
         cpp="off" if run.cpp is None else run.job.parity.cpp,
         runner=runner.runner,
         no_runner=runner.reason,
-        log=str(work),
     )
 
 
@@ -140,15 +126,10 @@ def _require_demanded(validated: Validated) -> None:
 
 async def _scored(run: Run, trained: Trained, exported: Exported, result: ValidateResult, work: Path) -> ValidateResult:
     """The result with the metrics that are in user code, which the clean room cannot import."""
-    request = ScoreRequest(
-        project=run.project,
-        folder=str(exported.folder),
+    request = replace(
+        score_request(run.job, run.project, exported.folder, exported.result),
         formats=kept_formats(exported, result),
-        libraries=exported.result.libraries,
-        inputs=exported.result.inputs,
-        batch=run.job.export.batch,
         gates=fixed_gates(run.job, custom=True),
-        threads=run.job.threads,
         errors=trained.result.validation_samples > result.validation_samples,
     )
     scored = await ask_worker(run.fork_server, "score", request, ScoreResult, work / "score")

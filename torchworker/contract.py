@@ -558,6 +558,7 @@ class ExportRequest(Message):
     folder: str
     """Absolute output folder."""
     weights: str
+    """Absolute path of the trained weights; empty for a trial with the model as its factory makes it."""
     formats: Sequence[str]
     """Keys of FORMAT_FILES."""
     auto: bool = False

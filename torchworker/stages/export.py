@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 from torchworker.contract import (
@@ -89,13 +89,8 @@ def export(request: ExportRequest) -> ExportResult:
     opened = Opened(request.project, [str(Path(request.folder).parent)], python=False)
     model = build_model(request.project)
     touched, _ = opened.close()
-    try:
-        load_weights(model, Path(request.weights))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{request.project.model.where}: the trained weights do not fit the model as it is now: {describe(error)}. "
-            "If its code was changed after training, start a new run"
-        ) from error
+    if request.weights:
+        _load(model, request)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -109,7 +104,8 @@ def export(request: ExportRequest) -> ExportResult:
     left_out: dict[str, str] = {}
     reference, read = "", None
     with torch.no_grad():
-        require_trained(model, Path(request.weights).with_name(PROBE), request.project)
+        if request.weights:
+            require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_hash(model)
         outputs = output_specs(model, named, dims, request.project)
         # A size of 1 looks like a dimension that broadcasts, and would be captured as such.
@@ -152,6 +148,16 @@ def export(request: ExportRequest) -> ExportResult:
         validation=read,
         touched=[file.path for file in touched],
     )
+
+
+def _load(model: nn.Module, request: ExportRequest) -> None:
+    try:
+        load_weights(model, Path(request.weights))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{request.project.model.where}: the trained weights do not fit the model as it is now: {describe(error)}. "
+            "If its code was changed after training, start a new run"
+        ) from error
 
 
 def _copy_libraries(request: ExportRequest) -> list[str]:
