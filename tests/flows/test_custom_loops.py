@@ -68,7 +68,7 @@ def test_an_example_with_its_own_loop_is_trained_proven_and_promoted(
 
 @pytest.mark.parametrize("example", ["own_loop", "lightning"])
 def test_check_finds_the_loop_and_builds_model_and_data_without_running_it(ship: Ship, example: str) -> None:
-    ended = ship("check", f"examples/{example}/job.yaml")
+    ended = ship("check", f"examples/{example}/job.yaml", "--no-export")
     assert ended.status == 0, ended.text
     text = " ".join(ended.output.replace("│", " ").split())
     assert f"{example if example == 'own_loop' else 'lightning_loop'}:main(context, epochs=" in text

@@ -46,10 +46,10 @@ def test_corrupt_data_is_refused_before_training_and_names_each_fault(
                 inputs[:2] = build_dataset("train").tensors[0][:2]
             return TensorDataset(inputs, target)
     """
-    sound = ship("check", str(write_project(tmp_path / "sound", name="sound", train=POOR, data=CHECKED)))
+    sound = ship("check", str(write_project(tmp_path / "sound", name="sound", train=POOR, data=CHECKED)), "--no-export")
     assert sound.status == 0 and "passes 16 checks; drift is asked when a run begins" in sound.output, sound.text
     job = write_project(tmp_path / "corrupt", extra=extra, name="corrupt", train=POOR, data=CHECKED)
-    checked = ship("check", str(job))
+    checked = ship("check", str(job), "--no-export")
     assert checked.status == 2 and "Traceback" not in checked.text, checked.text
     ended = ship("run", str(job))
     assert ended.status == 2, ended.text
@@ -102,7 +102,9 @@ def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributio
     fresh = CODE.replace("manual_seed(0 if", "manual_seed(5 if")
     assert project.retrain(train=POOR, code=fresh, data=CHECKED).name in ("Promoted", "Kept")
     live_now = project.live.release
-    moved = fresh.replace("torch.randn(96, 4, generator=generator)", "torch.randn(96, 4, generator=generator) + 1.5")
+    moved = fresh.replace(
+        "torch.randn(size, 4, generator=generator)", "torch.randn(size, 4, generator=generator) + 1.5"
+    )
     state = project.retrain(train=POOR, code=moved, data=CHECKED)
     assert state.is_failed() and "psi of input[0]: " in str(state.message), state.message
     decision = project.decisions()[-1]

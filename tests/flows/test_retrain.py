@@ -126,7 +126,7 @@ def test_an_equal_candidate_goes_live_only_when_it_has_to_be_no_worse(project: P
 
 def test_new_data_is_noticed_and_a_warm_start_begins_where_the_live_release_is(project: Project) -> None:
     before = project.live
-    more = CODE.replace("torch.randn(96, 4, generator=generator)", "torch.randn(96, 4, generator=generator) * 1.01")
+    more = CODE.replace("torch.randn(size, 4, generator=generator)", "torch.randn(size, 4, generator=generator) * 1.01")
     warm = {"retrain": {"start": "live"}, "release": {"policy": "not_worse", "margin": 0.1}}
     state = project.retrain(train=POOR, code=more, **warm)
     assert state.name == "Promoted", state.message

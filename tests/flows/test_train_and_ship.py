@@ -51,7 +51,8 @@ HIDDEN = """
 
 
 def test_an_artifact_that_is_not_the_model_stops_the_flow_and_the_report_says_where(ship: Ship, tmp_path: Path) -> None:
-    quick = {**QUICK, "export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}}
+    parity = {"cpp": "off", "coupled": "allowed"}
+    quick = {**QUICK, "export": {"formats": ["torchscript"]}, "parity": parity}
     job = write_project(tmp_path, extra=HIDDEN, name="hidden", **quick)
     ended = ship("run", str(job))
     assert ended.status == 2, ended.text
