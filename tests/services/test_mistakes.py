@@ -64,6 +64,7 @@ WRONG: dict[str, Sequence[str]] = {
     "why": ["", "  "],
     "run": ["tomorrow", "", "../x"],
     "role": ["root", ""],
+    "allow": ["everything", ""],
     "layout": ["tensorrt", ""],
     "backend": ["tensorrt", ""],
     "at": ["yesterday", "2026-13-01", "9999-01-01", "2026-11-17 14:00 Mars/Base"],
