@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -29,12 +29,12 @@ from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
-from train_and_ship.registry.data.checks import require_held_out
 from train_and_ship.registry.made_of import with_opened
 from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
 from train_and_ship.registry.text import Table, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
+from train_and_ship.tasks.beside import Beside
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
@@ -62,7 +62,8 @@ async def train(run: Run, inspected: Inspected, start: Pointer | None = None) ->
 
     Raises:
         JobError: the user's code is at fault.
-        GateError: the data has been read meanwhile, and most of what is held out is training data.
+        GateError: the data has been read meanwhile, and most of what is held out is training data; or, of a long
+            training, what is made of the untrained model meanwhile is not the model.
         WorkerError: a rank or a machine was lost too often.
     """
     inputs = stage_inputs(run.job.training_digest(), *(("from", start.release) if start is not None else ()))
@@ -72,7 +73,8 @@ async def train(run: Run, inspected: Inspected, start: Pointer | None = None) ->
             get_run_logger().info("train: already complete in this run, verified by hash")
             run.live.tail(stage.path / EVENTS)
         else:
-            await _while_held_out(run, inspected, _train(run, stage, start, inputs, meter))
+            beside = Beside(run, inspected)
+            await beside.until_done(_train(run, stage, start, inputs, _Progress(meter, beside.saw)))
     result = _result(stage.path)
     if shipped := shipped_words(run.job, result):
         get_run_logger().info("ships: %s", shipped)
@@ -85,35 +87,18 @@ async def train(run: Run, inspected: Inspected, start: Pointer | None = None) ->
     )
 
 
-async def _while_held_out(run: Run, inspected: Inspected, work: Coroutine[Any, Any, None]) -> None:
-    """Train, and end at once when the reading beside it finds that no number of this training will mean anything.
-
-    What else the reading comes to is told where its facts are used.
-    """
-    training, reading = asyncio.ensure_future(work), inspected.reading
-    try:
-        await asyncio.wait({training, reading}, return_when=asyncio.FIRST_COMPLETED)
-        if not training.done() and reading.done() and not reading.cancelled() and reading.exception() is None:
-            require_held_out(run.job.data.checks, reading.result())
-        await training
-    finally:
-        training.cancel()
-        await asyncio.gather(training, return_exceptions=True)
-
-
 def _result(folder: Path) -> TrainResult:
     result: TrainResult = decode(TrainResult, Reply.read(folder / RESULT).result)
     return result
 
 
-async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, meter: Meter) -> None:
+async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, progress: _Progress) -> None:
     weights = ""
     project = Path(run.project.folder)
     code, files, packages = await code_and_packages(run.settings, run.job, project)
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
-    progress = _Progress(meter)
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
@@ -193,8 +178,9 @@ async def _attempt(
 class _Progress:
     """Turns worker events into log lines and one Prefect progress artifact."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._logger, self.meter = get_run_logger(), meter
+    def __init__(self, meter: Meter, see: Callable[[dict[str, Any]], None]) -> None:
+        """see: called with each event too."""
+        self._logger, self.meter, self._see = get_run_logger(), meter, see
         self._percent = 0.0
         self._description = "Training starts"
         self._artifact: UUID | None = None
@@ -203,6 +189,7 @@ class _Progress:
         self._reported = False
 
     def on_event(self, event: dict[str, Any]) -> None:
+        self._see(event)
         match event["event"]:
             case "started":
                 self.meter.ranks_started(str(event["device"]), event["processes"])

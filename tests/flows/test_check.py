@@ -32,3 +32,10 @@ def test_check_captures_every_format_and_asks_the_artifacts(ship: Ship, tmp_path
     assert "of the untrained model" in refused.text and "pt2 parity" in refused.text
     unasked = ship("check", job, "--no-export", COLUMNS="200")
     assert unasked.status == 0 and "pt2: model.pt2" in unasked.output, unasked.text
+
+
+def test_a_training_of_hours_ends_at_once_when_its_model_cannot_be_exported(ship: Ship, tmp_path: Path) -> None:
+    train = {"epochs": 10_000_000, "processes": 1, "batch_size": 32}
+    job = write_project(tmp_path, extra=HIDDEN, name="hours", train=train, export={"formats": ["pt2"]})
+    ended = ship("run", str(job))
+    assert ended.status == 2 and "of the untrained model" in ended.text and "pt2 parity" in ended.text, ended.text
