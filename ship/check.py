@@ -40,7 +40,7 @@ from train_and_ship.tasks.requests import (
     train_settings,
 )
 from train_and_ship.tasks.snapshot import verified_snapshot
-from train_and_ship.tasks.trial import Trial, try_export
+from train_and_ship.tasks.trial import TrialExport, try_export
 from train_and_ship.tasks.worker import ask_worker
 
 
@@ -70,7 +70,7 @@ class _Found:
     result: CheckResult
     facts: InspectResult
     report: Report | None
-    trial: Trial | None
+    trial: TrialExport | None
 
 
 async def _build(job: Job, folder: Path, snapshot: Path | None, export: bool, console: Console) -> _Found:
@@ -170,7 +170,7 @@ def _checked(job: Job, data: Report) -> str:
     return f"passes {len(data.findings)} checks{drift}"
 
 
-def _exports(job: Job, trial: Trial | None) -> list[str]:
+def _exports(job: Job, trial: TrialExport | None) -> list[str]:
     if trial is None:
         may_be = ", if it can capture the model" if job.export.formats == "auto" else ""
         return [f"{kind}: {FORMAT_FILES[kind]}{may_be}" for kind in job.export.wanted]

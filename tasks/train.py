@@ -34,13 +34,13 @@ from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
 from train_and_ship.registry.text import Table, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
-from train_and_ship.tasks.beside import Beside
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
 from train_and_ship.tasks.requests import required_formats, train_settings
 from train_and_ship.tasks.results import Inspected, Run, Trained
 from train_and_ship.tasks.stage import stage_task
+from train_and_ship.tasks.watchdog import Watchdog
 from train_and_ship.tasks.worker import call_worker
 
 AGAIN_SECONDS = 1.0
@@ -73,8 +73,8 @@ async def train(run: Run, inspected: Inspected, start: Pointer | None = None) ->
             get_run_logger().info("train: already complete in this run, verified by hash")
             run.live.tail(stage.path / EVENTS)
         else:
-            beside = Beside(run, inspected)
-            await beside.until_done(_train(run, stage, start, inputs, _Progress(meter, beside.saw)))
+            watchdog = Watchdog(run, inspected)
+            await watchdog.until_done(_train(run, stage, start, inputs, _Progress(meter, watchdog.saw)))
     result = _result(stage.path)
     if shipped := shipped_words(run.job, result):
         get_run_logger().info("ships: %s", shipped)
@@ -100,7 +100,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
     reporter = asyncio.create_task(progress.keep_artifact())
-    # Beside the stage's folder: they outlive attempts.
+    # Watchdog the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
     request = TrainRequest(
         project=run.project,

@@ -19,7 +19,7 @@ BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class TrialExport:
     """What could be made of the untrained model, and passed."""
 
     exported: ExportResult
@@ -28,7 +28,7 @@ class Trial:
 
 async def try_export(
     fork_server: ForkServer, job: Job, project: Project, folder: Path, say: Callable[[str], None]
-) -> Trial:
+) -> TrialExport:
     """Capture every format of the job, int8 variants aside, and ask each artifact in the clean room.
 
     Probes, metrics and their shapes are those of a run; limits of gates are not asked, as nothing is trained.
@@ -67,4 +67,4 @@ async def try_export(
             "so when its training is over; `ship check --no-export` leaves this out",
             verdict_table(verdicts).text(),
         )
-    return Trial(exported=exported, verdicts=verdicts)
+    return TrialExport(exported=exported, verdicts=verdicts)

@@ -21,7 +21,7 @@ TIMES = 20
 """How many times as long a training has to take, for the trial to cost it little."""
 
 
-class Beside:
+class Watchdog:
     """The reading of the data, and, of a long training, the export of the untrained model."""
 
     def __init__(self, run: Run, inspected: Inspected) -> None:
