@@ -100,7 +100,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         copies = run.settings.home / "releases" / run.job.name
         weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
     reporter = asyncio.create_task(progress.keep_artifact())
-    # Watchdog the stage's folder: they outlive attempts.
+    # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
     request = TrainRequest(
         project=run.project,
