@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -68,7 +69,6 @@ class _Found:
     """All that was found out."""
 
     result: CheckResult
-    facts: InspectResult
     report: Report | None
     trial: TrialExport | None
 
@@ -82,8 +82,6 @@ async def _build(job: Job, folder: Path, snapshot: Path | None, export: bool, co
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
         server = fork_server(work / "host.log")
-        look = replace(inspect_request(job, project), glance=job.data.checks is None)
-        looking = asyncio.create_task(ask_worker(server, "inspect", look, InspectResult, work / "inspect"))
         request = CheckRequest(
             project=project,
             train=train_settings(job),
@@ -91,23 +89,19 @@ async def _build(job: Job, folder: Path, snapshot: Path | None, export: bool, co
             dynamic=dynamic_dims(job),
             max_batch=job.export.max_batch,
             formats=required_formats(job),
+            glance=job.data.checks is None,
         )
-        try:
-            if job.data.checks is not None:
-                # First: a NaN in the data is a better reason than the NaN of the loss.
-                report = check_data(job.data.checks, await looking, None, "")
-                require_good_data(job.name, report)
-            result = await ask_worker(server, "check", request, CheckResult, work)
-            if export:
-                trial = await try_export(
-                    server, job, project, work, lambda text: console.print(f"{text} …", style="dim")
-                )
-            facts = await looking
-        finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
-        require_held_out(job.data.checks, facts)
-    return _Found(result=result, facts=facts, report=report, trial=trial)
+        if job.data.checks is not None:
+            # First: a NaN in the data is a better reason than the NaN of the loss.
+            look = inspect_request(job, project)
+            facts = await ask_worker(server, "inspect", look, InspectResult, work / "inspect")
+            report = check_data(job.data.checks, facts, None, "")
+            require_good_data(job.name, report)
+        result = await ask_worker(server, "check", request, CheckResult, work)
+        require_held_out(job.data.checks, *result.shared)
+        if export:
+            trial = await try_export(server, job, project, work, partial(_say, console))
+    return _Found(result=result, report=report, trial=trial)
 
 
 def _say(console: Console, what: str) -> None:
@@ -201,7 +195,7 @@ def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
         *([("int8", _int8(job))] if job.export.int8 is not None else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
-        *(("note", note) for note in (shared_samples(found.facts), *result.notes) if note),
+        *(("note", note) for note in (shared_samples(*result.shared), *result.notes) if note),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)

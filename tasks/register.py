@@ -52,8 +52,8 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
     """
     with run.timed("register"):
         facts = await inspected.facts()
-        require_held_out(run.job.data.checks, facts)
-        if shared := shared_samples(facts):
+        require_held_out(run.job.data.checks, facts.overlap, facts.validation.samples)
+        if shared := shared_samples(facts.overlap, facts.validation.samples):
             get_run_logger().warning("%s", shared)
         data = snapshot_fingerprint(run.snapshot) if run.snapshot else data_fingerprint(facts)
         inputs = Inputs(

@@ -58,7 +58,7 @@ class Watchdog:
         """What else the reading comes to is told where its facts are used."""
         with contextlib.suppress(JobError, WorkerError):
             facts = await self._inspected.facts()
-            require_held_out(self._run.job.data.checks, facts)
+            require_held_out(self._run.job.data.checks, facts.overlap, facts.validation.samples)
 
     async def _captures(self) -> None:
         """Of a training of hours nobody wants to hear at its end that the model cannot be exported."""

@@ -284,6 +284,8 @@ class CheckRequest(Message):
     """Largest batch; None for no limit."""
     formats: Sequence[str] = ()
     """That the release must have: what one of them cannot hold is refused."""
+    glance: bool = False
+    """Whether to look for validation samples that are training samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +307,9 @@ class CheckResult:
     """Loss of the untrained model on one batch; None with an entrypoint, which has its own."""
     notes: Sequence[str] = ()
     """What a person should know."""
+    shared: Sequence[int] = (0, 0)
+    """Validation samples that are training samples, of how many that were looked at; nobody looks where the data has
+    checks, which look at all."""
     independence: str = ""
     """Whether answers depend on the other samples of a batch, in words."""
 
@@ -454,8 +459,6 @@ class InspectRequest(Message):
     """Tensor to the smallest and largest value that it may have; None for no limit."""
     most: int | None = None
     """At most this many validation samples are drawn for the gates; None for all."""
-    glance: bool = False
-    """Read only some samples of each split, from all over it, and for a few seconds only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,22 +70,34 @@ class Report:
         return [finding for finding in self.findings if not finding.passed]
 
 
-def shared_samples(facts: InspectResult) -> str:
-    """What there is to say of validation samples that are training samples; empty when there are none."""
-    if not facts.overlap:
+def shared_samples(overlap: int, held: int) -> str:
+    """What there is to say of validation samples that are training samples; empty when there are none.
+
+    Args:
+        overlap: How many are.
+        held: Of how many.
+    """
+    if not overlap:
         return ""
-    held = facts.validation.samples
-    share = f"{facts.overlap:,} of {held:,} validation samples ({facts.overlap / held:.1%})"
-    return f"{share} are training samples, bit by bit"
+    return f"{overlap:,} of {held:,} validation samples ({overlap / held:.1%}) are training samples, bit by bit"
 
 
-def require_held_out(checks: Checks | None, facts: InspectResult) -> None:
-    """Raises GateError when most of the held-out data is training data and the job has no checks, which limit it."""
-    if checks is None and facts.overlap > MOST_SHARED * facts.validation.samples:
+def require_held_out(checks: Checks | None, overlap: int, held: int) -> None:
+    """Ask that most of the held-out data is no training data, where the job has no checks, which limit it.
+
+    Args:
+        checks: Of the job.
+        overlap: Validation samples that are training samples.
+        held: Of how many.
+
+    Raises:
+        GateError: It is.
+    """
+    if checks is None and overlap > MOST_SHARED * held:
         raise GateError(
-            f"{shared_samples(facts)}: no number that is measured on them says how good the model is on anything new. "
-            'data.factory gets "train" or "validation" and has to answer with different samples; where they are meant '
-            "to be the same, say so: data.checks: {overlap: 1.0}"
+            f"{shared_samples(overlap, held)}: no number that is measured on them says how good the model is on "
+            'anything new. data.factory gets "train" or "validation" and has to answer with different samples; where '
+            "they are meant to be the same, say so: data.checks: {overlap: 1.0}"
         )
 
 

@@ -32,7 +32,7 @@ def data_section(facts: InspectResult | None, checks: Report | None) -> Section:
     rows = [(name, f"{split.samples:,}", f"{split.repeated:,}", split.fingerprint) for name, split in splits]
     blocks: list[Block] = [Table(header=("split", "samples", "repeated", "fingerprint"), rows=rows)]
     more: list[Block] = []
-    if shared := shared_samples(facts):
+    if shared := shared_samples(facts.overlap, facts.validation.samples):
         blocks.append(Text(text=f"{shared}."))
     if checks is not None:
         passed = [item for item in checks.findings if item.passed]

@@ -59,6 +59,11 @@ def digest_of(item: Any) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
+def inputs_of(item: Any) -> Any:
+    """The inputs of an item of a dataset, which is a pair (inputs, target)."""
+    return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
+
+
 def _bytes(leaf: Any) -> tuple[str, bytes]:
     """What a value is, and its content."""
     if isinstance(leaf, Tensor) and leaf.layout == torch.strided:

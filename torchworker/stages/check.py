@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from torchworker.contract import CheckRequest, CheckResult, Project
 from torchworker.custom_loop.preflight import facts_of, resolve_main, try_parts
-from torchworker.data.loading import TrainingData
+from torchworker.data.glance import shared
+from torchworker.data.loading import TrainingData, reading
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.independence import require_independent
@@ -38,7 +42,8 @@ def check(request: CheckRequest) -> CheckResult:
     user_code.enter(project)
     if settings.entrypoint is not None:
         resolve_main(settings.entrypoint, project)
-        return try_parts(project, request.dynamic, request.max_batch, request.formats)
+        found = try_parts(project, request.dynamic, request.max_batch, request.formats)
+        return replace(found, shared=_shared(request, {}))
     loss = user_code.build_loss(project)
     model = user_code.build_model(project)
     if settings.ema is not None:
@@ -46,9 +51,9 @@ def check(request: CheckRequest) -> CheckResult:
         Averaging(model, settings.ema, project)
     optimizer = user_code.build_optimizer(project, settings, model)
     model.eval()
-    sizes = {}
+    sizes, datasets = {}, {}
     for split in ("validation", "train"):
-        dataset = user_code.build_dataset(project, split)
+        datasets[split] = dataset = user_code.build_dataset(project, split)
         sizes[split] = user_code.length_of(dataset)
         some = list(islice(user_code.batches(dataset, settings.batch_size, project), 2))
         if split == "validation":
@@ -80,11 +85,23 @@ def check(request: CheckRequest) -> CheckResult:
     if several and not weigh_of(loss) and not is_mean(loss, outputs, target):
         notes.append(no_mean(project, settings))
     _try_step(model, inputs, target, loss, optimizer, project, find_unused)
-    return facts_of(
+    found = facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch,
         notes=[*data.join_notes, *notes], independence=independence,
     )  # fmt: skip
+    return replace(found, shared=_shared(request, datasets))
+
+
+def _shared(request: CheckRequest, made: Mapping[str, Dataset[Any]]) -> tuple[int, int]:
+    """made: split to its dataset, where there is one already."""
+    if not request.glance:
+        return 0, 0
+    project = request.project
+    splits = ("train", "validation")
+    train, validation = (made[split] if split in made else user_code.build_dataset(project, split) for split in splits)
+    with reading("an", project):
+        return shared(train, validation)
 
 
 def _try_step(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
 from torchworker.data.drawing import drawn_places
-from torchworker.data.fingerprint import Fingerprint, digest_of
+from torchworker.data.fingerprint import Fingerprint, digest_of, inputs_of
 from torchworker.data.loading import reading
 from torchworker.data.sharding import Collate, Read, SeededDataset, StreamShare, places_all_over, sample_seed
 from torchworker.process.failure import UserError
@@ -35,8 +35,6 @@ LABELS = 1000
 SHAPES = 5
 """Different shapes of one tensor that are listed."""
 BATCH = 256
-GLANCED, GLANCE_SECONDS = 2_000, 10.0
-"""Samples of a split that a glance takes, and how long at most."""
 READ_TWICE = 16
 """Samples of a split by which it is seen whether reading them draws at random."""
 TARGET = "target"
@@ -78,7 +76,6 @@ class _Seen(NamedTuple):
 
 
 def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[SplitFacts, _Seen]:
-    began = time.perf_counter()
     project = request.project
     fingerprint, inputs_seen = Fingerprint(), Counter[int]()
     facts: dict[str, _Tensor] = {}
@@ -99,8 +96,6 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
             labels = _count(labels, target)
             each = _each(each, target, len(batch.inputs))
             position += len(batch.inputs)
-            if request.glance and time.perf_counter() - began > GLANCE_SECONDS:
-                break
         # After the workers are gone: what a dataset opens when it is first read must not be shared with them.
         varies = _varies(dataset, request.train)
     columns = {label: column for name, found in facts.items() for label, column in found.columns(name).items()}
@@ -181,11 +176,7 @@ class _Look:
 
     def __call__(self, samples: list[Read]) -> _Looked:
         content, total, count = self._collate(samples)
-        return _Looked(content, total, count, [digest_of(_inputs_of(sample.item)) >> 64 for sample in samples])
-
-
-def _inputs_of(item: Any) -> Any:
-    return item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
+        return _Looked(content, total, count, [digest_of(inputs_of(sample.item)) >> 64 for sample in samples])
 
 
 def _batches(dataset: Dataset[Any], split: str, project: Project, request: InspectRequest) -> Iterator[_Looked]:
@@ -202,8 +193,6 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, request: Inspe
                     "looked at: it would have no end"
                 )
             most = settings.steps_per_epoch * settings.batch_size
-        if request.glance:
-            size, most = None, GLANCED
         stream = StreamShare(dataset, project.data.where, seed=settings.seed, world=1, rank=0, size=size, most=most)
         yield from DataLoader(stream, batch_size=BATCH, collate_fn=collate)
         return
@@ -213,7 +202,7 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, request: Inspe
         SeededDataset(dataset, settings.seed),
         batch_size=BATCH,
         # Keys of the first epoch: see ResumableSampler. The first sample's would be 0 in an epoch before it.
-        sampler=[size + place for place in places_all_over(size, GLANCED)] if request.glance else range(size, 2 * size),
+        sampler=range(size, 2 * size),
         num_workers=settings.data_workers,
         collate_fn=collate,
     )
