@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +38,10 @@ def look(
     )
 
 
-def read_again(folder: Path, split: Literal["train", "validation"]) -> RereadResult:
+def read_again(folder: Path, split: Literal["train", "validation"], data_workers: int = 0) -> RereadResult:
     job, project = load_job(folder / "job.yaml")
-    return reread(RereadRequest(project=project_of(job, project), train=train_settings(job), split=split))
+    train = dataclasses.replace(train_settings(job), data_workers=data_workers)
+    return reread(RereadRequest(project=project_of(job, project), train=train, split=split))
 
 
 def test_a_percentile_is_the_value_of_its_whole_numbered_rank() -> None:
@@ -199,6 +201,30 @@ def test_data_that_another_process_reads_otherwise_is_the_same_when_it_is_read_a
     write = tmp_path / "anew"
     look(write, extra, data_args={"kind": "Drawn"})
     assert not read_again(write, "train").same
+
+
+def test_augmentation_that_is_seeded_by_sample_is_read_again_as_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = """
+        class Noisy:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                inputs, target = self.inner[index]
+                return inputs + torch.randn(4), target
+        listed = build_dataset
+        def build_dataset(split):
+            return Noisy(listed(split))
+    """
+    # As in a DataLoader worker, without one: forks of a process with threads end as they like.
+    monkeypatch.setattr("torchworker.data.sharding.get_worker_info", lambda: True)
+    looked = look(tmp_path / "seeded", extra)
+    again = read_again(tmp_path / "seeded", "train", data_workers=2)
+    assert looked.train.varies and again.same and again.read is not None
+    assert again.read.fingerprint == looked.train.fingerprint
+    # Without workers nobody seeds a sample.
+    assert not read_again(tmp_path / "seeded", "train").same
 
 
 def test_a_dataset_that_fails_is_the_users_mistake_with_the_line(tmp_path: Path) -> None:

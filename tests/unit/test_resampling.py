@@ -9,6 +9,8 @@ from scipy import stats
 
 from torchworker.contract import Resampling
 from torchworker.gates.bootstrap import interval_of, interval_of_mean
+from torchworker.project.metrics import mean_of
+from torchworker.stages.rehearse import _influence
 
 ASKED = Resampling(resamples=4000, confidence=0.95, seed=0)
 
@@ -61,3 +63,19 @@ def test_it_holds_the_true_difference_about_as_often_as_it_says() -> None:
         interval = interval_of_mean(torch.randn(80, generator=generator) + 0.3, asked)
         held += interval.low <= 0.3 <= interval.high
     assert 165 <= held <= 195
+
+
+def test_a_ratio_of_sums_is_the_mean_of_what_each_sample_makes_of_it_whatever_each_side_counts() -> None:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for most in (5, 3):
+        counts = torch.randint(0, most, (4000,), generator=generator).to(torch.float64)
+        rights = (counts * torch.rand(4000, generator=generator, dtype=torch.float64)).round()
+        sums = torch.stack([rights, counts], 1)
+        influence = _influence(sums)
+        assert float(influence.mean()) == pytest.approx(mean_of(sums), rel=1e-12)
+        found.append((sums, influence))
+    (one, mine), (other, theirs) = found
+    drawn = interval_of(lambda index: mean_of(one[index]) - mean_of(other[index]), 4000, ASKED)
+    linear = interval_of_mean(mine - theirs, ASKED)
+    assert (linear.low, linear.high) == (pytest.approx(drawn.low, abs=1e-3), pytest.approx(drawn.high, abs=1e-3))

@@ -44,6 +44,8 @@ class Net(nn.Module):
             return {"logits": logits, "state": hidden.expand(2, -1, -1)}
         if self.way == "found":
             return {"logits": logits, "found": (logits > 0).nonzero()}
+        if self.way == "sparse":
+            return {"logits": logits, "found": logits.to_sparse()}
         if self.way == "complex":
             return {"logits": logits, "spectrum": torch.fft.rfft(logits)}
         if self.way == "half":
@@ -104,6 +106,7 @@ def line_of(text: str) -> str:
         ("named", ["output 'x' of forward has the name of an input", "rename it", "or leave onnx out"]),
         ("in place", ["changes its input 'input' in place", "clone it first"]),
         ("counts", ["changes the buffer '0.calls' in eval mode"]),
+        ("sparse", ["output 'found' of forward is a tensor of layout sparse_coo", "return its to_dense()"]),
     ],
 )
 def test_an_output_that_cannot_be_shipped_is_refused_by_its_name(way: str, expected: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchworker.contract import CheckResult, DynamicDim, Entrypoint, Project
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.loading import reading
-from torchworker.data.sharding import NamedDataset, StreamShare
+from torchworker.data.sharding import NamedDataset, StreamShare, sample_seed
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.independence import require_independent
@@ -171,5 +171,5 @@ def _items(dataset: Dataset[Any], project: Project, seed: int, rank: int, world:
         return
     share = NamedDataset(dataset, world, rank)
     for place in range(len(share)):
-        seed_everything(seed * 1_000_003 + place * world + rank)
+        seed_everything(sample_seed(seed, place * world + rank))
         yield share[place]

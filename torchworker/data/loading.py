@@ -217,6 +217,29 @@ def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
     ]
 
 
+def whole_stream(dataset: IterableDataset[Any], split: str, project: Project, settings: TrainSettings) -> StreamShare:
+    """What the first epoch reads of a stream, as one process alone would.
+
+    Args:
+        dataset: of the split.
+        split: `train` or `validation`.
+        project: names the data.
+        settings: seed, and where an epoch of a stream without len() ends.
+
+    Raises:
+        UserError: a stream of training data has no end.
+    """
+    size, most = length_of(dataset), None
+    if split == "train" and size is None:
+        if settings.steps_per_epoch is None:
+            raise UserError(
+                f"{project.data.where}: a stream of training data needs a len(), or train.steps_per_epoch, to be "
+                "looked at: it would have no end"
+            )
+        most = settings.steps_per_epoch * settings.batch_size
+    return StreamShare(dataset, project.data.where, seed=settings.seed, world=1, rank=0, size=size, most=most)
+
+
 def _first_digest(dataset: IterableDataset[Any], project: Project, seed: int) -> int:
     stream = StreamShare(dataset, project.data.where, seed=seed, world=1, rank=0, size=None, most=1)
     with reading("the first", project):

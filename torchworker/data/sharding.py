@@ -72,6 +72,11 @@ def sample_seed(seed: int, key: int) -> int:
     return seed * 1_000_003 + key
 
 
+def first_keys(size: int) -> range:
+    """Keys of the first epoch, in order. The first sample's would be 0, which has no sign, in an epoch before it."""
+    return range(size, 2 * size)
+
+
 def places_all_over(size: int, most: int) -> list[int]:
     """At most so many places, evenly spaced over all of a split."""
     return sorted({place * size // most for place in range(most)}) if size > most else list(range(size))

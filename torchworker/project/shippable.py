@@ -31,14 +31,15 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
         Whatever forward returns.
 
     Raises:
-        UserError: an output has no dimension, not the batch as its first one, or is complex; two calls on the same
-            inputs differ, or change inputs or buffers; or a format cannot hold the model.
+        UserError: an output is sparse, has no dimension, not the batch as its first one, or is complex; two calls on
+            the same inputs differ, or change inputs or buffers; or a format cannot hold the model.
     """
     given = name_inputs(model, inputs, project)
     before = {name: tensor.clone() for name, tensor in given.items()}
     kept = {name: tensor.clone() for name, tensor in _kept(model).items()}
     outputs = forward(model, inputs, project)
     named = name_outputs(outputs, project)
+    _require_dense(named, project)
     for name, tensor in before.items():
         if not _close(tensor, given[name]):
             raise UserError(
@@ -63,6 +64,17 @@ def _kept(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that are saved, by name."""
     state = model.state_dict()
     return {name: buffer for name, buffer in model.named_buffers() if name in state}
+
+
+def _require_dense(outputs: Mapping[str, Tensor], project: Project) -> None:
+    """First: little can be asked of any other layout."""
+    for name, tensor in outputs.items():
+        if tensor.layout != torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise UserError(
+                f"{project.model.where}: output {name!r} of forward is a tensor of layout {layout}, which neither "
+                "exported formats nor what serves models have; return its to_dense()"
+            )
 
 
 def _require_batch(

@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
 from torchworker.data.drawing import drawn_places
 from torchworker.data.fingerprint import Fingerprint, digest_of, inputs_of
-from torchworker.data.loading import reading
-from torchworker.data.sharding import Collate, Read, SeededDataset, StreamShare, places_all_over, sample_seed
-from torchworker.process.failure import UserError
+from torchworker.data.loading import reading, whole_stream
+from torchworker.data.sharding import Collate, Read, SeededDataset, first_keys, places_all_over, sample_seed
 from torchworker.project import user_code
 from torchworker.project.randomness import seed_everything
 
@@ -184,16 +183,7 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, request: Inspe
     settings = request.train
     collate = _Look(user_code.build_collate(project))
     if isinstance(dataset, IterableDataset):
-        size = user_code.length_of(dataset)
-        most = None
-        if split == "train" and size is None:
-            if settings.steps_per_epoch is None:
-                raise UserError(
-                    f"{project.data.where}: a stream of training data needs a len(), or train.steps_per_epoch, to be "
-                    "looked at: it would have no end"
-                )
-            most = settings.steps_per_epoch * settings.batch_size
-        stream = StreamShare(dataset, project.data.where, seed=settings.seed, world=1, rank=0, size=size, most=most)
+        stream = whole_stream(dataset, split, project, settings)
         yield from DataLoader(stream, batch_size=BATCH, collate_fn=collate)
         return
     size = user_code.length_of(dataset)
@@ -201,8 +191,7 @@ def _batches(dataset: Dataset[Any], split: str, project: Project, request: Inspe
     yield from DataLoader(
         SeededDataset(dataset, settings.seed),
         batch_size=BATCH,
-        # Keys of the first epoch: see ResumableSampler. The first sample's would be 0 in an epoch before it.
-        sampler=range(size, 2 * size),
+        sampler=first_keys(size),
         num_workers=settings.data_workers,
         collate_fn=collate,
     )

@@ -121,26 +121,26 @@ def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[s
     found = {}
     for name in request.metrics:
         candidate, live = _worst(mine, name), _worst(theirs, name)
-        gains = _gains(_sign(name) * (candidate[:, 0] - live[:, 0]), candidate[:, 1])
+        # Each with its own counts: a model with fewer classes takes more labels for padding.
+        gains = _sign(name) * (_influence(candidate) - _influence(live))
         found[name] = interval_of_mean(gains, request.resampling)
     return found
 
 
-def _gains(gains: Tensor, counts: Tensor) -> Tensor:
-    """How much better each sample went, [samples], with the difference of the two metrics as their mean.
+def _influence(sums: Tensor) -> Tensor:
+    """What each sample makes of a metric, [samples], with the metric as their mean.
 
     Where samples count differently many elements (some labels are padding), the metric is a ratio of sums, which is
     linearized: a sample differs by what it adds to the numerator less what the ratio says for its elements.
 
-    Args:
-        gains: [samples], of the sums.
-        counts: [samples], elements that count, the same for both.
+    sums: [samples, 2], of `sample_sums`.
     """
+    values, counts = sums[:, 0], sums[:, 1]
     each = float(counts.mean())
     if bool((counts == each).all()):
-        return gains / each
-    ratio = float(gains.sum() / counts.sum())
-    return ratio + (gains - ratio * counts) / each
+        return values / each
+    ratio = mean_of(sums)
+    return ratio + (values - ratio * counts) / each
 
 
 def _worst(scores: Scores, name: str) -> Tensor:
@@ -154,7 +154,7 @@ def _sign(name: str) -> float:
 
 def _spread(sums: Tensor) -> float:
     """Standard deviation of one sample's value. sums: [samples, 2]."""
-    return float(_gains(sums[:, 0], sums[:, 1]).std(correction=0))
+    return float(_influence(sums).std(correction=0))
 
 
 def _require_files(release: RehearsedRelease) -> None:
