@@ -20,6 +20,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from train_and_ship.infra.rundir import file_sha256
+
 
 def git_commit(folder: Path) -> str:
     """The commit of the folder's repository, with `-dirty` when it has changes; `none` outside a repository."""
@@ -104,16 +106,12 @@ def code_files(folder: Path, more: Iterable[Path] = (), only: Iterable[Path] | N
     else:
         several = {path: None for place in only for path in ([place] if place.is_file() else _sources(place))}
         found += [_code_file(path, folder, "") for path in several]
-    return found + [CodeFile(os.path.relpath(path, folder), "", _sha256(path)) for path in more]
+    return found + [CodeFile(os.path.relpath(path, folder), "", file_sha256(path)) for path in more]
 
 
 def _code_file(path: Path, root: Path, before: str) -> CodeFile:
     inner = Path(os.path.relpath(path, root)).as_posix()
-    return CodeFile(before + inner, inner, _sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return CodeFile(before + inner, inner, file_sha256(path))
 
 
 def code_fingerprint(files: Iterable[CodeFile]) -> str:

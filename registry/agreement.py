@@ -1,4 +1,4 @@
-"""The metrics of the epoch that ships, as training measured them, held against those of the gates. No store.
+"""The metrics of the epoch that ships, as training measured them, held against the gates. No store.
 
 Training evaluates the model on all held-out samples, the gates ask each artifact about as many of them as the job says.
 The artifacts are proven to be the model; so where both numbers are of the same samples they are one number, and where
@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torchworker.contract import INT8_OF, TrainResult, ValidateResult
+from torchworker.contract import INT8_OF, TrainResult, ValidateResult, Verdict
 from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.text import Table, number, passed_or_failed
 
 T_999 = 3.883
 """Student's t with 19 degrees of freedom, two-sided 99.9 %: standard errors are of 20 groups of samples."""
 ROUNDING = 0.01
-"""Part of a metric that rounding may make, on another device and in other batches."""
+"""Part of a metric, or of its limit, that rounding may make, on another device and in other batches."""
 FLIPS = 2
 """Samples that may be on the other side of a decision for the same reason."""
 
@@ -94,6 +95,44 @@ def require_agreement(job: Job, trained: TrainResult, result: ValidateResult) ->
         "was registered or promoted",
         agreement_table(compared).text(),
     )
+
+
+def require_may_pass(job: Job, trained: TrainResult) -> None:
+    """Refuse a trained model that no artifact of it can pass the job's gates with; passing is for artifacts alone.
+
+    Only what is known for certain refuses: limits on a metric that the built-in loop has measured in the epoch that
+    ships, on the samples that the gate has too.
+
+    Raises:
+        GateError: A gate will fail. It carries the table.
+    """
+    samples, entrypoint = trained.validation_samples, job.train.entrypoint
+    # Coupled samples have other answers one at a time.
+    if entrypoint is not None or job.coupled or not trained.history or samples > job.export.validation_samples:
+        return
+    shipped, failed = trained.shipped, []
+    for name, gate in job.gates.items():
+        value = shipped.get(f"validation_{name}")
+        if value is None or value != value:
+            continue
+        flips = FLIPS / max(1, samples) if name == "accuracy" else 0.0
+        low = gate.min is not None and value < gate.min - ROUNDING * abs(gate.min) - flips
+        high = gate.max is not None and value > gate.max + ROUNDING * abs(gate.max) + flips
+        if low or high:
+            limit = f">= {gate.min:g}" if low else f"<= {gate.max:g}"
+            failed.append(
+                Verdict(
+                    format="the trained model", gate=name, case=f"{samples} samples", measured=value, limit=limit,
+                    passed=False,
+                )
+            )  # fmt: skip
+    if failed:
+        told = ", ".join(f"{item.gate} {number(item.measured)}, expected {item.limit}" for item in failed)
+        raise GateError(
+            f"{job.name}: {len(failed)} of {len(job.gates)} gates failed before the export, for the trained model "
+            f"itself: {told}. Nothing was exported, registered or promoted.",
+            verdict_table(failed).text(),
+        )
 
 
 def agreement_table(compared: Sequence[Agreement]) -> Table:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from torchworker.contract import PARITY, RehearseResult, TrainResult, Verdict
+from torchworker.contract import PARITY, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.kind import LiveScore
+from train_and_ship.registry.live_score import LiveScore
 from train_and_ship.registry.text import Cell, Mark, Table, interval_text, number, passed_or_failed
 
 
@@ -255,51 +255,6 @@ def _comparison(
         interval=versus.intervals.get(metric), needs=needs, passed=passed,
         why="" if passed else why,
     )  # fmt: skip
-
-
-# ---- the trained model, before it is exported
-
-
-SLACK, FLIPS = 0.01, 2
-"""Of a limit, and samples: so far outside may be the rounding of another device, and an artifact is asked."""
-
-
-def require_may_pass(job: Job, trained: TrainResult) -> None:
-    """Refuse a trained model that no artifact of it can pass the job's gates with; passing is for artifacts alone.
-
-    Only what is known for certain refuses: limits on a metric that the built-in loop has measured in the epoch that
-    ships, on the samples that the gate has too.
-
-    Raises:
-        GateError: A gate will fail. It carries the table.
-    """
-    samples, entrypoint = trained.validation_samples, job.train.entrypoint
-    # Coupled samples have other answers one at a time.
-    if entrypoint is not None or job.coupled or not trained.history or samples > job.export.validation_samples:
-        return
-    shipped, failed = trained.shipped, []
-    for name, gate in job.gates.items():
-        value = shipped.get(f"validation_{name}")
-        if value is None or value != value:
-            continue
-        flips = FLIPS / max(1, samples) if name == "accuracy" else 0.0
-        low = gate.min is not None and value < gate.min - SLACK * abs(gate.min) - flips
-        high = gate.max is not None and value > gate.max + SLACK * abs(gate.max) + flips
-        if low or high:
-            limit = f">= {gate.min:g}" if low else f"<= {gate.max:g}"
-            failed.append(
-                Verdict(
-                    format="the trained model", gate=name, case=f"{samples} samples", measured=value, limit=limit,
-                    passed=False,
-                )
-            )  # fmt: skip
-    if failed:
-        told = ", ".join(f"{item.gate} {number(item.measured)}, expected {item.limit}" for item in failed)
-        raise GateError(
-            f"{job.name}: {len(failed)} of {len(job.gates)} gates failed before the export, for the trained model "
-            f"itself: {told}. Nothing was exported, registered or promoted.",
-            verdict_table(failed).text(),
-        )
 
 
 # ---- verdicts

@@ -9,8 +9,8 @@ from prefect import get_run_logger
 
 from torchworker.contract import ExportResult
 from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.registry.agreement import require_may_pass
 from train_and_ship.registry.data.readings import contradictions_of_gates, contradictions_of_training
-from train_and_ship.registry.gates import require_may_pass
 from train_and_ship.registry.run_folder import EXPORT, stage_inputs
 from train_and_ship.tasks.readings import require_same_data
 from train_and_ship.tasks.requests import export_request

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.processes import PATIENCE
-from tests.support.projects import DIGITS, REPOSITORY, write_project
+from tests.support.projects import DIGITS, REPOSITORY, RESIDUAL, write_project
 from tests.support.training import Train
 from torchworker.contract import ExportRequest, ExportResult, decode
 from torchworker.training.device import half_precision_is_native
@@ -27,13 +27,9 @@ from train_and_ship.tasks.requests import project_of
 from train_and_ship.tasks.worker import call_worker
 
 # A model with layers, a tied weight and a running statistic: what sharding has to get right.
-LAYERS = """
-    class Block(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, width)
-        def forward(self, x):
-            return x + torch.relu(self.linear(self.norm(x)))
+LAYERS = (
+    RESIDUAL
+    + """
     class Layered(nn.Module):
         def __init__(self, width=8):
             super().__init__()
@@ -50,6 +46,7 @@ LAYERS = """
     def build_model():
         return Layered()
 """
+)
 PLAN: dict[str, Any] = {"epochs": 2, "processes": 2, "batch_size": 32}
 
 

@@ -11,19 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.projects import write_project
+from tests.support.projects import RESIDUAL, write_project
 from tests.support.training import Train
 from torchworker.contract import TrainResult
 
 # A few samples with noisy labels: the validation loss is best after some epochs, and then grows and grows.
-OVERFITS = """
+OVERFITS = (
+    RESIDUAL
+    + """
     from torch.utils.data import IterableDataset
-    class Block(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, width)
-        def forward(self, x):
-            return x + torch.relu(self.linear(self.norm(x)))
     class Net(nn.Module):
         def __init__(self, norm):
             super().__init__()
@@ -53,6 +49,7 @@ OVERFITS = """
     def from_one(outputs, target):
         return (nn.functional.cross_entropy(outputs, target) - 1).abs()
 """
+)
 # Nothing is measured but the loss.
 PLAN: dict[str, Any] = {"epochs": 12, "processes": 1, "batch_size": 16, "learning_rate": 0.02, "metrics": []}
 

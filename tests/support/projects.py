@@ -95,6 +95,16 @@ STATEFUL_TRAIN: dict[str, Any] = {
     "checkpoint": {"steps": 1},
 }
 
+RESIDUAL = """
+    class Block(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, width)
+        def forward(self, x):
+            return x + torch.relu(self.linear(self.norm(x)))
+"""
+"""A layer with a running statistic, for what shards a model or averages it."""
+
 NAN = """
     calls = 0
     def loss(outputs, target):

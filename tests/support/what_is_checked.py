@@ -69,7 +69,7 @@ ROWS = (
     Row("an error that comes back", "the same exception at the same place twice", "training",
         "so another try would not help", "torchworker/contract.py"),
     Row("a model that cannot pass its gates", "limits of gates against the epoch that ships", EXPORT,
-        "gates failed before the export", "registry/gates.py"),
+        "gates failed before the export", "registry/agreement.py"),
     Row("randomness or dropout in eval mode", "the same batch twice", f"{CHECK}, {TRAIN}",
         "dropout is on there", "torchworker/project/shippable.py"),
     Row("an output that cannot be shipped", "its dimensions, dtype and name, for each format", f"{CHECK}, {TRAIN}",

@@ -8,12 +8,12 @@ import pytest
 from tests.support.projects import write_project
 from torchworker.contract import Interval, RehearseResult, TrainResult, Verdict
 from train_and_ship.infra.errors import GateError
+from train_and_ship.registry.agreement import require_may_pass
 from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.gates import (
     VersusLive,
     compare,
     require_good_enough,
-    require_may_pass,
     require_not_slower,
     require_rehearsed,
     verdict_table,

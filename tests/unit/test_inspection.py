@@ -17,6 +17,17 @@ from torchworker.stages.reread import reread
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
+NOISY = """
+        class Noisy:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                inputs, target = self.inner[index]
+                return inputs + torch.randn(4), target
+        listed = build_dataset
+"""
+"""Random augmentation."""
+
 
 def look(
     folder: Path,
@@ -146,20 +157,16 @@ def test_a_stream_is_read_as_far_as_an_epoch_goes(tmp_path: Path) -> None:
 
 
 def test_random_augmentation_is_seen_and_what_is_drawn_for_gates_is_of_every_label(tmp_path: Path) -> None:
-    extra = """
-        class Noisy:
-            def __init__(self, inner): self.inner = inner
-            def __len__(self): return len(self.inner)
-            def __getitem__(self, index):
-                inputs, target = self.inner[index]
-                return inputs + torch.randn(4), target
-        listed = build_dataset
+    extra = (
+        NOISY
+        + """
         def build_dataset(split):
             inputs, targets = listed(split).tensors
             order = targets.argsort()
             dataset = TensorDataset(inputs[order], targets[order])
             return Noisy(dataset) if split == "train" else dataset
     """
+    )
     facts = look(tmp_path, extra, most=48)
     assert (facts.train.varies, facts.validation.varies) == (True, False)
     assert facts.drawn is not None and len(facts.drawn) == 48
@@ -206,17 +213,13 @@ def test_data_that_another_process_reads_otherwise_is_the_same_when_it_is_read_a
 def test_augmentation_that_is_seeded_by_sample_is_read_again_as_it_was_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extra = """
-        class Noisy:
-            def __init__(self, inner): self.inner = inner
-            def __len__(self): return len(self.inner)
-            def __getitem__(self, index):
-                inputs, target = self.inner[index]
-                return inputs + torch.randn(4), target
-        listed = build_dataset
+    extra = (
+        NOISY
+        + """
         def build_dataset(split):
             return Noisy(listed(split))
     """
+    )
     # As in a DataLoader worker, without one: forks of a process with threads end as they like.
     monkeypatch.setattr("torchworker.data.sharding.get_worker_info", lambda: True)
     looked = look(tmp_path / "seeded", extra)

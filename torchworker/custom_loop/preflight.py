@@ -17,10 +17,9 @@ from torchworker.data.loading import reading
 from torchworker.data.sharding import NamedDataset, StreamShare, sample_seed
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
-from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
-from torchworker.project.shippable import require_shippable
 from torchworker.project.signature import dims_of, input_specs, of_one_sample, output_specs, without_batch
 from torchworker.training.results import try_weights
 
@@ -66,9 +65,7 @@ def try_parts(
     some = list(itertools.islice(user_code.batches(validation_set, BATCH, project), 2))
     user_code.require_one_shape(some[0], some[-1], project)
     inputs, target = some[0]
-    outputs = require_shippable(model, inputs, project, formats)
-    user_code.try_metrics(outputs, target, project)
-    require_pairs(None, outputs, target, project)
+    outputs, _ = try_batch(model, None, (inputs, target), project, formats)
     independence = require_independent(model, inputs, project, outputs)
     train_set = user_code.build_dataset(project, "train")
     fingerprint_share(train_set, project, 0, rank=0, world=1, only_first=True)

@@ -220,25 +220,22 @@ class Opened:
 
 def counts_as_code(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
     """What a call of the function opens is part of what the release is made of."""
-
-    @functools.wraps(function)
-    def counted(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-        if _current is None:
-            return function(*args, **kwargs)
-        with _current.code():
-            return function(*args, **kwargs)
-
-    return counted
+    return _in_block(function, Opened.code)
 
 
 def counts_as_data(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
     """What a call of the function opens is the data's business."""
+    return _in_block(function, Opened.data)
 
+
+def _in_block(
+    function: Callable[Arguments, Returned], block: Callable[[Opened], contextlib.AbstractContextManager[None]]
+) -> Callable[Arguments, Returned]:
     @functools.wraps(function)
     def counted(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
         if _current is None:
             return function(*args, **kwargs)
-        with _current.data():
+        with block(_current):
             return function(*args, **kwargs)
 
     return counted

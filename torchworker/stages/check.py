@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -17,10 +18,9 @@ from torchworker.data.glance import shared
 from torchworker.data.loading import TrainingData, reading
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
+from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
-from torchworker.project.pairing import require_pairs
 from torchworker.project.randomness import seed_everything
-from torchworker.project.shippable import require_shippable
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
 from torchworker.training.results import try_weights
@@ -59,19 +59,16 @@ def check(request: CheckRequest) -> CheckResult:
         if split == "validation":
             user_code.require_one_shape(some[0], some[-1], project)
         inputs, target = some[0]
-        with torch.no_grad():
-            if split == "validation":
-                outputs = require_shippable(model, inputs, project, request.formats)
-            else:
-                outputs = user_code.forward(model, inputs, project)
-            require_pairs(loss, outputs, target, project)
-            value = user_code.compute_loss(loss, outputs, target, project)
-            if not torch.isfinite(value):
-                raise UserError(
-                    f"train.loss: the untrained model's loss on one {split} batch is {float(value)}; expected a finite "
-                    "number; look for NaN or inf in the inputs, and for a log or division of zero"
-                )
-            user_code.try_metrics(outputs, target, project)
+        outputs, first_loss = try_batch(
+            model, loss, some[0], project, request.formats if split == "validation" else None
+        )
+        assert first_loss is not None, "there is a loss"
+        value = float(first_loss)
+        if not math.isfinite(value):
+            raise UserError(
+                f"train.loss: the untrained model's loss on one {split} batch is {value}; expected a finite "
+                "number; look for NaN or inf in the inputs, and for a log or division of zero"
+            )
         if split == "validation":
             independence = require_independent(model, inputs, project, outputs)
         if split == "train":
@@ -85,12 +82,12 @@ def check(request: CheckRequest) -> CheckResult:
     if several and not weigh_of(loss) and not is_mean(loss, outputs, target):
         notes.append(no_mean(project, settings))
     _try_step(model, inputs, target, loss, optimizer, project, find_unused)
-    found = facts_of(
+    facts = facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
-        validation_samples=sizes["validation"], loss=float(value), max_batch=request.max_batch,
+        validation_samples=sizes["validation"], loss=value, max_batch=request.max_batch,
         notes=[*data.join_notes, *notes], independence=independence,
     )  # fmt: skip
-    return replace(found, shared=_shared(request, datasets))
+    return replace(facts, shared=_shared(request, datasets))
 
 
 def _shared(request: CheckRequest, made: Mapping[str, Dataset[Any]]) -> tuple[int, int]:

@@ -13,9 +13,8 @@ from torch.utils.data import Dataset
 from torchworker.contract import Project, TrainSettings
 from torchworker.data.loading import TrainingData
 from torchworker.project import user_code
+from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
-from torchworker.project.pairing import require_pairs
-from torchworker.project.shippable import require_shippable
 from torchworker.training.device import place
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
@@ -58,10 +57,7 @@ class Preflight:
         size = max(1, self._settings.batch_size // dist.get_world_size())
         batch = next(user_code.batches(dataset, size, self._project))
         inputs, target = self._place(batch)
-        outputs = require_shippable(self._model, inputs, self._project, formats)
-        require_pairs(self._loss, outputs, target, self._project)
-        user_code.compute_loss(self._loss, outputs, target, self._project)
-        user_code.try_metrics(outputs, target, self._project)
+        outputs, _ = try_batch(self._model, self._loss, (inputs, target), self._project, formats)
         if "accuracy" in self._project.metrics:
             found: list[Any] = [ignored_labels(self._loss, outputs, target)]
             dist.broadcast_object_list(found, 0)
