@@ -23,13 +23,14 @@ def runner() -> Path:
 
 @pytest.fixture
 def stages(fork_server: ForkServer, tmp_path: Path) -> OpenStages:
-    """Trains small projects for real; each call opens one more."""
+    """Opens one more small project with each call and trains it, where what is asked depends on it."""
     numbers = iter(range(9))
 
-    def open_stages(extra: str = "", **job: object) -> WorkerStages:
+    def open_stages(extra: str = "", trained: bool = True, **job: object) -> WorkerStages:
         job_file = write_project(tmp_path / "project", extra=extra, **{"train": ONE, **job})
         opened = WorkerStages(fork_server, job_file, tmp_path / f"run{next(numbers)}")
-        opened.train()
+        if trained:
+            opened.train()
         return opened
 
     return open_stages

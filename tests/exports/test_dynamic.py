@@ -45,17 +45,16 @@ TRAIN = {**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]}
 LENGTH = {"axes": {"tokens": 1, "padding": 1}, "min": 1, "max": 12}
 
 
-def words(stages: OpenStages, body: str = "pass", **length: object):
-    return stages(
-        SEQUENCES.replace("BODY", body), train=TRAIN, export={"batch": 8, "dynamic": {"length": {**LENGTH, **length}}}
-    )
+def words(stages: OpenStages, body: str = "pass", trained: bool = False, **length: object):
+    export = {"batch": 8, "dynamic": {"length": {**LENGTH, **length}}}
+    return stages(SEQUENCES.replace("BODY", body), trained=trained, train=TRAIN, export=export)
 
 
 @EACH_FORMATS
 def test_every_format_takes_other_lengths_left_out_inputs_and_nested_outputs(
     stages: OpenStages, formats: tuple[str, ...]
 ) -> None:
-    opened = words(stages)
+    opened = words(stages, trained=True)
     opened.export(*formats)
     assert opened.validate().passed
     assert opened.result is not None

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -51,9 +50,9 @@ IMAGES = """
 HEIGHT = {"height": {"axes": {"picture": 2}, "min": 3, "max": 24}}
 
 
-def images(stages: OpenStages, **export: Any) -> WorkerStages:
-    asked = {"formats": ["executorch"], "batch": 8, "max_batch": 20, "dynamic": HEIGHT, **export}
-    return stages(IMAGES, export=asked, gates={"accuracy": {"min": 0.0}})
+def images(stages: OpenStages, trained: bool = True) -> WorkerStages:
+    asked = {"formats": ["executorch"], "batch": 8, "max_batch": 20, "dynamic": HEIGHT}
+    return stages(IMAGES, trained=trained, export=asked, gates={"accuracy": {"min": 0.0}})
 
 
 LOWER = """
@@ -101,7 +100,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 
 
 def test_a_program_is_proven_up_to_the_largest_size_of_every_dimension(stages: OpenStages) -> None:
-    opened = images(stages)
+    opened = images(stages, trained=False)
     made = opened.export("executorch")["executorch"]
     assert made.file == "model.pte" and made.method == "torch.export, non-strict → ExecuTorch, XNNPACK"
 
@@ -175,7 +174,7 @@ def test_a_file_with_memory_for_less_than_is_declared_is_refused(lowered: Lowere
 
 
 def test_a_dimension_without_a_largest_size_is_refused_with_its_key(stages: OpenStages, tmp_path: Path) -> None:
-    opened = stages(IMAGES)
+    opened = stages(IMAGES, trained=False)
     with pytest.raises(JobError, match=r"export.max_batch: expected the largest size that users will send"):
         opened.export("executorch")
     with pytest.raises(UserError, match=r"export.dynamic.height.max: expected the largest size"):

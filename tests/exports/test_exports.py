@@ -1,4 +1,7 @@
-"""Each test trains a small project for real, exports it and holds the artifacts against it in the clean room."""
+"""Small projects are exported for real and the artifacts held against them in the clean room.
+
+Where what is asked does not depend on weights, they are those of the factory.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def test_onnx_is_one_file_with_named_inputs_outputs_and_a_dynamic_batch(stages: 
             return Named()
         def loss(outputs, target):
             return nn.functional.cross_entropy(outputs["logits"], target)
-    """, train={**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]})  # fmt: skip
+    """, trained=False, train={**ONE, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]})  # fmt: skip
     opened.export("onnx", "pt2")
     graph = onnx.load(str(opened.folder / "export" / "model.onnx"), load_external_data=False).graph
 
@@ -67,7 +70,7 @@ def test_onnx_is_one_file_with_named_inputs_outputs_and_a_dynamic_batch(stages: 
 
 
 def test_an_artifact_with_other_weights_fails_parity_in_every_case(stages: OpenStages) -> None:
-    opened = stages()
+    opened = stages(trained=False)
     opened.export("torchscript")
     path = opened.folder / "export" / "model.torchscript"
     program = torch.jit.load(str(path))
@@ -82,7 +85,7 @@ def test_an_artifact_with_other_weights_fails_parity_in_every_case(stages: OpenS
 
 
 def test_torchscript_is_run_without_python_and_held_to_the_same_rule(stages: OpenStages, runner: Path) -> None:
-    opened = stages()
+    opened = stages(trained=False)
     opened.export("torchscript", "onnx")
     result = opened.validate("required", str(runner))
     assert result.passed
@@ -100,7 +103,7 @@ def test_torchscript_is_run_without_python_and_held_to_the_same_rule(stages: Ope
 
 
 def test_a_check_that_this_machine_cannot_run_is_not_passed(stages: OpenStages) -> None:
-    opened = stages()
+    opened = stages(trained=False)
     opened.export("torchscript")
     possible = opened.validate("when_possible", no_runner="no C++ compiler on this machine")
     (verdict,) = [verdict for verdict in possible.verdicts if not verdict.passed]
@@ -114,7 +117,7 @@ def test_a_check_that_this_machine_cannot_run_is_not_passed(stages: OpenStages) 
 
 
 def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(stages: OpenStages) -> None:
-    opened = stages()
+    opened = stages(trained=False)
     opened.export("onnx", "torchscript")
     (opened.folder / "export" / "model.onnx").write_bytes(b"not a model")
     result = opened.validate()
@@ -150,7 +153,7 @@ BRANCH = """
 
 
 def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_the_line(stages: OpenStages) -> None:
-    opened = stages(BRANCH.format(tail=""), **ACROSS)
+    opened = stages(BRANCH.format(tail=""), trained=False, **ACROSS)
     assert opened.export("torchscript")["torchscript"].method == "torch.jit.script"
     assert opened.validate().passed
 
@@ -161,7 +164,7 @@ def test_a_branch_on_data_is_scripted_exactly_and_refused_by_torch_export_with_t
 
 
 def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(stages: OpenStages) -> None:
-    opened = stages(BRANCH.format(tail=""), export={"formats": "auto"}, **ACROSS)
+    opened = stages(BRANCH.format(tail=""), trained=False, export={"formats": "auto"}, **ACROSS)
     assert set(opened.export(*opened.job.export.wanted)) == {"torchscript"}
     assert opened.result is not None
     assert set(opened.result.left_out) == {"onnx", "pt2", "aoti"}
@@ -171,14 +174,16 @@ def test_auto_leaves_out_what_cannot_capture_the_model_and_says_why(stages: Open
 
 
 def test_auto_with_nothing_that_fits_fails_with_every_reason(stages: OpenStages) -> None:
-    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), export={"formats": "auto"}, **ACROSS)
+    opened = stages(
+        BRANCH.format(tail=" + float(x.numpy().size) * 0"), trained=False, export={"formats": "auto"}, **ACROSS
+    )
     with pytest.raises(JobError, match=r"(?s)TorchScript cannot capture.*torch.export cannot capture"):
         opened.export("torchscript", "pt2")
 
 
 def test_a_trace_that_would_bake_in_a_branch_is_refused(stages: OpenStages) -> None:
     # A numpy round trip cannot be scripted, so only tracing is left, and the branch would be frozen.
-    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), **ACROSS)
+    opened = stages(BRANCH.format(tail=" + float(x.numpy().size) * 0"), trained=False, **ACROSS)
     with pytest.raises(JobError, match=r"trace: it would bake in a decision made on the example data \(plain.py:\d+\)"):
         opened.export("torchscript")
 
@@ -188,18 +193,14 @@ def model(body: str) -> str:
     return head + textwrap.indent(textwrap.dedent(body), "        ") + "\ndef build_model():\n    return M(4, 3)\n"
 
 
-TRAINED = "__import__('os').environ.get('RANK')"
-"""What training sees is refused there: these models are otherwise only where they are exported, which is no rank."""
-
-
 def test_randomness_in_forward_is_refused(stages: OpenStages) -> None:
-    opened = stages(model(f"return super().forward(x if {TRAINED} else x + torch.rand_like(x))"))
+    opened = stages(model("return super().forward(x + torch.rand_like(x))"), trained=False)
     with pytest.raises(JobError, match="differs between two calls"):
         opened.export()
 
 
 def test_an_input_changed_in_place_is_refused(stages: OpenStages) -> None:
-    opened = stages(model(f"return super().forward(x if {TRAINED} else x.mul_(1.5))"))
+    opened = stages(model("return super().forward(x.mul_(1.5))"), trained=False)
     with pytest.raises(JobError, match=r"differs between two calls|changes its input 'x' in place"):
         opened.export()
 
@@ -216,13 +217,15 @@ def test_state_kept_between_calls_is_refused(stages: OpenStages) -> None:
                 return super().forward(x)
         def build_model():
             return M()
-    """)
+    """, trained=False)  # fmt: skip
     with pytest.raises(JobError, match="changed its own parameters or buffers"):
         opened.export()
 
 
 def test_a_model_that_fixes_float32_inside_is_compared_with_eager_and_says_so(stages: OpenStages) -> None:
-    opened = stages(model("return super().forward(x.float()) if self.weight.dtype == torch.float32 else x.half()"))
+    opened = stages(
+        model("return super().forward(x.float()) if self.weight.dtype == torch.float32 else x.half()"), trained=False
+    )
     opened.export("onnx")
     result = opened.validate()
 
@@ -299,7 +302,7 @@ def test_a_decision_that_capture_hides_is_caught_on_samples_it_did_not_see(stage
         # 1.2 is above what is in the batch of capture.
         sign = float((numpy.from_dlpack(x.detach())[:, 0] > 1.2).any())
         return super().forward(x) * (1 + sign)
-    """), **ACROSS)  # fmt: skip
+    """), trained=False, **ACROSS)  # fmt: skip
     opened.export("torchscript")
     result = opened.validate()
 
@@ -316,7 +319,7 @@ def test_user_code_with_threads_is_exported_in_new_interpreters(stages: OpenStag
                 print("x" * 1000)
                 time.sleep(0.001)
         threading.Thread(target=chatter, daemon=True).start()
-    """)
+    """, trained=False)  # fmt: skip
     opened.export("torchscript", "onnx")
     assert opened.validate().passed
 
@@ -345,7 +348,7 @@ def test_one_logit_in_a_column_has_the_accuracy_of_the_same_logits_without_it(st
 def test_a_project_folder_that_holds_the_python_environment_is_validated(
     stages: OpenStages, formats: tuple[str, ...]
 ) -> None:
-    opened = stages()
+    opened = stages(trained=False)
     opened.export(*formats)
     opened.project_folder = Path(sys.prefix).parent
     assert opened.validate().passed
@@ -394,7 +397,7 @@ def test_what_onnx_cannot_hold_is_left_out_by_auto_and_refused_by_name(stages: O
         def loss(outputs, target):
             return nn.functional.cross_entropy(outputs["logits"], target)
     """
-    opened = stages(extra, export={"formats": "auto"}, train={**ONE, "loss": {"factory": "plain:loss"}})
+    opened = stages(extra, trained=False, export={"formats": "auto"}, train={**ONE, "loss": {"factory": "plain:loss"}})
     assert set(opened.export("torchscript", "onnx")) == {"torchscript"}
     assert opened.result is not None and "has the name of an input" in opened.result.left_out["onnx"]
     assert opened.validate().passed

@@ -11,6 +11,7 @@ import pytest
 
 from torchworker.contract import (
     FORMAT_FILES,
+    WEIGHTS,
     Artifact,
     ExportRequest,
     ExportResult,
@@ -59,6 +60,8 @@ class WorkerStages:
         for name in ("train", "export", "validate"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.result: ExportResult | None = None
+        self.weights = ""
+        """Of the training, or as the factory makes them."""
 
     def train(self) -> TrainResult:
         folder = self.folder / "train"
@@ -66,6 +69,7 @@ class WorkerStages:
             project=self.project, train=train_settings(self.job), folder=str(folder), checkpoints=str(self.folder / "c")
         )
         result: TrainResult = decode(TrainResult, asyncio.run(call_worker(self.fork_server, "train", request, folder)))
+        self.weights = str(folder / WEIGHTS)
         return result
 
     def export(self, *kinds: str) -> dict[str, Artifact]:
@@ -73,7 +77,7 @@ class WorkerStages:
         request = ExportRequest(
             project=self.project,
             folder=str(folder),
-            weights=str(self.folder / "train" / "weights.safetensors"),
+            weights=self.weights,
             formats=kinds,
             batch=8,
             seed=0,
