@@ -9,7 +9,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from tests.support.channels import live
-from tests.support.fixture_types import Command, Ship
+from tests.support.fixture_types import Ship
 from tests.support.prefect_api import Api
 from tests.support.processes import PATIENCE
 from tests.support.projects import write_project
@@ -50,7 +50,7 @@ def scheduled(stack: Settings, name: str) -> list[dict[str, Any]]:
 
 
 def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_again_changes_only_what_is_asked(
-    command: Command, ship: Ship, stack: Settings, store: ObjectStore, tmp_path: Path
+    ship: Ship, stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
     jobs = [job_of(tmp_path, name) for name in ("alpha", "beta")]
     done = ship("deploy", *map(str, jobs), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
@@ -66,8 +66,8 @@ def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_agai
     assert after["alpha"]["id"] == found["alpha"]["id"]
     assert nightly(after["alpha"]) == nightly(found["retrain"]) and nightly(after["beta"]) == nightly(found["beta"])
 
-    ran = command("prefect", "deployment", "run", "retrain/beta", "--watch")
-    assert ran.status == 0, ran.text
+    api = Api(stack)
+    api.wait(api.start("retrain", "beta"), "Promoted")
     assert live(store, "beta") is not None and live(store, "alpha") is None
 
 

@@ -50,13 +50,11 @@ def api(stack: Settings) -> Api:
 
 
 def test_the_rollback_deployment_puts_back_what_was_live(
-    releases: list[Manifest], command: Command, api: Api, store: ObjectStore
+    releases: list[Manifest], api: Api, store: ObjectStore
 ) -> None:
     first, second = releases
     move(store, second, model=first.model, mlflow_version="")
-    words = ["-p", f"model={first.model}", "-p", "why=errors since 14:00", "-p", "by=ada"]
-    ended = command("prefect", "deployment", "run", "rollback", *words, "--watch")
-    assert ended.status == 0, ended.text
+    api.wait(api.start("rollback", model=first.model, why="errors since 14:00", by="ada"), "Completed")
     pointer = live(store, first.model)
     assert (pointer.release, pointer.kind, pointer.generation) == (first.release, ROLLBACK, 3)
     assert (pointer.moved_by, pointer.reason) == ("ada", "errors since 14:00")
@@ -135,6 +133,8 @@ def test_a_flow_moves_the_channel_while_mlflow_is_down(
     assert moved.release == second.release == live(store, first.model).release
 
 
+# The move alone, without MLflow, is asked above.
+@pytest.mark.soak
 def test_a_release_is_promoted_although_mlflow_went_away_after_it_was_registered(
     stack: Settings, command: Command, ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:

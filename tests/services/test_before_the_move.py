@@ -442,6 +442,8 @@ def deployed(stack: Settings, machine: Path) -> Iterator[str]:
     api.ask("DELETE", f"/deployments/{made['id']}")
 
 
+# Its names and parameters are asked above; a night of a deployment is in flows/test_deploy.py.
+@pytest.mark.soak
 def test_a_deployment_of_then_trains_its_model_after_the_next_ship_up(
     deployed: str, stack: Settings, command: Command, store: ObjectStore
 ) -> None:

@@ -19,7 +19,7 @@ CORE = (
     "tests/exports/test_exports.py",
     "tests/exports/test_int8.py",
     "tests/exports/test_executorch.py",
-    "tests/zoo/test_zoo.py::test_some_models_are_exported_faithfully_or_refused_as_the_page_says",
+    "tests/zoo/test_zoo.py::test_a_model_is_exported_faithfully_or_refused_as_the_page_says",
     "tests/distributed/test_resume.py",
     "tests/flows/test_digits.py",
     "tests/services/test_promotion.py",
