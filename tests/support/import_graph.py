@@ -37,14 +37,19 @@ def module_name(file: str) -> str:
     return ".".join([FOLDERS[folder], *rest.split("/")] if rest else [FOLDERS[folder]])
 
 
-def graph(root: Path = REPOSITORY) -> Graph:
-    """The files of the product and what each imports of it. Empty `__init__.py` files are not in it."""
-    files = {
+def files_of(root: Path = REPOSITORY) -> dict[str, Path]:
+    """The files of the product by their paths below the root, without empty `__init__.py` files."""
+    return {
         path.relative_to(root).as_posix(): path
         for folder in FOLDERS
         for path in sorted((root / folder).rglob("*.py"))
         if path.name != "__init__.py" or path.read_text().strip()
     }
+
+
+def graph(root: Path = REPOSITORY) -> Graph:
+    """The files of the product and what each imports of it."""
+    files = files_of(root)
     # Also by the folder's own name: so a checkout from before the packages had one can be counted as well.
     names = {module_name(file): file for file in files}
     names |= {file.removesuffix(".py").replace("/", "."): file for file in files}
