@@ -159,7 +159,10 @@ def test_the_context_says_where_the_loop_runs_and_what_the_job_is(train: Train, 
     assert {**row, "time": 0} == {"step": 0, "loss": 1.0, "epoch": 3.0, "done": 1.0, "time": 0}
 
 
-@pytest.mark.parametrize("dies", ["first step", 0, 3, "save", 7, "after the last step"])
+@pytest.mark.parametrize(
+    "dies",
+    ["first step", 3, "save", *(pytest.param(at, marks=pytest.mark.soak) for at in (0, 7, "after the last step"))],
+)
 def test_a_killed_rank_costs_no_bit(train: Train, uninterrupted: dict[str, Any], tmp_path: Path, dies: str) -> None:
     events: list[dict[str, Any]] = []
     result = train(write_loop(tmp_path / "p", args={"dies": dies}), events.append)
@@ -172,6 +175,7 @@ def test_a_killed_rank_costs_no_bit(train: Train, uninterrupted: dict[str, Any],
     assert result.data_fingerprint == uninterrupted["result"].data_fingerprint
 
 
+@pytest.mark.soak
 def test_random_kills_from_outside_all_recover_to_the_same_bits(
     train: Train, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:

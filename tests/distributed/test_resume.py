@@ -85,7 +85,7 @@ def model(dies: int) -> dict[str, Any]:
 
 
 # 96 samples make 4 steps an epoch of 2 passes each: in the first, before any checkpoint, mid-epoch, at its end.
-@pytest.mark.parametrize("dies_at_pass", [1, 5, 9, 12])
+@pytest.mark.parametrize("dies_at_pass", [1, 9, *(pytest.param(at, marks=pytest.mark.soak) for at in (5, 12))])
 def test_a_killed_rank_costs_no_bit(
     attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path, dies_at_pass: int
 ) -> None:
@@ -277,6 +277,7 @@ def test_a_rank_that_always_dies_ends_the_run_with_its_cause(attempt: Attempt, t
     assert [event["event"] for event in events] == ["restarting"]
 
 
+@pytest.mark.soak
 def test_random_kills_of_random_ranks_all_recover_to_the_same_bits(
     attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path
 ) -> None:

@@ -96,7 +96,7 @@ def test_what_fsdp_trained_is_exported_like_any_other(train: Train, fork_server:
     assert list(exported.artifacts) == ["torchscript"]
 
 
-@pytest.mark.parametrize("options", [{"strategy": "fsdp"}, {"precision": "fp16"}])
+@pytest.mark.parametrize("options", [{"strategy": "fsdp"}, pytest.param({"precision": "fp16"}, marks=pytest.mark.soak)])
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     train: Train, tmp_path: Path, options: dict[str, Any]
 ) -> None:

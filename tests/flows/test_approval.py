@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.support.fixture_types import Ship
 from tests.support.flow_runs import report_in_mlflow, reports_in_prefect
@@ -14,17 +17,21 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 
-def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_after_a_no(
+def job_of(folder: Path, **export: Any) -> Path:
+    return write_project(
+        folder,
+        name="asked",
+        train={"epochs": 1, "processes": 1, "batch_size": 32},
+        export={"formats": ["torchscript"], **export},
+        release={"approval": "required", "policy": "always"},
+    )
+
+
+def test_a_candidate_goes_live_when_a_person_says_yes(
     ship: Ship, stack: Settings, store: ObjectStore, tmp_path: Path
 ) -> None:
     api = Api(stack)
-    job = write_project(
-        tmp_path,
-        name="asked",
-        train={"epochs": 1, "processes": 1, "batch_size": 32},
-        export={"formats": ["torchscript"]},
-        release={"approval": "required", "policy": "always"},
-    )
+    job = job_of(tmp_path)
     first = api.start("train-and-ship", job=str(job))
     api.wait(first, "Paused")
     assert read_pointer(Channel(store, "asked", "prod")) is None
@@ -42,13 +49,24 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
     assert "a person decides" not in report_in_mlflow(stack, "asked", "1")
     assert "by grace: looks good" in reports_in_prefect(api, first)[-1]
 
-    job = write_project(
-        tmp_path,
-        name="asked",
-        train={"epochs": 1, "processes": 1, "batch_size": 32},
-        export={"formats": ["torchscript"], "max_batch": 64},
-        release={"approval": "required", "policy": "always"},
-    )
+    again = ship("approve", first)
+    assert again.status == 2 and "expected one that waits for approval, this one is Completed" in again.errors
+    unknown = ship("approve", "tomorrow")
+    assert unknown.status == 2 and "got 'tomorrow'" in unknown.errors and "Traceback" not in unknown.text
+
+
+# A no to a release that is to be promoted is asked in flows/test_moves.py.
+@pytest.mark.soak
+def test_a_candidate_stays_the_challenger_after_a_no_and_the_question_says_of_which_kind_it_is(
+    ship: Ship, stack: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
+    api = Api(stack)
+    first = api.start("train-and-ship", job=str(job_of(tmp_path)))
+    api.wait(first, "Paused")
+    assert ship("approve", first).status == 0
+    api.wait(first, "Completed")
+    live = read_pointer(Channel(store, "asked", "prod"))
+    job = job_of(tmp_path, max_batch=64)
     second = api.start("retrain", job=str(job), force=True)
     page = api.wait(second, "Paused")
     assert page["state"]["state_details"]["run_input_keyset"]
@@ -64,5 +82,3 @@ def test_a_candidate_goes_live_when_a_person_says_yes_and_stays_the_challenger_a
 
     again = ship("approve", second)
     assert again.status == 2 and "expected one that waits for approval, this one is Kept" in again.errors
-    unknown = ship("approve", "tomorrow")
-    assert unknown.status == 2 and "got 'tomorrow'" in unknown.errors and "Traceback" not in unknown.text

@@ -107,6 +107,8 @@ def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
     assert live(store, first.model).release == first.release
 
 
+# That a move names the generation that it replaces is asked of the bucket alone (services/test_promotion.py).
+@pytest.mark.soak
 def test_an_approval_is_for_what_was_live_when_it_was_asked(
     releases: list[Manifest], api: Api, store: ObjectStore, tmp_path: Path
 ) -> None:

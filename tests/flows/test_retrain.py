@@ -6,6 +6,8 @@ import asyncio
 import json
 import textwrap
 import time
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from tests.support.fixture_types import Command, Ship
+from tests.support.fixture_types import Ship
 from tests.support.flow_runs import read_run
 from tests.support.html_pages import checked
 from tests.support.prefect_api import Api
@@ -154,6 +156,8 @@ def test_weights_that_do_not_fit_the_model_are_refused_with_what_differs(project
     assert project.live == before
 
 
+# Resampling is asked in unit/test_resampling.py, the gate of such a metric in flows/test_custom_metrics.py.
+@pytest.mark.soak
 def test_a_metric_of_ones_own_decides_on_its_resampled_predictions(
     tmp_path: Path, store: ObjectStore, stack: Settings
 ) -> None:
@@ -254,15 +258,19 @@ def test_a_job_file_that_is_edited_while_it_is_decided_on_is_trained_as_it_was(
     assert read_release_record(store, "rewritten", rewritten.live.release).document(JOB)["train"]["epochs"] == 1
 
 
-def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, command: Command, stack: Settings) -> None:
+def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, stack: Settings) -> None:
     api = Api(stack)
     deployment = api.ask("GET", "/deployments/name/retrain/retrain")["id"]
     job = str(project.folder / "job.yaml")
-    ended = command(
-        "prefect", "event", "emit", "train-and-ship.data.landed", "--resource-id", f"model.{MODEL}",
-        "--payload", json.dumps({"job": job}),
-    )  # fmt: skip
-    assert ended.status == 0, ended.text
+    # As `prefect event emit` does.
+    event = {
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "train-and-ship.data.landed",
+        "resource": {"prefect.resource.id": f"model.{MODEL}"},
+        "payload": {"job": job},
+        "id": str(uuid.uuid4()),
+    }
+    api.ask("POST", "/events", [event])
     asked = {"flow_runs": {"deployment_id": {"any_": [deployment]}}}
     deadline = time.monotonic() + PATIENCE
     runs: list[dict[str, Any]] = []
