@@ -67,7 +67,8 @@ def live_score(job: Job, result: RehearseResult) -> LiveScore:
     """How the live release does on the samples of a rehearsal, to be held against its own record."""
     return LiveScore(
         samples=result.samples,
-        scored=worst(job, result.live),
+        # Its record is of its own classes.
+        scored={**worst(job, result.live), **worst(job, result.live_own)},
         spread=result.live_spread,
         constant=result.constant,
         widths={name: item.high - item.low for name, item in result.intervals.items()},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +29,18 @@ from train_and_ship.registry.report.speed import speed_metrics
 from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import FILES, REGISTERED, RELEASE, Registration, stage_inputs, write_fact
 from train_and_ship.registry.tracking import versions as mlflow_versions
+from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.curves import Point, file_points, shipped_of
-from train_and_ship.registry.tracking.versions import VersionRecord
+from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
 from train_and_ship.tasks.fingerprints import data_fingerprint, snapshot_fingerprint
 from train_and_ship.tasks.requests import run_params
 from train_and_ship.tasks.results import Inspected, Registered, Run, Trained, Validated
 from train_and_ship.tasks.stage import stage_task
+
+PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)
+"""Seconds before an MLflow that is away is asked again; the last one from then on."""
+SAY_SECONDS = 600
+"""Between two lines of the log that say so."""
 
 
 @stage_task("register", delays=(1, 5, 15))
@@ -46,7 +54,8 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         validated: the artifacts that passed.
 
     Raises:
-        ServiceError: MLflow does not answer.
+        AwayError: MLflow did not answer for as long as a run waits for it.
+        ServiceError: MLflow answers with a fault.
         JobError: the data could not be read.
         GateError: most of the held-out data is training data, and the job does not allow it.
     """
@@ -76,7 +85,7 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         # What MLflow could not be told while it happened.
         points = [] if shown else file_points(trained.folder / EVENTS)
         record = _record(run, trained, validated, folder, manifest, description, points, shared)
-        version = await asyncio.to_thread(mlflow_versions.register, record, run.settings.mlflow_url)
+        version = await _registered(record, run)
     get_run_logger().info("registered %s version %s: %s", run.job.name, version.version, version.version_url)
     registration = Registration(
         stage=file_sha256(folder.parent / STAGE),
@@ -87,6 +96,44 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
     )
     write_fact(run.folder, REGISTERED, registration)
     return Registered(validated=validated, folder=folder, manifest=manifest, version=version, description=description)
+
+
+async def _registered(record: VersionRecord, run: Run) -> RegisteredVersion:
+    """The version. An MLflow that is away is waited for: all else is done, and hours of training are in this run."""
+    settings, logger = run.settings, get_run_logger()
+    wait, began, said = settings.mlflow_wait_seconds, time.monotonic(), 0.0
+    pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
+    problem = ""
+    while True:
+        try:
+            if problem:
+                # Quicker than MLflow's own client, which tries for 8 s.
+                await asyncio.to_thread(check_reachable, settings.mlflow_url)
+            version = await asyncio.to_thread(mlflow_versions.register, record, settings.mlflow_url)
+        except AwayError as error:
+            waited = time.monotonic() - began
+            if waited >= wait:
+                raise AwayError(
+                    f"{error} A run waits {wait} s for it (SHIP_MLFLOW_WAIT_SECONDS). Nothing is lost: what was "
+                    f"trained and proven is in {run.folder}. When MLflow is back, `ship run … --resume "
+                    f"{run.folder.name}` or `prefect flow-run retry {run.flow_run_id}` registers it, and goes on from "
+                    "there.",
+                    retryable=False,
+                ) from error
+            if not problem:
+                logger.warning(
+                    "%s Training, export and proof are done, and wait up to %d s for it (SHIP_MLFLOW_WAIT_SECONDS).",
+                    error, wait,
+                )  # fmt: skip
+            elif waited - said >= SAY_SECONDS:
+                said = waited
+                logger.warning("MLflow is still away after %d s; waiting %d s more.", waited, wait - waited)
+            problem = str(error)
+            await asyncio.sleep(min(next(pauses), wait - waited))
+            continue
+        if problem:
+            logger.info("MLflow is back after %d s", time.monotonic() - began)
+        return version
 
 
 def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectResult, inputs: Inputs) -> Path:

@@ -179,7 +179,9 @@ async def _scored(
     if live is None:
         return replace(result, candidate=mine)
     if scored.live_problem:
-        return replace(result, candidate=mine, live={}, live_problem=f"its own metrics failed: {scored.live_problem}")
+        return replace(
+            result, candidate=mine, live={}, live_own={}, live_problem=f"its own metrics failed: {scored.live_problem}"
+        )
     intervals = {**result.intervals, **scored.intervals}
     return replace(result, candidate=mine, live=_joined(result.live, scored.live), intervals=intervals)
 

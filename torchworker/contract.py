@@ -1044,7 +1044,11 @@ class RehearseResult(Message):
     candidate: Mapping[str, Mapping[str, float]]
     """Format to metric to value."""
     live: Mapping[str, Mapping[str, float]]
-    """The same of the live release on the same samples; empty when it could not be scored."""
+    """The same of the live release on the same samples; empty when it could not be scored. A label counts for both when
+    it is a class of either: a model that has no such class is wrong there."""
+    live_own: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The same on the labels that are the live release's own classes, as its own record has it; empty where that is
+    no other number."""
     live_problem: str
     """Why not; empty when it was, or when nothing is live."""
     samples: int

@@ -39,6 +39,11 @@ _ENVIRONMENT_DEFAULTS = {
 class AwayError(ServiceError):
     """A server that does not answer now, and may in an hour; not an address at which there can be none."""
 
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        """retryable: False when it was waited for."""
+        super().__init__(message)
+        self.retryable = retryable
+
 
 def check_reachable(tracking_uri: str) -> None:
     """Ask the server for its health, within 3 s and without importing mlflow.
@@ -106,7 +111,8 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 @contextlib.contextmanager
 def translated(action: str, tracking_uri: str) -> Iterator[None]:
-    """Turn what mlflow raises into our errors. ValueError and the like are our own bugs and pass."""
+    """Turn what mlflow raises into our errors: AwayError for a server that is away. ValueError and the like are our own
+    bugs and pass."""
     import_mlflow()
     import requests
     from mlflow.exceptions import MlflowException
@@ -118,7 +124,7 @@ def translated(action: str, tracking_uri: str) -> Iterator[None]:
         try:
             check_reachable(tracking_uri)
         except ServiceError as unreachable:
-            raise ServiceError(f"{action}: {unreachable}") from error
+            raise type(unreachable)(f"{action}: {unreachable}") from error
         reason = str(error).partition("\n")[0]
         if getattr(error, "error_code", "") in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
             raise SettingsError(

@@ -318,6 +318,12 @@ def test_a_server_that_restarts_behind_a_proxy_is_away_and_a_wrong_name_is_wrong
     assert not isinstance(raised.value, AwayError)
 
 
+def test_a_registration_that_meets_nobody_says_that_the_server_is_away(folder: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(AwayError, match=rf"registering away: MLflow at {url} does not answer"):
+        mlflow_versions.register(record(folder, model="away"), url)
+
+
 def test_a_reachable_server_is_reported_as_nothing(server: str) -> None:
     check_reachable(server)
     check_reachable("sqlite:///mlflow.db")

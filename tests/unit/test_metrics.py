@@ -40,6 +40,15 @@ def test_labels_that_are_none_of_the_classes_do_not_count() -> None:
     assert metric_sum("accuracy", scores, torch.tensor([[0, 1], [1, 255]], dtype=torch.uint8)) == (2.0, 3)
 
 
+def test_a_label_that_another_model_has_as_a_class_is_answered_wrong_by_one_that_has_not() -> None:
+    scores = torch.eye(3)[torch.tensor([0, 2, 2, 1])]
+    target = torch.tensor([0, 3, 255, -100])
+    assert sample_sums("accuracy", scores, target).tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert sample_sums("accuracy", scores, target, 4).tolist() == [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    # What the other has not is none of its business.
+    assert sample_sums("accuracy", scores, target, 2).tolist() == sample_sums("accuracy", scores, target).tolist()
+
+
 def test_a_missing_answer_of_several_is_not_the_negative_one() -> None:
     logits = torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
     assert metric_sum("accuracy", logits, torch.tensor([[1.0, float("nan")], [0.0, 1.0]])) == (2.0, 3)

@@ -26,18 +26,18 @@ def metric_sum(name: str, outputs: Tensor, target: Tensor) -> tuple[float, int]:
     return float(values[counts].sum()), int(counts.sum())
 
 
-def sample_sums(name: str, outputs: Tensor, target: Tensor) -> Tensor:
+def sample_sums(name: str, outputs: Tensor, target: Tensor, classes: int = 0) -> Tensor:
     """A metric on one batch by sample.
 
     Args:
         name: a key of METRICS.
-        outputs, target: as `metric_values` takes them.
+        outputs, target, classes: as `metric_values` takes them.
 
     Returns:
         [batch, 2] float64: its sum over the elements that count, and their number.
     """
     values, counts = (
-        part.flatten(1) if part.dim() > 1 else part[:, None] for part in metric_values(name, outputs, target)
+        part.flatten(1) if part.dim() > 1 else part[:, None] for part in metric_values(name, outputs, target, classes)
     )
     kept = torch.where(counts, values.to(torch.float64), 0.0)
     return torch.stack([kept.sum(1), counts.sum(1).to(torch.float64)], 1)
@@ -114,7 +114,7 @@ def flips(got: Tensor, eager: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return (got > 0) != (eager > 0), eager.double().abs()
 
 
-def metric_values(name: str, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def metric_values(name: str, outputs: Tensor, target: Tensor, classes: int = 0) -> tuple[Tensor, Tensor]:
     """The metric of each element of the target, and which of them count; their mean is the metric.
 
     For accuracy a label that is none of the model's classes is padding, as torch's losses ignore -100: no answer to it
@@ -124,6 +124,7 @@ def metric_values(name: str, outputs: Tensor, target: Tensor) -> tuple[Tensor, T
         name: a key of METRICS.
         outputs: [batch, …] or, for accuracy, [batch, classes, …] scores or [batch] one logit of the positive class.
         target: [batch, …].
+        classes: labels below it count in accuracy even where the model has no such class, and so answers wrong.
 
     Returns:
         Both of the target's shape: bool for accuracy, else float64; and bool.
@@ -138,7 +139,7 @@ def metric_values(name: str, outputs: Tensor, target: Tensor) -> tuple[Tensor, T
             outputs, scores = outputs.squeeze(1), False
         _require_same_shape(outputs[:, 0] if scores else outputs, target)
         if scores:
-            return outputs.argmax(1) == target, (target >= 0) & (target < outputs.shape[1])
+            return outputs.argmax(1) == target, (target >= 0) & (target < max(outputs.shape[1], classes))
         return (outputs > 0) == (target > 0.5), ~target.isnan() & (target != FILLED)
     _require_same_shape(outputs, target)
     difference = outputs.to(torch.float64) - target.to(torch.float64)

@@ -62,6 +62,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     batch = golden[min(1, len(golden) - 1)].size
     usual = usual_losses(golden, outputs)
     verdicts: list[Verdict] = []
+    classes = _classes(request, validation)
     mine: Scores = {}
     for kind, file in candidate.formats.items():
         try:
@@ -75,26 +76,55 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts += [_again(kind, call, probe, usual) for probe in golden]
         if validation:
             try:
-                mine[kind] = _score(call, validation, candidate, request.metrics, batch)
+                mine[kind], _ = _score(call, validation, candidate, request.metrics, batch, classes)
             except Exception as error:
                 verdicts.append(_verdict(kind, "validation samples", None, describe(error)))
     theirs: Scores = {}
-    problem = _score_live(request, validation, batch, theirs)
+    own: Scores = {}
+    problem = _score_live(request, validation, batch, classes, theirs, own)
     scored = request.metrics if theirs else ()
+    known = any(not torch.equal(own[kind][name], found[name]) for kind, found in theirs.items() for name in found)
     return RehearseResult(
         verdicts=verdicts,
         candidate=_means(mine),
         live=_means(theirs),
+        live_own=_means(own) if known else {},
         live_problem=problem,
         samples=len(validation["target"]) if validation else 0,
         intervals=_intervals(request, mine, theirs),
-        live_spread={name: _spread(_worst(theirs, name)) for name in scored},
+        live_spread={name: _spread(_worst(own, name)) for name in scored},
         constant={name: constant_score(name, validation["target"]) for name in scored},
     )
 
 
-def _score_live(request: RehearseRequest, validation: Mapping[str, Tensor], batch: int, scores: Scores) -> str:
-    """Fill in the live release's scores, or say what is in the way. Never raises for what the live release is like."""
+def _classes(request: RehearseRequest, validation: Mapping[str, Tensor]) -> int:
+    """How many classes the candidate or the live release has, whichever has more; 0 where that is not known."""
+    found = [0]
+    for release in (request.candidate, request.live):
+        first = release.outputs[0].shape[1:] if release is not None and release.outputs else ()
+        if validation and len(first) == validation["target"].dim() and isinstance(first[0], int):
+            found.append(first[0])
+    return max(found)
+
+
+def _score_live(
+    request: RehearseRequest,
+    validation: Mapping[str, Tensor],
+    batch: int,
+    classes: int,
+    scores: Scores,
+    own: Scores,
+) -> str:
+    """Fill in the live release's scores, or say what is in the way. Never raises for what the live release is like.
+
+    Args:
+        request: names the release.
+        validation: the samples.
+        batch: samples of a call.
+        classes: labels below it count.
+        scores: gets them by format.
+        own: the same on labels that are its own classes.
+    """
     live = request.live
     if live is None or not validation:
         return ""
@@ -102,9 +132,10 @@ def _score_live(request: RehearseRequest, validation: Mapping[str, Tensor], batc
         try:
             _require_same_inputs(live.inputs, validation)
             call = load_artifact(kind, Path(live.folder) / file, request.threads)
-            scores[kind] = _score(call, validation, live, request.metrics, batch)
+            scores[kind], own[kind] = _score(call, validation, live, request.metrics, batch, classes)
         except Exception as error:
             scores.clear()
+            own.clear()
             return f"{kind}: {error if isinstance(error, NotComparableError) else describe(error)}"
     return "" if scores else "it holds no artifact"
 
@@ -226,12 +257,23 @@ def _score(
     release: RehearsedRelease,
     metrics: Sequence[str],
     batch: int,
-) -> dict[str, Tensor]:
-    """Each metric of each validation sample, [samples, 2] of `sample_sums`, from the artifact's own outputs."""
+    classes: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each metric of each validation sample, [samples, 2] of `sample_sums`, from the artifact's own outputs.
+
+    Returns:
+        Over labels below `classes`, and over those that are classes of the release.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    own: dict[str, list[Tensor]] = {name: [] for name in metrics}
     batch = samples_of_a_call(release.inputs, batch)
     for probe, target in validation_batches(validation, release.inputs, batch):
         outputs = call(probe.inputs)
         for name in metrics:
-            parts[name].append(sample_sums(name, outputs[0], target))
-    return {name: torch.cat(found) for name, found in parts.items()}
+            parts[name].append(sample_sums(name, outputs[0], target, classes))
+            own[name].append(sample_sums(name, outputs[0], target))
+    return _joined(parts), _joined(own)
+
+
+def _joined(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(list(found)) for name, found in parts.items()}
