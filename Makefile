@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak check matrix month bench bench-store bench-parity bench-inference up down clean
+.PHONY: ship test soak public check matrix month bench bench-store bench-parity bench-inference up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -21,6 +21,18 @@ test: $(READY)
 # power cuts, several hosts, Slurm, a team's server, the whole zoo.
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --numprocesses 4 --no-loadscope-reorder --durations=10 $(ARGS)
+
+# What a run asks of a job, asked of public architectures. Neither test nor soak: timm, transformers, torch_geometric and
+# the like are some 3 GB that nothing else needs, and their newest versions must not decide what a change may do.
+public: build/public/.ready
+	build/public/bin/python -m pytest -m public --numprocesses 2 $(ARGS) tests/public
+
+build/public/.ready: tests/public/requirements.txt pyproject.toml constraints.txt
+	rm -rf build/public
+	$(PYTHON) -m venv build/public
+	build/public/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[dev]' --requirement tests/public/requirements.txt
+	touch $@
 
 # What CI runs before it lets a change in: style, types, tests.
 check: $(READY)

@@ -101,9 +101,15 @@ def beside_the_one_before(x: Tensor) -> Tensor:
     return x + x.roll(1, 0)
 
 
+def compared(x: Tensor) -> Tensor:
+    last = x[torch.arange(len(x)), x.argmax(1) * 0]
+    return (x @ x.T).softmax(1)[:, :1] + last[:, None] + x
+
+
 @pytest.mark.parametrize(
     ("between", "call", "source"),
     [
+        (compared, "matmul", "return (x @ x.T).softmax(1)[:, :1] + last[:, None] + x"),
         (centred, "mean", "return x - x.mean(0)"),
         (slightly_centred, "mean", "return x - 1e-3 * x.mean(0)"),
         (ranked, "argsort", "return x.argsort(0).argsort(0).float() / len(x)"),
@@ -119,6 +125,20 @@ def test_what_looks_across_the_batch_in_your_own_code_is_named_by_its_line(
     assert f"It comes from the model (Layers), in its call of {call}, {line(source)}" in told
     assert re.search(r"output \[\d\] of validation sample \d+ is \S+ in a batch of 64 and \S+ alone", told)
     assert "parity: {coupled: allowed}" in told
+
+
+def test_an_output_that_compares_each_sample_with_each_is_named_not_the_places_of_its_rows() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.one(x)[torch.arange(len(x)), :]
+            return torch.matmul(rows, x[:, :4].T)
+
+    told = refusal(Pairs(), drawn(64, 6))
+    assert f"in its call of matmul, {line('return torch.matmul(rows, x[:, :4].T)')}" in told
 
 
 def moving_norm() -> nn.Module:

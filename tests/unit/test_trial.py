@@ -64,6 +64,51 @@ def test_usual_layers_decide_nothing() -> None:
     assert deciding_line(Layers("nothing"), BATCH[0], PROJECT) == ""
 
 
+class Asks(nn.Module):
+    """Looks at values to spare work, as a mask of padding is left out where there is no padding."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.second, self.way = nn.Linear(4, 4), nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x > -1e9
+        if self.way == "mask":
+            return self.second(self.first(x) if mask.all() else self.first(x * mask))
+        if self.way == "assertion":
+            assert mask.all()
+            return self.second(self.first(x))
+        if self.way == "layer":
+            return self.second(self.first(x)) if mask.all() else self.first(x)
+        if self.way == "drawn":
+            return self.second(self.first(x)) if torch.rand([]) < 0.5 else self.first(x)
+        if self.way == "endless":
+            while self.first(x).isfinite().all():
+                if mask.all():
+                    return self.second(self.first(x))
+                mask = torch.zeros_like(mask)
+        return self.second(self.first(x * float(mask.sum())))
+
+
+@pytest.mark.parametrize(
+    ("way", "decides"),
+    [
+        ("mask", False),
+        ("assertion", False),
+        ("layer", True),
+        ("drawn", True),
+        ("endless", True),
+        ("number", True),
+    ],
+)
+def test_a_look_at_values_decides_nothing_where_the_other_answer_uses_the_same_parameters(
+    way: str, decides: bool
+) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert bool(deciding_line(Asks(way), BATCH[0], PROJECT)) is decides
+
+
 def test_a_branch_that_torch_takes_cannot_be_watched_and_is_no_matter() -> None:
     class Cond(nn.Module):
         def __init__(self) -> None:

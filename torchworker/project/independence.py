@@ -320,14 +320,19 @@ def _differs(batch: Tensor, alone: Tensor, place: int, count: int, close: float)
     if batch.dim() != alone.dim():
         return None
     parts = [batch, batch]
+    joined = 0
     for axis, (many, one) in enumerate(zip(batch.shape, alone.shape, strict=True)):
         if many == one:
             continue
         if many != one * count:
             return None
+        joined += 1
         # [batch × time] or [time × batch], where dimensions were joined.
         strided = torch.arange(one, device=batch.device) * count + place
         parts = [parts[0].narrow(axis, place * one, one), parts[1].index_select(axis, strided)]
+    if joined > 1:
+        # Each sample with each, of which its own part is the same.
+        return batch.is_floating_point()
     mine = _real(alone)
     apart = [(_real(part) - mine).abs().nan_to_num(0, float("inf")) for part in parts]
     limit = close * float(mine.nan_to_num(0, 0, 0).abs().max()) if mine.numel() else 0.0

@@ -9,8 +9,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError, is_theirs
@@ -20,6 +21,10 @@ _aten = torch.ops.aten
 _READS = frozenset({_aten._local_scalar_dense.default, _aten.nonzero.default, _aten._unique2.default})
 """Operators that bring values to Python, or make shapes of them."""
 _FUNCTIONAL = nn.functional.__file__
+_MOST_ANSWERS = 8
+"""Decisions by yes or no of which the other answer is tried, in one forward pass each."""
+_TIMES_LONGER = 4
+"""Such a pass is given up when it makes so many times as many calls: it may not come to an end."""
 
 
 class Place(NamedTuple):
@@ -53,6 +58,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._random: dict[Any, bool] = {}
         self.draws: list[Place] = []
         self.decisions: list[Place] = []
+        self.answers = 0
+        """How many of the decisions are by one yes or no."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -66,6 +73,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.draws.append(self._place(func))
         elif func in _READS:
             self.decisions.append(self._place(func))
+            self.answers += _is_answer(func, args)
         return func(*args, **(kwargs or {}))
 
     def _place(self, func: Any) -> Place:
@@ -98,15 +106,103 @@ def watched(model: nn.Module, inputs: Any, project: Project) -> Watch | None:
         project: for messages.
     """
     watch = Watch(model, project.folder)
+    return watch if _failure(watch, model, inputs, project) is None else None
+
+
+class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Around a forward pass: which parameters were given to an operator. One answer may be turned round."""
+
+    def __init__(self, model: nn.Module, turned: int | None, most: int) -> None:
+        """
+        Args:
+            model: whose parameters.
+            turned: which of the decisions by yes or no gets the other answer; None for none.
+            most: calls of operators.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._of = {memory: name for name, item in model.named_parameters() if (memory := _memory(item)) is not None}
+        self._turned, self._most, self._seen = turned, most, 0
+        self.calls = 0
+        self.parameters: set[str] = set()
+        self.failed: BaseException | None = None
+        """What the pass ended with, if not with its end."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if self.calls > self._most:
+            raise RuntimeError("it does not come to an end")
+        given = tree_leaves((args, kwargs))
+        self.parameters |= {self._of[memory] for item in given if (memory := _memory(item)) in self._of}
+        answer = func(*args, **(kwargs or {}))
+        if _is_answer(func, args):
+            self._seen += 1
+            return not answer if self._seen - 1 == self._turned else answer
+        return answer
+
+
+@torch.no_grad()
+def decides_on_parameters(watch: Watch, model: nn.Module, inputs: Any, project: Project) -> bool:
+    """Whether what forward decided may be which parameters take part in a step; True where that cannot be told.
+
+    A mask of padding that is left out when there is no padding decides too, and uses the same parameters. So the other
+    answer is tried of each decision by yes or no.
+
+    Args:
+        watch: of a forward pass on these inputs.
+        model: a copy, in training mode.
+        inputs, project: as `watched` takes them.
+    """
+    if not watch.decisions or watch.answers < len(watch.decisions) or watch.answers > _MOST_ANSWERS:
+        return bool(watch.decisions)
+    plain = _used(model, None, sys.maxsize, inputs, project)
+    if plain.failed is not None or not plain.parameters:
+        return True
+    for turned in range(watch.answers):
+        other = _used(model, turned, _TIMES_LONGER * plain.calls, inputs, project)
+        # An assertion says that the other answer never is.
+        never = isinstance(other.failed, AssertionError)
+        if not never and (other.failed is not None or other.parameters != plain.parameters):
+            return True
+    return False
+
+
+def _used(model: nn.Module, turned: int | None, most: int, inputs: Any, project: Project) -> _Used:
+    """Of a forward pass that draws the same numbers each time."""
+    used = _Used(model, turned, most)
+    devices = {item.device.index for item in model.parameters() if item.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in devices)):
+            generator.manual_seed(0)
+        used.failed = _failure(used, model, inputs, project)
+    return used
+
+
+def _failure(mode: TorchDispatchMode, model: nn.Module, inputs: Any, project: Project) -> BaseException | None:
+    """What a forward pass within the mode ends with; None when it comes to its end."""
     try:
-        with watch:
+        with mode:
             forward(model, inputs, project)
-    except UserError:
+    except UserError as mistake:
         if "torch._dynamo" in sys.modules:
             # torch.cond is compiled, and what did not compile because of the watching would be remembered.
             sys.modules["torch._dynamo"].reset()
+        return mistake.__cause__ or mistake
+    return None
+
+
+def _memory(item: Any) -> int | None:
+    """Where the values of a tensor lie, which its views share."""
+    if not isinstance(item, Tensor) or item.layout != torch.strided or not item.numel():
         return None
-    return watch
+    return int(item.untyped_storage().data_ptr())
+
+
+def _is_answer(func: Any, args: Any) -> bool:
+    return func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool
 
 
 def _is_attention(func: Any) -> bool:

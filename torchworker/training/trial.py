@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torchworker.contract import Project
 from torchworker.process.failure import UserError, describe
 from torchworker.project.user_code import Loss, compute_loss, forward
-from torchworker.project.watch import watched
+from torchworker.project.watch import decides_on_parameters, watched
 
 FEW = 2
 """Samples on which a forward pass is watched."""
@@ -22,7 +22,7 @@ FEW = 2
 
 @torch.no_grad()
 def deciding_line(model: nn.Module, inputs: Any, project: Project) -> str:
-    """Where forward decides, by chance or by values, what it does in this step; empty when it does not.
+    """Where forward decides, by chance or by values, what it uses in this step; empty when it does not.
 
     LayerDrop does, and so does a mixture of experts: they may use a module in one step and not in the next.
 
@@ -35,11 +35,12 @@ def deciding_line(model: nn.Module, inputs: Any, project: Project) -> str:
     if trial is None:
         return ""
     before = _other_draws()
-    watch = watched(trial, _rows(inputs, FEW), project)
+    some = _rows(inputs, FEW)
+    watch = watched(trial, some, project)
     if watch is None:
         # What fails here fails in the first step, needs samples that belong together, or cannot be watched.
         return ""
-    if watch.decisions:
+    if decides_on_parameters(watch, trial, some, project):
         return str(watch.decisions[0]) or type(model).__name__
     return "random numbers of Python or NumPy" if _other_draws() != before else ""
 

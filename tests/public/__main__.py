@@ -1,0 +1,40 @@
+"""Asks public architectures what a run would, and writes the page of what was said.
+
+    build/public/bin/python -m tests.public > docs/public-models.md
+    build/public/bin/python -m tests.public ViT BERT      # these, with all that was said
+
+Exits with 1 when something is said of one that is not right.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.public.architectures import ARCHITECTURES, BY_NAME, Architecture
+from tests.public.asking import Answer, ask, page
+
+
+def main() -> int:
+    chosen = [BY_NAME[name] for name in sys.argv[1:]] or list(ARCHITECTURES)
+    with ThreadPoolExecutor(2) as pool:
+        answers = dict(zip((item.name for item in chosen), pool.map(_asked, chosen), strict=True))
+    if not sys.argv[1:]:
+        print(page(answers), end="")
+    else:
+        print(*(answer.text for answer in answers.values()), sep="\n")
+    wrong = {item.name: mistakes for item in chosen if (mistakes := answers[item.name].mistakes(item))}
+    for name, mistakes in wrong.items():
+        print(f"{name}:", *mistakes, sep="\n  ", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _asked(item: Architecture) -> Answer:
+    with tempfile.TemporaryDirectory(prefix="public-") as folder:
+        return ask(item, Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
