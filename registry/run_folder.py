@@ -6,6 +6,7 @@ earlier attempt left behind the point where this one stopped is not its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torchworker.contract import (
     EVENTS,
     RESULT,
+    WARNINGS,
     ExportResult,
     InspectResult,
     MeasureResult,
     RehearseResult,
     Reply,
+    ShownWarning,
     TrainResult,
     ValidateResult,
     decode,
@@ -132,6 +135,8 @@ class RunFiles:
     registered: Registration | None
     compared: RehearseResult | None
     against: Against | None
+    warnings: Mapping[ShownWarning, Sequence[str]] = field(default_factory=dict)
+    """What was shown in the logs, to the stages that it was shown in."""
 
     @property
     def release(self) -> str:
@@ -213,6 +218,7 @@ def read_run(folder: Path) -> RunFiles | None:
         registered=registered,
         compared=_read(RehearseResult, rehearse, COMPARED),
         against=read_against(rehearse),
+        warnings=_warnings(folder),
     )
 
 
@@ -243,6 +249,21 @@ def _result(kind: type[Kind], stage: Path | None) -> Kind | None:
     """What the worker of a stage answered."""
     reply = _read(Reply, stage, RESULT)
     return recall(kind, reply.result) if reply else None
+
+
+def _warnings(folder: Path) -> dict[ShownWarning, list[str]]:
+    """Of every stage and attempt, in the order in which they were begun to be shown."""
+    found: dict[ShownWarning, list[str]] = {}
+    files = sorted(folder.glob(f"**/{WARNINGS}"), key=lambda path: path.stat().st_mtime)
+    for path in files:
+        stage = path.relative_to(folder).parts[0].partition(".")[0]
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                # The last line of a process that was killed may be a part of one.
+                shown = recall(ShownWarning, json.loads(line))
+                if shown is not None and stage not in (stages := found.setdefault(shown, [])):
+                    stages.append(stage)
+    return found
 
 
 def _unfinished(folder: Path) -> list[Point]:

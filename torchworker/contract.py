@@ -19,6 +19,8 @@ from typing import Any, Literal, Self
 REQUEST = "request.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
+WARNINGS = "warnings.jsonl"
+"""In a stage's folder, where something was shown: one ShownWarning a line."""
 FAILURE_FILES = "failure-rank*.json"
 HUNG_FILES = "hung-rank*"
 WEIGHTS = "weights.safetensors"
@@ -1069,6 +1071,21 @@ class RehearseResult(Message):
     def passed(self) -> bool:
         """Whether something was checked, and all of it passed."""
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownWarning(Message):
+    """What Python's warnings module showed, in a stage's log."""
+
+    text: str
+    category: str
+    """Its class: `DeprecationWarning`."""
+    where: str
+    """The file and line that it points at: `torch/optim/lr_scheduler.py:143`."""
+    package: str
+    """The module that says it, which is not always where it points; empty for the user's own code."""
+    version: str
+    """Of the package; empty where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,11 @@ import os
 import selectors
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from torchworker.process.lifeline import adopt_orphans, descendants, die_with_parent
+from torchworker.process.shown_warnings import keep_warnings
 
 
 def _preload() -> None:
@@ -59,6 +61,7 @@ def _child(job: dict[str, Any], parent: int) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.enable()
+        keep_warnings(Path(job["log"]).parent)
         from torchworker.stage import run_stage
 
         status = run_stage(job["stage"], job["request"])

@@ -24,6 +24,7 @@ from torchworker.contract import (
 )
 from torchworker.process.failure import failure_of, is_lost_connection, may_pass, place_of
 from torchworker.process.lifeline import die_with_parent
+from torchworker.process.shown_warnings import keep_warnings
 from torchworker.project.opened import Opened
 from torchworker.project.user_code import enter
 from torchworker.training.device import backend_of, choose_device, enter_device, ranks_on_this_machine
@@ -51,8 +52,9 @@ def run_rank(request_file: str, agent: int, watcher: int | None = None) -> Train
         signal.signal(number, signal.SIG_DFL)
     request = TrainRequest.read(Path(request_file))
     rank = int(os.environ["RANK"])
+    folder = Path(request.folder)
+    keep_warnings(folder)
     try:
-        folder = Path(request.folder)
         announce(folder, rank)
         # Before any user code, so that a connection that does not come about is noticed within hang_seconds.
         device = choose_device(request.train, *ranks_on_this_machine())

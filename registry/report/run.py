@@ -19,7 +19,7 @@ from train_and_ship.registry.report.data_sections import data_section
 from train_and_ship.registry.report.page import Block, Chart, Lines, Page, Section, Text
 from train_and_ship.registry.report.proof_sections import gates_section, parity_section
 from train_and_ship.registry.report.speed import how_measured, speed_table
-from train_and_ship.registry.report.training_sections import curves_section, training_section
+from train_and_ship.registry.report.training_sections import curves_section, training_section, warnings_section
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Cell, Link, Table, interval_text, number
 
@@ -84,6 +84,7 @@ def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str
             data_section(files.facts, files.checks),
             cost_section(costs or files.costs, rates),
             training_section(files),
+            warnings_section(files),
             _lineage(files),
         ]
     return outcome_page(outcome, sections, _places(files, bucket) if files else [], _intro(files))

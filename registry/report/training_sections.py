@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torchworker.contract import TrainResult
+from torchworker.contract import ShownWarning, TrainResult
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
@@ -17,6 +17,7 @@ CURVES = 12
 """Most charts of learning curves: the others are in MLflow."""
 QUIET = ("seconds", "samples_per_second", "learning_rate", "epoch")
 """Curves of how it was trained, not of how well."""
+WARNINGS_SHOWN = 50
 ROWS = 100
 """Longest table of learning curves."""
 
@@ -87,6 +88,25 @@ def training_section(files: RunFiles) -> Section:
             rows.append(("ships", shipped))
         rows += [("note", note) for note in trained.notes]
     return Section(title="What was trained", blocks=[Table(rows=rows)])
+
+
+def warnings_section(files: RunFiles) -> Section:
+    """What Python's warnings said in the logs, each with who says it in which version, as another one may not."""
+    rows: list[Sequence[Cell]] = [
+        (_who(shown), f"{shown.category}: {shown.text}", shown.where, ", ".join(stages))
+        for shown, stages in files.warnings.items()
+    ]
+    if not rows:
+        return Section(title="Warnings", blocks=())
+    table = Table(header=("from", "warning", "points at", "stages"), rows=rows[:WARNINGS_SHOWN])
+    more = len(rows) - WARNINGS_SHOWN
+    return Section(
+        title="Warnings", blocks=[table, *([Text(text=f"{more} more are in the logs.")] if more > 0 else [])]
+    )
+
+
+def _who(shown: ShownWarning) -> str:
+    return f"{shown.package} {shown.version}".strip() or "your code"
 
 
 def shipped_words(job: Job, trained: TrainResult) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from torch import nn
 from tests.support.processes import PATIENCE
 from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
 from tests.support.training import Train
-from torchworker.contract import REQUEST, WEIGHTS, TrainRequest
+from torchworker.contract import REQUEST, WARNINGS, WEIGHTS, TrainRequest
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
@@ -164,8 +165,19 @@ if __name__ == "__main__":
 """
 
 
-def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones(train: Train, tmp_path: Path) -> None:
-    train(write_project(tmp_path / "p"))
+WARNING = """
+    import warnings
+    original = build_model
+    def build_model():
+        warnings.warn("take the new model", FutureWarning)
+        return original()
+"""
+
+
+def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones_and_keep_warnings_as_they_do(
+    train: Train, tmp_path: Path
+) -> None:
+    train(write_project(tmp_path / "p", extra=WARNING))
     forked = tmp_path / "train0"
     spawned = tmp_path / "spawned"
     spawned.mkdir()
@@ -175,6 +187,9 @@ def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones(trai
     subprocess.run([sys.executable, "-P", tmp_path / "spawned.py", spawned / REQUEST], check=True, timeout=PATIENCE)
 
     assert (spawned / WEIGHTS).read_bytes() == (forked / WEIGHTS).read_bytes()
+    for folder in (forked, spawned):
+        shown = {json.loads(line)["text"] for line in (folder / WARNINGS).read_text().splitlines()}
+        assert shown == {"take the new model"}, folder
 
 
 def test_a_loss_that_becomes_nan_stops_the_run_and_says_where(train: Train, tmp_path: Path) -> None:

@@ -71,6 +71,17 @@ def whole(below: int, *shape: int) -> Sample:
     return lambda generator: torch.randint(0, below, shape, generator=generator)
 
 
+def padded(length: int) -> Sample:
+    """Labels of tokens, -100 behind the last one."""
+
+    def draw(generator: Generator) -> Tensor:
+        labels = torch.randint(0, CLASSES, (length,), generator=generator)
+        end = torch.randint(2, length + 1, (), generator=generator)
+        return torch.where(torch.arange(length) < end, labels, -100)
+
+    return draw
+
+
 def together(*samples: Sample) -> Sample:
     return lambda generator: tuple(sample(generator) for sample in samples)
 
@@ -91,6 +102,8 @@ def adjacency(nodes: int) -> Sample:
 
 
 LABEL = whole(CLASSES)
+MEASURED = {"metrics": ["accuracy"]}
+NO_MEAN = "of a batch is not the mean of those of its halves"
 DECIDES = "forward decides what it calls"
 
 
@@ -321,10 +334,11 @@ def x_transformers(kind: str, **options: Any) -> Callable[[], nn.Module]:
 
 ARCHITECTURES = (
     Architecture(
-        name="ResNet-10-T", library="timm", build=timm("resnet10t"), sample=image(), target=LABEL
+        name="ResNet-10-T", library="timm", build=timm("resnet10t"), sample=image(), target=LABEL,
+        train=MEASURED,
     ),
     Architecture(
-        name="ViT", library="timm", sample=image(), target=LABEL,
+        name="ViT", library="timm", sample=image(), target=LABEL, train=MEASURED,
         build=timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3),
     ),
     Architecture(
@@ -349,6 +363,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="LR-ASPP", library="torchvision", sample=image(64), target=whole(CLASSES, 64, 64), loss="of_logits",
+        train=MEASURED,
         build=made(
             "torchvision", "models.segmentation.lraspp_mobilenet_v3_large", num_classes=CLASSES,
             weights=None, weights_backbone=None,
@@ -360,7 +375,8 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="BERT, token classes", library="transformers", sample=tokens(), loss="of_tokens",
-        target=whole(CLASSES, 12),
+        target=padded(12), train=MEASURED, notes=(NO_MEAN,),
+        why="a mean over the tokens that are no padding, of which halves have more or less",
         build=transformers("BertForTokenClassification", "BertConfig", num_labels=CLASSES, **TEXT),
     ),
     Architecture(
@@ -430,11 +446,11 @@ ARCHITECTURES = (
     Architecture(
         name="CLIP, both towers", library="transformers", loss="of_towers", target=LABEL,
         sample=tokens(pixel_values=image(32)), build=Towers,
-        notes=("of a batch is not the mean of those of its halves",),
+        notes=(NO_MEAN,),
         why="its loss holds each pair against all others of the batch",
     ),
     Architecture(
-        name="graph nets, sparse", library="torch_geometric", build=Graphs, target=LABEL,
+        name="graph nets, sparse", library="torch_geometric", build=Graphs, target=LABEL, train=MEASURED,
         sample=together(floats(6, 4), whole(6, 2, 14)),
     ),
     Architecture(

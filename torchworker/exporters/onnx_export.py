@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torchworker.exporters.program import capture
 from torchworker.exporters.subject import Subject
 from torchworker.process.failure import UserError, describe
+from torchworker.process.shown_warnings import keep
 
 OPSET = 20
 """ONNX operator set: what torch 2.13's exporter writes natively."""
@@ -42,9 +43,13 @@ def onnx_model(subject: Subject, path: Path) -> str:
                 raise UserError(
                     f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
                 ) from error
-    unfaithful = [str(w.message) for w in caught if "duplicated values" in str(w.message)]
+    unfaithful = [w for w in caught if "duplicated values" in str(w.message)]
+    for warning in unfaithful:
+        keep(warning)
     if unfaithful or onnx_program is None:
-        raise UserError(f"export: the ONNX exporter warns that the result may be wrong: {unfaithful[:1]}")
+        raise UserError(
+            f"export: the ONNX exporter warns that the result may be wrong: {[str(w.message) for w in unfaithful[:1]]}"
+        )
     _name_dimensions(onnx_program.model, subject)
     onnx_program.save(str(path), external_data=False)
     return f"{captured.method} → ONNX opset {OPSET}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchworker.exporters.agreement import disagreement
 from torchworker.exporters.subject import Subject
 from torchworker.process.failure import UserError, user_line
+from torchworker.process.shown_warnings import keep
 from torchworker.project.user_code import arguments, forward, name_outputs
 from torchworker.runtimes.load import call_script, ignore_script_deprecation
 
@@ -86,6 +87,7 @@ def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], s
             raise _UnfaithfulError(f"{_brief(error)}{user_line(error, subject.folder)}") from error
     baked = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
     if baked is not None:
+        keep(baked)
         line = f" ({Path(baked.filename).name}:{baked.lineno})" if baked.filename else ""
         first = str(baked.message).split("\n")[0]
         raise _UnfaithfulError(f"it would bake in a decision made on the example data{line}: {first}")
