@@ -46,6 +46,14 @@ def _preload() -> None:
     gc.freeze()
 
 
+def _preload_archives() -> None:
+    """What artifacts are written and read with."""
+    from torchworker.runtimes.load import import_archive_reader
+
+    import_archive_reader()
+    gc.freeze()
+
+
 def _child(job: dict[str, Any], parent: int) -> None:
     """Never returns."""
     status = 70
@@ -164,13 +172,13 @@ def main() -> None:
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     job = json.loads(line)
+                    if job.get("stage") == "export":
+                        # Without a training before it: each of its forks, and the clean room's, would import it.
+                        _preload_archives()
                     server.kill(job["kill"]) if "kill" in job else server.start(job)
                     if job.get("stage") == "train":
                         # Ranks do not wait for it, and the six processes that come after them have it.
-                        from torchworker.runtimes.load import import_archive_reader
-
-                        import_archive_reader()
-                        gc.freeze()
+                        _preload_archives()
     finally:
         _kill_everything()
 
