@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from train_and_ship.infra.errors import WorkerError
+from train_and_ship.infra.json_lines import next_objects
 
 Events = Callable[[dict[str, Any]], None]
 POLL_SECONDS = 0.1
@@ -157,7 +158,7 @@ class ForkServer:
 
 
 class Follower:
-    """Reads complete lines that were appended to a file since the last look."""
+    """Reads whole lines that were appended to a file since the last look."""
 
     def __init__(self, path: Path, on_event: Events) -> None:
         self._path, self._on_event, self._offset = path, on_event, 0
@@ -168,11 +169,10 @@ class Follower:
             return
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            text = file.read()
-        complete = text[: text.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        for line in complete.splitlines():
-            self._on_event(json.loads(line))
+            while (events := next_objects(file)) is not None:
+                self._offset = file.tell()
+                for event in events:
+                    self._on_event(event)
 
 
 def child_environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import time
@@ -24,6 +25,8 @@ from train_and_ship.infra.rundir import write_whole
 TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"
 GRACE_SECONDS = 5.0
 """How long a process may take to end after SIGTERM before it gets SIGKILL."""
+TAIL_BYTES = 256 * 1024
+"""Of a log, at its end: more than anybody reads of it in an error message."""
 CREATION_TOLERANCE_SECONDS = 0.05
 """Creation times are read in clock ticks (10 ms)."""
 
@@ -220,6 +223,9 @@ def port_holder(port: int) -> str:
 
 
 def last_lines(log: Path, count: int = 20) -> str:
-    """The last `count` lines of a log, or a note that it is empty."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    """The last `count` lines of a log, of which no more than its end is read, or a note that it is empty."""
+    lines: list[str] = []
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read(TAIL_BYTES).decode(errors="replace").splitlines()
     return "\n".join(lines[-count:]) or "(the log is empty)"

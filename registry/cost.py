@@ -8,13 +8,15 @@ the report says that its cost is not known.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from train_and_ship.infra.json_lines import append_object, next_objects
 
 LEDGER = "costs.jsonl"
 FLOW = "the flow between its stages"
@@ -126,9 +128,7 @@ class Ledger:
         self._write({"ended": entry, "stage": name, "wall": wall, "cpu": cpu, "gpu": gpu})
 
     def _write(self, line: Mapping[str, object]) -> None:
-        # One write of less than a page: a reader sees the line or nothing of it.
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_object(self._path, line)
 
 
 def read_costs(folder: Path) -> list[Spent]:
@@ -143,12 +143,7 @@ def read_costs(folder: Path) -> list[Spent]:
     path = folder / LEDGER
     found: dict[str, Spent] = {}
     open_entries: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            # The machine went down in the middle of it.
-            continue
+    for entry in _entries(path):
         name = entry["stage"]
         so_far = found.setdefault(name, Spent(stage=name))
         if "began" in entry:
@@ -163,6 +158,13 @@ def read_costs(folder: Path) -> list[Spent]:
         found[name] = replace(found[name], killed=found[name].killed + 1)
     # It began first and is what is left.
     return sorted(found.values(), key=lambda item: item.stage == FLOW)
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open("rb") as file:
+            while (entries := next_objects(file)) is not None:
+                yield from entries
 
 
 def total(costs: list[Spent]) -> Spent:

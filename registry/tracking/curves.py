@@ -11,8 +11,6 @@ Fields that an event lacks are left out, fields that are unknown and are numbers
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import statistics
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torchworker.contract import TrainResult
+from train_and_ship.infra.json_lines import next_objects
 
 STRAGGLER_RATIO = 1.5
 """A rank is a straggler when its step takes this many times the median rank's."""
@@ -29,7 +28,6 @@ STEP_SECONDS = 1.0
 """Least time between two points of a step curve, which grows with the run so that a long one stays small:"""
 STEP_POINTS = 2000
 """points of a step curve until it thins out; from then on each doubling of the time adds about 1400."""
-READ_BYTES = 1_000_000
 
 # Where an event stands and what it promises; everything else in it was measured.
 _NOT_MEASURED = {"event", "epoch", "epochs", "step", "steps", "eta_seconds", "time"}
@@ -166,19 +164,10 @@ class EventPoints:
     def read(self) -> list[Point]:
         """Some of what was appended since the last call, empty when there is nothing; half a line waits."""
         points: list[Point] = []
-        while not points:
-            start = self._file.tell()
-            text = self._file.read(READ_BYTES)
-            complete = text[: text.rfind(b"\n") + 1]
-            self._file.seek(start + len(complete))
-            if not complete:
-                break
-            for line in complete.splitlines():
-                # A rank that was killed may have left half a line that the next attempt went on from.
-                with contextlib.suppress(ValueError):
-                    event = json.loads(line)
-                    if self._is_kept(event):
-                        points += event_points(event)
+        while not points and (events := next_objects(self._file)) is not None:
+            for event in events:
+                if self._is_kept(event):
+                    points += event_points(event)
         return points
 
     def _is_kept(self, event: Mapping[str, Any]) -> bool:

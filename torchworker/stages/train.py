@@ -27,6 +27,7 @@ from torchworker.contract import (
 )
 from torchworker.process.events import EventLog
 from torchworker.process.failure import DescribedError
+from torchworker.process.tail import tail
 from torchworker.rank import failure_file, run_rank
 from torchworker.training import rendezvous
 from torchworker.training.checkpoint import find_latest
@@ -141,7 +142,7 @@ def _last_output(logs: Path, rank: int) -> list[str]:
     lines: list[str] = []
     for name in ("stdout.log", "stderr.log"):
         path = launches[-1] / name if launches else None
-        text = path.read_text(errors="replace") if path is not None and path.exists() else ""
+        text = tail(path) if path is not None else ""
         crash = text.rfind("Fatal Python error")
         lines += text[crash:].splitlines()[:OUTPUT_LINES] if crash >= 0 else text.splitlines()[-OUTPUT_LINES:]
     return lines
