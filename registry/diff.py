@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchworker.contract import PARITY
+from torchworker.contract import IN_CPP, PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
@@ -163,7 +163,15 @@ def _latencies(record: ReleaseRecord) -> dict[str, Any]:
             found[f"{kind} load_ms"] = item["load_ms"]
         for speed in item["speeds"]:
             found |= {f"{kind} {name}.batch_{speed['batch']}": speed[name] for name in ("p50_ms", "p99_ms")}
-    return found | {f"recommended for {purpose}": kind for purpose, kind in record.manifest.serve.items()}
+    unproven = {
+        item["format"]
+        for item in verdicts.get("verdicts", [])
+        if not item.get("ran", True) and IN_CPP in item["format"]
+    }
+    return found | {
+        f"recommended for {purpose}": f"{kind}, not run in C++" if f"{kind} {IN_CPP}" in unproven else kind
+        for purpose, kind in record.manifest.serve.items()
+    }
 
 
 def _sizes(record: ReleaseRecord) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from torchworker.contract import PARITY, RehearseResult, Verdict
+from torchworker.contract import IN_CPP, PARITY, RehearseResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.live_score import LiveScore
@@ -260,6 +260,28 @@ def _comparison(
 
 # ---- verdicts
 
+NOT_RUN = "not run"
+"""Where the record of a move names what was not checked."""
+
+
+def not_run(verdicts: Sequence[Verdict]) -> list[str]:
+    """What was not checked, as `aoti in C++ without Python`: neither passed nor failed."""
+    return list(dict.fromkeys(f"{item.format} {item.case}" for item in verdicts if not item.ran))
+
+
+def unproven_in_cpp(verdicts: Sequence[Verdict]) -> set[str]:
+    """The formats that were to be run in C++ and were not."""
+    return {
+        item.format.removesuffix(f" {IN_CPP}") for item in verdicts if not item.ran and item.format.endswith(IN_CPP)
+    }
+
+
+def passed_words(verdicts: Sequence[Verdict]) -> str:
+    """`all 12 gates passed`, and what was not run; for verdicts none of which failed."""
+    left = not_run(verdicts)
+    said = f"all {sum(item.ran for item in verdicts)} gates passed"
+    return f"{said}, not run: {', '.join(left)}" if left else said
+
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     """A row a verdict, for logs and refusals."""
@@ -267,7 +289,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     rows = [
         (
             item.format, item.gate, item.case, number(item.measured), item.limit,
-            passed_or_failed(item.passed) if item.ran else "not run", item.note,
+            passed_or_failed(item.passed) if item.ran else NOT_RUN, item.note,
         )
         for item in verdicts
     ]  # fmt: skip
@@ -296,6 +318,6 @@ def _outcome(verdict: Verdict | None) -> Cell:
     if verdict is None:
         return ""
     if not verdict.ran:
-        return "not run"
+        return NOT_RUN
     value = number(verdict.measured)
     return Mark(text=f"{value} ✓" if verdict.passed else f"{value} ✗ failed", good=verdict.passed)

@@ -51,6 +51,7 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
                     typer.echo(f"{name}: {line}")
             except (ServiceError, SettingsError) as error:
                 typer.echo(f"{name}: MLflow's versions are marked by a later `ship gc`: {error}", err=True)
+                failed = True
     if apply:
         typer.echo(f"incomplete uploads: {store.ensure_upload_rule(max(1, policy.slowest_reader.days))}")
     else:

@@ -8,14 +8,11 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from torchworker.contract import RESULT, CppRequest, CppResult
+from torchworker.contract import RESULT, RUN_IN_CPP, CppRequest, CppResult
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.job import Job
 from train_and_ship.tasks.worker import ask_worker
-
-RUNS = frozenset({"torchscript", "aoti"})
-"""Formats that the runner runs. A test keeps it equal to torchworker's."""
 
 
 def cache_folder() -> Path:
@@ -33,7 +30,7 @@ def start_build(fork_server: ForkServer, job: Job, folder: Path) -> Future[CppRe
         job: whose formats and `parity.cpp` decide whether there is a use for it.
         folder: the run directory.
     """
-    if job.parity.cpp == "off" or not RUNS & set(job.export.wanted):
+    if job.parity.cpp == "off" or not set(RUN_IN_CPP) & set(job.export.wanted):
         return None
     built: Future[CppResult] = Future()
     work = folder / "cpp"

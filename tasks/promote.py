@@ -20,6 +20,7 @@ from train_and_ship.registry.channels.moves import (
 )
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import Move, move_channel
+from train_and_ship.registry.gates import passed_words
 from train_and_ship.registry.report.description import in_short
 from train_and_ship.tasks.rehearse import hold_against
 from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
@@ -136,7 +137,7 @@ def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: A
     signed = require_signer(run.store, registered.manifest, run.settings.public_key)
     move = Move(
         manifest=registered.manifest,
-        reason="all gates passed",
+        reason=passed_words(registered.validated.result.verdicts),
         moved_by=who(),
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from train_and_ship.infra.prefect_events import PROMOTED
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.gates import NOT_RUN
 from train_and_ship.registry.kind import kinds_in
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
@@ -66,11 +67,12 @@ def decided(
     if isinstance(outcome, Kept):
         verdict, facts = Ending.KEPT, [("stays live", f"{outcome.rehearsed.live} on {channel}")]
     else:
-        verdict, why, pointer = Ending.PROMOTED, f"All gates passed; {why}.", outcome.pointer
+        verdict, pointer = Ending.PROMOTED, outcome.pointer
+        why = f"All gates {'that were run ' if NOT_RUN in pointer.verdicts else ''}passed; {why}."
         facts = [
             ("channel", f"{channel}, generation {pointer.generation}"),
             ("replaces", replaced(pointer.previous)),
-            *((name, said) for name, said in pointer.verdicts.items() if name == "approved"),
+            *((name, said) for name, said in pointer.verdicts.items() if name in ("approved", NOT_RUN)),
             *kinds_in(pointer.verdicts).items(),
         ]
     return Outcome(verdict=verdict, title=title, why=why, facts=[*asked, *facts], places=[run.place])

@@ -20,7 +20,7 @@ from torchworker.contract import (
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.agreement import require_agreement
-from train_and_ship.registry.gates import verdict_table
+from train_and_ship.registry.gates import passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
 from train_and_ship.tasks.explain import explain
@@ -100,14 +100,15 @@ def _log(validated: Validated) -> None:
             skipped.setdefault(f"{item.case}: {item.note}", []).append(item.format)
     if skipped:
         logger.warning("; ".join(f"{', '.join(formats)} {what}" for what, formats in skipped.items()))
-    logger.info(
-        "all %d gates passed\n%s", sum(item.ran for item in result.verdicts), verdict_table(result.verdicts).text()
-    )
+    logger.info("%s\n%s", passed_words(result.verdicts), verdict_table(result.verdicts).text())
     if result.independence:
         logger.info("%s", result.independence)
     if result.speed is not None:
         logger.info(
-            "speed, threads: %d, %s\n%s", result.speed.threads, result.speed.machine, speed_table(result.speed).text()
+            "speed, threads: %d, %s\n%s",
+            result.speed.threads,
+            result.speed.machine,
+            speed_table(result.speed, unproven_in_cpp(result.verdicts)).text(),
         )
 
 

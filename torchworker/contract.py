@@ -68,6 +68,11 @@ SPEED_GATES: Mapping[str, str] = {
 }
 """What a gate can be put on beside metrics, of the formats that the release recommends; lower is better."""
 
+RUN_IN_CPP = ("torchscript", "aoti")
+"""Formats that are also run without Python, by the C++ runner."""
+IN_CPP = "in C++"
+"""Said behind a format's name in the verdicts of the C++ runner."""
+
 LATENCY, THROUGHPUT = "latency", "throughput"
 """What a format can be recommended for."""
 

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from torchworker.contract import METRICS, SPEED_GATES
+from torchworker.contract import METRICS, RUN_IN_CPP, SPEED_GATES
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.identity import RESERVED_CHANNELS, may_be_alias
 from train_and_ship.registry.job.base import Factory, Part, Target, digest
@@ -139,6 +139,12 @@ class Job(Part):
             raise ValueError("data.args without split, which is given: train, then validation")
         if self.data.snapshot is not None and "snapshot" in self.data.args:
             raise ValueError("data.args without snapshot, which is given: the folder of data.snapshot")
+        return self
+
+    @model_validator(mode="after")
+    def _cpp_has_a_format(self) -> Self:
+        if self.parity.cpp == "required" and not set(RUN_IN_CPP) & set(self.export.wanted):
+            raise ValueError(f"{' or '.join(RUN_IN_CPP)} in export.formats with parity.cpp: required")
         return self
 
     @field_validator("gates")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ValidateResult, Verdict
-from train_and_ship.registry.gates import verdicts_by_format
+from train_and_ship.registry.gates import NOT_RUN, not_run, passed_words, unproven_in_cpp, verdicts_by_format
 from train_and_ship.registry.report.proof_sections import capture_table, metric_table
 from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
 from train_and_ship.registry.text import Table, file_size, number, one_line
@@ -64,7 +64,11 @@ def describe(
         ("Metrics", "", metric_table(result.metrics)),
         ("Gates", "", verdicts_by_format(gates)),
         ("int8", "", int8_table(result.int8)),
-        ("Speed", how_measured(speed) if speed else "", speed_table(speed) if speed else Table(rows=())),
+        (
+            "Speed",
+            how_measured(speed) if speed else "",
+            speed_table(speed, unproven_in_cpp(result.verdicts)) if speed else Table(rows=()),
+        ),
         ("Files", "", Table(header=("file", "format", "size"), rows=files)),
         (f"{which}{last}", shipped, Table(header=("metric", "value"), rows=values)),
     ]
@@ -89,6 +93,8 @@ def in_short(verdicts: Sequence[Verdict]) -> dict[str, str]:
         left = f", {len(of_gate) - len(ran)} not run" if len(ran) < len(of_gate) else ""
         limits = ", ".join(dict.fromkeys(verdict.limit for verdict in of_gate))
         found[gate] = f"{sum(verdict.passed for verdict in ran)} of {len(ran)} passed{left}, {measured} ({limits})"
+    if left_out := not_run(verdicts):
+        found[NOT_RUN] = ", ".join(left_out)
     return found
 
 
@@ -100,7 +106,7 @@ def _first_line(model: str, release: str, formats: Mapping[str, str], result: Va
     elif failed:
         outcome = f"{failed} of {len(ran)} gates failed"
     else:
-        outcome = f"all {len(ran)} gates passed"
+        outcome = passed_words(result.verdicts)
     # Lists of versions show about fifteen characters, so the model's name comes late.
     first_metric = next(((name, value) for values in result.metrics.values() for name, value in values.items()), None)
     quality = f"{first_metric[0]} {number(first_metric[1])}, " if first_metric else ""

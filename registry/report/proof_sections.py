@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ErrorCounts
 from train_and_ship.registry.agreement import agreement_table, agreements
-from train_and_ship.registry.gates import verdicts_by_format
+from train_and_ship.registry.gates import not_run, verdicts_by_format
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
 from train_and_ship.registry.run_folder import RunFiles
@@ -29,6 +29,8 @@ def parity_section(files: RunFiles) -> Section:
     blocks: list[Block] = [Text(text=said)]
     if files.validated.independence:
         blocks.append(Text(text=f"{files.validated.independence}."))
+    if left := not_run(verdicts):
+        blocks.append(Text(text=f"Not run, so neither passed nor failed: {', '.join(left)}."))
     finite = [(name, [value]) for name, value in used.items() if value != float("inf")]
     if finite:
         blocks.append(

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from torchworker.contract import MeasureResult
 from train_and_ship.registry.cost import Rates, Spent
-from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table
+from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, unproven_in_cpp
 from train_and_ship.registry.kind import kind_table
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section
@@ -190,7 +190,7 @@ def _versus_live(files: RunFiles) -> Section:
 def _speed(files: RunFiles) -> Section:
     """Speed of every format, and what the live release recorded of itself when it was made."""
     speed = files.validated.speed if files.validated else None
-    if speed is None:
+    if speed is None or files.validated is None:
         return Section(title="Speed", blocks=())
     recorded = files.against.speed if files.against else None
     mine, theirs = _medians(speed), _medians(recorded) if recorded else {}
@@ -209,7 +209,7 @@ def _speed(files: RunFiles) -> Section:
         rows = [(kind, [side.get((kind, batch)) for side in (mine, theirs)[: len(series)]]) for kind in kinds]
         drawn = charts.bars(rows, series, lambda value: f"{number(value)} ms")
         blocks.append(Chart(title=f"Median of a call at batch {batch}", note="shorter is faster", svg=drawn))
-    return Section(title="Speed", blocks=blocks, more=[speed_table(speed)])
+    return Section(title="Speed", blocks=blocks, more=[speed_table(speed, unproven_in_cpp(files.validated.verdicts))])
 
 
 def _medians(speed: MeasureResult) -> dict[tuple[str, int], float]:

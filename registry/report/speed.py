@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torchworker.contract import Int8, MeasureResult
 from train_and_ship.registry.text import Table, file_size, number
 
 
-def speed_table(found: MeasureResult) -> Table:
-    """A row for each format and batch size."""
+def speed_table(found: MeasureResult, unproven: Collection[str] = ()) -> Table:
+    """A row for each format and batch size.
+
+    Args:
+        found: the measurements.
+        unproven: formats that were to be run in C++ and were not, which stands where they are recommended.
+    """
     header = (
         "format", "batch", "p50 ms", "p99 ms", "CPU ms", "samples/s", "load ms", "size", "memory", "recommended for",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for name, item in found.measured.items():
         purposes = [purpose for purpose, chosen in found.serve.items() if chosen == name]
-        whole = (number(item.load_ms), file_size(item.bytes), file_size(item.memory_bytes), " and ".join(purposes))
+        for_what = " and ".join(purposes) + (", not run in C++" if purposes and item.format in unproven else "")
+        whole = (number(item.load_ms), file_size(item.bytes), file_size(item.memory_bytes), for_what)
         if not item.speeds:
             rows.append((name, "", "not measured", "", "", "", *whole))
         for position, speed in enumerate(item.speeds):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def test_a_check_that_this_machine_cannot_run_is_not_passed(stages: OpenStages) 
     )
     assert possible.passed and "not run" in verdict_table(possible.verdicts).text()
     assert not opened.validate("required", no_runner="no C++ compiler on this machine").passed
+    # Nor is one that has no artifact to be run on.
+    assert opened.result is not None
+    opened.result = replace(opened.result, artifacts={})
+    (failed,) = opened.validate("required").verdicts
+    assert (failed.format, failed.ran, failed.passed) == ("in C++", True, False) and "torchscript, aoti" in failed.note
 
 
 def test_an_artifact_that_cannot_be_loaded_is_a_failed_gate_not_a_crash(stages: OpenStages) -> None:

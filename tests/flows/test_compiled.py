@@ -10,18 +10,12 @@ from mlflow import MlflowClient
 
 from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
-from torchworker.runtimes import cpp_runner
 from torchworker.stages import cpp
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import fetch_release
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.tasks.cpp import RUNS
-
-
-def test_the_flow_builds_the_runner_for_what_the_runner_runs() -> None:
-    assert set(cpp_runner.KINDS) == RUNS
 
 
 @pytest.mark.soak

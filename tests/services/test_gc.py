@@ -495,3 +495,11 @@ def test_the_command_shows_first_and_does_when_told(
     ):
         refused = ship("gc", *mistake)
         assert (refused.status, refused.output) == (2, "") and said in refused.errors
+
+
+def test_the_command_ends_with_1_when_mlflow_could_not_be_told(
+    object_store: ObjectStore, expired: list[Manifest], ship: Ship
+) -> None:
+    ended = ship("gc", MODEL, "--keep", "2", "--apply")
+    assert "digits: 3 deleted" in ended.output and "are marked by a later `ship gc`" in ended.errors
+    assert ended.status == 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchworker.contract import ValidateResult, Verdict
+from torchworker.contract import Measured, MeasureResult, ValidateResult, Verdict
+from train_and_ship.registry.gates import unproven_in_cpp
 from train_and_ship.registry.report import description
+from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.text import shorten
 
 
@@ -98,4 +100,27 @@ def test_a_check_that_was_not_run_is_neither_passed_nor_failed_in_the_record_of_
     unasked = Verdict(
         format="onnx", gate="parity", case="batch 9", measured=None, limit="<= 1", passed=False, ran=False
     )
-    assert description.in_short([passed, unasked]) == {"parity": "1 of 1 passed, 1 not run, 0.2 to 0.2 (<= 1)"}
+    assert description.in_short([passed, unasked]) == {
+        "parity": "1 of 1 passed, 1 not run, 0.2 to 0.2 (<= 1)",
+        "not run": "onnx batch 9",
+    }
+
+
+def test_a_cpp_proof_that_was_not_run_is_said_beside_what_passed() -> None:
+    proofs = [
+        verdict("aoti", "parity", "batch 1", 0.2, "<= 1"),
+        verdict("aoti in C++", "parity", "without Python", None, "<= 1", passed=False, ran=False),
+    ]
+    first = lines(describe(verdicts=proofs, metrics={}))[0]
+    assert first == "all 1 gates passed, not run: aoti in C++ without Python: digits r-1 as onnx, pt2."
+    assert unproven_in_cpp(proofs) == {"aoti"}
+
+
+def test_a_format_whose_cpp_proof_was_not_run_is_recommended_with_these_words() -> None:
+    measured = Measured(format="aoti", bytes=10, load_ms=1.0, memory_bytes=10)
+    speed = MeasureResult(
+        measured={"aoti": measured}, serve={"latency": "aoti"}, speedups={}, too_slow={}, verdicts=[], threads=1,
+        machine="a machine",
+    )  # fmt: skip
+    assert speed_table(speed).rows[0][-1] == "latency"
+    assert speed_table(speed, {"aoti"}).rows[0][-1] == "latency, not run in C++"

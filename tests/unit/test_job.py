@@ -316,6 +316,16 @@ def test_keys_that_the_chosen_loop_would_not_read_are_refused(tmp_path: Path, te
     assert expected in refused(tmp_path, text)
 
 
+def test_a_proof_in_cpp_is_required_only_of_formats_that_run_there(tmp_path: Path) -> None:
+    path = write_project(tmp_path)
+    text = path.read_text()
+    path.write_text(text + "export: {formats: [onnx]}\nparity: {cpp: required}\n")
+    with pytest.raises(JobError, match=r"torchscript or aoti in export\.formats with parity\.cpp: required"):
+        load_job(path)
+    path.write_text(text + "export: {formats: [onnx, torchscript]}\nparity: {cpp: required}\n")
+    assert load_job(path)[0].parity.cpp == "required"
+
+
 def test_a_bare_off_which_yaml_reads_as_false_is_the_word(tmp_path: Path) -> None:
     path = write_project(tmp_path)
     path.write_text(path.read_text() + "parity: {cpp: off, refusals: off, not_finite: off}\n")

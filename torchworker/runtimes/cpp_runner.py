@@ -27,8 +27,6 @@ TYPES = (
     torch.bool,
 )
 """The order is the protocol's: cpp/runner.cpp has the same."""
-KINDS = ("torchscript", "aoti")
-"""Formats that it can run."""
 
 
 class RunnerEndedError(Exception):
@@ -41,7 +39,7 @@ def running(runner: Path, kind: str, artifact: Path, threads: int, log: Path) ->
 
     Args:
         runner: the program that the stage `cpp` built.
-        kind: one of KINDS.
+        kind: one of RUN_IN_CPP.
         artifact: the file that it runs.
         threads: intra-op threads.
         log: where its standard error goes.

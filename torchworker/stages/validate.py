@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import (
+    IN_CPP,
     INT8_OF,
     PARITY,
+    RUN_IN_CPP,
     VALIDATION,
     ErrorCounts,
     Int8,
@@ -94,9 +96,12 @@ def validate(request: ValidateRequest) -> ValidateResult:
         gates = apply_limits(kind, sums.means(), request.gates, samples, {})
         missing = [replace(not_measured(kind, PARITY, "not asked", "<= 1", unasked), ran=False)] if unasked else []
         told = [*result.verdicts, *missing, *gates, *cpp.verdicts]
-        errors = [*result.errors(kind), *cpp.errors(f"{kind} in C++")]
+        errors = [*result.errors(kind), *cpp.errors(f"{kind} {IN_CPP}")]
         return told, [item.mismatch() for item in found[:MISMATCHES]], sums, errors
 
+    if request.cpp == "required" and not any(kind in RUN_IN_CPP for kind in request.formats):
+        why = f"not run: neither of {', '.join(RUN_IN_CPP)} is among the artifacts"
+        verdicts.append(not_measured(IN_CPP, PARITY, "without Python", "<= 1", why))
     works: dict[str, Callable[[], Any]] = {}
     notes = {kind: CrashNote() for kind in request.formats}
     for kind, file in request.formats.items():
@@ -154,9 +159,9 @@ def _without_python(
     kind: str, artifact: Path, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
 ) -> ParityResult:
     """The same questions to the same artifact in the C++ runner; what decides metrics and latency is in Python."""
-    if request.cpp == "off" or kind not in cpp_runner.KINDS:
+    if request.cpp == "off" or kind not in RUN_IN_CPP:
         return ParityResult()
-    name = f"{kind} in C++"
+    name = f"{kind} {IN_CPP}"
     if not request.runner or request.libraries:
         why = request.no_runner if not request.runner else "it does not load libraries with custom operators"
         failed = not_measured(name, PARITY, "without Python", "<= 1", f"not run: {why}")
