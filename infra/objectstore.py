@@ -262,6 +262,10 @@ class ObjectStore:
         """Create an object of up to a few megabytes; returns its ETag. Raises PreconditionFailedError if it exists."""
         return self._put(key, body, IfNoneMatch="*")
 
+    def put(self, key: str, body: bytes) -> str:
+        """Write a small object over whatever is there; the new ETag."""
+        return self._put(key, body)
+
     def replace(self, key: str, body: bytes, etag: str) -> str:
         """Replace the object that has this ETag; returns the new one.
 

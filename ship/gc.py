@@ -65,7 +65,7 @@ def _model(store: ObjectStore, model: str, policy: Policy, apply: bool) -> bool:
     counted: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for decision in decide(store, model, policy):
-        refusal = carry_out(store, model, decision) if apply else None
+        refusal = carry_out(store, model, decision, policy) if apply else None
         word = "not done" if refusal is not None else _word(decision, apply)
         counted[word] += 1
         sizes[word] += decision.bytes

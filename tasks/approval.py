@@ -12,6 +12,7 @@ from pydantic import Field
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.prefect_events import ASKED
+from train_and_ship.registry.bucket.tombstones import hold
 from train_and_ship.registry.channels.moves import Verified, described, kind_changes
 from train_and_ship.registry.kind import not_allowed
 from train_and_ship.registry.report.move import noticed
@@ -67,6 +68,8 @@ async def approval(request: Request, verified: Verified) -> Verified:
     kinds = not_allowed(await asyncio.to_thread(kind_changes, verified, target.live), dict.fromkeys(request.allow, ""))
     await show_question(request, verified, asked, changes, problem)
     differences = noticed(changes)
+    # Until somebody has answered, no collector takes it.
+    await asyncio.to_thread(hold, channel.store, channel.model, target.release)
     answer = await ask_person(
         "\n\n".join(
             [
@@ -134,5 +137,6 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
             f"Answer: {page}", *places(run, registered)[1:],
         ]),
     )  # fmt: skip
+    await asyncio.to_thread(hold, run.store, name, release)
     with run.timed("wait for approval"):
         return await ask_person(question)

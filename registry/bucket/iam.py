@@ -62,7 +62,7 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
     own = f"models/{model}"
     pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
     decisions = f"{own}/decisions/{channel}/*"
-    releases, tombstones, views = f"{own}/releases/*", f"{own}/tombstones/*", f"{own}/views/{channel}/*"
+    releases, claims, views = f"{own}/releases/*", f"{own}/claims/*", f"{own}/views/{channel}/*"
     if role is Role.READER:
         statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases))]
         return _document(statements, kms_key, writes=False)
@@ -80,13 +80,15 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
     if role is Role.VIEWER:
         writing = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
         return _document([*statements, _allow("View", writing, keys(views))], kms_key, writes=True)
-    # Whoever publishes or promotes takes the collector's mark away; the collector sets it.
-    statements.append(_allow("Mark", ["s3:PutObject"], keys(tombstones)))
+    # Whoever publishes or promotes says that a release is needed; only the collector marks one.
+    if role is not Role.COLLECTOR:
+        statements.append(_allow("Claim", ["s3:PutObject"], keys(claims)))
     if role is Role.TRAINER:
         statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases)))
     elif role is Role.PROMOTER:
         statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions)))
     else:
+        statements.append(_allow("Mark", ["s3:PutObject"], keys(f"{own}/tombstones/*")))
         statements.append(_allow("Collect", ["s3:DeleteObject", "s3:AbortMultipartUpload"], keys(releases)))
         statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))
     return _document(statements, kms_key, writes=True)

@@ -8,6 +8,7 @@ models/<model>/channels/<channel>.json                 the pointer, what a reade
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
 models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
+models/<model>/claims/<release>.json                   who needed a release last, whatever `ship gc` has marked
 models/<model>/views/<channel>/…                       copies for other servers; see registry/serving/layouts.py
 """
 
@@ -34,6 +35,16 @@ def histories_prefix(model: str) -> str:
 def tombstones_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"models/{require_name('model', model)}/tombstones/"
+
+
+def claims_prefix(model: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"models/{require_name('model', model)}/claims/"
+
+
+def views_prefix(model: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"models/{require_name('model', model)}/views/"
 
 
 def release_prefix(model: str, release: str) -> str:

@@ -1,12 +1,13 @@
-"""Marks on releases that may be deleted: one small object for each, changed by conditional writes only.
+"""Marks on releases that may be deleted, which only a collector writes, and claims of those who need a release.
 
     none ──mark──▶ marked ──after a grace──▶ deleting ──▶ deleted
-                     ▲ │                                     │
-              mark   │ ▼  claimed by a publisher or mover    ▼ published again
-                     └─ kept ◀───────────────────────────────┘
+                     ▲ │                       │             │
+                mark │ ▼  needed or claimed    ▼ claimed     ▼ published again
+                     └─ kept ◀─────────────────┴─────────────┘
 
-Whoever publishes or promotes a release claims it first. A claim and the step to `deleting` replace the same version of
-the same object, so the store lets only one of them happen. See docs/decisions/0010.
+Two small objects for each release, each with a right of its own to write it. A claimer writes its claim and then reads
+the mark; a collector writes `deleting` and then reads the claim. A store that shows each write to every later read lets
+at least one of them see the other, and whoever does steps back. See docs/decisions/0010.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from enum import StrEnum
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
-from train_and_ship.registry.bucket.keys import tombstones_prefix
+from train_and_ship.registry.bucket.keys import claims_prefix, tombstones_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json, is_release_id, require_release_id
 
@@ -29,6 +30,11 @@ SHORTEST_GRACE = timedelta(hours=1)
 """Between a mark and the deletion. Longer than any request can be under way: S3 refuses one signed 15 minutes ago."""
 LEASE = timedelta(minutes=10)
 """How long one collector may go on deleting a release; after twice that another one takes over."""
+
+CLAIM_HOLDS = timedelta(days=8)
+"""How long a release is kept after it was claimed: longer than a question to a person stays open."""
+SKEW = timedelta(minutes=1)
+"""By how much clocks of one store may differ."""
 
 _FORMAT = 1
 _TRIES = 20
@@ -57,11 +63,43 @@ class Tombstone:
     mlflow_done: bool = False
     """MLflow's versions of a deleted release were marked too."""
     etag: str = field(default="", compare=False)
+    modified: datetime | None = field(default=None, compare=False)
+    """When the store says that it was written; None where it was not asked."""
+
+    @property
+    def token(self) -> str:
+        """What a claim against this mark says, and no mark before or after it has."""
+        return f"{self.state} {self.at.isoformat()}"
 
     def encode(self) -> bytes:
         """The record as canonical JSON, without the ETag."""
         record = {**vars(self), "format": _FORMAT, "at": self.at.isoformat()}
-        return canonical_json({name: value for name, value in record.items() if name != "etag"})
+        return canonical_json({name: value for name, value in record.items() if name not in ("etag", "modified")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """Somebody publishes, promotes or asks about a release. Anybody with a right to publish may write one."""
+
+    against: str = ""
+    """The token of the mark that it takes away; empty where there was none."""
+    at: datetime | None = None
+    """By the store's clock; None where the object says nothing that can be read."""
+    by: str = ""
+    modified: datetime
+    """When the store says that it was written."""
+
+    def covers(self, stone: Tombstone) -> bool:
+        """Whether it was made against this mark. One that was written over counts by the time when it was."""
+        newer = stone.modified is not None and self.modified > stone.modified + timedelta(seconds=1)
+        return self.against == stone.token or newer
+
+
+def trusted_time(said: datetime | None, modified: datetime | None, now: datetime) -> datetime:
+    """When something was written: as it says itself if the store's own time allows that, else as the store says."""
+    if said is not None and (modified is None or modified - SKEW <= said <= now + SKEW):
+        return said
+    return modified or now
 
 
 def boot_seconds() -> float:
@@ -83,10 +121,42 @@ def read_tombstone(store: ObjectStore, model: str, release: str) -> Tombstone | 
 
 def read_tombstones(store: ObjectStore, model: str) -> dict[str, Tombstone]:
     """Every mark of a model, by release."""
-    keys = store.list_keys(tombstones_prefix(model))
-    names = [key.removeprefix(tombstones_prefix(model)).removesuffix(".json") for key in keys]
-    found = in_parallel(lambda name: read_tombstone(store, model, name), filter(is_release_id, names))
-    return {stone.release: stone for stone in found if stone is not None}
+    listed = _by_release(store, tombstones_prefix(model))
+    found = in_parallel(lambda name: read_tombstone(store, model, name), listed)
+    return {stone.release: replace(stone, modified=listed[stone.release]) for stone in found if stone is not None}
+
+
+def read_claims(store: ObjectStore, model: str, release: str = "") -> dict[str, Claim]:
+    """The last claim of every release of a model, or of one. What cannot be read is a claim at the store's time."""
+    listed = _by_release(store, claims_prefix(model), release)
+
+    def read(name: str) -> Claim:
+        found = store.get(_claim_key(model, name))
+        try:
+            document = json.loads(found[0]) if found is not None else {}
+            return Claim(
+                against=str(document["against"]),
+                at=datetime.fromisoformat(document["at"]),
+                by=str(document["by"]),
+                modified=listed[name],
+            )
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return Claim(modified=listed[name])
+
+    return dict(zip(listed, in_parallel(read, listed), strict=True))
+
+
+def _by_release(store: ObjectStore, prefix: str, release: str = "") -> dict[str, datetime]:
+    """When the store says that each object was written whose name is a release's, or begins with `release`."""
+    found = {
+        key.removeprefix(prefix).removesuffix(".json"): item.modified
+        for key, item in store.list_objects(prefix + release).items()
+    }
+    return {name: modified for name, modified in found.items() if is_release_id(name)}
+
+
+def _claim_key(model: str, release: str) -> str:
+    return f"{claims_prefix(model)}{require_release_id(release)}.json"
 
 
 def change(
@@ -127,8 +197,45 @@ def change(
     return replace(new, etag=etag)
 
 
+def hold(store: ObjectStore, model: str, release: str, against: str = "") -> None:
+    """Say that a release is needed: it is kept for CLAIM_HOLDS. Writes one small object.
+
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        release: its id.
+        against: token of the mark that is taken away; empty for none.
+
+    Raises:
+        ServiceError: the store does not answer.
+        SettingsError: these credentials may not claim releases.
+    """
+    said = {"format": _FORMAT, "release": release, "against": against, "by": who(), "nonce": uuid.uuid4().hex}
+    body = canonical_json({**said, "at": store.now().isoformat()})
+    try:
+        store.put(_claim_key(model, release), body)
+    except ServiceError:
+        # Only the reply was lost?
+        found = store.get(_claim_key(model, release))
+        if found is None or found[0] != body:
+            raise
+
+
+def is_gone(store: ObjectStore, model: str, release: str) -> bool:
+    """Whether a collector deletes a release or has deleted it, and nobody has published it again since."""
+    stone = read_tombstone(store, model, release)
+    if stone is None or stone.state in (State.KEPT, State.MARKED):
+        return False
+    return stone.state is State.DELETING or not _published_again(store, stone)
+
+
+def _published_again(store: ObjectStore, stone: Tombstone) -> bool:
+    claimed = read_claims(store, stone.model, stone.release).get(stone.release)
+    return claimed is not None and claimed.covers(stone)
+
+
 def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> None:
-    """Make sure that nobody deletes the release for the next hour: take a mark away. One GET where there is none.
+    """Make sure that nobody deletes the release for the next hour. Writes a claim where there is a mark; one GET else.
 
     Args:
         store: the bucket.
@@ -149,17 +256,18 @@ def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> 
                 f"release {release} of {model} is being deleted just now, since {stone.at} by {stone.by}; when that "
                 f"died, `ship gc {model} --apply` finishes it after {LEASE * 2}"
             )
+        if stone.state is State.DELETED and not publishing and _published_again(store, stone):
+            return
         if stone.state is State.DELETING or (stone.state is State.DELETED and not publishing):
             raise ReleaseError(
                 f"release {release} of {model} was deleted by `ship gc` ({stone.at}, {stone.by}); "
                 "only training or publishing it again brings it back"
             )
-        try:
-            change(store, stone, model=model, release=release, state=State.KEPT)
+        hold(store, model, release, stone.token)
+        # A collector that has not read the claim has written before this.
+        now = read_tombstone(store, model, release)
+        if now is None or now.state is State.KEPT or now.token == stone.token:
             return
-        except PreconditionFailedError:
-            # A collector or another claimer was faster.
-            continue
     raise ServiceError(
         f"release {release} of {model}: its mark changed {_TRIES} times while it was claimed; call again"
     )

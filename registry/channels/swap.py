@@ -20,7 +20,7 @@ from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, S
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import read_manifest, verify_release
-from train_and_ship.registry.bucket.tombstones import SHORTEST_GRACE, State, boot_seconds, claim, read_tombstone
+from train_and_ship.registry.bucket.tombstones import SHORTEST_GRACE, boot_seconds, claim, is_gone
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import (
     first_generation,
@@ -240,8 +240,7 @@ def _require_not_deleted(channel: Channel, mine: Pointer, replaced: Pointer | No
 
     Raises ReleaseError in that case.
     """
-    stone = read_tombstone(channel.store, mine.model, mine.release)
-    if stone is None or stone.state in (State.KEPT, State.MARKED):
+    if not is_gone(channel.store, mine.model, mine.release):
         return
     outcome = "nothing was live before, so this channel has no usable release now"
     if replaced is not None:

@@ -1,12 +1,14 @@
 """Which releases may go, and their deletion in two phases: marked first, deleted after a grace.
 
-A release is kept while it is live on any channel, was among the last ones of a channel, or was live or published less
-than the slowest reader takes. Safe beside promotions: see registry/bucket/tombstones.py.
+A release is kept while it is live on any channel, was among the last ones of a channel, is named by a view, or was
+live, published or claimed less than the slowest reader takes. Of a mark only that is believed which the store bears
+out, and no mark deletes a release that is needed. Safe beside promotions: see registry/bucket/tombstones.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,16 +17,20 @@ from enum import StrEnum
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix
+from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix, views_prefix
 from train_and_ship.registry.bucket.tombstones import (
+    CLAIM_HOLDS,
     LEASE,
     SHORTEST_GRACE,
+    Claim,
     State,
     Tombstone,
     boot_seconds,
     change,
+    read_claims,
     read_tombstone,
     read_tombstones,
+    trusted_time,
 )
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record
@@ -36,6 +42,8 @@ from train_and_ship.registry.tracking.rest import model_registry
 
 TAG_DELETED = "deleted_from_bucket"
 """Tag of a version in MLflow whose release is gone: when it went, ISO 8601."""
+VIEW_CONFIG = "config.pbtxt"
+"""What names the release of a view; registry/serving/layouts.py writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +94,8 @@ def decide(store: ObjectStore, model: str, policy: Policy) -> list[Decision]:
     Raises ReleaseError when a history has a hole where it matters: then nobody can tell what has to be kept.
     """
     now = store.now()
-    # The marks before the pointers: whatever claims a release after this, changes its mark.
-    stones = read_tombstones(store, model)
+    # Before the pointers: whatever claims a release after this is seen when it is deleted.
+    stones, claims = read_tombstones(store, model), read_claims(store, model)
     objects: dict[str, dict[str, ListedObject]] = {}
     for key, item in store.list_objects(releases_prefix(model)).items():
         release, _, name = key.removeprefix(releases_prefix(model)).partition("/")
@@ -95,7 +103,7 @@ def decide(store: ObjectStore, model: str, policy: Policy) -> list[Decision]:
             objects.setdefault(release, {})[name] = item
     needed = _needed(store, model, policy, now)
     return [
-        _decision(release, items, stones.get(release), needed.get(release), policy, now)
+        _decision(release, items, stones.get(release), claims.get(release), needed.get(release), policy, now)
         for release, items in sorted(objects.items())
     ]
 
@@ -104,6 +112,7 @@ def _decision(
     release: str,
     items: Mapping[str, ListedObject],
     stone: Tombstone | None,
+    claim: Claim | None,
     needed: str | None,
     policy: Policy,
     now: datetime,
@@ -114,24 +123,32 @@ def _decision(
         )
 
     state = stone.state if stone is not None else None
+    at = trusted_time(stone.at, stone.modified, now) if stone is not None else now
     newest = max(item.modified for item in items.values())
-    if stone is not None and state is State.KEPT:
-        newest = max(newest, stone.at)
+    if state is State.KEPT:
+        newest = max(newest, at)
     if stone is not None and state is State.DELETING:
-        if now - stone.at < 2 * LEASE:
-            return of(Step.WAIT, f"being deleted since {stone.at:%Y-%m-%d %H:%M:%S} by {stone.by}")
-        return of(Step.DELETE, f"its deletion was begun {stone.at:%Y-%m-%d %H:%M:%S} by {stone.by} and not finished")
+        if now - at < 2 * LEASE:
+            return of(Step.WAIT, f"being deleted since {at:%Y-%m-%d %H:%M:%S} by {stone.by}")
+        if needed is None:
+            return of(Step.DELETE, f"its deletion was begun {at:%Y-%m-%d %H:%M:%S} by {stone.by} and not finished")
     if needed is not None:
-        return of(Step.UNMARK if state is State.MARKED else Step.KEEP, needed)
+        # A mark that says otherwise is wrong, whoever wrote it: nobody could go back to the release while it stands.
+        wrong = state in (State.MARKED, State.DELETING) or (state is State.DELETED and MANIFEST in items)
+        return of(Step.UNMARK if wrong else Step.KEEP, needed)
     if now - newest < policy.slowest_reader:
         return of(Step.KEEP, f"published {_ago(now - newest)} ago")
-    if stone is None or state is not State.MARKED:
+    if claim is not None:
+        claimed = now - trusted_time(claim.at, claim.modified, now)
+        if claimed < max(policy.slowest_reader, CLAIM_HOLDS):
+            return of(Step.KEEP, f"claimed {_ago(claimed)} ago by {claim.by or 'somebody'}")
+    if stone is None or state is not State.MARKED or (claim is not None and claim.covers(stone)):
         complete = MANIFEST in items
         return of(Step.MARK, f"{'' if complete else 'incomplete, '}published {_ago(now - newest)} ago, on no channel")
-    left = policy.grace - (now - stone.at)
+    left = policy.grace - (now - at)
     if left > timedelta(0):
         return of(Step.WAIT, f"may be deleted in {_ago(left)}")
-    return of(Step.DELETE, f"marked {_ago(now - stone.at)} ago")
+    return of(Step.DELETE, f"marked {_ago(now - at)} ago")
 
 
 def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> dict[str, str]:
@@ -156,7 +173,18 @@ def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> di
             else:
                 break
             later = move
+    for release, view in _in_views(store, model):
+        needed.setdefault(release, f"named by {view}")
     return needed
+
+
+def _in_views(store: ObjectStore, model: str) -> Iterator[tuple[str, str]]:
+    """Releases that other servers' repositories name (`ship view`), each with the configuration that does."""
+    for key in store.list_keys(views_prefix(model)):
+        if key.endswith(VIEW_CONFIG) and (found := store.get(key)) is not None:
+            named = re.match(rb"# \S+ release (\S+)\n", found[0])
+            if named is not None and is_release_id(release := named[1].decode(errors="replace")):
+                yield release, key
 
 
 def _newest_first(channel: Channel) -> Iterator[Pointer]:
@@ -179,8 +207,11 @@ def _newest_first(channel: Channel) -> Iterator[Pointer]:
         yield move
 
 
-def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
-    """Do what was decided. Writes. Returns why it was not done, when somebody needed the release meanwhile."""
+def carry_out(store: ObjectStore, model: str, decision: Decision, policy: Policy) -> str | None:
+    """Do what was decided. Writes. Returns why it was not done, when somebody needed the release meanwhile.
+
+    Raises ReleaseError as `decide`; nothing of the release is deleted then.
+    """
     stone = decision.stone
     try:
         match decision.step:
@@ -188,7 +219,7 @@ def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
                 state = State.MARKED if decision.step is Step.MARK else State.KEPT
                 change(store, stone, model=model, release=decision.release, state=state)
             case Step.DELETE:
-                return _delete(store, model, decision.release, stone)
+                return _delete(store, model, decision.release, stone, policy)
             case Step.KEEP | Step.WAIT:
                 pass
     except PreconditionFailedError:
@@ -197,15 +228,22 @@ def carry_out(store: ObjectStore, model: str, decision: Decision) -> str | None:
     return None
 
 
-def _delete(store: ObjectStore, model: str, release: str, stone: Tombstone | None) -> str | None:
+def _delete(store: ObjectStore, model: str, release: str, marked: Tombstone | None, policy: Policy) -> str | None:
     began = boot_seconds()
     # From here on nobody can claim it.
-    stone = change(store, stone, model=model, release=release, state=State.DELETING)
-    for channel in channels(store, model):
-        live = read_pointer(Channel(store, model, channel))
-        if live is not None and live.release == release:
-            change(store, stone, model=model, release=release, state=State.KEPT)
-            return f"live on {channel} meanwhile"
+    stone = change(store, marked, model=model, release=release, state=State.DELETING)
+    claim = read_claims(store, model, release).get(release)
+    if claim is not None and marked is not None and claim.covers(marked):
+        change(store, stone, model=model, release=release, state=State.KEPT)
+        return f"claimed meanwhile by {claim.by or 'somebody'}"
+    try:
+        needed = _needed(store, model, policy, store.now()).get(release)
+    except ReleaseError:
+        change(store, stone, model=model, release=release, state=State.KEPT)
+        raise
+    if needed is not None:
+        change(store, stone, model=model, release=release, state=State.KEPT)
+        return f"{needed} meanwhile"
     prefix = release_prefix(model, release)
     # The manifest first: without it there is no release, only files.
     names = sorted(store.list_keys(prefix), key=lambda key: (key != prefix + MANIFEST, key))
@@ -245,6 +283,9 @@ def notify_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_v
     registry = model_registry(tracking_uri)
     for stone in read_tombstones(store, model).values():
         if stone.state is not State.DELETED or (stone.mlflow_done and not delete_versions):
+            continue
+        if store.head(release_prefix(model, stone.release) + MANIFEST) is not None:
+            # Published again.
             continue
         versions = registry.versions(model, stone.release)
         named = set(registry.aliases(model).values()) if versions and delete_versions else set()

@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ BATCH_SIZE, QUEUE_MICROSECONDS = 64, 2000
 BACKENDS = ("onnxruntime", "python")
 KEPT = 2
 """Versions that stay in a view: the one that is named, and the one before, which is still being served."""
+SERVICE_MAY_LAG = timedelta(days=30)
+"""How long a running KServe service may name an earlier prefix: a pod that starts again downloads it again."""
 _RACES = 20
 _TICK_SECONDS = 1.0
 """How finely S3 tells when an object was modified."""
@@ -77,7 +80,7 @@ def write_kserve(store: ObjectStore, release: Release, backend: str = "onnxrunti
     config = triton_config(release, backend, 1)
     _put_version(store, f"{folder}1/", release, backend)
     put_immutable(store, f"{folder}config.pbtxt", config.encode(), "another configuration")
-    _prune(store, views, release.generation)
+    _prune(store, views, release.generation, SERVICE_MAY_LAG)
     return ServingLayout(prefix=f"{views}{release.generation}/", generation=release.generation)
 
 
@@ -190,13 +193,21 @@ def _commit(store: ObjectStore, folder: str, config: str, generation: int) -> in
     raise ServiceError(f"{key}: others replaced it {_RACES} times while this was tried")
 
 
-def _prune(store: ObjectStore, folder: str, generation: int) -> None:
-    """Delete all versions but the last ones up to this generation; later ones are somebody else's, who is not done."""
+def _prune(store: ObjectStore, folder: str, generation: int, lag: timedelta = timedelta(0)) -> None:
+    """Delete all versions but the last ones up to this generation; later ones are somebody else's, who is not done.
+
+    lag: how long a version stays after the next one was written, besides.
+    """
     versions: dict[int, list[str]] = {}
-    for key in store.list_keys(folder):
+    written: dict[int, datetime] = {}
+    for key, item in store.list_objects(folder).items():
         name = key.removeprefix(folder).partition("/")[0]
         if name.isdecimal() and int(name) <= generation:
             versions.setdefault(int(name), []).append(key)
-    for version in sorted(versions)[:-KEPT]:
+            written[int(name)] = max(item.modified, written.get(int(name), item.modified))
+    numbers, now = sorted(versions), store.now()
+    for position, version in enumerate(numbers[:-KEPT]):
+        if lag and now - written[numbers[position + 1]] < lag:
+            continue
         for key in versions[version]:
             store.delete(key)

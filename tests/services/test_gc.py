@@ -87,7 +87,7 @@ def steps(store: ObjectStore, manifests: list[Manifest], policy: Policy = POLICY
 
 def collect(store: ObjectStore, policy: Policy = POLICY) -> list[str]:
     """Run a collector; what could not be done."""
-    refusals = [carry_out(store, MODEL, decision) for decision in decide(store, MODEL, policy)]
+    refusals = [carry_out(store, MODEL, decision, policy) for decision in decide(store, MODEL, policy)]
     return [refusal for refusal in refusals if refusal is not None]
 
 
@@ -193,8 +193,9 @@ def expired(object_store: ObjectStore, five: list[Manifest], calendar: Calendar)
 
 def test_a_marked_release_that_goes_live_is_not_deleted(object_store: ObjectStore, expired: list[Manifest]) -> None:
     move(object_store, expired[0])
-    assert state(object_store, expired[0]) is State.KEPT
+    assert state(object_store, expired[0]) is State.MARKED
     assert collect(object_store) == []
+    assert state(object_store, expired[0]) is State.KEPT
     assert [present(object_store, manifest) for manifest in expired] == [True, False, False, True, True]
     verify_release(object_store, MODEL, live(object_store).release)
 
@@ -202,6 +203,7 @@ def test_a_marked_release_that_goes_live_is_not_deleted(object_store: ObjectStor
 def test_a_rollback_to_a_marked_release_unmarks_it(object_store: ObjectStore, expired: list[Manifest]) -> None:
     target = choose_rollback(Channel(object_store, MODEL, CHANNEL, NOWHERE), expired[1].release)
     roll_back(verify_target(target), MOVER)
+    assert steps(object_store, expired)[1] == "unmark" and collect(object_store) == []
     assert state(object_store, expired[1]) is State.KEPT
 
 
@@ -209,7 +211,6 @@ def test_publishing_a_marked_release_again_keeps_it_for_a_reader_long(
     object_store: ObjectStore, expired: list[Manifest], calendar: Calendar, tmp_path: Path
 ) -> None:
     publish(object_store, tmp_path / "0", expired[0])
-    assert state(object_store, expired[0]) is State.KEPT
     assert steps(object_store, expired)[0] == "keep"
     calendar.passed += 8 * DAY
     assert steps(object_store, expired)[0] == "mark"
@@ -234,7 +235,7 @@ def test_a_release_claimed_after_the_collector_decided_is_left_alone(
     decision = decision_on(object_store, expired[0])
     assert decision.step is Step.DELETE
     move(object_store, expired[0])
-    assert str(carry_out(object_store, MODEL, decision)).startswith("changed meanwhile: kept by ")
+    assert str(carry_out(object_store, MODEL, decision, POLICY)).startswith("claimed meanwhile by ")
     verify_release(object_store, MODEL, live(object_store).release)
 
 
@@ -256,7 +257,7 @@ def test_while_a_release_is_being_deleted_nobody_gets_it(
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         store = connect(object_store.bucket, proxy.url)
         proxy.add(Rule(PassOn(), "DELETE", "MANIFEST", times=1, before=meanwhile))
-        assert carry_out(store, MODEL, decision) is None
+        assert carry_out(store, MODEL, decision, POLICY) is None
         deleted = [request.path for request in proxy.sent("DELETE", "/releases/")]
     assert seen == ["done"]
     # Without its manifest there is no release, however far the rest has got.
@@ -278,7 +279,7 @@ def test_a_mover_whose_write_lands_before_the_collectors_last_look_wins(
                 move(object_store, expired[0])
 
         proxy.add(Rule(PassOn(), "GET", "channels", times=1, before=lands))
-        assert carry_out(store, MODEL, decision) == "live on prod meanwhile"
+        assert carry_out(store, MODEL, decision, POLICY) == "live on prod meanwhile"
     assert state(object_store, expired[0]) is State.KEPT
     verify_release(object_store, MODEL, live(object_store).release)
 
@@ -323,7 +324,7 @@ def test_movers_publishers_and_collectors_at_once_never_leave_a_live_release_wit
         def collector(wanted: list[Decision] = wanted, start: threading.Barrier = start) -> None:
             start.wait()
             for decision in wanted:
-                carry_out(object_store, MODEL, decision)
+                carry_out(object_store, MODEL, decision, POLICY)
 
         def mover(manifest: Manifest, start: threading.Barrier = start) -> None:
             start.wait()
@@ -371,7 +372,7 @@ def test_a_collector_that_died_is_followed_by_the_next_one(
         store.probe()
         proxy.add(Rule(DropRequest(), "DELETE", "file1"))
         with pytest.raises(ServiceError):
-            carry_out(store, MODEL, decision)
+            carry_out(store, MODEL, decision, POLICY)
     assert state(object_store, expired[0]) is State.DELETING and present(object_store, expired[0])
     assert steps(object_store, expired)[0] == "marked"
     calendar.passed += 3 * LEASE
@@ -392,7 +393,7 @@ def test_a_collector_that_takes_too_long_stops_before_another_may_begin(
         store = connect(object_store.bucket, proxy.url)
         store.probe()
         proxy.add(Rule(PassOn(), "DELETE", "file0", times=1, before=slow))
-        assert "not finished" in str(carry_out(store, MODEL, decision))
+        assert "not finished" in str(carry_out(store, MODEL, decision, POLICY))
     assert state(object_store, expired[0]) is State.DELETING
 
 
@@ -400,7 +401,7 @@ def test_collectors_at_once_delete_everything_once(object_store: ObjectStore, ex
     wanted = [decision_on(object_store, manifest) for manifest in expired[:3]]
 
     def go(_: int) -> list[str | None]:
-        return [carry_out(object_store, MODEL, decision) for decision in wanted]
+        return [carry_out(object_store, MODEL, decision, POLICY) for decision in wanted]
 
     with ThreadPoolExecutor(4) as pool:
         ends = [end for refusals in pool.map(go, range(4)) for end in refusals]
@@ -417,9 +418,9 @@ def test_a_claim_whose_reply_was_lost_is_recognised(
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         store = connect(object_store.bucket, proxy.url)
         store.probe()
-        proxy.add(Rule(DropReply(), "PUT", "tombstones", times=times))
+        proxy.add(Rule(DropReply(), "PUT", "claims", times=times))
         claim(store, MODEL, expired[0].release, publishing=False)
-    assert state(object_store, expired[0]) is State.KEPT
+    assert steps(object_store, expired)[0] == "keep"
 
 
 # ---- uploads and MLflow

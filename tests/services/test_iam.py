@@ -27,6 +27,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.iam import Role, policy
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
+from train_and_ship.registry.bucket.tombstones import hold, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import read_pointer
@@ -86,6 +87,9 @@ def test_a_trainer_publishes_and_signs_but_moves_no_channel(
     denied(lambda: trainer.put_new(f"models/{MODEL}/history/{CHANNEL}/00000009.json", b"{}"))
     denied(lambda: trainer.delete(release_prefix(MODEL, live.release) + "file0.bin"))
     denied(lambda: trainer.delete(key))
+    # A mark is a collector's, a claim is anybody's who publishes.
+    denied(lambda: trainer.put(tombstone_key(MODEL, live.release), b"{}"))
+    hold(trainer, MODEL, live.release)
     assert read_pointer(Channel(object_store, MODEL, CHANNEL)) == before
 
 
@@ -150,7 +154,7 @@ def test_a_collector_deletes_releases_but_moves_and_replaces_nothing(
         monkeypatch.setattr(collector, "now", lambda days=days: datetime.now(UTC) + timedelta(days=days, seconds=5))
         for decision in decide(collector, MODEL, keep):
             if decision.release == old.release:
-                assert carry_out(collector, MODEL, decision) is None
+                assert carry_out(collector, MODEL, decision, keep) is None
     assert collector.list_keys(release_prefix(MODEL, old.release)) == {}
     denied(lambda: move(collector, other))
     denied(lambda: collector.delete(pointer_key(MODEL, CHANNEL)))

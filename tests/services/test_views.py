@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
-from train_and_ship.registry.serving.layouts import inference_service, triton_config, write_kserve, write_triton
+from train_and_ship.registry.serving.layouts import (
+    SERVICE_MAY_LAG,
+    inference_service,
+    triton_config,
+    write_kserve,
+    write_triton,
+)
 
 TRITON = f"models/{MODEL}/views/{CHANNEL}/triton/"
 
@@ -231,10 +237,16 @@ def test_kserve_downloads_one_generation_and_no_other(
     assert (whole / "model.onnx").read_bytes() == release.artifact("onnx").read_bytes()
 
 
-def test_kserve_keeps_the_last_two_generations(object_store: ObjectStore, go_live: Callable[[float], Release]) -> None:
+def test_kserve_keeps_the_last_two_generations_and_what_a_service_may_still_name(
+    object_store: ObjectStore, go_live: Callable[[float], Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
     release = go_live(1.0)
-    for generation in (1, 2, 3, 3):
+    for generation in (1, 2, 3):
         write_kserve(object_store, replace(release, generation=generation))
+    assert versions(object_store, f"models/{MODEL}/views/{CHANNEL}/kserve/") == {"1", "2", "3"}
+    later = object_store.now() + SERVICE_MAY_LAG + timedelta(minutes=1)
+    monkeypatch.setattr(object_store, "now", lambda: later)
+    write_kserve(object_store, replace(release, generation=3))
     assert versions(object_store, f"models/{MODEL}/views/{CHANNEL}/kserve/") == {"2", "3"}
 
 

@@ -13,6 +13,7 @@ from train_and_ship.registry.bucket.iam import Role, policy
 
 RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channels/prod.json"
 HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"
+CLAIM = "models/digits/claims/r.json"
 DECISION = "models/digits/decisions/prod/2026-11-17T02:00:00.000+00:00-r.json"
 VIEW = "models/digits/views/prod/triton/digits/7/model.onnx"
 
@@ -35,7 +36,9 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
         ("PutObject", VIEW): {Role.VIEWER},
         ("DeleteObject", VIEW): {Role.VIEWER},
         ("GetObject", VIEW): set(Role) - {Role.READER},
-        ("PutObject", TOMBSTONE): {Role.TRAINER, Role.PROMOTER, Role.COLLECTOR},
+        ("PutObject", TOMBSTONE): {Role.COLLECTOR},
+        ("PutObject", CLAIM): {Role.TRAINER, Role.PROMOTER},
+        ("DeleteObject", CLAIM): set(),
         ("DeleteObject", RELEASE): {Role.COLLECTOR},
         ("DeleteObject", POINTER): set(),
         ("DeleteObject", HISTORY): set(),

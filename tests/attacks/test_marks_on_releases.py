@@ -1,0 +1,164 @@
+"""Who may write next to releases wants one deleted that is needed, or kept from whoever goes back to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published, rolled_back
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.releases import publish, verify_release
+from train_and_ship.registry.bucket.tombstones import State, claim, hold, read_tombstone, tombstone_key
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.moves import choose_rollback
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide
+from train_and_ship.registry.release.manifest import Manifest
+
+POLICY = Policy(keep_last=2, slowest_reader=timedelta(0))
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+Forge = Callable[[Manifest, str], None]
+PassTime = Callable[[timedelta], None]
+
+
+@pytest.fixture
+def pass_time(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> PassTime:
+    """Make it later by the store's clock."""
+
+    def make(later: timedelta) -> None:
+        # A store tells whole seconds; what was written in this one is not of the future.
+        monkeypatch.setattr(object_store, "now", lambda: datetime.now(UTC) + later + timedelta(seconds=2))
+
+    make(timedelta(0))
+    return make
+
+
+@pytest.fixture
+def three(object_store: ObjectStore, tmp_path: Path, pass_time: PassTime) -> list[Manifest]:
+    """Nobody needs the first, a rollback goes to the second, the third is live."""
+    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(3)]
+    for manifest in manifests:
+        move(object_store, manifest)
+    return manifests
+
+
+@pytest.fixture
+def forge(object_store: ObjectStore) -> Forge:
+    """Write a mark of long ago, as whoever may write there could."""
+
+    def write(manifest: Manifest, state: str, at: datetime = LONG_AGO, **changes: Any) -> None:
+        mark = {
+            **{"format": 1, "model": MODEL, "release": manifest.release, "state": state, "at": at.isoformat()},
+            **{"by": "gc@host", "nonce": "0" * 32, "mlflow_done": False, **changes},
+        }
+        object_store.put(tombstone_key(MODEL, manifest.release), json.dumps(mark).encode())
+
+    return write
+
+
+def decision_on(store: ObjectStore, manifest: Manifest) -> Decision:
+    return next(one for one in decide(store, MODEL, POLICY) if one.release == manifest.release)
+
+
+def collect(store: ObjectStore) -> None:
+    for decision in decide(store, MODEL, POLICY):
+        carry_out(store, MODEL, decision, POLICY)
+
+
+@pytest.mark.parametrize("state", ["marked", "deleting", "deleted"])
+def test_no_mark_takes_the_release_that_a_rollback_goes_to(
+    object_store: ObjectStore, three: list[Manifest], forge: Forge, state: str, pass_time: PassTime
+) -> None:
+    forge(three[1], state)
+    # Also when everything that a collector waits for is long over.
+    pass_time(timedelta(hours=2))
+    assert decision_on(object_store, three[1]).step is Step.UNMARK
+    collect(object_store)
+    stone = read_tombstone(object_store, MODEL, three[1].release)
+    assert stone is not None and stone.state is State.KEPT
+    verify_release(object_store, MODEL, three[1].release, read_back=True)
+    assert rolled_back(object_store).release == three[1].release
+
+
+def test_no_mark_takes_what_is_live(object_store: ObjectStore, three: list[Manifest], forge: Forge) -> None:
+    forge(three[2], "deleting")
+    for _ in range(2):
+        collect(object_store)
+    verify_release(object_store, MODEL, three[2].release, read_back=True)
+
+
+def test_a_mark_that_says_it_is_old_gets_the_whole_grace(
+    object_store: ObjectStore, three: list[Manifest], forge: Forge
+) -> None:
+    for state in ("marked", "deleting"):
+        forge(three[0], state)
+        assert decision_on(object_store, three[0]).step is Step.WAIT
+        collect(object_store)
+        verify_release(object_store, MODEL, three[0].release)
+
+
+def test_a_release_that_is_needed_by_the_time_it_is_deleted_stays(
+    object_store: ObjectStore, three: list[Manifest], pass_time: PassTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect(object_store)
+    pass_time(timedelta(days=2))
+    decision = decision_on(object_store, three[0])
+    assert decision.step is Step.DELETE
+    # Its claim is lost, and by now it is no more than what one could go back to.
+    with monkeypatch.context() as patch:
+        patch.setattr("train_and_ship.registry.channels.swap.claim", lambda *args, **kwargs: None)
+        move(object_store, three[0], channel="staging")
+        move(object_store, three[2], channel="staging")
+    assert carry_out(object_store, MODEL, decision, POLICY) == "among the last 2 of staging meanwhile"
+    verify_release(object_store, MODEL, three[0].release)
+
+
+@pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"\xff", b'{"against": 3}'])
+def test_a_claim_that_was_written_over_still_keeps_the_release_and_stops_no_collector(
+    object_store: ObjectStore, three: list[Manifest], pass_time: PassTime, junk: bytes
+) -> None:
+    collect(object_store)
+    claim(object_store, MODEL, three[0].release, publishing=False)
+    object_store.put(f"models/{MODEL}/claims/{three[0].release}.json", junk)
+    pass_time(timedelta(days=2))
+    assert decision_on(object_store, three[0]).step is Step.KEEP
+    collect(object_store)
+    verify_release(object_store, MODEL, three[0].release)
+
+
+def test_a_release_about_which_a_person_is_asked_stays_until_they_have_answered(
+    object_store: ObjectStore, three: list[Manifest], pass_time: PassTime
+) -> None:
+    hold(object_store, MODEL, three[0].release)
+    pass_time(timedelta(days=7))
+    assert decision_on(object_store, three[0]).step is Step.KEEP
+    pass_time(timedelta(days=9))
+    assert decision_on(object_store, three[0]).step is Step.MARK
+
+
+def test_a_release_that_a_view_of_another_server_names_stays(object_store: ObjectStore, three: list[Manifest]) -> None:
+    config = f"# {MODEL} release {three[0].release}\nname: {MODEL}\n".encode()
+    object_store.put(f"models/{MODEL}/views/{CHANNEL}/kserve/1/{MODEL}/config.pbtxt", config)
+    found = decision_on(object_store, three[0])
+    assert found.step is Step.KEEP and "kserve/1/" in found.why
+
+
+def test_a_release_that_was_deleted_and_published_again_goes_live(
+    object_store: ObjectStore, three: list[Manifest], tmp_path: Path, pass_time: PassTime
+) -> None:
+    collect(object_store)
+    pass_time(timedelta(days=2))
+    collect(object_store)
+    assert not object_store.has_any(release_prefix(MODEL, three[0].release))
+    publish(object_store, tmp_path / "0", three[0])
+    move(object_store, three[0])
+    pointer = read_pointer(Channel(object_store, MODEL, CHANNEL))
+    assert pointer is not None and pointer.release == three[0].release
+    assert choose_rollback(Channel(object_store, MODEL, CHANNEL, NOWHERE), None).release == three[2].release
