@@ -57,8 +57,8 @@ def test_a_model_is_wrong_about_the_classes_that_only_the_other_has(
     labels = torch.tensor([0, 1, 2, 3, 4] * 20 + [-100, 255] * 10)
     result = compared(tmp_path, mine, theirs, labels)
     job, _ = load_job(write_project(tmp_path / "job"))
-    got = worst(job, result.candidate)["accuracy"], worst(job, result.live)["accuracy"]
-    assert got == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+    got = [worst(job, scores)["accuracy"] for scores in (result.candidate, result.live)]
+    assert got == pytest.approx(list(expected))
 
 
 def test_a_live_release_is_held_against_its_own_record_on_its_own_classes(tmp_path: Path) -> None:
