@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from torchworker.contract import IN_CPP, PARITY, RehearseResult, Verdict
+from torchworker.contract import IN_CPP, PARITY, RehearseResult, Verdict, fewest_groups
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.live_score import LiveScore
@@ -40,6 +40,8 @@ class VersusLive:
     """The same of the live release."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Metric to what its improvement may be; positive is better."""
+    groups: int = 0
+    """How many groups were drawn anew for the intervals; 0 where single samples were."""
     problem: str = ""
     """Why the live release could not be measured."""
 
@@ -51,6 +53,7 @@ class VersusLive:
             candidate=worst(job, result.candidate),
             theirs=worst(job, result.live),
             intervals={name: (item.low, item.high) for name, item in result.intervals.items()},
+            groups=result.groups,
             problem=result.live_problem,
         )
 
@@ -230,14 +233,35 @@ def _certain(job: Job, versus: VersusLive) -> Comparison:
     limit = release.margin if better else -release.margin
     needs = f"{release.confidence:.0%} sure {'>' if better else '>='} {limit:g}"
     if interval is None:
-        why = f"{metric}: there is no interval, because the metric cannot be computed on drawn samples"
+        why = f"{metric}: there is no interval, because {no_interval(job, versus.groups)}"
         return _comparison(job, versus, metric, Asked.POLICY, needs=needs, passed=False, why=why)
     passed = interval[0] > limit if better else interval[0] >= limit
+    over = f" over {versus.groups} groups" if versus.groups else ""
     more = (
-        f"{release.confidence:.0%} interval {interval_text(interval)}; release.policy: {release.policy} needs it "
+        f"{release.confidence:.0%} interval{over} {interval_text(interval)}; release.policy: {release.policy} needs it "
         f"{'above' if better else 'at or above'} {limit:g}"
     )
     return _comparison(job, versus, metric, Asked.POLICY, needs=needs, passed=passed, more=more)
+
+
+def no_interval(job: Job, groups: int) -> str:
+    """Why an improvement has no interval. groups: of `RehearseResult`."""
+    sure, least = f"{job.release.confidence:.0%}", fewest_groups(job.release.confidence)
+    if 0 < groups < least:
+        return (
+            f"{groups} {'group is' if groups == 1 else 'groups are'} too few to be {sure} sure, which takes {least}: "
+            "validate on more groups, or lower release.confidence"
+        )
+    return "the metric cannot be computed on drawn samples"
+
+
+def how_drawn(job: Job, groups: int) -> str:
+    """What an interval of the improvement is over, in words. groups: of `RehearseResult`."""
+    if not groups:
+        return "paired bootstrap over samples, as if each were independent of the others"
+    drawn = f"paired bootstrap over {groups:,} groups of samples (data.group)"
+    few = groups < fewest_groups(job.release.confidence)
+    return f"{drawn}: there is none, because {no_interval(job, groups)}" if few else drawn
 
 
 def _comparison(

@@ -37,7 +37,10 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     await require_same_data(run, contradictions_of_training(run.job, facts, trained.result))
     require_may_pass(run.job, trained.result)
     inputs = stage_inputs(
-        trained.digest, run.job.export.model_dump_json(), *(("coupled",) if run.project.coupled else ())
+        trained.digest,
+        run.job.export.model_dump_json(),
+        *(("coupled",) if run.project.coupled else ()),
+        *((f"group {run.project.group}",) if run.project.group is not None else ()),
     )
     stage = StageFolder(run.folder, EXPORT, inputs)
 

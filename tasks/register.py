@@ -19,7 +19,7 @@ from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorS
 from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
-from train_and_ship.registry.data.checks import require_held_out, shared_samples
+from train_and_ship.registry.data.checks import groups_in_both, require_held_out, shared_samples
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
@@ -64,6 +64,8 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
         require_held_out(run.job.data.checks, facts.overlap, facts.validation.samples)
         if shared := shared_samples(facts.overlap, facts.validation.samples):
             get_run_logger().warning("%s", shared)
+        if known := groups_in_both(facts):
+            get_run_logger().warning("%s", known)
         data = snapshot_fingerprint(run.snapshot) if run.snapshot else data_fingerprint(facts)
         inputs = Inputs(
             code=trained.made_from.code,

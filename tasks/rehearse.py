@@ -32,7 +32,7 @@ from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.diff import read_copied_record
-from train_and_ship.registry.gates import live_score, require_rehearsed
+from train_and_ship.registry.gates import how_drawn, live_score, require_rehearsed
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange, changes_in_kind
 from train_and_ship.registry.release.manifest import VERDICTS
@@ -250,7 +250,8 @@ def _beside(rehearsed: Rehearsed) -> str:
         return f"; the live release {rehearsed.live} could not be scored: {rehearsed.result.live_problem}"
     theirs = rehearsed.live_quality
     pairs = [f"{name} {value:.4g}, live {theirs[name]:.4g}" for name, value in rehearsed.quality.items()]
-    return f"; {'; '.join(pairs)}" if pairs else ""
+    drawn = f" ({how_drawn(rehearsed.job, rehearsed.result.groups)})" if rehearsed.result.groups else ""
+    return f"; {'; '.join(pairs)}{drawn}" if pairs else ""
 
 
 class _UploadLog:

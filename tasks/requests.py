@@ -53,6 +53,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         model=_reference(job.model, "model.factory"),
         data=_reference(job.data, "data.factory"),
         collate=_optional(job.data.collate, "data.collate"),
+        group=_optional(job.data.group, "data.group"),
         loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,
         snapshot=str(snapshot) if snapshot is not None else "",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -174,6 +175,8 @@ class Project(Message):
     data: Reference
     collate: Reference | None = None
     """A callable collate(items) -> (inputs, target); torch's own when None."""
+    group: Reference | None = None
+    """A callable group(item) -> what an item of the dataset belongs to; None where samples are independent."""
     loss: str | Reference
     """A name in LOSSES or a reference to a callable loss(outputs, targets) -> scalar tensor."""
     metrics: Sequence[str]
@@ -528,6 +531,10 @@ class InspectResult(Message):
     """Places of the validation samples that gates look at, ascending; None for all of them."""
     classes: Sequence[str] = ()
     """Names of the classes in the order of their labels, where the training data has them as its `classes`."""
+    groups: int = 0
+    """Groups that the validation samples come in, by the job's `data.group`; 0 where it names none."""
+    shared_groups: int = 0
+    """Those of them that training samples are of too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -960,12 +967,20 @@ class LocateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Resampling:
-    """How sure one is that two releases differ: a paired bootstrap over the validation samples."""
+    """How sure one is that two releases differ: a paired bootstrap over the validation samples, or their groups."""
 
     resamples: int
     confidence: float
     """Part of the resampled differences that the interval holds: 0.95."""
     seed: int
+
+
+def fewest_groups(confidence: float) -> int:
+    """Groups of samples below which no interval over them is so sure: 6 for 0.95.
+
+    The range of k independent draws holds the middle of where they come from with probability 1 − 2^(1−k).
+    """
+    return math.ceil(1 - math.log2(1 - confidence) - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1066,7 +1081,9 @@ class RehearseResult(Message):
     speed_problem: str = ""
     """Why these could not be measured."""
     intervals: Mapping[str, Interval] = field(default_factory=dict)
-    """Metric to what the improvement over the live release may be."""
+    """Metric to what the improvement over the live release may be; none where there are too few groups."""
+    groups: int = 0
+    """How many groups the samples come in, by the job's `data.group`; 0 where they are taken to be independent."""
     live_spread: Mapping[str, float] = field(default_factory=dict)
     """Metric to the standard deviation of one sample's value, of the live release's format that is worst at it."""
     constant: Mapping[str, float] = field(default_factory=dict)

@@ -82,6 +82,16 @@ def shared_samples(overlap: int, held: int) -> str:
     return f"{overlap:,} of {held:,} validation samples ({overlap / held:.1%}) are training samples, bit by bit"
 
 
+def groups_in_both(facts: InspectResult) -> str:
+    """In words, how many groups of samples (data.group) are in training and validation; empty when none is."""
+    if not facts.shared_groups:
+        return ""
+    return (
+        f"{facts.shared_groups:,} of {facts.groups:,} groups of validation samples (data.group) have training samples "
+        "too: what is measured says how good the model is on groups that it knows, not on new ones"
+    )
+
+
 def require_held_out(checks: Checks | None, overlap: int, held: int) -> None:
     """Ask that most of the held-out data is no training data, where the job has no checks, which limit it.
 

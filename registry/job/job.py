@@ -82,12 +82,18 @@ class Retrain(Part):
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
+    came_later: ClassVar[frozenset[str]] = frozenset({"group"})
+
     collate: Target | Factory | None = None
     """collate(items) returns (inputs, target) of a batch; torch's own when absent"""
     snapshot: Snapshot | None = None
     """files that are verified before training; the factory gets their folder as snapshot"""
     checks: Checks | None = None
     """what is asked of the data before training; see data.md"""
+    group: Target | Factory | None = None
+    """group(item) returns what one item of the dataset belongs to, such as the patient of a visit or the film of a
+    frame: a whole number or a text; the interval of the improvement is then over whole groups. When absent, samples are
+    taken to be independent; see data.md"""
 
 
 def _is_measured(name: str, info: ValidationInfo) -> str:
@@ -230,6 +236,7 @@ class Job(Part):
         """The same for what training depends on: a gate or a format that is changed later needs no new training."""
         kept = self.model_dump(mode="json", include={"name", "project", "model", "data", "train"})
         kept["data"].pop("checks")
+        kept["data"].pop("group", None)
         chosen = self.train.early_stopping is not None or self.train.ships == "best"
         return digest({**kept, "metrics": self.metrics, **({"watched": self.watched} if chosen else {})})
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchworker.contract import InspectResult
-from train_and_ship.registry.data.checks import DRAWN, SPLITS, Distribution, Report, findings_table, shared_samples
+from train_and_ship.registry.data.checks import (
+    DRAWN,
+    SPLITS,
+    Distribution,
+    Report,
+    findings_table,
+    groups_in_both,
+    shared_samples,
+)
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Page, Section, Text, markdown
 from train_and_ship.registry.text import Table
@@ -34,6 +42,8 @@ def data_section(facts: InspectResult | None, checks: Report | None) -> Section:
     more: list[Block] = []
     if shared := shared_samples(facts.overlap, facts.validation.samples):
         blocks.append(Text(text=f"{shared}."))
+    if known := groups_in_both(facts):
+        blocks.append(Text(text=f"{known}."))
     if checks is not None:
         passed = [item for item in checks.findings if item.passed]
         told = [item for item in passed if not item.drift]

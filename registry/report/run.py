@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from torchworker.contract import MeasureResult
 from train_and_ship.registry.cost import Rates, Spent
-from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, unproven_in_cpp
+from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, how_drawn, unproven_in_cpp
 from train_and_ship.registry.kind import kind_table
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section
@@ -174,8 +174,8 @@ def _versus_live(files: RunFiles) -> Section:
     ]
     said = (
         f"Both were downloaded from the bucket and run by one process on the same {result.samples:,} samples. The "
-        f"interval ({job.release.confidence:.0%}, paired bootstrap) is of the improvement: above 0 the candidate is "
-        "better."
+        f"interval is of the improvement: above 0 the candidate is better ({job.release.confidence:.0%}, "
+        f"{how_drawn(job, result.groups)})."
     )
     if result.live_speed:
         said += " Times, sizes and memory were measured by turns."

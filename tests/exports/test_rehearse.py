@@ -14,7 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from torchworker.contract import GOLDEN, RehearsedRelease, RehearseRequest, RehearseResult, TensorSpec, decode
+from torchworker.contract import (
+    GOLDEN,
+    RehearsedRelease,
+    RehearseRequest,
+    RehearseResult,
+    Resampling,
+    TensorSpec,
+    decode,
+)
+from torchworker.parity.reference import GROUP
 from train_and_ship.infra.errors import WorkerError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.tasks.worker import call_worker
@@ -94,6 +103,22 @@ def test_candidate_and_live_release_are_scored_on_the_same_samples(
     assert result.candidate["torchscript"]["accuracy"] == pytest.approx(accuracy(model(1), validation))
     assert result.live["torchscript"]["accuracy"] == pytest.approx(accuracy(model(2), validation))
     assert result.candidate != result.live and result.live_problem == ""
+
+
+def test_samples_that_come_in_groups_have_an_interval_over_groups(
+    fork_server: ForkServer, tmp_path: Path, validation: Path
+) -> None:
+    candidate, live = release(tmp_path / "a", model(1)), release(tmp_path / "b", model(2))
+    asked = Resampling(resamples=200, confidence=0.95, seed=0)
+    found = {}
+    for groups in (0, 10, 5):
+        path = tmp_path / f"{groups}.safetensors"
+        more = {GROUP: torch.arange(SAMPLES) * groups // SAMPLES} if groups else {}
+        save_file({**load_file(validation), **more}, path)
+        found[groups] = rehearsal(fork_server, tmp_path, candidate, live, validation=str(path), resampling=asked)
+    assert {groups: result.groups for groups, result in found.items()} == {0: 0, 10: 10, 5: 5}
+    assert found[0].intervals["accuracy"] != found[10].intervals["accuracy"]
+    assert found[5].passed and found[5].intervals == {}
 
 
 def test_without_validation_samples_the_golden_outputs_are_still_asked_for(

@@ -13,6 +13,7 @@ from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.gates import (
     VersusLive,
     compare,
+    how_drawn,
     require_good_enough,
     require_not_slower,
     require_rehearsed,
@@ -48,6 +49,17 @@ def test_better_needs_the_whole_interval_above_the_margin(tmp_path: Path) -> Non
     assert not judged(tmp_path, {"policy": "better"}, 0.0, 0.0)
     assert not judged(tmp_path, {"policy": "better"}, -0.001, 0.05)
     assert not judged(tmp_path, {"policy": "better", "margin": 0.01}, 0.005, 0.05)
+
+
+def test_an_interval_over_groups_says_so_and_too_few_groups_are_not_sure(tmp_path: Path) -> None:
+    one = load_job(write_project(tmp_path, release={"policy": "better"}))[0]
+    same = {"accuracy": 0.9}
+    twelve = VersusLive(live="r1", candidate=same, theirs=same, intervals={"accuracy": (-0.1, 0.1)}, groups=12)
+    five = VersusLive(live="r1", candidate=same, theirs=same, groups=5)
+    assert "95% interval over 12 groups" in compare(one, twelve)[0].why
+    assert "5 groups are too few to be 95% sure, which takes 6: validate on more groups" in compare(one, five)[0].why
+    assert how_drawn(one, 12) == "paired bootstrap over 12 groups of samples (data.group)"
+    assert "independent" in how_drawn(one, 0) and "5 groups are too few" in how_drawn(one, 5)
 
 
 def test_not_worse_allows_a_loss_up_to_the_margin_and_the_very_same_model(tmp_path: Path) -> None:

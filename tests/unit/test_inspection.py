@@ -8,12 +8,16 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.projects import write_project
 from torchworker.contract import InspectRequest, InspectResult, RereadRequest, RereadResult
+from torchworker.data.groups import SampleGroups
 from torchworker.process.failure import UserError
+from torchworker.project.user_code import enter
 from torchworker.stages.inspect import _column, inspect
 from torchworker.stages.reread import reread
+from train_and_ship.registry.data.checks import groups_in_both
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
@@ -53,6 +57,75 @@ def read_again(folder: Path, split: Literal["train", "validation"], data_workers
     job, project = load_job(folder / "job.yaml")
     train = dataclasses.replace(train_settings(job), data_workers=data_workers)
     return reread(RereadRequest(project=project_of(job, project), train=train, split=split))
+
+
+GROUPED = """
+        from torch.utils.data import IterableDataset
+        class Visits(IterableDataset):
+            def __init__(self, split): self.inner, self.split = build_visits(split), split
+            def __len__(self): return len(self.inner)
+            def __iter__(self):
+                return ((inputs, target) for inputs, target in self.inner)
+        build_visits = build_dataset
+        def build_stream(split):
+            return Visits(split)
+        def patient(visit, names=0):
+            return names + int(visit[0][0] * 4)
+"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_groups_that_are_in_both_splits_are_counted_and_told(tmp_path: Path, stream: bool) -> None:
+    module = f"looked_{tmp_path.name.replace('-', '_')}"
+    group = {"factory": f"{module}:patient", "args": {"names": 7}}
+    path = write_project(
+        tmp_path, extra=GROUPED, model={"factory": f"{module}:build_model"},
+        data={"factory": f"{module}:{'build_stream' if stream else 'build_dataset'}", "group": group},
+    )  # fmt: skip
+    (tmp_path / "plain.py").rename(tmp_path / f"{module}.py")
+    job, folder = load_job(path)
+    facts = inspect(InspectRequest(project=project_of(job, folder), train=train_settings(job)))
+    assert 0 < facts.shared_groups < facts.groups < 40
+    told = groups_in_both(facts)
+    assert told.startswith(f"{facts.shared_groups} of {facts.groups} groups of validation samples (data.group) have")
+    assert groups_in_both(dataclasses.replace(facts, shared_groups=0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("group", "told"),
+    [
+        ("return None", r"data\.group: .*:patient must return .* a whole number or a text, got NoneType"),
+        ("return visit[0]", r"whole number or a text, got float32 \[4\]"),
+        ("return visit[9]", r"data\.group: .*:patient failed on an item, a tuple: .*IndexError"),
+    ],
+)
+def test_a_group_that_cannot_be_told_is_refused_by_the_key_s_name(tmp_path: Path, group: str, told: str) -> None:
+    module = f"looked_{tmp_path.name.replace('-', '_')}"
+    path = write_project(
+        tmp_path, extra=f"def patient(visit):\n    {group}\n",
+        data={"factory": f"{module}:build_dataset", "group": f"{module}:patient"},
+    )  # fmt: skip
+    (tmp_path / "plain.py").rename(tmp_path / f"{module}.py")
+    job, folder = load_job(path)
+    enter(project_of(job, folder))
+    groups = SampleGroups(project_of(job, folder))
+    with pytest.raises(UserError, match=told):
+        groups.add((torch.zeros(4), 1))
+
+
+def test_groups_are_numbered_as_they_come_whatever_their_keys(tmp_path: Path) -> None:
+    module = f"looked_{tmp_path.name.replace('-', '_')}"
+    path = write_project(
+        tmp_path, extra="def patient(visit):\n    return visit\n",
+        data={"factory": f"{module}:build_dataset", "group": f"{module}:patient"},
+    )  # fmt: skip
+    (tmp_path / "plain.py").rename(tmp_path / f"{module}.py")
+    job, folder = load_job(path)
+    enter(project_of(job, folder))
+    groups = SampleGroups(project_of(job, folder))
+    for key in ("ada", 7, torch.tensor(7), np.int64(7), "7", "ada"):
+        groups.add(key)
+    assert groups.numbers == [0, 1, 1, 1, 2, 0]
 
 
 def test_a_percentile_is_the_value_of_its_whole_numbered_rank() -> None:

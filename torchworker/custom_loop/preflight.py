@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from torchworker.contract import CheckResult, DynamicDim, Entrypoint, Project
 from torchworker.data.fingerprint import Fingerprint
+from torchworker.data.groups import SampleGroups
 from torchworker.data.loading import reading
 from torchworker.data.sharding import NamedDataset, StreamShare, sample_seed
 from torchworker.process.failure import UserError
@@ -62,7 +63,8 @@ def try_parts(
     """
     model = user_code.build_model(project).eval()
     validation_set = user_code.build_dataset(project, "validation")
-    some = list(itertools.islice(user_code.batches(validation_set, BATCH, project), 2))
+    groups = SampleGroups(project)
+    some = list(itertools.islice(user_code.batches(validation_set, BATCH, project, see=groups.add), 2))
     user_code.require_one_shape(some[0], some[-1], project)
     inputs, target = some[0]
     outputs, _ = try_batch(model, None, (inputs, target), project, formats)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
+from torchworker.data.groups import SampleGroups
 from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, Probe, probes, refusals, singles
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
@@ -27,6 +28,8 @@ from torchworker.project.weights import save_tensors
 
 LABELS = "labels"
 """In VALIDATION: the target with FILLED where the loss ignores a label; absent where it ignores none."""
+GROUP = "group"
+"""In VALIDATION: the number of each sample's group, [samples] int64; absent where the job names no groups."""
 REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
 
@@ -88,7 +91,8 @@ def write_reference(
     `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
     `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`, and
-    `labels` where the target has labels that no metric of ours counts.
+    `labels` where the target has labels that no metric of ours counts, `group` where the job says in which groups
+    samples come.
 
     Args:
         request: says where to, at which batch sizes and of how many validation samples.
@@ -324,9 +328,15 @@ def _write_validation(
     answered: dict[str, Tensor] = {}
     start = 0
     fingerprint = Fingerprint()
+    groups = SampleGroups(request.project)
+
+    def see(item: Any) -> None:
+        fingerprint.add(item)
+        groups.add(item)
+
     chosen = request.drawn if request.drawn is not None else request.validation_limit
     size = 1 if request.project.coupled else request.batch
-    for inputs, target in batches(dataset, size, request.project, chosen, fingerprint.add):
+    for inputs, target in batches(dataset, size, request.project, chosen, see):
         first = (inputs, target) if first is None else first
         require_one_shape(first, (inputs, target), request.project)
         named = name_inputs(answers.model, inputs, request.project)
@@ -342,6 +352,8 @@ def _write_validation(
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
+    if groups.known:
+        joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
     save_tensors({**joined, **answered}, folder / VALIDATION)
     pool = {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
     return pool, fingerprint.reading()

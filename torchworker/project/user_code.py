@@ -147,7 +147,9 @@ def length_of(dataset: Dataset[Any]) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _function(reference: Reference, project: Project, adapt: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+def build_function(
+    reference: Reference, project: Project, adapt: Callable[[Any], Any] | None = None
+) -> Callable[..., Any]:
     """What a reference to a function means: a class is instantiated with the args, a function is given them.
 
     adapt: makes what is called of what was found.
@@ -167,7 +169,7 @@ def build_collate(project: Project) -> Callable[[list[Any]], Any]:
     """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names."""
     if project.collate is None:
         return default_collate
-    function = _function(project.collate, project)
+    function = build_function(project.collate, project)
     name = f"{project.collate.where}: {project.collate.target}"
 
     def collate(items: list[Any]) -> Any:
@@ -181,7 +183,7 @@ def build_loss(project: Project) -> Loss:
     """loss(outputs, target) -> scalar tensor."""
     if isinstance(project.loss, str):
         return typing.cast(Loss, getattr(nn.functional, project.loss))
-    return _function(project.loss, project)
+    return build_function(project.loss, project)
 
 
 def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -494,7 +496,7 @@ def call_metric(metric: CustomMetric, outputs: Tensor, target: Tensor, project: 
     """
     where = f"{metric.reference.where}: {metric.reference.target}"
     shapes = f"(outputs {describe_tensor(outputs)}, target {describe_tensor(target)})"
-    function = _function(metric.reference, project, as_metric)
+    function = build_function(metric.reference, project, as_metric)
     with as_user_error(f"{where}{shapes} failed", project.folder):
         return float(OwnRandom(0).call(lambda: function(outputs, target)))
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchworker.contract import CheckRequest, CheckResult, Project
 from torchworker.custom_loop.preflight import facts_of, resolve_main, try_parts
 from torchworker.data.glance import shared
+from torchworker.data.groups import SampleGroups
 from torchworker.data.loading import TrainingData, reading
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
@@ -55,7 +56,8 @@ def check(request: CheckRequest) -> CheckResult:
     for split in ("validation", "train"):
         datasets[split] = dataset = user_code.build_dataset(project, split)
         sizes[split] = user_code.length_of(dataset)
-        some = list(islice(user_code.batches(dataset, settings.batch_size, project), 2))
+        groups = SampleGroups(project)
+        some = list(islice(user_code.batches(dataset, settings.batch_size, project, see=groups.add), 2))
         if split == "validation":
             user_code.require_one_shape(some[0], some[-1], project)
         inputs, target = some[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
 from torchworker.data.drawing import drawn_places
 from torchworker.data.fingerprint import Fingerprint, digest_of, inputs_of
+from torchworker.data.groups import build_group
 from torchworker.data.loading import reading, whole_stream
 from torchworker.data.sharding import Collate, Read, SeededDataset, first_keys, places_all_over, sample_seed
 from torchworker.project import user_code
@@ -60,6 +61,8 @@ def inspect(request: InspectRequest) -> InspectResult:
         seconds=time.perf_counter() - began,
         drawn=drawn_places(validation.samples, request.most, settings.seed, others.labels),
         classes=seen.classes,
+        groups=len(others.groups),
+        shared_groups=len(others.groups & seen.groups),
     )
 
 
@@ -72,11 +75,13 @@ class _Seen(NamedTuple):
     """Of each sample in order; None where the target of a sample is not one whole number."""
     classes: list[str]
     """Names of the classes, where the dataset has them."""
+    groups: set[int]
+    """A hash of the key of each group, where the job names them."""
 
 
 def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[SplitFacts, _Seen]:
     project = request.project
-    fingerprint, inputs_seen = Fingerprint(), Counter[int]()
+    fingerprint, inputs_seen, groups = Fingerprint(), Counter[int](), set[int]()
     facts: dict[str, _Tensor] = {}
     labels: Counter[int] | None = Counter()
     # Of the training data nobody draws.
@@ -87,6 +92,7 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
         for batch in _batches(dataset, split, project, request):
             fingerprint.merge(batch.total, batch.samples)
             inputs_seen.update(batch.inputs)
+            groups.update(batch.groups)
             inputs, target = user_code.split_batch(batch.content, project)
             for name, tensor in {**user_code.name_inputs(model, inputs, project), TARGET: target}.items():
                 if name not in facts:
@@ -108,7 +114,7 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
         labels={str(label): count for label, count in sorted((labels or {}).items())},
         repeated=position - len(inputs_seen),
         varies=varies,
-    ), _Seen(inputs_seen, each, _class_names(dataset))
+    ), _Seen(inputs_seen, each, _class_names(dataset), groups)
 
 
 def _class_names(dataset: object) -> list[str]:
@@ -165,23 +171,29 @@ class _Looked(NamedTuple):
     """For the fingerprint."""
     inputs: list[int]
     """A hash of each sample's inputs."""
+    groups: set[int]
+    """A hash of the key of each group among them."""
 
 
 class _Look:
     """Collates samples and hashes them, in DataLoader workers where there are any."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = Collate(collate)
+    def __init__(self, project: Project) -> None:
+        self._collate = Collate(user_code.build_collate(project))
+        self._group = build_group(project)
 
     def __call__(self, samples: list[Read]) -> _Looked:
         content, total, count = self._collate(samples)
-        return _Looked(content, total, count, [digest_of(inputs_of(sample.item)) >> 64 for sample in samples])
+        inputs = [digest_of(inputs_of(sample.item)) >> 64 for sample in samples]
+        group = self._group
+        groups = {digest_of(group(sample.item)) >> 64 for sample in samples} if group is not None else set()
+        return _Looked(content, total, count, inputs, groups)
 
 
 def _batches(dataset: Dataset[Any], split: str, project: Project, request: InspectRequest) -> Iterator[_Looked]:
     """What the first epoch reads, in order: every sample once."""
     settings = request.train
-    collate = _Look(user_code.build_collate(project))
+    collate = _Look(project)
     if isinstance(dataset, IterableDataset):
         stream = whole_stream(dataset, split, project, settings)
         yield from DataLoader(stream, batch_size=BATCH, collate_fn=collate)

@@ -25,13 +25,13 @@ from torchworker.contract import (
     TensorSpec,
     Verdict,
 )
-from torchworker.gates.bootstrap import interval_of_mean
+from torchworker.gates.bootstrap import count_groups, interval_of_mean
 from torchworker.gates.limits import at_most
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.compare import compare_output, usual_losses
 from torchworker.parity.int8 import golden_noise
 from torchworker.parity.probes import Probe
-from torchworker.parity.reference import read_golden, validation_batches
+from torchworker.parity.reference import GROUP, read_golden, validation_batches
 from torchworker.process.failure import describe
 from torchworker.project.metrics import constant_score, mean_of, sample_sums
 from torchworker.project.signature import samples_of_a_call
@@ -91,7 +91,8 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
         live_own=_means(own) if known else {},
         live_problem=problem,
         samples=len(validation["target"]) if validation else 0,
-        intervals=_intervals(request, mine, theirs),
+        intervals=_intervals(request, mine, theirs, validation.get(GROUP)),
+        groups=count_groups(validation.get(GROUP)),
         live_spread={name: _spread(_worst(own, name)) for name in scored},
         constant={name: constant_score(name, validation["target"]) for name in scored},
     )
@@ -145,8 +146,11 @@ def _means(scores: Scores) -> dict[str, dict[str, float]]:
     return {kind: {name: mean_of(sums) for name, sums in found.items()} for kind, found in scores.items()}
 
 
-def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[str, Interval]:
-    """What each improvement may be, between the formats at which either release is worst."""
+def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores, groups: Tensor | None) -> dict[str, Interval]:
+    """What each improvement may be, between the formats at which either release is worst.
+
+    groups: [samples] int64, of the file of held-out samples; None where samples are independent.
+    """
     if request.resampling is None or not mine or not theirs:
         return {}
     found = {}
@@ -154,7 +158,9 @@ def _intervals(request: RehearseRequest, mine: Scores, theirs: Scores) -> dict[s
         candidate, live = _worst(mine, name), _worst(theirs, name)
         # Each with its own counts: a model with fewer classes takes more labels for padding.
         gains = _sign(name) * (_influence(candidate) - _influence(live))
-        found[name] = interval_of_mean(gains, request.resampling)
+        interval = interval_of_mean(gains, request.resampling, groups)
+        if interval is not None:
+            found[name] = interval
     return found
 
 

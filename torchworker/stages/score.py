@@ -16,7 +16,6 @@ from torchworker.contract import (
     VALIDATION,
     CustomMetric,
     Interval,
-    Resampling,
     ScoreRequest,
     ScoreResult,
     TensorSpec,
@@ -24,7 +23,7 @@ from torchworker.contract import (
 )
 from torchworker.gates.bootstrap import interval_of
 from torchworker.gates.limits import apply_limits
-from torchworker.parity.reference import validation_batches
+from torchworker.parity.reference import GROUP, validation_batches
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import CORES, ChildDiedError, can_fork
 from torchworker.project.metrics import joined, standard_error
@@ -86,7 +85,7 @@ def score(request: ScoreRequest) -> ScoreResult:
             pair = [_worst(metric, measured) for measured in (metrics, live)]
             if None not in pair:
                 both = (mine[str(pair[0])], theirs[str(pair[1])])
-                intervals |= _interval(metric, both, target, request, request.resampling)
+                intervals |= _interval(metric, both, target, validation.get(GROUP), request)
     return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors, live=live, intervals=intervals)
 
 
@@ -124,9 +123,11 @@ def _worst(metric: CustomMetric, measured: Mapping[str, Mapping[str, float]]) ->
 
 
 def _interval(
-    metric: CustomMetric, outputs: tuple[Tensor, Tensor], target: Tensor, request: ScoreRequest, asked: Resampling
+    metric: CustomMetric, outputs: tuple[Tensor, Tensor], target: Tensor, groups: Tensor | None, request: ScoreRequest
 ) -> dict[str, Interval]:
-    """What the improvement may be; nothing when the metric cannot be computed on drawn samples, which is printed."""
+    """What the improvement may be; nothing with too few groups, or when the metric cannot be computed on drawn samples,
+    which is printed."""
+    assert request.resampling is not None, "asked before"
     sign = 1.0 if metric.better == "higher" else -1.0
 
     def gain(index: Tensor) -> float:
@@ -134,7 +135,9 @@ def _interval(
         return sign * (mine - theirs)
 
     try:
-        return {metric.name: interval_of(gain, len(target), asked, CORES if can_fork() else 1)}
+        processes = CORES if can_fork() else 1
+        interval = interval_of(gain, len(target), request.resampling, groups, processes)
+        return {} if interval is None else {metric.name: interval}
     except (UserError, ChildDiedError) as mistake:
         print(f"{metric.name} cannot be computed on drawn samples, so there is no interval: {mistake}")
         return {}

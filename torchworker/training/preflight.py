@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchworker.contract import Project, TrainSettings
+from torchworker.data.groups import SampleGroups
 from torchworker.data.loading import TrainingData
 from torchworker.project import user_code
 from torchworker.project.first_batch import try_batch
@@ -55,7 +56,7 @@ class Preflight:
         """
         self._model.eval()
         size = max(1, self._settings.batch_size // dist.get_world_size())
-        batch = next(user_code.batches(dataset, size, self._project))
+        batch = next(user_code.batches(dataset, size, self._project, see=SampleGroups(self._project).add))
         inputs, target = self._place(batch)
         outputs, _ = try_batch(self._model, self._loss, (inputs, target), self._project, formats)
         if "accuracy" in self._project.metrics:
