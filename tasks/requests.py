@@ -159,6 +159,7 @@ def validate_request(job: Job, project: Project, folder: Path, exported: ExportR
         threads=job.threads,
         not_finite=job.parity.not_finite,
         refusals=job.parity.refusals,
+        relative=job.parity.relative,
         int8=int8_limits(job),
         log=str(log),
     )

@@ -735,6 +735,8 @@ class ValidateRequest(Artifacts, CleanRoom):
     """What is asked of NaN and infinity: `contained`, `same` or `off`."""
     refusals: str = "known"
     """What is asked where the model refuses an input: `known`, `same` or `off`."""
+    relative: bool = False
+    """Whether outputs that are never negative are compared in units of each element too."""
     int8: Int8Limits | None = None
     """What is asked of int8 variants; None when there are none."""
     cpp: str = "off"

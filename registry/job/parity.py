@@ -12,7 +12,7 @@ from train_and_ship.registry.job.base import Part
 class Parity(Part):
     """How artifacts are held against the model. The defaults are what a release should keep."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"coupled"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"coupled", "relative"})
 
     not_finite: Literal["contained", "same", "off"] = "contained"
     """NaN and infinity in an input: contained, a sample that shows them must show them in every format and no other
@@ -20,6 +20,10 @@ class Parity(Part):
     refusals: Literal["known", "same", "off"] = "known"
     """inputs that the model refuses: known, every format refuses them, except that ONNX counts index −1 from the end;
     same, no exception; off, not asked"""
+    relative: bool = False
+    """true: outputs that are never negative, such as probabilities of rare events, have to be as near in units of each
+    element as they are in units of the whole output; for scores that are ranked or whose logarithm is taken, see
+    parity.md"""
     cpp: Literal["when_possible", "required", "off"] = "when_possible"
     """TorchScript and AOTInductor are also run by a small C++ program, which a C++ compiler builds on the first
     run on a machine: when_possible, reported as not run where there is none; required, a failure there; off"""

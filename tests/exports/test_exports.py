@@ -407,3 +407,31 @@ def test_what_onnx_cannot_hold_is_left_out_by_auto_and_refused_by_name(stages: O
     assert set(opened.export("torchscript", "onnx")) == {"torchscript"}
     assert opened.result is not None and "has the name of an input" in opened.result.left_out["onnx"]
     assert opened.validate().passed
+
+
+RARE = """
+    class Fraud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(4, 1)
+            nn.init.constant_(self.score.bias, -11.5)
+        def forward(self, x):
+            return torch.sigmoid(self.score(x))
+    def build_model():
+        return Fraud()
+    def build_dataset(split):
+        random = torch.Generator().manual_seed(0 if split == "train" else 1)
+        return TensorDataset(torch.randn(96, 4, generator=random), torch.zeros(96, 1))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_model_of_rare_events_passes_in_units_of_one_and_not_in_its_own_in_onnx(
+    stages: OpenStages, relative: bool
+) -> None:
+    train = {**ONE, "loss": {"factory": "torch.nn.functional:binary_cross_entropy"}, "learning_rate": 1e-6}
+    opened = stages(RARE, train=train, parity={"relative": relative}, data={"factory": "plain:build_dataset"})
+    opened.export("onnx", "pt2", "torchscript")
+    failed = {item.format for item in opened.validate().verdicts if not item.passed}
+    assert failed == ({"onnx"} if relative else set())

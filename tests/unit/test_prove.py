@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from torchworker.parity import reference
 from torchworker.parity.compare import KNOWN, Policy, compare
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import enlarged, read_probes, read_unasked, write_reference
+from torchworker.parity.relative import compare_relative
 from torchworker.runtimes.load import Call
 
 CODE = Path(__file__).parent
@@ -53,8 +56,9 @@ def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence
 
 def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_are_padding(tmp_path: Path) -> None:
     project = Project(
-        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, collate=None, loss="cross_entropy", metrics=[]
-    )
+        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, collate=None, loss="cross_entropy", metrics=[],
+        group=Reference(target="builtins:repr", where="data.group"),
+    )  # fmt: skip
     request = ExportRequest(
         project=project, folder=str(tmp_path), weights="", formats=[], batch=4, seed=0, validation_limit=5,
         drawn=[1, 4, 6, 9, 11], ignored=[0],
@@ -74,6 +78,7 @@ def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_
         kept = load_file(tmp_path / VALIDATION)
         assert kept["input.input"][:, 0].tolist() == [1, 4, 6, 9, 11]
         assert (kept["target"].tolist(), kept["labels"].tolist()) == ([1, 1, 0, 0, 2], [1, 1, -100, -100, 2])
+        assert kept["group"].tolist() == [0, 1, 2, 3, 4]
         readings.append(read)
     assert readings[0].samples == 5 and readings[0] == readings[1]
 
@@ -104,6 +109,68 @@ def failed(verdicts: list[Verdict]) -> str:
 def check(probes: list[Probe], call: Call, kind: str = "pt2", policy: Policy | None = None) -> str:
     """What failed, empty when nothing did."""
     return failed(compare(kind, call, probes, ["output"], policy or Policy()).verdicts)
+
+
+class Fraud(nn.Module):
+    """The probability of an event of which there is one in a hundred thousand; scores vary by a few units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score = nn.Linear(6, 1)
+        nn.init.constant_(self.score.bias, -11.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.score(x))
+
+
+def in_onnx_runtime(model: Fraud) -> Call:
+    """The same two operators, as exporters write them."""
+    weight, bias = model.score.weight.detach().numpy(), model.score.bias.detach().numpy()
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Gemm", ["x", "w", "b"], ["score"], transB=1),
+            onnx.helper.make_node("Sigmoid", ["score"], ["output"]),
+        ],
+        "fraud",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 6])],
+        [onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, ["batch", 1])],
+        [onnx.numpy_helper.from_array(weight, "w"), onnx.numpy_helper.from_array(bias, "b")],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    return lambda inputs: [torch.from_numpy(session.run(None, {"x": inputs["x"].numpy()})[0])]
+
+
+def test_probabilities_of_rare_events_are_compared_in_their_own_size_where_the_job_asks(tmp_path: Path) -> None:
+    model = Fraud()
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    probes = questions(model, tmp_path, inputs)
+    ranked = Policy(relative=True)
+    with torch.no_grad():
+        rare, theirs = model(inputs), in_onnx_runtime(model)({"x": inputs})[0]
+    assert 3e-6 < float(rare.median()) < 3e-5
+    # By more than a thousandth of itself, which is nothing beside 1.
+    assert float(((theirs - rare).abs() / rare).max()) > 1e-3 and float((theirs - rare).abs().max()) < 2.4e-7
+    runtime = in_onnx_runtime(model)
+    assert check(probes, runtime, "onnx") == ""
+    assert "of its own size (parity.relative allows" in check(probes, runtime, "onnx", policy=ranked)
+    # What computes it as torch does passes, another order of summation included.
+    assert check(probes, as_artifact(model), policy=ranked) == ""
+    halves = lambda inputs: [  # noqa: E731
+        torch.sigmoid(inputs["x"][:, :3] @ model.score.weight[:, :3].T + (
+            inputs["x"][:, 3:] @ model.score.weight[:, 3:].T + model.score.bias
+        )).detach()
+    ]  # fmt: skip
+    assert check(probes, halves, policy=ranked) == ""
+
+
+def test_outputs_that_may_be_negative_are_compared_as_ever(tmp_path: Path) -> None:
+    probes = questions(Dense(), tmp_path, torch.randn(64, 6, generator=torch.Generator().manual_seed(1)))
+    assert check(probes, as_artifact(Dense().eval()), policy=Policy(relative=True)) == ""
+    negative = torch.tensor([1.0, -1.0])
+    assert compare_relative(negative, negative, negative.double()) is None
+    assert compare_relative(torch.tensor([1, 2]), torch.tensor([1, 2]), None) is None
 
 
 class Dense(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torchworker.contract import PARITY, ErrorCounts, Mismatch, Verdict
 from torchworker.gates.limits import at_most
 from torchworker.parity.histogram import ErrorHistogram, distribution
 from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPLES, SINGLES, Inputs, Probe
+from torchworker.parity.relative import compare_relative, usual_relative_loss
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
 from torchworker.project.metrics import flips, metric_sum
@@ -32,6 +34,8 @@ class Policy:
     """`contained`, `same` or `off`."""
     refusals: str = "known"
     """`known`, `same` or `off`."""
+    relative: bool = False
+    """Whether outputs that are never negative are compared in units of each element too."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[st
         Verdicts, every output that is not the model's, and how far all are from it. It raises nothing that the
         artifact raises; an artifact that ends its process ends this one.
     """
-    check = ParityCheck(kind, call, outputs, policy, usual_losses(probes, outputs))
+    check = ParityCheck(kind, call, outputs, policy, usual_losses(probes, outputs, policy))
     verdicts, findings = [], []
     rest: list[tuple[Probe, float, str]] = []
     for probe in probes:
@@ -163,12 +167,22 @@ def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[st
     return ParityResult(verdicts=verdicts, findings=findings, histogram=check.histogram)
 
 
-def usual_losses(probes: Sequence[Probe], outputs: Sequence[str]) -> dict[str, float]:
+class Usual(NamedTuple):
+    """What the model itself loses on one output."""
+
+    absolute: float = 0.0
+    """Of `usual_loss`, in the output's own units."""
+    relative: float | None = None
+    """Of `usual_relative_loss`; None where that is not asked."""
+
+
+def usual_losses(probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> dict[str, Usual]:
     """What the model itself loses on each output, over all questions of the size of the data."""
     sized = [probe for probe in probes if probe.group in OF_ITS_SIZE]
+    answers = {name: [(probe.eager[name], probe.rounding(name)) for probe in sized if probe.eager] for name in outputs}
     return {
-        name: usual_loss((probe.eager[name], probe.rounding(name)) for probe in sized if probe.eager)
-        for name in outputs
+        name: Usual(usual_loss(given), usual_relative_loss(given) if policy.relative else None)
+        for name, given in answers.items()
     }
 
 
@@ -210,7 +224,7 @@ class ParityCheck:
     """Asks one artifact, and remembers what later questions need: its first answers, and inputs that it wrote into."""
 
     def __init__(
-        self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, float]
+        self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, Usual]
     ) -> None:
         """
         Args:
@@ -218,7 +232,7 @@ class ParityCheck:
             call: the artifact.
             outputs: names in the order of the signature.
             policy: what is asked where formats differ by design.
-            usual: by output, of `usual_loss`.
+            usual: by output, of `usual_losses`.
         """
         self.kind, self.call, self.outputs, self.policy, self.usual = kind, call, outputs, policy, usual
         self.first: dict[str, list[Tensor]] = {}
@@ -308,20 +322,28 @@ class ParityCheck:
         shown = probe.touched or not _finite(probe.eager)
         if probe.group == BATCHES or not shown:
             return compare_output(got, probe, name, self.usual[name])
-        return not_finite(got, probe, name, self.policy.not_finite, self.usual[name])
+        return not_finite(got, probe, name, self.policy.not_finite, self.usual[name].absolute)
 
 
-def compare_output(got: Tensor, probe: Probe, name: str, usual: float = 0.0) -> Parity:
+def compare_output(got: Tensor, probe: Probe, name: str, usual: Usual | None = None) -> Parity:
     """Compare an output with the model's own answer to the probe.
 
     Args:
         got: the artifact's, [batch, …].
         probe: with the model's answers.
         name: of the output.
-        usual: of `usual_loss`, in the output's own units.
+        usual: of `usual_losses`.
     """
     assert probe.eager is not None, "asked before"
-    return compare_tensors(got, probe.eager[name], probe.exact.get(name), probe.perturbed.get(name), usual=usual)
+    usual = usual or Usual()
+    answers = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
+    outcome = compare_tensors(got, *answers, usual=usual.absolute)
+    if usual.relative is None or not outcome.passed:
+        return outcome
+    relative = compare_relative(got, *answers, usual=usual.relative)
+    return (
+        outcome if relative is None or relative.ratio <= outcome.ratio else replace(relative, allowed=outcome.allowed)
+    )
 
 
 def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float = 0.0) -> Parity:

@@ -28,7 +28,7 @@ from torchworker.contract import (
 from torchworker.gates.bootstrap import count_groups, interval_of_mean
 from torchworker.gates.limits import at_most
 from torchworker.parity.clean_room import forbid_user_code
-from torchworker.parity.compare import compare_output, usual_losses
+from torchworker.parity.compare import Policy, Usual, compare_output, usual_losses
 from torchworker.parity.int8 import golden_noise
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import GROUP, read_golden, validation_batches
@@ -60,7 +60,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     outputs = [spec.name for spec in candidate.outputs]
     validation = load_file(request.validation) if request.validation else {}
     batch = golden[min(1, len(golden) - 1)].size
-    usual = usual_losses(golden, outputs)
+    usual = usual_losses(golden, outputs, Policy())
     verdicts: list[Verdict] = []
     classes = _classes(request, validation)
     mine: Scores = {}
@@ -203,10 +203,10 @@ def _require_files(release: RehearsedRelease) -> None:
             raise RuntimeError(f"{release.folder}/{name}: expected SHA-256 {sha256}, got {got}")
 
 
-def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, float]) -> Verdict:
+def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> Verdict:
     """Whether the artifact still gives the golden outputs at one batch size, as the clean room saw it do.
 
-    usual: by output, of `usual_loss`.
+    usual: by output, of `usual_losses`.
     """
     case = f"batch {probe.size}"
     try:

@@ -144,11 +144,15 @@ def validate(request: ValidateRequest) -> ValidateResult:
     )
 
 
+def _policy(request: ValidateRequest) -> Policy:
+    return Policy(not_finite=request.not_finite, refusals=request.refusals, relative=request.relative)
+
+
 def _checked(
     kind: str, call: Call, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
 ) -> tuple[MetricSums, ParityResult]:
     """Metrics of one artifact, and its parity on all probes and on the validation samples."""
-    policy = Policy(not_finite=request.not_finite, refusals=request.refusals)
+    policy = _policy(request)
     result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy)
     batch = samples_of_a_call(request.inputs, [probe for probe in probes if probe.group == BATCHES][1].size)
     sums, on_samples = _quality(kind, call, validation, request, batch)
@@ -201,7 +205,7 @@ def _quality(
     """
     samples, outputs = len(validation["target"]), [spec.name for spec in request.outputs]
     asked = list(validation_batches(validation, request.inputs, batch, outputs))
-    usual = usual_losses([probe for probe, _ in asked], outputs)
+    usual = usual_losses([probe for probe, _ in asked], outputs, _policy(request))
     decisions, histogram, sums = Decisions(), ErrorHistogram(), MetricSums(request.metrics)
     ratio, notes, findings = 0.0, {}, []
     try:
