@@ -76,7 +76,8 @@ class Train(Part):
     metrics: tuple[Metric | CustomMetric, ...] | None = Field(None, strict=False)
     """measured on the validation data; the loss decides when absent"""
     threads: int | None = Field(None, ge=1)
-    """torch threads of each process; cores ÷ processes when absent"""
+    """torch threads of each process; cores ÷ processes when absent, so that machines differ. Other threads give
+    other last bits; a run that goes on keeps those that it began with"""
     data_workers: int = Field(0, ge=0)
     """DataLoader worker processes of each rank"""
     schedule: Schedule | Factory = "constant"

@@ -35,11 +35,12 @@ class Attempt:
         self.fork_server, self.folder = fork_server, folder
         self.events: list[dict[str, Any]] = []
         self.attempts = 0
+        self.code = STATEFUL
 
     def train(
         self, project: Path, on_event: Callable[[dict[str, Any]], None] = lambda event: None, **job: Any
     ) -> TrainResult:
-        job_file = write_project(project, extra=STATEFUL, **{"train": STATEFUL_TRAIN, **job})
+        job_file = write_project(project, extra=self.code, **{"train": STATEFUL_TRAIN, **job})
         loaded, folder = load_job(job_file)
         self.attempts += 1
         self.work = self.folder / f"attempt{self.attempts}"
@@ -181,6 +182,22 @@ def test_an_optimizer_with_modes_goes_on_where_it_was(
     assert result.history[-1]["validation_loss"] == pytest.approx(expected.history[-1]["validation_loss"], rel=0.05)
 
 
+def test_a_run_goes_on_with_the_threads_that_it_began_with_whatever_the_machine(
+    attempt: Attempt, uninterrupted: tuple[str, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = int(uninterrupted[1].environment["threads_per_process"])
+    stopped_after(attempt, tmp_path / "project", 5)
+    # A machine with more cores: what is absent in the job follows them.
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(len(cores) + 4)})
+    result = attempt.train(tmp_path / "project")
+    thread = "1 torch thread" if began == 1 else f"{began} torch threads"
+    (note,) = [note for note in result.notes if "resumed" in note]
+    assert f"with {thread} a process, as it began, and not {began + 2}" in note
+    assert result.environment["threads_per_process"] == str(began)
+    assert attempt.weights == uninterrupted[0]
+
+
 def test_another_world_size_goes_on_too_and_says_that_bits_may_differ(attempt: Attempt, tmp_path: Path) -> None:
     stopped_after(attempt, tmp_path / "project", 5)
     result = attempt.train(
@@ -205,24 +222,31 @@ def test_a_torn_checkpoint_is_found_by_its_hash_and_the_one_before_is_used(
     assert attempt.weights == uninterrupted[0]
 
 
+FROZEN = "build_model()\n        next(reversed(list(found.parameters()))).requires_grad_(False)"
+WHOLE = "build_model()"
+
+
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("before", "model", "told"),
     [
-        ("nn.Linear(4, 3)", r"checkpoint of another model: bias is missing there and float32 \[3\] here"),
-        (
-            "build_model()\n        next(reversed(list(found.parameters()))).requires_grad_(False)",
-            r"other layers were trained, .*\(net\.6\.bias: trained then and not now\); start a new run",
-        ),
+        (WHOLE, "nn.Linear(4, 3)", r"checkpoint of another model: bias is missing there and float32 \[3\] here"),
+        (WHOLE, FROZEN, r"other layers were trained, .*\(net\.6\.bias: trained then and not now\); start a new run"),
+        (FROZEN, WHOLE, r"other layers were trained, .*\(net\.6\.bias: trained now and not then\); start a new run"),
     ],
-    ids=["another model", "frozen layers"],
+    ids=["another model", "frozen layers", "thawed layers"],
 )
 def test_a_checkpoint_that_does_not_fit_the_model_is_refused_by_name(
-    attempt: Attempt, tmp_path: Path, model: str, told: str
+    attempt: Attempt, tmp_path: Path, before: str, model: str, told: str
 ) -> None:
-    stopped_after(attempt, tmp_path / "project", 2)
-    code = STATEFUL + f"\n    def other():\n        found = {model}\n        return found\n"
+    def code(built: str) -> str:
+        return f"\n    def other():\n        found = {built}\n        return found\n"
+
+    attempt.code = STATEFUL + code(before)
+    stopped_after(attempt, tmp_path / "project", 2, model={"factory": "plain:other"})
     train = {**STATEFUL_TRAIN, "optimizer": "sgd"} if "Linear" in model else STATEFUL_TRAIN
-    job = write_project(tmp_path / "project", extra=code, train=train, model={"factory": "plain:other"})
+    job = write_project(
+        tmp_path / "project", extra=STATEFUL + code(model), train=train, model={"factory": "plain:other"}
+    )
     with pytest.raises(JobError, match=told):
         Train(attempt.fork_server, attempt.folder)(job)
 

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from torchworker.contract import TrainSettings
@@ -18,7 +19,7 @@ from torchworker.custom_loop.reporting import Reports
 from torchworker.custom_loop.state import SKELETON, empty_tensors, plain, put_together, skeleton_of, tensors_of
 from torchworker.process.failure import UserError, describe
 from torchworker.project.user_code import describe_tensor
-from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
+from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state, use_threads_of
 
 FILES = "files"
 
@@ -85,6 +86,8 @@ class CheckpointHandle:
         note = f"resumed from step {self._step}"
         if own["world"] == self._world:
             set_random_state(own["random"])
+            if threads := use_threads_of(own):
+                note += f", {threads}"
         else:
             note += f", written by {own['world']} processes and read by {self._world}: bits may differ"
         self.notes.append(note)
@@ -150,6 +153,7 @@ class CheckpointHandle:
             raise UserError(f"{self._name}: checkpoint.save() was given {error}") from None
         values = {
             "world": self._world,
+            "threads": torch.get_num_threads(),
             "step": step,
             "own": dict(own or {}),
             "random": random_state(),

@@ -231,6 +231,19 @@ class Checkpoints:
         return values
 
 
+def use_threads_of(own: Mapping[str, Any]) -> str:
+    """Give torch as many threads as the run began with: sums that they share are rounded in another order by others.
+
+    own: what `Checkpoints.own` gives, with `threads` unless an earlier version wrote it. Returns a note, empty when
+    nothing changed.
+    """
+    then, now = own.get("threads", torch.get_num_threads()), torch.get_num_threads()
+    if then == now:
+        return ""
+    torch.set_num_threads(then)
+    return f"with {then} torch {'thread' if then == 1 else 'threads'} a process, as it began, and not {now}"
+
+
 def random_state() -> dict[str, Any]:
     """The state of every random generator that user code may draw from, as JSON values."""
     state: dict[str, Any] = {"torch": _encoded(torch.get_rng_state()), "python": random.getstate()}

@@ -25,7 +25,7 @@ from torchworker.project.randomness import seed_everything
 from torchworker.project.weights import start_from
 from torchworker.training.averaging import Averaging
 from torchworker.training.best import BestWeights, stops_early
-from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state
+from torchworker.training.checkpoint import Checkpoints, Interval, random_state, set_random_state, use_threads_of
 from torchworker.training.device import device_notes, memory_bytes, place
 from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
@@ -219,6 +219,7 @@ class Loop:
             "step": self.step,
             "epoch_step": self.epoch_step,
             "world": self.world,
+            "threads": torch.get_num_threads(),
             "sums": self.losses.sums.tolist(),
             "fingerprint": [self.data.fingerprint.total, self.data.fingerprint.samples],
             "history": self.history,
@@ -271,6 +272,8 @@ class Loop:
             self.losses.sums = torch.tensor(own["sums"], dtype=torch.float64)
             self.data.fingerprint.merge(*own["fingerprint"])
             set_random_state(own["random"])
+            if threads := use_threads_of(own):
+                note += f", {threads}"
         else:
             self._share_sums(path, own["world"])
             note += f", written by {own['world']} processes and read by {self.world}: bits may differ"
