@@ -173,13 +173,12 @@ def test_an_optimizer_with_modes_goes_on_where_it_was(
     plain = {name: value for name, value in STATEFUL_TRAIN.items() if name not in ("schedule", "fused")}
     train = {**plain, "optimizer": {"factory": "schedulefree:AdamWScheduleFree"}}
     whole = Attempt(fork_server, tmp_path / "whole")
-    expected = whole.train(tmp_path / "project", train=train)
+    whole.train(tmp_path / "project", train=train)
     # In the middle of an epoch, and past the change of modes at the end of one.
     stopped_after(attempt, tmp_path / "project", 6, train=train)
     result = attempt.train(tmp_path / "project", train=train)
     assert any("resumed from step" in note for note in result.notes)
-    # Known gap: 0.7 % apart in one try, where torch's own optimizers give the same bits. Why is not known.
-    assert result.history[-1]["validation_loss"] == pytest.approx(expected.history[-1]["validation_loss"], rel=0.05)
+    assert attempt.weights == whole.weights
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with_whatever_the_machine(

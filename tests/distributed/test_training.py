@@ -22,7 +22,7 @@ from torch import nn
 from tests.support.processes import PATIENCE
 from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
 from tests.support.training import Train
-from torchworker.contract import REQUEST, WARNINGS, WEIGHTS, TrainRequest
+from torchworker.contract import REQUEST, WARNINGS, WEIGHTS, CheckRequest, TrainRequest
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
@@ -217,6 +217,24 @@ def test_an_optimizer_with_modes_is_in_the_right_one_and_the_weights_are_those_t
     outputs = hidden @ weights["2.weight"].T + weights["2.bias"]
     loss = nn.functional.cross_entropy(outputs, targets).item()
     assert loss == pytest.approx(result.history[-1]["validation_loss"], rel=1e-5)
+
+
+def test_check_tries_an_optimizer_with_modes_in_the_right_one_and_no_average_of_what_it_trains(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    optimizer = {"factory": "schedulefree:AdamWScheduleFree"}
+    found = {}
+    for name, more in {"plain": {}, "ema": {"ema": 0.9}}.items():
+        job_file = write_project(tmp_path / name, train={"epochs": 1, "optimizer": optimizer, **more})
+        job, folder = load_job(job_file)
+        request = CheckRequest(project=project_of(job, folder), train=train_settings(job), ranks_here=1)
+        (work := tmp_path / f"{name}-check").mkdir()
+        try:
+            found[name] = asyncio.run(call_worker(fork_server, "check", request, work))
+        except JobError as refused:
+            found[name] = str(refused)
+    assert not isinstance(found["plain"], str), found["plain"]
+    assert "train.ema: schedulefree:AdamWScheduleFree has modes (train() and eval())" in str(found["ema"])
 
 
 @pytest.mark.parametrize("raised", ["Exception", "KeyError", "ZeroDivisionError"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torchworker.custom_loop.state import SKELETON, empty_tensors, plain, put_together, skeleton_of, tensors_of
+from torchworker.training.checkpoint import use_threads_of
 
 
 def round_trip(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -54,3 +55,11 @@ def test_what_could_not_be_read_again_is_refused_by_type() -> None:
         skeleton_of({"a": [Path("x")]})
     with pytest.raises(TypeError, match="a function, which cannot be saved"):
         skeleton_of({"a": 1, "b": round_trip})
+
+
+def test_what_goes_on_has_the_threads_that_it_began_with_and_says_so(request: pytest.FixtureRequest) -> None:
+    now = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(now))
+    assert use_threads_of({}) == use_threads_of({"threads": now}) == ""
+    assert use_threads_of({"threads": now + 1}).endswith(f"a process, as it began, and not {now}")
+    assert torch.get_num_threads() == now + 1

@@ -194,6 +194,11 @@ def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module)
         more = {"fused": True} if settings.fused else {}
         return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate, **more))
     made = _made(settings.optimizer, project, torch.optim.Optimizer, parameters, lr=settings.learning_rate)
+    if settings.ema is not None and _has_modes(made):
+        raise UserError(
+            f"train.ema: {settings.optimizer.target} has modes (train() and eval()), and what it trains is not what it "
+            "means to be used: an average of that is neither; take train.ema out, its own weights are an average"
+        )
     return typing.cast(torch.optim.Optimizer, made)
 
 
@@ -462,12 +467,19 @@ def apply_gradients(
         raise user_error("train.optimizer: step() failed", error, project.folder) from error
 
 
+def _has_modes(optimizer: Any) -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 def set_optimizer_mode(optimizer: torch.optim.Optimizer, project: Project, *, training: bool) -> None:
     """Tell an optimizer that has modes, as schedule-free ones do, whether weights are trained or used now."""
-    mode = getattr(optimizer, "train" if training else "eval", None)
-    if callable(mode) and callable(getattr(optimizer, "eval", None)):
+    if _has_modes(optimizer):
         with as_user_error("train.optimizer: its change of mode failed", project.folder):
-            mode()
+            getattr(optimizer, "train" if training else "eval")()
+        # schedulefree's train() leaves an empty entry for each parameter, which torch's get_optimizer_state_dict takes
+        # for a state that is there: it makes none, and what a checkpoint holds of it would not be loaded.
+        for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
+            del optimizer.state[parameter]
 
 
 def require_gradients(model: nn.Module, project: Project) -> None:

@@ -114,9 +114,11 @@ def _try_step(
 ) -> None:
     """One training step, and the weights to a file and back: what would otherwise fail in or after training."""
     model.train()
+    user_code.set_optimizer_mode(optimizer, project, training=True)
     outputs = user_code.forward(model, inputs, project)
     user_code.backward(user_code.compute_loss(loss, outputs, target, project), project)
     if not find_unused:
         user_code.require_gradients(model, project)
     user_code.apply_gradients(optimizer, project)
+    user_code.set_optimizer_mode(optimizer, project, training=False)
     try_weights(model, project)
