@@ -140,10 +140,10 @@ class Checkpoints:
 
         Args:
             step: optimizer steps that are done.
-            state: tensors and plain values that every rank has, such as state dicts. Tensors are copied first.
+            state: tensors and plain values that every rank has, such as state dicts. Tensors may change afterwards.
             own: this rank's JSON values, `world` among them.
             write: called on rank 0 to write other files into the checkpoint's folder.
-            kept: more of the state, whose tensors nobody changes any more; they are not copied.
+            kept: more of the state.
         """
         # Half a second of import that a short run does not need.
         import torch.distributed.checkpoint as dcp
@@ -168,10 +168,9 @@ class Checkpoints:
             self._give_up(work, next(text for text in problems if text))
             self.wait()
             return time.perf_counter() - began
-        # async_save copies what is on a GPU; what is on the CPU it would read while training goes on changing it.
-        state = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state) | dict(kept or {})
+        # It copies all tensors before it returns, those on a CPU too, so training may go on changing them.
         future = dcp.async_save(  # type: ignore[attr-defined]
-            state,
+            pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, {**state, **(kept or {})}),
             checkpoint_id=str(work),
             process_group=self._group,
             # Running statistics differ by rank between two forwards; rank 0's are the ones that count.
