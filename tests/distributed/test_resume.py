@@ -197,6 +197,25 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with_whatever_the_machine(
     assert attempt.weights == uninterrupted[0]
 
 
+def test_a_layer_that_was_not_used_so_far_costs_no_bit_either(
+    attempt: Attempt, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    code = """
+    class Spare(Net):
+        def __init__(self, dies):
+            super().__init__(dies)
+            self.spare = nn.Linear(3, 3)
+    def build_spare(dies=0):
+        return Spare(dies)
+    """
+    job: dict[str, Any] = {"train": {**STATEFUL_TRAIN, "find_unused_parameters": True}}
+    whole = Attempt(fork_server, tmp_path / "whole")
+    attempt.code = whole.code = STATEFUL + code
+    whole.train(tmp_path / "project", **job, model={"factory": "plain:build_spare"})
+    attempt.train(tmp_path / "project", **job, model={"factory": "plain:build_spare", "args": {"dies": 9}})
+    assert len(attempt.said("restarting")) == 1 and attempt.weights == whole.weights
+
+
 def test_another_world_size_goes_on_too_and_says_that_bits_may_differ(attempt: Attempt, tmp_path: Path) -> None:
     stopped_after(attempt, tmp_path / "project", 5)
     result = attempt.train(

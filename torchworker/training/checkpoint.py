@@ -221,6 +221,12 @@ class Checkpoints:
 
         dcp.load(state, checkpoint_id=str(path), process_group=self._group)  # type: ignore[attr-defined]
 
+    def names(self, path: Path) -> set[str]:
+        """Of all values of the state that was saved, such as `optimizer.state.0.weight.step`."""
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        return set(FileSystemReader(path).read_metadata().state_dict_metadata)
+
     def own(self, path: Path, rank: int) -> dict[str, Any]:
         """What a rank saved for itself; rank 0's values for a rank that the saving run did not have."""
         first: dict[str, Any] = json.loads((path / "rank0.json").read_text())

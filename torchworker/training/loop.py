@@ -249,7 +249,11 @@ class Loop:
         self.notes += damaged
         if path is None:
             return
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
 
         own = self._read_own(path)
         # DDP arranges its gradient buckets after its first backward pass, and the order in which many ranks
@@ -259,9 +263,22 @@ class Loop:
         # To give its state a form, torch takes a step with an optimizer that has taken none.
         user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
         state = self._state()
+        # Parameters without a gradient so far (modules that are used now and then) have no optimizer state to load.
+        there, of_parameters = self.checkpoints.names(path), state["optimizer"]["state"]
+        fresh = [
+            name
+            for name, values in of_parameters.items()
+            if values and not any(f"optimizer.state.{name}.{value}" in there for value in values)
+        ]
+        for name in fresh:
+            del of_parameters[name]
         self.best.expect(own.get("best", 0))
         self.checkpoints.load(path, {**state, **self.best.state})
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        options = StateDictOptions(strict=not fresh)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        for name, parameter in self.model.named_parameters():
+            if name.removeprefix("module.") in fresh:
+                self.optimizer.state.pop(parameter, None)
         set_model_state_dict(self.model, state["model"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
