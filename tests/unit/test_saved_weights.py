@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from tests.support.projects import write_project
+from torchworker.data.fingerprint import digest_of
 from torchworker.project.user_code import build_model, enter
 from torchworker.project.weights import load_weights, save_tensors, save_weights
 from train_and_ship.registry.job.load import load_job
@@ -164,3 +165,20 @@ def test_a_model_is_made_with_memory_for_each_value_of_an_expanded_buffer(tmp_pa
     save_weights(model, tmp_path / "w")
     load_weights(model, tmp_path / "w")
     assert model[0].scale.tolist() == [1, 2, 3]  # type: ignore[index, union-attr, operator]
+
+
+def test_what_torch_reads_with_another_sign_is_written_as_it_is_read(tmp_path: Path) -> None:
+    spectrum = torch.fft.rfft(torch.arange(8.0))
+    lazy = {"conjugate": spectrum.conj(), "negative": torch.tensor([1 + 2j]).conj().imag}
+    assert lazy["conjugate"].is_conj() and lazy["negative"].is_neg()
+    save_tensors(lazy, tmp_path / "w.safetensors")
+    back = load_file(tmp_path / "w.safetensors")
+    assert back["negative"].tolist() == [-2.0] and torch.equal(back["conjugate"], spectrum.conj())
+    assert digest_of(torch.full((2, 2), 7.0)[:1, 0]) == digest_of(torch.tensor([7.0]))
+    assert digest_of(lazy["negative"]) == digest_of(torch.tensor([-2.0])) != digest_of(torch.tensor([2.0]))
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.user_code import build_model, describe_tensor, uncompiled
+from torchworker.project.weights import values_of
 from torchworker.training.strategy import is_sharded
 
 SHOWN = 3
@@ -92,7 +93,7 @@ def _shapes(model: nn.Module) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    content = values_of(tensor).reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torchworker.contract import Reading
 from torchworker.process.failure import UserError
+from torchworker.project.weights import values_of
 
 _MODULUS = 1 << 128
 
@@ -67,7 +68,7 @@ def inputs_of(item: Any) -> Any:
 def _bytes(leaf: Any) -> tuple[str, bytes]:
     """What a value is, and its content."""
     if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-        content: bytes = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content: bytes = values_of(leaf).reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{leaf.dtype}{list(leaf.shape)};", content
     if isinstance(leaf, bool | int | float | complex | str | bytes | None):
         return f"{type(leaf).__name__};", repr(leaf).encode()

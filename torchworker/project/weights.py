@@ -33,11 +33,28 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     own: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
+        values = values_of(tensor)
         memory = values.untyped_storage().data_ptr()
         own[name] = values.clone() if memory in taken else values
         taken.add(memory)
     save_file(own, path, metadata=dict(metadata) if metadata is not None else None)
+    # It makes files that nobody else can read, whatever the umask says.
+    path.chmod(0o666 & ~_umask())
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """The tensor's values in memory that says it all: on the CPU, contiguous, and not the lazy conjugate or negative of
+    what lies there, which safetensors and `.view(torch.uint8)` would take for the values."""
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # A single element is contiguous in torch whatever its stride, and cannot be looked at as bytes.
+    odd = values.dim() and values.stride(-1) != 1
+    return values.clone(memory_format=torch.contiguous_format) if odd else values
+
+
+def _umask() -> int:
+    """Of this process; `os.umask` would change it for a moment, for all threads."""
+    told = Path("/proc/self/status").read_text()
+    return next((int(line.split()[1], 8) for line in told.splitlines() if line.startswith("Umask:")), 0o077)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -97,5 +114,5 @@ def state_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(values_of(tensor).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
