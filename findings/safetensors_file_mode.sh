@@ -4,6 +4,7 @@
 # inference server) is one that it cannot open, and saving again over a file that was made readable takes that away. (It
 # is written to a temporary file, with that mode, and renamed: a reader of the old one is not disturbed.) What is safe:
 # chmod after each save.
+# seen: 2026-11-29: umask 022: an ordinary file 0644, save_file 0600; made 0644 and saved again 0600
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
