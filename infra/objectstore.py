@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
 from train_and_ship.infra.s3 import quoted
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.small_files import SMALL_BYTES, SmallFiles
-from train_and_ship.infra.store_probe import StoreTraits, probe
+from train_and_ship.infra.store_probe import StoreTraits, Versioning, probe
 
 MULTIPART_BYTES, PART_BYTES = 16 * 2**20, 16 * 2**20
 """Files above the first go up in parts of the second."""
@@ -35,6 +36,7 @@ PARTS_AT_ONCE = 4
 IN_FLIGHT_BYTES = 128 * 2**20
 """Of all that is read from files and not yet sent: what uploads add to this process, however large the files."""
 PIECE_BYTES = 2**20
+_log = logging.getLogger(__name__)
 METADATA_SHA256 = "sha256"
 """User metadata of every object written here: its SHA-256, also where the store keeps no checksums."""
 
@@ -93,6 +95,8 @@ class ObjectStore:
         self._kms_key_id = kms_key_id
         self._budget = Budget(IN_FLIGHT_BYTES)
         self._traits: StoreTraits | None = None
+        self._probed_under = Versioning.UNKNOWN
+        """The bucket's versioning when it was probed last, as far as somebody asked."""
         self._probing = threading.Lock()
         self._small: SmallFiles | None = None
 
@@ -133,6 +137,17 @@ class ObjectStore:
             return
         # HEAD has no body, so the code is only the number.
         raise SettingsError(s3.no_such_bucket(self.bucket, self.address, self._is_local))
+
+    def versioning(self) -> Versioning:
+        """Whether the bucket keeps old versions. One request; what may not be asked is UNKNOWN, which is no error."""
+        with self._translated("ask for the versioning"):
+            try:
+                status = self._client.get_bucket_versioning(Bucket=self.bucket).get("Status")
+            except self._client.exceptions.ClientError as error:
+                if s3.status_of(error) not in s3.NOT_ANSWERED:
+                    raise
+                return Versioning.UNKNOWN
+        return {"Enabled": Versioning.ON, "Suspended": Versioning.SUSPENDED}.get(status or "", Versioning.NEVER)
 
     # ---- reading
 
@@ -355,6 +370,25 @@ class ObjectStore:
         StoreRefusedError with the promise that the store does not keep.
         """
         with self._probing:
+            if self._traits is None:
+                self._traits = probe(self)
+            return self._traits
+
+    def probe_again(self) -> StoreTraits:
+        """As `probe`, for a process that may have probed long ago: again where the versioning may have changed since.
+
+        Some stores keep their promises only in buckets without versions. One request more than `probe` where that has
+        been called before, and none otherwise. Where versioning may not be asked, the conditions are tried each time.
+        """
+        with self._probing:
+            if self._traits is not None:
+                versioning = self.versioning()
+                # There is no way back to a bucket that never had versions: it had none when it was probed, either.
+                if versioning != Versioning.NEVER and (
+                    versioning == Versioning.UNKNOWN or versioning != self._probed_under
+                ):
+                    _log.info("%s: versioning is %s; trying the conditional writes again", self, versioning)
+                    self._traits, self._probed_under = None, versioning
             if self._traits is None:
                 self._traits = probe(self)
             return self._traits

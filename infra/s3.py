@@ -42,6 +42,8 @@ _LOGIN_CODES = ["AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "Sign
 _TOKEN_CODES = ["ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"]
 _CREDENTIAL_CODES = frozenset([*_LOGIN_CODES, *_TOKEN_CODES])
 _REGION_CODES = frozenset(["PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"])
+NOT_ANSWERED = (403, 404, 405, 501)
+"""To a question about the bucket: these credentials may not ask it, or the store does not know it."""
 _CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of this machine"
 
 

@@ -1,7 +1,8 @@
 """Can this store be trusted with promotion? Found out by trying, because some stores answer 200 and ignore conditions.
 
 Promotion stands on two promises: a PUT with `If-None-Match: *` creates or fails, and a PUT with `If-Match` replaces
-exactly the object it names or fails.
+exactly the object it names or fails. A store may keep them in one bucket and not in another: Ceph RGW 16 keeps neither
+where versioning is on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from train_and_ship.infra.errors import PreconditionFailedError, ShipError, StoreFaultError, StoreRefusedError
@@ -22,6 +24,16 @@ RACERS = 8
 RACE_SECONDS = 60
 """Until all racers have a thread."""
 PROBE_PREFIX = ".probe"
+
+
+class Versioning(StrEnum):
+    """Whether a bucket keeps old versions of its objects. Once switched on it can be suspended, not undone."""
+
+    NEVER = "never switched on"
+    ON = "on"
+    SUSPENDED = "suspended"
+    UNKNOWN = "not known"
+    """These credentials may not ask, or the store does not know the question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +153,30 @@ def _put(store: ObjectStore, key: str, body: bytes, header: str, **condition: st
 
 
 def _refused(store: ObjectStore, reason: str) -> StoreRefusedError:
+    """Asks for the bucket's versioning, so that only a refusal pays for the question."""
+    try:
+        versioning = store.versioning()
+    except ShipError as error:
+        versioning = Versioning.UNKNOWN
+        why = f" ({error})"
+    else:
+        why = ""
     return StoreRefusedError(
         f"{store.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
-        "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW."
+        f"Versioning of bucket {store.bucket}: {versioning}{why}. {_ADVICE[versioning]}"
     )
+
+
+_USE_ANOTHER = "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW"
+_NEVER_ON = (
+    "Some stores, such as Ceph RGW 16, have conditional writes only in buckets in which versioning was never switched "
+    "on: use such a bucket, or a store like AWS S3, which has them in all."
+)
+_ADVICE = {
+    Versioning.NEVER: f"{_USE_ANOTHER}.",
+    # Suspending it does not help there: what was written under versioning cannot be replaced under a condition.
+    Versioning.ON: _NEVER_ON,
+    Versioning.SUSPENDED: _NEVER_ON,
+    Versioning.UNKNOWN: f"{_USE_ANOTHER}. Some of them, such as Ceph RGW 16, have these only in buckets in "
+    "which versioning was never switched on: see `aws s3api get-bucket-versioning`.",
+}

@@ -72,7 +72,7 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
         return _document([listing, _allow("Load", ["s3:GetObject"], keys(views))], kms_key, writes=False)
     # Listing tells names. It cannot be held to a prefix, because looking for the bucket itself has none.
     statements = [
-        _allow("See", ["s3:ListBucket", "s3:ListBucketVersions"], [f"arn:aws:s3:::{bucket}"]),
+        _allow("See", ["s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketVersioning"], [f"arn:aws:s3:::{bucket}"]),
         _allow("Read", ["s3:GetObject", "s3:GetObjectVersion"], keys(f"{own}/*", f"{PROBE_PREFIX}/*")),
         # Before the first write, the store is tried for the conditions that promotion stands on.
         _allow("Probe", ["s3:PutObject", "s3:DeleteObject"], keys(f"{PROBE_PREFIX}/*")),

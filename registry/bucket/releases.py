@@ -71,7 +71,7 @@ def publish(
         StoreRefusedError: the store has no conditional writes.
         ReleaseError: a local file is not what the manifest says, or the bucket holds other bytes under its name.
     """
-    traits = store.probe()
+    traits = store.probe_again()
     claim(store, manifest.model, manifest.release, publishing=True)
     prefix = release_prefix(manifest.model, manifest.release)
     present = store.list_keys(prefix)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, StoreRefusedError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import read_manifest, verify_release
@@ -110,9 +110,7 @@ def move_channel(channel: Channel, move: Move, *, accept: Accept | None, replaci
     while (outcome := mover.attempt()) is not Outcome.LIVE:
         times[outcome] += 1
         if outcome is Outcome.CONFLICT and times[outcome] >= MOVE_CONFLICTS:
-            raise ServiceError(
-                f"{channel}: not moved: others moved it {times[outcome]} times while this was tried"
-            ) from mover.error
+            raise mover.gives_up(times[outcome]) from mover.error
         if outcome is Outcome.FAULT and times[outcome] >= MOVE_FAULTS:
             raise mover.error
         if outcome is not Outcome.WRITTEN:
@@ -143,6 +141,10 @@ class _Mover:
         """What they returned then."""
         self._replaced: Pointer | None = None
         """What was live when `_tried` was sent."""
+        self._conflicted: Pointer | None = None
+        """What was live at the last conflict."""
+        self._conflicts_on_same = 0
+        """Conflicts in a row during which it did not change."""
         self.live: Pointer | None = None
         """What was read last, and at the end what is returned."""
         self.error: PreconditionFailedError | ServiceError = ServiceError("not tried yet")
@@ -151,7 +153,7 @@ class _Mover:
     def prepare(self) -> None:
         """Once, before the first attempt: nobody deletes the release from here on, and it is complete. Writes."""
         store, model = self._channel.store, self._channel.model
-        store.probe()
+        store.probe_again()
         self._claim()
         stored = verify_release(store, model, self._release, etags=self._move.etags)
         if stored.sha256() != self._sha256:
@@ -182,12 +184,25 @@ class _Mover:
             return Outcome.WRITTEN
         except PreconditionFailedError as error:
             self.error = error
+            before, self._conflicted = self._conflicted, self.live
+            self._conflicts_on_same = self._conflicts_on_same + 1 if self.live == before else 1
             return Outcome.CONFLICT
         except ServiceError as error:
             if not error.retryable:
                 raise
             self.error = error
             return Outcome.FAULT
+
+    def gives_up(self, conflicts: int) -> ServiceError:
+        """What to raise after so many conflicts in one move."""
+        if self._conflicts_on_same < conflicts:
+            return ServiceError(f"{self._channel}: not moved: others moved it {conflicts} times while this was tried")
+        store = self._channel.store
+        return StoreRefusedError(
+            f"{self._channel}: not moved: {store.address} refused the conditional write of the pointer {conflicts} "
+            f"times, while nobody moved it. Versioning of bucket {store.bucket}: {store.versioning()}. Ceph RGW 16 "
+            "refuses so what was written while versioning was on: use a bucket in which it was never switched on"
+        )
 
     def _claim(self) -> None:
         claim(self._channel.store, self._channel.model, self._release, publishing=False)
