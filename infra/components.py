@@ -41,7 +41,7 @@ def components(settings: Settings) -> list[Component]:
     if settings.mlflow_is_local:
         found.append(mlflow_component(settings))
     if settings.prefect_is_local:
-        found += [_prefect(settings), _worker(settings)]
+        found += [prefect_component(settings), _worker(settings)]
     return found
 
 
@@ -104,7 +104,8 @@ def mlflow_component(settings: Settings) -> Component:
     )
 
 
-def _prefect(settings: Settings) -> Component:
+def prefect_component(settings: Settings) -> Component:
+    """The Prefect server, on a port of this machine and with SQLite."""
     return Component(
         name="prefect",
         title="Prefect",

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
+import uuid
 
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import apause_flow_run
-from prefect.input import RunInput
+from prefect.input import RunInput, keyset_from_base_key
+from prefect.input.actions import aread_flow_run_input
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from train_and_ship.infra.errors import GateError
@@ -17,6 +23,7 @@ from train_and_ship.registry.channels.moves import Verified, described, kind_cha
 from train_and_ship.registry.kind import not_allowed
 from train_and_ship.registry.report.move import noticed
 from train_and_ship.registry.text import Table
+from train_and_ship.tasks.away import is_away
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.publish import places, publish_question, waiting
@@ -36,14 +43,68 @@ class Approval(RunInput):
 
 
 async def ask_person(question: str) -> Answer:
-    """Pause the flow run, with the question on its page, until somebody has answered there or with `ship approve`."""
-    answer = await apause_flow_run(
-        wait_for_input=Approval.with_initial_data(description=question),
-        timeout=WAIT_SECONDS,
-        poll_interval=LOOK_SECONDS,
-    )
+    """Pause the flow run, with the question on its page, until somebody has answered there or with `ship approve`.
+
+    Prefect may be away meanwhile, also when the question is put: it is asked again until the person's time is over, and
+    an answer that it has taken counts. Raises FlowPauseTimeout then.
+    """
+    answer = await _Question(question).answer()
     said = f"by {answer.by}" + (f": {answer.comment}" if answer.comment else "")
     return Answer(approved=answer.approve, said=said)
+
+
+class _Question:
+    """One question to a person. Prefect pauses a run once for each key, and stores question and answer under it."""
+
+    def __init__(self, question: str) -> None:
+        self._form = Approval.with_initial_data(description=question)
+        self._key = uuid.uuid4().hex
+        self._stored = keyset_from_base_key(f"paused-{self._key}")
+        self._ends = time.monotonic() + WAIT_SECONDS
+
+    async def answer(self) -> Approval:
+        ask, was_away = self._pause, False
+        while True:
+            try:
+                if (found := await ask()) is not None:
+                    return found
+            except Exception as error:
+                if not is_away(error) or self._seconds_left() <= 0:
+                    raise
+                if not was_away:
+                    get_run_logger().warning("Prefect does not answer; the question stays: %s", error)
+                # How far the question came is not known.
+                ask, was_away = self._look, True
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _seconds_left(self) -> float:
+        return self._ends - time.monotonic()
+
+    async def _pause(self) -> Approval | None:
+        """As Prefect does it: ends with its first request that is not answered. None where it has paused before."""
+        return await apause_flow_run(
+            wait_for_input=self._form,
+            timeout=max(1, round(self._seconds_left())),
+            poll_interval=LOOK_SECONDS,
+            key=self._key,
+        )
+
+    async def _look(self) -> Approval | None:
+        """Take the answer, if there is one; put the question, or what is missing of it, if Prefect has lost it."""
+        flow_run_id = uuid.UUID(flow_run.get_id())
+        async with get_client() as client:
+            state = (await client.read_flow_run(flow_run_id)).state
+        # After the state: an answer is stored before the run goes on.
+        said = await aread_flow_run_input(self._stored["response"], flow_run_id)
+        if said is not None:
+            return Approval(**said)
+        if self._seconds_left() <= 0:
+            raise FlowPauseTimeout("nobody has answered in time")
+        if state is not None and state.is_running():
+            return await self._pause()
+        if await aread_flow_run_input(self._stored["schema"], flow_run_id) is None:
+            await self._form.asave(self._stored, flow_run_id)
+        return None
 
 
 async def approval(request: Request, verified: Verified) -> Verified:

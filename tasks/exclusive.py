@@ -11,10 +11,15 @@ from typing import TextIO
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
+from prefect.concurrency.asyncio import (
+    AcquireConcurrencySlotTimeoutError,
+    ConcurrencySlotAcquisitionError,
+    concurrency,
+)
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.settings import Settings
+from train_and_ship.tasks.away import is_away
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
@@ -57,11 +62,11 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
                 await asyncio.sleep(TRY_SECONDS)
         try:
             # Slots are given out in no order: whoever asks first after the release gets it.
-            await stack.enter_async_context(_slot(limit, TRY_SECONDS))
+            await take_slot(stack, limit, TRY_SECONDS)
         except AcquireConcurrencySlotTimeoutError:
             if not resume and (flow_run.get_run_count() or 1) == 1:
                 get_run_logger().warning(waiting)
-                await stack.enter_async_context(_slot(limit, None))
+                await take_slot(stack, limit, None)
         await report_abandoned(model, resume or flow_run_id, settings)
         yield read
 
@@ -79,11 +84,20 @@ def _locked(lock: TextIO) -> bool:
     return True
 
 
-def _slot(limit: str, seconds: float | None) -> contextlib.AbstractAsyncContextManager[None]:
-    return concurrency(
-        limit,
-        lease_duration=LEASE_SECONDS,
-        timeout_seconds=seconds,
-        strict=True,
-        raise_on_lease_renewal_failure=False,
-    )
+async def take_slot(stack: contextlib.AsyncExitStack, limit: str, seconds: float | None) -> None:
+    """Hold the slot until the stack ends. A Prefect that is away while others hold it is asked again."""
+    while True:
+        slot = concurrency(
+            limit,
+            lease_duration=LEASE_SECONDS,
+            timeout_seconds=seconds,
+            strict=True,
+            raise_on_lease_renewal_failure=False,
+        )
+        try:
+            await stack.enter_async_context(slot)
+            return
+        except ConcurrencySlotAcquisitionError as error:
+            if not is_away(error.__cause__):
+                raise
+        await asyncio.sleep(TRY_SECONDS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from prefect import Task
+from prefect import Task, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import Abort, TerminationSignal
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.tasks.away import is_away
 
 __all__ = ["Abort", "TerminationSignal", "quiet_mistakes", "worth_retrying"]
 
@@ -46,7 +47,7 @@ def artifact_key(kind: str, model: str) -> str:
 
 
 async def show(text: str, title: str, model: str, kind: str = "report") -> None:
-    """Put markdown on the page of this flow run.
+    """Put markdown on the page of this flow run. A Prefect that is away goes without it, which the log says.
 
     Args:
         text: the markdown.
@@ -54,4 +55,9 @@ async def show(text: str, title: str, model: str, kind: str = "report") -> None:
         model: whose it is.
         kind: what it is, in a word, which is part of the artifact's key.
     """
-    await acreate_markdown_artifact(text, key=artifact_key(kind, model), description=title)
+    try:
+        await acreate_markdown_artifact(text, key=artifact_key(kind, model), description=title)
+    except Exception as error:
+        if not is_away(error):
+            raise
+        get_run_logger().warning("Prefect does not answer and goes without %r: %s", title, error)

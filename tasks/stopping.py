@@ -22,6 +22,7 @@ from prefect.exceptions import Abort
 from prefect.states import Cancelled, Running
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.tasks.away import until_it_answers
 
 LOOK_SECONDS = 2.0
 STOPPED = "cancelled in Prefect before anything went live"
@@ -72,9 +73,13 @@ class Stop:
             raise StoppedError(STOPPED)
 
     async def come_too_late(self) -> None:
-        """The flow has an end of its own, which Prefect refuses after a stop: the run would be Cancelling for good."""
+        """The flow has an end of its own, which Prefect refuses after a stop: the run would be Cancelling for good.
+
+        Prefect is waited for: its client gives the end up after a minute.
+        """
         async with self.held:
             self.late = True
+        await until_it_answers()
         with contextlib.suppress(Exception):
             async with get_client() as client:
                 if await self.asked(client):

@@ -1,4 +1,4 @@
-"""S3 and MLflow servers as `ship up` starts them, each alone in a folder, which tests kill and start again."""
+"""S3, MLflow and Prefect servers as `ship up` starts them, each alone in a folder, which tests kill and start again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tests.support.new_databases import put_databases
-from train_and_ship.infra.components import Component, mlflow_component, s3_component
+from train_and_ship.infra.components import Component, mlflow_component, prefect_component, s3_component
 from train_and_ship.infra.processes import PidFile, last_lines, start
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.stack import START_SECONDS
@@ -71,3 +71,17 @@ class MlflowServer(StackServer):
 
     def __post_init__(self) -> None:
         put_databases(self.folder, "mlflow")
+
+
+class PrefectServer(StackServer):
+    """A real Prefect server."""
+
+    component_of = staticmethod(prefect_component)
+    port_variable = "SHIP_PREFECT_PORT"
+
+    def __post_init__(self) -> None:
+        put_databases(self.folder, "prefect")
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.url}/api"
