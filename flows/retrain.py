@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from train_and_ship.tasks.approval import candidate_approval
+from train_and_ship.tasks.catch_up import catch_up
 from train_and_ship.tasks.conclude import conclude
 from train_and_ship.tasks.decide import decide, ended, skip
 from train_and_ship.tasks.exclusive import exclusive
@@ -44,6 +45,7 @@ async def retrain(
     the reason.
     """
     async with exclusive(job, resume) as job_file:
+        await catch_up(resume)
         plan = await decide(job_file, why, force, resume, allow)
         if plan.skip:
             return ended(await skip(plan))

@@ -36,5 +36,9 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
 
     require_schedule(cron, timezone)
     require_prefect(settings)
-    for name, schedule in deploy_jobs(jobs, cron, timezone).items():
-        typer.echo(f"{name}  {schedule or 'no schedule'}")
+    warnings: set[str] = set()
+    for name, scheduled in deploy_jobs(jobs, cron, timezone).items():
+        typer.echo(f"{name}  {scheduled.schedule or 'no schedule'}")
+        warnings.update(map(str, scheduled.skipped))
+    for warning in sorted(warnings):
+        typer.echo(f"warning: {warning}", err=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -13,12 +15,23 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
 
 from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.tasks.clock_changes import SkippedTime, skipped_times
 
 PATTERN = "retrain/retrain"
 """The deployment that the others are made like."""
 
 
-def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """When a deployment is run."""
+
+    schedule: str
+    """In words; empty without one."""
+    skipped: Sequence[SkippedTime]
+    """What becomes of it when clocks are put forward, in the year to come."""
+
+
+def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> dict[str, Scheduled]:
     """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
 
     Args:
@@ -27,7 +40,7 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
         timezone: name of its time zone; None leaves it as in prefect.yaml.
 
     Returns:
-        Name of each, as in `prefect deployment run <name>`, to its schedule in words, empty without one.
+        Name of each, as in `prefect deployment run <name>`, to when it is run.
 
     Raises:
         SettingsError: Prefect does not understand the schedule.
@@ -43,6 +56,12 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
                 "`ship up` or `prefect deploy --all` makes it"
             ) from None
         schedules = [_nightly(schedule, cron, timezone) for schedule in pattern.schedules]
+        now = datetime.now(UTC)
+        crons = [item.schedule for item in schedules if isinstance(item.schedule, CronSchedule)]
+        scheduled = Scheduled(
+            schedule=", ".join(_in_words(item) for item in schedules),
+            skipped=[skipped for schedule in crons for skipped in skipped_times(schedule, now)],
+        )
         for model, path in jobs.items():
             client.create_deployment(
                 flow_id=pattern.flow_id,
@@ -59,7 +78,7 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
                 tags=[model],
                 schedules=schedules,
             )
-            made[f"retrain/{model}"] = ", ".join(_in_words(item) for item in schedules)
+            made[f"retrain/{model}"] = scheduled
     return made
 
 

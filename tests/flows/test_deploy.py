@@ -81,6 +81,16 @@ def test_the_next_nights_are_there_as_runs_that_wait_for_their_time(
     assert (when.astimezone(ZoneInfo("Europe/Berlin")).hour, when.minute) == (3, 30)
 
 
+def test_a_time_that_there_is_not_in_one_night_of_the_year_is_said_where_the_schedule_is_made(
+    ship: Ship, stack: Settings, tmp_path: Path
+) -> None:
+    jobs = [str(job_of(tmp_path, name)) for name in ("eta", "theta")]
+    done = ship("deploy", *jobs, "--cron", "30 2 * * *", "--timezone", "Europe/Berlin")
+    assert done.status == 0, done.text
+    # Once, whatever number of models have this schedule.
+    assert done.errors.count("has no 02:30 in Europe/Berlin (clocks go from 02:00 to 03:00); Prefect starts it at") == 1
+
+
 def test_a_mistake_in_one_job_file_deploys_none_of_them(ship: Ship, stack: Settings, tmp_path: Path) -> None:
     good, twin = job_of(tmp_path, "gamma"), job_of(tmp_path / "twin", "gamma")
     bad = job_of(tmp_path, "delta")
