@@ -141,7 +141,7 @@ def _data_changes(inputs: Inputs, live: ReleaseRecord) -> str:
 def _config_changes(job: Job, live: ReleaseRecord) -> str:
     try:
         # With today's defaults, so that a key that is new in the application changes nothing.
-        before = Job.model_validate(json.loads(live.files[JOB]))
+        before = Job.from_record(json.loads(live.files[JOB]))
     except (KeyError, ValueError, ValidationError):
         return "the live release's job cannot be read by this version"
     there, here = flat(_config(before)), flat(_config(job))

@@ -179,7 +179,7 @@ def recall(kind: type[Kind], value: Any) -> Kind | None:
 def recorded_job(folder: Path) -> Job | None:
     """The job of a run, as it was when the run began; None for a run that ended before that."""
     about = _read(About, folder, ABOUT)
-    return Job.model_validate(about.job) if about is not None else None
+    return Job.from_record(about.job) if about is not None else None
 
 
 def read_run(folder: Path) -> RunFiles | None:
@@ -191,7 +191,7 @@ def read_run(folder: Path) -> RunFiles | None:
     about = _read(About, folder, ABOUT)
     if about is None:
         return None
-    job = Job.model_validate(about.job)
+    job = Job.from_record(about.job)
     train = _complete(folder, TRAIN, job.training_digest())
     export = _complete(folder, EXPORT, _digest(train))
     validate = _complete(folder, VALIDATE, _digest(export))

@@ -1,4 +1,4 @@
-"""Nights that nobody worked: one run catches up for all of them.
+"""Runs of a schedule that no worker took when they were due: one of them catches up for all.
 
 While no worker is there, Prefect keeps the runs of a schedule that are due, and gives them out afterwards in no order
 that one could rely on, beside those of today. Each would ask the same question, of the same code and data.

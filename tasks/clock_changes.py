@@ -1,4 +1,4 @@
-"""Nights in which clocks are put forward: what Prefect does with a time of day that there is not.
+"""Days on which clocks are put forward: what Prefect does with a time of day that there is not.
 
 Asked of Prefect's own scheduler, whose answer depends on its version, and on that of Python where the server runs.
 """

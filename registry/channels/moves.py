@@ -306,7 +306,7 @@ def release_job(target: Target) -> Job:
     try:
         if found is None:
             raise ReleaseError(f"{key}: expected the job that made the release, got none")
-        return Job.model_validate(json.loads(found[0]))
+        return Job.from_record(json.loads(found[0]))
     except (ValidationError, ValueError, ReleaseError) as error:
         raise GateError(
             f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"

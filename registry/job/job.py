@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -30,11 +30,15 @@ Allowed = Literal["signature", "labels", "formats", "model", "live_score", "runt
 """In what a candidate may be another kind of thing than the live release: registry.kind.KINDS."""
 
 
-def _is_channel(value: str) -> str:
+_RECORDED = "recorded"
+"""In the context of a validation: the job was validated when it was recorded, by the rules of then."""
+
+
+def _is_channel(value: str, info: ValidationInfo) -> str:
     if RESERVED_CHANNELS.fullmatch(value):
         taken = "latest, champion, challenger, previous, …-previous or v and digits"
         raise ValueError(f"a channel that MLflow can have as an alias: not {taken}")
-    if not may_be_alias(value):
+    if not may_be_alias(value) and not (info.context or {}).get(_RECORDED):
         raise ValueError(f"a channel that MLflow can have as an alias: no dots, such as {value.replace('.', '-')}")
     return value
 
@@ -165,6 +169,14 @@ class Job(Part):
         if named and self.export.serve == "none":
             raise ValueError(f"export.serve: auto or a format, of which {named[0]} is compared with the live release's")
         return self
+
+    @classmethod
+    def from_record(cls, document: Any) -> Self:
+        """A job as a release or a run keeps it, with today's defaults. Raises ValidationError.
+
+        Its channel may have a dot, which job files may not give any more.
+        """
+        return cls.model_validate(document, context={_RECORDED: True})
 
     @property
     def metrics(self) -> tuple[str, ...]:

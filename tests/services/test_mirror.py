@@ -93,6 +93,14 @@ def test_a_channel_that_cannot_have_an_alias_keeps_no_other_from_its_own(
     assert target.release == abc[0].release
     with pytest.raises(RequestError, match=r"expected a name without dots.* got 'eu.north'; eu-north can be one"):
         choose_promotion(Channel(object_store, MODEL, "eu.north"), abc[0].release)
+    assert rolled_back(object_store, uri=mlflow.url, channel="eu.west").release == abc[0].release
+    # Emptied, nothing is to be said of it, and it is not made again.
+    object_store.delete(pointer_key(MODEL, "eu.west"))
+    assert sync_all_aliases(object_store, mlflow.url).missing == ()
+    with pytest.raises(RequestError, match=r"got 'eu.west'; eu-west can be one"):
+        choose_promotion(Channel(object_store, MODEL, "eu.west"), abc[0].release)
+    with pytest.raises(RequestError, match=r"got 'eu.west'; eu-west can be one"):
+        choose_rollback(Channel(object_store, MODEL, "eu.west"), None)
 
 
 def test_a_slow_mirror_does_not_undo_a_newer_one(

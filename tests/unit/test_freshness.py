@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from shipreader.records import FileEntry
 from tests.support.projects import REPOSITORY, write_project
@@ -53,7 +54,18 @@ def job(folder: Path, **parts: Any) -> Job:
 @pytest.mark.parametrize("example", ["digits", "own_loop", "lightning"])
 def test_the_job_in_a_release_is_read_again_as_it_was(example: str) -> None:
     one, _ = load_job(REPOSITORY / "examples" / example / "job.yaml")
-    assert Job.model_validate(json.loads(json.dumps(one.model_dump(mode="json")))) == one
+    assert Job.from_record(json.loads(json.dumps(one.model_dump(mode="json")))) == one
+
+
+def test_a_job_that_was_recorded_with_a_channel_that_may_not_be_made_any_more_is_read(tmp_path: Path) -> None:
+    document = job(tmp_path).model_dump(mode="json")
+    document["release"]["channel"] = "eu.west"
+    before = Job.from_record(document)
+    assert before.release.channel == before.unattended().release.channel == "eu.west"
+    with pytest.raises(ValidationError, match="no dots, such as eu-west"):
+        Job.model_validate(document)
+    other = job(tmp_path / "other", train={"epochs": 3, "processes": 2, "batch_size": 32})
+    assert changes(inputs(other), other, released(before), tmp_path) == {"config": "train.epochs 2 → 3"}
 
 
 def test_the_same_inputs_are_no_change(tmp_path: Path) -> None:
