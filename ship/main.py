@@ -171,7 +171,7 @@ def serve(
     interval: Annotated[float, typer.Option(help="Seconds between looks at the channel.")] = 10.0,
     batch_size: Annotated[int, typer.Option(help="Requests computed together; 1 turns batching off.", min=1)] = 64,
 ) -> None:
-    """Serve what is live on a channel over HTTP (Open Inference Protocol, MLServer), and follow the channel."""
+    """Serve what is live on a channel over HTTP and gRPC (Open Inference Protocol), and follow the channel."""
     from train_and_ship.ship.serve import serve
 
     serve(model, channel, to, port, interval, batch_size)

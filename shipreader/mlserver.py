@@ -2,6 +2,7 @@
 
 <repository>/<model>/model-settings.json    replaced by one rename; names the release's own folder, never `current`
 <repository>/<model>/onnx_model.py          what MLServer runs: a copy of the file beside this one
+<repository>/<model>/inference_tensors.py   what that imports: another copy
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def write_model(
     """
     folder = repository / release.model
     folder.mkdir(parents=True, exist_ok=True)
+    require_datatypes(release.manifest.signature)
     kind = served(release)
     artifact = release.artifact(kind)
     inputs, outputs = (_tensors(release.manifest.signature[side]) for side in ("inputs", "outputs"))
@@ -54,12 +56,18 @@ def write_model(
         # No version: MLServer then has the new one loaded before it lets go of the old one.
         "parameters": {
             "uri": str(artifact),
-            "extra": {"release": release.id, "generation": release.generation, "format": kind},
+            "extra": {
+                "release": release.id,
+                "generation": release.generation,
+                "format": kind,
+                "signature": dict(release.manifest.signature),
+            },
         },
     }
     if batch_size > 1 and can_batch(release.manifest.signature):
         settings |= {"max_batch_size": batch_size, "max_batch_time": batch_seconds}
-    shutil.copy(Path(__file__).with_name("onnx_model.py"), folder)
+    for name in ("onnx_model.py", "inference_tensors.py"):
+        shutil.copy(Path(__file__).with_name(name), folder)
     path = folder / "model-settings.json"
     draft = path.with_name(".model-settings.json")
     draft.write_text(json.dumps(settings, indent=1))
@@ -87,11 +95,16 @@ def can_batch(signature: Mapping[str, Any]) -> bool:
     return len(first) == 1 and isinstance(first.pop(), str) and not any(isinstance(size, str) for size in others)
 
 
+def require_datatypes(signature: Mapping[str, Any]) -> None:
+    """Raises ReaderError for a dtype that the protocol does not have."""
+    for tensor in (*signature["inputs"], *signature["outputs"]):
+        if tensor["dtype"] not in DATATYPES:
+            raise ReaderError(f"{tensor['name']}: the Open Inference Protocol has no {tensor['dtype']}")
+
+
 def _tensors(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for tensor in tensors:
-        if tensor["dtype"] not in DATATYPES:
-            raise ReaderError(f"{tensor['name']}: the Open Inference Protocol has no {tensor['dtype']}")
         shape = [-1 if isinstance(size, str) else size for size in tensor["shape"]]
         found.append({"name": tensor["name"], "datatype": DATATYPES[tensor["dtype"]], "shape": shape})
     return found

@@ -104,17 +104,31 @@ ONLY_IN = {
         "torchworker/runtimes/load.py",
         "torchworker/exporters/quantize.py",
         "shipreader/onnx_model.py",
+        "shipreader/inference_model.py",
         "registry/serving/triton_model.py",
     ],
     "mlserver": ["shipreader/onnx_model.py"],
+    "tritonclient": ["shipreader/inference_server.py"],
 }
 STARTED_ALONE = {
     "shipreader/onnx_model.py",
+    "shipreader/inference_model.py",
+    "shipreader/inference_server.py",
+    "shipreader/inference_tensors.py",
     "shipreader/__main__.py",
     "registry/serving/triton_model.py",
     "torchworker/exporters/executorch.py",
 }
 """Files that other programs start with packages of their own, or that need an extra."""
+SERVERS = {
+    "shipreader/onnx_model.py": {"mlserver", "numpy", "onnxruntime", "inference_tensors"},
+    "shipreader/inference_tensors.py": {"numpy", "orjson"},
+    "shipreader/inference_model.py": {"shipreader", "numpy", "onnxruntime"},
+    "shipreader/inference_server.py": {
+        *("shipreader", "grpc", "uvicorn", "uvloop", "prometheus_client", "starlette", "tritonclient"),
+    },
+}
+"""Files of shipreader/ to what they may import besides the standard library."""
 WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "executorch", "torchworker"}
 
 
@@ -218,9 +232,9 @@ def test_the_reader_imports_the_standard_library_boto3_and_what_checks_signature
         for name in imports(tree):
             top = name.partition(".")[0]
             allowed = sys.stdlib_module_names | {"shipreader", "boto3", "botocore", "urllib3", "cryptography"}
-            if file == "shipreader/onnx_model.py":
-                # MLServer runs a copy of it, in an environment that has only these.
-                allowed = sys.stdlib_module_names | {"mlserver", "numpy", "onnxruntime"}
+            if file in SERVERS:
+                # Run by servers, in environments that have only these.
+                allowed = sys.stdlib_module_names | SERVERS[file]
             assert top in allowed, f"{file} imports {name}"
 
 
@@ -293,7 +307,7 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     expected = {f"{below[folder]}/{file.partition('/')[2]}" for folder in FOLDERS for file, _ in modules(folder)}
     assert packed == expected
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOPS
-    data = {"registry/report/page.html.jinja", "ship/job-file.md", "ship/mlserver-requirements.txt"}
+    data = {"registry/report/page.html.jinja", "ship/job-file.md", "ship/serving-requirements.txt"}
     assert {f"train_and_ship/{name}" for name in data} | {"torchworker/cpp/runner.cpp"} <= set(names)
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     text = zipfile.ZipFile(wheel).read(entry_points).decode()

@@ -1,8 +1,10 @@
-"""`ship serve`: a real MLServer that follows a channel, asked without a pause while the channel moves."""
+"""`ship serve`: a real server that follows a channel, asked without a pause while the channel moves."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,41 +17,39 @@ import httpx
 import pytest
 
 from tests.support.inference_traffic import Traffic, request_body
-from tests.support.onnx_releases import SIGNATURE, onnx_release
+from tests.support.onnx_releases import SIGNATURE, kinds_release, onnx_release
 from tests.support.ports import free_ports
 from tests.support.processes import PATIENCE
 from tests.support.releases import move, published
-from train_and_ship.infra.errors import ServiceError, SettingsError
+from tests.support.tool_environments import tool_python
+from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import port_is_free
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
-from train_and_ship.ship.serve import require_python, requirements
+from train_and_ship.ship.serve import requirements
 
-# A first run installs MLServer into an environment of its own.
+# A first run installs the server into an environment of its own.
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def mlserver() -> None:
+def server() -> None:
     """The environment that `ship serve` makes on first use. Skipped where pip cannot get it."""
     try:
-        require_python()
-        environment("mlserver", requirements())
-    except (ServiceError, SettingsError) as error:
+        environment("serving", requirements())
+    except ServiceError as error:
         pytest.skip(str(error))
 
 
-def test_a_python_that_mlserver_does_not_install_on_is_named_with_the_way_out() -> None:
-    require_python((3, 12))
-    with pytest.raises(
-        SettingsError, match=r"below 3\.13, which MLServer 1\.7\.1 needs, and this is 3\.13; .*Python 3\.12"
-    ):
-        require_python((3, 13))
-
-
 Serve = Callable[..., str]
+KINDS_REQUEST = [
+    {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]},
+    {"name": "half", "datatype": "FP16", "shape": [1, 2], "data": [1, 2]},
+    {"name": "id", "datatype": "INT64", "shape": [1], "data": [9]},
+    {"name": "flag", "datatype": "BOOL", "shape": [1], "data": [True]},
+]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.fixture
-def serve(mlserver: None, object_store: ObjectStore, started: list[subprocess.Popen[str]], tmp_path: Path) -> Serve:
+def serve(server: None, object_store: ObjectStore, started: list[subprocess.Popen[str]], tmp_path: Path) -> Serve:
     """Start `ship serve digits`; the model's address, once it answers."""
 
     def start(*options: str) -> str:
@@ -76,7 +76,7 @@ def serve(mlserver: None, object_store: ObjectStore, started: list[subprocess.Po
         )
         started.append(process)
         assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(4)]
+        lines = [process.stdout.readline() for _ in range(5)]
         assert "generation" in lines[0] and f":{port}/" in lines[1], "".join(lines)
         return f"http://127.0.0.1:{port}/v2/models/digits"
 
@@ -110,7 +110,7 @@ def test_no_request_fails_while_the_channel_moves_on_is_rolled_back_and_meets_a_
             traffic.until(factor)
         # Generation 5 cannot be loaded: 4 stays. 6 is a rollback.
         move(object_store, bad)
-        log = tmp_path / "served" / "mlserver" / "mlserver.log"
+        log = tmp_path / "served" / "server" / "server.log"
         deadline = time.monotonic() + PATIENCE
         while "Protobuf parsing failed" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
@@ -135,22 +135,128 @@ def test_requests_that_do_not_fit_are_refused_alone(object_store: ObjectStore, s
     with Traffic(f"{url}/infer") as traffic:
         traffic.until(1.0)
         for change, said in (
-            ({"shape": [1, 5], "data": [0] * 5}, "expected FP32 [-1, 4], got FP32 [1, 5]"),
-            ({"shape": [2, 4]}, "shape [2, 4]"),
+            ({"shape": [1, 5], "data": [0] * 5}, "expected FP32 [batch, 4], got FP32 [1, 5]"),
+            ({"shape": [2, 4]}, "expected 8 values of shape [2, 4], got 4"),
             ({"datatype": "INT64"}, "expected FP32"),
             ({"name": "z"}, "expected the inputs x; got z"),
-            ({"data": ["a", "b", "c", "d"]}, "expected FP32"),
-            ({"shape": [-1, 4]}, "expected FP32"),
+            ({"data": ["a", "b", "c", "d"]}, 'expected a number, got "a" at place 0'),
+            ({"shape": [-1, 4]}, "whole numbers from 0"),
         ):
             body = {"inputs": [{**good["inputs"][0], **change}]}
             answer = httpx.post(f"{url}/infer", json=body)
-            assert answer.status_code == 400 and said in answer.text, answer.text
+            assert answer.status_code == 400 and said in answer.json()["error"], answer.text
         nested = {"inputs": [{**good["inputs"][0], "shape": [2, 4], "data": [[1, 2, 3, 4], [5, 6, 7, 8]]}]}
         answer = httpx.post(f"{url}/infer", json={**nested, "outputs": [{"name": "y"}]})
         assert answer.json()["outputs"][0]["data"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert traffic.failures == []
     metadata = httpx.get(url).json()
     assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+
+
+# The stock client with its defaults: HTTP with binary tensors, then gRPC. What each call comes to, as JSON.
+ASK = """
+import json, sys
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+port = int(sys.argv[1])
+clients = {
+    "http": (tritonclient.http, tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}"), {}),
+    "json": (tritonclient.http, tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}"), {"binary_data": False}),
+    "grpc": (tritonclient.grpc, tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{port + 1}"), {}),
+}
+
+def call(name, version="", **values):
+    library, client, options = clients[name]
+    arrays = {"x": np.ones(2, np.float32), "half": np.zeros((2, 2), np.float16), "id": np.array([0, 9]),
+              "flag": np.array([True, False]), **values}
+    inputs = []
+    for key, array in arrays.items():
+        inputs.append(library.InferInput(key, array.shape, np_to_triton_dtype(array.dtype)))
+        inputs[-1].set_data_from_numpy(array, *options.values())
+    names = ("log", "same", "row", "not")
+    outputs = [library.InferRequestedOutput(key, **options) for key in names] if options else None
+    try:
+        found = client.infer("digits", inputs, model_version=version, outputs=outputs)
+    except InferenceServerException as error:
+        return f"{error.status()} {error.message()}"
+    return {key: [str(found.as_numpy(key).dtype), found.as_numpy(key).shape, found.as_numpy(key).tolist()]
+            for key in names}
+
+odd = np.array([np.nan, 0], np.float32)
+answers = {}
+for name, (library, client, _) in clients.items():
+    document = client.get_model_metadata("digits", **({"as_json": True} if name == "grpc" else {}))
+    answers[name] = {
+        "ready": client.is_server_ready() and client.is_model_ready("digits") and client.is_model_ready("digits", "1"),
+        "versions": document["versions"], "shape": document["inputs"][1]["shape"],
+        "good": call(name) if name != "json" else None,
+        "odd": call(name, x=odd) if name != "json" else None,
+        "bad": call(name, id=np.array([0, 10])),
+        "version": call(name, version="2"),
+    }
+print(json.dumps(answers))
+"""
+
+
+def test_stock_clients_get_every_bit_or_a_refusal_that_says_what_is_wrong(
+    object_store: ObjectStore, serve: Serve, tmp_path: Path
+) -> None:
+    python = tool_python("nvidia-pytriton==0.7.0", "onnxruntime==1.31.1", "numpy==1.26.4")
+    release = kinds_release(tmp_path / "kinds")
+    publish(object_store, tmp_path / "kinds", release)
+    move(object_store, release)
+    url = serve()
+    port = httpx.URL(url).port
+    done = subprocess.run([python, "-c", ASK, str(port)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name, answers in found.items():
+        assert answers["ready"] and answers["versions"] == ["1"], answers
+        assert list(map(int, answers["shape"])) == [-1, 2]
+        # In the words of either protocol.
+        assert re.match(r"(400|StatusCode.INVALID_ARGUMENT) .*idx=10.*\[-10,9\]", answers["bad"]), answers["bad"]
+        assert re.match(r"(404|StatusCode.NOT_FOUND) expected version 1 of digits", answers["version"])
+        if name == "json":
+            continue
+        assert answers["good"] == {
+            "log": ["float32", [2], [0, 0]],
+            "same": ["float16", [2, 2], [[0, 0], [0, 0]]],
+            "row": ["int64", [2, 1], [[0], [90]]],
+            "not": ["bool", [2], [False, True]],
+        }
+        assert str(answers["odd"]["log"]) == "['float32', [2], [nan, -inf]]"
+    # Plain JSON, as curl sends it.
+    body = {"inputs": KINDS_REQUEST}
+    answer = httpx.post(f"{url}/infer", json=body)
+    outputs = {item["name"]: (item["shape"], item["data"]) for item in answer.json()["outputs"]}
+    assert outputs == {"log": ([1], [0]), "same": ([1, 2], [1, 2]), "row": ([1, 1], [90]), "not": ([1], [False])}
+    for place, data, said in (
+        (0, [-1], "output log: the model's answer is nan at [0], for which JSON has no word"),
+        (1, [70000, 0], "expected at most 65504"),
+        (2, [1.9], "expected a whole number for INT64, got 1.9"),
+        (2, [10], "idx=10 must be within the inclusive range [-10,9]"),
+        (3, ["true"], "expected true or false"),
+    ):
+        inputs = [{**item, "data": data} if number == place else item for number, item in enumerate(KINDS_REQUEST)]
+        answer = httpx.post(f"{url}/infer", json={"inputs": inputs})
+        assert answer.status_code == 400 and said in answer.text, answer.text
+    for method, path, status in (
+        ("GET", "/v2/models/digits/versions/1", 200),
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/v2/health/ready", 200),
+        ("POST", "/v2/repository/index", 200),
+        ("POST", "/v2/repository/models/digits/unload", 403),
+        ("GET", "/v3", 404),
+    ):
+        assert httpx.request(method, f"http://127.0.0.1:{port}{path}").status_code == status
+    metrics = httpx.get(f"http://127.0.0.1:{port + 2}/metrics").text
+    (failed,) = re.findall(r'model_infer_request_failure_total{model="digits",version="1"} (\S+)', metrics)
+    # Five here, and one of each of three clients; another version is none of this one's.
+    assert float(failed) == 5 + 3
+    assert 'model_infer_request_success_total{model="digits",version="1"}' in metrics
 
 
 def test_the_server_ends_with_the_command_even_when_that_is_killed(

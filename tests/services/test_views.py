@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
+from shipreader.mlserver import write_model
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.support.inference_traffic import Traffic
-from tests.support.onnx_releases import onnx_release
+from tests.support.onnx_releases import kinds_release, onnx_release
+from tests.support.ports import free_ports
+from tests.support.processes import PATIENCE
 from tests.support.releases import CHANNEL, MODEL, move
-from tests.support.tool_environments import tool_python
+from tests.support.tool_environments import tool_environment, tool_python
 from tests.support.triton import TritonServer
 from train_and_ship.infra.errors import ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.processes import port_is_free
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
@@ -272,3 +280,60 @@ def test_the_command_writes_each_view(
     assert (tmp_path / "here" / "mlserver" / "models" / MODEL / "model-settings.json").is_file(), done.stderr
     done = ship("torchserve", MODEL)
     assert done.returncode == 2 and "expected one of triton, kserve, mlserver" in done.stderr
+
+
+@pytest.mark.soak
+def test_mlserver_serves_the_view_and_refuses_what_it_cannot_answer(object_store: ObjectStore, tmp_path: Path) -> None:
+    if sys.version_info >= (3, 13):
+        pytest.skip("MLServer 1.7.1 wants Python below 3.13")
+    pins = (Path(__file__).parents[1] / "support" / "mlserver-requirements.txt").read_text().splitlines()
+    python = tool_environment("mlserver", [pin for pin in pins if pin[0] != "#"])
+    release = kinds_release(tmp_path / "kinds")
+    publish(object_store, tmp_path / "kinds", release)
+    move(object_store, release)
+    client = s3_client(Settings.load())
+    reader = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "pulled", channel=CHANNEL, client=client)
+    write_model(tmp_path / "models", reader.pull())
+    port = next(port for port in free_ports(50) if all(map(port_is_free, range(port, port + 3))))
+    (tmp_path / "settings.json").write_text(
+        json.dumps(
+            {
+                **{"host": "127.0.0.1", "http_port": port, "grpc_port": port + 1, "metrics_port": port + 2},
+                **{"model_repository_root": str(tmp_path / "models"), "parallel_workers": 0},
+            }
+        )
+    )
+    url = f"http://127.0.0.1:{port}/v2/models/{MODEL}"
+    with (tmp_path / "log").open("w") as log:
+        argv = [python.with_name("mlserver"), "start", str(tmp_path)]
+        process = subprocess.Popen(argv, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/ready", timeout=5).is_success:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        good = [
+            {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]},
+            {"name": "half", "datatype": "FP16", "shape": [1, 2], "data": [1, 2]},
+            {"name": "id", "datatype": "INT64", "shape": [1], "data": [9]},
+            {"name": "flag", "datatype": "BOOL", "shape": [1], "data": [True]},
+        ]
+        answer = httpx.post(f"{url}/infer", json={"inputs": good})
+        outputs = {item["name"]: (item["shape"], item["data"]) for item in answer.json()["outputs"]}
+        assert outputs == {"log": ([1], [0]), "same": ([1, 2], [1, 2]), "row": ([1, 1], [90]), "not": ([1], [False])}
+        for place, data, said in (
+            (0, [-1], "NaN or infinity, which MLServer cannot answer"),
+            (1, [70000, 0], "expected at most 65504"),
+            (2, [1.9], "expected a whole number for INT64, got 1.9"),
+            (2, [10], "[-10,9]"),
+            (3, ["true"], "expected true or false"),
+        ):
+            inputs = [{**item, "data": data} if number == place else item for number, item in enumerate(good)]
+            answer = httpx.post(f"{url}/infer", json={"inputs": inputs})
+            assert answer.status_code == 400 and said in answer.json()["error"], answer.text
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)

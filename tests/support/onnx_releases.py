@@ -27,3 +27,43 @@ def onnx_release(folder: Path, factor: float, model: str = "digits") -> Manifest
     onnx.checker.check_model(proto, full_check=True)
     (folder / "model.onnx").write_bytes(proto.SerializeToString())
     return build_manifest(folder, model=model, formats={"onnx": "model.onnx"}, signature=SIGNATURE, metrics={})
+
+
+KINDS: dict[str, list[dict[str, object]]] = {
+    "inputs": [
+        {"name": "x", "dtype": "float32", "shape": ["batch"]},
+        {"name": "half", "dtype": "float16", "shape": ["batch", 2]},
+        {"name": "id", "dtype": "int64", "shape": ["batch"]},
+        {"name": "flag", "dtype": "bool", "shape": ["batch"]},
+    ],
+    "outputs": [
+        {"name": "log", "dtype": "float32", "shape": ["batch"]},
+        {"name": "same", "dtype": "float16", "shape": ["batch", 2]},
+        {"name": "row", "dtype": "int64", "shape": ["batch", 1]},
+        {"name": "not", "dtype": "bool", "shape": ["batch"]},
+    ],
+    "dims": [{"name": "batch", "min": 1, "max": 8}],
+}
+
+
+def kinds_release(folder: Path) -> Manifest:
+    """Number types of all kinds, at most 8 samples: the logarithm of `x`, 10 times `id` from a table of 10 rows."""
+    folder.mkdir(parents=True)
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
+    types["bool"] = TensorProto.BOOL
+    inputs, outputs = (
+        [helper.make_tensor_value_info(item["name"], types[item["dtype"]], item["shape"]) for item in KINDS[side]]
+        for side in ("inputs", "outputs")
+    )
+    nodes = [
+        helper.make_node("Log", ["x"], ["log"]),
+        helper.make_node("Identity", ["half"], ["same"]),
+        helper.make_node("Gather", ["table", "id"], ["row"]),
+        helper.make_node("Not", ["flag"], ["not"]),
+    ]
+    table = numpy_helper.from_array(np.arange(0, 100, 10)[:, None], "table")
+    graph = helper.make_graph(nodes, "kinds", inputs, outputs, [table])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(proto, full_check=True)
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    return build_manifest(folder, model="digits", formats={"onnx": "model.onnx"}, signature=KINDS, metrics={})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ def tool_python(*requirements: str) -> Path:
 
     requirements: `name==version`; the first one is the tool.
     """
+    return tool_environment(requirements[0].partition("==")[0], requirements)
+
+
+def tool_environment(name: str, requirements: Sequence[str]) -> Path:
+    """The same under a name of its own."""
     try:
-        return environment(requirements[0].partition("==")[0], requirements)
+        return environment(name, requirements)
     except ServiceError as error:
         pytest.skip(str(error))

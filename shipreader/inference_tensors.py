@@ -1,0 +1,366 @@
+"""What a request of the Open Inference Protocol asks, held against what the model takes; and answers in its words.
+
+It imports numpy and orjson: `ship serve` runs it in an environment of its own. Sources: the Open Inference Protocol,
+v2, and its binary tensor data extension.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+DTYPES = {"FP16": "float16", "FP32": "float32", "FP64": "float64", "BOOL": "bool"}
+DTYPES |= {f"{kind}{bits}": f"{kind.lower()}{bits}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)}
+"""numpy's names by the protocol's."""
+DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
+EXACT = 2**53
+"""Below it a float64 is one whole number; JSON readers make float64 of `9007199254740993.0`."""
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+"""By tensor name."""
+
+
+class RequestError(Exception):
+    """A request that gets no answer; the message says what was expected and what was found.
+
+    `status` is HTTP's: 400 where the request is wrong, 404 for a model or version that is not served, 413 and 415 for
+    bodies that are not read, 500 where the fault is here.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output as the release declares it."""
+
+    name: str
+    datatype: str
+    """The protocol's, such as FP32."""
+    shape: tuple[int | str, ...]
+    """A string is a dynamic dimension's name."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """numpy's; little-endian, as on the wire."""
+        return np.dtype(DTYPES[self.datatype])
+
+    def __str__(self) -> str:
+        return f"{self.datatype} [{', '.join(map(str, self.shape))}]"
+
+    def metadata(self) -> dict[str, Any]:
+        """As the protocol's model metadata has it: -1 for a dynamic dimension."""
+        shape = [-1 if isinstance(size, str) else size for size in self.shape]
+        return {"name": self.name, "datatype": self.datatype, "shape": shape}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes and answers."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    ranges: Mapping[str, tuple[int, int | None]]
+    """Smallest and largest size of each dynamic dimension; None for no limit."""
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Signature:
+        """From the manifest's words: inputs, outputs and dims."""
+        inputs, outputs = (
+            {
+                item["name"]: Tensor(item["name"], DATATYPES[item["dtype"]], tuple(item["shape"]))
+                for item in document[side]
+            }
+            for side in ("inputs", "outputs")
+        )
+        return cls(inputs, outputs, {dim["name"]: (dim["min"], dim["max"]) for dim in document.get("dims", ())})
+
+    def require_names(self, given: Sequence[str]) -> None:
+        """Raises RequestError unless each input is given once."""
+        if sorted(given) != sorted(self.inputs):
+            raise RequestError(f"expected the inputs {', '.join(self.inputs)}; got {', '.join(given) or 'none'}")
+
+    def require_sizes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raises RequestError unless dynamic dimensions are within their ranges and the same wherever they stand."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, tensor in self.inputs.items():
+            for declared, size in zip(tensor.shape, shapes[name], strict=True):
+                if isinstance(declared, int):
+                    continue
+                least, most = self.ranges.get(declared, (0, None))
+                if size < least or (most is not None and size > most):
+                    limit = f"{least} to {most}" if most is not None else f"at least {least}"
+                    raise RequestError(f"input {name}: expected {declared} of {limit}, got {size}")
+                before, where = sizes.setdefault(declared, (size, name))
+                if before != size:
+                    raise RequestError(
+                        f"expected one size of {declared} in all inputs, got {before} in {where} and {size} in {name}"
+                    )
+
+    def outputs_named(self, names: Sequence[str]) -> list[str]:
+        """The outputs to answer: these, or all. Raises RequestError for one that there is not."""
+        if not set(names) <= self.outputs.keys():
+            raise RequestError(f"expected outputs of {', '.join(self.outputs)}; got {', '.join(names)}")
+        return list(names or self.outputs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that fits."""
+
+    id: str
+    inputs: Arrays
+    outputs: Sequence[str]
+    """Names, in the order to answer."""
+    binary: frozenset[str] = frozenset()
+    """Outputs to be answered as bytes."""
+
+
+# ---- one tensor
+
+
+def require_shape(tensor: Tensor, datatype: object, shape: object) -> list[int]:
+    """The sizes. Raises RequestError for another type, number of dimensions or fixed size than declared."""
+    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+        raise RequestError(f"input {tensor.name}: expected a shape of whole numbers from 0, got {_short(shape)}")
+    fits = len(shape) == len(tensor.shape) and all(
+        isinstance(declared, str) or declared == size for declared, size in zip(tensor.shape, shape, strict=True)
+    )
+    if datatype != tensor.datatype or not fits:
+        named = datatype if datatype in DTYPES else _short(datatype)
+        raise RequestError(f"input {tensor.name}: expected {tensor}, got {named} {shape}")
+    return shape
+
+
+def from_bytes(tensor: Tensor, shape: Sequence[int], data: bytes | memoryview) -> np.ndarray[Any, Any]:
+    """Little-endian elements, row by row. Raises RequestError for another number of them, or a BOOL beside 0 and 1."""
+    expected = math.prod(shape) * tensor.dtype.itemsize
+    if len(data) != expected:
+        raise RequestError(
+            f"input {tensor.name}: expected {expected} bytes for {tensor.datatype} {list(shape)}, got {len(data)}"
+        )
+    if tensor.datatype == "BOOL":
+        found = np.frombuffer(data, np.uint8)
+        if found.size and found.max() > 1:
+            raise RequestError(f"input {tensor.name}: expected bytes of 0 or 1 for BOOL, got {found.max()}")
+    if not expected:
+        return np.zeros(shape, tensor.dtype)
+    # A copy where it does not begin at a multiple of the element's size.
+    return np.require(np.frombuffer(data, tensor.dtype).reshape(shape), requirements="A")
+
+
+def from_values(tensor: Tensor, shape: Sequence[int], data: object) -> np.ndarray[Any, Any]:
+    """Numbers as JSON has them, flat or nested as the shape says.
+
+    Raises RequestError where the number type cannot hold a value: 1.9 for a whole number, 70000 for FP16, text, null,
+    true for a number. Rounding to the nearest float is no error.
+    """
+    flat = _flat(tensor, shape, data)
+    if len(flat) != math.prod(shape):
+        raise RequestError(
+            f"input {tensor.name}: expected {math.prod(shape)} values of shape {list(shape)}, got {len(flat)}"
+        )
+    kinds = set(map(type, flat))
+    allowed = {bool, int, float} if tensor.datatype == "BOOL" else {int, float}
+    if not kinds <= allowed:
+        place = next(place for place, value in enumerate(flat) if type(value) not in allowed)
+        raise _unfit(tensor, flat, place, "true or false" if tensor.datatype == "BOOL" else "a number")
+    return (_floats(tensor, flat) if tensor.dtype.kind == "f" else _whole(tensor, flat, kinds)).reshape(shape)
+
+
+def _flat(tensor: Tensor, shape: Sequence[int], data: object) -> list[Any]:
+    """Nested lists have the shape's sizes at every level."""
+    if not isinstance(data, list):
+        raise RequestError(f"input {tensor.name}: expected data as a list, got {_short(data)}")
+    if not data or type(data[0]) is not list:
+        return data
+    rows: list[Any] = [data]
+    for size in shape:
+        if any(type(row) is not list or len(row) != size for row in rows):
+            raise RequestError(f"input {tensor.name}: expected data flat or nested as {list(shape)}; it is neither")
+        rows = list(itertools.chain.from_iterable(rows))
+    return rows
+
+
+def _floats(tensor: Tensor, flat: list[Any]) -> np.ndarray[Any, Any]:
+    most = float(np.finfo(tensor.dtype).max)
+    limit = f"at most {most:.8g} in size, what {tensor.datatype} holds"
+    try:
+        wide = np.asarray(flat, np.float64)
+    except OverflowError:
+        place = next(place for place, value in enumerate(flat) if type(value) is int and abs(value) > most)
+        raise _unfit(tensor, flat, place, limit) from None
+    with np.errstate(over="ignore"):
+        array = wide.astype(tensor.dtype)
+    lost = np.isinf(array) & ~np.isinf(wide)
+    if lost.any():
+        raise _unfit(tensor, flat, int(lost.argmax()), limit)
+    return array
+
+
+def _whole(tensor: Tensor, flat: list[Any], kinds: set[type]) -> np.ndarray[Any, Any]:
+    least, most = (0, 1) if tensor.datatype == "BOOL" else (np.iinfo(tensor.dtype).min, np.iinfo(tensor.dtype).max)
+    if float in kinds:
+        for place, value in enumerate(flat):
+            if type(value) is float and not (value.is_integer() and abs(value) <= EXACT):
+                raise _unfit(tensor, flat, place, f"a whole number for {tensor.datatype}")
+        flat = [int(value) for value in flat]
+    if flat and not (min(flat) >= least and max(flat) <= most):
+        place = next(place for place, value in enumerate(flat) if not least <= value <= most)
+        raise _unfit(tensor, flat, place, f"{least} to {most} for {tensor.datatype}")
+    return np.asarray(flat, tensor.dtype)
+
+
+def _unfit(tensor: Tensor, flat: list[Any], place: int, expected: str) -> RequestError:
+    return RequestError(f"input {tensor.name}: expected {expected}, got {_short(flat[place])} at place {place}")
+
+
+def _short(value: object) -> str:
+    """What was given, as JSON writes it."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# ---- HTTP: JSON, with binary data behind it where its length is told
+
+
+def parse(body: bytes, json_length: int | None, signature: Signature) -> Request:
+    """A request as it came over HTTP.
+
+    Args:
+        body: JSON, and behind it the binary data.
+        json_length: bytes of the JSON, as the header Inference-Header-Content-Length says; None for all.
+        signature: of the model that is asked.
+
+    Raises:
+        RequestError: whatever does not fit.
+    """
+    view = memoryview(body)
+    if json_length is not None and not 0 < json_length <= len(body):
+        raise RequestError(f"Inference-Header-Content-Length: expected 1 to {len(body)}, the body's; got {json_length}")
+    head, rest = view[:json_length], view[len(body) if json_length is None else json_length :]
+    document = _json(head)
+    items = document.get("inputs")
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise RequestError("expected inputs, a list of objects with name, datatype, shape and data")
+    signature.require_names([str(item.get("name")) for item in items])
+    inputs: Arrays = {}
+    for item in items:
+        tensor = signature.inputs[item["name"]]
+        shape = require_shape(tensor, item.get("datatype"), item.get("shape"))
+        size = _parameters(item, f"input {tensor.name}").get("binary_data_size")
+        if size is None:
+            inputs[tensor.name] = from_values(tensor, shape, item.get("data"))
+            continue
+        if type(size) is not int or not 0 <= size <= len(rest):
+            raise RequestError(
+                f"input {tensor.name}: expected binary_data_size of 0 to {len(rest)}, the bytes left behind the JSON; "
+                f"got {_short(size)}"
+            )
+        inputs[tensor.name] = from_bytes(tensor, shape, rest[:size])
+        rest = rest[size:]
+    if rest:
+        raise RequestError(f"expected as many bytes behind the JSON as binary_data_size says; {len(rest)} are left")
+    signature.require_sizes({name: array.shape for name, array in inputs.items()})
+    outputs, binary = _wanted(document, signature)
+    return Request(str(document.get("id") or ""), inputs, outputs, binary)
+
+
+def answer(
+    request: Request, outputs: Sequence[np.ndarray[Any, Any]], model: str, version: str
+) -> tuple[bytes, int | None]:
+    """The body, and the length of its JSON where binary data follow. Shapes are what the model made.
+
+    Args:
+        request: what was asked.
+        outputs: in the order of `request.outputs`.
+        model: its name.
+        version: that answered.
+
+    Raises:
+        RequestError: NaN or infinity among numbers that are to be JSON, which has no word for them.
+    """
+    items, tail = [], []
+    for name, array in zip(request.outputs, outputs, strict=True):
+        item: dict[str, Any] = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": list(array.shape)}
+        if name in request.binary:
+            data = np.ascontiguousarray(array).tobytes()
+            item["parameters"] = {"binary_data_size": len(data)}
+            tail.append(data)
+        else:
+            _require_numbers(name, array)
+            item["data"] = np.ascontiguousarray(array).ravel()
+        items.append(item)
+    document = {"model_name": model, "model_version": version, "outputs": items}
+    if request.id:
+        document["id"] = request.id
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return b"".join([head, *tail]), len(head) if request.binary else None
+
+
+def _require_numbers(name: str, array: np.ndarray[Any, Any]) -> None:
+    if array.dtype.kind != "f":
+        return
+    wrong = ~np.isfinite(array)
+    if wrong.any():
+        place = tuple(int(index) for index in np.argwhere(wrong)[0])
+        raise RequestError(
+            f"output {name}: the model's answer is {array[place]} at {list(place)}, for which JSON has no word; ask "
+            "for binary data (parameters: binary_data_output, as Triton's client does by itself) or over gRPC"
+        )
+
+
+def _json(text: memoryview) -> dict[str, Any]:
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        # Python's own reads NaN and Infinity, which numpy's users write.
+        try:
+            document = json.loads(bytes(text), parse_float=_finite)
+        except (ValueError, RecursionError):
+            raise RequestError(
+                f"expected JSON, got {error}; binary data behind it need the header Inference-Header-Content-Length"
+            ) from None
+    if not isinstance(document, dict):
+        raise RequestError(f"expected a JSON object, got {_short(document)}")
+    return document
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is larger than FP64 holds")
+    return value
+
+
+def _parameters(item: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    found = item.get("parameters") or {}
+    if not isinstance(found, dict):
+        raise RequestError(f"{where}: expected parameters as an object, got {_short(found)}")
+    return found
+
+
+def _wanted(document: Mapping[str, Any], signature: Signature) -> tuple[list[str], frozenset[str]]:
+    """Outputs in the order to answer, and which of them as bytes."""
+    every = bool(_parameters(document, "request").get("binary_data_output"))
+    items = document.get("outputs") or []
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise RequestError("expected outputs, a list of objects with a name")
+    names = signature.outputs_named([str(item.get("name")) for item in items])
+    binary = set(names) if every else set()
+    for item in items:
+        parameters = _parameters(item, f"output {item['name']}")
+        if parameters.get("classification"):
+            raise RequestError(f"output {item['name']}: classification is not served; ask for the numbers")
+        if "binary_data" in parameters:
+            (binary.add if parameters["binary_data"] else binary.discard)(item["name"])
+    return names, frozenset(binary)
