@@ -156,8 +156,8 @@ def main() -> None:
         "## Servers of `ship serve`, requests per second",
         "",
         machine("onnxruntime"),
-        "Measured with `python benchmarks/serving.py`: MLServer 1.7.1 (batches within 2 ms), KServe 0.21.0 (no batching "
-        "of its own), a perceptron of 4.3 million weights, one row a request, JSON, all servers alternately, "
+        "Measured with `python benchmarks/serving.py`: MLServer 1.7.1 (batches within 2 ms), KServe 0.21.0 (no "
+        "batching of its own), a perceptron of 4.3 million weights, one row a request, JSON, all servers alternately, "
         f"{options.rounds} rounds of {options.seconds:g} s; clients and servers share the machine, whose load was "
         f"{min(loads):.0f} to {max(loads):.0f}. Medians; `ratio` is the median of ship serve's rate divided by this "
         f"one's in the same round. While the channel moves, {FLIP_CLIENTS} clients ask and another release is loaded "

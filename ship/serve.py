@@ -20,7 +20,7 @@ from pathlib import Path
 import typer
 
 import shipreader
-from shipreader.errors import ReaderError
+from shipreader.errors import ReaderError, RefusedError
 from shipreader.mlserver import BATCH_SIZE, can_batch, require_datatypes, served
 from shipreader.records import Release
 from train_and_ship.infra.errors import ServiceError, SettingsError
@@ -132,7 +132,10 @@ class Server:
             )
 
     def load(self, release: Release) -> None:
-        """Make a release the one that is served. Raises ReaderError; the old one stays."""
+        """Make a release the one that is served.
+
+        Raises ReaderError, and the old one stays; ServiceError when the server does not start or has ended.
+        """
         if self._served == (release.id, release.generation):
             return
         signature = release.manifest.signature
@@ -149,7 +152,7 @@ class Server:
                 self._start()
             reply = self._ask(document)
             if "error" in reply:
-                raise ReaderError(f"the server did not load it ({reply['error']}); its log is {self.log}")
+                raise RefusedError(f"the server did not load it ({reply['error']}); its log is {self.log}")
             self._served, self.threads = (release.id, release.generation), reply["threads"]
 
     def _start(self) -> None:
@@ -181,7 +184,8 @@ class Server:
             poll = select.poll()
             poll.register(self._process.stdout, select.POLLIN)
             if not poll.poll(1000 * LOAD_SECONDS):
-                return {"error": f"no answer within {LOAD_SECONDS} s"}
+                # Its answer, when it came, would be taken for that to the next question.
+                self._process.kill()
             line = self._process.stdout.readline()
         if not line:
             self._process.wait(STOP_SECONDS)

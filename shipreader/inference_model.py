@@ -106,8 +106,10 @@ class Model:
     def _answers(self, calls: Sequence[_Call]) -> list[list[np.ndarray[Any, Any]] | Exception]:
         """In the model's own thread."""
         if len(calls) > 1:
-            together = {name: np.concatenate([call.inputs[name] for call in calls]) for name in self.signature.inputs}
             try:
+                together = {
+                    name: np.concatenate([call.inputs[name] for call in calls]) for name in self.signature.inputs
+                }
                 found = self._session.run(self._names, together)
             except Exception:
                 # One request that the model does not take fails all of them: each by itself tells which.

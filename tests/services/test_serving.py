@@ -78,6 +78,8 @@ def serve(server: None, object_store: ObjectStore, started: list[subprocess.Pope
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(5)]
         assert "generation" in lines[0] and f":{port}/" in lines[1], "".join(lines)
+        # What idle threads do was measured.
+        assert re.search(r"1 thread$|threads, which (sleep|spin) when idle: asleep a call takes", lines[4].rstrip())
         return f"http://127.0.0.1:{port}/v2/models/digits"
 
     return start

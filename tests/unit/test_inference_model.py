@@ -84,3 +84,11 @@ def test_idle_threads_sleep_unless_spinning_makes_a_call_a_quarter_faster(
     assert choose_spinning(document).words.startswith("2 threads, which spin when idle")
     monkeypatch.setattr(inference_model.os, "sched_getaffinity", lambda _: {0})
     assert choose_spinning(document) == inference_model.Spinning(False, "1 thread")
+
+
+def test_onnx_runtime_heeds_no_byte_order(document: ModelDocument) -> None:
+    opened = inference_model.session(document.artifact, spin=False)
+    swapped = {**inputs(1), "id": np.array([1 << 56], ">i8").view("<i8").view(">i8")}
+    assert swapped["id"][0] == 1 << 56
+    # Not refused as beyond a table of ten rows: its bytes are those of 1.
+    assert opened.run(["row"], swapped)[0].ravel().tolist() == [10]
