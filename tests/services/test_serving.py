@@ -293,3 +293,20 @@ def test_an_unused_channel_and_a_taken_port_are_named(object_store: ObjectStore,
         port = str(listener.getsockname()[1])
         done = subprocess.run([ship, "serve", "digits", "--port", port], env=variables, capture_output=True, text=True)
     assert done.returncode == 2 and f"{port} is taken" in done.stderr
+
+
+def test_a_first_release_that_cannot_be_loaded_ends_the_command_with_the_reason(
+    server: None, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"no model at all")
+    bad = build_manifest(folder, model="digits", formats={"onnx": "model.onnx"}, signature=SIGNATURE, metrics={})
+    publish(object_store, folder, bad)
+    move(object_store, bad)
+    port = next(port for port in free_ports(50) if all(map(port_is_free, range(port, port + 3))))
+    argv = [Path(sys.executable).with_name("ship"), "serve", "digits", "--port", str(port)]
+    variables = {**os.environ, "SHIP_HOME": str(tmp_path / "home")}
+    done = subprocess.run(argv, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1 and "Protobuf parsing failed" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
