@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -103,16 +104,18 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
 async def _registered(record: VersionRecord, run: Run) -> RegisteredVersion:
     """The version. An MLflow that is away is waited for: all else is done, and hours of training are in this run."""
     settings, logger = run.settings, get_run_logger()
-    wait, began, said = settings.mlflow_wait_seconds, time.monotonic(), 0.0
+    wait, began, said = settings.mlflow_wait_seconds, math.inf, 0.0
     pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
-    problem = ""
+    missed = False
     while True:
         try:
-            if problem:
-                # Quicker than MLflow's own client, which tries for 8 s.
+            if missed:
+                # Quicker than MLflow's own client.
                 await asyncio.to_thread(check_reachable, settings.mlflow_url)
             version = await asyncio.to_thread(mlflow_versions.register, record, settings.mlflow_url)
         except AwayError as error:
+            # From the first time on that it was missed: MLflow's own client tries for 8 s.
+            began = min(began, time.monotonic())
             waited = time.monotonic() - began
             if waited >= wait:
                 raise AwayError(
@@ -122,7 +125,7 @@ async def _registered(record: VersionRecord, run: Run) -> RegisteredVersion:
                     "there.",
                     retryable=False,
                 ) from error
-            if not problem:
+            if not missed:
                 logger.warning(
                     "%s Training, export and proof are done, and wait up to %d s for it (SHIP_MLFLOW_WAIT_SECONDS).",
                     error, wait,
@@ -130,10 +133,10 @@ async def _registered(record: VersionRecord, run: Run) -> RegisteredVersion:
             elif waited - said >= SAY_SECONDS:
                 said = waited
                 logger.warning("MLflow is still away after %d s; waiting %d s more.", waited, wait - waited)
-            problem = str(error)
+            missed = True
             await asyncio.sleep(min(next(pauses), wait - waited))
             continue
-        if problem:
+        if missed:
             logger.info("MLflow is back after %d s", time.monotonic() - began)
         return version
 

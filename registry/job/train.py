@@ -113,7 +113,7 @@ class Train(Part):
     """exchange ddp's gradients in half precision; bf16 needs nccl"""
     find_unused_parameters: bool | None = None
     """ddp looks in each step for parameters that take no part in it, as with LayerDrop; when absent, it does so where
-    forward decides something by chance or by values"""
+    forward decides something by chance or by values, and the other answer may use other ones"""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """autocast in training; weights and validation stay in float32"""
     fused: bool = False

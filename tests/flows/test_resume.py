@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.channels import live
-from tests.support.fixture_types import Ship
+from tests.support.fixture_types import Command, Ship
+from tests.support.ports import free_port
 from tests.support.processes import PATIENCE, orphans
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
@@ -82,6 +85,25 @@ def test_a_complete_stage_is_verified_and_not_repeated(
     assert "train: already complete in this run, verified by hash" in second.text
     assert (run / "train" / "weights.safetensors").stat().st_mtime_ns == weights
     assert live(store, "mended") is not None
+
+
+@pytest.mark.soak
+def test_a_training_whose_mlflow_stayed_away_is_not_lost(
+    command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
+) -> None:
+    quick = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
+    job = write_project(tmp_path, **quick, name="awaited")
+    # In processes of their own: MLflow remembers the address that it was at.
+    nobody = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "SHIP_MLFLOW_WAIT_SECONDS": "3"}
+    ended = command("ship", "run", str(job), **nobody)
+    assert ended.status == 1 and "Traceback" not in ended.text, ended.text
+    assert ended.text.count("wait up to 3 s for it") == 1 and live(store, "awaited") is None
+    (run,) = (path.name for path in (stack.runs / "awaited").iterdir() if path.is_dir())
+    assert f"--resume {run}" in ended.text and "Nothing is lost" in ended.text
+
+    again = command("ship", "run", str(job), "--resume", run)
+    assert again.status == 0 and "train: already complete in this run" in again.text, again.text
+    assert live(store, "awaited") is not None
 
 
 def test_a_run_that_does_not_exist_cannot_be_resumed(ship: Ship) -> None:

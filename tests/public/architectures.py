@@ -375,7 +375,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="BERT, token classes", library="transformers", sample=tokens(), loss="of_tokens",
-        target=padded(12), train=MEASURED, notes=(NO_MEAN,),
+        target=padded(12), notes=(NO_MEAN,),
         why="a mean over the tokens that are no padding, of which halves have more or less",
         build=transformers("BertForTokenClassification", "BertConfig", num_labels=CLASSES, **TEXT),
     ),
@@ -402,7 +402,6 @@ ARCHITECTURES = (
         build=transformers(
             "MixtralForCausalLM", "MixtralConfig", num_key_value_heads=1, num_local_experts=3, use_cache=False, **TEXT
         ),
-        notes=(DECIDES,), why="values decide which experts a token goes to",
     ),
     Architecture(
         name="T5 encoder", library="transformers", sample=tokens(), target=floats(12, 16), loss="of_values",
