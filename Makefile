@@ -27,11 +27,11 @@ soak: $(READY)
 public: build/public/.ready
 	build/public/bin/python -m pytest -m public --numprocesses 2 $(ARGS) tests/public
 
-build/public/.ready: tests/public/requirements.txt pyproject.toml constraints.txt
+build/public/.ready: tests/support/public/requirements.txt pyproject.toml constraints.txt
 	rm -rf build/public
 	$(PYTHON) -m venv build/public
 	build/public/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[dev]' --requirement tests/public/requirements.txt
+	  --editable '.[dev]' --requirement tests/support/public/requirements.txt
 	touch $@
 
 # What CI runs before it lets a change in: style, types, tests.

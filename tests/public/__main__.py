@@ -13,8 +13,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.public.architectures import ARCHITECTURES, BY_NAME, Architecture
-from tests.public.asking import Answer, ask, page
+from tests.support.public.architectures import ARCHITECTURES, BY_NAME, Architecture
+from tests.support.public.asking import Answer, ask, page
 
 
 def main() -> int:

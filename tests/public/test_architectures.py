@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.public.architectures import ARCHITECTURES, Architecture
-from tests.public.asking import ask
+from tests.support.public.architectures import ARCHITECTURES, Architecture
+from tests.support.public.asking import ask
 
 pytestmark = pytest.mark.public
 

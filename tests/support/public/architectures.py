@@ -1,6 +1,6 @@
 """Architectures that nobody here wrote: tiny configurations, random weights, random samples. A job file names each.
 
-Needs the packages of requirements.txt, which only this folder uses. A new one is a row of `ARCHITECTURES`: how it is
+Needs the packages of requirements.txt, which nothing else does. A new one is a row of `ARCHITECTURES`: how it is
 built, what a sample is, how its outputs become a loss. `python -m tests.public NAME` asks one.
 """
 
@@ -479,7 +479,7 @@ ARCHITECTURES = (
     ),
     Architecture(name="TabNet", library="pytorch-tabnet", build=TabNet, sample=floats(8), target=LABEL,
         train={"find_unused_parameters": True},
-        why="it has a BatchNorm that it never calls (tabnet.initial_bn), which DDP has to know of",
+        why="with find_unused_parameters: true, as it has a BatchNorm that it never calls (tabnet.initial_bn)",
     ),
     Architecture(
         name="encoder", library="x-transformers", sample=whole(60, 12), target=whole(60, 12), loss="of_tokens",

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from tests.public.architectures import ARCHITECTURES, Architecture
 from tests.support.projects import REPOSITORY
+from tests.support.public.architectures import ARCHITECTURES, Architecture
 from torchworker.contract import LOSSES
 
 HERE = Path(__file__).parent
@@ -33,12 +33,17 @@ What a run asks of a job before it trains must not refuse, nor warn of, a model 
 be shipped, pairs of outputs and targets, a finite loss, samples that depend on each other, a last batch of one, a loss
 that is no mean, parameters that a step does not use, one training step, and the weights to a file and back.
 
-*Nothing* is what is right for most of them. What is said of the others is true, and the last column says why.
+*Nothing* is what is right for most of them. What is said of the others is true, and the last column says why. A model
+whose answers do depend on the batch, as CLIP's logits or a BatchNorm without statistics, is no false alarm.
+
+The first time (2026-11-29) one kind of false alarm was found: BERT, DistilBERT, GPT-2, Llama, Mixtral, T5's encoder and
+a solver of torchdiffeq look at values (is there any padding?), and were said to decide which parameters a step uses.
+The other answer is tried now. CLIP was refused with a wrong cause.
 
 `make public` makes an environment of its own for them, with the versions below, in `build/public` (some 3 GB), and
 asks all; neither `make test` nor `make soak` does. `build/public/bin/python -m tests.public > docs/public-models.md`
 writes this page, and
-[tests/public/architectures.py](../tests/public/architectures.py) is the table: a new one is a row.
+[tests/support/public/architectures.py](../tests/support/public/architectures.py) is the table: a new one is a row.
 
 Asked on {date}: {versions}.
 

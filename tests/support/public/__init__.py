@@ -1,0 +1,1 @@
+"""Public architectures: what they are, and what is said of them."""
