@@ -318,7 +318,11 @@ def test_a_server_that_restarts_behind_a_proxy_is_away_and_a_wrong_name_is_wrong
     assert not isinstance(raised.value, AwayError)
 
 
-def test_a_registration_that_meets_nobody_says_that_the_server_is_away(folder: Path) -> None:
+def test_a_registration_that_meets_nobody_says_that_the_server_is_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would try for 8 s.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(AwayError, match=rf"registering away: MLflow at {url} does not answer"):
         mlflow_versions.register(record(folder, model="away"), url)
