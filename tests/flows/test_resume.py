@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.channels import live
 from tests.support.fixture_types import Command, Ship
+from tests.support.html_pages import checked
 from tests.support.ports import free_port
 from tests.support.processes import PATIENCE, orphans
 from tests.support.projects import REPOSITORY, SLOW, write_project
@@ -88,11 +89,18 @@ def test_a_complete_stage_is_verified_and_not_repeated(
 
 
 @pytest.mark.soak
-def test_a_training_whose_mlflow_stayed_away_is_not_lost(
+def test_a_training_whose_mlflow_stayed_away_is_not_lost_nor_what_it_warned_of(
     command: Command, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     quick = {"train": {"epochs": 1, "processes": 1, "batch_size": 32}, "export": {"formats": ["torchscript"]}}
-    job = write_project(tmp_path, **quick, name="awaited")
+    warns = """
+        import warnings
+        original = build_model
+        def build_model():
+            warnings.warn("take the new model", FutureWarning)
+            return original()
+    """
+    job = write_project(tmp_path, extra=warns, **quick, name="awaited")
     # In processes of their own: MLflow remembers the address that it was at.
     nobody = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "SHIP_MLFLOW_WAIT_SECONDS": "3"}
     ended = command("ship", "run", str(job), **nobody)
@@ -104,6 +112,9 @@ def test_a_training_whose_mlflow_stayed_away_is_not_lost(
     again = command("ship", "run", str(job), "--resume", run)
     assert again.status == 0 and "train: already complete in this run" in again.text, again.text
     assert live(store, "awaited") is not None
+    # What was shown while it trained is in the report all the same.
+    report = checked((stack.runs / "awaited" / run / "report.html").read_text())
+    assert "FutureWarning: take the new model" in report.text and "train, export" in report.text
 
 
 def test_a_run_that_does_not_exist_cannot_be_resumed(ship: Ship) -> None:
