@@ -134,6 +134,7 @@ def write_reference(
                 # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
                 refusal = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
                 unasked.append(f"{probe.name}, which the model refuses itself ({refusal})")
+    _require_no_memory(answers, golden[-1])
     signature = {spec.name: spec for spec in input_specs(named, dims)}
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
     _write_probes([*asked, *refused], [*unasked, *hung], independence, folder / PROBES)
@@ -270,6 +271,22 @@ def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> N
         if not torch.equal(tensor.nan_to_num(), kept[name].nan_to_num()):
             raise UserError(
                 f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
+            )
+
+
+def _require_no_memory(answers: Answers, first: Probe) -> None:
+    """Raises UserError when the model's answer to a question is another one after all the others.
+
+    first: a batch of capture, with the answer of then.
+    """
+    assert first.eager is not None, "a batch of capture is answered"
+    again = answers.eager({name: tensor.clone() for name, tensor in first.inputs.items()})
+    for name, tensor in first.eager.items():
+        if not torch.equal(tensor.nan_to_num(), again[name].nan_to_num()):
+            raise UserError(
+                f"{answers.project.model.where}: output {name!r} of forward is another one after other inputs were "
+                "asked: the model remembers them, in a buffer that is not saved or in an attribute; an exported model "
+                "must not keep state between calls: take it as an input and return it as an output"
             )
 
 

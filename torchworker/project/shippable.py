@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
+from torchworker.project.kept_state import State, changed, place_of, refusal, saved, state_of
 from torchworker.project.user_code import describe_tensor, forward, name_inputs, name_outputs
 from torchworker.project.watch import Place, watched
 
@@ -36,7 +38,7 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
     """
     given = name_inputs(model, inputs, project)
     before = {name: tensor.clone() for name, tensor in given.items()}
-    kept = {name: tensor.clone() for name, tensor in _kept(model).items()}
+    state = state_of(model)
     outputs = forward(model, inputs, project)
     named = name_outputs(outputs, project)
     _require_dense(named, project)
@@ -46,24 +48,33 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
                 f"{project.model.where}: forward changes its input {name!r} in place, which exported formats do not "
                 "do; clone it first"
             )
-    for name, tensor in _kept(model).items():
-        if name not in kept or not _close(kept[name], tensor):
-            raise UserError(
-                f"{project.model.where}: forward changes the buffer {name!r} in eval mode; an exported model must not "
-                "keep state between calls: change it in training only (if self.training)"
-            )
+    _require_settled(model, state, given, project)
     _require_batch(model, given, named, project)
-    _require_same(model, inputs, named, project)
+    _require_same(model, inputs, named, project, state)
     for kind in formats:
         if why := cannot_hold(kind, model, given, named):
             raise UserError(f"{project.model.where}: {why}, or leave {kind} out of export.formats")
     return outputs
 
 
-def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are saved, by name."""
-    state = model.state_dict()
-    return {name: buffer for name, buffer in model.named_buffers() if name in state}
+def _require_settled(model: nn.Module, before: State, given: Mapping[str, Tensor], project: Project) -> None:
+    """Raises UserError where forward goes on changing what is saved: a buffer may be filled on its first use.
+
+    before: the state before the first call on the inputs that are given.
+    """
+    first = changed(before, model)
+    if not first:
+        return
+    now = state_of(model)
+    with suppress(UserError):
+        # Other samples in each place, so that what was last seen is not taken for what is settled.
+        forward(model, {name: tensor.roll(1, 0) for name, tensor in given.items()}, project)
+        forward(model, given, project)
+    parameters = {name for name, _ in model.named_parameters()}
+    # A row of an embedding that is shortened at its look-up changes no more, and others will.
+    going_on = [name for name in first if name in parameters] or changed(now, model)
+    if names := saved(model, going_on):
+        raise refusal(model, names, given, project)
 
 
 def _require_dense(outputs: Mapping[str, Tensor], project: Project) -> None:
@@ -114,8 +125,13 @@ def _require_batch(
         raise UserError("\n".join(mistakes))
 
 
-def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], project: Project) -> None:
-    """Raises UserError for a difference that no rounding explains; the export asks for every bit."""
+def _require_same(
+    model: nn.Module, inputs: Any, first: Mapping[str, Tensor], project: Project, before: State
+) -> None:
+    """Raises UserError for a difference that no rounding explains; the export asks for every bit.
+
+    before: the state before the first call.
+    """
     second = name_outputs(forward(model, inputs, project), project)
     different = next((name for name, tensor in first.items() if not _close(tensor, second.get(name))), None)
     if different is None:
@@ -126,6 +142,14 @@ def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], pr
     )
     watch = watched(model, inputs, project)
     draws = watch.draws if watch is not None else []
+    if not draws and (names := changed(before, model)):
+        # It is not saved, or it would have been refused before.
+        where = place_of(model, names[0], inputs, project)
+        raise UserError(
+            f"{what}: forward changes the buffer {names[0]!r}{where and f', {where}'}; an exported model must not keep "
+            "state between calls: change it in training only (if self.training), or take it as an input and return it "
+            "as an output"
+        )
     if not draws:
         raise UserError(
             f"{what}; a model with randomness or state in forward cannot be proven equal to its export: take it out, "

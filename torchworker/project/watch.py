@@ -1,4 +1,5 @@
-"""What a forward pass does beside computing: it draws random numbers, or decides in Python by values of tensors."""
+"""What a forward pass does beside computing: it draws random numbers, decides in Python by values of tensors, or writes
+into the model's own."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Around a forward pass: the places where it drew and where it decided, the first one first.
+    """Around a forward pass: the places where it drew, decided and wrote into the model, the first one first.
 
     What such a mode cannot see into, as torch.cond, fails inside.
     """
@@ -56,10 +57,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names = {id(module): name for name, module in model.named_modules()}
         self._folder = Path(folder)
         self._random: dict[Any, bool] = {}
+        named = [*model.named_parameters(), *model.named_buffers()]
+        # Not by identity: torch writes through `detach()` and `.data`, which are other objects on the same memory.
+        self._owned = {tensor.untyped_storage().data_ptr(): name for name, tensor in named if tensor.numel()}
         self.draws: list[Place] = []
         self.decisions: list[Place] = []
         self.answers = 0
         """How many of the decisions are by one yes or no."""
+        self.writes: dict[str, Place] = {}
+        """Where each parameter or buffer was written into first, by its name."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -74,12 +80,22 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif func in _READS:
             self.decisions.append(self._place(func))
             self.answers += _is_answer(func, args)
+        elif func._schema.is_mutable:
+            self._note_writes(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def _place(self, func: Any) -> Place:
+    def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        for position, argument in enumerate(func._schema.arguments):
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            if argument.is_write and isinstance(given, torch.Tensor) and given.layout == torch.strided:
+                name = self._owned.get(given.untyped_storage().data_ptr())
+                if name is not None:
+                    self.writes.setdefault(name, self._place(func, 3))
+
+    def _place(self, func: Any, above: int = 2) -> Place:
         module, kind, line = "", "", ""
         dropout = "dropout" in func.name() or _is_attention(func)
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(above)
         while frame is not None and not (line and kind):
             code = frame.f_code
             if code.co_filename == _FUNCTIONAL and "dropout" in code.co_name:

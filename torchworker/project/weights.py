@@ -6,12 +6,10 @@ transposed view, buffers are views of one table, images are in NHWC order. All t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -107,12 +105,3 @@ def start_from(model: nn.Module, path: Path) -> None:
             f"retrain.start: live: the weights of release {path.parent.name} do not fit the model that model.factory "
             f"makes: {differs}; use retrain.start: scratch, or bring back the model that the release was trained with"
         ) from None
-
-
-def state_hash(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, to see whether an export changed the model."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(values_of(tensor).flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -41,6 +41,7 @@ from torchworker.parity.reference import enlarged, require_trained, write_refere
 from torchworker.process.failure import DescribedError, UserError, describe, failure_of
 from torchworker.process.fork import CrashNote, ForkedCall, can_fork
 from torchworker.project.independence import require_independent
+from torchworker.project.kept_state import changed, refusal, saved, state_of
 from torchworker.project.opened import Opened
 from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import (
@@ -62,7 +63,7 @@ from torchworker.project.user_code import (
     name_inputs,
     name_outputs,
 )
-from torchworker.project.weights import load_weights, state_hash
+from torchworker.project.weights import load_weights
 
 EXPORTERS: Mapping[str, Callable[[Subject, Path], str]] = {
     "torchscript": torchscript,
@@ -106,7 +107,7 @@ def export(request: ExportRequest) -> ExportResult:
     with torch.no_grad():
         if request.weights:
             require_trained(model, Path(request.weights).with_name(PROBE), request.project)
-        before = state_hash(model)
+        before = state_of(model)
         outputs = output_specs(model, named, dims, request.project)
         # A size of 1 looks like a dimension that broadcasts, and would be captured as such.
         large = {name: 2 for name, size in sizes_of(named, dims).items() if size < 2}
@@ -127,11 +128,8 @@ def export(request: ExportRequest) -> ExportResult:
             with _Exports(able, request, subject) as exports:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
                 reference, read = write_reference(request, model, named, dataset, independence)
-                if state_hash(model) != before:
-                    raise UserError(
-                        "export: running the model in eval mode changed its own parameters or buffers; an exported "
-                        "model must not keep state between calls"
-                    )
+                if names := saved(model, changed(before, model)):
+                    raise refusal(model, names, named, request.project)
                 artifacts, left_out = _all(exports, request, subject, impossible)
     inputs_of, outputs_of = input_specs(named, dims), outputs
     if request.project.coupled:
