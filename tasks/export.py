@@ -54,6 +54,8 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
         await require_same_data(run, contradictions_of_gates(run.job, facts, result))
     for kind, artifact in result.artifacts.items():
         get_run_logger().info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
+        for note in artifact.notes:
+            get_run_logger().warning("%s: %s", kind, note)
     for kind, why in result.left_out.items():
         get_run_logger().warning("%s is left out: %s", kind, why)
     return Exported(folder=stage.path, result=result, digest=stage.digest(), weights=trained.weights)

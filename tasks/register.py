@@ -217,7 +217,7 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         result=validated.result,
         training=shipped_of(trained.result),
         links={"Prefect run": run.flow_run_url},
-        captured={kind: validated.exported.result.artifacts[kind].method for kind in validated.formats},
+        captured={kind: validated.exported.result.artifacts[kind].said for kind in validated.formats},
         left_out={**validated.exported.result.left_out, **validated.dropped},
         shipped=shipped_words(run.job, trained.result) if trained.result.chosen_by else "",
     )

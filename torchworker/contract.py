@@ -612,6 +612,13 @@ class Artifact(Message):
     method: str
     """How it was captured, in words for the report."""
     seconds: float
+    notes: Sequence[str] = ()
+    """What it computes otherwise than the model, on inputs that samples may not show."""
+
+    @property
+    def said(self) -> str:
+        """How it was captured, and the notes."""
+        return "; note: ".join([self.method, *self.notes])
 
 
 @dataclass(frozen=True, kw_only=True)

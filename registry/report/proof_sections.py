@@ -71,7 +71,7 @@ def gates_section(files: RunFiles) -> Section:
         more.append(agreement_table(compared))
     if files.exported is not None:
         dropped = {kind: item.reason for kind, item in files.validated.int8.items() if item.reason}
-        captured = {kind: item.method for kind, item in files.exported.artifacts.items() if kind not in dropped}
+        captured = {kind: item.said for kind, item in files.exported.artifacts.items() if kind not in dropped}
         more.append(capture_table(captured, {**files.exported.left_out, **dropped}))
     return Section(
         title="Gates and metrics", blocks=blocks, more=more, more_title="Held against training, and how it was captured"

@@ -12,19 +12,21 @@ import torch
 from torch.export import ExportedProgram
 
 from torchworker.exporters.agreement import disagreement, hides_nan
+from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
-from torchworker.exporters.subject import Subject
+from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.runtimes.load import SIGNATURE, load_artifact
 
 
-def aoti(subject: Subject, path: Path) -> str:
+def aoti(subject: Subject, path: Path) -> Made:
     """Compile, write one package and say how.
 
     Raises UserError without a C++ compiler, and for what cannot be compiled.
     """
     named = compiler()
     captured = capture(subject)
+    noted = notes(captured.program, "aoti", subject.folder)
     refusals = []
     for freezing in (True, False):
         with captured.assuming():
@@ -36,7 +38,7 @@ def aoti(subject: Subject, path: Path) -> str:
         call = load_artifact("aoti", path, torch.get_num_threads())
         differs = disagreement(call, subject) or (hides_nan(call, subject) if freezing else "")
         if not differs:
-            return f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {named}"
+            return Made(f"{captured.method} → AOTInductor{', weights folded in' if freezing else ''}, {named}", noted)
         refusals.append(differs)
     path.unlink(missing_ok=True)
     raise UserError(f"export: AOTInductor: {refusals[-1]}; leave aoti out of export.formats")

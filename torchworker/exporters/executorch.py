@@ -17,8 +17,9 @@ import torch
 from torch.export import ExportedProgram
 
 from torchworker.exporters.agreement import disagreement, hides_nan
+from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture, ranges
-from torchworker.exporters.subject import Subject
+from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.signature import BATCH
@@ -30,7 +31,7 @@ Range = tuple[int, int | None]
 """Smallest and largest size of a dimension; None for no limit."""
 
 
-def executorch(subject: Subject, path: Path) -> str:
+def executorch(subject: Subject, path: Path) -> Made:
     """Write one program and say how it was made: with XNNPACK's kernels where that is the model, else without.
 
     Raises UserError without the library, for a dimension without a largest size, and for what cannot be lowered, or
@@ -42,6 +43,7 @@ def executorch(subject: Subject, path: Path) -> str:
     for backend, xnnpack in (("XNNPACK", True), ("portable kernels", False)):
         # Lowering narrows the program it is given, so each attempt has one of its own.
         captured = capture(subject)
+        noted = notes(captured.program, "executorch", subject.folder)
         try:
             with captured.assuming():
                 lowered, content = lower(captured.program, subject, xnnpack)
@@ -52,7 +54,7 @@ def executorch(subject: Subject, path: Path) -> str:
         refusal = narrowed(subject, ranges(lowered, subject), "the lowered program takes")
         refusal = refusal or _tried(subject, path)
         if not refusal:
-            return f"{captured.method} → ExecuTorch, {backend}"
+            return Made(f"{captured.method} → ExecuTorch, {backend}", noted)
         refusals.append(f"{backend}: {refusal}")
     path.unlink(missing_ok=True)
     raise UserError(f"export: ExecuTorch: {'; '.join(refusals)}; leave executorch out of export.formats")

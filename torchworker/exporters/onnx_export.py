@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
-from torchworker.exporters.subject import Subject
+from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.shown_warnings import keep
 
@@ -19,7 +20,7 @@ OPSET = 20
 """ONNX operator set: what torch 2.13's exporter writes natively."""
 
 
-def onnx_model(subject: Subject, path: Path) -> str:
+def onnx_model(subject: Subject, path: Path) -> Made:
     """Write one file with named inputs, outputs and dynamic dimensions, and say how it was captured.
 
     Raises UserError for models that torch.export or ONNX cannot express, and where the exporter itself has doubts. What
@@ -31,6 +32,7 @@ def onnx_model(subject: Subject, path: Path) -> str:
     torch.backends.mha.set_fastpath_enabled(False)
     captured = capture(subject)
     program = captured.program
+    noted = notes(program, "onnx", subject.folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -52,7 +54,7 @@ def onnx_model(subject: Subject, path: Path) -> str:
         )
     _name_dimensions(onnx_program.model, subject)
     onnx_program.save(str(path), external_data=False)
-    return f"{captured.method} → ONNX opset {OPSET}"
+    return Made(f"{captured.method} → ONNX opset {OPSET}", noted)
 
 
 def _exported(program: ExportedProgram, subject: Subject) -> Any:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from torchworker.exporters.program import capture
-from torchworker.exporters.subject import Subject
+from torchworker.exporters.subject import Made, Subject
 
 
-def pt2(subject: Subject, path: Path) -> str:
+def pt2(subject: Subject, path: Path) -> Made:
     """Write the program and say how it was captured. Raises UserError when torch.export cannot capture the model."""
     captured = capture(subject)
     torch.export.save(captured.program, str(path))
-    return captured.method
+    return Made(captured.method)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from torchworker.contract import DynamicDim, Project
 from torchworker.project.signature import input_specs
+
+
+class Made(NamedTuple):
+    """How one format was made."""
+
+    method: str
+    """In words for the report."""
+    notes: Sequence[str] = ()
+    """What it computes otherwise than the model, on inputs of a corner, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)

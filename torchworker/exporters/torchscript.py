@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchworker.exporters.agreement import disagreement
-from torchworker.exporters.subject import Subject
+from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, user_line
 from torchworker.process.shown_warnings import keep
 from torchworker.project.user_code import arguments, forward, name_outputs
@@ -25,7 +25,7 @@ class _UnfaithfulError(Exception):
     """A capture that would not be the model; the message says why, with the user's line."""
 
 
-def torchscript(subject: Subject, path: Path) -> str:
+def torchscript(subject: Subject, path: Path) -> Made:
     """Write the program and say how it was captured.
 
     Raises UserError when neither script, trace nor a mix of both gives the model's own outputs.
@@ -41,7 +41,7 @@ def torchscript(subject: Subject, path: Path) -> str:
             refusals[way.__name__.strip("_")] = str(refusal)
             continue
         program.save(str(path))
-        return method
+        return Made(method)
     told = "; ".join(f"{name}: {why}" for name, why in refusals.items())
     raise UserError(
         f"export: TorchScript cannot capture the model faithfully. {told}. Ways out: annotate the types so that script "

@@ -35,7 +35,7 @@ from torchworker.exporters.aoti import aoti
 from torchworker.exporters.executorch import executorch
 from torchworker.exporters.onnx_export import onnx_model
 from torchworker.exporters.pt2 import pt2
-from torchworker.exporters.subject import Subject
+from torchworker.exporters.subject import Made, Subject
 from torchworker.exporters.torchscript import torchscript
 from torchworker.parity.reference import enlarged, require_trained, write_reference
 from torchworker.process.failure import DescribedError, UserError, describe, failure_of
@@ -65,7 +65,7 @@ from torchworker.project.user_code import (
 )
 from torchworker.project.weights import load_weights
 
-EXPORTERS: Mapping[str, Callable[[Subject, Path], str]] = {
+EXPORTERS: Mapping[str, Callable[[Subject, Path], Made]] = {
     "torchscript": torchscript,
     "onnx": onnx_model,
     "pt2": pt2,
@@ -268,8 +268,8 @@ def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
     began = time.perf_counter()
     try:
         with torch.no_grad():
-            method = _write(kind, request, subject, path)
-        artifact = Artifact(file=path.name, method=method, seconds=time.perf_counter() - began)
+            method, notes = _write(kind, request, subject, path)
+        artifact = Artifact(file=path.name, method=method, seconds=time.perf_counter() - began, notes=notes)
         reply = Reply(result=asdict(artifact))
     except (Exception, SystemExit) as error:
         reply = Reply(failure=failure_of(error, request.project.folder))
@@ -279,7 +279,7 @@ def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
     return 0 if reply.failure is None else 1
 
 
-def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> str:
+def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> Made:
     """Make one artifact and say how."""
     if kind not in INT8_FILES:
         return EXPORTERS[kind](subject, path)
@@ -288,11 +288,11 @@ def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> s
 
     model = path.with_name(FORMAT_FILES["onnx"])
     if kind == "onnx-int8-dynamic":
-        return quantize.onnx_dynamic(model, path)
+        return Made(quantize.onnx_dynamic(model, path))
     calibration = _calibration(request, subject)
     if kind == "onnx-int8-static":
-        return quantize.onnx_static(model, path, calibration)
-    return quantize.pt2e(subject, path, calibration)
+        return Made(quantize.onnx_static(model, path, calibration))
+    return Made(quantize.pt2e(subject, path, calibration))
 
 
 def _calibration(request: ExportRequest, subject: Subject) -> list[dict[str, Tensor]]:
