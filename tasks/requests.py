@@ -266,6 +266,8 @@ def measure_request(
         speedup=job.export.int8.speedup if job.export.int8 is not None else 1.0,
         # Some archives take seconds to load: no run waits for a median that nothing is decided by.
         loads=LOADS if "load_ms" in job.gates else 1,
+        dims=dynamic_dims(job),
+        max_batch=job.export.max_batch,
         forbidden_modules=user_modules(job, Path(project.folder)),
         forbidden_folder=project.folder,
     )

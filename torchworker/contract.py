@@ -788,6 +788,10 @@ class MeasureRequest(CleanRoom):
     """How many times as fast as its float format an int8 variant has to be."""
     loads: int = 1
     """Processes in which the time to load each is measured; their median counts."""
+    dims: Sequence[DynamicDim] = ()
+    """Declared dimensions beside the batch; memory is measured over their sizes."""
+    max_batch: int | None = None
+    """The largest batch that is declared; None for no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -822,6 +826,8 @@ class Measured:
     """From the file to the first answer, the runtime being imported; the median of several processes."""
     memory_bytes: int | None = None
     """Largest resident memory until the end, less what the process had before it loaded the file."""
+    memory_over: str = ""
+    """What was asked before it was read, besides the batches of the speeds: sizes, in words."""
     speeds: Sequence[Speed] = ()
     """One a batch size, ascending."""
     problem: str = ""

@@ -36,11 +36,12 @@ def speed_table(found: MeasureResult, unproven: Collection[str] = ()) -> Table:
 def how_measured(found: MeasureResult) -> str:
     """In how many threads, where, and how often."""
     calls = sorted({speed.calls for item in found.measured.values() for speed in item.speeds})
+    over = list(dict.fromkeys(item.memory_over for item in found.measured.values() if item.memory_over))
     counted = f"{calls[0]} to {calls[-1]} calls" if calls else "no calls"
     return (
         f"{found.threads} {'thread' if found.threads == 1 else 'threads'} on {found.machine}; {counted}, all formats "
         "by turns. CPU ms is the time of the calling thread, by which formats are compared: other work on the machine "
-        "does not stretch it. Memory is the peak above the empty process."
+        "does not stretch it. Memory is the peak above the empty process" + (f", over {'; '.join(over)}." if over else ".")
     )
 
 

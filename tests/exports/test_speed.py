@@ -11,11 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from torchworker.contract import GOLDEN, Gate, Measured, MeasureRequest, MeasureResult, Speed, TensorSpec, Timed, decode
+from torchworker.contract import (
+    GOLDEN,
+    DynamicDim,
+    Gate,
+    Measured,
+    MeasureRequest,
+    MeasureResult,
+    Speed,
+    TensorSpec,
+    Timed,
+    decode,
+)
 from torchworker.gates import speed
 from train_and_ship.infra.fork_server import ForkServer
+from train_and_ship.registry.report.speed import how_measured
 from train_and_ship.tasks.worker import call_worker
 
 FEATURES, LARGEST = 64, 129
@@ -146,3 +158,51 @@ def test_a_limit_on_what_could_not_be_measured_has_failed() -> None:
         {"onnx": replace(found, speeds=())}, {"latency": "onnx"}, [Gate(name="p50_ms", max=1.0)]
     )
     assert not gone[0].passed and gone[0].note == "could not be measured"
+
+
+class Pairwise(nn.Module):
+    """Takes memory by the square of its length, and no weights to speak of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, :, None] * x[:, None]).sum((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("largest", [1200, None])
+def test_memory_is_that_of_the_declared_sizes_and_not_only_of_the_data_s_own(
+    measure: Measure, tmp_path: Path, largest: int | None
+) -> None:
+    path = tmp_path / "pairs.torchscript"
+    torch.jit.script(Pairwise()).save(str(path))  # type: ignore[no-untyped-call]
+    pairs = Timed(name="pairs", format="torchscript", file=str(path))
+    length = DynamicDim(name="length", min=1, max=largest, axes={"x": (1,)})
+    found = measure(pairs, batches=(1, 8), serve="none", dims=[length]).measured["pairs"]
+    assert found.memory_bytes is not None
+    if largest is None:
+        # Twice the present size and one.
+        assert found.memory_over == f"16 of the declared sizes: length 1 to {2 * FEATURES + 1}"
+    else:
+        assert found.memory_over == "16 of the declared sizes: length 1 to 1200"
+        assert found.memory_bytes > 8 * 4 * 1200 * 1200
+        assert "over 16 of the declared sizes: length 1 to 1200" in how_measured(
+            MeasureResult(
+                measured={"pairs": found}, serve={}, speedups={}, too_slow={}, verdicts=(), threads=1, machine="here"
+            )
+        )
+
+
+def test_a_format_that_refuses_a_declared_size_keeps_what_was_measured_and_says_so(
+    measure: Measure, tmp_path: Path
+) -> None:
+    length = DynamicDim(name="length", min=1, max=2 * FEATURES, axes={"x": (1,)})
+    found = measure(artifact(tmp_path, "narrow", 8), batches=(1,), serve="none", dims=[length]).measured["narrow"]
+    assert found.memory_over.startswith("the data's own sizes; refused at length 128: RuntimeError")
+    assert found.memory_bytes is not None and not found.problem
+
+
+def test_nothing_more_is_asked_where_no_size_is_declared_and_a_declared_batch_is(
+    measure: Measure, tmp_path: Path
+) -> None:
+    narrow = artifact(tmp_path, "narrow", 8)
+    assert measure(narrow, batches=(1,), serve="none").measured["narrow"].memory_over == ""
+    found = measure(narrow, batches=(1,), serve="none", max_batch=500).measured["narrow"]
+    assert found.memory_over == "16 of the declared sizes: batch 1 to 500"
