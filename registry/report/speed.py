@@ -41,7 +41,8 @@ def how_measured(found: MeasureResult) -> str:
     return (
         f"{found.threads} {'thread' if found.threads == 1 else 'threads'} on {found.machine}; {counted}, all formats "
         "by turns. CPU ms is the time of the calling thread, by which formats are compared: other work on the machine "
-        "does not stretch it. Memory is the peak above the empty process" + (f", over {'; '.join(over)}." if over else ".")
+        "does not stretch it. Memory is the peak above the empty process"
+        + (f", over {'; '.join(over)}." if over else ".")
     )
 
 

@@ -1,4 +1,4 @@
-"""Models that change themselves when they are asked: what exported formats lose or count on with is refused by its line."""
+"""Models that change themselves when they are asked: what formats would lose or count on with is refused by its line."""
 
 from __future__ import annotations
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +17,8 @@ from torch import Tensor, nn
 
 from tests.support.projects import REPOSITORY
 from torchworker.exporters import operators
-from torchworker.exporters.operators import DIFFERENCES, notes
 from torchworker.exporters.onnx_export import OPSET
+from torchworker.exporters.operators import DIFFERENCES, notes
 from torchworker.process.failure import UserError
 from torchworker.runtimes.load import onnx_session
 
@@ -50,7 +55,11 @@ ONNX: dict[str, Asked] = {
         lambda a, b: torch.maximum(a, b) + F.softplus(-(a - b).abs()),
         (torch.tensor([100.0, -200, 3]), torch.tensor([100.0, -200, 1])),
     ),
-    "F.logsigmoid": (F.logsigmoid, lambda x: -F.softplus(-x), (torch.tensor([-120.0, -20, -12, 3]),)),
+    "F.logsigmoid, binary_cross_entropy_with_logits": (
+        F.logsigmoid,
+        lambda x: -F.softplus(-x),
+        (torch.tensor([-120.0, -20, -12, 3]),),
+    ),
     "torch.div(…, rounding_mode='trunc') of whole numbers": (
         lambda a, b: torch.div(a, b, rounding_mode="trunc"),
         lambda a, b: (a - torch.fmod(a, b)) // b,
@@ -108,6 +117,7 @@ def agree(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(first, second, rtol=1e-5, atol=0, equal_nan=True)
 
 
+@pytest.mark.soak
 def test_onnx_runtime_computes_each_operator_of_the_table_otherwise_and_its_way_out_as_torch_does() -> None:
     assert set(ONNX) == {item.name for item in DIFFERENCES if "onnx" in item.formats}
     inputs = tuple(tensor for _, _, asked in ONNX.values() for tensor in asked)
@@ -130,3 +140,134 @@ def test_onnx_runtime_computes_each_operator_of_the_table_otherwise_and_its_way_
         if not agree(got[mended], expected[wrong]):
             faults.append(f"the way out is wrong in ONNX too: {said}")
     assert faults == []
+
+
+class Rates(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        small = torch.log1p(x)
+        return torch.where(x > 1, small.cumsum(1), torch.log1p(x))
+
+
+class Branches(nn.Module):
+    """The operator is in a branch alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: torch.expm1(x), lambda x: x + 1, (x,))
+
+
+class Means(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.tensor([0, 0, 1, 1])
+        return torch.zeros(2).scatter_reduce(0, places, x[0], "mean") + x[:, :2]
+
+
+class Usual(nn.Module):
+    """Operators of the table in uses that are right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = (x * 10).long()
+        rows = torch.zeros(4).scatter_reduce(0, whole[0].remainder(4), x[0], "amax")
+        pooled = F.avg_pool2d(x[None], 2).sum() + x.div(2.0, rounding_mode="trunc").sum()
+        attended = F.scaled_dot_product_attention(x[None], x[None], x[None])
+        return attended[0] + rows + pooled + whole**2
+
+
+def said(model: nn.Module, kind: str) -> tuple[str, ...]:
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.ones(4, 4),), strict=False)
+    return notes(program, kind, str(HERE.parent))
+
+
+def test_an_operator_is_named_once_with_its_line_what_it_gives_and_what_to_write_instead() -> None:
+    (note,) = said(Rates(), "onnx")
+    line = next(n for n, text in enumerate(HERE.read_text().splitlines(), 1) if "small = torch.log1p(x)" in text)
+    assert f"log1p ({HERE.name}:{line}, in forward: small = torch.log1p(x)): log(1 + x) in float32" in note
+    assert "instead: 2 * torch.atanh(x / (2 + x))" in note and "ONNX Runtime 1.31" in note
+    assert said(Rates(), "pt2") == said(Rates(), "aoti") == said(Rates(), "executorch") == ()
+
+
+def test_an_operator_inside_a_branch_is_found_too() -> None:
+    assert [note.partition(" ")[0] for note in said(Branches(), "aoti")] == ["expm1"]
+
+
+def test_what_is_wrong_on_usual_inputs_is_refused_with_the_line_and_other_formats_are_made() -> None:
+    with pytest.raises(
+        UserError, match=r"onnx gives another result for scatter_reduce.*in forward: return torch.zeros"
+    ) as no:
+        said(Means(), "onnx")
+    assert "write index_add of the values divided by index_add of ones" in str(no.value)
+    assert "leave onnx out of export.formats" in str(no.value)
+    assert said(Means(), "pt2") == said(Means(), "aoti") == ()
+
+
+def test_usual_uses_of_these_operators_are_not_named() -> None:
+    assert said(Usual(), "onnx") == ()
+
+
+def test_the_page_on_exports_has_the_table() -> None:
+    written = (REPOSITORY / "docs" / "exports.md").read_text()
+    assert operators.page() in written, "run: python -m tests.zoo > docs/exports.md"
+
+
+AOTI = """
+import sys, torch, json
+from torch import nn
+class M(nn.Module):
+    def forward(self, x, y):
+        return torch.expm1(x), 2 * torch.sinh(x / 2) * torch.exp(x / 2), torch.floor_divide(y, 0.1)
+given = torch.tensor([1e-5, 1e-6]), torch.tensor([6.0, 6.0])
+with torch.no_grad():
+    path = torch._inductor.aoti_compile_and_package(torch.export.export(M(), given), package_path=sys.argv[1])
+    print(json.dumps([tensor.tolist() for tensor in torch._inductor.aoti_load_package(path)(*given)]))
+"""
+
+
+@pytest.mark.soak
+def test_a_compiled_package_computes_the_operators_of_its_rows_otherwise(tmp_path: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no C++ compiler")
+    command = [sys.executable, "-W", "ignore", "-c", AOTI, str(tmp_path / "package.pt2")]
+    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=240).stdout
+    wrong, mended, divided = (torch.tensor(answer) for answer in json.loads(told.splitlines()[-1]))
+    right = torch.expm1(torch.tensor([1e-5, 1e-6]))
+    assert not torch.allclose(wrong, right, rtol=1e-4, atol=0), "expm1 is right now: take it out of the table"
+    assert torch.allclose(mended, right, rtol=1e-5, atol=0)
+    assert divided.tolist() == [60.0, 60.0], "floor division is right now: take it out of the table"
+
+
+EXECUTORCH = """
+import sys, torch, json
+from torch import nn
+from pathlib import Path
+from executorch.exir import to_edge_transform_and_lower
+from torchworker.runtimes import load
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 8)
+    def forward(self, a, b, x):
+        centred = x - x.unflatten(1, (2, 4)).mean((2, 3), keepdim=True).expand(-1, -1, 4, -1).flatten(1, 2)
+        return a % b, a - (a // b) * b, a**39, self.norm(x), self.norm(centred)
+torch.manual_seed(0)
+given = torch.tensor([-7, 3]), torch.tensor([2, 2]), torch.randn(2, 8, 25) + 100
+with torch.no_grad():
+    wanted = M()(*given)
+    lowered = to_edge_transform_and_lower(torch.export.export(M().eval(), given)).to_executorch()
+    Path(sys.argv[1]).write_bytes(lowered.buffer)
+    program = load._executorch_program(Path(sys.argv[1]))
+    got = program.load_method("forward")(list(given))
+    exact = M().double()(*(t.double() if t.is_floating_point() else t for t in given))
+    print(json.dumps([got[0].tolist(), got[1].tolist(), bool(torch.equal(got[2], wanted[2])),
+        float((got[3] - exact[3]).abs().max()), float((got[4] - exact[4]).abs().max())]))
+"""
+
+
+@pytest.mark.soak
+def test_executorch_computes_the_operators_of_its_rows_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    command = [sys.executable, "-W", "ignore", "-c", EXECUTORCH, str(tmp_path / "model.pte")]
+    told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True, timeout=240).stdout
+    remainder, mended, exact_power, off, centred_off = json.loads(told.splitlines()[-1])
+    assert (remainder, mended) == ([-1, 1], [1, 1]), "the remainder is right now: take it out of the table"
+    assert not exact_power, "powers are right now: take them out of the table"
+    assert off > 1e-3 and centred_off < 1e-4, (off, centred_off)

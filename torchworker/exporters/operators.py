@@ -106,9 +106,11 @@ DIFFERENCES: Sequence[Difference] = (
         way_out="torch.maximum(a, b) + F.softplus(-(a - b).abs())",
     ),
     Difference(
-        name="F.logsigmoid", operators=("log_sigmoid", "log_sigmoid_forward"), formats=("onnx",),
+        name="F.logsigmoid, binary_cross_entropy_with_logits",
+        operators=("log_sigmoid", "log_sigmoid_forward", "binary_cross_entropy_with_logits"), formats=("onnx",),
         seen=f"{ORT} (and OpenVINO 2026.4)",
-        wrong="the logarithm of a rounded sigmoid: -inf below -18, 0.05 % off at -12", way_out="-F.softplus(-x)",
+        wrong="the logarithm of a rounded sigmoid: -inf below -18, 0.05 % off at -12",
+        way_out="-F.softplus(-x); F.softplus(x) - x * target",
     ),
     Difference(
         name="torch.div(…, rounding_mode='trunc') of whole numbers", operators=("div", "div_", "divide"),
@@ -144,6 +146,13 @@ DIFFERENCES: Sequence[Difference] = (
         name="remainder (%) of whole numbers", operators=("remainder",), formats=("executorch",),
         seen="ExecuTorch 1.5.1", wrong="the sign is the dividend's: -7 % 2 is -1, where torch gives 1",
         way_out="a - (a // b) * b", when=_whole,
+    ),
+    Difference(
+        name="GroupNorm, InstanceNorm", operators=("group_norm", "instance_norm"), formats=("executorch",),
+        seen="ExecuTorch 1.5.1",
+        wrong="the variance is the mean of squares less the square of the mean: 1e-2 off at a mean of 100 standard "
+        "deviations, which the gate asks for, NaN at 10,000",
+        way_out="subtract the mean of each channel (group) first: norm(x - x.mean((2, 3), keepdim=True))",
     ),
     Difference(
         name="logcumsumexp", operators=("logcumsumexp",), formats=("onnx",), seen=ORT,
@@ -183,8 +192,8 @@ def notes(program: ExportedProgram, kind: str, folder: str) -> tuple[str, ...]:
             said = f"{difference.name}{_place(node, folder)}: {difference.wrong} ({difference.seen})"
             if difference.refused:
                 raise UserError(
-                    f"export: {kind} gives another result for {said}; write {difference.way_out}, or leave {kind} out of "
-                    "export.formats"
+                    f"export: {kind} gives another result for {said}; write {difference.way_out}, or leave {kind} out "
+                    "of export.formats"
                 )
             told.setdefault(difference.name, f"{said}; instead: {difference.way_out}")
     return tuple(told.values())

@@ -2,7 +2,8 @@
 
 Floats are drawn around, between and far outside the values seen; whole numbers, booleans and floats that take few
 values (masks, lengths, categories) are only ever taken from real samples, all inputs of a sample together, so that a
-mask still fits its tokens. Only a probe that is meant to be refused leaves that domain.
+mask still fits its tokens. Only neighbours of whole numbers that float32 cannot tell apart are made up (nobody has as
+many categories), and only a probe that is meant to be refused leaves that domain.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ ALONE = 4
 CATEGORIES = 16
 """A float input that takes no more values than this, all whole, is taken for a mask or a category."""
 SEEDS = 3
+LARGEST_ROWS = 4
+"""Samples in a batch of those with the largest whole numbers."""
+SHIFT = 100.0
+"""Standard deviations that real samples are shifted by: kernels that take a variance as the mean of squares less the
+square of the mean lose it there, and a quantity may be stored with another origin (kelvin, a date in seconds)."""
+LARGEST_EXACT = 2**24
+"""Up to here float32 has every whole number."""
 SCAN_SECONDS = 1.0
 """Looking for samples that take another way through the code ends after this long."""
 
@@ -42,6 +50,7 @@ DRAWS = "drawn"
 SINGLES = "one by one"
 LENGTHS = "lengths"
 SCALES = "scaled and zero"
+LARGEST = "largest whole numbers"
 NOT_FINITE = "NaN and infinity"
 EMPTY = "empty batch"
 REFUSALS = "refused inputs"
@@ -103,6 +112,10 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
     for name, scale in (("times30", 30.0), ("times1000", 1000.0), ("negated", -1.0), ("zero", 0.0)):
         if real:
             yield Probe(name=name, group=SCALES, inputs={**few, **{key: few[key] * scale for key in real}})
+    if real:
+        shifted = {key: (few[key].double() + SHIFT * pool[key].double().std()).to(pool[key].dtype) for key in real}
+        yield Probe(name="shifted", group=SCALES, inputs={**few, **shifted})
+    yield from _largest(pool)
     for name, value in (("nan", float("nan")), ("inf", float("inf")), ("minus_inf", float("-inf"))):
         for key in real:
             touched = len(few[key]) // 2
@@ -111,7 +124,26 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
             row.reshape(-1)[row.numel() // 2] = value
             inputs[key][touched] = row
             yield Probe(name=f"{name}.{key}", group=NOT_FINITE, inputs=inputs, touched=(touched,))
+    for key in real:
+        inputs = {**few, key: torch.full_like(few[key], float("nan"))}
+        yield Probe(name=f"all_nan.{key}", group=NOT_FINITE, inputs=inputs, touched=tuple(range(len(few[key]))))
     yield Probe(name="empty", group=EMPTY, inputs={name: tensor[:0] for name, tensor in few.items()}, declared=False)
+
+
+def _largest(pool: Inputs) -> Iterator[Probe]:
+    """Samples with the largest whole numbers, positive or negative, as they are; with their neighbours where float32
+    lacks some: an operator that goes through it gives them the same answer."""
+    for key, tensor in pool.items():
+        if tensor.is_floating_point() or tensor.dtype == torch.bool or not tensor.numel():
+            continue
+        sizes = tensor.double().abs().flatten(1).amax(1) if tensor.dim() > 1 else tensor.double().abs()
+        few = _rows(pool, sizes.argsort(descending=True)[:LARGEST_ROWS])
+        yield Probe(name=f"largest.{key}", group=LARGEST, inputs=few)
+        if float(sizes.max()) > LARGEST_EXACT:
+            beyond = few[key].double().abs() > LARGEST_EXACT
+            for name, step in (("next", 1), ("previous", -1)):
+                moved = torch.where(beyond, few[key] + step, few[key])
+                yield Probe(name=f"{name}.{key}", group=LARGEST, inputs={**few, key: moved})
 
 
 def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:

@@ -67,9 +67,9 @@ def refusal(model: nn.Module, names: Sequence[str], inputs: Any, project: Projec
             f"torch.renorm(weight, {owner.norm_type:g}, 0, {owner.max_norm:g}))"
         )
     return UserError(
-        f"{start}an exported model must not keep state between calls: some formats lose it without a word, others count "
-        "on in each server process by itself. Change it in training only (if self.training), or take it as an input and "
-        "return it as an output"
+        f"{start}an exported model must not keep state between calls: some formats lose it without a word, others "
+        "count on in each server process by itself. Change it in training only (if self.training), or take it as an "
+        "input and return it as an output"
     )
 
 

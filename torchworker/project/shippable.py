@@ -125,9 +125,7 @@ def _require_batch(
         raise UserError("\n".join(mistakes))
 
 
-def _require_same(
-    model: nn.Module, inputs: Any, first: Mapping[str, Tensor], project: Project, before: State
-) -> None:
+def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], project: Project, before: State) -> None:
     """Raises UserError for a difference that no rounding explains; the export asks for every bit.
 
     before: the state before the first call.

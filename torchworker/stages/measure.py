@@ -45,8 +45,8 @@ LONGEST_SECONDS, DECIDING_SECONDS = 10.0, 3.0
 """After this long at one batch size an artifact gets no further round, no deciding one."""
 
 SIZES = 16
-"""Of the declared ones that memory is measured over. ONNX Runtime keeps memory for each shape, and the largest one needs
-most: of an encoder for 1 to 600 tokens 16 sizes found 189 MB, all 600 found 200 (17 at the data's own)."""
+"""Of the declared ones that memory is measured over. ONNX Runtime keeps memory for each shape, and the largest one
+needs most: of an encoder for 1 to 600 tokens 16 sizes found 189 MB, all 600 found 200 (17 at the data's own)."""
 SIZES_SECONDS = 3.0
 """After this long no further size is asked; the largest comes first."""
 
@@ -83,7 +83,7 @@ def measure(request: MeasureRequest) -> MeasureResult:
                 else:
                     processes.pop(name)
                     measured[name] = replace(measured[name], load_ms=None, problem=speed)
-        sizes = declared_sizes(next(reversed(inputs.values())), request)
+        sizes = declared_sizes(inputs[max(inputs)], request)
         for name, process in processes.items():
             try:
                 asked, taken = process.ask("sizes", sizes), process.ask("memory")
@@ -210,9 +210,7 @@ def _speed(batch: int, rounds: Sequence[_Round]) -> Speed:
 class _Process:
     """A fork that holds one artifact and calls it when told to. Raises what the artifact raises."""
 
-    def __init__(
-        self, subject: Timed, inputs: Mapping[int, Inputs], threads: int, dims: Sequence[DynamicDim]
-    ) -> None:
+    def __init__(self, subject: Timed, inputs: Mapping[int, Inputs], threads: int, dims: Sequence[DynamicDim]) -> None:
         self._name = subject.name
         self._pipe, theirs = Pipe()
         self._child = ForkedCall(partial(self._serve, theirs, subject, inputs, threads, dims), CrashNote())
@@ -297,7 +295,7 @@ def _serve(
             elif order[0] == "round":
                 pipe.send(_round(call, inputs[order[1]], order[2]))
             elif order[0] == "sizes":
-                pipe.send(_ask_sizes(call, next(reversed(inputs.values())), dims, order[1]))
+                pipe.send(_ask_sizes(call, inputs[max(inputs)], dims, order[1]))
             else:
                 peak = _memory("VmHWM")
                 pipe.send(None if before is None or peak is None else max(0, peak - before))
@@ -323,7 +321,9 @@ def _ask_sizes(call: Call, inputs: Inputs, dims: Sequence[DynamicDim], sizes: Se
             call(resized(inputs, dims, wanted))
         except Exception as error:
             # What is live may have been declared for less.
-            why = f"; refused at {', '.join(f'{name} {size}' for name, size in wanted.items())}: {describe(error)[:200]}"
+            why = (
+                f"; refused at {', '.join(f'{name} {size}' for name, size in wanted.items())}: {describe(error)[:200]}"
+            )
             break
         asked.append(wanted)
         if time.perf_counter() - began > SIZES_SECONDS:

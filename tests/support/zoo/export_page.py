@@ -19,6 +19,7 @@ from torch.utils import cpp_extension
 
 from tests.support.zoo.animals import ZOO, Animal
 from torchworker.contract import FORMAT_FILES, ExportRequest, ExportResult, ValidateRequest, ValidateResult, decode
+from torchworker.exporters import operators
 from torchworker.parity.reference import read_probes
 from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.errors import JobError
@@ -235,6 +236,35 @@ against what.
 """
 
 
+OTHERWISE = """## Operators that a format computes otherwise
+
+Found in the captured graph, because samples may not show them: each is named with your line in the log of the export,
+in the report and on the model version's page. What usual inputs show is refused; the rest is a note, and whether it
+matters is for you to say. Tests ask the real runtimes whether each row still holds, and whether what to write instead
+is right.
+
+{table}
+
+What no graph tells, and the gate asks instead: samples and their neighbours where whole numbers are above 2^24, real
+samples shifted by 100 standard deviations, and NaN in the whole input. What nobody asks: sums of int64 above 2^53,
+which ONNX Runtime takes through float64; cumulative sums of millions of floats, which ONNX Runtime adds up in float32
+one by one (4 % off); which of equal values `topk` and `sort` name first.
+
+## State
+
+A model that changes its own parameters or buffers in eval mode is refused before it is trained, and once more before a
+format is made, for every format. ONNX has no state, and a package of AOTInductor loses a buffer of one element without
+a word (torch 2.13: eager 2 4 6, package 2 2 2). pt2 and TorchScript count on, each server process by itself, so that an
+answer depends on which of them gave it and on when it was started: no better.
+
+`nn.Embedding` and `nn.EmbeddingBag` with `max_norm` shorten their weights whenever they are asked.
+`F.embedding(ids, torch.renorm(weight, 2, 0, max_norm))` gives the same and changes nothing.
+
+Buffers that are filled once, and buffers that are not saved (a table of angles that grows), ship as long as the answers
+stay the same.
+"""
+
+
 def page(rows: dict[str, Row]) -> str:
     """docs/exports.md."""
     lines = ["| model | " + " | ".join(FORMAT_FILES) + " |", "|---|" + "---|" * len(FORMAT_FILES)]
@@ -247,11 +277,13 @@ def page(rows: dict[str, Row]) -> str:
             told.setdefault(f"{cell.outcome}: {_steady(cell.how)}", []).append(kind)
         reasons.append(f"### {name}\n\n" + "\n".join(f"- {', '.join(kinds)}: {why}" for why, kinds in told.items()))
     head = HEAD.format(capability=torch.backends.cpu.get_cpu_capability())
-    return head + "\n".join(lines) + "\n\n## How, and why not\n\n" + "\n\n".join(reasons) + "\n"
+    more = OTHERWISE.format(table=operators.page())
+    return head + "\n".join(lines) + "\n\n## How, and why not\n\n" + "\n\n".join(reasons) + "\n\n" + more
 
 
 def told(text: str) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
     """What a page says, by model and format: the cells of its table, and the lines below it."""
+    text = text.partition("\n## Operators")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     kinds = lines[0][1:]
     cells = {(row[0], kind): cell for row in lines[2:] for kind, cell in zip(kinds, row[1:], strict=True) if cell}
