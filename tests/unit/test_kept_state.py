@@ -1,4 +1,4 @@
-"""Models that change themselves when they are asked: what formats would lose or count on with is refused by its line."""
+"""Models that change themselves when they are asked: what formats lose or count on with is refused by its line."""
 
 from __future__ import annotations
 
@@ -152,6 +152,7 @@ IDS = torch.arange(24).reshape(8, 3)
             "the parameter 'embed.weight' in eval mode", line_of("found: Tensor = self.embed(x)"), "max_norm",
             "torch.renorm(weight, 2, 0, 1)",
         ]),
+        (Words(nn.Embedding, 1e9), IDS, ["the parameter 'embed.weight' in eval mode", "max_norm"]),
         (Words(nn.EmbeddingBag, 1.0), IDS, ["the parameter 'embed.weight' in eval mode", "max_norm"]),
         (Counting(persistent=False), BATCH, [
             "differs between two calls", "the buffer 'calls'", line_of("self.calls.add_(1)"), "return it as an output",
@@ -170,6 +171,7 @@ def test_a_model_that_changes_itself_when_it_is_asked_is_refused_by_name_and_lin
     [
         (Words(nn.Embedding, None), IDS),
         (Shortened(nn.Embedding, None), IDS),
+        (Words(nn.Embedding, 1e9).requires_grad_(False), IDS),
         (FilledOnce(), BATCH),
         (Angles(), BATCH),
         (nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()), BATCH),

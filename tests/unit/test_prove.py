@@ -493,3 +493,79 @@ def test_a_declared_length_that_the_model_refuses_is_said(tmp_path: Path) -> Non
     questions(Short(), tmp_path, tokens, dynamic=[length])
     (told,) = read_unasked(tmp_path)
     assert told == "largest.length, which the model refuses itself (ValueError: at most seven words)"
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.classify = nn.GroupNorm(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.norm(x).mean(2))
+
+
+class OnePass(Normed):
+    """The variance as kernels have it that read their input once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (2, 3)).flatten(2)
+        mean = groups.mean(2, keepdim=True)
+        variance = groups.square().mean(2, keepdim=True) - mean.square()
+        return self.classify(((groups - mean) / (variance + 1e-5).sqrt()).reshape(x.shape).mean(2))
+
+
+def test_a_variance_that_is_lost_far_from_zero_is_found_and_the_model_s_own_loss_is_not(tmp_path: Path) -> None:
+    model, one_pass = Normed(), OnePass()
+    x = torch.randn(40, 6, 5, generator=torch.Generator().manual_seed(1))
+    probes = questions(model, tmp_path, x)
+    (shifted,) = [probe for probe in probes if probe.name == "shifted"]
+    assert 95 < float(shifted.inputs["x"].mean()) < 105
+    assert check(probes, as_artifact(model)) == ""
+    found = check(probes, as_artifact(one_pass))
+    assert "1 failed: shifted: output" in found
+
+
+def test_nan_everywhere_is_asked_too(tmp_path: Path) -> None:
+    class Largest(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.amax((1, 2))[:, None] * torch.ones(3)
+
+    def starts_at_the_lowest(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Finite only where everything is NaN, as a maximum that starts from the lowest number and skips NaN."""
+        x = inputs["x"]
+        lowest = torch.full_like(x, torch.finfo(x.dtype).min)
+        return as_artifact(model)({"x": torch.where(x.isnan().all(2, keepdim=True).all(1, keepdim=True), lowest, x)})
+
+    model = Largest()
+    probes = questions(model, tmp_path, torch.randn(40, 6, 5, generator=torch.Generator().manual_seed(1)))
+    assert check(probes, as_artifact(model)) == ""
+    assert "all_nan.x: output: sample 0: a finite answer hides the NaN" in check(probes, starts_at_the_lowest)
+    assert check(probes, starts_at_the_lowest, policy=Policy(not_finite="off")) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_whole_numbers_that_go_through_float32_are_found_by_the_neighbours_of_the_largest(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    class Buckets(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x % 7
+
+    def through_float32(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return as_artifact(model)({"x": inputs["x"].float().to(dtype)})
+
+    model = Buckets()
+    # float32 has each of these, and none of the odd numbers between them.
+    x = (2**25 + 64 * torch.arange(40)).reshape(40, 1).repeat(1, 3).to(dtype)
+    probes = questions(model, tmp_path, x)
+    asked = {probe.name: int(probe.inputs["x"].max()) for probe in probes if probe.group == "largest whole numbers"}
+    largest = 2**25 + 64 * 39
+    assert asked == {"largest.x": largest, "next.x": largest + 1, "previous.x": largest - 1}
+    assert check(probes, as_artifact(model)) == ""
+    found = check(probes, through_float32)
+    assert "next.x: output" in found and "previous.x: output" in found and "largest.x" not in found
+
+
+def test_whole_numbers_that_float32_has_are_only_taken_from_samples(words: tuple[nn.Module, list[Probe]]) -> None:
+    assert [probe.name for probe in words[1] if probe.group == "largest whole numbers"] == ["largest.x"]

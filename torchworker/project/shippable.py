@@ -63,6 +63,8 @@ def _require_settled(model: nn.Module, before: State, given: Mapping[str, Tensor
     before: the state before the first call on the inputs that are given.
     """
     first = changed(before, model)
+    if limited := _learnt_rows_with_max_norm(model):
+        raise refusal(model, limited, given, project)
     if not first:
         return
     now = state_of(model)
@@ -75,6 +77,17 @@ def _require_settled(model: nn.Module, before: State, given: Mapping[str, Tensor
     going_on = [name for name in first if name in parameters] or changed(now, model)
     if names := saved(model, going_on):
         raise refusal(model, names, given, project)
+
+
+def _learnt_rows_with_max_norm(model: nn.Module) -> list[str]:
+    """Weights that look-ups shorten: untrained rows may all be short enough, and trained ones will not stay so."""
+    return [
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.max_norm is not None
+        and module.weight.requires_grad
+    ]
 
 
 def _require_dense(outputs: Mapping[str, Tensor], project: Project) -> None:
