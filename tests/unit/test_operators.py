@@ -108,7 +108,7 @@ class Every(nn.Module):
         for operator, way_out, asked in ONNX.values():
             own = [next(given) for _ in asked]
             answers += [operator(*own), way_out(*own)]
-        return answers
+        return [*answers, next(given).sum()]
 
 
 def agree(first: Tensor, second: Tensor) -> bool:
@@ -121,6 +121,7 @@ def agree(first: Tensor, second: Tensor) -> bool:
 def test_onnx_runtime_computes_each_operator_of_the_table_otherwise_and_its_way_out_as_torch_does() -> None:
     assert set(ONNX) == {item.name for item in DIFFERENCES if "onnx" in item.formats}
     inputs = tuple(tensor for _, _, asked in ONNX.values() for tensor in asked)
+    inputs += (torch.tensor([2**53 + 1, 2**40, -3]),)
     program = torch.export.export(Every(), inputs, strict=False)
     exported = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None
@@ -129,6 +130,7 @@ def test_onnx_runtime_computes_each_operator_of_the_table_otherwise_and_its_way_
     answers = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
     expected = Every()(*inputs)
     got = [torch.from_numpy(array) for array in answers]
+    assert got[-1] != expected[-1], "sums of int64 are exact now: take them out of docs/exports.md"
     faults = []
     for position, name in enumerate(ONNX):
         wrong, mended = 2 * position, 2 * position + 1
@@ -215,7 +217,7 @@ from torch import nn
 class M(nn.Module):
     def forward(self, x, y):
         return torch.expm1(x), 2 * torch.sinh(x / 2) * torch.exp(x / 2), torch.floor_divide(y, 0.1)
-given = torch.tensor([1e-5, 1e-6]), torch.tensor([6.0, 6.0])
+given = torch.tensor([1e-5, 1e-6]).repeat(32), torch.full((64,), 6.0)  # long enough for the vector kernels
 with torch.no_grad():
     path = torch._inductor.aoti_compile_and_package(torch.export.export(M(), given), package_path=sys.argv[1])
     print(json.dumps([tensor.tolist() for tensor in torch._inductor.aoti_load_package(path)(*given)]))
@@ -229,10 +231,10 @@ def test_a_compiled_package_computes_the_operators_of_its_rows_otherwise(tmp_pat
     command = [sys.executable, "-W", "ignore", "-c", AOTI, str(tmp_path / "package.pt2")]
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=240).stdout
     wrong, mended, divided = (torch.tensor(answer) for answer in json.loads(told.splitlines()[-1]))
-    right = torch.expm1(torch.tensor([1e-5, 1e-6]))
+    right = torch.expm1(torch.tensor([1e-5, 1e-6])).repeat(32)
     assert not torch.allclose(wrong, right, rtol=1e-4, atol=0), "expm1 is right now: take it out of the table"
     assert torch.allclose(mended, right, rtol=1e-5, atol=0)
-    assert divided.tolist() == [60.0, 60.0], "floor division is right now: take it out of the table"
+    assert set(divided.tolist()) == {60.0}, "floor division is right now: take it out of the table"
 
 
 EXECUTORCH = """
