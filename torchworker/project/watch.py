@@ -1,5 +1,4 @@
-"""What a forward pass does beside computing: it draws random numbers, decides in Python by values of tensors, or writes
-into the model's own."""
+"""What a forward pass does beside computing: it draws, decides in Python by values, or writes into the model."""
 
 from __future__ import annotations
 
