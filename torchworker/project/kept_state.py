@@ -77,7 +77,13 @@ def place_of(model: nn.Module, name: str, inputs: Any, project: Project) -> str:
     """Where forward changes a parameter or buffer, as `net.py:12, in forward: self.calls.add_(1), module Net`.
 
     As far as it can be found: where an operator writes into it, else a line of its module that assigns it, else the
-    module. The forward passes that this takes change the state further.
+    module. The forward pass that this takes changes the state further.
+
+    Args:
+        model: in eval mode.
+        name: of the parameter or buffer.
+        inputs: of a batch on which it changes, as the data gives them or by name.
+        project: for messages.
     """
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
