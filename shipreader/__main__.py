@@ -1,26 +1,34 @@
-"""`shipreader MODEL --bucket BUCKET --to FOLDER`: bring what is live to this machine, once or again and again."""
+"""`shipreader MODEL --bucket BUCKET --to FOLDER`: bring what is live to this machine, once or again and again.
+
+With --status: what the processes say that follow in FOLDER.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 
 from shipreader.bucket import s3_client
 from shipreader.errors import ReaderError
 from shipreader.local import CURRENT
 from shipreader.reader import Reader
 from shipreader.records import Release
+from shipreader.report import answering, is_ready, read_reports
 
 
 def main() -> int:
-    """Exits with 1 when nothing new could be had; what was there before stays."""
+    """Exits with 1 when nothing new could be had, and what was there before stays; with --status when none is ready."""
     parser = argparse.ArgumentParser(prog="shipreader", description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--bucket", default=os.environ.get("SHIP_BUCKET"), required="SHIP_BUCKET" not in os.environ)
+    parser.add_argument("--bucket", default=os.environ.get("SHIP_BUCKET"))
     parser.add_argument("--channel", default="prod")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="FOLDER/current leads to what is live")
     parser.add_argument("--endpoint-url", help="an S3-compatible store that is not AWS (or AWS_ENDPOINT_URL)")
@@ -28,7 +36,21 @@ def main() -> int:
     parser.add_argument("--max-bytes", type=int, help="refuse larger releases")
     parser.add_argument("--follow", action="store_true", help="go on until interrupted")
     parser.add_argument("--interval", type=float, default=10.0, help="seconds between looks at the channel")
+    parser.add_argument("--listen", metavar="[HOST:]PORT", help="with --follow: answer /metrics, /ready and /live")
+    parser.add_argument("--status", action="store_true", help="what the processes say that follow in FOLDER, as JSON")
+    parser.add_argument(
+        "--max-stale", type=float, metavar="SECONDS", help="not ready when what is live is unknown longer"
+    )
     options = parser.parse_args()
+    if options.max_stale is not None and not options.max_stale > 0:
+        parser.error(f"--max-stale: expected seconds above 0, got {options.max_stale:g}")
+    if options.status:
+        return _show_status(options)
+    if options.bucket is None:
+        parser.error("--bucket, or SHIP_BUCKET, is missing")
+    listen = _address(parser, options.listen)
+    if listen is not None and not options.follow:
+        parser.error("--listen: expected --follow beside it")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
 
     def show(release: Release) -> None:
@@ -53,12 +75,39 @@ def main() -> int:
         stopping = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.set())
-        with reader:
+        with reader, contextlib.ExitStack() as stack:
+            if listen is not None:
+                host, port = listen
+                pages = answering(host, port, reader.model, reader.channel, reader.status, options.max_stale)
+                print(f"listening on {host}:{stack.enter_context(pages)}", flush=True)
             stopping.wait()
         return 0
     except (ReaderError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _show_status(options: argparse.Namespace) -> int:
+    mine = (options.model, options.channel)
+    reports = [one for one in read_reports(Path(options.to)) if (one["model"], one["channel"]) == mine]
+    for report in reports:
+        checked = report.pop("checked_at")
+        ready = is_ready({**report, "checked_at": checked}, options.max_stale)
+        since = None if checked is None else round(max(0.0, time.time() - checked), 1)
+        print(json.dumps({**report, "seconds_since_check": since, "ready": ready}))
+        report["ready"] = ready
+    if not reports:
+        print(f"{options.to}: no process follows {' '.join(mine)} here", file=sys.stderr)
+    return 0 if reports and all(report["ready"] for report in reports) else 1
+
+
+def _address(parser: argparse.ArgumentParser, text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        parser.error(f"--listen: expected [HOST:]PORT, such as 9100, got {text!r}")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,12 @@ from shipreader.records import (
     pointer_key,
     release_prefix,
 )
+from shipreader.report import Report
 
 FILES_AT_ONCE = 4
 LONGEST_PAUSE_SECONDS = 300.0
-"""Between two downloads of a release that was refused; another move of the channel is tried at once."""
+"""Between two downloads of a release that was refused, and two calls of `on_change` that failed with one; another move
+of the channel is tried at once."""
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +52,22 @@ class Status:
     """For a health check."""
 
     release: Release | None
-    """What is served."""
+    """What is served: the last release with which `on_change` has succeeded."""
     checked_at: float | None
-    """When the bucket was last found to agree or was followed, in seconds since the epoch."""
+    """When the bucket was last found to agree with what is served, in seconds since the epoch."""
     problem: str
-    """Why the last look changed nothing although it should have; empty when all is well."""
+    """Why what is live is not served, or could not be looked for; empty when all is well."""
+    seen: int | None = None
+    """The channel's generation when it was last read; None before that."""
+
+    def stale_seconds(self, now: float | None = None) -> float | None:
+        """For how long nobody has known whether what is served is live; None when that was never known."""
+        return None if self.checked_at is None else max(0.0, (time.time() if now is None else now) - self.checked_at)
+
+    def ready(self, max_stale: float | None = None) -> bool:
+        """Whether requests may come: something is served, and known to be live at most `max_stale` seconds ago."""
+        stale = self.stale_seconds()
+        return self.release is not None and (max_stale is None or (stale is not None and stale <= max_stale))
 
 
 class Reader:
@@ -93,7 +106,8 @@ class Reader:
             jitter: the part of it that is random, 0 to 1.
             max_bytes: larger releases are refused; None for no limit.
             accept: called with a verified release before it becomes current; whatever it raises keeps it out.
-            on_change: called after a release became current.
+            on_change: called after a release became current, and again, ever more seldom, until it has succeeded with
+                it: the release before is what `status` says is served until then, and stays on disk.
 
         Raises:
             ReaderError: an interval, a jitter or a name that cannot be.
@@ -110,7 +124,15 @@ class Reader:
         self._working, self._stopping = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._state: State | None = None
-        self._status = Status(None, None, "")
+        self._current: Release | None = None
+        self._served: Release | None = None
+        self._seen: int | None = None
+        self._checked_at: float | None = None
+        self._look_problem = self._change_problem = ""
+        self._changing = threading.RLock()
+        self._inside_change = False
+        self._failed: _FailedChange | None = None
+        self._report: Report | None = None
         self._refused: _Refusal | None = None
 
     # ---- what there is
@@ -118,21 +140,21 @@ class Reader:
     @property
     def current(self) -> Release | None:
         """The release to serve; None before the first one is here."""
-        return self._status.release
+        return self._current
 
     def status(self) -> Status:
-        """What is current, and what is wrong."""
-        return self._status
+        """What is served, and what is wrong."""
+        problem = self._look_problem or self._change_problem
+        return Status(self._served, self._checked_at, problem, self._seen)
 
     def pull(self) -> Release:
         """Look at the channel once and follow it.
 
-        Raises UnavailableError or RefusedError; what was current before still is then.
+        Raises UnavailableError or RefusedError, and what was current before still is then; or what `on_change` raises.
         """
         with self._working:
-            before = self.current
             release = self._observed(lambda: self._follow(None))
-        self._announce(before, release)
+        self._announce()
         return release
 
     # ---- in the background
@@ -146,6 +168,8 @@ class Reader:
         if self._thread is not None:
             raise ReaderError("this reader was started already")
         release = self._first()
+        self._report = Report(self._local.folder)
+        self._say()
         self._stopping.clear()
         self._thread = threading.Thread(target=self._run, name=f"shipreader-{self.model}-{self.channel}", daemon=True)
         self._thread.start()
@@ -157,6 +181,9 @@ class Reader:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._thread = None
+        if self._report is not None:
+            self._report.close()
+            self._report = None
 
     def __enter__(self) -> Reader:
         if self._thread is None:
@@ -168,57 +195,87 @@ class Reader:
 
     def _first(self) -> Release:
         try:
-            return self.pull()
+            with self._working:
+                release = self._observed(lambda: self._follow(None))
         except (UnavailableError, RefusedError, OSError) as error:
             kept = self.current
             if kept is None:
                 raise
             _log.warning("%s %s: serving release %s, kept from before: %s", self.model, self.channel, kept.id, error)
-            return kept
+            release = kept
+        self._announce()
+        return release
 
     def _run(self) -> None:
-        said = self._status.problem
+        said = self.status().problem
         while not self._stopping.wait(self._interval * random.uniform(1 - self._jitter, 1 + self._jitter)):
             try:
                 with self._working:
-                    before = self.current
-                    release = self._observed(lambda: self._follow(self._refused))
-                self._announce(before, release)
+                    self._observed(lambda: self._follow(self._refused))
                 problem = ""
             except Exception as error:
                 # Whatever it is, a thread that ended would leave this machine behind without a word.
                 problem = f"{error}" if isinstance(error, (ReaderError, OSError)) else repr(error)
+            # Also while the bucket is away: what is here may not be served yet.
+            self._announce()
+            self._say()
+            problem = problem or self._change_problem
             # Each thing once: a bucket that is down for a night is one line.
             if problem != said:
-                kept = self.current.id if self.current else "none"
+                kept = self._served.id if self._served else "none"
                 if problem:
                     _log.error("%s %s: still serving release %s: %s", self.model, self.channel, kept, problem)
                 else:
                     _log.warning("%s %s: following the channel again", self.model, self.channel)
             said = problem
 
-    def _announce(self, before: Release | None, release: Release) -> None:
-        if before == release:
-            return
-        _log.info("%s %s: generation %d, release %s", self.model, self.channel, release.generation, release.id)
-        if self._on_change is None:
-            return
-        try:
-            self._on_change(release)
-        except Exception:
-            if self._thread is not threading.current_thread():
-                raise
-            _log.exception("%s %s: on_change failed for release %s", self.model, self.channel, release.id)
+    def _announce(self) -> None:
+        """Give what is current to `on_change`, unless it has it already. Raises what that raises, but in our thread."""
+        with self._changing:
+            release, failed = self._current, self._failed
+            # `on_change` may look at the channel itself.
+            if release is None or release == self._served or self._inside_change:
+                return
+            ours = self._thread is threading.current_thread()
+            again = failed is not None and failed.release == release
+            if ours and again and failed is not None and time.monotonic() < failed.until:
+                return
+            if not again:
+                _log.info("%s %s: generation %d, release %s", self.model, self.channel, release.generation, release.id)
+            self._inside_change = True
+            try:
+                if self._on_change is not None:
+                    self._on_change(release)
+            except Exception as error:
+                self._failed = _FailedChange.after(failed if again else None, release, self._interval)
+                self._change_problem = f"on_change failed for release {release.id}: {type(error).__name__}: {error}"
+                if not ours:
+                    raise
+                if not again:
+                    _log.exception("%s %s: on_change failed for release %s", self.model, self.channel, release.id)
+                return
+            finally:
+                self._inside_change = False
+            self._failed, self._change_problem, self._served = None, "", release
+            if not self._look_problem:
+                self._checked_at = time.time()
 
     def _observed(self, follow: Callable[[], Release]) -> Release:
         """Call it and keep the status."""
         try:
             release = follow()
         except Exception as error:
-            self._status = Status(self.current, self._status.checked_at, str(error) or repr(error))
+            self._look_problem = str(error) or repr(error)
             raise
-        self._status = Status(release, time.time(), "")
+        self._current, self._look_problem = release, ""
+        if release == self._served:
+            self._checked_at = time.time()
         return release
+
+    def _say(self) -> None:
+        """Leave word for whoever asks on this machine (`shipreader MODEL --to FOLDER --status`)."""
+        if self._report is not None:
+            self._report.write(self.model, self.channel, self.status())
 
     # ---- one look, under the lock
 
@@ -230,11 +287,12 @@ class Reader:
                 found = self._bucket.changed(self._key, known, POINTER_BYTES)
             except NotModifiedError:
                 assert held is not None
-                self._refused = None
+                self._refused, self._seen = None, held.generation
                 return held
             if found is None:
                 raise NothingLiveError(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
             pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
+            self._seen = pointer.generation
             if refused is not None and refused.etag == etag and time.monotonic() < refused.until:
                 raise refused.error
             try:
@@ -273,7 +331,7 @@ class Reader:
             return None
         self._local.point(pointer.release)
         release = self._release(manifest, pointer)
-        self._status = Status(release, self._status.checked_at, self._status.problem)
+        self._current = release
         return release
 
     def _require_newer(self, pointer: Pointer) -> None:
@@ -353,7 +411,8 @@ class Reader:
     def _switch(self, release: Release, state: State) -> Release:
         self._local.switch(state)
         self._state = state
-        self._local.prune({name for name in (release.id, state.previous) if name is not None})
+        served = self._served.id if self._served is not None else None
+        self._local.prune({name for name in (release.id, state.previous, served) if name is not None})
         return release
 
     def _release(self, manifest: Manifest, pointer: Pointer) -> Release:
@@ -364,6 +423,21 @@ class Reader:
 def _signed(manifest: Manifest) -> signatures.Signed:
     digests = {name: entry.sha256 for name, entry in manifest.files.items()}
     return signatures.Signed(manifest.model, {**digests, MANIFEST: hashlib.sha256(manifest.encoded).hexdigest()})
+
+
+@dataclass(frozen=True)
+class _FailedChange:
+    """A release with which `on_change` failed."""
+
+    release: Release
+    pause: float
+    until: float
+    """On the monotonic clock: not tried again before."""
+
+    @staticmethod
+    def after(earlier: _FailedChange | None, release: Release, interval: float) -> _FailedChange:
+        pause = min(LONGEST_PAUSE_SECONDS, earlier.pause * 2 if earlier is not None else interval)
+        return _FailedChange(release, pause, time.monotonic() + pause)
 
 
 @dataclass(frozen=True)

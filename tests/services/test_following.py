@@ -19,6 +19,7 @@ from shipreader import bucket as reader_bucket
 from shipreader.errors import UnavailableError
 from shipreader.reader import Reader
 from shipreader.records import Release
+from shipreader.report import read_reports
 from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, FaultProxy, OtherBytes, Rule
 from tests.support.fixture_types import Connect, MakeReader
 from tests.support.ports import free_port
@@ -117,23 +118,57 @@ def test_a_bad_release_is_not_downloaded_again_at_every_look_but_the_next_move_i
         until(lambda: reader.current is not None and reader.current.id == good.release)
 
 
-def test_a_callback_that_fails_does_not_end_the_following(
+def test_a_release_that_a_callback_cannot_take_is_a_problem_until_it_can(
     object_store: ObjectStore, make_reader: MakeReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    releases = [published(object_store, tmp_path / str(seed), seed) for seed in range(3)]
+    releases = [published(object_store, tmp_path / str(seed), seed) for seed in range(4)]
     move(object_store, releases[0])
     seen: list[str] = []
+    full = threading.Event()
 
     def on_change(release: Release) -> None:
         seen.append(release.id)
-        if len(seen) == 2:
+        if full.is_set():
             raise RuntimeError("no room on the GPU")
 
-    with make_reader(on_change=on_change):
-        for count, manifest in enumerate(releases, 1):
+    with make_reader(on_change=on_change) as reader:
+        full.set()
+        move(object_store, releases[1])
+        until(lambda: seen.count(releases[1].release) >= 2)
+        status = reader.status()
+        assert status.release is not None and status.release.id == releases[0].release
+        assert (status.seen, served(reader).id) == (2, releases[1].release)
+        assert status.problem == f"on_change failed for release {releases[1].release}: RuntimeError: no room on the GPU"
+        checked = status.checked_at
+        for manifest in releases[2:]:
             move(object_store, manifest)
-            until(lambda count=count: len(seen) == count)  # type: ignore[misc]
-    assert "on_change failed" in caplog.text and "no room on the GPU" in caplog.text
+            until(lambda manifest=manifest: manifest.release in seen)  # type: ignore[misc]
+        # What is served is still here, however far the channel is ahead, and nobody knows it to be live.
+        assert reader.status().checked_at == checked
+        assert status.release.artifact("onnx").is_file()
+        full.clear()
+        until(lambda: reader.status().problem == "")
+        now = reader.status()
+        assert now.release == served(reader) and now.release.id == releases[3].release
+        assert (now.checked_at or 0) > (checked or 0)
+    # Said once a release, however often it was tried.
+    assert caplog.text.count(f"on_change failed for release {releases[1].release}\n") == 1
+
+
+def test_what_was_kept_from_before_is_handed_over_when_the_bucket_is_away(
+    object_store: ObjectStore, make_reader: MakeReader, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    manifest = published(object_store, tmp_path / "release")
+    move(object_store, manifest)
+    make_reader().pull()
+    proxy.add(Rule(DropRequest(), "GET"))
+    seen: list[str] = []
+    with make_reader(on_change=lambda release: seen.append(release.id)) as reader:
+        assert seen == [manifest.release]
+        status = reader.status()
+        assert status.release == served(reader) and "no answer" in status.problem
+        # It serves, and whoever wants to know how old that may be is not satisfied.
+        assert status.ready() and not status.ready(max_stale=3600)
 
 
 def test_single_faults_are_got_over(
@@ -264,9 +299,11 @@ def test_the_reader_installs_alone_and_its_command_follows_a_channel(
         assert process.stdout.readline() == f"digits prod: generation 1, {first.release} -> {folder}/current\n"
         move(object_store, second)
         assert process.stdout.readline() == f"digits prod: generation 2, {second.release} -> {folder}/current\n"
+        until(lambda: [one["generation"] for one in read_reports(folder)] == [2])
     finally:
         process.terminate()
     assert process.wait(timeout=PATIENCE) == 0
+    assert read_reports(folder) == []
     script = (
         "import sys, shipreader.reader, shipreader.__main__, shipreader.signatures\n"
         "print(shipreader.__file__, {'torch', 'prefect', 'mlflow', 'pydantic'} & set(sys.modules))"
