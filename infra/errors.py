@@ -18,6 +18,8 @@ Every message says what was expected, what was found and what to do.
 
 from __future__ import annotations
 
+from train_and_ship.infra.addresses import without_password
+
 
 class ShipError(Exception):
     """Base of every error this application raises on purpose.
@@ -26,6 +28,10 @@ class ShipError(Exception):
     """
 
     retryable = False
+
+    def __init__(self, message: str = "") -> None:
+        # Errors reach logs, reports in the bucket and tags.
+        super().__init__(without_password(message))
 
 
 class UserError(ShipError):
@@ -49,7 +55,7 @@ class GateError(UserError):
 
     def __init__(self, message: str, table: str = "") -> None:
         super().__init__(message if not table else f"{message}\n\n{table}")
-        self.message, self.table = message, table
+        self.message, self.table = without_password(message), without_password(table)
 
 
 class ServiceError(ShipError):

@@ -9,6 +9,8 @@ import os
 import time
 from pathlib import Path
 
+from train_and_ship.infra.home import make_folder
+
 SETTLED_SECONDS = 2.0
 """A file that changed this recently is not remembered: a change in the same tick of the file system's clock looks like
 none."""
@@ -84,6 +86,6 @@ class FileHashes:
         }
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             part.write_text(json.dumps(table))
             part.replace(self._path)

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from train_and_ship.infra.errors import WorkerError
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.json_lines import next_objects
 
 Events = Callable[[dict[str, Any]], None]
@@ -40,7 +41,7 @@ class ForkServer:
 
     def __init__(self, log: Path) -> None:
         self._log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 # -P: the current folder is not on the import path, so a user's files cannot shadow ours.

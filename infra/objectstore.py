@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from train_and_ship.infra import leftovers, s3
+from train_and_ship.infra.addresses import without_credentials
 from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError
 from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
 from train_and_ship.infra.s3 import quoted
@@ -106,7 +107,7 @@ class ObjectStore:
 
         Raises SettingsError for an impossible address.
         """
-        address = s3.without_credentials(settings.s3_endpoint) if settings.s3_endpoint else "AWS S3"
+        address = without_credentials(settings.s3_endpoint) if settings.s3_endpoint else "AWS S3"
         bucket = bucket or settings.bucket
         with s3.translated("connect", address, bucket, settings.s3_is_local):
             connection = s3.connect(settings)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from train_and_ship.infra.addresses import recognisable
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.rundir import write_whole
 
 TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"
@@ -44,7 +46,7 @@ class PidFile:
     token: str
     """Random value of SHIP_PROCESS_TOKEN in the environment of the process and its descendants."""
     configuration: dict[str, str]
-    """The settings it was started with, to notice when they change."""
+    """The settings it was started with, without passwords, to notice when they change."""
 
     @classmethod
     def read(cls, path: Path) -> PidFile | None:
@@ -56,7 +58,7 @@ class PidFile:
 
     def write(self, path: Path) -> None:
         """A reader never sees half a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_whole(path, json.dumps(asdict(self), indent=1).encode())
 
     def process(self) -> psutil.Process | None:
@@ -130,7 +132,7 @@ def start(program: Program, log: Path, pid_file: Path) -> PidFile:
     The log of the previous start is kept as `NAME.log.1`.
     """
     for needed in (program.folder, log.parent):
-        needed.mkdir(parents=True, exist_ok=True)
+        make_folder(needed)
     if log.exists():
         log.replace(log.with_name(log.name + ".1"))
     token = uuid.uuid4().hex
@@ -150,7 +152,7 @@ def start(program: Program, log: Path, pid_file: Path) -> PidFile:
         create_time=psutil.Process(child.pid).create_time(),
         port=program.port,
         token=token,
-        configuration=dict(program.configuration),
+        configuration={name: recognisable(value) for name, value in program.configuration.items()},
     )
     record.write(pid_file)
     # It is meant to outlive us: without this, Python warns about a child that was never waited for.

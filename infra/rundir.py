@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.home import make_folder
 
 MANIFEST = "STAGE.json"
 
@@ -40,7 +41,8 @@ class StageFolder:
         for leftover in (self.work, self.path):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        self.work.mkdir(parents=True)
+        make_folder(self.work.parent)
+        self.work.mkdir()
         return self.work
 
     def finish(self) -> str:
@@ -83,5 +85,5 @@ def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
         known = sorted((path for path in runs.glob("*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)
         names = ", ".join(path.name for path in known[:3])
         raise JobError(f"resume: expected the id of a run in {runs}, got {resume!r}; the last ones: {names or 'none'}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit, urlunsplit
 
 from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError, ShipError, StoreFaultError
 from train_and_ship.infra.settings import Settings
@@ -226,16 +225,6 @@ def unless_missing() -> Iterator[None]:
 def quoted(etag: str) -> str:
     """An entity tag in quotation marks, as HTTP has it."""
     return etag if etag.startswith('"') else f'"{etag}"'
-
-
-def without_credentials(url: str) -> str:
-    """An address as messages may show it."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        # No address at all, which whoever connects to it says.
-        return url
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import SettingsError
 
 LOOPBACK = "127.0.0.1"
@@ -85,6 +86,13 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"environment variable {name}: expected {first['msg'].lower()}, got {os.environ.get(name)!r}"
             ) from None
+        if settings.external_prefect and without_password(settings.external_prefect) != settings.external_prefect:
+            # Prefect itself passes it on to every flow run, log and page that names the address.
+            raise SettingsError(
+                "environment variable PREFECT_API_URL: expected an address without user and password, got one with "
+                f"them; set PREFECT_API_URL={without_password(settings.external_prefect)} and "
+                f"{PREFECT_ACCOUNT}=user:password"
+            )
         home = settings.home.expanduser().absolute()
         if not next(path for path in (home, *home.parents) if path.exists()).is_dir():
             raise SettingsError(f"environment variable SHIP_HOME: expected a folder, got {str(home)!r}")

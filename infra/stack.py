@@ -26,8 +26,10 @@ from typing import Any, Literal
 import httpx
 
 from train_and_ship.infra import automations, deployments, janitor
+from train_and_ship.infra.addresses import recognisable, without_password
 from train_and_ship.infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
 from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
 from train_and_ship.infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
 from train_and_ship.infra.settings import Settings
@@ -64,7 +66,7 @@ def status(settings: Settings) -> list[Status]:
     ):
         component = ours.get(name)
         if component is None:
-            rows.append(Status(title=title, url=address, pid=None, state="external"))
+            rows.append(Status(title=title, url=without_password(address), pid=None, state="external"))
             continue
         record = PidFile.read(_pid_file(settings, name))
         process = record.process() if record else None
@@ -126,7 +128,7 @@ def _external_names(ours: list[Component]) -> list[str]:
 @contextlib.contextmanager
 def _exclusive(settings: Settings, report: Report) -> Iterator[None]:
     """One command at a time changes the stack of a home. The kernel frees the lock even after kill -9."""
-    settings.home.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.home)
     with (settings.home / "stack.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,9 +181,9 @@ def _running(settings: Settings, ours: list[Component]) -> dict[str, PidFile]:
                 "run `ship down` first"
             )
         for variable, value in wanted[name].configuration.items():
-            if (was := record.configuration.get(variable)) != value:
+            if (was := record.configuration.get(variable)) != (now := recognisable(value)):
                 raise SettingsError(
-                    f"{name} is running (pid {record.pid}) with {variable}={was}, expected {value}: "
+                    f"{name} is running (pid {record.pid}) with {variable}={was}, expected {now}: "
                     "run `ship down` first, or set the variable as it was"
                 )
         running[name] = record

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from train_and_ship.infra.addresses import without_password
+
 NARROW = 50
 """Letters in a line of a phone, about."""
 
@@ -121,8 +123,8 @@ _NO_TEXT = re.compile("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def clean(text: str) -> str:
-    """Text without what neither XML nor UTF-8 can hold: control characters, halves of surrogate pairs."""
-    return _NO_TEXT.sub("\ufffd", text)
+    """Text without passwords in addresses, and what neither XML nor UTF-8 can hold: control characters, half pairs."""
+    return without_password(_NO_TEXT.sub("\ufffd", text))
 
 
 def number(value: float | None) -> str:

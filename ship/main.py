@@ -24,20 +24,26 @@ app = typer.Typer(
 def up() -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
     from train_and_ship.infra import stack
+    from train_and_ship.infra.addresses import without_password
+    from train_and_ship.infra.home import open_to_others
     from train_and_ship.infra.settings import Settings
     from train_and_ship.ship.doctor import mlflow_caught_up
 
     began = time.monotonic()
     settings = Settings.load()
     stack.up(settings, typer.echo)
-    bucket = f"s3://{settings.bucket}" + (f" at {settings.s3_endpoint}" if settings.s3_endpoint else "")
+    bucket = f"s3://{settings.bucket}" + (
+        f" at {without_password(settings.s3_endpoint)}" if settings.s3_endpoint else ""
+    )
     typer.echo(
         f"\nReady in {time.monotonic() - began:.1f} s\n"
         f"  Prefect  {settings.prefect_ui_url}\n"
-        f"  MLflow   {settings.mlflow_url}\n"
+        f"  MLflow   {without_password(settings.mlflow_url)}\n"
         f"  bucket   {bucket}\n"
         f"  logs     {settings.home / 'logs'}"
     )
+    if unsafe := open_to_others(settings.home):
+        typer.echo(unsafe, err=True)
     # What moved while MLflow was away.
     for line in mlflow_caught_up(settings):
         typer.echo(line)

@@ -16,6 +16,7 @@ from shipreader.errors import NothingLiveError, ReaderError, RefusedError, Unava
 from shipreader.reader import Reader
 from shipreader.records import Release
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client, translated
 from train_and_ship.infra.settings import Settings
@@ -57,6 +58,8 @@ def make_reader(
     Raises RequestError for names that no channel can have.
     """
     require_channel(channel)
+    if to is None:
+        make_folder(settings.home)
     return Reader(
         model,
         bucket=settings.bucket,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release
 from train_and_ship.registry.channels.pointer import Pointer
@@ -68,7 +69,7 @@ def live_weights(store: ObjectStore, copies: Path, live: Pointer, folder: Path) 
             f"retrain.start: live: the live release cannot be started from: {error}; use retrain.start: scratch"
         ) from error
     path = folder / live.release / WEIGHTS
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     path.unlink(missing_ok=True)
     try:
         os.link(copy / WEIGHTS, path)

@@ -18,6 +18,7 @@ from prefect.concurrency.asyncio import (
 )
 from prefect.runtime import flow_run
 
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.away import is_away
 from train_and_ship.tasks.job_file import read_job_file
@@ -72,7 +73,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
 
 
 def _lock_file(folder: Path) -> TextIO:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return (folder / "run.lock").open("w")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearsedRelease, RehearseResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import file_sha256
 from train_and_ship.infra.settings import Settings
@@ -71,7 +72,8 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
         samples = await asyncio.to_thread(_held_out, settings.runs / model, manifest)
     # Not among the copies of live releases: others may be reading those.
     work = settings.home / "rehearsals" / model / f"{target.release}.{uuid.uuid4().hex[:8]}"
-    work.mkdir(parents=True)
+    make_folder(work.parent)
+    work.mkdir()
     candidate = await asyncio.to_thread(download_anew, store, manifest, work / "candidate")
     current, problem = None, ""
     if samples is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Crashed
 
+from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import GateError, ServiceError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import asked_by
@@ -188,7 +190,8 @@ def _error(state: State[Any]) -> Exception | None:
 
 def _said(state: State[Any]) -> str:
     error = _error(state)
-    return (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
+    said = (str(error) or type(error).__name__) if error is not None else (state.message or str(state.name))
+    return without_password(said)
 
 
 def _ended(state: State[Any]) -> tuple[str, str]:
@@ -211,8 +214,9 @@ async def _end_from_outside(model: str, folder: Path, status: str, reason: str, 
     report = _report_in(folder)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "train_and_ship.registry.tracking.end_run"),
-        *(model, folder.name, status, reason, settings.mlflow_url),
-        *([str(report)] if report is not None else []),
+        stdin=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    await process.wait()
+    # Everybody on a machine sees command lines.
+    asked = [model, folder.name, status, reason, settings.mlflow_url, str(report) if report is not None else ""]
+    await process.communicate(json.dumps(asked).encode())

@@ -12,6 +12,7 @@ from prefect import get_run_logger
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.fork_server import fork_server
+from train_and_ship.infra.home import open_to_others
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import git_commit
 from train_and_ship.infra.rundir import run_folder
@@ -48,6 +49,8 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
     job = job_file.job
     require_extras(job)
     settings = Settings.load()
+    if unsafe := open_to_others(settings.home):
+        get_run_logger().warning("%s", unsafe)
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)

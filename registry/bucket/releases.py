@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shipreader.records import FileEntry
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
 from train_and_ship.registry.bucket.keys import release_prefix, reports_prefix
 from train_and_ship.registry.bucket.signing import publish_signature
@@ -213,12 +214,12 @@ def fetch_release(
         return manifest
     prefix = release_prefix(model, release)
     meter = Meter(manifest.total_bytes, progress)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
 
     def fetch(name: str) -> None:
         path = draft / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         entry = manifest.files[name]
         for last in (False, True):
             if not store.download_file(prefix + name, path, meter.of(name)):

@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.keys import decisions_prefix
@@ -92,7 +93,7 @@ def _key(decision: Decision) -> str:
 
 def keep_until_recorded(run: Path, decision: Decision) -> None:
     """Leave a decision in the folder of its run, made when it is not there; `record_waiting` finds it."""
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     write_whole(run / WAITING, decision.encode())
 
 

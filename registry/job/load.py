@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from train_and_ship.infra.addresses import has_password, without_password
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.base import descriptions
 from train_and_ship.registry.job.job import Job
@@ -50,7 +51,20 @@ def load_job(path: Path) -> tuple[Job, Path]:
     if not folder.is_dir():
         raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
     _require_files(job, folder, path)
+    _require_no_password(document, path)
     return job, folder
+
+
+def _require_no_password(value: object, path: Path, key: str = "") -> None:
+    """Raises JobError for an address with a password: the job is in every release, in MLflow and in reports."""
+    if isinstance(value, str) and has_password(value):
+        raise JobError(
+            f"{path}: {key}: expected an address without a password, got {without_password(value)!r} with one; the job "
+            "is published with each release. Let the code read it from the environment, or from a file"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        _require_no_password(item, path, f"{key}.{name}" if key else str(name))
 
 
 def _require_files(job: Job, folder: Path, path: Path) -> None:

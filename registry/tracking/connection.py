@@ -14,8 +14,9 @@ import socket
 import ssl
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from train_and_ship.infra import addresses
 from train_and_ship.infra.errors import ServiceError, SettingsError
 
 if TYPE_CHECKING:
@@ -148,10 +149,10 @@ def passing_over(code: str) -> Iterator[None]:
 
 def without_credentials(uri: str) -> str:
     """An address as messages may show it; of a database no more than its kind."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return parts.scheme or uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    scheme = urlsplit(uri).scheme
+    if scheme not in ("http", "https"):
+        return scheme or uri
+    return addresses.without_credentials(uri)
 
 
 def tls_verification() -> bool | ssl.SSLContext:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from train_and_ship.registry.tracking.runs import end_run
 
 if __name__ == "__main__":
-    model, flow_run, status, reason, uri, *reports = sys.argv[1:]
-    end_run(model, flow_run, status, reason, uri, Path(reports[0]) if reports else None)
+    model, flow_run, status, reason, uri, report = json.load(sys.stdin)
+    end_run(model, flow_run, status, reason, uri, Path(report) if report else None)
