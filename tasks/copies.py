@@ -16,7 +16,8 @@ from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.releases import fetch_release
+from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
+from train_and_ship.registry.bucket.signing import load_public_key, require_signature
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.release.manifest import Manifest
 
@@ -34,34 +35,44 @@ def download_anew(store: ObjectStore, manifest: Manifest, folder: Path) -> Rehea
     return _rehearsed(fetched, folder)
 
 
-def live_copy(store: ObjectStore, copies: Path, live: Pointer | None) -> tuple[RehearsedRelease | None, str]:
+def live_copy(
+    store: ObjectStore, copies: Path, live: Pointer | None, public_key: Path | None
+) -> tuple[RehearsedRelease | None, str]:
     """The live release from the bucket, or the copy of an earlier run, verified; none and why when it is broken.
 
-    copies: folder of one copy for each release of the model.
+    Args:
+        store: the bucket.
+        copies: folder of one copy for each release of the model.
+        live: what is live.
+        public_key: file (PEM) of the key that has to have signed it; None asks for no signature. What nobody vouches
+            for is not loaded beside a private key, also where it is live.
     """
     if live is None:
         return None, ""
     try:
-        manifest, folder = _fetch(store, copies, live)
+        manifest, folder = _fetch(store, copies, live, public_key)
         return _rehearsed(manifest, folder), ""
     except (ReleaseError, KeyError, TypeError) as error:
         return None, f"it is broken: {error}"
 
 
-def live_weights(store: ObjectStore, copies: Path, live: Pointer, folder: Path) -> Path:
-    """The live release's weights, verified, below a folder of the run, in one that is named by the release.
+def live_weights(
+    store: ObjectStore, copies: Path, live: Pointer, folder: Path, public_key: Path | None
+) -> tuple[Path, str]:
+    """The live release's weights, verified, below a folder of the run, in one that is named by the release; their hash.
 
     Args:
         store: the bucket.
         copies: as in `live_copy`.
         live: what is live.
         folder: of the run; the weights are a hard link there, or a copy where that cannot be.
+        public_key: as in `live_copy`.
 
     Raises:
         ReleaseError: the release is broken: what training begins with is not guessed.
     """
     try:
-        manifest, copy = _fetch(store, copies, live)
+        manifest, copy = _fetch(store, copies, live, public_key)
         if WEIGHTS not in manifest.files:
             raise ReleaseError(f"release {live.release} of {live.model} holds no {WEIGHTS}")
     except ReleaseError as error:
@@ -76,11 +87,23 @@ def live_weights(store: ObjectStore, copies: Path, live: Pointer, folder: Path) 
     except OSError:
         # Two file systems: run directories may be where other machines see them too.
         shutil.copyfile(copy / WEIGHTS, path)
-    return path
+    return path, manifest.files[WEIGHTS].sha256
 
 
-def _fetch(store: ObjectStore, copies: Path, live: Pointer) -> tuple[Manifest, Path]:
-    """The copy of a release, verified, downloaded where there is none. Raises ReleaseError when it is broken."""
+def _fetch(store: ObjectStore, copies: Path, live: Pointer, public_key: Path | None) -> tuple[Manifest, Path]:
+    """The copy of a release, verified, downloaded where there is none.
+
+    Raises ReleaseError when it is broken, or not signed by the key that is required.
+    """
+    if public_key is not None:
+        described = read_manifest(store, live.model, live.release, sha256=live.manifest_sha256)
+        try:
+            require_signature(store, described, load_public_key(public_key))
+        except ReleaseError as error:
+            raise ReleaseError(
+                f"{error}. SHIP_PUBLIC_KEY requires one of whatever is loaded here; when you know that it is yours, "
+                f"`ship sign {live.model} {live.release}` makes it comparable"
+            ) from None
     folder = copies / live.release
     _drop_old(copies, folder)
 

@@ -78,7 +78,7 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
     current, problem = None, ""
     if samples is not None:
         copies = settings.home / "releases" / model
-        current, problem = await asyncio.to_thread(live_copy, store, copies, live)
+        current, problem = await asyncio.to_thread(live_copy, store, copies, live, settings.public_key)
     request = rehearse_request(job, candidate, current, samples, str(work))
     result = await ask_worker(server, "rehearse", request, RehearseResult, work)
     release = f"{model}: release {target.release}"

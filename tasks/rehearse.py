@@ -95,7 +95,7 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         copies = run.settings.home / "releases" / run.job.name
         candidate = await asyncio.to_thread(download_anew, run.store, manifest, copies / manifest.release)
         # After it: they may be one release.
-        current, problem = await asyncio.to_thread(live_copy, run.store, copies, live)
+        current, problem = await asyncio.to_thread(live_copy, run.store, copies, live, run.settings.public_key)
         exported = registered.validated.exported.folder
         release, job = run.job.release, run.job
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
@@ -160,10 +160,11 @@ async def _scored(
         formats=candidate.formats,
         libraries=candidate.libraries,
         inputs=candidate.inputs,
+        hashes=_loaded(candidate),
         batch=run.job.export.batch,
         gates=[],
         threads=run.job.threads,
-        live=Artifacts(folder=live.folder, formats=live.formats, inputs=live.inputs) if live else None,
+        live=_artifacts(live) if live else None,
         resampling=request.resampling,
     )
     try:
@@ -225,7 +226,19 @@ def _subjects(side: str, release: RehearsedRelease) -> list[Timed]:
     """What a release recommends to serve with; all it has when it recommends nothing."""
     asked = release.serve.values() or release.formats
     formats = {kind: file for kind, file in release.formats.items() if kind in asked}
-    return timed_artifacts(Path(release.folder), formats, release.libraries, side)
+    subjects = timed_artifacts(Path(release.folder), formats, release.libraries, side)
+    hashes = {str(Path(release.folder) / name): sha256 for name, sha256 in _loaded(release).items()}
+    return [replace(one, hashes={path: hashes[path] for path in (one.file, *one.libraries)}) for one in subjects]
+
+
+def _artifacts(live: RehearsedRelease) -> Artifacts:
+    hashes = {name: live.files[name] for name in live.formats.values()}
+    return Artifacts(folder=live.folder, formats=live.formats, inputs=live.inputs, hashes=hashes)
+
+
+def _loaded(release: RehearsedRelease) -> dict[str, str]:
+    """The hashes of what is loaded of a release."""
+    return {name: release.files[name] for name in (*release.formats.values(), *release.libraries)}
 
 
 def _values(speed: MeasureResult, side: str, release: RehearsedRelease, gates: Sequence[str]) -> dict[str, float]:

@@ -93,12 +93,16 @@ def _result(folder: Path) -> TrainResult:
 
 
 async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, progress: _Progress) -> None:
-    weights = ""
+    weights, weights_sha256 = "", ""
     project = Path(run.project.folder)
     code, files, packages = await code_and_packages(run.settings, run.job, project)
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
-        weights = str(await asyncio.to_thread(live_weights, run.store, copies, start, run.folder / "start"))
+        key = run.settings.public_key
+        found, weights_sha256 = await asyncio.to_thread(
+            live_weights, run.store, copies, start, run.folder / "start", key
+        )
+        weights = str(found)
     reporter = asyncio.create_task(progress.keep_artifact())
     # Beside the stage's folder: they outlive attempts.
     checkpoints, attempts = run.folder / "checkpoints", run.folder / ATTEMPTS
@@ -108,6 +112,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         folder=str(stage.work),
         checkpoints=str(checkpoints),
         start=weights,
+        start_sha256=weights_sha256,
         formats=required_formats(run.job),
     )
     try:

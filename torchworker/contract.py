@@ -336,6 +336,8 @@ class TrainRequest(Message):
     """Absolute folder of checkpoints, which outlives attempts; training goes on from the newest sound one."""
     start: str = ""
     """Absolute path of the weights that training starts from; empty for the model as its factory makes it."""
+    start_sha256: str = ""
+    """Hexadecimal; what these weights must have when a rank loads them."""
     formats: Sequence[str] = ()
     """That the release must have: what one of them cannot hold is refused before the first step."""
 
@@ -717,6 +719,8 @@ class Artifacts(Message):
     libraries: Sequence[str] = ()
     """File names of libraries with custom operators, loaded before any artifact."""
     inputs: Sequence[TensorSpec]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """File name to the hexadecimal SHA-256 that it must have where it is loaded; of a release, every file that is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -768,6 +772,8 @@ class Timed:
     """Absolute."""
     libraries: Sequence[str] = ()
     """Absolute paths of libraries with custom operators, loaded before it."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """Absolute path to the hexadecimal SHA-256 that the file must have where it is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class Context:
         """For whatever the loop writes; kept with the run, not shipped, and empty at the start of an attempt."""
         self.folder.mkdir(exist_ok=True)
         self._project = request.project
-        self._start = request.start
+        self._start, self._start_sha256 = request.start, request.start_sha256
         self._started = False
         self._reports = Reports(name_of(entry), self.rank, events, Path(request.checkpoints) / JOURNAL)
         say = (events or EventLog(None)).write
@@ -69,7 +69,7 @@ class Context:
         """The model of `model.factory` on the CPU: untrained, or with the live release's weights (retrain.start)."""
         model = build_model(self._project)
         if self._start:
-            start_from(model, Path(self._start))
+            start_from(model, Path(self._start), self._start_sha256)
             self._started = True
         return model
 

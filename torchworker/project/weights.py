@@ -96,8 +96,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def start_from(model: nn.Module, path: Path) -> None:
-    """Load the weights of an earlier release in place. Raises UserError with what differs when they do not fit."""
+def start_from(model: nn.Module, path: Path, sha256: str = "") -> None:
+    """Load the weights of an earlier release in place.
+
+    Args:
+        model: whose weights they become.
+        path: of the file, in a folder that is named by the release.
+        sha256: hexadecimal, what the file must have; empty where nobody says.
+
+    Raises:
+        UserError: with what differs when they do not fit, or when the file is another one.
+    """
+    if sha256:
+        with path.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != sha256:
+            raise UserError(f"retrain.start: live: {path}: expected SHA-256 {sha256}, got {got}")
     try:
         load_weights(model, path)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import warnings
@@ -37,6 +38,23 @@ def load_artifact(kind: str, path: Path, threads: int) -> Call:
         return _OWN_THREADS[kind](path, threads)
     torch.set_num_threads(threads)
     return {"torchscript": _torchscript, "pt2": _pt2, "aoti": _aoti}[kind](path)
+
+
+def require_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+    """What is loaded here is what was published: read and hashed by the process that loads it next.
+
+    Args:
+        folder: that holds the files.
+        hashes: path in the folder, or an absolute one, to hexadecimal SHA-256.
+
+    Raises:
+        RuntimeError: naming the file, and both hashes.
+    """
+    for name, sha256 in hashes.items():
+        with (folder / name).open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != sha256:
+            raise RuntimeError(f"{folder / name}: expected SHA-256 {sha256}, got {got}")
 
 
 def prepare_runtime(kind: str, threads: int) -> None:

@@ -31,7 +31,7 @@ from torchworker.parity.reference import enlarged
 from torchworker.process.failure import describe
 from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall, run_in_fork
 from torchworker.project.signature import BATCH, resized, samples_of_a_call, sizes_of
-from torchworker.runtimes.load import Call, load_artifact, load_libraries, prepare_runtime
+from torchworker.runtimes.load import Call, load_artifact, load_libraries, prepare_runtime, require_hashes
 
 ROUNDS = 5
 ROUND_SECONDS = 0.02
@@ -263,6 +263,7 @@ def _load_in_fork(subject: Timed, inputs: Mapping[int, Inputs], threads: int) ->
 def _load(subject: Timed, inputs: Mapping[int, Inputs], threads: int) -> tuple[Call, float]:
     """The artifact, and milliseconds until it gave its first answer."""
     prepare_runtime(subject.format, threads)
+    require_hashes(Path(), subject.hashes)
     load_libraries(map(Path, subject.libraries))
     began = time.perf_counter()
     call = load_artifact(subject.format, Path(subject.file), threads)

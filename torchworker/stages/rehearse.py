@@ -6,7 +6,6 @@ validation samples by the same process, so that the two numbers differ by the mo
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from torchworker.parity.reference import GROUP, read_golden, validation_batches
 from torchworker.process.failure import describe
 from torchworker.project.metrics import constant_score, mean_of, sample_sums
 from torchworker.project.signature import samples_of_a_call
-from torchworker.runtimes.load import Call, load_artifact, load_libraries
+from torchworker.runtimes.load import Call, load_artifact, load_libraries, require_hashes
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
@@ -53,7 +52,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     forbid_user_code(request.forbidden_modules, request.forbidden_folder)
     candidate = request.candidate
     folder = Path(candidate.folder)
-    _require_files(candidate)
+    require_hashes(folder, candidate.files)
     load_libraries(folder / name for name in candidate.files if name.endswith(".so"))
     asked = read_golden(folder, Path(request.moved) if request.moved else None)
     golden = [probe.ordered(candidate.inputs) for probe in asked]
@@ -129,6 +128,10 @@ def _score_live(
     live = request.live
     if live is None or not validation:
         return ""
+    try:
+        require_hashes(Path(live.folder), live.files)
+    except (OSError, RuntimeError) as error:
+        return f"it is broken: {error}"
     for kind, file in live.formats.items():
         try:
             _require_same_inputs(live.inputs, validation)
@@ -192,15 +195,6 @@ def _sign(name: str) -> float:
 def _spread(sums: Tensor) -> float:
     """Standard deviation of one sample's value. sums: [samples, 2]."""
     return float(_influence(sums).std(correction=0))
-
-
-def _require_files(release: RehearsedRelease) -> None:
-    """What runs here is what the manifest says: hashed by this process, which then loads it."""
-    for name, sha256 in release.files.items():
-        with (Path(release.folder) / name).open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
-        if got != sha256:
-            raise RuntimeError(f"{release.folder}/{name}: expected SHA-256 {sha256}, got {got}")
 
 
 def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> Verdict:

@@ -29,7 +29,7 @@ from torchworker.process.fork import CORES, ChildDiedError, can_fork
 from torchworker.project.metrics import joined, standard_error
 from torchworker.project.signature import samples_of_a_call
 from torchworker.project.user_code import call_metric, enter
-from torchworker.runtimes.load import load_artifact, load_libraries
+from torchworker.runtimes.load import load_artifact, load_libraries, require_hashes
 
 Outputs = dict[str, Tensor]
 """Format to the first output on all samples, [samples, …]."""
@@ -42,6 +42,7 @@ def score(request: ScoreRequest) -> ScoreResult:
     result says why.
     """
     enter(request.project)
+    require_hashes(Path(request.folder), request.hashes)
     load_libraries(Path(request.folder) / library for library in request.libraries)
     validation = load_file(Path(request.folder) / VALIDATION)
     target = validation["target"]
@@ -68,6 +69,7 @@ def score(request: ScoreRequest) -> ScoreResult:
     if request.live is None:
         return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors)
     try:
+        require_hashes(Path(request.live.folder), request.live.hashes)
         theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, validation, request)
         live = {
             kind: {

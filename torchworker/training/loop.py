@@ -43,7 +43,7 @@ class Loop:
     def __init__(self, request: TrainRequest, device: torch.device) -> None:
         self.project: Project = request.project
         self.settings: TrainSettings = request.train
-        self.start = request.start
+        self.start, self.start_sha256 = request.start, request.start_sha256
         self._formats = request.formats
         self.folder = Path(request.folder)
         self.rank = int(os.environ["RANK"])
@@ -62,7 +62,7 @@ class Loop:
         seed_everything(settings.seed)
         self.model = user_code.build_model(project)
         if self.start:
-            start_from(self.model, Path(self.start))
+            start_from(self.model, Path(self.start), self.start_sha256)
             self.notes.append(f"started from the weights of release {Path(self.start).parent.name}")
         self.model.to(self.device)
         if settings.channels_last:
