@@ -208,9 +208,19 @@ def _newest_first(channel: Channel) -> Iterator[Pointer]:
 
 
 def carry_out(store: ObjectStore, model: str, decision: Decision, policy: Policy) -> str | None:
-    """Do what was decided. Writes. Returns why it was not done, when somebody needed the release meanwhile.
+    """Do what was decided. Writes.
 
-    Raises ReleaseError as `decide`; nothing of the release is deleted then.
+    Args:
+        store: the bucket.
+        model: whose release it is.
+        decision: of `decide`.
+        policy: that it was decided by; before a deletion it is asked once more.
+
+    Returns:
+        Why it was not done, when somebody needed the release meanwhile.
+
+    Raises:
+        ReleaseError: as `decide`; nothing of the release is deleted then.
     """
     stone = decision.stone
     try:

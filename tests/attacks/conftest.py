@@ -1,14 +1,5 @@
-"""A store and readers as the tests of services have them."""
+"""A store as the tests of services have it."""
 
 from __future__ import annotations
 
-from tests.services.conftest import (  # noqa: F401
-    bucket,
-    connect,
-    make_reader,
-    object_store,
-    proxy,
-    s3_server,
-    ship,
-    store_url,
-)
+from tests.support.store_fixtures import connect, object_store, s3_server, store_url  # noqa: F401

@@ -109,7 +109,7 @@ def test_an_artifact_that_was_altered_after_it_was_verified_is_not_loaded(
     )  # fmt: skip
     loaded: list[str] = []
     monkeypatch.setattr(rehearse, "load_artifact", lambda kind, *_: loaded.append(kind))
-    problem = rehearse._score_live(request, {"target": torch.zeros(1)}, 1, {})
+    problem = rehearse._score_live(request, {"target": torch.zeros(1)}, 1, 0, {}, {})
     assert problem.startswith("it is broken: ") and f"expected SHA-256 {'0' * 64}" in problem and loaded == []
     with pytest.raises(RuntimeError, match=r"model\.onnx: expected SHA-256"):
         require_hashes(tmp_path, live.files)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ from typing import Any
 import pytest
 
 from shipreader.reader import Reader
-from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY, NotAvailable, RgwServer
+from tests.support.ceph_rgw import NotAvailable, RgwServer
 from tests.support.fault_proxy import FaultProxy
 from tests.support.fixture_types import Connect, MakeReader, Ship, Versioned
 from tests.support.ports import free_port
 from tests.support.processes import Ended
 from tests.support.releases import CHANNEL, MODEL, move, published
 from tests.support.ship_here import ship_here
-from tests.support.stack_servers import MlflowServer, S3Server
+from tests.support.stack_servers import MlflowServer
+from tests.support.store_fixtures import bucket, connect, object_store, s3_server, store_url  # noqa: F401
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
@@ -55,20 +55,6 @@ def versioned(mlflow_server: MlflowServer) -> Iterator[Versioned]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    server = S3Server(tmp_path_factory.mktemp("s3"), free_port())
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="session")
-def store_url(s3_server: S3Server) -> str:
-    """Address of a running S3 server."""
-    return s3_server.url
-
-
-@pytest.fixture(scope="session")
 def rgw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RgwServer]:
     """Ceph RGW; the tests that need it are skipped where Debian's packages are not to be had."""
     server = RgwServer(tmp_path_factory.mktemp("rgw"), free_port())
@@ -93,38 +79,6 @@ def proxy(store_url: str) -> Iterator[FaultProxy]:
     """Between the test and the store; passes everything on until it is told otherwise."""
     with FaultProxy(store_url) as started:
         yield started
-
-
-@pytest.fixture
-def connect(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Connect:
-    """Make an ObjectStore from settings as a person would give them: an external store with credentials."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "SHIP_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-    def make(bucket: str, url: str = store_url) -> ObjectStore:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        monkeypatch.setenv("SHIP_BUCKET", bucket)
-        return ObjectStore.from_settings(Settings.load())
-
-    return make
-
-
-@pytest.fixture
-def object_store(connect: Connect) -> ObjectStore:
-    """A new, empty bucket."""
-    store = connect(f"test-{uuid.uuid4().hex[:12]}")
-    store.create_bucket_if_missing()
-    return store
-
-
-@pytest.fixture
-def bucket(object_store: ObjectStore) -> str:
-    """The name of that bucket."""
-    return object_store.bucket
 
 
 @pytest.fixture
