@@ -6,6 +6,7 @@ transposed view, buffers are views of one table, images are in NHWC order. All t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
