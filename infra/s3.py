@@ -97,6 +97,8 @@ def connect(settings: Settings) -> Connection:
 
     client = cast("S3Client", core.create_client("s3", endpoint_url=endpoint, config=config))
     _sign_parts_by_checksum(client)
+    # Made on first use otherwise, and anew by each of two threads that use it first: neither catches the other's.
+    _ = client.exceptions
     return Connection(
         client=client,
         credentials=credentials,

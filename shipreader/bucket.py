@@ -39,6 +39,8 @@ class Bucket:
 
     def __init__(self, client: Any, name: str) -> None:
         self._client, self.name = client, name
+        # Made on first use otherwise, and anew by each of two threads that use it first: neither catches the other's.
+        _ = client.exceptions
 
     def small(self, key: str, limit: int) -> bytes | None:
         """A small object; None when there is none. Raises RefusedError when it is longer than `limit` bytes."""

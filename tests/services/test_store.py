@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.errorfactory import ClientExceptionsFactory
 
+from shipreader.bucket import Bucket
 from tests.support.fault_proxy import Answer, AnswerAfter, DropReply, Fault, FaultProxy, Rule, StripHeaders
 from tests.support.fixture_types import Connect
 from tests.support.ports import free_port
@@ -13,6 +18,7 @@ from tests.support.releases import CHANNEL, MODEL, make_release
 from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError, StoreRefusedError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.channel import Channel
@@ -158,3 +164,20 @@ def test_conditional_writes_say_when_they_did_not_happen(object_store: ObjectSto
         object_store.replace("key", b"3", etag)
     with pytest.raises(PreconditionFailedError):
         object_store.replace("absent", b"3", etag)
+
+
+def test_threads_that_use_a_store_first_at_once_each_find_that_there_is_no_such_key(
+    connect: Connect, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = ClientExceptionsFactory._create_client_exceptions
+
+    def slowly(factory: ClientExceptionsFactory, model: Any) -> Any:
+        made = make(factory, model)
+        time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(ClientExceptionsFactory, "_create_client_exceptions", slowly)
+    store = connect(bucket)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(store.get, ["missing"] * 4)) == [None] * 4
+        assert list(pool.map(Bucket(s3_client(Settings.load()), bucket).small, ["missing"] * 4, [10] * 4)) == [None] * 4
