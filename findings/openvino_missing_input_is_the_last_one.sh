@@ -2,8 +2,9 @@
 # openvino 2026.4.1: a compiled model that is called without one of its inputs answers with the value of the last call.
 # `compiled({"x": …})` of a model with the inputs x and mask neither raises nor takes zeros: the infer request behind the
 # compiled model keeps the tensor that was set before. In a server that builds the dict from what a client sent, a
-# forgotten field is so filled from an earlier request and the answer looks like any other. ONNX Runtime refuses the same call ("Required inputs (['mask']) are missing"), and so does
-# OpenVINO for a name too many. Hold the names against compiled.inputs before each call.
+# forgotten field is so filled from an earlier request, and the answer looks like any other. ONNX Runtime refuses the same
+# call ("Required inputs (['mask']) are missing"), and so does OpenVINO for a name too many. Hold the names against
+# compiled.inputs before each call.
 # seen: 2026-11-29: x and mask 7: [8. 8. 8.]; then x alone: [8. 8. 8.]; x and mask 100: [101. 101. 101.]; then x alone: [101. 101. 101.]
 # seen: 2026-11-29: a name too many: RuntimeError
 set -euo pipefail

@@ -66,7 +66,7 @@ from tests.support.capture_subject import subject
 from torchworker.exporters import executorch
 from torchworker.exporters.program import capture, ranges
 with torch.no_grad():
-    print(executorch.executorch(subject(), Path(sys.argv[1])))
+    print(executorch.executorch(subject(), Path(sys.argv[1])).method)
     made = subject()
     captured = capture(made)
     print(executorch.narrowed(made, ranges(captured.program, made), "") or "nothing is narrowed by capture")
