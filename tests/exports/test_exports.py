@@ -224,7 +224,7 @@ def test_state_kept_between_calls_is_refused(stages: OpenStages) -> None:
         def build_model():
             return M()
     """, trained=False)  # fmt: skip
-    with pytest.raises(JobError, match="forward changes the buffer .calls. in eval mode: plain.py:22"):
+    with pytest.raises(JobError, match=r"forward changes the buffer .calls. in eval mode: plain.py:22"):
         opened.export()
 
 
