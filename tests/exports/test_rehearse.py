@@ -169,7 +169,11 @@ def test_a_live_release_with_other_inputs_cannot_be_scored_and_says_why(
 def test_a_live_release_that_cannot_be_loaded_does_not_fail_the_candidate(
     fork_server: ForkServer, tmp_path: Path, validation: Path
 ) -> None:
-    live = release(tmp_path / "b", model(2))
-    (tmp_path / "b" / "model.torchscript").write_bytes(b"no archive")
-    result = rehearsal(fork_server, tmp_path, release(tmp_path / "a", model(1)), live, validation=str(validation))
-    assert result.passed and result.live == {} and result.live_problem.startswith("torchscript: ")
+    damaged, candidate = release(tmp_path / "b", model(2)), release(tmp_path / "a", model(1))
+    artifact = tmp_path / "b" / "model.torchscript"
+    artifact.write_bytes(b"no archive")
+    # One that was made so, and one that was damaged since.
+    made_so = replace(damaged, files={artifact.name: hashlib.sha256(artifact.read_bytes()).hexdigest()})
+    for live, said in ((made_so, "torchscript: "), (damaged, r"it is broken: \S+/model.torchscript: expected \S+")):
+        result = rehearsal(fork_server, tmp_path, candidate, live, validation=str(validation))
+        assert result.passed and result.live == {} and re.match(said, result.live_problem), result.live_problem

@@ -114,7 +114,7 @@ def test_an_unused_channel_is_named(make_reader: MakeReader) -> None:
 def test_names_that_cannot_be_part_of_a_key_are_refused(name: str, tmp_path: Path) -> None:
     for model, channel in ((name, "prod"), ("digits", name)):
         with pytest.raises(ReaderError, match="name: expected"):
-            Reader(model, bucket="models", folder=tmp_path, channel=channel, client=object())
+            Reader(model, bucket="models", folder=tmp_path, channel=channel, client=reader_bucket.s3_client())
 
 
 def test_the_folder_of_another_channel_is_not_taken_over(
@@ -122,7 +122,13 @@ def test_the_folder_of_another_channel_is_not_taken_over(
 ) -> None:
     move(object_store, published(object_store, tmp_path / "release"))
     make_reader().pull()
-    other = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "served", channel="staging", client=object())
+    other = Reader(
+        MODEL,
+        bucket=object_store.bucket,
+        folder=tmp_path / "served",
+        channel="staging",
+        client=reader_bucket.s3_client(),
+    )
     with pytest.raises(ReaderError, match=r"expected the folder of .* digits staging, got that of .* digits prod"):
         other.pull()
 
