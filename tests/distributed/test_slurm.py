@@ -60,6 +60,7 @@ def ranks_on(cluster: Cluster, host: str) -> int:
     return sum(b"torchworker" in path.read_bytes() for path in lines if path.exists())
 
 
+@pytest.mark.soak
 def test_a_job_gives_a_result_even_if_the_flow_is_killed_and_the_next_one_finds_it_by_its_number(
     cluster: Cluster, start: Start, tmp_path: Path
 ) -> None:

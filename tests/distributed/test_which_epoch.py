@@ -136,7 +136,7 @@ def test_the_average_is_the_same_whichever_way_ranks_share_the_model(train: Trai
         pytest.param({}, id="ddp"),
         pytest.param({"strategy": "fsdp"}, id="fsdp", marks=pytest.mark.soak),
         pytest.param({"ema": 0.8}, id="average", marks=pytest.mark.soak),
-        pytest.param({"ema": 0.8, "strategy": "fsdp"}, id="average with fsdp"),
+        pytest.param({"ema": 0.8, "strategy": "fsdp"}, id="average with fsdp", marks=pytest.mark.soak),
     ],
 )
 def test_a_rank_killed_between_the_best_epoch_and_the_last_changes_no_bit(

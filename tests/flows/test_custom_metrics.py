@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.channels import live
 from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
@@ -37,6 +39,8 @@ def job(folder: Path, name: str, factory: str, gate: dict[str, float], **args: A
     )
 
 
+# Its value on an artifact is asked in exports/test_score.py.
+@pytest.mark.soak
 def test_a_metric_in_user_code_is_gated_on_each_artifact_and_recorded(
     ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pytest
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
@@ -142,6 +143,8 @@ def test_nothing_of_a_run_stays_behind(digits: Ended) -> None:
     assert orphans() == []
 
 
+# A bare name is asked in services/test_stack.py, a deployment that ships in flows/test_deploy.py.
+@pytest.mark.soak
 def test_the_bare_deployment_name_runs_and_promotes_the_next_release(
     digits: Ended, command: Command, store: ObjectStore
 ) -> None:
@@ -158,6 +161,8 @@ def test_the_bare_deployment_name_runs_and_promotes_the_next_release(
     )
 
 
+# Differences and rollbacks are asked of stored releases in services/test_diff.py and test_rollback.py.
+@pytest.mark.soak
 def test_two_releases_can_be_compared_and_the_newer_rolled_back(
     digits: Ended, ship: Ship, store: ObjectStore, stack: Settings
 ) -> None:

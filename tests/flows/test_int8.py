@@ -55,6 +55,8 @@ def test_a_variant_that_holds_its_promises_is_released_and_one_that_does_not_is_
     assert "### int8" in described and "left out: SQNR" in described
 
 
+# A variant that is not good enough is asked in exports/test_int8.py.
+@pytest.mark.soak
 def test_a_variant_that_the_job_wants_to_serve_with_and_that_is_not_good_enough_stops_the_run(
     ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:

@@ -209,6 +209,8 @@ def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store
     assert lineage["inputs"]["code"] == before != code_fingerprint(code_files(tmp_path))
 
 
+# What is read, and what is a reason, is asked in unit/test_opened.py and test_made_of.py.
+@pytest.mark.soak
 def test_a_file_that_the_model_reads_is_a_reason_and_one_that_nobody_reads_is_none(
     tmp_path: Path, store: ObjectStore, stack: Settings
 ) -> None:

@@ -157,6 +157,8 @@ def test_candidates_are_held_against_the_live_release_itself_not_against_what_it
     assert flow_run_of(ended) in key
 
 
+# Other inputs are asked in exports/test_rehearse.py and unit/test_kind.py.
+@pytest.mark.soak
 def test_a_live_release_with_other_inputs_stays_until_a_job_without_vs_live_replaces_it(
     ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
@@ -182,6 +184,8 @@ def test_a_live_release_with_other_inputs_stays_until_a_job_without_vs_live_repl
     assert after is not None and after[1] != strange
 
 
+# The limits are asked in unit/test_gates.py, the measures in exports/test_speed.py.
+@pytest.mark.soak
 def test_a_candidate_that_is_much_slower_or_larger_than_the_live_release_stays_out(
     ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:

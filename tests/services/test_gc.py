@@ -307,6 +307,8 @@ def test_a_mover_that_stood_still_until_its_release_was_deleted_moves_back(
     verify_release(object_store, MODEL, pointer.release)
 
 
+# The tests around it put each of these moments in order.
+@pytest.mark.soak
 def test_movers_publishers_and_collectors_at_once_never_leave_a_live_release_without_its_bytes(
     object_store: ObjectStore, calendar: Calendar, tmp_path: Path
 ) -> None:

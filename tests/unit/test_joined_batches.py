@@ -91,6 +91,8 @@ def test_the_rest_of_an_epoch_is_the_same_from_any_step(plan: tuple[Project, Tra
     require_one_rest(plan, kind, workers=0)
 
 
+# Workers are interpreters that import torch.
+@pytest.mark.soak
 def test_the_rest_is_the_same_with_workers_too(plan: tuple[Project, TrainSettings]) -> None:
     # In a process of their own: this one has threads of whatever was imported, which forks do not survive.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
