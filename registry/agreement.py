@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torchworker import situations
 from torchworker.contract import INT8_OF, TrainResult, ValidateResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.gates import verdict_table
@@ -89,7 +90,7 @@ def require_agreement(job: Job, trained: TrainResult, result: ValidateResult) ->
     raise GateError(
         f"{job.name}: {first.metric} is {number(first.trained)} at the end of epoch {epoch} on "
         f"{trained.validation_samples:,} validation samples (training), and {number(first.gated)} on {of} at the gates "
-        f"({first.format}); expected a difference of at most {number(first.allowed)}. The artifact gives the model's "
+        f"({first.format}); {situations.OTHER_NUMBERS} {number(first.allowed)}. The artifact gives the model's "
         "answers, so the two were not measured on the same thing: look for validation data that depends on who reads "
         "it or on when, and for a metric that depends on the order or the number of the samples it is given. Nothing "
         "was registered or promoted",
@@ -129,7 +130,7 @@ def require_may_pass(job: Job, trained: TrainResult) -> None:
     if failed:
         told = ", ".join(f"{item.gate} {number(item.measured)}, expected {item.limit}" for item in failed)
         raise GateError(
-            f"{job.name}: {len(failed)} of {len(job.gates)} gates failed before the export, for the trained model "
+            f"{job.name}: {len(failed)} of {len(job.gates)} {situations.CANNOT_PASS}, for the trained model "
             f"itself: {told}. Nothing was exported, registered or promoted.",
             verdict_table(failed).text(),
         )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torchworker import situations
 from torchworker.contract import OpenedFile
 from train_and_ship.infra.file_hashes import FileHashes, identity_of
 from train_and_ship.infra.provenance import SOURCES, CodeFile, code_files, code_fingerprint, editable_folders
@@ -150,7 +151,8 @@ def _compared(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, st
         if earlier == ALTERED:
             found[name] = "changed while it was trained on"
         elif earlier != later:
-            found[name] = "added" if earlier == ABSENT else "removed" if later == ABSENT else "changed"
+            added = str(situations.READ_BY_THE_MODEL)
+            found[name] = added if earlier == ABSENT else "removed" if later == ABSENT else "changed"
     return found
 
 

@@ -21,11 +21,12 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import Abort
 from prefect.states import Cancelled, Running
 
+from torchworker import situations
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.tasks.away import until_it_answers
 
 LOOK_SECONDS = 2.0
-STOPPED = "cancelled in Prefect before anything went live"
+STOPPED = f"cancelled in Prefect {situations.STOPPED}"
 
 Result = TypeVar("Result")
 

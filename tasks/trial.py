@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torchworker import situations
 from torchworker.contract import ExportResult, Project, ScoreResult, ValidateResult, Verdict
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import ForkServer
@@ -63,8 +64,8 @@ async def try_export(
     if failed:
         named = ", ".join(f"{item.format} {item.gate} ({item.case})" for item in failed)
         raise GateError(
-            f"{job.name}: of the untrained model {len(failed)} of {len(verdicts)} gates fail: {named}. A run would end "
-            "so when its training is over; `ship check --no-export` leaves this out",
+            f"{job.name}: {situations.NOT_CAPTURED} {len(failed)} of {len(verdicts)} gates fail: {named}. A run would "
+            "end so when its training is over; `ship check --no-export` leaves this out",
             verdict_table(verdicts).text(),
         )
     return TrialExport(exported=exported, verdicts=verdicts)

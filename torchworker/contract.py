@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from torchworker import situations
+
 REQUEST = "request.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
@@ -408,7 +410,7 @@ class Launches(Message):
         if failure.kind == "user" and not failure.passing:
             return failure
         if self.repeated:
-            again = f"{failure.message} (twice, {failure.place.partition(' < ')[0]}, so another try would not help)"
+            again = f"{failure.message} (twice, {failure.place.partition(' < ')[0]}, {situations.COMES_BACK})"
             return dataclasses.replace(failure, kind="user", message=again, traceback="")
         if self.deaths > restarts:
             count = f"{self.deaths} launches" if self.deaths > 1 else "a launch"

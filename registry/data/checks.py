@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torchworker import situations
 from torchworker.contract import InspectResult, SplitFacts, TensorFacts
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.data.drift import Bins, Shift, bins_of_columns, bins_of_labels, ks, psi
@@ -79,7 +80,7 @@ def shared_samples(overlap: int, held: int) -> str:
     """
     if not overlap:
         return ""
-    return f"{overlap:,} of {held:,} validation samples ({overlap / held:.1%}) are training samples, bit by bit"
+    return f"{overlap:,} of {held:,} validation samples ({overlap / held:.1%}) {situations.HELD_OUT_IS_TRAINING}"
 
 
 def groups_in_both(facts: InspectResult) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torchworker import situations
 from torchworker.contract import ExportResult, InspectResult, Reading, RereadResult, SplitFacts, TrainResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
@@ -80,7 +81,7 @@ def refusal(job: Job, found: Contradiction, again: RereadResult | None) -> GateE
     """
     kind = "training" if found.split == "train" else "validation"
     one, other = found.inspected, found.other
-    head = f"{job.data.factory}: {INSPECTION} and {found.who} have not read the same {kind} samples"
+    head = f"{job.data.factory}: {INSPECTION} and {found.who} {situations.OTHER_READING} {kind} samples"
     if found.counted:
         said = f"{one.samples:,} in {INSPECTION}, {other.samples:,} in {found.who}"
         why = (

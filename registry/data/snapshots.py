@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from shipreader.records import FileEntry
+from torchworker import situations
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
 from train_and_ship.infra.file_hashes import ELSEWHERE, FileHashes, Identity
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore
@@ -204,7 +205,7 @@ def _size(size: int | None) -> str:
 
 def _not_as_said(what: str) -> JobError:
     return JobError(
-        f"data.snapshot: {what}; the data is not what its manifest says. `ship snapshot` takes a new one, if it was "
+        f"data.snapshot: {what}; {situations.ALTERED_SNAPSHOT}. `ship snapshot` takes a new one, if it was "
         "meant to change"
     )
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from torchworker import situations
 from train_and_ship.infra.addresses import has_password, without_password
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.base import descriptions
@@ -121,7 +122,7 @@ def _given_twice(root: yaml.Node | None, path: Path) -> list[str]:
                 pending.append((value, (*keys, name)))
                 if name in first and key.tag != "tag:yaml.org,2002:merge":
                     place = ".".join((*keys, name))
-                    found.append((line, f"{path}:{line}: {place}: given twice (line {first[name]})"))
+                    found.append((line, f"{path}:{line}: {place}: {situations.GIVEN_TWICE} (line {first[name]})"))
                 first.setdefault(name, line)
     return [told for _, told in sorted(found)]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from torchworker import situations
 from torchworker.contract import MeasureResult
 from train_and_ship.registry.cost import Rates, Spent
 from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, how_drawn, unproven_in_cpp
@@ -152,7 +153,7 @@ def _versus_live(files: RunFiles) -> Section:
     title = f"Beside the live release {against.live}"
     kinds: list[Block] = []
     if against.changes:
-        kinds = [Text(text="It is of another kind than the live release:"), kind_table(against.changes)]
+        kinds = [Text(text=f"It is {situations.OTHER_KIND}:"), kind_table(against.changes)]
     if result.live_problem:
         return Section(title=title, blocks=[*kinds, Text(text=f"It could not be scored: {result.live_problem}")])
     job, versus = files.job, VersusLive.of(files.job, result, against.live)

@@ -20,12 +20,13 @@ from tests.support.projects import REPOSITORY
 TOPS = {"train_and_ship", "torchworker", "shipreader"}
 ALLOWED = {
     "flows": {"flows", "tasks"},
-    "tasks": {"tasks", "registry", "infra", "torchworker.contract"},
+    "tasks": {"tasks", "registry", "infra", "torchworker.contract", "torchworker.situations"},
     # What a signature covers is defined by who checks it; views are made of what a reader has.
     "registry": {
         "registry",
         "infra",
         "torchworker.contract",
+        "torchworker.situations",
         "shipreader.signatures",
         "shipreader.errors",
         "shipreader.records",
@@ -70,14 +71,15 @@ ROOMS = {
     },
     # `training` never sees `parity` or `exporters`: what trains cannot know how it will be judged.
     "torchworker": {
-        "contract": set(),
+        "situations": set(),
+        "contract": {"situations"},
         "process": {"contract"},
         "runtimes": {"contract"},
-        "project": {"contract", "process"},
-        "data": {"contract", "process", "project"},
+        "project": {"situations", "contract", "process"},
+        "data": {"situations", "contract", "process", "project"},
         "gates": {"contract", "process"},
         "parity": {"contract", "process", "runtimes", "project", "gates", "data"},
-        "training": {"contract", "process", "project", "data"},
+        "training": {"situations", "contract", "process", "project", "data"},
         "exporters": {"contract", "process", "runtimes", "project", "parity"},
         "custom_loop": {"contract", "process", "project", "data", "training"},
         "rank": {"contract", "process", "project", "training", "custom_loop"},

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from torchworker import situations
 from torchworker.contract import Project, TrainSettings
 from torchworker.data.fingerprint import Fingerprint, digest_of
 from torchworker.data.sharding import (
@@ -170,7 +171,7 @@ class TrainingData:
             return []
         return [
             f"the last batch of an epoch would be of one sample, on which the model cannot be trained ({self._lone}): "
-            f"it is joined to the batch before it, which has {self.local_batch + 1}"
+            f"{situations.BATCH_OF_ONE}, which has {self.local_batch + 1}"
         ]
 
     def epoch(self, epoch: int, steps: int) -> Iterator[tuple[Any, Tensor]]:
@@ -206,12 +207,12 @@ def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
     if again == first:
         raise UserError(
             f"{project.data.where}: the stream begins with another sample in rank {other} than in rank 0, so it "
-            "divides itself among the ranks (by torch.distributed.get_rank(), RANK, or a library's split by node). The "
+            f"{situations.DIVIDED_STREAM} (by torch.distributed.get_rank(), RANK, or a library's split by node). The "
             f"ranks take turns through one stream, and each would keep one of {world} samples of its own part alone; "
             "give every rank the whole stream"
         )
     return [
-        f"{project.data.where}: the stream begins with another sample each time that it is read, so it draws from "
+        f"{project.data.where}: {situations.DRAWN_STREAM}, so it draws from "
         f"generators of its own: {world} processes each keep one of {world} samples of another order, and some are "
         "used twice and some never; draw from torch's, Python's or NumPy's global generators, which are seeded alike"
     ]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.answers import Answers, Tensors, doubled
@@ -132,10 +133,7 @@ def require_independent(model: nn.Module, inputs: Any, project: Project, outputs
     cause, module = _cause(answers, named, found, count)
     if project.coupled:
         return f"{COUPLED}: {told}. {cause}"
-    raise UserError(
-        f"{project.model.where}: the answer to a sample depends on the other samples of its batch: {told}. {cause}. "
-        f"{_advice(module)}. {REMEDY}"
-    )
+    raise UserError(f"{project.model.where}: {situations.COUPLED}: {told}. {cause}. {_advice(module)}. {REMEDY}")
 
 
 def _rows(named: Mapping[str, Tensor], rows: Sequence[int]) -> Tensors:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError, is_theirs
 from torchworker.project.watch import watched
@@ -67,7 +68,7 @@ def refusal(model: nn.Module, names: Sequence[str], inputs: Any, project: Projec
             f"torch.renorm(weight, {owner.norm_type:g}, 0, {owner.max_norm:g}))"
         )
     return UserError(
-        f"{start}an exported model must not keep state between calls: some formats lose it without a word, others "
+        f"{start}{situations.KEPT_STATE}: some formats lose it without a word, others "
         "count on in each server process by itself. Change it in training only (if self.training), or take it as an "
         "input and return it as an output"
     )

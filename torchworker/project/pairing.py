@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.metrics import first_output
@@ -145,7 +146,7 @@ def with_first(outputs: Any, tensor: Tensor) -> Any:
 def _mistake(where: str, name: str, output: Tensor, target: Tensor) -> UserError:
     shape = list(_stretched(output, target))
     return UserError(
-        f"{where}: {name} compares each output with the target of every sample: outputs {describe_tensor(output)} and "
+        f"{where}: {name} {situations.BROADCAST}: outputs {describe_tensor(output)} and "
         f"target {describe_tensor(target)} broadcast to {shape}, and what a model learns from that, or is measured by, "
         "is the mean; give both one shape, as outputs.squeeze(1) or target.unsqueeze(1)"
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.kept_state import State, changed, place_of, refusal, saved, state_of
@@ -53,7 +54,7 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
     _require_same(model, inputs, named, project, state)
     for kind in formats:
         if why := cannot_hold(kind, model, given, named):
-            raise UserError(f"{project.model.where}: {why}, or leave {kind} out of export.formats")
+            raise UserError(f"{project.model.where}: {why}, or leave {kind} {situations.NOT_SHIPPABLE}")
     return outputs
 
 
@@ -172,7 +173,7 @@ def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], pr
             f"{what}: it draws random numbers ({place}); draw them in training only (if self.training), or take them "
             "as an input"
         )
-    raise UserError(f"{what}: dropout is on there ({place}); {_way_out(place)}")
+    raise UserError(f"{what}: {situations.DROPOUT} ({place}); {_way_out(place)}")
 
 
 def _way_out(place: Place) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchworker import situations
 from torchworker.contract import Project, TrainSettings
 from torchworker.process.failure import UserError, is_lost_connection, user_error
 from torchworker.project.user_code import build_model
@@ -134,7 +135,7 @@ def naming_unused(model: nn.Module, project: Project) -> Iterator[None]:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
             f"{project.model.where}: the last step of rank {found[1]} did not use {', '.join(unused[:5])}{more}, and "
-            "the other processes wait for their gradients; set train.find_unused_parameters: true for a model that "
+            f"the other processes wait for their gradients; {situations.UNUSED_PARAMETERS} for a model that "
             "uses some modules now and then"
         ) from None
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchworker import situations
 from torchworker.contract import Project, TrainSettings
 from torchworker.project.metrics import FILLED, first_output
 from torchworker.project.pairing import asked_apart, with_first
@@ -119,7 +120,7 @@ def no_mean(project: Project, settings: TrainSettings) -> str:
     parts = [f"{settings.processes} processes"] if settings.processes > 1 else []
     parts += [f"accumulate {settings.accumulate}"] if settings.accumulate > 1 else []
     return (
-        f"train.loss: {name} of a batch is not the mean of those of its halves, so {' and '.join(parts)} train by "
+        f"train.loss: {name} {situations.NO_MEAN}, so {' and '.join(parts)} train by "
         "other gradients than one process with the whole batch would; class weights and ignored labels are weighed "
         "right in torch's own losses (torch.nn:CrossEntropyLoss)"
     )
