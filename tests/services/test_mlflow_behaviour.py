@@ -40,10 +40,10 @@ def test_long_texts_of_a_run_are_cut_and_those_of_a_version_refused(client: Mlfl
     client.set_tag(run, "job", "x" * 8001)
     data = client.get_run(run).data
     assert (len(data.params["job"]), len(data.tags["job"])) == (6000, 8000)
-    client.create_registered_model("long")
-    version = client.create_model_version("long", "s3://bucket/release").version
+    client.create_registered_model("behaviour-long")
+    version = client.create_model_version("behaviour-long", "s3://bucket/release").version
     with pytest.raises(MlflowException, match="100000"):
-        client.set_model_version_tag("long", version, "job", "x" * 100_001)
+        client.set_model_version_tag("behaviour-long", version, "job", "x" * 100_001)
 
 
 def test_a_runs_metric_is_the_one_of_the_highest_step_not_the_last_that_was_logged(
