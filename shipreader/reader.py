@@ -127,13 +127,14 @@ class Reader:
         self._current: Release | None = None
         self._served: Release | None = None
         self._seen: int | None = None
+        self._looked_at: float | None = None
         self._checked_at: float | None = None
         self._look_problem = self._change_problem = ""
         self._changing = threading.RLock()
         self._inside_change = False
-        self._failed: _FailedChange | None = None
+        self._refused: _Failure | None = None
+        self._failed: _Failure | None = None
         self._report: Report | None = None
-        self._refused: _Refusal | None = None
 
     # ---- what there is
 
@@ -237,9 +238,9 @@ class Reader:
             if release is None or release == self._served or self._inside_change:
                 return
             ours = self._thread is threading.current_thread()
-            again = failed is not None and failed.release == release
-            if ours and again and failed is not None and time.monotonic() < failed.until:
+            if ours and failed is not None and failed.rests(release):
                 return
+            again = failed is not None and failed.with_what == release
             if not again:
                 _log.info("%s %s: generation %d, release %s", self.model, self.channel, release.generation, release.id)
             self._inside_change = True
@@ -247,7 +248,7 @@ class Reader:
                 if self._on_change is not None:
                     self._on_change(release)
             except Exception as error:
-                self._failed = _FailedChange.after(failed if again else None, release, self._interval)
+                self._failed = _Failure.after(failed, release, error, self._interval)
                 self._change_problem = f"on_change failed for release {release.id}: {type(error).__name__}: {error}"
                 if not ours:
                     raise
@@ -258,7 +259,8 @@ class Reader:
                 self._inside_change = False
             self._failed, self._change_problem, self._served = None, "", release
             if not self._look_problem:
-                self._checked_at = time.time()
+                # Not now: what it did may have taken long.
+                self._checked_at = self._looked_at
 
     def _observed(self, follow: Callable[[], Release]) -> Release:
         """Call it and keep the status."""
@@ -269,7 +271,7 @@ class Reader:
             raise
         self._current, self._look_problem = release, ""
         if release == self._served:
-            self._checked_at = time.time()
+            self._checked_at = self._looked_at
         return release
 
     def _say(self) -> None:
@@ -279,7 +281,7 @@ class Reader:
 
     # ---- one look, under the lock
 
-    def _follow(self, refused: _Refusal | None) -> Release:
+    def _follow(self, refused: _Failure | None) -> Release:
         with self._local.locked():
             held = self._held()
             known = self._state.etag if held is not None and self._state is not None else None
@@ -287,13 +289,13 @@ class Reader:
                 found = self._bucket.changed(self._key, known, POINTER_BYTES)
             except NotModifiedError:
                 assert held is not None
-                self._refused, self._seen = None, held.generation
+                self._refused, self._seen, self._looked_at = None, held.generation, time.time()
                 return held
             if found is None:
                 raise NothingLiveError(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
             pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
-            self._seen = pointer.generation
-            if refused is not None and refused.etag == etag and time.monotonic() < refused.until:
+            self._seen, self._looked_at = pointer.generation, time.time()
+            if refused is not None and refused.rests(etag):
                 raise refused.error
             try:
                 self._require_newer(pointer)
@@ -301,7 +303,7 @@ class Reader:
                 if self._accept is not None:
                     self._require_accepted(release)
             except RefusedError as error:
-                self._refused = _Refusal.after(self._refused, etag, error, self._interval)
+                self._refused = _Failure.after(self._refused, etag, error, self._interval * 2)
                 raise
             self._refused = None
             return self._switch(release, State(self._bucket.name, pointer, etag, self._previous(pointer)))
@@ -426,32 +428,24 @@ def _signed(manifest: Manifest) -> signatures.Signed:
 
 
 @dataclass(frozen=True)
-class _FailedChange:
-    """A release with which `on_change` failed."""
+class _Failure:
+    """Something that is tried again, ever more seldom."""
 
-    release: Release
+    with_what: object
+    """The ETag of a pointer that led to something bad, or the release with which `on_change` failed."""
+    error: Exception
     pause: float
     until: float
     """On the monotonic clock: not tried again before."""
 
     @staticmethod
-    def after(earlier: _FailedChange | None, release: Release, interval: float) -> _FailedChange:
-        pause = min(LONGEST_PAUSE_SECONDS, earlier.pause * 2 if earlier is not None else interval)
-        return _FailedChange(release, pause, time.monotonic() + pause)
+    def after(earlier: _Failure | None, with_what: object, error: Exception, first: float) -> _Failure:
+        """first: seconds to the second try; twice as many to each that follows."""
+        if earlier is not None and earlier.with_what == with_what:
+            first = earlier.pause * 2
+        pause = min(LONGEST_PAUSE_SECONDS, first)
+        return _Failure(with_what, error, pause, time.monotonic() + pause)
 
-
-@dataclass(frozen=True)
-class _Refusal:
-    """A pointer that led to something bad."""
-
-    etag: str
-    error: RefusedError
-    pause: float
-    until: float
-    """On the monotonic clock: not downloaded again before."""
-
-    @staticmethod
-    def after(earlier: _Refusal | None, etag: str, error: RefusedError, interval: float) -> _Refusal:
-        same = earlier is not None and earlier.etag == etag
-        pause = min(LONGEST_PAUSE_SECONDS, earlier.pause * 2 if same and earlier else interval * 2)
-        return _Refusal(etag, error, pause, time.monotonic() + pause)
+    def rests(self, with_what: object) -> bool:
+        """Whether it is too early to try this again."""
+        return self.with_what == with_what and time.monotonic() < self.until

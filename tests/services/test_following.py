@@ -155,6 +155,16 @@ def test_a_release_that_a_callback_cannot_take_is_a_problem_until_it_can(
     assert caplog.text.count(f"on_change failed for release {releases[1].release}\n") == 1
 
 
+def test_what_is_served_is_known_to_be_live_since_the_look_however_long_a_callback_takes(
+    object_store: ObjectStore, make_reader: MakeReader, tmp_path: Path
+) -> None:
+    move(object_store, published(object_store, tmp_path / "release"))
+    called: list[float] = []
+    reader = make_reader(on_change=lambda _: called.append(time.time()))
+    reader.pull()
+    assert 0 < (reader.status().checked_at or 0) <= called[0]
+
+
 def test_what_was_kept_from_before_is_handed_over_when_the_bucket_is_away(
     object_store: ObjectStore, make_reader: MakeReader, proxy: FaultProxy, tmp_path: Path
 ) -> None:
