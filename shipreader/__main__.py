@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 from shipreader.bucket import s3_client
@@ -21,7 +20,7 @@ from shipreader.errors import ReaderError
 from shipreader.local import CURRENT
 from shipreader.reader import Reader
 from shipreader.records import Release
-from shipreader.report import answering, is_ready, read_reports
+from shipreader.report import answering, judged, read_reports
 
 
 def main() -> int:
@@ -51,6 +50,8 @@ def main() -> int:
     listen = _address(parser, options.listen)
     if listen is not None and not options.follow:
         parser.error("--listen: expected --follow beside it")
+    if options.max_stale is not None and listen is None:
+        parser.error("--max-stale: expected --status or --listen beside it")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
 
     def show(release: Release) -> None:
@@ -75,11 +76,13 @@ def main() -> int:
         stopping = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.set())
-        with reader, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             if listen is not None:
+                # Before a release is here: probes are answered meanwhile, and a taken port is told before a download.
                 host, port = listen
                 pages = answering(host, port, reader.model, reader.channel, reader.status, options.max_stale)
                 print(f"listening on {host}:{stack.enter_context(pages)}", flush=True)
+            stack.enter_context(reader)
             stopping.wait()
         return 0
     except (ReaderError, OSError) as error:
@@ -89,13 +92,10 @@ def main() -> int:
 
 def _show_status(options: argparse.Namespace) -> int:
     mine = (options.model, options.channel)
-    reports = [one for one in read_reports(Path(options.to)) if (one["model"], one["channel"]) == mine]
+    found = [one for one in read_reports(Path(options.to)) if (one["model"], one["channel"]) == mine]
+    reports = [judged(one, options.max_stale) for one in found]
     for report in reports:
-        checked = report.pop("checked_at")
-        ready = is_ready({**report, "checked_at": checked}, options.max_stale)
-        since = None if checked is None else round(max(0.0, time.time() - checked), 1)
-        print(json.dumps({**report, "seconds_since_check": since, "ready": ready}))
-        report["ready"] = ready
+        print(json.dumps(report))
     if not reports:
         print(f"{options.to}: no process follows {' '.join(mine)} here", file=sys.stderr)
     return 0 if reports and all(report["ready"] for report in reports) else 1

@@ -37,7 +37,7 @@ from shipreader.records import (
     pointer_key,
     release_prefix,
 )
-from shipreader.report import Report
+from shipreader.report import Report, is_ready, stale_seconds
 
 FILES_AT_ONCE = 4
 LONGEST_PAUSE_SECONDS = 300.0
@@ -60,14 +60,13 @@ class Status:
     seen: int | None = None
     """The channel's generation when it was last read; None before that."""
 
-    def stale_seconds(self, now: float | None = None) -> float | None:
+    def stale_seconds(self) -> float | None:
         """For how long nobody has known whether what is served is live; None when that was never known."""
-        return None if self.checked_at is None else max(0.0, (time.time() if now is None else now) - self.checked_at)
+        return stale_seconds(self.checked_at)
 
     def ready(self, max_stale: float | None = None) -> bool:
         """Whether requests may come: something is served, and known to be live at most `max_stale` seconds ago."""
-        stale = self.stale_seconds()
-        return self.release is not None and (max_stale is None or (stale is not None and stale <= max_stale))
+        return is_ready(self.release is not None, self.stale_seconds(), max_stale)
 
 
 class Reader:

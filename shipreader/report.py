@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
+
+from shipreader.errors import ReaderError
 
 if TYPE_CHECKING:
     from shipreader.reader import Status
@@ -89,11 +92,25 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def is_ready(report: dict[str, Any], max_stale: float | None) -> bool:
-    """As `Status.ready`."""
-    checked = report["checked_at"]
-    fresh = max_stale is None or (checked is not None and time.time() - checked <= max_stale)
-    return report["release"] is not None and fresh
+def judged(report: dict[str, Any], max_stale: float | None) -> dict[str, Any]:
+    """What a process said, as it is now: `seconds_since_check` in place of a time, and whether it is ready.
+
+    max_stale: seconds, as `Status.ready` takes them.
+    """
+    stale = stale_seconds(report["checked_at"])
+    said = {name: value for name, value in report.items() if name != "checked_at"}
+    ready = is_ready(report["release"] is not None, stale, max_stale)
+    return {**said, "seconds_since_check": None if stale is None else round(stale, 1), "ready": ready}
+
+
+def stale_seconds(checked_at: float | None) -> float | None:
+    """As `Status.stale_seconds`."""
+    return None if checked_at is None else max(0.0, time.time() - checked_at)
+
+
+def is_ready(serves: bool, stale: float | None, max_stale: float | None) -> bool:
+    """As `Status.ready`. serves: whether there is a release."""
+    return serves and (max_stale is None or (stale is not None and stale <= max_stale))
 
 
 def metrics(model: str, channel: str, status: Status, max_stale: float | None = None) -> str:
@@ -108,8 +125,8 @@ def metrics(model: str, channel: str, status: Status, max_stale: float | None = 
     labels = f'model="{model}",channel="{channel}"'
     stale = status.stale_seconds()
     values: list[tuple[str, str, str, float]] = [
-        ("ready", "Whether requests may come.", "", float(status.ready(max_stale))),
-        ("problem", "Whether what is live is not served, or could not be looked for.", "", float(bool(status.problem))),
+        ("ready", "Whether requests may come.", "", int(status.ready(max_stale))),
+        ("problem", "Whether what is live is not served, or could not be looked for.", "", int(bool(status.problem))),
     ]
     if status.release is not None:
         values.append(("generation", "Of the channel.", ',what="served"', status.release.generation))
@@ -120,7 +137,7 @@ def metrics(model: str, channel: str, status: Status, max_stale: float | None = 
     lines: list[str] = []
     for name, text, label, value in values:
         head = [f"# HELP shipreader_{name} {text}", f"# TYPE shipreader_{name} gauge"]
-        lines += [*(head if head[0] not in lines else []), f"shipreader_{name}{{{labels}{label}}} {value:g}"]
+        lines += [*(head if head[0] not in lines else []), f"shipreader_{name}{{{labels}{label}}} {value}"]
     return "\n".join(lines) + "\n"
 
 
@@ -134,7 +151,7 @@ class _Page:
 def answering(
     host: str, port: int, model: str, channel: str, status: Callable[[], Status], max_stale: float | None
 ) -> Iterator[int]:
-    """Answer GET /metrics, /ready (200 or 503) and /live while the block runs; gives the port. Raises OSError.
+    """Answer GET /metrics, /ready (200 or 503) and /live while the block runs; gives the port.
 
     Args:
         host: address to listen on.
@@ -143,6 +160,9 @@ def answering(
         channel: what is followed.
         status: of the reader, asked for each request.
         max_stale: seconds, as `Status.ready` takes them.
+
+    Raises:
+        ReaderError: an address that is not this machine's, or a port that is taken.
     """
 
     def page(path: str) -> _Page:
@@ -169,8 +189,14 @@ def answering(
         def log_message(self, *_: object) -> None:
             """A probe every few seconds is nothing to write down."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        raise ReaderError(f"expected to listen on port {port} of {host}: {error.strerror or error}") from error
     Thread(target=server.serve_forever, args=(0.1,), name="shipreader-status", daemon=True).start()
     try:
         yield server.server_address[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from shipreader.__main__ import main
+from shipreader.bucket import Bucket
 from shipreader.reader import Status
 from shipreader.records import FileEntry, Manifest, Release
 from shipreader.report import READERS, Report, answering, metrics, read_reports
@@ -111,6 +114,31 @@ def test_probes_and_prometheus_are_answered_on_this_machine() -> None:
         assert ask("/")[0] == 404
 
 
+def test_a_port_that_is_taken_is_named_before_anything_is_asked_of_the_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Bucket, "changed", lambda *_: pytest.fail("asked"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--bucket", "b", "--follow", "--listen", str(port)]
+        monkeypatch.setattr(sys, "argv", ["shipreader", "digits", "--to", str(tmp_path), *words])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        assert main() == 1
+    assert f"expected to listen on port {port} of 127.0.0.1: Address already in use" in capsys.readouterr().err
+
+
+def test_ipv6_is_listened_on_as_well() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with (
+        answering("::1", 0, "digits", "prod", said, None) as port,
+        urllib.request.urlopen(f"http://[::1]:{port}/live", timeout=10) as reply,
+    ):
+        assert reply.status == 200
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -118,6 +146,7 @@ def test_probes_and_prometheus_are_answered_on_this_machine() -> None:
         (["--bucket", "b", "--listen", "9100"], "expected --follow beside it"),
         (["--bucket", "b", "--follow", "--listen", "x"], "expected [HOST:]PORT, such as 9100, got 'x'"),
         (["--status", "--max-stale", "0"], "expected seconds above 0"),
+        (["--bucket", "b", "--follow", "--max-stale", "60"], "expected --status or --listen beside it"),
     ],
 )
 def test_a_mistake_ends_the_command_with_2(
