@@ -63,16 +63,17 @@ def serve(model: str, channel: str, to: Path | None, port: int, interval: float,
     server = Server(folder=folder / "server", model=model, port=port, batch_size=batch_size)
     server.require_ports()
     with contextlib.closing(server), reader_errors(settings, model):
-        reader = make_reader(settings, model, channel, folder, accept=server.load, interval=interval)
+        # Also when it has become current: nobody here accepted what another process brought, or what lay there before.
+        reader = make_reader(
+            settings, model, channel, folder, accept=server.load, on_change=server.load, interval=interval
+        )
         with contextlib.closing(reader):
             try:
                 release = reader.start()
             except ReaderError:
                 # Not the release's fault.
-                server.require_started()
+                server.require_alive()
                 raise
-            # Also when nothing moved since the last time.
-            server.load(release)
             typer.echo(
                 f"{current(release)}\n"
                 f"  infer    {server.url}/v2/models/{model}/infer\n"
@@ -119,17 +120,12 @@ class Server:
                     f"{port} is taken by {port_holder(port)}; name another"
                 )
 
-    def require_started(self) -> None:
-        """Raises ServiceError when it could not be started."""
+    def require_alive(self) -> None:
+        """Raises ServiceError when it could not be started, or has ended."""
         if self._failure is not None:
             raise self._failure
-
-    def require_alive(self) -> None:
-        """Raises ServiceError when it ended by itself."""
         if self._process is not None and self._process.poll() is not None:
-            raise ServiceError(
-                f"the server ended with {self._process.returncode}; last lines of {self.log}:\n{last_lines(self.log)}"
-            )
+            raise self._fault(f"it ended with {self._process.returncode}")
 
     def load(self, release: Release) -> None:
         """Make a release the one that is served.
@@ -173,6 +169,11 @@ class Server:
                 stderr=output,
                 start_new_session=True,
             )
+        self._failure = None
+
+    def _fault(self, what: str) -> ServiceError:
+        self._failure = ServiceError(f"the server: {what}; last lines of {self.log}:\n{last_lines(self.log)}")
+        return self._failure
 
     def _ask(self, document: dict[str, object]) -> dict[str, str]:
         """One line there, one line back."""
@@ -184,13 +185,13 @@ class Server:
             poll = select.poll()
             poll.register(self._process.stdout, select.POLLIN)
             if not poll.poll(1000 * LOAD_SECONDS):
+                fault = self._fault(f"generation {document['generation']} was not loaded within {LOAD_SECONDS} s")
                 # Its answer, when it came, would be taken for that to the next question.
                 self._process.kill()
+                raise fault
             line = self._process.stdout.readline()
         if not line:
-            self._process.wait(STOP_SECONDS)
-            self._failure = ServiceError(f"the server ended; last lines of {self.log}:\n{last_lines(self.log)}")
-            raise self._failure
+            raise self._fault(f"it ended with {self._process.wait(STOP_SECONDS)}")
         reply: dict[str, str] = json.loads(line)
         return reply
 
