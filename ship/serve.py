@@ -21,7 +21,7 @@ import typer
 
 import shipreader
 from shipreader.errors import ReaderError, RefusedError
-from shipreader.mlserver import BATCH_SIZE, can_batch, require_datatypes, served
+from shipreader.mlserver import BATCH_SIZE, require_datatypes, rows_together, served
 from shipreader.records import Release
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.processes import last_lines, port_holder, port_is_free
@@ -141,7 +141,7 @@ class Server:
             "generation": release.generation,
             "artifact": str(release.artifact(served(release))),
             "signature": dict(signature),
-            "batch_size": self.batch_size if can_batch(signature) else 1,
+            "batch_size": rows_together(signature, self.batch_size),
         }
         with self._loading:
             if self._process is None:

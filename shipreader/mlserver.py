@@ -41,12 +41,13 @@ def write_model(
     Raises:
         ReaderError: a release without ONNX or with a dtype that the protocol does not have.
     """
-    folder = repository / release.model
-    folder.mkdir(parents=True, exist_ok=True)
-    require_datatypes(release.manifest.signature)
+    signature = release.manifest.signature
+    require_datatypes(signature)
     kind = served(release)
     artifact = release.artifact(kind)
-    inputs, outputs = (_tensors(release.manifest.signature[side]) for side in ("inputs", "outputs"))
+    folder = repository / release.model
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs, outputs = (_tensors(signature[side]) for side in ("inputs", "outputs"))
     settings: dict[str, Any] = {
         "name": release.model,
         "implementation": "onnx_model.OnnxModel",
@@ -60,12 +61,13 @@ def write_model(
                 "release": release.id,
                 "generation": release.generation,
                 "format": kind,
-                "signature": dict(release.manifest.signature),
+                "signature": dict(signature),
             },
         },
     }
-    if batch_size > 1 and can_batch(release.manifest.signature):
-        settings |= {"max_batch_size": batch_size, "max_batch_time": batch_seconds}
+    together = rows_together(signature, batch_size)
+    if together > 1:
+        settings |= {"max_batch_size": together, "max_batch_time": batch_seconds}
     for name in ("onnx_model.py", "inference_tensors.py"):
         shutil.copy(Path(__file__).with_name(name), folder)
     path = folder / "model-settings.json"
@@ -93,6 +95,18 @@ def can_batch(signature: Mapping[str, Any]) -> bool:
     first = {shape[0] if shape else 0 for shape in shapes}
     others = [size for shape in shapes for size in shape[1:]]
     return len(first) == 1 and isinstance(first.pop(), str) and not any(isinstance(size, str) for size in others)
+
+
+def rows_together(signature: Mapping[str, Any], most: int) -> int:
+    """How many rows may be computed together, at most `most`; 1 where each request is computed by itself.
+
+    Never more than the release says of its batch: a larger one was not proven, and is refused of a single request.
+    """
+    if not can_batch(signature):
+        return 1
+    batch = signature["inputs"][0]["shape"][0]
+    largest = next((dim["max"] for dim in signature.get("dims", ()) if dim["name"] == batch), None)
+    return most if largest is None else min(most, largest)
 
 
 def require_datatypes(signature: Mapping[str, Any]) -> None:

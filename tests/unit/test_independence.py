@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shipreader.mlserver import can_batch
+from shipreader.mlserver import can_batch, rows_together
 from torchworker.contract import Project, Reference, TensorSpec
 from torchworker.process.failure import UserError
 from torchworker.project.independence import NOT_ASKED, require_independent
@@ -329,8 +329,12 @@ def test_a_signature_of_one_sample_is_asked_one_by_one_and_never_batched() -> No
     assert samples_of_a_call(one, 64) == 1
     both = {side: [{"name": "x", "dtype": "float32", "shape": ["batch", 6]}] for side in ("inputs", "outputs")}
     assert can_batch(both)
-    assert not can_batch({**both, "coupled": True})
-    assert not can_batch({side: [{"name": "x", "dtype": "float32", "shape": [1, 6]}] for side in both})
+    assert rows_together(both, 64) == 64
+    assert rows_together({**both, "dims": [{"name": "batch", "min": 1, "max": None}]}, 64) == 64
+    # Of ExecuTorch, for instance: more were not proven.
+    assert rows_together({**both, "dims": [{"name": "batch", "min": 1, "max": 20}]}, 64) == 20
+    assert rows_together({**both, "coupled": True}, 64) == 1
+    assert rows_together({side: [{"name": "x", "dtype": "float32", "shape": [1, 6]}] for side in both}, 64) == 1
 
 
 class Branch(nn.Module):
