@@ -105,21 +105,23 @@ class Model:
 
     def _answers(self, calls: Sequence[_Call]) -> list[list[np.ndarray[Any, Any]] | Exception]:
         """In the model's own thread."""
-        if len(calls) > 1:
-            try:
-                together = {
-                    name: np.concatenate([call.inputs[name] for call in calls]) for name in self.signature.inputs
-                }
-                found = self._session.run(self._names, together)
-            except Exception:
-                # One request that the model does not take fails all of them: each by itself tells which.
-                return [answer for call in calls for answer in self._answers([call])]
-            ends = np.cumsum([call.rows for call in calls])
-            return [[array[end - call.rows : end] for array in found] for call, end in zip(calls, ends, strict=True)]
         try:
-            return [self._session.run(self._names, calls[0].inputs)]
+            if len(calls) == 1:
+                return [self._session.run(self._names, calls[0].inputs)]
+            return self._together(calls)
         except Exception as error:
-            return [_refusal(error)]
+            if len(calls) == 1:
+                return [_refusal(error)]
+            # One request that the model does not take fails all of them: each by itself tells which.
+            return [answer for call in calls for answer in self._answers([call])]
+
+    def _together(self, calls: Sequence[_Call]) -> list[list[np.ndarray[Any, Any]] | Exception]:
+        joined = {name: np.concatenate([call.inputs[name] for call in calls]) for name in self.signature.inputs}
+        found = self._session.run(self._names, joined)
+        ends = np.cumsum([call.rows for call in calls])
+        if any(array.shape[:1] != (ends[-1],) for array in found):
+            raise ValueError(f"expected {ends[-1]} rows of each output, got {[array.shape for array in found]}")
+        return [[array[end - call.rows : end] for array in found] for call, end in zip(calls, ends, strict=True)]
 
 
 def session(path: str, *, spin: bool) -> Any:

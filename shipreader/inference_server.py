@@ -19,8 +19,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -65,9 +65,7 @@ _CODES = {
 # Names and labels that MLServer's users have on their dashboards.
 _SUCCESS = Counter("model_infer_request_success", "Requests that got an answer", ["model", "version"])
 _FAILURE = Counter("model_infer_request_failure", "Requests that got none", ["model", "version"])
-_SECONDS = Summary(
-    "model_infer_request_duration", "Seconds from a request that was read to its answer", ["model", "version"]
-)
+_SECONDS = Summary("model_infer_request_duration", "Seconds from a request to its answer", ["model", "version"])
 
 
 class Served:
@@ -216,8 +214,8 @@ def _json_length(request: HttpRequest) -> int | None:
     text = request.headers.get(JSON_LENGTH)
     if text is None:
         return None
-    if not (text.isascii() and text.isdecimal()):
-        raise RequestError(f"{JSON_LENGTH}: expected a number of bytes, got {text!r}")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise RequestError(f"{JSON_LENGTH}: expected a number of bytes, got {text[:60]!r}")
     return int(text)
 
 
@@ -278,18 +276,13 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 return _reply(asked, outputs, model)
 
 
-class _refusals:
+@asynccontextmanager
+async def _refusals(context: Any) -> AsyncIterator[None]:
     """Ends a call with what is wrong about the request."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RequestError):
-            await self._context.abort(_CODES[error.status], str(error))
+    try:
+        yield
+    except RequestError as error:
+        await context.abort(_CODES[error.status], str(error))
 
 
 def _asked(request: Any, model: Model) -> Request:
@@ -381,9 +374,8 @@ async def serve(model: str, port: int) -> None:
                 await asyncio.sleep(0.01)
         print(json.dumps({"loaded": document.generation, "threads": words}), file=answers)
     http.should_exit = True
-    if running is not None:
-        await running
-    await rpc.stop(STOP_SECONDS)
+    # Both at once: whoever started us waits for 20 s.
+    await asyncio.gather(rpc.stop(STOP_SECONDS), *([] if running is None else [running]))
     metrics.shutdown()
 
 

@@ -136,7 +136,7 @@ def require_shape(tensor: Tensor, datatype: object, shape: object) -> list[int]:
         isinstance(declared, str) or declared == size for declared, size in zip(tensor.shape, shape, strict=True)
     )
     if datatype != tensor.datatype or not fits:
-        named = datatype if datatype in DTYPES else _short(datatype)
+        named = datatype if isinstance(datatype, str) and datatype in DTYPES else _short(datatype)
         raise RequestError(f"input {tensor.name}: expected {tensor}, got {named} {shape}")
     return shape
 
@@ -226,7 +226,10 @@ def _unfit(tensor: Tensor, flat: list[Any], place: int, expected: str) -> Reques
 
 def _short(value: object) -> str:
     """What was given, as JSON writes it."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "lists in lists, too deep to be shown"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -252,10 +255,11 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
     items = document.get("inputs")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RequestError("expected inputs, a list of objects with name, datatype, shape and data")
-    signature.require_names([str(item.get("name")) for item in items])
+    names = [str(item.get("name")) for item in items]
+    signature.require_names(names)
     inputs: Arrays = {}
-    for item in items:
-        tensor = signature.inputs[item["name"]]
+    for name, item in zip(names, items, strict=True):
+        tensor = signature.inputs[name]
         shape = require_shape(tensor, item.get("datatype"), item.get("shape"))
         size = _parameters(item, f"input {tensor.name}").get("binary_data_size")
         if size is None:
@@ -357,10 +361,11 @@ def _wanted(document: Mapping[str, Any], signature: Signature) -> tuple[list[str
         raise RequestError("expected outputs, a list of objects with a name")
     names = signature.outputs_named([str(item.get("name")) for item in items])
     binary = set(names) if every else set()
-    for item in items:
-        parameters = _parameters(item, f"output {item['name']}")
+    # Without items, all are answered as `every` says.
+    for name, item in zip(names, items, strict=False):
+        parameters = _parameters(item, f"output {name}")
         if parameters.get("classification"):
-            raise RequestError(f"output {item['name']}: classification is not served; ask for the numbers")
+            raise RequestError(f"output {name}: classification is not served; ask for the numbers")
         if "binary_data" in parameters:
-            (binary.add if parameters["binary_data"] else binary.discard)(item["name"])
+            (binary.add if parameters["binary_data"] else binary.discard)(name)
     return names, frozenset(binary)

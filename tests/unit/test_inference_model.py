@@ -72,6 +72,19 @@ def test_a_value_that_the_model_does_not_take_is_refused_with_its_limit_and_fail
     assert "[-10,9]" in str(bad)
 
 
+class Total:
+    """In place of a session: one number, however many rows."""
+
+    def run(self, names: Sequence[str], fed: dict[str, Any]) -> list[Any]:
+        return [np.array(fed["id"].sum()) for _ in names]
+
+
+def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(document: ModelDocument) -> None:
+    model = Model(document, spin=False)
+    model._session = Total()
+    assert rows_of(model, [1], [2, 3], [4]) == [[1], [5], [4]]
+
+
 def test_idle_threads_sleep_unless_spinning_makes_a_call_a_quarter_faster(
     document: ModelDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_data_of_another_shape_are_refused(data: list[Any], shape: list[int]) ->
         ({"id": {"shape": [2, 1]}}, "input id: expected INT64 [batch], got INT64 [2, 1]"),
         ({"half": {"shape": [2, 3], "data": [0] * 6}}, "expected FP16 [batch, 2], got FP16 [2, 3]"),
         ({"x": {"datatype": "FP64"}}, "expected FP32 [batch], got FP64 [2]"),
+        ({"x": {"datatype": ["FP32"]}}, 'expected FP32 [batch], got ["FP32"] [2]'),
         ({"x": {"shape": [True]}}, "expected a shape of whole numbers from 0, got [true]"),
         ({"x": {"name": "id"}}, "expected the inputs x, half, id, flag; got id, half, id, flag"),
         ({"x": {"data": None}}, "expected data as a list, got null"),
