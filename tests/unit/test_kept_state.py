@@ -122,6 +122,18 @@ class LastSeen(nn.Module):
         return x / self.largest
 
 
+class Graph(nn.Module):
+    """With a sparse table, which has no memory to point at, and dropout that is left on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.eye(4).to_sparse())
+        self.edges: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(torch.sparse.mm(self.edges, x.T).T, 0.5)
+
+
 def refusal(model: nn.Module, inputs: Tensor = BATCH) -> str:
     """Empty when there is none."""
     try:
@@ -154,6 +166,7 @@ IDS = torch.arange(24).reshape(8, 3)
         ]),
         (Words(nn.Embedding, 1e9), IDS, ["the parameter 'embed.weight' in eval mode", "max_norm"]),
         (Words(nn.EmbeddingBag, 1.0), IDS, ["the parameter 'embed.weight' in eval mode", "max_norm"]),
+        (Graph(), BATCH, ["dropout is on there", line_of("return F.dropout(torch.sparse.mm(self.edges, x.T).T, 0.5)")]),
         (Counting(persistent=False), BATCH, [
             "differs between two calls", "the buffer 'calls'", line_of("self.calls.add_(1)"), "return it as an output",
         ]),
@@ -174,6 +187,7 @@ def test_a_model_that_changes_itself_when_it_is_asked_is_refused_by_name_and_lin
         (Words(nn.Embedding, 1e9).requires_grad_(False), IDS),
         (FilledOnce(), BATCH),
         (Angles(), BATCH),
+        (nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()), BATCH),
         (nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()), BATCH),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), BATCH),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), BATCH),

@@ -111,6 +111,14 @@ def _assigning_line(kind: type[nn.Module], attribute: str, folder: str) -> str:
     return ""
 
 
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values everywhere, NaN being one of them."""
+    if torch.equal(first, second):
+        return True
+    # NaN is not equal to itself, and an infinity is no largest number.
+    return bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if tensor.layout == torch.strided and not tensor.is_meta}
@@ -119,7 +127,4 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _same(first: Tensor, second: Tensor) -> bool:
     if first.dtype != second.dtype or first.shape != second.shape or first.device != second.device:
         return False
-    if torch.equal(first, second):
-        return True
-    # NaN is not equal to itself.
-    return first.is_floating_point() and torch.equal(first.nan_to_num(), second.detach().nan_to_num())
+    return same_values(first, second.detach())

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchworker import situations
 from torchworker.contract import Project
@@ -39,6 +40,9 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
     """
     given = name_inputs(model, inputs, project)
     before = {name: tensor.clone() for name, tensor in given.items()}
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        # Its first call makes the parameters of a LazyModule; that is no state that changes.
+        forward(model, inputs, project)
     state = state_of(model)
     outputs = forward(model, inputs, project)
     named = name_outputs(outputs, project)

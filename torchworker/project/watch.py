@@ -58,7 +58,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._random: dict[Any, bool] = {}
         named = [*model.named_parameters(), *model.named_buffers()]
         # Not by identity: torch writes through `detach()` and `.data`, which are other objects on the same memory.
-        self._owned = {tensor.untyped_storage().data_ptr(): name for name, tensor in named if tensor.numel()}
+        self._owned = {memory: name for name, tensor in named if (memory := _memory(tensor)) is not None}
         self.draws: list[Place] = []
         self.decisions: list[Place] = []
         self.answers = 0
@@ -86,10 +86,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         for position, argument in enumerate(func._schema.arguments):
             given = args[position] if position < len(args) else kwargs.get(argument.name)
-            if argument.is_write and isinstance(given, torch.Tensor) and given.layout == torch.strided:
-                name = self._owned.get(given.untyped_storage().data_ptr())
-                if name is not None:
-                    self.writes.setdefault(name, self._place(func, 3))
+            if argument.is_write and (memory := _memory(given)) in self._owned:
+                self.writes.setdefault(self._owned[memory], self._place(func, 3))
 
     def _place(self, func: Any, above: int = 2) -> Place:
         module, kind, line = "", "", ""
