@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from torchworker.contract import ExportRequest, Project, Reference
-from torchworker.parity.reference import write_reference
+from torchworker.parity.reference import read_probes, write_reference
 from torchworker.process.failure import UserError
+from torchworker.project.independence import require_independent
 from torchworker.project.shippable import require_shippable
 
 HERE = Path(__file__)
@@ -122,6 +123,29 @@ class LastSeen(nn.Module):
         return x / self.largest
 
 
+class Workspace(nn.Module):
+    """Writes each answer into the same memory, and returns that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("answer", torch.zeros(64, 4), persistent=False)
+        self.answer: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer[: len(x)].copy_(x * 2)
+
+
+class Recurrent(nn.Module):
+    """Keeps its state in an attribute, and returns that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.state[: len(x)].mul_(0.5).add_(x)
+
+
 class Graph(nn.Module):
     """With a sparse table, which has no memory to point at, and dropout that is left on."""
 
@@ -167,6 +191,7 @@ IDS = torch.arange(24).reshape(8, 3)
         (Words(nn.Embedding, 1e9), IDS, ["the parameter 'embed.weight' in eval mode", "max_norm"]),
         (Words(nn.EmbeddingBag, 1.0), IDS, ["the parameter 'embed.weight' in eval mode", "max_norm"]),
         (Graph(), BATCH, ["dropout is on there", line_of("return F.dropout(torch.sparse.mm(self.edges, x.T).T, 0.5)")]),
+        (Recurrent(), BATCH, ["differs between two calls", "state in forward"]),
         (Counting(persistent=False), BATCH, [
             "differs between two calls", "the buffer 'calls'", line_of("self.calls.add_(1)"), "return it as an output",
         ]),
@@ -187,6 +212,7 @@ def test_a_model_that_changes_itself_when_it_is_asked_is_refused_by_name_and_lin
         (Words(nn.Embedding, 1e9).requires_grad_(False), IDS),
         (FilledOnce(), BATCH),
         (Angles(), BATCH),
+        (Workspace(), BATCH),
         (nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()), BATCH),
         (nn.Sequential(nn.BatchNorm1d(4), nn.Dropout()), BATCH),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), BATCH),
@@ -205,3 +231,18 @@ def test_a_model_that_answers_otherwise_after_other_questions_is_refused_before_
     )
     with pytest.raises(UserError, match="another one after other inputs were asked: the model remembers them"):
         write_reference(request, LastSeen().eval(), {"x": BATCH[:4]}, TensorDataset(BATCH, BATCH))
+
+
+def test_an_answer_that_the_next_one_is_written_over_is_taken_as_it_was_given(tmp_path: Path) -> None:
+    model = Workspace().eval()
+    with torch.no_grad():
+        outputs = require_shippable(model, BATCH, PROJECT, ("onnx",))
+    assert "do not depend on the other samples" in require_independent(model, BATCH, PROJECT, outputs)
+    request = ExportRequest(
+        project=PROJECT, folder=str(tmp_path), weights="", formats=[], batch=4, seed=0, validation_limit=8
+    )
+    write_reference(request, model, {"x": BATCH[:4]}, TensorDataset(BATCH, BATCH))
+    asked = [probe for probe in read_probes(tmp_path) if probe.eager is not None]
+    assert len(asked) > 10
+    for probe in asked:
+        assert torch.equal((probe.eager or {})["output"].nan_to_num(), (probe.inputs["x"] * 2).nan_to_num()), probe.name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
-from torchworker.project.user_code import forward, name_outputs
+from torchworker.project.user_code import copied, forward, name_outputs
 
 Tensors = dict[str, Tensor]
 """Inputs or outputs by name, [batch, …]."""
@@ -29,7 +29,7 @@ class Answers:
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs by name, as it is. Raises UserError when it refuses the inputs."""
-        return name_outputs(forward(self.model, inputs, self.project), self.project)
+        return self._ask(self.model, inputs)
 
     def exact(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs in float64, or nothing when the model fixes a precision inside."""
@@ -37,8 +37,8 @@ class Answers:
             return {}
         try:
             self.double = self.double or copy.deepcopy(self.model).double()
-            outputs = name_outputs(forward(self.double, doubled(inputs), self.project), self.project)
-        except (UserError, RuntimeError, TypeError, NotImplementedError):
+            outputs = self._ask(self.double, doubled(inputs))
+        except (UserError, RuntimeError, TypeError):
             self.fixed_precision = True
             return {}
         if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
@@ -55,9 +55,12 @@ class Answers:
                 for tensor in [*self._perturbed.parameters(), *self._perturbed.buffers()]:
                     tensor.copy_(_perturbed(tensor, generator))
             nudged = {name: _perturbed(tensor, generator) for name, tensor in inputs.items()}
-            return name_outputs(forward(self._perturbed, nudged, self.project), self.project)
-        except (UserError, RuntimeError, TypeError, NotImplementedError):
+            return self._ask(self._perturbed, nudged)
+        except (UserError, RuntimeError, TypeError):
             return {}
+
+    def _ask(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors:
+        return name_outputs(copied(forward(model, inputs, self.project)), self.project)
 
 
 def doubled(inputs: Mapping[str, Tensor]) -> Tensors:

@@ -29,7 +29,7 @@ from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.answers import Answers, Tensors, doubled
 from torchworker.project.recording import Step, place_of, record, record_modules
-from torchworker.project.user_code import forward, name_inputs, name_outputs
+from torchworker.project.user_code import name_inputs, name_outputs
 
 ALONE, MIXED = 4, 8
 """Samples that are asked one by one, and in another order."""
@@ -92,7 +92,7 @@ def require_independent(model: nn.Module, inputs: Any, project: Project, outputs
         model: in eval mode.
         inputs: of one batch as the data gives them: a tensor, a tuple or a dict of tensors, each [batch, …].
         project: says whether samples may be coupled (`parity.coupled`), and is for messages.
-        outputs: what forward gave for them, where that is at hand.
+        outputs: what forward gave for them, `copied`, where that is at hand.
 
     Raises:
         UserError: the answer to a sample depends on its companions and the job does not allow it, with the cause; or
@@ -104,7 +104,7 @@ def require_independent(model: nn.Module, inputs: Any, project: Project, outputs
     if len(sizes) > 1 or count < 2:
         return NOT_ASKED + ("it takes two samples" if len(sizes) == 1 else "inputs differ in their first dimension")
     answers = Answers(model, project)
-    whole = name_outputs(forward(model, _rows(named, range(count)), project) if outputs is None else outputs, project)
+    whole = answers.eager(_rows(named, range(count))) if outputs is None else name_outputs(outputs, project)
     alone, mixed = _evenly(count, ALONE), _evenly(count, MIXED)[::-1]
     got: dict[tuple[int, ...], Tensors] = {(row,): _single_answer(answers, named, row) for row in alone}
     axes = {name: _batch_axis(tensor, got[alone[0],].get(name), count) for name, tensor in whole.items()}

@@ -14,7 +14,7 @@ from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.kept_state import State, changed, place_of, refusal, saved, state_of
-from torchworker.project.user_code import describe_tensor, forward, name_inputs, name_outputs
+from torchworker.project.user_code import copied, describe_tensor, forward, name_inputs, name_outputs
 from torchworker.project.watch import Place, watched
 
 LARGEST_ONNX = 1_900_000_000
@@ -44,7 +44,7 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
         # Its first call makes the parameters of a LazyModule; that is no state that changes.
         forward(model, inputs, project)
     state = state_of(model)
-    outputs = forward(model, inputs, project)
+    outputs = copied(forward(model, inputs, project))
     named = name_outputs(outputs, project)
     _require_dense(named, project)
     for name, tensor in before.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
@@ -378,6 +378,11 @@ def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | N
     except Exception as error:
         shapes = ", ".join(f"{name} {describe_tensor(value)}" for name, value in named.items())
         raise user_error(f"{project.model.where}: forward failed on {shapes}", error, project.folder) from error
+
+
+def copied(outputs: Any) -> Any:
+    """What forward gave, in memory of its own: a model may return what it will write the next answer into."""
+    return tree_map_only(Tensor, Tensor.clone, outputs)
 
 
 def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:

@@ -158,7 +158,7 @@ def shard(model: nn.Module, project: Project, device: torch.device) -> Any:
             fully_shard(unit, mesh=mesh)
         sharded: Any = fully_shard(model, mesh=mesh)
         return sharded
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise _cannot_be_shared(error, project) from error
 
 
