@@ -16,6 +16,7 @@ from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPL
 from torchworker.parity.relative import compare_relative, usual_relative_loss
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
+from torchworker.project.answers import same_values
 from torchworker.project.metrics import flips, metric_sum
 from torchworker.runtimes.load import Call
 
@@ -272,7 +273,7 @@ class ParityCheck:
             if len(again) != len(self.outputs):
                 return self._failed(probe, f"asked {turn}: {len(again)} outputs, expected {len(self.outputs)}")
             for name, one, two in zip(self.outputs, self.first[probe.name], again, strict=True):
-                if one.dtype != two.dtype or one.shape != two.shape or not torch.equal(_bits(one), _bits(two)):
+                if not same_values(one, two):
                     return self._failed(probe, f"{name}: gives another answer when asked {turn}: it keeps state")
         strided = replace(probe, inputs={name: _strided(tensor) for name, tensor in probe.inputs.items()})
         ratio, found, note = self._strides(strided)
@@ -295,7 +296,7 @@ class ParityCheck:
         kept = {key: tensor.clone() for key, tensor in inputs.items()}
         got = self.call(given)
         for key, tensor in given.items():
-            if not torch.equal(_bits(tensor), _bits(kept[key])):
+            if not same_values(tensor, kept[key]):
                 self.changed.setdefault(key, name)
         return got
 
@@ -367,7 +368,7 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
     if policy == "same":
         if real and not bool(eager.isfinite().any()):
             outcome = compare_tensors(got.nan_to_num(), eager.nan_to_num(), None)
-            same = torch.equal(got.isnan(), eager.isnan()) and torch.equal(got.nan_to_num(), eager.nan_to_num())
+            same = same_values(got, eager)
             return replace(
                 outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
             )
@@ -395,11 +396,6 @@ def _row_finite(tensor: Tensor) -> Tensor:
 
 def _finite(outputs: Mapping[str, Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in outputs.values() if tensor.is_floating_point())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Comparable with torch.equal, for which NaN differs from itself."""
-    return tensor.nan_to_num() if tensor.is_floating_point() else tensor
 
 
 def _strided(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, P
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
-from torchworker.project.answers import Answers
+from torchworker.project.answers import Answers, same_values
 from torchworker.project.metrics import without
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
@@ -109,8 +109,8 @@ def write_reference(
     golden = []
     for size in golden_sizes(request.batch, request.max_batch):
         batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
-        _twice(model, batch, project)
         golden.append(complete(answers, Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
+        _require_repeatable(answers, golden[-1])
     if answers.fixed_precision:
         golden = [
             replace(probe, exact={}, perturbed=probe.perturbed or answers.perturbed(probe.inputs)) for probe in golden
@@ -256,19 +256,16 @@ def _probe(item: Mapping[str, Any], parts: Mapping[str, Inputs]) -> Probe:
     )
 
 
-def _twice(model: nn.Module, batch: Mapping[str, Tensor], project: Project) -> None:
-    """Raises UserError unless a second call gives the same and leaves the inputs alone."""
-    kept = {name: tensor.clone() for name, tensor in batch.items()}
-    first = name_outputs(forward(model, batch, project), project)
-    second = name_outputs(forward(model, batch, project), project)
-    for name, tensor in first.items():
-        if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
-            raise UserError(
-                f"export: output {name!r} differs between two calls on the same inputs in eval mode; a model with "
-                "randomness or state in forward cannot be proven equal to its export"
-            )
-    for name, tensor in batch.items():
-        if not torch.equal(tensor.nan_to_num(), kept[name].nan_to_num()):
+def _require_repeatable(answers: Answers, probe: Probe) -> None:
+    """Raises UserError unless a second call gives the same and leaves the inputs alone. probe: answered."""
+    name, given = _other_answer(answers, probe)
+    if name:
+        raise UserError(
+            f"export: output {name!r} differs between two calls on the same inputs in eval mode; a model with "
+            "randomness or state in forward cannot be proven equal to its export"
+        )
+    for name, tensor in probe.inputs.items():
+        if not same_values(tensor, given[name]):
             raise UserError(
                 f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
             )
@@ -279,15 +276,21 @@ def _require_no_memory(answers: Answers, first: Probe) -> None:
 
     first: a batch of capture, with the answer of then.
     """
-    assert first.eager is not None, "a batch of capture is answered"
-    again = answers.eager({name: tensor.clone() for name, tensor in first.inputs.items()})
-    for name, tensor in first.eager.items():
-        if not torch.equal(tensor.nan_to_num(), again[name].nan_to_num()):
-            raise UserError(
-                f"{answers.project.model.where}: output {name!r} of forward is another one after other inputs were "
-                "asked: the model remembers them, in a buffer that is not saved or in an attribute; an exported model "
-                "must not keep state between calls: take it as an input and return it as an output"
-            )
+    name, _ = _other_answer(answers, first)
+    if name:
+        raise UserError(
+            f"{answers.project.model.where}: output {name!r} of forward is another one after other inputs were "
+            "asked: the model remembers them, in a buffer that is not saved or in an attribute; an exported model "
+            "must not keep state between calls: take it as an input and return it as an output"
+        )
+
+
+def _other_answer(answers: Answers, probe: Probe) -> tuple[str, Inputs]:
+    """The output that is another one when the probe is asked again, empty for none, and the inputs after that."""
+    assert probe.eager is not None, "a batch of capture is answered"
+    given = {name: tensor.clone() for name, tensor in probe.inputs.items()}
+    again = answers.eager(given)
+    return next((name for name, tensor in probe.eager.items() if not same_values(tensor, again.get(name))), ""), given
 
 
 def validation_key(part: str, name: str, start: int) -> str:

@@ -63,6 +63,14 @@ class Answers:
         return name_outputs(copied(forward(model, inputs, self.project)), self.project)
 
 
+def same_values(first: Tensor, second: Tensor | None) -> bool:
+    """Whether dtype, shape and every value are the same, NaN being one of the values. Both on one device."""
+    if second is None or first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    # NaN is not equal to itself.
+    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 def doubled(inputs: Mapping[str, Tensor]) -> Tensors:
     """The same with float64 for every floating point tensor."""
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError, is_theirs
+from torchworker.project.answers import same_values
 from torchworker.project.watch import watched
 
 State = Mapping[str, Tensor]
@@ -111,20 +112,10 @@ def _assigning_line(kind: type[nn.Module], attribute: str, folder: str) -> str:
     return ""
 
 
-def same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values everywhere, NaN being one of them."""
-    if torch.equal(first, second):
-        return True
-    # NaN is not equal to itself, and an infinity is no largest number.
-    return bool(((first == second) | (first.isnan() & second.isnan())).all())
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if tensor.layout == torch.strided and not tensor.is_meta}
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    if first.dtype != second.dtype or first.shape != second.shape or first.device != second.device:
-        return False
-    return same_values(first, second.detach())
+    return first.device == second.device and same_values(first, second.detach())
