@@ -53,6 +53,8 @@ def test_empty_and_scalar_tensors_and_other_strides_pass(runner: Path, artifact:
         assert call({"x": torch.tensor(2.0), "y": torch.tensor(3)})[0].item() == 3
         x = torch.arange(6.0).view(2, 3).T
         assert torch.equal(call({"x": x, "y": torch.tensor(3)})[0], x + 1)
+        # One sample of a column: a single element with a gap behind it.
+        assert call({"x": torch.ones(3, 5)[:1, 0], "y": torch.tensor(3)})[0].tolist() == [2.0]
 
 
 class Optional(nn.Module):

@@ -39,7 +39,7 @@ def compared(tmp_path: Path, mine: int, theirs: int, labels: Tensor) -> Rehearse
     validation = {"input.x": torch.eye(5)[labels.clamp(0, 4)], "target": labels}
     classes = _classes(request, validation)
     call = load_artifact("torchscript", Path(request.candidate.folder) / FILE, 1)
-    candidate, _ = _score(call, validation, request.candidate, request.metrics, 4, classes)
+    (candidate,) = _score(call, validation, request.candidate, request.metrics, 4, [classes])
     live: Scores = {}
     own: Scores = {}
     assert _score_live(request, validation, 4, classes, live, own) == ""

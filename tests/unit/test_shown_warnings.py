@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,32 @@ def test_a_warning_of_a_library_has_its_name_and_version_wherever_it_points(stag
     # torch's own C++ warns in the name of the line that called it.
     warnings.warn("The given array is not writable (Triggered internally at tensor_new.cpp:1.)", stacklevel=1)
     assert kept(stage)[1].package == "torch"
+
+
+def test_a_package_that_warns_of_its_version_is_kept_once(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (site / "warning_package.py").write_text(
+        "import warnings\n"
+        "def __getattr__(name):\n"
+        "    warnings.warn(f'{name} is going', stacklevel=2)\n"
+        "    return '1'\n"
+        "def old():\n"
+        "    warnings.warn('old', FutureWarning, stacklevel=2)\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    import_module("warning_package").old()
+    assert [(shown.text, shown.package, shown.version) for shown in kept(stage)] == [("old", "warning_package", "")]
+
+
+def test_what_cannot_be_kept_stops_nobody(stage: Path) -> None:
+    stage.rmdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.warn("baked in", stacklevel=1)
+    shown_warnings.keep(caught[0])
+    warnings.warn("shown", stacklevel=1)
 
 
 def test_what_is_marked_deprecated_is_its_owners_and_yours_is_yours(stage: Path) -> None:

@@ -50,12 +50,16 @@ def _show_and_keep(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     _show(message, category, filename, lineno, file, line)
-    # Whatever is wrong with the folder or with a package: user code goes on as it would.
-    with contextlib.suppress(Exception):
-        _keep(message, category, filename, lineno, sys._getframe(1))
+    _keep(message, category, filename, lineno, sys._getframe(1))
 
 
 def _keep(message: Warning | str, category: type[Warning], filename: str, lineno: int, frame: FrameType | None) -> None:
+    # Whatever is wrong with the folder or with a package: what warned goes on as it would.
+    with contextlib.suppress(Exception):
+        _add(message, category, filename, lineno, frame)
+
+
+def _add(message: Warning | str, category: type[Warning], filename: str, lineno: int, frame: FrameType | None) -> None:
     if _file is None or len(_seen) >= MOST:
         return
     text = " ".join(str(message).split())
@@ -101,7 +105,8 @@ def _installed(module: str) -> str:
 def _version(package: str) -> str:
     if package == "python":
         return platform.python_version()
-    if version := getattr(sys.modules.get(package), "__version__", ""):
+    # Not by getattr: some packages warn when they are asked for it, and that warning would be kept with their version.
+    if version := vars(sys.modules.get(package, object)).get("__version__"):
         return str(version)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)

@@ -99,7 +99,9 @@ def encode(inputs: Mapping[str, Tensor]) -> bytes:
     for name, tensor in inputs.items():
         parts.append(struct.pack("<B", len(name.encode())) + name.encode())
         parts.append(struct.pack(f"<BB{tensor.dim()}q", TYPES.index(tensor.dtype), tensor.dim(), *tensor.shape))
-        parts.append(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        # A single element is contiguous whatever its stride, and only a copy can be looked at as bytes.
+        values = tensor.clone(memory_format=torch.contiguous_format)
+        parts.append(values.flatten().view(torch.uint8).numpy().tobytes())
     return b"".join(parts)
 
 

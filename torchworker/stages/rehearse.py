@@ -75,7 +75,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts += [_again(kind, call, probe, usual) for probe in golden]
         if validation:
             try:
-                mine[kind], _ = _score(call, validation, candidate, request.metrics, batch, classes)
+                (mine[kind],) = _score(call, validation, candidate, request.metrics, batch, [classes])
             except Exception as error:
                 verdicts.append(_verdict(kind, "validation samples", None, describe(error)))
     theirs: Scores = {}
@@ -136,7 +136,7 @@ def _score_live(
         try:
             _require_same_inputs(live.inputs, validation)
             call = load_artifact(kind, Path(live.folder) / file, request.threads)
-            scores[kind], own[kind] = _score(call, validation, live, request.metrics, batch, classes)
+            scores[kind], own[kind] = _score(call, validation, live, request.metrics, batch, [classes, 0])
         except Exception as error:
             scores.clear()
             own.clear()
@@ -257,23 +257,18 @@ def _score(
     release: RehearsedRelease,
     metrics: Sequence[str],
     batch: int,
-    classes: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    counted: Sequence[int],
+) -> list[dict[str, Tensor]]:
     """Each metric of each validation sample, [samples, 2] of `sample_sums`, from the artifact's own outputs.
 
     Returns:
-        Over labels below `classes`, and over those that are classes of the release.
+        For each number of `counted`: over labels below it, and those that are classes of the release.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    own: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    parts: list[dict[str, list[Tensor]]] = [{name: [] for name in metrics} for _ in counted]
     batch = samples_of_a_call(release.inputs, batch)
     for probe, target in validation_batches(validation, release.inputs, batch):
         outputs = call(probe.inputs)
-        for name in metrics:
-            parts[name].append(sample_sums(name, outputs[0], target, classes))
-            own[name].append(sample_sums(name, outputs[0], target))
-    return _joined(parts), _joined(own)
-
-
-def _joined(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat(list(found)) for name, found in parts.items()}
+        for part, classes in zip(parts, counted, strict=True):
+            for name in metrics:
+                part[name].append(sample_sums(name, outputs[0], target, classes))
+    return [{name: torch.cat(found) for name, found in part.items()} for part in parts]
