@@ -22,9 +22,10 @@ from enum import StrEnum
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
-from train_and_ship.registry.bucket.keys import claims_prefix, tombstones_prefix
+from train_and_ship.registry.bucket.keys import claims_prefix, release_prefix, tombstones_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json, is_release_id, require_release_id
+from train_and_ship.registry.release.manifest import MANIFEST
 
 SHORTEST_GRACE = timedelta(hours=1)
 """Between a mark and the deletion. Longer than any request can be under way: S3 refuses one signed 15 minutes ago."""
@@ -226,12 +227,15 @@ def is_gone(store: ObjectStore, model: str, release: str) -> bool:
     stone = read_tombstone(store, model, release)
     if stone is None or stone.state in (State.KEPT, State.MARKED):
         return False
-    return stone.state is State.DELETING or not _published_again(store, stone)
+    return stone.state is State.DELETING or not is_published(store, model, release)
 
 
-def _published_again(store: ObjectStore, stone: Tombstone) -> bool:
-    claimed = read_claims(store, stone.model, stone.release).get(stone.release)
-    return claimed is not None and claimed.covers(stone)
+def is_published(store: ObjectStore, model: str, release: str) -> bool:
+    """Whether its manifest is there, which is written last and deleted first: also after an earlier deletion.
+
+    No claim tells this: the next one, of a question to a person, is written over the publisher's.
+    """
+    return store.head(release_prefix(model, release) + MANIFEST) is not None
 
 
 def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> None:
@@ -256,7 +260,7 @@ def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> 
                 f"release {release} of {model} is being deleted just now, since {stone.at} by {stone.by}; when that "
                 f"died, `ship gc {model} --apply` finishes it after {LEASE * 2}"
             )
-        if stone.state is State.DELETED and not publishing and _published_again(store, stone):
+        if stone.state is State.DELETED and not publishing and is_published(store, model, release):
             return
         if stone.state is State.DELETING or (stone.state is State.DELETED and not publishing):
             raise ReleaseError(

@@ -27,6 +27,7 @@ from train_and_ship.registry.bucket.tombstones import (
     Tombstone,
     boot_seconds,
     change,
+    is_published,
     read_claims,
     read_tombstone,
     read_tombstones,
@@ -294,8 +295,7 @@ def notify_mlflow(store: ObjectStore, model: str, tracking_uri: str, *, delete_v
     for stone in read_tombstones(store, model).values():
         if stone.state is not State.DELETED or (stone.mlflow_done and not delete_versions):
             continue
-        if store.head(release_prefix(model, stone.release) + MANIFEST) is not None:
-            # Published again.
+        if is_published(store, model, stone.release):
             continue
         versions = registry.versions(model, stone.release)
         named = set(registry.aliases(model).values()) if versions and delete_versions else set()

@@ -150,14 +150,18 @@ def test_a_release_that_a_view_of_another_server_names_stays(object_store: Objec
     assert found.step is Step.KEEP and "kserve/1/" in found.why
 
 
+@pytest.mark.parametrize("asked", [False, True])
 def test_a_release_that_was_deleted_and_published_again_goes_live(
-    object_store: ObjectStore, three: list[Manifest], tmp_path: Path, pass_time: PassTime
+    object_store: ObjectStore, three: list[Manifest], tmp_path: Path, pass_time: PassTime, asked: bool
 ) -> None:
     collect(object_store)
     pass_time(timedelta(days=2))
     collect(object_store)
     assert not object_store.has_any(release_prefix(MODEL, three[0].release))
     publish(object_store, tmp_path / "0", three[0])
+    if asked:
+        # A person's question writes over the claim of whoever published.
+        hold(object_store, MODEL, three[0].release)
     move(object_store, three[0])
     pointer = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert pointer is not None and pointer.release == three[0].release
