@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,13 @@ def next_objects(file: BinaryIO) -> list[dict[str, Any]] | None:
     if not whole:
         return None
     return [found for line in whole.splitlines() if (found := _object(line)) is not None]
+
+
+def all_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """What is in a file, in order, as `next_objects` reads it; nothing of a file that is not there."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        while (found := next_objects(file)) is not None:
+            yield from found
 
 
 def append_object(path: Path, value: Mapping[str, Any]) -> None:

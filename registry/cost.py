@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from train_and_ship.infra.json_lines import append_object, next_objects
+from train_and_ship.infra.json_lines import all_objects, append_object
 
 LEDGER = "costs.jsonl"
 FLOW = "the flow between its stages"
@@ -140,10 +139,9 @@ def read_costs(folder: Path) -> list[Spent]:
     Returns:
         The stages in the order in which they first began; empty when nothing was measured.
     """
-    path = folder / LEDGER
     found: dict[str, Spent] = {}
     open_entries: dict[str, str] = {}
-    for entry in _entries(path):
+    for entry in all_objects(folder / LEDGER):
         name = entry["stage"]
         so_far = found.setdefault(name, Spent(stage=name))
         if "began" in entry:
@@ -158,13 +156,6 @@ def read_costs(folder: Path) -> list[Spent]:
         found[name] = replace(found[name], killed=found[name].killed + 1)
     # It began first and is what is left.
     return sorted(found.values(), key=lambda item: item.stage == FLOW)
-
-
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        with path.open("rb") as file:
-            while (entries := next_objects(file)) is not None:
-                yield from entries
 
 
 def total(costs: list[Spent]) -> Spent:

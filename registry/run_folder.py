@@ -6,7 +6,6 @@ earlier attempt left behind the point where this one stopped is not its own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
+from train_and_ship.infra.json_lines import all_objects
 from train_and_ship.infra.rundir import MANIFEST, file_sha256, write_whole
 from train_and_ship.registry.cost import Spent, read_costs
 from train_and_ship.registry.data.checks import Report
@@ -257,12 +257,10 @@ def _warnings(folder: Path) -> dict[ShownWarning, list[str]]:
     files = sorted(folder.glob(f"**/{WARNINGS}"), key=lambda path: path.stat().st_mtime)
     for path in files:
         stage = path.relative_to(folder).parts[0].partition(".")[0]
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                # The last line of a process that was killed may be a part of one.
-                shown = recall(ShownWarning, json.loads(line))
-                if shown is not None and stage not in (stages := found.setdefault(shown, [])):
-                    stages.append(stage)
+        for line in all_objects(path):
+            shown = recall(ShownWarning, line)
+            if shown is not None and stage not in (stages := found.setdefault(shown, [])):
+                stages.append(stage)
     return found
 
 
