@@ -205,9 +205,10 @@ def _prune(store: ObjectStore, folder: str, generation: int, lag: timedelta = ti
         if name.isdecimal() and int(name) <= generation:
             versions.setdefault(int(name), []).append(key)
             written[int(name)] = max(item.modified, written.get(int(name), item.modified))
-    numbers, now = sorted(versions), store.now()
+    numbers = sorted(versions)
+    now = store.now() if lag and len(numbers) > KEPT else None
     for position, version in enumerate(numbers[:-KEPT]):
-        if lag and now - written[numbers[position + 1]] < lag:
+        if now is not None and now - written[numbers[position + 1]] < lag:
             continue
         for key in versions[version]:
             store.delete(key)
