@@ -33,6 +33,7 @@ from train_and_ship.registry.bucket.tombstones import (
     read_tombstones,
     trusted_time,
 )
+from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
@@ -181,11 +182,11 @@ def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> di
 
 def _in_views(store: ObjectStore, model: str) -> Iterator[tuple[str, str]]:
     """Releases that other servers' repositories name (`ship view`), each with the configuration that does."""
-    for key in store.list_keys(views_prefix(model)):
-        if key.endswith(VIEW_CONFIG) and (found := store.get(key)) is not None:
-            named = re.match(rb"# \S+ release (\S+)\n", found[0])
-            if named is not None and is_release_id(release := named[1].decode(errors="replace")):
-                yield release, key
+    keys = [key for key in store.list_keys(views_prefix(model)) if key.endswith(VIEW_CONFIG)]
+    for key, found in zip(keys, in_parallel(store.get, keys), strict=True):
+        named = re.match(rb"# \S+ release (\S+)\n", found[0]) if found is not None else None
+        if named is not None and is_release_id(release := named[1].decode(errors="replace")):
+            yield release, key
 
 
 def _newest_first(channel: Channel) -> Iterator[Pointer]:

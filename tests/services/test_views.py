@@ -35,6 +35,7 @@ from train_and_ship.infra.processes import port_is_free
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.maintenance.retention import Policy, Step, decide
 from train_and_ship.registry.serving.layouts import (
     SERVICE_MAY_LAG,
     inference_service,
@@ -243,6 +244,20 @@ def test_kserve_downloads_one_generation_and_no_other(
     plain = f"s3://{object_store.bucket}/models/{MODEL}/releases/{release.id}/"
     subprocess.run([*argv[:3], plain, str(whole)], env=environment, capture_output=True, check=True)
     assert (whole / "model.onnx").read_bytes() == release.artifact("onnx").read_bytes()
+
+
+def test_a_release_that_a_view_names_is_not_collected(
+    object_store: ObjectStore, go_live: Callable[[float], Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = go_live(1.0)
+    write_kserve(object_store, first)
+    go_live(2.0)
+    go_live(3.0)
+    later = object_store.now() + timedelta(minutes=1)
+    monkeypatch.setattr(object_store, "now", lambda: later)
+    policy = Policy(keep_last=2, slowest_reader=timedelta(0))
+    decided = {one.release: one for one in decide(object_store, MODEL, policy)}
+    assert decided[first.id].step is Step.KEEP and "kserve/1/" in decided[first.id].why
 
 
 def test_kserve_keeps_the_last_two_generations_and_what_a_service_may_still_name(
