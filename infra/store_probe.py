@@ -153,7 +153,17 @@ def _put(store: ObjectStore, key: str, body: bytes, header: str, **condition: st
 
 
 def _refused(store: ObjectStore, reason: str) -> StoreRefusedError:
-    """Asks for the bucket's versioning, so that only a refusal pays for the question."""
+    return StoreRefusedError(
+        f"{store.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
+        f"{advice(store)}"
+    )
+
+
+def advice(store: ObjectStore) -> str:
+    """What the bucket's versioning is, and which bucket or store to use, for whoever refuses this one.
+
+    Asks for the versioning, so that only a refusal pays for the question; raises nothing.
+    """
     try:
         versioning = store.versioning()
     except ShipError as error:
@@ -161,10 +171,7 @@ def _refused(store: ObjectStore, reason: str) -> StoreRefusedError:
         why = f" ({error})"
     else:
         why = ""
-    return StoreRefusedError(
-        f"{store.address} cannot be used for promotion: {reason}. Two promotions at the same time could lose one. "
-        f"Versioning of bucket {store.bucket}: {versioning}{why}. {_ADVICE[versioning]}"
-    )
+    return f"Versioning of bucket {store.bucket}: {versioning}{why}. {_ADVICE[versioning]}"
 
 
 _USE_ANOTHER = "Use a store with conditional writes, such as AWS S3, MinIO or Ceph RGW"

@@ -18,6 +18,7 @@ from enum import Enum, auto
 
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, StoreRefusedError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.store_probe import advice
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import read_manifest, verify_release
 from train_and_ship.registry.bucket.tombstones import SHORTEST_GRACE, boot_seconds, claim, is_gone
@@ -200,8 +201,7 @@ class _Mover:
         store = self._channel.store
         return StoreRefusedError(
             f"{self._channel}: not moved: {store.address} refused the conditional write of the pointer {conflicts} "
-            f"times, while nobody moved it. Versioning of bucket {store.bucket}: {store.versioning()}. Ceph RGW 16 "
-            "refuses so what was written while versioning was on: use a bucket in which it was never switched on"
+            f"times, while nobody moved it. {advice(store)}"
         )
 
     def _claim(self) -> None:
