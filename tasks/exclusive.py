@@ -11,16 +11,12 @@ from typing import TextIO
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import (
-    AcquireConcurrencySlotTimeoutError,
-    ConcurrencySlotAcquisitionError,
-    concurrency,
-)
+from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.settings import Settings
-from train_and_ship.tasks.away import is_away
+from train_and_ship.tasks.away import patiently
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
@@ -87,7 +83,8 @@ def _locked(lock: TextIO) -> bool:
 
 async def take_slot(stack: contextlib.AsyncExitStack, limit: str, seconds: float | None) -> None:
     """Hold the slot until the stack ends. A Prefect that is away while others hold it is asked again."""
-    while True:
+
+    async def take() -> None:
         slot = concurrency(
             limit,
             lease_duration=LEASE_SECONDS,
@@ -95,10 +92,6 @@ async def take_slot(stack: contextlib.AsyncExitStack, limit: str, seconds: float
             strict=True,
             raise_on_lease_renewal_failure=False,
         )
-        try:
-            await stack.enter_async_context(slot)
-            return
-        except ConcurrencySlotAcquisitionError as error:
-            if not is_away(error.__cause__):
-                raise
-        await asyncio.sleep(TRY_SECONDS)
+        await stack.enter_async_context(slot)
+
+    await patiently(take, "this run waits for its turn")
