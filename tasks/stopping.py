@@ -23,7 +23,7 @@ from prefect.states import Cancelled, Running
 
 from torchworker import situations
 from train_and_ship.infra.errors import ShipError
-from train_and_ship.tasks.away import until_it_answers
+from train_and_ship.tasks.away import END_SECONDS, patiently, until_it_answers
 
 LOOK_SECONDS = 2.0
 STOPPED = f"cancelled in Prefect {situations.STOPPED}"
@@ -93,8 +93,12 @@ class Stop:
         assert context is not None and context.flow is not None and context.flow_run is not None
         get_run_logger().warning(STOPPED)
         state: State[Any] = Cancelled(message=STOPPED)
-        async with get_client() as client:
-            await client.set_flow_run_state(self._flow_run_id, state, force=True)
+
+        async def say() -> None:
+            async with get_client() as client:
+                await client.set_flow_run_state(self._flow_run_id, state, force=True)
+
+        await patiently(say, "that this run was stopped waits for it", END_SECONDS)
         for hook in context.flow.on_cancellation_hooks or []:
             done = hook(context.flow, context.flow_run, state)
             if done is not None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.exceptions import FlowPauseTimeout
+from prefect.exceptions import Abort, FlowPauseTimeout
 from prefect.runtime import flow_run
 from prefect.settings import (
     PREFECT_API_URL,
@@ -31,7 +31,7 @@ from train_and_ship.tasks.approval import ask_person
 from train_and_ship.tasks.exclusive import take_slot
 from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.results import Answer
-from train_and_ship.tasks.stopping import stoppable
+from train_and_ship.tasks.stopping import STOPPED, stoppable
 
 YES = {"approve": True, "by": "grace", "comment": ""}
 
@@ -166,6 +166,22 @@ def test_the_end_of_a_run_waits_for_prefect(stack: Settings, gone: Away, caplog:
 
     assert asyncio.run(ended()) == "done"
     assert "what became of this run waits for it" in caplog.text
+
+
+def test_a_run_that_was_stopped_says_so_once_prefect_is_back(stack: Settings, gone: Away) -> None:
+    api, runs = Api(stack), list[str]()
+
+    @flow(name="stopped")
+    async def stopped() -> None:
+        runs.append(str(flow_run.get_id()))
+        async with stoppable():
+            gone.fails("set_flow_run_state", 2)
+            api.ask("POST", f"/flow_runs/{runs[0]}/set_state", {"state": {"type": "CANCELLING"}})
+            await asyncio.sleep(600)
+
+    with pytest.raises(Abort, match=STOPPED):
+        asyncio.run(stopped())
+    assert api.ask("GET", f"/flow_runs/{runs[0]}")["state"]["type"] == "CANCELLED"
 
 
 def test_a_run_that_waits_for_its_turn_goes_on_waiting(stack: Settings, gone: Away) -> None:
