@@ -64,7 +64,12 @@ class Answers:
 
 
 def same_values(first: Tensor, second: Tensor | None) -> bool:
-    """Whether dtype, shape and every value are the same, NaN being one of the values. Both on one device."""
+    """Whether dtype, shape and every value are the same, NaN being one of the values.
+
+    Args:
+        first: of any shape and dtype.
+        second: on the same device; None is another one than all.
+    """
     if second is None or first.dtype != second.dtype or first.shape != second.shape:
         return False
     # NaN is not equal to itself.
