@@ -18,6 +18,9 @@ ANSWER_SECONDS = 10
 BUSY = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 """Nothing was done, ask again: so a server answers whose database is locked, as after a start under load. Prefect's own
 client does that too."""
+PATIENCE = 6
+"""How often a server is asked whether it is there: a minute, as Prefect's client waits. Prefect 3.8.8 was
+seen to hold its database for a minute between two runs, and not to answer within ten seconds."""
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try."""
 
@@ -83,7 +86,7 @@ def prefect_api(
 def require_prefect(settings: Settings) -> None:
     """Raises ServiceError or SettingsError unless the server answers these settings."""
     # Unlike /health this one asks for the password.
-    reply = prefect_api(settings, "GET", "/admin/version")
+    reply = prefect_api(settings, "GET", "/admin/version", tries=PATIENCE)
     if not reply.is_success:
         raise ServiceError(
             f"Prefect: expected a server at {settings.prefect_api_url}, and it answers {reply.status_code}; "

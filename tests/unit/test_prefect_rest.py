@@ -10,7 +10,7 @@ import pytest
 
 from train_and_ship.infra import prefect_rest
 from train_and_ship.infra.errors import ServiceError
-from train_and_ship.infra.prefect_rest import prefect_api
+from train_and_ship.infra.prefect_rest import prefect_api, require_prefect
 from train_and_ship.infra.settings import LOOPBACK, Settings
 
 
@@ -57,3 +57,8 @@ def test_what_may_not_be_repeated_is_asked_once(slow: Slow) -> None:
     with pytest.raises(ServiceError, match="ReadTimeout"):
         prefect_api(Settings.load(), "GET", "/admin/version")
     assert slow.asked == 1
+
+
+def test_a_run_begins_with_a_server_that_does_not_answer_at_once(slow: Slow) -> None:
+    require_prefect(Settings.load())
+    assert slow.asked == 2
