@@ -12,7 +12,6 @@ pids. A part whose address is given in the environment is somebody else's: it is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import threading
 import time
@@ -30,11 +29,14 @@ from train_and_ship.infra.addresses import recognisable, without_password
 from train_and_ship.infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.locks import locked
 from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
 from train_and_ship.infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
 from train_and_ship.infra.settings import Settings
 
 START_SECONDS = 90.0
+LOCK_SECONDS = 600.0
+"""For another command that starts or stops the same stack."""
 """How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
 TRIES = round(START_SECONDS / ANSWER_SECONDS)
 """How often Prefect is asked whose answer does not come in time: it has just started, and so have its neighbours."""
@@ -129,12 +131,7 @@ def _external_names(ours: list[Component]) -> list[str]:
 def _exclusive(settings: Settings, report: Report) -> Iterator[None]:
     """One command at a time changes the stack of a home. The kernel frees the lock even after kill -9."""
     make_folder(settings.home)
-    with (settings.home / "stack.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("another ship command is changing this stack; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(settings.home / "stack.lock", "changing this stack", LOCK_SECONDS, report):
         yield
 
 

@@ -6,7 +6,6 @@ requirements, which should name versions.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.locks import locked
+
+LOCK_SECONDS = 1800.0
+"""For another process that installs the same."""
 
 
 def cache_folder() -> Path:
@@ -26,14 +29,14 @@ def cache_folder() -> Path:
 def environment(name: str, requirements: Sequence[str], report: Callable[[str], None] = lambda line: None) -> Path:
     """The interpreter of an environment that has exactly these requirements; made on first use.
 
-    report: told before the first use, which may take minutes. Raises ServiceError when pip cannot get them.
+    report: told before the first use, which may take minutes. Raises ServiceError when pip cannot get them, or another
+    process has been at it for half an hour.
     """
     key = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     home = cache_folder() / f"{name}-{key}"
     home.parent.mkdir(parents=True, exist_ok=True)
     # Another process may want the same at the same time.
-    with (home.parent / f"{home.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(home.parent / f"{home.name}.lock", f"setting up {name} in {home}", LOCK_SECONDS, report):
         python = home / "bin" / "python"
         if not (home / "complete").exists():
             report(f"setting up {name} in {home}, once")

@@ -15,15 +15,21 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
-from shipreader.errors import ReaderError, RefusedError
+from shipreader.errors import ReaderError, RefusedError, UnavailableError
 from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest, files_below
 
 CURRENT = "current"
+LOCK_SECONDS = 600.0
+"""To wait for another process that brings a release to the folder; a large one takes minutes."""
+PATIENCE_SECONDS, LOCK_LOOK_SECONDS = 2.0, 0.1
+"""Until the waiting is worth a word; between two tries."""
 _DRAFT = ".draft-"
 
 
@@ -47,15 +53,47 @@ class LocalFolder:
         self._releases = self.folder / "releases"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Alone with the folder, which is made when it is missing."""
+    def locked(
+        self, waiting: Callable[[str], None] = lambda words: None, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Alone with the folder, which is made when it is missing.
+
+        Args:
+            waiting: told once when another process has held the folder for a while.
+            stopped: whether to give up waiting.
+
+        Raises:
+            UnavailableError: another process has held it for `LOCK_SECONDS`, or `stopped`.
+        """
         try:
             self._releases.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ReaderError(f"expected a folder for releases at {self.folder}, got a file in its place") from None
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        # Not emptied before it is ours: it says whose it is.
+        with (self.folder / ".lock").open("a+") as lock:
+            self._take(lock, waiting, stopped)
+            with contextlib.suppress(OSError):
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
             yield
+
+    def _take(self, lock: TextIO, waiting: Callable[[str], None], stopped: Callable[[], bool]) -> None:
+        began, noted = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                waited = time.monotonic() - began
+                lock.seek(0)
+                holder = f"{self.folder}: another process ({lock.read(20).strip() or 'unknown'}) is at work in it"
+                if waited > LOCK_SECONDS or stopped():
+                    raise UnavailableError(f"{holder}, and has not ended within {waited:.0f} s") from None
+                if waited > PATIENCE_SECONDS and not noted:
+                    waiting(f"{holder}; waiting for it")
+                    noted = True
+                time.sleep(LOCK_LOOK_SECONDS)
 
     def state(self) -> State | None:
         """None for a new folder."""

@@ -59,10 +59,16 @@ class Status:
     """Why what is live is not served, or could not be looked for; empty when all is well."""
     seen: int | None = None
     """The channel's generation when it was last read; None before that."""
+    checked_clock: float | None = None
+    """`checked_at` on this machine's monotonic clock, which nobody sets."""
 
     def stale_seconds(self) -> float | None:
         """For how long nobody has known whether what is served is live; None when that was never known."""
-        return stale_seconds(self.checked_at)
+        stale = stale_seconds(self.checked_at)
+        if stale is None or self.checked_clock is None:
+            return stale
+        # Whoever sets the clock back would make it fresh.
+        return max(stale, time.monotonic() - self.checked_clock)
 
     def ready(self, max_stale: float | None = None) -> bool:
         """Whether requests may come: something is served, and known to be live at most `max_stale` seconds ago."""
@@ -126,9 +132,10 @@ class Reader:
         self._current: Release | None = None
         self._served: Release | None = None
         self._seen: int | None = None
-        self._looked_at: float | None = None
-        self._checked_at: float | None = None
-        self._look_problem = self._change_problem = ""
+        self._looked: tuple[float, float] | None = None
+        """When: since the epoch, and on the monotonic clock."""
+        self._checked: tuple[float, float] | None = None
+        self._look_problem = self._change_problem = self._fault = ""
         self._changing = threading.RLock()
         self._inside_change = False
         self._refused: _Failure | None = None
@@ -144,8 +151,17 @@ class Reader:
 
     def status(self) -> Status:
         """What is served, and what is wrong."""
-        problem = self._look_problem or self._change_problem
-        return Status(self._served, self._checked_at, problem, self._seen)
+        problem = self._fault or self._look_problem or self._change_problem
+        at, clock = self._checked or (None, None)
+        return Status(None if self._fault else self._served, at, problem, self._seen, clock)
+
+    def note_fault(self, problem: str) -> None:
+        """For who serves what `on_change` was given: why it is not served any more, or an empty text when it is again.
+
+        Until then `status` says so, and that nothing is served; the channel is followed all the same.
+        """
+        self._fault = problem
+        self._say()
 
     def pull(self) -> Release:
         """Look at the channel once and follow it.
@@ -213,9 +229,11 @@ class Reader:
                 with self._working:
                     self._observed(lambda: self._follow(self._refused))
                 problem = ""
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Whatever it is, a thread that ended would leave this machine behind without a word.
                 problem = f"{error}" if isinstance(error, (ReaderError, OSError)) else repr(error)
+            # What was seen, also while `on_change` is at work.
+            self._say()
             # Also while the bucket is away: what is here may not be served yet.
             self._announce()
             self._say()
@@ -246,7 +264,7 @@ class Reader:
             try:
                 if self._on_change is not None:
                     self._on_change(release)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._failed = _Failure.after(failed, release, error, self._interval)
                 self._change_problem = f"on_change failed for release {release.id}: {type(error).__name__}: {error}"
                 if not ours:
@@ -259,7 +277,7 @@ class Reader:
             self._failed, self._change_problem, self._served = None, "", release
             if not self._look_problem:
                 # Not now: what it did may have taken long.
-                self._checked_at = self._looked_at
+                self._checked = self._looked
 
     def _observed(self, follow: Callable[[], Release]) -> Release:
         """Call it and keep the status."""
@@ -270,8 +288,17 @@ class Reader:
             raise
         self._current, self._look_problem = release, ""
         if release == self._served:
-            self._checked_at = self._looked_at
+            self._checked = self._looked
         return release
+
+    def _waits(self, words: str) -> None:
+        """For another process in the folder: said while it lasts, not when it is over."""
+        self._look_problem = words
+        _log.warning("%s %s: %s", self.model, self.channel, words)
+        self._say()
+
+    def _stopped(self) -> bool:
+        return self._stopping.is_set() and self._thread is threading.current_thread()
 
     def _say(self) -> None:
         """Leave word for whoever asks on this machine (`shipreader MODEL --to FOLDER --status`)."""
@@ -281,19 +308,19 @@ class Reader:
     # ---- one look, under the lock
 
     def _follow(self, refused: _Failure | None) -> Release:
-        with self._local.locked():
+        with self._local.locked(self._waits, self._stopped):
             held = self._held()
             known = self._state.etag if held is not None and self._state is not None else None
             try:
                 found = self._bucket.changed(self._key, known, POINTER_BYTES)
             except NotModifiedError:
                 assert held is not None
-                self._refused, self._seen, self._looked_at = None, held.generation, time.time()
+                self._refused, self._seen, self._looked = None, held.generation, _now()
                 return held
             if found is None:
                 raise NothingLiveError(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
             pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
-            self._seen, self._looked_at = pointer.generation, time.time()
+            self._seen, self._looked = pointer.generation, _now()
             if refused is not None and refused.rests(etag):
                 raise refused.error
             try:
@@ -400,7 +427,7 @@ class Reader:
         assert self._accept is not None
         try:
             self._accept(release)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RefusedError(f"release {release.id} was not accepted: {type(error).__name__}: {error}") from error
 
     def _previous(self, pointer: Pointer) -> str | None:
@@ -421,6 +448,10 @@ class Reader:
         return Release(self.channel, pointer.generation, folder, manifest, pointer.moved_at)
 
 
+def _now() -> tuple[float, float]:
+    return time.time(), time.monotonic()
+
+
 def _signed(manifest: Manifest) -> signatures.Signed:
     digests = {name: entry.sha256 for name, entry in manifest.files.items()}
     return signatures.Signed(manifest.model, {**digests, MANIFEST: hashlib.sha256(manifest.encoded).hexdigest()})
@@ -432,13 +463,13 @@ class _Failure:
 
     with_what: object
     """The ETag of a pointer that led to something bad, or the release with which `on_change` failed."""
-    error: Exception
+    error: BaseException
     pause: float
     until: float
     """On the monotonic clock: not tried again before."""
 
     @staticmethod
-    def after(earlier: _Failure | None, with_what: object, error: Exception, first: float) -> _Failure:
+    def after(earlier: _Failure | None, with_what: object, error: BaseException, first: float) -> _Failure:
         """first: seconds to the second try; twice as many to each that follows."""
         if earlier is not None and earlier.with_what == with_what:
             first = earlier.pause * 2

@@ -10,14 +10,15 @@ import contextlib
 import fcntl
 import json
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any
+from threading import BoundedSemaphore, Lock, Thread
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shipreader.errors import ReaderError
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from shipreader.reader import Status
 
 READERS = "readers"
+CONNECTIONS, CONNECTION_SECONDS = 32, 20.0
+"""At once, for probes and Prometheus; what one may last."""
 
 
 class Report:
@@ -33,19 +36,20 @@ class Report:
     def __init__(self, folder: Path) -> None:
         """folder: the reader's, which exists."""
         name, self._lock = uuid.uuid4().hex, None
+        self._writing = Lock()
         self._path = folder / READERS / f"{name}.json"
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)
             draft = self._path.with_suffix(".new")
             self._lock = draft.open("w")
             # Locked before it has its name: one that is not locked is a dead process's.
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             draft.rename(self._path.with_suffix(".lock"))
 
     def write(self, model: str, channel: str, status: Status) -> None:
         """Replace what was said before."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):
+            with self._writing, contextlib.suppress(OSError):
                 draft = self._path.with_suffix(".draft")
                 draft.write_text(json.dumps(described(model, channel, status)))
                 draft.replace(self._path)
@@ -132,12 +136,14 @@ def metrics(model: str, channel: str, status: Status, max_stale: float | None = 
         values.append(("generation", "Of the channel.", ',what="served"', status.release.generation))
     if status.seen is not None:
         values.append(("generation", "Of the channel.", ',what="seen"', status.seen))
-    if stale is not None:
-        values.append(("seconds_since_check", "Since what is served was last known to be live.", "", stale))
+    # A number also when it never was: an alert on a value that is not there stays silent.
+    unknown = float("inf") if stale is None else stale
+    values.append(("seconds_since_check", "Since what is served was last known to be live.", "", unknown))
     lines: list[str] = []
     for name, text, label, value in values:
         head = [f"# HELP shipreader_{name} {text}", f"# TYPE shipreader_{name} gauge"]
-        lines += [*(head if head[0] not in lines else []), f"shipreader_{name}{{{labels}{label}}} {value}"]
+        shown = "+Inf" if value == float("inf") else value
+        lines += [*(head if head[0] not in lines else []), f"shipreader_{name}{{{labels}{label}}} {shown}"]
     return "\n".join(lines) + "\n"
 
 
@@ -192,6 +198,34 @@ def answering(
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        places = BoundedSemaphore(CONNECTIONS)
+        opened: ClassVar[dict[socket.socket, float]] = {}
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if not self.places.acquire(blocking=False):
+                self.shutdown_request(request)
+                return
+            self.opened[request] = time.monotonic()
+            super().process_request(request, client_address)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.opened.pop(request, None)
+                self.places.release()
+
+        def service_actions(self) -> None:
+            """Ten times a second: whoever sends a letter now and then would stay for ever."""
+            for request, began in list(self.opened.items()):
+                if time.monotonic() > began + CONNECTION_SECONDS:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Of who hung up there is nothing to write down."""
+            if not isinstance(sys.exc_info()[1], OSError):
+                super().handle_error(request, client_address)
 
     try:
         server = Server((host, port), Handler)

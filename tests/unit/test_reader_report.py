@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from shipreader import report as report_module
 from shipreader.__main__ import main
 from shipreader.bucket import Bucket
-from shipreader.reader import Status
+from shipreader.reader import Reader, Status
 from shipreader.records import FileEntry, Manifest, Release
 from shipreader.report import READERS, Report, answering, metrics, read_reports
 
@@ -42,6 +45,11 @@ def test_readiness_ends_when_nobody_knows_whether_what_is_served_is_live() -> No
     assert said().ready() and said().ready(max_stale=60) and not said().ready(max_stale=20)
     assert not said(release=None).ready() and not said(checked_at=None).ready(max_stale=20)
     assert said(checked_at=None).stale_seconds() is None
+
+
+def test_a_clock_that_is_set_back_makes_nothing_fresh() -> None:
+    now = said(checked_at=time.time() + 3600, checked_clock=time.monotonic() - 30)
+    assert not now.ready(max_stale=20) and now.ready(max_stale=60)
 
 
 def test_the_command_says_what_the_following_process_sees_and_ends_with_1_when_it_is_not_ready(
@@ -112,6 +120,64 @@ def test_probes_and_prometheus_are_answered_on_this_machine() -> None:
         code, text = ask("/ready")
         assert code == 503 and json.loads(text)["release"] == RELEASE.id
         assert ask("/")[0] == 404
+
+
+def test_an_alert_on_how_old_it_is_fires_also_when_it_was_never_known() -> None:
+    shown = metrics("digits", "prod", said(checked_at=None))
+    assert 'shipreader_seconds_since_check{model="digits",channel="prod"} +Inf' in shown
+
+
+def test_who_holds_connections_open_leaves_room_for_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "CONNECTIONS", 2)
+    monkeypatch.setattr(report_module, "CONNECTION_SECONDS", 0.2)
+    with answering("127.0.0.1", 0, "digits", "prod", said, None) as port:
+        open_ones = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2)]
+        for one in open_ones:
+            one.sendall(b"GET /")
+        # Closed at once.
+        third = socket.create_connection(("127.0.0.1", port), timeout=10)
+        with third, contextlib.suppress(ConnectionError):
+            assert third.recv(1) == b""
+        for one in open_ones:
+            with contextlib.suppress(ConnectionError):
+                while one.recv(1000):
+                    pass
+            one.close()
+        ends = time.monotonic() + 20
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/live", timeout=10) as reply:
+                    assert reply.status == 200
+                break
+            except OSError:
+                assert time.monotonic() < ends
+
+
+def test_who_serves_says_that_it_does_not_and_readiness_ends(tmp_path: Path) -> None:
+    reader = Reader("digits", bucket="models", folder=tmp_path, client=Client())
+    reader._served, reader._checked = RELEASE, (time.time(), time.monotonic())
+    assert reader.status().ready(60)
+    reader.note_fault("the server is gone")
+    assert not reader.status().ready() and reader.status().problem == "the server is gone"
+    assert reader.current is None and "shipreader_ready{" in metrics("digits", "prod", reader.status())
+    reader.note_fault("")
+    assert reader.status().ready(60) and reader.status().problem == ""
+
+
+def test_a_caller_that_wants_to_exit_does_not_end_the_thread_without_a_word(tmp_path: Path) -> None:
+    def leave(release: Release) -> None:
+        sys.exit("no memory")
+
+    reader = Reader("digits", bucket="models", folder=tmp_path, client=Client(), on_change=leave)
+    reader._current, reader._thread = RELEASE, threading.current_thread()
+    reader._announce()
+    assert "on_change failed for release 3f2a9c01d4e5b6a7c8d9: SystemExit: no memory" in reader.status().problem
+
+
+class Client:
+    """Asked for nothing but its exceptions."""
+
+    exceptions = None
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_asked_of_the_bucket(
