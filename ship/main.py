@@ -176,11 +176,20 @@ def serve(
     port: Annotated[int, typer.Option(help="HTTP on 127.0.0.1; the next two: gRPC, metrics.", min=1, max=65533)] = 8080,
     interval: Annotated[float, typer.Option(help="Seconds between looks at the channel.")] = 10.0,
     batch_size: Annotated[int, typer.Option(help="Requests computed together; 1 turns batching off.", min=1)] = 64,
+    max_stale: Annotated[
+        float | None, typer.Option(help="Not ready when what is live is unknown for more seconds.", min=1)
+    ] = None,
+    max_requests: Annotated[int, typer.Option(help="Computed or waiting at once; more get 429.", min=1)] = 256,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name that requests may carry as Host besides localhost: a proxy's.")
+    ] = None,
 ) -> None:
     """Serve what is live on a channel over HTTP and gRPC (Open Inference Protocol), and follow the channel."""
+    from shipreader.inference_limits import Limits
     from train_and_ship.ship.serve import serve
 
-    serve(model, channel, to, port, interval, batch_size)
+    limits = Limits(requests=max_requests, hosts=tuple(allow_host or ()))
+    serve(model, channel, to, port, interval, batch_size, max_stale, limits)
 
 
 @app.command()

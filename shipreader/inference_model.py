@@ -6,6 +6,7 @@ It imports numpy and onnxruntime: `ship serve` runs it in an environment of its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import statistics
 import time
@@ -45,7 +46,7 @@ class ModelDocument:
     """At most so many rows are computed together; 1 for each request alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     inputs: Arrays
     rows: int
@@ -65,6 +66,11 @@ class Model:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="onnx")
         self._waiting: deque[_Call] = deque()
         self._working: asyncio.Task[None] | None = None
+        self._began: float | None = None
+
+    def seconds_at_work(self) -> float:
+        """For how long it has computed what it computes now; 0 when it is idle."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     async def infer(self, inputs: Arrays, outputs: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """The outputs of these names. What waits while the model computes is computed together next.
@@ -77,14 +83,23 @@ class Model:
         self._waiting.append(call)
         if self._working is None:
             self._working = loop.create_task(self._work())
-        found = dict(zip(self._names, await call.answer, strict=True))
+        try:
+            answer = await call.answer
+        except asyncio.CancelledError:
+            # Whoever asked is gone; what they sent goes too, or would pile up while the model computes.
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(call)
+            raise
+        found = dict(zip(self._names, answer, strict=True))
         return [found[name] for name in outputs]
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
             calls = self._next()
+            self._began = time.monotonic()
             found = await loop.run_in_executor(self._thread, self._answers, calls)
+            self._began = None
             for call, answer in zip(calls, found, strict=True):
                 if call.answer.done():
                     # Nobody waits for it any more.

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ DTYPES |= {f"{kind}{bits}": f"{kind.lower()}{bits}" for kind in ("INT", "UINT") 
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
 EXACT = 2**53
 """Below it a float64 is one whole number; JSON readers make float64 of `9007199254740993.0`."""
+MOST_BYTES = 256 * 2**20
+"""Of a request, of one input as it is computed with, and of an answer."""
+MOST_JSON_BYTES = 64 * 2**20
+"""Of a request in JSON: read, it takes many times its length."""
+LETTERS_AN_ELEMENT = 64
+"""In JSON, at most, for a number and again for each level of lists around it, line breaks and indents included."""
+LETTERS_AROUND = 2**16
+"""Of a request besides its numbers."""
+LONGEST_ID, LONGEST_MESSAGE = 512, 1000
+"""Letters. Both go back to who asked."""
+LARGEST_SIZE = 2**63 - 1
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 """By tensor name."""
@@ -30,12 +42,14 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 class RequestError(Exception):
     """A request that gets no answer; the message says what was expected and what was found.
 
-    `status` is HTTP's: 400 where the request is wrong, 404 for a model or version that is not served, 413 and 415 for
-    bodies that are not read, 500 where the fault is here.
+    `status` is HTTP's: 400 where the request is wrong, 403 and 421 for who may not ask, 404 for a model or version that
+    is not served, 408 for bodies that do not come, 413 and 415 for those that are not read, 429 where too many ask at
+    once, 500 where the fault is here.
     """
 
     def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
+        # What was asked is part of it, and may be as long as a request.
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 1]}…")
         self.status = status
 
 
@@ -89,8 +103,11 @@ class Signature:
         if sorted(given) != sorted(self.inputs):
             raise RequestError(f"expected the inputs {', '.join(self.inputs)}; got {', '.join(given) or 'none'}")
 
-    def require_sizes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Raises RequestError unless dynamic dimensions are within their ranges and the same wherever they stand."""
+    def require_sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The size of each dynamic dimension of the inputs.
+
+        Raises RequestError unless they are within their ranges and the same wherever they stand.
+        """
         sizes: dict[str, tuple[int, str]] = {}
         for name, tensor in self.inputs.items():
             for declared, size in zip(tensor.shape, shapes[name], strict=True):
@@ -105,12 +122,74 @@ class Signature:
                     raise RequestError(
                         f"expected one size of {declared} in all inputs, got {before} in {where} and {size} in {name}"
                     )
+        return {declared: size for declared, (size, _) in sizes.items()}
 
     def outputs_named(self, names: Sequence[str]) -> list[str]:
-        """The outputs to answer: these, or all. Raises RequestError for one that there is not."""
+        """The outputs to answer: these, or all. Raises RequestError for one that there is not, or named twice."""
         if not set(names) <= self.outputs.keys():
             raise RequestError(f"expected outputs of {', '.join(self.outputs)}; got {', '.join(names)}")
+        if len(set(names)) < len(names):
+            # Each would be as long as the first: an answer of any length to a short request.
+            raise RequestError(f"expected each output once, got {', '.join(names)}")
         return list(names or self.outputs)
+
+    @cached_property
+    def largest_request(self) -> int:
+        """Bytes of the longest request that can fit, in JSON with room around its numbers; at most `MOST_BYTES`."""
+        letters = LETTERS_AROUND
+        for tensor in self.inputs.values():
+            elements = self._elements(tensor, {})
+            if elements is None:
+                return MOST_BYTES
+            letters += elements * LETTERS_AN_ELEMENT * (1 + len(tensor.shape))
+        return min(letters, MOST_BYTES)
+
+    def require_small_answer(self, names: Sequence[str], sizes: Mapping[str, int]) -> None:
+        """Raises RequestError where the outputs of these names will have more than `MOST_BYTES`, by what is declared.
+
+        sizes: of the request's dynamic dimensions.
+        """
+        total = sum(
+            elements * self.outputs[name].dtype.itemsize
+            for name in names
+            if (elements := self._elements(self.outputs[name], sizes)) is not None
+        )
+        if total > MOST_BYTES:
+            raise RequestError(f"expected to answer at most {MOST_BYTES:,} bytes, and this asks for {total:,}", 413)
+
+    def require_declared(
+        self, names: Sequence[str], arrays: Sequence[np.ndarray[Any, Any]], sizes: Mapping[str, int]
+    ) -> None:
+        """Raises RequestError, 500, for an answer with more elements than the release declares, or too large to send.
+
+        Args:
+            names: of the outputs.
+            arrays: what the model made of them.
+            sizes: of the request's dynamic dimensions.
+        """
+        for name, array in zip(names, arrays, strict=True):
+            most = self._elements(self.outputs[name], sizes)
+            if most is not None and array.size > most:
+                raise RequestError(
+                    f"output {name}: the model made {list(array.shape)}, and the release declares "
+                    f"{self.outputs[name]}, which is at most {most} elements here",
+                    500,
+                )
+        total = sum(array.nbytes for array in arrays)
+        if total > MOST_BYTES:
+            raise RequestError(f"the model made an answer of {total:,} bytes; at most {MOST_BYTES:,} are sent", 500)
+
+    def _elements(self, tensor: Tensor, sizes: Mapping[str, int]) -> int | None:
+        """At most so many, by the sizes that are known and the ranges of the others; None for no limit."""
+        count = 1
+        for declared in tensor.shape:
+            size = (
+                declared if isinstance(declared, int) else sizes.get(declared, self.ranges.get(declared, (0, None))[1])
+            )
+            if size is None:
+                return None
+            count *= size
+        return count
 
 
 @dataclass(frozen=True)
@@ -121,6 +200,8 @@ class Request:
     inputs: Arrays
     outputs: Sequence[str]
     """Names, in the order to answer."""
+    sizes: Mapping[str, int]
+    """Of the dynamic dimensions of the inputs."""
     binary: frozenset[str] = frozenset()
     """Outputs to be answered as bytes."""
 
@@ -129,16 +210,35 @@ class Request:
 
 
 def require_shape(tensor: Tensor, datatype: object, shape: object) -> list[int]:
-    """The sizes. Raises RequestError for another type, number of dimensions or fixed size than declared."""
-    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+    """The sizes.
+
+    Raises RequestError for another type, number of dimensions or fixed size than declared, and for more than
+    `MOST_BYTES`.
+    """
+    if not isinstance(shape, list) or any(type(size) is not int or not 0 <= size <= LARGEST_SIZE for size in shape):
         raise RequestError(f"input {tensor.name}: expected a shape of whole numbers from 0, got {_short(shape)}")
     fits = len(shape) == len(tensor.shape) and all(
         isinstance(declared, str) or declared == size for declared, size in zip(tensor.shape, shape, strict=True)
     )
     if datatype != tensor.datatype or not fits:
         named = datatype if isinstance(datatype, str) and datatype in DTYPES else _short(datatype)
-        raise RequestError(f"input {tensor.name}: expected {tensor}, got {named} {shape}")
+        raise RequestError(f"input {tensor.name}: expected {tensor}, got {named} {_short(shape)}")
+    # Also where there is a 0 among the sizes: numpy makes no array of such a shape.
+    most = math.prod(max(size, 1) for size in shape) * tensor.dtype.itemsize
+    if most > MOST_BYTES:
+        raise RequestError(
+            f"input {tensor.name}: expected at most {MOST_BYTES:,} bytes, got {tensor.datatype} {shape}", 413
+        )
     return shape
+
+
+def require_id(value: object) -> str:
+    """What a request calls itself; empty for nothing. Raises RequestError where it is no short text or number."""
+    if value is None:
+        return ""
+    if type(value) not in (str, int, float) or len(text := str(value)) > LONGEST_ID:
+        raise RequestError(f"id: expected a text of at most {LONGEST_ID} letters, got {_short(value)}")
+    return text
 
 
 def from_bytes(tensor: Tensor, shape: Sequence[int], data: bytes | memoryview) -> np.ndarray[Any, Any]:
@@ -248,6 +348,8 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
         RequestError: whatever does not fit.
     """
     view = memoryview(body)
+    if json_length is None and len(body) > MOST_JSON_BYTES:
+        raise RequestError(too_long(MOST_JSON_BYTES), 413)
     if json_length is not None and not 0 < json_length <= len(body):
         raise RequestError(f"Inference-Header-Content-Length: expected 1 to {len(body)}, the body's; got {json_length}")
     head, rest = view[:json_length], view[len(body) if json_length is None else json_length :]
@@ -257,10 +359,18 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
         raise RequestError("expected inputs, a list of objects with name, datatype, shape and data")
     names = [str(item.get("name")) for item in items]
     signature.require_names(names)
+    shapes = {
+        name: require_shape(signature.inputs[name], item.get("datatype"), item.get("shape"))
+        for name, item in zip(names, items, strict=True)
+    }
+    # Before anything is made of them.
+    sizes = signature.require_sizes(shapes)
+    outputs, binary = _wanted(document, signature)
+    signature.require_small_answer(outputs, sizes)
+    called = require_id(document.get("id"))
     inputs: Arrays = {}
     for name, item in zip(names, items, strict=True):
-        tensor = signature.inputs[name]
-        shape = require_shape(tensor, item.get("datatype"), item.get("shape"))
+        tensor, shape = signature.inputs[name], shapes[name]
         size = _parameters(item, f"input {tensor.name}").get("binary_data_size")
         if size is None:
             inputs[tensor.name] = from_values(tensor, shape, item.get("data"))
@@ -274,9 +384,7 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
         rest = rest[size:]
     if rest:
         raise RequestError(f"expected as many bytes behind the JSON as binary_data_size says; {len(rest)} are left")
-    signature.require_sizes({name: array.shape for name, array in inputs.items()})
-    outputs, binary = _wanted(document, signature)
-    return Request(str(document.get("id") or ""), inputs, outputs, binary)
+    return Request(called, inputs, outputs, sizes, binary)
 
 
 def answer(
@@ -323,7 +431,16 @@ def _require_numbers(name: str, array: np.ndarray[Any, Any]) -> None:
         )
 
 
+def too_long(most: int) -> str:
+    """Words for a request that is longer than this many bytes."""
+    hint = "; binary data may be longer" if most == MOST_JSON_BYTES else ""
+    return f"expected a request of at most {most:,} bytes{hint}"
+
+
 def _json(text: memoryview) -> dict[str, Any]:
+    """The last of two keys that are the same counts."""
+    if len(text) > MOST_JSON_BYTES:
+        raise RequestError(too_long(MOST_JSON_BYTES), 413)
     try:
         document = orjson.loads(text)
     except orjson.JSONDecodeError as error:

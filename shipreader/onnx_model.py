@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from inference_tensors import DTYPES, RequestError, Signature, from_values, require_shape
+from inference_tensors import DTYPES, RequestError, Signature, from_values, require_id, require_shape
 from mlserver import MLModel
 from mlserver.errors import InferenceError
 from mlserver.types import InferenceRequest, InferenceResponse, RequestInput, ResponseOutput
@@ -46,9 +46,13 @@ class OnnxModel(MLModel):  # type: ignore[misc]
     async def _checked(self, payload: InferenceRequest) -> InferenceResponse:
         try:
             self._signature.require_names([item.name for item in payload.inputs])
-            inputs = [self._input(item) for item in payload.inputs]
-            self._signature.require_sizes({item.name: item.shape for item in inputs})
+            shapes = {item.name: self._shape(item) for item in payload.inputs}
+            # Before anything is made of them.
+            sizes = self._signature.require_sizes(shapes)
             names = self._signature.outputs_named([output.name for output in payload.outputs or ()])
+            self._signature.require_small_answer(names, sizes)
+            require_id(payload.id)
+            inputs = [self._input(item, shapes[item.name]) for item in payload.inputs]
         except RequestError as error:
             raise InferenceError(str(error)) from None
         response = await self._batched(InferenceRequest(id=payload.id, inputs=inputs))
@@ -61,11 +65,13 @@ class OnnxModel(MLModel):  # type: ignore[misc]
         response.model_version = str(self._settings.parameters.extra["generation"])
         return response
 
-    def _input(self, item: RequestInput) -> RequestInput:
+    def _shape(self, item: RequestInput) -> list[int]:
+        shape: list[int] = require_shape(self._signature.inputs[item.name], item.datatype, list(item.shape))
+        return shape
+
+    def _input(self, item: RequestInput, shape: list[int]) -> RequestInput:
         """The input as a flat list, which is what batches are made of."""
-        tensor = self._signature.inputs[item.name]
-        shape = require_shape(tensor, item.datatype, list(item.shape))
-        array = from_values(tensor, shape, item.data.root)
+        array = from_values(self._signature.inputs[item.name], shape, item.data.root)
         return RequestInput(name=item.name, datatype=item.datatype, shape=shape, data=array.ravel().tolist())
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:

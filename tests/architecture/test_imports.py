@@ -110,11 +110,15 @@ ONLY_IN = {
         "registry/serving/triton_model.py",
     ],
     "mlserver": ["shipreader/onnx_model.py"],
-    "tritonclient": ["shipreader/inference_server.py"],
+    "tritonclient": ["shipreader/inference_grpc.py"],
 }
 STARTED_ALONE = {
     "shipreader/onnx_model.py",
+    "shipreader/inference_connections.py",
+    "shipreader/inference_grpc.py",
+    "shipreader/inference_http.py",
     "shipreader/inference_model.py",
+    "shipreader/inference_served.py",
     "shipreader/inference_server.py",
     "shipreader/inference_tensors.py",
     "shipreader/__main__.py",
@@ -126,9 +130,11 @@ SERVERS = {
     "shipreader/onnx_model.py": {"mlserver", "numpy", "onnxruntime", "inference_tensors"},
     "shipreader/inference_tensors.py": {"numpy", "orjson"},
     "shipreader/inference_model.py": {"shipreader", "numpy", "onnxruntime"},
-    "shipreader/inference_server.py": {
-        *("shipreader", "grpc", "uvicorn", "uvloop", "prometheus_client", "starlette", "tritonclient"),
-    },
+    "shipreader/inference_served.py": {"shipreader", "prometheus_client"},
+    "shipreader/inference_http.py": {"shipreader", "prometheus_client", "starlette"},
+    "shipreader/inference_connections.py": {"shipreader", "uvicorn"},
+    "shipreader/inference_grpc.py": {"shipreader", "google", "grpc", "tritonclient"},
+    "shipreader/inference_server.py": {"shipreader", "uvicorn", "uvloop"},
 }
 """Files of shipreader/ to what they may import besides the standard library."""
 WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "executorch", "torchworker"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from shipreader.bucket import Bucket
 from shipreader.reader import Reader
+from shipreader.report import read_reports
 from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, kinds_release, onnx_release
 from tests.support.ports import free_ports
@@ -298,6 +301,40 @@ def test_the_server_ends_with_the_command_even_when_that_is_killed(
             break
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.soak
+def test_a_server_that_was_killed_under_traffic_comes_back_and_says_meanwhile_that_it_is_not_ready(
+    object_store: ObjectStore, serve: Serve, tmp_path: Path
+) -> None:
+    (one,) = publish_factors(object_store, tmp_path, 1.0)
+    move(object_store, one)
+    url = serve("--max-stale", "600")
+    (server,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(httpx.URL(url).port) in (process.info["cmdline"] or ()) and "-P" in process.info["cmdline"]
+    ]
+
+    def status() -> dict[str, Any]:
+        (found,) = read_reports(tmp_path / "served")
+        return found
+
+    assert status()["release"] == one.release and status()["problem"] == ""
+    server.kill()
+    seen = []
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        assert time.monotonic() < deadline
+        seen.append(status())
+        with contextlib.suppress(httpx.HTTPError):
+            if seen[-1]["release"] and len(seen) > 5 and httpx.get(f"{url}/ready", timeout=1).status_code == 200:
+                break
+        time.sleep(0.05)
+    gone = [report for report in seen if report["release"] is None]
+    assert gone and all("it was ended by SIGKILL" in report["problem"] for report in gone)
+    answer = httpx.post(f"{url}/infer", json=request_body(2.0)).json()
+    assert answer["model_version"] == "1" and answer["outputs"][0]["data"] == [2.0] * 4
 
 
 def test_an_unused_channel_and_a_taken_port_are_named(object_store: ObjectStore, tmp_path: Path) -> None:
