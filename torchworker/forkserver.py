@@ -1,8 +1,9 @@
 """One process that imports torch once and forks a fresh child for every stage.
 
-Importing torch costs seconds of CPU and a flow needs about seven processes that have it. Each stage is still
-a process of its own: the server never imports user code, never starts threads of its own and never touches a
-GPU, so what is forked is a clean interpreter with torch in it.
+Importing torch costs seconds of CPU and a flow needs about seven processes that have it; scikit-learn or pandas cost
+one more, in inspection, in every rank and in the export. Each stage is still a process of its own: the server never
+imports user code, never starts threads of its own and never touches a GPU, so what is forked is a clean interpreter
+with torch in it, and what process/first_imports.py finds safe to share.
 
 Protocol, one JSON object a line. On standard input:
     {"id": 1, "stage": "train", "request": "/…/request.json", "log": "/…/train.log"}    start a child
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -25,6 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torchworker.process.first_imports import first_imports, forget_hidden
 from torchworker.process.lifeline import adopt_orphans, descendants, die_with_parent
 from torchworker.process.shown_warnings import keep_warnings
 
@@ -54,6 +57,15 @@ def _preload_archives() -> None:
     gc.freeze()
 
 
+def _preload_packages(request: str) -> None:
+    """What the project's modules begin with, where it is safe to share: each stage and each rank would import it."""
+    # The stage that reads or imports it says what is wrong with it.
+    with contextlib.suppress(Exception):
+        for module in first_imports(json.loads(Path(request).read_bytes())):
+            importlib.import_module(module)
+    gc.freeze()
+
+
 def _child(job: dict[str, Any], parent: int) -> None:
     """Never returns."""
     status = 70
@@ -72,6 +84,8 @@ def _child(job: dict[str, Any], parent: int) -> None:
         keep_warnings(Path(job["log"]).parent)
         from torchworker.stage import run_stage
 
+        with contextlib.suppress(OSError, ValueError):
+            forget_hidden(json.loads(Path(job["request"]).read_bytes()))
         status = run_stage(job["stage"], job["request"])
         sys.stdout.flush()
         sys.stderr.flush()
@@ -172,6 +186,8 @@ def main() -> None:
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
                     job = json.loads(line)
+                    if "request" in job:
+                        _preload_packages(job["request"])
                     if job.get("stage") == "export":
                         # Without a training before it: each of its forks, and the clean room's, would import it.
                         _preload_archives()

@@ -34,13 +34,14 @@ def hostile(tmp_path: Path) -> Path:
     job = write_project(
         folder,
         extra=EXTRA,
-        train={"epochs": 1, "processes": 2, "batch_size": 32, "loss": {"factory": "plain:loss"}},
+        train={"epochs": 1, "processes": 2, "batch_size": 32, "loss": {"factory": "heavy:loss"}},
         export={"formats": ["onnx"]},
     )
     for name in NAMES:
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text('OWNER = "theirs"\n')
     (folder / "tasks" / "losses.py").write_text("from torch.nn.functional import cross_entropy\n")
+    (folder / "heavy.py").write_text("import scipy.special\nfrom plain import loss\n")
     (folder / "train.py").write_text('OWNER = "theirs"\n')
     return job
 
@@ -79,6 +80,8 @@ def test_their_modules_win_in_their_code_and_lose_in_ours(hostile: Path, tmp_pat
         ):
             (tmp_path / stage).mkdir()
             asyncio.run(call_worker(fork_server, stage, request, tmp_path / stage))
+        # Once, and not in every stage and rank.
+        assert "/scipy/special/" in Path(f"/proc/{fork_server.pid}/maps").read_text()
     finally:
         fork_server.close()
     assert (tmp_path / "export" / "model.onnx").stat().st_size > 0
