@@ -367,12 +367,13 @@ class Loop:
         weights = [self.weights.of(target) for _, target in micro]
         shares = self.weights.shares(weights)
         self.optimizer.zero_grad()
-        for position, (batch, weight, share) in enumerate(zip(micro, weights, shares, strict=True)):
+        for position, (batch, weight) in enumerate(zip(micro, weights, strict=True)):
             inputs, target = self._place(batch)
             # Gradients are exchanged once a step.
             self.strategy.exchange_gradients(position == len(micro) - 1)
             value = self._loss(inputs, target, labels=batch[1], counts=weight > 0)
             self.losses.add(value, weight, self.step)
+            share = shares()[position]
             user_code.backward(self.scaler.scale(value if share is None else value * share), self.project)
         if self.step == self.first_step and not self.finds_unused:
             user_code.require_gradients(self.model, self.project)

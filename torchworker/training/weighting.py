@@ -78,21 +78,28 @@ class StepWeights:
         self.of: Weigh = weigh if weigh is not None else by_samples
         """What a batch weighs; where that is not known, its number of samples."""
 
-    def shares(self, weights: Sequence[float]) -> Sequence[float | Tensor | None]:
+    def shares(self, weights: Sequence[float]) -> Callable[[], Sequence[float | Tensor | None]]:
         """Factors of the losses of this rank's batches of a step; None for 1. Every rank calls it.
 
         The gradients are then those of one batch on one rank: ranks are averaged.
+
+        Returns:
+            What gives them. The ranks exchange their weights meanwhile, so it is called after the first forward pass.
         """
-        if self._known and self._world > 1:
-            # On a GPU nobody waits for it.
-            whole = torch.tensor(sum(weights), dtype=torch.float64, device=self._device)
-            dist.all_reduce(whole)
+        if not self._known or self._world == 1:
+            return functools.partial(_factors, weights, sum(weights))
+        whole = torch.tensor(sum(weights), dtype=torch.float64, device=self._device)
+        exchange = dist.all_reduce(whole, async_op=True)
+
+        @functools.cache
+        def answer() -> Sequence[float | Tensor | None]:
+            exchange.wait()
             if self._device.type != "cpu":
+                # Nobody waits for the GPU.
                 return [weight * self._world / whole.clamp_min(TINY) for weight in weights]
-            mean = float(whole) / self._world
-        else:
-            mean = sum(weights)
-        return [None if weight == mean else weight / max(mean, TINY) for weight in weights]
+            return _factors(weights, float(whole) / self._world)
+
+        return answer
 
     def notes(self, outputs: Any, target: Tensor, project: Project) -> list[str]:
         """What there is to say, once, of a step whose loss is not that of its parts.
@@ -107,6 +114,10 @@ class StepWeights:
             return []
         self._noted = True
         return [no_mean(project, self._settings)]
+
+
+def _factors(weights: Sequence[float], mean: float) -> Sequence[float | None]:
+    return [None if weight == mean else weight / max(mean, TINY) for weight in weights]
 
 
 def by_samples(target: Tensor) -> float:
