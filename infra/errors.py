@@ -19,6 +19,7 @@ Every message says what was expected, what was found and what to do.
 from __future__ import annotations
 
 from train_and_ship.infra.addresses import without_password
+from train_and_ship.infra.shown import harmless
 
 
 class ShipError(Exception):
@@ -30,8 +31,8 @@ class ShipError(Exception):
     retryable = False
 
     def __init__(self, message: str = "") -> None:
-        # Errors reach logs, reports in the bucket and tags.
-        super().__init__(without_password(message))
+        # Errors reach logs, terminals, reports in the bucket and tags, and quote what others wrote.
+        super().__init__(harmless(without_password(message)))
 
 
 class UserError(ShipError):
@@ -55,7 +56,7 @@ class GateError(UserError):
 
     def __init__(self, message: str, table: str = "") -> None:
         super().__init__(message if not table else f"{message}\n\n{table}")
-        self.message, self.table = without_password(message), without_password(table)
+        self.message, self.table = (harmless(without_password(text)) for text in (message, table))
 
 
 class ServiceError(ShipError):

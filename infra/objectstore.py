@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from train_and_ship.infra import leftovers, s3
 from train_and_ship.infra.addresses import without_credentials
-from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
 from train_and_ship.infra.s3 import quoted
 from train_and_ship.infra.settings import Settings
@@ -37,6 +37,8 @@ PARTS_AT_ONCE = 4
 IN_FLIGHT_BYTES = 128 * 2**20
 """Of all that is read from files and not yet sent: what uploads add to this process, however large the files."""
 PIECE_BYTES = 2**20
+RECORD_BYTES = 2**20
+"""Of a record that is read whole, where nothing else is said: a pointer, a decision, a claim. A longer one is none."""
 _log = logging.getLogger(__name__)
 METADATA_SHA256 = "sha256"
 """User metadata of every object written here: its SHA-256, also where the store keeps no checksums."""
@@ -152,32 +154,63 @@ class ObjectStore:
 
     # ---- reading
 
-    def get(self, key: str) -> tuple[bytes, str] | None:
-        """A small object's content and ETag, or None when there is no such key."""
+    def get(self, key: str, most: int = RECORD_BYTES) -> tuple[bytes, str] | None:
+        """A small object's content and ETag, or None when there is no such key.
+
+        most: bytes; whoever may write there decides how many there are, and they are held in memory.
+
+        Raises ReleaseError for a longer one, and for one that is not what its writer said.
+        """
+        found = self._get(key, most)
+        if found is None or found[2] is None:
+            return found[:2] if found is not None else None
+        # Written with its hash, so the way back may be to blame: reading again can help.
+        first, _, claimed = found
+        again = self._get(key, most)
+        if again is None or again[2] is None:
+            return again[:2] if again is not None else None
+        got = hashlib.sha256(again[0]).hexdigest()
+        said = f"read {key} from {self!r}: expected SHA-256 {again[2]}, as its writer said, got {got}"
+        if (again[0], again[2]) == (first, claimed):
+            raise ReleaseError(f"{said}, twice: it was written so")
+        raise ServiceError(f"{said}: damaged on the way")
+
+    def _get(self, key: str, most: int) -> tuple[bytes, str, str | None] | None:
+        """Content, ETag, and the hash that its writer claimed where that is another; None when there is no such key."""
         with self._translated(f"read {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
             reply = self._client.get_object(Bucket=self.bucket, Key=key)
-            with contextlib.closing(reply["Body"]) as body:
-                content = body.read()
+            content = self._body(reply, key, most)
             claimed = reply["Metadata"].get(METADATA_SHA256)
-            if claimed is not None and claimed != (got := hashlib.sha256(content).hexdigest()):
-                # Written with its hash, so the way back is to blame: reading again can help.
-                raise ServiceError(
-                    f"read {key} from {self!r}: expected SHA-256 {claimed}, got {got}: damaged on the way"
-                )
-            return content, quoted(reply["ETag"])
+            wrong = claimed is not None and claimed != hashlib.sha256(content).hexdigest()
+            return content, quoted(reply["ETag"]), claimed if wrong else None
         return None
 
-    def get_versions(self, key: str) -> list[bytes]:
-        """Contents of a small object as they were, the newest first, where the bucket keeps versions; else the last."""
+    def _body(self, reply: Any, key: str, most: int) -> bytes:
+        """The body of a reply. Raises ReleaseError above `most` bytes, of which no more are read."""
+        with contextlib.closing(reply["Body"]) as body:
+            length = reply.get("ContentLength")
+            # Read to its end where that is known, which is when the client library notices that some is missing.
+            content: bytes = body.read() if length is not None and length <= most else body.read(most + 1)
+        if len(content) > most:
+            raise ReleaseError(
+                f"{key}: expected at most {most:,} bytes in {self!r}, got {'more' if length is None else f'{length:,}'}"
+                ": nothing that long is written there by train-and-ship"
+            )
+        return content
+
+    def get_versions(self, key: str, most: int = RECORD_BYTES) -> list[bytes]:
+        """Contents of a small object as they were, the newest first, where the bucket keeps versions; else the last.
+
+        most: bytes of each; longer ones are left out.
+        """
         found = []
         with self._translated(f"read the versions of {key}"):
             for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=key):
                 for item in page.get("Versions", []):
-                    if item["Key"] != key:
+                    if item["Key"] != key or item["Size"] > most:
                         continue
                     reply = self._client.get_object(Bucket=self.bucket, Key=key, VersionId=item["VersionId"])
-                    with contextlib.closing(reply["Body"]) as body:
-                        found.append(body.read())
+                    found.append(self._body(reply, key, most))
         return found
 
     def head(self, key: str) -> StoredObject | None:
@@ -241,8 +274,11 @@ class ObjectStore:
         with self._translated(f"list {prefix}"):
             return bool(self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"))
 
-    def hash(self, key: str) -> tuple[str, int] | None:
-        """Read an object back: hexadecimal SHA-256 and size in bytes of what a reader gets; None without such a key."""
+    def hash(self, key: str, most: int | None = None) -> tuple[str, int] | None:
+        """Read an object back: hexadecimal SHA-256 and size in bytes of what a reader gets; None without such a key.
+
+        most: bytes, after which reading ends: what is longer than it should be need not be read to its end.
+        """
         digest = hashlib.sha256()
         size = 0
         with self._translated(f"read back {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
@@ -250,13 +286,24 @@ class ObjectStore:
                 for piece in body.iter_chunks(PIECE_BYTES):
                     digest.update(piece)
                     size += len(piece)
+                    if most is not None and size > most:
+                        break
             return digest.hexdigest(), size
         return None
 
-    def download_file(self, key: str, path: Path, progress: Callable[[int], None] | None = None) -> bool:
+    def download_file(
+        self, key: str, path: Path, progress: Callable[[int], None] | None = None, most: int | None = None
+    ) -> bool:
         """Write an object to `path`; big ones in parallel ranges. False when there is no such key.
 
-        progress: called with the number of bytes that just arrived, from any thread.
+        Args:
+            key: of the object.
+            path: the file.
+            progress: called with the number of bytes that just arrived, from any thread.
+            most: bytes that it may have, beyond which nothing is written.
+
+        Raises:
+            ReleaseError: it is longer.
         """
         with self._translated(f"download {key}"), s3.unless_missing():
             s3.download(
@@ -268,6 +315,7 @@ class ObjectStore:
                 part_bytes=self._part_bytes,
                 at_once=PARTS_AT_ONCE,
                 progress=progress or _no_progress,
+                most=most,
             )
             return True
         return False

@@ -20,6 +20,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.rundir import file_sha256
 
 
@@ -36,7 +37,7 @@ def project_place(folder: Path) -> dict[str, str]:
 
     Forks, mirrors and clones have both in common, and two projects of one repository differ in the folder.
     """
-    origin = _git(folder, "config", "--get", "remote.origin.url")
+    origin = without_password(_git(folder, "config", "--get", "remote.origin.url"))
     found = {"repository": origin.rstrip("/").replace(":", "/").rpartition("/")[2].removesuffix(".git")}
     if _git(folder, "rev-parse", "--is-inside-work-tree") == "true":
         found["folder"] = _git(folder, "rev-parse", "--show-prefix").rstrip("/") or "."

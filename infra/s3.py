@@ -12,12 +12,20 @@ import base64
 import contextlib
 import datetime
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from train_and_ship.infra.errors import PreconditionFailedError, ServiceError, SettingsError, ShipError, StoreFaultError
+from train_and_ship.infra.errors import (
+    PreconditionFailedError,
+    ReleaseError,
+    ServiceError,
+    SettingsError,
+    ShipError,
+    StoreFaultError,
+)
 from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -168,6 +176,7 @@ def download(
     part_bytes: int,
     at_once: int,
     progress: Callable[[int], None],
+    most: int | None = None,
 ) -> None:
     """Write an object to a file, a large one in ranges. To be called within `translated`.
 
@@ -180,6 +189,10 @@ def download(
         part_bytes: size of a range.
         at_once: how many ranges at the same time.
         progress: called with the number of bytes that just arrived, from any thread.
+        most: bytes that the object may have; None for any number.
+
+    Raises:
+        ReleaseError: it has more.
     """
     from boto3.exceptions import Boto3Error
     from boto3.s3.transfer import S3Transfer, TransferConfig
@@ -194,10 +207,21 @@ def download(
         # The CRT client ignores endpoint_url and talks to AWS (boto3#4839).
         preferred_transfer_client="classic",
     )
+    arrived, counting = 0, threading.Lock()
+
+    def count(number: int) -> None:
+        nonlocal arrived
+        with counting:
+            # Less than nothing when a range is asked for again.
+            arrived += number
+            if most is not None and arrived > most:
+                raise ReleaseError(f"{key}: expected {most:,} bytes in bucket {bucket}, got more: it was altered there")
+        progress(number)
+
     try:
         # The stubs know another class of that name.
         with S3Transfer(client, config) as transfer:  # type: ignore[arg-type]
-            transfer.download_file(bucket, key, str(path), callback=progress)
+            transfer.download_file(bucket, key, str(path), callback=count)
     except S3DownloadFailedError as error:
         # Also for an object that was replaced meanwhile: its cause is a refused If-Match, which is no race of ours.
         raise _BrokenOffError(str(error)) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ from typing import Any
 from torchworker.contract import IN_CPP, PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.keys import release_prefix
-from train_and_ship.registry.bucket.releases import read_manifest
+from train_and_ship.registry.bucket.releases import read_manifest, read_small_file
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.kind import Kind, changes_in_kind
 from train_and_ship.registry.release.manifest import DATA as DATA_FILE
@@ -61,13 +60,34 @@ class ReleaseRecord:
 
     def document(self, name: str) -> Mapping[str, Any]:
         """One of its JSON files; an empty one where it has none."""
-        found = json.loads(self.files.get(name, "{}"))
-        return found if isinstance(found, dict) else {}
+        with self.understood():
+            found = json.loads(self.files.get(name, "{}"))
+            return found if isinstance(found, dict) else {}
 
     @property
     def kind(self) -> Kind:
-        """What kind of thing it is."""
-        return Kind.of(self.manifest, self.document)
+        """What kind of thing it is; a file that nobody understands tells nothing."""
+        return Kind.of(self.manifest, self._understood_document)
+
+    def _understood_document(self, name: str) -> Mapping[str, Any]:
+        try:
+            return self.document(name)
+        except ReleaseError:
+            return {}
+
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """Whoever made the release has written these files: what has another shape is the release's fault.
+
+        Raises ReleaseError for what comes of it.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+            raise ReleaseError(
+                f"{self.manifest.model} {self.manifest.release}: what it says of itself cannot be read: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
@@ -89,24 +109,46 @@ def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Dif
     ]
     return [
         *kinds,
-        *(found for group, values in GROUPS.items() for found in _differences(group, values(one), values(two))),
+        *(found for group in GROUPS for found in _differences(group, _values(group, one), _values(group, two))),
     ]
 
 
-def read_release_record(store: ObjectStore, model: str, release: str) -> ReleaseRecord:
+def _values(group: str, record: ReleaseRecord) -> Mapping[str, Any]:
+    with record.understood():
+        return GROUPS[group](record)
+
+
+def read_release_record(
+    store: ObjectStore, model: str, release: str, *, sha256: str | None = None, altered_are_left_out: bool = False
+) -> ReleaseRecord:
     """The files in which a release says how it came to be, verified.
+
+    Args:
+        store: The bucket. It is only read.
+        model: The model's name.
+        release: Its id.
+        sha256: Hexadecimal hash that its manifest must have, where a pointer or a record says so.
+        altered_are_left_out: A file that is not what the manifest says tells nothing, and is no error.
 
     Raises:
         ReleaseError: It has no manifest, or a file is not what the manifest says.
     """
-    manifest = read_manifest(store, model, release)
+    manifest = read_manifest(store, model, release, sha256=sha256)
     names = [name for name in TOLD if name in manifest.files]
-    found = in_parallel(lambda name: store.get(release_prefix(model, release) + name), names)
-    for name, item in zip(names, found, strict=True):
-        if item is None or hashlib.sha256(item[0]).hexdigest() != manifest.files[name].sha256:
-            raise ReleaseError(f"{release_prefix(model, release)}{name}: expected what the manifest says, got another")
+
+    def read(name: str) -> str | None:
+        try:
+            return read_small_file(store, manifest, name).decode()
+        except ReleaseError:
+            if not altered_are_left_out:
+                raise
+            return None
+        except UnicodeDecodeError as error:
+            raise ReleaseError(f"{model} {release}: {name}: expected text, got {error}") from None
+
+    found = in_parallel(read, names)
     return ReleaseRecord(
-        manifest=manifest, files={name: item[0].decode() for name, item in zip(names, found, strict=True) if item}
+        manifest=manifest, files={name: text for name, text in zip(names, found, strict=True) if text is not None}
     )
 
 

@@ -7,6 +7,7 @@ unknown differs from nothing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -76,15 +77,17 @@ class Kind:
         model = {f"{part}.factory": _mapping(job, part).get("factory") for part in REFERENCES}
         place = _mapping(lineage, "project")
         model |= {"repository": place.get("repository"), "project folder": place.get("folder")}
+        classes, samples = data.get("classes"), document(VERDICTS).get("validation_samples")
+        # Whoever made the release wrote these: what has another shape tells nothing.
         return cls(
             signature=manifest.signature,
             formats=manifest.formats,
-            classes=data.get("classes") or (),
-            labels=_mapping(_mapping(data, "train"), "labels"),
+            classes=classes if isinstance(classes, list) and all(isinstance(one, str) for one in classes) else (),
+            labels=_counts(_mapping(_mapping(data, "train"), "labels"), _LABEL),
             model={name: said for name, said in model.items() if isinstance(said, str) and said},
-            onnx=_mapping(lineage, "onnx"),
+            onnx=_counts(_mapping(lineage, "onnx")),
             metrics=manifest.metrics,
-            samples=document(VERDICTS).get("validation_samples") or 0,
+            samples=samples if type(samples) is int else 0,
         )
 
 
@@ -333,6 +336,15 @@ def _missing(label: int, here: Mapping[int, int], there: Mapping[int, int]) -> b
 def _some(labels: Mapping[int, int]) -> str:
     names = [str(label) for label in sorted(labels)]
     return ", ".join(names) if len(names) <= 12 else ", ".join([*names[:6], "…", *names[-3:]])
+
+
+_LABEL = re.compile(r"-?[0-9]{1,18}")
+
+
+def _counts(found: Mapping[str, Any], names: re.Pattern[str] | None = None) -> Mapping[str, int]:
+    """Whole numbers by name; nothing where one is something else. names: how they have to be written."""
+    sound = all(type(value) is int and (names is None or names.fullmatch(name)) for name, value in found.items())
+    return found if sound else {}
 
 
 def _mapping(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:

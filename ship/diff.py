@@ -11,6 +11,7 @@ import typer
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import models
 from train_and_ship.registry.channels.revisions import GRAMMAR, resolve_release
 from train_and_ship.registry.diff import Difference, compare
@@ -50,10 +51,9 @@ def _named(store: ObjectStore, words: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _table(found: Sequence[Difference]) -> str:
-    rows = [(one.group, _short(one.name), _short(one.before), _short(one.after), one.change) for one in found]
+    rows = [(one.group, *map(_short, (one.name, one.before, one.after, one.change))) for one in found]
     return Table(header=("", "", "before", "after", "change"), rows=rows).text()
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return on_one_line(text, LONGEST)

@@ -9,6 +9,7 @@ import typer
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import harmless
 from train_and_ship.registry.channels.aliases import sync_all_aliases
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.tracking.pending_reports import send_reports
@@ -24,7 +25,7 @@ def doctor(model: str, dry_run: bool) -> None:
     for name in names:
         for finding in examine(store, name, settings.mlflow_url, runs=settings.runs / name, dry_run=dry_run):
             done = ("would mend" if dry_run else "mended") if finding.can_mend else "to do"
-            typer.echo(f"{done:<10}  {finding.what}")
+            typer.echo(f"{done:<10}  {harmless(finding.what)}")
             mended += finding.can_mend
             left += not finding.can_mend
     examined = f"{len(names)} model{'s' if len(names) != 1 else ''} examined"

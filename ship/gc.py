@@ -11,6 +11,7 @@ import typer
 from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide, notify_mlflow
 from train_and_ship.registry.text import file_size
 from train_and_ship.ship.named import named_models
@@ -44,12 +45,12 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
             failed = True
             continue
         for key in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
-            typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {key}")
+            typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {on_one_line(key)}")
         if apply:
             try:
                 for line in notify_mlflow(store, name, settings.mlflow_url, delete_versions=delete_versions):
                     typer.echo(f"{name}: {line}")
-            except (ServiceError, SettingsError) as error:
+            except (ServiceError, SettingsError, ReleaseError) as error:
                 typer.echo(f"{name}: MLflow's versions are marked by a later `ship gc`: {error}", err=True)
                 failed = True
     if apply:

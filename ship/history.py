@@ -9,12 +9,13 @@ from datetime import UTC, datetime
 import typer
 
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import decided_at, read_decisions
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
-from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, moved_at, parse_time
+from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, moved_at, numbers, parse_time
 from train_and_ship.ship.named import named_channel
 
 UNKNOWN = "unknown"
@@ -32,9 +33,9 @@ def history(model: str, channel: str, as_json: bool) -> None:
         typer.echo(f"{model}: {channel} was never moved; channels: {_known(asked)}", err=True)
         raise typer.Exit(1)
     if lost := holes(moves):
-        numbers = ", ".join(map(str, lost))
         typer.echo(
-            f"The records of generations {numbers} are lost; `ship doctor {model}` rebuilds what it can.", err=True
+            f"The records of generations {numbers(lost)} are lost; `ship doctor {model}` rebuilds what it can.",
+            err=True,
         )
 
 
@@ -46,7 +47,7 @@ def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
     elif decisions:
         for decision in reversed(decisions):
             time = f"{decided_at(decision).astimezone():%Y-%m-%d %H:%M:%S %z}"
-            typer.echo(f"{time}  {decision.decision:<8}  {decision.why}")
+            typer.echo(f"{time}  {decision.decision:<8}  {on_one_line(decision.why)}")
             changed = "; ".join(f"{name}: {how}" for name, how in decision.changed.items())
             version = f" (version {decision.mlflow_version})" if decision.mlflow_version else ""
             for name, said in (
@@ -55,7 +56,7 @@ def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
                 ("flow run", decision.flow_run),
             ):  # fmt: skip
                 if said:
-                    typer.echo(f"    {name}: {said}")
+                    typer.echo(f"    {name}: {on_one_line(said)}")
     else:
         typer.echo(f"{model}: retraining was never asked about {channel}; `ship retrain` asks", err=True)
         raise typer.Exit(1)
@@ -77,12 +78,13 @@ def live(model: str, channel: str, at: str, as_json: bool) -> None:
     elif found is not None:
         typer.echo(_described(found, time, moves))
     if when is not None and (unknown := doubts(moves, found)):
-        numbers = ", ".join(map(str, unknown))
-        typer.echo(f"It is not known when generations {numbers} went live: they may have been live then.", err=True)
+        typer.echo(
+            f"It is not known when generations {numbers([unknown])} went live: they may have been live then.", err=True
+        )
     for earlier, later in disordered(moves):
         typer.echo(
-            f"The clocks disagree: generation {later.generation} says {later.moved_at}, "
-            f"before generation {earlier.generation} ({earlier.moved_at}).",
+            f"The clocks disagree: generation {later.generation} says {_both(moved_at(later))}, "
+            f"before generation {earlier.generation} ({_both(moved_at(earlier))}).",
             err=True,
         )
     if found is None:
@@ -109,12 +111,12 @@ def _described(move: Pointer, asked: str, moves: Sequence[Pointer]) -> str:
         f"{move.model} {move.channel} {asked}: release {move.release}",
         f"  since     {_both(moved_at(move))}, generation {move.generation}",
         *([f"  until     {_both(moved_at(until))}, generation {until.generation}"] if until else []),
-        f"  by        {move.moved_by}{', a rollback' if move.kind else ''}",
-        f"  why       {move.reason}",
+        f"  by        {on_one_line(move.moved_by)}{', a rollback' if move.kind else ''}",
+        f"  why       {on_one_line(move.reason)}",
         f"  before    {move.previous or 'nothing'}",
-        *([f"  version   {move.mlflow_version} in MLflow"] if move.mlflow_version else []),
-        *([f"  flow run  {move.flow_run}"] if move.flow_run else []),
-        *(f"  {gate:<8}  {said}" for gate, said in move.verdicts.items()),
+        *([f"  version   {on_one_line(move.mlflow_version)} in MLflow"] if move.mlflow_version else []),
+        *([f"  flow run  {on_one_line(move.flow_run)}"] if move.flow_run else []),
+        *(f"  {on_one_line(gate):<8}  {on_one_line(said)}" for gate, said in move.verdicts.items()),
     ]
     return "\n".join(lines)
 
@@ -126,8 +128,8 @@ def _print_moves(moves: Sequence[Pointer]) -> None:
         time = moved_at(move)
         when = f"{time.astimezone():%Y-%m-%d %H:%M:%S %z}" if time else UNKNOWN
         what = f"{move.release} replaced {move.previous or 'nothing'}"
-        typer.echo(f"{move.generation:>{width}}  {when}  {what}  {move.moved_by or UNKNOWN}")
+        typer.echo(f"{move.generation:>{width}}  {when}  {what}  {on_one_line(move.moved_by) or UNKNOWN}")
         details = {move.kind or "why": move.reason, "flow run": move.flow_run, **move.verdicts}
         for name, said in details.items():
             if said:
-                typer.echo(f"{'':{width}}    {name}: {said}")
+                typer.echo(f"{'':{width}}    {on_one_line(name)}: {on_one_line(said)}")

@@ -12,6 +12,7 @@ from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.prefect_events import PROMOTED, send_event
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.aliases import sync_after_move
 from train_and_ship.registry.channels.moves import (
     Mover,
@@ -57,11 +58,15 @@ def _finish(settings: Settings, verified: Verified, pointer: Pointer) -> None:
     typer.echo(
         f"{channel}: release {pointer.release} is live, generation {pointer.generation}\n"
         f"  replaced  {pointer.previous or 'nothing'}\n"
-        f"  by        {pointer.moved_by}: {pointer.reason}\n"
+        f"  by        {on_one_line(pointer.moved_by)}: {on_one_line(pointer.reason)}\n"
         f"  bytes     {verified.verdicts['bytes']}"
         + (f"\n  tried     {verified.verdicts['rehearsal']}" if "rehearsal" in verified.verdicts else "")
-        + (f"\n  vs live   {pointer.verdicts['vs_live']}" if "vs_live" in pointer.verdicts else "")
-        + "".join(f"\n  {gate}  {said}" for gate, said in pointer.verdicts.items() if gate.endswith(" vs live"))
+        + (f"\n  vs live   {on_one_line(pointer.verdicts['vs_live'])}" if "vs_live" in pointer.verdicts else "")
+        + "".join(
+            f"\n  {on_one_line(gate)}  {on_one_line(said)}"
+            for gate, said in pointer.verdicts.items()
+            if gate.endswith(" vs live")
+        )
     )
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)

@@ -8,7 +8,7 @@ from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import publish_signature
-from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.ship.named import named_channel
 
 
@@ -21,7 +21,9 @@ def sign(model: str, release: str) -> None:
         )
     channel = named_channel(settings, model)
     store = channel.store
+    named = named_release(channel, release)
     # Its files are checked as well as can be without reading them: a reader holds every byte against the manifest.
-    manifest = verify_release(store, model, resolve_release(channel, release))
+    # What is named by a record is described as it was then, or not signed.
+    manifest = verify_release(store, model, named.release, sha256=named.manifest_sha256 or None)
     key = publish_signature(store, manifest, settings.signing_key)
     typer.echo(f"signed: s3://{store.bucket}/{key}")

@@ -18,6 +18,7 @@ from train_and_ship.infra.errors import JobError, ReleaseError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.settings import Settings, project_folder
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels, models
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.channels.channel import Channel
@@ -138,7 +139,7 @@ def _print_models(found: Sequence[ChannelStatus], console: Console) -> None:
     table = Table(model, "channel", live, "age", "last run", "why", "next run")
     now = datetime.now(UTC)
     for row in found:
-        table.add_row(*(escape(cell) for cell in row.row(now)))
+        table.add_row(*(escape(on_one_line(cell)) for cell in row.row(now)))
     console.print(table)
 
 

@@ -6,9 +6,19 @@ ReaderError
 └── RefusedError          what the bucket holds is not to be used: altered, unsigned, too big, or older than ours
 """
 
+LONGEST = 4000
+"""Characters of a message that are kept."""
+
 
 class ReaderError(Exception):
     """Base of what a reader raises on purpose, and itself: a mistake in how it was set up."""
+
+    def __init__(self, message: str = "") -> None:
+        # It quotes what is in the bucket, and goes to terminals and logs.
+        text = "".join(
+            char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in message[:LONGEST]
+        )
+        super().__init__(text)
 
 
 class UnavailableError(ReaderError):

@@ -110,7 +110,9 @@ def rows_together(signature: Mapping[str, Any], most: int) -> int:
 
 
 def require_datatypes(signature: Mapping[str, Any]) -> None:
-    """Raises ReaderError for a dtype that the protocol does not have."""
+    """Raises ReaderError for a dtype that the protocol does not have, and for a signature that names no tensors."""
+    if not {"inputs", "outputs"} <= signature.keys():
+        raise ReaderError("expected the release's inputs and outputs in its manifest, got none")
     for tensor in (*signature["inputs"], *signature["outputs"]):
         if tensor["dtype"] not in DATATYPES:
             raise ReaderError(f"{tensor['name']}: the Open Inference Protocol has no {tensor['dtype']}")

@@ -406,12 +406,19 @@ class Reader:
 
     def _signature(self, manifest: Manifest, prefix: str) -> bytes:
         """The signature in the bucket that holds. Raises RefusedError when there is none by the required keys."""
+        refused: RefusedError | None = None
         for key in self._keys:
             name = prefix + signatures.file_name(key)
-            found = self._bucket.small(name, signatures.SIGNATURE_BYTES)
-            if found is not None:
-                signatures.require_signed(found, _signed(manifest), key, name)
-                return found
+            try:
+                found = self._bucket.small(name, signatures.SIGNATURE_BYTES)
+                if found is not None:
+                    signatures.require_signed(found, _signed(manifest), key, name)
+                    return found
+            except RefusedError as error:
+                # One of them has to have signed: what lies under the name of another takes nothing from that.
+                refused = error
+        if refused is not None:
+            raise refused
         wanted = " or ".join(signatures.key_id(key) for key in self._keys)
         raise RefusedError(
             f"{prefix}: expected a signature by key {wanted}, got none: published without a key, or with another one"

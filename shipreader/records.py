@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,13 @@ FORMAT = 1
 POINTER_BYTES, MANIFEST_BYTES = 2**20, 16 * 2**20
 """Longer ones are not read."""
 MOST_FILES = 100_000
+LARGEST_FILE = 2**50
+"""Bytes. More than any store takes."""
+MOST_MOVES = 99_999_999
+"""Of a channel: their records are sorted by eight digits."""
+MOST_VALUES = 6 * MOST_FILES
+"""In one document, about: a manifest has three commas and brackets for each file. A great many small values take fifty
+times the memory that they have bytes."""
 LONGEST_PATH = 512
 """Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
 PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
@@ -35,6 +43,10 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 RELEASE_ID = re.compile(r"[0-9a-f]{20}")
 """80 bits in hexadecimal: the beginning of the file table's SHA-256."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
+FORMAT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}")
+"""Of an artifact's format: onnx, onnx-int8-static."""
+DTYPE = re.compile(r"[a-z][a-z0-9_]{0,31}")
+"""float32, bfloat16, float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
     values: dict[str, Any] = {name: document.get(name) for name in Pointer.__dataclass_fields__}
     generation = values.pop("generation")
     wrong = [name for name, value in values.items() if not isinstance(value, str)]
-    if wrong or type(generation) is not int or generation < 1:
+    if wrong or type(generation) is not int or not 1 <= generation <= MOST_MOVES:
         raise RefusedError(f"{key}: expected the record of a move, got {_shown(document)}")
     pointer = Pointer(generation=generation, **values)
     if (pointer.model, pointer.channel) != (model, channel):
@@ -183,7 +195,8 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
         )
         table = json.dumps(document["files"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         own = hashlib.sha256(table.encode()).hexdigest()[: len(pointer.release)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        require_description(document["formats"], document["signature"], document["metrics"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RefusedError(f"{key}: expected a manifest, got {type(error).__name__}: {error}") from None
     if (manifest.model, manifest.release) != (pointer.model, pointer.release):
         raise RefusedError(
@@ -198,7 +211,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
         require_path(name, key)
         if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
             raise RefusedError(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
-        if type(entry.bytes) is not int or entry.bytes < 0:
+        if type(entry.bytes) is not int or not 0 <= entry.bytes <= LARGEST_FILE:
             raise RefusedError(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
         parts = name.split("/")
         above = next((up for end in range(1, len(parts)) if (up := "/".join(parts[:end])) in files), None)
@@ -211,6 +224,48 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
         if not isinstance(kind, str) or kind not in manifest.formats:
             raise RefusedError(f"{key}: serve.{purpose}: expected one of its formats, got {kind!r}")
     return manifest
+
+
+def require_description(formats: Any, signature: Any, metrics: Any) -> None:
+    """What a manifest says of its artifacts, as far as servers, readers and gates take it for granted.
+
+    Args:
+        formats: format to file.
+        signature: of inputs and outputs; empty where nothing is said.
+        metrics: quality by name.
+
+    Raises ValueError, TypeError, KeyError or AttributeError for anything else.
+    """
+    for kind, path in formats.items():
+        if not isinstance(path, str) or not FORMAT_NAME.fullmatch(kind):
+            raise ValueError(f"format {kind[:80]!r}: expected a name and a file")
+    for name, value in metrics.items():
+        # Not a bool, which is a number to Python.
+        if not _is_word(name) or type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"metric {name[:80]!r}: expected a finite number")
+    for side in ("inputs", "outputs"):
+        tensors = signature.get(side, [])
+        for tensor in tensors:
+            sizes = tensor["shape"]
+            sound = _is_word(tensor["name"]) and DTYPE.fullmatch(tensor["dtype"]) and isinstance(sizes, list)
+            if not sound or not all(_is_word(size) or _is_size(size) for size in sizes):
+                raise ValueError(f"{side}: expected tensors with name, dtype and shape")
+        if len({tensor["name"] for tensor in tensors}) != len(tensors):
+            raise ValueError(f"{side}: expected one tensor of each name")
+    for dim in signature.get("dims") or ():
+        low, high = dim["min"], dim["max"]
+        if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
+            raise ValueError("dims: expected name, min and max of each")
+    if not isinstance(signature.get("coupled", False), bool):
+        raise ValueError("coupled: expected true or false")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_FILE
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and value.isprintable()
 
 
 def require_path(name: str, where: str) -> None:
@@ -268,8 +323,15 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
+def require_sparse(encoded: bytes) -> None:
+    """Raises ValueError for a document with more values than any of ours has: reading it would fill the memory."""
+    if len(encoded) > MOST_VALUES and sum(map(encoded.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"expected at most {MOST_VALUES:,} values")
+
+
 def _json_object(encoded: bytes, key: str) -> dict[str, Any]:
     try:
+        require_sparse(encoded)
         document = json.loads(encoded)
     except (ValueError, RecursionError):
         raise RefusedError(f"{key}: expected JSON, got {encoded[:80]!r}") from None

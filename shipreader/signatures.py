@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shipreader.errors import ReaderError, RefusedError
+from shipreader.records import require_sparse
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
@@ -119,6 +120,7 @@ def require_signed(bundle: bytes, release: Signed, key: EllipticCurvePublicKey, 
     from cryptography.exceptions import InvalidSignature
 
     try:
+        require_sparse(bundle)
         document = json.loads(bundle)
         hint = document["verificationMaterial"]["publicKey"]["hint"]
         envelope = document["dsseEnvelope"]
@@ -129,13 +131,13 @@ def require_signed(bundle: bytes, release: Signed, key: EllipticCurvePublicKey, 
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RefusedError(f"{where}: expected a signature bundle, got {type(error).__name__}: {error}") from None
     if hint != key_id(key):
-        raise RefusedError(f"{where}: expected a signature by key {key_id(key)}, got one by key {hint}")
+        raise RefusedError(f"{where}: expected a signature by key {key_id(key)}, got one by key {str(hint)[:80]}")
     try:
         key.verify(signature, covered(payload), algorithm(key))
     except InvalidSignature:
         raise RefusedError(f"{where}: the signature does not hold: it, or what it signs, was altered") from None
     if kind != PAYLOAD:
-        raise RefusedError(f"{where}: expected a payload of {PAYLOAD}, got {kind!r}")
+        raise RefusedError(f"{where}: expected a payload of {PAYLOAD}, got {str(kind)[:80]}")
     _require_statement(json.loads(payload), release, where)
 
 

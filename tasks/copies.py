@@ -142,4 +142,6 @@ def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
 
 
 def _specs(signature: Mapping[str, list[Mapping[str, object]]], side: str) -> list[TensorSpec]:
-    return [decode(TensorSpec, spec) for spec in signature.get(side, [])]
+    # What a later version says besides is not asked here.
+    fields = TensorSpec.__dataclass_fields__
+    return [decode(TensorSpec, {name: spec[name] for name in fields}) for spec in signature.get(side, [])]

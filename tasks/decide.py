@@ -22,6 +22,7 @@ from train_and_ship.infra.prefect_events import UNCHANGED
 from train_and_ship.infra.provenance import asked_by
 from train_and_ship.infra.rundir import run_folder, write_whole
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
@@ -159,11 +160,15 @@ class _Now:
             record = read_release_record(self.channel.store, self.channel.model, release)
         except ReleaseError as error:
             return {"live": f"release {release} is broken: {error}"}, self.inputs
-        inputs, before = self.inputs, recorded_files(record)
-        if before is not None:
-            hashes = project_hashes(self.settings, self.project)
-            inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
-        return changes(inputs, self.job, record, self.project), inputs
+        inputs = self.inputs
+        try:
+            if (before := recorded_files(record)) is not None:
+                hashes = project_hashes(self.settings, self.project)
+                inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
+            with record.understood():
+                return changes(inputs, self.job, record, self.project), inputs
+        except ReleaseError as error:
+            return {"live": f"release {release} is broken: {error}"}, inputs
 
 
 def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:
@@ -180,7 +185,7 @@ def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str],
                 return ""
             return (
                 f"the same code, data, config and environment were tried at {decided_at(decision):%Y-%m-%d %H:%M} UTC "
-                f"(release {decision.candidate}), and release {live.release} stayed: {decision.why}"
+                f"(release {decision.candidate}), and release {live.release} stayed: {on_one_line(decision.why)}"
             )
     return ""
 

@@ -132,7 +132,7 @@ async def promote_tried(
 def _job(verified: Verified, gates: bool) -> Job | None:
     """The job that made the release; None when it cannot be read and nobody asks its gates."""
     try:
-        return release_job(verified.target)
+        return release_job(verified.target, verified.manifest)
     except GateError:
         if gates:
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.store_probe import PROBE_PREFIX
-from train_and_ship.registry.identity import is_name
+from train_and_ship.registry.identity import is_channel, is_name
 
 Policy = dict[str, Any]
 """An IAM policy document, ready for JSON."""
@@ -50,8 +50,9 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
     Raises:
         SettingsError: a name that no model or channel has.
     """
-    for kind, name in (("model", model), ("channel", channel)):
-        if name != ANY and not is_name(name):
+    for kind, name, sound in (("model", model, is_name), ("channel", channel, is_channel)):
+        # A right on what is no channel would be one on another's alias.
+        if name != ANY and not sound(name):
             raise SettingsError(
                 f"{kind}: expected lower-case letters, digits, dots, dashes, _, or * for all; got {name!r}"
             )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shipreader.records import FileEntry
+from shipreader.records import MANIFEST_BYTES, FileEntry
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
@@ -34,6 +34,8 @@ from train_and_ship.registry.release.manifest import MANIFEST, Manifest, decode_
 
 LISTED_AT_ONCE = 990
 """A page of a listing has a thousand keys, and the manifest and signatures are among them."""
+TOLD_BYTES = 64 * 2**20
+"""Of a file that says how a release came to be: a job, packages, counts of its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,7 @@ def verify_release(
     *,
     etags: Mapping[str, str] | None = None,
     read_back: bool = False,
+    sha256: str | None = None,
 ) -> Manifest:
     """Check that a release is complete: its manifest is its own, and every file is there with its size and hash.
 
@@ -133,12 +136,13 @@ def verify_release(
         etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one
             listing tells; without them each file is asked for the hash that the store knows of it.
         read_back: download and hash every file, which finds what rotted in the store.
+        sha256: as in `read_manifest`.
 
     Raises:
         ReleaseError: with the file, what was expected and what was found.
     """
     prefix = release_prefix(model, release)
-    manifest = read_manifest(store, model, release)
+    manifest = read_manifest(store, model, release, sha256=sha256)
     if etags is None:
         names, require = manifest.files, _require_content if read_back else _require_object
         at_once = FILES_AT_ONCE if read_back else SMALL_FILES_AT_ONCE
@@ -167,7 +171,7 @@ def read_manifest(store: ObjectStore, model: str, release: str, *, sha256: str |
         ReleaseError: there is none, or it is not this release's.
     """
     key = release_prefix(model, release) + MANIFEST
-    found = store.get(key)
+    found = store.get(key, MANIFEST_BYTES)
     if found is None:
         raise ReleaseError(
             f"{key}: expected the manifest of a complete release, got none: it was never published to the end"
@@ -181,6 +185,20 @@ def read_manifest(store: ObjectStore, model: str, release: str, *, sha256: str |
             f"{key}: expected the manifest of {model} {release}, got that of {manifest.model} {manifest.release}"
         )
     return manifest
+
+
+def read_small_file(store: ObjectStore, manifest: Manifest, name: str) -> bytes:
+    """A file of a release that says how it came to be, as the manifest has it.
+
+    Raises ReleaseError when there is none, or another one, and for one that is too long to be held in memory.
+    """
+    key = release_prefix(manifest.model, manifest.release) + name
+    if name not in manifest.files:
+        raise ReleaseError(f"{key}: expected a file of the release, got none")
+    found = store.get(key, min(manifest.files[name].bytes, TOLD_BYTES))
+    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest.files[name].sha256:
+        raise ReleaseError(f"{key}: expected what the manifest says, got another")
+    return found[0]
 
 
 def fetch_release(
@@ -215,6 +233,12 @@ def fetch_release(
     prefix = release_prefix(model, release)
     meter = Meter(manifest.total_bytes, progress)
     make_folder(folder.parent)
+    free = shutil.disk_usage(folder.parent).free
+    if manifest.total_bytes > free:
+        raise ReleaseError(
+            f"release {release} of {model}: expected room for {manifest.total_bytes:,} bytes in {folder.parent}, "
+            f"got {free:,}"
+        )
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
 
     def fetch(name: str) -> None:
@@ -222,15 +246,17 @@ def fetch_release(
         make_folder(path.parent)
         entry = manifest.files[name]
         for last in (False, True):
-            if not store.download_file(prefix + name, path, meter.of(name)):
-                raise _missing(prefix + name, entry)
             try:
-                require_file(path, entry)
+                there = store.download_file(prefix + name, path, meter.of(name), entry.bytes)
+                if there:
+                    require_file(path, entry)
                 break
             except ReleaseError as error:
                 # Once may be the way here, twice is the bucket.
                 if last:
                     raise ReleaseError(f"{prefix}{name}: altered in the bucket: {error}") from None
+        if not there:
+            raise _missing(prefix + name, entry)
         meter.finish(name, entry.bytes)
 
     try:
@@ -283,7 +309,7 @@ def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> StoredObj
 
 def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
     """Read the object back. Raises ReleaseError unless a reader gets exactly the entry's bytes."""
-    got = store.hash(key)
+    got = store.hash(key, entry.bytes)
     if got != (entry.sha256, entry.bytes):
         raise ReleaseError(
             f"{key}: expected SHA-256 {entry.sha256} and {entry.bytes:,} bytes when read back, got {got}; "

@@ -89,14 +89,26 @@ def sign(manifest: Manifest, private_key: Path) -> bytes:
 def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path) -> str:
     """Sign a release and bring the signature into the bucket; its key. Writes; can be repeated.
 
-    Raises SettingsError when the key cannot be used, and ReleaseError when what lies there already does not hold.
+    A signature that lies there and does not hold is replaced. Raises SettingsError when the key cannot be used, and
+    ReleaseError when what lies there at the end does not hold.
     """
     public_key = load_private_key(private_key).public_key()
     key = signature_key(manifest, public_key)
     # No two signatures of this kind are alike: one that is there is checked, not compared.
-    if store.get(key) is None:
-        with contextlib.suppress(PreconditionFailedError):
-            store.put_new(key, sign(manifest, private_key))
+    there = store.head(key)
+    if there is not None:
+        try:
+            require_signature(store, manifest, public_key)
+            return key
+        except ReleaseError:
+            # The name is of this key, whose signature it is not: whoever publishes could keep its owner from signing.
+            pass
+    with contextlib.suppress(PreconditionFailedError):
+        signature = sign(manifest, private_key)
+        if there is None:
+            store.put_new(key, signature)
+        else:
+            store.replace(key, signature, there.etag)
     require_signature(store, manifest, public_key)
     return key
 
@@ -104,7 +116,7 @@ def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path)
 def require_signature(store: ObjectStore, manifest: Manifest, public_key: EllipticCurvePublicKey) -> None:
     """Raises ReleaseError unless the release in the bucket carries this key's signature. Reads only."""
     key = signature_key(manifest, public_key)
-    found = store.get(key)
+    found = store.get(key, signatures.SIGNATURE_BYTES)
     if found is None:
         raise ReleaseError(
             f"{key}: expected a signature by key {signatures.key_id(public_key)}, got none: "

@@ -12,9 +12,9 @@ at least one of them see the other, and whoever does steps back. See docs/decisi
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -22,9 +22,16 @@ from enum import StrEnum
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.keys import claims_prefix, release_prefix, tombstones_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel
-from train_and_ship.registry.identity import canonical_json, is_release_id, require_release_id
+from train_and_ship.registry.identity import (
+    canonical_json,
+    is_release_id,
+    json_object,
+    moment,
+    require_release_id,
+)
 from train_and_ship.registry.release.manifest import MANIFEST
 
 SHORTEST_GRACE = timedelta(hours=1)
@@ -36,6 +43,8 @@ CLAIM_HOLDS = timedelta(days=8)
 """How long a release is kept after it was claimed: longer than a question to a person stays open."""
 SKEW = timedelta(minutes=1)
 """By how much clocks of one store may differ."""
+MARK_BYTES = 64 * 2**10
+"""Of a mark or a claim. A longer one is none."""
 
 _FORMAT = 1
 _TRIES = 20
@@ -116,8 +125,13 @@ def tombstone_key(model: str, release: str) -> str:
 def read_tombstone(store: ObjectStore, model: str, release: str) -> Tombstone | None:
     """None for a release that was never marked. Raises ReleaseError for something else under that key."""
     key = tombstone_key(model, release)
-    found = store.get(key)
-    return None if found is None else replace(_decode(found[0], key), etag=found[1])
+    found = store.get(key, MARK_BYTES)
+    if found is None:
+        return None
+    stone = _decode(found[0], key)
+    if (stone.model, stone.release) != (model, release):
+        raise ReleaseError(f"{key}: expected the mark of {model} {release}, got that of {stone.model} {stone.release}")
+    return replace(stone, etag=found[1])
 
 
 def read_tombstones(store: ObjectStore, model: str) -> dict[str, Tombstone]:
@@ -127,24 +141,34 @@ def read_tombstones(store: ObjectStore, model: str) -> dict[str, Tombstone]:
     return {stone.release: replace(stone, modified=listed[stone.release]) for stone in found if stone is not None}
 
 
-def read_claims(store: ObjectStore, model: str, release: str = "") -> dict[str, Claim]:
-    """The last claim of every release of a model, or of one. What cannot be read is a claim at the store's time."""
+def read_claims(
+    store: ObjectStore, model: str, release: str = "", *, of: Collection[str] | None = None
+) -> dict[str, Claim]:
+    """The last claim of every release of a model, or of one. What cannot be read is a claim at the store's time.
+
+    Args:
+        store: the bucket.
+        model: whose releases.
+        release: its id; empty for all.
+        of: ids; claims of others are not read, of which whoever publishes may write any number.
+    """
     listed = _by_release(store, claims_prefix(model), release)
 
     def read(name: str) -> Claim:
-        found = store.get(_claim_key(model, name))
         try:
-            document = json.loads(found[0]) if found is not None else {}
+            found = store.get(_claim_key(model, name), MARK_BYTES)
+            document = json_object(found[0]) if found is not None else {}
             return Claim(
                 against=str(document["against"]),
-                at=datetime.fromisoformat(document["at"]),
-                by=str(document["by"]),
+                at=moment(document["at"]),
+                by=on_one_line(str(document["by"])),
                 modified=listed[name],
             )
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, ReleaseError):
             return Claim(modified=listed[name])
 
-    return dict(zip(listed, in_parallel(read, listed), strict=True))
+    names = [name for name in listed if of is None or name in of]
+    return dict(zip(names, in_parallel(read, names), strict=True))
 
 
 def _by_release(store: ObjectStore, prefix: str, release: str = "") -> dict[str, datetime]:
@@ -279,15 +303,15 @@ def claim(store: ObjectStore, model: str, release: str, *, publishing: bool) -> 
 
 def _decode(encoded: bytes, key: str) -> Tombstone:
     try:
-        document = json.loads(encoded)
+        document = json_object(encoded)
         if document["format"] != _FORMAT:
             raise ValueError(f"format {document['format']}")
         return Tombstone(
             model=str(document["model"]),
             release=str(document["release"]),
             state=State(document["state"]),
-            at=datetime.fromisoformat(document["at"]),
-            by=str(document["by"]),
+            at=moment(document["at"]),
+            by=on_one_line(str(document["by"])),
             nonce=str(document["nonce"]),
             mlflow_done=bool(document["mlflow_done"]),
         )

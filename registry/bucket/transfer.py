@@ -36,17 +36,26 @@ def put_immutable(store: ObjectStore, key: str, body: bytes, other: str, *, prob
     Raises:
         ReleaseError: it holds something else.
     """
-    if probably_there and (found := store.get(key)) is not None and found[0] == body:
+    if probably_there and _holds(store, key, body):
         return
     try:
         store.put_new(key, body)
         return
     except PreconditionFailedError:
-        found = store.get(key)
-    if found is None or found[0] != body:
+        there = _holds(store, key, body)
+    if not there:
         raise ReleaseError(
             f"{key}: expected nothing or the same {len(body):,} bytes, got {other}; it is never replaced"
         )
+
+
+def _holds(store: ObjectStore, key: str, body: bytes) -> bool:
+    # A longer object is another one, whatever it is.
+    try:
+        found = store.get(key, len(body))
+    except ReleaseError:
+        return False
+    return found is not None and found[0] == body
 
 
 def in_parallel(function: Callable[[_Name], _T], names: Iterable[_Name], at_once: int = FILES_AT_ONCE) -> list[_T]:

@@ -61,7 +61,8 @@ def sync_aliases(channel: Channel, *, dry_run: bool = False) -> Synced:
     """
     pointer = read_pointer(channel)
     if not may_be_alias(channel.name):
-        told = f"{channel}: MLflow has no alias with a dot in its name, so none follows this channel"
+        why = "MLflow has no alias with a dot in its name" if "." in channel.name else "that name is no channel's"
+        told = f"{channel}: {why}, so none follows this channel"
         return Synced(missing=(told,) if pointer is not None else ())
     registry = model_registry(channel.tracking_uri)
     done = Synced()

@@ -7,14 +7,17 @@ be said of a run that is killed before it can say anything.
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 
-from train_and_ship.infra.errors import ReleaseError
+from shipreader.records import MOST_MOVES
+from train_and_ship.infra.addresses import without_password
+from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import write_whole
@@ -23,7 +26,7 @@ from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.timeline import live_at, utc_now
-from train_and_ship.registry.identity import canonical_json
+from train_and_ship.registry.identity import canonical_json, is_release_id, json_object, moment, require_name
 
 
 class Verdict(StrEnum):
@@ -40,9 +43,14 @@ class Verdict(StrEnum):
 
 
 SKIPPED, PROMOTED, KEPT, FAILED = Verdict
+CLOCKS_DIFFER = timedelta(days=1)
+"""By how much the clock of a machine that decides may be ahead of the store's."""
 WAITING = "decision.json"
 """In the folder of a run: its decision, until the bucket takes it."""
 _FORMAT = 1
+_TIME = "%Y%m%dT%H%M%S.%fZ"
+_NAME = re.compile(r"(\d{8}T\d{6}\.\d{6}Z)-[^/]*\.json", re.ASCII)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,9 @@ class Decision:
     """How many times in a row it was skipped, this one included; 0 for any other answer."""
 
     def encode(self) -> bytes:
-        """The record as canonical JSON."""
-        return canonical_json({"format": _FORMAT, **asdict(self)})
+        """The record as canonical JSON, without passwords in addresses: everybody reads it who may see the channel."""
+        texts = {"why": without_password(self.why), "asked": without_password(self.asked)}
+        return canonical_json({"format": _FORMAT, **asdict(self), **texts})
 
 
 def record_decision(store: ObjectStore, decision: Decision, run: Path | None = None) -> None:
@@ -87,7 +96,7 @@ def record_decision(store: ObjectStore, decision: Decision, run: Path | None = N
 
 
 def _key(decision: Decision) -> str:
-    time = f"{decided_at(decision):%Y%m%dT%H%M%S.%fZ}"
+    time = f"{decided_at(decision):{_TIME}}"
     return f"{decisions_prefix(decision.model, decision.channel)}{time}-{decision.flow_run}.json"
 
 
@@ -125,27 +134,72 @@ def _has_later(store: ObjectStore, decision: Decision) -> bool:
 
 
 def read_decisions(channel: Channel, last: int) -> list[Decision]:
-    """The last so many decisions, oldest first. Raises ReleaseError for what is none."""
+    """The last so many decisions, oldest first. Raises ReleaseError when none of them can be read.
+
+    What is no decision of this channel is passed over with a warning, and so is one of a time that has not come: it
+    would be the last one for good.
+    """
+    prefix = decisions_prefix(channel.model, channel.name)
+    listed = channel.store.list_objects(prefix)
     # Keys begin with the time, so their order is that of the decisions.
-    keys = sorted(channel.store.list_keys(decisions_prefix(channel.model, channel.name)))[-last:]
+    keys = [key for key in sorted(listed) if _is_past(key.removeprefix(prefix), listed[key].modified)][-last:]
+    problems: list[ReleaseError] = []
 
     def read(key: str) -> Decision | None:
-        found = channel.store.get(key)
-        return None if found is None else _decode(found[0], key)
+        try:
+            found = channel.store.get(key)
+            if found is None:
+                return None
+            decision = _decode(found[0], key)
+            if _key(decision) != key:
+                raise ReleaseError(
+                    f"{key}: expected the decision of that time and run, got the one of {_key(decision)}"
+                )
+            return decision
+        except ReleaseError as error:
+            problems.append(error)
+            return None
 
-    return [decision for decision in in_parallel(read, keys) if decision is not None]
+    found = [decision for decision in in_parallel(read, keys) if decision is not None]
+    if problems and not found:
+        raise problems[0]
+    for problem in problems:
+        _log.warning("%s: a decision cannot be read: %s", channel, problem)
+    return found
+
+
+def _is_past(name: str, written: datetime) -> bool:
+    """Whether it is the name of a decision, of a time that had come when it was written by the store's clock."""
+    named = _NAME.fullmatch(name)
+    try:
+        time = datetime.strptime(named[1], _TIME).replace(tzinfo=UTC) if named is not None else None
+    except ValueError:
+        return False
+    return time is not None and time <= written + CLOCKS_DIFFER
 
 
 def decided_at(decision: Decision) -> datetime:
     """When the answer was given."""
-    return datetime.fromisoformat(decision.at)
+    return moment(decision.at)
 
 
 def _decode(encoded: bytes, key: str) -> Decision:
     try:
-        document = json.loads(encoded)
+        document = json_object(encoded)
         if document.pop("format") != _FORMAT:
             raise ValueError("another format")
-        return Decision(**{**document, "decision": Verdict(document["decision"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        decision = Decision(**{**document, "decision": Verdict(document["decision"])})
+        texts = [value for name, value in document.items() if name not in ("changed", "seconds", "streak")]
+        texts += [text for item in decision.changed.items() for text in item]
+        if not all(isinstance(text, str) for text in texts) or type(decision.seconds) not in (int, float):
+            raise TypeError("a value of another type")
+        if type(decision.streak) is not int or not 0 <= decision.streak <= MOST_MOVES:
+            raise ValueError(f"streak {decision.streak}")
+        if not all(is_release_id(one) for one in (decision.live, decision.start, decision.candidate) if one):
+            raise ValueError("the id of a release that is none")
+        moment(decision.at)
+        require_name("model", decision.model)
+        require_name("channel", decision.channel)
+        return decision
+    except (ValueError, TypeError, KeyError, AttributeError, RequestError) as error:
         raise ReleaseError(f"{key}: expected the record of a decision, got {type(error).__name__}: {error}") from None

@@ -10,21 +10,23 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ShipError
-from train_and_ship.registry.bucket.keys import release_prefix
-from train_and_ship.registry.bucket.releases import verify_release
+from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.bucket.releases import read_small_file, verify_release
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record, was_live
+from train_and_ship.registry.channels.history import find_record, read_history, was_live
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
-from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.channels.timeline import rollback_target
-from train_and_ship.registry.identity import require_channel, require_new_channel
+from train_and_ship.registry.identity import moment, require_channel, require_new_channel
 from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
 from train_and_ship.registry.tracking.rest import model_registry
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from train_and_ship.registry.job.job import Job
     from train_and_ship.registry.kind import KindChange
 
+CLOCKS_DIFFER = timedelta(minutes=10)
+"""By how much the clocks of the machines that train may be ahead of the store's."""
 BY_JOB, BY_REQUEST = "by release.allow", "once, with --allow"
 """How a difference in kind is allowed, as the record of the move says it."""
 
@@ -48,6 +52,9 @@ class Target:
     """What it is to replace."""
     expects_live: bool
     """Given up when something else is live by then: nobody named the release, or this very move was approved."""
+    manifest_sha256: str = ""
+    """Hexadecimal SHA-256 of its manifest, where a record says which it had when it was live; else empty. Files make
+    the id, and what the manifest says of them is whoever's who may write releases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +108,15 @@ class Mover:
             raise RequestError('why: expected a reason for the record, such as --why "errors since 14:00", got nothing')
 
 
-def choose_rollback(channel: Channel, release: str | None) -> Target:
-    """What a rollback goes back to: `release`, or what was live before this one. Reads only."""
+def choose_rollback(channel: Channel, release: str | None, manifest_sha256: str = "") -> Target:
+    """What a rollback goes back to: `release`, or what was live before this one. Reads only.
+
+    manifest_sha256: of the release, where who named it knows; else what the channel's own history says of it counts.
+    """
     live = _live(channel)
     if release is not None:
-        return _target(channel, release, live)
+        target = _target(channel, release, live)
+        return replace(target, manifest_sha256=manifest_sha256 or _described_then(channel, release))
     if live is None:
         raise RequestError(
             f"{channel.model}: nothing is live on {channel.name!r}, so there is nothing to go back from; use --to"
@@ -116,7 +127,12 @@ def choose_rollback(channel: Channel, release: str | None) -> Target:
             f"{channel}: expected a release that was live before {live.release}, found none; name one with --to"
         )
     return Target(
-        channel=channel, release=before.release, mlflow_version=before.mlflow_version, live=live, expects_live=True
+        channel=channel,
+        release=before.release,
+        mlflow_version=before.mlflow_version,
+        live=live,
+        expects_live=True,
+        manifest_sha256=before.manifest_sha256,
     )
 
 
@@ -128,9 +144,9 @@ def _live(channel: Channel) -> Pointer | None:
     return live
 
 
-def choose_promotion(channel: Channel, release: str) -> Target:
-    """An existing release for a channel. Reads only."""
-    return _target(channel, release, _live(channel))
+def choose_promotion(channel: Channel, release: str, manifest_sha256: str = "") -> Target:
+    """An existing release for a channel. Reads only. manifest_sha256: as in `choose_rollback`."""
+    return replace(_target(channel, release, _live(channel)), manifest_sha256=manifest_sha256)
 
 
 def verify_target(target: Target, *, read_back: bool = True, public_key: Path | None = None) -> Verified:
@@ -139,7 +155,9 @@ def verify_target(target: Target, *, read_back: bool = True, public_key: Path | 
     public_key: file (PEM) of the key that has to have signed it; None asks for no signature.
     """
     store = target.channel.store
-    manifest = verify_release(store, target.channel.model, target.release, read_back=read_back)
+    manifest = verify_release(
+        store, target.channel.model, target.release, read_back=read_back, sha256=target.manifest_sha256 or None
+    )
     how = "read back and hashed" if read_back else "checked by what the store says of them"
     said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
     signed = require_signer(store, manifest, public_key)
@@ -151,12 +169,13 @@ def ask_rollback(channel: Channel, to: str, public_key: Path | None, *, read_bac
 
     Args:
         channel: what is to move.
-        to: names a release, as `resolve_release` takes it; empty for what was live before.
+        to: names a release, as `named_release` takes it; empty for what was live before.
         public_key: as in `verify_target`.
         read_back: as in `verify_target`.
     """
-    release = resolve_release(channel, to) if to else None
-    return verify_target(choose_rollback(channel, release), read_back=read_back, public_key=public_key)
+    named = named_release(channel, to) if to else None
+    target = choose_rollback(channel, *((named.release, named.manifest_sha256) if named else (None,)))
+    return verify_target(target, read_back=read_back, public_key=public_key)
 
 
 def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Verified:
@@ -164,7 +183,8 @@ def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Ver
 
     Whoever tries it before it goes live reads its files. Arguments: as of `ask_rollback`.
     """
-    target = choose_promotion(channel, resolve_release(channel, source))
+    named = named_release(channel, source)
+    target = choose_promotion(channel, named.release, named.manifest_sha256)
     return verify_target(target, read_back=False, public_key=public_key)
 
 
@@ -195,7 +215,7 @@ def promote_existing(
         OtherLiveError: the target was measured beside a release that is not live.
     """
     target = verified.target
-    job = release_job(target) if gates else None
+    job = release_job(target, verified.manifest) if gates else None
 
     def accept(live: Pointer | None, manifest: Manifest | None) -> Mapping[str, str]:
         if job is None or live is None or manifest is None:
@@ -221,7 +241,8 @@ def require_not_rolled_back(release: str, live: Pointer | None) -> None:
     if live is not None and live.kind == ROLLBACK and live.previous == release:
         raise GateError(
             f"{live.model} {live.channel}: release {release} was taken off by a rollback "
-            f"({live.moved_by}, {live.moved_at}: {live.reason}) and does not go live again by itself; "
+            f"({on_one_line(live.moved_by)}, {live.moved_at}: {on_one_line(live.reason)}) and does not go live again "
+            "by itself; "
             f"`ship promote {live.model} --from {release[:8]} --to {live.channel} --again --why …` puts it back"
         )
 
@@ -242,20 +263,25 @@ def require_not_stale(channel: Channel, release: str, live: Pointer | None, begu
     if live is None or live.release == release:
         return
     try:
-        later = str(read_release_record(channel.store, live.model, live.release).document(LINEAGE).get("begun", ""))
-    except ReleaseError:
+        record = read_release_record(channel.store, live.model, live.release, sha256=live.manifest_sha256)
+        later = moment(record.document(LINEAGE).get("begun", ""))
+        # A run begins before its release is moved. One that says otherwise would keep out every run to come.
+        if later > channel.store.now() + CLOCKS_DIFFER:
+            return
+    except (ReleaseError, ValueError, TypeError):
         return
-    if later > begun:
+    if later > moment(begun):
         raise GateError(
             f"{live.model} {live.channel}: release {live.release} is live and comes from a run that began later "
-            f"({later}) than this one ({begun}), which is not put in its place; a new run is held against it"
+            f"({later.isoformat()}) than this one ({begun}), which is not put in its place; a new run is held against "
+            "it"
         )
 
 
 def kind_changes(verified: Verified, live: Pointer | None) -> list[KindChange]:
     """What makes a target another kind of thing than what is live. Reads the records of both.
 
-    What is live and cannot be read differs in nothing: a way out of a broken release needs no consent.
+    What is live and whose manifest cannot be read differs in nothing: a way out of a broken release needs no consent.
     """
     from train_and_ship.registry.diff import read_release_record
     from train_and_ship.registry.kind import changes_in_kind
@@ -263,9 +289,11 @@ def kind_changes(verified: Verified, live: Pointer | None) -> list[KindChange]:
     store, manifest = verified.target.channel.store, verified.manifest
     if live is None or live.release == manifest.release:
         return []
-    candidate = read_release_record(store, manifest.model, manifest.release)
+    candidate = read_release_record(store, manifest.model, manifest.release, sha256=manifest.sha256())
     try:
-        before = read_release_record(store, manifest.model, live.release)
+        before = read_release_record(
+            store, manifest.model, live.release, sha256=live.manifest_sha256, altered_are_left_out=True
+        )
     except ReleaseError:
         return []
     return [*changes_in_kind(before.kind, candidate.kind), *(verified.scored.contradictions if verified.scored else ())]
@@ -295,19 +323,18 @@ def allowances(
     return {**allowed, **dict.fromkeys(asked, f"because it was live on {channel.name} before")}
 
 
-def release_job(target: Target) -> Job:
-    """The job that made the target. Raises GateError when it cannot be read, for then its gates cannot be asked."""
+def release_job(target: Target, manifest: Manifest) -> Job:
+    """The job that made the target. Raises GateError when it cannot be read, for then its gates cannot be asked.
+
+    manifest: of the target; the job is the one that it names by hash: in the job are the gates.
+    """
     from pydantic import ValidationError
 
     from train_and_ship.registry.job.job import Job
 
-    key = release_prefix(target.channel.model, target.release) + JOB
-    found = target.channel.store.get(key)
     try:
-        if found is None:
-            raise ReleaseError(f"{key}: expected the job that made the release, got none")
-        return Job.from_record(json.loads(found[0]))
-    except (ValidationError, ValueError, ReleaseError) as error:
+        return Job.from_record(json.loads(read_small_file(target.channel.store, manifest, JOB)))
+    except (ValidationError, ValueError, TypeError, RecursionError, ReleaseError) as error:
         raise GateError(
             f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"
         ) from None
@@ -317,7 +344,8 @@ def described(live: Pointer | None) -> str:
     """One line on what is live: release, since when, by whom and why."""
     if live is None:
         return "nothing is live"
-    since = f"generation {live.generation}, {live.moved_at}, {live.moved_by}: {live.reason}"
+    who, why = on_one_line(live.moved_by), on_one_line(live.reason)
+    since = f"generation {live.generation}, {live.moved_at}, {who}: {why}"
     return f"release {live.release} is live ({since})"
 
 
@@ -333,6 +361,12 @@ def _target(channel: Channel, release: str, live: Pointer | None) -> Target:
         # The record then names none, and the alias is found by the release, once MLflow is back.
         version = ""
     return Target(channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
+
+
+def _described_then(channel: Channel, release: str) -> str:
+    """Hash of the manifest that a release had when it was live here last; empty where no record tells."""
+    moves = [move for move in read_history(channel) if move.release == release]
+    return moves[-1].manifest_sha256 if moves else ""
 
 
 def _require_unchanged(target: Target, live: Pointer | None) -> None:
@@ -391,7 +425,7 @@ def _require_same_kind(verified: Verified, live: Pointer | None, allow: Sequence
     allowed = dict.fromkeys({change.kind for change in changes}, verified.approved) if verified.approved else {}
     # A job that cannot be read allows nothing.
     with contextlib.suppress(GateError):
-        allowed |= dict.fromkeys(release_job(target).release.allow, BY_JOB)
+        allowed |= dict.fromkeys(release_job(target, verified.manifest).release.allow, BY_JOB)
     allowed |= dict.fromkeys(allow, BY_REQUEST)
     return in_words(changes, allowances(target.channel, target.release, live.release, changes, allowed))
 
@@ -399,7 +433,8 @@ def _require_same_kind(verified: Verified, live: Pointer | None, allow: Sequence
 def _move_of(verified: Verified, mover: Mover) -> Move:
     return Move(
         manifest=verified.manifest,
-        reason=mover.why,
+        # The record is read by everybody who may see the channel.
+        reason=without_password(mover.why),
         moved_by=mover.by,
         flow_run=mover.flow_run,
         mlflow_version=verified.target.mlflow_version,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from shipreader.records import MOST_MOVES
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.identity import canonical_json, is_name, is_release_id
+from train_and_ship.registry.identity import canonical_json, is_name, is_release_id, json_object, moment
 
 
 class MoveKind(StrEnum):
@@ -87,7 +87,7 @@ def read_pointer(channel: Channel) -> Pointer | None:
 def decode_pointer(encoded: bytes, key: str) -> Pointer:
     """Raises ReleaseError unless it is what `Pointer.encode` writes."""
     try:
-        document = json.loads(encoded)
+        document = json_object(encoded)
         if document.get("format") != _POINTER_FORMAT:
             raise ReleaseError(f"{key}: expected format {_POINTER_FORMAT}, got {document.get('format')!r}")
         pointer = Pointer(
@@ -101,14 +101,16 @@ def decode_pointer(encoded: bytes, key: str) -> Pointer:
         texts += [text for item in pointer.verdicts.items() for text in item]
         if not all(isinstance(text, str) for text in texts) or type(pointer.generation) is not int:
             raise TypeError("a value of another type")
-        if pointer.generation < 1:
+        if not 1 <= pointer.generation <= MOST_MOVES:
             raise ValueError(f"generation {pointer.generation}")
+        if pointer.moved_at:
+            moment(pointer.moved_at)
         if pointer.encode() != encoded:
             raise ValueError("other keys or another spelling")
         if not is_name(pointer.model) or not is_name(pointer.channel):
             raise ValueError(f"the names {pointer.model!r} and {pointer.channel!r}")
         if not all(is_release_id(release) for release in (pointer.release, pointer.previous) if release is not None):
             raise ValueError(f"the releases {pointer.release!r} and {pointer.previous!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ReleaseError(f"{key}: expected the record of a move, got {type(error).__name__}: {error}") from None
     return pointer

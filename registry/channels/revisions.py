@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.registry.bucket.catalog import channels, releases
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record
-from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.identity import is_name
+from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.identity import is_channel, is_release_id
 from train_and_ship.registry.tracking.rest import model_registry
 
 SHORTEST_ID = 4
@@ -20,52 +20,85 @@ GRAMMAR = (
     "before (`prod~1`), or a version in MLflow (`v7`)"
 )
 
-_AGO = re.compile(r"(?P<channel>[a-z0-9][a-z0-9._-]*)~(?P<moves>\d+)")
-_VERSION = re.compile(r"v([1-9]\d*)")
+_AGO = re.compile(r"(?P<channel>[a-z0-9][a-z0-9._-]*)~(?P<moves>\d{1,8})")
+_VERSION = re.compile(r"v([1-9]\d{0,17})")
 _ID = re.compile(rf"[0-9a-f]{{{SHORTEST_ID},}}")
 
 
-def resolve_release(channel: Channel, text: str) -> str:
-    """The id of the release of the channel's model that `text` names; a channel's name comes before anything else.
+@dataclass(frozen=True)
+class Named:
+    """A release that somebody has named."""
 
-    MLflow is asked about versions only. Raises RequestError when it names none, or more than one.
+    release: str
+    manifest_sha256: str = ""
+    """Of its manifest, as the record by which it was named has it; empty where it was named in another way."""
+
+
+def resolve_release(channel: Channel, text: str) -> str:
+    """As `named_release`, without what is known beside the id."""
+    return named_release(channel, text).release
+
+
+def named_release(channel: Channel, text: str) -> Named:
+    """The release of the channel's model that `text` names.
+
+    A whole id is one, whatever channels are called; else a channel's name comes before a version in MLflow, which is
+    asked about versions only. A text that is a channel and begins an id is neither: anybody who may make channels could
+    make it mean another release. Raises RequestError when it names none, or more than one.
     """
     store, model = channel.store, channel.model
     if (ago := _AGO.fullmatch(text)) is not None:
         return _moves_ago(replace(channel, name=ago["channel"]), int(ago["moves"]))
-    if is_name(text) and (live := read_pointer(replace(channel, name=text))) is not None:
-        return live.release
+    found = releases(store, model, text) if _ID.fullmatch(text) else []
+    if is_release_id(text) and found:
+        return Named(text)
+    live = read_pointer(replace(channel, name=text)) if is_channel(text) else None
+    if live is not None:
+        if found:
+            raise RequestError(
+                f"{model}: {text!r} is a channel, and begins release {found[0]}: give more digits, or {text}~0"
+            )
+        return _of(live)
     if (version := _VERSION.fullmatch(text)) is not None:
         release = model_registry(channel.tracking_uri).release(model, version[1])
         if release is None:
             raise RequestError(f"{model}: MLflow has no version {version[1]} of a release")
-        return release
-    found = releases(store, model, text) if _ID.fullmatch(text) else []
+        return Named(release)
     if len(found) == 1:
-        return found[0]
+        return Named(found[0])
     if found:
         raise RequestError(f"{model}: {text!r} begins {len(found)} releases: {', '.join(found[:5])}; give more digits")
     known = ", ".join(channels(store, model)) or "none"
     raise RequestError(f"{model}: expected {GRAMMAR}; got {text!r}, which is none of them. Channels: {known}")
 
 
-def _moves_ago(channel: Channel, moves: int) -> str:
+def _of(move: Pointer) -> Named:
+    return Named(move.release, move.manifest_sha256)
+
+
+def _moves_ago(channel: Channel, moves: int) -> Named:
     live = read_pointer(channel)
     if live is None:
         known = ", ".join(channels(channel.store, channel.model)) or "none"
         raise RequestError(f"{channel.model}: nothing is live on {channel.name!r}; channels: {known}")
     if moves == 0:
-        return live.release
+        return _of(live)
     wanted = live.generation - moves
     if wanted < 1:
         first = f"{channel.name}~{live.generation - 1}"
         raise RequestError(f"{channel.model}: {channel.name}~{moves} is before the first move, which is {first}")
-    if (move := find_record(channel, wanted)) is not None:
-        return move.release
+    move = find_record(channel, wanted)
     later = live if moves == 1 else find_record(channel, wanted + 1)
+    if move is not None:
+        if later is not None and later.previous not in (None, move.release):
+            raise RequestError(
+                f"{channel}~{moves}: generation {wanted + 1} replaced {later.previous}, but the record of generation "
+                f"{wanted} says {move.release}: one of them is not what was written first; name a release"
+            )
+        return _of(move)
     if later is not None and later.previous is not None:
         # Its own record is lost; whoever replaced it says what it was.
-        return later.previous
+        return Named(later.previous)
     raise RequestError(
         f"{channel}~{moves}: the records of generation {wanted} and of the next are lost; name a release"
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from shipreader.records import POINTER_BYTES
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, StoreRefusedError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.store_probe import advice
@@ -26,11 +27,18 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import (
     first_generation,
     read_record,
-    record,
     record_if_possible,
     record_key,
+    record_unless_taken,
 )
-from train_and_ship.registry.channels.pointer import PROMOTION, ROLLBACK, MoveKind, Pointer, read_pointer
+from train_and_ship.registry.channels.pointer import (
+    PROMOTION,
+    ROLLBACK,
+    MoveKind,
+    Pointer,
+    decode_pointer,
+    read_pointer,
+)
 from train_and_ship.registry.channels.timeline import utc_now
 from train_and_ship.registry.release.manifest import Manifest
 
@@ -176,7 +184,7 @@ class _Mover:
                 )
             if live is not None:
                 # Before it is replaced: its own mover may have died.
-                record(self._channel.store, live, probably_there=True)
+                record_unless_taken(self._channel.store, live, probably_there=True)
                 if (live.release, live.manifest_sha256) == (self._release, self._sha256):
                     return Outcome.LIVE
             self._ask(live)
@@ -271,7 +279,7 @@ def _require_not_deleted(channel: Channel, mine: Pointer, replaced: Pointer | No
         )
         outcome = f"the channel went back to {replaced.release}"
         try:
-            record(channel.store, mine)
+            record_unless_taken(channel.store, mine)
             _put_pointer(channel.store, back, mine)
         except PreconditionFailedError:
             outcome = "another mover has followed"
@@ -295,12 +303,19 @@ def _as_written(channel: Channel, tried: Pointer, live: Pointer | None) -> Point
 
 
 def _put_pointer(store: ObjectStore, pointer: Pointer, live: Pointer | None) -> None:
-    """Replace what is live, or create the first pointer. Raises PreconditionFailedError when something else is live."""
-    key = pointer_key(pointer.model, pointer.channel)
+    """Replace what is live, or create the first pointer. Raises PreconditionFailedError when something else is live,
+    and ReleaseError for a record that no reader would take."""
+    key, body = pointer_key(pointer.model, pointer.channel), pointer.encode()
+    if len(body) > POINTER_BYTES:
+        raise ReleaseError(
+            f"{key}: expected a record of at most {POINTER_BYTES:,} bytes, got {len(body):,}: readers would refuse it; "
+            "say why in fewer words"
+        )
+    decode_pointer(body, key)
     if live is None:
-        store.put_new(key, pointer.encode())
+        store.put_new(key, body)
     else:
-        store.replace(key, pointer.encode(), live.etag)
+        store.replace(key, body, live.etag)
 
 
 def _live_manifest(channel: Channel, live: Pointer | None) -> Manifest | None:

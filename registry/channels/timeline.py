@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer
+from train_and_ship.registry.identity import moment
+
+MOST_NESTED = 100
+"""Rollbacks in a row to releases that were never live before: nobody has made so many."""
 
 _ZONE = re.compile(r"(?P<time>.*\d)\s+(?P<zone>[A-Za-z][A-Za-z0-9_+/-]*)")
 
@@ -21,7 +25,7 @@ def utc_now() -> str:
 
 def moved_at(move: Pointer) -> datetime | None:
     """When a move took place, by its mover's clock; None for a record that was rebuilt without knowing."""
-    return datetime.fromisoformat(move.moved_at) if move.moved_at else None
+    return moment(move.moved_at) if move.moved_at else None
 
 
 def live_at(history: Sequence[Pointer], when: datetime) -> Pointer | None:
@@ -30,20 +34,25 @@ def live_at(history: Sequence[Pointer], when: datetime) -> Pointer | None:
     return done[-1] if done else None
 
 
-def holes(history: Sequence[Pointer]) -> list[int]:
-    """Generations that the history lacks, oldest first."""
-    return sorted(set(range(1, history[-1].generation)) - {move.generation for move in history}) if history else []
+def holes(history: Sequence[Pointer]) -> list[range]:
+    """Generations that the history lacks, oldest first, neighbours together: a record may say any number."""
+    known = [0, *(move.generation for move in history)]
+    return [range(low + 1, high) for low, high in itertools.pairwise(known) if high - low > 1]
 
 
-def doubts(history: Sequence[Pointer], found: Pointer | None) -> list[int]:
+def doubts(history: Sequence[Pointer], found: Pointer | None) -> range:
     """Generations right after `found`, or the first ones, of which it is not known when they went live."""
     following = found.generation + 1 if found else 1
-    timed = {move.generation for move in history if move.moved_at}
-    unknown = []
-    while history and following < history[-1].generation and following not in timed:
-        unknown.append(following)
-        following += 1
-    return unknown
+    if not history:
+        return range(following, following)
+    last = history[-1].generation
+    timed = [move.generation for move in history if move.moved_at and move.generation >= following]
+    return range(following, max(following, min([last, *timed])))
+
+
+def numbers(generations: Iterable[range]) -> str:
+    """Generations in words: `3, 5 to 7`."""
+    return ", ".join(f"{one.start}" if len(one) == 1 else f"{one.start} to {one.stop - 1}" for one in generations)
 
 
 def disordered(history: Sequence[Pointer]) -> list[tuple[Pointer, Pointer]]:
@@ -52,7 +61,7 @@ def disordered(history: Sequence[Pointer]) -> list[tuple[Pointer, Pointer]]:
     return [
         (earlier, later)
         for earlier, later in itertools.pairwise(timed)
-        if datetime.fromisoformat(later.moved_at) < datetime.fromisoformat(earlier.moved_at)
+        if moment(later.moved_at) < moment(earlier.moved_at)
     ]
 
 
@@ -88,24 +97,58 @@ def rollback_target(live: Pointer, read: Callable[[int], Pointer]) -> Pointer | 
     """The move that made live what a rollback goes back to; None when nothing else was live before.
 
     Rollbacks count as undoing: rolling back twice goes two releases back, never to the one that the first rollback
-    fled from. read: the move of a generation; called for no more of them than needed.
+    fled from. read: the move of a generation; called for no more of them than needed, and once for each.
+
+    Raises RequestError for records that contradict each other, and for a history that nobody could follow.
     """
-    return next((move for move in _moves_that_stand(live, read) if move.release != live.release), None)
+    stack = _Stack(read)
+    return next((move for move in stack.from_top(live) if move.release != live.release), None)
 
 
-def _moves_that_stand(move: Pointer | None, read: Callable[[int], Pointer]) -> Iterator[Pointer]:
-    """The moves that no rollback has undone, the newest first, from `move` on."""
+class _Stack:
+    """The moves that no rollback has undone, each on the one that it stands on."""
 
-    def before(move: Pointer) -> Pointer | None:
-        return read(move.generation - 1) if move.generation > 1 else None
+    def __init__(self, read: Callable[[int], Pointer]) -> None:
+        self._read = read
+        self._moves: dict[int, Pointer] = {}
+        self._below: dict[int, Pointer | None] = {}
+        """By generation; without it each rollback would look through all that lies below the ones before it again."""
 
-    while move is not None:
-        yield move
-        while move.kind == ROLLBACK:
-            # Undone is all that happened since this release went live before.
-            release = move.release
-            undone = next((older for older in _moves_that_stand(before(move), read) if older.release == release), None)
-            if undone is None:
-                break
-            move = undone
-        move = before(move)
+    def from_top(self, move: Pointer | None, depth: int = 0) -> Iterator[Pointer]:
+        """From `move` on down."""
+        while move is not None:
+            yield move
+            move = self._under(move, depth)
+
+    def _under(self, top: Pointer, depth: int) -> Pointer | None:
+        if top.generation not in self._below:
+            if depth > MOST_NESTED:
+                raise RequestError(
+                    f"{top.model} {top.channel}: more than {MOST_NESTED} rollbacks to releases that were never live "
+                    "follow each other in its history, so what was live before is not clear; name a release with --to"
+                )
+            move = top
+            while move.kind == ROLLBACK:
+                # Undone is all that happened since this release went live before.
+                older = self.from_top(self._before(move), depth + 1)
+                undone = next((one for one in older if one.release == top.release), None)
+                if undone is None:
+                    break
+                move = undone
+            self._below[top.generation] = self._before(move)
+        return self._below[top.generation]
+
+    def _before(self, move: Pointer) -> Pointer | None:
+        generation = move.generation - 1
+        if generation < 1:
+            return None
+        if generation not in self._moves:
+            self._moves[generation] = self._read(generation)
+        found = self._moves[generation]
+        if move.previous is not None and found.release != move.previous:
+            raise RequestError(
+                f"{move.model} {move.channel}: generation {move.generation} replaced {move.previous}, but the record "
+                f"of generation {generation} says that {found.release} was live then: one of them is not what was "
+                f"written first. Name a release with --to; `ship doctor {move.model}` says more"
+            )
+        return found

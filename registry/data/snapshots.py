@@ -32,6 +32,8 @@ from train_and_ship.registry.release.files import (
 )
 
 SNAPSHOT = "SNAPSHOT.json"
+SNAPSHOT_BYTES = 512 * 2**20
+"""Of a manifest that is read from a bucket: millions of files."""
 _FORMAT = 1
 Stores = Callable[[str], ObjectStore]
 """The store of a bucket by its name."""
@@ -91,7 +93,7 @@ def publish_snapshot(folder: Path, contents: Contents, store: ObjectStore, prefi
             store.upload_file_new(folder / name, key, entry.sha256)
             return entry.bytes
         except PreconditionFailedError:
-            if store.hash(key) != (entry.sha256, entry.bytes):
+            if store.hash(key, entry.bytes) != (entry.sha256, entry.bytes):
                 raise ReleaseError(
                     f"s3://{store.bucket}/{key}: expected nothing or the same {entry.bytes:,} bytes, got another file; "
                     "files of a snapshot are never replaced: give the new one another name"
@@ -100,7 +102,7 @@ def publish_snapshot(folder: Path, contents: Contents, store: ObjectStore, prefi
 
     sent = sum(in_parallel(bring, sorted(contents.files)))
     body = (folder / SNAPSHOT).read_bytes()
-    there = store.get(prefix + SNAPSHOT)
+    there = store.get(prefix + SNAPSHOT, SNAPSHOT_BYTES)
     if there is None:
         store.put_new(prefix + SNAPSHOT, body)
     elif there[0] != body:
@@ -159,7 +161,7 @@ def _hash_in_bucket(store: ObjectStore, key: str, found: ListedObject, hashes: F
     told = store.head(key)
     sha256 = told.stored_sha256 if told is not None and told.etag == found.etag else None
     if sha256 is None:
-        sha256, _ = store.hash(key) or ("none", 0)
+        sha256, _ = store.hash(key, found.bytes) or ("none", 0)
     hashes.remember(name, identity, sha256)
     return sha256
 
@@ -173,7 +175,7 @@ def _listed(snapshot: Snapshot, project: Path, stores: Stores) -> tuple[Contents
     listed: dict[str, ListedObject] = {}
     if bucket:
         store = stores(bucket)
-        found = store.get(prefix + SNAPSHOT)
+        found = store.get(prefix + SNAPSHOT, SNAPSHOT_BYTES)
         body, where = (found[0] if found else None), f"s3://{bucket}/{prefix}{SNAPSHOT}"
         listed = {key.removeprefix(prefix): item for key, item in store.list_objects(prefix).items()}
         there = {name: item.bytes for name, item in listed.items()}
@@ -234,7 +236,7 @@ def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Pat
     def verify(name: str) -> None:
         path, entry = folder / name, contents.files[name]
         if bucket and not (path.is_file() and FileEntry.of(path) == entry):
-            _download(stores(bucket), prefix + name, path)
+            _download(stores(bucket), prefix + name, path, entry.bytes)
             require_file(path, entry)
             hashes.remember(*_object(stores(bucket), prefix + name, there[name]), entry.sha256)
             return
@@ -251,10 +253,10 @@ def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Pat
     return folder, contents
 
 
-def _download(store: ObjectStore, key: str, path: Path) -> None:
+def _download(store: ObjectStore, key: str, path: Path, most: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    if not store.download_file(key, part):
+    if not store.download_file(key, part, most=most):
         raise ReleaseError(f"s3://{store.bucket}/{key}: expected a file of the snapshot, found none")
     part.replace(path)
 
@@ -285,5 +287,5 @@ def _decode(body: bytes, where: str) -> dict[str, FileEntry]:
         for name in files:
             require_relative(name)
         return files
-    except (ValueError, TypeError, KeyError, AttributeError, ReleaseError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, ReleaseError) as error:
         raise JobError(f"data.snapshot: {where}: expected the manifest of a snapshot, got {error}") from None

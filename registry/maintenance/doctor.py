@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.catalog import channels, releases
+from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import releases_prefix
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.timeline import numbers
+from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.tracking.pending_reports import send_reports
@@ -65,9 +68,17 @@ def _channel(channel: Channel, dry_run: bool) -> Iterator[Finding]:
     for generation in repaired.partial:
         told = "its neighbours tell the release; who moved, when and why cannot be recovered"
         yield Finding(what=f"{channel}: the record of generation {generation} is lost; {told}", can_mend=True)
-    for generation in repaired.lost:
-        told = f"so is that of generation {generation + 1}; what was live then cannot be recovered"
-        yield Finding(what=f"{channel}: the record of generation {generation} is lost, and {told}", can_mend=False)
+    for generation in repaired.taken:
+        key = record_key(channel.model, channel.name, generation)
+        told = f"{key} holds something else, which is never replaced; without it `ship doctor` writes the record again"
+        yield Finding(what=f"{channel}: the record of generation {generation} is not there: {told}", can_mend=False)
+    for lost in repaired.lost:
+        if len(lost) == 1:
+            told = f"so is that of generation {lost.stop}; what was live then cannot be recovered"
+            what = f"the record of generation {lost.start} is lost, and {told}"
+        else:
+            what = f"the records of generations {numbers([lost])} are lost; what was live then cannot be recovered"
+        yield Finding(what=f"{channel}: {what}", can_mend=False)
     moves = read_history(channel)
     for contradiction in broken_links(moves):
         yield Finding(what=f"{channel}: {contradiction}", can_mend=False)
@@ -88,15 +99,21 @@ def _channel(channel: Channel, dry_run: bool) -> Iterator[Finding]:
 
 
 def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
-    keys = store.list_keys(releases_prefix(model))
-    for release in releases(store, model):
-        folder = f"{releases_prefix(model)}{release}/"
-        if folder + MANIFEST not in keys:
-            size = sum(size for key, size in keys.items() if key.startswith(folder))
-            what = (
-                f"{model}: release {release} is incomplete ({size:,} bytes without a manifest): an upload in progress, "
-            )
-            yield Finding(what=what + "or one that died; publishing it again completes it", can_mend=False)
+    prefix = releases_prefix(model)
+    sizes: Counter[str] = Counter()
+    complete: set[str] = set()
+    # Once through all: whoever publishes decides how many there are.
+    for key, size in store.list_keys(prefix).items():
+        release, _, name = key.removeprefix(prefix).partition("/")
+        sizes[release] += size
+        if name == MANIFEST:
+            complete.add(release)
+    for release in sorted(name for name in sizes if is_release_id(name) and name not in complete):
+        what = (
+            f"{model}: release {release} is incomplete ({sizes[release]:,} bytes without a manifest): an upload in "
+            "progress, or one that died; publishing it again completes it"
+        )
+        yield Finding(what=what, can_mend=False)
 
 
 def _aliases(channel: Channel, dry_run: bool) -> Iterator[Finding]:

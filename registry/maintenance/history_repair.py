@@ -8,14 +8,17 @@ about the older.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shipreader.records import MANIFEST_BYTES
+from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record, read_history, record
+from train_and_ship.registry.channels.history import is_recorded, read_history, record, recorded_generations
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 from train_and_ship.registry.channels.timeline import holes
 from train_and_ship.registry.release.manifest import MANIFEST
@@ -31,33 +34,48 @@ class Repaired:
     """Generations whose whole record was found."""
     partial: tuple[int, ...] = ()
     """Generations of which only the release is known."""
-    lost: tuple[int, ...] = ()
-    """Generations that nothing tells about."""
+    lost: tuple[range, ...] = ()
+    """Generations that nothing tells about, oldest first, neighbours together."""
+    taken: tuple[int, ...] = ()
+    """Generations in whose place lies something else, which is never replaced here."""
 
 
 def repair_history(channel: Channel, *, dry_run: bool = False) -> Repaired:
     """Write every missing record that can be found out. Writes unless dry_run; can be repeated."""
-    exact, partial, lost = [], [], []
+    exact, partial, lost = [], [], list[range]()
     known = {move.generation: move for move in read_history(channel)}
-    live = read_pointer(channel)
-    if live is not None and find_record(channel, live.generation) is None:
+    live, listed = read_pointer(channel), set(recorded_generations(channel))
+    if live is not None and not is_recorded(channel, live):
         exact.append(live)
     missing = holes([known[generation] for generation in sorted(known)])
     kept = _kept_versions(channel) if missing else {}
     # Backwards: a record says what it replaced.
-    for generation in reversed(missing):
-        if generation in kept:
-            exact.append(kept[generation])
-        elif (later := known.get(generation + 1)) is not None and later.previous is not None:
-            partial.append(_between(channel.store, known.get(generation - 1), later))
-        else:
-            lost.append(generation)
-            continue
-        known[generation] = (exact if generation in kept else partial)[-1]
+    for hole in reversed(missing):
+        generation = hole.stop - 1
+        while generation >= hole.start:
+            if generation in kept:
+                exact.append(kept[generation])
+            elif (later := known.get(generation + 1)) is not None and later.previous is not None:
+                partial.append(_between(channel.store, known.get(generation - 1), later))
+            else:
+                # Down to what is kept, in one step: a record may say any number.
+                below = max((one for one in kept if hole.start <= one < generation), default=hole.start - 1)
+                lost.append(range(below + 1, generation + 1))
+                generation = below
+                continue
+            known[generation] = (exact if generation in kept else partial)[-1]
+            generation -= 1
+    taken = listed & {move.generation for move in (*exact, *partial)}
+    exact, partial = ([move for move in moves if move.generation not in taken] for moves in (exact, partial))
     if not dry_run:
         for move in (*exact, *partial):
             record(channel.store, move)
-    return Repaired(exact=_numbers(exact), partial=_numbers(partial), lost=tuple(sorted(lost)))
+    return Repaired(
+        exact=_numbers(exact),
+        partial=_numbers(partial),
+        lost=tuple(sorted(lost, key=lambda one: one.start)),
+        taken=tuple(sorted(taken)),
+    )
 
 
 def _numbers(moves: Iterable[Pointer]) -> tuple[int, ...]:
@@ -65,15 +83,21 @@ def _numbers(moves: Iterable[Pointer]) -> tuple[int, ...]:
 
 
 def _kept_versions(channel: Channel) -> dict[int, Pointer]:
-    """The pointer as it was at each generation, where the bucket keeps versions."""
+    """The pointer as it was at each generation, where the bucket keeps versions. What was no pointer is passed over."""
     key = pointer_key(channel.model, channel.name)
-    found = [decode_pointer(body, key) for body in channel.store.get_versions(key)]
-    return {move.generation: move for move in found}
+    found: dict[int, Pointer] = {}
+    for body in channel.store.get_versions(key):
+        with contextlib.suppress(ReleaseError):
+            move = decode_pointer(body, key)
+            if (move.model, move.channel) == (channel.model, channel.name):
+                # The newest first: the one that was there longer is not known to be the right one.
+                found.setdefault(move.generation, move)
+    return found
 
 
 def _between(store: ObjectStore, earlier: Pointer | None, later: Pointer) -> Pointer:
     assert later.previous is not None
-    manifest = store.get(release_prefix(later.model, later.previous) + MANIFEST)
+    manifest = store.get(release_prefix(later.model, later.previous) + MANIFEST, MANIFEST_BYTES)
     return Pointer(
         model=later.model,
         channel=later.channel,

@@ -15,9 +15,10 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, RequestError
-from train_and_ship.infra.objectstore import ListedObject, ObjectStore
+from train_and_ship.infra.objectstore import RECORD_BYTES, ListedObject, ObjectStore
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix, views_prefix
+from train_and_ship.registry.bucket.keys import history_prefix, release_prefix, releases_prefix, views_prefix
 from train_and_ship.registry.bucket.tombstones import (
     CLAIM_HOLDS,
     LEASE,
@@ -35,7 +36,7 @@ from train_and_ship.registry.bucket.tombstones import (
 )
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record
+from train_and_ship.registry.channels.history import find_record, generations_in, record_key
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
 from train_and_ship.registry.identity import is_release_id
@@ -96,13 +97,13 @@ def decide(store: ObjectStore, model: str, policy: Policy) -> list[Decision]:
     Raises ReleaseError when a history has a hole where it matters: then nobody can tell what has to be kept.
     """
     now = store.now()
-    # Before the pointers: whatever claims a release after this is seen when it is deleted.
-    stones, claims = read_tombstones(store, model), read_claims(store, model)
     objects: dict[str, dict[str, ListedObject]] = {}
     for key, item in store.list_objects(releases_prefix(model)).items():
         release, _, name = key.removeprefix(releases_prefix(model)).partition("/")
         if is_release_id(release):
             objects.setdefault(release, {})[name] = item
+    # Before the pointers: whatever claims a release after this is seen when it is deleted.
+    stones, claims = read_tombstones(store, model), read_claims(store, model, of=objects)
     needed = _needed(store, model, policy, now)
     return [
         _decision(release, items, stones.get(release), claims.get(release), needed.get(release), policy, now)
@@ -159,14 +160,20 @@ def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> di
     for channel in (Channel(store, model, name) for name in channels(store, model)):
         last: set[str] = set()
         later: Pointer | None = None
+        written = _written(channel)
         for move in _newest_first(channel):
             if later is None:
                 needed[move.release] = f"live on {channel.name}"
                 recent = True
             else:
                 off = moved_at(later)
-                # Of a record that was rebuilt nobody knows when.
-                recent = off is None or now - off < policy.slowest_reader
+                # Of a record that was rebuilt nobody knows when. A mover's word counts where the store bears it out.
+                recent = (
+                    off is None or now - trusted_time(off, written.get(later.generation), now) < policy.slowest_reader
+                )
+                if later.previous is not None and later.previous != move.release:
+                    # Two records that contradict each other: nobody could go back to what only one of them names.
+                    needed.setdefault(later.previous, f"replaced by generation {later.generation} of {channel.name}")
             if len(last) < policy.keep_last:
                 last.add(move.release)
                 needed.setdefault(move.release, f"among the last {policy.keep_last} of {channel.name}")
@@ -180,13 +187,34 @@ def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> di
     return needed
 
 
+def _written(channel: Channel) -> dict[int, datetime]:
+    """When the store says that the record of each move was written."""
+    prefix = history_prefix(channel.model, channel.name)
+    listed = channel.store.list_objects(prefix)
+    keys = {number: record_key(channel.model, channel.name, number) for number in generations_in(prefix, listed)}
+    return {number: listed[key].modified for number, key in keys.items()}
+
+
 def _in_views(store: ObjectStore, model: str) -> Iterator[tuple[str, str]]:
     """Releases that other servers' repositories name (`ship view`), each with the configuration that does."""
-    keys = [key for key in store.list_keys(views_prefix(model)) if key.endswith(VIEW_CONFIG)]
-    for key, found in zip(keys, in_parallel(store.get, keys), strict=True):
-        named = re.match(rb"# \S+ release (\S+)\n", found[0]) if found is not None else None
+    keys = [key for key, size in store.list_keys(views_prefix(model)).items() if _is_config(key, size)]
+    for key, found in zip(keys, in_parallel(lambda key: _config(store, key), keys), strict=True):
+        named = re.match(rb"# \S+ release (\S+)\n", found)
         if named is not None and is_release_id(release := named[1].decode(errors="replace")):
-            yield release, key
+            yield release, on_one_line(key)
+
+
+def _is_config(key: str, size: int) -> bool:
+    return key.endswith(VIEW_CONFIG) and size <= RECORD_BYTES
+
+
+def _config(store: ObjectStore, key: str) -> bytes:
+    """Empty for what is no configuration of ours: whoever writes views can have them name nothing in any case."""
+    try:
+        found = store.get(key)
+    except ReleaseError:
+        return b""
+    return found[0] if found is not None else b""
 
 
 def _newest_first(channel: Channel) -> Iterator[Pointer]:

@@ -7,16 +7,24 @@ files with the same description give the same bytes, whoever builds them. Nothin
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shipreader.records import FORMAT, PICKLE_ENDINGS, SHA256, FileEntry
+from shipreader.records import (
+    FORMAT,
+    LARGEST_FILE,
+    MANIFEST_BYTES,
+    MOST_FILES,
+    PICKLE_ENDINGS,
+    SHA256,
+    FileEntry,
+    require_description,
+)
 from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id
+from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id, json_object
 from train_and_ship.registry.release.files import file_table, read_table, require_file, require_relative, walk
 from train_and_ship.registry.release.pickles import find_pickle
 
@@ -134,9 +142,7 @@ def release_id(files: Mapping[str, FileEntry]) -> str:
 def decode_manifest(encoded: bytes) -> Manifest:
     """Read a manifest. Raises ReleaseError unless it is exactly what `Manifest.encode` writes, with its own id."""
     try:
-        document = json.loads(encoded)
-        if not isinstance(document, dict):
-            raise ReleaseError(f"manifest: expected a JSON object, got {type(document).__name__}")
+        document = json_object(encoded)
         if document.get("format") != FORMAT:
             raise ReleaseError(
                 f"manifest: expected format {FORMAT}, got {document.get('format')!r}; "
@@ -152,8 +158,9 @@ def decode_manifest(encoded: bytes) -> Manifest:
             metrics={str(name): float(value) for name, value in sorted(document["metrics"].items())},
             serve={str(purpose): str(kind) for purpose, kind in sorted(document.get("serve", {}).items())},
         )
+        require_description(document["formats"], document["signature"], document["metrics"])
         same = manifest.encode() == encoded
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ReleaseError(
             f"manifest: expected {MANIFEST} of format {FORMAT}, got {type(error).__name__}: {error}"
         ) from None
@@ -161,11 +168,14 @@ def decode_manifest(encoded: bytes) -> Manifest:
         raise ReleaseError(
             f"manifest: expected a model name and a release id, got {manifest.model!r} and {manifest.release!r}"
         )
-    if not files:
-        raise ReleaseError("manifest: expected at least one file, got none")
+    if not 0 < len(files) <= MOST_FILES or len(encoded) > MANIFEST_BYTES:
+        raise ReleaseError(
+            f"manifest: expected 1 to {MOST_FILES:,} files and at most {MANIFEST_BYTES:,} bytes, which is what readers "
+            f"take, got {len(files):,} files and {len(encoded):,} bytes"
+        )
     for name, entry in files.items():
         _require_path(name)
-        if not SHA256.fullmatch(entry.sha256) or entry.bytes < 0:
+        if not SHA256.fullmatch(entry.sha256) or not 0 <= entry.bytes <= LARGEST_FILE:
             raise ReleaseError(f"manifest: {name}: expected a SHA-256 and a size, got {entry}")
     for name in files:
         above = next((str(up) for up in PurePosixPath(name).parents if str(up) in files), None)

@@ -43,6 +43,7 @@ _RACES = 20
 _TICK_SECONDS = 1.0
 """How finely S3 tells when an object was modified."""
 _DATATYPES = {"bfloat16": "BF16", **DATATYPES}
+_VERSION = re.compile(r"[1-9][0-9]{0,7}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ def triton_config(release: Release, backend: str, version: int) -> str:
     if backend not in BACKENDS:
         raise SettingsError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     signature = release.manifest.signature
+    if not {"inputs", "outputs"} <= signature.keys():
+        raise ReleaseError(f"{release.model} {release.id}: expected its inputs and outputs in the manifest, got none")
     batches = can_batch(signature)
     lines = [
         f"# {release.model} release {release.id}",
@@ -158,7 +161,8 @@ def _put_version(store: ObjectStore, folder: str, release: Release, backend: str
     try:
         store.upload_file_new(release.folder / name, folder + ARTIFACT, sha256)
     except PreconditionFailedError:
-        if store.hash(folder + ARTIFACT) != (sha256, release.manifest.files[name].bytes):
+        size = release.manifest.files[name].bytes
+        if store.hash(folder + ARTIFACT, size) != (sha256, size):
             raise ReleaseError(f"{folder}{ARTIFACT}: expected {sha256}, got another file; delete it") from None
 
 
@@ -173,7 +177,7 @@ def _commit(store: ObjectStore, folder: str, config: str, generation: int) -> in
         found = store.get(key)
         body, named = config.encode(), generation
         if found is not None:
-            naming = re.search(rb"versions: \[ (\d+) \]", found[0])
+            naming = re.search(rb"versions: \[ (\d{1,8}) \]", found[0])
             if naming is None:
                 raise ReleaseError(f"{key}: expected a configuration that names one version, got {found[0][:200]!r}")
             if int(naming[1]) > generation:
@@ -202,7 +206,7 @@ def _prune(store: ObjectStore, folder: str, generation: int, lag: timedelta = ti
     written: dict[int, datetime] = {}
     for key, item in store.list_objects(folder).items():
         name = key.removeprefix(folder).partition("/")[0]
-        if name.isdecimal() and int(name) <= generation:
+        if _VERSION.fullmatch(name) and int(name) <= generation:
             versions.setdefault(int(name), []).append(key)
             written[int(name)] = max(item.modified, written.get(int(name), item.modified))
     numbers = sorted(versions)

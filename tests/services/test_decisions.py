@@ -41,7 +41,7 @@ from train_and_ship.tasks.decide import streak
 from train_and_ship.tasks.outcome import record_failure
 from train_and_ship.tasks.results import JobFile, RetrainPlan
 
-FIRST = datetime(2026, 11, 17, 2, 0, tzinfo=UTC)
+FIRST = datetime(2025, 11, 17, 2, 0, tzinfo=UTC)
 
 
 def decided(number: int, decision: str, model: str = "asked") -> Decision:

@@ -17,10 +17,10 @@ from shipreader.reader import Reader
 from tests.support.ceph_rgw import RgwServer
 from tests.support.fixture_types import Connect
 from tests.support.onnx_releases import onnx_release
-from tests.support.releases import CHANNEL, MODEL, make_release, move, published
+from tests.support.releases import CHANNEL, MODEL, make_release, move, published, rolled_back
 from tests.support.signing_keys import key_pair
 from tests.support.tool_environments import tool_python
-from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.errors import ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
@@ -29,9 +29,11 @@ from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import hold, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import read_history
+from train_and_ship.registry.channels.decisions import read_decisions
+from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.maintenance.retention import Policy, carry_out, decide
+from train_and_ship.registry.maintenance.retention import Policy, Step, carry_out, decide
+from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.serving.layouts import write_triton
 
 # A first run may install the judge of policies, and fetches Ceph.
@@ -184,6 +186,31 @@ def test_views_are_written_by_one_role_and_read_by_another(
     denied(lambda: server.list_keys("models/"))
     denied(lambda: server.get(pointer_key(MODEL, CHANNEL)))
     denied(lambda: server.put_new(f"{view.prefix}digits/9/model.onnx", b""))
+
+
+def test_what_each_role_may_write_over_or_ahead_takes_no_move_along_and_stops_none(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    two = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
+    for manifest in two:
+        move(object_store, manifest)
+    trainer, promoter, viewer = (as_role(role, channel=CHANNEL) for role in (Role.TRAINER, Role.PROMOTER, Role.VIEWER))
+    # The release that a rollback goes to is described anew, and a claim that nobody can read.
+    trainer.put(release_prefix(MODEL, two[0].release) + MANIFEST, replace(two[0], metrics={"accuracy": 1.0}).encode())
+    trainer.put(f"models/{MODEL}/claims/{two[0].release}.json", b"x" * 2**20)
+    with pytest.raises(ReleaseError, match="altered after it went live"):
+        rolled_back(object_store)
+    # The next move's place in the history is taken, and the decision of the year 2999 is made.
+    promoter.put(record_key(MODEL, CHANNEL, 3), b"taken")
+    promoter.put(f"models/{MODEL}/decisions/{CHANNEL}/29990101T000000.000000Z-r.json", b"{}")
+    viewer.put(f"models/{MODEL}/views/{CHANNEL}/triton/{MODEL}/config.pbtxt", b"#" * 2 * 2**20)
+    third = published(object_store, tmp_path / "2", 2)
+    assert move(object_store, third).generation == 3 and move(object_store, two[1]).generation == 4
+    channel = Channel(object_store, MODEL, CHANNEL)
+    assert [one.generation for one in read_history(channel)] == [1, 2, 4]
+    assert read_decisions(channel, 5) == []
+    steps = {one.release: one.step for one in decide(object_store, MODEL, Policy(slowest_reader=timedelta(0)))}
+    assert set(steps.values()) == {Step.KEEP}
 
 
 def test_a_user_without_a_policy_may_do_nothing(object_store: ObjectStore, as_role: AsRole, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_the_release_id_depends_on_the_files_and_on_nothing_else(folder: Path) -
 
 
 def test_decoding_gives_back_what_was_encoded(folder: Path) -> None:
-    manifest = build(folder, signature={"inputs": [{"shape": ("batch", 64)}]})
+    manifest = build(folder, signature={"inputs": [{"name": "x", "dtype": "float32", "shape": ("batch", 64)}]})
     assert decode_manifest(manifest.encode()) == manifest
 
 

@@ -1,0 +1,297 @@
+"""Who may publish describes a release anew, or puts other objects under its names, after it was proven."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from shipreader import signatures
+from shipreader.errors import RefusedError
+from shipreader.reader import Reader
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, move, published, rolled_back
+from tests.support.signing_keys import key_pair
+from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
+from train_and_ship.registry.bucket.signing import publish_signature, require_signature
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.moves import (
+    ask_promotion,
+    ask_rollback,
+    choose_promotion,
+    kind_changes,
+    promote_existing,
+    release_job,
+    verify_target,
+)
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.diff import compare
+from train_and_ship.registry.kind import SIGNATURE
+from train_and_ship.registry.release.manifest import (
+    DATA,
+    ENVIRONMENT,
+    JOB,
+    LINEAGE,
+    MANIFEST,
+    VERDICTS,
+    Manifest,
+    build_manifest,
+)
+from train_and_ship.ship.sign import sign
+
+TENSOR = {"name": "x", "dtype": "float32", "shape": ["batch", 4]}
+JOB_SAYS = {
+    "name": MODEL, "model": {"factory": "digits:build"}, "data": {"factory": "digits:data"}, "train": {"epochs": 1},
+    "gates": {"accuracy": {"vs_live": 0}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """Both were live; the second is."""
+    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
+    for manifest in manifests:
+        move(object_store, manifest)
+    return manifests
+
+
+@pytest.fixture
+def channel(object_store: ObjectStore) -> Channel:
+    return Channel(object_store, MODEL, CHANNEL, NOWHERE)
+
+
+def described_anew(store: ObjectStore, manifest: Manifest, **changes: Any) -> Manifest:
+    """The same files under another description, as a PUT without a condition writes it."""
+    other = replace(manifest, **changes)
+    store.put(key_of(manifest, MANIFEST), other.encode())
+    return other
+
+
+def told(store: ObjectStore, folder: Path, files: dict[str, Any], **described: Any) -> Manifest:
+    """A published release that says how it came to be."""
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(folder.name.encode())
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    described = {"signature": {"inputs": [TENSOR], "outputs": []}, "metrics": {"accuracy": 0.9}, **described}
+    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, **described)
+    publish(store, folder, manifest)
+    return manifest
+
+
+# ---- the description
+
+
+def test_a_release_that_was_described_anew_does_not_go_live_by_its_old_name(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel
+) -> None:
+    move(object_store, two[0], channel="staging")
+    described_anew(object_store, two[0], formats={"onnx": "file1.bin"})
+    asked: list[Callable[[], object]] = [
+        # What was live before, the same by its id, by its place in the history, and as another channel has it.
+        lambda: ask_rollback(channel, "", None),
+        lambda: ask_rollback(channel, two[0].release, None),
+        lambda: ask_rollback(channel, "prod~1", None),
+        lambda: ask_promotion(channel, "staging", None),
+        lambda: ask_promotion(channel, "prod~1", None),
+    ]
+    for ask in asked:
+        with pytest.raises(ReleaseError, match=f"expected SHA-256 {two[0].sha256()}, got .*altered after it went live"):
+            ask()
+    pointer = read_pointer(channel)
+    assert pointer is not None and pointer.release == two[1].release
+
+
+def test_a_description_that_is_not_the_one_of_its_time_is_not_signed(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIP_SIGNING_KEY", str(key_pair(tmp_path)))
+    monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
+    described_anew(object_store, two[1], metrics={"accuracy": 0.99})
+    with pytest.raises(ReleaseError, match="altered after it went live"):
+        sign(MODEL, CHANNEL)
+
+
+def test_another_description_of_what_is_live_is_not_what_a_candidate_is_held_against(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path
+) -> None:
+    live = told(object_store, tmp_path / "a", {})
+    move(object_store, live)
+    other = {"inputs": [{**TENSOR, "name": "y"}], "outputs": []}
+    candidate = told(object_store, tmp_path / "b", {JOB: {**JOB_SAYS, "gates": {}}}, signature=other)
+    verified = verify_target(choose_promotion(channel, candidate.release), read_back=False)
+    assert {one.kind for one in kind_changes(verified, read_pointer(channel))} == {SIGNATURE}
+    described_anew(object_store, live, signature=other)
+    # It is broken by then, whatever it says: not alike.
+    with pytest.raises(ReleaseError, match="altered after it went live"):
+        promote_existing(verified, MOVER)
+
+
+def test_a_file_of_what_is_live_that_was_written_over_hides_no_other_difference(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path
+) -> None:
+    live = told(object_store, tmp_path / "a", {LINEAGE: {"project": {"folder": "a"}}})
+    move(object_store, live)
+    candidate = told(object_store, tmp_path / "b", {}, signature={"inputs": [{**TENSOR, "name": "y"}], "outputs": []})
+    object_store.put(key_of(live, LINEAGE), b"{}")
+    verified = verify_target(choose_promotion(channel, candidate.release), read_back=False)
+    assert SIGNATURE in {one.kind for one in kind_changes(verified, read_pointer(channel))}
+
+
+# ---- the files
+
+
+def test_the_gates_are_those_of_the_job_that_the_manifest_names(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path, store_url: str
+) -> None:
+    manifest = told(object_store, tmp_path / "a", {JOB: JOB_SAYS})
+    verified = verify_target(choose_promotion(channel, manifest.release), read_back=False)
+    assert release_job(verified.target, manifest).gates["accuracy"].vs_live == 0
+    # As long as it was, and with the old hash in its metadata: whoever asks the store sees no difference.
+    body = json.dumps({**JOB_SAYS, "gates": {}}).encode().ljust(manifest.files[JOB].bytes)
+    boto3.client("s3", endpoint_url=store_url).put_object(
+        Bucket=object_store.bucket, Key=key_of(manifest, JOB), Body=body,
+        Metadata={"sha256": manifest.files[JOB].sha256},
+    )  # fmt: skip
+    with pytest.raises(GateError, match=r"gates of release .* cannot be evaluated"):
+        promote_existing(verified, MOVER)
+    assert read_pointer(channel) is None
+    # Nor by metadata that fits.
+    object_store.put(key_of(manifest, JOB), body)
+    with pytest.raises(GateError, match="expected what the manifest says, got another"):
+        release_job(verified.target, manifest)
+
+
+def test_an_object_that_is_longer_than_the_manifest_says_does_not_fill_the_disk(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path
+) -> None:
+    object_store.put(key_of(two[1], "file0.bin"), b"x" * (4 * 2**20))
+    with pytest.raises(ReleaseError, match=r"file0\.bin: altered in the bucket: .* expected 1,000 bytes .*, got more"):
+        fetch_release(object_store, MODEL, two[1].release, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists() and not list(tmp_path.glob(".copy*"))
+    # Nor is it read to its end when it is hashed.
+    assert (object_store.hash(key_of(two[1], "file0.bin"), 1000) or ("", 0))[1] < 4 * 2**20
+
+
+def test_a_release_for_which_there_is_no_room_is_not_begun(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    with pytest.raises(ReleaseError, match=r"expected room for 4,\d+ bytes in .*, got 100"):
+        fetch_release(object_store, MODEL, two[1].release, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {JOB: "["},
+        {JOB: "[]", DATA: '{"classes": 7, "train": {"labels": {"x": 1}}}'},
+        {VERDICTS: {"verdicts": [{}]}},
+        {VERDICTS: {"verdicts": 3, "metrics": {"onnx": 5}}},
+        {VERDICTS: {"speed": {"measured": {"onnx": {}}}}},
+        {LINEAGE: {"inputs": [], "onnx": {"opset": "20"}, "training_environment": 4}},
+        {DATA: {"classes": [{}], "train": {"labels": {"1": "many"}}}},
+        {LINEAGE: "{" * 3000},
+        {ENVIRONMENT: "numpy==1\x1b[2J"},
+    ],
+    ids=str,
+)
+def test_what_a_release_says_of_itself_in_no_shape_stops_no_move_and_makes_no_traceback(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    good = told(object_store, tmp_path / "good", {})
+    strange = told(object_store, tmp_path / "strange", files)
+    for before, after in ((good, strange), (strange, good)):
+        try:
+            compare(object_store, MODEL, before.release, after.release)
+        except ReleaseError as error:
+            assert "what it says of itself cannot be read" in str(error)
+    move(object_store, strange)
+    verified = verify_target(choose_promotion(channel, good.release), read_back=False)
+    assert promote_existing(verified, MOVER, gates=False).release == good.release
+
+
+# ---- signatures
+
+
+def test_junk_under_the_name_of_a_key_keeps_its_owner_from_nothing(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path
+) -> None:
+    private = key_pair(tmp_path)
+    (public,) = signatures.load_keys([private.with_suffix(".pub")])
+    object_store.put(key_of(two[0], signatures.file_name(public)), b"[]")
+    with pytest.raises(ReleaseError, match="expected a signature bundle"):
+        require_signature(object_store, two[0], public)
+    publish_signature(object_store, two[0], private)
+    require_signature(object_store, two[0], public)
+    etag = object_store.head(key_of(two[0], signatures.file_name(public)))
+    publish_signature(object_store, two[0], private)
+    assert object_store.head(key_of(two[0], signatures.file_name(public))) == etag
+
+
+def test_junk_under_the_name_of_one_key_takes_nothing_from_the_signature_by_the_other(
+    object_store: ObjectStore, two: list[Manifest], tmp_path: Path
+) -> None:
+    old, new = key_pair(tmp_path, "old"), key_pair(tmp_path, "new")
+    publish_signature(object_store, two[1], new)
+    publics = [key.with_suffix(".pub") for key in (old, new)]
+    (first, _) = signatures.load_keys(publics)
+    object_store.put(key_of(two[1], signatures.file_name(first)), b'{"verificationMaterial": []}')
+
+    def reader(*keys: Path) -> Reader:
+        return Reader(
+            MODEL, bucket=object_store.bucket, folder=tmp_path / f"served{len(keys)}", public_keys=keys,
+            client=boto3.client("s3", endpoint_url=object_store.address),
+        )  # fmt: skip
+
+    assert reader(*publics).pull().id == two[1].release
+    with pytest.raises(RefusedError, match="expected a signature bundle"):
+        reader(publics[0]).pull()
+
+
+# ---- names
+
+
+def test_a_channel_that_is_called_like_a_release_is_never_taken_for_it(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel
+) -> None:
+    live = read_pointer(channel)
+    assert live is not None
+
+    def channel_of(name: str) -> None:
+        """As whoever may write all channels of a model makes it, past us."""
+        forged = replace(live, channel=name)
+        object_store.put(f"models/{MODEL}/channels/{name}.json", forged.encode())
+
+    release = two[0].release
+    channel_of(release)
+    channel_of("v1")
+    channel_of(release[:8])
+    assert resolve_release(channel, release) == release
+    with pytest.raises(RequestError, match=f"'{release[:8]}' is a channel, and begins release {release}"):
+        resolve_release(channel, release[:8])
+    assert resolve_release(channel, f"{release[:8]}~0") == two[1].release
+    # A version is MLflow's word, and nobody else's.
+    with pytest.raises(Exception, match="MLflow at"):
+        resolve_release(channel, "v1")
+
+
+def test_a_release_that_only_has_a_name_goes_nowhere(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel
+) -> None:
+    object_store.put(f"models/{MODEL}/releases/{'f' * 20}/model.onnx", b"x")
+    with pytest.raises(ReleaseError, match="never published to the end"):
+        ask_rollback(channel, "f" * 20, None)
+    # The manifest of another release, under its own name.
+    object_store.put(f"models/{MODEL}/releases/{'f' * 20}/{MANIFEST}", two[0].encode())
+    with pytest.raises(ReleaseError, match="got that of"):
+        ask_rollback(channel, "f" * 20, None)
+    assert rolled_back(object_store).release == two[0].release
+    verify_release(object_store, MODEL, two[0].release, read_back=True)

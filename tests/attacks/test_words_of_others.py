@@ -1,0 +1,146 @@
+"""Reasons, names and keys that steer a terminal, forge a line of a table, or take another channel's alias."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from shipreader.errors import LONGEST, ReaderError
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published
+from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, SettingsError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.shown import LONGEST_MESSAGE, harmless, on_one_line
+from train_and_ship.registry.bucket.iam import Role, policy
+from train_and_ship.registry.channels.aliases import sync_aliases
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.decisions import KEPT, Decision, record_decision
+from train_and_ship.registry.channels.moves import described
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.identity import require_channel
+from train_and_ship.registry.maintenance.retention import Policy
+from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.ship import status
+from train_and_ship.ship.doctor import doctor
+from train_and_ship.ship.gc import gc
+from train_and_ship.ship.history import history, live, show_decisions
+
+STEERING = (
+    "fine\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202egnp.exe\u2066\x00\n     9  2026-11-30 02:00:00 +0000  a forged line"
+)
+FORBIDDEN = "\x1b\x07\x9b\r\u202e\u2066\x00"
+
+
+def require_harmless(text: str) -> None:
+    assert not set(FORBIDDEN) & set(text), text
+    assert not any(line.strip().startswith("9  2026-11-30") for line in text.splitlines()), text
+    assert r"\x1b]0;owned\x07" in text
+
+
+@pytest.fixture
+def steered(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """A release whose move, decision and claim say such things."""
+    monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    monkeypatch.setenv("PREFECT_API_URL", f"{NOWHERE}/api")
+    manifest = published(object_store, tmp_path / "release")
+    move(object_store, manifest, reason=STEERING, moved_by=STEERING, flow_run=STEERING, verdicts={STEERING: STEERING})
+    record_decision(
+        object_store,
+        Decision(
+            model=MODEL, channel=CHANNEL, decision=KEPT, why=STEERING, flow_run="r", asked=STEERING,
+            at=datetime(2025, 11, 17, tzinfo=UTC).isoformat(), changed={"code": STEERING}, mlflow_version=STEERING,
+        ),
+    )  # fmt: skip
+    return manifest
+
+
+def test_no_command_shows_what_steers_a_terminal(
+    object_store: ObjectStore,
+    steered: Manifest,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    history(MODEL, CHANNEL, as_json=False)
+    require_harmless(capsys.readouterr().out)
+    live(MODEL, CHANNEL, "", as_json=False)
+    require_harmless(capsys.readouterr().out)
+    show_decisions(MODEL, CHANNEL, False, 5)
+    require_harmless(capsys.readouterr().out)
+    # A console that writes what it is given, as one in a terminal does.
+    console = Console(width=200, force_terminal=True, no_color=True, highlight=False)
+    with console.capture() as shown:
+        status._print_models(status.channel_statuses(object_store, {}), console)
+    assert not set("\x07\x9b\r\u202e\u2066\x00") & set(shown.get()) and "\x1b]" not in shown.get()
+    other = published(object_store, tmp_path / "other", 1)
+    # The store tells whole seconds.
+    monkeypatch.setattr(ObjectStore, "now", lambda _: datetime.now(UTC) + timedelta(seconds=2))
+    claim = {"against": "", "at": datetime.now(UTC).isoformat(), "by": STEERING}
+    object_store.put(f"models/{MODEL}/claims/{other.release}.json", json.dumps(claim).encode())
+    gc(MODEL, Policy(slowest_reader=timedelta(0)), apply=False, delete_versions=False)
+    require_harmless(capsys.readouterr().out)
+
+
+def test_json_output_is_json_whatever_is_in_it(
+    object_store: ObjectStore, steered: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history(MODEL, CHANNEL, as_json=True)
+    said = capsys.readouterr().out
+    assert not set(FORBIDDEN) & set(said) and json.loads(said)[0]["reason"] == STEERING
+
+
+def test_errors_and_logs_quote_nothing_that_steers(steered: Manifest, object_store: ObjectStore) -> None:
+    pointer = read_pointer(Channel(object_store, MODEL, CHANNEL))
+    assert pointer is not None
+    require_harmless(described(pointer))
+    for error in (ReleaseError(STEERING), RequestError(STEERING), GateError(STEERING, STEERING)):
+        assert not set(FORBIDDEN) & set(str(error)) and r"\x1b[2J" in str(error)
+    assert not set(FORBIDDEN) & set(GateError(STEERING, STEERING).table)
+    assert not set(FORBIDDEN) & set(str(ReaderError(STEERING))) and r"\x1b[2J" in str(ReaderError(STEERING))
+
+
+def test_a_key_that_steers_is_shown_as_what_it_is(
+    object_store: ObjectStore, steered: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    object_store.put(
+        f"models/{MODEL}/views/{CHANNEL}/\x1b[2J/config.pbtxt", f"# {MODEL} release {steered.release}\n".encode()
+    )
+    object_store.put(f"models/{MODEL}/history/{CHANNEL}/\x1b[2J.json", b"{}")
+    with pytest.raises(typer.Exit):
+        doctor(MODEL, dry_run=True)
+    gc(MODEL, Policy(slowest_reader=timedelta(0)), apply=False, delete_versions=False)
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+
+
+def test_what_is_enormous_is_cut() -> None:
+    assert len(harmless("x" * 10**7)) < LONGEST_MESSAGE + 100
+    assert len(on_one_line("x " * 10**7)) == 2000 and on_one_line("a\n b\tc") == "a b c"
+    assert len(str(ReaderError("x" * 10**7))) == LONGEST
+    # What people write stays as it is.
+    for text in ("Größe, 数据, שלום 🎉", "two\nlines\tand a tab"):
+        assert harmless(text) == text
+
+
+@pytest.mark.parametrize(
+    "name", ["champion", "latest", "previous", "staging-previous", "v7", "a" * 20, "0123456789abcdef0123"]
+)
+def test_a_channel_with_a_name_that_means_something_else_takes_no_alias(
+    object_store: ObjectStore, steered: Manifest, name: str
+) -> None:
+    with pytest.raises(RequestError, match="channel: expected"):
+        require_channel(name)
+    with pytest.raises(SettingsError, match="channel: expected"):
+        policy(Role.PROMOTER, "models", channel=name)
+    live = read_pointer(Channel(object_store, MODEL, CHANNEL))
+    assert live is not None
+    object_store.put(f"models/{MODEL}/channels/{name}.json", replace(live, channel=name).encode())
+    # MLflow is not even asked: nobody listens there.
+    (said,) = sync_aliases(Channel(object_store, MODEL, name, NOWHERE)).missing
+    assert "that name is no channel's" in said
