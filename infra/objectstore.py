@@ -178,7 +178,8 @@ class ObjectStore:
     def _get(self, key: str, most: int) -> tuple[bytes, str, str | None] | None:
         """Content, ETag, and the hash that its writer claimed where that is another; None when there is no such key."""
         with self._translated(f"read {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
-            reply = self._client.get_object(Bucket=self.bucket, Key=key)
+            with s3.of_this_object(key):
+                reply = self._client.get_object(Bucket=self.bucket, Key=key)
             content = self._body(reply, key, most)
             claimed = reply["Metadata"].get(METADATA_SHA256)
             wrong = claimed is not None and claimed != hashlib.sha256(content).hexdigest()

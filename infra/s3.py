@@ -248,6 +248,25 @@ def unless_missing() -> Iterator[None]:
             raise
 
 
+@contextlib.contextmanager
+def of_this_object(key: str) -> Iterator[None]:
+    """Turn a GET that the store calls wrong into a fault of the object: others are read by the same.
+
+    Raises ReleaseError for one that was encrypted with a key of its writer's own, which nobody else can read.
+    """
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        answer = error.response.get("Error", {})
+        code = answer.get("Code", "")
+        # Expired tokens and slow requests are 400 too.
+        if status_of(error) != 400 or not (code in ("InvalidRequest", "InvalidArgument") or code.startswith("KMS.")):
+            raise
+        raise ReleaseError(f"{key}: it cannot be read as other objects are: {code}: {answer.get('Message')}") from error
+
+
 def quoted(etag: str) -> str:
     """An entity tag in quotation marks, as HTTP has it."""
     return etag if etag.startswith('"') else f'"{etag}"'

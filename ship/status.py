@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from train_and_ship.infra import stack
-from train_and_ship.infra.errors import JobError, ReleaseError, ShipError
+from train_and_ship.infra.errors import JobError, ReleaseError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.settings import Settings, project_folder
@@ -91,7 +91,7 @@ def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], dat
         try:
             asked = Channel(store, model, channel)
             live, last = read_pointer(asked), read_decisions(asked, 1)
-        except ReleaseError as error:
+        except (ReleaseError, SettingsError) as error:
             # Of this channel only: the others are shown.
             return ChannelStatus(
                 model=model, channel=channel, live=None, last=None, next=scheduled.get(name), unreadable=str(error)

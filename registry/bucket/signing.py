@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 PASSWORD_VARIABLE = "SHIP_SIGNING_KEY_PASSWORD"
+_log = logging.getLogger(__name__)
 
 
 def load_private_key(path: Path) -> EllipticCurvePrivateKey:
@@ -100,9 +102,9 @@ def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path)
         try:
             require_signature(store, manifest, public_key)
             return key
-        except ReleaseError:
+        except ReleaseError as error:
             # The name is of this key, whose signature it is not: whoever publishes could keep its owner from signing.
-            pass
+            _log.warning("signed again: %s", error)
     with contextlib.suppress(PreconditionFailedError):
         signature = sign(manifest, private_key)
         if there is None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.shown import on_one_line
@@ -164,7 +164,8 @@ def read_claims(
                 by=on_one_line(str(document["by"])),
                 modified=listed[name],
             )
-        except (ValueError, TypeError, KeyError, ReleaseError):
+        except (ValueError, TypeError, KeyError, ReleaseError, SettingsError):
+            # Also one that its writer has encrypted so that nobody else may read it.
             return Claim(modified=listed[name])
 
     names = [name for name in listed if of is None or name in of]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ShipError
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import read_small_file, verify_release
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
@@ -333,6 +334,8 @@ def release_job(target: Target, manifest: Manifest) -> Job:
     from train_and_ship.registry.job.job import Job
 
     try:
+        if JOB not in manifest.files:
+            raise ReleaseError(f"{release_prefix(manifest.model, manifest.release)}{JOB}: expected the job, got none")
         return Job.from_record(json.loads(read_small_file(target.channel.store, manifest, JOB)))
     except (ValidationError, ValueError, TypeError, RecursionError, ReleaseError) as error:
         raise GateError(

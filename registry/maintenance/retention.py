@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, RequestError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, RequestError, SettingsError
 from train_and_ship.infra.objectstore import RECORD_BYTES, ListedObject, ObjectStore
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
@@ -212,7 +212,7 @@ def _config(store: ObjectStore, key: str) -> bytes:
     """Empty for what is no configuration of ours: whoever writes views can have them name nothing in any case."""
     try:
         found = store.get(key)
-    except ReleaseError:
+    except (ReleaseError, SettingsError):
         return b""
     return found[0] if found is not None else b""
 

@@ -16,7 +16,7 @@ import pytest
 
 from shipreader import records
 from shipreader.errors import RefusedError
-from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published, rolled_back
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, make_release, move, rolled_back
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.objectstore import RECORD_BYTES, ObjectStore
 from train_and_ship.registry.bucket.catalog import channels
@@ -46,8 +46,9 @@ MOVE = Pointer(
 @pytest.fixture
 def three(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
     """Three releases, live one after the other."""
-    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(3)]
-    for manifest in manifests:
+    manifests = [make_release(tmp_path / str(seed), seed, files=1) for seed in range(3)]
+    for seed, manifest in enumerate(manifests):
+        publish(object_store, tmp_path / str(seed), manifest)
         move(object_store, manifest)
     return manifests
 
@@ -344,6 +345,28 @@ def test_a_record_whose_own_hash_is_wrong_is_told_and_stops_nothing_else(
     assert {one.release: one.step for one in decide(object_store, MODEL, KEEP)}[three[0].release] is Step.KEEP
     rows = {row.model: row for row in channel_statuses(object_store, {})}
     assert rows["faces"].unreadable and rows[MODEL].live == read_pointer(channel)
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "InvalidRequest"), (403, "AccessDenied")])
+def test_a_record_that_its_writer_encrypted_with_a_key_of_their_own_stops_nothing_else(
+    object_store: ObjectStore, three: list[Manifest], monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    """Stores answer so: 400 without the customer's key, 403 without a right on the key of KMS."""
+    client, hidden = object_store._client, (claim_key(three[0].release), pointer_key("faces", CHANNEL))
+    for key in hidden:
+        object_store.put(key, b"{}")
+    get = client.get_object
+
+    def refusing(**request: Any) -> Any:
+        if request["Key"] in hidden:
+            said = {"Error": {"Code": code, "Message": "encrypted"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise client.exceptions.ClientError(said, "GetObject")  # type: ignore[arg-type]
+        return get(**request)
+
+    monkeypatch.setattr(client, "get_object", refusing)
+    assert {one.release: one.step for one in decide(object_store, MODEL, KEEP)}[three[0].release] is Step.KEEP
+    rows = {row.model: row for row in channel_statuses(object_store, {})}
+    assert rows["faces"].unreadable and rows[MODEL].live is not None
 
 
 # ---- of another time, or of another
