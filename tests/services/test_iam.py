@@ -32,7 +32,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import read_decisions
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.maintenance.retention import Policy, Step, carry_out, decide
+from train_and_ship.registry.maintenance.retention import Policy, carry_out, decide
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.serving.layouts import write_triton
 
@@ -210,9 +210,9 @@ def test_what_each_role_may_write_over_or_ahead_takes_no_move_along_and_stops_no
     channel = Channel(promoter, MODEL, CHANNEL)
     assert [one.generation for one in read_history(channel)] == [1, 2, 4]
     assert read_decisions(channel, 5) == []
-    collector = as_role(Role.COLLECTOR)
-    steps = {one.release: one.step for one in decide(collector, MODEL, Policy(slowest_reader=timedelta(0)))}
-    assert set(steps.values()) == {Step.KEEP}
+    # What has to be kept cannot be told until somebody takes that away: nothing is deleted.
+    with pytest.raises(ReleaseError, match=r"00000003\.json: expected the record of a move"):
+        decide(as_role(Role.COLLECTOR), MODEL, Policy(slowest_reader=timedelta(0)))
 
 
 def test_a_user_without_a_policy_may_do_nothing(object_store: ObjectStore, as_role: AsRole, tmp_path: Path) -> None:

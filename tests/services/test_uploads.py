@@ -205,16 +205,22 @@ def test_no_acl_is_sent_and_the_key_of_the_settings_encrypts(
         assert not [name for request in proxy.requests for name in request.headers if "acl" in name or "grant" in name]
 
 
-def test_a_body_damaged_on_the_way_back_is_read_again_by_whoever_may_try_again(
+def test_a_body_damaged_on_the_way_back_is_read_again_also_by_whoever_may_try_again(
     parts: ObjectStore, proxy: FaultProxy
 ) -> None:
     class DamageReply(PassOn):
+        times = 0
+
         def apply(self, request: Request, forward: Forward) -> Reply | None:
-            reply = forward(request)
-            return Reply(reply.status, reply.headers, b"x" + reply.body[1:])
+            reply, self.times = forward(request), self.times + 1
+            return Reply(reply.status, reply.headers, f"{self.times}".encode() + reply.body[1:])
 
     parts.put_new("key", b"content")
     proxy.add(Rule(DamageReply(), "GET", "key", times=1))
+    found = parts.get("key")
+    assert found is not None and found[0] == b"content"
+    # In another way each time.
+    proxy.add(Rule(DamageReply(), "GET", "key", times=2))
     with pytest.raises(ServiceError, match=r"expected SHA-256 .*: damaged on the way") as caught:
         parts.get("key")
     assert caught.value.retryable
