@@ -39,6 +39,8 @@ IN_FLIGHT_BYTES = 128 * 2**20
 PIECE_BYTES = 2**20
 RECORD_BYTES = 2**20
 """Of a record that is read whole, where nothing else is said: a pointer, a decision, a claim. A longer one is none."""
+RECORDS_BYTES = 256 * RECORD_BYTES
+"""Of all records that are held at once: tens of thousands of ours."""
 _log = logging.getLogger(__name__)
 METADATA_SHA256 = "sha256"
 """User metadata of every object written here: its SHA-256, also where the store keeps no checksums."""
@@ -202,14 +204,15 @@ class ObjectStore:
     def get_versions(self, key: str, most: int = RECORD_BYTES) -> list[bytes]:
         """Contents of a small object as they were, the newest first, where the bucket keeps versions; else the last.
 
-        most: bytes of each; longer ones are left out.
+        most: bytes of each; longer ones are left out, and so is what goes beyond RECORDS_BYTES in all.
         """
-        found = []
+        found, held = [], 0
         with self._translated(f"read the versions of {key}"):
             for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=key):
                 for item in page.get("Versions", []):
-                    if item["Key"] != key or item["Size"] > most:
+                    if item["Key"] != key or item["Size"] > most or held + item["Size"] > RECORDS_BYTES:
                         continue
+                    held += item["Size"]
                     reply = self._client.get_object(Bucket=self.bucket, Key=key, VersionId=item["VersionId"])
                     found.append(self._body(reply, key, most))
         return found

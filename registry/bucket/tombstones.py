@@ -159,7 +159,7 @@ def read_claims(
             found = store.get(_claim_key(model, name), MARK_BYTES)
             document = json_object(found[0]) if found is not None else {}
             return Claim(
-                against=str(document["against"]),
+                against=on_one_line(str(document["against"])),
                 at=moment(document["at"]),
                 by=on_one_line(str(document["by"])),
                 modified=listed[name],

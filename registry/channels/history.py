@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from shipreader.records import MOST_MOVES
 from train_and_ship.infra.errors import ReleaseError, ServiceError
-from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.objectstore import RECORDS_BYTES, ObjectStore
 from train_and_ship.registry.bucket.keys import history_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
@@ -26,8 +26,16 @@ def read_history(channel: Channel) -> list[Pointer]:
     """Every move of a channel, oldest first; the last one is what was live when this was called."""
     # The pointer first: by then every older record is in the history.
     live = read_pointer(channel)
+    prefix = history_prefix(channel.model, channel.name)
+    listed = channel.store.list_keys(prefix)
     # A record of a generation that is still to come is nobody's.
-    numbers = [number for number in recorded_generations(channel) if live is None or number < live.generation]
+    numbers = [number for number in generations_in(prefix, listed) if live is None or number < live.generation]
+    held = sum(listed[record_key(channel.model, channel.name, number)] for number in numbers)
+    if held > RECORDS_BYTES:
+        raise ReleaseError(
+            f"{prefix}: expected records of at most {RECORDS_BYTES:,} bytes in all, got {held:,}: somebody else has "
+            "written there"
+        )
     records = [move for move in in_parallel(lambda number: _readable(channel, number), numbers) if move is not None]
     return records if live is None else [*records, live]
 

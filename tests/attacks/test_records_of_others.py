@@ -257,6 +257,16 @@ def test_a_pointer_of_an_absurd_generation_leaves_a_history_that_can_be_read(
     assert (repaired.partial, repaired.lost) == ((89_999_999,), (range(4, 89_999_999),))
 
 
+def test_a_history_that_would_fill_the_memory_is_not_read(
+    object_store: ObjectStore, three: list[Manifest], channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train_and_ship.registry.channels.history.RECORDS_BYTES", 500)
+    with pytest.raises(ReleaseError, match=r"history/prod/: expected records of at most 500 bytes in all, got"):
+        read_history(channel)
+    # Whoever goes back reads one record, not all of them.
+    assert choose_rollback(channel, None).release == three[1].release
+
+
 def test_rollbacks_to_what_was_never_live_are_followed_in_linear_time() -> None:
     moves = [replace(MOVE, generation=number, release=f"{number:020x}", kind=ROLLBACK) for number in range(1, 61)]
     asked: list[int] = []
