@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.job_environment import without_signing
 from train_and_ship.infra.prefect_rest import http_client, prefect_api
 from train_and_ship.infra.processes import PidFile, Program
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
@@ -54,7 +55,7 @@ def s3_component(settings: Settings) -> Component:
         url=f"http://{LOOPBACK}:{settings.s3_port}",
         argv=python("ministack"),
         environment={
-            **_environment(settings),
+            **without_signing(_environment(settings)),
             "BIND_HOST": LOOPBACK,
             "GATEWAY_PORT": str(settings.s3_port),
             "SERVICES": "s3",
@@ -80,7 +81,7 @@ def s3_component(settings: Settings) -> Component:
 def mlflow_component(settings: Settings) -> Component:
     """The local MLflow server."""
     folder = settings.home / "mlflow"
-    environment = _environment(settings)
+    environment = without_signing(_environment(settings))
     # The server must use its own database, not itself.
     environment.pop("MLFLOW_TRACKING_URI", None)
     environment.pop("MLFLOW_REGISTRY_URI", None)
@@ -111,7 +112,7 @@ def prefect_component(settings: Settings) -> Component:
         title="Prefect",
         url=settings.prefect_ui_url,
         argv=python("prefect", "server", "start", "--host", LOOPBACK, "--port", str(settings.prefect_port)),
-        environment=prefect_environment(settings),
+        environment=without_signing(prefect_environment(settings)),
         folder=settings.home / "prefect",
         port=settings.prefect_port,
         port_variable="SHIP_PREFECT_PORT",
@@ -132,7 +133,11 @@ def _worker(settings: Settings) -> Component:
         name="worker",
         title="Prefect worker",
         url=f"{settings.prefect_ui_url}/work-pools/work-pool/{WORK_POOL}",
-        argv=python("prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process", "--name", WORKER_NAME),
+        # It hands on to its flow runs what it holds, and the code of their jobs runs as the same user.
+        argv=(
+            *python("train_and_ship.infra.private", "prefect", "worker", "start"),
+            *("--pool", WORK_POOL, "--type", "process", "--name", WORKER_NAME),
+        ),
         # Ten seconds, the default, is most of the time between a click and the first line of a short run.
         environment={**prefect_environment(settings), "PREFECT_WORKER_QUERY_SECONDS": "2"},
         folder=settings.home / "prefect",

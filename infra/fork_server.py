@@ -25,7 +25,9 @@ import psutil
 
 from train_and_ship.infra.errors import WorkerError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.job_environment import inherited
 from train_and_ship.infra.json_lines import next_objects
+from train_and_ship.infra.private import take_password
 
 Events = Callable[[dict[str, Any]], None]
 POLL_SECONDS = 0.1
@@ -42,6 +44,8 @@ class ForkServer:
     def __init__(self, log: Path) -> None:
         self._log = log
         make_folder(log.parent)
+        # What is forked there runs as the same user as this process, which may hold secrets.
+        take_password()
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 # -P: the current folder is not on the import path, so a user's files cannot shadow ours.
@@ -108,7 +112,14 @@ class ForkServer:
             raise WorkerError(f"the fork server is gone; its log: {self._log}") from error
 
     async def run(
-        self, stage: str, request: Path, *, log: Path, events: Path | None = None, on_event: Events | None = None
+        self,
+        stage: str,
+        request: Path,
+        *,
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+        events: Path | None = None,
+        on_event: Events | None = None,
     ) -> int:
         """Run one stage in a fresh child.
 
@@ -118,6 +129,7 @@ class ForkServer:
             stage: its name.
             request: its request file.
             log: file for the child's output.
+            variables: of the environment, which this child has beside those of the fork server.
             events: file of JSON lines that is followed while the child runs.
             on_event: given each of its lines.
 
@@ -132,7 +144,8 @@ class ForkServer:
             self._last_id += 1
             job_id = self._last_id
             self._waiting[job_id], self._stages[job_id] = future, stage
-            self._send({"id": job_id, "stage": stage, "request": str(request), "log": str(log)})
+            message = {"id": job_id, "stage": stage, "request": str(request), "log": str(log)}
+            self._send({**message, "env": dict(variables or {})})
         ended = asyncio.wrap_future(future)
         follower = Follower(events, on_event) if events is not None and on_event is not None else None
         try:
@@ -177,8 +190,8 @@ class Follower:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of the fork server and of everything that it forks."""
-    environment = dict(os.environ)
+    """The environment of the fork server and of everything that it forks, before what one stage is given."""
+    environment = inherited(os.environ)
     # What user code prints is in the log when it is printed, not when the process ends.
     environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("PYTHONHASHSEED", HASH_SEED)

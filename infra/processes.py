@@ -86,6 +86,7 @@ class PidFile:
         for process in psutil.process_iter():
             if process not in family and _token(process) == self.token:
                 family.add(process)
+                family.update(_private_ancestors(process, self.create_time))
         own = _own_line()
         return sorted((process for process in family if process.pid not in own), key=_age)
 
@@ -103,6 +104,26 @@ def _token(process: psutil.Process) -> str | None:
         return process.environ().get(TOKEN_VARIABLE)
     except (psutil.Error, OSError):
         return None
+
+
+def _private_ancestors(process: psutil.Process, since: float) -> Iterable[psutil.Process]:
+    """Those who show nobody their environment (infra/private.py), and started this one. since: seconds since epoch."""
+    with contextlib.suppress(psutil.Error):
+        for parent in process.parents():
+            if not _is_private(parent) or parent.create_time() < since - CREATION_TOLERANCE_SECONDS:
+                return
+            yield parent
+
+
+def _is_private(process: psutil.Process) -> bool:
+    """Whether it is ours, and its environment is not to be read."""
+    try:
+        process.environ()
+    except psutil.AccessDenied:
+        return bool(process.uids().real == os.getuid())
+    except OSError:
+        return False
+    return False
 
 
 def _own_line() -> set[int]:

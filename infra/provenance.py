@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from train_and_ship.infra.addresses import without_password
+from train_and_ship.infra.job_environment import for_git
 from train_and_ship.infra.rundir import file_sha256
 
 
@@ -46,7 +47,10 @@ def project_place(folder: Path) -> dict[str, str]:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False,
+            env=for_git(os.environ),
+        )  # fmt: skip
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -101,11 +105,11 @@ def code_files(folder: Path, more: Iterable[Path] = (), only: Iterable[Path] | N
     """
     found = []
     if only is None:
-        found += [_code_file(path, folder, "") for path in _sources(folder)]
+        found += [_code_file(path, folder, "") for path in source_files(folder)]
         for name, root in editable_folders():
-            found += [_code_file(path, root, f"{name}: ") for path in _sources(root)]
+            found += [_code_file(path, root, f"{name}: ") for path in source_files(root)]
     else:
-        several = {path: None for place in only for path in ([place] if place.is_file() else _sources(place))}
+        several = {path: None for place in only for path in ([place] if place.is_file() else source_files(place))}
         found += [_code_file(path, folder, "") for path in several]
     return found + [CodeFile(os.path.relpath(path, folder), "", file_sha256(path)) for path in more]
 
@@ -125,7 +129,8 @@ def code_fingerprint(files: Iterable[CodeFile]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sources(folder: Path) -> Iterator[Path]:
+def source_files(folder: Path) -> Iterator[Path]:
+    """Files of code below a folder, but for hidden folders and virtual environments; in each folder sorted by name."""
     for place, folders, files in os.walk(folder):
         here = Path(place)
         folders[:] = sorted(

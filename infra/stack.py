@@ -29,6 +29,7 @@ from train_and_ship.infra.addresses import recognisable, without_password
 from train_and_ship.infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.job_environment import without_signing
 from train_and_ship.infra.locks import locked
 from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
 from train_and_ship.infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
@@ -266,7 +267,7 @@ def _start_all(
         deployments.deploy(
             api=partial(_ask_prefect, settings),
             command=python("prefect", "--no-prompt", "deploy", "--all"),
-            environment=prefect_environment(settings),
+            environment=without_signing(prefect_environment(settings)),
             state=settings.home / "prefect" / "deployed",
             report=report,
         )
@@ -275,7 +276,7 @@ def _start_all(
         automations.automate(
             settings,
             command=python("train_and_ship.tasks.automations"),
-            environment=prefect_environment(settings),
+            environment=without_signing(prefect_environment(settings), keep=["SHIP_NOTIFY"]),
             state=settings.home / "prefect" / "automated",
             report=report,
         )

@@ -20,8 +20,8 @@ from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 _SILENT = "the live release does not say what it was trained on"
 SHOWN = 3
 """Differences that are named; of the others it is said how many."""
-NOT_TRAINED_ON = ("gates", "release", "retrain")
-"""Parts of a job that change what is done with a release, not what is in it."""
+NOT_TRAINED_ON = ("gates", "release", "retrain", "env")
+"""Parts of a job that change what is done with a release, not what is in it; and names without their values."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from train_and_ship.registry.data.checks import (
 )
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.tasks.extras import require_extras
+from train_and_ship.tasks.extras import not_passed_on, require_extras, require_variables
 from train_and_ship.tasks.requests import (
     dynamic_dims,
     inspect_request,
@@ -58,6 +58,7 @@ def check(job_file: Path, export: bool = True) -> None:
     """
     job, folder = load_job(job_file)
     require_extras(job)
+    require_variables(job)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
     console = Console()
     found = asyncio.run(_build(job, folder, snapshot, export, console))
@@ -172,6 +173,10 @@ def _exports(job: Job, trial: TrialExport | None) -> list[str]:
     return made + [f"not {kind}: {why}" for kind, why in trial.exported.left_out.items()]
 
 
+def _notes(job: Job, folder: Path, result: CheckResult) -> list[str]:
+    return [shared_samples(*result.shared), *result.notes, not_passed_on(job, folder)]
+
+
 def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
     result, data = found.result, found.report
     columns = Column(style="bold"), Column(overflow="fold")
@@ -195,7 +200,8 @@ def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
         *([("int8", _int8(job))] if job.export.int8 is not None else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
-        *(("note", note) for note in (shared_samples(*result.shared), *result.notes) if note),
+        *([("env", ", ".join(job.env))] if job.env else []),
+        *(("note", note) for note in _notes(job, folder, result) if note),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)

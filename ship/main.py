@@ -299,11 +299,14 @@ def promote(
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not ask the job's vs_live gates.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also a release that a rollback has just left.")] = False,
     allow: Allow = None,
+    load_unsigned: Annotated[
+        bool, typer.Option("--load-unsigned", help="Also run code of the release that nobody signed, to try it.")
+    ] = False,
 ) -> None:
     """Put a release that is in the bucket already live on a channel."""
     from train_and_ship.ship.rollback import promote
 
-    promote(model, source, to, why, not no_gates, again, allow)
+    promote(model, source, to, why, not no_gates, again, allow, load_unsigned)
 
 
 @app.command()

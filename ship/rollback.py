@@ -25,6 +25,8 @@ from train_and_ship.registry.channels.moves import (
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.ship.named import named_channel, named_kinds
 
+_LOADED = ("unsigned", "loaded unsigned", "not loaded")
+
 
 def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     """Go back to what was live before, or to the release that `to` names."""
@@ -34,7 +36,16 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     _finish(settings, verified, roll_back(verified, mover))
 
 
-def promote(model: str, source: str, channel: str, why: str, gates: bool, again: bool, allow: list[str] | None) -> None:
+def promote(
+    model: str,
+    source: str,
+    channel: str,
+    why: str,
+    gates: bool,
+    again: bool,
+    allow: list[str] | None,
+    load_unsigned: bool,
+) -> None:
     """Put the release that `source` names live on a channel."""
     import asyncio
 
@@ -45,8 +56,10 @@ def promote(model: str, source: str, channel: str, why: str, gates: bool, again:
     verified = ask_promotion(named_channel(settings, model, channel), source, settings.public_key)
 
     async def tried() -> tuple[Verified, Pointer]:
-        tried = await try_out(settings, verified, gates=gates)
-        return tried, await promote_tried(settings, tried, mover, gates=gates, again=again, allow=allow)
+        tried = await try_out(settings, verified, gates=gates, load_unsigned=load_unsigned)
+        return tried, await promote_tried(
+            settings, tried, mover, gates=gates, again=again, allow=allow, load_unsigned=load_unsigned
+        )
 
     _finish(settings, *asyncio.run(tried()))
 
@@ -61,6 +74,7 @@ def _finish(settings: Settings, verified: Verified, pointer: Pointer) -> None:
         f"  by        {on_one_line(pointer.moved_by)}: {on_one_line(pointer.reason)}\n"
         f"  bytes     {verified.verdicts['bytes']}"
         + (f"\n  tried     {verified.verdicts['rehearsal']}" if "rehearsal" in verified.verdicts else "")
+        + "".join(f"\n  {name}  {on_one_line(pointer.verdicts[name])}" for name in _LOADED if name in pointer.verdicts)
         + (f"\n  vs live   {on_one_line(pointer.verdicts['vs_live'])}" if "vs_live" in pointer.verdicts else "")
         + "".join(
             f"\n  {on_one_line(gate)}  {on_one_line(said)}"

@@ -17,6 +17,7 @@ from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.named import named_kinds
+from train_and_ship.tasks.extras import require_variables
 
 if TYPE_CHECKING:
     from train_and_ship.tasks.results import RetrainResult
@@ -66,6 +67,7 @@ def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str]
 def _prepare(job: Job, resume: str, *, reads_data: bool) -> None:
     """What has to be so before Prefect is imported: its server answers, and its settings are in the environment."""
     settings = Settings.load()
+    require_variables(job)
     if resume:
         run_folder(settings.runs / job.name, "", resume)
     require_prefect(settings)

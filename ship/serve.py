@@ -31,6 +31,7 @@ from shipreader.inference_limits import LOOPBACK, Limits
 from shipreader.mlserver import BATCH_SIZE, require_datatypes, rows_together, served
 from shipreader.records import Release
 from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.job_environment import inherited
 from train_and_ship.infra.processes import last_lines, port_holder, port_is_free
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.toolenv import environment
@@ -328,7 +329,8 @@ class Server:
             self._process = subprocess.Popen(
                 [str(python), "-P", "-c", _START, package, self.model, str(self.port), json.dumps(asdict(self.limits))],
                 cwd=self.folder,
-                env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+                # It loads what others made, and has no use for the bucket.
+                env={name: value for name, value in inherited(os.environ).items() if not name.startswith("PYTHON")},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

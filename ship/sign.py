@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.private import take_password
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import publish_signature
@@ -14,6 +15,7 @@ from train_and_ship.ship.named import named_channel
 
 def sign(model: str, release: str) -> None:
     """Check that the release is complete, and sign it. Raises SettingsError without a key."""
+    take_password()
     settings = Settings.load()
     if settings.signing_key is None:
         raise SettingsError(

@@ -19,6 +19,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.release.archives import require_sound
 from train_and_ship.registry.release.manifest import Manifest
 
 KEEP_SECONDS = 24 * 3600
@@ -28,10 +29,11 @@ KEEP_SECONDS = 24 * 3600
 def download_anew(store: ObjectStore, manifest: Manifest, folder: Path) -> RehearsedRelease:
     """The candidate from the bucket, also when a copy lies here: it is the bucket that is tried.
 
-    Raises ReleaseError when a file is missing or is not what the manifest says.
+    Raises ReleaseError when a file is missing or is not what the manifest says, and when one holds what is not loaded.
     """
     shutil.rmtree(folder, ignore_errors=True)
     fetched = fetch_release(store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
+    require_sound(folder, fetched)
     return _rehearsed(fetched, folder)
 
 
@@ -51,6 +53,7 @@ def live_copy(
         return None, ""
     try:
         manifest, folder = _fetch(store, copies, live, public_key)
+        require_sound(folder, manifest)
         return _rehearsed(manifest, folder), ""
     except (ReleaseError, KeyError, TypeError) as error:
         return None, f"it is broken: {error}"

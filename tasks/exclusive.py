@@ -15,8 +15,10 @@ from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, conc
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.private import take_password
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.away import patiently
+from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
@@ -38,11 +40,14 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     Then what died without a word gets its report. The job is the one that was asked for, also after a long wait. A
     person may stop the run from the beginning on.
 
-    Raises JobError for a job file with mistakes.
+    Raises JobError for a job file with mistakes, and for variables that it names and that are not set here.
     """
     quiet_mistakes()
+    # Before it waits: the code of other jobs may be at work on this machine.
+    take_password()
     flow_run_id = str(flow_run.get_id())
     read = read_job_file(job_file, flow_run_id)
+    require_variables(read.job)
     model = read.job.name
     settings = Settings.load()
     waiting = f"another run of {model} is at work; this one waits for its end"

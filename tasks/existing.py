@@ -11,16 +11,17 @@ import functools
 import json
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, RehearsedRelease, RehearseResult
+from torchworker.contract import GOLDEN, PROBES, VALIDATION, WITHOUT_CODE, RehearsedRelease, RehearseResult
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import file_sha256
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.signing import SIGNATURE
 from train_and_ship.registry.channels.moves import (
     Mover,
     OtherLiveError,
@@ -40,8 +41,14 @@ from train_and_ship.tasks.requests import rehearse_request
 from train_and_ship.tasks.worker import ask_worker
 
 
-async def try_out(settings: Settings, verified: Verified, *, gates: bool = True) -> Verified:
-    """Download it into a clean process, load every format, and run it on its golden inputs.
+async def try_out(
+    settings: Settings, verified: Verified, *, gates: bool = True, load_unsigned: bool = False
+) -> Verified:
+    """Download it into a clean process, load every format that may be, and run it on its golden inputs.
+
+    A format that carries code is loaded where somebody vouches for it: its release is signed by the key that is
+    required, or a run on this machine made these very bytes. The others are verified by hash and looked through, and
+    the verdicts say that they were not loaded.
 
     Where a run that made this very export is still on this machine, its held-out samples score the release and what is
     live; elsewhere nobody has the samples, and `Scored.samples` of the result is 0.
@@ -50,9 +57,10 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
         settings: folders of this machine.
         verified: the release, complete by what the bucket says of it.
         gates: whether the release's `vs_live` will be asked.
+        load_unsigned: load also what nobody vouches for.
 
     Raises:
-        GateError: a format does not give its golden outputs, or there is nothing to run.
+        GateError: a format does not give its golden outputs, or there is nothing to run or nothing that may be.
         ReleaseError: the bytes are not what the manifest says.
     """
     target, manifest, channel = verified.target, verified.manifest, verified.target.channel
@@ -63,6 +71,8 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
             f"{model}: release {target.release} cannot be tried before it goes live: it {lacks}, as releases of "
             "`ship run` do. `ship rollback --to` moves a channel to it without trying it"
         )
+    made_here = await asyncio.to_thread(_hashes_of_runs, settings.runs / model)
+    chosen = _choose(verified, made_here, load_unsigned=load_unsigned)
     server = fork_server(settings.runs / model / "host.log")
     job = await asyncio.to_thread(_job, verified, gates)
     live = await asyncio.to_thread(read_pointer, channel)
@@ -74,7 +84,7 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
     work = settings.home / "rehearsals" / model / f"{target.release}.{uuid.uuid4().hex[:8]}"
     make_folder(work.parent)
     work.mkdir()
-    candidate = await asyncio.to_thread(download_anew, store, manifest, work / "candidate")
+    candidate = chosen.of(await asyncio.to_thread(download_anew, store, manifest, work / "candidate"))
     current, problem = None, ""
     if samples is not None:
         copies = settings.home / "releases" / model
@@ -90,7 +100,8 @@ async def try_out(settings: Settings, verified: Verified, *, gates: bool = True)
         verdicts={
             **verified.verdicts,
             "bytes": f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, downloaded and hashed",
-            "rehearsal": f"{len(result.verdicts)} checks passed: {', '.join(sorted(manifest.formats))}",
+            "rehearsal": f"{len(result.verdicts)} checks passed: {', '.join(chosen.loaded)}",
+            **chosen.said,
         },
         scored=_scored(job, live, result, problem, current) if gates else None,
     )
@@ -104,6 +115,7 @@ async def promote_tried(
     gates: bool,
     again: bool,
     allow: Sequence[str] = (),
+    load_unsigned: bool = False,
     move: Callable[[Callable[[], Pointer]], Awaitable[Pointer]] = asyncio.to_thread,
 ) -> Pointer:
     """As `promote_existing`; when another release went live meanwhile, the target is held against that one first.
@@ -115,6 +127,7 @@ async def promote_tried(
         gates: as in `promote_existing`.
         again: as in `promote_existing`.
         allow: as in `promote_existing`.
+        load_unsigned: as in `try_out`.
         move: what does it in a thread.
     """
     while True:
@@ -123,10 +136,73 @@ async def promote_tried(
                 functools.partial(promote_existing, verified, mover, gates=gates, again=again, allow=allow)
             )
         except OtherLiveError:
-            verified = await try_out(settings, verified, gates=gates)
+            verified = await try_out(settings, verified, gates=gates, load_unsigned=load_unsigned)
 
 
 # ---- below
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Which formats of a release are loaded before it goes live."""
+
+    loaded: Sequence[str]
+    libraries: bool
+    """Whether its shared libraries are."""
+    said: Mapping[str, str]
+    """For the record of the move: what was loaded without a signature and why, and what was not loaded."""
+
+    def of(self, candidate: RehearsedRelease) -> RehearsedRelease:
+        formats = {kind: file for kind, file in candidate.formats.items() if kind in self.loaded}
+        libraries = candidate.libraries if self.libraries else ()
+        return dataclasses.replace(candidate, formats=formats, libraries=libraries)
+
+
+def _choose(verified: Verified, made_here: Collection[str], *, load_unsigned: bool) -> _Chosen:
+    """made_here: hashes of the files that runs on this machine have made. Raises GateError when nothing may be loaded.
+
+    Only a signature by the required key is asked about: any other says no more than that somebody signed.
+    """
+    manifest = verified.manifest
+    formats = sorted(manifest.formats)
+    code = [kind for kind in formats if kind not in WITHOUT_CODE]
+    libraries = [name for name in manifest.files if name.endswith(".so")]
+    if not code or SIGNATURE in verified.verdicts:
+        return _Chosen(loaded=formats, libraries=bool(code), said={})
+
+    def is_made_here(name: str) -> bool:
+        return manifest.files[name].sha256 in made_here
+
+    # They are loaded for all formats, and before any.
+    own = [kind for kind in code if all(map(is_made_here, [manifest.formats[kind], *libraries]))]
+    rest = [kind for kind in code if kind not in own]
+    loaded = formats if load_unsigned else [kind for kind in formats if kind not in rest]
+    if not loaded:
+        model, release = manifest.model, manifest.release
+        raise GateError(
+            f"{model}: release {release} cannot be tried before it goes live: {', '.join(rest)} "
+            "carry code, which is loaded where it is signed or a run on this machine made it, and neither holds. Set "
+            f"SHIP_PUBLIC_KEY and let whoever has the private key `ship sign {model} {release}`; or promote it on the "
+            "machine that made it; or have it export onnx too; --load-unsigned runs the code of whoever published it "
+            "on this machine, with your rights"
+        )
+    said = {}
+    if own:
+        said["unsigned"] = f"{', '.join(own)}: made by a run on this machine"
+    if rest and load_unsigned:
+        said["loaded unsigned"] = f"{', '.join(rest)}: by --load-unsigned"
+    elif rest:
+        served = [kind for kind in rest if kind in manifest.serve.values()]
+        more = f"; what it recommends is among them: {', '.join(served)}" if served else ""
+        said["not loaded"] = f"{', '.join(rest)}: not signed; only their hashes and archives were looked at{more}"
+    return _Chosen(loaded=loaded, libraries=bool(own) or load_unsigned, said=said)
+
+
+def _hashes_of_runs(runs: Path) -> set[str]:
+    """Of every file that a complete export stage of a run here has made."""
+    return {
+        sha256 for said in runs.glob(f"*/export/{STAGE}") for sha256 in json.loads(said.read_text())["files"].values()
+    }
 
 
 def _job(verified: Verified, gates: bool) -> Job | None:

@@ -1,13 +1,22 @@
-"""What a job needs beside what is always installed."""
+"""What a job needs beside what is always there: packages, a compiler, variables of the environment."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.job_environment import asked_for, how_to_name, require_set, withheld
+from train_and_ship.infra.provenance import source_files
 from train_and_ship.registry.job.job import Job
+
+MOST_FILES = 1000
+"""Python files in which names of variables are looked for."""
 
 
 def require_extras(job: Job) -> None:
@@ -23,3 +32,28 @@ def require_extras(job: Job) -> None:
             f"{job.name}: export.formats: aoti needs a C++ compiler and this machine has none; install g++, name one "
             "in the variable CXX, or leave aoti out of export.formats"
         )
+
+
+def require_variables(job: Job) -> None:
+    """Raises JobError for a variable that `env` of the job names and this process does not have."""
+    require_set(os.environ, job.env, job.name)
+
+
+def not_passed_on(job: Job, folder: Path) -> str:
+    """Variables that the job's code seems to read, and does not get although they are set here, and what to do.
+
+    Empty when there are none. A guess, by the names that are in its sources.
+
+    Args:
+        job: the job.
+        folder: of the project, absolute.
+    """
+    names = withheld(os.environ, job.env)
+    found = asked_for(names, _texts(folder)) if names else []
+    return how_to_name(found) if found else ""
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    for path in itertools.islice((path for path in source_files(folder) if path.suffix == ".py"), MOST_FILES):
+        with contextlib.suppress(OSError):
+            yield path.read_text(errors="replace")

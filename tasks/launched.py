@@ -8,6 +8,7 @@ nothing that an earlier one left can be taken for a result.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 import uuid
@@ -31,6 +32,7 @@ from torchworker.contract import (
 )
 from train_and_ship.infra.errors import JobError, ShipError, WorkerError
 from train_and_ship.infra.fork_server import Events, Follower
+from train_and_ship.infra.job_environment import values_of
 from train_and_ship.infra.launchers.hosts import SSH, HostsLauncher
 from train_and_ship.infra.launchers.kubernetes import KubernetesLauncher, Volume
 from train_and_ship.infra.launchers.slurm import SlurmLauncher
@@ -82,7 +84,14 @@ def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) 
             )
 
 
-def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir: Path, died: int = 0) -> Spec:
+def spec_for(
+    chosen: options.Launcher,
+    train: TrainSettings,
+    name: str,
+    out_dir: Path,
+    died: int = 0,
+    given: Mapping[str, str] | None = None,
+) -> Spec:
     """One attempt as a value.
 
     Args:
@@ -91,6 +100,7 @@ def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir:
         name: of the attempt.
         out_dir: its folder, which every machine sees under this path.
         died: launches that `train.restarts` has counted already.
+        given: variables that the job names, with their values.
     """
     machines, nodes = chosen.machines, chosen.nodes
     assert machines is not None
@@ -106,6 +116,7 @@ def spec_for(chosen: options.Launcher, train: TrainSettings, name: str, out_dir:
         nproc=train.processes // nodes,
         python=machines.python or ("python" if image else sys.executable),
         env=machines.env,
+        given=given or {},
         cpus=resources.cpus if resources else None,
         mem_mb=resources.mem_mb if resources else None,
         gpus=resources.gpus if resources else 0,
@@ -142,9 +153,14 @@ async def train_launched(
     attempt = await _attempt_under_way(current, inputs, chosen, say)
     out_dir = folder / attempt.name
     checkpoints = Path(request.checkpoints)
-    spec = spec_for(chosen, request.train, attempt.name, out_dir, Launches.so_far(checkpoints).deaths)
+    named = request.project.env
+    given = values_of(os.environ, named)
+    spec = spec_for(chosen, request.train, attempt.name, out_dir, Launches.so_far(checkpoints).deaths, given)
     try:
         if attempt.job is None:
+            if named and chosen.kubernetes is not None:
+                names = ", ".join(named)
+                say(f"env: pods get {names} only where the Secret of train.launcher.kubernetes.secret has them")
             out_dir.mkdir(exist_ok=True)
             replace(request, folder=str(out_dir)).write(out_dir / REQUEST)
             attempt = await _launch(launcher, spec, attempt, current)

@@ -68,10 +68,20 @@ async def choose_existing(request: Request, source: str) -> Verified:
 
 
 @stage_task("rehearse-existing", "rehearse")
-async def rehearse_existing(request: Request, verified: Verified, gates: bool) -> Verified:
-    """Download it, load every format in a clean process, run the golden inputs, and score it beside what is live."""
-    tried = await try_out(request.settings, verified, gates=gates)
+async def rehearse_existing(request: Request, verified: Verified, gates: bool, load_unsigned: bool = False) -> Verified:
+    """Download it, load what may be in a clean process, run the golden inputs, and score it beside what is live.
+
+    Args:
+        request: who asks for what.
+        verified: the target.
+        gates: as in `move_forward`.
+        load_unsigned: load also formats that carry code and that nobody vouches for.
+    """
+    tried = await try_out(request.settings, verified, gates=gates, load_unsigned=load_unsigned)
     get_run_logger().info("rehearsed from the bucket: %s", tried.verdicts["rehearsal"])
+    for name in ("not loaded", "loaded unsigned"):
+        if name in tried.verdicts:
+            get_run_logger().warning("%s: %s", name, tried.verdicts[name])
     return tried
 
 
@@ -83,7 +93,9 @@ async def move_back(request: Request, verified: Verified) -> Moved:
 
 
 @stage_task("move-forward", "move")
-async def move_forward(request: Request, verified: Verified, gates: bool, again: bool) -> Moved:
+async def move_forward(
+    request: Request, verified: Verified, gates: bool, again: bool, load_unsigned: bool = False
+) -> Moved:
     """As `move_back`, unless it is of another kind than what is live by then, or worse by its own gates: GateError.
 
     Args:
@@ -91,10 +103,12 @@ async def move_forward(request: Request, verified: Verified, gates: bool, again:
         verified: the target, tried.
         gates: False leaves the job's `vs_live` out, which the record says.
         again: also a release that a rollback has just left.
+        load_unsigned: as in `rehearse_existing`.
     """
     pointer = await promote_tried(
-        request.settings, verified, request.mover, gates=gates, again=again, allow=request.allow, move=unless_stopped
-    )
+        request.settings, verified, request.mover, gates=gates, again=again, allow=request.allow,
+        load_unsigned=load_unsigned, move=unless_stopped,
+    )  # fmt: skip
     return await _notify(request, pointer)
 
 

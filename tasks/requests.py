@@ -62,6 +62,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
             for item in job.train.custom_metrics
         ],
         coupled=job.coupled,
+        env=job.env,
     )
 
 

@@ -25,7 +25,7 @@ from train_and_ship.registry.tracking.connection import AwayError, check_reachab
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
 from train_and_ship.tasks.cpp import start_build
-from train_and_ship.tasks.extras import require_extras
+from train_and_ship.tasks.extras import not_passed_on, require_extras
 from train_and_ship.tasks.ledgers import ledger_of
 from train_and_ship.tasks.requests import project_of, run_params
 from train_and_ship.tasks.results import JobFile, Run, flow_run_page
@@ -49,8 +49,9 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
     job = job_file.job
     require_extras(job)
     settings = Settings.load()
-    if unsafe := open_to_others(settings.home):
-        get_run_logger().warning("%s", unsafe)
+    for hint in (open_to_others(settings.home), await asyncio.to_thread(not_passed_on, job, job_file.project)):
+        if hint:
+            get_run_logger().warning("%s", hint)
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)

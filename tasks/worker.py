@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Reply, decode
+from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Project, Reply, decode
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import Events, ForkServer
+from train_and_ship.infra.job_environment import given, how_to_name, mentioned, withheld
 from train_and_ship.infra.processes import last_lines
 
 Result = TypeVar("Result")
@@ -55,8 +57,15 @@ async def call_worker(
     """
     request.write(folder / REQUEST)
     log = folder / f"{stage}.log"
+    project = getattr(request, "project", None)
     status = await fork_server.run(
-        stage, folder / REQUEST, log=log, events=folder / EVENTS if on_event else None, on_event=on_event
+        stage,
+        folder / REQUEST,
+        log=log,
+        # Only what runs the code of the job: the clean room has no use for a bucket.
+        variables=given(os.environ, project.env) if isinstance(project, Project) else None,
+        events=folder / EVENTS if on_event else None,
+        on_event=on_event,
     )
     if not (folder / RESULT).exists():
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -69,7 +78,10 @@ async def call_worker(
         output = [f"Last output{rank}:", *reply.failure.output] if reply.failure.output else []
         if reply.failure.kind == "user":
             trace = [reply.failure.traceback] if stage == "train" and reply.failure.traceback else []
-            raise JobError("\n".join([f"{reply.failure.message}{rank}", *trace, *output]))
+            lines = [f"{reply.failure.message}{rank}", *trace, *output]
+            if isinstance(project, Project):
+                lines += _missed(project, [*lines, reply.failure.traceback or ""])
+            raise JobError("\n".join(lines))
         raise WorkerError(
             "\n".join(
                 [f"{stage}: {reply.failure.message}{rank}", *(output or [f"Last lines of {log}:", last_lines(log)])]
@@ -78,3 +90,9 @@ async def call_worker(
         )
     assert reply.result is not None
     return reply.result
+
+
+def _missed(project: Project, said: list[str]) -> list[str]:
+    """A line on variables that an error of the job's code names, and that are set here and not passed on to it."""
+    found = mentioned(withheld(os.environ, project.env), "\n".join(said))
+    return [how_to_name(found)] if found else []

@@ -55,6 +55,9 @@ INT8_FILES: Mapping[str, str] = {
 INT8_OF: Mapping[str, str] = {"onnx-int8-dynamic": "onnx", "onnx-int8-static": "onnx", "pt2e-int8": "aoti"}
 """The float format that each variant has to be faster than, and whose runtime loads it."""
 
+WITHOUT_CODE = ("onnx", "onnx-int8-dynamic", "onnx-int8-static")
+"""Formats that are data. Whoever loads another one runs a program of whoever made it, some of it native code."""
+
 METRICS: Mapping[str, Literal["higher", "lower"]] = {
     "accuracy": "higher",
     "mean_squared_error": "lower",
@@ -188,6 +191,8 @@ class Project(Message):
     """Absolute folder of verified data that the data factory is given; empty when the job has no snapshot."""
     coupled: bool = False
     """Whether answers may depend on the other samples of a batch: gates are then measured one sample at a time."""
+    env: Sequence[str] = ()
+    """Names of environment variables that the user's code is given; their values are in no message."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ imports user code, never starts threads of its own and never touches a GPU, so w
 with torch in it, and what process/first_imports.py finds safe to share.
 
 Protocol, one JSON object a line. On standard input:
-    {"id": 1, "stage": "train", "request": "/…/request.json", "log": "/…/train.log"}    start a child
+    {"id": 1, "stage": "train", "request": "/…/request.json", "log": "/…/train.log", "env": {…}}    start a child
     {"kill": 1}                                                                          end it and its children
 On standard output:
     {"ready": true}                  torch is imported
@@ -80,6 +80,8 @@ def _child(job: dict[str, Any], parent: int) -> None:
         sys.stdin, sys.stdout, sys.stderr = (open(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115, PTH123
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Of this stage only: others may load what somebody else has made.
+        os.environ.update(job.get("env", {}))
         gc.enable()
         keep_warnings(Path(job["log"]).parent)
         from torchworker.stage import run_stage

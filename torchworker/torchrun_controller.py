@@ -6,6 +6,7 @@ that losing any of them leaves it where it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -50,6 +51,7 @@ class Watch:
                     stderr=subprocess.STDOUT,
                     preexec_fn=functools.partial(die_with_parent, os.getpid()),
                 )
+            self._give(self.connections[host])
         reason, blames = self._wait()
         for connection in self.connections.values():
             connection.kill()
@@ -57,6 +59,15 @@ class Watch:
         draft = self.folder / "hosts.ended.json.part"
         draft.write_text(json.dumps({"reason": reason, "blames": blames, "exit": self.ended}, indent=1))
         draft.replace(self.folder / "hosts.ended.json")
+
+    def _give(self, connection: subprocess.Popen[bytes]) -> None:
+        """The line that the lease at the other end waits for: what is in no argument list and no file."""
+        assert connection.stdin is not None
+        given = {name: os.environ[name] for name in self.plan["given"]}
+        # Whoever does not read is found by `_wait`.
+        with contextlib.suppress(BrokenPipeError):
+            connection.stdin.write(json.dumps(given).encode() + b"\n")
+            connection.stdin.flush()
 
     def _wait(self) -> tuple[str, str]:
         """Until the job is over; why, and who is to blame."""

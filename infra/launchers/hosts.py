@@ -18,6 +18,7 @@ from typing import Any
 
 from train_and_ship.infra import processes
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.job_environment import for_launcher
 from train_and_ship.infra.launchers.spec import Spec, Status
 from train_and_ship.infra.launchers.torchrun import agent_argv, environment
 from train_and_ship.infra.processes import PidFile, Program, last_lines
@@ -64,6 +65,8 @@ def plan(spec: Spec, launcher: HostsLauncher) -> dict[str, Any]:
         "port": launcher.port,
         "min_nodes": spec.min_nodes,
         "time_limit": spec.time_limit,
+        # Their values are in the controller's environment, and go to the machines through standard input.
+        "given": sorted(spec.given),
         "hosts": {
             host: host_argv(spec, host, launcher.connect, launcher.address, launcher.port) for host in chosen
         },
@@ -83,7 +86,7 @@ class HostsLauncher:
     connect: tuple[str, ...] = SSH
     """Argument list in which {host} and {command} are filled in; {command} is one line for a shell."""
     environment: Mapping[str, str] | None = None
-    """Variables of the process that looks after the machines; None: inherited."""
+    """Variables of the process that looks after the machines; None: what it needs of this process's."""
 
     def launch(self, spec: Spec) -> str:
         """As `Launcher` says."""
@@ -95,7 +98,10 @@ class HostsLauncher:
             controller = Program(
                 name=spec.name,
                 argv=[sys.executable, "-P", "-m", "torchworker.torchrun_controller", str(spec.out_dir)],
-                environment=os.environ if self.environment is None else self.environment,
+                environment={
+                    **(for_launcher(os.environ) if self.environment is None else self.environment),
+                    **spec.given,
+                },
                 folder=spec.out_dir,
             )
             processes.start(controller, spec.out_dir / LOG, pid_file)

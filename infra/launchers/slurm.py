@@ -91,13 +91,14 @@ def script(spec: Spec, arguments: Sequence[str] = ()) -> str:
 
 def submission(spec: Spec, arguments: Sequence[str] = ()) -> str:
     """What a POSIX shell does, where Slurm's commands are, to submit the script with no more of its environment than
-    FORWARDED and Slurm's own variables."""
+    FORWARDED, Slurm's own variables, and what the job is given, which is in neither script nor arguments."""
     kept = "|".join((*FORWARDED, "SLURM_*", "SBATCH_*"))
     return "\n".join(
         [
             "for name in $(env | sed -n 's/^\\([A-Za-z_][A-Za-z0-9_]*\\)=.*/\\1/p'); do",
             f'  case $name in SBATCH_EXPORT) unset "$name" ;; {kept}) ;; *) unset "$name" 2> /dev/null ;; esac',
             "done",
+            *(f"export {name}={shlex.quote(value)}" for name, value in spec.given.items()),
             f"exec sbatch --parsable <<'END-OF-{spec.name}'",
             f"{script(spec, arguments)}END-OF-{spec.name}",
             "",

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from train_and_ship.infra.errors import JobError, ServiceError, SettingsError
+from train_and_ship.infra.job_environment import VARIABLE
 
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
 """A DNS label with room for the suffixes that Kubernetes adds to it."""
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 COMMAND_SECONDS = 60
 
 
@@ -41,6 +41,8 @@ class Spec:
     """Interpreter that has torch and torchworker, on every machine."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables of the ranks. Shows in process lists, job scripts and manifests: not for secrets."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """The same, passed on through standard input alone. Kubernetes has `secret` for them instead."""
     cpus: int | None = None
     """Cores on each machine."""
     mem_mb: int | None = None
@@ -63,7 +65,7 @@ class Spec:
             raise ValueError("max_restarts: expected at least 1 when min_nodes is below nodes: going on is a restart")
         if not self.out_dir.is_absolute():
             raise ValueError(f"out_dir: expected an absolute path, got {self.out_dir}")
-        if wrong := [name for name in self.env if not VARIABLE.fullmatch(name)]:
+        if wrong := [name for name in (*self.env, *self.given) if not VARIABLE.fullmatch(name)]:
             raise ValueError(f"env: expected names of variables, got {', '.join(map(repr, wrong))}")
 
     @property

@@ -13,14 +13,15 @@ import base64
 import contextlib
 import hashlib
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import shipreader.signatures as signatures
 from shipreader.errors import ReaderError, RefusedError
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, SettingsError
+from train_and_ship.infra.job_environment import SIGNING_PASSWORD
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.private import signing_password
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest
@@ -28,8 +29,10 @@ from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
-PASSWORD_VARIABLE = "SHIP_SIGNING_KEY_PASSWORD"
 _log = logging.getLogger(__name__)
+
+SIGNATURE = "signature"
+"""What the record of a move calls it where a required one was there."""
 
 
 def load_private_key(path: Path) -> EllipticCurvePrivateKey:
@@ -38,11 +41,11 @@ def load_private_key(path: Path) -> EllipticCurvePrivateKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        key = load_pem_private_key(path.read_bytes(), os.environ.get(PASSWORD_VARIABLE, "").encode() or None)
+        key = load_pem_private_key(path.read_bytes(), signing_password().encode() or None)
     except (OSError, ValueError, TypeError) as error:
         raise SettingsError(
             f"SHIP_SIGNING_KEY: expected a private key in PEM at {path}, got {type(error).__name__}: {error}; "
-            f"{PASSWORD_VARIABLE} is its password"
+            f"{SIGNING_PASSWORD} is its password"
         ) from None
     if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in signatures.CURVES:
         raise SettingsError(
@@ -146,7 +149,7 @@ def require_signer(store: ObjectStore, manifest: Manifest, public_key: Path | No
             f"{manifest.model}: release {manifest.release} does not go live: {error}. SHIP_PUBLIC_KEY={public_key} "
             f"requires it; whoever has the private key signs with `ship sign {manifest.model} {manifest.release}`"
         ) from None
-    return {"signature": f"by key {signatures.key_id(key)[:16]}"}
+    return {SIGNATURE: f"by key {signatures.key_id(key)[:16]}"}
 
 
 def require_usable_keys(signing_key: Path | None, public_key: Path | None) -> None:

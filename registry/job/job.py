@@ -16,6 +16,7 @@ from pydantic import (
 
 from torchworker.contract import METRICS, RUN_IN_CPP, SPEED_GATES
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.job_environment import VARIABLE, holds_secret
 from train_and_ship.registry.identity import RESERVED_CHANNELS, may_be_alias
 from train_and_ship.registry.job.base import Factory, Part, Target, digest
 from train_and_ship.registry.job.data import Checks, Snapshot
@@ -112,8 +113,21 @@ def _is_measured(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _is_variable(name: str) -> str:
+    if not VARIABLE.fullmatch(name):
+        raise ValueError("the name of an environment variable, such as WANDB_API_KEY")
+    if holds_secret(name):
+        raise ValueError(
+            f"a variable that is not ours: {name} says what this application may do, which no job is given; a service "
+            "of your own needs a name and a password of its own"
+        )
+    return name
+
+
 class Job(Part):
     """One model, from code to serving bucket."""
+
+    came_later: ClassVar[frozenset[str]] = frozenset({"env"})
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """model name in MLflow and in the bucket"""
@@ -124,6 +138,9 @@ class Job(Part):
     data: Data
     """called with split="train" | "validation"; returns a dataset"""
     train: Train
+    env: Annotated[tuple[Annotated[str, AfterValidator(_is_variable)], ...], Field(strict=False)] = ()
+    """names of environment variables that your code is given beside the usual ones, such as [WANDB_API_KEY]; the values
+    are recorded nowhere; see trust.md"""
     export: Export = Export()
     parity: Parity = Parity()
     gates: dict[Annotated[str, AfterValidator(_is_measured)], Gate] = Field(default_factory=dict)

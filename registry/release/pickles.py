@@ -13,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 TORCHSCRIPT_ENTRIES = (".pkl", ".debug_pkl")
+SAMPLE_INPUTS = "/data/sample_inputs/model.pt"
+"""The one record of a `.pt2` archive that torch.save has written."""
 _LONGEST_HEAD = 2**20
 """Bytes that are parsed. A pickle that does not end by then is found by what it would call."""
 
@@ -32,7 +34,7 @@ def find_pickle(path: Path, kind: str | None) -> str | None:
         for name in archive.namelist():
             if kind == "torchscript" and name.endswith(TORCHSCRIPT_ENTRIES):
                 continue
-            if kind == "pt2" and name.endswith("/data/sample_inputs/model.pt"):
+            if kind == "pt2" and name.endswith(SAMPLE_INPUTS):
                 continue
             # A torch.save archive is known by its data.pkl.
             with archive.open(name) as entry:

@@ -60,7 +60,7 @@ def test_every_format_is_loaded_and_gives_its_golden_outputs_and_the_record_says
 ) -> None:
     manifest = runnable(object_store, tmp_path / "a", 0.9, seed=1)
     pointer = promoted(settings, object_store, manifest)
-    assert pointer.verdicts["rehearsal"] == "2 checks passed: torchscript"
+    assert pointer.verdicts["rehearsal"] == "2 checks passed: onnx"
     assert pointer.verdicts["bytes"].endswith("downloaded and hashed")
     assert pointer.verdicts["vs_live"] == "nothing was live"
     # Nothing is left on this machine.
@@ -72,7 +72,7 @@ def test_an_artifact_that_does_not_give_its_golden_outputs_does_not_go_live(
     settings: Settings, object_store: ObjectStore, tmp_path: Path, gates: bool
 ) -> None:
     manifest = runnable(object_store, tmp_path / "a", 0.9, seed=1, golden_seed=2)
-    with pytest.raises(GateError, match=r"came back from the bucket, fails: torchscript \(batch 1\), torch"):
+    with pytest.raises(GateError, match=r"came back from the bucket, fails: onnx \(batch 1\), torch"):
         promoted(settings, object_store, manifest, gates)
     assert live(object_store) == ""
 
@@ -81,8 +81,8 @@ def test_an_artifact_that_cannot_be_loaded_does_not_go_live(
     settings: Settings, object_store: ObjectStore, tmp_path: Path
 ) -> None:
     write_release(tmp_path / "a", 1, MODEL)
-    (tmp_path / "a" / ARTIFACT).write_bytes(b"no archive")
-    with pytest.raises(GateError, match=r"fails: torchscript \(load\)"):
+    (tmp_path / "a" / ARTIFACT).write_bytes(b"no model")
+    with pytest.raises(GateError, match=r"fails: onnx \(load\)"):
         promoted(settings, object_store, publish_folder(object_store, tmp_path / "a", MODEL, 0.9))
 
 
@@ -200,7 +200,7 @@ def test_the_command_says_what_was_tried_and_compared(
     done = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")
     assert done.status == 0, done.errors
     assert f"digits prod: release {manifest.release} is live, generation 1" in done.output
-    assert "tried     2 checks passed: torchscript" in done.output and "vs live   nothing was live" in done.output
+    assert "tried     2 checks passed: onnx" in done.output and "vs live   nothing was live" in done.output
     broken = runnable(object_store, tmp_path / "b", 0.9, seed=1, golden_seed=2)
     move(object_store, broken, channel="staging")
     refused = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")
@@ -269,5 +269,5 @@ def test_bytes_that_changed_in_the_bucket_are_found_before_they_are_loaded(
     stored = object_store.head(key)
     assert stored is not None
     object_store.replace(key, b"x" * stored.bytes, stored.etag)
-    with pytest.raises(Exception, match=r"model\.torchscript: altered in the bucket"):
+    with pytest.raises(Exception, match=r"model\.onnx: altered in the bucket"):
         asyncio.run(try_out(settings, verified))

@@ -53,7 +53,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     candidate = request.candidate
     folder = Path(candidate.folder)
     require_hashes(folder, candidate.files)
-    load_libraries(folder / name for name in candidate.files if name.endswith(".so"))
+    load_libraries(folder / name for name in candidate.libraries)
     asked = read_golden(folder, Path(request.moved) if request.moved else None)
     golden = [probe.ordered(candidate.inputs) for probe in asked]
     outputs = [spec.name for spec in candidate.outputs]

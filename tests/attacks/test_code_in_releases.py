@@ -1,0 +1,267 @@
+"""Whoever may publish puts code into a release: native code, a program, a pickle in an archive. Nobody runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import pickle
+import shutil
+import subprocess
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shipreader.records import FileEntry
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
+from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_release
+from tests.support.signing_keys import key_pair
+from torchworker.contract import FORMAT_FILES, INT8_FILES, WITHOUT_CODE
+from train_and_ship.infra.errors import GateError, ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.bucket.signing import publish_signature
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.moves import Target, Verified, ask_promotion
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.release.archives import ARCHIVES, find_fault
+from train_and_ship.registry.release.manifest import Manifest, build_manifest, release_id
+from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
+
+SCRIPT, LIBRARY = "model.torchscript", "operators.so"
+
+
+@pytest.fixture
+def settings(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
+    monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
+    return Settings.load()
+
+
+def published(store: ObjectStore, folder: Path, **formats: str) -> Manifest:
+    signature = {
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", FEATURES]}],
+        "outputs": [{"name": "output", "dtype": "float32", "shape": ["batch", CLASSES]}],
+        "dims": [{"name": "batch", "min": 1, "max": None}],
+    }
+    manifest = build_manifest(folder, model=MODEL, formats=formats, signature=signature, metrics={"accuracy": 0.9})
+    publish(store, folder, manifest)
+    return manifest
+
+
+def asked(store: ObjectStore, manifest: Manifest, public_key: Path | None = None) -> Verified:
+    return ask_promotion(Channel(store, MODEL, CHANNEL, NOWHERE), manifest.release, public_key)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_native_code_and_programs_that_nobody_signed_are_not_loaded_and_the_record_says_so(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    folder, was_here = tmp_path / "release", tmp_path / "was-here"
+    write_release(folder, 1, MODEL)
+    torch.jit.script(classifier(1)).save(str(folder / SCRIPT))  # type: ignore[no-untyped-call]
+    source = f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fclose(fopen("{was_here}", "w")); }}\n'
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-o", str(folder / LIBRARY), "-"]
+    subprocess.run(compiler, input=source, text=True, check=True)
+    manifest = published(object_store, folder, onnx=ARTIFACT, torchscript=SCRIPT)
+    tried = asyncio.run(try_out(settings, asked(object_store, manifest)))
+    assert tried.verdicts["rehearsal"] == "2 checks passed: onnx"
+    assert tried.verdicts["not loaded"] == ("torchscript: not signed; only their hashes and archives were looked at")
+    assert not was_here.exists()
+    # Whoever has the key vouches for it.
+    key = key_pair(tmp_path)
+    publish_signature(object_store, manifest, key)
+    tried = asyncio.run(try_out(settings, asked(object_store, manifest, key.with_suffix(".pub"))))
+    assert tried.verdicts["rehearsal"] == "4 checks passed: onnx, torchscript"
+    assert "not loaded" not in tried.verdicts and was_here.exists()
+
+
+def test_a_release_of_nothing_but_code_is_refused_before_anything_is_fetched_with_the_ways_out(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    (folder / ARTIFACT).rename(folder / SCRIPT)
+    manifest = published(object_store, folder, torchscript=SCRIPT)
+    with pytest.raises(GateError) as refused:
+        asyncio.run(try_out(settings, asked(object_store, manifest)))
+    for way_out in ("SHIP_PUBLIC_KEY", f"ship sign {MODEL} {manifest.release}", "machine that made it", "export onnx"):
+        assert way_out in str(refused.value)
+    assert "--load-unsigned" in str(refused.value)
+    assert not settings.home.exists()
+
+
+def verified_of(*formats: str, libraries: tuple[str, ...] = (), **verdicts: str) -> Verified:
+    """A release of these formats; each file has its name as its hash."""
+    files = {**{kind: f"{kind}-hash" for kind in formats}, **{name: f"{name}-hash" for name in libraries}}
+    manifest = Manifest(
+        model=MODEL, release="0" * 20, files={name: FileEntry(sha256=sha, bytes=1) for name, sha in files.items()},
+        formats={kind: kind for kind in formats}, signature={}, metrics={}, serve={"latency": formats[-1]},
+    )  # fmt: skip
+    target: Any = Target(
+        channel=Channel(Any, MODEL, CHANNEL), release="0" * 20, mlflow_version="", live=None, expects_live=False
+    )  # type: ignore[arg-type]
+    return Verified(target=target, manifest=manifest, verdicts=verdicts)
+
+
+def test_every_format_but_onnx_carries_code() -> None:
+    known = {*FORMAT_FILES, *INT8_FILES}
+    assert set(WITHOUT_CODE) == {kind for kind in known if kind.startswith("onnx")}
+
+
+@pytest.mark.parametrize(
+    ("made_here", "verdicts", "word", "loaded", "libraries", "said"),
+    [
+        ((), {}, False, ["onnx"], False, {"not loaded": "aoti, pt2: not signed; only their hashes and archives were "
+                                          "looked at; what it recommends is among them: pt2"}),
+        (("pt2-hash", "ops.so-hash"), {}, False, ["onnx", "pt2"], True,
+         {"unsigned": "pt2: made by a run on this machine",
+          "not loaded": "aoti: not signed; only their hashes and archives were looked at"}),
+        # A library is loaded for all formats: one that came from elsewhere keeps all that may need it out.
+        (("pt2-hash", "aoti-hash"), {}, False, ["onnx"], False, None),
+        (("pt2-hash", "ops.so-hash"), {}, True, ["aoti", "onnx", "pt2"], True,
+         {"unsigned": "pt2: made by a run on this machine", "loaded unsigned": "aoti: by --load-unsigned"}),
+        ((), {"signature": "by key 0123"}, False, ["aoti", "onnx", "pt2"], True, {}),
+    ],
+    ids=["nobody vouches", "made here in part", "library from elsewhere", "by a word", "signed"],
+)  # fmt: skip
+def test_what_is_loaded_is_what_somebody_vouches_for(
+    made_here: tuple[str, ...], verdicts: dict[str, str], word: bool, loaded: list[str], libraries: bool,
+    said: dict[str, str] | None,
+) -> None:  # fmt: skip
+    verified = verified_of("aoti", "onnx", "pt2", libraries=("ops.so",), **verdicts)
+    chosen = _choose(verified, made_here, load_unsigned=word)
+    assert (chosen.loaded, chosen.libraries) == (loaded, libraries)
+    assert said is None or chosen.said == said
+
+
+def test_only_complete_exports_of_runs_here_vouch_for_their_bytes(tmp_path: Path) -> None:
+    for name, complete in (("a", True), ("b", False)):
+        stage = StageFolder(tmp_path / name, "export", inputs="")
+        (stage.begin() / "model.pt2").write_bytes(name.encode())
+        if complete:
+            stage.finish()
+    assert _hashes_of_runs(tmp_path) == {FileEntry.of(tmp_path / "a" / "export" / "model.pt2").sha256}
+
+
+# ---- archives
+
+
+def archive(*records: tuple[str, bytes], how: Callable[[zipfile.ZipInfo], None] = lambda info: None) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as packed, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Duplicate name")
+        for name, content in records:
+            info = zipfile.ZipInfo(name)
+            how(info)
+            packed.writestr(info, content)
+    return held.getvalue()
+
+
+def compressed(info: zipfile.ZipInfo) -> None:
+    info.compress_type = zipfile.ZIP_DEFLATED
+
+
+class Harmless:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("loaded",)
+
+
+SAMPLES = "model/data/sample_inputs/model.pt"
+TENSORS = pickle.dumps({"a": 1.5}, 2)
+CALLS = pickle.dumps(Harmless(), 2)
+NEWER = pickle.dumps(Harmless(), 4)
+GOOD = [("model/data.pkl", TENSORS), ("model/version", b"3\n")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "fault"),
+    [
+        ("torchscript", b"no archive", "a file that does not end as one"),
+        ("torchscript", archive(*GOOD) + b"more", "a file that does not end as one"),
+        ("torchscript", b"before" + archive(*GOOD), "does not lie behind the record before it"),
+        ("torchscript", archive(("m/../../x", b"1")), "a record with the name 'm/../../x'"),
+        ("torchscript", archive(("/etc/x", b"1")), "a record with the name '/etc/x'"),
+        ("torchscript", archive(*GOOD, GOOD[0]), "two records with the name 'model/data.pkl'"),
+        ("torchscript", archive(*GOOD, how=compressed), "which is not stored as it is"),
+        ("torchscript", archive(("m/data.pkl", CALLS)), "m/data.pkl, which names __builtin__ print"),
+        ("torchscript", archive(("m/data.pkl", NEWER)), "m/data.pkl, which names something by STACK_GLOBAL"),
+        ("torchscript", archive(("m/code/a.debug_pkl", b"\x80\x02nothing")), "names nothing that can be read"),
+        ("torchscript", archive(("m/extra/x", archive(*GOOD))), "m/extra/x, an archive in the archive"),
+        ("pt2", archive((SAMPLES, TENSORS)), "which is no archive of tensors"),
+        ("pt2", archive((SAMPLES, archive(("a/data.pkl", CALLS)))), "with a/data.pkl, which names __builtin__ print"),
+        ("pt2", archive((SAMPLES, archive(("a/data.pkl", TENSORS), ("a/data/0", archive(*GOOD))))), "an archive in"),
+        ("pt2", archive(("m/data/weights/model_weights_config.json", b'{"w": {"use_pickle": true}}')), "as pickles"),
+        ("pt2", archive(("m/data/weights/weight_0", archive(*GOOD))), "weight_0, an archive in the archive"),
+        ("aoti", archive(("m/data/x.pkl", CALLS)), "m/data/x.pkl, which names __builtin__ print"),
+    ],
+)  # fmt: skip
+def test_an_archive_that_torch_did_not_write_so_is_not_loaded(
+    tmp_path: Path, kind: str, content: bytes, fault: str
+) -> None:
+    (tmp_path / "model").write_bytes(content)
+    assert fault in (find_fault(tmp_path / "model", kind) or "no fault")
+
+
+def test_records_that_say_other_sizes_than_they_have_are_found(tmp_path: Path) -> None:
+    content = bytearray(archive(*GOOD))
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 24 : entry + 28] = (2**31).to_bytes(4, "little")
+    (tmp_path / "model").write_bytes(content)
+    assert "two sizes" in (find_fault(tmp_path / "model", "torchscript") or "")
+    content[entry + 20 : entry + 24] = (2**31).to_bytes(4, "little")
+    (tmp_path / "model").write_bytes(content)
+    assert find_fault(tmp_path / "model", "torchscript") is not None
+
+
+def test_records_that_share_their_bytes_are_found(tmp_path: Path) -> None:
+    """A small file that unpacks to a large one."""
+    content = bytearray(archive(("a", b"x" * 1000), ("b", b"y" * 1000)))
+    second = content.rindex(b"PK\x01\x02")
+    content[second + 42 : second + 46] = (0).to_bytes(4, "little")
+    (tmp_path / "model").write_bytes(content)
+    assert "does not lie behind" in (find_fault(tmp_path / "model", "torchscript") or "")
+
+
+def test_what_torch_writes_is_let_through(tmp_path: Path) -> None:
+    torch.jit.script(classifier(1)).save(str(tmp_path / SCRIPT))  # type: ignore[no-untyped-call]
+    assert find_fault(tmp_path / SCRIPT, "torchscript") is None
+    held = io.BytesIO()
+    torch.save(((torch.zeros(2, 3), torch.ones(1, dtype=torch.bool)), {"n": torch.zeros((), dtype=torch.int64)}), held)
+    (tmp_path / "model.pt2").write_bytes(archive((SAMPLES, held.getvalue()), ("model/models/model.json", b"{}")))
+    assert find_fault(tmp_path / "model.pt2", "pt2") is None
+    assert set(ARCHIVES) < set(FORMAT_FILES)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "content", "fault"),
+    [
+        ("labels.bin", "", CALLS, r"labels\.bin: expected no pickle in a release, got one"),
+        (SCRIPT, "torchscript", archive(("m/data.pkl", CALLS)), r"expected an archive as torch writes it, got m/data"),
+    ],
+)
+def test_what_comes_from_the_bucket_is_looked_through_before_it_is_loaded(
+    object_store: ObjectStore, tmp_path: Path, name: str, kind: str, content: bytes, fault: str
+) -> None:
+    """Whoever may write to the bucket needs none of our code to publish."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    files = {name: FileEntry.of(folder / name)}
+    manifest = Manifest(
+        model=MODEL, release=release_id(files), files=files, formats={kind: name} if kind else {}, signature={},
+        metrics={},
+    )  # fmt: skip
+    publish(object_store, folder, manifest)
+    with pytest.raises(ReleaseError, match=fault):
+        download_anew(object_store, manifest, tmp_path / "copy")
+    move(object_store, manifest)
+    pointer = read_pointer(Channel(object_store, MODEL, CHANNEL))
+    release, problem = live_copy(object_store, tmp_path / "copies", pointer, None)
+    assert release is None and problem.startswith("it is broken: ")
