@@ -29,11 +29,12 @@ _END, _END_BYTES, _HEADER_BYTES = b"PK\x05\x06", 22, 30
 _ENCRYPTED = 0x1
 
 _TENSORS = re.compile(
-    r"collections OrderedDict"
-    r"|torch._utils _rebuild_\w+"
-    r"|torch (\w+Storage|Size|device|bool|(b?float|u?int|q?u?int|complex)\w*)"
+    r"collections (OrderedDict|Counter)|(__builtin__|builtins) (set|bytearray|complex)|_codecs encode"
+    r"|torch\._utils _rebuild_\w+|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter"
+    r"|torch\.serialization _get_layout|torch(\.storage|\.cuda|\.sparse|\.cuda\.sparse)? \w+(Storage|Tensor)"
+    r"|torch (Tensor|Size|device|bool|(b?float|u?int|q?u?int|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
 )
-"""What tensors are made of, as pickle's GLOBAL names it."""
+"""What tensors are made of, as pickle's GLOBAL names it: what torch reads with `weights_only=True`, and no more."""
 _PROGRAM = re.compile(r"__torch__[.\w]* \w+|torch\.jit\._pickle \w+")
 """And classes of the archive itself, which torch's C++ reader looks for there and nowhere else."""
 _USES_PICKLE = re.compile(rb'"use_pickle"\s*:\s*true')

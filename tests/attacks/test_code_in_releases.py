@@ -30,7 +30,7 @@ from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import Target, Verified, ask_promotion
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.release.archives import ARCHIVES, find_fault
+from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
 from train_and_ship.registry.release.manifest import Manifest, build_manifest, release_id
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
@@ -237,6 +237,15 @@ def test_what_torch_writes_is_let_through(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_bytes(archive((SAMPLES, held.getvalue()), ("model/models/model.json", b"{}")))
     assert find_fault(tmp_path / "model.pt2", "pt2") is None
     assert set(ARCHIVES) < set(FORMAT_FILES)
+
+
+def test_a_tensor_may_name_what_torch_reads_without_running_code_and_nothing_else() -> None:
+    from torch._weights_only_unpickler import _get_allowed_globals  # type: ignore[attr-defined]
+
+    known = [" ".join(name.rsplit(".", 1)) for name in _get_allowed_globals()]
+    assert [name for name in known if not _TENSORS.fullmatch(name)] == []
+    for name in ("os system", "builtins eval", "builtins getattr", "torch load", "torch.hub load", "torch._utils x"):
+        assert not _TENSORS.fullmatch(name)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.release.archives import require_sound
 from train_and_ship.registry.release.pickles import TORCHSCRIPT_ENTRIES, find_pickle
 
 
@@ -38,6 +39,7 @@ def test_no_file_of_a_release_is_a_pickle_and_torchs_own_archives_name_nothing_b
     kinds = {path: kind for kind, path in manifest.formats.items()}
     for name in manifest.files:
         assert find_pickle(tmp_path / "release" / name, kinds.get(name)) is None
+    require_sound(tmp_path / "release", manifest)
     with zipfile.ZipFile(tmp_path / "release" / "model.torchscript") as archive:
         pickled = [archive.read(name) for name in archive.namelist() if name.endswith(TORCHSCRIPT_ENTRIES)]
     named = {str(arg) for data in pickled for op, arg, _ in pickletools.genops(data) if op.name == "GLOBAL"}
