@@ -23,7 +23,7 @@ def keep_private() -> None:
     Before any code of a job runs. The process is made "not dumpable" (prctl(2), PR_SET_DUMPABLE): what /proc has of its
     environment, memory and files belongs to root, and debuggers need root's rights. A program that it starts is
     dumpable again and gets what it is given. Not kept out: whoever has CAP_SYS_PTRACE, as root has, and with newer
-    kernels CAP_PERFMON or CAP_SYS_ADMIN (seen with 6.18; 4.19 and 5.15 were not asked).
+    kernels CAP_PERFMON or CAP_SYS_ADMIN (seen on 6.18).
     """
     if any(holds_secret(name) for name in os.environ):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
