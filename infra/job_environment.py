@@ -42,7 +42,7 @@ _FAMILIES = (
     *("LC_", "XDG_", "PYTHON"),
     # Threads and kernels.
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "ONEDNN_", "DNNL_", "ORT_", "OPENVINO_"),
-    *("MALLOC_", "TORCH", "PYTORCH_", "ATEN_", "TRITON_", "XLA_"),
+    *("MALLOC_", "TORCH", "PYTORCH_", "ATEN_", "TRITON_", "XLA_", "NPY_", "PANDAS_", "SCIPY_", "SKLEARN_", "JOBLIB_"),
     # Devices, and the network between them.
     *("CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "HIP_", "HSA_", "ROCM_", "ROCR_", "MIOPEN_"),
     *("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "SLURM_", "PMI_", "PMIX_"),
