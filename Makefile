@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak public check matrix month bench bench-store bench-parity bench-inference up down clean
+.PHONY: ship test soak public check matrix month bench bench-store bench-parity bench-inference pins up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -71,6 +71,13 @@ bench-inference: $(READY)
 # Seeds defects into small models and counts what our gate and four common rules notice.
 bench-parity: $(READY)
 	$(BIN)/python benchmarks/seeded_defects.py
+
+# What `ship serve` installs, with the hashes of all files of each version in the list; needs uv. Change a version there first.
+pins:
+	sed -n 's/^\([A-Za-z][^ ]*==[^ ]*\).*/\1/p' ship/serving-requirements.txt > build/serving.in
+	uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header build/serving.in --output-file build/serving.txt
+	{ grep '^#' ship/serving-requirements.txt; cat build/serving.txt; } > build/serving-requirements.txt
+	mv build/serving-requirements.txt ship/serving-requirements.txt
 
 up: $(READY)
 	$(BIN)/ship up

@@ -29,8 +29,9 @@ async def promote(
 ) -> Moved:
     """Put what is live on `source` live on `channel`, after it was tried: downloaded, loaded, run, and compared.
 
-    `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve` a person has to say
-    yes on this run's page first. `gates` asks the release's own `vs_live`; `again` allows a release that a rollback has
+    `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve`, or where the
+    channel requires it (`ship channel show`), a person has to say yes on this run's page first. `gates` asks the
+    release's own `vs_live`; `again` allows a release that a rollback has
     just left. `allow` says in what the release may be of another kind than what is live: signature, labels, formats,
     model, live_score, runtime. `load_unsigned` runs code of the release that nobody vouches for. `why` and `by` are for
     the record.
@@ -39,8 +40,7 @@ async def promote(
         request = await ask(model, channel, why, by, allow)
         candidate = await choose_existing(request, source)
         tried = await rehearse_existing(request, candidate, gates, load_unsigned)
-        if approve:
-            tried = await approval(request, tried)
-        moved = await move_forward(request, tried, gates, again, load_unsigned)
-        await report_move(request, tried, moved)
+        approved = await approval(request, tried, approve)
+        moved = await move_forward(request, approved, gates, again, load_unsigned)
+        await report_move(request, approved, moved)
         return moved

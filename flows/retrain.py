@@ -18,7 +18,7 @@ from train_and_ship.tasks.outcome import end_mlflow_run, record_failure, report_
 from train_and_ship.tasks.promote import promote_if_better
 from train_and_ship.tasks.register import register
 from train_and_ship.tasks.rehearse import rehearse
-from train_and_ship.tasks.results import RetrainResult
+from train_and_ship.tasks.results import RetrainResult, RunId
 from train_and_ship.tasks.run import begin
 from train_and_ship.tasks.train import train
 from train_and_ship.tasks.validate import validate
@@ -34,7 +34,7 @@ async def retrain(
     job: str = "examples/digits/job.yaml",
     why: str = "",
     force: bool = False,
-    resume: str = "",
+    resume: RunId = "",
     allow: Sequence[str] = (),
 ) -> State[RetrainResult]:
     """Train again when code, data, job or environment changed, and promote what is better than the live release.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from train_and_ship.tasks.approval import approval
 from train_and_ship.tasks.move_report import report_move
 from train_and_ship.tasks.moves import ask, choose_earlier, move_back
 from train_and_ship.tasks.outcome import report_failure
@@ -15,11 +16,13 @@ from train_and_ship.tasks.stopping import stoppable
 async def rollback(model: str, why: str, channel: str = "prod", to: str = "", by: str = "") -> Moved:
     """Put back what was live before, after reading every byte of it back.
 
-    `to` names a release instead: an id, `prod~2`, `staging`, or `v7` in MLflow. `why` and `by` are for the record.
+    `to` names a release instead: an id, `prod~2`, `staging`, or `v7` in MLflow; then a person has to say yes where the
+    channel requires it (`ship channel show`). `why` and `by` are for the record.
     """
     async with stoppable():
         request = await ask(model, channel, why, by)
         earlier = await choose_earlier(request, to)
-        moved = await move_back(request, earlier)
-        await report_move(request, earlier, moved)
+        approved = await approval(request, earlier)
+        moved = await move_back(request, approved)
+        await report_move(request, approved, moved)
         return moved

@@ -15,7 +15,7 @@ from train_and_ship.tasks.promote import promote
 from train_and_ship.tasks.register import register
 from train_and_ship.tasks.rehearse import rehearse
 from train_and_ship.tasks.report import report
-from train_and_ship.tasks.results import Shipped
+from train_and_ship.tasks.results import RunId, Shipped
 from train_and_ship.tasks.run import begin
 from train_and_ship.tasks.train import train
 from train_and_ship.tasks.validate import validate
@@ -27,7 +27,9 @@ from train_and_ship.tasks.validate import validate
     on_crashed=[report_failure, end_mlflow_run],
     on_cancellation=[report_failure],
 )
-async def train_and_ship(job: str = "examples/digits/job.yaml", resume: str = "", allow: Sequence[str] = ()) -> Shipped:
+async def train_and_ship(
+    job: str = "examples/digits/job.yaml", resume: RunId = "", allow: Sequence[str] = ()
+) -> Shipped:
     """Train a model, prove its exports equal to it, and put it live.
 
     `job` is the path of a job file; `resume` the id of an earlier run of it to go on with; `allow` says in what the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.home import make_folder
 
 MANIFEST = "STAGE.json"
+RUN_ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+"""What Prefect calls a flow run, and the name of the folder of one."""
 
 
 class StageFolder:
@@ -78,10 +81,24 @@ def _hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def is_run_id(text: str) -> bool:
+    """Whether it is the id of a flow run, and no path: it becomes part of one."""
+    return re.fullmatch(RUN_ID, text) is not None
+
+
+def require_run_id(resume: str) -> None:
+    """Raises JobError unless `resume` can be the id of a run; an empty one names none."""
+    if resume and not is_run_id(resume):
+        raise JobError(
+            "resume: expected the id of a flow run, which is the name of its folder, such as "
+            f"0932e559-aef2-4a0b-8800-1413436e53d9, got {resume!r}"
+        )
+
+
 def run_folder(runs: Path, flow_run_id: str, resume: str) -> Path:
     """The folder of this run, made when it is not there; or that of an earlier one. Raises JobError for no such run."""
     folder = runs / (resume or flow_run_id)
-    if resume and (folder.parent != runs or not folder.is_dir()):
+    if resume and (not is_run_id(resume) or folder.is_symlink() or not folder.is_dir()):
         known = sorted((path for path in runs.glob("*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)
         names = ", ".join(path.name for path in known[:3])
         raise JobError(f"resume: expected the id of a run in {runs}, got {resume!r}; the last ones: {names or 'none'}")

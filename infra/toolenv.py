@@ -29,8 +29,16 @@ def cache_folder() -> Path:
 def environment(name: str, requirements: Sequence[str], report: Callable[[str], None] = lambda line: None) -> Path:
     """The interpreter of an environment that has exactly these requirements; made on first use.
 
-    report: told before the first use, which may take minutes. Raises ServiceError when pip cannot get them, or another
-    process has been at it for half an hour.
+    Where they have hashes (`name==version --hash=sha256:…`), all of them need one, and pip takes no file with another one,
+    whatever the index says.
+
+    Args:
+        name: what it is for.
+        requirements: as pip writes them, one each.
+        report: told before the first use, which may take minutes.
+
+    Raises:
+        ServiceError: pip cannot get them, or another process has been at it for half an hour.
     """
     key = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:12]
     home = cache_folder() / f"{name}-{key}"
@@ -42,8 +50,12 @@ def environment(name: str, requirements: Sequence[str], report: Callable[[str], 
             report(f"setting up {name} in {home}, once")
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-            done = subprocess.run(install, capture_output=True, text=True)
+            # Hashes are taken from a file only.
+            asked = home / "requirements.txt"
+            asked.write_text("\n".join(requirements) + "\n")
+            hashes = ["--require-hashes"] if any("--hash" in line for line in requirements) else []
+            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *hashes]
+            done = subprocess.run([*install, "--requirement", str(asked)], capture_output=True, text=True)
             if done.returncode:
                 shutil.rmtree(home)
                 raise ServiceError(f"{name}: pip cannot install it here: {done.stderr.strip()[-1000:]}")

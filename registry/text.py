@@ -6,7 +6,7 @@ The third is registry/report/html.py. What stands in a table may come from a use
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train_and_ship.infra.addresses import without_password
@@ -63,33 +63,27 @@ class Table:
         padded = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         return "\n".join([*padded, *self.notes])
 
-    def markdown(self, escape: Callable[[str], str] | None = None) -> str:
-        """For Prefect and MLflow; empty when it has no rows.
-
-        Args:
-            escape: What keeps a cell's text from being markup; `escaped` when None. MLflow shows the backslashes of
-                `escaped`, so what goes there passes `str`.
-        """
+    def markdown(self) -> str:
+        """For Prefect and MLflow; empty when it has no rows."""
         if not self.rows:
             return ""
-        kept = escape or escaped
 
         def shown(cell: Cell) -> str:
             match cell:
                 case Link():
-                    return f"[{kept(cell.text)}](<{cell.url}>)" if cell.safe else kept(cell.text)
+                    return f"[{escaped(cell.text)}](<{cell.url}>)" if cell.safe else escaped(cell.text)
                 case Mark():
-                    return kept(cell.text) if cell.good else f"**{kept(cell.text)}**"
+                    return escaped(cell.text) if cell.good else f"**{escaped(cell.text)}**"
                 case str():
-                    return kept(cell)
+                    return escaped(cell)
 
-        header = [kept(name) for name in self.header] or ["what", "value"]
+        header = [escaped(name) for name in self.header] or ["what", "value"]
         # MLflow's page leaves no room between columns; a no-break space does, also where the text is read raw.
         gap = "\u00a0" * 2
         body = [header, *([shown(cell) for cell in row] for row in self.rows)]
         lines = ["| " + " | ".join(one_line(cell) + gap for cell in line) + " |" for line in body]
         lines.insert(1, "| " + " | ".join(["---"] * len(header)) + " |")
-        notes = [f"- {one_line(kept(note))}" for note in self.notes]
+        notes = [f"- {one_line(escaped(note))}" for note in self.notes]
         return "\n".join([*lines, *([""] if notes else []), *notes])
 
     def _plain(self) -> list[list[str]]:
@@ -97,12 +91,40 @@ class Table:
         return [list(self.header), *cells] if self.header else cells
 
 
-_MARKDOWN = re.compile(r"([\\`*\[\]<>])")
+_MARKUP = re.compile(
+    r"&(?=[#\w])|[`*~\[\]\\]"
+    # A tag or an address in brackets; `<= 8` is neither.
+    r"|<(?=[A-Za-z/?!$]|$)"
+    # Emphasis, which within a word (vs_live) none is.
+    r"|(?<![^\W_])_|_(?![^\W_])"
+    # What pages make links of by themselves: addresses, e-mail, people.
+    r"|(?<=\w):(?=//)|(?<=\bwww)\.|@(?=[\w-]+\.)|(?<!\w)@"
+    # Headings, quotes, lists, rules and tables, at the beginning of a line; numbers such as -0.01 are none.
+    r"|^[ \t]*(?:[#=|]|>(?!=)|[+-](?=\s|$)|-(?=-)|:(?=-)|\d{1,9}[.)](?=\s))",
+    re.MULTILINE | re.IGNORECASE,
+)
 
 
 def escaped(text: str) -> str:
-    """Text that markdown leaves alone. Pipes are left to the table that it stands in."""
-    return _MARKDOWN.sub(r"\\\1", text)
+    """Text of others that markdown shows as it is: no tag, link, image, heading or emphasis of theirs is rendered.
+
+    By character references, which Prefect's pages, MLflow's (showdown) and CommonMark all show as the character;
+    backslashes are seen in MLflow. In code spans and fences they are not: see `fenced`. Pipes are left to the table
+    that it stands in.
+    """
+    # Markdown ends a line there too.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _MARKUP.sub(lambda found: "".join(_reference(letter) for letter in found[0]), text)
+
+
+def _reference(letter: str) -> str:
+    return letter if letter in " \t" else f"&#{ord(letter)};"
+
+
+def fenced(text: str) -> str:
+    """Text of others whose lines are kept, in a fixed pitch, between fences that it cannot close."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def one_line(text: str) -> str:

@@ -94,6 +94,34 @@ def approve(
     approve(run, not reject, by, comment)
 
 
+channel_app = typer.Typer(help="What moves of a channel take: whether a person has to say yes.", no_args_is_help=True)
+app.add_typer(channel_app, name="channel")
+Named = Annotated[
+    list[str], typer.Argument(metavar="[MODEL] CHANNEL", help="The model may be left out when there is only one.")
+]
+
+
+@channel_app.command("set")
+def channel_set(
+    names: Named,
+    approval: Annotated[str, typer.Option(help="required or none: whether a person says yes before it moves.")],
+    why: Annotated[str, typer.Option(help="The reason, for the record.")] = "",
+    new: Annotated[bool, typer.Option("--new", help="Also of a model that has no release yet.")] = False,
+) -> None:
+    """Say what moves of a channel take from now on: by runs, promotions, and rollbacks to a release that is named."""
+    from train_and_ship.ship.channel import set_channel
+
+    set_channel(names, approval, why, new)
+
+
+@channel_app.command("show")
+def channel_show(names: Named, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what moves of a channel take, and who said so."""
+    from train_and_ship.ship.channel import show_channel
+
+    show_channel(names, as_json)
+
+
 @app.command()
 def check(
     job: Path,
@@ -219,15 +247,23 @@ def sign(model: str, release: str) -> None:
 
 @app.command()
 def iam(
-    role: Annotated[str, typer.Argument(help="trainer, promoter, reader, gc, viewer or server.")],
+    role: Annotated[str, typer.Argument(help="trainer, promoter, owner, reader, gc, viewer or server.")],
     model: Annotated[str, typer.Option(help="For this model alone.")] = "*",
     channel: Annotated[str, typer.Option(help="For this channel alone.")] = "*",
     kms_key: Annotated[str, typer.Option(help="ARN of the key of a bucket with SSE-KMS.")] = "",
+    write_once: Annotated[
+        bool | None,
+        typer.Option(
+            "--write-once/--no-write-once",
+            help="Whether it says that records are made once, which takes a store that knows s3:if-none-match; "
+            "where no other store than AWS's is set, it does.",
+        ),
+    ] = None,
 ) -> None:
     """Print the least-privilege IAM policy of a role on the bucket."""
     from train_and_ship.ship.iam import iam
 
-    iam(role, model, channel, kms_key)
+    iam(role, model, channel, kms_key, write_once)
 
 
 @app.command()

@@ -15,14 +15,18 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.aliases import sync_after_move
 from train_and_ship.registry.channels.moves import (
+    Flow,
     Mover,
     Verified,
     ask_promotion,
-    ask_rollback,
+    choose_rollback,
     described,
+    require_asked,
     roll_back,
+    verify_target,
 )
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.ship.named import named_channel, named_kinds
 
 _LOADED = ("unsigned", "loaded unsigned", "not loaded")
@@ -32,7 +36,12 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     """Go back to what was live before, or to the release that `to` names."""
     mover = Mover(by=who(), why=why)
     settings = Settings.load()
-    verified = ask_rollback(named_channel(settings, model, channel), to, settings.public_key, read_back=not quick)
+    asked = named_channel(settings, model, channel)
+    target = choose_rollback(asked, resolve_release(asked, to) if to else None)
+    if not target.was_before:
+        # Before every byte is read.
+        require_asked(target, "", Flow.ROLLBACK)
+    verified = verify_target(target, read_back=not quick, public_key=settings.public_key)
     _finish(settings, verified, roll_back(verified, mover))
 
 
@@ -54,6 +63,8 @@ def promote(
     mover, allow = Mover(by=who(), why=why), named_kinds(allow)
     settings = Settings.load()
     verified = ask_promotion(named_channel(settings, model, channel), source, settings.public_key)
+    # Before it is tried.
+    require_asked(verified.target, "", Flow.PROMOTE)
 
     async def tried() -> tuple[Verified, Pointer]:
         tried = await try_out(settings, verified, gates=gates, load_unsigned=load_unsigned)

@@ -67,9 +67,9 @@ main()
 
 
 def requirements() -> list[str]:
-    """What the serving environment holds, each with its version."""
-    lines = Path(__file__).with_name("serving-requirements.txt").read_text().splitlines()
-    return [line for line in lines if not line.startswith("#")]
+    """What the serving environment holds, each with its version and the hashes of all its wheels."""
+    text = Path(__file__).with_name("serving-requirements.txt").read_text().replace("\\\n", " ")
+    return [" ".join(line.split()) for line in text.splitlines() if not line.lstrip().startswith("#") and line.strip()]
 
 
 def serve(

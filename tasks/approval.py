@@ -6,9 +6,11 @@ import asyncio
 import dataclasses
 import time
 import uuid
+from collections.abc import Sequence
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import apause_flow_run
 from prefect.input import RunInput, keyset_from_base_key
@@ -18,16 +20,20 @@ from pydantic import Field
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.prefect_events import ASKED
+from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.tombstones import hold
+from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import Verified, described, kind_changes
+from train_and_ship.registry.channels.rules import Rules, known_rules
 from train_and_ship.registry.kind import not_allowed
 from train_and_ship.registry.report.move import noticed
-from train_and_ship.registry.text import Table
-from train_and_ship.tasks.away import is_away
+from train_and_ship.registry.text import Table, escaped
+from train_and_ship.tasks.away import is_away, patiently
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.move_report import show_question, what_changes
 from train_and_ship.tasks.publish import places, publish_question, waiting
-from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run, consent
+from train_and_ship.tasks.results import Answer, Registered, Rehearsed, Request, Run, consent, flow_run_page
+from train_and_ship.tasks.stage import stage_task
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a person may take."""
@@ -40,17 +46,50 @@ class Approval(RunInput):
     approve: bool = Field(False, description="Put it live.")
     by: str = Field(min_length=1, description="Your name, for the record.")
     comment: str = ""
+    account: str = Field("", description="Leave it empty: `ship approve` says here which account it runs under.")
 
 
-async def ask_person(question: str) -> Answer:
+async def ask_person(question: str, *, required: str = "", asked_from: str = "") -> Answer:
     """Pause the flow run, with the question on its page, until somebody has answered there or with `ship approve`.
 
     Prefect may be away meanwhile, also when the question is put: it is asked again until the person's time is over, and
-    an answer that it has taken counts. Raises FlowPauseTimeout then.
+    an answer that it has taken counts.
+
+    Args:
+        question: markdown.
+        required: by what a person has to be asked, for the record.
+        asked_from: the account of whoever asked for the move, whose yes does not count: another person is asked for.
+            Empty where that is not known, or does not matter.
+
+    Raises:
+        FlowPauseTimeout: nobody has answered in time.
     """
-    answer = await _Question(question).answer()
-    said = f"by {answer.by}" + (f": {answer.comment}" if answer.comment else "")
-    return Answer(approved=answer.approve, said=said)
+    asked = question
+    while True:
+        answer = await _Question(asked).answer()
+        if not (answer.approve and asked_from and answer.account == asked_from):
+            break
+        get_run_logger().warning("%s asked for this move, and another person has to say yes", asked_from)
+        asked = f"{question}\n\n**{escaped(asked_from)} asked for it, and another person has to say yes.**"
+    said = f"by someone said to be {answer.by}" + (f": {answer.comment}" if answer.comment else "")
+    return Answer(approved=answer.approve, said=said, account=answer.account, asked_from=asked_from, required=required)
+
+
+async def requester() -> str:
+    """The account of whoever started this flow run, where that is known and not just said; empty elsewhere.
+
+    Prefect Cloud knows its users. A run that no deployment made was started by the account of this process.
+    """
+    run_id = uuid.UUID(flow_run.get_id())
+
+    async def read() -> FlowRun:
+        async with get_client() as client:
+            return await client.read_flow_run(run_id)
+
+    run = await patiently(read, "who asked for this move is asked there")
+    if run.created_by is not None and run.created_by.type == "USER":
+        return run.created_by.display_value or ""
+    return who() if run.deployment_id is None else ""
 
 
 class _Question:
@@ -107,20 +146,27 @@ class _Question:
         return None
 
 
-async def approval(request: Request, verified: Verified) -> Verified:
-    """Ask about a release that is in the bucket already.
+async def approval(request: Request, verified: Verified, wanted: bool = False) -> Verified:
+    """Ask about a release that is in the bucket already, where that is wanted or the channel's rules require it.
+
+    Nobody is asked about what was live before: going back to it is possible at once.
 
     Args:
         request: who wants the channel moved, and why; the question says so.
         verified: the release, and what was checked of it.
+        wanted: whether a person is asked although the channel does not require it.
 
     Returns:
         What was approved, with the answer for the record. It replaces what was live when it was asked, nothing else.
+        As it was when nobody had to be asked.
 
     Raises:
         GateError: the answer is no.
     """
     target, channel = verified.target, verified.target.channel
+    rules = None if target.was_before else await _rules(channel)
+    if not wanted and not (rules is not None and rules.required):
+        return verified
     get_run_logger().info(
         "waiting for approval: %s, release %s; now %s", channel, target.release, described(target.live),
     )  # fmt: skip
@@ -131,31 +177,51 @@ async def approval(request: Request, verified: Verified) -> Verified:
     differences = noticed(changes)
     # Until somebody has answered, no collector takes it.
     await asyncio.to_thread(hold, channel.store, channel.model, target.release)
+    page = flow_run_page(request.settings, request.mover.flow_run)
+    emit(
+        ASKED, channel.model, asked,
+        f"{request.mover.by}: {request.mover.why}\nAnswer: {page}, or `ship approve {request.mover.flow_run}`",
+    )  # fmt: skip
     answer = await ask_person(
-        "\n\n".join(
-            [
-                f"## {channel.model}: release `{target.release}` to `{channel.name}`?",
-                f"Now {described(target.live)}.",
-                f"{request.mover.by}: {request.mover.why}",
-                *([differences.markdown()] if differences.rows else []),
-                *([consent(kinds)] if kinds else []),
-                "Everything that would change is among this run's artifacts, and in "
-                f"`ship diff {channel} {target.release[:8]}`.",
-            ]
-        )
+        move_question(request, verified, differences, kinds),
+        required=str(rules) if rules is not None and rules.required else "asked for with this move",
+        asked_from=await requester() if rules is not None and rules.required else "",
     )
     if not answer.approved:
         raise GateError(f"{channel}: release {target.release} was not approved {answer.said}")
     return dataclasses.replace(
         verified,
         target=dataclasses.replace(target, expects_live=True),
-        verdicts={**verified.verdicts, "approved": answer.said},
+        verdicts={**verified.verdicts, **answer.in_words()},
         approved=answer.said,
     )
 
 
+def move_question(request: Request, verified: Verified, differences: Table, kinds: Sequence[str]) -> str:
+    """What a person is asked about a release that is in the bucket already, as markdown.
+
+    Args:
+        request: who wants it, and why, in words of theirs.
+        verified: the release.
+        differences: what callers of the model would notice.
+        kinds: what a yes allows besides.
+    """
+    target, channel = verified.target, verified.target.channel
+    return "\n\n".join(
+        [
+            f"## {channel.model}: release `{target.release}` to `{channel.name}`?",
+            f"Now {escaped(described(target.live))}.",
+            f"{escaped(request.mover.by)}: {escaped(request.mover.why)}",
+            *([differences.markdown()] if differences.rows else []),
+            *([consent(kinds)] if kinds else []),
+            "Everything that would change is among this run's artifacts, and in "
+            f"`ship diff {channel} {target.release[:8]}`.",
+        ]
+    )
+
+
 async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehearsed) -> Answer | None:
-    """Ask about the candidate of this run, when its job says so, with its report; None when nobody is asked.
+    """Ask about the candidate of this run, when its job or its channel requires it; None when nobody is asked.
 
     Nobody is asked about one that the gates refuse anyway. Where it is of another kind than what is live, the question
     says in what, and a yes allows it. A run that is gone on with asks again.
@@ -165,7 +231,8 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
         registered: the candidate.
         rehearsed: the candidate beside what is live, whose numbers are in the question.
     """
-    if run.job.release.approval is None:
+    rules = await _rules(run.channel)
+    if run.job.release.approval is None and not rules.required:
         return None
     try:
         rehearsed.require_good_enough()
@@ -199,5 +266,14 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
         ]),
     )  # fmt: skip
     await asyncio.to_thread(hold, run.store, name, release)
+    required = str(rules) if rules.required else "required by the job"
+    # Whoever asks for approval in their own job may give it.
+    asked_from = await requester() if rules.required else ""
     with run.timed("wait for approval"):
-        return await ask_person(question)
+        return await ask_person(question, required=required, asked_from=asked_from)
+
+
+@stage_task("channel-rules", "rules")
+async def _rules(channel: Channel) -> Rules:
+    """What moves of a channel take. A task, because the bucket may be away for a moment after hours of training."""
+    return await asyncio.to_thread(known_rules, channel)

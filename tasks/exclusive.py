@@ -16,6 +16,7 @@ from prefect.runtime import flow_run
 
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.private import take_password
+from train_and_ship.infra.rundir import require_run_id
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.away import patiently
 from train_and_ship.tasks.extras import require_variables
@@ -40,9 +41,11 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     Then what died without a word gets its report. The job is the one that was asked for, also after a long wait. A
     person may stop the run from the beginning on.
 
-    Raises JobError for a job file with mistakes, and for variables that it names and that are not set here.
+    Raises JobError for a job file with mistakes, for variables that it names and that are not set here, and for a
+    `resume` that is no id of a run.
     """
     quiet_mistakes()
+    require_run_id(resume)
     # Before it waits: the code of other jobs may be at work on this machine.
     take_password()
     flow_run_id = str(flow_run.get_id())

@@ -25,6 +25,7 @@ from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import GateError, ServiceError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import asked_by
+from train_and_ship.infra.rundir import is_run_id
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.channel import Channel
@@ -205,8 +206,9 @@ def _reason(state: State[Any]) -> str:
 
 
 def origin(flow_run: FlowRun) -> str:
-    """Id of the flow run that began the run: with `resume` another one."""
-    return str(flow_run.parameters.get("resume") or flow_run.id)
+    """Id of the flow run that began the run: with `resume` another one, where that is an id and nobody's path."""
+    resume = str(flow_run.parameters.get("resume") or "")
+    return resume if is_run_id(resume) else str(flow_run.id)
 
 
 async def _end_from_outside(model: str, folder: Path, status: str, reason: str, settings: Settings) -> None:

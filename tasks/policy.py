@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import Abort, TerminationSignal
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.text import escaped
 from train_and_ship.tasks.away import is_away
 
 __all__ = ["Abort", "TerminationSignal", "quiet_mistakes", "worth_retrying"]
@@ -51,12 +52,13 @@ async def show(text: str, title: str, model: str, kind: str = "report") -> None:
 
     Args:
         text: the markdown.
-        title: what the list of artifacts says of it.
+        title: what the list of artifacts says of it, as plain text.
         model: whose it is.
         kind: what it is, in a word, which is part of the artifact's key.
     """
     try:
-        await acreate_markdown_artifact(text, key=artifact_key(kind, model), description=title)
+        # The list of artifacts shows the description as markdown.
+        await acreate_markdown_artifact(text, key=artifact_key(kind, model), description=escaped(title))
     except Exception as error:
         if not is_away(error):
             raise

@@ -19,6 +19,7 @@ from train_and_ship.registry.channels.moves import (
     require_not_stale,
 )
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.rules import require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.gates import passed_words
 from train_and_ship.registry.report.description import in_short
@@ -126,14 +127,17 @@ async def _require_same_kind(run: Run, rehearsed: Rehearsed, answer: Answer | No
 def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Pointer:
     """Move the pointer from the release it was held against. Raises OtherLiveError when another is live."""
 
-    def replacing(live: Pointer | None) -> None:
+    def replacing(live: Pointer | None) -> dict[str, str]:
         require_not_stopped()
         require_not_rolled_back(registered.manifest.release, live)
         require_not_stale(run.channel, registered.manifest.release, live, run.begun)
         if (live.release if live else "") != rehearsed.live:
             raise OtherLiveError(live)
+        # Also where somebody has said so since this run looked.
+        asks = f"`ship run … --resume {run.folder.name}` asks a person"
+        required = require_approved(run.channel, answer.said if answer is not None else "", asks)
+        return {**required, **(answer.in_words() if answer is not None else {})}
 
-    approved = {"approved": answer.said} if answer is not None else {}
     signed = require_signer(run.store, registered.manifest, run.settings.public_key)
     move = Move(
         manifest=registered.manifest,
@@ -141,7 +145,7 @@ def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: A
         moved_by=who(),
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,
-        verdicts={**in_short(registered.validated.result.verdicts), **rehearsed.in_words(), **signed, **approved},
+        verdicts={**in_short(registered.validated.result.verdicts), **rehearsed.in_words(), **signed},
         etags=rehearsed.published.etags,
     )
     return move_channel(run.channel, move, accept=None, replacing=replacing)

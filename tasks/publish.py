@@ -21,7 +21,7 @@ from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.page import markdown
 from train_and_ship.registry.report.run import Ending, Outcome, run_page
 from train_and_ship.registry.run_folder import RunFiles, read_run
-from train_and_ship.registry.text import Cell
+from train_and_ship.registry.text import Cell, escaped
 from train_and_ship.registry.tracking.pending_reports import keep_report, send_reports
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.registry.tracking.versions import attach_report
@@ -150,6 +150,6 @@ def places(run: Run, registered: Registered) -> list[str]:
 async def show_in_prefect(written: Written, model: str, flow_run: UUID) -> None:
     """As an artifact of a flow run that is over. model: empty when nobody knows."""
     key, title, text = artifact_key("report", model), written.title, written.markdown
-    artifact = ArtifactCreate(key=key, type="markdown", description=title, data=text, flow_run_id=flow_run)
+    artifact = ArtifactCreate(key=key, type="markdown", description=escaped(title), data=text, flow_run_id=flow_run)
     async with get_client() as client:
         await client.create_artifact(artifact)

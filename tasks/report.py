@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from train_and_ship.infra.prefect_events import PROMOTED
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.channels.rules import APPROVAL, APPROVED, APPROVED_FROM, ASKED_FROM
 from train_and_ship.registry.gates import NOT_RUN
 from train_and_ship.registry.kind import kinds_in
 from train_and_ship.registry.report.run import Ending, Outcome
@@ -14,6 +15,9 @@ from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.publish import places, publish, replaced
 from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, Run, Shipped
 from train_and_ship.tasks.stage import stage_task
+
+_SHOWN = (APPROVAL, APPROVED, APPROVED_FROM, ASKED_FROM, NOT_RUN)
+"""Parts of the record of a move that are no numbers."""
 
 
 @stage_task("report", delays=())
@@ -72,7 +76,7 @@ def decided(
         facts = [
             ("channel", f"{channel}, generation {pointer.generation}"),
             ("replaces", replaced(pointer.previous)),
-            *((name, said) for name, said in pointer.verdicts.items() if name in ("approved", NOT_RUN)),
+            *((name, said) for name, said in pointer.verdicts.items() if name in _SHOWN),
             *kinds_in(pointer.verdicts).items(),
         ]
     return Outcome(verdict=verdict, title=title, why=why, facts=[*asked, *facts], places=[run.place])

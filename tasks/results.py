@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from torchworker.contract import (
     CppResult,
@@ -22,12 +25,14 @@ from torchworker.contract import (
 )
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import RUN_ID
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import Decision, Verdict
 from train_and_ship.registry.channels.moves import BY_JOB, BY_REQUEST, Mover
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.rules import APPROVAL, APPROVED, APPROVED_FROM, ASKED_FROM
 from train_and_ship.registry.cost import FLOW, Ledger, Meter, read_costs
 from train_and_ship.registry.gates import VersusLive, require_good_enough, require_not_slower, worst
 from train_and_ship.registry.job.job import Job
@@ -37,6 +42,9 @@ from train_and_ship.registry.run_folder import MadeFrom
 from train_and_ship.registry.text import Cell, Link, interval_text, number
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.versions import RegisteredVersion
+
+RunId = Annotated[str, Field(pattern=f"^({RUN_ID})?$")]
+"""The id of an earlier run, as Prefect's forms and deployments check it; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +288,18 @@ class Answer:
 
     approved: bool
     said: str
-    """By whom, and why: `by grace: looks good`."""
+    """By whom, as they say themselves, and why: `by someone said to be grace: looks good`."""
+    account: str = ""
+    """The account that `ship approve` ran under; empty where nobody knows it."""
+    asked_from: str = ""
+    """The account of whoever asked for the move; empty where nobody knows it."""
+    required: str = ""
+    """By what a person had to be asked, in words."""
+
+    def in_words(self) -> dict[str, str]:
+        """For the record of a move: what was required, who is said to have said yes, and what is known."""
+        known = {APPROVED_FROM: self.account, ASKED_FROM: self.asked_from, APPROVAL: self.required}
+        return {APPROVED: self.said, **{name: said for name, said in known.items() if said}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from train_and_ship.registry.cost import Meter
 from train_and_ship.registry.made_of import with_opened
 from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
-from train_and_ship.registry.text import Table, file_size
+from train_and_ship.registry.text import Table, escaped, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
@@ -277,7 +277,7 @@ class _Progress:
 
 def describe_progress(line: str, event: dict[str, Any]) -> str:
     """The line and, where the event says so, learning rate, memory and each rank's step, as markdown."""
-    parts = [line]
+    parts = [escaped(line)]
     facts = []
     if "learning_rate" in event:
         facts.append(f"learning rate {event['learning_rate']:.3g}")

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.fixture_types import Command, Ship
 from tests.support.local_stack import HOME, enter_local_stack
+from tests.support.must_run import MustRun, asked
 from tests.support.new_databases import put_databases
 from tests.support.processes import Ended, run_command
 from tests.support.scheduling import ByFile, longest_first, shuffled
@@ -32,9 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Here, not in the fixture: Prefect reads its settings when it is imported, which collecting the tests does.
     config.stash[HOME] = Path(tempfile.mkdtemp(prefix="ship-tests-"))
     enter_local_stack(config.stash[HOME])
+    # Only the process that reports sees all that was skipped.
+    if not hasattr(config, "workerinput") and (groups := asked(config.getoption("--must-run"))):
+        config.pluginmanager.register(MustRun(groups), "must-run")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--must-run", metavar="GROUPS", help="fail if one of these was skipped; all of them where CI=1")
     parser.addoption("--shuffle", type=int, metavar="SEED", help="ask files, and tests in a file, in a drawn order")
 
 

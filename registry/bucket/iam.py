@@ -1,7 +1,8 @@
 """Least-privilege IAM policies for the people and machines that touch the bucket.
 
 Each policy allows what its role does and nothing else; whoever does two things gets two policies. None of them may
-replace or delete the bytes of a release except the collector, and none may move a channel except the promoter.
+replace or delete the bytes of a release except the collector, and none may move a channel except the promoter. Nobody
+may delete what a channel's owner says of it, and only the owner may write it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Role(StrEnum):
     """Publishes releases and their signatures. May not move any channel."""
     PROMOTER = "promoter"
     """Moves channels, rollbacks included. May not add to a release."""
+    OWNER = "owner"
+    """Says what a move of a channel takes (`ship channel set`). May not move one."""
     READER = "reader"
     """Follows a channel: reads, and does not list."""
     COLLECTOR = "gc"
@@ -37,7 +40,9 @@ class Role(StrEnum):
     """A Triton or KServe that reads the channel's views, which it has to list."""
 
 
-def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms_key: str = "") -> Policy:
+def policy(
+    role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms_key: str = "", write_once: bool = True
+) -> Policy:
     """The policy of one role on one bucket, for one model and channel or for all.
 
     Args:
@@ -46,6 +51,8 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
         model: one model, or all.
         channel: one channel, or all.
         kms_key: ARN of the key that encrypts the bucket (SSE-KMS); empty for buckets with the store's own keys.
+        write_once: whether records (`history/`, `decisions/`) may be made and never replaced, by the condition key
+            `s3:if-none-match`. AWS knows it; a store that does not would deny every record (Ceph RGW 16).
 
     Raises:
         SettingsError: a name that no model or channel has.
@@ -82,12 +89,18 @@ def policy(role: Role, bucket: str, *, model: str = ANY, channel: str = ANY, kms
         writing = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
         return _document([*statements, _allow("View", writing, keys(views))], kms_key, writes=True)
     # Whoever publishes or promotes says that a release is needed; only the collector marks one.
-    if role is not Role.COLLECTOR:
+    if role not in (Role.COLLECTOR, Role.OWNER):
         statements.append(_allow("Claim", ["s3:PutObject"], keys(claims)))
     if role is Role.TRAINER:
         statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases)))
     elif role is Role.PROMOTER:
         statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions)))
+        if write_once:
+            # Whatever else is allowed to whoever has this policy: a denial wins.
+            once = {**_allow("WriteOnce", ["s3:PutObject"], keys(history, decisions)), "Effect": "Deny"}
+            statements.append({**once, "Condition": {"Null": {"s3:if-none-match": "true"}}})
+    elif role is Role.OWNER:
+        statements.append(_allow("Rule", ["s3:PutObject"], keys(f"{own}/rules/{channel}.json")))
     else:
         statements.append(_allow("Mark", ["s3:PutObject"], keys(f"{own}/tombstones/*")))
         statements.append(_allow("Collect", ["s3:DeleteObject", "s3:AbortMultipartUpload"], keys(releases)))

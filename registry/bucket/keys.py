@@ -5,6 +5,7 @@ models/<model>/releases/<release>/MANIFEST.json        written last: where it is
 models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
 models/<model>/releases/<release>/reports/<time>-<flow run>.html   what a run that made it did
 models/<model>/channels/<channel>.json                 the pointer, what a reader follows
+models/<model>/rules/<channel>.json                    what a move of the channel takes, as its owner says; see channels/rules.py
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
 models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
@@ -60,6 +61,11 @@ def reports_prefix(model: str, release: str) -> str:
 def pointer_key(model: str, channel: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"{channels_prefix(model)}{require_name('channel', channel)}.json"
+
+
+def rules_key(model: str, channel: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"models/{require_name('model', model)}/rules/{require_name('channel', channel)}.json"
 
 
 def history_prefix(model: str, channel: str) -> str:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record, read_history, was_live
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.channels.revisions import named_release
+from train_and_ship.registry.channels.rules import not_asked, require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.channels.timeline import rollback_target
 from train_and_ship.registry.identity import moment, require_channel, require_new_channel
@@ -37,6 +39,15 @@ if TYPE_CHECKING:
 
 CLOCKS_DIFFER = timedelta(minutes=10)
 """By how much the clocks of the machines that train may be ahead of the store's."""
+
+
+class Flow(StrEnum):
+    """Deployments that move a channel to a release that is in the bucket already."""
+
+    PROMOTE = "promote"
+    ROLLBACK = "rollback"
+
+
 BY_JOB, BY_REQUEST = "by release.allow", "once, with --allow"
 """How a difference in kind is allowed, as the record of the move says it."""
 
@@ -56,6 +67,8 @@ class Target:
     manifest_sha256: str = ""
     """Hexadecimal SHA-256 of its manifest, where a record says which it had when it was live; else empty. Files make
     the id, and what the manifest says of them is whoever's who may write releases."""
+    was_before: bool = False
+    """Whether it is what a rollback without a name goes back to: what was live before. Nobody is asked about that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +98,7 @@ class Verified:
     scored: Scored | None = None
     """None when nobody has run it."""
     approved: str = ""
-    """Who has said yes to what differs in kind, in words: `by grace: looks good`; empty when nobody was asked."""
+    """Who is said to have said yes, in words; empty when nobody was asked."""
 
 
 class OtherLiveError(Exception):
@@ -134,6 +147,7 @@ def choose_rollback(channel: Channel, release: str | None, manifest_sha256: str 
         live=live,
         expects_live=True,
         manifest_sha256=before.manifest_sha256,
+        was_before=True,
     )
 
 
@@ -192,11 +206,20 @@ def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Ver
 def roll_back(verified: Verified, mover: Mover) -> Pointer:
     """Move the channel to the target. No gate is asked, and what is live may be broken.
 
-    RequestError when the target expects what was live, and something else went live meanwhile.
+    Raises:
+        RequestError: the target expects what was live, and something else went live meanwhile.
+        GateError: somebody named the target, the channel's rules require that a person is asked, and nobody was.
     """
     move = replace(_move_of(verified, mover), kind=ROLLBACK)
     target = verified.target
-    return move_channel(target.channel, move, accept=None, replacing=lambda live: _require_unchanged(target, live))
+
+    def replacing(live: Pointer | None) -> Mapping[str, str]:
+        _require_unchanged(target, live)
+        return (
+            not_asked(target.channel) if target.was_before else require_asked(target, verified.approved, Flow.ROLLBACK)
+        )
+
+    return move_channel(target.channel, move, accept=None, replacing=replacing)
 
 
 def promote_existing(
@@ -212,7 +235,8 @@ def promote_existing(
         allow: in which kinds (KINDS) it may differ, beside those that its own job allows.
 
     Raises:
-        GateError: it is worse, or differs in kind in a way that nobody has allowed.
+        GateError: it is worse, differs in kind in a way that nobody has allowed, or the channel's rules require that a
+            person is asked, and nobody was.
         OtherLiveError: the target was measured beside a release that is not live.
     """
     target = verified.target
@@ -229,12 +253,32 @@ def promote_existing(
             require_not_rolled_back(target.release, live)
         if gates and verified.scored is not None and verified.scored.live != (live.release if live else ""):
             raise OtherLiveError(live)
-        return _require_same_kind(verified, live, allow)
+        asked = require_asked(target, verified.approved, Flow.PROMOTE)
+        return {**asked, **_require_same_kind(verified, live, allow)}
 
     move = _move_of(verified, mover)
     if not gates:
         move = replace(move, verdicts={**move.verdicts, "vs_live": "not asked"})
     return move_channel(target.channel, move, accept=accept if gates else None, replacing=replacing)
+
+
+def require_asked(target: Target, approved: str, flow: Flow) -> dict[str, str]:
+    """What the channel's rules require of a move, for its record. Reads the bucket.
+
+    Args:
+        target: what is to go live.
+        approved: who is said to have said yes; empty when nobody was asked.
+        flow: which one asks a person, for the message.
+
+    Raises:
+        GateError: somebody has to be asked, and nobody was; with the command that asks.
+    """
+    named = {Flow.PROMOTE: "source", Flow.ROLLBACK: "to"}[flow]
+    model, channel = target.channel.model, target.channel.name
+    words = {"model": model, "channel": channel, named: target.release}
+    given = " ".join(f"-p {name}={said}" for name, said in words.items())
+    asks = f'`prefect deployment run {flow} {given} -p why="…"` asks a person'
+    return require_approved(target.channel, approved, asks)
 
 
 def require_not_rolled_back(release: str, live: Pointer | None) -> None:

@@ -12,7 +12,7 @@ from torchworker.contract import PARITY, ValidateResult, Verdict
 from train_and_ship.registry.gates import NOT_RUN, not_run, passed_words, unproven_in_cpp, verdicts_by_format
 from train_and_ship.registry.report.proof_sections import capture_table, metric_table
 from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
-from train_and_ship.registry.text import Table, file_size, number, one_line
+from train_and_ship.registry.text import Table, escaped, file_size, number, one_line
 
 
 def describe(
@@ -46,14 +46,14 @@ def describe(
     gates = [verdict for verdict in result.verdicts if verdict.gate != PARITY]
     speed = result.speed
     intro = [
-        _first_line(model, release, formats, result),
+        escaped(_first_line(model, release, formats, result)),
         " · ".join([f"Release `{release}`", *(f"[{one_line(text)}]({url})" for text, url in links.items() if url)]),
     ]
-    unit = f"How much of the allowed difference from {result.reference} each artifact uses; above 1 fails."
+    unit = f"How much of the allowed difference from {escaped(result.reference)} each artifact uses; above 1 fails."
     if result.independence:
-        unit += f" {one_line(result.independence)}."
+        unit += f" {escaped(one_line(result.independence))}."
     format_of = {file: name for name, file in formats.items()}
-    files = [(f"`{file}`", format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
+    files = [(file, format_of.get(file, ""), file_size(size)) for file, size in sizes.items()]
     where = "step" if "step" in training else "epoch"
     which = "Epoch that ships" if shipped else f"Last {where}"
     last = f" ({number(training[where])})" if where in training else ""
@@ -66,15 +66,14 @@ def describe(
         ("int8", "", int8_table(result.int8)),
         (
             "Speed",
-            how_measured(speed) if speed else "",
+            escaped(how_measured(speed)) if speed else "",
             speed_table(speed, unproven_in_cpp(result.verdicts)) if speed else Table(rows=()),
         ),
         ("Files", "", Table(header=("file", "format", "size"), rows=files)),
-        (f"{which}{last}", shipped, Table(header=("metric", "value"), rows=values)),
+        (f"{which}{last}", escaped(shipped), Table(header=("metric", "value"), rows=values)),
     ]
-    # MLflow's page shows the backslashes with which markdown is escaped.
     sections = [
-        f"### {title}\n{said}\n\n{table.markdown(str)}" if said else f"### {title}\n{table.markdown(str)}"
+        f"### {title}\n{said}\n\n{table.markdown()}" if said else f"### {title}\n{table.markdown()}"
         for title, said, table in parts
         if table.rows
     ]

@@ -6,11 +6,10 @@ job or code, so whoever renders it escapes it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from train_and_ship.registry.text import Table, clean, escaped
+from train_and_ship.registry.text import Table, clean, escaped, fenced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +85,7 @@ def _block(block: Block) -> str:
         case Text():
             return escaped(block.text)
         case Lines():
-            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
-            return f"{fence}text\n{block.text}\n{fence}"
+            return fenced(block.text)
         case Table():
             return block.markdown()
         case Chart():

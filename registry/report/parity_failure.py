@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torchworker.contract import ErrorCounts, Mismatch
 from train_and_ship.registry.report import charts
-from train_and_ship.registry.text import Table
+from train_and_ship.registry.text import Table, escaped, fenced
 
 SHOWN = 5
 """Questions shown a format; the rest is counted."""
@@ -39,14 +39,14 @@ def parity_report(model: str, mismatches: Sequence[Mismatch], where: Mapping[str
             (item.probe, item.output or "–", "∞" if item.ratio == float("inf") else f"{item.ratio:.3g}", item.note)
             for item in mine[:SHOWN]
         ]
-        sections.append(f"## {kind}\n\n**Where:** {where.get(kind, 'not looked for')}.")
-        sections.append(Table(header=("question", "output", "× limit", "what"), rows=rows).markdown(str))
+        sections.append(f"## {escaped(kind)}\n\n**Where:** {escaped(where.get(kind, 'not looked for'))}.")
+        sections.append(Table(header=("question", "output", "× limit", "what"), rows=rows).markdown())
         if len(mine) > SHOWN:
             sections.append(f"And {len(mine) - SHOWN} more.")
         counted = next((item for item in mine if item.distribution), None)
         if counted is not None:
-            bars = "\n".join(counted.distribution)
-            sections.append(f"Size of the differences, {counted.output} on {counted.probe}:\n\n```text\n{bars}\n```")
+            what = escaped(f"Size of the differences, {counted.output} on {counted.probe}:")
+            sections.append(f"{what}\n\n{fenced(chr(10).join(counted.distribution))}")
     return "\n\n".join(sections) + "\n"
 
 

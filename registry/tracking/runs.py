@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from train_and_ship.infra.errors import SettingsError
-from train_and_ship.registry.text import shorten
+from train_and_ship.registry.text import fenced, shorten
 from train_and_ship.registry.tracking.connection import (
     EXISTS,
     connect,
@@ -181,7 +181,8 @@ def end_with(client: MlflowClient, run_id: str, now: str, status: str, reason: s
 
     tags = {TAG_FAILURE: reason}
     if now != "FINISHED":
-        tags["mlflow.note.content"] = f"**{status.capitalize()}**\n\n```\n{reason}\n```"
+        # Cut before, not within, the fences.
+        tags["mlflow.note.content"] = f"**{status.capitalize()}**\n\n{fenced(shorten(reason, TAG_LENGTH // 2))}"
     client.log_batch(run_id, tags=[RunTag(name, shorten(value, TAG_LENGTH)) for name, value in tags.items()])
     if now not in ("FINISHED", status):
         client.set_terminated(run_id, status)

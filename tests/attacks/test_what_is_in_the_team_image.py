@@ -6,6 +6,7 @@ import re
 from pathlib import PurePosixPath
 
 import pytest
+import yaml
 
 from tests.support.import_graph import FOLDERS
 from tests.support.projects import REPOSITORY
@@ -69,3 +70,14 @@ def test_everything_that_runs_is_sent() -> None:
 def test_what_is_sent_is_a_list_and_not_the_rest() -> None:
     rules = [line for line in RULES if line and not line.startswith("#")]
     assert rules[0] == "*"
+
+
+def test_every_image_is_named_by_digest_and_has_no_default() -> None:
+    compose = yaml.safe_load((REPOSITORY / "infra" / "team" / "compose.yaml").read_text())
+    (built,) = {str(service["build"]["args"]) for service in compose["services"].values() if "build" in service}
+    assert "'${PYTHON_IMAGE:?by digest: python:3.11-slim@sha256:" in built
+    fetched = [service["image"] for service in compose["services"].values() if "build" not in service]
+    assert fetched and all(re.match(r"\$\{\w+:\?by digest: \w+:\d+@sha256:", image) for image in fetched)
+    dockerfile = (REPOSITORY / "infra" / "team" / "Dockerfile").read_text()
+    assert re.findall(r"^FROM (.+)$", dockerfile, re.MULTILINE) == ["${PYTHON_IMAGE}"]
+    assert "ARG PYTHON_IMAGE=" not in dockerfile and "*@sha256:*" in dockerfile

@@ -45,9 +45,9 @@ def test_a_candidate_goes_live_when_a_person_says_yes(
     assert yes.status == 0 and f"approved by grace: {stack.prefect_ui_url}" in yes.output, yes.text
     api.wait(first, "Completed")
     live = read_pointer(Channel(store, "asked", "prod"))
-    assert live is not None and live.verdicts["approved"] == "by grace: looks good"
+    assert live is not None and live.verdicts["approved"] == "by someone said to be grace: looks good"
     assert "a person decides" not in report_in_mlflow(stack, "asked", "1")
-    assert "by grace: looks good" in reports_in_prefect(api, first)[-1]
+    assert "by someone said to be grace: looks good" in reports_in_prefect(api, first)[-1]
 
     again = ship("approve", first)
     assert again.status == 2 and "expected one that waits for approval, this one is Completed" in again.errors

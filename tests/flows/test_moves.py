@@ -18,10 +18,12 @@ from tests.support.projects import write_project
 from tests.support.releases import move
 from tests.support.runnable_releases import runnable
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import reports_prefix
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.channels.rules import Approval, set_rules
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.tracking.rest import RestRegistry
 
@@ -87,7 +89,7 @@ def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(
     api.wait(run, "Completed")
     pointer = live(store, first.model)
     assert (pointer.release, pointer.previous, pointer.flow_run) == (second.release, first.release, run)
-    assert pointer.verdicts["approved"] == "by grace: looks good"
+    assert pointer.verdicts["approved"] == "by someone said to be grace: looks good"
     assert pointer.verdicts["vs_live"] == (
         f"accuracy 0.98 against 0.97, as recorded when each was made (live {first.release})"
     )
@@ -98,13 +100,42 @@ def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
     releases: list[Manifest], api: Api, store: ObjectStore
 ) -> None:
     first, second = releases
-    run = api.start("promote", model=first.model, why="a quiet week", approve=True)
+    # Nobody asked for a question here: the channel does.
+    set_rules(Channel(store, first.model, "prod"), Approval.REQUIRED, "ada", "customers see it")
+    run = api.start("promote", model=first.model, why="a quiet week")
     api.wait(run, "Paused")
     api.answer(run, approve=False, by="grace", comment="not on a Friday")
     failed = api.wait(run, "Failed")
-    assert f"release {second.release} was not approved by grace: not on a Friday" in failed["state"]["message"]
+    assert (
+        f"release {second.release} was not approved by someone said to be grace: not on a Friday"
+        in failed["state"]["message"]
+    )
     eventually(lambda: "not on a Friday" in reports_in_prefect(api, run)[-1], "the report says who said no")
     assert live(store, first.model).release == first.release
+
+
+# Without a flow: attacks/test_approval.py.
+@pytest.mark.soak
+def test_a_rollback_asks_about_a_release_that_is_named_and_not_about_what_was_live_before(
+    releases: list[Manifest], api: Api, store: ObjectStore, ship: Ship
+) -> None:
+    first, second = releases
+    move(store, second, model=first.model, mlflow_version="")
+    set_rules(Channel(store, first.model, "prod"), Approval.REQUIRED, "ada", "customers see it")
+    named = api.start("rollback", model=first.model, why="errors since 14:00", to=first.release)
+    api.wait(named, "Paused")
+    assert live(store, first.model).release == second.release
+    assert ship("approve", named, "--by", "grace", "--comment", "go").status == 0
+    api.wait(named, "Completed")
+    pointer = live(store, first.model)
+    assert (pointer.release, pointer.kind, pointer.generation) == (first.release, ROLLBACK, 3)
+    assert pointer.verdicts["approved"] == "by someone said to be grace: go"
+    assert pointer.verdicts["approved from"] == who()
+    assert pointer.verdicts["approval"].startswith("required by the channel (ada, ")
+    # Further back was staging's; forward again, then at once back to what was before.
+    move(store, second, model=first.model, mlflow_version="")
+    api.wait(api.start("rollback", model=first.model, why="errors since 15:00"), "Completed")
+    assert live(store, first.model).verdicts["approval"] == "not asked: back to what was live before"
 
 
 # That a move names the generation that it replaces is asked of the bucket alone (services/test_promotion.py).

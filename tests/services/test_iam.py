@@ -25,13 +25,14 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.iam import Role, policy
-from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix, rules_key
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import hold, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import read_decisions
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.rules import Approval, read_rules, set_rules
 from train_and_ship.registry.maintenance.retention import Policy, carry_out, decide
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.serving.layouts import write_triton
@@ -54,11 +55,12 @@ def as_role(
 ) -> AsRole:
     """The bucket of `object_store` as a new user sees it who has these roles' policies and nothing else."""
 
-    def make(*roles: Role, model: str = "*", channel: str = "*") -> ObjectStore:
+    def make(*roles: Role, model: str = "*", channel: str = "*", write_once: bool = False) -> ObjectStore:
         name = f"user-{uuid.uuid4().hex[:8]}"
         rgw_server.create_user(name, f"key-{name}", f"secret-{name}")
         for role in roles:
-            document = json.dumps(policy(role, object_store.bucket, model=model, channel=channel))
+            asked = policy(role, object_store.bucket, model=model, channel=channel, write_once=write_once)
+            document = json.dumps(asked)
             rgw_server.put_user_policy(name, role, document)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", f"key-{name}")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"secret-{name}")
@@ -117,6 +119,36 @@ def test_a_nightly_run_that_may_train_and_stage_cannot_touch_production(
     publish(nightly, tmp_path / "release", manifest)
     assert move(nightly, manifest, channel="staging").generation == 1
     denied(lambda: move(nightly, manifest))
+
+
+def test_an_owner_says_what_a_move_takes_and_nobody_else_does(
+    object_store: ObjectStore, as_role: AsRole, tmp_path: Path
+) -> None:
+    manifest = published(object_store, tmp_path / "release")
+    owner = as_role(Role.OWNER, model=MODEL, channel=CHANNEL)
+    said = set_rules(Channel(owner, MODEL, CHANNEL), Approval.REQUIRED, "ada", "customers see it")
+    denied(lambda: set_rules(Channel(owner, MODEL, "staging"), Approval.NONE, "ada", ""))
+    denied(lambda: move(owner, manifest))
+    denied(lambda: owner.delete(rules_key(MODEL, CHANNEL)))
+    for store in (as_role(Role.TRAINER, Role.PROMOTER), as_role(Role.COLLECTOR, Role.VIEWER)):
+        channel = Channel(store, MODEL, CHANNEL)
+        assert read_rules(channel) == said
+        denied(lambda channel=channel: set_rules(channel, Approval.NONE, "eve", ""))  # type: ignore[misc]
+        denied(lambda store=store: store.delete(rules_key(MODEL, CHANNEL)))  # type: ignore[misc]
+    assert read_rules(Channel(object_store, MODEL, CHANNEL)) == said
+
+
+def test_rgw_16_does_not_know_the_condition_by_which_aws_keeps_records_as_they_are(
+    object_store: ObjectStore, as_role: AsRole
+) -> None:
+    """So `ship iam` leaves it out where another store than AWS's is set."""
+    key = f"models/{MODEL}/history/{CHANNEL}/00000001.json"
+    as_role(Role.PROMOTER).put_new(key, b"{}")
+    promoter = as_role(Role.PROMOTER, write_once=True)
+    denied(lambda: promoter.put(key, b"[]"))
+    # The condition says of every request that the header is missing: no record could be written at all.
+    denied(lambda: promoter.put_new(key.replace("1.json", "2.json"), b"{}"))
+    assert object_store.get(key) is not None
 
 
 def test_a_reader_follows_its_channel_and_can_do_nothing_else(

@@ -21,7 +21,17 @@ from train_and_ship.infra import errors
 from train_and_ship.infra.errors import ShipError, UserError
 from train_and_ship.ship.main import app
 
-COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+def _commands() -> dict[str, click.Command]:
+    """Those of groups by both words: `channel set`."""
+    found: dict[str, click.Command] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {word}": below for word, below in inner.items()} if inner else {name: command}
+    return found
+
+
+COMMANDS = _commands()
 
 SOUND: dict[str, list[str]] = {
     "up": [],
@@ -29,6 +39,8 @@ SOUND: dict[str, list[str]] = {
     "status": [],
     "deploy": ["{job}"],
     "approve": ["7d1c6f1e-6f4b-4c3e-9d1f-3f0d3a1f6c11"],
+    "channel set": [MODEL, "prod", "--approval", "required"],
+    "channel show": [MODEL, "prod"],
     "check": ["{job}"],
     "run": ["{job}"],
     "retrain": ["{job}"],
@@ -64,6 +76,7 @@ WRONG: dict[str, Sequence[str]] = {
     "why": ["", "  "],
     "run": ["tomorrow", "", "../x"],
     "role": ["root", ""],
+    "approval": ["maybe", "Required", ""],
     "allow": ["everything", ""],
     "layout": ["tensorrt", ""],
     "backend": ["tensorrt", ""],
@@ -91,18 +104,28 @@ OF_COMMAND: dict[tuple[str, str], Sequence[str]] = {
     # Any folder will do, unless it cannot be one.
     **{(command, "to"): ["{job}"] for command in ("pull", "serve", "view")},
     ("diff", "releases"): [],
+    ("channel set", "names"): [],
+    ("channel show", "names"): [],
     # The default says what is meant.
     ("deploy", "cron"): ["often", "61 * * * *"],
     ("deploy", "timezone"): ["Mars/Base"],
 }
 """Where a parameter of a command means something else than those of its name."""
-FREE = {("approve", "by"), ("approve", "comment"), ("iam", "kms_key"), ("retrain", "why")}
+FREE = {
+    *(("approve", "by"), ("approve", "comment"), ("channel set", "why")),
+    *(("iam", "kms_key"), ("retrain", "why")),
+}
 """Text in which nothing can be wrong."""
 MORE: dict[str, list[list[str]]] = {
     "diff": [["prod"], [], ["nobody", "prod", "prod"], ["Digits", "prod", "prod"], [MODEL, "prod", "nowhere"]],
     "rollback": [[MODEL], ["--why", "errors"], [MODEL, "--why", "errors", "--channel", "unused"]],
     "promote": [[MODEL, "--why", "errors"], [MODEL, "--why", "errors", "--from", "prod"]],
     "sign": [[MODEL]],
+    "channel set": [
+        *([MODEL, name, "--approval", "required"] for name in CHANNELS),
+        *([[MODEL, "prod"], ["nobody", "prod", "--approval", "none"], [MODEL, "prod", "x", "--approval", "none"]]),
+    ],
+    "channel show": [[], [MODEL, "Prod"], ["Digits", "prod"], [MODEL, "prod", "x"]],
     "deploy": [[], ["{job}", "{job}"]],
 }
 """Whole lines that are wrong."""
@@ -220,16 +243,16 @@ def test_every_command_and_parameter_is_in_the_tables() -> None:
 def test_a_wrong_value_ends_with_2(
     ship: Ship, places: dict[str, str], command: str, name: str, values: Sequence[str]
 ) -> None:
-    require_told(ship, [[command, *filled(line_with(command, name, value), places)] for value in values])
+    require_told(ship, [[*command.split(), *filled(line_with(command, name, value), places)] for value in values])
 
 
 @pytest.mark.parametrize("command", MORE)
 def test_a_wrong_line_ends_with_2(ship: Ship, places: dict[str, str], command: str) -> None:
-    require_told(ship, [[command, *filled(words, places)] for words in MORE[command]])
+    require_told(ship, [[*command.split(), *filled(words, places)] for words in MORE[command]])
 
 
 def test_an_option_that_there_is_not_ends_with_2(ship: Ship, places: dict[str, str]) -> None:
-    require_told(ship, [[command, *filled(SOUND[command], places), "--nonsense"] for command in COMMANDS])
+    require_told(ship, [[*command.split(), *filled(SOUND[command], places), "--nonsense"] for command in COMMANDS])
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - NO_SETTINGS))
@@ -239,7 +262,7 @@ def test_a_setting_that_makes_no_sense_ends_every_command_with_2(
     for variable, values in SETTINGS.items():
         for value in values:
             monkeypatch.setenv(variable, value)
-            ended = ship(command, *filled(SOUND[command], places))
+            ended = ship(*command.split(), *filled(SOUND[command], places))
             assert ended.status == 2 and variable in ended.errors and value in ended.errors, ended.text
         monkeypatch.delenv(variable)
 
@@ -254,7 +277,7 @@ def test_a_setting_of_the_store_that_makes_no_sense_ends_with_2(
         for value in values:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv(variable, value.format_map(places))
-                require_told(ship, [[command, *filled(SOUND[command], places)]])
+                require_told(ship, [[*command.split(), *filled(SOUND[command], places)]])
 
 
 def test_the_errors_of_users_are_told_apart_from_the_others_by_their_base() -> None:
