@@ -31,10 +31,9 @@ async def promote(
 
     `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve`, or where the
     channel requires it (`ship channel show`), a person has to say yes on this run's page first. `gates` asks the
-    release's own `vs_live`; `again` allows a release that a rollback has
-    just left. `allow` says in what the release may be of another kind than what is live: signature, labels, formats,
-    model, live_score, runtime. `load_unsigned` runs code of the release that nobody vouches for. `why` and `by` are for
-    the record.
+    release's own `vs_live`; `again` allows a release that a rollback has just left. `allow` says in what the release
+    may be of another kind than what is live: signature, labels, formats, model, live_score, runtime. `load_unsigned`
+    runs code of the release that nobody vouches for. `why` and `by` are for the record.
     """
     async with stoppable():
         request = await ask(model, channel, why, by, allow)

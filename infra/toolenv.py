@@ -29,8 +29,8 @@ def cache_folder() -> Path:
 def environment(name: str, requirements: Sequence[str], report: Callable[[str], None] = lambda line: None) -> Path:
     """The interpreter of an environment that has exactly these requirements; made on first use.
 
-    Where they have hashes (`name==version --hash=sha256:…`), all of them need one, and pip takes no file with another one,
-    whatever the index says.
+    Where they have hashes (`name==version --hash=sha256:…`), all of them need one, and pip takes no file with another
+    one, whatever the index says.
 
     Args:
         name: what it is for.

@@ -112,8 +112,8 @@ def escaped(text: str) -> str:
     backslashes are seen in MLflow. In code spans and fences they are not: see `fenced`. Pipes are left to the table
     that it stands in.
     """
-    # Markdown ends a line there too.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # Before it is written in another way, in which nobody would know an address. Markdown ends a line at a carriage return too.
+    text = without_password(text).replace("\r\n", "\n").replace("\r", "\n")
     return _MARKUP.sub(lambda found: "".join(_reference(letter) for letter in found[0]), text)
 
 

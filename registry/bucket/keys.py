@@ -5,7 +5,7 @@ models/<model>/releases/<release>/MANIFEST.json        written last: where it is
 models/<model>/releases/<release>/MANIFEST.<key>.sig.json   its signature, where a key is set
 models/<model>/releases/<release>/reports/<time>-<flow run>.html   what a run that made it did
 models/<model>/channels/<channel>.json                 the pointer, what a reader follows
-models/<model>/rules/<channel>.json                    what a move of the channel takes, as its owner says; see channels/rules.py
+models/<model>/rules/<channel>.json                    what a move of it takes; see channels/rules.py
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
 models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release

@@ -135,7 +135,7 @@ def test_an_owner_says_what_a_move_takes_and_nobody_else_does(
         assert read_rules(channel) == said
         denied(lambda channel=channel: set_rules(channel, Approval.NONE, "eve", ""))  # type: ignore[misc]
         denied(lambda store=store: store.delete(rules_key(MODEL, CHANNEL)))  # type: ignore[misc]
-    assert read_rules(Channel(object_store, MODEL, CHANNEL)) == said
+    assert read_rules(Channel(owner, MODEL, CHANNEL)) == said
 
 
 def test_rgw_16_does_not_know_the_condition_by_which_aws_keeps_records_as_they_are(
@@ -148,7 +148,8 @@ def test_rgw_16_does_not_know_the_condition_by_which_aws_keeps_records_as_they_a
     denied(lambda: promoter.put(key, b"[]"))
     # The condition says of every request that the header is missing: no record could be written at all.
     denied(lambda: promoter.put_new(key.replace("1.json", "2.json"), b"{}"))
-    assert object_store.get(key) is not None
+    found = promoter.get(key)
+    assert found is not None and found[0] == b"{}"
 
 
 def test_a_reader_follows_its_channel_and_can_do_nothing_else(

@@ -65,8 +65,8 @@ def test_the_values_are_those_of_the_epoch_that_ships_and_why_it_does_stands_bef
 
 
 def test_files_are_listed_with_their_sizes() -> None:
-    assert "| `model.onnx` | onnx | 14.9 kB |" in lines(describe())
-    assert "| `model.pt2` | pt2 | 2.5 MB |" in lines(describe())
+    assert "| model.onnx | onnx | 14.9 kB |" in lines(describe())
+    assert "| model.pt2 | pt2 | 2.5 MB |" in lines(describe())
 
 
 def test_a_failed_gate_stands_out_with_its_note() -> None:
