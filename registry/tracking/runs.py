@@ -181,11 +181,16 @@ def end_with(client: MlflowClient, run_id: str, now: str, status: str, reason: s
 
     tags = {TAG_FAILURE: reason}
     if now != "FINISHED":
-        # Cut before, not within, the fences.
-        tags["mlflow.note.content"] = f"**{status.capitalize()}**\n\n{fenced(shorten(reason, TAG_LENGTH // 2))}"
+        tags["mlflow.note.content"] = note_of_end(status, reason)
     client.log_batch(run_id, tags=[RunTag(name, shorten(value, TAG_LENGTH)) for name, value in tags.items()])
     if now not in ("FINISHED", status):
         client.set_terminated(run_id, status)
+
+
+def note_of_end(status: str, reason: str) -> str:
+    """What the page of a run says of its end, as markdown. Arguments: as of `end_run`."""
+    # Cut before, not within, the fences.
+    return f"**{status.capitalize()}**\n\n{fenced(shorten(reason, TAG_LENGTH // 2))}"
 
 
 def end_abandoned(experiment_id: str, tracking_uri: str) -> int:

@@ -18,8 +18,8 @@ from train_and_ship.registry.report.description import describe
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.page import Lines, Page, Section, Text, markdown
 from train_and_ship.registry.report.parity_failure import parity_report
-from train_and_ship.registry.text import Mark, Table, escaped, fenced, shorten
-from train_and_ship.registry.tracking.runs import TAG_LENGTH, end_with
+from train_and_ship.registry.text import Mark, Table, escaped, fenced
+from train_and_ship.registry.tracking.runs import TAG_LENGTH, note_of_end
 from train_and_ship.tasks.approval import move_question
 from train_and_ship.tasks.train import describe_progress
 
@@ -122,19 +122,12 @@ def test_the_page_of_a_version_in_mlflow_shows_it() -> None:
         assert not re.search(r"<(img|iframe|b|em|script|blockquote|ol|hr|del)\b", document), document
 
 
-def test_the_note_of_a_run_that_failed_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    noted: dict[str, str] = {}
-    client: Any = SimpleNamespace(
-        log_batch=lambda run, tags: noted.update({tag.key: tag.value for tag in tags}),
-        set_terminated=lambda run, status: None,
-    )
+def test_the_note_of_a_run_that_failed_shows_it() -> None:
     for text in (*ATTACKS, "```\n<b>out</b>\n```\n" + "long\n" * TAG_LENGTH):
-        end_with(client, "run", "RUNNING", "FAILED", text)
-        document = rendered(noted["mlflow.note.content"])
+        note = note_of_end("FAILED", text)
+        document = rendered(note)
         assert not re.search(r"<(a|img|iframe|b|em|script|h\d|table)\b", document), document
-        assert document.count("<pre>") == 1 and len(noted["mlflow.note.content"]) <= TAG_LENGTH
-        # A tag is text, and searched for as it is.
-        assert noted["failure"] == shorten(text, TAG_LENGTH)
+        assert document.count("<pre>") == 1 and len(note) <= TAG_LENGTH
 
 
 def test_the_report_of_parity_and_the_progress_of_a_training_show_it() -> None:

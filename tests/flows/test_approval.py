@@ -15,15 +15,16 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.rules import Approval, set_rules
 
 
-def job_of(folder: Path, **export: Any) -> Path:
+def job_of(folder: Path, approval: str = "required", **export: Any) -> Path:
     return write_project(
         folder,
         name="asked",
         train={"epochs": 1, "processes": 1, "batch_size": 32},
         export={"formats": ["torchscript"], **export},
-        release={"approval": "required", "policy": "always"},
+        release={"policy": "always", **({"approval": approval} if approval else {})},
     )
 
 
@@ -66,7 +67,9 @@ def test_a_candidate_stays_the_challenger_after_a_no_and_the_question_says_of_wh
     assert ship("approve", first).status == 0
     api.wait(first, "Completed")
     live = read_pointer(Channel(store, "asked", "prod"))
-    job = job_of(tmp_path, max_batch=64)
+    # The job does not ask any more, and the channel does.
+    job = job_of(tmp_path, approval="", max_batch=64)
+    set_rules(Channel(store, "asked", "prod"), Approval.REQUIRED, "ada", "customers see it")
     second = api.start("retrain", job=str(job), force=True)
     page = api.wait(second, "Paused")
     assert page["state"]["state_details"]["run_input_keyset"]
@@ -79,6 +82,7 @@ def test_a_candidate_stays_the_challenger_after_a_no_and_the_question_says_of_wh
     kept = api.wait(second, "Kept")
     assert kept["state_type"] == "COMPLETED"
     assert read_pointer(Channel(store, "asked", "prod")) == live
+    set_rules(Channel(store, "asked", "prod"), Approval.NONE, "ada", "")
 
     again = ship("approve", second)
     assert again.status == 2 and "expected one that waits for approval, this one is Kept" in again.errors

@@ -25,9 +25,10 @@ from prefect.settings import (
 from tests.support.ports import free_port
 from tests.support.prefect_api import Api
 from tests.support.stack_servers import PrefectServer
+from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks import approval, away
-from train_and_ship.tasks.approval import ask_person
+from train_and_ship.tasks.approval import ask_person, requester
 from train_and_ship.tasks.exclusive import take_slot
 from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.results import Answer
@@ -119,6 +120,15 @@ def test_a_question_that_did_not_reach_prefect_is_put_again(asked: AskedRun, gon
         asked.says_yes()
 
     assert asked.end(meanwhile, before=lambda: gone.fails(step, 2)).said == "by someone said to be grace"
+
+
+def test_who_asks_is_known_of_a_run_that_somebody_started_here(stack: Settings, gone: Away) -> None:
+    @flow(name="by hand")
+    async def by_hand() -> str:
+        gone.fails("read_flow_run", 1)
+        return await requester()
+
+    assert asyncio.run(by_hand()) == who()
 
 
 def test_an_answer_whose_reading_failed_is_taken(asked: AskedRun, gone: Away) -> None:
