@@ -112,7 +112,7 @@ def escaped(text: str) -> str:
     backslashes are seen in MLflow. In code spans and fences they are not: see `fenced`. Pipes are left to the table
     that it stands in.
     """
-    # Before it is written in another way, in which nobody would know an address. Markdown ends a line at a carriage return too.
+    # Passwords first: written in another way, an address is not known for one. Markdown ends lines at carriage returns.
     text = without_password(text).replace("\r\n", "\n").replace("\r", "\n")
     return _MARKUP.sub(lambda found: "".join(_reference(letter) for letter in found[0]), text)
 
