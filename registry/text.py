@@ -92,6 +92,8 @@ class Table:
 
 
 _MARKUP = re.compile(
+    # A place in a tensor, [3, 1], is no link, unless something behind it makes it one.
+    r"(?P<place>\[[\d, ]*\](?=[^(\[:]))|"
     r"&(?=[#\w])|[`*~\[\]\\]"
     # A tag or an address in brackets; `<= 8` is neither.
     r"|<(?=[A-Za-z/?!$]|$)"
@@ -114,7 +116,7 @@ def escaped(text: str) -> str:
     """
     # Passwords first: written in another way, an address is not known for one. Markdown ends lines at carriage returns.
     text = without_password(text).replace("\r\n", "\n").replace("\r", "\n")
-    return _MARKUP.sub(lambda found: "".join(_reference(letter) for letter in found[0]), text)
+    return _MARKUP.sub(lambda found: found["place"] or "".join(map(_reference, found[0])), text)
 
 
 def _reference(letter: str) -> str:

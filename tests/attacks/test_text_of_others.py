@@ -45,8 +45,18 @@ ATTACKS = [
     "[x]: http://elsewhere.example/\n\n[x]",
     "```\nno code\n```",
     "left open <",
+    "[1]",
+    "[1]: http://elsewhere.example/",
+    "[3, 1](http://elsewhere.example/) and ![2][1]",
 ]
-PLAIN = ["vs_live >= 0.97, train_loss <= 8", "-0.01 (-1.0%)", "ada@host: errors since 14:00", "4.2 of 5 & more", "0.97"]
+PLAIN = [
+    "vs_live >= 0.97, train_loss <= 8",
+    "-0.01 (-1.0%)",
+    "ada@host: errors since 14:00",
+    "4.2 of 5 & more",
+    "0.97",
+    "[3, 1] expected 0.5",
+]
 FORBIDDEN = re.compile(r"<(?!/?(p|br|table|thead|tbody|tr|th|td|ul|li|code|pre|strong)\b)|<li>\s*<", re.IGNORECASE)
 
 
