@@ -192,4 +192,4 @@ def test_a_refusal_names_check_place_value_and_limit_and_the_page_draws_what_mov
     assert "Nothing was trained" in caught.value.message and "FAILED" in caught.value.table
     page = data_page("digits", known(facts(mean=0.7)), report)
     assert "data of the live release r1" in page and "█" in page
-    assert page.index(r"**x\[0\]**") < page.index(r"**x\[1\]**")
+    assert page.index("**x&#91;0&#93;**") < page.index("**x&#91;1&#93;**")

@@ -141,14 +141,24 @@ def place_of(error: BaseException) -> str:
     return f"{type(error).__name__} at {' < '.join(reversed(frames))}"
 
 
+_LOST = (
+    "gloo",
+    "connection closed by peer",
+    "connection reset by peer",
+    # Where a collective that runs in the background was the first to notice.
+    "application timeout caused pair closure",
+)
+"""Gloo's words, some of which do not name it."""
+
+
 def is_lost_connection(error: BaseException | None) -> bool:
     """Whether another rank went away: what torch raises for that, also when user code was in the middle of a call.
 
     A connection of the user's own (to a database, say) raises other types, or lacks gloo's words.
     """
     while error is not None:
-        words = str(error)
-        lost = "gloo" in words.lower() or "Connection closed by peer" in words or "Connection reset by peer" in words
+        words = str(error).lower()
+        lost = any(said in words for said in _LOST)
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and lost):
             return True
         error = error.__cause__
