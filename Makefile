@@ -85,8 +85,15 @@ up: $(READY)
 down: $(READY)
 	$(BIN)/ship down
 
-# Stops the stack and deletes the environment and every local run, version and release.
+# Stops the stack and deletes the environment and every local run, version and release: it asks first, and scripts say
+# CLEAN=yes.
 clean:
+	@if [ "$(CLEAN)" != yes ]; then \
+	  what="$(VENV), build and .ship, with the models, MLflow and runs of the local stack"; \
+	  if [ ! -t 0 ]; then echo "make clean deletes $$what: say make clean CLEAN=yes" >&2; exit 2; fi; \
+	  printf "This deletes %s. Type yes: " "$$what"; read -r answer; \
+	  if [ "$$answer" != yes ]; then echo "Nothing was deleted." >&2; exit 2; fi; \
+	fi
 	if [ -x $(BIN)/ship ]; then $(BIN)/ship down; fi
 	rm -rf $(VENV) .ship build *.egg-info
 

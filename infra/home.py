@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from train_and_ship.infra.durable import sync
+
 NAME = ".ship"
 """Of the folder, unless SHIP_HOME names another one."""
 
@@ -20,6 +22,7 @@ def make_folder(folder: Path) -> Path:
     for place in reversed(missing):
         # The mode goes with the call: a moment in which others may look in is enough for them.
         place.mkdir(mode=0o700 if _is_home(place) else 0o777, exist_ok=True)
+        sync(place.parent)
     return folder
 
 

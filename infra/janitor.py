@@ -1,34 +1,254 @@
-"""Takes away what killed runs left on this machine and nobody came back for."""
+"""Keeps what runs leave on this machine to an age and a size: the oldest goes first, and never what is needed.
+
+What goes by age: what a run has left half done (a week after its last word), copies of releases and rehearsals of those
+that were refused (unused for a week), copies of data (unused for a month). What goes when there is more than SHIP_DISK:
+complete stages of runs (a week after the last word, an hour when the run came to its end; the newest of these stays),
+copies of releases (the latest of each model stays), of data, and rehearsals.
+
+What a running process uses stays (`in_use.py`), and so does a run that waits for Prefect or in the queue of an engine.
+Reports, decisions that wait for the bucket, and all else that lies in a run's folder beside its stages is
+small, and stays.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import stat
 import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-KEEP_SECONDS = 7 * 24 * 3600
+from train_and_ship.infra.durable import DAMAGED
+from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.in_use import LOCKS, forget_gone, unused
+from train_and_ship.infra.prefect_rest import prefect_api
+from train_and_ship.infra.rundir import COMPLETED
+from train_and_ship.infra.settings import Settings
+
+HOUR, DAY = 3600.0, 24 * 3600.0
+KEEP_SECONDS = 7 * DAY
 """A run can be gone on with for so long without losing the stage that it was in."""
-LEFTOVERS = ("*.work", "checkpoints", "*.attempts")
+SNAPSHOT_SECONDS = 30 * DAY
+LEFTOVERS = ("*.work", "checkpoints", "*.attempts", f"*{DAMAGED}")
 """Of a stage that was not completed; a complete one takes its own away."""
+ATTEMPT = "train.attempts/current.json"
+"""Names a job of an engine that is queued or at work, and that a later process finds again."""
+PAGE, PAGES = 200, 50
+Waiting = Callable[[], set[str] | None]
+"""Ids of the runs that Prefect knows and that are not over; None when it does not say."""
 
 
-def clean(runs: Path, *, now: float | None = None) -> int:
-    """Delete what is half done in runs that nothing was written to for a week; returns the bytes.
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What lies on this machine, in bytes; a file with several names counts once, where it is met first."""
 
-    runs: folder of `<model>/<run>/`. Complete stages, logs and reports stay. now: unix seconds.
+    runs: int
+    releases: int
+    rehearsals: int
+    snapshots: int
+    limit: int
+    """SHIP_DISK."""
+
+    @property
+    def total(self) -> int:
+        """Of all four."""
+        return self.runs + self.releases + self.rehearsals + self.snapshots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaned:
+    """What was done."""
+
+    freed: int
+    """Bytes."""
+    usage: Usage
+    """Afterwards."""
+
+
+@dataclass(kw_only=True)
+class _Item:
+    """Something that goes as a whole."""
+
+    kind: str
+    folder: Path
+    """What processes hold: of a run, of a copy."""
+    parts: Sequence[Path]
+    """What goes; all of `folder`, or some folders in it."""
+    used: float
+    """Unix seconds of its last use."""
+    files: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Device and inode to bytes of what goes."""
+    too_old: bool = False
+    """Goes whatever there is room for."""
+    can_go: bool = True
+    """Goes when there is no room."""
+
+
+def usage(settings: Settings) -> Usage:
+    """How much is there. Reads only; links are not followed, and what vanishes meanwhile is not there."""
+    seen: set[tuple[int, int]] = set()
+    sizes = {}
+    for kind in ("runs", "releases", "rehearsals", "data"):
+        found = _files(settings.home / kind)[0]
+        sizes[kind] = sum(size for file, size in found.items() if file not in seen)
+        seen |= found.keys()
+    return Usage(
+        runs=sizes["runs"],
+        releases=sizes["releases"],
+        rehearsals=sizes["rehearsals"],
+        snapshots=sizes["data"],
+        limit=settings.disk_limit(),
+    )
+
+
+def clean(settings: Settings, *, waiting: Waiting | None = None, now: float | None = None) -> Cleaned:
+    """Delete what is too old, and the oldest of what can go while there is more than SHIP_DISK. Can be repeated.
+
+    Args:
+        settings: where it is, and how much may be.
+        waiting: who knows which runs are not over; None asks Prefect, once, when a run would lose something.
+        now: unix seconds.
     """
     moment = time.time() if now is None else now
+    home = settings.home
+    # Of a janitor that was killed.
+    shutil.rmtree(home / "deleted", ignore_errors=True)
+    for kind in ("", "runs", "releases", "rehearsals"):
+        forget_gone(home / kind)
+    items = [*_runs(home, moment), *_copies(home, moment)]
+    before = usage(settings)
+    if before.total > before.limit or any(item.kind == "runs" and item.too_old for item in items):
+        _keep_waiting(items, (waiting or partial(waiting_runs, settings))())
     freed = 0
-    for run in runs.glob("*/*-*"):
-        leftovers = [folder for pattern in LEFTOVERS for folder in run.glob(pattern) if folder.is_dir()]
-        if not leftovers or moment - _last_written(run) < KEEP_SECONDS:
-            continue
-        for folder in leftovers:
-            freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            shutil.rmtree(folder, ignore_errors=True)
-    return freed
+    for item in items:
+        if item.too_old:
+            freed += _delete(home, item)
+    if freed:
+        before = usage(settings)
+    over = before.total - before.limit
+    if over <= 0:
+        return Cleaned(freed=freed, usage=before)
+    # A file with several names is gone with the last of them.
+    owners = Counter(file for item in items if not item.too_old for file in item.files)
+    for item in sorted(items, key=lambda item: item.used):
+        if over <= 0:
+            break
+        if item.can_go and not item.too_old and _delete(home, item):
+            owners.subtract(item.files.keys())
+            gone = sum(size for file, size in item.files.items() if not owners[file])
+            over -= gone
+            freed += gone
+    return Cleaned(freed=freed, usage=usage(settings))
 
 
-def _last_written(run: Path) -> float:
-    """Unix seconds of the latest change below a folder."""
-    return max(path.lstat().st_mtime for path in (run, *run.rglob("*")))
+def waiting_runs(settings: Settings) -> set[str] | None:
+    """Ids of the flow runs that are not over, and of those that they go on with; None when Prefect does not say."""
+    states = ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]
+    found: set[str] = set()
+    for page in range(PAGES):
+        query = {"flow_runs": {"state": {"type": {"any_": states}}}, "limit": PAGE, "offset": page * PAGE}
+        try:
+            reply = prefect_api(settings, "POST", "/flow_runs/filter", query)
+            runs = reply.json() if reply.is_success else None
+        except (ShipError, ValueError):
+            return None
+        if runs is None:
+            return None
+        for run in runs:
+            found |= {str(run["id"]), str(run.get("parameters", {}).get("resume", ""))}
+        if len(runs) < PAGE:
+            return found
+    return None
+
+
+# ---- below
+
+
+def _runs(home: Path, moment: float) -> Iterator[_Item]:
+    for model in _folders(home / "runs"):
+        runs = {run: _files(run) for run in _folders(model) if "-" in run.name}
+        complete = [run for run in runs if (run / COMPLETED).is_file()]
+        newest = max(complete, key=lambda run: runs[run][1], default=None)
+        for run, (_, written) in runs.items():
+            if (run / ATTEMPT).exists():
+                continue
+            age = moment - written
+            half_done = sorted({path for pattern in LEFTOVERS for path in run.glob(pattern) if path.is_dir()})
+            if half_done and age > KEEP_SECONDS:
+                yield _item("runs", run, half_done, written, too_old=True)
+            stages = sorted(path for path in _folders(run) if path not in half_done)
+            if stages and run != newest and age > (HOUR if run in complete else KEEP_SECONDS):
+                yield _item("runs", run, stages, written)
+
+
+def _copies(home: Path, moment: float) -> Iterator[_Item]:
+    for kind in ("releases", "rehearsals"):
+        for model in _folders(home / kind):
+            copies = {copy: copy.stat().st_mtime for copy in _folders(model)}
+            drafts = {copy for copy in copies if copy.name.startswith(".")}
+            latest = max(copies.keys() - drafts, key=lambda copy: copies[copy], default=None)
+            for copy, used in copies.items():
+                age = moment - used
+                # A copy that is being fetched has another name than the one that is held.
+                stays = age < DAY if copy in drafts else kind == "releases" and copy == latest
+                yield _item(kind, copy, [copy], used, too_old=age > KEEP_SECONDS, can_go=not stays)
+    for copy in _folders(home / "data"):
+        used = copy.stat().st_mtime
+        yield _item("data", copy, [copy], used, too_old=moment - used > SNAPSHOT_SECONDS)
+
+
+def _item(kind: str, folder: Path, parts: Sequence[Path], used: float, **more: bool) -> _Item:
+    files = {file: size for part in parts for file, size in _files(part)[0].items()}
+    return _Item(kind=kind, folder=folder, parts=parts, used=used, files=files, **more)
+
+
+def _keep_waiting(items: list[_Item], waiting: set[str] | None) -> None:
+    """Take runs that are not over from the list; all runs where nobody says which these are."""
+    items[:] = [
+        item for item in items if item.kind != "runs" or (waiting is not None and item.folder.name not in waiting)
+    ]
+
+
+def _delete(home: Path, item: _Item) -> int:
+    """Bytes of what is gone; 0 where a process uses it, or it cannot be deleted."""
+    with contextlib.suppress(OSError), unused(item.folder) as free:
+        if not free:
+            return 0
+        # One rename: nobody ever sees half of it.
+        bin_ = make_folder(home / "deleted") / uuid.uuid4().hex
+        bin_.mkdir()
+        for number, part in enumerate(item.parts):
+            part.rename(bin_ / str(number))
+        shutil.rmtree(bin_, ignore_errors=True)
+        return sum(item.files.values())
+    return 0
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as found:
+            folders = [entry for entry in found if entry.is_dir(follow_symlinks=False) and entry.name != LOCKS]
+        return sorted(Path(entry.path) for entry in folders)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _files(folder: Path) -> tuple[dict[tuple[int, int], int], float]:
+    """Bytes of every file below a folder by device and inode, and unix seconds of the latest change."""
+    found: dict[tuple[int, int], int] = {}
+    written = 0.0
+    for place, folders, files in os.walk(folder):
+        for name in (*files, *folders, "."):
+            with contextlib.suppress(FileNotFoundError):
+                seen = (Path(place) / name).lstat()
+                written = max(written, seen.st_mtime)
+                if stat.S_ISREG(seen.st_mode):
+                    found[seen.st_dev, seen.st_ino] = seen.st_size
+    return found, written

@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 
 from train_and_ship.infra.addresses import recognisable
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.home import make_folder
-from train_and_ship.infra.rundir import write_whole
 
 TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"
 GRACE_SECONDS = 5.0
@@ -59,7 +59,7 @@ class PidFile:
     def write(self, path: Path) -> None:
         """A reader never sees half a file."""
         make_folder(path.parent)
-        write_whole(path, json.dumps(asdict(self), indent=1).encode())
+        write_durably(path, json.dumps(asdict(self), indent=1).encode())
 
     def process(self) -> psutil.Process | None:
         """The process itself, or None when it has ended or its pid now belongs to somebody else."""

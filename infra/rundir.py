@@ -1,7 +1,8 @@
 """Stage folders of a run: written in a work folder, completed by a manifest written last and one rename.
 
 A folder that has its manifest is complete; running the stage again finds it, verifies every file by hash, and
-does nothing. Anything else that lies there is left over from a death and is thrown away.
+does nothing. Anything else that lies there is left over from a death and is thrown away; a complete stage that is not
+what it was any more is set aside.
 """
 
 from __future__ import annotations
@@ -10,14 +11,22 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from train_and_ship.infra.durable import rename_durably, set_aside
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.home import make_folder
 
 MANIFEST = "STAGE.json"
 RUN_ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 """What Prefect calls a flow run, and the name of the folder of one."""
+COMPLETED = "timings.json"
+"""In the folder of a run that came to its end."""
+TORN = (ValueError, TypeError, KeyError, AttributeError)
+"""What reading half of a JSON document, or another one, raises."""
+Kind = TypeVar("Kind")
 
 
 class StageFolder:
@@ -30,17 +39,29 @@ class StageFolder:
         self.work = run / f"{name}.work"
         """Where they are written until then."""
         self._inputs = inputs
+        self._damaged = ""
 
     def is_complete(self) -> bool:
         """Whether the stage ended with these inputs and every file is still what it was."""
         manifest = self.path / MANIFEST
         if not manifest.is_file():
             return False
-        said = json.loads(manifest.read_text())
-        return bool(said["inputs"] == self._inputs and said["files"] == _hashes(self.path))
+        try:
+            said = json.loads(manifest.read_bytes())
+            same, files = said["inputs"] == self._inputs, said["files"]
+        except TORN as error:
+            self._damaged = f"{MANIFEST} cannot be read ({error}), and the stage is done again"
+            return False
+        if same and files != (found := _hashes(self.path)):
+            wrong = min(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
+            self._damaged = f"{wrong} is missing, added or changed, and the stage is done again"
+        return bool(same and not self._damaged)
 
     def begin(self) -> Path:
         """An empty work folder."""
+        if self._damaged and self.path.exists():
+            set_aside(self.path, self._damaged)
+        self._damaged = ""
         for leftover in (self.work, self.path):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -52,7 +73,7 @@ class StageFolder:
         """Complete the stage; returns the digest that the next stage depends on."""
         table = {"inputs": self._inputs, "files": _hashes(self.work)}
         (self.work / MANIFEST).write_text(json.dumps(table, indent=1))
-        self.work.rename(self.path)
+        rename_durably(self.work, self.path)
         return self.digest()
 
     def digest(self) -> str:
@@ -60,11 +81,23 @@ class StageFolder:
         return file_sha256(self.path / MANIFEST)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write by rename: a reader, and what is left after a kill, has all of it or what was there before."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+def read_kept(path: Path, decode: Callable[[bytes], Kind]) -> Kind | None:
+    """What a file says that an earlier process left; a damaged one is set aside, with a warning, and says nothing.
+
+    Args:
+        path: of the file.
+        decode: makes a value of its content. What it raises of TORN says that it is damaged.
+
+    Returns:
+        None where there is no file, or a damaged one.
+    """
+    try:
+        return decode(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except TORN as error:
+        set_aside(path, f"it cannot be read ({type(error).__name__}: {error})")
+        return None
 
 
 def file_sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ A part whose address is given is somebody else's: it is used, never started or s
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +20,7 @@ LOOPBACK = "127.0.0.1"
 LOCAL_BUCKET = "models"
 PREFECT_ACCOUNT = "PREFECT_API_AUTH_STRING"
 """Prefect's own variable: user:password of a server that asks for one."""
+DISK_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect takes no less."""
 
@@ -61,6 +64,8 @@ class Settings(BaseModel):
 
     runs_at_once: int = Field(2, validation_alias="SHIP_RUNS_AT_ONCE", ge=1)
     """Flow runs that the local worker has at work; the others wait in Prefect."""
+    disk: str = Field("20%", validation_alias="SHIP_DISK")
+    """How much runs and copies of releases and of data may take below `home`: a size, or a share of its disk."""
     notify: SecretStr | None = Field(None, validation_alias="SHIP_NOTIFY")
     """Addresses, for Apprise, of who is told when a run fails or a release goes live."""
     silent_seconds: int = Field(120, validation_alias="SHIP_SILENT_SECONDS", ge=HEARTBEAT_SECONDS + 5)
@@ -92,6 +97,11 @@ class Settings(BaseModel):
                 "environment variable PREFECT_API_URL: expected an address without user and password, got one with "
                 f"them; set PREFECT_API_URL={without_password(settings.external_prefect)} and "
                 f"{PREFECT_ACCOUNT}=user:password"
+            )
+        if not _share_or_bytes(settings.disk):
+            raise SettingsError(
+                "environment variable SHIP_DISK: expected a size such as 200GB, or a share of the disk such as 20%, "
+                f"got {settings.disk!r}"
             )
         home = settings.home.expanduser().absolute()
         if not next(path for path in (home, *home.parents) if path.exists()).is_dir():
@@ -162,6 +172,12 @@ class Settings(BaseModel):
         """Folder of data that was downloaded from buckets, by the hash of its manifest."""
         return self.home / "data"
 
+    def disk_limit(self) -> int:
+        """Bytes that `disk` is, on the disk of `home` as it is now."""
+        share, size = _share_or_bytes(self.disk) or (0.0, 0)
+        there = next(path for path in (self.home, *self.home.parents) if path.exists())
+        return int(share * shutil.disk_usage(there).total) if share else size
+
     def child_environment(self) -> dict[str, str]:
         """The current environment with every service address made explicit, for processes we start."""
         environment = dict(os.environ)
@@ -172,3 +188,15 @@ class Settings(BaseModel):
         environment["PREFECT_API_URL"] = self.prefect_api_url
         environment["MLFLOW_TRACKING_URI"] = self.mlflow_url
         return environment
+
+
+def _share_or_bytes(text: str) -> tuple[float, int] | None:
+    """`20%` or `200 GB`: a share above 0 and up to 1, or bytes above 0, and 0 for the other; None for neither."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(%|[KMGT]?B?)", text.strip(), re.ASCII | re.IGNORECASE)
+    if found is None:
+        return None
+    number, unit = float(found[1]), found[2].upper()
+    if unit == "%":
+        return (number / 100, 0) if 0 < number <= 100 else None
+    size = int(number * DISK_UNITS[unit if len(unit) != 1 or unit == "B" else unit + "B"])
+    return (0.0, size) if size else None

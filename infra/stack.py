@@ -94,13 +94,13 @@ def up(settings: Settings, report: Report = lambda line: None) -> None:
             report(f"{name}: external, not started here")
         running = _running(settings, ours)
         _check_ports(ours, running)
-        freed = janitor.clean(settings.runs)
-        if freed:
-            report(f"half done stages of runs of more than a week ago: {freed / 1e6:,.0f} MB deleted")
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="stack") as pool:
             # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
             for declared in _start_all(settings, ours, running, pool, report):
                 declared.result()
+        # Last: Prefect knows which runs still wait.
+        if freed := janitor.clean(settings).freed:
+            report(f"what runs left and nobody needs any more: {freed / 1e6:,.0f} MB deleted")
 
 
 def down(settings: Settings, report: Report = lambda line: None) -> None:

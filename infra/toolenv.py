@@ -59,5 +59,7 @@ def environment(name: str, requirements: Sequence[str], report: Callable[[str], 
             if done.returncode:
                 shutil.rmtree(home)
                 raise ServiceError(f"{name}: pip cannot install it here: {done.stderr.strip()[-1000:]}")
+            # Thousands of files: all at once.
+            os.sync()
             (home / "complete").touch()
     return python

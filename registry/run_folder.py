@@ -27,8 +27,9 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.json_lines import all_objects
-from train_and_ship.infra.rundir import MANIFEST, file_sha256, write_whole
+from train_and_ship.infra.rundir import MANIFEST, TORN, file_sha256
 from train_and_ship.registry.cost import Spent, read_costs
 from train_and_ship.registry.data.checks import Report
 from train_and_ship.registry.job.job import Job
@@ -155,8 +156,17 @@ def stage_inputs(first: str, *more: str) -> str:
 
 
 def write_fact(folder: Path, name: str, value: DataclassInstance) -> None:
-    """Whole or not at all."""
-    write_whole(folder / name, json.dumps(dataclasses.asdict(value), indent=1).encode())
+    """Into the folder of a run: whole or not at all, also after a power cut."""
+    write_durably(folder / name, _encoded(value))
+
+
+def add_fact(work: Path, name: str, value: DataclassInstance) -> None:
+    """Into the work folder of a stage, which is synced as a whole when the stage is complete."""
+    (work / name).write_bytes(_encoded(value))
+
+
+def _encoded(value: DataclassInstance) -> bytes:
+    return json.dumps(dataclasses.asdict(value), indent=1).encode()
 
 
 def recall(kind: type[Kind], value: Any) -> Kind | None:
@@ -232,7 +242,11 @@ def _complete(folder: Path, name: str, inputs: str | None) -> Path | None:
     manifest = folder / name / MANIFEST
     if inputs is None or not manifest.is_file():
         return None
-    made_from = str(json.loads(manifest.read_text())["inputs"])
+    try:
+        made_from = str(json.loads(manifest.read_bytes())["inputs"])
+    except TORN:
+        # Whoever goes on with the run does the stage again.
+        return None
     return folder / name if made_from.startswith(inputs) else None
 
 
@@ -242,7 +256,11 @@ def _digest(stage: Path | None) -> str | None:
 
 def _read(kind: type[Kind], folder: Path | None, name: str) -> Kind | None:
     path = folder / name if folder else None
-    return recall(kind, json.loads(path.read_text())) if path and path.is_file() else None
+    try:
+        return recall(kind, json.loads(path.read_bytes())) if path and path.is_file() else None
+    except ValueError:
+        # Torn by a power cut.
+        return None
 
 
 def _result(kind: type[Kind], stage: Path | None) -> Kind | None:

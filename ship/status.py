@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from train_and_ship.infra import stack
+from train_and_ship.infra import janitor, stack
 from train_and_ship.infra.errors import JobError, ReleaseError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
@@ -26,6 +26,7 @@ from train_and_ship.registry.channels.decisions import Decision, decided_at, rea
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.registry.text import file_size
 
 FLOW = "retrain"
 COLOURS = {"up": "green", "external": "cyan"}
@@ -70,6 +71,7 @@ def status() -> None:
         colour = COLOURS.get(row.state, "red")
         components.add_row(row.title, row.url, str(row.pid or ""), f"[{colour}]{row.state}[/]")
     console.print(components)
+    console.print(disk_line(janitor.usage(settings)), soft_wrap=True)
     if any(row.state not in COLOURS for row in rows):
         raise typer.Exit(1)
     try:
@@ -80,6 +82,19 @@ def status() -> None:
     _print_models(found, console)
     if any(row.unreadable for row in found):
         raise typer.Exit(1)
+
+
+def disk_line(used: janitor.Usage) -> str:
+    """What runs have left on this machine, and how much it may be."""
+    parts = {
+        "runs": used.runs,
+        "copies of releases": used.releases,
+        "failed rehearsals": used.rehearsals,
+        "copies of snapshots": used.snapshots,
+    }
+    what = ", ".join(f"{name} {file_size(size)}" for name, size in parts.items() if size)
+    over = "; the rest is in use or may be needed" if used.total > used.limit else ""
+    return f"Disk: {file_size(used.total)} of {file_size(used.limit)} (SHIP_DISK){f': {what}' if what else ''}{over}"
 
 
 def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[ChannelStatus]:

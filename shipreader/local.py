@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from shipreader.durable import make_folders, rename_durably, set_aside, sync, write_durably
 from shipreader.errors import ReaderError, RefusedError, UnavailableError
 from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest, files_below
 
@@ -66,7 +67,7 @@ class LocalFolder:
             UnavailableError: another process has held it for `LOCK_SECONDS`, or `stopped`.
         """
         try:
-            self._releases.mkdir(parents=True, exist_ok=True)
+            make_folders(self._releases)
         except (FileExistsError, NotADirectoryError):
             raise ReaderError(f"expected a folder for releases at {self.folder}, got a file in its place") from None
         # Not emptied before it is ours: it says whose it is.
@@ -96,14 +97,18 @@ class LocalFolder:
                 time.sleep(LOCK_LOOK_SECONDS)
 
     def state(self) -> State | None:
-        """None for a new folder."""
+        """None for a new folder, and for one whose state is torn, which is set aside: the channel is followed anew."""
         path = self.folder / "state.json"
         try:
             document = json.loads(path.read_bytes())
-            return State(**{**document, "pointer": Pointer(**document["pointer"])})
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
+            set_aside(path, f"it cannot be read ({error}), and the channel is followed anew")
+            return None
+        try:
+            return State(**{**document, "pointer": Pointer(**document["pointer"])})
+        except (TypeError, KeyError) as error:
             raise ReaderError(
                 f"{path}: expected what a reader wrote, got {error}; delete {self.folder} to begin anew"
             ) from None
@@ -144,8 +149,9 @@ class LocalFolder:
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
             bring(draft, manifest.files)
             (draft / MANIFEST).write_bytes(manifest.encoded)
+            # One that is here is damaged. It is not kept: every byte of it is in the bucket.
             self.remove(manifest.release)
-            draft.rename(self.release(manifest.release))
+            rename_durably(draft, self.release(manifest.release))
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -161,7 +167,7 @@ class LocalFolder:
     def switch(self, state: State) -> None:
         """Make `current` lead to a release that is here."""
         # The state first: `current` is made to follow it when this process dies between the two.
-        _replace(self.folder / "state.json", json.dumps(asdict(state), indent=1).encode())
+        write_durably(self.folder / "state.json", json.dumps(asdict(state), indent=1).encode())
         self.point(state.pointer.release)
 
     def point(self, name: str) -> None:
@@ -175,6 +181,7 @@ class LocalFolder:
         draft = self.folder / f"{_DRAFT}{uuid.uuid4().hex}"
         draft.symlink_to(target)
         draft.replace(current)
+        sync(self.folder)
 
     def prune(self, keep: set[str]) -> None:
         """Delete every other release, and what dead readers left behind."""
@@ -186,15 +193,6 @@ class LocalFolder:
                     self.remove(path.name)
                 else:
                     path.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_name(f"{_DRAFT}{uuid.uuid4().hex}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _require_file(path: Path, entry: FileEntry) -> None:

@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shipreader.durable import write_durably
 from shipreader.errors import ReaderError
 from shipreader.records import Release
 
@@ -69,11 +69,9 @@ def write_model(
     if together > 1:
         settings |= {"max_batch_size": together, "max_batch_time": batch_seconds}
     for name in ("onnx_model.py", "inference_tensors.py"):
-        shutil.copy(Path(__file__).with_name(name), folder)
+        write_durably(folder / name, Path(__file__).with_name(name).read_bytes())
     path = folder / "model-settings.json"
-    draft = path.with_name(".model-settings.json")
-    draft.write_text(json.dumps(settings, indent=1))
-    draft.replace(path)
+    write_durably(path, json.dumps(settings, indent=1).encode())
     return path
 
 

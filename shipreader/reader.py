@@ -22,6 +22,7 @@ from typing import Any
 
 from shipreader import signatures
 from shipreader.bucket import Bucket, NotModifiedError, s3_client
+from shipreader.durable import write_durably
 from shipreader.errors import NothingLiveError, ReaderError, RefusedError, UnavailableError
 from shipreader.local import LocalFolder, State
 from shipreader.records import (
@@ -382,7 +383,7 @@ class Reader:
         manifest = decode_manifest(encoded, pointer)
         if self._keys:
             # Before any file is asked for.
-            self._local.signature(pointer.release).write_bytes(self._signature(manifest, prefix))
+            write_durably(self._local.signature(pointer.release), self._signature(manifest, prefix))
         if self._max_bytes is not None and manifest.total_bytes > self._max_bytes:
             raise RefusedError(f"{prefix}: expected at most {self._max_bytes:,} bytes, got {manifest.total_bytes:,}")
         try:

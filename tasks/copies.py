@@ -15,6 +15,7 @@ from pathlib import Path
 from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.in_use import hold, unused
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature
@@ -31,6 +32,7 @@ def download_anew(store: ObjectStore, manifest: Manifest, folder: Path) -> Rehea
 
     Raises ReleaseError when a file is missing or is not what the manifest says, and when one holds what is not loaded.
     """
+    hold(folder)
     shutil.rmtree(folder, ignore_errors=True)
     fetched = fetch_release(store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
     require_sound(folder, fetched)
@@ -108,6 +110,7 @@ def _fetch(store: ObjectStore, copies: Path, live: Pointer, public_key: Path | N
                 f"`ship sign {live.model} {live.release}` makes it comparable"
             ) from None
     folder = copies / live.release
+    hold(folder)
     _drop_old(copies, folder)
 
     def fetch() -> Manifest:
@@ -129,7 +132,9 @@ def _drop_old(copies: Path, keep: Path) -> None:
     for folder in copies.glob("*"):
         with contextlib.suppress(FileNotFoundError):
             if folder != keep and time.time() - folder.stat().st_mtime > KEEP_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+                with unused(folder) as free:
+                    if free:
+                        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:

@@ -15,12 +15,14 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.fork_server import fork_server
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_events import UNCHANGED
 from train_and_ship.infra.provenance import asked_by
-from train_and_ship.infra.rundir import run_folder, write_whole
+from train_and_ship.infra.rundir import read_kept, run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.channel import Channel
@@ -89,6 +91,7 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: S
     channel = Channel(ObjectStore.from_settings(settings), job.name, job.release.channel, settings.mlflow_url)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
+    hold(folder)
     with ledger_of(folder).stage("decide"):
         if waiting := await asyncio.to_thread(record_waiting, channel.store, settings.runs / job.name, folder):
             get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
@@ -192,17 +195,18 @@ def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str],
 
 def _read_plan(folder: Path) -> tuple[Pointer | None, Pointer | None] | None:
     """What was live, and where training began, when this run was first begun; None when it was not."""
-    path = folder / PLAN
-    if not path.exists():
-        return None
-    said = json.loads(path.read_text())
-    live, start = (decode_pointer(said[name].encode(), PLAN) if said[name] else None for name in ("live", "start"))
-    return live, start
+
+    def decode(content: bytes) -> tuple[Pointer | None, Pointer | None]:
+        said = json.loads(content)
+        live, start = (decode_pointer(said[name].encode(), PLAN) if said[name] else None for name in ("live", "start"))
+        return live, start
+
+    return read_kept(folder / PLAN, decode)
 
 
 def _write_plan(folder: Path, live: Pointer | None, start: Pointer | None) -> None:
     texts = {name: pointer.encode().decode() if pointer else "" for name, pointer in (("live", live), ("start", start))}
-    write_whole(folder / PLAN, json.dumps(texts).encode())
+    write_durably(folder / PLAN, json.dumps(texts).encode())
 
 
 @stage_task("skip")

@@ -18,8 +18,9 @@ from torchworker.contract import GOLDEN, PROBES, VALIDATION, WITHOUT_CODE, Rehea
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.rundir import MANIFEST as STAGE
-from train_and_ship.infra.rundir import file_sha256
+from train_and_ship.infra.rundir import TORN, file_sha256
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import SIGNATURE
 from train_and_ship.registry.channels.moves import (
@@ -82,8 +83,8 @@ async def try_out(
         samples = await asyncio.to_thread(_held_out, settings.runs / model, manifest)
     # Not among the copies of live releases: others may be reading those.
     work = settings.home / "rehearsals" / model / f"{target.release}.{uuid.uuid4().hex[:8]}"
-    make_folder(work.parent)
-    work.mkdir()
+    hold(work)
+    make_folder(work)
     candidate = chosen.of(await asyncio.to_thread(download_anew, store, manifest, work / "candidate"))
     current, problem = None, ""
     if samples is not None:
@@ -243,7 +244,11 @@ def _held_out(runs: Path, manifest: Manifest) -> Path | None:
     """
     golden = manifest.files[GOLDEN].sha256
     for said in sorted(runs.glob(f"*/export/{STAGE}"), key=lambda path: -path.stat().st_mtime):
-        files = json.loads(said.read_text())["files"]
+        try:
+            files = json.loads(said.read_bytes())["files"]
+        except TORN:
+            # A power cut; whoever goes on with that run does the stage again.
+            continue
         if files.get(GOLDEN) != golden or not {VALIDATION, PROBES} <= files.keys():
             continue
         if all(file_sha256(said.parent / name) == files[name] for name in (VALIDATION, PROBES)):

@@ -37,6 +37,7 @@ from train_and_ship.infra.launchers.hosts import SSH, HostsLauncher
 from train_and_ship.infra.launchers.kubernetes import KubernetesLauncher, Volume
 from train_and_ship.infra.launchers.slurm import SlurmLauncher
 from train_and_ship.infra.launchers.spec import Launcher, Spec, Status
+from train_and_ship.infra.rundir import read_kept
 from train_and_ship.registry.job import launcher as options
 
 CURRENT = "current.json"
@@ -162,7 +163,7 @@ async def train_launched(
                 names = ", ".join(named)
                 say(f"env: pods get {names} only where the Secret of train.launcher.kubernetes.secret has them")
             out_dir.mkdir(exist_ok=True)
-            replace(request, folder=str(out_dir)).write(out_dir / REQUEST)
+            replace(request, folder=str(out_dir)).write(out_dir / REQUEST, durably=True)
             attempt = await _launch(launcher, spec, attempt, current)
             say(f"launched {attempt.engine} job {attempt.job}: {spec.nodes} machines, {spec.nproc} ranks each")
         assert attempt.job is not None
@@ -192,7 +193,8 @@ async def _attempt_under_way(current: Path, inputs: str, chosen: options.Launche
         await asyncio.to_thread(_cancel, current)
     name = f"ship-{uuid.uuid4().hex[:16]}"
     attempt = Attempt(name=name, inputs=inputs, options=chosen.model_dump(mode="json", exclude_unset=True), job=None)
-    attempt.write(current)
+    # Before the engine is asked: without it, the job would be nobody's after a power cut.
+    attempt.write(current, durably=True)
     return attempt
 
 
@@ -206,7 +208,7 @@ async def _launch(launcher: Launcher, spec: Spec, attempt: Attempt, current: Pat
             await asyncio.wait({launching})
         if launching.exception() is None:
             attempt = replace(attempt, job=launching.result())
-            attempt.write(current)
+            attempt.write(current, durably=True)
     launching.result()
     return attempt
 
@@ -222,7 +224,7 @@ def _cancel(current: Path) -> None:
 
 
 def _read(current: Path) -> Attempt | None:
-    return Attempt.read(current) if current.exists() else None
+    return read_kept(current, Attempt.decoded)
 
 
 async def _wait(launcher: Launcher, job: str, out_dir: Path, on_event: Events, say: Say) -> Status:

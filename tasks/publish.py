@@ -13,6 +13,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import put_report
@@ -94,8 +95,9 @@ def write_report(outcome: Outcome, folder: Path | None, settings: Settings, cost
         files=files,
     )
     if written.file is not None:
-        written.file.write_text(written.html)
-        written.file.with_suffix(".md").write_text(written.markdown)
+        write_durably(written.file.with_suffix(".md"), written.markdown.encode())
+        # The last: where it is, the run has been reported.
+        write_durably(written.file, written.html.encode())
     return written
 
 

@@ -41,10 +41,10 @@ from train_and_ship.registry.run_folder import (
     COMPARED,
     REHEARSE,
     Against,
+    add_fact,
     read_against,
     recall,
     stage_inputs,
-    write_fact,
 )
 from train_and_ship.registry.text import file_size
 from train_and_ship.tasks.copies import download_anew, live_copy
@@ -108,7 +108,7 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         if any(gate.times_live is not None for gate in run.job.gates.values()):
             result = await _measured(run, request, result, work)
         changes = await asyncio.to_thread(_in_kind, run.job, candidate, current, result)
-        write_fact(work, AGAINST, Against(live=against, speed=_recorded_speed(current), changes=changes))
+        add_fact(work, AGAINST, Against(live=against, speed=_recorded_speed(current), changes=changes))
         return result
 
     result = await run_stage(stage, RehearseResult, make, COMPARED)

@@ -25,7 +25,7 @@ from torchworker.contract import (
 )
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.rundir import RUN_ID
+from train_and_ship.infra.rundir import COMPLETED, RUN_ID
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.channels.channel import Channel
@@ -95,7 +95,7 @@ class Run:
 
     def write_timings(self) -> Path:
         """`timings.json` in the run directory: seconds by stage, over all attempts."""
-        path = self.folder / "timings.json"
+        path = self.folder / COMPLETED
         stages = {item.stage: item.wall for item in read_costs(self.folder) if item.stage != FLOW and item.wall}
         path.write_text(json.dumps({"stages": stages}, indent=1))
         return path

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from train_and_ship.infra import janitor
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import open_to_others
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.provenance import git_commit
-from train_and_ship.infra.rundir import run_folder
+from train_and_ship.infra.rundir import read_kept, run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import require_usable_keys
 from train_and_ship.registry.channels.timeline import utc_now
 from train_and_ship.registry.kind import require_kinds
 from train_and_ship.registry.run_folder import ABOUT, About, write_fact
+from train_and_ship.registry.text import file_size
 from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
@@ -55,6 +60,7 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
     require_usable_keys(settings.signing_key, settings.public_key)
     flow_run_id = str(flow_run.get_id())
     folder = run_folder(settings.runs / job.name, flow_run_id, resume)
+    hold(folder)
     page = flow_run_page(settings, flow_run_id)
     ledger = ledger_of(folder)
     with ledger.stage("begin"):
@@ -65,6 +71,7 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
             asyncio.to_thread(verified_snapshot, settings, job, job_file.project),
             asyncio.to_thread(_look_for_mlflow, settings.mlflow_url),
             asyncio.to_thread(_check_store, store),
+            asyncio.to_thread(_make_room, settings, get_run_logger().warning),
         )
         commit = git_commit(job_file.project)
         # The import of MLflow, more than a second, and the first requests go on in the background.
@@ -117,9 +124,30 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
 
 def _begun(folder: Path) -> str:
     path = folder / "begun"
-    if not path.exists():
-        path.write_text(utc_now())
-    return path.read_text()
+
+    def decode(content: bytes) -> str:
+        datetime.fromisoformat(content.decode())
+        return content.decode()
+
+    if (begun := read_kept(path, decode)) is None:
+        begun = utc_now()
+        write_durably(path, begun.encode())
+    return begun
+
+
+def _make_room(settings: Settings, warn: Callable[..., None]) -> None:
+    """Before anything new is written. What cannot be deleted is no reason to stop."""
+    try:
+        left = janitor.clean(settings).usage
+    except OSError as error:
+        warn("%s could not be cleaned: %s", settings.home, error)
+        return
+    if left.total > left.limit:
+        warn(
+            "what runs have left takes %s and SHIP_DISK is %s: all of it is in use, or a run may be gone on with; "
+            "`ship status` shows what it is",
+            file_size(left.total), file_size(left.limit),
+        )  # fmt: skip
 
 
 def _look_for_mlflow(url: str) -> None:

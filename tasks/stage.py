@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from torchworker.contract import RESULT, decode
 from train_and_ship.infra.rundir import StageFolder
-from train_and_ship.registry.run_folder import write_fact
+from train_and_ship.registry.run_folder import add_fact
 from train_and_ship.tasks.policy import worth_retrying
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ async def run_stage(
         work = stage.begin()
         made = await make(work)
         if file != RESULT:
-            write_fact(work, file, made)
+            add_fact(work, file, made)
         stage.finish()
     elif not quiet:
         get_run_logger().info("%s: already complete in this run, verified by hash", stage.path.name)

@@ -31,7 +31,7 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
 from train_and_ship.registry.made_of import with_opened
 from train_and_ship.registry.report.training_sections import shipped_words
-from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, stage_inputs, write_fact
+from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, add_fact, stage_inputs
 from train_and_ship.registry.text import Table, escaped, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
@@ -136,7 +136,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         trained_on.listed,
     )
     made_from = MadeFrom(git_commit=run.git_commit, code=code, packages=packages, files=files)
-    write_fact(stage.work, MADE_FROM, made_from)
+    add_fact(stage.work, MADE_FROM, made_from)
     run.live.send_soon()
     stage.finish()
     for leftover in (checkpoints, attempts):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from torchworker import situations
+from torchworker.durable import make_folders, set_aside, write_durably
 
 REQUEST = "request.json"
 RESULT = "result.json"
@@ -99,16 +100,29 @@ SCHEDULES = ("constant", "cosine", "linear")
 class Message:
     """A dataclass that crosses a process boundary as JSON."""
 
-    def write(self, path: Path) -> None:
-        """Write atomically: a reader sees the whole message or none."""
+    def write(self, path: Path, *, durably: bool = False) -> None:
+        """Write atomically: a reader sees the whole message or none.
+
+        durably: also after a power cut. What lies in the work folder of a stage is synced with it when the stage is
+        complete, and thrown away when it is not.
+        """
+        content = json.dumps(dataclasses.asdict(self), indent=1).encode()  # type: ignore[call-overload]
+        if durably:
+            write_durably(path, content)
+            return
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1))  # type: ignore[call-overload]
+        part.write_bytes(content)
         part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What `write` wrote. Raises TypeError for missing or unknown fields."""
-        decoded: Self = decode(cls, json.loads(path.read_text()))
+        """What `write` wrote. Raises TypeError for missing or unknown fields, ValueError for what is no JSON."""
+        return cls.decoded(path.read_bytes())
+
+    @classmethod
+    def decoded(cls, content: bytes) -> Self:
+        """The same of a file's content."""
+        decoded: Self = decode(cls, json.loads(content))
         return decoded
 
 
@@ -388,7 +402,13 @@ class Launches(Message):
     def so_far(cls, checkpoints: Path) -> Self:
         """What the folder of checkpoints says; nothing is used up in a new one."""
         path = checkpoints / LAUNCHES
-        return cls.read(path) if path.exists() else cls()
+        try:
+            return cls.read(path)
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, TypeError, AttributeError) as error:
+            set_aside(path, f"it cannot be read ({error}), and launches are counted anew")
+            return cls()
 
     def died(self, checkpoints: Path, place: str) -> Self:
         """With one more launch that ended without a result. place: of its failure."""
@@ -404,8 +424,9 @@ class Launches(Message):
 
     def keep(self, checkpoints: Path) -> None:
         """For whoever launches next."""
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        self.write(checkpoints / LAUNCHES)
+        make_folders(checkpoints)
+        # A training may be what cuts the power.
+        self.write(checkpoints / LAUNCHES, durably=True)
 
     def end(self, failure: Failure, restarts: int) -> Failure | None:
         """What the run ends with; None when it may launch again.

@@ -22,6 +22,7 @@ from torchworker.contract import (
     TrainRequest,
     TrainResult,
 )
+from torchworker.durable import sync_tree
 from torchworker.process.failure import failure_of, is_lost_connection, may_pass, place_of
 from torchworker.process.lifeline import die_with_parent
 from torchworker.process.shown_warnings import keep_warnings
@@ -132,7 +133,9 @@ def main() -> None:
     choose_interface()
     result = run_rank(request_file, os.getppid(), watcher)
     if result is not None:
-        Reply(result=dataclasses.asdict(result)).write(folder / RESULT)
+        # An engine's machines may lose power before anybody has come back for it.
+        sync_tree(folder)
+        Reply(result=dataclasses.asdict(result)).write(folder / RESULT, durably=True)
 
 
 if __name__ == "__main__":

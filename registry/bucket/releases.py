@@ -264,6 +264,7 @@ def fetch_release(
         in_parallel(fetch, manifest.files)
         (draft / MANIFEST).write_bytes(manifest.encode())
         try:
+            # Not synced: what is there already is hashed before each use, and fetched again.
             draft.rename(folder)
         except OSError:
             # Somebody else fetched the same release at the same time.

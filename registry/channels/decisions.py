@@ -17,10 +17,10 @@ from pathlib import Path
 
 from shipreader.records import MOST_MOVES
 from train_and_ship.infra.addresses import without_password
+from train_and_ship.infra.durable import set_aside, write_durably
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.keys import decisions_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
@@ -103,18 +103,23 @@ def _key(decision: Decision) -> str:
 def keep_until_recorded(run: Path, decision: Decision) -> None:
     """Leave a decision in the folder of its run, made when it is not there; `record_waiting` finds it."""
     make_folder(run)
-    write_whole(run / WAITING, decision.encode())
+    write_durably(run / WAITING, decision.encode())
 
 
 def record_waiting(store: ObjectStore, runs: Path, but: Path | None = None) -> int:
     """Record what waits in the runs of a model; returns how many. One that does not know what was live is told.
 
     runs: folder of the model's runs; but: that of the run that asks, as no other one is at work. What a run recorded
-    later than what waits is its word. Writes; can be repeated. Raises ReleaseError for a file that is no decision.
+    later than what waits is its word. Writes; can be repeated. A file that is no decision is set aside.
     """
-    waiting = sorted(path for path in runs.glob(f"*/{WAITING}") if path.parent != but)
-    for path in waiting:
-        decision = _decode(path.read_bytes(), str(path))
+    recorded = 0
+    for path in sorted(path for path in runs.glob(f"*/{WAITING}") if path.parent != but):
+        try:
+            decision = _decode(path.read_bytes(), str(path))
+        except ReleaseError as error:
+            set_aside(path, str(error))
+            continue
+        recorded += 1
         if _has_later(store, decision):
             path.unlink()
             continue
@@ -124,7 +129,7 @@ def record_waiting(store: ObjectStore, runs: Path, but: Path | None = None) -> i
             decision = replace(decision, live=live.release if live else "")
         record_decision(store, decision)
         path.unlink()
-    return len(waiting)
+    return recorded
 
 
 def _has_later(store: ObjectStore, decision: Decision) -> bool:

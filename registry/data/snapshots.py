@@ -15,10 +15,12 @@ from urllib.parse import urlsplit
 
 from shipreader.records import FileEntry
 from torchworker import situations
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
 from train_and_ship.infra.file_hashes import ELSEWHERE, FileHashes, Identity
+from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore
-from train_and_ship.infra.rundir import write_whole
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
@@ -65,7 +67,7 @@ def take(folder: Path) -> Contents:
     if not files:
         raise RequestError(f"{folder}: expected at least one file, found none")
     body = _encode(files)
-    write_whole(folder / SNAPSHOT, body)
+    write_durably(folder / SNAPSHOT, body)
     return Contents(files=files, sha256=sha256(body).hexdigest())
 
 
@@ -232,6 +234,11 @@ def bring_snapshot(snapshot: Snapshot, project: Path, stores: Stores, cache: Pat
     bucket, prefix = split_address(snapshot.path)
     folder = cache / contents.sha256[:20] if bucket else _local(snapshot, project)
     hashes = _hashes(snapshot, project, home)
+    if bucket:
+        hold(folder)
+        make_folder(folder)
+        # When it was used last.
+        os.utime(folder)
 
     def verify(name: str) -> None:
         path, entry = folder / name, contents.files[name]
@@ -258,6 +265,7 @@ def _download(store: ObjectStore, key: str, path: Path, most: int) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     if not store.download_file(key, part, most=most):
         raise ReleaseError(f"s3://{store.bucket}/{key}: expected a file of the snapshot, found none")
+    # Not synced: every file is hashed before each use, and fetched again.
     part.replace(path)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from train_and_ship.infra.durable import set_aside, write_durably
 from train_and_ship.infra.errors import ServiceError
-from train_and_ship.infra.rundir import write_whole
+from train_and_ship.infra.rundir import TORN
 from train_and_ship.registry.tracking.connection import MISSING
 from train_and_ship.registry.tracking.runs import REPORT
 from train_and_ship.registry.tracking.versions import RegisteredVersion, attach_report, tag_decision
@@ -31,7 +32,7 @@ def keep_report(run: Path, version: RegisteredVersion, model: str, decision: str
         why: In a sentence.
     """
     document = {"model": model, "version": asdict(version), "decision": decision, "why": why}
-    write_whole(run / WAITING, json.dumps(document).encode())
+    write_durably(run / WAITING, json.dumps(document).encode())
 
 
 def send_reports(runs: Path, tracking_uri: str, *, dry_run: bool = False) -> Iterator[str]:
@@ -50,15 +51,23 @@ def send_reports(runs: Path, tracking_uri: str, *, dry_run: bool = False) -> Ite
         SettingsError: MLflow denied access.
     """
     for waiting in sorted(runs.glob(f"*/{WAITING}"), key=lambda path: path.stat().st_mtime):
-        document = json.loads(waiting.read_text())
-        model, version = document["model"], RegisteredVersion(**document["version"])
+        try:
+            document = json.loads(waiting.read_bytes())
+            model, version = document["model"], RegisteredVersion(**document["version"])
+            decision, why = document["decision"], document["why"]
+            page = (waiting.parent / REPORT).read_text()
+        except (*TORN, FileNotFoundError) as error:
+            yield f"{waiting} cannot be sent to MLflow ({type(error).__name__}: {error}), and is set aside"
+            if not dry_run:
+                set_aside(waiting, "it, or the report beside it, cannot be read")
+            continue
         report = f"the report of {model} version {version.version}"
         if dry_run:
             yield f"{report} is not in MLflow"
             continue
         try:
-            attach_report(version, model, (waiting.parent / REPORT).read_text(), tracking_uri)
-            tag_decision(version, model, document["decision"], document["why"], tracking_uri)
+            attach_report(version, model, page, tracking_uri)
+            tag_decision(version, model, decision, why, tracking_uri)
             ended = "is in MLflow"
         except ServiceError as error:
             if getattr(error.__cause__, "error_code", "") != MISSING:

@@ -72,20 +72,21 @@ ROOMS = {
     # `training` never sees `parity` or `exporters`: what trains cannot know how it will be judged.
     "torchworker": {
         "situations": set(),
-        "contract": {"situations"},
+        "durable": set(),
+        "contract": {"situations", "durable"},
         "process": {"contract"},
         "runtimes": {"contract"},
         "project": {"situations", "contract", "process"},
         "data": {"situations", "contract", "process", "project"},
         "gates": {"contract", "process"},
         "parity": {"contract", "process", "runtimes", "project", "gates", "data"},
-        "training": {"situations", "contract", "process", "project", "data"},
+        "training": {"situations", "durable", "contract", "process", "project", "data"},
         "exporters": {"contract", "process", "runtimes", "project", "parity"},
-        "custom_loop": {"contract", "process", "project", "data", "training"},
-        "rank": {"contract", "process", "project", "training", "custom_loop"},
+        "custom_loop": {"durable", "contract", "process", "project", "data", "training"},
+        "rank": {"durable", "contract", "process", "project", "training", "custom_loop"},
         "stages": {
             *("contract", "process", "runtimes", "project", "data", "gates", "parity", "training", "exporters"),
-            *("custom_loop", "rank"),
+            *("custom_loop", "rank", "durable"),
         },
         "stage": {"contract", "process", "stages"},
         "forkserver": {"process", "runtimes", "stage"},
@@ -148,6 +149,11 @@ def ours(name: str) -> str | None:
     """An imported name by its folder, such as `registry.job.job`; None when it is not ours."""
     top, _, rest = name.partition(".")
     return (rest or None) if top == "train_and_ship" else name if top in TOPS else None
+
+
+def test_what_keeps_files_over_a_power_cut_is_one_text_in_three_packages_that_do_not_know_each_other() -> None:
+    texts = {(REPOSITORY / folder / "durable.py").read_text() for folder in ("infra", "torchworker", "shipreader")}
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize("package", FOLDERS)

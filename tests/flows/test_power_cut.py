@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from tests.support.flow_runs import STAGES
 from tests.support.local_stack import stack_environment
 from tests.support.ports import free_ports
+from tests.support.power_cut import Left, recorded, states
 from tests.support.prefect_api import Api
 from tests.support.processes import eventually, kill, processes_of, run_command
 from tests.support.projects import SLOW, write_project
@@ -103,4 +106,30 @@ def test_a_run_outlives_its_worker_its_servers_and_the_machine(machine: Settings
     assert live is not None and live.generation == 1
     versions = connect(machine.mlflow_url).search_model_versions(f"name='{MODEL}'")
     assert [version.version for version in versions] == ["1"]
+    ship("doctor")
+
+
+MOMENTS = {"train": Left.NOTHING, "export": Left.NAMES, "validate": Left.HALF, "release": Left.NOTHING}
+"""The power goes off when a stage has just got its name, and so much of what was not synced is there."""
+
+
+# `unit/test_power_cut.py` has every operation on a folder of two small stages.
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_from_what_a_power_cut_leaves_of_its_folder(stack: Settings, tmp_path: Path) -> None:
+    train = {"epochs": 3, "processes": 2, "batch_size": 32, "checkpoint": {"steps": 1}}
+    export = {"formats": ["torchscript", "onnx"]}
+    job = write_project(tmp_path, name="torn", train=train, export=export)
+    runs = stack.runs.resolve() / "torn"
+    runs.mkdir(parents=True)
+    operations = recorded([str(Path(sys.executable).with_name("ship")), "run", str(job)], runs)
+    for stage, left in MOMENTS.items():
+        named = [at for at, done in enumerate(operations) if done.what == "rename" and done.other.endswith(f"/{stage}")]
+        state = next(state for state in states(operations, {named[0] + 1}) if state.left == left)
+        shutil.rmtree(runs)
+        state.put(runs)
+        (folder,) = runs.glob("*-*")
+        ship("run", str(job), "--resume", folder.name)
+        assert all((folder / name / MANIFEST).exists() for name in STAGES), state
+        assert not list(folder.glob("*.damaged")), state
     ship("doctor")

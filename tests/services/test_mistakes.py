@@ -134,6 +134,7 @@ NO_SETTINGS = {"schema", "snapshot"}
 SETTINGS = {
     "SHIP_S3_PORT": ["many", "0", "70000"],
     "SHIP_RUNS_AT_ONCE": ["0"],
+    "SHIP_DISK": ["much"],
     "SHIP_CPU_HOUR_PRICE": ["nan"],
     "SHIP_SILENT_SECONDS": ["1"],
 }

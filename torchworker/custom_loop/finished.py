@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchworker.contract import WEIGHTS, Entrypoint, TrainRequest
+from torchworker.durable import make_folders
 from torchworker.project.user_code import build_model
 from torchworker.project.weights import load_weights
 from torchworker.training.checkpoint import complete, problem_of
@@ -32,7 +33,7 @@ def keep_returned(request: TrainRequest, entry: Entrypoint) -> None:
     # A full disk costs it, not the training.
     with contextlib.suppress(OSError):
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        make_folders(work)
         _link(Path(request.folder) / WEIGHTS, work / WEIGHTS)
         (work / ASKED).write_text(json.dumps(_asked(request, entry)))
         complete(work)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from torchworker.durable import write_durably
 from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 
@@ -87,9 +88,7 @@ class Reports:
             return
         self.rows[:] = [row for row in self._earlier if row["step"] <= step]
         self._close()
-        part = self._journal.with_name(self._journal.name + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        part.replace(self._journal)
+        write_durably(self._journal, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         self._file = self._journal.open("a", buffering=1)
 
     def _write(self, row: dict[str, float]) -> None:
@@ -146,10 +145,12 @@ class Reports:
 def _read(journal: Path) -> list[dict[str, float]]:
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in journal.read_text().splitlines():
-            # A rank that was killed may have left half a line.
+        for line in journal.read_bytes().splitlines():
+            # A rank that was killed may have left half a line, a power cut anything.
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    rows.append(row)
     return rows
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from torchworker.contract import CppRequest, CppResult
+from torchworker.durable import rename_durably
 
 SOURCE = Path(__file__).parents[1] / "cpp" / "runner.cpp"
 RUNNER = "ship_runner"
@@ -28,7 +29,7 @@ def build(request: CppRequest) -> CppResult:
     key.update(" ".join(_arguments(Path(RUNNER))).encode())
     cache = Path(request.cache)
     kept = cache / key.hexdigest()[:16]
-    if (kept / RUNNER).is_file():
+    if _is_there(kept):
         return CppResult(runner=str(kept / RUNNER))
     found = compiler()
     if found is None:
@@ -46,10 +47,15 @@ def build(request: CppRequest) -> CppResult:
         if done.returncode:
             return CppResult(runner="", reason=f"it does not build here: {_first_error(done.stdout + done.stderr)}")
         # Somebody else may have been faster; theirs is as good.
-        if not (kept / RUNNER).is_file():
+        if not _is_there(kept):
             shutil.rmtree(kept, ignore_errors=True)
-            ready.rename(kept)
+            rename_durably(ready, kept)
     return CppResult(runner=str(kept / RUNNER))
+
+
+def _is_there(kept: Path) -> bool:
+    """Not an empty file, as a power cut has left where nothing was synced."""
+    return (kept / RUNNER).is_file() and (kept / RUNNER).stat().st_size > 0
 
 
 def compiler() -> str | None:

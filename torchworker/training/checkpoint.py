@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from torchworker.contract import CHECKPOINT
+from torchworker.durable import make_folders, rename_durably, set_aside, sync
 
 STEPS_TO_MEASURE = 20
 """Steps after which an interval in seconds is turned into steps."""
@@ -63,7 +64,14 @@ def complete(work: Path) -> None:
     target = work.with_suffix("")
     # A damaged one of the same name was not used.
     shutil.rmtree(target, ignore_errors=True)
-    work.rename(target)
+    rename_durably(work, target)
+
+
+def _set_damaged_aside(folder: Path, latest: Path | None) -> None:
+    """What is newer than the latest sound checkpoint: it would be counted among those that stay."""
+    for path in sorted(folder.glob("step-????????")):
+        if latest is None or path.name > latest.name:
+            set_aside(path, "the checkpoint is damaged and is not used")
 
 
 def _hashes(path: Path) -> dict[str, str]:
@@ -121,10 +129,11 @@ class Checkpoints:
         """What rank 0 finds, on every rank; leftovers of a death are removed."""
         found: list[Any] = [None, []]
         if self._rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folders(self._folder)
             for leftover in self._folder.glob("step-*.work"):
                 shutil.rmtree(leftover, ignore_errors=True)
             found = list(find_latest(self._folder))
+            _set_damaged_aside(self._folder, found[0])
         dist.broadcast_object_list(found, 0)
         return found[0], found[1]
 
@@ -186,6 +195,10 @@ class Checkpoints:
         """In rank 0's saving thread, after every rank has written: hash, rename, forget the oldest."""
         try:
             done.result()
+            # What lies beside the checkpoints, such as a custom loop's reports, is as new as they are.
+            for path in self._folder.iterdir():
+                if path.is_file():
+                    sync(path)
             complete(work)
             for old in sorted(self._folder.glob("step-????????"))[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
