@@ -20,7 +20,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,8 @@ LEFTOVERS = ("*.work", "checkpoints", "*.attempts", f"*{DAMAGED}")
 ATTEMPT = "train.attempts/current.json"
 """Names a job of an engine that is queued or at work, and that a later process finds again."""
 PAGE, PAGES = 200, 50
+_Sizes = dict[tuple[int, int], int]
+"""Bytes of files by device and inode."""
 Waiting = Callable[[], set[str] | None]
 """Ids of the runs that Prefect knows and that are not over; None when it does not say."""
 
@@ -83,8 +85,8 @@ class _Item:
     """What goes; all of `folder`, or some folders in it."""
     used: float
     """Unix seconds of its last use."""
-    files: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    """Device and inode to bytes of what goes."""
+    files: _Sizes
+    """Of what goes."""
     too_old: bool = False
     """Goes whatever there is room for."""
     can_go: bool = True
@@ -173,19 +175,19 @@ def waiting_runs(settings: Settings) -> set[str] | None:
 
 def _runs(home: Path, moment: float) -> Iterator[_Item]:
     for model in _folders(home / "runs"):
-        runs = {run: _files(run) for run in _folders(model) if "-" in run.name}
+        runs = {run: _trees(run) for run in _folders(model) if "-" in run.name}
         complete = [run for run in runs if (run / COMPLETED).is_file()]
         newest = max(complete, key=lambda run: runs[run][1], default=None)
-        for run, (_, written) in runs.items():
+        for run, (trees, written) in runs.items():
             if (run / ATTEMPT).exists():
                 continue
             age = moment - written
             half_done = sorted({path for pattern in LEFTOVERS for path in run.glob(pattern) if path.is_dir()})
             if half_done and age > KEEP_SECONDS:
-                yield _item("runs", run, half_done, written, too_old=True)
+                yield _part(run, half_done, trees, written, too_old=True)
             stages = sorted(path for path in _folders(run) if path not in half_done)
             if stages and run != newest and age > (HOUR if run in complete else KEEP_SECONDS):
-                yield _item("runs", run, stages, written)
+                yield _part(run, stages, trees, written)
 
 
 def _copies(home: Path, moment: float) -> Iterator[_Item]:
@@ -198,15 +200,22 @@ def _copies(home: Path, moment: float) -> Iterator[_Item]:
                 age = moment - used
                 # A copy that is being fetched has another name than the one that is held.
                 stays = age < DAY if copy in drafts else kind == "releases" and copy == latest
-                yield _item(kind, copy, [copy], used, too_old=age > KEEP_SECONDS, can_go=not stays)
+                yield _copy(kind, copy, used, too_old=age > KEEP_SECONDS, can_go=not stays)
     for copy in _folders(home / "data"):
         used = copy.stat().st_mtime
-        yield _item("data", copy, [copy], used, too_old=moment - used > SNAPSHOT_SECONDS)
+        yield _copy("data", copy, used, too_old=moment - used > SNAPSHOT_SECONDS)
 
 
-def _item(kind: str, folder: Path, parts: Sequence[Path], used: float, **more: bool) -> _Item:
-    files = {file: size for part in parts for file, size in _files(part)[0].items()}
-    return _Item(kind=kind, folder=folder, parts=parts, used=used, files=files, **more)
+def _part(
+    run: Path, parts: Sequence[Path], trees: Mapping[str, _Sizes], used: float, *, too_old: bool = False
+) -> _Item:
+    files = {file: size for part in parts for file, size in trees.get(part.name, {}).items()}
+    return _Item(kind="runs", folder=run, parts=parts, used=used, files=files, too_old=too_old)
+
+
+def _copy(kind: str, folder: Path, used: float, *, too_old: bool, can_go: bool = True) -> _Item:
+    files, _ = _files(folder)
+    return _Item(kind=kind, folder=folder, parts=[folder], used=used, files=files, too_old=too_old, can_go=can_go)
 
 
 def _keep_waiting(items: list[_Item], waiting: set[str] | None) -> None:
@@ -240,15 +249,33 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def _files(folder: Path) -> tuple[dict[tuple[int, int], int], float]:
+def _files(folder: Path) -> tuple[_Sizes, float]:
     """Bytes of every file below a folder by device and inode, and unix seconds of the latest change."""
-    found: dict[tuple[int, int], int] = {}
+    trees, written = _trees(folder)
+    return {file: size for tree in trees.values() for file, size in tree.items()}, written
+
+
+def _trees(folder: Path) -> tuple[dict[str, _Sizes], float]:
+    """The same for each folder in it, by name; under no name for the files beside these."""
+    trees: dict[str, _Sizes] = {}
     written = 0.0
-    for place, folders, files in os.walk(folder):
-        for name in (*files, *folders, "."):
-            with contextlib.suppress(FileNotFoundError):
-                seen = (Path(place) / name).lstat()
-                written = max(written, seen.st_mtime)
-                if stat.S_ISREG(seen.st_mode):
-                    found[seen.st_dev, seen.st_ino] = seen.st_size
-    return found, written
+    # There may be a million: no Path for each.
+    waiting = [(os.fspath(folder), "")]
+    while waiting:
+        place, top = waiting.pop()
+        try:
+            written = max(written, os.stat(place).st_mtime)  # noqa: PTH116
+            with os.scandir(place) as found:
+                for entry in found:
+                    first = top or (entry.name if entry.is_dir(follow_symlinks=False) else "")
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append((entry.path, first))
+                        continue
+                    seen = entry.stat(follow_symlinks=False)
+                    written = max(written, seen.st_mtime)
+                    if stat.S_ISREG(seen.st_mode):
+                        trees.setdefault(first, {})[seen.st_dev, seen.st_ino] = seen.st_size
+        except (FileNotFoundError, NotADirectoryError):
+            # It went meanwhile.
+            continue
+    return trees, written

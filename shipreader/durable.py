@@ -1,5 +1,4 @@
-"""Files and folders that a later process trusts: on the disk before they have their name, so that a power cut leaves
-what was there before, or all of it.
+"""Files that a later process trusts: on the disk before they have their name, so that a power cut leaves none torn.
 
 The same text stands in `infra`, `torchworker` and `shipreader`, none of which imports another; a test compares them.
 """

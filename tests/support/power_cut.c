@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -24,6 +25,31 @@
 #define PLACE (2 * PATH_MAX)
 
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+static int turn_of_processes = -1;
+
+static void begin_anew(void) { pthread_mutex_init(&turn, NULL); }
+
+__attribute__((constructor)) static void prepare(void) { pthread_atfork(NULL, NULL, begin_anew); }
+
+// One operation at a time, in all threads and processes, so that records are in the order of what was done.
+static void enter(void) {
+    char path[PATH_MAX];
+    pthread_mutex_lock(&turn);
+    snprintf(path, sizeof path, "%s.turn", getenv("POWER_JOURNAL") ? getenv("POWER_JOURNAL") : "/nowhere");
+    turn_of_processes = syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (turn_of_processes >= 0) syscall(SYS_flock, turn_of_processes, LOCK_EX);
+}
+
+static void leave(void) {
+    int error = errno;
+    if (turn_of_processes >= 0) {
+        // Not by closing alone: a process that was forked meanwhile has it open too.
+        syscall(SYS_flock, turn_of_processes, LOCK_UN);
+        syscall(SYS_close, turn_of_processes);
+    }
+    pthread_mutex_unlock(&turn);
+    errno = error;
+}
 
 // Whether a path is below the folder, and its name from there on.
 static int below(const char *path, char *name) {
@@ -105,21 +131,21 @@ static int open_it(const char *symbol, int folder, const char *path, int flags, 
     int (*real)(int, const char *, int, ...) = dlsym(RTLD_NEXT, symbol);
     char name[PLACE];
     if ((flags & O_ACCMODE) == O_RDONLY || !place(folder, path, name)) return real(folder, path, flags, mode);
-    pthread_mutex_lock(&turn);
+    enter();
     int was_there = inode_of(folder, path) != 0, fd = real(folder, path, flags, mode), error = errno;
     opened(fd, was_there, flags);
-    pthread_mutex_unlock(&turn);
+    leave();
     errno = error;
     return fd;
 }
 
-#define OPEN(symbol, at, folder, ...)                      \
+#define OPEN(symbol, at, folder, ...)                          \
     int symbol(__VA_ARGS__ const char *path, int flags, ...) { \
-        va_list more;                                      \
-        va_start(more, flags);                             \
-        mode_t mode = va_arg(more, int);                   \
-        va_end(more);                                      \
-        return open_it(at, folder, path, flags, mode);     \
+        va_list more;                                          \
+        va_start(more, flags);                                 \
+        mode_t mode = va_arg(more, int);                       \
+        va_end(more);                                          \
+        return open_it(at, folder, path, flags, mode);         \
     }
 #define COMMA ,
 OPEN(open, "openat", AT_FDCWD, )
@@ -131,11 +157,11 @@ static FILE *fopen_it(const char *symbol, const char *path, const char *mode) {
     FILE *(*real)(const char *, const char *) = dlsym(RTLD_NEXT, symbol);
     char name[PLACE];
     if (!strpbrk(mode, "wa+") || !place(AT_FDCWD, path, name)) return real(path, mode);
-    pthread_mutex_lock(&turn);
+    enter();
     int was_there = inode_of(AT_FDCWD, path) != 0;
     FILE *file = real(path, mode);
     if (file) opened(fileno(file), was_there, mode[0] == 'w' ? O_TRUNC : 0);
-    pthread_mutex_unlock(&turn);
+    leave();
     return file;
 }
 
@@ -146,10 +172,10 @@ FILE *fopen64(const char *path, const char *mode) { return fopen_it("fopen64", p
 int close(int fd) {
     char name[PLACE];
     if (!getenv("POWER_ROOT") || !is_written(fd, name)) return syscall(SYS_close, fd);
-    pthread_mutex_lock(&turn);
+    enter();
     put_content("close", fd, name);
     int result = syscall(SYS_close, fd);
-    pthread_mutex_unlock(&turn);
+    leave();
     return result;
 }
 
@@ -157,9 +183,9 @@ int fclose(FILE *file) {
     char name[PLACE];
     if (getenv("POWER_ROOT") && is_written(fileno(file), name)) {
         fflush(file);
-        pthread_mutex_lock(&turn);
+        enter();
         put_content("close", fileno(file), name);
-        pthread_mutex_unlock(&turn);
+        leave();
     }
     return REAL(fclose)(file);
 }
@@ -168,13 +194,13 @@ static int sync_it(const char *symbol, int fd) {
     int (*real)(int) = dlsym(RTLD_NEXT, symbol);
     char path[PATH_MAX], name[PLACE];
     struct stat found;
-    pthread_mutex_lock(&turn);
+    enter();
     int result = real(fd), error = errno;
     if (!result && !fstat(fd, &found) && behind(fd, path) && below(path, name)) {
         if (S_ISDIR(found.st_mode)) put("sync-folder", found.st_ino, name, "", "", 0);
         else put_content("sync", fd, name);
     }
-    pthread_mutex_unlock(&turn);
+    leave();
     errno = error;
     return result;
 }
@@ -191,13 +217,13 @@ static int change(const char *operation, int folder, const char *path, int resul
     return result;
 }
 
-#define CHANGE(signature, operation, folder, call)             \
-    signature {                                                \
-        pthread_mutex_lock(&turn);                             \
-        int done = call;                                       \
+#define CHANGE(signature, operation, folder, call)                 \
+    signature {                                                    \
+        enter();                                                   \
+        int done = call;                                           \
         int result = change(operation, folder, path, done, errno); \
-        pthread_mutex_unlock(&turn);                           \
-        return result;                                         \
+        leave();                                                   \
+        return result;                                             \
     }
 CHANGE(int mkdir(const char *path, mode_t mode), "mkdir", AT_FDCWD, REAL(mkdir)(path, mode))
 CHANGE(int mkdirat(int folder, const char *path, mode_t mode), "mkdir", folder, REAL(mkdirat)(folder, path, mode))
@@ -214,13 +240,13 @@ static int change_two(const char *operation, int from, const char *old, int to, 
     return result;
 }
 
-#define CHANGE_TWO(signature, operation, from, to, call)                 \
-    signature {                                                          \
-        pthread_mutex_lock(&turn);                                       \
-        int done = call;                                                 \
+#define CHANGE_TWO(signature, operation, from, to, call)                      \
+    signature {                                                               \
+        enter();                                                              \
+        int done = call;                                                      \
         int result = change_two(operation, from, old, to, path, done, errno); \
-        pthread_mutex_unlock(&turn);                                     \
-        return result;                                                   \
+        leave();                                                              \
+        return result;                                                        \
     }
 CHANGE_TWO(int rename(const char *old, const char *path), "rename", AT_FDCWD, AT_FDCWD, REAL(rename)(old, path))
 CHANGE_TWO(int renameat(int from, const char *old, int to, const char *path), "rename", from, to,
@@ -237,17 +263,17 @@ static int put_symlink(const char *target, int folder, const char *path, int res
 }
 
 int symlink(const char *target, const char *path) {
-    pthread_mutex_lock(&turn);
+    enter();
     int done = REAL(symlink)(target, path);
     int result = put_symlink(target, AT_FDCWD, path, done, errno);
-    pthread_mutex_unlock(&turn);
+    leave();
     return result;
 }
 
 int symlinkat(const char *target, int folder, const char *path) {
-    pthread_mutex_lock(&turn);
+    enter();
     int done = REAL(symlinkat)(target, folder, path);
     int result = put_symlink(target, folder, path, done, errno);
-    pthread_mutex_unlock(&turn);
+    leave();
     return result;
 }
