@@ -132,6 +132,7 @@ def _read(journal: bytes) -> list[Operation]:
 
 @dataclass(eq=False)
 class _File:
+    inode: int
     synced: bytes = b""
     written: bytes = b""
     dirty: bool = True
@@ -161,17 +162,19 @@ class _Disk:
             case "mkdir":
                 self._put(name, _Folder())
             case "create":
-                self._put(name, _File())
+                self._put(name, _File(operation.inode))
             case "symlink":
                 self._put(name, operation.other)
             case "remove":
                 parent, last = self._parent(name)
                 parent.now.pop(last, None)
             case "rename":
+                node = self._file_or_folder(operation)
                 parent, last = self._parent(name)
-                self._put(operation.other, parent.now.pop(last))
+                del parent.now[last]
+                self._put(operation.other, node)
             case "link":
-                self._put(operation.other, self._at(name))
+                self._put(operation.other, self._file_or_folder(operation))
             case "sync-folder":
                 found = self._at(name)
                 assert isinstance(found, _Folder)
@@ -180,7 +183,7 @@ class _Disk:
                 self._write(operation)
 
     def _write(self, operation: Operation) -> None:
-        file = self._at(operation.name)
+        file = self._file_or_folder(operation)
         assert isinstance(file, _File), operation
         match operation.what:
             case "truncate":
@@ -207,6 +210,15 @@ class _Disk:
     def _put(self, name: str, node: _Node) -> None:
         parent, last = self._parent(name)
         parent.now[last] = node
+
+    def _file_or_folder(self, operation: Operation) -> _Node:
+        """What has a name. Some libraries call the kernel by themselves: a file that is not known had another name, or
+        is new."""
+        parent, last = self._parent(operation.name)
+        if last not in parent.now:
+            had = [name for name, node in parent.now.items() if getattr(node, "inode", 0) == operation.inode]
+            parent.now[last] = parent.now.pop(had[0]) if had else _File(operation.inode)
+        return parent.now[last]
 
     def _parent(self, name: str) -> tuple[_Folder, str]:
         above, _, last = name.rpartition("/")
