@@ -32,7 +32,6 @@ def download_anew(store: ObjectStore, manifest: Manifest, folder: Path) -> Rehea
 
     Raises ReleaseError when a file is missing or is not what the manifest says, and when one holds what is not loaded.
     """
-    hold(folder)
     shutil.rmtree(folder, ignore_errors=True)
     fetched = fetch_release(store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
     require_sound(folder, fetched)

@@ -28,6 +28,7 @@ from torchworker.contract import (
     Timed,
 )
 from train_and_ship.infra.errors import WorkerError
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
@@ -93,6 +94,7 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
 
     async def make(work: Path) -> RehearseResult:
         copies = run.settings.home / "releases" / run.job.name
+        hold(copies / manifest.release)
         candidate = await asyncio.to_thread(download_anew, run.store, manifest, copies / manifest.release)
         # After it: they may be one release.
         current, problem = await asyncio.to_thread(live_copy, run.store, copies, live, run.settings.public_key)
