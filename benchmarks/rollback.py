@@ -19,6 +19,7 @@ from pathlib import Path
 from report import PAGE, machine, write
 
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.password import read_password
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import publish
@@ -29,6 +30,7 @@ from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 from train_and_ship.registry.tracking.connection import connect
+from train_and_ship.ship.password import variables_of
 
 SHIP = str(Path(sys.executable).with_name("ship"))
 HELLO = """
@@ -103,9 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings.load()
     store = ObjectStore.from_settings(settings)
-    os.environ.setdefault("AWS_ACCESS_KEY_ID", "local")
-    os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "local")
-    os.environ.setdefault("AWS_REGION", "us-east-1")
+    os.environ.update(variables_of(settings, read_password(settings.home) or ""))
     short, long = (f"bench-rollback-{kind}-{uuid.uuid4().hex[:6]}" for kind in ("short", "long"))
     newer = {model: two_releases(settings, store, model) for model in (short, long)}
     lengthen(store, long, arguments.moves)

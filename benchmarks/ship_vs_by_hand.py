@@ -22,6 +22,10 @@ from pathlib import Path
 import yaml
 from report import PAGE, ROOT, machine, write
 
+from train_and_ship.infra.password import read_password
+from train_and_ship.infra.settings import Settings
+from train_and_ship.ship.password import variables_of
+
 JOB = ROOT / "examples/digits/job.yaml"
 BY_HAND = ROOT / "benchmarks/by_hand"
 SERVICES = {
@@ -29,6 +33,9 @@ SERVICES = {
     "MLflow": os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000") + "/health",
     "the S3 server": os.environ.get("AWS_ENDPOINT_URL", "http://127.0.0.1:4566"),
 }
+SETTINGS = Settings.load()
+ENVIRONMENT = {**os.environ, **variables_of(SETTINGS, read_password(SETTINGS.home) or "")}
+"""What the script written by hand needs to get into the local stack."""
 
 
 COMPUTE = ("train", "export", "validate", "rehearse")
@@ -85,7 +92,7 @@ def children_cpu() -> float:
 
 def timed(side: str, command: list[str]) -> Timing:
     cpu, begin = children_cpu(), time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     wall = time.perf_counter() - begin
     if done.returncode:
         sys.exit(f"{side} failed ({done.returncode}): {shlex.join(command)}\n{done.stdout}\n{done.stderr}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,12 +14,17 @@ import httpx
 
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.job_environment import without_signing
+from train_and_ship.infra.job_folders import WORKER
+from train_and_ship.infra.password import read_password
 from train_and_ship.infra.prefect_rest import http_client, prefect_api
 from train_and_ship.infra.processes import PidFile, Program
-from train_and_ship.infra.settings import HEARTBEAT_SECONDS, LOOPBACK, Settings
+from train_and_ship.infra.settings import HEARTBEAT_SECONDS, LOOPBACK, MLFLOW_ACCOUNT, Settings, without_proxy
 
 WORK_POOL = "local"
 WORKER_NAME = "local"
+NAMES = (LOOPBACK, "localhost")
+PASSWORD = "password"
+"""In the configuration of a process: what its password is known by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ def s3_component(settings: Settings) -> Component:
         name="s3",
         title="S3",
         url=f"http://{LOOPBACK}:{settings.s3_port}",
-        argv=python("ministack"),
+        argv=python("train_and_ship.infra.doors.s3_server"),
         environment={
             **without_signing(_environment(settings)),
             "BIND_HOST": LOOPBACK,
@@ -73,7 +79,7 @@ def s3_component(settings: Settings) -> Component:
         folder=folder,
         port=settings.s3_port,
         port_variable="SHIP_S3_PORT",
-        configuration={"SHIP_S3_PORT": str(settings.s3_port)},
+        configuration={"SHIP_S3_PORT": str(settings.s3_port), **_password(settings)},
         ready=lambda _: answers(f"http://{LOOPBACK}:{settings.s3_port}/_ministack/health"),
     )
 
@@ -83,8 +89,8 @@ def mlflow_component(settings: Settings) -> Component:
     folder = settings.home / "mlflow"
     environment = without_signing(_environment(settings))
     # The server must use its own database, not itself.
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    environment.pop("MLFLOW_REGISTRY_URI", None)
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", *MLFLOW_ACCOUNT):
+        environment.pop(variable, None)
     # Off: nothing here uses server-side jobs, and they double the start and cost 1 GB.
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     return Component(
@@ -95,28 +101,38 @@ def mlflow_component(settings: Settings) -> Component:
             *python("mlflow", "server", "--host", LOOPBACK, "--port", str(settings.mlflow_port), "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
             *("--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")),
+            # Of pyproject.toml: infra/doors/mlflow_server.py.
+            *("--app-name", "train-and-ship"),
+            *("--allowed-hosts", ",".join((*NAMES, *(f"{name}:*" for name in NAMES)))),
+            *("--cors-allowed-origins", ",".join(f"http://{name}:{settings.mlflow_port}" for name in NAMES)),
         ),
         environment=environment,
         folder=folder,
         port=settings.mlflow_port,
         port_variable="SHIP_MLFLOW_PORT",
-        configuration={"SHIP_MLFLOW_PORT": str(settings.mlflow_port)},
+        configuration={"SHIP_MLFLOW_PORT": str(settings.mlflow_port), **_password(settings)},
         ready=lambda _: answers(f"{settings.mlflow_url}/health"),
     )
 
 
 def prefect_component(settings: Settings) -> Component:
     """The Prefect server, on a port of this machine and with SQLite."""
+    origins = ",".join(f"http://{name}:{settings.prefect_port}" for name in NAMES)
+    guarded = {
+        "PREFECT_SERVER_API_AUTH_STRING": settings.prefect_account,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
+    }
+    server = "train_and_ship.infra.doors.prefect_server"
     return Component(
         name="prefect",
         title="Prefect",
         url=settings.prefect_ui_url,
-        argv=python("prefect", "server", "start", "--host", LOOPBACK, "--port", str(settings.prefect_port)),
-        environment=without_signing(prefect_environment(settings)),
+        argv=python(server, "server", "start", "--host", LOOPBACK, "--port", str(settings.prefect_port)),
+        environment={**without_signing(prefect_environment(settings)), **guarded},
         folder=settings.home / "prefect",
         port=settings.prefect_port,
         port_variable="SHIP_PREFECT_PORT",
-        configuration={"SHIP_PREFECT_PORT": str(settings.prefect_port)},
+        configuration={"SHIP_PREFECT_PORT": str(settings.prefect_port), **_password(settings)},
         ready=lambda _: answers(f"{settings.prefect_api_url}/health"),
     )
 
@@ -139,9 +155,9 @@ def _worker(settings: Settings) -> Component:
             *("--pool", WORK_POOL, "--type", "process", "--name", WORKER_NAME),
         ),
         # Ten seconds, the default, is most of the time between a click and the first line of a short run.
-        environment={**prefect_environment(settings), "PREFECT_WORKER_QUERY_SECONDS": "2"},
+        environment={**prefect_environment(settings), "PREFECT_WORKER_QUERY_SECONDS": "2", WORKER: "local"},
         folder=settings.home / "prefect",
-        configuration=addresses,
+        configuration={**addresses, **_password(settings)},
         ready=lambda record: _worker_is_online(settings, record),
     )
 
@@ -151,13 +167,18 @@ def python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module, *arguments)
 
 
+def _password(settings: Settings) -> dict[str, str]:
+    """By what a process is known to have the password of today: nothing from which it could be found."""
+    password = read_password(settings.home)
+    return {PASSWORD: hashlib.sha256(password.encode()).hexdigest()[:8]} if password else {}
+
+
 def _environment(settings: Settings) -> dict[str, str]:
     environment = settings.child_environment()
     scripts = str(Path(sys.executable).absolute().parent)
     environment["PATH"] = os.pathsep.join(part for part in (scripts, environment.get("PATH")) if part)
     # A company proxy must not be asked for our own machine.
-    for variable in ("NO_PROXY", "no_proxy"):
-        environment[variable] = ",".join(part for part in (environment.get(variable), LOOPBACK, "localhost") if part)
+    environment.update(without_proxy())
     environment["PYTHONUNBUFFERED"] = "1"
     environment["DO_NOT_TRACK"] = "1"
     return environment
@@ -175,10 +196,10 @@ def prefect_environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def answers(url: str) -> bool:
-    """Whether a GET of the address succeeds."""
+def answers(url: str, headers: Mapping[str, str] | None = None) -> bool:
+    """Whether a GET of the address succeeds. headers: of the request."""
     try:
-        return http_client(False).get(url, timeout=3).is_success
+        return http_client(False).get(url, timeout=3, headers=headers).is_success
     except httpx.HTTPError:
         return False
 

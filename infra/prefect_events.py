@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 from train_and_ship.infra.errors import ServiceError
-from train_and_ship.infra.settings import PREFECT_ACCOUNT, Settings
+from train_and_ship.infra.settings import Settings
 
 PROMOTED = "train-and-ship.promoted"
 """A release went live."""
@@ -57,7 +56,7 @@ def send_event(settings: Settings, event: str, model: str, subject: str, body: s
         **event_of(event, model, subject, body), "id": str(uuid4()), "occurred": datetime.now(UTC).isoformat()
     }  # fmt: skip
     headers = {"Content-Type": "application/json"}
-    if account := os.environ.get(PREFECT_ACCOUNT):
+    if account := settings.prefect_account:
         headers |= urllib3.make_headers(basic_auth=account)
     try:
         reply = urllib3.PoolManager().request(

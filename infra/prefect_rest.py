@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +44,7 @@ def prefect_api(
         ServiceError: it does not answer.
         SettingsError: it wants another password.
     """
-    account = os.environ.get(PREFECT_ACCOUNT, "")
+    account = settings.prefect_account
     user, _, password = account.partition(":")
 
     def ask() -> httpx.Response:
@@ -75,6 +74,11 @@ def prefect_api(
             f"Prefect: expected a server at {settings.prefect_api_url}, got {type(error).__name__}: {error}. "
             "`ship up` starts a local one; PREFECT_API_URL names another"
         ) from error
+    if reply.status_code == httpx.codes.UNAUTHORIZED and settings.prefect_is_local:
+        raise SettingsError(
+            f"the Prefect server at {settings.prefect_api_url} has another password than {settings.home}: is it the "
+            "stack of another SHIP_HOME? Else run `ship down` and `ship up`"
+        )
     if reply.status_code == httpx.codes.UNAUTHORIZED:
         raise SettingsError(
             f"environment variable {PREFECT_ACCOUNT}: expected the user:password of the Prefect server at "

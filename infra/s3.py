@@ -26,6 +26,7 @@ from train_and_ship.infra.errors import (
     ShipError,
     StoreFaultError,
 )
+from train_and_ship.infra.password import USER, read_password
 from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Connection:
     ca_bundle: str | None
     """File of the certificates that are trusted, where the AWS settings name one."""
     is_local: bool
-    """The server that `ship up` starts, which knows no users."""
+    """The server that `ship up` starts, which has one user."""
 
 
 def connect(settings: Settings) -> Connection:
@@ -86,10 +87,11 @@ def connect(settings: Settings) -> Connection:
         "s3": {"payload_signing_enabled": True},
     }
     if local:
-        # The local server knows no users: nothing of the person's own AWS profile may redirect or break it.
+        # Nothing of the person's own AWS profile may redirect or break it.
         names = ("profile", "config_file", "credentials_file", "ca_bundle")
         core = botocore.session.Session(session_vars={name: (None, None, None, None) for name in names})
-        core.set_credentials("local", "local")
+        # Before the first `ship up` there is no password, and no server.
+        core.set_credentials(USER, read_password(settings.home) or "none")
         core.set_config_variable("region", "us-east-1")
         config = Config(**options, proxies={}, use_fips_endpoint=False, use_dualstack_endpoint=False)
     else:
@@ -336,6 +338,11 @@ def _answered(error: Any, action: str, bucket: str, address: str, local: bool) -
         return PreconditionFailedError(f"cannot {action} in {where}: {status} {code}")
     if code in _REGION_CODES:
         return SettingsError(f"{where} is in another region ({code}: {text}); set AWS_REGION to the bucket's")
+    if local and (code in _CREDENTIAL_CODES or status in (401, 403)):
+        return SettingsError(
+            f"cannot {action} in {where}: it has another password than this SHIP_HOME ({status} {code}: {text}); is it "
+            "the stack of another home? Else run `ship down` and `ship up`"
+        )
     if code in _CREDENTIAL_CODES or status in (401, 403):
         return SettingsError(
             f"{where} refused these credentials: cannot {action} ({status} {code}: {text}). "

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.password import USER, read_password
 
 LOOPBACK = "127.0.0.1"
 LOCAL_BUCKET = "models"
 PREFECT_ACCOUNT = "PREFECT_API_AUTH_STRING"
 """Prefect's own variable: user:password of a server that asks for one."""
 DISK_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MLFLOW_ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""MLflow's own variables."""
 HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect takes no less."""
 
@@ -34,6 +37,15 @@ def project_folder() -> Path | None:
 def _default_home() -> Path:
     """`.ship` in the project's folder, else in the current one."""
     return (project_folder() or Path.cwd()) / ".ship"
+
+
+def without_proxy() -> dict[str, str]:
+    """Variables by which no proxy is asked for this machine, nor told its password."""
+    found = {}
+    for variable in ("NO_PROXY", "no_proxy"):
+        known = [part for part in os.environ.get(variable, "").split(",") if part]
+        found[variable] = ",".join([*known, *(name for name in (LOOPBACK, "localhost") if name not in known)])
+    return found
 
 
 class Settings(BaseModel):
@@ -62,6 +74,8 @@ class Settings(BaseModel):
     public_key: Path | None = Field(None, validation_alias="SHIP_PUBLIC_KEY")
     """Public key (PEM) of which a release has to carry a signature before it is used on this machine."""
 
+    job_folders: str = Field("", validation_alias="SHIP_JOB_FOLDERS")
+    """Folders whose jobs a worker runs, besides those that `ship up` and `ship deploy` have seen; as in PATH."""
     runs_at_once: int = Field(2, validation_alias="SHIP_RUNS_AT_ONCE", ge=1)
     """Flow runs that the local worker has at work; the others wait in Prefect."""
     disk: str = Field("20%", validation_alias="SHIP_DISK")
@@ -178,16 +192,41 @@ class Settings(BaseModel):
         there = next(path for path in (self.home, *self.home.parents) if path.exists())
         return int(share * shutil.disk_usage(there).total) if share else size
 
+    def prefect_account_at(self, address: str) -> str:
+        """user:password of the local Prefect server; empty for any other address, which must never be sent them."""
+        password = read_password(self.home) if address.rstrip("/") == self._local_prefect else None
+        return f"{USER}:{password}" if password else ""
+
+    @property
+    def prefect_account(self) -> str:
+        """user:password of the Prefect server; empty where none are known."""
+        return self.prefect_account_at(self.prefect_api_url) or os.environ.get(PREFECT_ACCOUNT, "")
+
+    @property
+    def prefect_variables(self) -> dict[str, str]:
+        """What the client of Prefect has to find in its environment when it is imported."""
+        found = {"PREFECT_API_URL": self.prefect_api_url, **(without_proxy() if self.prefect_is_local else {})}
+        return {**found, PREFECT_ACCOUNT: account} if (account := self.prefect_account) else found
+
+    def mlflow_account_at(self, address: str) -> tuple[str, str] | None:
+        """User and password of the local MLflow server; None for any other address, which must never be sent them."""
+        password = read_password(self.home) if address.rstrip("/") == self._local_mlflow else None
+        return (USER, password) if password else None
+
+    def mlflow_variables_at(self, address: str) -> dict[str, str]:
+        """What a client of the local MLflow server has to find in its environment; nothing for any other address."""
+        account = self.mlflow_account_at(address)
+        return {**dict(zip(MLFLOW_ACCOUNT, account, strict=True)), **without_proxy()} if account else {}
+
     def child_environment(self) -> dict[str, str]:
-        """The current environment with every service address made explicit, for processes we start."""
+        """For processes we start: the current environment, every service address made explicit, and how to get in."""
         environment = dict(os.environ)
         environment["SHIP_HOME"] = str(self.home)
         environment["SHIP_PREFECT_PORT"] = str(self.prefect_port)
         environment["SHIP_MLFLOW_PORT"] = str(self.mlflow_port)
         environment["SHIP_S3_PORT"] = str(self.s3_port)
-        environment["PREFECT_API_URL"] = self.prefect_api_url
         environment["MLFLOW_TRACKING_URI"] = self.mlflow_url
-        return environment
+        return {**environment, **self.mlflow_variables_at(self.mlflow_url), **self.prefect_variables}
 
 
 def _share_or_bytes(text: str) -> tuple[float, int] | None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +27,25 @@ import httpx
 
 from train_and_ship.infra import automations, deployments, janitor
 from train_and_ship.infra.addresses import recognisable, without_password
-from train_and_ship.infra.components import WORK_POOL, Component, answers, components, prefect_environment, python
+from train_and_ship.infra.components import (
+    PASSWORD,
+    WORK_POOL,
+    Component,
+    answers,
+    components,
+    prefect_environment,
+    python,
+)
+from train_and_ship.infra.doors.sigv4 import signed_get
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.job_environment import without_signing
+from train_and_ship.infra.job_folders import add_job_folder
 from train_and_ship.infra.locks import locked
+from train_and_ship.infra.password import FILE, USER, make_password, read_password
 from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
 from train_and_ship.infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
-from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.settings import Settings, project_folder
 
 START_SECONDS = 90.0
 LOCK_SECONDS = 600.0
@@ -88,11 +100,15 @@ def up(settings: Settings, report: Report = lambda line: None) -> None:
     Idempotent. Raises SettingsError before anything is started when a port is taken or the running stack has other
     settings; ServiceError when a component does not come up, after stopping what this call started.
     """
-    ours = components(settings)
     with _exclusive(settings, report), _default_interrupt():
+        if components(settings):
+            make_password(settings.home)
+        ours = components(settings)
+        if any(component.name == "worker" for component in ours):
+            add_job_folder(settings.home, project_folder() or Path.cwd())
         for name in _external_names(ours):
             report(f"{name}: external, not started here")
-        running = _running(settings, ours)
+        running = _running(settings, ours, report)
         _check_ports(ours, running)
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="stack") as pool:
             # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
@@ -161,10 +177,11 @@ def _log(settings: Settings, name: str) -> Path:
     return settings.home / "logs" / f"{name}.log"
 
 
-def _running(settings: Settings, ours: list[Component]) -> dict[str, PidFile]:
+def _running(settings: Settings, ours: list[Component], report: Report) -> dict[str, PidFile]:
     """Components that are alive. Raises SettingsError when they were started with other settings."""
     wanted = {component.name: component for component in ours}
     running: dict[str, PidFile] = {}
+    open_to_all = []
     for name in ("s3", "mlflow", "prefect", "worker"):
         record = PidFile.read(_pid_file(settings, name))
         if record is None:
@@ -179,12 +196,27 @@ def _running(settings: Settings, ours: list[Component]) -> dict[str, PidFile]:
                 "run `ship down` first"
             )
         for variable, value in wanted[name].configuration.items():
-            if (was := record.configuration.get(variable)) != (now := recognisable(value)):
+            was = record.configuration.get(variable)
+            if variable == PASSWORD and was != value:
+                if was is None:
+                    open_to_all.append(name)
+                    continue
+                raise SettingsError(
+                    f"{name} is running (pid {record.pid}) with another password than {settings.home / FILE}: "
+                    "run `ship down` first"
+                )
+            if was != (now := recognisable(value)):
                 raise SettingsError(
                     f"{name} is running (pid {record.pid}) with {variable}={was}, expected {now}: "
                     "run `ship down` first, or set the variable as it was"
                 )
         running[name] = record
+    if open_to_all:
+        who = f"{', '.join(open_to_all)}: started by an earlier version, and ask for no password"
+        if set(running) != set(wanted):
+            # Those that are started now would ask, or be asked.
+            raise SettingsError(f"{who}: run `ship down` first")
+        report(f"{who}; `ship down` and `ship up` when no run is at work")
     return running
 
 
@@ -248,8 +280,10 @@ def _start_all(
 
     def s3() -> None:
         bring_up("s3")
-        # The server takes unsigned requests, so the usual case costs no client library.
-        if not answers(f"{settings.s3_endpoint}/{settings.bucket}?location"):
+        # Signed here: the usual case costs no client library.
+        question = f"{settings.s3_endpoint}/{settings.bucket}?location"
+        signed = signed_get(question, USER, read_password(settings.home) or "", datetime.now(UTC))
+        if not answers(question, signed):
             from train_and_ship.infra.objectstore import ObjectStore
 
             ObjectStore.from_settings(settings).create_bucket_if_missing()

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.job_folders import add_job_folder
 from train_and_ship.infra.prefect_rest import require_prefect
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.job.load import load_job
@@ -31,11 +32,14 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
         raise JobError("\n".join([*mistakes, "nothing was deployed"]))
     settings = Settings.load()
     # Prefect reads its settings when it is imported.
-    os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+    os.environ.update(settings.prefect_variables)
     from train_and_ship.tasks.deployments import deploy_jobs, require_schedule
 
     require_schedule(cron, timezone)
     require_prefect(settings)
+    if settings.prefect_is_local:
+        for path in jobs.values():
+            add_job_folder(settings.home, path.parent)
     warnings: set[str] = set()
     for name, scheduled in deploy_jobs(jobs, cron, timezone).items():
         typer.echo(f"{name}  {scheduled.schedule or 'no schedule'}")

@@ -26,8 +26,10 @@ def up() -> None:
     from train_and_ship.infra import stack
     from train_and_ship.infra.addresses import without_password
     from train_and_ship.infra.home import open_to_others
+    from train_and_ship.infra.password import password_is_open
     from train_and_ship.infra.settings import Settings
     from train_and_ship.ship.doctor import mlflow_caught_up
+    from train_and_ship.ship.password import how_to_get_in
 
     began = time.monotonic()
     settings = Settings.load()
@@ -42,8 +44,11 @@ def up() -> None:
         f"  bucket   {bucket}\n"
         f"  logs     {settings.home / 'logs'}"
     )
-    if unsafe := open_to_others(settings.home):
-        typer.echo(unsafe, err=True)
+    for line in how_to_get_in(settings):
+        typer.echo(line)
+    for unsafe in (open_to_others(settings.home), password_is_open(settings.home)):
+        if unsafe:
+            typer.echo(unsafe, err=True)
     # What moved while MLflow was away.
     for line in mlflow_caught_up(settings):
         typer.echo(line)
@@ -67,6 +72,16 @@ def status() -> None:
     from train_and_ship.ship.status import status
 
     status()
+
+
+@app.command()
+def password(
+    env: Annotated[bool, typer.Option("--env", help="Print what a shell exports, for Python, curl and aws.")] = False,
+) -> None:
+    """Print the password of the local stack: for the pages of Prefect and MLflow, and the secret of the S3 server."""
+    from train_and_ship.ship.password import password
+
+    password(env)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 - `prefect deployment run train-and-ship`: a name without a slash means the deployment and the flow of that name.
 - SHIP_PREFECT_PORT alone is enough for the command to find a local server on another port.
+- The command knows the password of the local server; no other one is sent it.
 
 Prefect loads this while it is being imported, so it prints nothing and imports Prefect only inside functions.
 """
@@ -33,10 +34,25 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
         pass
     else:
         _accept_bare_names(DeploymentAsyncClient)
+    found = {}
     port = os.environ.get("SHIP_PREFECT_PORT")
     if port and not os.environ.get("PREFECT_API_URL"):
-        return SetupResult(env={"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"})
-    return None
+        found["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    found |= _password(found.get("PREFECT_API_URL", ctx.api_url or ""))
+    return SetupResult(env=found) if found else None
+
+
+def _password(address: str) -> dict[str, str]:
+    """The variable of Prefect that lets its client into the local server, when that is what the address names."""
+    from train_and_ship.infra.errors import SettingsError
+    from train_and_ship.infra.settings import PREFECT_ACCOUNT, Settings
+
+    try:
+        account = Settings.load().prefect_account_at(address)
+    except SettingsError:
+        # `ship` says it; the command may be about another server.
+        return {}
+    return {PREFECT_ACCOUNT: account} if account else {}
 
 
 def _accept_bare_names(client_class: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import typer
 
 from train_and_ship.infra.fork_server import fork_server
+from train_and_ship.infra.job_folders import leave_worker
 from train_and_ship.infra.prefect_rest import require_prefect
 from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
@@ -66,6 +67,7 @@ def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str]
 
 def _prepare(job: Job, resume: str, *, reads_data: bool) -> None:
     """What has to be so before Prefect is imported: its server answers, and its settings are in the environment."""
+    leave_worker()
     settings = Settings.load()
     require_variables(job)
     if resume:
@@ -74,7 +76,7 @@ def _prepare(job: Job, resume: str, *, reads_data: bool) -> None:
     if reads_data:
         # Workers import torch while this process imports Prefect.
         fork_server(settings.runs / job.name / "host.log")
-    os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+    os.environ.update(settings.prefect_variables)
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
 
 

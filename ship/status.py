@@ -27,6 +27,7 @@ from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.text import file_size
+from train_and_ship.ship.password import how_to_get_in
 
 FLOW = "retrain"
 COLOURS = {"up": "green", "external": "cyan"}
@@ -72,6 +73,8 @@ def status() -> None:
         components.add_row(row.title, row.url, str(row.pid or ""), f"[{colour}]{row.state}[/]")
     console.print(components)
     console.print(disk_line(janitor.usage(settings)), soft_wrap=True)
+    for line in how_to_get_in(settings):
+        typer.echo(line)
     if any(row.state not in COLOURS for row in rows):
         raise typer.Exit(1)
     try:

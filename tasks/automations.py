@@ -122,7 +122,7 @@ def main() -> int:
     """Write the automations of the settings' server; returns the exit status."""
     try:
         settings = Settings.load()
-        os.environ["PREFECT_API_URL"] = settings.prefect_api_url
+        os.environ.update(settings.prefect_variables)
         print(", ".join(apply(settings)))
     except ShipError as error:
         print(error, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.job_folders import require_job_folder
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.run_folder import recorded_job
@@ -15,8 +16,11 @@ _read: dict[str, JobFile] = {}
 
 
 def read_job_file(path: str, flow_run_id: str) -> JobFile:
-    """Read and validate the job file of a flow run, which this process knows from then on. Raises JobError."""
-    job, project = load_job(Path(path))
+    """Read and validate the job file of a flow run, which this process knows from then on.
+
+    Raises JobError, also for one outside the folders whose jobs a worker runs.
+    """
+    job, project = _read_allowed(path)
     _read[flow_run_id] = JobFile(job=job, project=project)
     return _read[flow_run_id]
 
@@ -51,4 +55,9 @@ def job_of(path: str, flow_run_id: str, folder: Path | None) -> Job:
     if (known := _read.get(flow_run_id)) is not None:
         return known.job
     recorded = recorded_job(folder) if folder is not None else None
-    return recorded or load_job(Path(path))[0]
+    return recorded or _read_allowed(path)[0]
+
+
+def _read_allowed(path: str) -> tuple[Job, Path]:
+    require_job_folder(Path(path))
+    return load_job(Path(path))

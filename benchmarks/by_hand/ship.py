@@ -142,8 +142,8 @@ def promote(out: Path, version: str) -> str:
     s3 = boto3.client(
         "s3",
         endpoint_url=os.environ.get("AWS_ENDPOINT_URL", "http://127.0.0.1:4566"),
-        aws_access_key_id=os.environ.get("AWS_ACCESS_KEY_ID", "local"),
-        aws_secret_access_key=os.environ.get("AWS_SECRET_ACCESS_KEY", "local"),
+        aws_access_key_id=os.environ.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
         region_name=os.environ.get("AWS_REGION", "us-east-1"),
     )
     bodies = {path.name: path.read_bytes() for path in sorted(out.iterdir())}

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from train_and_ship.infra import addresses
 from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -100,6 +101,7 @@ def import_mlflow() -> None:
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of its own for each call, so that mlflow's global state stays the caller's."""
+    log_in(tracking_uri)
     import_mlflow()
     import mlflow
     from mlflow import MlflowClient
@@ -108,6 +110,27 @@ def connect(tracking_uri: str) -> MlflowClient:
         # Used without a server, the registry asks the global tracking store about the model.
         mlflow.set_tracking_uri(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri)
+
+
+_before: dict[str, str | None] = {}
+"""The person's own variables, while those of the local server are in their place."""
+
+
+def log_in(tracking_uri: str) -> None:
+    """Let mlflow into the local server, if that is what the address names; it reads variables at each request.
+
+    For any other address they are the person's own again: nobody else is sent the password of the local server.
+    """
+    variables = Settings.load().mlflow_variables_at(tracking_uri)
+    for name, value in variables.items():
+        _before.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+    for name in _before.keys() - variables.keys():
+        own = _before.pop(name)
+        if own is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = own
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 
 from train_and_ship.infra.errors import AnsweredError, ServiceError, SettingsError
+from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.tracking.connection import (
     MISSING,
     connect,
@@ -76,7 +77,11 @@ class RestRegistry:
         user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
         if not user and parts.username:
             user, password = unquote(parts.username), unquote(parts.password or "")
-        if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        account = Settings.load().mlflow_account_at(tracking_uri)
+        if account is not None:
+            # The local server: whatever the person has set is for another one.
+            headers |= urllib3.make_headers(basic_auth=":".join(account))
+        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
             headers["Authorization"] = f"Bearer {token}"
         elif user:
             headers |= urllib3.make_headers(basic_auth=f"{user}:{password}")
@@ -91,7 +96,7 @@ class RestRegistry:
         # Whoever asks decides what happens when nobody answers.
         pool |= {"headers": headers, "timeout": timeout, "retries": False}
         proxy = getproxies().get(parts.scheme)
-        if proxy and not proxy_bypass(parts.hostname or ""):
+        if proxy and account is None and not proxy_bypass(parts.hostname or ""):
             self._pool: urllib3.PoolManager = urllib3.ProxyManager(proxy, **pool)
         else:
             self._pool = urllib3.PoolManager(**pool)

@@ -97,7 +97,7 @@ ROOMS = {
 """Package to room (a folder, or a file that stands beside the folders) to the rooms that it may import."""
 ONLY_IN = {
     "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py"],
-    "mlflow": ["registry/tracking/"],
+    "mlflow": ["registry/tracking/", "infra/doors/mlflow_server.py"],
     "boto3": ["infra/s3.py", "shipreader/bucket.py"],
     "botocore": ["infra/s3.py", "shipreader/bucket.py"],
     # For one kind of request, of which there may be thousands.

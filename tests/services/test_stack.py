@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from tests.support.local_stack import stack_environment
+from tests.support.passwords import VARIABLES
 from tests.support.ports import free_ports
 from tests.support.prefect_api import Api
 from tests.support.processes import PATIENCE
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.settings import Settings
 
 # The last one stops what they share.
 pytestmark = pytest.mark.in_order
@@ -69,6 +71,10 @@ class Stack:
         return self.run("ship", *argv, **extra)
 
     @property
+    def settings(self) -> Settings:
+        return Settings.model_validate({**self.environment, "SHIP_HOME": self.home})
+
+    @property
     def home(self) -> Path:
         return self.project / ".ship"
 
@@ -89,7 +95,7 @@ class Stack:
 
     def api(self, method: str, path: str, body: object = None) -> Any:
         # A busy server may say that its database is locked: no answer to what was asked.
-        return Api(f"http://127.0.0.1:{self.environment['SHIP_PREFECT_PORT']}/api").ask(method, path, body)
+        return Api(self.settings).ask(method, path, body)
 
     def runs(self) -> dict[str, str]:
         """State types of all flow runs by id."""
@@ -114,8 +120,8 @@ def make_stack(folder: Path) -> Stack:
     (folder / "tiny.py").write_text(FLOW)
     (folder / "prefect.yaml").write_text(PREFECT_YAML)
     ours = stack_environment(folder / ".ship")
-    # Only the ports: home and addresses have to be found without help.
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    # Only the ports: home, addresses and the password have to be found without help.
+    environment = {name: value for name, value in os.environ.items() if name not in {**ours, **VARIABLES}}
     environment.update({name: value for name, value in ours.items() if name in PORTS})
     # MiniStack's MQTT listener ignores BIND_HOST. On its fixed default port, another MiniStack would hide that.
     environment["IOT_MTLS_PORT"] = str(free_ports(1)[0])
@@ -172,7 +178,7 @@ def test_every_listening_socket_of_the_stack_is_on_loopback(running: Stack) -> N
 
 
 def test_the_bucket_is_there_after_up(running: Stack) -> None:
-    assert httpx.get(f"http://127.0.0.1:{running.environment['SHIP_S3_PORT']}/models", trust_env=False).is_success
+    ObjectStore.from_settings(running.settings).check()
 
 
 def test_a_second_up_starts_nothing(running: Stack) -> None:

@@ -134,6 +134,7 @@ def test_the_local_store_ignores_the_persons_own_aws_settings(
     connect: Connect, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SHIP_S3_PORT", str(s3_server.port))
+    monkeypatch.setenv("SHIP_HOME", str(s3_server.folder))
     monkeypatch.setenv("AWS_PROFILE", "work")
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
     monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", "true")

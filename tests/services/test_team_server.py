@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY
 from tests.support.channels import live
 from tests.support.fixture_types import Command
 from tests.support.ports import free_ports
@@ -149,8 +150,8 @@ def team(stack: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             "AWS_ENDPOINT_URL": str(stack.s3_endpoint),
             # The bucket is the team's: this machine would start its own elsewhere.
             "SHIP_S3_PORT": str(nobody),
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REGION": "us-east-1",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
         }

@@ -22,13 +22,15 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support.passwords import PASSWORD
 from tests.support.ports import free_port, free_ports
+from train_and_ship.infra.password import USER
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")
 START_SECONDS = 600
 """Guards against hanging: on a machine whose cores are busy `ceph osd new` alone has taken more than two minutes."""
-ACCESS_KEY, SECRET_KEY = "test", "secret"
-"""Of the user that `start` creates, who may do everything."""
+ACCESS_KEY, SECRET_KEY = USER, PASSWORD
+"""Of the user that `start` creates, who may do everything; as on the local S3 server."""
 
 _CONFIGURATION = """
 [global]

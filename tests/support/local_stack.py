@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.support.passwords import VARIABLES, put_password
 from tests.support.ports import free_ports
 from train_and_ship.infra.settings import LOOPBACK
 
@@ -29,6 +31,8 @@ def stack_environment(home: Path) -> dict[str, str]:
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        # Workers run jobs that tests write.
+        "SHIP_JOB_FOLDERS": tempfile.gettempdir(),
     }
 
 
@@ -36,4 +40,5 @@ def enter_local_stack(home: Path) -> None:
     """From now on this process and what it starts mean that stack. Nothing is started."""
     for variable in FOREIGN:
         os.environ.pop(variable, None)
-    os.environ.update(stack_environment(home))
+    put_password(home)
+    os.environ.update({**stack_environment(home), **VARIABLES})

@@ -7,16 +7,19 @@ from typing import Any
 
 import httpx
 
+from tests.support.passwords import VARIABLES
 from tests.support.processes import PATIENCE
-from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.settings import PREFECT_ACCOUNT, Settings
 
 
 class Api:
-    """Prefect's REST API. where: the settings of a stack, or the API's address."""
+    """Prefect's REST API. where: the settings of a stack, or the address of a server with the password of the tests."""
 
     def __init__(self, where: Settings | str) -> None:
         address = where if isinstance(where, str) else where.prefect_api_url
-        self.http = httpx.Client(base_url=address, timeout=30, trust_env=False)
+        account = VARIABLES[PREFECT_ACCOUNT] if isinstance(where, str) else where.prefect_account
+        user, _, password = account.partition(":")
+        self.http = httpx.Client(base_url=address, timeout=30, trust_env=False, auth=(user, password))
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The answer, None where it is empty.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tests.support.new_databases import put_databases
+from tests.support.passwords import put_password
 from train_and_ship.infra.components import Component, mlflow_component, prefect_component, s3_component
 from train_and_ship.infra.processes import PidFile, last_lines, start
 from train_and_ship.infra.settings import Settings
@@ -24,6 +25,9 @@ class StackServer:
     folder: Path
     port: int
     running: PidFile | None = None
+
+    def __post_init__(self) -> None:
+        put_password(self.folder)
 
     component_of: ClassVar[Callable[[Settings], Component]]
     port_variable: ClassVar[str]
@@ -70,6 +74,7 @@ class MlflowServer(StackServer):
     port_variable = "SHIP_MLFLOW_PORT"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         put_databases(self.folder, "mlflow")
 
 
@@ -80,6 +85,7 @@ class PrefectServer(StackServer):
     port_variable = "SHIP_PREFECT_PORT"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         put_databases(self.folder, "prefect")
 
     @property
