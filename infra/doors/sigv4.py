@@ -67,7 +67,17 @@ class _Claim:
 
 
 def check(request: Request, key: str, secret: str, now: datetime) -> None:
-    """Raises RefusedError, with the code that S3 has for it, unless the request is signed with key and secret."""
+    """Check who signed a request.
+
+    Args:
+        request: as it was received.
+        key: the access key.
+        secret: of that key.
+        now: in UTC.
+
+    Raises:
+        RefusedError: it is not signed with key and secret, or for another time; with the code that S3 has for it.
+    """
     pairs = _pairs(request.query)
     claim = _claim(request, dict(pairs))
     given, *scope = claim.credential.rsplit("/", 4)
@@ -133,7 +143,14 @@ def signature(
 
 
 def signed_get(url: str, key: str, secret: str, now: datetime) -> Mapping[str, str]:
-    """The headers of a signed GET, without a client of AWS. url: with an encoded path and query."""
+    """The headers of a signed GET, without a client of AWS.
+
+    Args:
+        url: with an encoded path and query.
+        key: the access key.
+        secret: of that key.
+        now: in UTC.
+    """
     parts = urlsplit(url)
     moment = now.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
     headers = {"host": parts.netloc, "x-amz-content-sha256": NO_BODY, "x-amz-date": moment}

@@ -15,8 +15,10 @@ import pytest
 import typer
 
 from tests.support.fixture_types import Command
+from tests.support.passwords import PASSWORD
 from tests.support.processes import PATIENCE, Ended
 from tests.support.projects import REPOSITORY
+from train_and_ship.infra.password import USER
 from train_and_ship.infra.settings import Settings
 from train_and_ship.ship.main import app
 
@@ -97,7 +99,7 @@ def test_the_python_that_loads_a_model_works(digits: Ended, stack: Settings) -> 
 
 def test_the_python_of_a_serving_machine_works(digits: Ended, stack: Settings, tmp_path: Path) -> None:
     (block,) = [block for block in blocks("python") if "shipreader" in block]
-    variables = {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local", "AWS_REGION": "us-east-1"}
+    variables = {"AWS_ACCESS_KEY_ID": USER, "AWS_SECRET_ACCESS_KEY": PASSWORD, "AWS_REGION": "us-east-1"}
     environment = {**os.environ, **variables, "AWS_ENDPOINT_URL": stack.s3_endpoint or ""}
     script = [sys.executable, "-c", block.replace("/srv/digits", str(tmp_path / "digits"))]
     done = subprocess.run(script, check=True, timeout=PATIENCE, env=environment, capture_output=True, text=True)

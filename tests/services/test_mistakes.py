@@ -48,6 +48,7 @@ SOUND: dict[str, list[str]] = {
     "pull": [MODEL],
     "serve": [MODEL],
     "view": ["triton", MODEL],
+    "password": [],
     "sign": [MODEL, "{release}"],
     "iam": ["reader"],
     "history": [MODEL],

@@ -45,6 +45,7 @@ FOLDERS = {
     "torchworker/gates": "Limits on quality, speed and size, and how sure a difference is.",
     "infra": "Everything that touches machines: settings, processes, the object store, the local stack.",
     "infra/launchers": "Training on several machines: each engine as a value.",
+    "infra/doors": "What stands in front of the servers of the local stack: who may ask them.",
     "ship": "The command line and the Prefect plugin.",
     "shipreader": "What follows a channel on a serving machine; installed alone.",
 }
