@@ -39,7 +39,7 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
     require_prefect(settings)
     if settings.prefect_is_local:
         for path in jobs.values():
-            add_job_folder(settings.home, path.parent)
+            add_job_folder(settings.home, path.resolve().parent)
     warnings: set[str] = set()
     for name, scheduled in deploy_jobs(jobs, cron, timezone).items():
         typer.echo(f"{name}  {scheduled.schedule or 'no schedule'}")

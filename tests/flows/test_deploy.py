@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.support.fixture_types import Ship
 from tests.support.prefect_api import Api
 from tests.support.processes import PATIENCE
 from tests.support.projects import write_project
+from train_and_ship.infra.job_folders import FILE
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 
@@ -59,6 +61,10 @@ def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_agai
     assert {"alpha", "beta", "retrain"} <= found.keys()
     assert [nightly(found[name]) for name in ("alpha", "beta")] == [("30 3 * * *", "Europe/Berlin")] * 2
     assert all(found[name]["global_concurrency_limit"]["limit"] == 1 for name in ("alpha", "beta"))
+
+    # Which the worker runs from now on: they are what its owner has named.
+    kept = json.loads((stack.home / FILE).read_text())
+    assert {str(path.parent.resolve()) for path in jobs} <= set(kept)
 
     again = ship("deploy", str(jobs[0]))
     assert again.status == 0, again.text
