@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.password import require_own_server
 from train_and_ship.infra.settings import Settings
 
 PROMOTED = "train-and-ship.promoted"
@@ -48,7 +49,7 @@ def send_event(settings: Settings, event: str, model: str, subject: str, body: s
         body: as `event_of` takes it.
 
     Raises:
-        ServiceError: it was not taken.
+        ServiceError: it was not taken, or a program of another user is at the port of the local server.
     """
     import urllib3
 
@@ -57,6 +58,11 @@ def send_event(settings: Settings, event: str, model: str, subject: str, body: s
     }  # fmt: skip
     headers = {"Content-Type": "application/json"}
     if account := settings.prefect_account:
+        if settings.prefect_account_at(settings.prefect_api_url):
+            try:
+                require_own_server(settings.home, settings.prefect_api_url)
+            except SettingsError as error:
+                raise ServiceError(str(error)) from None
         headers |= urllib3.make_headers(basic_auth=account)
     try:
         reply = urllib3.PoolManager().request(

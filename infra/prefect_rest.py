@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.password import require_own_server
 from train_and_ship.infra.settings import PREFECT_ACCOUNT, Settings
 
 ANSWER_SECONDS = 10
@@ -42,8 +43,10 @@ def prefect_api(
 
     Raises:
         ServiceError: it does not answer.
-        SettingsError: it wants another password.
+        SettingsError: it wants another password, or is the one of another user at the port of the local one.
     """
+    if settings.prefect_account_at(settings.prefect_api_url):
+        require_own_server(settings.home, settings.prefect_api_url)
     account = settings.prefect_account
     user, _, password = account.partition(":")
 

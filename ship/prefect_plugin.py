@@ -45,10 +45,14 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
 def _password(address: str) -> dict[str, str]:
     """The variable of Prefect that lets its client into the local server, when that is what the address names."""
     from train_and_ship.infra.errors import SettingsError
+    from train_and_ship.infra.password import require_own_server
     from train_and_ship.infra.settings import PREFECT_ACCOUNT, Settings
 
     try:
-        account = Settings.load().prefect_account_at(address)
+        settings = Settings.load()
+        account = settings.prefect_account_at(address)
+        if account:
+            require_own_server(settings.home, address)
     except SettingsError:
         # `ship` says it; the command may be about another server.
         return {}

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from train_and_ship.infra import addresses
 from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.password import require_own_server
 from train_and_ship.infra.settings import Settings
 
 if TYPE_CHECKING:
@@ -121,7 +122,10 @@ def log_in(tracking_uri: str) -> None:
 
     For any other address they are the person's own again: nobody else is sent the password of the local server.
     """
-    variables = Settings.load().mlflow_variables_at(tracking_uri)
+    settings = Settings.load()
+    variables = settings.mlflow_variables_at(tracking_uri)
+    if variables:
+        require_own_server(settings.home, tracking_uri)
     for name, value in variables.items():
         _before.setdefault(name, os.environ.get(name))
         os.environ[name] = value

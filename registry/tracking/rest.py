@@ -17,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 
 from train_and_ship.infra.errors import AnsweredError, ServiceError, SettingsError
+from train_and_ship.infra.password import require_own_server
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.tracking.connection import (
     MISSING,
@@ -77,7 +78,9 @@ class RestRegistry:
         user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
         if not user and parts.username:
             user, password = unquote(parts.username), unquote(parts.password or "")
-        account = Settings.load().mlflow_account_at(tracking_uri)
+        settings = Settings.load()
+        account = settings.mlflow_account_at(tracking_uri)
+        self._home = settings.home if account is not None else None
         if account is not None:
             # The local server: whatever the person has set is for another one.
             headers |= urllib3.make_headers(basic_auth=":".join(account))
@@ -141,6 +144,8 @@ class RestRegistry:
 
     def _ask(self, method: str, path: str, values: Mapping[str, str]) -> dict[str, Any] | None:
         """The reply's JSON, or None when MLflow says that there is no such thing."""
+        if self._home is not None:
+            require_own_server(self._home, self._shown)
         url = f"{self._shown}/api/2.0/mlflow/{path}"
         try:
             if method == "GET":

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 import os
+import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from tests.support.passwords import PASSWORD
 from tests.support.prefect_api import Api
 from tests.support.processes import processes_of
 from tests.support.projects import REPOSITORY
+from train_and_ship.infra import password as password_file
 from train_and_ship.infra.components import PASSWORD as IN_PID_FILES
 from train_and_ship.infra.components import components
 from train_and_ship.infra.doors.guard import OwnPages
@@ -37,7 +39,8 @@ from train_and_ship.infra.doors.sigv4 import signed_get
 from train_and_ship.infra.errors import JobError, SettingsError
 from train_and_ship.infra.job_folders import FILE as FOLDERS
 from train_and_ship.infra.job_folders import MORE, WORKER, add_job_folder, require_job_folder
-from train_and_ship.infra.password import FILE, USER, make_password, password_is_open, read_password
+from train_and_ship.infra.password import FILE, USER, make_password, password_is_open, read_password, require_own_server
+from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.settings import MLFLOW_ACCOUNT, PREFECT_ACCOUNT, Settings
 from train_and_ship.infra.stack import _running
@@ -197,6 +200,38 @@ def test_another_server_is_never_sent_the_password(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
     assert Settings.load().prefect_account == "ada:p"
     assert password not in Settings.load().child_environment().values()
+
+
+def test_a_program_of_another_user_at_a_port_of_the_stack_is_not_sent_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_password(tmp_path)
+    others = os.getuid() + 1
+    for name, value in {"SHIP_HOME": str(tmp_path), "SHIP_MLFLOW_PORT": "5011", "SHIP_PREFECT_PORT": "4211"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name)
+    table = tmp_path / "tcp"
+    monkeypatch.setattr(password_file, "TABLES", [table])
+
+    def listening(port: int, user: int) -> None:
+        row = f"   0: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000  {user}        0 1 1"
+        table.write_text(f"  sl  local_address rem_address   st ...\n{row}\n")
+
+    listening(5012, others)
+    require_own_server(tmp_path, "http://127.0.0.1:5011")
+    for port in (5011, 4211):
+        listening(port, others)
+        with pytest.raises(SettingsError, match=f"another user .uid {others}.*{port}"):
+            if port == 4211:
+                prefect_api(Settings.load(), "GET", "/admin/version")
+            else:
+                RestRegistry("http://127.0.0.1:5011").aliases("digits")
+    with socket.socket() as real:
+        real.bind(("127.0.0.1", 0))
+        real.listen()
+        found = password_file._listeners(Path("/proc/net/tcp").read_text(), real.getsockname()[1])
+        assert found == {os.getuid()}
 
 
 @pytest.mark.parametrize(
@@ -370,11 +405,11 @@ def test_prefects_websockets_ask_too(stack: Settings, path: str) -> None:
     assert refused.value.response.status_code == 403
     with (
         pytest.raises((ConnectionClosed, InvalidStatus)),
-        websocket(address, subprotocols=["prefect"], proxy=None) as socket,
+        websocket(address, subprotocols=["prefect"], proxy=None) as opened,
     ):
-        socket.send(json.dumps({"type": "auth", "token": f"{USER}:wrong"}))
-        assert json.loads(socket.recv(10))["type"] != "auth_success"
-        socket.recv(10)
+        opened.send(json.dumps({"type": "auth", "token": f"{USER}:wrong"}))
+        assert json.loads(opened.recv(10))["type"] != "auth_success"
+        opened.recv(10)
 
 
 def test_a_signed_address_is_good_for_what_it_names_and_for_its_time(stack: Settings) -> None:
