@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ceph_rgw import ACCESS_KEY, SECRET_KEY
 from tests.support.fault_proxy import Answer, FaultProxy, Rule, StripHeaders
 from tests.support.fixture_types import Ship
 from tests.support.flow_runs import refused
@@ -130,8 +131,8 @@ def mine(url: str, bucket: str = "models") -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL": url,
         "SHIP_BUCKET": bucket,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
 
