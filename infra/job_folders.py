@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train_and_ship.infra.errors import JobError, SettingsError
 from train_and_ship.infra.home import make_folder
-from train_and_ship.infra.rundir import write_whole
+from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.settings import Settings
 
 WORKER = "SHIP_WORKER"
@@ -27,7 +27,7 @@ def add_job_folder(home: Path, folder: Path) -> None:
     known, added = _kept(home), str(folder.resolve())
     if added not in known:
         make_folder(home)
-        write_whole(home / FILE, json.dumps([*known, added], indent=1).encode())
+        write_durably(home / FILE, json.dumps([*known, added], indent=1).encode())
 
 
 def require_job_folder(job: Path) -> None:

@@ -48,9 +48,9 @@ from train_and_ship.infra.processes import PidFile, last_lines, port_holder, por
 from train_and_ship.infra.settings import Settings, project_folder
 
 START_SECONDS = 90.0
+"""How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
 LOCK_SECONDS = 600.0
 """For another command that starts or stops the same stack."""
-"""How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
 TRIES = round(START_SECONDS / ANSWER_SECONDS)
 """How often Prefect is asked whose answer does not come in time: it has just started, and so have its neighbours."""
 POLL_SECONDS = 0.2
