@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import select
 import signal
 import subprocess
@@ -50,6 +51,8 @@ MOST_DEATHS = 2
 MOST_LOSSES, CALM_SECONDS = 5, 600.0
 """So often it may be gone within so long; then something is wrong that a start does not mend."""
 
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", re.ASCII)
+
 _log = logging.getLogger(__name__)
 
 # The package by its folder: beside it lie packages that the server's environment has in other versions.
@@ -84,9 +87,15 @@ def serve(
 ) -> None:
     """Serve until interrupted.
 
-    Raises SettingsError for a taken port, ServiceError when the server does not start, or is gone and cannot be brought
-    back.
+    Raises SettingsError for a taken port and for what is no name of a host, ServiceError when the server does not start,
+    or is gone and cannot be brought back.
     """
+    for name in limits.hosts if limits is not None else ():
+        if not _HOST_NAME.fullmatch(name):
+            raise SettingsError(
+                "--allow-host: expected the name of a host without port or path, such as models.example.com, "
+                f"got {name!r}"
+            )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     settings = Settings.load()
     folder = folder_for(settings, model, channel, to)

@@ -186,6 +186,8 @@ def test_another_server_is_never_sent_the_password(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("PREFECT_API_URL")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    # Of the stack of other tests.
+    monkeypatch.setattr(connection, "_before", {})
     local, other = "http://127.0.0.1:5011", "https://mlflow.example.com"
 
     def sent(address: str) -> str:
