@@ -87,8 +87,8 @@ def serve(
 ) -> None:
     """Serve until interrupted.
 
-    Raises SettingsError for a taken port and for what is no name of a host, ServiceError when the server does not start,
-    or is gone and cannot be brought back.
+    Raises SettingsError for a taken port and for what is no name of a host, ServiceError when the server does not
+    start, or is gone and cannot be brought back.
     """
     for name in limits.hosts if limits is not None else ():
         if not _HOST_NAME.fullmatch(name):
