@@ -1,0 +1,172 @@
+"""What commands cost in this build and in an earlier one: CPU of all their processes, side by side.
+
+    git worktree add ../before COMMIT && make -C ../before .venv/.ready
+    python benchmarks/two_builds.py --before ../before
+
+Both builds have a stack of their own, and this one has a second: by turns in which order, with pairs of this build with
+itself beside them. Where those spread wider than the margin, the result is "not resolved". CPU is user and system of
+the command and of all that it starts, and what the three servers of its stack spend meanwhile. Writes the result into
+docs/benchmarks.md.
+"""
+
+import argparse
+import contextlib
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from report import PAGE, ROOT, machine, write
+
+sys.path.insert(0, str(ROOT))
+
+from tests.support.ports import free_ports
+
+JOB = "examples/digits/job.yaml"
+ROLLBACK = ["rollback", "digits", "--why", "measured"]
+OURS = ("PREFECT_", "MLFLOW_", "SHIP_", "AWS_", "PYTHONDONTWRITE")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A command, and how much of the earlier build's CPU it may take."""
+
+    name: str
+    now: Sequence[str]
+    before: Sequence[str]
+    most: float | None
+    """None where another number is to be held against it."""
+
+
+SUBJECTS = {
+    "run": Subject("`ship run`", ["run", JOB], ["run", JOB], 1.05),
+    # Each goes one release further back.
+    "rollback": Subject("`ship rollback`", ROLLBACK, ROLLBACK, 1.05),
+    "check-no-export": Subject("`ship check --no-export`", ["check", "--no-export", JOB], ["check", JOB], 1.1),
+    "check": Subject("`ship check`", ["check", JOB], ["check", JOB], None),
+}
+
+
+class Side:
+    """A build, with a stack of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        prefect, mlflow, s3 = free_ports(3)
+        self.home = tempfile.mkdtemp(prefix="two-builds-")
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | {
+            "SHIP_HOME": self.home,
+            "SHIP_PREFECT_PORT": str(prefect),
+            "SHIP_MLFLOW_PORT": str(mlflow),
+            "SHIP_S3_PORT": str(s3),
+        }
+
+    def ship(self, *words: str) -> None:
+        """Run a command of this build."""
+        done = subprocess.run(
+            [self.folder / ".venv/bin/ship", *words],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{self.folder}: ship {' '.join(words)}:\n{done.stdout[-3000:]}")
+
+    def cpu(self, words: Sequence[str]) -> float:
+        """Seconds, user and system, of a command, and of the servers meanwhile."""
+        servers, before = self._servers(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.ship(*words)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return own + self._servers() - servers
+
+    def _servers(self) -> float:
+        seconds = 0.0
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SHIP_HOME") == self.home:
+                    seconds += sum(process.cpu_times()[:2])
+        return seconds
+
+
+@contextlib.contextmanager
+def stacks(before: Path) -> Iterator[tuple[Side, Side, Side]]:
+    """The earlier build, this one, and this one again."""
+    sides = Side(before), Side(ROOT), Side(ROOT)
+    try:
+        for side in sides:
+            side.ship("up")
+        yield sides
+    finally:
+        for side in sides:
+            side.ship("down")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def row(subject: Subject, sides: Sequence[Side], pairs: int) -> str:
+    """Ask by turns; a row of the table."""
+    words = (subject.before, subject.now, subject.now)
+    seconds: list[list[float]] = [[], [], []]
+    # The first of each side fills caches.
+    for pair in range(pairs + 1):
+        for place in (0, 1, 2)[:: 1 if pair % 2 else -1]:
+            taken = sides[place].cpu(words[place])
+            if pair:
+                seconds[place].append(taken)
+    before, now, again = seconds
+    ratios = [a / b for a, b in zip(now, before, strict=True)]
+    same = [a / b for a, b in zip(again, now, strict=True)]
+    verdict = ""
+    if subject.most is not None:
+        margin = abs(subject.most - statistics.median(ratios))
+        resolved = max(max(same) - 1, 1 - min(same)) <= margin
+        within = statistics.median(ratios) <= subject.most
+        verdict = f"at most {subject.most}: " + (("within" if within else "more") if resolved else "not resolved")
+    middle = f"{statistics.median(before):.2f} s | {statistics.median(now):.2f} s"
+    return f"| {subject.name} | {middle} | {spread(ratios)} | {spread(same)} | {verdict} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", required=True, type=Path, help="folder of the earlier build, with its .venv")
+    parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--only", default=",".join(SUBJECTS), help=f"some of {','.join(SUBJECTS)}")
+    options = parser.parse_args()
+    folder = options.before.resolve()
+    commit = subprocess.check_output(["git", "-C", str(folder), "rev-parse", "--short=7", "HEAD"], text=True).strip()
+    rows = []
+    with stacks(folder) as sides:
+        for name in options.only.split(","):
+            rows.append(row(SUBJECTS[name], sides, options.pairs))
+            print(rows[-1], flush=True)
+    text = "\n".join(
+        [
+            "## This build and an earlier one",
+            "",
+            f"`python benchmarks/two_builds.py --before FOLDER --pairs {options.pairs} --only {options.only}`. By"
+            f" turns, digits. {machine('torch', 'prefect', 'mlflow')}",
+            f"CPU (user and system) of all processes, servers too; medians, in brackets lowest and highest. Before: "
+            f"{commit}.",
+            "",
+            "| command | before | now | now ÷ before | now ÷ now | wanted |",
+            "|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+    write(PAGE, "two-builds", text)
+
+
+if __name__ == "__main__":
+    main()
