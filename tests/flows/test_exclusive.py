@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import html
 import os
 import signal
 import subprocess
@@ -82,11 +83,17 @@ def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other
     killed, shipped = read_decisions(Channel(store, "crowded", "prod"), 5)
     assert (killed.decision, killed.why, shipped.decision) == (FAILED, CUT_OFF, PROMOTED)
     assert not list(stack.runs.glob(f"crowded/*/{WAITING}"))
+    # On a busy machine Prefect's automation may be the first to notice, and then its words stand there.
+    noticed = Api(stack).ask("GET", f"/flow_runs/{killed.flow_run}")["state"]["message"] or CUT_OFF
+
+    def says_why(report: str) -> bool:
+        return any(words in html.unescape(report) for words in (CUT_OFF, noticed))
+
     (shown,) = reports_in_prefect(Api(stack), killed.flow_run)
-    assert CUT_OFF in shown and "Learning curves" in shown
+    assert says_why(shown) and "Learning curves" in shown, shown
     client = MlflowClient(stack.mlflow_url)
     experiment = client.get_experiment_by_name("crowded")
     assert experiment is not None
     (ended,) = client.search_runs([experiment.experiment_id], f"tags.{TAG_FLOW_RUN} = '{killed.flow_run}'")
     assert ended.info.status == "KILLED"
-    assert CUT_OFF in mlflow.artifacts.load_text(f"runs:/{ended.info.run_id}/{REPORT}")
+    assert says_why(mlflow.artifacts.load_text(f"runs:/{ended.info.run_id}/{REPORT}"))
