@@ -2,7 +2,7 @@
 // would have left it after any of these operations (see power_cut.py):
 //
 //     cc -shared -fPIC -o power_cut.so tests/support/power_cut.c -ldl -lpthread
-//     LD_PRELOAD=$PWD/power_cut.so POWER_ROOT=/folder POWER_JOURNAL=/elsewhere/journal program
+//     LD_PRELOAD=$PWD/power_cut.so PYTHON_POWER_ROOT=/folder PYTHON_POWER_JOURNAL=/elsewhere/journal program
 //
 // A record is a line `operation inode length-of-name length-of-other length-of-data`, then these three. Content is read
 // from the file when it is synced, and when it is closed: however it was written.
@@ -35,7 +35,7 @@ __attribute__((constructor)) static void prepare(void) { pthread_atfork(NULL, NU
 static void enter(void) {
     char path[PATH_MAX];
     pthread_mutex_lock(&turn);
-    snprintf(path, sizeof path, "%s.turn", getenv("POWER_JOURNAL") ? getenv("POWER_JOURNAL") : "/nowhere");
+    snprintf(path, sizeof path, "%s.turn", getenv("PYTHON_POWER_JOURNAL") ? getenv("PYTHON_POWER_JOURNAL") : "/nowhere");
     turn_of_processes = syscall(SYS_openat, AT_FDCWD, path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (turn_of_processes >= 0) syscall(SYS_flock, turn_of_processes, LOCK_EX);
 }
@@ -53,7 +53,7 @@ static void leave(void) {
 
 // Whether a path is below the folder, and its name from there on.
 static int below(const char *path, char *name) {
-    const char *root = getenv("POWER_ROOT");
+    const char *root = getenv("PYTHON_POWER_ROOT");
     size_t length = root ? strlen(root) : 0;
     if (!length || strncmp(path, root, length) || (path[length] && path[length] != '/')) return 0;
     snprintf(name, PLACE, "%s", path[length] ? path + length + 1 : ".");
@@ -79,7 +79,7 @@ static int place(int folder, const char *path, char *name) {
 
 static void put(const char *operation, unsigned long inode, const char *name, const char *other, const char *data,
                 size_t size) {
-    const char *journal = getenv("POWER_JOURNAL");
+    const char *journal = getenv("PYTHON_POWER_JOURNAL");
     size_t names = strlen(name), others = strlen(other);
     char *record = malloc(128 + names + others + size), *end = record;
     if (!journal || !record) abort();
@@ -171,7 +171,7 @@ FILE *fopen64(const char *path, const char *mode) { return fopen_it("fopen64", p
 
 int close(int fd) {
     char name[PLACE];
-    if (!getenv("POWER_ROOT") || !is_written(fd, name)) return syscall(SYS_close, fd);
+    if (!getenv("PYTHON_POWER_ROOT") || !is_written(fd, name)) return syscall(SYS_close, fd);
     enter();
     put_content("close", fd, name);
     int result = syscall(SYS_close, fd);
@@ -181,7 +181,7 @@ int close(int fd) {
 
 int fclose(FILE *file) {
     char name[PLACE];
-    if (getenv("POWER_ROOT") && is_written(fileno(file), name)) {
+    if (getenv("PYTHON_POWER_ROOT") && is_written(fileno(file), name)) {
         fflush(file);
         enter();
         put_content("close", fileno(file), name);

@@ -87,8 +87,9 @@ def recorded(command: Sequence[str], folder: Path) -> list[Operation]:
         environment = {
             **os.environ,
             "LD_PRELOAD": str(_library()),
-            "POWER_ROOT": str(folder),
-            "POWER_JOURNAL": str(journal),
+            # Of a family of names that every worker process inherits.
+            "PYTHON_POWER_ROOT": str(folder),
+            "PYTHON_POWER_JOURNAL": str(journal),
         }
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
