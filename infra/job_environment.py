@@ -126,8 +126,8 @@ def require_set(environment: Mapping[str, str], named: Iterable[str], job: str) 
     if missing := [name for name in named if name not in environment]:
         raise JobError(
             f"{job}: env: expected {' and '.join(missing)} to be set in the environment of this process, got nothing; "
-            "set it where the run starts (for a schedule, where `ship up` or the Prefect worker starts), or take it "
-            "out of env"
+            "set it where the run starts, or take it out of env. A worker has the variables with which it was started: "
+            "for a schedule, `ship down` and then `ship up` with it, or start your own worker anew"
         )
 
 

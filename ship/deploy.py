@@ -19,6 +19,7 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
     """One deployment a job file; nothing is deployed when any of them has a mistake."""
     jobs: dict[str, Path] = {}
     mistakes = []
+    warnings: set[str] = set()
     for path in job_files:
         try:
             job, _ = load_job(path)
@@ -28,6 +29,11 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
         if job.name in jobs:
             mistakes.append(f"{path}: name: {job.name} is the model of {jobs[job.name]} too; one job file a model")
         jobs[job.name] = path.absolute()
+        if missing := [variable for variable in job.env if variable not in os.environ]:
+            warnings.add(
+                f"{job.name}: env: {' and '.join(missing)} is not set here; the worker's environment needs it, or its "
+                "runs end before they begin"
+            )
     if mistakes:
         raise JobError("\n".join([*mistakes, "nothing was deployed"]))
     settings = Settings.load()
@@ -40,7 +46,6 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
     if settings.prefect_is_local:
         for path in jobs.values():
             add_job_folder(settings.home, path.resolve().parent)
-    warnings: set[str] = set()
     for name, scheduled in deploy_jobs(jobs, cron, timezone).items():
         typer.echo(f"{name}  {scheduled.schedule or 'no schedule'}")
         warnings.update(map(str, scheduled.skipped))
