@@ -46,8 +46,8 @@ def require_job_folder(job: Path) -> None:
     place = job.resolve()
     if not any(place.is_relative_to(folder) for folder in folders):
         raise JobError(
-            f"job: expected a file in a folder whose jobs this worker runs ({_listed(folders)}), got {place}. Its owner "
-            f"adds a folder with `ship deploy {job}`, with `ship up` in it, or to {MORE}, `ship down` and `ship up`"
+            f"job: expected a file in a folder whose jobs this worker runs ({_listed(folders)}), got {place}. Its "
+            f"owner adds one with `ship deploy {job}`, with `ship up` in it, or to {MORE}, `ship down` and `ship up`"
         )
 
 
