@@ -132,4 +132,4 @@ def test_a_run_goes_on_from_what_a_power_cut_leaves_of_its_folder(stack: Setting
         ship("run", str(job), "--resume", folder.name)
         assert all((folder / name / MANIFEST).exists() for name in STAGES), state
         assert not list(folder.glob("*.damaged")), state
-    ship("doctor")
+    ship("doctor", "torn")
