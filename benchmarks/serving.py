@@ -30,7 +30,7 @@ from shipreader.records import Manifest, Release
 from train_and_ship.infra.processes import port_is_free
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.release.manifest import build_manifest
-from train_and_ship.ship.serve import Server
+from train_and_ship.ship.server import Server
 
 IN, HIDDEN, OUT = 64, 2048, 10
 CLIENTS = (1, 32)

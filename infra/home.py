@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from train_and_ship.infra.durable import sync
+from torchworker.durable import make_folders, sync
 
 NAME = ".ship"
 """Of the folder, unless SHIP_HOME names another one."""
@@ -14,15 +14,13 @@ NAME = ".ship"
 
 def make_folder(folder: Path) -> Path:
     """Make a folder and those above it that are missing; the home among them for its owner alone. Raises OSError."""
-    missing = []
-    for place in (folder, *folder.parents):
-        if place.is_dir():
-            break
-        missing.append(place)
-    for place in reversed(missing):
-        # The mode goes with the call: a moment in which others may look in is enough for them.
-        place.mkdir(mode=0o700 if _is_home(place) else 0o777, exist_ok=True)
-        sync(place.parent)
+    for place in reversed((folder, *folder.parents)):
+        if _is_home(place) and not place.is_dir():
+            make_folders(place.parent)
+            # The mode goes with the call: a moment in which others may look in is enough for them.
+            place.mkdir(mode=0o700, exist_ok=True)
+            sync(place.parent)
+    make_folders(folder)
     return folder
 
 

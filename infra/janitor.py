@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from train_and_ship.infra.durable import DAMAGED
+from torchworker.durable import DAMAGED
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import LOCKS, forget_gone, unused

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from train_and_ship.infra.durable import write_durably
+from torchworker.durable import write_durably
 from train_and_ship.infra.errors import JobError, SettingsError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.settings import Settings

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from torchworker.durable import write_durably
 from train_and_ship.infra.addresses import recognisable
-from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.home import make_folder
 
 TOKEN_VARIABLE = "SHIP_PROCESS_TOKEN"

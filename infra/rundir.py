@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from train_and_ship.infra.durable import rename_durably, set_aside
+from torchworker.durable import rename_durably, set_aside
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.home import make_folder
 

@@ -27,7 +27,7 @@ from torchworker.contract import (
     ValidateResult,
     decode,
 )
-from train_and_ship.infra.durable import write_durably
+from torchworker.durable import write_durably
 from train_and_ship.infra.json_lines import all_objects
 from train_and_ship.infra.rundir import MANIFEST, TORN, file_sha256
 from train_and_ship.registry.cost import Spent, read_costs

@@ -9,38 +9,23 @@ Reader("digits", bucket="models", folder="/srv/digits").pull()      # once
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shipreader import signatures
 from shipreader.bucket import Bucket, NotModifiedError, s3_client
-from shipreader.durable import write_durably
 from shipreader.errors import NothingLiveError, ReaderError, RefusedError, UnavailableError
 from shipreader.local import LocalFolder, State
-from shipreader.records import (
-    MANIFEST,
-    MANIFEST_BYTES,
-    POINTER_BYTES,
-    FileEntry,
-    Manifest,
-    Pointer,
-    Release,
-    decode_manifest,
-    decode_pointer,
-    pointer_key,
-    release_prefix,
-)
+from shipreader.records import POINTER_BYTES, Manifest, Pointer, Release, decode_pointer, pointer_key
+from shipreader.releases import Releases
 from shipreader.report import Report, is_ready, stale_seconds
+from shipreader.signatures import load_keys
 
-FILES_AT_ONCE = 4
 LONGEST_PAUSE_SECONDS = 300.0
 """Between two downloads of a release that was refused, and two calls of `on_change` that failed with one; another move
 of the channel is tried at once."""
@@ -122,10 +107,11 @@ class Reader:
         if not interval > 0 or not 0 <= jitter <= 1:
             raise ReaderError(f"expected an interval above 0 and a jitter from 0 to 1, got {interval} and {jitter}")
         self.model, self.channel = model, channel
-        self._keys = signatures.load_keys(public_keys)
+        keys = load_keys(public_keys)
         self._bucket = Bucket(client if client is not None else s3_client(), bucket)
         self._local = LocalFolder(Path(folder))
-        self._interval, self._jitter, self._max_bytes = interval, jitter, max_bytes
+        self._releases = Releases(self._bucket, self._local, keys, max_bytes)
+        self._interval, self._jitter = interval, jitter
         self._accept, self._on_change = accept, on_change
         self._working, self._stopping = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -326,7 +312,7 @@ class Reader:
                 raise refused.error
             try:
                 self._require_newer(pointer)
-                release = self._bring(pointer)
+                release = self._release(self._releases.bring(pointer), pointer)
                 if self._accept is not None:
                     self._require_accepted(release)
             except RefusedError as error:
@@ -352,9 +338,7 @@ class Reader:
             return current
         self._state = state
         try:
-            manifest = self._local.verified(pointer)
-            if self._keys:
-                self._require_signed_here(manifest)
+            manifest = self._releases.kept(pointer)
         except RefusedError as error:
             _log.warning("%s %s: what is on disk cannot be served: %s", self.model, self.channel, error)
             return None
@@ -373,63 +357,6 @@ class Reader:
                 "the bucket went back in time (a restored backup?). Move the channel anew, or delete "
                 f"{self._local.folder} to follow it"
             )
-
-    def _bring(self, pointer: Pointer) -> Release:
-        """The release that a pointer names, from disk or from the bucket."""
-        prefix = release_prefix(pointer.model, pointer.release)
-        encoded = self._bucket.small(prefix + MANIFEST, MANIFEST_BYTES)
-        if encoded is None:
-            raise RefusedError(f"{prefix}{MANIFEST}: expected the manifest of the live release, got none")
-        manifest = decode_manifest(encoded, pointer)
-        if self._keys:
-            # Before any file is asked for.
-            write_durably(self._local.signature(pointer.release), self._signature(manifest, prefix))
-        if self._max_bytes is not None and manifest.total_bytes > self._max_bytes:
-            raise RefusedError(f"{prefix}: expected at most {self._max_bytes:,} bytes, got {manifest.total_bytes:,}")
-        try:
-            self._local.verified(pointer)
-        except RefusedError:
-            self._local.add(manifest, lambda draft, files: self._download(prefix, draft, files))
-        return self._release(manifest, pointer)
-
-    def _download(self, prefix: str, draft: Path, files: Mapping[str, FileEntry]) -> None:
-        pool = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="shipreader")
-        try:
-            jobs = [
-                pool.submit(self._bucket.download, prefix + name, draft / name, entry)
-                for name, entry in sorted(files.items(), key=lambda item: -item[1].bytes)
-            ]
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in done:
-                job.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _signature(self, manifest: Manifest, prefix: str) -> bytes:
-        """The signature in the bucket that holds. Raises RefusedError when there is none by the required keys."""
-        refused: RefusedError | None = None
-        for key in self._keys:
-            name = prefix + signatures.file_name(key)
-            try:
-                found = self._bucket.small(name, signatures.SIGNATURE_BYTES)
-                if found is not None:
-                    signatures.require_signed(found, _signed(manifest), key, name)
-                    return found
-            except RefusedError as error:
-                # One of them has to have signed: what lies under the name of another takes nothing from that.
-                refused = error
-        if refused is not None:
-            raise refused
-        wanted = " or ".join(signatures.key_id(key) for key in self._keys)
-        raise RefusedError(
-            f"{prefix}: expected a signature by key {wanted}, got none: published without a key, or with another one"
-        )
-
-    def _require_signed_here(self, manifest: Manifest) -> None:
-        path = self._local.signature(manifest.release)
-        if not path.is_file():
-            raise RefusedError(f"{path}: expected a signature, got none: it was pulled before one was required")
-        signatures.require_signed_by_any(path.read_bytes(), _signed(manifest), self._keys, str(path))
 
     def _require_accepted(self, release: Release) -> None:
         assert self._accept is not None
@@ -458,11 +385,6 @@ class Reader:
 
 def _now() -> tuple[float, float]:
     return time.time(), time.monotonic()
-
-
-def _signed(manifest: Manifest) -> signatures.Signed:
-    digests = {name: entry.sha256 for name, entry in manifest.files.items()}
-    return signatures.Signed(manifest.model, {**digests, MANIFEST: hashlib.sha256(manifest.encoded).hexdigest()})
 
 
 @dataclass(frozen=True)

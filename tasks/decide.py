@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from train_and_ship.infra.durable import write_durably
+from torchworker.durable import write_durably
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.in_use import hold

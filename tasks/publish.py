@@ -13,7 +13,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
-from train_and_ship.infra.durable import write_durably
+from torchworker.durable import write_durably
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import put_report

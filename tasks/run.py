@@ -12,8 +12,8 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 
+from torchworker.durable import write_durably
 from train_and_ship.infra import janitor
-from train_and_ship.infra.durable import write_durably
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import open_to_others
 from train_and_ship.infra.in_use import hold

@@ -1,6 +1,6 @@
 """Files that a later process trusts: on the disk before they have their name, so that a power cut leaves none torn.
 
-The same text stands in `infra`, `torchworker` and `shipreader`, none of which imports another; a test compares them.
+The same text stands in `torchworker` and `shipreader`, which are installed without each other; a test compares them.
 """
 
 from __future__ import annotations

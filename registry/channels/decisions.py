@@ -16,8 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from shipreader.records import MOST_MOVES
+from torchworker.durable import set_aside, write_durably
 from train_and_ship.infra.addresses import without_password
-from train_and_ship.infra.durable import set_aside, write_durably
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore

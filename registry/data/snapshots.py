@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from shipreader.records import FileEntry
 from torchworker import situations
-from train_and_ship.infra.durable import write_durably
+from torchworker.durable import write_durably
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
 from train_and_ship.infra.file_hashes import ELSEWHERE, FileHashes, Identity
 from train_and_ship.infra.home import make_folder

@@ -59,7 +59,7 @@ def find_fault(path: Path, kind: str) -> str | None:
     with path.open("rb") as file:
         try:
             return next(_faults(file, path.stat().st_size, kind, inner=False), None)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
             return f"one that cannot be read ({error})"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from train_and_ship.infra.durable import set_aside, write_durably
+from torchworker.durable import set_aside, write_durably
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.rundir import TORN
 from train_and_ship.registry.tracking.connection import MISSING

@@ -38,7 +38,7 @@ from tests.support.ports import free_ports
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.processes import port_is_free
 from train_and_ship.infra.toolenv import environment
-from train_and_ship.ship.serve import Server, requirements
+from train_and_ship.ship.server import Server, requirements
 
 INFER = "/v2/models/digits/infer"
 GOOD: dict[str, Any] = {

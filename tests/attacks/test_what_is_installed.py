@@ -13,7 +13,7 @@ import pytest
 
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.toolenv import environment
-from train_and_ship.ship.serve import requirements
+from train_and_ship.ship.server import requirements
 
 PINNED = re.compile(r"[A-Za-z0-9_.-]+==[0-9][\w.]*( ;[^;]*)?( --hash=sha256:[0-9a-f]{64})+")
 

@@ -10,7 +10,7 @@ from shipreader.reader import Reader
 from tests.support.fixture_types import MakeReader
 from tests.support.power_cut import cut_everywhere
 from tests.support.releases import CHANNEL, MODEL, content, published
-from train_and_ship.infra.durable import DAMAGED
+from torchworker.durable import DAMAGED
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import WAITING, read_decisions, record_waiting

@@ -15,6 +15,7 @@ from shipreader import bucket as reader_bucket
 from shipreader.errors import ReaderError, RefusedError, UnavailableError
 from shipreader.reader import Reader
 from shipreader.records import Release
+from shipreader.releases import Releases
 from tests.support.fault_proxy import FaultProxy, OtherBytes, Rule
 from tests.support.fixture_types import MakeReader
 from tests.support.releases import CHANNEL, MODEL, content, make_release, move, published, replace_object
@@ -179,7 +180,7 @@ def test_a_file_that_is_longer_than_the_manifest_says_is_not_downloaded_to_its_e
     replace_object(object_store, release_prefix(MODEL, manifest.release) + "file0.bin", b"x" * 10**7)
     written: list[int] = []
 
-    class Watched(Reader):
+    class Watched(Releases):
         def _download(self, prefix: str, draft: Path, files: Any) -> None:
             try:
                 super()._download(prefix, draft, files)
@@ -187,7 +188,7 @@ def test_a_file_that_is_longer_than_the_manifest_says_is_not_downloaded_to_its_e
                 written.append((draft / "file0.bin").stat().st_size)
 
     made = make_reader()
-    made.__class__ = Watched
+    made._releases.__class__ = Watched
     with pytest.raises(RefusedError, match="got more"):
         made.pull()
     assert written == [1000]

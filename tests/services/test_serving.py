@@ -36,7 +36,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
-from train_and_ship.ship.serve import requirements
+from train_and_ship.ship.server import requirements
 
 # A first run installs the server into an environment of its own.
 pytestmark = pytest.mark.timeout(900)

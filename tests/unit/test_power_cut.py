@@ -15,7 +15,7 @@ RUN = """
 import os, sys
 from pathlib import Path
 from tests.support.power_cut import promise
-from train_and_ship.infra.durable import write_durably
+from torchworker.durable import write_durably
 from train_and_ship.infra.rundir import StageFolder, run_folder
 
 home = Path(sys.argv[1])

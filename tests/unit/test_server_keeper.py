@@ -19,8 +19,9 @@ from shipreader.records import FileEntry, Manifest, Release
 from tests.support.onnx_releases import SIGNATURE
 from tests.support.processes import PATIENCE
 from train_and_ship.infra.errors import ServiceError
-from train_and_ship.ship import serve
-from train_and_ship.ship.serve import Server
+from train_and_ship.ship import server as keeping
+from train_and_ship.ship import server_process
+from train_and_ship.ship.server import Server
 
 RELEASE = Release(
     "prod", 7, Path("/srv"),
@@ -56,13 +57,13 @@ for line in sys.stdin:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(serve, "_START", PROCESS)
-    monkeypatch.setattr(serve, "environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(server_process, "_START", PROCESS)
+    monkeypatch.setattr(server_process, "STOP_SECONDS", 5)
+    monkeypatch.setattr(keeping, "environment", lambda *_: Path(sys.executable))
     for name, seconds in (
         ("LOOK_SECONDS", 0.02), ("HEALTH_SECONDS", 0.02), ("ANSWER_SECONDS", 2.0), ("FIRST_PAUSE_SECONDS", 0.02),
-        ("STOP_SECONDS", 5),
     ):  # fmt: skip
-        monkeypatch.setattr(serve, name, seconds)
+        monkeypatch.setattr(keeping, name, seconds)
     found = Server(folder=tmp_path / "server", model="digits", port=8080, limits=Limits(compute_seconds=100))
     with contextlib.closing(found):
         yield found
@@ -128,7 +129,7 @@ def test_a_process_that_cannot_be_brought_back_ends_the_command_with_one_line(se
 def test_a_process_that_is_gone_again_and_again_ends_the_command(
     server: Server, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "MOST_LOSSES", 2)
+    monkeypatch.setattr(keeping, "MOST_LOSSES", 2)
     for lost in range(1, 4):
         os.kill(int((server.folder / "pid").read_text()), signal.SIGKILL)
         until(lambda lost=lost: len(notes) == 2 * lost or server._failure)

@@ -14,10 +14,9 @@ from shipreader.local import LocalFolder, State
 from shipreader.records import Pointer as ReadPointer
 from torchworker.contract import CHECKPOINT, LAUNCHES, CppRequest, Launches
 from torchworker.custom_loop.reporting import _read as read_journal
-from torchworker.durable import DAMAGED
+from torchworker.durable import DAMAGED, set_aside, write_durably
 from torchworker.stages.cpp import RUNNER, build
 from torchworker.training.checkpoint import _set_damaged_aside, complete, find_latest
-from train_and_ship.infra.durable import set_aside, write_durably
 from train_and_ship.infra.rundir import MANIFEST, StageFolder
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.run_folder import ABOUT, About, read_run, recorded_job, write_fact
