@@ -13,9 +13,11 @@ HIDDEN = "***"
 
 _USER = re.compile(r"(?<=://)[^\s/?#\"'<>\\]*@")
 _PASSWORD = re.compile(r"://[^\s/?#\"'<>\\:]*:[^\s/?#\"'<>\\]+@")
-# `tokens` and `tokenizer` are no secrets, and `key` is one by itself or behind what says of what.
+# `tokens` and `tokenizer` are no secrets, and `key` is one by itself or behind what says of what. A name is taken once,
+# without trying where in it the secret's word may stand: a name of many such words would take as long as their square.
 _NAME = (
-    r"(?:[\w.\[-]*(?:token(?!s\b|iz)|secret|passw|passphrase|pwd|signature|credential|apikey|accesskey)[\w.\]-]*"
+    r"(?:(?=[\w.\[\]-]*?(?:token(?!s\b|iz)|secret|passw|passphrase|pwd|signature|credential|apikey|accesskey))"
+    r"[\w.\[\]-]++"
     r"|(?:[\w.-]*[_.-])?(?:sig|pass|pw|auth|authorization|sas|hmac|jwt|session(?:[_.-]?id)?)"
     r"|(?:(?:api|access|auth|account|shared|storage|private|subscription|x|client)[_.-])*key"
     r"|x-(?:amz|goog|oss|cos|obs)-[\w-]+|awsaccesskeyid|googleaccessid|ossaccesskeyid)"
