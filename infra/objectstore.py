@@ -23,6 +23,7 @@ from train_and_ship.infra import leftovers, s3
 from train_and_ship.infra.addresses import without_credentials
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.multipart import Budget, PartsUpload, require_sha256
+from train_and_ship.infra.probed import Probed
 from train_and_ship.infra.s3 import quoted
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.small_files import SMALL_BYTES, SmallFiles
@@ -77,7 +78,15 @@ class ObjectStore:
     answer, or answers with a fault); the others are named.
     """
 
-    def __init__(self, connection: s3.Connection, *, bucket: str, address: str, kms_key_id: str | None = None) -> None:
+    def __init__(
+        self,
+        connection: s3.Connection,
+        *,
+        bucket: str,
+        address: str,
+        kms_key_id: str | None = None,
+        probed: Probed | None = None,
+    ) -> None:
         """Opens no connection.
 
         Args:
@@ -85,6 +94,7 @@ class ObjectStore:
             bucket: its name.
             address: what messages call the store.
             kms_key_id: AWS KMS key that encrypts what is written; None leaves it to the bucket.
+            probed: what other commands found out; None probes by itself.
         """
         self._connection, self._client = connection, connection.client
         self.bucket = bucket
@@ -99,6 +109,7 @@ class ObjectStore:
         )
         self._kms_key_id = kms_key_id
         self._budget = Budget(IN_FLIGHT_BYTES)
+        self._probed = probed
         self._traits: StoreTraits | None = None
         self._probed_under = Versioning.UNKNOWN
         """The bucket's versioning when it was probed last, as far as somebody asked."""
@@ -106,8 +117,10 @@ class ObjectStore:
         self._small: SmallFiles | None = None
 
     @classmethod
-    def from_settings(cls, settings: Settings, bucket: str = "") -> ObjectStore:
+    def from_settings(cls, settings: Settings, bucket: str = "", *, short_lived: bool = False) -> ObjectStore:
         """The store that the settings name, or another bucket there. Opens no connection.
+
+        short_lived: it may go by what another command of this machine found out lately, as `Probed` says.
 
         Raises SettingsError for an impossible address.
         """
@@ -115,7 +128,8 @@ class ObjectStore:
         bucket = bucket or settings.bucket
         with s3.translated("connect", address, bucket, settings.s3_is_local):
             connection = s3.connect(settings)
-        return cls(connection, bucket=bucket, address=address, kms_key_id=settings.kms_key_id)
+        probed = Probed(settings.home / "probed", address, bucket) if short_lived else None
+        return cls(connection, bucket=bucket, address=address, kms_key_id=settings.kms_key_id, probed=probed)
 
     def __repr__(self) -> str:
         return f"ObjectStore(s3://{self.bucket} at {self.address})"
@@ -423,9 +437,7 @@ class ObjectStore:
         StoreRefusedError with the promise that the store does not keep.
         """
         with self._probing:
-            if self._traits is None:
-                self._traits = probe(self)
-            return self._traits
+            return self._known()
 
     def probe_again(self) -> StoreTraits:
         """As `probe`, for a process that may have probed long ago: again where the versioning may have changed since.
@@ -442,9 +454,24 @@ class ObjectStore:
                 ):
                     _log.info("%s: versioning is %s; trying the conditional writes again", self, versioning)
                     self._traits, self._probed_under = None, versioning
-            if self._traits is None:
-                self._traits = probe(self)
-            return self._traits
+            return self._known()
+
+    def distrust(self) -> None:
+        """For whoever has seen it break its promises: nothing that was found out before counts any more."""
+        with self._probing:
+            self._traits = None
+            if self._probed is not None:
+                self._probed.forget()
+
+    def _known(self) -> StoreTraits:
+        if self._traits is None and self._probed is not None:
+            versioning = self.versioning()
+            self._traits, self._probed_under = self._probed.read(versioning), versioning
+        if self._traits is None:
+            self._traits = probe(self)
+            if self._probed is not None:
+                self._probed.write(self._traits, self._probed_under)
+        return self._traits
 
     def put_damaged(self, key: str, body: bytes, damaged: bytes, *, named: bool) -> None:
         """Write an object whose body becomes another one on the way, after it was signed: for `probe`.

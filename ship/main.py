@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from gc import freeze, set_threshold
@@ -407,6 +408,8 @@ def main() -> None:
     """Entry point: one clear message instead of a traceback. Exits 2 for the user's mistakes, 1 for other failures."""
     # Imports make a great many objects and no garbage: looking for it as often as usual is a tenth of a short command.
     set_threshold(100_000)
+    # Ours has none; looking for them reads what every installed package says of itself.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")
     from train_and_ship.infra.errors import ShipError, UserError
 
     try:

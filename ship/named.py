@@ -15,7 +15,7 @@ def named_channel(settings: Settings, model: str, channel: str = PRODUCTION) -> 
     Raises RequestError for a model that there is not, and for names that no model or channel can have.
     """
     require_channel(channel)
-    store = ObjectStore.from_settings(settings)
+    store = ObjectStore.from_settings(settings, short_lived=True)
     require_model(store, model)
     return Channel(store, model, channel, settings.mlflow_url)
 

@@ -18,6 +18,8 @@ from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
 
+READ_AT_ONCE = 8
+"""Records, newest first, until the one that is looked for."""
 _NAME = re.compile(r"([0-9]{8})\.json")
 _log = logging.getLogger(__name__)
 
@@ -123,9 +125,19 @@ def _decode(encoded: bytes, key: str) -> Pointer:
     return move
 
 
-def was_live(channel: Channel, release: str) -> bool:
-    """Whether a release was live on this channel before, or is. Reads the whole history."""
-    return any(move.release == release for move in read_history(channel))
+def last_move(channel: Channel, release: str) -> Pointer | None:
+    """The newest move that made a release live here; None where it never was. Reads the newest records first."""
+    live = read_pointer(channel)
+    if live is not None and live.release == release:
+        return live
+    # A record of a generation that is still to come is nobody's.
+    numbers = [number for number in recorded_generations(channel) if live is None or number < live.generation]
+    newest = numbers[::-1]
+    for start in range(0, len(newest), READ_AT_ONCE):
+        for move in in_parallel(lambda number: _readable(channel, number), newest[start : start + READ_AT_ONCE]):
+            if move is not None and move.release == release:
+                return move
+    return None
 
 
 def first_generation(channel: Channel) -> int:

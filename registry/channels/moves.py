@@ -23,7 +23,7 @@ from train_and_ship.registry.bucket.releases import read_small_file, verify_rele
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record, read_history, was_live
+from train_and_ship.registry.channels.history import find_record, last_move
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.rules import not_asked, require_approved
@@ -363,7 +363,7 @@ def allowances(
 
     if not (asked := not_allowed(changes, allowed)):
         return allowed
-    if not was_live(channel, release):
+    if last_move(channel, release) is None:
         raise refusal(channel.model, channel.name, release, live, changes, allowed)
     return {**allowed, **dict.fromkeys(asked, f"because it was live on {channel.name} before")}
 
@@ -412,8 +412,8 @@ def _target(channel: Channel, release: str, live: Pointer | None) -> Target:
 
 def _described_then(channel: Channel, release: str) -> str:
     """Hash of the manifest that a release had when it was live here last; empty where no record tells."""
-    moves = [move for move in read_history(channel) if move.release == release]
-    return moves[-1].manifest_sha256 if moves else ""
+    move = last_move(channel, release)
+    return move.manifest_sha256 if move is not None else ""
 
 
 def _require_unchanged(target: Target, live: Pointer | None) -> None:

@@ -207,6 +207,7 @@ class _Mover:
         if self._conflicts_on_same < conflicts:
             return ServiceError(f"{self._channel}: not moved: others moved it {conflicts} times while this was tried")
         store = self._channel.store
+        store.distrust()
         return StoreRefusedError(
             f"{self._channel}: not moved: {store.address} refused the conditional write of the pointer {conflicts} "
             f"times, while nobody moved it. {advice(store)}"

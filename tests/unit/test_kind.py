@@ -362,7 +362,7 @@ def test_records_say_what_differed_and_how_it_was_allowed() -> None:
 def test_a_yes_allows_all_that_it_was_asked_about_and_the_channels_past_does_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_live: bool
 ) -> None:
-    monkeypatch.setattr(moves, "was_live", lambda channel, release: was_live)
+    monkeypatch.setattr(moves, "last_move", lambda channel, release: object() if was_live else None)
     job, _ = load_job(write_project(tmp_path))
     run: Any = SimpleNamespace(channel=SimpleNamespace(model="digits", name="prod"))
     rehearsed = Rehearsed(
