@@ -14,19 +14,10 @@ from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.aliases import sync_after_move
-from train_and_ship.registry.channels.moves import (
-    Flow,
-    Mover,
-    Verified,
-    ask_promotion,
-    choose_rollback,
-    described,
-    require_asked,
-    roll_back,
-    verify_target,
-)
+from train_and_ship.registry.channels.moves import Flow, Mover, require_asked, roll_back
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.targets import Verified, ask_promotion, choose_rollback, described, verify_target
 from train_and_ship.ship.named import named_channel, named_kinds
 
 _LOADED = ("unsigned", "loaded unsigned", "not loaded")

@@ -23,8 +23,9 @@ from train_and_ship.infra.prefect_events import ASKED
 from train_and_ship.infra.provenance import who
 from train_and_ship.registry.bucket.tombstones import hold
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Verified, described, kind_changes
+from train_and_ship.registry.channels.moves import kind_changes
 from train_and_ship.registry.channels.rules import Rules, known_rules
+from train_and_ship.registry.channels.targets import Verified, described
 from train_and_ship.registry.kind import not_allowed
 from train_and_ship.registry.report.move import noticed
 from train_and_ship.registry.text import Table, escaped

@@ -23,15 +23,9 @@ from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import TORN, file_sha256
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.signing import SIGNATURE
-from train_and_ship.registry.channels.moves import (
-    Mover,
-    OtherLiveError,
-    Scored,
-    Verified,
-    promote_existing,
-    release_job,
-)
+from train_and_ship.registry.channels.moves import Mover, OtherLiveError, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.targets import Scored, Verified
 from train_and_ship.registry.diff import read_copied_record
 from train_and_ship.registry.gates import live_score, require_rehearsed, worst
 from train_and_ship.registry.job.job import Job

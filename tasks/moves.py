@@ -17,15 +17,9 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.catalog import require_model
 from train_and_ship.registry.channels.aliases import sync_after_move
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import (
-    Mover,
-    Verified,
-    ask_promotion,
-    ask_rollback,
-    described,
-    roll_back,
-)
+from train_and_ship.registry.channels.moves import Mover, roll_back
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.targets import Verified, ask_promotion, ask_rollback, described
 from train_and_ship.registry.kind import kinds_in, require_kinds
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.existing import promote_tried, try_out

@@ -1,4 +1,4 @@
-"""Rollback, and promotion of a release that is in the bucket already: both verify the target before they move.
+"""Rollback, and promotion of a release that is in the bucket already: what has to hold before a channel moves to one.
 
 All raise RequestError for what cannot be asked for, ReleaseError for a release that is damaged, and the errors of
 `move_channel`.
@@ -12,26 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_and_ship.infra.addresses import without_password
-from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, ShipError
+from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.keys import release_prefix
-from train_and_ship.registry.bucket.releases import read_small_file, verify_release
-from train_and_ship.registry.bucket.signing import require_signer
-from train_and_ship.registry.channels.aliases import version_of
+from train_and_ship.registry.bucket.releases import read_small_file
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record, last_move
-from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
-from train_and_ship.registry.channels.revisions import named_release
+from train_and_ship.registry.channels.history import last_move
+from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer
 from train_and_ship.registry.channels.rules import not_asked, require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
-from train_and_ship.registry.channels.timeline import rollback_target
-from train_and_ship.registry.identity import moment, require_channel, require_new_channel
+from train_and_ship.registry.channels.targets import Target, Verified, described
+from train_and_ship.registry.identity import moment
 from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
-from train_and_ship.registry.tracking.rest import model_registry
 
 if TYPE_CHECKING:
     from train_and_ship.registry.job.job import Job
@@ -39,6 +34,8 @@ if TYPE_CHECKING:
 
 CLOCKS_DIFFER = timedelta(minutes=10)
 """By how much the clocks of the machines that train may be ahead of the store's."""
+BY_JOB, BY_REQUEST = "by release.allow", "once, with --allow"
+"""How a difference in kind is allowed, as the record of the move says it."""
 
 
 class Flow(StrEnum):
@@ -46,59 +43,6 @@ class Flow(StrEnum):
 
     PROMOTE = "promote"
     ROLLBACK = "rollback"
-
-
-BY_JOB, BY_REQUEST = "by release.allow", "once, with --allow"
-"""How a difference in kind is allowed, as the record of the move says it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A release that is to go live on a channel, and what was live when that was decided."""
-
-    channel: Channel
-    release: str
-    mlflow_version: str
-    """Empty when nobody could tell."""
-    live: Pointer | None
-    """What it is to replace."""
-    expects_live: bool
-    """Given up when something else is live by then: nobody named the release, or this very move was approved."""
-    manifest_sha256: str = ""
-    """Hexadecimal SHA-256 of its manifest, where a record says which it had when it was live; else empty. Files make
-    the id, and what the manifest says of them is whoever's who may write releases."""
-    was_before: bool = False
-    """Whether it is what a rollback without a name goes back to: what was live before. Nobody is asked about that."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A target and what was live, measured by one process on the same held-out samples."""
-
-    live: str
-    """The release that was live; empty when nothing was."""
-    samples: int
-    """How many; 0 where the samples are not within reach, so that only recorded numbers can be compared."""
-    candidate: Mapping[str, float]
-    against: Mapping[str, float]
-    """The live release's numbers."""
-    problem: str
-    """Why the live release could not be measured; empty when it was."""
-    contradictions: Sequence[KindChange] = ()
-    """Where the live release scored far below its own record."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verified:
-    """A target whose bytes are what its manifest says."""
-
-    target: Target
-    manifest: Manifest
-    verdicts: Mapping[str, str]
-    scored: Scored | None = None
-    """None when nobody has run it."""
-    approved: str = ""
-    """Who is said to have said yes, in words; empty when nobody was asked."""
 
 
 class OtherLiveError(Exception):
@@ -120,87 +64,6 @@ class Mover:
     def __post_init__(self) -> None:
         if not self.why.strip():
             raise RequestError('why: expected a reason for the record, such as --why "errors since 14:00", got nothing')
-
-
-def choose_rollback(channel: Channel, release: str | None, manifest_sha256: str = "") -> Target:
-    """What a rollback goes back to: `release`, or what was live before this one. Reads only.
-
-    manifest_sha256: of the release, where who named it knows; else what the channel's own history says of it counts.
-    """
-    live = _live(channel)
-    if release is not None:
-        target = _target(channel, release, live)
-        return replace(target, manifest_sha256=manifest_sha256 or _described_then(channel, release))
-    if live is None:
-        raise RequestError(
-            f"{channel.model}: nothing is live on {channel.name!r}, so there is nothing to go back from; use --to"
-        )
-    before = rollback_target(live, lambda generation: _record_of(channel, generation))
-    if before is None:
-        raise RequestError(
-            f"{channel}: expected a release that was live before {live.release}, found none; name one with --to"
-        )
-    return Target(
-        channel=channel,
-        release=before.release,
-        mlflow_version=before.mlflow_version,
-        live=live,
-        expects_live=True,
-        manifest_sha256=before.manifest_sha256,
-        was_before=True,
-    )
-
-
-def _live(channel: Channel) -> Pointer | None:
-    require_channel(channel.name)
-    live = read_pointer(channel)
-    if live is None:
-        require_new_channel(channel.name)
-    return live
-
-
-def choose_promotion(channel: Channel, release: str, manifest_sha256: str = "") -> Target:
-    """An existing release for a channel. Reads only. manifest_sha256: as in `choose_rollback`."""
-    return replace(_target(channel, release, _live(channel)), manifest_sha256=manifest_sha256)
-
-
-def verify_target(target: Target, *, read_back: bool = True, public_key: Path | None = None) -> Verified:
-    """Check every byte of the target, or with read_back=False what the store says of its files. Reads only.
-
-    public_key: file (PEM) of the key that has to have signed it; None asks for no signature.
-    """
-    store = target.channel.store
-    manifest = verify_release(
-        store, target.channel.model, target.release, read_back=read_back, sha256=target.manifest_sha256 or None
-    )
-    how = "read back and hashed" if read_back else "checked by what the store says of them"
-    said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
-    signed = require_signer(store, manifest, public_key)
-    return Verified(target=target, manifest=manifest, verdicts={"bytes": said, **signed})
-
-
-def ask_rollback(channel: Channel, to: str, public_key: Path | None, *, read_back: bool = True) -> Verified:
-    """Resolve, choose and verify what a rollback goes back to. Reads only.
-
-    Args:
-        channel: what is to move.
-        to: names a release, as `named_release` takes it; empty for what was live before.
-        public_key: as in `verify_target`.
-        read_back: as in `verify_target`.
-    """
-    named = named_release(channel, to) if to else None
-    target = choose_rollback(channel, *((named.release, named.manifest_sha256) if named else (None,)))
-    return verify_target(target, read_back=read_back, public_key=public_key)
-
-
-def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Verified:
-    """Resolve, choose and verify the release that `source` names, by what the store says of it. Reads only.
-
-    Whoever tries it before it goes live reads its files. Arguments: as of `ask_rollback`.
-    """
-    named = named_release(channel, source)
-    target = choose_promotion(channel, named.release, named.manifest_sha256)
-    return verify_target(target, read_back=False, public_key=public_key)
 
 
 def roll_back(verified: Verified, mover: Mover) -> Pointer:
@@ -387,51 +250,12 @@ def release_job(target: Target, manifest: Manifest) -> Job:
         ) from None
 
 
-def described(live: Pointer | None) -> str:
-    """One line on what is live: release, since when, by whom and why."""
-    if live is None:
-        return "nothing is live"
-    who, why = on_one_line(live.moved_by), on_one_line(live.reason)
-    since = f"generation {live.generation}, {live.moved_at}, {who}: {why}"
-    return f"release {live.release} is live ({since})"
-
-
-# ---- below
-
-
-def _target(channel: Channel, release: str, live: Pointer | None) -> Target:
-    if live is not None and live.release == release:
-        raise RequestError(f"{channel}: {described(live)} already; nothing was moved")
-    try:
-        version = version_of(model_registry(channel.tracking_uri), channel.model, release, "") or ""
-    except ShipError:
-        # The record then names none, and the alias is found by the release, once MLflow is back.
-        version = ""
-    return Target(channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
-
-
-def _described_then(channel: Channel, release: str) -> str:
-    """Hash of the manifest that a release had when it was live here last; empty where no record tells."""
-    move = last_move(channel, release)
-    return move.manifest_sha256 if move is not None else ""
-
-
 def _require_unchanged(target: Target, live: Pointer | None) -> None:
     if target.expects_live and live != target.live:
         raise RequestError(
             f"{target.channel}: not moved, because somebody else moved it meanwhile: {described(live)}. "
             "Look again, then ask again if you still want to"
         )
-
-
-def _record_of(channel: Channel, generation: int) -> Pointer:
-    move = find_record(channel, generation)
-    if move is None:
-        raise RequestError(
-            f"{channel}: the record of generation {generation} is lost, so what was live before is not known; "
-            f"name a release with --to, or try `ship doctor {channel.model}` first"
-        )
-    return move
 
 
 def _require_not_worse(job: Job, verified: Verified, live: Pointer, manifest: Manifest) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from train_and_ship.registry.channels.moves import Scored, Verified
+from train_and_ship.registry.channels.targets import Scored, Verified
 from train_and_ship.registry.diff import KIND, Difference
 from train_and_ship.registry.report.page import Page, Section, Text
 from train_and_ship.registry.report.run import Outcome, decision_section, outcome_page

@@ -17,15 +17,10 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.iam import Role, policy
 from train_and_ship.registry.bucket.keys import rules_key
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import (
-    choose_promotion,
-    choose_rollback,
-    promote_existing,
-    roll_back,
-    verify_target,
-)
+from train_and_ship.registry.channels.moves import promote_existing, roll_back
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.rules import Approval, Rules, read_rules, require_approved, set_rules
+from train_and_ship.registry.channels.targets import choose_promotion, choose_rollback, verify_target
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks import approval
 from train_and_ship.tasks.results import Answer

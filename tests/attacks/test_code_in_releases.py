@@ -28,8 +28,8 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Target, Verified, ask_promotion
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.targets import Target, Verified, ask_promotion
 from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
 from train_and_ship.registry.release.manifest import Manifest, build_manifest, release_id
 from train_and_ship.tasks.copies import download_anew, live_copy

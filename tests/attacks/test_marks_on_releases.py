@@ -16,8 +16,8 @@ from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import State, claim, hold, read_tombstone, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import choose_rollback
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.targets import choose_rollback
 from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide
 from train_and_ship.registry.release.manifest import Manifest
 

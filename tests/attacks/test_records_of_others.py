@@ -26,8 +26,9 @@ from train_and_ship.registry.bucket.tombstones import MARK_BYTES, read_claims, r
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import KEPT, SKIPPED, Decision, read_decisions, record_decision
 from train_and_ship.registry.channels.history import find_record, read_history, record_key
-from train_and_ship.registry.channels.moves import choose_rollback, require_not_stale
+from train_and_ship.registry.channels.moves import require_not_stale
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, decode_pointer, read_pointer
+from train_and_ship.registry.channels.targets import choose_rollback
 from train_and_ship.registry.channels.timeline import doubts, holes, live_at, numbers, rollback_target
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.maintenance.doctor import examine

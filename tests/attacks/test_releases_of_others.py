@@ -21,17 +21,10 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
 from train_and_ship.registry.bucket.signing import publish_signature, require_signature
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import (
-    ask_promotion,
-    ask_rollback,
-    choose_promotion,
-    kind_changes,
-    promote_existing,
-    release_job,
-    verify_target,
-)
+from train_and_ship.registry.channels.moves import kind_changes, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.targets import ask_promotion, ask_rollback, choose_promotion, verify_target
 from train_and_ship.registry.diff import compare
 from train_and_ship.registry.kind import SIGNATURE
 from train_and_ship.registry.release.manifest import (

@@ -20,8 +20,8 @@ from train_and_ship.registry.bucket.iam import Role, policy
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import KEPT, Decision, record_decision
-from train_and_ship.registry.channels.moves import described
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.targets import described
 from train_and_ship.registry.identity import require_channel
 from train_and_ship.registry.maintenance.retention import Policy
 from train_and_ship.registry.release.manifest import Manifest

@@ -16,8 +16,9 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
-from train_and_ship.registry.channels.moves import choose_rollback, roll_back, verify_target
+from train_and_ship.registry.channels.moves import roll_back
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.targets import choose_rollback, verify_target
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.history_repair import REBUILT, Repaired, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest

@@ -25,8 +25,9 @@ from train_and_ship.registry.bucket.tombstones import LEASE, State, claim, read_
 from train_and_ship.registry.channels import swap as moving
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
-from train_and_ship.registry.channels.moves import choose_rollback, roll_back, verify_target
+from train_and_ship.registry.channels.moves import roll_back
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
+from train_and_ship.registry.channels.targets import choose_rollback, verify_target
 from train_and_ship.registry.maintenance import retention
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.retention import (

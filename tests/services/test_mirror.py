@@ -16,8 +16,8 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.aliases import sync_after_move, sync_aliases, sync_all_aliases
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import choose_promotion, choose_rollback
 from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.targets import choose_promotion, choose_rollback
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.tracking.rest import ClientRegistry, ModelRegistry, RestRegistry
 

@@ -17,8 +17,9 @@ from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Mover, Verified, choose_promotion, promote_existing, verify_target
+from train_and_ship.registry.channels.moves import Mover, promote_existing
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
+from train_and_ship.registry.channels.targets import Verified, choose_promotion, verify_target
 from train_and_ship.registry.release.manifest import JOB, MANIFEST, Manifest
 from train_and_ship.tasks.existing import promote_tried, try_out
 

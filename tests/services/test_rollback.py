@@ -20,15 +20,10 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
-from train_and_ship.registry.channels.moves import (
-    Mover,
-    choose_promotion,
-    promote_existing,
-    require_not_rolled_back,
-    verify_target,
-)
+from train_and_ship.registry.channels.moves import Mover, promote_existing, require_not_rolled_back
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
 from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.targets import choose_promotion, verify_target
 from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest
 
 

@@ -12,9 +12,10 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Mover, choose_rollback, roll_back, verify_target
+from train_and_ship.registry.channels.moves import Mover, roll_back
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.swap import Accept, Move, Replacing, move_channel
+from train_and_ship.registry.channels.targets import choose_rollback, verify_target
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest
 from train_and_ship.registry.tracking.rest import RestRegistry
 

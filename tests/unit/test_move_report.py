@@ -9,8 +9,8 @@ from tests.support.html_pages import checked
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Scored, Target, Verified
 from train_and_ship.registry.channels.pointer import Pointer
+from train_and_ship.registry.channels.targets import Scored, Target, Verified
 from train_and_ship.registry.diff import Difference
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.report.html import html
