@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,13 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.parity import reference
-from torchworker.parity.compare import KNOWN, Policy, compare
+from torchworker.parity.compare import KNOWN, Outside, Policy, compare
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import enlarged, read_probes, read_unasked, write_reference
 from torchworker.parity.relative import compare_relative
+from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall
 from torchworker.runtimes.load import Call
+from torchworker.stages.validate import outliving
 
 CODE = Path(__file__).parent
 NOTHING = Reference(target="plain:nothing", where="model.factory")
@@ -204,6 +207,38 @@ def words(tmp_path: Path) -> tuple[nn.Module, list[Probe]]:
     model = Words()
     tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
     return model, questions(model, tmp_path, tokens)
+
+
+def outlived(call: Call, probes: Sequence[Probe]) -> str:
+    """What failed of an artifact that may end its process."""
+    note, outside = CrashNote(), Outside()
+
+    def asked() -> list[Verdict]:
+        return compare("onnx", call, probes, ["output"], Policy(), outside).verdicts
+
+    return failed(outliving(ForkedCall(asked, note), asked, note, outside))
+
+
+def test_questions_outside_the_signature_that_end_the_process_cost_one_verdict(
+    dense: tuple[nn.Module, list[Probe]],
+) -> None:
+    model, probes = dense
+
+    def ends(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        if inputs["x"].shape[0] == 0 or inputs["x"].dtype == torch.float64:
+            os._exit(3)
+        return as_artifact(model)(inputs)
+
+    (line,) = outlived(ends, probes).splitlines()
+    assert "probes: 2 failed" in line and line.count("the process ended with status 3") == 2
+
+    def ends_inside(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        if inputs["x"].shape[0] == 1:
+            os._exit(3)
+        return as_artifact(model)(inputs)
+
+    with pytest.raises(ChildDiedError, match="ended with status 3"):
+        outlived(ends_inside, probes)
 
 
 def test_the_model_itself_passes(dense: tuple[nn.Module, list[Probe]], words: tuple[nn.Module, list[Probe]]) -> None:

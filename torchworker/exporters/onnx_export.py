@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
+from torchworker.exporters.recurrent import keep_batches_filled
 from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.shown_warnings import keep
@@ -52,6 +53,7 @@ def onnx_model(subject: Subject, path: Path) -> Made:
         raise UserError(
             f"export: the ONNX exporter warns that the result may be wrong: {[str(w.message) for w in unfaithful[:1]]}"
         )
+    keep_batches_filled(onnx_program.model)
     _name_dimensions(onnx_program.model, subject)
     onnx_program.save(str(path), external_data=False)
     return Made(f"{captured.method} → ONNX opset {OPSET}", noted)

@@ -16,6 +16,7 @@ from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPL
 from torchworker.parity.relative import compare_relative, usual_relative_loss
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
+from torchworker.process.fork import CrashNote
 from torchworker.project.answers import same_values
 from torchworker.project.metrics import flips, metric_sum
 from torchworker.runtimes.load import Call
@@ -135,7 +136,14 @@ class Decisions:
         return at_most(kind, PARITY, "predictions", float(self.unexplained) if self.seen else None, 0, note)
 
 
-def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[str], policy: Policy) -> ParityResult:
+def compare(
+    kind: str,
+    call: Call,
+    probes: Sequence[Probe],
+    outputs: Sequence[str],
+    policy: Policy,
+    outside: Outside | None = None,
+) -> ParityResult:
     """One verdict for each batch of capture, one for all other probes, one for how the artifact behaves.
 
     Args:
@@ -144,12 +152,13 @@ def compare(kind: str, call: Call, probes: Sequence[Probe], outputs: Sequence[st
         probes: with the model's answers. None is a failure: nothing was shown.
         outputs: names in the order of the signature.
         policy: what is asked where formats differ by design.
+        outside: what is known of questions outside the signature.
 
     Returns:
         Verdicts, every output that is not the model's, and how far all are from it. It raises nothing that the
         artifact raises; an artifact that ends its process ends this one.
     """
-    check = ParityCheck(kind, call, outputs, policy, usual_losses(probes, outputs, policy))
+    check = ParityCheck(kind, call, outputs, policy, usual_losses(probes, outputs, policy), outside)
     verdicts, findings = [], []
     rest: list[tuple[Probe, float, str]] = []
     for probe in probes:
@@ -221,11 +230,27 @@ def _skipped(probe: Probe, policy: Policy) -> bool:
     )
 
 
+@dataclass(kw_only=True)
+class Outside:
+    """Questions outside the signature, any of which may end the process of an artifact: that costs one verdict."""
+
+    asking: CrashNote = field(default_factory=CrashNote)
+    """The probe that is being asked, for whoever outlives it; empty when it is another one."""
+    deadly: dict[str, str] = field(default_factory=dict)
+    """Those that have ended a process before, and how, in words; they are not asked again."""
+
+
 class ParityCheck:
     """Asks one artifact, and remembers what later questions need: its first answers, and inputs that it wrote into."""
 
     def __init__(
-        self, kind: str, call: Call, outputs: Sequence[str], policy: Policy, usual: Mapping[str, Usual]
+        self,
+        kind: str,
+        call: Call,
+        outputs: Sequence[str],
+        policy: Policy,
+        usual: Mapping[str, Usual],
+        outside: Outside | None = None,
     ) -> None:
         """
         Args:
@@ -234,8 +259,10 @@ class ParityCheck:
             outputs: names in the order of the signature.
             policy: what is asked where formats differ by design.
             usual: by output, of `usual_losses`.
+            outside: what is known of questions outside the signature.
         """
         self.kind, self.call, self.outputs, self.policy, self.usual = kind, call, outputs, policy, usual
+        self.outside = outside or Outside()
         self.first: dict[str, list[Tensor]] = {}
         """Answers to the batches of capture, to be asked for again."""
         self.changed: dict[str, str] = {}
@@ -246,7 +273,10 @@ class ParityCheck:
         """(worst ratio, what failed, a note)."""
         if _skipped(probe, self.policy):
             return 0.0, [], ""
+        if probe.name in self.outside.deadly:
+            return self._failed(probe, self.outside.deadly[probe.name])
         try:
+            self.outside.asking.write("" if probe.declared else probe.name)
             got = self._ask(probe.name, probe.inputs)
         except Exception as error:
             if probe.eager is None or not probe.declared:
@@ -263,6 +293,7 @@ class ParityCheck:
     def behaviour(self, probe: Probe) -> tuple[float, list[Finding], str]:
         """The same question after all the others, twice; with other strides; and whether inputs were left alone."""
         assert probe.eager is not None, "a batch of capture"
+        self.outside.asking.write("")
         if probe.name not in self.first:
             return self._failed(probe, "gave no outputs to compare the first time")
         for turn in ("after the other probes", "and once more"):

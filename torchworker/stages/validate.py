@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +29,7 @@ from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.compare import (
     Decisions,
     Finding,
+    Outside,
     ParityResult,
     Policy,
     compare,
@@ -41,11 +42,13 @@ from torchworker.parity.int8 import examine, kept
 from torchworker.parity.probes import BATCHES, SAMPLES, Probe
 from torchworker.parity.reference import read_independence, read_probes, read_unasked, validation_batches
 from torchworker.process.failure import describe
-from torchworker.process.fork import CORES, ChildDiedError, CrashNote, run_parallel
+from torchworker.process.fork import CORES, ChildDiedError, CrashNote, ForkedCall, run_parallel
 from torchworker.project.metrics import MetricSums
 from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes import cpp_runner
 from torchworker.runtimes.load import Call, checked, load_artifact, load_libraries
+
+Result = TypeVar("Result")
 
 MISMATCHES = 30
 """At most this many are reported; the first tell what is wrong."""
@@ -84,13 +87,14 @@ def validate(request: ValidateRequest) -> ValidateResult:
         return replace(found, reason="; ".join(reason for reason in reasons if reason)), measured
 
     def examined(
-        kind: str, file: str, note: CrashNote
+        kind: str, file: str, note: CrashNote, outside: Outside
     ) -> tuple[list[Verdict], list[Mismatch], MetricSums | None, list[ErrorCounts]]:
         try:
             call = _noted(load_artifact(kind, folder / file, request.threads), note)
         except Exception as error:
             return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
-        sums, result = _checked(kind, call, probes, validation, request)
+        sums, result = _checked(kind, call, probes, validation, request, outside)
+        outside.asking.write("")
         cpp = _without_python(kind, folder / file, probes, validation, request)
         found = sorted([*result.findings, *cpp.findings], key=lambda item: -item.outcome.ratio)
         gates = apply_limits(kind, sums.means(), request.gates, samples, {})
@@ -104,11 +108,13 @@ def validate(request: ValidateRequest) -> ValidateResult:
         verdicts.append(not_measured(IN_CPP, PARITY, "without Python", "<= 1", why))
     works: dict[str, Callable[[], Any]] = {}
     notes = {kind: CrashNote() for kind in request.formats}
+    outside = {kind: Outside() for kind in request.formats}
     for kind, file in request.formats.items():
         print(f"validate: {kind}: {len(probes)} probes", flush=True)
-        works[kind] = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind])
+        more = () if kind in INT8_OF else (outside[kind],)
+        works[kind] = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind], *more)
     int8: dict[str, Int8] = {}
-    # An artifact may take its process down: ONNX Runtime aborts on a bad index inside a loop.
+    # An artifact may take its process down.
     for kind, begun in run_parallel(works, notes, max(1, CORES // request.threads)):
         if kind in INT8_OF:
             try:
@@ -122,7 +128,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
                 verdicts += apply_limits(kind, values, request.gates, samples, {})
             continue
         try:
-            told, found, sums, counts = begun.result()
+            told, found, sums, counts = outliving(begun, works[kind], notes[kind], outside[kind])
         except ChildDiedError as death:
             ended = not_measured(kind, PARITY, "probes", "survives them", str(death))
             told, found, sums, counts = [ended], [], None, []
@@ -144,16 +150,38 @@ def validate(request: ValidateRequest) -> ValidateResult:
     )
 
 
+def outliving(begun: ForkedCall[Result], work: Callable[[], Result], note: CrashNote, outside: Outside) -> Result:
+    """The result, after another try for each question outside the signature that ended the artifact's process.
+
+    Raises ChildDiedError when another question ended it.
+    """
+    while True:
+        try:
+            return begun.result()
+        except ChildDiedError as death:
+            asked = outside.asking.read()
+            if not asked or asked in outside.deadly:
+                raise
+            outside.deadly[asked] = str(death)
+            outside.asking.write("")
+            begun = ForkedCall(work, note)
+
+
 def _policy(request: ValidateRequest) -> Policy:
     return Policy(not_finite=request.not_finite, refusals=request.refusals, relative=request.relative)
 
 
 def _checked(
-    kind: str, call: Call, probes: Sequence[Probe], validation: Mapping[str, Tensor], request: ValidateRequest
+    kind: str,
+    call: Call,
+    probes: Sequence[Probe],
+    validation: Mapping[str, Tensor],
+    request: ValidateRequest,
+    outside: Outside | None = None,
 ) -> tuple[MetricSums, ParityResult]:
     """Metrics of one artifact, and its parity on all probes and on the validation samples."""
     policy = _policy(request)
-    result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy)
+    result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy, outside)
     batch = samples_of_a_call(request.inputs, [probe for probe in probes if probe.group == BATCHES][1].size)
     sums, on_samples = _quality(kind, call, validation, request, batch)
     return sums, result + on_samples

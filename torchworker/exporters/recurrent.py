@@ -1,0 +1,70 @@
+"""Recurrent operators in ONNX are only asked what they can answer.
+
+ONNX Runtime 1.31's kernels for them end the process over a question that no signature allows and any client may send;
+around them it is made one that they answer, and the answer is cut to what was asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+X, SEQUENCE_LENS, INITIAL_H, INITIAL_C = 0, 4, 5, 6
+"""Places of their inputs (https://onnx.ai/onnx/operators/onnx__LSTM.html)."""
+
+
+def keep_batches_filled(model: Any) -> int:
+    """Have no recurrent operator see a batch without rows; what it computes for the others stays the same.
+
+    model: onnx_ir.Model, changed in place. Returns how many operators were found.
+    """
+    found = [node for node in model.graph.all_nodes() if node.op_type in RECURRENT and node.domain == ""]
+    for node in found:
+        _fill(node)
+    return len(found)
+
+
+def _fill(node: Any) -> None:
+    import onnx_ir as ir
+
+    graph = node.graph
+    by_batch = "layout" in node.attributes and node.attributes["layout"].as_int() == 1
+
+    def add(kind: str, *inputs: Any, **attributes: Any) -> Any:
+        made = ir.node(kind, list(inputs), attributes)
+        graph.insert_before(node, made)
+        return made.outputs[0]
+
+    def constant(*values: int, dtype: Any = numpy.int64) -> Any:
+        return add("Constant", value=ir.tensor(numpy.array(values, dtype)))
+
+    axis = 0 if by_batch else 1
+    size = add("Shape", node.inputs[X], start=axis, end=axis + 1)
+    missing = add("Cast", add("Equal", size, constant(0)), to=int(ir.DataType.INT64))
+    pads = add("Concat", constant(0), missing, axis=0)
+    for place, batch in ((X, axis), (SEQUENCE_LENS, 0), (INITIAL_H, axis), (INITIAL_C, axis)):
+        value = node.inputs[place] if place < len(node.inputs) else None
+        if value is None:
+            continue
+        # A sequence has at least one step.
+        filler = add("Constant", value=ir.tensor(numpy.array(1, numpy.int32))) if place == SEQUENCE_LENS else None
+        node.replace_input_with(place, add("Pad", value, pads, filler, constant(batch)))
+    first = constant(0)
+    # Y has the time before the batch, or behind it; the states have their directions there.
+    axes = [0 if by_batch else 2, axis, axis]
+    after = node
+    for output, batch in zip(node.outputs, axes, strict=False):
+        used, returned = list(output.uses()), [place for place, value in enumerate(graph.outputs) if value is output]
+        if not used and not returned:
+            continue
+        cut = ir.node("Slice", [output, first, size, constant(batch)])
+        graph.insert_after(after, cut)
+        after, taken = cut, cut.outputs[0]
+        taken.dtype, taken.shape = output.dtype, output.shape
+        for user, place in used:
+            user.replace_input_with(place, taken)
+        for place in returned:
+            graph.outputs[place] = taken
+            taken.name, output.name = output.name, f"{output.name}.filled"
