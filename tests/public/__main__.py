@@ -21,11 +21,12 @@ def main() -> int:
     chosen = [BY_NAME[name] for name in sys.argv[1:]] or list(ARCHITECTURES)
     with ThreadPoolExecutor(2) as pool:
         answers = dict(zip((item.name for item in chosen), pool.map(_asked, chosen), strict=True))
-    if not sys.argv[1:]:
-        print(page(answers), end="")
-    else:
-        print(*(answer.text for answer in answers.values()), sep="\n")
     wrong = {item.name: mistakes for item in chosen if (mistakes := answers[item.name].mistakes(item))}
+    if sys.argv[1:]:
+        print(*(answer.text for answer in answers.values()), sep="\n")
+    elif not wrong:
+        # Its rows are what is right.
+        print(page(answers), end="")
     for name, mistakes in wrong.items():
         print(f"{name}:", *mistakes, sep="\n  ", file=sys.stderr)
     return 1 if wrong else 0

@@ -63,6 +63,8 @@ def _fill(node: Any) -> None:
         graph.insert_after(after, cut)
         after, taken = cut, cut.outputs[0]
         taken.dtype, taken.shape = output.dtype, output.shape
+        # It has a row more than what its dimension is called after.
+        output.shape = None
         for user, place in used:
             user.replace_input_with(place, taken)
         for place in returned:

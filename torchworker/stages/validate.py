@@ -153,7 +153,14 @@ def validate(request: ValidateRequest) -> ValidateResult:
 def outliving(begun: ForkedCall[Result], work: Callable[[], Result], note: CrashNote, outside: Outside) -> Result:
     """The result, after another try for each question outside the signature that ended the artifact's process.
 
-    Raises ChildDiedError when another question ended it.
+    Args:
+        begun: the first try.
+        work: what is done.
+        note: as of `ForkedCall`.
+        outside: what `work` goes by; gains the questions that ended it.
+
+    Raises:
+        ChildDiedError: another question ended it.
     """
     while True:
         try:
