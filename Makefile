@@ -15,7 +15,7 @@ ship: up
 # Many tests wait for a machine or a server to die, so more of them than cores run at once.
 # `make test ARGS="-k rollback"` runs a part.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 4 --no-loadscope-reorder --durations=10 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --no-loadscope-reorder --durations=10 $(ARGS)
 
 # What is long by nature: every fault at every request of a promotion on both kinds of store, flows killed everywhere,
 # power cuts, several hosts, Slurm, a team's server, the whole zoo.
