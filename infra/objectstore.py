@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -194,7 +194,7 @@ class ObjectStore:
     def _get(self, key: str, most: int) -> tuple[bytes, str, str | None] | None:
         """Content, ETag, and the hash that its writer claimed where that is another; None when there is no such key."""
         with self._translated(f"read {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
-            with s3.of_this_object(key):
+            with self._of_this_object(key):
                 reply = self._client.get_object(Bucket=self.bucket, Key=key)
             content = self._body(reply, key, most)
             claimed = reply["Metadata"].get(METADATA_SHA256)
@@ -218,7 +218,7 @@ class ObjectStore:
     def get_versions(self, key: str, most: int = RECORD_BYTES) -> list[bytes]:
         """Contents of a small object as they were, the newest first, where the bucket keeps versions; else the last.
 
-        most: bytes of each; longer ones are left out, and so is what goes beyond RECORDS_BYTES in all.
+        most: bytes of each; longer and unreadable ones are left out, and so is what goes beyond RECORDS_BYTES in all.
         """
         found, held = [], 0
         with self._translated(f"read the versions of {key}"):
@@ -227,13 +227,17 @@ class ObjectStore:
                     if item["Key"] != key or item["Size"] > most or held + item["Size"] > RECORDS_BYTES:
                         continue
                     held += item["Size"]
-                    reply = self._client.get_object(Bucket=self.bucket, Key=key, VersionId=item["VersionId"])
-                    found.append(self._body(reply, key, most))
+                    with contextlib.suppress(ReleaseError), self._of_this_object(key):
+                        reply = self._client.get_object(Bucket=self.bucket, Key=key, VersionId=item["VersionId"])
+                        found.append(self._body(reply, key, most))
         return found
 
     def head(self, key: str) -> StoredObject | None:
-        """What is known about an object, or None when there is no such key."""
-        with self._translated(f"look at {key}"), s3.unless_missing():
+        """What is known about an object, or None when there is no such key.
+
+        Raises ReleaseError for one that the store tells nothing about, as of_this_object in `infra/s3.py` says.
+        """
+        with self._translated(f"look at {key}"), s3.unless_missing(), self._of_this_object(key):
             reply = self._client.head_object(Bucket=self.bucket, Key=key, ChecksumMode="ENABLED")
             checksum = reply.get("ChecksumSHA256")
             # Of a multipart upload it is a hash of hashes, written with the number of parts behind.
@@ -296,11 +300,15 @@ class ObjectStore:
         """Read an object back: hexadecimal SHA-256 and size in bytes of what a reader gets; None without such a key.
 
         most: bytes, after which reading ends: what is longer than it should be need not be read to its end.
+
+        Raises ReleaseError for one that nobody can read.
         """
         digest = hashlib.sha256()
         size = 0
         with self._translated(f"read back {key}"), contextlib.suppress(self._client.exceptions.NoSuchKey):
-            with contextlib.closing(self._client.get_object(Bucket=self.bucket, Key=key)["Body"]) as body:
+            with self._of_this_object(key):
+                reply = self._client.get_object(Bucket=self.bucket, Key=key)
+            with contextlib.closing(reply["Body"]) as body:
                 for piece in body.iter_chunks(PIECE_BYTES):
                     digest.update(piece)
                     size += len(piece)
@@ -321,9 +329,9 @@ class ObjectStore:
             most: bytes that it may have, beyond which nothing is written.
 
         Raises:
-            ReleaseError: it is longer.
+            ReleaseError: it is longer, or nobody can read it.
         """
-        with self._translated(f"download {key}"), s3.unless_missing():
+        with self._translated(f"download {key}"), s3.unless_missing(), self._of_this_object(key):
             s3.download(
                 self._client,
                 self.bucket,
@@ -539,6 +547,18 @@ class ObjectStore:
                 # If-Match on an object that is gone.
                 raise PreconditionFailedError(f"cannot write {key}: it is gone") from error
         return quoted(reply["ETag"])
+
+    @contextlib.contextmanager
+    def _of_this_object(self, key: str) -> Iterator[None]:
+        """As of_this_object in `infra/s3.py`, which also tells a HEAD that is refused for an expired token."""
+        with s3.of_this_object(key):
+            try:
+                yield
+            except self._client.exceptions.ClientError as error:
+                if s3.status_of(error) == 400 and error.response["Error"].get("Code") == "400":
+                    # Only a GET says why.
+                    self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
+                raise
 
     def _translated(self, action: str) -> contextlib.AbstractContextManager[None]:
         return s3.translated(action, self.address, self.bucket, self._is_local)

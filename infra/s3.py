@@ -15,6 +15,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -251,22 +252,54 @@ def unless_missing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def of_this_object(key: str) -> Iterator[None]:
-    """Turn a GET that the store calls wrong into a fault of the object: others are read by the same.
+def unless_unparsable() -> Iterator[None]:
+    """Let the block end where an answer cannot be parsed: it names a key with a character that XML cannot hold.
 
-    Raises ReleaseError for one that was encrypted with a key of its writer's own, which nobody else can read.
+    botocore makes status 500 of what it cannot parse, so a store's own 500 ends the block too: ask again.
     """
     from botocore.exceptions import ClientError
 
     try:
         yield
     except ClientError as error:
+        if status_of(error) != 500:
+            raise
+
+
+@contextlib.contextmanager
+def of_this_object(key: str) -> Iterator[None]:
+    """Turn a GET or HEAD that the store calls wrong into a fault of the object: others are read by the same.
+
+    Raises ReleaseError for one that was encrypted with a key of its writer's own, which nobody else can read, and for
+    one with so much metadata that no answer about it can be read.
+    """
+    from botocore.exceptions import ClientError, HTTPClientError
+
+    try:
+        yield
+    except HTTPClientError as error:
+        if (many := too_many_headers(error)) is None:
+            raise
+        raise ReleaseError(f"{key}: its metadata is more than can be read: {many}") from error
+    except ClientError as error:
         answer = error.response.get("Error", {})
         code = answer.get("Code", "")
         # Expired tokens and slow requests are 400 too.
-        if status_of(error) != 400 or not (code in ("InvalidRequest", "InvalidArgument") or code.startswith("KMS.")):
+        # A HEAD has no body: its code is the number.
+        wrong = code in ("InvalidRequest", "InvalidArgument", "400") or code.startswith("KMS.")
+        if status_of(error) != 400 or not wrong:
             raise
         raise ReleaseError(f"{key}: it cannot be read as other objects are: {code}: {answer.get('Message')}") from error
+
+
+def too_many_headers(error: Any) -> str | None:
+    """What was too much, where a reply was given up for its headers, which come of an object's metadata; else None.
+
+    error: botocore's HTTPClientError, around urllib3's, around that of `http.client`.
+    """
+    reasons = getattr(error.kwargs.get("error"), "args", ())
+    found = [str(one) for one in reasons if isinstance(one, HTTPException)]
+    return next((said for said in found if said.startswith("got more than ") and "header" in said), None)
 
 
 def quoted(etag: str) -> str:

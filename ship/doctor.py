@@ -23,11 +23,16 @@ def doctor(model: str, dry_run: bool) -> None:
     names = named_models(store, model)
     mended = left = 0
     for name in names:
-        for finding in examine(store, name, settings.mlflow_url, runs=settings.runs / name, dry_run=dry_run):
-            done = ("would mend" if dry_run else "mended") if finding.can_mend else "to do"
-            typer.echo(f"{done:<10}  {harmless(finding.what)}")
-            mended += finding.can_mend
-            left += not finding.can_mend
+        try:
+            for finding in examine(store, name, settings.mlflow_url, runs=settings.runs / name, dry_run=dry_run):
+                done = ("would mend" if dry_run else "mended") if finding.can_mend else "to do"
+                typer.echo(f"{done:<10}  {harmless(finding.what)}")
+                mended += finding.can_mend
+                left += not finding.can_mend
+        except ShipError as error:
+            # Of this model only: the others are examined.
+            typer.echo(f"{'to do':<10}  {name}: not examined to the end: {error}")
+            left += 1
     examined = f"{len(names)} model{'s' if len(names) != 1 else ''} examined"
     typer.echo(
         f"{examined}: {mended} {'to mend' if dry_run else 'mended'}, {left} left to people"

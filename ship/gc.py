@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import typer
 
-from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
+from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
@@ -44,8 +44,17 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
             typer.echo(f"{name}: nothing was touched: {error}", err=True)
             failed = True
             continue
-        for key in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
-            typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {on_one_line(key)}")
+        except ShipError as error:
+            # Of this model only, as far as anybody knows: the others are collected.
+            typer.echo(f"{name}: not done to the end: {error}", err=True)
+            failed = True
+            continue
+        try:
+            for key in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
+                typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {on_one_line(key)}")
+        except ShipError as error:
+            typer.echo(f"{name}: uploads that were never completed stay: {error}", err=True)
+            failed = True
         if apply:
             try:
                 for line in notify_mlflow(store, name, settings.mlflow_url, delete_versions=delete_versions):

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from train_and_ship.infra import janitor, stack
-from train_and_ship.infra.errors import JobError, ReleaseError, SettingsError, ShipError
+from train_and_ship.infra.errors import JobError, ReleaseError, ServiceError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.settings import Settings, project_folder
@@ -102,14 +102,22 @@ def disk_line(used: janitor.Usage) -> str:
 
 def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[ChannelStatus]:
     """Every channel of every model, by name. scheduled: model and channel to the next run."""
-    names = {(model, channel) for model in models(store) for channel in channels(store, model)}
+    names: set[tuple[str, str]] = set()
+    unlisted: list[ChannelStatus] = []
+    for one in models(store):
+        try:
+            names |= {(one, channel) for channel in channels(store, one)}
+        except (SettingsError, ServiceError) as error:
+            # Of this model only: the others are shown.
+            row = ChannelStatus(model=one, channel="", live=None, last=None, next=None, unreadable=str(error))
+            unlisted.append(row)
 
     def look(name: tuple[str, str]) -> ChannelStatus:
         model, channel = name
         try:
             asked = Channel(store, model, channel)
             live, last = read_pointer(asked), read_decisions(asked, 1)
-        except (ReleaseError, SettingsError) as error:
+        except (ReleaseError, SettingsError, ServiceError) as error:
             # Of this channel only: the others are shown.
             return ChannelStatus(
                 model=model, channel=channel, live=None, last=None, next=scheduled.get(name), unreadable=str(error)
@@ -118,7 +126,7 @@ def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], dat
             model=model, channel=channel, live=live, last=last[-1] if last else None, next=scheduled.get(name)
         )
 
-    return in_parallel(look, sorted(names | scheduled.keys()))
+    return [*in_parallel(look, sorted(names | scheduled.keys())), *unlisted]
 
 
 def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:

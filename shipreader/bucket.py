@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def s3_client(endpoint_url: str | None = None) -> Any:
 
 
 class Bucket:
-    """One bucket. Every method raises UnavailableError when the store does not give an answer that can be used."""
+    """One bucket. Every method raises UnavailableError when the store does not give an answer that can be used.
+
+    And RefusedError for an object that nobody can read: its writer's own key encrypts it, or its metadata is too much.
+    """
 
     def __init__(self, client: Any, name: str) -> None:
         self._client, self.name = client, name
@@ -127,15 +131,27 @@ class Bucket:
         except botocore.ClientError as error:
             status, code = _status(error), error.response.get("Error", {}).get("Code", "")
             hint = ""
+            if status == 400 and (code in ("InvalidRequest", "InvalidArgument") or code.startswith("KMS.")):
+                # Others are read by the same request. Expired tokens and slow requests are 400 too.
+                raise RefusedError(f"s3://{self.name}/{key}: it cannot be read as other objects are: {code}") from error
             if status in (401, 403):
                 hint = ": it does not exist, or these credentials may not read it"
             raise UnavailableError(f"s3://{self.name}/{key}: the store answered {status} {code}{hint}") from error
         except (botocore.BotoCoreError, botocore.HTTPClientError, HTTPError, OSError) as error:
+            if (many := _too_many_headers(error)) is not None:
+                raise RefusedError(f"s3://{self.name}/{key}: its metadata is more than can be read: {many}") from error
             raise UnavailableError(f"s3://{self.name}/{key}: no answer: {error}") from error
 
 
 class NotModifiedError(Exception):
     """The object still has the ETag that was asked about."""
+
+
+def _too_many_headers(error: Any) -> str | None:
+    """What was too much, where a reply was given up for its headers, which come of an object's metadata; else None."""
+    reasons = getattr(getattr(error, "kwargs", {}).get("error"), "args", ())
+    found = [str(one) for one in reasons if isinstance(one, HTTPException)]
+    return next((said for said in found if said.startswith("got more than ") and "header" in said), None)
 
 
 def _status(error: Any) -> int:

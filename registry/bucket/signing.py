@@ -100,12 +100,13 @@ def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path)
     public_key = load_private_key(private_key).public_key()
     key = signature_key(manifest, public_key)
     # No two signatures of this kind are alike: one that is there is checked, not compared.
-    there = store.head(key)
+    # Listed, and not asked for: of what its writer has hidden there, only a listing tells the version.
+    there = store.list_objects(key, until=key).get(key)
     if there is not None:
         try:
             require_signature(store, manifest, public_key)
             return key
-        except ReleaseError as error:
+        except (ReleaseError, SettingsError) as error:
             # The name is of this key, whose signature it is not: whoever publishes could keep its owner from signing.
             _log.warning("signed again: %s", error)
     with contextlib.suppress(PreconditionFailedError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
+from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 
 FILES_AT_ONCE = 8
@@ -53,7 +53,8 @@ def _holds(store: ObjectStore, key: str, body: bytes) -> bool:
     # A longer object is another one, whatever it is.
     try:
         found = store.get(key, len(body))
-    except ReleaseError:
+    except (ReleaseError, SettingsError):
+        # Also one that its writer has encrypted so that nobody else may read it.
         return False
     return found is not None and found[0] == body
 

@@ -138,6 +138,18 @@ class DamageReply:
 
 
 @dataclass(frozen=True)
+class ManyHeaders:
+    """Answer with as many more headers as an object's metadata makes in a store that takes so many."""
+
+    count: int = 130
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        reply = forward(request)
+        more = [(f"x-amz-meta-{number:02x}", "") for number in range(self.count)]
+        return Reply(reply.status, [*reply.headers, *more], reply.body)
+
+
+@dataclass(frozen=True)
 class CutReply:
     """Let the request happen, and close the connection in the middle of the reply."""
 
