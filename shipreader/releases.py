@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shipreader.bucket import Bucket
 from shipreader.durable import write_durably
-from shipreader.errors import RefusedError
+from shipreader.errors import RefusedError, UnavailableError
 from shipreader.local import LocalFolder
 from shipreader.records import (
     MANIFEST,
@@ -100,8 +100,13 @@ class Releases:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _signature(self, manifest: Manifest, prefix: str) -> bytes:
-        """The signature in the bucket that holds. Raises RefusedError when there is none by the required keys."""
+        """The signature in the bucket that holds.
+
+        Raises RefusedError when there is none by the required keys, and UnavailableError when one of them cannot be
+        asked for.
+        """
         refused: RefusedError | None = None
+        unavailable: UnavailableError | None = None
         for key in self._keys:
             name = prefix + file_name(key)
             try:
@@ -112,6 +117,11 @@ class Releases:
             except RefusedError as error:
                 # One of them has to have signed: what lies under the name of another takes nothing from that.
                 refused = error
+            except UnavailableError as error:
+                # Without the right to list, one that there is not is forbidden; another key may have signed.
+                unavailable = error
+        if unavailable is not None:
+            raise unavailable
         if refused is not None:
             raise refused
         wanted = " or ".join(key_id(key) for key in self._keys)
