@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_plus
 
-from train_and_ship.infra.s3 import status_of
+from train_and_ship.infra.s3 import status_of, unless_unparsable
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -71,13 +72,35 @@ def drop_uploads(
     Returns:
         Their keys.
     """
-    dropped = []
     with translated(f"list uploads below {prefix}"):
-        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
-            for item in page.get("Uploads", []):
-                if item["Initiated"] >= begun_before:
-                    continue
+        found = None
+        with unless_unparsable():
+            found = list(_uploads(client, bucket, prefix, begun_before))
+        if found is None:
+            # Only now: stores do not say whether they have done it, and what they left as it was may look encoded.
+            found = list(_uploads(client, bucket, prefix, begun_before, encoded=True))
+        dropped = []
+        for key, upload in found:
+            # Completed or dropped meanwhile.
+            with contextlib.suppress(client.exceptions.NoSuchUpload):
                 if not dry_run:
-                    client.abort_multipart_upload(Bucket=bucket, Key=item["Key"], UploadId=item["UploadId"])
-                dropped.append(item["Key"])
+                    client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+                dropped.append(key)
     return dropped
+
+
+def _uploads(
+    client: S3Client, bucket: str, prefix: str, begun_before: datetime, *, encoded: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Key and id of each old upload. encoded: have the store write keys as addresses have them."""
+    asked: Any = {"Bucket": bucket, "Prefix": prefix, **({"EncodingType": "url"} if encoded else {})}
+    while True:
+        page = client.list_multipart_uploads(**asked)
+        for item in page.get("Uploads", []):
+            key = unquote_plus(item["Key"]) if encoded else item["Key"]
+            # Not the marker that the store gives: some encode that too, and some do not.
+            asked |= {"KeyMarker": key, "UploadIdMarker": item["UploadId"]}
+            if item["Initiated"] < begun_before:
+                yield key, item["UploadId"]
+        if not page.get("IsTruncated") or not page.get("Uploads"):
+            return
