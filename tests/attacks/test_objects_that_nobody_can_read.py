@@ -1,0 +1,250 @@
+"""Who may write somewhere writes an object that no request can read: it is that object's fault, and stops no other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import quote
+
+import boto3
+import pytest
+import typer
+from botocore.retries.standard import ExponentialBackoff
+
+from shipreader import signatures
+from shipreader.errors import RefusedError, UnavailableError
+from shipreader.reader import Reader
+from tests.support.fault_proxy import Answer, Fault, FaultProxy, Forward, ManyHeaders, PassOn, Reply, Request, Rule
+from tests.support.fixture_types import Connect
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published
+from tests.support.signing_keys import key_pair
+from train_and_ship.infra.errors import ReleaseError, SettingsError, StoreFaultError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import decisions_prefix, views_prefix
+from train_and_ship.registry.bucket.signing import publish_signature, signature_key
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.history import record_key
+from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.maintenance.doctor import examine
+from train_and_ship.registry.maintenance.retention import Policy, Step, decide
+from train_and_ship.registry.release.manifest import MANIFEST, Manifest
+from train_and_ship.ship.doctor import doctor
+from train_and_ship.ship.gc import gc
+from train_and_ship.ship.status import channel_statuses
+from train_and_ship.tasks.copies import live_copy
+
+KEEP = Policy(keep_last=2, slowest_reader=timedelta(0))
+OTHER = "faces"
+FAULTS = [
+    pytest.param(ManyHeaders(), id="metadata without end"),
+    pytest.param(Answer(400, "InvalidRequest"), id="a customer's key"),
+]
+
+
+@dataclass(frozen=True)
+class HoldsControls:
+    """A store that takes keys with control characters, as which `@` is written into listings."""
+
+    encodes: bool
+    """Writes keys as addresses have them where it is asked to."""
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        reply = forward(request)
+        if self.encodes and "encoding-type=url" in request.path:
+            body = re.sub(rb"(?<=<Key>)[^<]*", lambda key: quote(key[0]).encode(), reply.body)
+        else:
+            body = reply.body.replace(b"@", b"\x01")
+        headers = [(name, value) for name, value in reply.headers if name.lower() != "content-length"]
+        return Reply(reply.status, headers, body)
+
+
+@pytest.fixture
+def proxy(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    # Between two tries nothing changes here.
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0)
+    with FaultProxy(store_url) as started:
+        yield started
+
+
+@pytest.fixture
+def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """Two releases, live one after the other."""
+    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
+    for manifest in manifests:
+        move(object_store, manifest)
+    return manifests
+
+
+@pytest.fixture
+def faulty(object_store: ObjectStore, connect: Connect, proxy: FaultProxy) -> ObjectStore:
+    """The same bucket, through the proxy; commands use it too."""
+    return connect(object_store.bucket, proxy.url)
+
+
+def reader(store: ObjectStore, folder: Path, *keys: Path) -> Reader:
+    publics = [key.with_suffix(".pub") for key in keys]
+    client = s3_client(Settings.load())
+    return Reader(MODEL, bucket=store.bucket, folder=folder, channel=CHANNEL, client=client, public_keys=publics)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_object_that_nobody_can_read_is_no_fault_of_the_network(
+    faulty: ObjectStore, proxy: FaultProxy, fault: Fault, tmp_path: Path
+) -> None:
+    faulty.put("a/b", b"x")
+    proxy.add(Rule(fault, path="/a/b"))
+    for ask in (
+        lambda: faulty.get("a/b"),
+        lambda: faulty.head("a/b"),
+        lambda: faulty.hash("a/b"),
+        lambda: faulty.download_file("a/b", tmp_path / "b"),
+    ):
+        with pytest.raises(ReleaseError, match=r"^a/b: it"):
+            ask()
+
+
+def test_an_expired_token_and_a_broken_connection_are_no_faults_of_an_object(
+    faulty: ObjectStore, proxy: FaultProxy
+) -> None:
+    faulty.put("a/b", b"x")
+    rule = proxy.add(Rule(Answer(400, "ExpiredToken"), path="/a/b"))
+    for ask in (faulty.get, faulty.head):
+        with pytest.raises(SettingsError, match="refused these credentials"):
+            ask("a/b")
+    rule.fault = Answer(400, "RequestTimeout")
+    with pytest.raises(StoreFaultError):
+        faulty.get("a/b")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_claim_and_a_view_that_nobody_can_read_stop_no_collector(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault, tmp_path: Path
+) -> None:
+    third = published(faulty, tmp_path / "third", 3)
+    faulty.put(f"models/{MODEL}/claims/{third.release}.json", b"{}")
+    faulty.put(f"{views_prefix(MODEL)}{CHANNEL}/triton/{MODEL}/config.pbtxt", b"# digits release x\n")
+    proxy.add(Rule(fault, method="GET", path=r"/claims/.*\.json|config\.pbtxt"))
+    assert {one.release: one.step for one in decide(faulty, MODEL, KEEP)}[third.release] is Step.KEEP
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_live_release_that_nobody_can_read_is_told_as_broken(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault, tmp_path: Path
+) -> None:
+    proxy.add(Rule(fault, path=rf"{two[1].release}/({MANIFEST}|file0)"))
+    assert any("the live release is broken" in one.what for one in examine(faulty, MODEL, NOWHERE))
+    release, problem = live_copy(faulty, tmp_path / "copies", read_pointer(Channel(faulty, MODEL, CHANNEL)), None)
+    assert release is None and problem.startswith("it is broken")
+    with pytest.raises(RefusedError, match=r"it cannot be read|its metadata is more"):
+        reader(faulty, tmp_path / "served").pull()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_records_that_nobody_can_read_hold_up_neither_a_channel_nor_the_tables_of_others(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault
+) -> None:
+    faulty.put(record_key(MODEL, CHANNEL, 3), b"{}")
+    faulty.put(f"models/{OTHER}/channels/{CHANNEL}.json", b"{}")
+    faulty.put(f"{decisions_prefix(MODEL, CHANNEL)}20250101T000000.000000Z-r.json", b"{}")
+    proxy.add(Rule(fault, method="GET", path=rf"00000003\.json|/{OTHER}/channels/|/decisions/.*Z-r\.json"))
+    assert [move(faulty, two[number]).generation for number in (0, 1)] == [3, 4]
+    assert {row.model: bool(row.unreadable) for row in channel_statuses(faulty, {})} == {MODEL: True, OTHER: True}
+
+
+def test_a_record_under_a_key_of_kms_that_others_may_not_use_holds_up_no_channel(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest]
+) -> None:
+    faulty.put(record_key(MODEL, CHANNEL, 3), b"{}")
+    proxy.add(Rule(Answer(403, "AccessDenied"), method="GET", path=r"00000003\.json"))
+    assert [move(faulty, two[number]).generation for number in (0, 1)] == [3, 4]
+
+
+def test_a_fault_of_one_model_ends_neither_collector_nor_doctor_nor_table(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    faulty.put(f"models/{OTHER}/channels/{CHANNEL}.json", b"{}")
+    proxy.add(Rule(Answer(501, "NotImplemented"), path=f"models(/|%2F){OTHER}(/|%2F)"))
+    for command in (
+        lambda: gc("", KEEP, apply=False, delete_versions=False),
+        lambda: doctor("", dry_run=True),
+    ):
+        with pytest.raises(typer.Exit) as ended:
+            command()
+        said = capsys.readouterr()
+        assert ended.value.exit_code == 1 and f"{OTHER}: not " in said.out + said.err
+        assert MODEL in said.out
+    assert [row.model for row in channel_statuses(faulty, {}) if row.unreadable] == [OTHER]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, pytest.param(Answer(403, "AccessDenied"), id="a key of KMS")])
+def test_the_owner_of_a_key_signs_over_what_nobody_can_read(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault, tmp_path: Path
+) -> None:
+    key = key_pair(tmp_path)
+    (public,) = signatures.load_keys([key.with_suffix(".pub")])
+    name = signature_key(two[1], public)
+    faulty.put(name, b"{}")
+    hidden = Rule(fault, path=name)
+
+    def written_over() -> None:
+        hidden.times = 0
+
+    proxy.add(Rule(PassOn(), method="PUT", path=name, before=written_over))
+    proxy.add(hidden)
+    assert publish_signature(faulty, two[1], key) == name
+    reader(faulty, tmp_path / "served", key).pull()
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, pytest.param(Answer(403, "AccessDenied"), id="no right to list")])
+def test_a_signature_that_cannot_be_read_takes_nothing_from_the_one_by_another_key(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault, tmp_path: Path
+) -> None:
+    old, new = key_pair(tmp_path, "old"), key_pair(tmp_path, "new")
+    (public,) = signatures.load_keys([old.with_suffix(".pub")])
+    publish_signature(faulty, two[1], new)
+    proxy.add(Rule(fault, path=signature_key(two[1], public)))
+    assert reader(faulty, tmp_path / "both", old, new).pull().id == two[1].release
+    assert reader(faulty, tmp_path / "turned", new, old).pull().id == two[1].release
+    # Where no other one holds it is what it was.
+    with pytest.raises(UnavailableError if fault == Answer(403, "AccessDenied") else RefusedError):
+        reader(faulty, tmp_path / "old", old).pull()
+
+
+# ---- uploads
+
+
+@pytest.fixture
+def uploads(object_store: ObjectStore, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun long ago, one below a key that XML cannot hold."""
+    client = boto3.client("s3", endpoint_url=store_url)
+    for key in (f"models/{MODEL}/releases/@ +%41", f"models/{MODEL}/releases/x", f"models/{OTHER}/releases/%41+x"):
+        client.create_multipart_upload(Bucket=object_store.bucket, Key=key)
+    monkeypatch.setattr(ObjectStore, "now", lambda _: datetime.now(UTC) + timedelta(days=8))
+
+
+def test_an_upload_whose_key_no_listing_can_hold_is_dropped_where_the_store_encodes_keys(
+    faulty: ObjectStore, proxy: FaultProxy, uploads: None
+) -> None:
+    proxy.add(Rule(HoldsControls(encodes=True), method="GET", path="uploads"))
+    week = timedelta(days=7)
+    assert faulty.drop_uploads(f"models/{OTHER}/", week) == [f"models/{OTHER}/releases/%41+x"]
+    ours = [f"models/{MODEL}/releases/@ +%41", f"models/{MODEL}/releases/x"]
+    assert faulty.drop_uploads(f"models/{MODEL}/", week) == ours
+    assert faulty.drop_uploads(f"models/{MODEL}/", week) == []
+
+
+def test_an_upload_whose_key_no_listing_can_hold_stops_the_collection_of_no_other_model(
+    faulty: ObjectStore, proxy: FaultProxy, uploads: None, two: list[Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    faulty.put(f"models/{OTHER}/x", b"")
+    proxy.add(Rule(HoldsControls(encodes=False), method="GET", path="uploads"))
+    with pytest.raises(typer.Exit) as ended:
+        gc("", KEEP, apply=False, delete_versions=False)
+    said = capsys.readouterr()
+    assert ended.value.exit_code == 1 and f"{MODEL}: uploads that were never completed stay" in said.err
+    assert f"{OTHER}: upload to drop: models/{OTHER}/releases/%41+x" in said.out
