@@ -334,7 +334,9 @@ def rollback(
     why: Why,
     channel: Channel = "prod",
     to: Annotated[str, typer.Option(help="A release instead: an id or its beginning, prod~2, staging, v7.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Believe the store, read nothing back.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read nothing back: believe what is said of the files.")
+    ] = False,
 ) -> None:
     """Put back what was live before; going back twice goes back two releases."""
     from train_and_ship.ship.rollback import rollback

@@ -17,6 +17,7 @@ from shipreader.records import MANIFEST_BYTES, FileEntry
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.keys import release_prefix, reports_prefix
 from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.bucket.tombstones import claim
@@ -36,6 +37,7 @@ LISTED_AT_ONCE = 990
 """A page of a listing has a thousand keys, and the manifest and signatures are among them."""
 TOLD_BYTES = 64 * 2**20
 """Of a file that says how a release came to be: a job, packages, counts of its data."""
+_MENDED = "files of a release are never replaced: delete it and publish again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def publish(
     """Bring a release into the bucket: files in parallel, the manifest last. Writes; can be repeated.
 
     Bytes that are there are not sent again. Each file is read once and sent with its hash; what the store does not
-    compare with that is read back.
+    compare with that is read back, and so is what was there and the store keeps no hash of.
 
     Args:
         store: the bucket.
@@ -78,7 +80,6 @@ def publish(
     claim(store, manifest.model, manifest.release, publishing=True)
     prefix = release_prefix(manifest.model, manifest.release)
     present = store.list_keys(prefix)
-    complete = prefix + MANIFEST in present
     meter = Meter(manifest.total_bytes, progress)
 
     def bring(name: str) -> tuple[bool, str]:
@@ -94,8 +95,9 @@ def publish(
                 # Somebody was faster, or our own reply was lost.
                 pass
         if not sent:
-            etag = _require_object(store, key, entry).etag
-        if not traits.checks_bodies and not complete:
+            # What is read below need not be read twice.
+            etag = _require_object(store, key, entry, believe_writer=not traits.checks_bodies).etag
+        if not traits.checks_bodies:
             # Also what an uploader left that died before this line.
             _require_content(store, key, entry)
         meter.finish(name, entry.bytes)
@@ -122,20 +124,21 @@ def verify_release(
     release: str,
     *,
     etags: Mapping[str, str] | None = None,
-    read_back: bool = False,
+    read_back: bool | None = None,
     sha256: str | None = None,
 ) -> Manifest:
     """Check that a release is complete: its manifest is its own, and every file is there with its size and hash.
 
-    Only the manifest is downloaded, unless everything is read back.
+    What a file's writer said of its hash is the word of whoever may write there: it is only believed when asked for.
 
     Args:
         store: the bucket.
         model: whose release it is.
         release: its id.
         etags: those of `publish`, by path. Objects that have them still are the ones that were verified, and one
-            listing tells; without them each file is asked for the hash that the store knows of it.
-        read_back: download and hash every file, which finds what rotted in the store.
+            listing tells; the others are looked at as without `read_back`.
+        read_back: download and hash every file, which finds what rotted in the store; None reads those of which the
+            store keeps no hash of its own, and False none: then the writer's word counts.
         sha256: as in `read_manifest`.
 
     Raises:
@@ -144,9 +147,14 @@ def verify_release(
     prefix = release_prefix(model, release)
     manifest = read_manifest(store, model, release, sha256=sha256)
     if etags is None:
-        names, require = manifest.files, _require_content if read_back else _require_object
-        at_once = FILES_AT_ONCE if read_back else SMALL_FILES_AT_ONCE
-        in_parallel(lambda name: require(store, prefix + name, names[name]), names, at_once)
+
+        def require(name: str) -> None:
+            if read_back:
+                _require_content(store, prefix + name, manifest.files[name])
+            else:
+                _require_object(store, prefix + name, manifest.files[name], believe_writer=read_back is False)
+
+        in_parallel(require, manifest.files, FILES_AT_ONCE if read_back else SMALL_FILES_AT_ONCE)
         return manifest
     listed = _listed(store, prefix, manifest)
     for name, entry in manifest.files.items():
@@ -292,19 +300,25 @@ def _missing(key: str, entry: FileEntry) -> ReleaseError:
     return ReleaseError(f"{key}: expected a file of {entry.bytes:,} bytes in the bucket, got none")
 
 
-def _require_object(store: ObjectStore, key: str, entry: FileEntry) -> StoredObject:
-    """Raises ReleaseError unless the object has the entry's size and, by what the store knows of it, its hash."""
+def _require_object(store: ObjectStore, key: str, entry: FileEntry, *, believe_writer: bool = False) -> StoredObject:
+    """What HEAD says. Raises ReleaseError unless the object has the entry's size and hash.
+
+    It is read back where the store keeps no hash of it: for parts, and stores without checksums.
+
+    believe_writer: not when whoever wrote it said which hash it has.
+    """
     stored = store.head(key)
     if stored is None:
         raise _missing(key, entry)
     if stored.bytes != entry.bytes:
-        raise ReleaseError(f"{key}: expected {entry.bytes:,} bytes in the bucket, got {stored.bytes:,}")
+        raise ReleaseError(f"{key}: expected {entry.bytes:,} bytes in the bucket, got {stored.bytes:,}; {_MENDED}")
     known = {sha256 for sha256 in (stored.sha256, stored.stored_sha256) if sha256 is not None}
-    if not known:
-        # Brought here by some other tool.
+    if known - {entry.sha256}:
+        got = ", ".join(on_one_line(sha256) for sha256 in sorted(known))
+        raise ReleaseError(f"{key}: expected SHA-256 {entry.sha256} in the bucket, got {got}; {_MENDED}")
+    if stored.stored_sha256 is None and not (believe_writer and known):
+        # User metadata says what its writer wants: whoever may write there can put other bytes under the same words.
         _require_content(store, key, entry)
-    elif known != {entry.sha256}:
-        raise ReleaseError(f"{key}: expected SHA-256 {entry.sha256} in the bucket, got {', '.join(sorted(known))}")
     return stored
 
 
@@ -313,8 +327,7 @@ def _require_content(store: ObjectStore, key: str, entry: FileEntry) -> None:
     got = store.hash(key, entry.bytes)
     if got != (entry.sha256, entry.bytes):
         raise ReleaseError(
-            f"{key}: expected SHA-256 {entry.sha256} and {entry.bytes:,} bytes when read back, got {got}; "
-            "delete it and publish again"
+            f"{key}: expected SHA-256 {entry.sha256} and {entry.bytes:,} bytes when read back, got {got}; {_MENDED}"
         )
 
 

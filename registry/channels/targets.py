@@ -112,7 +112,7 @@ def choose_promotion(channel: Channel, release: str, manifest_sha256: str = "") 
 
 
 def verify_target(target: Target, *, read_back: bool = True, public_key: Path | None = None) -> Verified:
-    """Check every byte of the target, or with read_back=False what the store says of its files. Reads only.
+    """Check every byte of the target, or with read_back=False what its writer or the store says of it. Reads only.
 
     public_key: file (PEM) of the key that has to have signed it; None asks for no signature.
     """
@@ -120,7 +120,7 @@ def verify_target(target: Target, *, read_back: bool = True, public_key: Path | 
     manifest = verify_release(
         store, target.channel.model, target.release, read_back=read_back, sha256=target.manifest_sha256 or None
     )
-    how = "read back and hashed" if read_back else "checked by what the store says of them"
+    how = "read back and hashed" if read_back else "checked by what is said of them"
     said = f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, {how}"
     signed = require_signer(store, manifest, public_key)
     return Verified(target=target, manifest=manifest, verdicts={"bytes": said, **signed})

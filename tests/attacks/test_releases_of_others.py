@@ -14,19 +14,26 @@ import pytest
 from shipreader import signatures
 from shipreader.errors import RefusedError
 from shipreader.reader import Reader
-from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, move, published, rolled_back
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_release, move, published, rolled_back
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
-from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.objectstore import ObjectStore, StoredObject
 from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
 from train_and_ship.registry.bucket.signing import publish_signature, require_signature
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.moves import kind_changes, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.revisions import resolve_release
-from train_and_ship.registry.channels.targets import ask_promotion, ask_rollback, choose_promotion, verify_target
+from train_and_ship.registry.channels.targets import (
+    ask_promotion,
+    ask_rollback,
+    choose_promotion,
+    choose_rollback,
+    verify_target,
+)
 from train_and_ship.registry.diff import compare
 from train_and_ship.registry.kind import SIGNATURE
+from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.release.manifest import (
     DATA,
     ENVIRONMENT,
@@ -285,3 +292,77 @@ def test_a_release_that_only_has_a_name_goes_nowhere(
         ask_rollback(channel, "f" * 20, None)
     assert rolled_back(object_store).release == two[0].release
     verify_release(object_store, MODEL, two[0].release, read_back=True)
+
+
+@pytest.fixture
+def no_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store keeps none, as Ceph RGW 16, and as every store for what went up in parts."""
+    head = ObjectStore.head
+
+    def without(store: ObjectStore, key: str) -> StoredObject | None:
+        found = head(store, key)
+        return replace(found, stored_sha256=None) if found is not None else None
+
+    monkeypatch.setattr(ObjectStore, "head", without)
+
+
+@pytest.fixture
+def forged(object_store: ObjectStore, two: list[Manifest]) -> str:
+    """Key of a file of what is live: other bytes of the same length, with the words of the true one."""
+    key = key_of(two[1], "file1.bin")
+    before = object_store.head(key)
+    assert before is not None and before.sha256 is not None
+    boto3.client("s3").put_object(
+        Bucket=object_store.bucket, Key=key, Body=b"x" * before.bytes, Metadata={"sha256": before.sha256}
+    )
+    after = object_store.head(key)
+    assert after is not None and (after.bytes, after.sha256) == (before.bytes, before.sha256)
+    return key
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_hash_that_a_writer_says_is_not_believed(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel, forged: str, keeps: bool,
+    tmp_path: Path, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if not keeps:
+        request.getfixturevalue("no_hashes")
+    (finding,) = [one.what for one in examine(object_store, MODEL, NOWHERE, dry_run=True) if "broken" in one.what]
+    assert f"{forged}: expected SHA-256 {two[1].files['file1.bin'].sha256}" in finding
+    for attempt in (
+        lambda: publish(object_store, tmp_path / "1", two[1]),
+        lambda: verify_release(object_store, MODEL, two[1].release),
+        lambda: verify_release(object_store, MODEL, two[1].release, etags={}),
+        lambda: verify_release(object_store, MODEL, two[1].release, read_back=True),
+    ):
+        with pytest.raises(ReleaseError, match=r"file1\.bin: expected SHA-256 .*delete it and publish again"):
+            attempt()
+    # What is said mends it.
+    object_store.delete(forged)
+    assert publish(object_store, tmp_path / "1", two[1]).sent_bytes == two[1].files["file1.bin"].bytes
+    verify_release(object_store, MODEL, two[1].release, read_back=True)
+
+
+def test_a_quick_rollback_believes_a_writer_and_a_usual_one_reads_each_file_once(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel, forged: str, no_hashes: None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    move(object_store, two[0])
+    verified = verify_target(choose_rollback(channel, None), read_back=False)
+    assert (verified.target.release, "read back" in verified.verdicts["bytes"]) == (two[1].release, False)
+    with pytest.raises(ReleaseError, match="when read back"):
+        rolled_back(object_store)
+    read: list[str] = []
+    hashed = ObjectStore.hash
+
+    def counted(store: ObjectStore, key: str, most: int | None = None) -> tuple[str, int] | None:
+        read.append(key)
+        return hashed(store, key, most)
+
+    monkeypatch.setattr(ObjectStore, "hash", counted)
+    # A move of what this process has just brought reads nothing, and going back reads it once.
+    third = make_release(tmp_path / "2", 2)
+    move(object_store, third, etags=publish(object_store, tmp_path / "2", third).etags)
+    assert read == []
+    assert rolled_back(object_store).release == two[0].release
+    assert sorted(read) == [key_of(two[0], name) for name in sorted(two[0].files)]
