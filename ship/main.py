@@ -264,7 +264,7 @@ def sign(model: str, release: str) -> None:
 @app.command()
 def iam(
     role: Annotated[str, typer.Argument(help="trainer, promoter, owner, reader, gc, viewer or server.")],
-    model: Annotated[str, typer.Option(help="For this model alone.")] = "*",
+    model: Annotated[str, typer.Option(help="For this model alone; a role that writes needs one.")] = "*",
     channel: Annotated[str, typer.Option(help="For this channel alone.")] = "*",
     kms_key: Annotated[str, typer.Option(help="ARN of the key of a bucket with SSE-KMS.")] = "",
     write_once: Annotated[

@@ -48,14 +48,14 @@ def policy(
     Args:
         role: who it is for.
         bucket: its name.
-        model: one model, or all.
+        model: one model, or all for a role that only reads.
         channel: one channel, or all.
         kms_key: ARN of the key that encrypts the bucket (SSE-KMS); empty for buckets with the store's own keys.
         write_once: whether records (`history/`, `decisions/`) may be made and never replaced, by the condition key
             `s3:if-none-match`. AWS knows it; a store that does not would deny every record (Ceph RGW 16).
 
     Raises:
-        SettingsError: a name that no model or channel has.
+        SettingsError: a name that no model or channel has, or all models for a role that writes.
     """
     for kind, name, sound in (("model", model, is_name), ("channel", channel, is_channel)):
         # A right on what is no channel would be one on another's alias.
@@ -63,6 +63,14 @@ def policy(
             raise SettingsError(
                 f"{kind}: expected lower-case letters, digits, dots, dashes, _, or * for all; got {name!r}"
             )
+
+    if model == ANY and role not in (Role.READER, Role.SERVER):
+        # In a policy `*` crosses `/`: models/*/releases/* is also models/digits/views/prod/triton/releases/1/model.py.
+        raise SettingsError(
+            f"model: expected the name of one for {role}, which writes, got * for all: in a policy * also matches /, "
+            "so that it would reach views, releases and records that are another role's; give --model NAME, and attach "
+            "one policy for each model"
+        )
 
     def keys(*patterns: str) -> list[str]:
         return [f"arn:aws:s3:::{bucket}/{pattern}" for pattern in patterns]

@@ -198,13 +198,14 @@ def test_only_an_owner_may_write_the_rules_and_an_owner_moves_nothing() -> None:
     assert [role for role in Role if may_put(role, rules_key(MODEL, CHANNEL))] == [Role.OWNER]
     assert [role for role in Role if may_put(role, f"models/{MODEL}/channels/{CHANNEL}.json")] == [Role.PROMOTER]
     for role in Role:
-        document = policy(role, "models")
+        document = policy(role, "models", model=MODEL)
         deletes = [one for one in document["Statement"] if "s3:DeleteObject" in one["Action"]]
         assert not any("rules" in resource for one in deletes for resource in one["Resource"])
 
 
 def test_records_are_written_once_by_policy() -> None:
-    (denial,) = [one for one in policy(Role.PROMOTER, "models")["Statement"] if one["Effect"] == "Deny"]
+    (denial,) = [one for one in policy(Role.PROMOTER, "models", model=MODEL)["Statement"] if one["Effect"] == "Deny"]
     assert denial["Condition"] == {"Null": {"s3:if-none-match": "true"}} and denial["Action"] == ["s3:PutObject"]
-    assert denial["Resource"] == [f"arn:aws:s3:::models/models/*/{kind}/*/*" for kind in ("history", "decisions")]
-    assert all(one["Effect"] == "Allow" for one in policy(Role.PROMOTER, "models", write_once=False)["Statement"])
+    assert denial["Resource"] == [f"arn:aws:s3:::models/models/{MODEL}/{kind}/*/*" for kind in ("history", "decisions")]
+    allowing = policy(Role.PROMOTER, "models", model=MODEL, write_once=False)["Statement"]
+    assert all(one["Effect"] == "Allow" for one in allowing)

@@ -137,7 +137,7 @@ def test_a_channel_with_a_name_that_means_something_else_takes_no_alias(
         with pytest.raises(RequestError, match="channel: expected"):
             require_channel(name)
         with pytest.raises(SettingsError, match="channel: expected"):
-            policy(Role.PROMOTER, "models", channel=name)
+            policy(Role.PROMOTER, "models", model=MODEL, channel=name)
         object_store.put(f"models/{MODEL}/channels/{name}.json", replace(live, channel=name).encode())
         # MLflow is not even asked: nobody listens there.
         (said,) = sync_aliases(Channel(object_store, MODEL, name, NOWHERE)).missing

@@ -55,7 +55,7 @@ def as_role(
 ) -> AsRole:
     """The bucket of `object_store` as a new user sees it who has these roles' policies and nothing else."""
 
-    def make(*roles: Role, model: str = "*", channel: str = "*", write_once: bool = False) -> ObjectStore:
+    def make(*roles: Role, model: str = MODEL, channel: str = "*", write_once: bool = False) -> ObjectStore:
         name = f"user-{uuid.uuid4().hex[:8]}"
         rgw_server.create_user(name, f"key-{name}", f"secret-{name}")
         for role in roles:
@@ -261,7 +261,7 @@ def test_a_linter_of_iam_policies_has_nothing_to_say() -> None:
         policy(role, "models", model=model, channel=channel, kms_key=kms_key)
         for role in Role
         for model, channel, kms_key in (
-            ("*", "*", ""),
+            ("*" if role in (Role.READER, Role.SERVER) else "digits", "*", ""),
             ("digits", "prod", "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab"),
         )
     ]

@@ -18,7 +18,7 @@ DECISION = "models/digits/decisions/prod/2026-11-17T02:00:00.000+00:00-r.json"
 VIEW = "models/digits/views/prod/triton/digits/7/model.onnx"
 
 
-def allowed(role: Role, action: str, key: str, model: str = "*", channel: str = "*") -> bool:
+def allowed(role: Role, action: str, key: str, model: str = "digits", channel: str = "*") -> bool:
     arn = f"arn:aws:s3:::models-bucket/{key}"
     return any(
         f"s3:{action}" in statement["Action"] and any(fnmatch.fnmatchcase(arn, one) for one in statement["Resource"])
@@ -63,7 +63,9 @@ def test_a_policy_for_one_model_and_channel_reaches_no_other() -> None:
 
 def test_nobody_gets_a_wildcard_action_or_the_whole_bucket() -> None:
     for role in Role:
-        for statement in policy(role, "models-bucket", kms_key="arn:aws:kms:eu-west-1:1:key/k")["Statement"]:
+        for statement in policy(role, "models-bucket", model="digits", kms_key="arn:aws:kms:eu-west-1:1:key/k")[
+            "Statement"
+        ]:
             assert not any("*" in action for action in statement["Action"])
             assert not any(arn.endswith(("models-bucket/*", "models-bucket*", ":::*")) for arn in statement["Resource"])
 
@@ -74,11 +76,32 @@ def test_readers_cannot_list() -> None:
 
 def test_a_bucket_with_a_key_of_its_own_needs_the_key_too() -> None:
     def actions(role: Role) -> list[str]:
-        statements = policy(role, "models-bucket", kms_key="arn:aws:kms:eu-west-1:1:key/k")["Statement"]
+        statements = policy(role, "models-bucket", model="digits", kms_key="arn:aws:kms:eu-west-1:1:key/k")["Statement"]
         return [action for one in statements for action in one["Action"] if action.startswith("kms:")]
 
     assert actions(Role.READER) == ["kms:Decrypt"]
     assert actions(Role.TRAINER) == ["kms:Decrypt", "kms:GenerateDataKey"]
+
+
+@pytest.mark.parametrize("role", [role for role in Role if role not in (Role.READER, Role.SERVER)])
+def test_a_role_that_writes_needs_the_name_of_a_model(role: Role) -> None:
+    with pytest.raises(SettingsError, match=rf"model: expected the name of one for {role}.*give --model NAME"):
+        policy(role, "models-bucket")
+
+
+@pytest.mark.parametrize("channel", ["*", "prod"])
+def test_no_role_writes_below_what_is_anothers_although_a_star_crosses_slashes(channel: str) -> None:
+    """As AWS matches: `fnmatch` lets * cross / too. Each key has the names of all other places behind its own."""
+    own = {
+        "releases": {Role.TRAINER, Role.COLLECTOR}, "claims": {Role.TRAINER, Role.PROMOTER}, "views": {Role.VIEWER},
+        "channels": {Role.PROMOTER}, "history": {Role.PROMOTER}, "decisions": {Role.PROMOTER},
+        "rules": {Role.OWNER}, "tombstones": {Role.COLLECTOR},
+    }  # fmt: skip
+    ends = [f"{place}/prod/{place}/1/model.py" for place in own] + [f"{place}/prod.json" for place in own]
+    for (place, roles), end in itertools.product(own.items(), ends):
+        for key in (f"models/digits/{place}/prod/triton/{end}", f"models/digits/{place}/prod/models/digits/{end}"):
+            for role, action in itertools.product(Role, ("PutObject", "DeleteObject", "AbortMultipartUpload")):
+                assert role in roles or not allowed(role, action, key, channel=channel), (role, action, key)
 
 
 @pytest.mark.parametrize("name", ["Digits", "a/b", "", "../x", "a*"])
