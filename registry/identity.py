@@ -50,6 +50,9 @@ def _finite(text: str) -> float:
 def moment(text: str) -> datetime:
     """A time as records have it: ISO 8601 with its zone. Raises ValueError for anything else, TypeError for no text."""
     time = datetime.fromisoformat(text)
+    # Any sign may stand between day and time, and these are shown as they are.
+    if not text.isprintable():
+        raise ValueError(f"{text!r} is no text of one line")
     if time.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
     # Times at the ends of what there is cannot be moved to another zone.

@@ -163,7 +163,9 @@ def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
         raise RefusedError(f"{key}: expected the record of a move, got {_shown(document)}")
     pointer = Pointer(generation=generation, **values)
     if (pointer.model, pointer.channel) != (model, channel):
-        raise RefusedError(f"{key}: expected the pointer of {model} {channel}, got {pointer.model} {pointer.channel}")
+        raise RefusedError(
+            f"{key}: expected the pointer of {model} {channel}, got {pointer.model[:80]!r} {pointer.channel[:80]!r}"
+        )
     # It becomes part of keys and paths.
     if not RELEASE_ID.fullmatch(pointer.release) or not SHA256.fullmatch(pointer.manifest_sha256):
         raise RefusedError(f"{key}: expected a release id and a SHA-256, got {_shown(document)}")
@@ -201,7 +203,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
     if (manifest.model, manifest.release) != (pointer.model, pointer.release):
         raise RefusedError(
             f"{key}: expected the manifest of {pointer.model} {pointer.release}, "
-            f"got that of {manifest.model} {manifest.release}"
+            f"got that of {str(manifest.model)[:80]!r} {str(manifest.release)[:80]!r}"
         )
     if own != manifest.release:
         raise RefusedError(f"{key}: expected release {own} by its file table, got {manifest.release}")
@@ -222,7 +224,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
             raise RefusedError(f"{key}: format {kind}: expected one of its files, got {path!r}")
     for purpose, kind in manifest.serve.items():
         if not isinstance(kind, str) or kind not in manifest.formats:
-            raise RefusedError(f"{key}: serve.{purpose}: expected one of its formats, got {kind!r}")
+            raise RefusedError(f"{key}: serve.{purpose!r}: expected one of its formats, got {kind!r}")
     return manifest
 
 

@@ -131,13 +131,13 @@ def require_signed(bundle: bytes, release: Signed, key: EllipticCurvePublicKey, 
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RefusedError(f"{where}: expected a signature bundle, got {type(error).__name__}: {error}") from None
     if hint != key_id(key):
-        raise RefusedError(f"{where}: expected a signature by key {key_id(key)}, got one by key {str(hint)[:80]}")
+        raise RefusedError(f"{where}: expected a signature by key {key_id(key)}, got one by key {str(hint)[:80]!r}")
     try:
         key.verify(signature, covered(payload), algorithm(key))
     except InvalidSignature:
         raise RefusedError(f"{where}: the signature does not hold: it, or what it signs, was altered") from None
     if kind != PAYLOAD:
-        raise RefusedError(f"{where}: expected a payload of {PAYLOAD}, got {str(kind)[:80]}")
+        raise RefusedError(f"{where}: expected a payload of {PAYLOAD}, got {str(kind)[:80]!r}")
     _require_statement(json.loads(payload), release, where)
 
 
@@ -151,9 +151,11 @@ def _require_statement(statement: Any, release: Signed, where: str) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise RefusedError(f"{where}: expected a model signature, got {type(error).__name__}: {error}") from None
     if predicate != PREDICATE or len(named) != len(resources):
-        raise RefusedError(f"{where}: expected {PREDICATE} with SHA-256 digests, got {predicate}")
+        raise RefusedError(f"{where}: expected {PREDICATE} with SHA-256 digests, got {str(predicate)[:80]!r}")
     if subject["name"] != release.model:
-        raise RefusedError(f"{where}: expected a signature of model {release.model}, got one of {subject['name']}")
+        raise RefusedError(
+            f"{where}: expected a signature of model {release.model}, got one of {str(subject['name'])[:80]!r}"
+        )
     expected = release.digests
     if named != expected:
         other = sorted(name for name in named.keys() | expected.keys() if named.get(name) != expected.get(name))

@@ -130,7 +130,9 @@ def read_tombstone(store: ObjectStore, model: str, release: str) -> Tombstone | 
         return None
     stone = _decode(found[0], key)
     if (stone.model, stone.release) != (model, release):
-        raise ReleaseError(f"{key}: expected the mark of {model} {release}, got that of {stone.model} {stone.release}")
+        raise ReleaseError(
+            f"{key}: expected the mark of {model} {release}, got that of {stone.model!r} {stone.release!r}"
+        )
     return replace(stone, etag=found[1])
 
 
@@ -306,7 +308,7 @@ def _decode(encoded: bytes, key: str) -> Tombstone:
     try:
         document = json_object(encoded)
         if document["format"] != _FORMAT:
-            raise ValueError(f"format {document['format']}")
+            raise ValueError(f"format {document['format']!r}")
         return Tombstone(
             model=str(document["model"]),
             release=str(document["release"]),

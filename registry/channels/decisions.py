@@ -21,6 +21,7 @@ from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.keys import decisions_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
@@ -158,7 +159,8 @@ def read_decisions(channel: Channel, last: int) -> list[Decision]:
             decision = _decode(found[0], key)
             if _key(decision) != key:
                 raise ReleaseError(
-                    f"{key}: expected the decision of that time and run, got the one of {_key(decision)}"
+                    f"{on_one_line(key)}: expected the decision of that time and run, "
+                    f"got the one of {on_one_line(_key(decision))}"
                 )
             return decision
         except ReleaseError as error:
@@ -207,4 +209,5 @@ def _decode(encoded: bytes, key: str) -> Decision:
         require_name("channel", decision.channel)
         return decision
     except (ValueError, TypeError, KeyError, AttributeError, RequestError) as error:
-        raise ReleaseError(f"{key}: expected the record of a decision, got {type(error).__name__}: {error}") from None
+        said = on_one_line(f"{type(error).__name__}: {error}")
+        raise ReleaseError(f"{on_one_line(key)}: expected the record of a decision, got {said}") from None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from train_and_ship.infra.errors import GateError, PreconditionFailedError, ReleaseError, RequestError, ShipError
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.keys import rules_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.timeline import utc_now
@@ -163,8 +164,9 @@ def _decode(encoded: bytes, key: str, channel: Channel) -> Rules:
         if (rules.model, rules.channel) != (channel.model, channel.name):
             raise ValueError(f"it is of {rules.model} {rules.channel}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        said = on_one_line(f"{type(error).__name__}: {error}", 200)
         raise ReleaseError(
-            f"{key}: expected what `ship channel set` writes, got {type(error).__name__}: {str(error)[:200]}; whoever "
+            f"{key}: expected what `ship channel set` writes, got {said}; whoever "
             f"owns the channel sets it anew with `ship channel set {channel.model} {channel.name} --approval …`"
         ) from None
     return rules

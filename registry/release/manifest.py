@@ -184,7 +184,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
     for purpose, kind in manifest.serve.items():
         if kind not in manifest.formats:
             raise ReleaseError(
-                f"manifest: serve.{purpose}: expected one of {', '.join(manifest.formats)}; got {kind!r}"
+                f"manifest: serve.{purpose!r}: expected one of {', '.join(manifest.formats)}; got {kind!r}"
             )
     if (expected := release_id(files)) != manifest.release:
         raise ReleaseError(f"manifest: expected release {expected} by its file table, got {manifest.release}")

@@ -11,18 +11,23 @@ import pytest
 import typer
 from rich.console import Console
 
-from shipreader.errors import LONGEST, ReaderError
+from shipreader.errors import LONGEST, ReaderError, RefusedError
+from shipreader.signatures import Signed, require_signed
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published
+from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.shown import LONGEST_MESSAGE, harmless, on_one_line
 from train_and_ship.registry.bucket.iam import Role, policy
+from train_and_ship.registry.bucket.keys import rules_key
+from train_and_ship.registry.bucket.signing import load_private_key
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.decisions import KEPT, Decision, record_decision
+from train_and_ship.registry.channels.decisions import KEPT, Decision, read_decisions, record_decision
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.rules import read_rules
 from train_and_ship.registry.channels.targets import described
-from train_and_ship.registry.identity import require_channel
+from train_and_ship.registry.identity import moment, require_channel
 from train_and_ship.registry.maintenance.retention import Policy
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.ship import status
@@ -142,3 +147,29 @@ def test_a_channel_with_a_name_that_means_something_else_takes_no_alias(
         # MLflow is not even asked: nobody listens there.
         (said,) = sync_aliases(Channel(object_store, MODEL, name, NOWHERE)).missing
         assert "that name is no channel's" in said
+
+
+def test_what_others_wrote_makes_no_line_of_its_own_in_an_error(object_store: ObjectStore, tmp_path: Path) -> None:
+    forged = "x\nall is well"
+    hint = {"verificationMaterial": {"publicKey": {"hint": forged}}}
+    envelope = {"payload": "", "payloadType": forged, "signatures": [{"sig": ""}]}
+    key = load_private_key(key_pair(tmp_path)).public_key()
+    with pytest.raises(RefusedError, match="got one by key 'x") as refused:
+        require_signed(json.dumps({**hint, "dsseEnvelope": envelope}).encode(), Signed(MODEL, {}), key, "a signature")
+    assert "\n" not in str(refused.value)
+    decision = Decision(model=MODEL, channel=CHANNEL, decision=KEPT, why="", flow_run="r", asked="")
+    record_decision(object_store, decision)
+    (written,) = object_store.list_keys(f"models/{MODEL}/decisions/")
+    known = json.loads(decision.encode())
+    for document in ({**known, forged: 1}, {**known, "flow_run": forged}):
+        object_store.put(written, json.dumps(document).encode())
+        with pytest.raises(ReleaseError, match="all is well") as found:
+            read_decisions(Channel(object_store, MODEL, CHANNEL), 1)
+        assert "\n" not in str(found.value)
+    rules = {"format": 1, "approval": "none", forged: ""}
+    object_store.put(rules_key(MODEL, CHANNEL), json.dumps(rules).encode())
+    with pytest.raises(ReleaseError, match="all is well") as found:
+        read_rules(Channel(object_store, MODEL, CHANNEL))
+    assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="one line"):
+        moment("2026-11-30\n02:00:00+00:00")

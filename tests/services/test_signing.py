@@ -221,7 +221,7 @@ def test_a_good_signature_of_another_release_or_model_is_refused(
     renamed = Manifest(**{**vars(manifest), "model": "faces"})
     of_faces = sign(renamed, key)
     replace_object(object_store, place, of_faces)
-    with pytest.raises(RefusedError, match="expected a signature of model digits, got one of faces"):
+    with pytest.raises(RefusedError, match="expected a signature of model digits, got one of 'faces'"):
         make_reader(key.with_suffix(".pub")).pull()
 
 
