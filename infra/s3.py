@@ -12,6 +12,7 @@ import base64
 import contextlib
 import datetime
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def connect(settings: Settings) -> Connection:
     import botocore.session
     from botocore.config import Config
 
+    # It shows headers of objects as they are: whoever writes one could steer a terminal.
+    for name in ("botocore", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     endpoint, local = settings.s3_endpoint, settings.s3_is_local
     options: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shipreader.records import LONGEST_PATH
 from torchworker.contract import IN_CPP, PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.releases import read_manifest, read_small_file
+from train_and_ship.registry.bucket.releases import (
+    TOLD_BYTES,
+    TOLD_VALUES,
+    read_manifest,
+    read_small_file,
+    told_document,
+)
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.kind import Kind, changes_in_kind
 from train_and_ship.registry.release.manifest import DATA as DATA_FILE
@@ -61,7 +68,7 @@ class ReleaseRecord:
     def document(self, name: str) -> Mapping[str, Any]:
         """One of its JSON files; an empty one where it has none."""
         with self.understood():
-            found = json.loads(self.files.get(name, "{}"))
+            found = told_document(self.files.get(name, "{}").encode())
             return found if isinstance(found, dict) else {}
 
     @property
@@ -109,13 +116,8 @@ def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Dif
     ]
     return [
         *kinds,
-        *(found for group in GROUPS for found in _differences(group, _values(group, one), _values(group, two))),
+        *(found for group in GROUPS for found in _differences(group, one, two)),
     ]
-
-
-def _values(group: str, record: ReleaseRecord) -> Mapping[str, Any]:
-    with record.understood():
-        return GROUPS[group](record)
 
 
 def read_release_record(
@@ -155,23 +157,44 @@ def read_release_record(
 def read_copied_record(folder: Path) -> ReleaseRecord:
     """As `read_release_record`, of a copy on this disk, which was verified when it was made."""
     manifest = decode_manifest((folder / MANIFEST).read_bytes())
-    return ReleaseRecord(
-        manifest=manifest, files={name: (folder / name).read_text() for name in TOLD if name in manifest.files}
-    )
+    names = [name for name in TOLD if name in manifest.files]
+    for name in names:
+        if manifest.files[name].bytes > TOLD_BYTES:
+            raise ReleaseError(
+                f"{folder / name}: expected at most {TOLD_BYTES:,} bytes of a file that is held in memory"
+            )
+    return ReleaseRecord(manifest=manifest, files={name: (folder / name).read_text() for name in names})
 
 
-def _differences(group: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[Difference]:
+def _differences(group: str, one: ReleaseRecord, two: ReleaseRecord) -> Iterator[Difference]:
+    with one.understood():
+        left = GROUPS[group](one)
+    with two.understood():
+        right = GROUPS[group](two)
     # In the order in which they stand; what only the second has comes last.
     for name in dict.fromkeys([*left, *right]):
         before, after = left.get(name), right.get(name)
-        if before == after:
-            continue
-        change = ""
-        if isinstance(before, int | float) and isinstance(after, int | float) and not isinstance(before, bool):
-            change = f"{after - before:+.4g}" + (f" ({(after - before) / before:+.1%})" if before else "")
-        yield Difference(
-            group=group, name=name, before=_shown(group, before), after=_shown(group, after), change=change
-        )
+        # Lists that are too deep to be compared or shown.
+        with two.understood():
+            if before == after:
+                continue
+            yield Difference(
+                group=group,
+                name=name,
+                before=_shown(group, before),
+                after=_shown(group, after),
+                change=_change(before, after),
+            )
+
+
+def _change(before: Any, after: Any) -> str:
+    if not isinstance(before, int | float) or not isinstance(after, int | float) or isinstance(before, bool):
+        return ""
+    try:
+        return f"{after - before:+.4g}" + (f" ({(after - before) / before:+.1%})" if before else "")
+    except OverflowError:
+        # A whole number of hundreds of digits.
+        return ""
 
 
 def _shown(group: str, value: Any) -> str:
@@ -246,17 +269,30 @@ def _inputs(record: ReleaseRecord, name: str) -> dict[str, Any]:
 
 def packages_of(record: ReleaseRecord) -> dict[str, str]:
     """Version of every package that was installed."""
-    lines = record.files.get(ENVIRONMENT, "").split()
+    text = record.files.get(ENVIRONMENT, "")
+    with record.understood():
+        if text.count("==") > TOLD_VALUES:
+            raise ValueError(f"{ENVIRONMENT}: expected at most {TOLD_VALUES:,} packages")
+    # One after the other: a list of all words would take many times what the text does.
+    lines = (found[0] for found in re.finditer(r"\S+", text))
     return dict(line.split("==", 1) for line in lines if "==" in line)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a document by their path: `train.epochs`."""
-    if not isinstance(value, dict) or not value:
-        return {path: value} if path else {}
+    """The leaves of a document by their path: `train.epochs`. Raises ValueError for a path that nobody would write."""
     found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= flat(inner, f"{path}.{name}" if path else str(name))
+
+    def add(value: Any, path: str) -> None:
+        # Each leaf has the whole of it: a long name with many leaves below it would fill the memory.
+        if len(path) > LONGEST_PATH:
+            raise ValueError(f"a name of {len(path):,} characters")
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                add(inner, f"{path}.{name}" if path else str(name))
+        elif path:
+            found[path] = value
+
+    add(value, path)
     return found
 
 

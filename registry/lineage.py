@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from torchworker.contract import decode
+from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.diff import ReleaseRecord, flat, packages_of
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.job import Job
@@ -141,10 +139,10 @@ def _data_changes(inputs: Inputs, live: ReleaseRecord) -> str:
 def _config_changes(job: Job, live: ReleaseRecord) -> str:
     try:
         # With today's defaults, so that a key that is new in the application changes nothing.
-        before = Job.from_record(json.loads(live.files[JOB]))
-    except (KeyError, ValueError, ValidationError):
+        before = Job.from_record(live.document(JOB))
+        there, here = flat(_config(before)), flat(_config(job))
+    except (ReleaseError, ValueError):
         return "the live release's job cannot be read by this version"
-    there, here = flat(_config(before)), flat(_config(job))
     names = [name for name in dict.fromkeys([*there, *here]) if there.get(name) != here.get(name)]
     return _some([f"{name} {there.get(name, 'none')} → {here.get(name, 'none')}" for name in names])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ from train_and_ship.ship.named import named_channel
 
 LONGEST = 60
 """Characters shown of one value; --json has all of it."""
+MOST_LINES = 200
+"""Of one group; --json has all of them."""
 
 
 def diff(words: Sequence[str], as_json: bool) -> None:
@@ -51,7 +54,12 @@ def _named(store: ObjectStore, words: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _table(found: Sequence[Difference]) -> str:
-    rows = [(one.group, *map(_short, (one.name, one.before, one.after, one.change))) for one in found]
+    rows: list[tuple[str, ...]] = []
+    for group, same in itertools.groupby(found, lambda one: one.group):
+        ones = list(same)
+        rows += [(group, *map(_short, (one.name, one.before, one.after, one.change))) for one in ones[:MOST_LINES]]
+        if len(ones) > MOST_LINES:
+            rows.append((group, f"and {len(ones) - MOST_LINES:,} more", "", "", ""))
     return Table(header=("", "", "before", "after", "change"), rows=rows).text()
 
 

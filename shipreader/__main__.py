@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument("--to", required=True, metavar="FOLDER", help="FOLDER/current leads to what is live")
     parser.add_argument("--endpoint-url", help="an S3-compatible store that is not AWS (or AWS_ENDPOINT_URL)")
     parser.add_argument("--public-key", action="append", default=[], metavar="PEM", help="require a signature by it")
-    parser.add_argument("--max-bytes", type=int, help="refuse larger releases")
+    parser.add_argument(
+        "--max-bytes", type=int, help="refuse releases that take more on the disk, with 4 KiB for each file and folder"
+    )
     parser.add_argument("--follow", action="store_true", help="go on until interrupted")
     parser.add_argument("--interval", type=float, default=10.0, help="seconds between looks at the channel")
     parser.add_argument("--listen", metavar="[HOST:]PORT", help="with --follow: answer /metrics, /ready and /live")

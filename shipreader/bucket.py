@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -24,6 +25,9 @@ def s3_client(endpoint_url: str | None = None) -> Any:
     import boto3
     from botocore.config import Config
 
+    # It shows headers of objects as they are: whoever writes one could steer a terminal.
+    for name in ("botocore", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,

@@ -24,7 +24,7 @@ from typing import TextIO
 
 from shipreader.durable import make_folders, rename_durably, set_aside, sync, write_durably
 from shipreader.errors import ReaderError, RefusedError, UnavailableError
-from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest, files_below
+from shipreader.records import MANIFEST, FileEntry, Manifest, Pointer, decode_manifest, files_below, room
 
 CURRENT = "current"
 LOCK_SECONDS = 600.0
@@ -137,9 +137,9 @@ class LocalFolder:
     def add(self, manifest: Manifest, bring: Callable[[Path, Mapping[str, FileEntry]], None]) -> None:
         """Make a release appear, complete, by one rename. `bring` fills a new folder with its verified files."""
         free = shutil.disk_usage(self.folder).free
-        if manifest.total_bytes > free:
+        if (needed := room(manifest.files)) > free:
             raise RefusedError(
-                f"{manifest.model} {manifest.release}: expected room for {manifest.total_bytes:,} bytes "
+                f"{manifest.model} {manifest.release}: expected room for {needed:,} bytes "
                 f"in {self.folder}, got {free:,}"
             )
         draft = self._releases / f"{_DRAFT}{uuid.uuid4().hex}"

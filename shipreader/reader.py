@@ -95,7 +95,7 @@ class Reader:
             public_keys: PEM files; when any are given, a release has to be signed by one of them.
             interval: seconds between looks at the channel.
             jitter: the part of it that is random, 0 to 1.
-            max_bytes: larger releases are refused; None for no limit.
+            max_bytes: releases that take more, with 4 KiB for each file and folder, are refused; None: no limit.
             accept: called with a verified release before it becomes current; whatever it raises keeps it out.
             on_change: called after a release became current, and again, ever more seldom, until it has succeeded with
                 it: the release before is what `status` says is served until then, and stays on disk.

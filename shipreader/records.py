@@ -33,8 +33,14 @@ MOST_MOVES = 99_999_999
 MOST_VALUES = 6 * MOST_FILES
 """In one document, about: a manifest has three commas and brackets for each file. A great many small values take fifty
 times the memory that they have bytes."""
+MOST_VERDICTS = 1_000
+"""Of one move: a record has one for each gate and format."""
 LONGEST_PATH = 512
 """Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
+LONGEST_PART, MOST_PARTS = 240, 32
+"""Of a path: UTF-8 bytes of a part, where file systems take 255 and downloads add some, and how many parts."""
+BLOCK_BYTES = 4096
+"""What a disk takes for each file and folder besides its bytes, about."""
 PICKLE_ENDINGS = (".pkl", ".pickle", ".pth", ".joblib")
 """Files that run code when they are read: no release has them."""
 
@@ -161,6 +167,9 @@ def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
     wrong = [name for name, value in values.items() if not isinstance(value, str)]
     if wrong or type(generation) is not int or not 1 <= generation <= MOST_MOVES:
         raise RefusedError(f"{key}: expected the record of a move, got {_shown(document)}")
+    verdicts = document.get("verdicts", {})
+    if not isinstance(verdicts, dict) or len(verdicts) > MOST_VERDICTS:
+        raise RefusedError(f"{key}: expected at most {MOST_VERDICTS:,} verdicts, got {_shown(document)}")
     pointer = Pointer(generation=generation, **values)
     if (pointer.model, pointer.channel) != (model, channel):
         raise RefusedError(
@@ -273,7 +282,10 @@ def _is_word(value: Any) -> bool:
 def require_path(name: str, where: str) -> None:
     """Raises RefusedError unless `name` stays below the folder it is joined to, and is no pickle."""
     if not stays_below(name):
-        raise RefusedError(f"{where}: file name {name!r}: expected a relative path with / between its parts and no ..")
+        raise RefusedError(
+            f"{where}: file name {name!r}: expected a relative path with / between its parts and no .., "
+            f"at most {LONGEST_PATH} characters, {MOST_PARTS} parts and {LONGEST_PART} bytes of each"
+        )
     if name.startswith("MANIFEST."):
         raise RefusedError(f"{where}: file name {name!r}: names that begin so are the release's own")
     if name.lower().endswith(PICKLE_ENDINGS):
@@ -310,10 +322,26 @@ def stays_below(name: str) -> bool:
         name.isprintable()
         and "\\" not in name
         and len(name) <= LONGEST_PATH
+        and len(parts) <= MOST_PARTS
         and not any(part in ("", ".", "..") for part in parts)
         and ":" not in parts[0]
         and _is_utf8(name)
+        and all(len(part.encode()) <= LONGEST_PART for part in parts)
     )
+
+
+def room(files: Mapping[str, FileEntry]) -> int:
+    """Bytes that files take on a disk, about, with the folders of their paths: empty ones would fill it too."""
+    folders, before = 0, list[str]()
+    # No name has a NUL: what is below a folder stands together.
+    for name in sorted(files, key=lambda name: name.replace("/", "\0")):
+        parts = name.split("/")[:-1]
+        same = 0
+        while same < min(len(parts), len(before)) and parts[same] == before[same]:
+            same += 1
+        folders += len(parts) - same
+        before = parts
+    return sum(entry.bytes for entry in files.values()) + BLOCK_BYTES * (len(files) + folders)
 
 
 def _is_utf8(name: str) -> bool:
@@ -325,10 +353,10 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def require_sparse(encoded: bytes) -> None:
+def require_sparse(encoded: bytes, most: int = MOST_VALUES) -> None:
     """Raises ValueError for a document with more values than any of ours has: reading it would fill the memory."""
-    if len(encoded) > MOST_VALUES and sum(map(encoded.count, (b",", b"[", b"{"))) > MOST_VALUES:
-        raise ValueError(f"expected at most {MOST_VALUES:,} values")
+    if len(encoded) > most and sum(map(encoded.count, (b",", b"[", b"{"))) > most:
+        raise ValueError(f"expected at most {most:,} values")
 
 
 def _json_object(encoded: bytes, key: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from shipreader.records import (
     Pointer,
     decode_manifest,
     release_prefix,
+    room,
 )
 from shipreader.signatures import (
     SIGNATURE_BYTES,
@@ -48,7 +49,7 @@ class Releases:
             bucket: it holds them.
             local: the folder of one channel.
             keys: one of them has to have signed; without any, no signature is asked for.
-            max_bytes: larger releases are refused; None for no limit.
+            max_bytes: releases that take more, with 4 KiB for each file and folder, are refused; None: no limit.
         """
         self._bucket, self._local, self._keys, self._max_bytes = bucket, local, keys, max_bytes
 
@@ -78,8 +79,8 @@ class Releases:
         if self._keys:
             # Before any file is asked for.
             write_durably(self._local.signature(pointer.release), self._signature(manifest, prefix))
-        if self._max_bytes is not None and manifest.total_bytes > self._max_bytes:
-            raise RefusedError(f"{prefix}: expected at most {self._max_bytes:,} bytes, got {manifest.total_bytes:,}")
+        if self._max_bytes is not None and (needed := room(manifest.files)) > self._max_bytes:
+            raise RefusedError(f"{prefix}: expected at most {self._max_bytes:,} bytes on the disk, got {needed:,}")
         try:
             self._local.verified(pointer)
         except RefusedError:

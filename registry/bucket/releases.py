@@ -6,14 +6,16 @@ Functions that write say so; the others only read. All raise SettingsError or Se
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from shipreader.records import MANIFEST_BYTES, FileEntry
+from shipreader.records import MANIFEST_BYTES, FileEntry, require_sparse, room
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
@@ -35,7 +37,7 @@ from train_and_ship.registry.release.manifest import MANIFEST, Manifest, decode_
 
 LISTED_AT_ONCE = 990
 """A page of a listing has a thousand keys, and the manifest and signatures are among them."""
-TOLD_BYTES = 64 * 2**20
+TOLD_BYTES, TOLD_VALUES = 16 * 2**20, 100_000
 """Of a file that says how a release came to be: a job, packages, counts of its data."""
 _MENDED = "files of a release are never replaced: delete it and publish again"
 
@@ -209,6 +211,12 @@ def read_small_file(store: ObjectStore, manifest: Manifest, name: str) -> bytes:
     return found[0]
 
 
+def told_document(encoded: bytes) -> Any:
+    """The JSON of such a file. Raises ValueError for more values than one of ours has, and RecursionError."""
+    require_sparse(encoded, TOLD_VALUES)
+    return json.loads(encoded)
+
+
 def fetch_release(
     store: ObjectStore,
     model: str,
@@ -242,10 +250,9 @@ def fetch_release(
     meter = Meter(manifest.total_bytes, progress)
     make_folder(folder.parent)
     free = shutil.disk_usage(folder.parent).free
-    if manifest.total_bytes > free:
+    if (needed := room(manifest.files)) > free:
         raise ReleaseError(
-            f"release {release} of {model}: expected room for {manifest.total_bytes:,} bytes in {folder.parent}, "
-            f"got {free:,}"
+            f"release {release} of {model}: expected room for {needed:,} bytes in {folder.parent}, got {free:,}"
         )
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 
-from shipreader.records import MOST_MOVES
+from shipreader.records import MOST_MOVES, MOST_VERDICTS
 from torchworker.durable import set_aside, write_durably
 from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import ReleaseError, RequestError
@@ -196,6 +196,8 @@ def _decode(encoded: bytes, key: str) -> Decision:
         if document.pop("format") != _FORMAT:
             raise ValueError("another format")
         decision = Decision(**{**document, "decision": Verdict(document["decision"])})
+        if len(decision.changed) > MOST_VERDICTS:
+            raise ValueError(f"{len(decision.changed):,} changes")
         texts = [value for name, value in document.items() if name not in ("changed", "seconds", "streak")]
         texts += [text for item in decision.changed.items() for text in item]
         if not all(isinstance(text, str) for text in texts) or type(decision.seconds) not in (int, float):

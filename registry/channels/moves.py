@@ -7,7 +7,6 @@ All raise RequestError for what cannot be asked for, ReleaseError for a release 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,7 +17,7 @@ from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.keys import release_prefix
-from train_and_ship.registry.bucket.releases import read_small_file
+from train_and_ship.registry.bucket.releases import read_small_file, told_document
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import last_move
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer
@@ -243,7 +242,7 @@ def release_job(target: Target, manifest: Manifest) -> Job:
     try:
         if JOB not in manifest.files:
             raise ReleaseError(f"{release_prefix(manifest.model, manifest.release)}{JOB}: expected the job, got none")
-        return Job.from_record(json.loads(read_small_file(target.channel.store, manifest, JOB)))
+        return Job.from_record(told_document(read_small_file(target.channel.store, manifest, JOB)))
     except (ValidationError, ValueError, TypeError, RecursionError, ReleaseError) as error:
         raise GateError(
             f"the gates of release {target.release} cannot be evaluated: {error}. --no-gates promotes without them"

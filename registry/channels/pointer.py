@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from shipreader.records import MOST_MOVES
+from shipreader.records import MOST_MOVES, MOST_VERDICTS
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.channel import Channel
@@ -90,12 +90,15 @@ def decode_pointer(encoded: bytes, key: str) -> Pointer:
         document = json_object(encoded)
         if document.get("format") != _POINTER_FORMAT:
             raise ReleaseError(f"{key}: expected format {_POINTER_FORMAT}, got {document.get('format')!r}")
+        verdicts = document.get("verdicts", {})
+        if len(verdicts) > MOST_VERDICTS:
+            raise ValueError(f"expected at most {MOST_VERDICTS:,} verdicts, got {len(verdicts):,}")
         pointer = Pointer(
             **{name: document[name] for name in _TEXTS},
             generation=document["generation"],
             previous=document["previous"],
             kind=MoveKind(document.get("kind", PROMOTION)),
-            verdicts=document.get("verdicts", {}),
+            verdicts=verdicts,
         )
         texts = [pointer.previous or "", *(getattr(pointer, name) for name in _TEXTS)]
         texts += [text for item in pointer.verdicts.items() for text in item]

@@ -198,9 +198,9 @@ def _written(channel: Channel) -> dict[int, datetime]:
 def _in_views(store: ObjectStore, model: str) -> Iterator[tuple[str, str]]:
     """Releases that other servers' repositories name (`ship view`), each with the configuration that does."""
     keys = [key for key, size in store.list_keys(views_prefix(model)).items() if _is_config(key, size)]
-    for key, found in zip(keys, in_parallel(lambda key: _config(store, key), keys), strict=True):
-        named = re.match(rb"# \S+ release (\S+)\n", found)
-        if named is not None and is_release_id(release := named[1].decode(errors="replace")):
+    # Of each only the id is kept: they may be a MiB long, and any number.
+    for key, release in zip(keys, in_parallel(lambda key: _release_in(store, key), keys), strict=True):
+        if release is not None:
             yield release, on_one_line(key)
 
 
@@ -208,13 +208,15 @@ def _is_config(key: str, size: int) -> bool:
     return key.endswith(VIEW_CONFIG) and size <= RECORD_BYTES
 
 
-def _config(store: ObjectStore, key: str) -> bytes:
-    """Empty for what is no configuration of ours: whoever writes views can have them name nothing in any case."""
+def _release_in(store: ObjectStore, key: str) -> str | None:
+    """None for what is no configuration of ours: whoever writes views can have them name nothing in any case."""
     try:
         found = store.get(key)
     except (ReleaseError, SettingsError):
-        return b""
-    return found[0] if found is not None else b""
+        return None
+    named = re.match(rb"# \S+ release (\S+)\n", found[0]) if found is not None else None
+    release = named[1].decode(errors="replace") if named is not None else ""
+    return release if is_release_id(release) else None
 
 
 def _newest_first(channel: Channel) -> Iterator[Pointer]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shipreader.errors import RefusedError
-from shipreader.records import FileEntry, files_below, stays_below
+from shipreader.records import LONGEST_PART, LONGEST_PATH, MOST_PARTS, FileEntry, files_below, stays_below
 from train_and_ship.infra.errors import ReleaseError
 
 
@@ -49,4 +49,7 @@ def walk(folder: Path) -> list[tuple[str, Path]]:
 def require_relative(name: str) -> None:
     """Raises ReleaseError unless `name` is safe as a key and as a path below a folder."""
     if not stays_below(name):
-        raise ReleaseError(f"file name {name!r}: expected a relative path with / between its parts and no ..")
+        raise ReleaseError(
+            f"file name {name!r}: expected a relative path with / between its parts and no .., "
+            f"at most {LONGEST_PATH} characters, {MOST_PARTS} parts and {LONGEST_PART} bytes of each"
+        )

@@ -33,7 +33,7 @@ from train_and_ship.registry.channels.timeline import doubts, holes, live_at, nu
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.history_repair import repair_history
-from train_and_ship.registry.maintenance.retention import Policy, Step, decide
+from train_and_ship.registry.maintenance.retention import Policy, Step, _in_views, decide
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest, build_manifest, decode_manifest
 from train_and_ship.ship.status import channel_statuses
 
@@ -122,6 +122,40 @@ def test_a_manifest_of_many_small_values_is_refused_before_it_is_read() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
+
+
+def test_of_a_view_only_the_release_that_it_names_is_held(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = f"# {MODEL} release {'a' * 20}\n".encode().ljust(RECORD_BYTES, b"#")
+    keys = dict.fromkeys([f"{views_prefix(MODEL)}{CHANNEL}/triton/{i}/config.pbtxt" for i in range(64)], RECORD_BYTES)
+    monkeypatch.setattr(ObjectStore, "list_keys", lambda self, prefix: keys)
+    monkeypatch.setattr(ObjectStore, "get", lambda self, key: (bytes(bytearray(long)), ""))
+    tracemalloc.start()
+    found = list(_in_views(object_store, MODEL))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [("a" * 20, key) for key in keys]
+    # Eight are read at the same time.
+    assert peak < 32 * 2**20
+
+
+def test_a_record_of_more_verdicts_than_gates_is_none() -> None:
+    encoded = {
+        number: replace(MOVE, verdicts={f"{i:04}": "" for i in range(number)}).encode() for number in (1000, 1001)
+    }
+    assert len(decode_pointer(encoded[1000], "key").verdicts) == 1000
+    assert records.decode_pointer(encoded[1000], MODEL, CHANNEL).generation == 1
+    with pytest.raises(ReleaseError, match="expected at most 1,000 verdicts, got 1,001"):
+        decode_pointer(encoded[1001], "key")
+    with pytest.raises(RefusedError, match="expected at most 1,000 verdicts"):
+        records.decode_pointer(encoded[1001], MODEL, CHANNEL)
+
+
+def test_a_decision_of_more_changes_than_there_can_be_is_none(object_store: ObjectStore, channel: Channel) -> None:
+    record_decision(object_store, decision(1, changed={str(i): "" for i in range(1001)}))
+    with pytest.raises(ReleaseError, match="1,001 changes"):
+        read_decisions(channel, 5)
 
 
 # ---- absurd

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,11 @@ from typing import Any
 import boto3
 import pytest
 
-from shipreader import signatures
+from shipreader import records, signatures
 from shipreader.errors import RefusedError
+from shipreader.local import LocalFolder
 from shipreader.reader import Reader
+from shipreader.records import FileEntry
 from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_release, move, published, rolled_back
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
@@ -31,7 +35,7 @@ from train_and_ship.registry.channels.targets import (
     choose_rollback,
     verify_target,
 )
-from train_and_ship.registry.diff import compare
+from train_and_ship.registry.diff import Difference, compare, flat
 from train_and_ship.registry.kind import SIGNATURE
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.release.manifest import (
@@ -43,7 +47,9 @@ from train_and_ship.registry.release.manifest import (
     VERDICTS,
     Manifest,
     build_manifest,
+    release_id,
 )
+from train_and_ship.ship import diff
 from train_and_ship.ship.sign import sign
 
 TENSOR = {"name": "x", "dtype": "float32", "shape": ["batch", 4]}
@@ -184,7 +190,7 @@ def test_a_release_for_which_there_is_no_room_is_not_begun(
     object_store: ObjectStore, two: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
-    with pytest.raises(ReleaseError, match=r"expected room for 4,\d+ bytes in .*, got 100"):
+    with pytest.raises(ReleaseError, match=r"expected room for 20,\d+ bytes in .*, got 100"):
         fetch_release(object_store, MODEL, two[1].release, tmp_path / "copy")
 
 
@@ -213,6 +219,84 @@ def test_what_a_release_says_of_itself_in_no_shape_stops_no_move_and_makes_no_tr
         move(object_store, strange)
         verified = verify_target(choose_promotion(channel, good.release), read_back=False)
         assert promote_existing(verified, MOVER, gates=False).release == good.release
+
+
+def test_what_a_release_says_in_a_great_many_small_values_is_not_read(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path
+) -> None:
+    good = told(object_store, tmp_path / "good", {})
+    many = told(object_store, tmp_path / "many", {JOB: "{" + ",".join(f'"k{i}":1' for i in range(100_001)) + "}"})
+    verified = verify_target(choose_promotion(channel, many.release), read_back=False)
+    tracemalloc.start()
+    with pytest.raises(ReleaseError, match="expected at most 100,000 values"):
+        compare(object_store, MODEL, good.release, many.release)
+    with pytest.raises(GateError, match="expected at most 100,000 values"):
+        release_job(verified.target, many)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 2**20
+    packages = told(object_store, tmp_path / "packages", {ENVIRONMENT: "a==1 " * 100_001})
+    with pytest.raises(ReleaseError, match="expected at most 100,000 packages"):
+        compare(object_store, MODEL, good.release, packages.release)
+
+
+def test_a_long_name_above_many_values_is_not_repeated_for_each() -> None:
+    with pytest.raises(ValueError, match="a name of 10,000 characters"):
+        flat({"n" * 10_000: {str(i): i for i in range(1000)}})
+    with pytest.raises(ValueError, match="a name of"):
+        flat({"n" * 513: 1})
+    assert flat({"train": {"epochs": 1, "more": {}}, "name": "a"}) == {"train.epochs": 1, "train.more": {}, "name": "a"}
+
+
+def test_of_many_differences_so_many_are_shown_and_the_others_counted() -> None:
+    ones = [Difference(group="job", name=f"k{i}", before="1", after="2") for i in range(1250)]
+    lines = diff._table([Difference(group="size", name="f", before="1", after="2"), *ones]).splitlines()
+    assert len([line for line in lines if line.startswith("job")]) == 201
+    assert "and 1,050 more" in lines[-1]
+
+
+def test_numbers_of_hundreds_of_digits_are_compared(object_store: ObjectStore, tmp_path: Path) -> None:
+    huge = int("9" * 400)
+    one = told(object_store, tmp_path / "one", {JOB: {"a": 1}, LINEAGE: {"training_environment": {"b": 1.5}}})
+    two = told(object_store, tmp_path / "two", {JOB: {"a": huge}, LINEAGE: {"training_environment": {"b": huge}}})
+    for before, after in ((one, two), (two, one)):
+        found = {item.name: item for item in compare(object_store, MODEL, before.release, after.release)}
+        assert {found["a"].before, found["a"].after} == {"1", str(huge)} and found["a"].change == ""
+        assert found["b"].change == ""
+
+
+def test_no_path_is_deeper_or_longer_than_a_disk_takes_and_nothing_is_begun(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path
+) -> None:
+    for name in ("a/" * 32 + "f", "n" * 241, "é" * 121 + "/f", "d/" + "n" * 300):
+        files = {name: FileEntry(hashlib.sha256(b"").hexdigest(), 0)}
+        manifest = Manifest(model=MODEL, release=release_id(files), files=files, formats={}, signature={}, metrics={})
+        encoded = manifest.encode()
+        object_store.put(key_of(manifest, name), b"")
+        object_store.put(key_of(manifest, MANIFEST), encoded)
+        pointer = records.Pointer(MODEL, CHANNEL, 1, manifest.release, hashlib.sha256(encoded).hexdigest(), "n", "")
+        with pytest.raises(RefusedError, match="32 parts and 240 bytes of each"):
+            records.decode_manifest(encoded, pointer)
+        with pytest.raises(ReleaseError, match="32 parts and 240 bytes of each"):
+            fetch_release(object_store, MODEL, manifest.release, tmp_path / "copy")
+        with pytest.raises(ReleaseError, match="32 parts and 240 bytes of each"):
+            verify_target(choose_promotion(channel, manifest.release), read_back=False)
+        assert not list(tmp_path.iterdir())
+    assert records.stays_below("a/" * 31 + "n" * 240)
+
+
+def test_empty_files_and_the_folders_above_them_take_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = FileEntry(hashlib.sha256(b"").hexdigest(), 0)
+    files = dict.fromkeys([f"{i:03}" + "/a" * 30 + "/f" for i in range(200)], empty)
+    assert records.room(files) == 200 * (1 + 31) * 4096
+    # Each folder once, also where its name begins another one's.
+    assert records.room(dict.fromkeys(["a/x/1", "a/x/2", "a-b/1", "a/y", "b"], empty)) == (5 + 3) * 4096
+    manifest = records.Manifest(MODEL, "a" * 20, files, {}, {}, {}, b"{}")
+    local = LocalFolder(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**7})())
+    with pytest.raises(RefusedError, match="expected room for 26,214,400 bytes"):
+        local.add(manifest, lambda folder, wanted: None)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- signatures

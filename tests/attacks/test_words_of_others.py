@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from botocore.awsrequest import AWSResponse
 from rich.console import Console
 
+from shipreader import bucket
 from shipreader.errors import LONGEST, ReaderError, RefusedError
 from shipreader.signatures import Signed, require_signed
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import connect
+from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import LONGEST_MESSAGE, harmless, on_one_line
 from train_and_ship.registry.bucket.iam import Role, policy
 from train_and_ship.registry.bucket.keys import rules_key
@@ -173,3 +180,22 @@ def test_what_others_wrote_makes_no_line_of_its_own_in_an_error(object_store: Ob
     assert "\n" not in str(found.value)
     with pytest.raises(ValueError, match="one line"):
         moment("2026-11-30\n02:00:00+00:00")
+
+
+@pytest.mark.parametrize("whose", ["ours", "the reader's"])
+def test_the_client_library_shows_no_header_of_an_object_as_it_is(
+    whose: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", NOWHERE)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "us-east-1")
+    for name in ("botocore", "urllib3.connectionpool"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    client: Any = connect(Settings.load()).client if whose == "ours" else bucket.s3_client(NOWHERE)
+
+    def answer(request: Any, **_: Any) -> AWSResponse:
+        return AWSResponse(request.url, 200, {"Expires": STEERING, "ETag": '"e"', "Content-Length": "0"}, BytesIO())
+
+    client.meta.events.register("before-send.s3.GetObject", answer)
+    assert client.get_object(Bucket="models", Key="k")["ExpiresString"] == STEERING
+    assert not caplog.records

@@ -213,11 +213,11 @@ def test_a_release_larger_than_allowed_or_than_the_disk_is_refused_before_it_is_
 ) -> None:
     manifest = published(object_store, tmp_path / "release")
     move(object_store, manifest)
-    with pytest.raises(RefusedError, match=f"expected at most 4,005 bytes, got {manifest.total_bytes:,}"):
-        make_reader(max_bytes=4005).pull()
+    with pytest.raises(RefusedError, match="expected at most 20,389 bytes on the disk, got 20,390"):
+        make_reader(max_bytes=4006 + 4 * 4096 - 1).pull()
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RefusedError, match=r"expected room for 4,006 bytes .* got 100"):
+    with pytest.raises(RefusedError, match=r"expected room for 20,390 bytes .* got 100"):
         make_reader().pull()
     assert proxy.sent("GET", "/file") == []
 
