@@ -143,9 +143,9 @@ def test_a_pointer_that_names_something_else_is_refused(change: dict[str, Any]) 
 
 def test_a_reader_knows_what_a_release_recommends(manifest: Manifest, tmp_path: Path) -> None:
     document = json.loads(manifest.encode())
-    both_refuse({**document, "serve": {"latency": "aoti"}}, "serve.latency: expected one of its formats")
+    both_refuse({**document, "serve": {"latency": "aoti"}}, "serve.'latency': expected one of its formats")
     both_refuse({**document, "serve": "onnx"}, "expected a manifest")
-    both_refuse({**document, "serve": {"latency": ["onnx"]}}, "serve.latency")
+    both_refuse({**document, "serve": {"latency": ["onnx"]}}, "serve.'latency'")
     encoded = canonical_json({**document, "serve": {"latency": "onnx"}})
     assert decode_manifest(encoded).serve == {"latency": "onnx"}
     read = records.decode_manifest(encoded, pointer_to(encoded, manifest.release))
