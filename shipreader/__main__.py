@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from shipreader.bucket import s3_client
+from shipreader.bucket import hide_client_warnings, s3_client
 from shipreader.errors import ReaderError
 from shipreader.local import CURRENT
 from shipreader.reader import Reader
@@ -25,6 +25,7 @@ from shipreader.report import answering, judged, read_reports
 
 def main() -> int:
     """Exits with 1 when nothing new could be had, and what was there before stays; with --status when none is ready."""
+    hide_client_warnings()
     parser = argparse.ArgumentParser(prog="shipreader", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--bucket", default=os.environ.get("SHIP_BUCKET"))

@@ -20,14 +20,17 @@ ATTEMPTS = 3
 PIECE_BYTES = 2**20
 
 
+def hide_client_warnings() -> None:
+    """For a command, whose log is its own: the client shows headers of objects as they are, which steer a terminal."""
+    for name in ("botocore", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def s3_client(endpoint_url: str | None = None) -> Any:
     """A boto3 client with the standard chains for address, region and credentials."""
     import boto3
     from botocore.config import Config
 
-    # It shows headers of objects as they are: whoever writes one could steer a terminal.
-    for name in ("botocore", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.support.releases import move, published
 from tests.support.store_fixtures import connect, object_store, s3_server, store_url  # noqa: F401
 from train_and_ship.infra import objectstore
+from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.store_probe import StoreTraits, probe
+from train_and_ship.registry.release.manifest import Manifest
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +30,12 @@ def tried_once(monkeypatch: pytest.MonkeyPatch, known_traits: dict[str, StoreTra
         return known_traits[store.address]
 
     monkeypatch.setattr(objectstore, "probe", known)
+
+
+@pytest.fixture
+def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
+    """Two releases, live one after the other."""
+    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
+    for manifest in manifests:
+        move(object_store, manifest)
+    return manifests

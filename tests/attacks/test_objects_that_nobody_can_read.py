@@ -72,15 +72,6 @@ def proxy(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
 
 
 @pytest.fixture
-def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
-    """Two releases, live one after the other."""
-    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
-    for manifest in manifests:
-        move(object_store, manifest)
-    return manifests
-
-
-@pytest.fixture
 def faulty(object_store: ObjectStore, connect: Connect, proxy: FaultProxy) -> ObjectStore:
     """The same bucket, through the proxy; commands use it too."""
     return connect(object_store.bucket, proxy.url)

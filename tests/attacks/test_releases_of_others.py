@@ -18,7 +18,7 @@ from shipreader.errors import RefusedError
 from shipreader.local import LocalFolder
 from shipreader.reader import Reader
 from shipreader.records import FileEntry
-from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_release, move, published, rolled_back
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_release, move, rolled_back
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore, StoredObject
@@ -57,15 +57,6 @@ JOB_SAYS = {
     "name": MODEL, "model": {"factory": "digits:build"}, "data": {"factory": "digits:data"}, "train": {"epochs": 1},
     "gates": {"accuracy": {"vs_live": 0}},
 }  # fmt: skip
-
-
-@pytest.fixture
-def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
-    """Both were live; the second is."""
-    manifests = [published(object_store, tmp_path / str(seed), seed) for seed in range(2)]
-    for manifest in manifests:
-        move(object_store, manifest)
-    return manifests
 
 
 @pytest.fixture
