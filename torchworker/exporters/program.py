@@ -37,8 +37,8 @@ WAYS_OUT = (
 )
 PACKED = (
     "A packed sequence has the lengths of one batch in its shape: call the layer on the padded batch and take what it "
-    "says at each sample's last step (torch.gather), which is the same for one direction, or multiply what follows by a "
-    "mask; TorchScript by script takes packed sequences"
+    "says at each sample's last step (torch.gather), which is the same for one direction, or mask what follows; "
+    "TorchScript by script takes packed sequences"
 )
 MADE_OF_IT = "onnx, pt2, aoti and executorch"
 """Formats that are made of an exported program."""
