@@ -139,7 +139,9 @@ SERVERS = {
     "shipreader/inference_server.py": {"shipreader", "uvicorn", "uvloop"},
 }
 """Files of shipreader/ to what they may import besides the standard library."""
-WORKER_MAY_IMPORT = {"torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "torchao", "executorch", "torchworker"}
+WORKER_MAY_IMPORT = {
+    "torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "onnxscript", "torchao", "executorch", "torchworker",
+}  # fmt: skip
 
 
 def is_allowed(name: str, allowed: set[str]) -> bool:

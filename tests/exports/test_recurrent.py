@@ -1,9 +1,10 @@
-"""LSTM and GRU in ONNX: right at every length and at every size of a batch."""
+"""Recurrent layers in ONNX: right at every length and at every size of a batch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from torchworker.contract import DynamicDim, Project, Reference
 from torchworker.exporters.onnx_export import onnx_model
 from torchworker.exporters.subject import Subject
+from torchworker.process.failure import UserError
 from torchworker.runtimes.load import Call, load_artifact
+
+Kind = type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]
 
 
 class Tagger(nn.Module):
     """sequence [B, T, 3] and state [2·layers, B, 5] → what the layers say [B, T, 10], and their states."""
 
-    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+    def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.cells = kind(3, 5, num_layers=2, bidirectional=True, batch_first=True)
 
@@ -30,7 +34,7 @@ class Tagger(nn.Module):
 class Last(nn.Module):
     """sequence [B, T, 3] → the state that one layer ends with [1, B, 5], as the operator gives it."""
 
-    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+    def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.cells = kind(3, 5, batch_first=True)
 
@@ -39,9 +43,33 @@ class Last(nn.Module):
         return left[0] if isinstance(left, tuple) else left
 
 
+class Packs(nn.Module):
+    """sequence [B, T, 3] and lengths [B] → the state after each sample's last step [B, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.GRU(3, 5, batch_first=True)
+
+    def forward(self, sequence: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(sequence, lengths, batch_first=True, enforce_sorted=False)
+        return self.cells(packed)[1][0]
+
+
+class Gathers(Packs):
+    """The same as the refusal of Packs says."""
+
+    def forward(self, sequence: Tensor, lengths: Tensor) -> Tensor:
+        said = self.cells(sequence)[0]
+        return said.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, said.shape[2]))[:, 0]
+
+
 def loaded(model: nn.Module, folder: Path, outputs: list[str], **axes: int) -> Call:
     nothing = Reference(target="a:b", where="model.factory")
-    shapes = {"sequence": torch.randn(3, 7, 3), "state": torch.randn(4, 3, 5)}
+    shapes = {
+        "sequence": torch.randn(3, 7, 3),
+        "state": torch.randn(4, 3, 5),
+        "lengths": torch.tensor([7, 2, 5]),
+    }
     subject = Subject(
         model=model.eval().requires_grad_(False),
         inputs={name: shapes[name] for name in axes},
@@ -58,10 +86,8 @@ def loaded(model: nn.Module, folder: Path, outputs: list[str], **axes: int) -> C
     return load_artifact("onnx", folder / "model.onnx", 1)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_layers_answer_as_the_model_at_every_length_and_every_size_of_a_batch(
-    tmp_path: Path, kind: type[nn.LSTM] | type[nn.GRU]
-) -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_layers_answer_as_the_model_at_every_length_and_every_size_of_a_batch(tmp_path: Path, kind: Kind) -> None:
     torch.manual_seed(0)
     model = Tagger(kind)
     call = loaded(model, tmp_path, ["said", "left"], sequence=0, state=1)
@@ -71,12 +97,32 @@ def test_layers_answer_as_the_model_at_every_length_and_every_size_of_a_batch(
         for one, two in zip(got, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
+    # What the file says of its outputs has the names of what varies.
+    said, left = onnx.load(tmp_path / "model.onnx").graph.output
+    assert [size.dim_param or size.dim_value for size in said.type.tensor_type.shape.dim] == ["batch", "length", 10]
+    assert [size.dim_param or size.dim_value for size in left.type.tensor_type.shape.dim] == [4, "batch", 5]
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_a_state_that_is_an_output_itself_keeps_its_name(tmp_path: Path, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_state_that_is_an_output_itself_keeps_its_name(tmp_path: Path, kind: Kind) -> None:
     torch.manual_seed(0)
     model = Last(kind)
     call = loaded(model, tmp_path, ["left"], sequence=0)
     for batch in (2, 0):
         sequence = torch.randn(batch, 4, 3)
         torch.testing.assert_close(call({"sequence": sequence})[0], model(sequence), rtol=1e-5, atol=1e-6)
+
+
+def test_packed_sequences_are_refused_with_what_to_do_and_doing_it_gives_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Packs()
+    with pytest.raises(UserError, match=r"torch.export cannot capture.*padded batch .*last step \(torch.gather\)"):
+        loaded(model, tmp_path, ["output"], sequence=0, lengths=0)
+
+    gathers = Gathers()
+    gathers.load_state_dict(model.state_dict())
+    call = loaded(gathers, tmp_path, ["output"], sequence=0, lengths=0)
+    sequence, lengths = torch.randn(4, 9, 3), torch.tensor([9, 1, 4, 8])
+    torch.testing.assert_close(
+        call({"sequence": sequence, "lengths": lengths})[0], model(sequence, lengths), rtol=1e-5, atol=1e-6
+    )

@@ -17,7 +17,7 @@ from torchworker.runtimes.load import Call
 
 def disagreement(call: Call, subject: Subject) -> str:
     """Where the program differs from the model, in words: other batches and sizes, single samples. Empty: nowhere."""
-    for inputs in _cases(subject):
+    for inputs in cases(subject):
         try:
             expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
         except UserError:
@@ -52,7 +52,8 @@ def hides_nan(call: Call, subject: Subject) -> str:
     return ""
 
 
-def _cases(subject: Subject) -> Iterator[dict[str, Tensor]]:
+def cases(subject: Subject) -> Iterator[dict[str, Tensor]]:
+    """The example inputs, the same at other sizes, and single samples."""
     rows = sizes_of(subject.inputs, subject.dims)[BATCH]
     smallest = {dim.name: dim.min for dim in subject.dims}
     largest = {dim.name: dim.max for dim in subject.dims if dim.max is not None}

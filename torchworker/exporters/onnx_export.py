@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from torchworker.exporters.elman import translations
 from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
 from torchworker.exporters.recurrent import keep_batches_filled
@@ -34,7 +35,8 @@ def onnx_model(subject: Subject, path: Path) -> Made:
     captured = capture(subject)
     program = captured.program
     noted = notes(program, "onnx", subject.folder)
-    with warnings.catch_warnings(record=True) as caught:
+    # The exporter takes the program apart again, and would fix the length of what has a loop.
+    with warnings.catch_warnings(record=True) as caught, captured.assuming():
         warnings.simplefilter("always")
         try:
             onnx_program = _exported(program, subject)
@@ -66,6 +68,7 @@ def _exported(program: ExportedProgram, subject: Subject) -> Any:
         input_names=list(subject.inputs),
         output_names=list(subject.outputs),
         opset_version=OPSET,
+        custom_translation_table=translations(),
         dynamo=True,
         verbose=False,
     )

@@ -12,6 +12,7 @@ import linecache
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.utils.rnn import PackedSequence
 
+from torchworker.exporters.elman import loops
 from torchworker.exporters.subject import Subject
 from torchworker.process.failure import UserError, describe, is_theirs, user_line
 from torchworker.project.signature import resized, sizes_of
@@ -31,6 +34,11 @@ from torchworker.project.user_code import arguments, forward
 WAYS_OUT = (
     "Ways out for a decision on data: torch.cond, torch's while_loop, or a fixed number of steps with a mask; "
     "TorchScript by script keeps Python's control flow"
+)
+PACKED = (
+    "A packed sequence has the lengths of one batch in its shape: call the layer on the padded batch and take what it "
+    "says at each sample's last step (torch.gather), which is the same for one direction, or mask what follows; "
+    "TorchScript by script takes packed sequences"
 )
 MADE_OF_IT = "onnx, pt2, aoti and executorch"
 """Formats that are made of an exported program."""
@@ -46,7 +54,7 @@ class _Way:
     oblivious: bool
     """Do not assume that sizes differ from 1: the program then holds at batch 1, not only by chance."""
     patched: bool = False
-    """LSTM and GRU as loops over a length that is not known at capture."""
+    """LSTM, GRU and RNN as loops over a length that is not known at capture."""
 
     def __str__(self) -> str:
         words = ["strict" if self.strict else "non-strict", *(["with recurrent loops"] if self.patched else [])]
@@ -112,7 +120,7 @@ def capture(subject: Subject) -> Captured:
     """
     refusals: list[UserError] = []
     ways = [*_WAYS]
-    if len(subject.dims) > 1 and any(isinstance(module, nn.LSTM | nn.GRU) for module in subject.model.modules()):
+    if len(subject.dims) > 1 and any(isinstance(module, nn.RNNBase) for module in subject.model.modules()):
         # Usually unrolled over the length of the example.
         ways.insert(1, _RECURRENT)
     for way in ways:
@@ -156,7 +164,9 @@ def _settings(way: _Way) -> Iterator[None]:
 
             stack.enter_context(_patches.register_lstm_while_loop_decomposition())
             stack.enter_context(_patches.register_gru_while_loop_decomposition())
-            for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+            for operator, layers in loops().items():
+                stack.enter_context(_patches._register_rnn_while_loop_decomposition(operator, layers))
+            for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input, *loops()):
                 # An earlier attempt left the usual kernel in it.
                 operator._dispatch_cache.clear()
                 stack.callback(operator._dispatch_cache.clear)
@@ -201,10 +211,21 @@ def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserError:
         first = next((line.strip() for line in text.splitlines() if line.strip()), "")
         mistake = UserError(
             f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
-            f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave {MADE_OF_IT} out of export.formats"
+            f"{user_line(error, subject.folder)}. {PACKED if _is_packed(error) else WAYS_OUT}; or leave {MADE_OF_IT} "
+            "out of export.formats"
         )
     mistake.__cause__ = error
     return mistake
+
+
+def _is_packed(error: BaseException) -> bool:
+    """Whether what failed had a PackedSequence at hand."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(
+        frame.f_code.co_name == "pack_padded_sequence"
+        or any(isinstance(value, PackedSequence) for value in frame.f_locals.values())
+        for frame, _ in frames
+    )
 
 
 def _dimension(subject: Subject, tensor: str, axis: int) -> str:

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchworker.exporters.agreement import disagreement
+from torchworker.exporters.agreement import cases, disagreement
+from torchworker.exporters.decisions import Decisions, first_difference, watched
 from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, user_line
 from torchworker.process.shown_warnings import keep
 from torchworker.project.user_code import arguments, forward, name_outputs
 from torchworker.runtimes.load import call_script, ignore_script_deprecation
+
+_Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""Positional and named arguments of a module."""
 
 
 class _UnfaithfulError(Exception):
@@ -70,36 +74,81 @@ class _Flat(nn.Module):
 
 
 def _trace(subject: Subject) -> tuple[Any, str]:
-    args, kwargs = arguments(subject.model, subject.inputs)
-    if kwargs or len(subject.outputs) > 1:
-        return _traced(_Flat(subject), tuple(subject.inputs.values()), {}, subject), "torch.jit.trace"
-    return _traced(subject.model, args, {}, subject), "torch.jit.trace"
+    calls = [arguments(subject.model, inputs) for inputs in cases(subject)]
+    if calls[0][1] or len(subject.outputs) > 1:
+        flat_calls: list[_Call] = [(tuple(inputs.values()), {}) for inputs in cases(subject)]
+        return _traced(_Flat(subject), flat_calls, subject), "torch.jit.trace"
+    return _traced(subject.model, calls, subject), "torch.jit.trace"
 
 
-def _traced(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], subject: Subject) -> Any:
-    """The module traced on these inputs, if it takes no decision on them."""
+def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:
+    """The module traced, if it takes no decision that its inputs could turn.
+
+    Args:
+        module: the model, or a part of it.
+        calls: what it is given in several cases; it is traced on the first, and on the others where sizes decide.
+        subject: for messages.
+    """
+    program, decisions = _recorded_on(module, calls[0], subject)
+    if baked := decisions.on_data():
+        keep(baked.warning())
+        first = baked.said.split("\n")[0]
+        raise _UnfaithfulError(f"it would bake in a decision made on the example data ({baked}): {first}")
+    if not decisions.on_sizes():
+        return program
+    for call in calls[1:]:
+        try:
+            _, others = _recorded_on(module, call, subject)
+        except _UnfaithfulError:
+            # Cutting may have broken what belongs together.
+            continue
+        if difference := first_difference(decisions.on_sizes(), others.on_sizes()):
+            baked, other = difference
+            keep(baked.warning())
+            sizes = ["; ".join(str(list(tensor.shape)) for tensor in _tensors(one)) for one in (calls[0], call)]
+            raise _UnfaithfulError(
+                f"it would bake in a decision made on sizes ({baked}): {baked.value} on {sizes[0]}, "
+                f"{other} on {sizes[1]}"
+            )
+    return program
+
+
+def _recorded_on(module: nn.Module, call: _Call, subject: Subject) -> tuple[Any, Decisions]:
+    """The module traced on one call, and what Python decided meanwhile. Raises _UnfaithfulError where it cannot be."""
+    args, kwargs = call
     given = {"example_kwarg_inputs": dict(kwargs)} if kwargs else {"example_inputs": tuple(args)}
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, watched(subject.folder) as decisions:
         warnings.simplefilter("always")
         try:
             program = torch.jit.trace(module, **given, check_trace=False)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise _UnfaithfulError(f"{_brief(error)}{user_line(error, subject.folder)}") from error
-    baked = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
-    if baked is not None:
-        keep(baked)
-        line = f" ({Path(baked.filename).name}:{baked.lineno})" if baked.filename else ""
-        first = str(baked.message).split("\n")[0]
-        raise _UnfaithfulError(f"it would bake in a decision made on the example data{line}: {first}")
-    return program
+    # What nobody watched, such as an edit in place of memory that another name has too.
+    said = next((w for w in caught if issubclass(w.category, torch.jit.TracerWarning)), None)  # type: ignore[attr-defined]
+    if said is not None:
+        keep(said)
+        first = str(said.message).split("\n")[0]
+        raise _UnfaithfulError(
+            f"it would bake in what it did with the example data ({Path(said.filename).name}:{said.lineno}): {first}"
+        )
+    return program, decisions
+
+
+def _tensors(call: _Call) -> list[Tensor]:
+    args, kwargs = call
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
 def _mixed(subject: Subject) -> tuple[Any, str]:
     """Script what can be scripted, trace the parts that cannot and that take no decision on their inputs."""
     model = copy.deepcopy(subject.model)
-    seen: dict[str, tuple[Sequence[Any], Mapping[str, Any]]] = {}
-    with _recorded(model, seen):
-        forward(model, subject.inputs, subject.project)
+    seen: dict[str, list[_Call]] = {}
+    for inputs in cases(subject):
+        now: dict[str, _Call] = {}
+        with _recorded(model, now), contextlib.suppress(*([UserError] if seen else [])):
+            forward(model, inputs, subject.project)
+        for name, call in now.items():
+            seen.setdefault(name, []).append(call)
     traced: list[str] = []
     program = _prepared(model, "", seen, traced, subject)
     if not traced:
@@ -108,7 +157,7 @@ def _mixed(subject: Subject) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, seen: dict[str, tuple[Sequence[Any], Mapping[str, Any]]]) -> Iterator[None]:
+def _recorded(model: nn.Module, seen: dict[str, _Call]) -> Iterator[None]:
     """What each part of the model is called with first."""
     handles = []
     for name, module in model.named_modules():
@@ -128,7 +177,7 @@ def _recorded(model: nn.Module, seen: dict[str, tuple[Sequence[Any], Mapping[str
 def _prepared(
     module: nn.Module,
     name: str,
-    seen: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]],
+    seen: Mapping[str, Sequence[_Call]],
     traced: list[str],
     subject: Subject,
 ) -> Any:
@@ -151,13 +200,12 @@ def _prepared(
         scripting = scripting if "redefine" in str(error) else _brief(error)
     if not name or name not in seen:
         raise _UnfaithfulError(why or scripting)
-    args, kwargs = seen[name]
-    tensors = [*args, *kwargs.values()]
-    if not all(isinstance(value, Tensor) for value in tensors):
+    args, kwargs = seen[name][0]
+    if not all(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise _UnfaithfulError(f"{name} cannot be scripted ({scripting}), and takes more than tensors")
     original = subject.model.get_submodule(name)
     try:
-        program = _traced(original, args, kwargs, subject)
+        program = _traced(original, seen[name], subject)
     except _UnfaithfulError as refusal:
         raise _UnfaithfulError(f"{name} cannot be scripted ({scripting}) and not traced: {refusal}") from refusal
     traced.append(name)
@@ -167,7 +215,7 @@ def _prepared(
 def _prepare_children(
     module: nn.Module,
     name: str,
-    seen: Mapping[str, tuple[Sequence[Any], Mapping[str, Any]]],
+    seen: Mapping[str, Sequence[_Call]],
     traced: list[str],
     subject: Subject,
 ) -> None:

@@ -1,0 +1,193 @@
+"""What Python decides while a model is traced: harmless or not, by what it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.capture_subject import of
+from torchworker.contract import DynamicDim
+from torchworker.exporters.torchscript import torchscript
+from torchworker.process.failure import UserError
+
+HERE = str(Path(__file__).parent)
+
+
+class Decides(nn.Module):
+    """Cannot be scripted, so that a trace is all there is; `decide` does what a test asks about."""
+
+    def __init__(self, decide: Callable[[Decides, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]))
+        self.decide = decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, length, 6]."""
+        return self.decide(self, x)
+
+
+def export(decide: Callable[[Decides, Tensor], Tensor], path: Path, longest: int | None = 9) -> str:
+    torch.manual_seed(0)
+    dims = [
+        DynamicDim(name="batch", min=1, max=20, axes={"x": (0,)}),
+        *([DynamicDim(name="length", min=2, max=longest, axes={"x": (1,)})] if longest else []),
+    ]
+    return torchscript(of(Decides(decide), {"x": torch.randn(4, 5, 6)}, dims, HERE), path / "model.ts").method
+
+
+def unpacks_a_fixed_axis(model: Decides, x: Tensor) -> Tensor:
+    a, b = x.reshape(x.shape[0], x.shape[1], 2, 3).permute(2, 0, 1, 3)
+    return model.linear(torch.cat([b, a], -1))
+
+
+def reads_a_weight(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) * model.scale.tolist()[2] if model.scale.sum() > 2 else model.linear(-x)
+
+
+def asserts_a_value(model: Decides, x: Tensor) -> Tensor:
+    assert x.abs().max() < 1e30
+    if x.isnan().any():
+        message = "expected numbers"
+        raise ValueError(message)
+    torch._assert((x.abs() < 1e30).all(), "expected small numbers")
+    return model.linear(x)
+
+
+def asks_for_a_fixed_size(model: Decides, x: Tensor) -> Tensor:
+    if x.shape[2] == 6:
+        x = x * int(x.shape[2])
+    return model.linear(x)
+
+
+def goes_over_a_fixed_axis(model: Decides, x: Tensor) -> Tensor:
+    out = torch.zeros_like(model.linear(x))
+    for step in range(x.shape[2]):
+        out = out + x[..., step : step + 1] * step
+    return model.linear(x) + out + torch.tensor(x.shape[2])
+
+
+def asks_a_size_that_never_decides(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) if x.shape[1] < 100 else model.linear(-x)
+
+
+def sees_values_of_ones_like(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) if torch.ones_like(x).min() > 0 else model.linear(-x)
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        unpacks_a_fixed_axis,
+        reads_a_weight,
+        asserts_a_value,
+        asks_for_a_fixed_size,
+        goes_over_a_fixed_axis,
+        asks_a_size_that_never_decides,
+        sees_values_of_ones_like,
+    ],
+)
+def test_what_inputs_cannot_turn_is_traced(decide: Callable[[Decides, Tensor], Tensor], tmp_path: Path) -> None:
+    assert export(decide, tmp_path) == "torch.jit.trace"
+
+
+def decides_on_values(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) if x.sum() > 0 else model.linear(-x)
+
+
+def decides_on_a_value_far_behind(model: Decides, x: Tensor) -> Tensor:
+    largest = model.linear(x).softmax(-1).amax((0, 1)).max()
+    return model.linear(x) * (2 if float(largest) > 0.9 else 1)
+
+
+def counts_values(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) * len(x.flatten().nonzero())
+
+
+def makes_a_constant_of_a_value(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) * torch.tensor(x.sum().item())
+
+
+def cuts_by_a_value(model: Decides, x: Tensor) -> Tensor:
+    kept = x.flatten()[: x.abs().sum().long()]
+    return model.linear(x) if len(kept) < 1000 else model.linear(-x)
+
+
+def selects_by_a_mask(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) * sum(1 for _ in x[x > 0])
+
+
+def asks_numpy(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) * float(numpy.max(x.numpy()))
+
+
+def asserts_in_one_branch_and_goes_on_in_the_other(model: Decides, x: Tensor) -> Tensor:
+    if x.sum() > 1e6:
+        raise ValueError
+    elif x.sum() > 0:
+        x = -x
+    return model.linear(x)
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        decides_on_values,
+        decides_on_a_value_far_behind,
+        counts_values,
+        makes_a_constant_of_a_value,
+        cuts_by_a_value,
+        selects_by_a_mask,
+        asks_numpy,
+        asserts_in_one_branch_and_goes_on_in_the_other,
+    ],
+)
+def test_what_values_of_inputs_can_turn_is_refused_with_the_line(
+    decide: Callable[[Decides, Tensor], Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"trace: it would bake in a decision made on the example data \(test_dec"):
+        export(decide, tmp_path)
+
+
+def decides_on_the_batch(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(-x) if x.shape[0] == 1 else model.linear(x)
+
+
+def decides_on_a_length(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x) if x.shape[1] < 8 else model.linear(-x)
+
+
+def goes_over_the_lengths(model: Decides, x: Tensor) -> Tensor:
+    return torch.stack([model.linear(step) for step in x.unbind(1)][: int(x.shape[1])], 1)
+
+
+def unpacks_the_lengths(model: Decides, x: Tensor) -> Tensor:
+    return torch.stack([model.linear(step) for step in x.transpose(0, 1)], 1)
+
+
+@pytest.mark.parametrize(
+    "decide", [decides_on_the_batch, decides_on_a_length, goes_over_the_lengths, unpacks_the_lengths]
+)
+def test_what_a_declared_size_turns_is_refused_with_both_sizes(
+    decide: Callable[[Decides, Tensor], Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"trace: it would bake in a decision made on sizes \(test_dec.*4, 5, 6\].* on"):
+        export(decide, tmp_path)
+
+
+def test_a_length_that_is_not_declared_may_decide(tmp_path: Path) -> None:
+    for decide in (decides_on_a_length, goes_over_the_lengths, unpacks_the_lengths):
+        assert export(decide, tmp_path, longest=None) == "torch.jit.trace"
+
+
+def test_tensors_are_as_before_when_a_trace_is_over(tmp_path: Path) -> None:
+    before = dict(vars(Tensor))
+    with pytest.raises(UserError):
+        export(decides_on_values, tmp_path)
+    assert dict(vars(Tensor)) == before
+    assert torch.tensor.__module__ == "torch"
