@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -80,9 +81,27 @@ def sees_values_of_ones_like(model: Decides, x: Tensor) -> Tensor:
     return model.linear(x) if torch.ones_like(x).min() > 0 else model.linear(-x)
 
 
+def asks_for_a_tensor_as_a_tensor(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(torch.as_tensor(x))
+
+
+def asks_for_a_size_behind_a_list_and_a_write(model: Decides, x: Tensor) -> Tensor:
+    a, b = torch.cat([x, x], -1).chunk(2, -1)
+    chosen = x[x[..., 0] > 0]
+    written = torch.zeros(x.shape[1], 6).index_add(0, torch.zeros_like(chosen[:, 0], dtype=torch.long), chosen)
+    return model.linear(a + b + 0 * written) if a.shape[2] == written.shape[1] else model.linear(-x)
+
+
+def gives_one_output_in_a_dict(model: Decides, x: Tensor) -> Any:
+    return {"output": model.linear(x)}
+
+
 @pytest.mark.parametrize(
     "decide",
     [
+        asks_for_a_tensor_as_a_tensor,
+        asks_for_a_size_behind_a_list_and_a_write,
+        gives_one_output_in_a_dict,
         unpacks_a_fixed_axis,
         reads_a_weight,
         asserts_a_value,

@@ -30,7 +30,7 @@ _LOOKS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nu
 """Methods of a tensor by which Python sees what is in it."""
 _SIZES_ONLY = ("__len__", "__iter__")
 """Of these, the ones that see a size and no value."""
-_MAKES = ("tensor", "as_tensor")
+_MAKES = ("tensor", "as_tensor", "from_numpy")
 """Functions of torch by which Python's numbers become a constant of the program."""
 _OF_SIZES = ("aten::size", "aten::numel", "aten::dim", "aten::_shape_as_tensor", "prim::shape")
 _DATA_SHAPED = (
@@ -38,6 +38,11 @@ _DATA_SHAPED = (
     "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave", "aten::bincount",
 )  # fmt: skip
 """Operators whose output is as large as the values of their inputs say."""
+_AS_LARGE_AS_THE_FIRST = (
+    "aten::index_add", "aten::index_copy", "aten::index_fill", "aten::index_put", "aten::masked_fill",
+    "aten::masked_scatter", "aten::scatter", "aten::scatter_add", "aten::scatter_reduce",
+)  # fmt: skip
+"""Operators that write into a copy of their first input; those that write into it itself end with an underscore."""
 
 
 class Reach(IntEnum):
@@ -137,7 +142,8 @@ def _looking(original: Callable[..., Any], name: str, decisions: Decisions, fold
             if name == "__iter__":
                 result = list(result)
         said = [one for one in caught if issubclass(one.category, torch.jit.TracerWarning)]  # type: ignore[attr-defined]
-        if said:
+        # A tensor that was asked for as a tensor is what it was.
+        if said and result is not args[0]:
             frame = sys._getframe(1)
             value = _shown(len(result) if name == "__iter__" else result)
             decisions.found.append(Decision(reach, value, *_places(frame, folder), str(said[0].message)))
@@ -180,13 +186,15 @@ def _reach(tensor: Tensor, of_size: bool) -> Reach:
             # The module itself is one too: its weights are constants.
             if _is_tensor(value):
                 reach = max(reach, Reach.SIZES if size else Reach.DATA)
+        elif size and (kind.endswith("_") or kind in _AS_LARGE_AS_THE_FIRST):
+            left.append((inputs[0], True))
         elif size and _is_data_shaped(kind, inputs):
             return Reach.DATA
         else:
             # A size is made of sizes of tensors, and of numbers.
-            first_by_size = kind in _OF_SIZES or kind.endswith("_like") or kind.startswith("aten::new_")
+            of_first = kind in _OF_SIZES or kind.endswith("_like") or kind.startswith("aten::new_")
             left += [
-                (one, (size and _is_tensor(one)) or (first_by_size and place == 0)) for place, one in enumerate(inputs)
+                (one, (size and _holds_tensors(one)) or (of_first and place == 0)) for place, one in enumerate(inputs)
             ]
     return reach
 
@@ -197,6 +205,13 @@ def _is_data_shaped(kind: str, inputs: Sequence[Any]) -> bool:
         return any(one.type().scalarType() == "Bool" for one in inputs[1].node().inputs() if _is_tensor(one))
     # Of an operator of somebody else nobody knows.
     return kind in _DATA_SHAPED or not kind.startswith(("aten::", "prim::"))
+
+
+def _holds_tensors(value: Any) -> bool:
+    kind = value.type().kind()
+    return kind in ("TensorType", "TupleType", "OptionalType") or (
+        kind == "ListType" and value.type().getElementType().kind() == "TensorType"
+    )
 
 
 def _is_tensor(value: Any) -> bool:

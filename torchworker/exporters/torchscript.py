@@ -75,7 +75,7 @@ class _Flat(nn.Module):
 
 def _trace(subject: Subject) -> tuple[Any, str]:
     calls = [arguments(subject.model, inputs) for inputs in cases(subject)]
-    if calls[0][1] or len(subject.outputs) > 1:
+    if calls[0][1] or not isinstance(forward(subject.model, subject.inputs, subject.project), Tensor):
         flat_calls: list[_Call] = [(tuple(inputs.values()), {}) for inputs in cases(subject)]
         return _traced(_Flat(subject), flat_calls, subject), "torch.jit.trace"
     return _traced(subject.model, calls, subject), "torch.jit.trace"
