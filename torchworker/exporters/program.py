@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import linecache
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from torchworker.contract import DynamicDim
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserError, describe, is_theirs, user_line
-from torchworker.project.signature import resized, sizes_of
-from torchworker.project.user_code import arguments, forward
+from torchworker.process.failure import UserError, describe, line_of, user_line
+from torchworker.project.outputs import is_plain
+from torchworker.project.signature import BATCH, resized, sizes_of
+from torchworker.project.user_code import arguments, forward, name_outputs
 
 WAYS_OUT = (
     "Ways out for a decision on data: torch.cond, torch's while_loop, or a fixed number of steps with a mask; "
@@ -75,15 +76,12 @@ class _Guards(logging.Handler):
             self.found.append(f"{taken[1]}{self._place()}")
 
     def _place(self) -> str:
-        frame: Any = sys._getframe()
-        while frame is not None:
-            code = frame.f_code
-            if is_theirs(code.co_filename, Path(self._project_folder)):
-                name = Path(code.co_filename).relative_to(self._project_folder)
-                source = linecache.getline(code.co_filename, frame.f_lineno).strip()
-                return f" ({name}:{frame.f_lineno}, in {code.co_name}: {source})"
-            frame = frame.f_back
-        return ""
+        # What called capture says nothing of the model.
+        frames = itertools.takewhile(lambda item: item[0].f_code is not _exported.__code__, traceback.walk_stack(None))
+        found = [(frame.f_code.co_filename, number, frame.f_code.co_name) for frame, number in frames]
+        # Strict capture reads the user's code without running it, and keeps a stack of its own.
+        read = [(line.filename, line.lineno or 0, line.name) for line in TracingContext.extract_stack()]
+        return line_of([*reversed(read), *found], self._project_folder)
 
 
 @dataclass(frozen=True)
@@ -105,37 +103,76 @@ class Captured:
             yield
 
 
+class _RefusedWayError(Exception):
+    """One way to capture did not lead to a program."""
+
+    def __init__(self, reached: int, mistake: UserError) -> None:
+        super().__init__(str(mistake))
+        self.reached, self.mistake = reached, mistake
+
+
+# How far a way came.
+_FAILED_BY_THE_WAY, _FAILED, _FIXED, _NARROWED = range(4)
+
+
 def capture(subject: Subject) -> Captured:
     """The exported program and how it was made.
 
-    Raises UserError when no way gives a program that holds for every declared size, with the user's line.
+    Its outputs are those of the model where they are tensors in Python's own tuples, lists and dicts; of any other
+    class (transformers' ModelOutput, a dataclass) they are a dict, so that the program is read without that class.
+
+    Raises UserError when no way gives a program that holds for every declared size: what is said of the way that got
+    furthest, with the user's line.
     """
-    refusals: list[UserError] = []
+    refusals: list[_RefusedWayError] = []
     ways = [*_WAYS]
     if len(subject.dims) > 1 and any(isinstance(module, nn.LSTM | nn.GRU) for module in subject.model.modules()):
         # Usually unrolled over the length of the example.
         ways.insert(1, _RECURRENT)
-    for way in ways:
-        guards = _Guards(subject.folder)
-        args, kwargs = arguments(subject.model, subject.inputs)
-        try:
-            with _settings(way), _listening(guards):
-                program = torch.export.export(
-                    subject.model, args, kwargs, dynamic_shapes=_shapes(subject), strict=way.strict
-                )
-        except Exception as error:
-            refusals.append(_refused(subject, error, guards))
-            if isinstance(error, GuardOnDataDependentSymNode):
-                # A decision on data is one in every way.
-                break
-            continue
-        try:
-            _require_every_size(program, subject, guards)
-        except UserError as refusal:
-            refusals.append(refusal)
-            continue
-        return Captured(program, way)
-    raise refusals[0]
+    with _plain_outputs(subject):
+        for way in ways:
+            try:
+                return Captured(_captured(subject, way), way)
+            except _RefusedWayError as refusal:
+                refusals.append(refusal)
+    raise max(refusals, key=lambda refusal: refusal.reached).mistake
+
+
+def _captured(subject: Subject, way: _Way) -> ExportedProgram:
+    """Raises _RefusedWayError when this way gives no program that holds for every declared size."""
+    guards = _Guards(subject.folder)
+    try:
+        with _settings(way), _listening(guards):
+            program = _exported(subject, way)
+    except Exception as error:
+        if (fixed := _fixed(subject, error, guards)) is not None:
+            raise _RefusedWayError(_FIXED, fixed) from error
+        # Each of these assumes of sizes or of modules what the model does not say.
+        own = not (way.oblivious or way.patched)
+        raise _RefusedWayError(_FAILED if own else _FAILED_BY_THE_WAY, _failed(subject, error)) from error
+    try:
+        _require_every_size(program, subject, guards)
+    except UserError as refusal:
+        raise _RefusedWayError(_NARROWED, refusal) from refusal
+    return program
+
+
+def _exported(subject: Subject, way: _Way) -> ExportedProgram:
+    args, kwargs = arguments(subject.model, subject.inputs)
+    return torch.export.export(subject.model, args, kwargs, dynamic_shapes=_shapes(subject), strict=way.strict)
+
+
+@contextlib.contextmanager
+def _plain_outputs(subject: Subject) -> Iterator[None]:
+    """Within it the model gives tensors in Python's own classes. A hook leaves the names of its weights as they are."""
+    if is_plain(forward(subject.model, subject.inputs, subject.project)):
+        yield
+        return
+    handle = subject.model.register_forward_hook(lambda _, args, outputs: name_outputs(outputs, subject.project))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _shapes(subject: Subject) -> dict[str, dict[int, Any]]:
@@ -179,30 +216,37 @@ def _listening(guards: _Guards) -> Iterator[None]:
         log.propagate = propagate
 
 
-def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserError:
-    """What torch.export said, with the line, in the job file's words."""
-    text = str(error).strip()
+def _fixed(subject: Subject, error: Exception, guards: _Guards) -> UserError | None:
+    """Which dimensions torch.export fixes, with the line, in the job file's words; None where it fails for another
+    reason."""
     fixed = re.findall(
-        r"L\['?([^]']+?)'?\](?:\[(\d+)\])?\.size\(\)\[(\d+)\] as dynamic but .* constant \((\d+)\)", text
+        r"L\['?([^]']+?)'?\](?:\[(\d+)\])?\.size\(\)\[(\d+)\] as dynamic but .* constant \((\d+)\)", str(error)
     )
-    if fixed:
-        names = list(subject.inputs)
-        places = []
-        for name, position, axis, size in fixed:
-            tensor = names[int(position)] if name == "flat_args" else name
-            places.append(f"{_dimension(subject, tensor, int(axis))} at {size}")
-        mistake = UserError(
-            f"export: torch.export fixes {', '.join(dict.fromkeys(places))}, the size of the example"
-            f"{_because(subject, guards, r'^Eq')}; take sizes from the inputs (x.shape) instead of writing them down "
-            f"or turning them into Python numbers, leave the dimension out of export.dynamic, or leave {MADE_OF_IT} "
-            "out of export.formats"
-        )
-    else:
-        first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        mistake = UserError(
-            f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
-            f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave {MADE_OF_IT} out of export.formats"
-        )
+    if not fixed:
+        return None
+    names = list(subject.inputs)
+    places = {}
+    for name, position, axis, size in fixed:
+        places[_dimension(subject, names[int(position)] if name == "flat_args" else name, int(axis))] = size
+    shown = ", ".join(f"{dimension} at {size}" for dimension, size in places.items())
+    # The batch is declared by nobody.
+    leave = "" if BATCH in places else "leave the dimension out of export.dynamic, "
+    mistake = UserError(
+        f"export: torch.export fixes {shown}, the size of the example{_because(subject, guards, r'^Eq')}; take sizes "
+        f"from the inputs (x.shape) instead of writing them down or turning them into Python numbers, {leave}or leave "
+        f"{MADE_OF_IT} out of export.formats"
+    )
+    mistake.__cause__ = error
+    return mistake
+
+
+def _failed(subject: Subject, error: Exception) -> UserError:
+    """What torch.export said, with the line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    mistake = UserError(
+        f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
+        f"{user_line(error, subject.folder)}. {WAYS_OUT}; or leave {MADE_OF_IT} out of export.formats"
+    )
     mistake.__cause__ = error
     return mistake
 
@@ -242,31 +286,88 @@ def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Gua
     check = getattr(program.module(), "_guards_fn", None)
     if check is None:
         return
-    limits = {name: upper for name, (_, upper) in ranges(program, subject).items() if upper is not None}
-    for sizes in _declared_sizes(subject, limits):
+
+    def refusal(sizes: Mapping[str, int]) -> str:
+        """The condition that does not hold at these sizes; empty where the program takes them."""
         shapes = {
             name: torch.empty(_shape(subject, name, sizes), dtype=tensor.dtype, device="meta")
             for name, tensor in subject.inputs.items()
         }
         try:
             check(*shapes.values())
-            continue
         except AssertionError as error:
-            refused = str(error).removeprefix("Guard failed: ")
+            return str(error).removeprefix("Guard failed: ")
+        return ""
+
+    limits = {name: upper for name, (_, upper) in ranges(program, subject).items() if upper is not None}
+    at_capture = sizes_of(subject.inputs, subject.dims)
+    for sizes in _declared_sizes(subject.dims, at_capture, limits):
+        if not (refused := refusal(sizes)):
+            continue
         tried = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        taken = _taken(subject.dims, at_capture, limits, refusal)
         try:
             forward(subject.model, resized(subject.inputs, subject.dims, sizes), subject.project)
         except UserError as error:
             raise UserError(
-                f"export.dynamic: the model itself fails at {tried}, which is inside the declared sizes: "
+                f"export: the model itself fails at {tried}, which is inside the declared sizes: "
                 f"{describe(error.__cause__ or error)}{user_line(error.__cause__ or error, subject.folder)}; "
-                "declare the sizes that it takes (min, max)"
+                f"declare the sizes that it takes ({taken or 'min, max'})"
             ) from error
+        if not taken and len(subject.dims) > 1:
+            taken = "narrower ones in export.dynamic"
+        declare = f"declare the sizes that the program takes ({taken}), " if taken else ""
         raise UserError(
             f"export: torch.export keeps one side of a decision on sizes: at {tried} the model runs and the program "
-            f"would refuse ({refused}){_because(subject, guards)}; declare narrower sizes in export.dynamic, make the "
-            f"decision torch.cond, or leave {MADE_OF_IT} out of export.formats"
+            f"would refuse ({refused}){_because(subject, guards)}; {declare}make the decision torch.cond, or leave "
+            f"{MADE_OF_IT} out of export.formats"
         )
+
+
+def _taken(
+    dims: Sequence[DynamicDim],
+    at_capture: Mapping[str, int],
+    limits: Mapping[str, int],
+    refusal: Callable[[Mapping[str, int]], str],
+) -> str:
+    """What to declare so that the program takes every size, as keys of the job file; empty where ranges cannot say it.
+
+    Args:
+        dims: as they are declared.
+        at_capture: sizes that the program takes, by dimension.
+        limits: as `_declared_sizes` takes them.
+        refusal: why the program refuses these sizes; empty when it does not.
+    """
+    keys: dict[str, int] = {}
+    taken = []
+    for dim in dims:
+
+        def takes(size: int, name: str = dim.name) -> bool:
+            return not refusal({**at_capture, name: size})
+
+        low, high = (_furthest(at_capture[dim.name], end, takes) for end in (dim.min, _largest(dim, limits)))
+        taken.append(replace(dim, min=low, max=high if high < _largest(dim, limits) else dim.max))
+        if low > dim.min:
+            if dim.name == BATCH:
+                # There is no key for the smallest batch.
+                return ""
+            keys[f"export.dynamic.{dim.name}.min"] = low
+        if high < _largest(dim, limits):
+            keys["export.max_batch" if dim.name == BATCH else f"export.dynamic.{dim.name}.max"] = high
+    if any(refusal(sizes) for sizes in _declared_sizes(taken, at_capture, limits)):
+        # A multiple of eight, say, or one dimension against another.
+        return ""
+    return ", ".join(f"{key}: {size}" for key, size in keys.items())
+
+
+def _furthest(good: int, end: int, takes: Callable[[int], bool]) -> int:
+    """The last size from one that is taken towards the end, as if there were one limit between them."""
+    if takes(end):
+        return end
+    while abs(end - good) > 1:
+        middle = (good + end) // 2
+        good, end = (middle, end) if takes(middle) else (good, middle)
+    return good
 
 
 def _shape(subject: Subject, name: str, sizes: Mapping[str, int]) -> list[int]:
@@ -299,15 +400,24 @@ def ranges(program: ExportedProgram, subject: Subject) -> dict[str, tuple[int, i
     return found
 
 
-def _declared_sizes(subject: Subject, bounds: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _declared_sizes(
+    dims: Sequence[DynamicDim], at_capture: Mapping[str, int], limits: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
     """All corners of the declared ranges, then each dimension alone from its smallest size on.
 
-    bounds: largest sizes that the program takes; where no limit is declared, one more is tried.
+    Args:
+        dims: as they are declared.
+        at_capture: sizes of the example, by dimension.
+        limits: largest sizes that the program notes; where none is declared, one more is tried.
     """
-    at_capture = sizes_of(subject.inputs, subject.dims)
-    ends = {dim.name: (dim.min, dim.max or bounds.get(dim.name, 4 * LARGEST_TRIED) + 1) for dim in subject.dims}
+    ends = {dim.name: (dim.min, _largest(dim, limits)) for dim in dims}
     for corner in itertools.islice(itertools.product(*ends.values()), 256):
         yield dict(zip(ends, corner, strict=True))
-    for dim in subject.dims:
+    for dim in dims:
         for size in range(dim.min, min(dim.min + LARGEST_TRIED, dim.max or sys.maxsize) + 1):
             yield {**at_capture, dim.name: size}
+
+
+def _largest(dim: DynamicDim, limits: Mapping[str, int]) -> int:
+    """The largest size that is tried. limits: as `_declared_sizes` takes them."""
+    return dim.max or limits.get(dim.name, 4 * LARGEST_TRIED) + 1
