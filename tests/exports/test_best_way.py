@@ -132,6 +132,56 @@ def test_a_decision_on_data_is_refused_with_the_line_whatever_other_ways_say_of_
     assert "in forward: if self.one(x):" in told or "in <lambda>" in told
 
 
+class Joined(nn.Linear):
+    """x [batch, 4]: asks whether some rows and all of them are none, which they never are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([x[x[:, 0] > 0], x])
+        if joined.numel() == 0:
+            return super().forward(x)
+        return super().forward(x) + joined.sum()
+
+
+def test_a_decision_that_only_torchs_own_assumptions_about_sizes_made_ends_nothing() -> None:
+    subject = subject_of(Joined(4, 3), x=torch.randn(8, 4))
+    captured = capture(subject)
+    assert captured.method == "torch.export, non-strict"
+    for batch in (1, 2, 70):
+        x = torch.randn(batch, 4)
+        assert torch.allclose(captured.program.module()(x), subject.model(x))
+
+
+class Times(nn.Linear):
+    """Asserts something of a constant, as torchdiffeq's solvers do of their times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = torch.tensor([0.0, 0.5, 1.0])
+        later = times[1:] > times[:-1]
+        assert later.all() or (~later).all()
+        return super().forward(x) + (times[1:] - times[:-1]).sum()
+
+
+class Written(nn.Linear):
+    """Decides on a tensor that is made of numbers and then written into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.tensor([0.0, 0.0])
+        total[0] = x.sum()
+        return super().forward(x) if total.sum() > 0 else -super().forward(x)
+
+
+def test_a_decision_on_constants_is_taken_at_capture() -> None:
+    subject = subject_of(Times(4, 3), x=torch.randn(8, 4))
+    captured = capture(subject)
+    assert captured.method == "torch.export, non-strict, with known constants"
+    assert torch.allclose(captured.program.module()(torch.ones(1, 4)), subject.model(torch.ones(1, 4)))
+
+
+def test_a_decision_on_what_was_a_constant_is_a_decision_on_data() -> None:
+    with pytest.raises(UserError, match=r"data-dependent.*in forward: return .* if total.sum\(\) > 0 else"):
+        capture(subject_of(Written(4, 3), x=torch.randn(8, 4)))
+
+
 # ---- outputs of classes
 
 

@@ -16,11 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch._guards import TracingContext
+from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 from torch.fx.experimental import _config as symbolic
+from torch.fx.experimental import proxy_tensor
 
 from torchworker.contract import DynamicDim
 from torchworker.exporters.subject import Subject
@@ -35,6 +40,8 @@ WAYS_OUT = (
 )
 MADE_OF_IT = "onnx, pt2, aoti and executorch"
 """Formats that are made of an exported program."""
+KNOWN_ELEMENTS = 1024
+"""Constants of so many elements at most are followed."""
 LARGEST_TRIED = 64
 """Sizes of a dimension are tried one by one up to its smallest plus this, and at its largest."""
 
@@ -48,14 +55,19 @@ class _Way:
     """Do not assume that sizes differ from 1: the program then holds at batch 1, not only by chance."""
     patched: bool = False
     """LSTM and GRU as loops over a length that is not known at capture."""
+    constants: bool = False
+    """What is computed of nothing but constants in forward (`torch.tensor([0.0, 1.0])`) may decide; torch follows those
+    of one element."""
 
     def __str__(self) -> str:
-        words = ["strict" if self.strict else "non-strict", *(["with recurrent loops"] if self.patched else [])]
+        words = ["strict" if self.strict else "non-strict"]
+        words += ["with recurrent loops"] * self.patched + ["with known constants"] * self.constants
         return ", ".join(words)
 
 
 _WAYS = tuple(_Way(strict, oblivious) for oblivious in (True, False) for strict in (False, True))
 _RECURRENT = _Way(strict=False, oblivious=False, patched=True)
+_CONSTANTS = tuple(_Way(strict=False, oblivious=oblivious, constants=True) for oblivious in (True, False))
 
 
 class _Guards(logging.Handler):
@@ -65,15 +77,16 @@ class _Guards(logging.Handler):
         super().__init__(logging.INFO)
         self.symbols: dict[str, str] = {}
         """`s27` to `tokens.size()[1]`."""
-        self.found: list[str] = []
+        self.found: list[tuple[str, str]] = []
+        """Conditions, each with its place."""
         self._project_folder = project_folder
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if made := re.match(r"create_symbol (\w+) = \S+ for (L\S+)", text):
             self.symbols[made[1]] = made[2]
-        elif taken := re.match(r"eval (.+?) \[guard added\]", text):
-            self.found.append(f"{taken[1]}{self._place()}")
+        elif taken := re.match(r"eval (?!\[guard suppressed\])(.+?) \[guard added\]", text):
+            self.found.append((taken[1], self._place()))
 
     def _place(self) -> str:
         # What called capture says nothing of the model.
@@ -111,8 +124,8 @@ class _RefusedWayError(Exception):
         self.reached, self.mistake = reached, mistake
 
 
-# How far a way came.
-_FAILED_BY_THE_WAY, _FAILED, _FIXED, _NARROWED = range(4)
+# How far a way came. The last two led to a program that takes fewer sizes; of the last it can be said which.
+_FAILED_BY_THE_WAY, _FAILED, _FIXED, _NARROWED, _LIMITED = range(5)
 
 
 def capture(subject: Subject) -> Captured:
@@ -129,6 +142,8 @@ def capture(subject: Subject) -> Captured:
     if len(subject.dims) > 1 and any(isinstance(module, nn.LSTM | nn.GRU) for module in subject.model.modules()):
         # Usually unrolled over the length of the example.
         ways.insert(1, _RECURRENT)
+    # Last: torch does not notice that a constant is written over.
+    ways += _CONSTANTS
     with _plain_outputs(subject):
         for way in ways:
             try:
@@ -148,13 +163,28 @@ def _captured(subject: Subject, way: _Way) -> ExportedProgram:
         if (fixed := _fixed(subject, error, guards)) is not None:
             raise _RefusedWayError(_FIXED, fixed) from error
         # Each of these assumes of sizes or of modules what the model does not say.
-        own = not (way.oblivious or way.patched)
+        own = way in _WAYS and not way.oblivious
         raise _RefusedWayError(_FAILED if own else _FAILED_BY_THE_WAY, _failed(subject, error)) from error
-    try:
-        _require_every_size(program, subject, guards)
-    except UserError as refusal:
-        raise _RefusedWayError(_NARROWED, refusal) from refusal
+    if way.constants and _writes_over_constants(program):
+        raise _RefusedWayError(_FAILED_BY_THE_WAY, UserError("export: torch.export decides on what a constant was"))
+    _require_every_size(program, subject, guards)
     return program
+
+
+def _writes_over_constants(program: ExportedProgram) -> bool:
+    """Whether something that is not known at capture is written into what is."""
+    known: set[Node] = set()
+    for node in program.graph.nodes:
+        lifted = node.op == "placeholder" and node.name in program.graph_signature.inputs_to_lifted_tensor_constants
+        if lifted or (node.all_input_nodes and known.issuperset(node.all_input_nodes)):
+            known.add(node)
+        elif isinstance(node.target, OpOverload):
+            for place, argument in enumerate(node.target._schema.arguments):
+                given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and isinstance(given, Node) and given in known:
+                    return True
+    return False
 
 
 def _exported(subject: Subject, way: _Way) -> ExportedProgram:
@@ -188,6 +218,10 @@ def _shapes(subject: Subject) -> dict[str, dict[int, Any]]:
 def _settings(way: _Way) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(symbolic.patch(backed_size_oblivious=way.oblivious))  # type: ignore[attr-defined]
+        if way.constants:
+            for module in (fake_tensor, proxy_tensor):
+                stack.callback(setattr, module, "CONSTANT_NUMEL_LIMIT", module.CONSTANT_NUMEL_LIMIT)
+                module.CONSTANT_NUMEL_LIMIT = KNOWN_ELEMENTS
         if way.patched:
             from torch.export import _patches
 
@@ -258,18 +292,38 @@ def _dimension(subject: Subject, tensor: str, axis: int) -> str:
     return f"axis {axis} of {tensor}"
 
 
-def _because(subject: Subject, guards: _Guards, pattern: str = "") -> str:
-    """` because of …`: the conditions that torch took for granted, in the job file's words, with the user's lines."""
-    shown = []
-    for guard in guards.found:
-        if not re.search(pattern, guard):
-            continue
-        for symbol, source in guards.symbols.items():
-            guard = re.sub(rf"\b{symbol}\b", _named_source(subject, source), guard)
-        shown.append(guard)
+def _because(subject: Subject, guards: _Guards, pattern: str = "", sizes: Mapping[str, int] | None = None) -> str:
+    """` because of …`: the conditions that torch took for granted, in the job file's words, with the user's lines.
+
+    Args:
+        subject: names the dimensions.
+        guards: all conditions.
+        pattern: those that match it.
+        sizes: those alone that do not hold at these, by dimension, where there is one.
+    """
+    named = {symbol: _named_source(subject, source) for symbol, source in guards.symbols.items()}
+    shown = {}
+    for condition, place in guards.found:
+        if re.search(pattern, condition):
+            words = re.sub(r"\b\w+\b", lambda found: named.get(found[0], found[0]), condition)
+            if re.fullmatch(r"Eq\((\w+), \1\)", words):
+                # Two inputs have one dimension.
+                continue
+            shown[words + place] = sizes is None or not _holds(condition, {s: sizes.get(named[s]) for s in named})
+    if any(shown.values()):
+        shown = {words: fails for words, fails in shown.items() if fails}
     # Conditions with a line of the user's first.
-    shown = sorted(dict.fromkeys(shown), key=lambda guard: " in " not in guard)[:3]
-    return f", because of {'; '.join(shown)}" if shown else ""
+    first = sorted(shown, key=lambda words: " in " not in words)[:3]
+    return f", because of {'; '.join(first)}" if first else ""
+
+
+def _holds(condition: str, sizes: Mapping[str, int | None]) -> bool:
+    """Whether a condition of torch's on sizes holds; it may have functions of torch's own. sizes: by symbol."""
+    known = {symbol: sympy.Integer(size) for symbol, size in sizes.items() if size is not None}
+    try:
+        return sympy.sympify(condition, locals=known) is sympy.true
+    except Exception:
+        return False
 
 
 def _named_source(subject: Subject, source: str) -> str:
@@ -282,7 +336,7 @@ def _named_source(subject: Subject, source: str) -> str:
 
 
 def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Guards) -> None:
-    """Raises UserError when the program refuses a size that was declared and that the model itself takes."""
+    """Raises _RefusedWayError when the program refuses a size that was declared."""
     check = getattr(program.module(), "_guards_fn", None)
     if check is None:
         return
@@ -309,19 +363,23 @@ def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Gua
         try:
             forward(subject.model, resized(subject.inputs, subject.dims, sizes), subject.project)
         except UserError as error:
-            raise UserError(
+            mistake = UserError(
                 f"export: the model itself fails at {tried}, which is inside the declared sizes: "
                 f"{describe(error.__cause__ or error)}{user_line(error.__cause__ or error, subject.folder)}; "
                 f"declare the sizes that it takes ({taken or 'min, max'})"
-            ) from error
+            )
+            mistake.__cause__ = error
+            raise _RefusedWayError(_LIMITED if taken else _NARROWED, mistake) from error
+        reached = _LIMITED if taken else _NARROWED
         if not taken and len(subject.dims) > 1:
             taken = "narrower ones in export.dynamic"
         declare = f"declare the sizes that the program takes ({taken}), " if taken else ""
-        raise UserError(
+        mistake = UserError(
             f"export: torch.export keeps one side of a decision on sizes: at {tried} the model runs and the program "
-            f"would refuse ({refused}){_because(subject, guards)}; {declare}make the decision torch.cond, or leave "
-            f"{MADE_OF_IT} out of export.formats"
+            f"would refuse ({refused}){_because(subject, guards, sizes=sizes)}; {declare}make the decision torch.cond, "
+            f"or leave {MADE_OF_IT} out of export.formats"
         )
+        raise _RefusedWayError(reached, mistake)
 
 
 def _taken(
