@@ -219,7 +219,8 @@ def _settings(way: _Way) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(symbolic.patch(backed_size_oblivious=way.oblivious))  # type: ignore[attr-defined]
         if way.constants:
-            for module in (fake_tensor, proxy_tensor):
+            modules: tuple[Any, ...] = (fake_tensor, proxy_tensor)
+            for module in modules:
                 stack.callback(setattr, module, "CONSTANT_NUMEL_LIMIT", module.CONSTANT_NUMEL_LIMIT)
                 module.CONSTANT_NUMEL_LIMIT = KNOWN_ELEMENTS
         if way.patched:
