@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
 import re
 import sys
 import traceback
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 from torch._guards import TracingContext
@@ -319,10 +319,11 @@ def _because(subject: Subject, guards: _Guards, pattern: str = "", sizes: Mappin
 
 
 def _holds(condition: str, sizes: Mapping[str, int | None]) -> bool:
-    """Whether a condition of torch's on sizes holds; it may have functions of torch's own. sizes: by symbol."""
-    known = {symbol: sympy.Integer(size) for symbol, size in sizes.items() if size is not None}
+    """Whether a condition on sizes, as torch writes it, holds; False where it cannot be told. sizes: by symbol."""
+    words = {"__builtins__": {}, "Eq": operator.eq, "Ne": operator.ne, "Mod": operator.mod}
     try:
-        return sympy.sympify(condition, locals=known) is sympy.true
+        # Of an unknown size: None, which cannot be computed with.
+        return bool(eval(condition, words, dict(sizes)))
     except Exception:
         return False
 
