@@ -142,10 +142,12 @@ def capture(subject: Subject) -> Captured:
     if len(subject.dims) > 1 and any(isinstance(module, nn.LSTM | nn.GRU) for module in subject.model.modules()):
         # Usually unrolled over the length of the example.
         ways.insert(1, _RECURRENT)
-    # Last: torch does not notice that a constant is written over.
-    ways += _CONSTANTS
     with _plain_outputs(subject):
-        for way in ways:
+        # Constants last, and only where decisions on data are all that is in the way: torch does not notice that one is
+        # written over.
+        for way in (*ways, *_CONSTANTS):
+            if way.constants and any(refusal.reached > _FAILED for refusal in refusals):
+                break
             try:
                 return Captured(_captured(subject, way), way)
             except _RefusedWayError as refusal:
@@ -228,10 +230,10 @@ def _settings(way: _Way) -> Iterator[None]:
 
             stack.enter_context(_patches.register_lstm_while_loop_decomposition())
             stack.enter_context(_patches.register_gru_while_loop_decomposition())
-            for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
+            for cells in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
                 # An earlier attempt left the usual kernel in it.
-                operator._dispatch_cache.clear()
-                stack.callback(operator._dispatch_cache.clear)
+                cells._dispatch_cache.clear()
+                stack.callback(cells._dispatch_cache.clear)
         yield
 
 
