@@ -398,6 +398,33 @@ def test_a_job_of_installed_libraries_alone_is_trained_exported_and_proven(stage
     assert opened.validate().passed
 
 
+def test_a_model_that_returns_a_dataclass_is_trained_by_two_processes_exported_and_proven(stages: OpenStages) -> None:
+    extra = """
+        import dataclasses
+        @dataclasses.dataclass(frozen=True)
+        class Answer:
+            loss: torch.Tensor | None
+            logits: torch.Tensor
+            hidden: tuple = ()
+        class Answers(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+            def forward(self, x):
+                hidden = self.first(x).relu()
+                return Answer(None, self.second(hidden), (hidden,))
+        def build_model():
+            return Answers()
+        def loss(outputs, target):
+            return nn.functional.cross_entropy(outputs.logits, target)
+    """
+    train = {**ONE, "processes": 2, "loss": {"factory": "plain:loss"}, "metrics": ["accuracy"]}
+    opened = stages(extra, train=train)
+    opened.export("torchscript", "onnx", "pt2")
+    assert opened.result is not None and [spec.name for spec in opened.result.outputs] == ["logits", "hidden_0"]
+    assert opened.validate().passed
+
+
 def test_what_onnx_cannot_hold_is_left_out_by_auto_and_refused_by_name(stages: OpenStages) -> None:
     extra = """
         class Passes(nn.Linear):

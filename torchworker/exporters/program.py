@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import linecache
 import logging
+import operator
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext
+from torch._ops import OpOverload
+from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 from torch.fx.experimental import _config as symbolic
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental import proxy_tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from torchworker.contract import DynamicDim
 from torchworker.exporters.elman import loops
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserError, describe, is_theirs, user_line
-from torchworker.project.signature import resized, sizes_of
-from torchworker.project.user_code import arguments, forward
+from torchworker.process.failure import UserError, describe, line_of, user_line
+from torchworker.project.outputs import is_plain
+from torchworker.project.signature import BATCH, resized, sizes_of
+from torchworker.project.user_code import arguments, forward, name_outputs
 
 WAYS_OUT = (
     "Ways out for a decision on data: torch.cond, torch's while_loop, or a fixed number of steps with a mask; "
@@ -42,6 +47,8 @@ PACKED = (
 )
 MADE_OF_IT = "onnx, pt2, aoti and executorch"
 """Formats that are made of an exported program."""
+KNOWN_ELEMENTS = 1024
+"""Constants of so many elements at most are followed."""
 LARGEST_TRIED = 64
 """Sizes of a dimension are tried one by one up to its smallest plus this, and at its largest."""
 
@@ -55,14 +62,19 @@ class _Way:
     """Do not assume that sizes differ from 1: the program then holds at batch 1, not only by chance."""
     patched: bool = False
     """LSTM, GRU and RNN as loops over a length that is not known at capture."""
+    constants: bool = False
+    """What is computed of nothing but constants in forward (`torch.tensor([0.0, 1.0])`) may decide; torch follows those
+    of one element."""
 
     def __str__(self) -> str:
-        words = ["strict" if self.strict else "non-strict", *(["with recurrent loops"] if self.patched else [])]
+        words = ["strict" if self.strict else "non-strict"]
+        words += ["with recurrent loops"] * self.patched + ["with known constants"] * self.constants
         return ", ".join(words)
 
 
 _WAYS = tuple(_Way(strict, oblivious) for oblivious in (True, False) for strict in (False, True))
 _RECURRENT = _Way(strict=False, oblivious=False, patched=True)
+_CONSTANTS = tuple(_Way(strict=False, oblivious=oblivious, constants=True) for oblivious in (True, False))
 
 
 class _Guards(logging.Handler):
@@ -72,26 +84,24 @@ class _Guards(logging.Handler):
         super().__init__(logging.INFO)
         self.symbols: dict[str, str] = {}
         """`s27` to `tokens.size()[1]`."""
-        self.found: list[str] = []
+        self.found: list[tuple[str, str]] = []
+        """Conditions, each with its place."""
         self._project_folder = project_folder
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if made := re.match(r"create_symbol (\w+) = \S+ for (L\S+)", text):
             self.symbols[made[1]] = made[2]
-        elif taken := re.match(r"eval (.+?) \[guard added\]", text):
-            self.found.append(f"{taken[1]}{self._place()}")
+        elif taken := re.match(r"eval (?!\[guard suppressed\])(.+?) \[guard added\]", text):
+            self.found.append((taken[1], self._place()))
 
     def _place(self) -> str:
-        frame: Any = sys._getframe()
-        while frame is not None:
-            code = frame.f_code
-            if is_theirs(code.co_filename, Path(self._project_folder)):
-                name = Path(code.co_filename).relative_to(self._project_folder)
-                source = linecache.getline(code.co_filename, frame.f_lineno).strip()
-                return f" ({name}:{frame.f_lineno}, in {code.co_name}: {source})"
-            frame = frame.f_back
-        return ""
+        # What called capture says nothing of the model.
+        frames = itertools.takewhile(lambda item: item[0].f_code is not _exported.__code__, traceback.walk_stack(None))
+        found = [(frame.f_code.co_filename, number, frame.f_code.co_name) for frame, number in frames]
+        # Strict capture reads the user's code without running it, and keeps a stack of its own.
+        read = [(line.filename, line.lineno or 0, line.name) for line in TracingContext.extract_stack()]
+        return line_of([*reversed(read), *found], self._project_folder)
 
 
 @dataclass(frozen=True)
@@ -113,37 +123,95 @@ class Captured:
             yield
 
 
+class _RefusedWayError(Exception):
+    """One way to capture did not lead to a program."""
+
+    def __init__(self, reached: int, mistake: UserError) -> None:
+        super().__init__(str(mistake))
+        self.reached, self.mistake = reached, mistake
+
+
+# How far a way came. The last two led to a program that takes fewer sizes; of the last it can be said which.
+_FAILED_BY_THE_WAY, _FAILED, _FIXED, _NARROWED, _LIMITED = range(5)
+
+
 def capture(subject: Subject) -> Captured:
     """The exported program and how it was made.
 
-    Raises UserError when no way gives a program that holds for every declared size, with the user's line.
+    Its outputs are those of the model where they are tensors in Python's own tuples, lists and dicts; of any other
+    class (transformers' ModelOutput, a dataclass) they are a dict, so that the program is read without that class.
+
+    Raises UserError when no way gives a program that holds for every declared size: what is said of the way that got
+    furthest, with the user's line.
     """
-    refusals: list[UserError] = []
+    refusals: list[_RefusedWayError] = []
     ways = [*_WAYS]
     if len(subject.dims) > 1 and any(isinstance(module, nn.RNNBase) for module in subject.model.modules()):
         # Usually unrolled over the length of the example.
         ways.insert(1, _RECURRENT)
-    for way in ways:
-        guards = _Guards(subject.folder)
-        args, kwargs = arguments(subject.model, subject.inputs)
-        try:
-            with _settings(way), _listening(guards):
-                program = torch.export.export(
-                    subject.model, args, kwargs, dynamic_shapes=_shapes(subject), strict=way.strict
-                )
-        except Exception as error:
-            refusals.append(_refused(subject, error, guards))
-            if isinstance(error, GuardOnDataDependentSymNode):
-                # A decision on data is one in every way.
+    with _plain_outputs(subject):
+        # Constants last, and only where decisions on data are all that is in the way: torch does not notice that one is
+        # written over.
+        for way in (*ways, *_CONSTANTS):
+            if way.constants and any(refusal.reached > _FAILED for refusal in refusals):
                 break
-            continue
-        try:
-            _require_every_size(program, subject, guards)
-        except UserError as refusal:
-            refusals.append(refusal)
-            continue
-        return Captured(program, way)
-    raise refusals[0]
+            try:
+                return Captured(_captured(subject, way), way)
+            except _RefusedWayError as refusal:
+                refusals.append(refusal)
+    raise max(refusals, key=lambda refusal: refusal.reached).mistake
+
+
+def _captured(subject: Subject, way: _Way) -> ExportedProgram:
+    """Raises _RefusedWayError when this way gives no program that holds for every declared size."""
+    guards = _Guards(subject.folder)
+    try:
+        with _settings(way), _listening(guards):
+            program = _exported(subject, way)
+    except Exception as error:
+        if (fixed := _fixed(subject, error, guards)) is not None:
+            raise _RefusedWayError(_FIXED, fixed) from error
+        # Each of these assumes of sizes or of modules what the model does not say.
+        own = way in _WAYS and not way.oblivious
+        raise _RefusedWayError(_FAILED if own else _FAILED_BY_THE_WAY, _failed(subject, error)) from error
+    if way.constants and _writes_over_constants(program):
+        raise _RefusedWayError(_FAILED_BY_THE_WAY, UserError("export: torch.export decides on what a constant was"))
+    _require_every_size(program, subject, guards)
+    return program
+
+
+def _writes_over_constants(program: ExportedProgram) -> bool:
+    """Whether something that is not known at capture is written into what is."""
+    known: set[Node] = set()
+    for node in program.graph.nodes:
+        lifted = node.op == "placeholder" and node.name in program.graph_signature.inputs_to_lifted_tensor_constants
+        if lifted or (node.all_input_nodes and known.issuperset(node.all_input_nodes)):
+            known.add(node)
+        elif isinstance(node.target, OpOverload):
+            for place, argument in enumerate(node.target._schema.arguments):
+                given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+                is_written = argument.alias_info is not None and argument.alias_info.is_write
+                if is_written and isinstance(given, Node) and given in known:
+                    return True
+    return False
+
+
+def _exported(subject: Subject, way: _Way) -> ExportedProgram:
+    args, kwargs = arguments(subject.model, subject.inputs)
+    return torch.export.export(subject.model, args, kwargs, dynamic_shapes=_shapes(subject), strict=way.strict)
+
+
+@contextlib.contextmanager
+def _plain_outputs(subject: Subject) -> Iterator[None]:
+    """Within it the model gives tensors in Python's own classes. A hook leaves the names of its weights as they are."""
+    if is_plain(forward(subject.model, subject.inputs, subject.project)):
+        yield
+        return
+    handle = subject.model.register_forward_hook(lambda _, args, outputs: name_outputs(outputs, subject.project))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _shapes(subject: Subject) -> dict[str, dict[int, Any]]:
@@ -159,6 +227,11 @@ def _shapes(subject: Subject) -> dict[str, dict[int, Any]]:
 def _settings(way: _Way) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(symbolic.patch(backed_size_oblivious=way.oblivious))  # type: ignore[attr-defined]
+        if way.constants:
+            modules: tuple[Any, ...] = (fake_tensor, proxy_tensor)
+            for module in modules:
+                stack.callback(setattr, module, "CONSTANT_NUMEL_LIMIT", module.CONSTANT_NUMEL_LIMIT)
+                module.CONSTANT_NUMEL_LIMIT = KNOWN_ELEMENTS
         if way.patched:
             from torch.export import _patches
 
@@ -166,10 +239,10 @@ def _settings(way: _Way) -> Iterator[None]:
             stack.enter_context(_patches.register_gru_while_loop_decomposition())
             for operator, layers in loops().items():
                 stack.enter_context(_patches._register_rnn_while_loop_decomposition(operator, layers))
-            for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input, *loops()):
+            for cells in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input, *loops()):
                 # An earlier attempt left the usual kernel in it.
-                operator._dispatch_cache.clear()
-                stack.callback(operator._dispatch_cache.clear)
+                cells._dispatch_cache.clear()
+                stack.callback(cells._dispatch_cache.clear)
         yield
 
 
@@ -189,31 +262,38 @@ def _listening(guards: _Guards) -> Iterator[None]:
         log.propagate = propagate
 
 
-def _refused(subject: Subject, error: Exception, guards: _Guards) -> UserError:
-    """What torch.export said, with the line, in the job file's words."""
-    text = str(error).strip()
+def _fixed(subject: Subject, error: Exception, guards: _Guards) -> UserError | None:
+    """Which dimensions torch.export fixes, with the line, in the job file's words; None where it fails for another
+    reason."""
     fixed = re.findall(
-        r"L\['?([^]']+?)'?\](?:\[(\d+)\])?\.size\(\)\[(\d+)\] as dynamic but .* constant \((\d+)\)", text
+        r"L\['?([^]']+?)'?\](?:\[(\d+)\])?\.size\(\)\[(\d+)\] as dynamic but .* constant \((\d+)\)", str(error)
     )
-    if fixed:
-        names = list(subject.inputs)
-        places = []
-        for name, position, axis, size in fixed:
-            tensor = names[int(position)] if name == "flat_args" else name
-            places.append(f"{_dimension(subject, tensor, int(axis))} at {size}")
-        mistake = UserError(
-            f"export: torch.export fixes {', '.join(dict.fromkeys(places))}, the size of the example"
-            f"{_because(subject, guards, r'^Eq')}; take sizes from the inputs (x.shape) instead of writing them down "
-            f"or turning them into Python numbers, leave the dimension out of export.dynamic, or leave {MADE_OF_IT} "
-            "out of export.formats"
-        )
-    else:
-        first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        mistake = UserError(
-            f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
-            f"{user_line(error, subject.folder)}. {PACKED if _is_packed(error) else WAYS_OUT}; or leave {MADE_OF_IT} "
-            "out of export.formats"
-        )
+    if not fixed:
+        return None
+    names = list(subject.inputs)
+    places = {}
+    for name, position, axis, size in fixed:
+        places[_dimension(subject, names[int(position)] if name == "flat_args" else name, int(axis))] = size
+    shown = ", ".join(f"{dimension} at {size}" for dimension, size in places.items())
+    # The batch is declared by nobody.
+    leave = "" if BATCH in places else "leave the dimension out of export.dynamic, "
+    mistake = UserError(
+        f"export: torch.export fixes {shown}, the size of the example{_because(subject, guards, r'^Eq')}; take sizes "
+        f"from the inputs (x.shape) instead of writing them down or turning them into Python numbers, {leave}or leave "
+        f"{MADE_OF_IT} out of export.formats"
+    )
+    mistake.__cause__ = error
+    return mistake
+
+
+def _failed(subject: Subject, error: Exception) -> UserError:
+    """What torch.export said, with the line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    ways_out = PACKED if _is_packed(error) else WAYS_OUT
+    mistake = UserError(
+        f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
+        f"{user_line(error, subject.folder)}. {ways_out}; or leave {MADE_OF_IT} out of export.formats"
+    )
     mistake.__cause__ = error
     return mistake
 
@@ -235,18 +315,39 @@ def _dimension(subject: Subject, tensor: str, axis: int) -> str:
     return f"axis {axis} of {tensor}"
 
 
-def _because(subject: Subject, guards: _Guards, pattern: str = "") -> str:
-    """` because of …`: the conditions that torch took for granted, in the job file's words, with the user's lines."""
-    shown = []
-    for guard in guards.found:
-        if not re.search(pattern, guard):
-            continue
-        for symbol, source in guards.symbols.items():
-            guard = re.sub(rf"\b{symbol}\b", _named_source(subject, source), guard)
-        shown.append(guard)
+def _because(subject: Subject, guards: _Guards, pattern: str = "", sizes: Mapping[str, int] | None = None) -> str:
+    """` because of …`: the conditions that torch took for granted, in the job file's words, with the user's lines.
+
+    Args:
+        subject: names the dimensions.
+        guards: all conditions.
+        pattern: those that match it.
+        sizes: those alone that do not hold at these, by dimension, where there is one.
+    """
+    named = {symbol: _named_source(subject, source) for symbol, source in guards.symbols.items()}
+    shown = {}
+    for condition, place in guards.found:
+        if re.search(pattern, condition):
+            words = re.sub(r"\b\w+\b", lambda found: named.get(found[0], found[0]), condition)
+            if re.fullmatch(r"Eq\((\w+), \1\)", words):
+                # Two inputs have one dimension.
+                continue
+            shown[words + place] = sizes is None or not _holds(condition, {s: sizes.get(named[s]) for s in named})
+    if any(shown.values()):
+        shown = {words: fails for words, fails in shown.items() if fails}
     # Conditions with a line of the user's first.
-    shown = sorted(dict.fromkeys(shown), key=lambda guard: " in " not in guard)[:3]
-    return f", because of {'; '.join(shown)}" if shown else ""
+    first = sorted(shown, key=lambda words: " in " not in words)[:3]
+    return f", because of {'; '.join(first)}" if first else ""
+
+
+def _holds(condition: str, sizes: Mapping[str, int | None]) -> bool:
+    """Whether a condition on sizes, as torch writes it, holds; False where it cannot be told. sizes: by symbol."""
+    words = {"__builtins__": {}, "Eq": operator.eq, "Ne": operator.ne, "Mod": operator.mod}
+    try:
+        # Of an unknown size: None, which cannot be computed with.
+        return bool(eval(condition, words, dict(sizes)))
+    except Exception:
+        return False
 
 
 def _named_source(subject: Subject, source: str) -> str:
@@ -259,35 +360,96 @@ def _named_source(subject: Subject, source: str) -> str:
 
 
 def _require_every_size(program: ExportedProgram, subject: Subject, guards: _Guards) -> None:
-    """Raises UserError when the program refuses a size that was declared and that the model itself takes."""
+    """Raises _RefusedWayError when the program refuses a size that was declared."""
     check = getattr(program.module(), "_guards_fn", None)
     if check is None:
         return
-    limits = {name: upper for name, (_, upper) in ranges(program, subject).items() if upper is not None}
-    for sizes in _declared_sizes(subject, limits):
+
+    def refusal(sizes: Mapping[str, int]) -> str:
+        """The condition that does not hold at these sizes; empty where the program takes them."""
         shapes = {
             name: torch.empty(_shape(subject, name, sizes), dtype=tensor.dtype, device="meta")
             for name, tensor in subject.inputs.items()
         }
         try:
             check(*shapes.values())
-            continue
         except AssertionError as error:
-            refused = str(error).removeprefix("Guard failed: ")
+            return str(error).removeprefix("Guard failed: ")
+        return ""
+
+    limits = {name: upper for name, (_, upper) in ranges(program, subject).items() if upper is not None}
+    at_capture = sizes_of(subject.inputs, subject.dims)
+    for sizes in _declared_sizes(subject.dims, at_capture, limits):
+        if not (refused := refusal(sizes)):
+            continue
         tried = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        taken = _taken(subject.dims, at_capture, limits, refusal)
         try:
             forward(subject.model, resized(subject.inputs, subject.dims, sizes), subject.project)
         except UserError as error:
-            raise UserError(
-                f"export.dynamic: the model itself fails at {tried}, which is inside the declared sizes: "
+            mistake = UserError(
+                f"export: the model itself fails at {tried}, which is inside the declared sizes: "
                 f"{describe(error.__cause__ or error)}{user_line(error.__cause__ or error, subject.folder)}; "
-                "declare the sizes that it takes (min, max)"
-            ) from error
-        raise UserError(
+                f"declare the sizes that it takes ({taken or 'min, max'})"
+            )
+            mistake.__cause__ = error
+            raise _RefusedWayError(_LIMITED if taken else _NARROWED, mistake) from error
+        reached = _LIMITED if taken else _NARROWED
+        if not taken and len(subject.dims) > 1:
+            taken = "narrower ones in export.dynamic"
+        declare = f"declare the sizes that the program takes ({taken}), " if taken else ""
+        mistake = UserError(
             f"export: torch.export keeps one side of a decision on sizes: at {tried} the model runs and the program "
-            f"would refuse ({refused}){_because(subject, guards)}; declare narrower sizes in export.dynamic, make the "
-            f"decision torch.cond, or leave {MADE_OF_IT} out of export.formats"
+            f"would refuse ({refused}){_because(subject, guards, sizes=sizes)}; {declare}make the decision torch.cond, "
+            f"or leave {MADE_OF_IT} out of export.formats"
         )
+        raise _RefusedWayError(reached, mistake)
+
+
+def _taken(
+    dims: Sequence[DynamicDim],
+    at_capture: Mapping[str, int],
+    limits: Mapping[str, int],
+    refusal: Callable[[Mapping[str, int]], str],
+) -> str:
+    """What to declare so that the program takes every size, as keys of the job file; empty where ranges cannot say it.
+
+    Args:
+        dims: as they are declared.
+        at_capture: sizes that the program takes, by dimension.
+        limits: as `_declared_sizes` takes them.
+        refusal: why the program refuses these sizes; empty when it does not.
+    """
+    keys: dict[str, int] = {}
+    taken = []
+    for dim in dims:
+
+        def takes(size: int, name: str = dim.name) -> bool:
+            return not refusal({**at_capture, name: size})
+
+        low, high = (_furthest(at_capture[dim.name], end, takes) for end in (dim.min, _largest(dim, limits)))
+        taken.append(replace(dim, min=low, max=high if high < _largest(dim, limits) else dim.max))
+        if low > dim.min:
+            if dim.name == BATCH:
+                # There is no key for the smallest batch.
+                return ""
+            keys[f"export.dynamic.{dim.name}.min"] = low
+        if high < _largest(dim, limits):
+            keys["export.max_batch" if dim.name == BATCH else f"export.dynamic.{dim.name}.max"] = high
+    if any(refusal(sizes) for sizes in _declared_sizes(taken, at_capture, limits)):
+        # A multiple of eight, say, or one dimension against another.
+        return ""
+    return ", ".join(f"{key}: {size}" for key, size in keys.items())
+
+
+def _furthest(good: int, end: int, takes: Callable[[int], bool]) -> int:
+    """The last size from one that is taken towards the end, as if there were one limit between them."""
+    if takes(end):
+        return end
+    while abs(end - good) > 1:
+        middle = (good + end) // 2
+        good, end = (middle, end) if takes(middle) else (good, middle)
+    return good
 
 
 def _shape(subject: Subject, name: str, sizes: Mapping[str, int]) -> list[int]:
@@ -320,15 +482,24 @@ def ranges(program: ExportedProgram, subject: Subject) -> dict[str, tuple[int, i
     return found
 
 
-def _declared_sizes(subject: Subject, bounds: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _declared_sizes(
+    dims: Sequence[DynamicDim], at_capture: Mapping[str, int], limits: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
     """All corners of the declared ranges, then each dimension alone from its smallest size on.
 
-    bounds: largest sizes that the program takes; where no limit is declared, one more is tried.
+    Args:
+        dims: as they are declared.
+        at_capture: sizes of the example, by dimension.
+        limits: largest sizes that the program notes; where none is declared, one more is tried.
     """
-    at_capture = sizes_of(subject.inputs, subject.dims)
-    ends = {dim.name: (dim.min, dim.max or bounds.get(dim.name, 4 * LARGEST_TRIED) + 1) for dim in subject.dims}
+    ends = {dim.name: (dim.min, _largest(dim, limits)) for dim in dims}
     for corner in itertools.islice(itertools.product(*ends.values()), 256):
         yield dict(zip(ends, corner, strict=True))
-    for dim in subject.dims:
+    for dim in dims:
         for size in range(dim.min, min(dim.min + LARGEST_TRIED, dim.max or sys.maxsize) + 1):
             yield {**at_capture, dim.name: size}
+
+
+def _largest(dim: DynamicDim, limits: Mapping[str, int]) -> int:
+    """The largest size that is tried. limits: as `_declared_sizes` takes them."""
+    return dim.max or limits.get(dim.name, 4 * LARGEST_TRIED) + 1

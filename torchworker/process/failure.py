@@ -6,7 +6,7 @@ import contextlib
 import linecache
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +29,10 @@ class DescribedError(Exception):
 
 
 ENVIRONMENT = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+LIBRARIES = tuple({sysconfig.get_path(kind) for kind in ("platlib", "purelib")})
+OWN = ("torch", "sympy", "torchworker")
+"""Lines of these say nothing of a model: torch works out sizes with sympy."""
 
 
 def is_theirs(path: str, folder: Path) -> bool:
@@ -53,16 +57,39 @@ def user_frames(trace: TracebackType | None, folder: str) -> list[traceback.Fram
 
 
 def user_line(error: BaseException, folder: str) -> str:
-    """` (digits.py:31, in forward: self.classify(x))` for the deepest line of theirs, or an empty string."""
-    root = Path(folder)
+    """` (digits.py:31, in forward: self.classify(x))` for the deepest line of theirs, or an empty string.
+
+    Where it came from an installed library that they called, its line too: ` (model.py:12, in forward: self.encode(x);
+    in transformers/models/bert/modeling_bert.py:123, in forward: …)`.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}:{error.lineno})"
-    theirs = [frame for frame in user_frames(error.__traceback__, folder) if _is_inside(frame, root)]
-    if not theirs:
-        return ""
-    last = theirs[-1]
-    source = linecache.getline(last.filename, last.lineno or 0).strip()
-    return f" ({Path(last.filename).relative_to(root)}:{last.lineno}, in {last.name}: {source})"
+    trace = reversed(list(traceback.walk_tb(error.__traceback__)))
+    return line_of(((frame.f_code.co_filename, number, frame.f_code.co_name) for frame, number in trace), folder)
+
+
+def line_of(lines: Iterable[tuple[str, int, str]], folder: str) -> str:
+    """As `user_line`, for files with numbers of lines and names of functions, the innermost first."""
+    root, library = Path(folder), ""
+    for path, number, function in lines:
+        if folder and is_theirs(path, root):
+            return f" ({_shown(path, root, number, function)}{library})"
+        place = "" if library else _library_of(path)
+        if place:
+            library = f"; in {_shown(path, Path(place), number, function)}"
+    return f" ({library.removeprefix('; ')})" if library else ""
+
+
+def _shown(path: str, root: Path, number: int, function: str) -> str:
+    return f"{Path(path).relative_to(root)}:{number}, in {function}: {linecache.getline(path, number).strip()}"
+
+
+def _library_of(path: str) -> str:
+    """The folder of installed libraries that holds a file; empty for another, for torch's own and for ours."""
+    for place in LIBRARIES:
+        if Path(path).is_relative_to(place):
+            return "" if Path(path).relative_to(place).parts[0] in OWN else place
+    return ""
 
 
 def describe(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from torchworker.project.outputs import parts_of
+
 FILLED = -100
 """What batches of whole numbers are padded with: the label that torch's losses ignore, and no token's number."""
 
@@ -216,11 +218,13 @@ def _fill(dtype: torch.dtype) -> float:
 
 
 def first_output(outputs: object) -> Tensor:
-    """The tensor that metrics are computed on: the output itself, or the first of a tuple or dict."""
+    """The tensor that metrics are computed on: the output itself, or the first of a tuple, a dict or a dataclass.
+
+    Raises TypeError when there is none.
+    """
     if isinstance(outputs, Tensor):
         return outputs
-    if isinstance(outputs, dict):
-        return first_output(next(iter(outputs.values())))
-    if isinstance(outputs, tuple | list):
-        return first_output(outputs[0])
-    raise TypeError(f"metrics need a tensor output, got {type(outputs).__name__}")
+    first = next((part for _, part in parts_of(outputs) or () if part is not None), None)
+    if first is None:
+        raise TypeError(f"metrics need a tensor output, got {type(outputs).__name__}")
+    return first_output(first)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torchworker import situations
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.metrics import first_output
+from torchworker.project.outputs import parts_of, with_parts
 from torchworker.project.randomness import OwnRandom
 from torchworker.project.user_code import Loss, call_metric, describe_tensor
 
@@ -133,14 +134,10 @@ def with_first(outputs: Any, tensor: Tensor) -> Any:
     """Outputs of a model with another tensor in the place of the one that metrics see."""
     if isinstance(outputs, Tensor):
         return tensor
-    if isinstance(outputs, Mapping):
-        changed: Any = copy.copy(outputs)
-        name = next(iter(outputs))
-        changed[name] = with_first(outputs[name], tensor)
-        return changed
-    if hasattr(outputs, "_replace"):
-        return outputs._replace(**{outputs._fields[0]: with_first(outputs[0], tensor)})
-    return type(outputs)([with_first(outputs[0], tensor), *outputs[1:]])
+    parts = [part for _, part in parts_of(outputs) or ()]
+    place = next(place for place, part in enumerate(parts) if part is not None)
+    parts[place] = with_first(parts[place], tensor)
+    return with_parts(outputs, parts)
 
 
 def _mistake(where: str, name: str, output: Tensor, target: Tensor) -> UserError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
@@ -21,6 +21,7 @@ from torchworker.process.phase import building
 from torchworker.project.library import as_metric, as_tensors, takes
 from torchworker.project.metrics import first_output, metric_sum
 from torchworker.project.opened import counts_as_code, counts_as_data
+from torchworker.project.outputs import mapped, parts_of
 from torchworker.project.randomness import OwnRandom
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -320,7 +321,8 @@ def arguments(model: nn.Module, named: Mapping[str, Tensor]) -> tuple[tuple[Tens
 
 
 def name_outputs(outputs: Any, project: Project) -> dict[str, Tensor]:
-    """Outputs by name, nested ones flattened: `output` for a tensor, `output_0`… for a tuple, the keys of a dict.
+    """Outputs by name, nested ones flattened: `output` for a tensor, `output_0`… for a tuple, the keys of a dict, the
+    fields of a dataclass.
 
     What is inside an output has its name in front: `{"logits": a, "state": (b, c)}` gives logits, state_0 and state_1.
     None, which forward may return in the place of a tensor, is left out.
@@ -338,21 +340,17 @@ def name_outputs(outputs: Any, project: Project) -> dict[str, Tensor]:
 def _flattened(value: Any, name: str, project: Project) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name or "output", value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flattened(item, f"{name}_{key}" if name else str(key), project)
-    elif isinstance(value, tuple | list):
-        # A named tuple has names for its items.
-        keys = getattr(value, "_fields", None)
-        for position, item in enumerate(value):
-            if keys is not None:
-                yield from _flattened(item, f"{name}_{keys[position]}" if name else keys[position], project)
-            else:
-                yield from _flattened(item, f"{name or 'output'}_{position}", project)
+        return
+    parts = parts_of(value)
+    if parts is not None:
+        for key, item in parts:
+            # A place is no name.
+            front = name or ("output" if isinstance(key, int) else "")
+            yield from _flattened(item, f"{front}_{key}" if front else str(key), project)
     elif value is not None:
         raise UserError(
-            f"{project.model.where}: forward must return tensors, in tuples, lists or dicts if they are several, "
-            f"got {type(value).__name__}{f' at {name}' if name else ''}"
+            f"{project.model.where}: forward must return tensors, in tuples, lists, dicts or dataclasses if they are "
+            f"several, got {type(value).__name__}{f' at {name}' if name else ''}"
         )
 
 
@@ -382,7 +380,7 @@ def forward(model: nn.Module, inputs: Any, project: Project, call: nn.Module | N
 
 def copied(outputs: Any) -> Any:
     """What forward gave, in memory of its own: a model may return what it will write the next answer into."""
-    return tree_map_only(Tensor, Tensor.clone, outputs)
+    return mapped(Tensor.clone, outputs)
 
 
 def check_labels(target: Tensor, outputs: Tensor, project: Project) -> None:

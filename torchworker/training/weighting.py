@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torchworker import situations
 from torchworker.contract import Project, TrainSettings
 from torchworker.project.metrics import FILLED, first_output
+from torchworker.project.outputs import mapped
 from torchworker.project.pairing import asked_apart, with_first
 from torchworker.project.user_code import Loss
 
@@ -179,9 +179,7 @@ def is_mean(loss: Loss, outputs: Any, target: Tensor) -> bool:
 
 
 def _at(outputs: Any, places: Tensor, size: int) -> Any:
-    return pytree.tree_map_only(
-        Tensor, lambda tensor: tensor[places] if tensor.dim() and len(tensor) == size else tensor, outputs
-    )
+    return mapped(lambda tensor: tensor[places] if tensor.dim() and len(tensor) == size else tensor, outputs)
 
 
 @torch.enable_grad()

@@ -41,8 +41,9 @@ a solver of torchdiffeq look at values (is there any padding?), and were said to
 The other answer is tried now. CLIP was refused with a wrong cause.
 
 `make public` makes an environment of its own for them, with the versions below, in `build/public` (some 3 GB), and
-asks all; neither `make test` nor `make soak` does. `build/public/bin/python -m tests.public > docs/public-models.md`
-writes this page, and
+asks all; neither `make test` nor `make soak` does. Six of them it exports too, as pt2 and ONNX, at every batch:
+[tests/public/test_capture.py](../tests/public/test_capture.py).
+`build/public/bin/python -m tests.public > docs/public-models.md` writes this page, and
 [tests/support/public/architectures.py](../tests/support/public/architectures.py) is the table: a new one is a row.
 
 Asked on {date}: {versions}.
