@@ -1,4 +1,4 @@
-"""Public architectures are captured by torch.export: as pt2 and as ONNX, at every declared size of a batch."""
+"""Public architectures get every format, at every declared size of a batch, or a refusal that is right."""
 
 from __future__ import annotations
 
@@ -8,67 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import default_collate
 
-from tests.support.public import architectures
-from tests.support.public.architectures import build_dataset, build_model
-from torchworker.contract import DynamicDim, Project, Reference
-from torchworker.exporters.agreement import disagreement
-from torchworker.exporters.onnx_export import onnx_model
+from tests.support.public.architectures import ARCHITECTURES, Architecture
+from tests.support.public.exporting import FORMATS, became, mistakes, subject_of
 from torchworker.exporters.program import capture
 from torchworker.exporters.pt2 import pt2
-from torchworker.exporters.subject import Subject
 from torchworker.process.failure import UserError
-from torchworker.project.signature import resized
-from torchworker.project.user_code import forward, name_inputs, name_outputs
-from torchworker.runtimes.load import load_artifact
 
 pytestmark = pytest.mark.public
 
-CAPTURED = {
-    "graph nets, sparse": None,
-    "ODE, Runge-Kutta": None,
-    "masked autoregressive flow": None,
-    # Its upsampling asks for batches of 64 and more.
-    "U-Net of diffusion": 63,
-    "BERT": None,
-    "SegFormer": None,
-}
-"""The largest batch of each; None for no limit."""
 
-
-def subject_of(name: str, largest: int | None) -> Subject:
-    nothing = Reference(target="a:b", where="model.factory")
-    folder = str(Path(architectures.__file__).parent)
-    project = Project(name="plain", folder=folder, model=nothing, data=nothing, loss="mse_loss", metrics=[])
-    torch.manual_seed(0)
-    model = build_model(name).eval().requires_grad_(False)
-    data = build_dataset("train", name)
-    inputs = name_inputs(model, default_collate([data[index][0] for index in range(8)]), project)
-    return Subject(
-        model=model,
-        inputs=inputs,
-        outputs=list(name_outputs(forward(model, inputs, project), project)),
-        dims=[DynamicDim(name="batch", min=1, max=largest, axes={name: (0,) for name in inputs})],
-        project=project,
-    )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "largest"), CAPTURED.items(), ids=CAPTURED)
-def test_files_of_a_public_architecture_give_its_answers_at_every_size(
-    name: str, largest: int | None, tmp_path: Path
-) -> None:
-    subject = subject_of(name, largest)
-    for kind, write in (("pt2", pt2), ("onnx", onnx_model)):
-        write(subject, tmp_path / kind)
-        call = load_artifact(kind, tmp_path / kind, 1)
-        assert disagreement(call, subject) == "", kind
-        for batch in (1, 2, 3, 16, 63, *([64, 130] if largest is None else [])):
-            given = resized(subject.inputs, subject.dims, {"batch": batch})
-            expected = name_outputs(forward(subject.model, given, subject.project), subject.project)
-            for found, wanted in zip(call(given), expected.values(), strict=True):
-                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize("asked", ARCHITECTURES, ids=lambda item: f"{item.library}: {item.name}")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_of_a_public_architecture_gives_its_answers_at_every_batch(asked: Architecture, kind: str) -> None:
+    assert mistakes(asked, {kind: became(asked.name, kind)}) == []
 
 
 @torch.no_grad()

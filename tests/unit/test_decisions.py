@@ -77,6 +77,10 @@ def asks_a_size_that_never_decides(model: Decides, x: Tensor) -> Tensor:
     return model.linear(x) if x.shape[1] < 100 else model.linear(-x)
 
 
+def computes_the_same_on_both_sides(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(x.contiguous() if x.shape[0] >= 17 else x)
+
+
 def sees_values_of_ones_like(model: Decides, x: Tensor) -> Tensor:
     return model.linear(x) if torch.ones_like(x).min() > 0 else model.linear(-x)
 
@@ -109,6 +113,7 @@ def gives_one_output_in_a_dict(model: Decides, x: Tensor) -> Any:
         goes_over_a_fixed_axis,
         asks_a_size_that_never_decides,
         sees_values_of_ones_like,
+        computes_the_same_on_both_sides,
     ],
 )
 def test_what_inputs_cannot_turn_is_traced(decide: Callable[[Decides, Tensor], Tensor], tmp_path: Path) -> None:
@@ -177,6 +182,10 @@ def decides_on_the_batch(model: Decides, x: Tensor) -> Tensor:
     return model.linear(-x) if x.shape[0] == 1 else model.linear(x)
 
 
+def decides_on_a_large_batch(model: Decides, x: Tensor) -> Tensor:
+    return model.linear(-x) if x.shape[0] >= 20 else model.linear(x)
+
+
 def decides_on_a_length(model: Decides, x: Tensor) -> Tensor:
     return model.linear(x) if x.shape[1] < 8 else model.linear(-x)
 
@@ -190,7 +199,8 @@ def unpacks_the_lengths(model: Decides, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "decide", [decides_on_the_batch, decides_on_a_length, goes_over_the_lengths, unpacks_the_lengths]
+    "decide",
+    [decides_on_the_batch, decides_on_a_large_batch, decides_on_a_length, goes_over_the_lengths, unpacks_the_lengths],
 )
 def test_what_a_declared_size_turns_is_refused_with_both_sizes(
     decide: Callable[[Decides, Tensor], Tensor], tmp_path: Path

@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from torchworker.exporters.agreement import cases, disagreement
 from torchworker.exporters.decisions import Decisions, first_difference, watched
 from torchworker.exporters.subject import Made, Subject
+from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, user_line
 from torchworker.process.shown_warnings import keep
+from torchworker.project.signature import BATCH, resized, sizes_of
 from torchworker.project.user_code import arguments, forward, name_outputs
-from torchworker.runtimes.load import call_script, ignore_script_deprecation
+from torchworker.runtimes.load import call_script, flat, ignore_script_deprecation
 
 _Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Positional and named arguments of a module."""
+
+
+LARGE = 65
+"""Samples of the largest batch that is tried where sizes decide."""
 
 
 class _UnfaithfulError(Exception):
@@ -74,9 +80,15 @@ class _Flat(nn.Module):
 
 
 def _trace(subject: Subject) -> tuple[Any, str]:
-    calls = [arguments(subject.model, inputs) for inputs in cases(subject)]
+    # A decision on the batch may come late: a file is asked for larger ones than the example's.
+    largest = next((dim.max for dim in subject.dims if dim.name == BATCH), 1) or LARGE
+    large = resized(
+        subject.inputs, subject.dims, {**sizes_of(subject.inputs, subject.dims), BATCH: min(largest, LARGE)}
+    )
+    given = [*cases(subject), large]
+    calls = [arguments(subject.model, inputs) for inputs in given]
     if calls[0][1] or not isinstance(forward(subject.model, subject.inputs, subject.project), Tensor):
-        flat_calls: list[_Call] = [(tuple(inputs.values()), {}) for inputs in cases(subject)]
+        flat_calls: list[_Call] = [(tuple(inputs.values()), {}) for inputs in given]
         return _traced(_Flat(subject), flat_calls, subject), "torch.jit.trace"
     return _traced(subject.model, calls, subject), "torch.jit.trace"
 
@@ -102,7 +114,9 @@ def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:
         except _UnfaithfulError:
             # Cutting may have broken what belongs together.
             continue
-        if difference := first_difference(decisions.on_sizes(), others.on_sizes()):
+        difference = first_difference(decisions.on_sizes(), others.on_sizes())
+        # Both sides may compute the same, as with and without contiguous().
+        if difference and not _agrees(program, module, call):
             baked, other = difference
             keep(baked.warning())
             sizes = ["; ".join(str(list(tensor.shape)) for tensor in _tensors(one)) for one in (calls[0], call)]
@@ -111,6 +125,18 @@ def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:
                 f"{other} on {sizes[1]}"
             )
     return program
+
+
+def _agrees(program: Any, module: nn.Module, call: _Call) -> bool:
+    args, kwargs = call
+    try:
+        found = flat(program(*args, **kwargs))
+    except RuntimeError:
+        return False
+    wanted = flat(module(*args, **kwargs))
+    return len(found) == len(wanted) and all(
+        compare_tensors(one, two, None).passed for one, two in zip(found, wanted, strict=True)
+    )
 
 
 def _recorded_on(module: nn.Module, call: _Call, subject: Subject) -> tuple[Any, Decisions]:

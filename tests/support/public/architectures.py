@@ -39,6 +39,10 @@ class Architecture:
     notes: tuple[str, ...] = ()
     """What is rightly said of it besides."""
     why: str = ""
+    max_batch: int | None = None
+    """The job's `export.max_batch`."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Formats that it does not get, each with words by which the export is rightly refused."""
 
 
 # ---- samples

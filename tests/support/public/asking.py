@@ -17,6 +17,7 @@ import yaml
 
 from tests.support.projects import REPOSITORY
 from tests.support.public.architectures import ARCHITECTURES, Architecture
+from tests.support.public.exporting import BATCHES, FORMATS
 from torchworker.contract import LOSSES
 
 HERE = Path(__file__).parent
@@ -41,8 +42,7 @@ a solver of torchdiffeq look at values (is there any padding?), and were said to
 The other answer is tried now. CLIP was refused with a wrong cause.
 
 `make public` makes an environment of its own for them, with the versions below, in `build/public` (some 3 GB), and
-asks all; neither `make test` nor `make soak` does. Six of them it exports too, as pt2 and ONNX, at every batch:
-[tests/public/test_capture.py](../tests/public/test_capture.py).
+asks all; neither `make test` nor `make soak` does. It exports them too: the second table.
 `build/public/bin/python -m tests.public > docs/public-models.md` writes this page, and
 [tests/support/public/architectures.py](../tests/support/public/architectures.py) is the table: a new one is a row.
 
@@ -50,6 +50,17 @@ Asked on {date}: {versions}.
 
 | architecture | library | parameters | what is said of it | why that is right |
 |---|---|---|---|---|
+"""
+
+FILES = f"""
+## Files
+
+Each in the three formats, captured as a run does and held against the model by a first look (the clean room looks
+longer): at batches of {", ".join(str(batch) for batch in BATCHES)}, cut and repeated. Beside a name stands the largest
+batch that is declared, where there is one. A cell says how the file was captured, or words of the refusal.
+
+| architecture | {" | ".join(FORMATS)} |
+|---|{"---|" * len(FORMATS)}
 """
 
 
@@ -118,18 +129,28 @@ def ask(asked: Architecture, folder: Path) -> Answer:
     return Answer(status=ended.returncode, text=ended.stdout + ended.stderr, facts=facts, notes=notes)
 
 
-def page(answers: Mapping[str, Answer]) -> str:
-    """docs/public-models.md. answers: by the architecture's name."""
+def page(answers: Mapping[str, Answer], files: Mapping[str, Mapping[str, str]]) -> str:
+    """docs/public-models.md. answers, and what became of each in each format: by the architecture's name."""
     libraries = dict.fromkeys(item.library for item in ARCHITECTURES)
     versions = [f"{name} {importlib.metadata.version(name)}" for name in libraries]
     head = HEAD.format(
         count=len(ARCHITECTURES), batch=BATCH, date=datetime.date.today(),
         versions=", ".join([f"Python {sys.version.split()[0]}", f"torch {torch.__version__}", *versions]),
     )  # fmt: skip
-    return head + "".join(f"| {' | '.join(_row(item, answers[item.name]))} |\n" for item in ARCHITECTURES)
+    asked = "".join(f"| {' | '.join(_row(item, answers[item.name]))} |\n" for item in ARCHITECTURES)
+    exported = "".join(f"| {' | '.join(_exported(item, files[item.name]))} |\n" for item in ARCHITECTURES)
+    return head + asked + FILES + exported
 
 
 def _row(asked: Architecture, answer: Answer) -> list[str]:
     found = re.search(r"([\d,]+) parameters", answer.facts.get("model", ""))
     said = asked.refused or "; ".join(asked.notes)
     return [asked.name, asked.library, found[1] if found else "–", f"… {said} …" if said else "nothing", asked.why]
+
+
+def _exported(asked: Architecture, files: Mapping[str, str]) -> list[str]:
+    largest = f", `export.max_batch: {asked.max_batch}`" if asked.max_batch else ""
+    cells = [
+        f"refused: … {asked.lost[kind]} …" if kind in asked.lost else files[kind].split(" → ")[0] for kind in FORMATS
+    ]
+    return [asked.name + largest, *cells]

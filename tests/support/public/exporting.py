@@ -1,0 +1,93 @@
+"""What becomes of a public architecture in each format: captured as a run would, and held against the model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+
+from tests.support.public import architectures
+from tests.support.public.architectures import BY_NAME, Architecture, build_dataset, build_model
+from torchworker.contract import DynamicDim, Project, Reference
+from torchworker.exporters.agreement import disagreement
+from torchworker.exporters.onnx_export import onnx_model
+from torchworker.exporters.pt2 import pt2
+from torchworker.exporters.subject import Made, Subject
+from torchworker.exporters.torchscript import torchscript
+from torchworker.process.failure import UserError
+from torchworker.project.signature import resized
+from torchworker.project.user_code import forward, name_inputs, name_outputs
+from torchworker.runtimes.load import load_artifact
+
+FORMATS: Mapping[str, Callable[[Subject, Path], Made]] = {"torchscript": torchscript, "pt2": pt2, "onnx": onnx_model}
+BATCHES = (1, 2, 3, 16, 63, 64, 130)
+"""Asked of each file, up to the largest that is declared."""
+
+
+def subject_of(name: str, largest: int | None) -> Subject:
+    """An architecture as exporters get it. largest: batch; None for no limit."""
+    nothing = Reference(target="a:b", where="model.factory")
+    folder = str(Path(architectures.__file__).parent)
+    project = Project(name="plain", folder=folder, model=nothing, data=nothing, loss="mse_loss", metrics=[])
+    torch.manual_seed(0)
+    model = build_model(name).eval().requires_grad_(False)
+    data = build_dataset("train", name)
+    inputs = name_inputs(model, default_collate([data[index][0] for index in range(8)]), project)
+    return Subject(
+        model=model,
+        inputs=inputs,
+        outputs=list(name_outputs(forward(model, inputs, project), project)),
+        dims=[DynamicDim(name="batch", min=1, max=largest, axes={name: (0,) for name in inputs})],
+        project=project,
+    )
+
+
+def mistakes(asked: Architecture, files: Mapping[str, str]) -> list[str]:
+    """What is not as it should be: a format that is missing, or one that is there. files: what became of each."""
+    found = []
+    for kind, what in files.items():
+        if kind not in asked.lost and what.startswith("refused: "):
+            found.append(f"{kind}: {what}")
+        elif kind in asked.lost and not (what.startswith("refused: ") and asked.lost[kind] in what):
+            found.append(f"{kind}: expected to be refused with {asked.lost[kind]!r}: {what}")
+    return found
+
+
+def became(name: str, kind: str) -> str:
+    """How the architecture was captured; or `refused: ` and why. In a process of its own, as a run does.
+
+    Raises AssertionError where a file is not the model.
+    """
+    with get_context("fork").Pool(1) as pool:
+        return pool.apply(_became, (name, kind))
+
+
+@torch.no_grad()
+def _became(name: str, kind: str) -> str:
+    torch.set_num_threads(1)
+    largest = BY_NAME[name].max_batch
+    subject = subject_of(name, largest)
+    with tempfile.TemporaryDirectory(prefix="public-") as folder:
+        path = Path(folder) / f"model.{kind}"
+        # torch prints the graph of what it cannot capture.
+        quiet, kept = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+        os.dup2(quiet, 2)
+        try:
+            made = FORMATS[kind](subject, path)
+        except UserError as error:
+            return f"refused: {error}"
+        finally:
+            os.dup2(kept, 2)
+        call = load_artifact(kind, path, 1)
+        assert (differs := disagreement(call, subject)) == "", differs
+        for batch in (batch for batch in BATCHES if largest is None or batch <= largest):
+            given = resized(subject.inputs, subject.dims, {"batch": batch})
+            expected = name_outputs(forward(subject.model, given, subject.project), subject.project)
+            for found, wanted in zip(call(given), expected.values(), strict=True):
+                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3, equal_nan=True)
+    return made.method
