@@ -30,8 +30,10 @@ from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import Target, Verified, ask_promotion
+from train_and_ship.registry.release import archives
 from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
 from train_and_ship.registry.release.manifest import Manifest, build_manifest, release_id
+from train_and_ship.registry.release.pickles import Effort, find_pickle
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
 
@@ -229,6 +231,73 @@ def test_records_that_share_their_bytes_are_found(tmp_path: Path) -> None:
     assert "does not lie behind" in (find_fault(tmp_path / "model", "torchscript") or "")
 
 
+def changed(content: bytes, *places: tuple[int, bytes]) -> bytes:
+    """With other bytes at some places; a place below 0 is counted from the directory on."""
+    found = bytearray(content)
+    for place, to in places:
+        place = place if place >= 0 else content.index(b"PK\x01\x02") - place
+        found[place : place + len(to)] = to
+    return bytes(found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"x" * 100 + archive(*GOOD)[-22:], id="no directory"),
+        pytest.param(changed(archive(("a", b"x")), (8, b"\x63"), (-10, b"\x63")), id="an unknown method"),
+        pytest.param(changed(archive(("a", b"x")), (8, b"\x0e"), (-10, b"\x0e")), id="another method"),
+        pytest.param(changed(archive(("a", b"x" * 99), how=compressed), (31, b"\xff" * 3)), id="broken deflate"),
+        pytest.param(changed(archive(("a", b"x")), (6, b"\x01"), (-8, b"\x01")), id="encrypted"),
+        pytest.param(changed(archive(("a", b"\x80\x02x")), (33, b"y")), id="a wrong CRC"),
+        pytest.param(changed(archive(("a", b"x")), (0, b"\xff")), id="no header"),
+    ],
+)
+def test_a_file_that_ends_as_an_archive_and_is_none_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "notes.bin").write_bytes(content)
+    with pytest.raises(ReleaseError, match=r"notes\.bin: expected (an archive that can be|records that are)"):
+        find_pickle(tmp_path / "notes.bin", None)
+    for kind in ARCHIVES:
+        assert find_fault(tmp_path / "notes.bin", kind) is not None
+    with pytest.raises(ReleaseError, match=r"notes\.bin"):
+        build_manifest(tmp_path, model=MODEL, formats={}, signature={}, metrics={})
+
+
+def test_what_looking_through_a_release_costs_has_a_limit_for_all_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = b"\x80\x02" + b"N0" * 40
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(archive(("x", nothing), ("y", b"")))
+    for effort, said in ((Effort(directories=150), "directories of at most"), (Effort(pickled=100), "a: x|b.bin: x")):
+        assert find_pickle(tmp_path / "a.bin", None, effort) is None
+        with pytest.raises(ReleaseError, match=said):
+            find_pickle(tmp_path / "b.bin", None, effort)
+    (tmp_path / "a.bin").write_bytes(archive(("m/data.pkl", nothing + b"N.")))
+    assert find_fault(tmp_path / "a.bin", "torchscript", Effort(pickled=100)) is None
+    assert "in pickle's encoding" in (find_fault(tmp_path / "a.bin", "torchscript", Effort(pickled=80)) or "")
+    monkeypatch.setattr(archives, "LARGEST_JSON", 20)
+    (tmp_path / "a.bin").write_bytes(archive(("m/a.json", b" " * 21)))
+    assert "more than 20 bytes" in (find_fault(tmp_path / "a.bin", "pt2") or "")
+
+
+def test_a_record_is_unpacked_no_further_than_it_looks_like_a_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many small records that unpack to large ones a beginning is read."""
+    (tmp_path / "a.bin").write_bytes(archive(*((f"{number}", bytes(2**20)) for number in range(20)), how=compressed))
+    read: list[int] = []
+    real = zipfile.ZipExtFile.read
+
+    def noted(entry: zipfile.ZipExtFile, size: int | None = -1) -> bytes:
+        data = real(entry, size)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", noted)
+    assert find_pickle(tmp_path / "a.bin", None) is None
+    assert read == [2] * 20
+
+
 def test_what_torch_writes_is_let_through(tmp_path: Path) -> None:
     torch.jit.script(classifier(1)).save(str(tmp_path / SCRIPT))  # type: ignore[no-untyped-call]
     assert find_fault(tmp_path / SCRIPT, "torchscript") is None
@@ -253,6 +322,7 @@ def test_a_tensor_may_name_what_torch_reads_without_running_code_and_nothing_els
     [
         ("labels.bin", "", CALLS, r"labels\.bin: expected no pickle in a release, got one"),
         (SCRIPT, "torchscript", archive(("m/data.pkl", CALLS)), r"expected an archive as torch writes it, got m/data"),
+        ("notes.bin", "", b"x" * 100 + archive(*GOOD)[-22:], r"notes\.bin: expected an archive that can be looked"),
     ],
 )
 def test_what_comes_from_the_bucket_is_looked_through_before_it_is_loaded(
