@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -139,10 +138,7 @@ def _in_kind(
 
 def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
     """How fast the live release was when it was made, as its own validation wrote it down; None when it did not."""
-    path = Path(live.folder) / VERDICTS if live is not None else None
-    if path is None or not path.is_file():
-        return None
-    return recall(MeasureResult, json.loads(path.read_text()).get("speed"))
+    return recall(MeasureResult, read_copied_record(Path(live.folder)).told(VERDICTS).get("speed")) if live else None
 
 
 async def _scored(
