@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
 from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_release
 from tests.support.signing_keys import key_pair
 from torchworker.contract import FORMAT_FILES, INT8_FILES, WITHOUT_CODE
-from train_and_ship.infra.errors import GateError, ReleaseError
+from train_and_ship.infra.errors import GateError, ReleaseError, WorkerError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.infra.settings import Settings
@@ -32,8 +34,9 @@ from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import Target, Verified, ask_promotion
 from train_and_ship.registry.release import archives
 from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
-from train_and_ship.registry.release.manifest import Manifest, build_manifest, release_id
+from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest, release_id
 from train_and_ship.registry.release.pickles import Effort, find_pickle
+from train_and_ship.tasks import existing
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
 
@@ -97,6 +100,39 @@ def test_a_release_of_nothing_but_code_is_refused_before_anything_is_fetched_wit
         assert way_out in str(refused.value)
     assert "--load-unsigned" in str(refused.value)
     assert not settings.home.exists()
+
+
+class NeverEnds:
+    """Stands for a fork server whose process computes for ever; it is told when nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.killed = False
+        self.asked: Any = None
+
+    async def run(self, stage: str, request: Path, **_: Any) -> int:
+        self.asked = json.loads(request.read_bytes())
+        try:
+            await asyncio.sleep(600)
+        finally:
+            self.killed = True
+        return 0
+
+
+def test_a_rehearsal_that_never_ends_is_ended_and_has_no_more_threads_than_there_are_cores(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    job = json.loads((folder / JOB).read_text())
+    (folder / JOB).write_text(json.dumps({**job, "train": {"epochs": 1, "threads": 100_000}}))
+    manifest = published(object_store, folder, onnx=ARTIFACT)
+    never = NeverEnds()
+    monkeypatch.setattr(existing, "fork_server", lambda _: never)
+    soon = settings.model_copy(update={"rehearsal_seconds": 1})
+    with pytest.raises(WorkerError, match=r"a result within 1 s \(SHIP_REHEARSAL_SECONDS\), got none") as ended:
+        asyncio.run(try_out(soon, asked(object_store, manifest)))
+    assert never.killed and not ended.value.retryable
+    assert never.asked["threads"] == len(os.sched_getaffinity(0))
 
 
 def verified_of(*formats: str, libraries: tuple[str, ...] = (), **verdicts: str) -> Verified:
