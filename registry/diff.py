@@ -74,16 +74,16 @@ class ReleaseRecord:
     @property
     def kind(self) -> Kind:
         """What kind of thing it is; a file that nobody understands tells nothing."""
-        return Kind.of(self.manifest, self.told)
+        return Kind.of(self.manifest, self.lenient_document)
 
-    def told(self, name: str) -> Mapping[str, Any]:
+    def lenient_document(self, name: str) -> Mapping[str, Any]:
         """One of its JSON files; an empty one where it has none, or one that nobody understands."""
         try:
             return self.document(name)
         except ReleaseError:
             return {}
 
-    def require_told(self) -> None:
+    def require_understood(self) -> None:
         """Raises ReleaseError for a file that nobody understands: what it does not tell is compared with nothing."""
         packages_of(self)
         for name in self.files.keys() - {ENVIRONMENT}:

@@ -71,7 +71,7 @@ def _live_facts(run: Run) -> tuple[str, InspectResult | None]:
         return "", None
     try:
         record = read_release_record(run.store, run.job.name, live.release, sha256=live.manifest_sha256)
-        return live.release, recall(InspectResult, record.told(DATA))
+        return live.release, recall(InspectResult, record.lenient_document(DATA))
     except ReleaseError:
         # It is broken, which the comparison with it says when it comes to that.
         return live.release, None

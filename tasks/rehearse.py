@@ -139,7 +139,10 @@ def _in_kind(
 
 def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
     """How fast the live release was when it was made, as its own validation wrote it down; None when it did not."""
-    return recall(MeasureResult, read_copied_record(Path(live.folder)).told(VERDICTS).get("speed")) if live else None
+    if live is None:
+        return None
+    verdicts = read_copied_record(Path(live.folder)).lenient_document(VERDICTS)
+    return recall(MeasureResult, verdicts.get("speed"))
 
 
 async def _scored(

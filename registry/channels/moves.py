@@ -200,7 +200,7 @@ def kind_changes(verified: Verified, live: Pointer | None) -> list[KindChange]:
     if live is not None and live.release == manifest.release:
         return []
     candidate = read_release_record(store, manifest.model, manifest.release, sha256=manifest.sha256())
-    candidate.require_told()
+    candidate.require_understood()
     if live is None:
         return []
     try:
