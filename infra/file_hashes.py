@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -20,6 +22,8 @@ ELSEWHERE = "s3://"
 
 Identity = tuple[int | str, ...]
 """What says that something is still what was read."""
+_LOOKED_FOR: Identity = ()
+"""Of a file that was noted: no file is like that."""
 
 
 def identity_of(found: os.stat_result) -> tuple[int, int, int, int]:
@@ -55,6 +59,9 @@ class FileHashes:
 
     def fresh(self, path: Path) -> str:
         """The same, read now whatever is remembered, and remembered from now on."""
+        # A device, or a pipe, may have no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "expected a regular file", str(path))
         began = time.time()
         with path.open("rb") as file:
             before = identity_of(os.fstat(file.fileno()))
@@ -63,6 +70,15 @@ class FileHashes:
         if same and before[3] / 1e9 < began - SETTLED_SECONDS:
             self.remember(str(path), before, sha256)
         return sha256
+
+    def note(self, path: Path) -> None:
+        """Remember that a run on this machine has looked for a file, there or not, whatever is in it."""
+        if str(path) not in self._known:
+            self.remember(str(path), _LOOKED_FOR, "")
+
+    def has_noted(self, path: Path) -> bool:
+        """Whether one has, or its hash is remembered."""
+        return str(path) in self._known
 
     def recall(self, name: str, identity: Identity) -> str | None:
         """Hexadecimal; None when it is not known, or was known as something else."""
@@ -82,7 +98,7 @@ class FileHashes:
         table = {
             name: [*identity, sha256]
             for name, (identity, sha256) in self._known.items()
-            if name.startswith(ELSEWHERE) or Path(name).exists()
+            if name.startswith(ELSEWHERE) or identity == _LOOKED_FOR or Path(name).exists()
         }
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):

@@ -112,6 +112,7 @@ def connect(settings: Settings) -> Connection:
 
     client = cast("S3Client", core.create_client("s3", endpoint_url=endpoint, config=config))
     _sign_parts_by_checksum(client)
+    client.meta.events.register_first("before-parse.s3.*", _without_expires)
     # Made on first use otherwise, and anew by each of two threads that use it first: neither catches the other's.
     _ = client.exceptions
     return Connection(
@@ -167,6 +168,11 @@ def _moment(value: Any) -> datetime.datetime:
 
         found: datetime.datetime = parse_timestamp(value)
         return found
+
+
+def _without_expires(response_dict: Any, **_: Any) -> None:
+    """Take away when caches forget an object: text of its writer's, of which the client library makes a date."""
+    response_dict["headers"].pop("Expires", None)
 
 
 class _BrokenOffError(Exception):
@@ -275,9 +281,11 @@ def of_this_object(key: str) -> Iterator[None]:
     """Turn a GET or HEAD that the store calls wrong into a fault of the object: others are read by the same.
 
     Raises ReleaseError for one that was encrypted with a key of its writer's own, which nobody else can read, and for
-    one with so much metadata that no answer about it can be read.
+    one whose headers, its metadata among them, are more than can be read or cannot be parsed.
     """
-    from botocore.exceptions import ClientError, HTTPClientError
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -294,6 +302,11 @@ def of_this_object(key: str) -> Iterator[None]:
         if status_of(error) != 400 or not wrong:
             raise
         raise ReleaseError(f"{key}: it cannot be read as other objects are: {code}: {answer.get('Message')}") from error
+    except (ShipError, BotoCoreError, Boto3Error, HTTPError, OSError, _BrokenOffError):
+        raise
+    except Exception as error:
+        # Whatever parsing ends with: the same request about others is answered.
+        raise ReleaseError(f"{key}: it cannot be read as other objects are: {type(error).__name__}: {error}") from error
 
 
 def too_many_headers(error: Any) -> str | None:

@@ -84,6 +84,8 @@ class Settings(BaseModel):
     """Addresses, for Apprise, of who is told when a run fails or a release goes live."""
     silent_seconds: int = Field(120, validation_alias="SHIP_SILENT_SECONDS", ge=HEARTBEAT_SECONDS + 5)
     """A run that gave no sign of life for so long is crashed."""
+    rehearsal_seconds: int = Field(7200, validation_alias="SHIP_REHEARSAL_SECONDS", ge=1)
+    """How long a process may take that tries a release of the bucket: an artifact of somebody else may never end."""
     mlflow_wait_seconds: int = Field(3600, validation_alias="SHIP_MLFLOW_WAIT_SECONDS", ge=0)
     """How long a trained and proven release waits for an MLflow that is away, before the run ends."""
     cpu_hour_price: float | None = Field(None, validation_alias="SHIP_CPU_HOUR_PRICE", ge=0, allow_inf_nan=False)

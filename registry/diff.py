@@ -74,13 +74,22 @@ class ReleaseRecord:
     @property
     def kind(self) -> Kind:
         """What kind of thing it is; a file that nobody understands tells nothing."""
-        return Kind.of(self.manifest, self._understood_document)
+        return Kind.of(self.manifest, self.lenient_document)
 
-    def _understood_document(self, name: str) -> Mapping[str, Any]:
+    def lenient_document(self, name: str) -> Mapping[str, Any]:
+        """One of its JSON files; an empty one where it has none, or one that nobody understands."""
         try:
             return self.document(name)
         except ReleaseError:
             return {}
+
+    def require_understood(self) -> None:
+        """Raises ReleaseError for a file that nobody understands: what it does not tell is compared with nothing."""
+        packages_of(self)
+        for name in self.files.keys() - {ENVIRONMENT}:
+            with self.understood():
+                if not isinstance(told_document(self.files[name].encode()), dict):
+                    raise ValueError(f"{name}: expected a JSON object")
 
     @contextlib.contextmanager
     def understood(self) -> Iterator[None]:
@@ -130,23 +139,21 @@ def read_release_record(
         model: The model's name.
         release: Its id.
         sha256: Hexadecimal hash that its manifest must have, where a pointer or a record says so.
-        altered_are_left_out: A file that is not what the manifest says tells nothing, and is no error.
+        altered_are_left_out: A file that is not what the manifest says, or no text, tells nothing, and is no error.
 
     Raises:
-        ReleaseError: It has no manifest, or a file is not what the manifest says.
+        ReleaseError: It has no manifest, or a file is not what the manifest says, or no text.
     """
     manifest = read_manifest(store, model, release, sha256=sha256)
     names = [name for name in TOLD if name in manifest.files]
 
     def read(name: str) -> str | None:
         try:
-            return read_small_file(store, manifest, name).decode()
+            return _text(f"{model} {release}: {name}", read_small_file(store, manifest, name))
         except ReleaseError:
             if not altered_are_left_out:
                 raise
             return None
-        except UnicodeDecodeError as error:
-            raise ReleaseError(f"{model} {release}: {name}: expected text, got {error}") from None
 
     found = in_parallel(read, names)
     return ReleaseRecord(
@@ -155,15 +162,24 @@ def read_release_record(
 
 
 def read_copied_record(folder: Path) -> ReleaseRecord:
-    """As `read_release_record`, of a copy on this disk, which was verified when it was made."""
+    """As `read_release_record`, of a copy on this disk, which was verified when it was made.
+
+    A file that is too large to be held in memory, or no text, tells nothing: the release may be another's.
+    """
     manifest = decode_manifest((folder / MANIFEST).read_bytes())
-    names = [name for name in TOLD if name in manifest.files]
-    for name in names:
-        if manifest.files[name].bytes > TOLD_BYTES:
-            raise ReleaseError(
-                f"{folder / name}: expected at most {TOLD_BYTES:,} bytes of a file that is held in memory"
-            )
-    return ReleaseRecord(manifest=manifest, files={name: (folder / name).read_text() for name in names})
+    files = {}
+    for name in TOLD:
+        if name in manifest.files and manifest.files[name].bytes <= TOLD_BYTES:
+            with contextlib.suppress(ReleaseError):
+                files[name] = _text(name, (folder / name).read_bytes())
+    return ReleaseRecord(manifest=manifest, files=files)
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ReleaseError(f"{name}: expected text, got {error}") from None
 
 
 def _differences(group: str, one: ReleaseRecord, two: ReleaseRecord) -> Iterator[Difference]:

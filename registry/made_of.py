@@ -19,8 +19,9 @@ from train_and_ship.infra.file_hashes import FileHashes, identity_of
 from train_and_ship.infra.provenance import SOURCES, CodeFile, code_files, code_fingerprint, editable_folders
 from train_and_ship.registry.job.job import Job
 
-ABSENT, ALTERED = "", "altered"
-"""In the place of a hash: it was looked for and not there; it became another one while it was trained on."""
+ABSENT, ALTERED, FOREIGN = "", "altered", "foreign"
+"""In the place of a hash: it was looked for and not there; it became another one while it was trained on; it is not
+looked at, as only the release says that it was opened."""
 DIGITS = 16
 
 
@@ -78,7 +79,7 @@ def with_opened(
         listed: absolute folders.
     """
     elsewhere = job.train.launcher.machines is not None
-    packages = [root for _, root in editable_folders()]
+    packages, repository = [root for _, root in editable_folders()], _repository(project)
     found: dict[str, str] = {}
     native = []
     for file in opened:
@@ -90,6 +91,8 @@ def with_opened(
             continue
         if (sha := _hash_of(file, hashes, elsewhere=elsewhere)) is None:
             continue
+        if not path.is_relative_to(repository):
+            hashes.note(path)
         found[name] = sha
         if file.native:
             native.append(name)
@@ -105,15 +108,26 @@ def with_opened(
 def files_now(before: Files, now: Files, project: Path, hashes: FileHashes) -> Files:
     """What is known now, with what a release has opened as it is now.
 
+    The release may be another's, who would learn what this machine holds: beside files of the project and of packages
+    that are installed in place, only those are looked at that a run here has opened, or that the job names.
+
     Args:
         before: the release's.
         now: as `files_of` says.
         project: absolute folder.
         hashes: of the project's files.
     """
-    opened = {name: _now(_path_of(name, project), hashes) for name in before.opened}
+    ours = [_repository(project), *(root for _, root in editable_folders())]
+    named = {name: sha for files in now.named.values() for name, sha in files.items()}
+    opened = {}
+    for name in before.opened:
+        path = _path_of(name, project)
+        known = any(map(path.is_relative_to, ours)) or hashes.has_noted(path)
+        opened[name] = _now(path, hashes) if known else named.get(name, FOREIGN)
     for folder, names in before.listed.items():
         place = _path_of(folder, project)
+        if not place.is_relative_to(ours[0]):
+            continue
         for added in set(_with_endings(place, {Path(name).suffix for name in names})) - set(names):
             opened[name_of(place / added, project)] = _now(place / added, hashes)
     hashes.save()
@@ -152,15 +166,21 @@ def _compared(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, st
             found[name] = "changed while it was trained on"
         elif earlier != later:
             added = str(situations.READ_BY_THE_MODEL)
+            if later == FOREIGN:
+                found[name] = "is not looked at: no run here has opened it, and retrain.files does not name it"
+                continue
             found[name] = added if earlier == ABSENT else "removed" if later == ABSENT else "changed"
     return found
 
 
 def name_of(path: Path, project: Path) -> str:
     """How a file is called in a release, whichever machine it is made on."""
-    repository = next((folder for folder in (project, *project.parents) if (folder / ".git").exists()), project)
     # Not relative to a project that is no repository: who knows where it is the next time.
-    return Path(os.path.relpath(path, project)).as_posix() if path.is_relative_to(repository) else str(path)
+    return Path(os.path.relpath(path, project)).as_posix() if path.is_relative_to(_repository(project)) else str(path)
+
+
+def _repository(project: Path) -> Path:
+    return next((folder for folder in (project, *project.parents) if (folder / ".git").exists()), project)
 
 
 def _path_of(name: str, project: Path) -> Path:

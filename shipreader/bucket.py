@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from shipreader.errors import RefusedError, UnavailableError
+from shipreader.errors import ReaderError, RefusedError, UnavailableError
 from shipreader.records import FileEntry
 
 CONNECT_SECONDS, READ_SECONDS = 5, 30
@@ -39,13 +39,21 @@ def s3_client(endpoint_url: str | None = None) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.client("s3", endpoint_url=endpoint_url, config=config)
+    client = boto3.client("s3", endpoint_url=endpoint_url, config=config)
+    client.meta.events.register_first("before-parse.s3.*", _without_expires)
+    return client
+
+
+def _without_expires(response_dict: Any, **_: Any) -> None:
+    """Take away when caches forget an object: text of its writer's, of which the client library makes a date."""
+    response_dict["headers"].pop("Expires", None)
 
 
 class Bucket:
     """One bucket. Every method raises UnavailableError when the store does not give an answer that can be used.
 
-    And RefusedError for an object that nobody can read: its writer's own key encrypts it, or its metadata is too much.
+    And RefusedError for an object that nobody can read: its writer's own key encrypts it, or its headers are too
+    many or cannot be parsed.
     """
 
     def __init__(self, client: Any, name: str) -> None:
@@ -148,6 +156,13 @@ class Bucket:
             if (many := _too_many_headers(error)) is not None:
                 raise RefusedError(f"s3://{self.name}/{key}: its metadata is more than can be read: {many}") from error
             raise UnavailableError(f"s3://{self.name}/{key}: no answer: {error}") from error
+        except (ReaderError, NotModifiedError):
+            raise
+        except Exception as error:
+            # Whatever parsing ends with: the same request about others is answered.
+            raise RefusedError(
+                f"s3://{self.name}/{key}: it cannot be read as other objects are: {type(error).__name__}: {error}"
+            ) from error
 
 
 class NotModifiedError(Exception):

@@ -165,10 +165,10 @@ class _Now:
             return {"live": f"release {release} is broken: {error}"}, self.inputs
         inputs = self.inputs
         try:
-            if (before := recorded_files(record)) is not None:
-                hashes = project_hashes(self.settings, self.project)
-                inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
             with record.understood():
+                if (before := recorded_files(record)) is not None:
+                    hashes = project_hashes(self.settings, self.project)
+                    inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
                 return changes(inputs, self.job, record, self.project), inputs
         except ReleaseError as error:
             return {"live": f"release {release} is broken: {error}"}, inputs

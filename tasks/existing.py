@@ -85,7 +85,8 @@ async def try_out(
         copies = settings.home / "releases" / model
         current, problem = await asyncio.to_thread(live_copy, store, copies, live, settings.public_key)
     request = rehearse_request(job, candidate, current, samples, str(work))
-    result = await ask_worker(server, "rehearse", request, RehearseResult, work)
+    limit = settings.rehearsal_seconds
+    result = await ask_worker(server, "rehearse", request, RehearseResult, work, seconds=limit)
     release = f"{model}: release {target.release}"
     require_rehearsed(release, result, f"It was not made live on {channel.name}")
     # What failed can be looked at; what passed is in the bucket.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -102,7 +101,8 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         release, job = run.job.release, run.job
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
         request = rehearse_request(job, candidate, current, exported, run.project.folder, chance)
-        result = await ask_worker(run.fork_server, "rehearse", request, RehearseResult, work)
+        limit = run.settings.rehearsal_seconds
+        result = await ask_worker(run.fork_server, "rehearse", request, RehearseResult, work, seconds=limit)
         require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
         result = replace(result, live_problem=problem or result.live_problem)
         if run.job.train.custom_metrics:
@@ -139,10 +139,10 @@ def _in_kind(
 
 def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
     """How fast the live release was when it was made, as its own validation wrote it down; None when it did not."""
-    path = Path(live.folder) / VERDICTS if live is not None else None
-    if path is None or not path.is_file():
+    if live is None:
         return None
-    return recall(MeasureResult, json.loads(path.read_text()).get("speed"))
+    verdicts = read_copied_record(Path(live.folder)).lenient_document(VERDICTS)
+    return recall(MeasureResult, verdicts.get("speed"))
 
 
 async def _scored(
@@ -169,14 +169,16 @@ async def _scored(
         live=_artifacts(live) if live else None,
         resampling=request.resampling,
     )
+    limit = run.settings.rehearsal_seconds
     try:
-        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder)
+        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, seconds=limit)
     except WorkerError as error:
         if live is None:
             raise
         # The live release may have taken the process down; the candidate alone tells.
         (folder / RESULT).unlink(missing_ok=True)
-        scored = await ask_worker(run.fork_server, "score", replace(asked, live=None), ScoreResult, folder)
+        asked = replace(asked, live=None)
+        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, seconds=limit)
         scored = replace(scored, live_problem=str(error).split("\n")[0])
     mine = _joined(result.candidate, scored.metrics)
     if live is None:
@@ -213,7 +215,8 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
     )
     # Fixed limits were asked before.
     asked = replace(asked, gates=[])
-    speed = await ask_worker(run.fork_server, "measure", asked, MeasureResult, work / "measure")
+    limit = run.settings.rehearsal_seconds
+    speed = await ask_worker(run.fork_server, "measure", asked, MeasureResult, work / "measure", seconds=limit)
     timed = [name for name, gate in run.job.gates.items() if gate.times_live is not None]
     problems = [f"{name}: {item.problem}" for name, item in speed.measured.items() if item.problem]
     return replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,8 @@ def rehearse_request(
         metrics=job.metrics if job is not None else (),
         forbidden_modules=user_modules(job, Path(forbidden_folder)) if job is not None else [],
         forbidden_folder=forbidden_folder,
-        threads=job.threads if job is not None else 1,
+        # The job may be another's: more than there are cores help nobody.
+        threads=min(job.threads, len(os.sched_getaffinity(0))) if job is not None else 1,
         sqnr_db=job.export.int8.sqnr_db if job is not None and job.export.int8 is not None else 0.0,
         resampling=resampling,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ async def ask_worker(
     kind: type[Result],
     folder: Path,
     on_event: Events | None = None,
+    seconds: float | None = None,
 ) -> Result:
     """As `call_worker`, with the result as the class that it is.
 
@@ -33,14 +35,20 @@ async def ask_worker(
         kind: class of the result.
         folder: where request, log and result lie; made when it is not there.
         on_event: called with each event of the stage while it works.
+        seconds: as of `call_worker`.
     """
     folder.mkdir(exist_ok=True)
-    result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event))
+    result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event, seconds))
     return result
 
 
 async def call_worker(
-    fork_server: ForkServer, stage: str, request: Message, folder: Path, on_event: Events | None = None
+    fork_server: ForkServer,
+    stage: str,
+    request: Message,
+    folder: Path,
+    on_event: Events | None = None,
+    seconds: float | None = None,
 ) -> Mapping[str, Any]:
     """The stage's result as plain JSON.
 
@@ -50,6 +58,7 @@ async def call_worker(
         request: what is asked.
         folder: existing folder for request, reply, events and log.
         on_event: called with each event while the worker runs.
+        seconds: after which it is killed, SHIP_REHEARSAL_SECONDS where it runs what others made; None for no limit.
 
     Raises:
         JobError: the user's code, data or configuration is at fault.
@@ -58,15 +67,25 @@ async def call_worker(
     request.write(folder / REQUEST)
     log = folder / f"{stage}.log"
     project = getattr(request, "project", None)
-    status = await fork_server.run(
-        stage,
-        folder / REQUEST,
-        log=log,
-        # Only what runs the code of the job: the clean room has no use for a bucket.
-        variables=given(os.environ, project.env) if isinstance(project, Project) else None,
-        events=folder / EVENTS if on_event else None,
-        on_event=on_event,
-    )
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            status = await fork_server.run(
+                stage,
+                folder / REQUEST,
+                log=log,
+                # Only what runs the code of the job: the clean room has no use for a bucket.
+                variables=given(os.environ, project.env) if isinstance(project, Project) else None,
+                events=folder / EVENTS if on_event else None,
+                on_event=on_event,
+            )
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise WorkerError(
+            f"{stage}: the worker process was killed: expected a result within {seconds:,.0f} s "
+            f"(SHIP_REHEARSAL_SECONDS), got none.\nLast lines of {log}:\n{last_lines(log)}",
+            retryable=False,
+        ) from None
     if not (folder / RESULT).exists():
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         raise WorkerError(

@@ -132,11 +132,13 @@ def decode(kind: Any, value: Any, *, lenient: bool = False) -> Any:
     Args:
         kind: The dataclass, or the type of a field.
         value: Plain values, as JSON gives them.
-        lenient: Leave unknown fields out, as of a file that another version wrote.
+        lenient: Leave unknown fields out, as of a file that another version wrote, or somebody else: numbers, texts and
+            lists have to be some.
 
     Raises:
         TypeError: A field is missing that has no default, or is unknown. Both sides of a request are one version of one
             package, so there a mismatch is a bug, not something to guess about.
+        AttributeError: A mapping is none.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -153,12 +155,22 @@ def decode(kind: Any, value: Any, *, lenient: bool = False) -> Any:
         options = [option for option in arguments if option is not type(None)]
         # `str | Reference`: only a dataclass was turned into a mapping.
         fits = [option for option in options if dataclasses.is_dataclass(option) == isinstance(value, dict)]
+        if len(fits) > 1:
+            # A number or a text.
+            return value
         return decode((fits or options)[0], value, lenient=lenient)
     if origin in (tuple, list, Sequence) or getattr(origin, "__name__", "") == "Sequence":
+        if lenient and not isinstance(value, list | tuple):
+            raise TypeError(f"expected a list, got {type(value).__name__}")
         return tuple(decode(arguments[0], item, lenient=lenient) for item in value)
     if origin is dict or getattr(origin, "__name__", "") == "Mapping":
         return {key: decode(arguments[1], item, lenient=lenient) for key, item in value.items()}
+    if lenient and kind in _PLAIN and not isinstance(value, _PLAIN[kind]):
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+_PLAIN: Mapping[Any, tuple[type, ...]] = {int: (int, float), float: (int, float), str: (str,), bool: (bool,)}
 
 
 @dataclass(frozen=True, kw_only=True)

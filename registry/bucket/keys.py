@@ -15,7 +15,7 @@ models/<model>/views/<channel>/…                       copies for other server
 
 from __future__ import annotations
 
-from train_and_ship.registry.identity import require_name, require_release_id
+from train_and_ship.registry.identity import is_release_id, require_name, require_release_id
 
 
 def releases_prefix(model: str) -> str:
@@ -51,6 +51,12 @@ def views_prefix(model: str) -> str:
 def release_prefix(model: str, release: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"{releases_prefix(model)}{require_release_id(release)}/"
+
+
+def in_release(model: str, key: str) -> tuple[str, str] | None:
+    """The release and the name in it of a key below `releases_prefix`; None for one that is of no release."""
+    release, slash, name = key.removeprefix(releases_prefix(model)).partition("/")
+    return (release, name) if slash and is_release_id(release) else None
 
 
 def reports_prefix(model: str, release: str) -> str:

@@ -189,14 +189,20 @@ def kind_changes(verified: Verified, live: Pointer | None) -> list[KindChange]:
     """What makes a target another kind of thing than what is live. Reads the records of both.
 
     What is live and whose manifest cannot be read differs in nothing: a way out of a broken release needs no consent.
+
+    Raises ReleaseError for a target that says something of itself that nobody understands, also where nothing is live:
+    the next one would be compared with nothing.
     """
     from train_and_ship.registry.diff import read_release_record
     from train_and_ship.registry.kind import changes_in_kind
 
     store, manifest = verified.target.channel.store, verified.manifest
-    if live is None or live.release == manifest.release:
+    if live is not None and live.release == manifest.release:
         return []
     candidate = read_release_record(store, manifest.model, manifest.release, sha256=manifest.sha256())
+    candidate.require_understood()
+    if live is None:
+        return []
     try:
         before = read_release_record(
             store, manifest.model, live.release, sha256=live.manifest_sha256, altered_are_left_out=True

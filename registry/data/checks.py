@@ -268,7 +268,7 @@ def _distributions(now: SplitFacts, before: SplitFacts) -> list[Distribution]:
         sizes = (earlier.values, column.values)
         distance = ks(earlier.quantiles, column.quantiles, *sizes)
         found.append(Distribution(column=name, bins=bins, psi=psi(bins, *sizes), ks=distance))
-    if now.labels and before.labels:
+    if sum(now.labels.values()) and sum(before.labels.values()):
         bins = bins_of_labels(before.labels, now.labels)
         # Labels are counted, not estimated: an empty one is half a sample.
         sizes = (before.samples, now.samples)

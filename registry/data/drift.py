@@ -58,12 +58,13 @@ def bins_of_columns(before: Sequence[float], now: Sequence[float]) -> Bins:
 
 
 def bins_of_labels(before: Mapping[str, int], now: Mapping[str, int]) -> Bins:
-    """Two counts by label as shares of the same bins, one a label."""
+    """Two counts by label as shares of the same bins, one a label. Neither may be of no samples."""
     names = list(dict.fromkeys([*before, *now]))
+    all_before, all_now = sum(before.values()), sum(now.values())
     return Bins(
         names=names,
-        before=[before.get(name, 0) / sum(before.values()) for name in names],
-        now=[now.get(name, 0) / sum(now.values()) for name in names],
+        before=[before.get(name, 0) / all_before for name in names],
+        now=[now.get(name, 0) / all_now for name in names],
     )
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.keys import releases_prefix
+from train_and_ship.registry.bucket.keys import in_release, releases_prefix
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.timeline import numbers
-from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.tracking.pending_reports import send_reports
@@ -102,13 +102,25 @@ def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
     prefix = releases_prefix(model)
     sizes: Counter[str] = Counter()
     complete: set[str] = set()
+    stray, first = 0, ""
     # Once through all: whoever publishes decides how many there are.
     for key, size in store.list_keys(prefix).items():
-        release, _, name = key.removeprefix(prefix).partition("/")
+        if (found := in_release(model, key)) is None:
+            # Consoles make an empty object of a folder.
+            if size or not key.endswith("/"):
+                stray, first = stray + 1, first or key
+            continue
+        release, name = found
         sizes[release] += size
         if name == MANIFEST:
             complete.add(release)
-    for release in sorted(name for name in sizes if is_release_id(name) and name not in complete):
+    if stray:
+        what = (
+            f"{model}: objects below {prefix} that are of no release: {stray:,}, first {on_one_line(first)}; nothing "
+            "reads them and `ship gc` leaves them: delete them by hand"
+        )
+        yield Finding(what=what, can_mend=False)
+    for release in sorted(name for name in sizes if name not in complete):
         what = (
             f"{model}: release {release} is incomplete ({sizes[release]:,} bytes without a manifest): an upload in "
             "progress, or one that died; publishing it again completes it"

@@ -18,7 +18,13 @@ from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, R
 from train_and_ship.infra.objectstore import RECORD_BYTES, ListedObject, ObjectStore
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.keys import history_prefix, release_prefix, releases_prefix, views_prefix
+from train_and_ship.registry.bucket.keys import (
+    history_prefix,
+    in_release,
+    release_prefix,
+    releases_prefix,
+    views_prefix,
+)
 from train_and_ship.registry.bucket.tombstones import (
     CLAIM_HOLDS,
     LEASE,
@@ -99,9 +105,9 @@ def decide(store: ObjectStore, model: str, policy: Policy) -> list[Decision]:
     now = store.now()
     objects: dict[str, dict[str, ListedObject]] = {}
     for key, item in store.list_objects(releases_prefix(model)).items():
-        release, _, name = key.removeprefix(releases_prefix(model)).partition("/")
-        if is_release_id(release):
-            objects.setdefault(release, {})[name] = item
+        # What is of no release is no release to delete: `ship doctor` tells of it.
+        if (found := in_release(model, key)) is not None:
+            objects.setdefault(found[0], {})[found[1]] = item
     # Before the pointers: whatever claims a release after this is seen when it is deleted.
     stones, claims = read_tombstones(store, model), read_claims(store, model, of=objects)
     needed = _needed(store, model, policy, now)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickletools
 import re
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +20,14 @@ from shipreader.records import stays_below
 from torchworker.contract import INT8_OF
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.release.manifest import Manifest
-from train_and_ship.registry.release.pickles import SAMPLE_INPUTS, TORCHSCRIPT_ENTRIES, find_pickle
+from train_and_ship.registry.release.pickles import SAMPLE_INPUTS, TORCHSCRIPT_ENTRIES, Effort, find_pickle, opened
 
 ARCHIVES = ("torchscript", "pt2", "aoti")
 """Formats that are archives."""
 LARGEST_CODE = 2**28
 """Bytes of all code in a TorchScript archive, unpacked."""
+LARGEST_JSON = 2**27
+"""Bytes of a JSON record, which is read as a whole."""
 HEAD = b"PK\x03\x04"
 _END, _END_BYTES, _HEADER_BYTES = b"PK\x05\x06", 22, 30
 _ENCRYPTED = 0x1
@@ -46,34 +50,42 @@ def require_sound(folder: Path, manifest: Manifest) -> None:
     Raises ReleaseError with the file, the record in it, what was expected and what was found.
     """
     kinds = {path: INT8_OF.get(kind, kind) for kind, path in manifest.formats.items()}
+    effort = Effort()
     for name in manifest.files:
         path, kind = folder / name, kinds.get(name)
-        if (found := find_pickle(path, kind)) is not None:
+        if (found := find_pickle(path, kind, effort)) is not None:
             raise ReleaseError(f"{path}: expected no pickle in a release, got one ({found}): it is not loaded")
-        if kind in ARCHIVES and (fault := find_fault(path, kind)) is not None:
+        if kind in ARCHIVES and (fault := find_fault(path, kind, effort)) is not None:
             raise ReleaseError(f"{path}: expected an archive as torch writes it, got {fault}: it is not loaded")
 
 
-def find_fault(path: Path, kind: str) -> str | None:
-    """What is wrong with an archive, in words; None when nothing is. Reads only. kind: one of ARCHIVES."""
-    with path.open("rb") as file:
-        try:
-            return next(_faults(file, path.stat().st_size, kind, inner=False), None)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
-            return f"one that cannot be read ({error})"
+def find_fault(path: Path, kind: str, effort: Effort | None = None) -> str | None:
+    """What is wrong with an archive, in words; None when nothing is. Reads only.
+
+    Args:
+        path: the file.
+        kind: one of ARCHIVES.
+        effort: what looking through its release may still cost; None for a file by itself.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            return next(_faults(file, size, kind, effort or Effort(), inner=False), None)
+    except ReleaseError as error:
+        return f"one that is not looked through ({error})"
 
 
-def _faults(file: IO[bytes], size: int, kind: str, *, inner: bool) -> Iterator[str]:
+def _faults(file: IO[bytes], size: int, kind: str, effort: Effort, *, inner: bool) -> Iterator[str]:
     """inner: of a torch.save archive that is a record of another one."""
     file.seek(max(0, size - _END_BYTES))
     if file.read(4) != _END:
         yield "a file that does not end as one"
         return
-    with zipfile.ZipFile(file) as archive:
+    with opened(file, "samples" if inner else kind, effort) as archive:
         records = archive.infolist()
         yield from _packing(records, size, "" if inner else kind)
         for record in records:
-            yield from _content(archive, record, kind, inner=inner)
+            yield from _content(archive, record, kind, effort, inner=inner)
 
 
 def _packing(records: list[zipfile.ZipInfo], size: int, kind: str) -> Iterator[str]:
@@ -102,7 +114,9 @@ def _packing(records: list[zipfile.ZipInfo], size: int, kind: str) -> Iterator[s
         yield f"code of {code:,} bytes, more than {LARGEST_CODE:,}"
 
 
-def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo, kind: str, *, inner: bool) -> Iterator[str]:
+def _content(
+    archive: zipfile.ZipFile, record: zipfile.ZipInfo, kind: str, effort: Effort, *, inner: bool
+) -> Iterator[str]:
     name = record.filename
     # Opened also for its name there, which has to be the same.
     with archive.open(record) as entry:
@@ -113,16 +127,25 @@ def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo, kind: str, *, in
                 yield f"{name}, which is no archive of tensors"
                 return
             entry.seek(0)
-            yield from (f"{name} with {fault}" for fault in _faults(entry, record.file_size, kind, inner=True))
+            # Each step back in a record reads it from its beginning.
+            with tempfile.TemporaryFile() as copy:
+                shutil.copyfileobj(entry, copy)
+                faults = _faults(copy, record.file_size, kind, effort, inner=True)
+                yield from (f"{name} with {fault}" for fault in faults)
         elif head == HEAD:
             yield f"{name}, an archive in the archive"
         elif name.endswith(TORCHSCRIPT_ENTRIES):
             entry.seek(0)
             program = not inner and kind == "torchscript"
-            yield from (f"{name}, which names {what}" for what in _foreign(entry.read(), program=program))
+            pickled = entry.read(effort.pickled + 1)
+            effort.parsed(len(pickled), name)
+            yield from (f"{name}, which names {what}" for what in _foreign(pickled, program=program))
         elif kind != "torchscript" and name.endswith(".json"):
             entry.seek(0)
-            if _USES_PICKLE.search(entry.read()):
+            text = entry.read(LARGEST_JSON + 1)
+            if len(text) > LARGEST_JSON:
+                yield f"{name} of more than {LARGEST_JSON:,} bytes"
+            if _USES_PICKLE.search(text):
                 yield f"{name}, by which tensors are read as pickles"
 
 

@@ -26,7 +26,7 @@ from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id, json_object
 from train_and_ship.registry.release.files import file_table, read_table, require_file, require_relative, walk
-from train_and_ship.registry.release.pickles import find_pickle
+from train_and_ship.registry.release.pickles import Effort, find_pickle
 
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 """Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
@@ -100,8 +100,9 @@ def build_manifest(
         serve: `latency` and `throughput` to the recommended format; None where nothing was measured.
 
     Raises:
-        ReleaseError: an empty folder, symbolic links, special files, names that could not be keys, pickles, formats
-            without their file, and values that JSON does not have (NaN).
+        ReleaseError: an empty folder, symbolic links, special files, names that could not be keys, pickles, archives
+            that cannot be looked through for them, formats without their file, and values that JSON does not have
+            (NaN).
     """
     paths = {name: path for name, path in walk(folder) if name != MANIFEST}
     for name in paths:
@@ -109,9 +110,9 @@ def build_manifest(
     if not paths:
         raise ReleaseError(f"release folder {folder}: expected at least one file, found none")
     kinds = {path: kind for kind, path in formats.items()}
-    files = {}
+    files, effort = {}, Effort()
     for name, path in paths.items():
-        if (found := find_pickle(path, kinds.get(name))) is not None:
+        if (found := find_pickle(path, kinds.get(name), effort)) is not None:
             raise ReleaseError(
                 f"{name}: expected no pickle in a release, got one ({found}): reading it runs code; "
                 "save tensors as .safetensors"

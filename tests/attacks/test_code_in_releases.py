@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
 from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_release
 from tests.support.signing_keys import key_pair
 from torchworker.contract import FORMAT_FILES, INT8_FILES, WITHOUT_CODE
-from train_and_ship.infra.errors import GateError, ReleaseError
+from train_and_ship.infra.errors import GateError, ReleaseError, WorkerError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.infra.settings import Settings
@@ -30,8 +32,11 @@ from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import Target, Verified, ask_promotion
+from train_and_ship.registry.release import archives
 from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
-from train_and_ship.registry.release.manifest import Manifest, build_manifest, release_id
+from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest, release_id
+from train_and_ship.registry.release.pickles import Effort, find_pickle
+from train_and_ship.tasks import existing
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
 
@@ -95,6 +100,39 @@ def test_a_release_of_nothing_but_code_is_refused_before_anything_is_fetched_wit
         assert way_out in str(refused.value)
     assert "--load-unsigned" in str(refused.value)
     assert not settings.home.exists()
+
+
+class NeverEnds:
+    """Stands for a fork server whose process computes for ever; it is told when nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.killed = False
+        self.asked: Any = None
+
+    async def run(self, stage: str, request: Path, **_: Any) -> int:
+        self.asked = json.loads(request.read_bytes())
+        try:
+            await asyncio.sleep(600)
+        finally:
+            self.killed = True
+        return 0
+
+
+def test_a_rehearsal_that_never_ends_is_ended_and_has_no_more_threads_than_there_are_cores(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    job = json.loads((folder / JOB).read_text())
+    (folder / JOB).write_text(json.dumps({**job, "train": {"epochs": 1, "threads": 100_000}}))
+    manifest = published(object_store, folder, onnx=ARTIFACT)
+    never = NeverEnds()
+    monkeypatch.setattr(existing, "fork_server", lambda _: never)
+    soon = settings.model_copy(update={"rehearsal_seconds": 1})
+    with pytest.raises(WorkerError, match=r"a result within 1 s \(SHIP_REHEARSAL_SECONDS\), got none") as ended:
+        asyncio.run(try_out(soon, asked(object_store, manifest)))
+    assert never.killed and not ended.value.retryable
+    assert never.asked["threads"] == len(os.sched_getaffinity(0))
 
 
 def verified_of(*formats: str, libraries: tuple[str, ...] = (), **verdicts: str) -> Verified:
@@ -229,6 +267,73 @@ def test_records_that_share_their_bytes_are_found(tmp_path: Path) -> None:
     assert "does not lie behind" in (find_fault(tmp_path / "model", "torchscript") or "")
 
 
+def changed(content: bytes, *places: tuple[int, bytes]) -> bytes:
+    """With other bytes at some places; a place below 0 is counted from the directory on."""
+    found = bytearray(content)
+    for place, to in places:
+        place = place if place >= 0 else content.index(b"PK\x01\x02") - place
+        found[place : place + len(to)] = to
+    return bytes(found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"x" * 100 + archive(*GOOD)[-22:], id="no directory"),
+        pytest.param(changed(archive(("a", b"x")), (8, b"\x63"), (-10, b"\x63")), id="an unknown method"),
+        pytest.param(changed(archive(("a", b"x")), (8, b"\x0e"), (-10, b"\x0e")), id="another method"),
+        pytest.param(changed(archive(("a", b"x" * 99), how=compressed), (31, b"\xff" * 3)), id="broken deflate"),
+        pytest.param(changed(archive(("a", b"x")), (6, b"\x01"), (-8, b"\x01")), id="encrypted"),
+        pytest.param(changed(archive(("a", b"\x80\x02x")), (33, b"y")), id="a wrong CRC"),
+        pytest.param(changed(archive(("a", b"x")), (0, b"\xff")), id="no header"),
+    ],
+)
+def test_a_file_that_ends_as_an_archive_and_is_none_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "notes.bin").write_bytes(content)
+    with pytest.raises(ReleaseError, match=r"notes\.bin: expected (an archive that can be|records that are)"):
+        find_pickle(tmp_path / "notes.bin", None)
+    for kind in ARCHIVES:
+        assert find_fault(tmp_path / "notes.bin", kind) is not None
+    with pytest.raises(ReleaseError, match=r"notes\.bin"):
+        build_manifest(tmp_path, model=MODEL, formats={}, signature={}, metrics={})
+
+
+def test_what_looking_through_a_release_costs_has_a_limit_for_all_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = b"\x80\x02" + b"N0" * 40
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(archive(("x", nothing), ("y", b"")))
+    for effort, said in ((Effort(directories=150), "directories of at most"), (Effort(pickled=100), "a: x|b.bin: x")):
+        assert find_pickle(tmp_path / "a.bin", None, effort) is None
+        with pytest.raises(ReleaseError, match=said):
+            find_pickle(tmp_path / "b.bin", None, effort)
+    (tmp_path / "a.bin").write_bytes(archive(("m/data.pkl", nothing + b"N.")))
+    assert find_fault(tmp_path / "a.bin", "torchscript", Effort(pickled=100)) is None
+    assert "in pickle's encoding" in (find_fault(tmp_path / "a.bin", "torchscript", Effort(pickled=80)) or "")
+    monkeypatch.setattr(archives, "LARGEST_JSON", 20)
+    (tmp_path / "a.bin").write_bytes(archive(("m/a.json", b" " * 21)))
+    assert "more than 20 bytes" in (find_fault(tmp_path / "a.bin", "pt2") or "")
+
+
+def test_a_record_is_unpacked_no_further_than_it_looks_like_a_pickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many small records that unpack to large ones a beginning is read."""
+    (tmp_path / "a.bin").write_bytes(archive(*((f"{number}", bytes(2**20)) for number in range(20)), how=compressed))
+    read: list[int] = []
+    real = zipfile.ZipExtFile.read
+
+    def noted(entry: zipfile.ZipExtFile, size: int | None = -1) -> bytes:
+        data = real(entry, size)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", noted)
+    assert find_pickle(tmp_path / "a.bin", None) is None
+    assert read == [2] * 20
+
+
 def test_what_torch_writes_is_let_through(tmp_path: Path) -> None:
     torch.jit.script(classifier(1)).save(str(tmp_path / SCRIPT))  # type: ignore[no-untyped-call]
     assert find_fault(tmp_path / SCRIPT, "torchscript") is None
@@ -253,6 +358,7 @@ def test_a_tensor_may_name_what_torch_reads_without_running_code_and_nothing_els
     [
         ("labels.bin", "", CALLS, r"labels\.bin: expected no pickle in a release, got one"),
         (SCRIPT, "torchscript", archive(("m/data.pkl", CALLS)), r"expected an archive as torch writes it, got m/data"),
+        ("notes.bin", "", b"x" * 100 + archive(*GOOD)[-22:], r"notes\.bin: expected an archive that can be looked"),
     ],
 )
 def test_what_comes_from_the_bucket_is_looked_through_before_it_is_loaded(

@@ -12,12 +12,13 @@ import pytest
 
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published, rolled_back
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import State, claim, hold, read_tombstone, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import choose_rollback
+from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide
 from train_and_ship.registry.release.manifest import Manifest
 
@@ -70,6 +71,22 @@ def decision_on(store: ObjectStore, manifest: Manifest) -> Decision:
 def collect(store: ObjectStore) -> None:
     for decision in decide(store, MODEL, POLICY):
         carry_out(store, MODEL, decision, POLICY)
+
+
+def test_an_object_that_is_called_like_a_release_is_none_and_the_doctor_says_so(
+    object_store: ObjectStore, three: list[Manifest], pass_time: PassTime
+) -> None:
+    """It would be deleted for good, again and again: what is deleted lies below the release's folder."""
+    below = releases_prefix(MODEL)
+    object_store.put(below, b"")
+    assert not any("of no release" in one.what for one in examine(object_store, MODEL, NOWHERE))
+    for name in ("ab" * 10, "ab" * 9, "not-an-id/\x1b.bin"):
+        object_store.put(below + name, b"x" * 1000)
+    pass_time(timedelta(days=40))
+    releases = {manifest.release for manifest in three}
+    assert {decision.release for decision in decide(object_store, MODEL, POLICY)} == releases
+    said = [one.what for one in examine(object_store, MODEL, NOWHERE) if "release" in one.what]
+    assert len(said) == 1 and f"of no release: 3, first {below}{'ab' * 9};" in said[0]
 
 
 @pytest.mark.parametrize("state", ["marked", "deleting", "deleted"])

@@ -6,21 +6,38 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 
 import boto3
 import pytest
 import typer
+from botocore.exceptions import HTTPClientError
+from botocore.parsers import ResponseParserError
 from botocore.retries.standard import ExponentialBackoff
+from urllib3.exceptions import ProtocolError
 
-from shipreader import signatures
+from shipreader import bucket, signatures
 from shipreader.errors import RefusedError, UnavailableError
 from shipreader.reader import Reader
-from tests.support.fault_proxy import Answer, Fault, FaultProxy, Forward, ManyHeaders, PassOn, Reply, Request, Rule
+from shipreader.records import pointer_key
+from tests.support.fault_proxy import (
+    Answer,
+    Fault,
+    FaultProxy,
+    Forward,
+    ManyHeaders,
+    OneHeader,
+    PassOn,
+    Reply,
+    Request,
+    Rule,
+)
 from tests.support.fixture_types import Connect
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published
 from tests.support.signing_keys import key_pair
+from train_and_ship.infra import s3
 from train_and_ship.infra.errors import ReleaseError, SettingsError, StoreFaultError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
@@ -43,6 +60,8 @@ OTHER = "faces"
 FAULTS = [
     pytest.param(ManyHeaders(), id="metadata without end"),
     pytest.param(Answer(400, "InvalidRequest"), id="a customer's key"),
+    # A date that is none, as which the client library takes it.
+    pytest.param(OneHeader("x-amz-object-lock-retain-until-date", "soon"), id="a header that is not what it should be"),
 ]
 
 
@@ -97,6 +116,56 @@ def test_an_object_that_nobody_can_read_is_no_fault_of_the_network(
     ):
         with pytest.raises(ReleaseError, match=r"^a/b: it"):
             ask()
+
+
+def test_when_an_object_expires_is_nothing_that_is_read(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], tmp_path: Path
+) -> None:
+    # The client library makes a date of it, and some text ends it by an error of its own.
+    proxy.add(Rule(OneHeader("Expires", "Thu, 01 Jan 2026 00:00:00 GMT")))
+    for client in (s3_client(Settings.load()), bucket.s3_client(faulty.address)):
+        reply = client.get_object(Bucket=faulty.bucket, Key=pointer_key(MODEL, CHANNEL))
+        assert "Expires" not in reply and reply["ContentLength"] > 0
+    assert reader(faulty, tmp_path / "served").pull().id == two[1].release
+
+
+@pytest.mark.parametrize("kind", [ArithmeticError, KeyError, RuntimeError, TypeError, ResponseParserError])
+def test_whatever_parsing_an_answer_about_an_object_ends_with_is_its_fault(
+    faulty: ObjectStore, two: list[Manifest], kind: type[Exception], tmp_path: Path
+) -> None:
+    client = s3_client(Settings.load())
+
+    def parse(**_: object) -> None:
+        raise kind("x")
+
+    for ours in (client, faulty._client):
+        ours.meta.events.register("before-parse.s3.*", parse)
+    key = pointer_key(MODEL, CHANNEL)
+    for ask in (lambda: faulty.get(key), lambda: faulty.head(key), lambda: faulty.download_file(key, tmp_path / "b")):
+        with pytest.raises(ReleaseError, match=f"^{key}: it cannot be read as other objects are: {kind.__name__}"):
+            ask()
+    with pytest.raises(RefusedError, match=f"it cannot be read as other objects are: {kind.__name__}"):
+        bucket.Bucket(client, faulty.bucket).small(key, 2**20)
+
+
+def test_what_is_one_objects_fault_is_the_same_for_readers_and_for_ship() -> None:
+    # They import nothing of each other.
+    headers = "got more than 100 headers"
+    said = [HTTPClientError(error=ProtocolError("x", HTTPException(text))) for text in (headers, "other")]
+    assert [s3.too_many_headers(one) for one in said] == [bucket._too_many_headers(one) for one in said]
+    assert [s3.too_many_headers(one) for one in said] == [headers, None]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_starts_again_serves_what_it_has_when_the_live_release_cannot_be_read(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault, tmp_path: Path
+) -> None:
+    assert reader(faulty, tmp_path / "served").pull().id == two[1].release
+    move(faulty, two[0])
+    proxy.add(Rule(fault, path=rf"{two[0].release}/file0"))
+    with reader(faulty, tmp_path / "served") as started:
+        assert started.current is not None and started.current.id == two[1].release
+        assert started._refused is not None and started._refused.pause == 2 * started._interval
 
 
 def test_an_expired_token_and_a_broken_connection_are_no_faults_of_an_object(

@@ -35,8 +35,8 @@ from train_and_ship.registry.channels.targets import (
     choose_rollback,
     verify_target,
 )
-from train_and_ship.registry.diff import Difference, compare, flat
-from train_and_ship.registry.kind import SIGNATURE
+from train_and_ship.registry.diff import Difference, compare, flat, read_copied_record
+from train_and_ship.registry.kind import SIGNATURE, changes_in_kind
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.release.manifest import (
     DATA,
@@ -51,6 +51,8 @@ from train_and_ship.registry.release.manifest import (
 )
 from train_and_ship.ship import diff
 from train_and_ship.ship.sign import sign
+from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.rehearse import _recorded_speed
 
 TENSOR = {"name": "x", "dtype": "float32", "shape": ["batch", 4]}
 JOB_SAYS = {
@@ -76,7 +78,8 @@ def told(store: ObjectStore, folder: Path, files: dict[str, Any], **described: A
     folder.mkdir()
     (folder / "model.onnx").write_bytes(folder.name.encode())
     for name, content in files.items():
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        written = content if isinstance(content, str | bytes) else json.dumps(content)
+        (folder / name).write_bytes(written.encode() if isinstance(written, str) else written)
     described = {"signature": {"inputs": [TENSOR], "outputs": []}, "metrics": {"accuracy": 0.9}, **described}
     manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, **described)
     publish(store, folder, manifest)
@@ -210,6 +213,47 @@ def test_what_a_release_says_of_itself_in_no_shape_stops_no_move_and_makes_no_tr
         move(object_store, strange)
         verified = verify_target(choose_promotion(channel, good.release), read_back=False)
         assert promote_existing(verified, MOVER, gates=False).release == good.release
+
+
+ABSURD: list[dict[str, Any]] = [
+    {VERDICTS: []},
+    {VERDICTS: {"speed": {"measured": {"onnx": 3}, "serve": {}, "speedups": {}, "too_slow": {}, "verdicts": []}}},
+    {JOB: "["},
+    {ENVIRONMENT: b"\xff\xfe==1\n"},
+    {DATA: b"\xff"},
+    {LINEAGE: "{" * 3000},
+]
+
+
+@pytest.mark.parametrize("files", ABSURD)
+def test_what_nobody_understands_in_what_is_live_ends_no_run_and_hides_no_difference(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    live = told(object_store, tmp_path / "a", files)
+    move(object_store, live)
+    other = {"inputs": [{**TENSOR, "name": "y"}], "outputs": []}
+    candidate = told(object_store, tmp_path / "b", {JOB: {**JOB_SAYS, "gates": {}}}, signature=other)
+    verified = verify_target(choose_promotion(channel, candidate.release), read_back=False)
+    assert {one.kind for one in kind_changes(verified, read_pointer(channel))} == {SIGNATURE}
+    # The same of the copies that a run has.
+    here, problem = live_copy(object_store, tmp_path / "copies", read_pointer(channel), None)
+    there = download_anew(object_store, candidate, tmp_path / "candidate")
+    assert here is not None and not problem
+    kinds = [read_copied_record(Path(one.folder)).kind for one in (here, there)]
+    assert {one.kind for one in changes_in_kind(*kinds)} == {SIGNATURE}
+    assert _recorded_speed(here) is None
+
+
+@pytest.mark.parametrize("files", [*ABSURD[:1], *ABSURD[2:]])
+def test_a_release_that_says_what_nobody_understands_does_not_go_live(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    """What is not understood would be compared with nothing as soon as it is live."""
+    strange = told(object_store, tmp_path / "a", {JOB: {**JOB_SAYS, "gates": {}}, **files})
+    verified = verify_target(choose_promotion(channel, strange.release), read_back=False)
+    with pytest.raises((ReleaseError, GateError), match=r"cannot be read|cannot be evaluated|expected text"):
+        promote_existing(verified, MOVER)
+    assert read_pointer(channel) is None
 
 
 def test_what_a_release_says_in_a_great_many_small_values_is_not_read(

@@ -141,6 +141,7 @@ SETTINGS = {
     "SHIP_DISK": ["much"],
     "SHIP_CPU_HOUR_PRICE": ["nan"],
     "SHIP_SILENT_SECONDS": ["1"],
+    "SHIP_REHEARSAL_SECONDS": ["0", "long"],
 }
 STORE = {
     "AWS_ENDPOINT_URL": ["nonsense", "http://[::1"],

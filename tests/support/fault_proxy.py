@@ -150,6 +150,18 @@ class ManyHeaders:
 
 
 @dataclass(frozen=True)
+class OneHeader:
+    """Answer with one more header."""
+
+    name: str
+    value: str
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        reply = forward(request)
+        return Reply(reply.status, [*reply.headers, (self.name, self.value)], reply.body)
+
+
+@dataclass(frozen=True)
 class CutReply:
     """Let the request happen, and close the connection in the middle of the reply."""
 

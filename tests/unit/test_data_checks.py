@@ -16,6 +16,7 @@ from train_and_ship.registry.data.checks import check_data as check_decoded
 from train_and_ship.registry.data.drift import bins_of_columns, bins_of_labels, ks, psi
 from train_and_ship.registry.job.data import Checks
 from train_and_ship.registry.report.data_sections import data_page
+from train_and_ship.tasks import inspect
 
 
 def percentiles(values: Any) -> list[float]:
@@ -46,6 +47,11 @@ def facts(mean: float = 0.0, seed: int = 0, labels: dict[str, int] | None = None
         }
 
     return {"train": split(2000), "validation": split(500), "overlap": 0, "seconds": 0.0}
+
+
+def of_no_samples(found: dict[str, Any]) -> dict[str, Any]:
+    found["train"]["labels"] = {"0": 0, "1": 0}
+    return found
 
 
 def known(found: dict[str, Any]) -> InspectResult:
@@ -193,3 +199,26 @@ def test_a_refusal_names_check_place_value_and_limit_and_the_page_draws_what_mov
     page = data_page("digits", known(facts(mean=0.7)), report)
     assert "data of the live release r1" in page and "█" in page
     assert page.index("**x&#91;0&#93;**") < page.index("**x&#91;1&#93;**")
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_labels_of_no_samples_are_compared_with_nothing(empty: int) -> None:
+    """Who may publish says what the data of a release was like."""
+    sides = [facts(), facts()]
+    of_no_samples(sides[empty])
+    report = check_data(Checks.model_validate({"drift": {"psi": 0.1}}), sides[0], sides[1], "r1")
+    assert report.live == "r1" and not report.failed
+    assert "target" not in {one.column for one in report.distributions}
+
+
+def test_what_a_release_says_of_its_data_and_cannot_be_compared_is_as_if_it_said_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = []
+    logger = type("Logger", (), {"warning": lambda _, *words: said.append(words)})()
+    monkeypatch.setattr(inspect, "get_run_logger", lambda: logger)
+    strange = facts()
+    strange["train"]["columns"]["x[0]"]["quantiles"] = [1.0]
+    asked = Checks.model_validate({"drift": {"psi": 0.1}})
+    report = inspect._checked(asked, known(facts()), known(strange), "r1")
+    assert report.live == "" and not report.failed and said[0][1] == "r1"

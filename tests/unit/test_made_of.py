@@ -164,7 +164,47 @@ def test_what_the_job_names_and_is_not_there_is_a_mistake(tmp_path: Path) -> Non
     assert f"retrain.files: expected {made.folder}/lexicon.txt, found none" in files
 
 
+def test_a_release_of_somebody_else_makes_a_run_look_at_no_file_of_the_machine(tmp_path: Path) -> None:
+    """What is told of it would say which files there are, and whether one is what somebody guesses."""
+    made = Made(tmp_path)
+    secret = tmp_path / "secret" / "key.pem"
+    write(secret.parent, key_pem="x", other_pem="y")
+    looked: list[Path] = []
+    made.hashes.fresh = lambda path: looked.append(path) or "f" * 64  # type: ignore[method-assign,func-returns-value]
+    for guess in (ABSENT, "0" * 16, "f" * 16):
+        names = (f"{secret}", f"{secret.parent}/none", "/dev/zero", f"../../{secret.name}", "../secret/key.pem")
+        said = made.since(Files(opened=dict.fromkeys(names, guess), listed={f"{secret.parent}": ["a.pem"]}))
+        assert {words for words in said if "key" in words or "zero" in words or "none" in words} == {
+            f"{name} is not looked at: no run here has opened it, and retrain.files does not name it" for name in names
+        }
+    assert secret not in looked and not any(path.is_relative_to("/dev") for path in looked)
+
+
+def test_a_file_outside_of_the_project_counts_where_a_run_here_has_opened_it_or_the_job_names_it(
+    tmp_path: Path,
+) -> None:
+    made = Made(tmp_path)
+    lexicon = tmp_path / "elsewhere" / "lexicon.txt"
+    write(lexicon.parent, lexicon_txt="a")
+    before = made.opened(str(lexicon), f"{lexicon.parent}/none.txt")
+    made.hashes = FileHashes(made.home, "project")
+    assert made.since(before) == []
+    write(lexicon.parent, lexicon_txt="b", none_txt="b")
+    assert made.since(before) == [f"{lexicon} changed", f"{lexicon.parent}/none.txt added"]
+    another = Made(tmp_path, files=[f"{lexicon.parent}/lex*"])
+    another.home, another.hashes = tmp_path / "other", FileHashes(tmp_path / "other", "project")
+    assert any(said == f"{lexicon} changed" for said in another.since(before))
+
+
 # ---- hashes
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_has_no_hash(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path(os.devnull)):
+        with pytest.raises(OSError, match="expected a regular file"):
+            FileHashes(tmp_path, "files").sha256(path)
 
 
 def test_a_hash_is_remembered_until_the_file_is_touched_in_any_way(

@@ -86,6 +86,8 @@ def test_what_another_version_wrote_is_read_as_far_as_it_is_known() -> None:
     assert found.speed is not None and found.speed.measured["onnx"].speeds[1].p50_ms == 64.0
     assert recall(Against, {"live": "r1"}) == Against(live="r1")
     # What lacks what a section shows is left out, and the page is made all the same.
+    assert recall(Against, {"live": "r1", "speed": {**speed(1.0), "machine": 7}}) is None
+    assert recall(Against, {"live": ["r1"]}) is None and recall(Against, {"live": "r1", "changes": "abc"}) is None
     assert recall(Against, {"speed": None}) is None and recall(Against, {"live": "r1", "speed": [1]}) is None
 
 
