@@ -21,6 +21,7 @@ from train_and_ship.registry.bucket.releases import (
     told_document,
 )
 from train_and_ship.registry.bucket.transfer import in_parallel
+from train_and_ship.registry.channels.revisions import Named
 from train_and_ship.registry.kind import Kind, changes_in_kind
 from train_and_ship.registry.release.manifest import DATA as DATA_FILE
 from train_and_ship.registry.release.manifest import (
@@ -97,19 +98,22 @@ class ReleaseRecord:
             ) from error
 
 
-def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
+def compare(store: ObjectStore, model: str, before: Named, after: Named) -> list[Difference]:
     """Everything that differs between two releases, by group.
 
     Args:
         store: The bucket. It is only read.
         model: The model's name.
-        before: Id of one release.
-        after: Id of the other.
+        before: One release.
+        after: The other.
 
     Raises:
-        ReleaseError: One has no manifest, or is damaged.
+        ReleaseError: One has no manifest, is damaged, or has another manifest than it is known by.
     """
-    one, two = read_release_record(store, model, before), read_release_record(store, model, after)
+    one, two = (
+        read_release_record(store, model, named.release, sha256=named.manifest_sha256 or None)
+        for named in (before, after)
+    )
     kinds = [
         Difference(group=KIND, name=f"{item.kind}: {item.of}", before=item.live, after=item.candidate)
         for item in changes_in_kind(one.kind, two.kind)
