@@ -14,6 +14,7 @@ from torchworker.contract import IN_CPP, PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import (
+    TOLD,
     TOLD_BYTES,
     TOLD_VALUES,
     read_manifest,
@@ -23,7 +24,6 @@ from train_and_ship.registry.bucket.releases import (
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.channels.revisions import Named
 from train_and_ship.registry.kind import Kind, changes_in_kind
-from train_and_ship.registry.release.manifest import DATA as DATA_FILE
 from train_and_ship.registry.release.manifest import (
     ENVIRONMENT,
     JOB,
@@ -41,8 +41,6 @@ CODE = ("git_commit", "shipping_git_commit")
 DATA = ("data_fingerprint", "train_samples", "validation_samples")
 KIND = "kind"
 """The group of what makes a release another kind of thing than the other; a channel does not move over it by itself."""
-TOLD = (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT)
-"""Files in which a release says how it came to be."""
 
 
 @dataclass(frozen=True, kw_only=True)

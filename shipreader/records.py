@@ -256,6 +256,8 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
             raise ValueError(f"metric {name[:80]!r}: expected a finite number")
     for side in ("inputs", "outputs"):
         tensors = signature.get(side, [])
+        if side == "inputs" and side in signature and not tensors:
+            raise ValueError("inputs: expected at least one tensor, got none")
         for tensor in tensors:
             sizes = tensor["shape"]
             sound = _is_word(tensor["name"]) and DTYPE.fullmatch(tensor["dtype"]) and isinstance(sizes, list)
@@ -263,7 +265,9 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
                 raise ValueError(f"{side}: expected tensors with name, dtype and shape")
         if len({tensor["name"] for tensor in tensors}) != len(tensors):
             raise ValueError(f"{side}: expected one tensor of each name")
-    for dim in signature.get("dims") or ():
+    if not isinstance(dims := signature.get("dims", []), list):
+        raise ValueError(f"dims: expected a list, got {type(dims).__name__}")
+    for dim in dims:
         low, high = dim["min"], dim["max"]
         if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
             raise ValueError("dims: expected name, min and max of each")
@@ -355,8 +359,13 @@ def _is_utf8(name: str) -> bool:
 
 def require_sparse(encoded: bytes, most: int = MOST_VALUES) -> None:
     """Raises ValueError for a document with more values than any of ours has: reading it would fill the memory."""
-    if len(encoded) > most and sum(map(encoded.count, (b",", b"[", b"{"))) > most:
-        raise ValueError(f"expected at most {most:,} values")
+    if len(encoded) > most and (values := values_in(encoded)) > most:
+        raise ValueError(f"expected at most {most:,} values, got {values:,}")
+
+
+def values_in(encoded: bytes) -> int:
+    """How many values a JSON document has, about; never fewer."""
+    return sum(map(encoded.count, (b",", b"[", b"{")))
 
 
 def _json_object(encoded: bytes, key: str) -> dict[str, Any]:

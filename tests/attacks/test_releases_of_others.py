@@ -23,8 +23,9 @@ from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore, StoredObject
+from train_and_ship.registry.bucket import releases
 from train_and_ship.registry.bucket.keys import pointer_key
-from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
+from train_and_ship.registry.bucket.releases import fetch_release, publish, told_document, verify_release
 from train_and_ship.registry.bucket.signing import publish_signature, require_signature
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import record_key
@@ -39,7 +40,8 @@ from train_and_ship.registry.channels.targets import (
     verify_target,
 )
 from train_and_ship.registry.diff import Difference, compare, flat
-from train_and_ship.registry.kind import SIGNATURE
+from train_and_ship.registry.kind import FORMATS, LABELS, SIGNATURE
+from train_and_ship.registry.kind import MODEL as KIND_MODEL
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.release.manifest import (
     DATA,
@@ -82,8 +84,11 @@ def told(store: ObjectStore, folder: Path, files: dict[str, Any], **described: A
     (folder / "model.onnx").write_bytes(folder.name.encode())
     for name, content in files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    described = {"signature": {"inputs": [TENSOR], "outputs": []}, "metrics": {"accuracy": 0.9}, **described}
-    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, **described)
+    described = {
+        "formats": {"onnx": "model.onnx"}, "signature": {"inputs": [TENSOR], "outputs": []},
+        "metrics": {"accuracy": 0.9}, **described,
+    }  # fmt: skip
+    manifest = build_manifest(folder, model=MODEL, **described)
     publish(store, folder, manifest)
     return manifest
 
@@ -274,8 +279,10 @@ def test_what_a_release_says_of_itself_in_no_shape_stops_no_move_and_makes_no_tr
 
 
 def test_what_a_release_says_in_a_great_many_small_values_is_not_read(
-    object_store: ObjectStore, channel: Channel, tmp_path: Path
+    object_store: ObjectStore, channel: Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whoever writes past us.
+    monkeypatch.setattr(releases, "require_readable", lambda *_: None)
     good = told(object_store, tmp_path / "good", {})
     many = told(object_store, tmp_path / "many", {JOB: "{" + ",".join(f'"k{i}":1' for i in range(100_001)) + "}"})
     verified = verify_target(choose_promotion(channel, many.release), read_back=False)
@@ -290,6 +297,88 @@ def test_what_a_release_says_in_a_great_many_small_values_is_not_read(
     packages = told(object_store, tmp_path / "packages", {ENVIRONMENT: "a==1 " * 100_001})
     with pytest.raises(ReleaseError, match="expected at most 100,000 packages"):
         compare(object_store, MODEL, Named(good.release), Named(packages.release))
+
+
+@pytest.mark.parametrize(
+    ("files", "described", "kind"),
+    [
+        ({DATA: r'{"classes": ["\ud800", "b"]}'}, {}, LABELS),
+        ({DATA: {"classes": ["x" * 2**21, "b"]}}, {}, LABELS),
+        ({JOB: {"model": {"factory": "\x1b[2J\n" + "f" * 2**21}}}, {}, KIND_MODEL),
+        ({}, {"signature": {"inputs": [{**TENSOR, "name": f"{i}" + "n" * 500} for i in range(5000)]}}, SIGNATURE),
+        ({}, {"formats": {f"f{i}": "model.onnx" for i in range(10_000)}}, FORMATS),
+    ],
+)  # fmt: skip
+def test_what_the_live_release_says_of_itself_keeps_no_successor_out(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path,
+    files: dict[str, Any], described: dict[str, Any], kind: str,
+) -> None:  # fmt: skip
+    move(object_store, told(object_store, tmp_path / "strange", files, **described))
+    good = told(object_store, tmp_path / "good", {DATA: {"classes": ["a", "b"]}, JOB: {"model": {"factory": "a:b"}}})
+    verified = verify_target(choose_promotion(channel, good.release), read_back=False)
+    with pytest.raises(GateError, match=f"--allow {kind}") as refused:
+        promote_existing(verified, MOVER, gates=False)
+    assert "\x1b" not in str(refused.value) and len(refused.value.message) < 20_000
+    pointer = promote_existing(verified, MOVER, gates=False, allow=[kind])
+    assert (pointer.release, read_pointer(channel)) == (good.release, replace(pointer))
+    said = pointer.verdicts[f"{kind} vs live"]
+    assert said.endswith("(allowed once, with --allow)") and said.isprintable() and len(said) < 15_000
+
+
+def test_words_that_no_record_can_hold_are_written_so_that_one_can(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel
+) -> None:
+    odd = {"a\udcff": "b\ud800", "long": "x" * 2**21}
+    pointer = move(object_store, two[0], reason="half \udcff", moved_by="\udc80", verdicts=odd)
+    assert read_pointer(channel) == pointer
+    assert (pointer.reason, pointer.moved_by) == (r"half \udcff", r"\udc80")
+    assert pointer.verdicts[r"a\udcff"] == r"b\ud800" and len(pointer.verdicts["long"]) == 10_000
+    with pytest.raises(ReleaseError, match=r"reason has 2,097,152 characters, and 300 verdicts have 1,090: say why"):
+        move(object_store, two[1], reason="x" * 2**21, verdicts={str(i): "y" for i in range(300)})
+
+
+def test_names_that_are_half_a_character_stay_apart_and_whole_ones_stay_as_they_are() -> None:
+    document = told_document(rb'{"classes": ["\udcff", "\udcfe", "\ud83d\ude00", "\\udcff"]}')
+    assert document == {"classes": [r"\udcff", r"\udcfe", "😀", r"\udcff"]}
+    # Nor in bytes that are none.
+    with pytest.raises(ValueError, match="utf-8"):
+        told_document(b'{"classes": ["\xed\xa0\x80"]}')
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            JOB,
+            "[" + "1," * 100_001 + "1]",
+            r"at most 100,000 values, got 100,002 in 200,0\d\d bytes.*shorten the job file",
+        ),
+        (LINEAGE, "{}" + " " * 16 * 2**20, "at most 16,777,216 bytes, got 16,777,218.*fewer files in its folder"),
+        (
+            ENVIRONMENT,
+            "a==1\n" * 100_001,
+            "at most 100,000 values, got 100,001 .*install fewer packages where it is trained",
+        ),
+        (
+            DATA,
+            json.dumps({"classes": ["c"] * 100_001}),
+            "at most 100,000 values, got 100,002.*describe fewer classes or columns",
+        ),
+    ],
+)
+def test_a_release_that_says_more_of_itself_than_anybody_reads_is_not_published(
+    object_store: ObjectStore, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    with pytest.raises(ReleaseError, match=f"{name}: expected {said}, and publish again"):
+        told(object_store, tmp_path / "a", {name: content})
+    assert not object_store.list_keys("models/")
+
+
+def test_a_manifest_that_no_reader_would_read_is_not_built(object_store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match=r"at most 16,777,216 bytes and 600,000 values, got .* ship fewer files, or"):
+        told(object_store, tmp_path / "a", {}, signature={"inputs": [{**TENSOR, "shape": [1] * 600_001}]})
+    with pytest.raises(ReleaseError, match=r"manifest of digits: expected at most 16,777,216 bytes"):
+        told(object_store, tmp_path / "b", {}, signature={"note": "x" * 2**24})
 
 
 def test_a_long_name_above_many_values_is_not_repeated_for_each() -> None:
