@@ -13,6 +13,7 @@ from shipreader.records import LONGEST_PATH
 from torchworker.contract import IN_CPP, PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import (
     TOLD,
     TOLD_BYTES,
@@ -22,7 +23,6 @@ from train_and_ship.registry.bucket.releases import (
     told_document,
 )
 from train_and_ship.registry.bucket.transfer import in_parallel
-from train_and_ship.registry.channels.revisions import Named
 from train_and_ship.registry.kind import Kind, changes_in_kind
 from train_and_ship.registry.release.manifest import (
     ENVIRONMENT,

@@ -25,6 +25,7 @@ from train_and_ship.infra.provenance import asked_by
 from train_and_ship.infra.rundir import read_kept, run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
@@ -38,7 +39,6 @@ from train_and_ship.registry.channels.decisions import (
     record_waiting,
 )
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
-from train_and_ship.registry.channels.revisions import Named
 from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.job import Job

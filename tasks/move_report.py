@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.pointer import ROLLBACK
-from train_and_ship.registry.channels.revisions import Named
 from train_and_ship.registry.channels.targets import Target, Verified
 from train_and_ship.registry.diff import Difference, compare
 from train_and_ship.registry.report.html import html

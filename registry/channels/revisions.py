@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from train_and_ship.infra.errors import ReleaseError, RequestError
-from train_and_ship.registry.bucket.catalog import channels, releases
+from train_and_ship.registry.bucket.catalog import Named, channels, releases
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import find_record, moves_to
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
@@ -23,19 +23,6 @@ GRAMMAR = (
 _AGO = re.compile(r"(?P<channel>[a-z0-9][a-z0-9._-]*)~(?P<moves>\d{1,8})")
 _VERSION = re.compile(r"v([1-9]\d{0,17})")
 _ID = re.compile(rf"[0-9a-f]{{{SHORTEST_ID},}}")
-
-
-@dataclass(frozen=True)
-class Named:
-    """A release, and what is known of its description.
-
-    Files make the id. What the manifest says of them is whoever's who may write releases, so whoever reads it holds it
-    to the hash that is here.
-    """
-
-    release: str
-    manifest_sha256: str = ""
-    """Hexadecimal SHA-256 of its manifest, as a record of a move has it; empty for what was never live."""
 
 
 def named_release(channel: Channel, text: str) -> Named:

@@ -24,6 +24,7 @@ from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore, StoredObject
 from train_and_ship.registry.bucket import releases
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import fetch_release, publish, told_document, verify_release
 from train_and_ship.registry.bucket.signing import publish_signature, require_signature
@@ -31,7 +32,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import record_key
 from train_and_ship.registry.channels.moves import kind_changes, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.channels.revisions import Named, named_release
+from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.targets import (
     ask_promotion,
     ask_rollback,

@@ -13,8 +13,8 @@ from tests.support.releases import MODEL, damage, move, published
 from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import publish
-from train_and_ship.registry.channels.revisions import Named
 from train_and_ship.registry.diff import KIND, NONE, Difference, compare
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from train_and_ship.ship.diff import diff
