@@ -35,6 +35,8 @@ MOST_VALUES = 6 * MOST_FILES
 times the memory that they have bytes."""
 MOST_VERDICTS = 1_000
 """Of one move: a record has one for each gate and format."""
+MOST_DEEP = 20
+"""Lists within lists of a signature; ours have four."""
 LONGEST_PATH = 512
 """Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
 LONGEST_PART, MOST_PARTS = 240, 32
@@ -254,6 +256,7 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
         # Not a bool, which is a number to Python.
         if not _is_word(name) or type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"metric {name[:80]!r}: expected a finite number")
+    _require_shallow(signature)
     for side in ("inputs", "outputs"):
         tensors = signature.get(side, [])
         if side == "inputs" and side in signature and not tensors:
@@ -273,6 +276,16 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
             raise ValueError("dims: expected name, min and max of each")
     if not isinstance(signature.get("coupled", False), bool):
         raise ValueError("coupled: expected true or false")
+
+
+def _require_shallow(signature: Any) -> None:
+    """Raises ValueError where whoever writes it anew would come to the end of the stack, also in keys nobody knows."""
+    level = [signature]
+    for _ in range(MOST_DEEP):
+        values = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [inner for value in values for inner in value if isinstance(inner, dict | list)]
+    if level:
+        raise ValueError(f"signature: expected lists within lists to a depth of {MOST_DEEP}, got more")
 
 
 def _is_size(value: Any) -> bool:
