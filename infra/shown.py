@@ -19,6 +19,17 @@ _COMMANDS = re.compile(
 )
 
 
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def whole(text: str, escape: str = "\\") -> str:
+    """The text with halves of surrogate pairs made visible, as nothing else can be encoded.
+
+    escape: what stands before `ud800`; `\\\\` within JSON.
+    """
+    return _HALVES.sub(lambda half: f"{escape}u{ord(half[0]):04x}", text)
+
+
 def harmless(text: str) -> str:
     """The text with what steers a terminal made visible (`\\x1b`); tabs and line feeds stay. Cut when it is huge."""
     if len(text) > LONGEST_MESSAGE:

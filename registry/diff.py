@@ -13,7 +13,9 @@ from shipreader.records import LONGEST_PATH
 from torchworker.contract import IN_CPP, PARITY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import (
+    TOLD,
     TOLD_BYTES,
     TOLD_VALUES,
     read_manifest,
@@ -22,7 +24,6 @@ from train_and_ship.registry.bucket.releases import (
 )
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.kind import Kind, changes_in_kind
-from train_and_ship.registry.release.manifest import DATA as DATA_FILE
 from train_and_ship.registry.release.manifest import (
     ENVIRONMENT,
     JOB,
@@ -40,8 +41,6 @@ CODE = ("git_commit", "shipping_git_commit")
 DATA = ("data_fingerprint", "train_samples", "validation_samples")
 KIND = "kind"
 """The group of what makes a release another kind of thing than the other; a channel does not move over it by itself."""
-TOLD = (JOB, VERDICTS, LINEAGE, DATA_FILE, ENVIRONMENT)
-"""Files in which a release says how it came to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +105,22 @@ class ReleaseRecord:
             ) from error
 
 
-def compare(store: ObjectStore, model: str, before: str, after: str) -> list[Difference]:
+def compare(store: ObjectStore, model: str, before: Named, after: Named) -> list[Difference]:
     """Everything that differs between two releases, by group.
 
     Args:
         store: The bucket. It is only read.
         model: The model's name.
-        before: Id of one release.
-        after: Id of the other.
+        before: One release.
+        after: The other.
 
     Raises:
-        ReleaseError: One has no manifest, or is damaged.
+        ReleaseError: One has no manifest, is damaged, or has another manifest than it is known by.
     """
-    one, two = read_release_record(store, model, before), read_release_record(store, model, after)
+    one, two = (
+        read_release_record(store, model, named.release, sha256=named.manifest_sha256 or None)
+        for named in (before, after)
+    )
     kinds = [
         Difference(group=KIND, name=f"{item.kind}: {item.of}", before=item.live, after=item.candidate)
         for item in changes_in_kind(one.kind, two.kind)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from train_and_ship.infra.errors import GateError, RequestError
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE, VERDICTS, Manifest
 from train_and_ship.registry.text import Cell, Mark, Table
 
@@ -26,6 +27,8 @@ BY_CHANCE = 10
 """A class that one data set has and the other lacks counts when the other would hold about so many samples of it: that
 it holds none by chance has a probability of e^-10."""
 NONE = "none"
+LONGEST_TEXT, MOST_TEXTS = 200, 20
+"""Characters that are shown of one value, and how many differences of a kind."""
 BATCH_AXIS = 0
 
 
@@ -42,7 +45,7 @@ class KindChange:
     """What stands in its place."""
 
     def __str__(self) -> str:
-        return f"{self.of}: {self.live} → {self.candidate}"
+        return f"{_short(self.of)}: {_short(self.live)} → {_short(self.candidate)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ def in_words(changes: Sequence[KindChange], allowed: Mapping[str, str]) -> dict[
     for change in changes:
         said.setdefault(change.kind, []).append(str(change))
     return {
-        _in_record(kind): "; ".join(texts) + (f" (allowed {allowed[kind]})" if kind in allowed else "")
+        _in_record(kind): _some_of(texts) + (f" (allowed {allowed[kind]})" if kind in allowed else "")
         for kind, texts in said.items()
     }
 
@@ -154,7 +157,7 @@ def kind_table(changes: Sequence[KindChange], allowed: Mapping[str, str] | None 
     for change in changes:
         how = (allowed or {}).get(change.kind)
         mark = [Mark(text=how or "no", good=how is not None)] if allowed is not None else []
-        rows.append((change.kind, change.of, change.live, change.candidate, *mark))
+        rows.append((change.kind, *map(_short, (change.of, change.live, change.candidate)), *mark))
     return Table(header=header, rows=rows)
 
 
@@ -172,7 +175,7 @@ def refusal(
         allowed: Kind to how it is allowed.
     """
     asked = not_allowed(changes, allowed)
-    said = "; ".join(f"{change.kind}: {change}" for change in changes if change.kind in asked)
+    said = _some_of([f"{change.kind}: {change}" for change in changes if change.kind in asked])
     options = " ".join(f"--allow {kind}" for kind in asked)
     return GateError(
         f"{model} {channel}: release {release} is of another kind than {live}, which is live, and does not replace it "
@@ -181,6 +184,16 @@ def refusal(
         "job file allows it for good",
         kind_table(changes, allowed).text(),
     )
+
+
+def _short(text: str) -> str:
+    """Whoever made a release chooses its names: they go into the record of the next one's move."""
+    return on_one_line(text, LONGEST_TEXT)
+
+
+def _some_of(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - MOST_TEXTS:,} more"] if len(texts) > MOST_TEXTS else []
+    return "; ".join([*texts[:MOST_TEXTS], *more])
 
 
 def _in_record(kind: str) -> str:
@@ -227,7 +240,7 @@ Range = tuple[int, float]
 def _ranges(signature: Mapping[str, Any]) -> dict[str, Range]:
     """Dynamic dimension to the sizes that it may have, both ends included."""
     return {
-        dim["name"]: (dim["min"], math.inf if dim["max"] is None else dim["max"]) for dim in signature.get("dims") or []
+        dim["name"]: (dim["min"], math.inf if dim["max"] is None else dim["max"]) for dim in signature.get("dims", [])
     }
 
 

@@ -14,7 +14,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import models
-from train_and_ship.registry.channels.revisions import GRAMMAR, resolve_release
+from train_and_ship.registry.channels.revisions import GRAMMAR, named_release
 from train_and_ship.registry.diff import Difference, compare
 from train_and_ship.registry.text import Table
 from train_and_ship.ship.named import named_channel
@@ -31,13 +31,15 @@ def diff(words: Sequence[str], as_json: bool) -> None:
     store = ObjectStore.from_settings(settings)
     model, before, after = _named(store, words)
     channel = named_channel(settings, model)
-    ids = [resolve_release(channel, name) for name in (before, after)]
-    found = compare(store, model, *ids)
+    one, two = (named_release(channel, name) for name in (before, after))
+    found = compare(store, model, one, two)
     if as_json:
         rows = [dataclasses.asdict(difference) for difference in found]
-        typer.echo(json.dumps({"model": model, "before": ids[0], "after": ids[1], "differences": rows}, indent=1))
+        typer.echo(
+            json.dumps({"model": model, "before": one.release, "after": two.release, "differences": rows}, indent=1)
+        )
         return
-    typer.echo(f"{model}: {before} = {ids[0]}, {after} = {ids[1]}\n")
+    typer.echo(f"{model}: {before} = {one.release}, {after} = {two.release}\n")
     typer.echo(_table(found) if found else "no difference")
 
 

@@ -16,7 +16,6 @@ from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.aliases import sync_after_move
 from train_and_ship.registry.channels.moves import Flow, Mover, require_asked, roll_back
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.registry.channels.revisions import resolve_release
 from train_and_ship.registry.channels.targets import Verified, ask_promotion, choose_rollback, described, verify_target
 from train_and_ship.ship.named import named_channel, named_kinds
 
@@ -27,8 +26,7 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
     """Go back to what was live before, or to the release that `to` names."""
     mover = Mover(by=who(), why=why)
     settings = Settings.load()
-    asked = named_channel(settings, model, channel)
-    target = choose_rollback(asked, resolve_release(asked, to) if to else None)
+    target = choose_rollback(named_channel(settings, model, channel), to)
     if not target.was_before:
         # Before every byte is read.
         require_asked(target, "", Flow.ROLLBACK)

@@ -56,8 +56,13 @@ def view(layout: str, model: str, channel: str, backend: str, to: Path | None, f
 
 def _triton(store: ObjectStore, backend: str, release: Release) -> None:
     written = write_triton(store, release, backend)
+    if written.generation == release.generation:
+        named = f"release {release.id}"
+    else:
+        # Which release that is nobody says but whoever wrote it.
+        named = f"left as it was: it is later than version {release.generation}, which is release {release.id}"
     typer.echo(
-        f"{release.model} {release.channel}: version {written.generation}, release {release.id}\n"
+        f"{release.model} {release.channel}: version {written.generation}, {named}\n"
         f"  tritonserver --model-repository={_repository(store, written.prefix)} "
         "--model-control-mode=poll"
     )

@@ -315,8 +315,9 @@ class Reader:
                 release = self._release(self._releases.bring(pointer), pointer)
                 if self._accept is not None:
                     self._require_accepted(release)
-            except RefusedError as error:
-                self._refused = _Failure.after(self._refused, etag, error, self._interval * 2)
+            except (RefusedError, UnavailableError) as error:
+                if isinstance(error, RefusedError) or _forbidden(error):
+                    self._refused = _Failure.after(self._refused, etag, error, self._interval * 2)
                 raise
             self._refused = None
             return self._switch(release, State(self._bucket.name, pointer, etag, self._previous(pointer)))
@@ -381,6 +382,15 @@ class Reader:
     def _release(self, manifest: Manifest, pointer: Pointer) -> Release:
         folder = self._local.release(pointer.release)
         return Release(self.channel, pointer.generation, folder, manifest, pointer.moved_at)
+
+
+def _forbidden(error: UnavailableError) -> bool:
+    """Whether the store refused an object, and not all that these credentials ask for: they had the pointer.
+
+    It will refuse it again, and the other files would be downloaded each time.
+    """
+    response = getattr(error.__cause__, "response", None)
+    return isinstance(response, dict) and response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 403
 
 
 def _now() -> tuple[float, float]:

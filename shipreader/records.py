@@ -35,6 +35,8 @@ MOST_VALUES = 6 * MOST_FILES
 times the memory that they have bytes."""
 MOST_VERDICTS = 1_000
 """Of one move: a record has one for each gate and format."""
+MOST_DEEP = 20
+"""Lists within lists of a signature; ours have four."""
 LONGEST_PATH = 512
 """Characters. S3 keys end at 1,024 bytes, and the release's prefix needs some of them."""
 LONGEST_PART, MOST_PARTS = 240, 32
@@ -254,8 +256,11 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
         # Not a bool, which is a number to Python.
         if not _is_word(name) or type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"metric {name[:80]!r}: expected a finite number")
+    _require_shallow(signature)
     for side in ("inputs", "outputs"):
         tensors = signature.get(side, [])
+        if side == "inputs" and side in signature and not tensors:
+            raise ValueError("inputs: expected at least one tensor, got none")
         for tensor in tensors:
             sizes = tensor["shape"]
             sound = _is_word(tensor["name"]) and DTYPE.fullmatch(tensor["dtype"]) and isinstance(sizes, list)
@@ -263,12 +268,24 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
                 raise ValueError(f"{side}: expected tensors with name, dtype and shape")
         if len({tensor["name"] for tensor in tensors}) != len(tensors):
             raise ValueError(f"{side}: expected one tensor of each name")
-    for dim in signature.get("dims") or ():
+    if not isinstance(dims := signature.get("dims", []), list):
+        raise ValueError(f"dims: expected a list, got {type(dims).__name__}")
+    for dim in dims:
         low, high = dim["min"], dim["max"]
         if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
             raise ValueError("dims: expected name, min and max of each")
     if not isinstance(signature.get("coupled", False), bool):
         raise ValueError("coupled: expected true or false")
+
+
+def _require_shallow(signature: Any) -> None:
+    """Raises ValueError where whoever writes it anew would come to the end of the stack, also in keys nobody knows."""
+    level = [signature]
+    for _ in range(MOST_DEEP):
+        values = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [inner for value in values for inner in value if isinstance(inner, dict | list)]
+    if level:
+        raise ValueError(f"signature: expected lists within lists to a depth of {MOST_DEEP}, got more")
 
 
 def _is_size(value: Any) -> bool:
@@ -355,8 +372,13 @@ def _is_utf8(name: str) -> bool:
 
 def require_sparse(encoded: bytes, most: int = MOST_VALUES) -> None:
     """Raises ValueError for a document with more values than any of ours has: reading it would fill the memory."""
-    if len(encoded) > most and sum(map(encoded.count, (b",", b"[", b"{"))) > most:
-        raise ValueError(f"expected at most {most:,} values")
+    if len(encoded) > most and (values := values_in(encoded)) > most:
+        raise ValueError(f"expected at most {most:,} values, got {values:,}")
+
+
+def values_in(encoded: bytes) -> int:
+    """How many values a JSON document has, about; never fewer."""
+    return sum(map(encoded.count, (b",", b"[", b"{")))
 
 
 def _json_object(encoded: bytes, key: str) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from shipreader.records import (
     room,
 )
 from shipreader.signatures import (
-    SIGNATURE_BYTES,
     Signed,
     file_name,
     key_id,
+    largest,
     require_signed,
     require_signed_by_any,
 )
@@ -111,7 +111,7 @@ class Releases:
         for key in self._keys:
             name = prefix + file_name(key)
             try:
-                found = self._bucket.small(name, SIGNATURE_BYTES)
+                found = self._bucket.small(name, largest(manifest.encoded))
                 if found is not None:
                     require_signed(found, _signed(manifest), key, name)
                     return found

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
 
 SIGNATURE_BYTES = 64 * 2**20
-"""Longer ones are not read."""
+"""Longer ones are not read, of any release."""
+
+
+def largest(manifest: bytes) -> int:
+    """Bytes that the signature of a release has at most. manifest: as it is encoded, with the same names and hashes."""
+    # Its text is base64 within JSON, and within that a letter may be written in six.
+    return min(SIGNATURE_BYTES, 2**18 + 8 * len(manifest))
 
 
 @dataclass(frozen=True)

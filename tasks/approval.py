@@ -172,7 +172,7 @@ async def approval(request: Request, verified: Verified, wanted: bool = False) -
         "waiting for approval: %s, release %s; now %s", channel, target.release, described(target.live),
     )  # fmt: skip
     asked = f"{channel.model}: shall release {target.release} go live on {channel.name}?"
-    changes, problem = await what_changes(target)
+    changes, problem = await what_changes(verified)
     kinds = not_allowed(await asyncio.to_thread(kind_changes, verified, target.live), dict.fromkeys(request.allow, ""))
     await show_question(request, verified, asked, changes, problem)
     differences = noticed(changes)

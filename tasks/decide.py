@@ -25,6 +25,7 @@ from train_and_ship.infra.provenance import asked_by
 from train_and_ship.infra.rundir import read_kept, run_folder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
@@ -104,7 +105,7 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: S
     if earlier is not None:
         live, start = earlier
     now = _Now(channel, settings, job, job_file.project, inputs)
-    changed, inputs = await asyncio.to_thread(now.changes, live.release if live else "")
+    changed, inputs = await asyncio.to_thread(now.changes, Named(live.release, live.manifest_sha256) if live else None)
     digest = inputs.digest(start.release if start else "", {*job.release.allow, *allow})
     skip = ""
     if earlier is None and not force:
@@ -154,13 +155,14 @@ class _Now:
     project: Path
     inputs: Inputs
 
-    def changes(self, release: str) -> tuple[dict[str, str], Inputs]:
-        """How that release differs, and the inputs with the files that it has opened, as these are now. release: empty
+    def changes(self, named: Named | None) -> tuple[dict[str, str], Inputs]:
+        """How that release differs, and the inputs with the files that it has opened, as these are now. named: None
         when nothing is live."""
-        if not release:
+        if named is None:
             return {"live": f"nothing is live on {self.channel.name}"}, self.inputs
+        release, sha256 = named.release, named.manifest_sha256 or None
         try:
-            record = read_release_record(self.channel.store, self.channel.model, release)
+            record = read_release_record(self.channel.store, self.channel.model, release, sha256=sha256)
         except ReleaseError as error:
             return {"live": f"release {release} is broken: {error}"}, self.inputs
         inputs = self.inputs
@@ -183,7 +185,8 @@ def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str],
     for decision in reversed(read_decisions(now.channel, LOOK_BACK)):
         if decision.decision == KEPT and (decision.inputs, decision.live) == (inputs, live.release):
             # It may have opened other files than the live release. One that is gone or broken tells nothing.
-            since, _ = now.changes(decision.candidate)
+            # It was not live, and no record says how it was described.
+            since, _ = now.changes(Named(decision.candidate))
             if since.keys() - {"live"}:
                 return ""
             return (

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.bucket.releases import put_report
 from train_and_ship.registry.channels.pointer import ROLLBACK
@@ -43,7 +44,7 @@ async def report_move(request: Request, verified: Verified, moved: Moved) -> Non
         ],
         places=_places(request, verified.target),
     )
-    page = await _shown(outcome, verified, moved.verdicts, *await what_changes(verified.target))
+    page = await _shown(outcome, verified, moved.verdicts, *await what_changes(verified))
     written = (moved.model, moved.release, moved.flow_run, html(page))
     await put({"the bucket": asyncio.to_thread(put_report, request.channel.store, *written)})
 
@@ -66,13 +67,19 @@ async def show_question(
     await _shown(waits, verified, verified.verdicts, changes, problem)
 
 
-async def what_changes(target: Target) -> tuple[list[Difference], str]:
-    """From what was live to the target; or nothing and why nobody can tell. Reads the bucket."""
-    if target.live is None:
+async def what_changes(verified: Verified) -> tuple[list[Difference], str]:
+    """From what was live to the target; or nothing and why nobody can tell. Reads the bucket.
+
+    Both as they were then, and as whoever says yes believes them to be: by the pointer, and as it was verified.
+    """
+    target, live = verified.target, verified.target.live
+    if live is None:
         return [], ""
     try:
         store, model = target.channel.store, target.channel.model
-        found = await asyncio.to_thread(compare, store, model, target.live.release, target.release)
+        before = Named(live.release, live.manifest_sha256)
+        after = Named(target.release, verified.manifest.sha256())
+        found = await asyncio.to_thread(compare, store, model, before, after)
     except ShipError as error:
         # A rollback is often away from what is damaged.
         return [], str(error)

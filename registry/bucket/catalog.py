@@ -5,10 +5,25 @@ What has another name than one of ours can have was put there by somebody else a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from train_and_ship.infra.errors import RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import channels_prefix, histories_prefix, releases_prefix
 from train_and_ship.registry.identity import is_name, is_release_id, require_name
+
+
+@dataclass(frozen=True)
+class Named:
+    """A release, and what is known of its description.
+
+    Files make the id. What the manifest says of them is whoever's who may write releases, so whoever reads it holds it
+    to the hash that is here.
+    """
+
+    release: str
+    manifest_sha256: str = ""
+    """Hexadecimal SHA-256 of its manifest, as a record of a move has it; empty for what was never live."""
 
 
 def models(store: ObjectStore) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shipreader.records import MANIFEST_BYTES, FileEntry, require_sparse, room
+from shipreader.records import MANIFEST_BYTES, FileEntry, require_sparse, room, values_in
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ListedObject, ObjectStore, StoredObject
-from train_and_ship.infra.shown import on_one_line
+from train_and_ship.infra.shown import on_one_line, whole
 from train_and_ship.registry.bucket.keys import release_prefix, reports_prefix
 from train_and_ship.registry.bucket.signing import publish_signature
 from train_and_ship.registry.bucket.tombstones import claim
@@ -33,12 +34,31 @@ from train_and_ship.registry.bucket.transfer import (
     put_immutable,
 )
 from train_and_ship.registry.release.files import require_file, require_size
-from train_and_ship.registry.release.manifest import MANIFEST, Manifest, decode_manifest, verify_folder
+from train_and_ship.registry.release.manifest import (
+    DATA,
+    ENVIRONMENT,
+    JOB,
+    LINEAGE,
+    MANIFEST,
+    VERDICTS,
+    Manifest,
+    decode_manifest,
+    verify_folder,
+)
 
 LISTED_AT_ONCE = 990
 """A page of a listing has a thousand keys, and the manifest and signatures are among them."""
 TOLD_BYTES, TOLD_VALUES = 16 * 2**20, 100_000
 """Of a file that says how a release came to be: a job, packages, counts of its data."""
+TOLD = {
+    JOB: "shorten the job file",
+    VERDICTS: "measure fewer cases, formats or metrics",
+    LINEAGE: "keep data that the project opens in `data`, or fewer files in its folder",
+    DATA: "describe fewer classes or columns",
+    ENVIRONMENT: "install fewer packages where it is trained",
+}
+"""Files in which a release says how it came to be, and what makes one smaller."""
+_HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 _MENDED = "files of a release are never replaced: delete it and publish again"
 
 
@@ -76,8 +96,10 @@ def publish(
 
     Raises:
         StoreRefusedError: the store has no conditional writes.
-        ReleaseError: a local file is not what the manifest says, or the bucket holds other bytes under its name.
+        ReleaseError: a local file is not what the manifest says, or the bucket holds other bytes under its name. Or it
+            says more of itself than anybody reads.
     """
+    require_readable(folder, manifest)
     traits = store.probe_again()
     claim(store, manifest.model, manifest.release, publishing=True)
     prefix = release_prefix(manifest.model, manifest.release)
@@ -118,6 +140,25 @@ def publish(
         present_bytes=manifest.total_bytes - sent_bytes,
         etags={name: etag for name, (_, etag) in brought.items()},
     )
+
+
+def require_readable(folder: Path, manifest: Manifest) -> None:
+    """Raises ReleaseError for files that say how a release came to be and that whoever compares it would not read.
+
+    folder: where they lie.
+    """
+    for name in TOLD:
+        if name not in manifest.files:
+            continue
+        size, most = manifest.files[name].bytes, f"{folder / name}: expected at most"
+        way_out = f"or nobody could compare or promote the release; {TOLD[name]}, and publish again"
+        if size > TOLD_BYTES:
+            raise ReleaseError(f"{most} {TOLD_BYTES:,} bytes, got {size:,}, {way_out}")
+        require_size(folder / name, manifest.files[name])
+        said = (folder / name).read_bytes()
+        values = said.count(b"==") if name == ENVIRONMENT else values_in(said)
+        if values > TOLD_VALUES:
+            raise ReleaseError(f"{most} {TOLD_VALUES:,} values, got {values:,} in {size:,} bytes, {way_out}")
 
 
 def verify_release(
@@ -212,9 +253,16 @@ def read_small_file(store: ObjectStore, manifest: Manifest, name: str) -> bytes:
 
 
 def told_document(encoded: bytes) -> Any:
-    """The JSON of such a file. Raises ValueError for more values than one of ours has, and RecursionError."""
+    """The JSON of such a file, whose texts can be written anywhere.
+
+    Raises ValueError for more values than one of ours has, and RecursionError.
+    """
     require_sparse(encoded, TOLD_VALUES)
-    return json.loads(encoded)
+    document = json.loads(encoded.decode())
+    if _HALF_A_CHARACTER.search(encoded):
+        # Names of folders that are no text are written so too. No record, report or request could hold them.
+        document = json.loads(whole(json.dumps(document, ensure_ascii=False), escape=r"\\"))
+    return document
 
 
 def fetch_release(

@@ -122,7 +122,7 @@ def publish_signature(store: ObjectStore, manifest: Manifest, private_key: Path)
 def require_signature(store: ObjectStore, manifest: Manifest, public_key: EllipticCurvePublicKey) -> None:
     """Raises ReleaseError unless the release in the bucket carries this key's signature. Reads only."""
     key = signature_key(manifest, public_key)
-    found = store.get(key, signatures.SIGNATURE_BYTES)
+    found = store.get(key, signatures.largest(manifest.encode()))
     if found is None:
         raise ReleaseError(
             f"{key}: expected a signature by key {signatures.key_id(public_key)}, got none: "

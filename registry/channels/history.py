@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from shipreader.records import MOST_MOVES
 from train_and_ship.infra.errors import ReleaseError, ServiceError
@@ -126,18 +126,29 @@ def _decode(encoded: bytes, key: str) -> Pointer:
 
 
 def last_move(channel: Channel, release: str) -> Pointer | None:
-    """The newest move that made a release live here; None where it never was. Reads the newest records first."""
-    live = read_pointer(channel)
+    """The newest move that made a release live here; None where it never was."""
+    return next(moves_to(channel, release), None)
+
+
+def moves_to(channel: Channel, release: str) -> Iterator[Pointer]:
+    """The moves that made a release live here, newest first, and read in that order.
+
+    What cannot be read of them is passed over: the others tell.
+    """
+    try:
+        live = read_pointer(channel)
+    except ReleaseError as error:
+        _log.warning("%s: what is live cannot be read: %s", channel, error)
+        live = None
     if live is not None and live.release == release:
-        return live
+        yield live
     # A record of a generation that is still to come is nobody's.
     numbers = [number for number in recorded_generations(channel) if live is None or number < live.generation]
     newest = numbers[::-1]
     for start in range(0, len(newest), READ_AT_ONCE):
         for move in in_parallel(lambda number: _readable(channel, number), newest[start : start + READ_AT_ONCE]):
             if move is not None and move.release == release:
-                return move
-    return None
+                yield move
 
 
 def first_generation(channel: Channel) -> int:

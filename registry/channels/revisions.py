@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from train_and_ship.infra.errors import RequestError
-from train_and_ship.registry.bucket.catalog import channels, releases
+from train_and_ship.infra.errors import ReleaseError, RequestError
+from train_and_ship.registry.bucket.catalog import Named, channels, releases
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record
+from train_and_ship.registry.channels.history import find_record, moves_to
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.identity import is_channel, is_release_id
 from train_and_ship.registry.tracking.rest import model_registry
@@ -25,27 +25,45 @@ _VERSION = re.compile(r"v([1-9]\d{0,17})")
 _ID = re.compile(rf"[0-9a-f]{{{SHORTEST_ID},}}")
 
 
-@dataclass(frozen=True)
-class Named:
-    """A release that somebody has named."""
-
-    release: str
-    manifest_sha256: str = ""
-    """Of its manifest, as the record by which it was named has it; empty where it was named in another way."""
-
-
-def resolve_release(channel: Channel, text: str) -> str:
-    """As `named_release`, without what is known beside the id."""
-    return named_release(channel, text).release
-
-
 def named_release(channel: Channel, text: str) -> Named:
-    """The release of the channel's model that `text` names.
+    """The release of the channel's model that `text` names, with the hash that the record has by which it is named.
 
-    A whole id is one, whatever channels are called; else a channel's name comes before a version in MLflow, which is
-    asked about versions only. A text that is a channel and begins an id is neither: anybody who may make channels could
-    make it mean another release. Raises RequestError when it names none, or more than one.
+    Where it is named in another way, or that record lacks it, as in `recorded`, which raises too. A whole id is one,
+    whatever channels are called; else a channel's name comes before a version in MLflow, which is asked about versions
+    only. A text that is a channel and begins an id is neither: anybody who may make channels could make it mean another
+    release. Raises RequestError when it names none, or more than one.
     """
+    named = _named(channel, text)
+    return named if named.manifest_sha256 else recorded(channel, named.release)
+
+
+def recorded(channel: Channel, release: str) -> Named:
+    """A release, with the hash that the newest record of it has: the channel's, or else of the model's other channels.
+
+    Raises ReleaseError where only other channels have any, and these contradict each other.
+    """
+    if sha256 := _sha256(channel, release):
+        return Named(release, sha256)
+    others: dict[str, str] = {}
+    for name in channels(channel.store, channel.model):
+        if name != channel.name and (sha256 := _sha256(replace(channel, name=name), release)):
+            others.setdefault(sha256, name)
+    if len(others) > 1:
+        raise ReleaseError(
+            f"{channel.model}: release {release} had another description when it was live on each of "
+            f"{', '.join(others.values())}: name it by the channel that is right (`prod`, `prod~1`)"
+        )
+    return Named(release, next(iter(others), ""))
+
+
+# ---- below
+
+
+def _sha256(channel: Channel, release: str) -> str:
+    return next((move.manifest_sha256 for move in moves_to(channel, release) if move.manifest_sha256), "")
+
+
+def _named(channel: Channel, text: str) -> Named:
     store, model = channel.store, channel.model
     if (ago := _AGO.fullmatch(text)) is not None:
         return _moves_ago(replace(channel, name=ago["channel"]), int(ago["moves"]))

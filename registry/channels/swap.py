@@ -19,6 +19,7 @@ from enum import Enum, auto
 from shipreader.records import POINTER_BYTES
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, StoreRefusedError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.shown import on_one_line, whole
 from train_and_ship.infra.store_probe import advice
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.releases import read_manifest, verify_release
@@ -47,6 +48,8 @@ MOVE_CONFLICTS = 50
 MOVE_FAULTS = 5
 """How often in one move the store may not answer, or answer with a fault."""
 LONGEST_PAUSE_SECONDS = 1.0
+LONGEST_VERDICT = 10_000
+"""Characters of a gate's name, and of what was found, in a record."""
 CLAIM_FRESH_SECONDS = 60.0
 """A release that was claimed longer ago is claimed again before the move."""
 CLAIM_HOLDS_SECONDS = SHORTEST_GRACE.total_seconds() / 2
@@ -240,12 +243,16 @@ class _Mover:
             previous=live.release if live else None,
             nonce=self._nonce,
             moved_at=utc_now(),
-            moved_by=move.moved_by,
-            reason=move.reason,
+            moved_by=whole(move.moved_by),
+            reason=whole(move.reason),
             flow_run=move.flow_run,
             mlflow_version=move.mlflow_version,
             kind=move.kind,
-            verdicts={**move.verdicts, **self._found},
+            # Some of it are words of a release, which may be anybody's.
+            verdicts={
+                on_one_line(name, LONGEST_VERDICT): on_one_line(said, LONGEST_VERDICT)
+                for name, said in {**move.verdicts, **self._found}.items()
+            },
         )
         if boot_seconds() - self._claimed > CLAIM_FRESH_SECONDS:
             self._claim()
@@ -309,9 +316,11 @@ def _put_pointer(store: ObjectStore, pointer: Pointer, live: Pointer | None) -> 
     and ReleaseError for a record that no reader would take."""
     key, body = pointer_key(pointer.model, pointer.channel), pointer.encode()
     if len(body) > POINTER_BYTES:
+        told = sum(len(text) for item in pointer.verdicts.items() for text in item)
         raise ReleaseError(
             f"{key}: expected a record of at most {POINTER_BYTES:,} bytes, got {len(body):,}: readers would refuse it; "
-            "say why in fewer words"
+            f"the reason has {len(pointer.reason):,} characters, and {len(pointer.verdicts):,} verdicts have {told:,}: "
+            "say why in fewer words, or ship with fewer gates"
         )
     decode_pointer(body, key)
     if live is None:

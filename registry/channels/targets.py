@@ -6,7 +6,7 @@ All raise RequestError for what cannot be asked for, and ReleaseError for a rele
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import version_of
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.history import find_record, last_move
+from train_and_ship.registry.channels.history import find_record
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.timeline import rollback_target
@@ -41,8 +41,7 @@ class Target:
     expects_live: bool
     """Given up when something else is live by then: nobody named the release, or this very move was approved."""
     manifest_sha256: str = ""
-    """Hexadecimal SHA-256 of its manifest, where a record says which it had when it was live; else empty. Files make
-    the id, and what the manifest says of them is whoever's who may write releases."""
+    """As of Named."""
     was_before: bool = False
     """Whether it is what a rollback without a name goes back to: what was live before. Nobody is asked about that."""
 
@@ -77,15 +76,11 @@ class Verified:
     """Who is said to have said yes, in words; empty when nobody was asked."""
 
 
-def choose_rollback(channel: Channel, release: str | None, manifest_sha256: str = "") -> Target:
-    """What a rollback goes back to: `release`, or what was live before this one. Reads only.
-
-    manifest_sha256: of the release, where who named it knows; else what the channel's own history says of it counts.
-    """
+def choose_rollback(channel: Channel, to: str) -> Target:
+    """What a rollback goes back to. Reads only. to: as of `ask_rollback`."""
     live = _live(channel)
-    if release is not None:
-        target = _target(channel, release, live)
-        return replace(target, manifest_sha256=manifest_sha256 or _described_then(channel, release))
+    if to:
+        return _target(channel, to, live)
     if live is None:
         raise RequestError(
             f"{channel.model}: nothing is live on {channel.name!r}, so there is nothing to go back from; use --to"
@@ -106,9 +101,9 @@ def choose_rollback(channel: Channel, release: str | None, manifest_sha256: str 
     )
 
 
-def choose_promotion(channel: Channel, release: str, manifest_sha256: str = "") -> Target:
-    """An existing release for a channel. Reads only. manifest_sha256: as in `choose_rollback`."""
-    return replace(_target(channel, release, _live(channel)), manifest_sha256=manifest_sha256)
+def choose_promotion(channel: Channel, source: str) -> Target:
+    """An existing release for a channel. Reads only. source: names it, as `named_release` takes it."""
+    return _target(channel, source, _live(channel))
 
 
 def verify_target(target: Target, *, read_back: bool = True, public_key: Path | None = None) -> Verified:
@@ -135,9 +130,7 @@ def ask_rollback(channel: Channel, to: str, public_key: Path | None, *, read_bac
         public_key: as in `verify_target`.
         read_back: as in `verify_target`.
     """
-    named = named_release(channel, to) if to else None
-    target = choose_rollback(channel, *((named.release, named.manifest_sha256) if named else (None,)))
-    return verify_target(target, read_back=read_back, public_key=public_key)
+    return verify_target(choose_rollback(channel, to), read_back=read_back, public_key=public_key)
 
 
 def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Verified:
@@ -145,9 +138,7 @@ def ask_promotion(channel: Channel, source: str, public_key: Path | None) -> Ver
 
     Whoever tries it before it goes live reads its files. Arguments: as of `ask_rollback`.
     """
-    named = named_release(channel, source)
-    target = choose_promotion(channel, named.release, named.manifest_sha256)
-    return verify_target(target, read_back=False, public_key=public_key)
+    return verify_target(choose_promotion(channel, source), read_back=False, public_key=public_key)
 
 
 def described(live: Pointer | None) -> str:
@@ -167,7 +158,9 @@ def _live(channel: Channel) -> Pointer | None:
     return live
 
 
-def _target(channel: Channel, release: str, live: Pointer | None) -> Target:
+def _target(channel: Channel, text: str, live: Pointer | None) -> Target:
+    named = named_release(channel, text)
+    release = named.release
     if live is not None and live.release == release:
         raise RequestError(f"{channel}: {described(live)} already; nothing was moved")
     try:
@@ -175,13 +168,14 @@ def _target(channel: Channel, release: str, live: Pointer | None) -> Target:
     except ShipError:
         # The record then names none, and the alias is found by the release, once MLflow is back.
         version = ""
-    return Target(channel=channel, release=release, mlflow_version=version, live=live, expects_live=False)
-
-
-def _described_then(channel: Channel, release: str) -> str:
-    """Hash of the manifest that a release had when it was live here last; empty where no record tells."""
-    move = last_move(channel, release)
-    return move.manifest_sha256 if move is not None else ""
+    return Target(
+        channel=channel,
+        release=release,
+        mlflow_version=version,
+        live=live,
+        expects_live=False,
+        manifest_sha256=named.manifest_sha256,
+    )
 
 
 def _record_of(channel: Channel, generation: int) -> Pointer:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError
+from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
@@ -17,6 +17,7 @@ from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.targets import choose_rollback
 from train_and_ship.registry.channels.timeline import numbers
 from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
@@ -52,8 +53,9 @@ def examine(
     for channel in known:
         try:
             yield from _channel(channel, dry_run)
-        except ReleaseError as error:
-            yield Finding(what=str(error), can_mend=False)
+        except (ReleaseError, SettingsError) as error:
+            # Credentials that the bucket does not know would have ended the listing of channels.
+            yield Finding(what=f"{channel}: not examined to the end: {error}", can_mend=False)
     yield from _incomplete(store, model)
     for channel in known:
         yield from _aliases(channel, dry_run)
@@ -90,12 +92,28 @@ def _channel(channel: Channel, dry_run: bool) -> Iterator[Finding]:
             what=f"{channel}: nothing is live after {len(moves)} moves: its pointer is gone; {back}", can_mend=False
         )
         return
-    try:
-        if verify_release(channel.store, channel.model, live.release).sha256() != live.manifest_sha256:
-            raise ReleaseError(f"release {live.release}: its manifest was altered after it went live")
-    except ReleaseError as error:
+    if problem := _broken(channel, live.release, live.manifest_sha256):
         way_out = f"`ship rollback {channel.model} --channel {channel.name} --why …`, or publish it again"
-        yield Finding(what=f"{channel}: the live release is broken: {error}; {way_out}", can_mend=False)
+        yield Finding(what=f"{channel}: the live release is broken: {problem}; {way_out}", can_mend=False)
+    try:
+        before = choose_rollback(channel, "")
+    except (ReleaseError, RequestError):
+        # There is none, or its record is lost, which was said.
+        return
+    if problem := _broken(channel, before.release, before.manifest_sha256):
+        told = f"release {before.release}, to which `ship rollback` goes back, is broken: {problem}"
+        way_out = "publish it again, or name another one with --to when it comes to that"
+        yield Finding(what=f"{channel}: {told}; {way_out}", can_mend=False)
+
+
+def _broken(channel: Channel, release: str, sha256: str) -> str:
+    """What is wrong with a release; empty for one that is sound. sha256: of its manifest, where a record says so."""
+    try:
+        verify_release(channel.store, channel.model, release, sha256=sha256 or None)
+    except (ReleaseError, SettingsError) as error:
+        # One object may be forbidden, or under a key of its writer's own.
+        return str(error)
+    return ""
 
 
 def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 from shipreader.records import MANIFEST_BYTES
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import is_recorded, read_history, record, recorded_generations
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer, read_pointer
+from train_and_ship.registry.channels.revisions import recorded
 from train_and_ship.registry.channels.timeline import holes
 from train_and_ship.registry.release.manifest import MANIFEST
 
 REBUILT = "(record lost, rebuilt from its neighbours: who moved, when and why is not known)"
+UNPINNED = " (nor how it was described: no other record says so, and this one names what lay in the bucket by then)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def repair_history(channel: Channel, *, dry_run: bool = False) -> Repaired:
             if generation in kept:
                 exact.append(kept[generation])
             elif (later := known.get(generation + 1)) is not None and later.previous is not None:
-                partial.append(_between(channel.store, known.get(generation - 1), later))
+                partial.append(_between(channel, known.get(generation - 1), later))
             else:
                 # Down to what is kept, in one step: a record may say any number.
                 below = max((one for one in kept if hole.start <= one < generation), default=hole.start - 1)
@@ -95,24 +96,35 @@ def _kept_versions(channel: Channel) -> dict[int, Pointer]:
     return found
 
 
-def _between(store: ObjectStore, earlier: Pointer | None, later: Pointer) -> Pointer:
+def _between(channel: Channel, earlier: Pointer | None, later: Pointer) -> Pointer:
     assert later.previous is not None
-    manifest = store.get(release_prefix(later.model, later.previous) + MANIFEST, MANIFEST_BYTES)
+    sha256, said = _described(channel, later.previous)
     return Pointer(
         model=later.model,
         channel=later.channel,
         generation=later.generation - 1,
         release=later.previous,
-        # Of a release that was removed since, not even this is known.
-        manifest_sha256=hashlib.sha256(manifest[0]).hexdigest() if manifest else "",
+        manifest_sha256=sha256,
         previous=earlier.release if earlier else None,
         nonce="",
         moved_at="",
         moved_by="",
-        reason=REBUILT,
+        reason=REBUILT + said,
         flow_run="",
         mlflow_version="",
     )
+
+
+def _described(channel: Channel, release: str) -> tuple[str, str]:
+    """Hash of the manifest that a release had when it was live, and for the reason where nobody knows that."""
+    with contextlib.suppress(ReleaseError):
+        if sha256 := recorded(channel, release).manifest_sha256:
+            return sha256, ""
+        # Whoever may write releases may have written it since. From here on it is this one.
+        manifest = channel.store.get(release_prefix(channel.model, release) + MANIFEST, MANIFEST_BYTES)
+        return hashlib.sha256(manifest[0]).hexdigest() if manifest else "", UNPINNED
+    # Records contradict each other, or nobody can read it: none is right by itself.
+    return "", UNPINNED
 
 
 def broken_links(moves: Iterable[Pointer]) -> list[str]:

@@ -17,10 +17,12 @@ from shipreader.records import (
     LARGEST_FILE,
     MANIFEST_BYTES,
     MOST_FILES,
+    MOST_VALUES,
     PICKLE_ENDINGS,
     SHA256,
     FileEntry,
     require_description,
+    values_in,
 )
 from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
@@ -101,8 +103,8 @@ def build_manifest(
 
     Raises:
         ReleaseError: an empty folder, symbolic links, special files, names that could not be keys, pickles, archives
-            that cannot be looked through for them, formats without their file, and values that JSON does not have
-            (NaN).
+            that cannot be looked through for them, formats without their file, values that JSON does not have (NaN),
+            and more than a reader would read.
     """
     paths = {name: path for name, path in walk(folder) if name != MANIFEST}
     for name in paths:
@@ -131,6 +133,12 @@ def build_manifest(
         encoded = manifest.encode()
     except (TypeError, ValueError) as error:
         raise ReleaseError(f"manifest of {model}: expected values that JSON can hold, got: {error}") from None
+    if len(encoded) > MANIFEST_BYTES or values_in(encoded) > MOST_VALUES:
+        raise ReleaseError(
+            f"manifest of {model}: expected at most {MANIFEST_BYTES:,} bytes and {MOST_VALUES:,} values, got "
+            f"{len(encoded):,} and {values_in(encoded):,}, or no reader would take the release: ship fewer files, or a "
+            "smaller signature"
+        )
     # Also turns tuples into lists: what is returned equals what a reader will decode.
     return decode_manifest(encoded)
 

@@ -182,4 +182,4 @@ def test_a_release_that_was_deleted_and_published_again_goes_live(
     move(object_store, three[0])
     pointer = read_pointer(Channel(object_store, MODEL, CHANNEL))
     assert pointer is not None and pointer.release == three[0].release
-    assert choose_rollback(Channel(object_store, MODEL, CHANNEL, NOWHERE), None).release == three[2].release
+    assert choose_rollback(Channel(object_store, MODEL, CHANNEL, NOWHERE), "").release == three[2].release

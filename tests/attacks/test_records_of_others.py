@@ -299,7 +299,7 @@ def test_a_history_that_would_fill_the_memory_is_not_read(
     with pytest.raises(ReleaseError, match=r"history/prod/: expected records of at most 500 bytes in all, got"):
         read_history(channel)
     # Whoever goes back reads one record, not all of them.
-    assert choose_rollback(channel, None).release == three[1].release
+    assert choose_rollback(channel, "").release == three[1].release
 
 
 def test_rollbacks_to_what_was_never_live_are_followed_in_linear_time() -> None:
@@ -329,7 +329,7 @@ def test_a_record_of_another_move_leads_nobody_in_circles(
     with pytest.raises(
         ReleaseError, match=r"00000002\.json: expected the record of that move, got the one of .*03\.json"
     ):
-        choose_rollback(channel, None)
+        choose_rollback(channel, "")
     with pytest.raises(ReleaseError, match="expected the record of that move"):
         decide(object_store, MODEL, KEEP)
     # The others are shown, and what is wrong is said.
@@ -349,7 +349,7 @@ def test_a_rollback_follows_no_record_that_the_next_one_contradicts(
     with pytest.raises(
         RequestError, match=f"generation 3 replaced {three[1].release}, but .* says that {three[0].release}"
     ):
-        choose_rollback(channel, None)
+        choose_rollback(channel, "")
     assert choose_rollback(channel, three[1].release).release == three[1].release
     # Neither is deleted: nobody knows which of the two is right.
     kept = {one.release: one.why for one in decide(object_store, MODEL, KEEP) if one.step is Step.KEEP}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import tracemalloc
@@ -18,16 +19,20 @@ from shipreader.errors import RefusedError
 from shipreader.local import LocalFolder
 from shipreader.reader import Reader
 from shipreader.records import FileEntry
-from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_release, move, rolled_back
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, key_of, make_release, move, published, rolled_back
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra.errors import GateError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore, StoredObject
-from train_and_ship.registry.bucket.releases import fetch_release, publish, verify_release
+from train_and_ship.registry.bucket import releases
+from train_and_ship.registry.bucket.catalog import Named
+from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.bucket.releases import fetch_release, publish, told_document, verify_release
 from train_and_ship.registry.bucket.signing import publish_signature, require_signature
 from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.history import record_key
 from train_and_ship.registry.channels.moves import kind_changes, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.targets import (
     ask_promotion,
     ask_rollback,
@@ -36,7 +41,8 @@ from train_and_ship.registry.channels.targets import (
     verify_target,
 )
 from train_and_ship.registry.diff import Difference, compare, flat, read_copied_record
-from train_and_ship.registry.kind import SIGNATURE, changes_in_kind
+from train_and_ship.registry.kind import FORMATS, LABELS, SIGNATURE, changes_in_kind
+from train_and_ship.registry.kind import MODEL as KIND_MODEL
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.release.manifest import (
     DATA,
@@ -50,8 +56,10 @@ from train_and_ship.registry.release.manifest import (
     release_id,
 )
 from train_and_ship.ship import diff
+from train_and_ship.ship.rollback import rollback
 from train_and_ship.ship.sign import sign
 from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.move_report import what_changes
 from train_and_ship.tasks.rehearse import _recorded_speed
 
 TENSOR = {"name": "x", "dtype": "float32", "shape": ["batch", 4]}
@@ -80,8 +88,11 @@ def told(store: ObjectStore, folder: Path, files: dict[str, Any], **described: A
     for name, content in files.items():
         written = content if isinstance(content, str | bytes) else json.dumps(content)
         (folder / name).write_bytes(written.encode() if isinstance(written, str) else written)
-    described = {"signature": {"inputs": [TENSOR], "outputs": []}, "metrics": {"accuracy": 0.9}, **described}
-    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, **described)
+    described = {
+        "formats": {"onnx": "model.onnx"}, "signature": {"inputs": [TENSOR], "outputs": []},
+        "metrics": {"accuracy": 0.9}, **described,
+    }  # fmt: skip
+    manifest = build_manifest(folder, model=MODEL, **described)
     publish(store, folder, manifest)
     return manifest
 
@@ -101,6 +112,11 @@ def test_a_release_that_was_described_anew_does_not_go_live_by_its_old_name(
         lambda: ask_rollback(channel, "prod~1", None),
         lambda: ask_promotion(channel, "staging", None),
         lambda: ask_promotion(channel, "prod~1", None),
+        lambda: ask_promotion(channel, two[0].release[:8], None),
+        # Another channel has it in its history, and this one has not.
+        lambda: ask_promotion(replace(channel, name="canary"), two[0].release, None),
+        lambda: rollback(MODEL, CHANNEL, "staging", "why", quick=True),
+        lambda: rollback(MODEL, "canary", two[0].release, "why", quick=True),
     ]
     for ask in asked:
         with pytest.raises(ReleaseError, match=f"expected SHA-256 {two[0].sha256()}, got .*altered after it went live"):
@@ -115,8 +131,59 @@ def test_a_description_that_is_not_the_one_of_its_time_is_not_signed(
     monkeypatch.setenv("SHIP_SIGNING_KEY", str(key_pair(tmp_path)))
     monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
     described_anew(object_store, two[1], metrics={"accuracy": 0.99})
-    with pytest.raises(ReleaseError, match="altered after it went live"):
-        sign(MODEL, CHANNEL)
+    move(object_store, two[0], channel="staging")
+    described_anew(object_store, two[0], metrics={"accuracy": 0.99})
+    for name in (CHANNEL, two[1].release, two[1].release[:8], "prod~1", "staging", two[0].release):
+        with pytest.raises(ReleaseError, match="altered after it went live"):
+            sign(MODEL, name)
+
+
+def test_what_differs_is_told_of_releases_as_the_records_name_them(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel, tmp_path: Path
+) -> None:
+    candidate = published(object_store, tmp_path / "c", 2, accuracy=0.5)
+    move(object_store, candidate, channel="staging")
+    verified = ask_promotion(channel, candidate.release, None)
+    assert any(one.name == "accuracy" for one in asyncio.run(what_changes(verified))[0])
+    described_anew(object_store, candidate, metrics={"accuracy": 0.99})
+    for before, after in ((two[1].release, candidate.release), ("prod", "staging"), ("staging~0", "prod")):
+        with pytest.raises(ReleaseError, match=f"{candidate.release}/.*altered after it went live"):
+            diff.diff([MODEL, before, after], as_json=False)
+    # And to a person who is asked: what was verified, beside what is live.
+    assert "altered after it went live" in asyncio.run(what_changes(verified))[1]
+    object_store.put(key_of(candidate, MANIFEST), candidate.encode())
+    described_anew(object_store, two[1], metrics={"accuracy": 0.3})
+    for before in (CHANNEL, "prod~0", two[1].release):
+        with pytest.raises(ReleaseError, match=f"{two[1].release}/.*altered after it went live"):
+            diff.diff([MODEL, before, candidate.release], as_json=False)
+    found, problem = asyncio.run(what_changes(verified))
+    assert not found and f"{two[1].release}/{MANIFEST}: expected SHA-256 {two[1].sha256()}" in problem
+
+
+def test_of_descriptions_that_contradict_each_other_the_channels_own_counts_or_none(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel
+) -> None:
+    other = described_anew(object_store, two[0], metrics={"accuracy": 0.99})
+    for name in ("eve", "staging"):
+        move(object_store, other, channel=name)
+    pinned = named_release(channel, two[0].release)
+    assert pinned == Named(two[0].release, two[0].sha256())
+    # A channel that has none of its own: one of those who have may be lying.
+    canary, said = (
+        replace(channel, name="canary"),
+        "had another description when it was live on each of eve, prod: name",
+    )
+    with pytest.raises(ReleaseError, match=said):
+        named_release(canary, two[0].release)
+    assert named_release(channel, "staging").manifest_sha256 == other.sha256()
+    # A pointer that nobody can read hides no record, and is in nobody's way.
+    for name in ("eve", "staging"):
+        object_store.put(pointer_key(MODEL, name), b"{}")
+    with pytest.raises(ReleaseError, match=said):
+        named_release(canary, two[0].release)
+    for name in ("eve", "staging"):
+        object_store.delete(record_key(MODEL, name, 1))
+    assert named_release(canary, two[0].release) == pinned
 
 
 def test_another_description_of_what_is_live_is_not_what_a_candidate_is_held_against(
@@ -207,7 +274,7 @@ def test_what_a_release_says_of_itself_in_no_shape_stops_no_move_and_makes_no_tr
         strange = told(object_store, tmp_path / f"{number}", files)
         for before, after in ((good, strange), (strange, good)):
             try:
-                compare(object_store, MODEL, before.release, after.release)
+                compare(object_store, MODEL, Named(before.release), Named(after.release))
             except ReleaseError as error:
                 assert "what it says of itself cannot be read" in str(error)
         move(object_store, strange)
@@ -257,14 +324,16 @@ def test_a_release_that_says_what_nobody_understands_does_not_go_live(
 
 
 def test_what_a_release_says_in_a_great_many_small_values_is_not_read(
-    object_store: ObjectStore, channel: Channel, tmp_path: Path
+    object_store: ObjectStore, channel: Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whoever writes past us.
+    monkeypatch.setattr(releases, "require_readable", lambda *_: None)
     good = told(object_store, tmp_path / "good", {})
     many = told(object_store, tmp_path / "many", {JOB: "{" + ",".join(f'"k{i}":1' for i in range(100_001)) + "}"})
     verified = verify_target(choose_promotion(channel, many.release), read_back=False)
     tracemalloc.start()
     with pytest.raises(ReleaseError, match="expected at most 100,000 values"):
-        compare(object_store, MODEL, good.release, many.release)
+        compare(object_store, MODEL, Named(good.release), Named(many.release))
     with pytest.raises(GateError, match="expected at most 100,000 values"):
         release_job(verified.target, many)
     peak = tracemalloc.get_traced_memory()[1]
@@ -272,7 +341,89 @@ def test_what_a_release_says_in_a_great_many_small_values_is_not_read(
     assert peak < 12 * 2**20
     packages = told(object_store, tmp_path / "packages", {ENVIRONMENT: "a==1 " * 100_001})
     with pytest.raises(ReleaseError, match="expected at most 100,000 packages"):
-        compare(object_store, MODEL, good.release, packages.release)
+        compare(object_store, MODEL, Named(good.release), Named(packages.release))
+
+
+@pytest.mark.parametrize(
+    ("files", "described", "kind"),
+    [
+        ({DATA: r'{"classes": ["\ud800", "b"]}'}, {}, LABELS),
+        ({DATA: {"classes": ["x" * 2**21, "b"]}}, {}, LABELS),
+        ({JOB: {"model": {"factory": "\x1b[2J\n" + "f" * 2**21}}}, {}, KIND_MODEL),
+        ({}, {"signature": {"inputs": [{**TENSOR, "name": f"{i}" + "n" * 500} for i in range(5000)]}}, SIGNATURE),
+        ({}, {"formats": {f"f{i}": "model.onnx" for i in range(10_000)}}, FORMATS),
+    ],
+)  # fmt: skip
+def test_what_the_live_release_says_of_itself_keeps_no_successor_out(
+    object_store: ObjectStore, channel: Channel, tmp_path: Path,
+    files: dict[str, Any], described: dict[str, Any], kind: str,
+) -> None:  # fmt: skip
+    move(object_store, told(object_store, tmp_path / "strange", files, **described))
+    good = told(object_store, tmp_path / "good", {DATA: {"classes": ["a", "b"]}, JOB: {"model": {"factory": "a:b"}}})
+    verified = verify_target(choose_promotion(channel, good.release), read_back=False)
+    with pytest.raises(GateError, match=f"--allow {kind}") as refused:
+        promote_existing(verified, MOVER, gates=False)
+    assert "\x1b" not in str(refused.value) and len(refused.value.message) < 20_000
+    pointer = promote_existing(verified, MOVER, gates=False, allow=[kind])
+    assert (pointer.release, read_pointer(channel)) == (good.release, replace(pointer))
+    said = pointer.verdicts[f"{kind} vs live"]
+    assert said.endswith("(allowed once, with --allow)") and said.isprintable() and len(said) < 15_000
+
+
+def test_words_that_no_record_can_hold_are_written_so_that_one_can(
+    object_store: ObjectStore, two: list[Manifest], channel: Channel
+) -> None:
+    odd = {"a\udcff": "b\ud800", "long": "x" * 2**21}
+    pointer = move(object_store, two[0], reason="half \udcff", moved_by="\udc80", verdicts=odd)
+    assert read_pointer(channel) == pointer
+    assert (pointer.reason, pointer.moved_by) == (r"half \udcff", r"\udc80")
+    assert pointer.verdicts[r"a\udcff"] == r"b\ud800" and len(pointer.verdicts["long"]) == 10_000
+    with pytest.raises(ReleaseError, match=r"reason has 2,097,152 characters, and 300 verdicts have 1,090: say why"):
+        move(object_store, two[1], reason="x" * 2**21, verdicts={str(i): "y" for i in range(300)})
+
+
+def test_names_that_are_half_a_character_stay_apart_and_whole_ones_stay_as_they_are() -> None:
+    document = told_document(rb'{"classes": ["\udcff", "\udcfe", "\ud83d\ude00", "\\udcff"]}')
+    assert document == {"classes": [r"\udcff", r"\udcfe", "😀", r"\udcff"]}
+    # Nor in bytes that are none.
+    with pytest.raises(ValueError, match="utf-8"):
+        told_document(b'{"classes": ["\xed\xa0\x80"]}')
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            JOB,
+            "[" + "1," * 100_001 + "1]",
+            r"at most 100,000 values, got 100,002 in 200,0\d\d bytes.*shorten the job file",
+        ),
+        (LINEAGE, "{}" + " " * 16 * 2**20, "at most 16,777,216 bytes, got 16,777,218.*fewer files in its folder"),
+        (
+            ENVIRONMENT,
+            "a==1\n" * 100_001,
+            "at most 100,000 values, got 100,001 .*install fewer packages where it is trained",
+        ),
+        (
+            DATA,
+            json.dumps({"classes": ["c"] * 100_001}),
+            "at most 100,000 values, got 100,002.*describe fewer classes or columns",
+        ),
+    ],
+)
+def test_a_release_that_says_more_of_itself_than_anybody_reads_is_not_published(
+    object_store: ObjectStore, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    with pytest.raises(ReleaseError, match=f"{name}: expected {said}, and publish again"):
+        told(object_store, tmp_path / "a", {name: content})
+    assert not object_store.list_keys("models/")
+
+
+def test_a_manifest_that_no_reader_would_read_is_not_built(object_store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseError, match=r"at most 16,777,216 bytes and 600,000 values, got .* ship fewer files, or"):
+        told(object_store, tmp_path / "a", {}, signature={"inputs": [{**TENSOR, "shape": [1] * 600_001}]})
+    with pytest.raises(ReleaseError, match=r"manifest of digits: expected at most 16,777,216 bytes"):
+        told(object_store, tmp_path / "b", {}, signature={"note": "x" * 2**24})
 
 
 def test_a_long_name_above_many_values_is_not_repeated_for_each() -> None:
@@ -295,7 +446,7 @@ def test_numbers_of_hundreds_of_digits_are_compared(object_store: ObjectStore, t
     one = told(object_store, tmp_path / "one", {JOB: {"a": 1}, LINEAGE: {"training_environment": {"b": 1.5}}})
     two = told(object_store, tmp_path / "two", {JOB: {"a": huge}, LINEAGE: {"training_environment": {"b": huge}}})
     for before, after in ((one, two), (two, one)):
-        found = {item.name: item for item in compare(object_store, MODEL, before.release, after.release)}
+        found = {item.name: item for item in compare(object_store, MODEL, Named(before.release), Named(after.release))}
         assert {found["a"].before, found["a"].after} == {"1", str(huge)} and found["a"].change == ""
         assert found["b"].change == ""
 
@@ -390,13 +541,13 @@ def test_a_channel_that_is_called_like_a_release_is_never_taken_for_it(
     channel_of(release)
     channel_of("v1")
     channel_of(release[:8])
-    assert resolve_release(channel, release) == release
+    assert named_release(channel, release).release == release
     with pytest.raises(RequestError, match=f"'{release[:8]}' is a channel, and begins release {release}"):
-        resolve_release(channel, release[:8])
-    assert resolve_release(channel, f"{release[:8]}~0") == two[1].release
+        named_release(channel, release[:8])
+    assert named_release(channel, f"{release[:8]}~0").release == two[1].release
     # A version is MLflow's word, and nobody else's.
     with pytest.raises(Exception, match="MLflow at"):
-        resolve_release(channel, "v1")
+        named_release(channel, "v1")
 
 
 def test_a_release_that_only_has_a_name_goes_nowhere(
@@ -467,7 +618,7 @@ def test_a_quick_rollback_believes_a_writer_and_a_usual_one_reads_each_file_once
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     move(object_store, two[0])
-    verified = verify_target(choose_rollback(channel, None), read_back=False)
+    verified = verify_target(choose_rollback(channel, ""), read_back=False)
     assert (verified.target.release, "read back" in verified.verdicts["bytes"]) == (two[1].release, False)
     with pytest.raises(ReleaseError, match="when read back"):
         rolled_back(object_store)

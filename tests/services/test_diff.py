@@ -13,6 +13,7 @@ from tests.support.releases import MODEL, damage, move, published
 from tests.support.stack_servers import S3Server
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.diff import KIND, NONE, Difference, compare
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
@@ -69,7 +70,7 @@ def two(object_store: ObjectStore, tmp_path: Path) -> list[Manifest]:
 
 
 def test_every_kind_of_change_is_told_and_nothing_else(object_store: ObjectStore, two: list[Manifest]) -> None:
-    found = compare(object_store, MODEL, two[0].release, two[1].release)
+    found = compare(object_store, MODEL, Named(two[0].release), Named(two[1].release))
     by_name = {(one.group, one.name): one for one in found}
     assert by_name["metrics", "accuracy"] == Difference(
         group="metrics", name="accuracy", before="0.95", after="0.97", change="+0.02 (+2.1%)"
@@ -81,7 +82,7 @@ def test_every_kind_of_change_is_told_and_nothing_else(object_store: ObjectStore
     assert by_name["packages", "torch"].after == "2.13"
     assert by_name["job", "train.epochs"].change == "+1 (+100.0%)"
     assert not {"data", "signature", "training"} & {one.group for one in found}
-    assert compare(object_store, MODEL, two[0].release, two[0].release) == []
+    assert compare(object_store, MODEL, Named(two[0].release), Named(two[0].release)) == []
 
 
 def test_what_makes_it_another_kind_of_thing_is_told_first(
@@ -89,7 +90,7 @@ def test_what_makes_it_another_kind_of_thing_is_told_first(
 ) -> None:
     asked = {"epochs": 1, "accuracy": 0.9, "parity": 0.1, "commit": "ccc", "torch": "2.13"}
     other = told(object_store, tmp_path / "c", factory="other:Net", **asked)  # type: ignore[arg-type]
-    first, *rest = compare(object_store, MODEL, two[1].release, other.release)
+    first, *rest = compare(object_store, MODEL, Named(two[1].release), Named(other.release))
     assert first == Difference(group=KIND, name="model: model.factory", before="net:Net", after="other:Net")
     assert KIND not in {one.group for one in rest}
 
@@ -98,14 +99,14 @@ def test_what_only_one_of_them_tells_is_a_difference_too(
     object_store: ObjectStore, two: list[Manifest], tmp_path: Path
 ) -> None:
     bare = published(object_store, tmp_path / "bare")
-    found = compare(object_store, MODEL, two[0].release, bare.release)
+    found = compare(object_store, MODEL, Named(two[0].release), Named(bare.release))
     assert {one.after for one in found if one.group in ("packages", "code", "job")} == {NONE}
 
 
 def test_a_description_that_was_altered_is_no_answer(object_store: ObjectStore, two: list[Manifest]) -> None:
     damage(object_store, f"models/{MODEL}/releases/{two[0].release}/{VERDICTS}")
     with pytest.raises(ReleaseError, match=r"verdicts\.json: expected what the manifest says"):
-        compare(object_store, MODEL, two[0].release, two[1].release)
+        compare(object_store, MODEL, Named(two[0].release), Named(two[1].release))
 
 
 def test_the_command_takes_the_model_from_the_bucket_when_there_is_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -12,7 +13,8 @@ from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
 from tests.support.fixture_types import Connect, Ship, Versioned
 from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, aliases, damage, key_of, move, published
 from tests.support.stack_servers import MlflowServer, S3Server
-from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.objectstore import ObjectStore, StoredObject
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
@@ -20,7 +22,7 @@ from train_and_ship.registry.channels.moves import roll_back
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import choose_rollback, verify_target
 from train_and_ship.registry.maintenance.doctor import examine
-from train_and_ship.registry.maintenance.history_repair import REBUILT, Repaired, repair_history
+from train_and_ship.registry.maintenance.history_repair import REBUILT, UNPINNED, Repaired, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest
 
 
@@ -70,8 +72,63 @@ def test_a_lost_record_is_rebuilt_from_its_neighbours(object_store: ObjectStore,
     assert [entry.release for entry in after] == [entry.release for entry in before]
     assert [entry.previous for entry in after] == [entry.previous for entry in before]
     assert after[2].manifest_sha256 == before[2].manifest_sha256
-    assert (after[2].reason, after[2].moved_at) == (REBUILT, "")
+    assert (after[2].reason, after[2].moved_at) == (REBUILT + UNPINNED, "")
     assert findings(object_store) == []
+
+
+def test_a_rebuilt_record_has_the_description_that_another_one_knows_whatever_was_written_since(
+    object_store: ObjectStore, moves: list[Manifest]
+) -> None:
+    channel = Channel(object_store, MODEL, CHANNEL)
+    move(object_store, moves[2], channel="staging")
+    for manifest in moves[1:3]:
+        object_store.put(key_of(manifest, MANIFEST), replace(manifest, metrics={"accuracy": 0.99}).encode())
+    lose(object_store, 3)
+    repair_history(channel)
+    third = read_history(channel)[2]
+    assert (third.manifest_sha256, third.reason) == (moves[2].sha256(), REBUILT)
+    lose(object_store, 2)
+    repair_history(channel)
+    second = read_history(channel)[1]
+    assert second.manifest_sha256 != moves[1].sha256() and second.reason == REBUILT + UNPINNED
+    # Records that contradict each other: none is right by itself.
+    other = replace(moves[0], metrics={"accuracy": 0.99})
+    move(object_store, moves[0], channel="a")
+    object_store.put(key_of(other, MANIFEST), other.encode())
+    move(object_store, other, channel="b")
+    lose(object_store, 1)
+    repair_history(channel)
+    first = read_history(channel)[0]
+    assert (first.manifest_sha256, first.reason) == ("", REBUILT + UNPINNED)
+
+
+def test_the_release_that_a_rollback_goes_back_to_is_looked_at_too(
+    object_store: ObjectStore, moves: list[Manifest]
+) -> None:
+    damage(object_store, key_of(moves[3], "file2.bin"))
+    (broken,) = findings(object_store)
+    assert f"release {moves[3].release}, to which `ship rollback` goes back, is broken" in broken
+    object_store.put(key_of(moves[3], MANIFEST), replace(moves[3], metrics={"accuracy": 0.99}).encode())
+    (broken,) = findings(object_store)
+    assert "altered after it went live; publish it again, or name another one with --to" in broken
+
+
+def test_one_object_that_is_forbidden_ends_the_examination_of_nothing_else(
+    object_store: ObjectStore, moves: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move(object_store, moves[0], channel="staging")
+    damage(object_store, key_of(moves[0], "file2.bin"))
+    head = ObjectStore.head
+
+    def forbidding(store: ObjectStore, key: str) -> StoredObject | None:
+        if key == key_of(moves[4], "file3.bin"):
+            raise SettingsError(f"{key}: these credentials are refused")
+        return head(store, key)
+
+    monkeypatch.setattr(ObjectStore, "head", forbidding)
+    prod, staging = findings(object_store)
+    assert prod.startswith(f"{MODEL} {CHANNEL}: the live release is broken: {key_of(moves[4], 'file3.bin')}: these")
+    assert staging.startswith(f"{MODEL} staging: the live release is broken") and "file2.bin" in staging
 
 
 def test_of_two_lost_neighbours_the_older_is_gone(object_store: ObjectStore, moves: list[Manifest]) -> None:

@@ -20,7 +20,7 @@ from shipreader.errors import UnavailableError
 from shipreader.reader import Reader
 from shipreader.records import Release
 from shipreader.report import read_reports
-from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, FaultProxy, OtherBytes, Rule
+from tests.support.fault_proxy import Answer, CutReply, DropReply, DropRequest, Fault, FaultProxy, OtherBytes, Rule
 from tests.support.fixture_types import Connect, MakeReader
 from tests.support.ports import free_port
 from tests.support.processes import PATIENCE
@@ -100,19 +100,22 @@ def test_a_new_machine_without_a_bucket_says_so(connect: Connect, tmp_path: Path
         reader.start()
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"), [(OtherBytes(b"x" * 1003), "SHA-256"), (Answer(403, "AccessDenied"), "may not read it")]
+)
 def test_a_bad_release_is_not_downloaded_again_at_every_look_but_the_next_move_is_followed_at_once(
-    object_store: ObjectStore, make_reader: MakeReader, proxy: FaultProxy, tmp_path: Path
+    object_store: ObjectStore, make_reader: MakeReader, proxy: FaultProxy, tmp_path: Path, fault: Fault, said: str
 ) -> None:
     first, bad, good = (published(object_store, tmp_path / str(seed), seed) for seed in range(3))
     move(object_store, first)
-    proxy.add(Rule(OtherBytes(b"x" * 1003), "GET", f"{bad.release}/file3"))
+    proxy.add(Rule(fault, "GET", f"{bad.release}/file3"))
     with make_reader(interval=0.2, jitter=0) as reader:
         move(object_store, bad)
-        until(lambda: "SHA-256" in reader.status().problem)
-        looks, downloads = len(proxy.sent("GET", "/channels/")), len(proxy.sent("GET", "/file3"))
+        until(lambda: said in reader.status().problem)
+        looks, downloads = len(proxy.sent("GET", "/channels/")), len(proxy.sent("GET", "/file2"))
         until(lambda: len(proxy.sent("GET", "/channels/")) >= looks + 12)
         # Pauses of 2, 4, 8… intervals.
-        assert 1 <= len(proxy.sent("GET", "/file3")) - downloads < 6
+        assert 1 <= len(proxy.sent("GET", "/file2")) - downloads < 6
         assert reader.current is not None and reader.current.id == first.release
         move(object_store, good)
         until(lambda: reader.current is not None and reader.current.id == good.release)

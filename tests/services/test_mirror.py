@@ -16,7 +16,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.channels.aliases import sync_after_move, sync_aliases, sync_all_aliases
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.targets import choose_promotion, choose_rollback
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.tracking.rest import ClientRegistry, ModelRegistry, RestRegistry
@@ -89,7 +89,7 @@ def test_a_channel_that_cannot_have_an_alias_keeps_no_other_from_its_own(
     (failed,) = done.failed
     assert failed.startswith(f"the aliases of {MODEL} halved were not set: ")
     # It is read and rolled back as before, and no second one is made.
-    target = choose_rollback(Channel(object_store, MODEL, "eu.west"), None)
+    target = choose_rollback(Channel(object_store, MODEL, "eu.west"), "")
     assert target.release == abc[0].release
     with pytest.raises(RequestError, match=r"expected a name without dots.* got 'eu.north'; eu-north can be one"):
         choose_promotion(Channel(object_store, MODEL, "eu.north"), abc[0].release)
@@ -100,7 +100,7 @@ def test_a_channel_that_cannot_have_an_alias_keeps_no_other_from_its_own(
     with pytest.raises(RequestError, match=r"got 'eu.west'; eu-west can be one"):
         choose_promotion(Channel(object_store, MODEL, "eu.west"), abc[0].release)
     with pytest.raises(RequestError, match=r"got 'eu.west'; eu-west can be one"):
-        choose_rollback(Channel(object_store, MODEL, "eu.west"), None)
+        choose_rollback(Channel(object_store, MODEL, "eu.west"), "")
 
 
 def test_a_slow_mirror_does_not_undo_a_newer_one(
@@ -128,7 +128,7 @@ def test_a_version_that_is_gone_is_replaced_by_another_of_the_same_release_or_na
     versioned(abc[2].release)
     sync_aliases(Channel(object_store, MODEL, CHANNEL, mlflow.url))
     assert aliases(mlflow) == {"champion": 4, "previous": 2}
-    assert resolve_release(Channel(object_store, MODEL, tracking_uri=mlflow.url), "v4") == abc[2].release
+    assert named_release(Channel(object_store, MODEL, tracking_uri=mlflow.url), "v4").release == abc[2].release
 
 
 def test_the_alias_is_there_at_every_moment(

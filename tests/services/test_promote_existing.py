@@ -8,11 +8,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.fixture_types import Ship
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, key_of, move, rolled_back
-from tests.support.runnable_releases import ARTIFACT, publish_folder, run_that_made, runnable, samples_of, write_release
+from tests.support.runnable_releases import (
+    ARTIFACT,
+    CLASSES,
+    FEATURES,
+    publish_folder,
+    run_that_made,
+    runnable,
+    samples_of,
+    write_release,
+)
 from tests.support.stack_servers import S3Server
+from torchworker.contract import GOLDEN
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -94,6 +106,15 @@ def test_a_release_that_cannot_be_tried_does_not_go_live(
     (tmp_path / "a" / "golden.safetensors").unlink()
     with pytest.raises(GateError, match=r"carries no golden\.safetensors"):
         promoted(settings, object_store, publish_folder(object_store, tmp_path / "a", MODEL, 0.9))
+
+
+def test_golden_outputs_of_no_rows_prove_nothing(settings: Settings, object_store: ObjectStore, tmp_path: Path) -> None:
+    write_release(tmp_path / "a", 1, MODEL)
+    none = {"batch_1.input.x": torch.zeros(0, FEATURES), "batch_1.eager.output": torch.zeros(0, CLASSES)}
+    save_file({**none, "batch_1.float64.output": torch.zeros(0, CLASSES).double()}, tmp_path / "a" / GOLDEN)
+    with pytest.raises(GateError, match=r"fails: onnx \(golden inputs\)"):
+        promoted(settings, object_store, publish_folder(object_store, tmp_path / "a", MODEL, 0.9))
+    assert live(object_store) == ""
 
 
 def test_both_are_measured_where_the_run_that_made_the_release_is_still_here(

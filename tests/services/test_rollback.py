@@ -22,7 +22,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.moves import Mover, promote_existing, require_not_rolled_back
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer, read_pointer
-from train_and_ship.registry.channels.revisions import resolve_release
+from train_and_ship.registry.channels.revisions import named_release
 from train_and_ship.registry.channels.targets import choose_promotion, verify_target
 from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest
 
@@ -189,7 +189,7 @@ def promoted(store: ObjectStore, release: str, gates: bool = True) -> Pointer:
 def test_a_release_moves_from_staging_to_prod(object_store: ObjectStore, tmp_path: Path) -> None:
     manifest = with_job(object_store, tmp_path / "a", 0.97)
     move(object_store, manifest, channel="staging")
-    pointer = promoted(object_store, resolve_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), "staging"))
+    pointer = promoted(object_store, "staging")
     assert (pointer.release, pointer.channel, pointer.generation) == (manifest.release, "prod", 1)
     assert pointer.verdicts["vs_live"] == "nothing was live"
     better = with_job(object_store, tmp_path / "b", 0.98)
@@ -221,7 +221,8 @@ def test_gates_that_cannot_be_read_have_failed(object_store: ObjectStore, tmp_pa
 def test_releases_have_many_names(object_store: ObjectStore, abc: list[Manifest]) -> None:
     ids = [manifest.release for manifest in abc]
     names = {"prod": ids[2], "prod~0": ids[2], "prod~1": ids[1], "prod~2": ids[0], ids[0]: ids[0], ids[1][:8]: ids[1]}
-    assert {name: resolve_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), name) for name in names} == names
+    channel = Channel(object_store, MODEL, tracking_uri=NOWHERE)
+    assert {name: named_release(channel, name).release for name in names} == names
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_a_name_that_means_nothing_says_what_would(
     object_store: ObjectStore, abc: list[Manifest], name: str, said: str
 ) -> None:
     with pytest.raises((RequestError, ServiceError), match=said):
-        resolve_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), name)
+        named_release(Channel(object_store, MODEL, tracking_uri=NOWHERE), name)
 
 
 # ---- the commands

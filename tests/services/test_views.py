@@ -286,7 +286,10 @@ def test_the_command_writes_each_view(
     done = ship("triton", MODEL)
     assert done.returncode == 0, done.stderr
     assert f"--model-repository=s3://{object_store.address}/{object_store.bucket}/{TRITON.rstrip('/')} " in done.stdout
-    assert versions(object_store) == {"1"}
+    assert versions(object_store) == {"1"} and f"version 1, release {release.id}\n" in done.stdout
+    write_triton(object_store, replace(release, generation=9))
+    done = ship("triton", MODEL)
+    assert f"version 9, left as it was: it is later than version 1, which is release {release.id}\n" in done.stdout
     done = ship("kserve", MODEL)
     service = yaml.safe_load(done.stdout)
     assert service["metadata"]["name"] == f"{MODEL}-{CHANNEL}"

@@ -58,7 +58,7 @@ def move(
     return move_channel(Channel(store, model, channel), asked, accept=accept, replacing=replacing)
 
 
-def rolled_back(store: ObjectStore, to: str | None = None, uri: str = NOWHERE, *, channel: str = CHANNEL) -> Pointer:
+def rolled_back(store: ObjectStore, to: str = "", uri: str = NOWHERE, *, channel: str = CHANNEL) -> Pointer:
     target = choose_rollback(Channel(store, MODEL, channel, uri), to)
     return roll_back(verify_target(target), MOVER)
 

@@ -205,7 +205,7 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         decided_at="2026-01-01T00:00:00+00:00", flow_run="",
     )  # fmt: skip
 
-    def read(_store: object, _model: str, release: str) -> ReleaseRecord:
+    def read(_store: object, _model: str, release: str, sha256: str | None) -> ReleaseRecord:
         if release not in records:
             raise ReleaseError("gone")
         return records[release]

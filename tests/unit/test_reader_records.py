@@ -90,6 +90,29 @@ def test_a_format_without_its_file_and_a_release_without_files_are_refused(manif
     both_refuse({**document, "files": {}, "formats": {}}, "expected 1 to")
 
 
+@pytest.mark.parametrize(
+    ("signature", "said"),
+    [
+        ({"dims": None}, "dims: expected a list, got NoneType"),
+        ({"dims": False}, "dims: expected a list, got bool"),
+        ({"dims": 0}, "dims: expected a list, got int"),
+        ({"dims": {}}, "dims: expected a list, got dict"),
+        ({"dims": [3]}, "expected a manifest"),
+        ({"note": json.loads("[" * 21 + "]" * 21)}, "lists within lists to a depth of 20, got more"),
+        ({"inputs": []}, "inputs: expected at least one tensor, got none"),
+        ({"inputs": None}, "expected a manifest"),
+        ({"inputs": {}}, "inputs: expected at least one tensor"),
+        ({"inputs": {"name": 1}}, "expected a manifest"),
+    ],
+)  # fmt: skip
+def test_a_signature_that_no_server_can_take_is_refused_when_it_is_read(
+    manifest: Manifest, signature: dict[str, Any], said: str
+) -> None:
+    tensors = [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
+    document = json.loads(manifest.encode())
+    both_refuse({**document, "signature": {"inputs": tensors, "outputs": tensors, **signature}}, said)
+
+
 @pytest.mark.parametrize("encoded", [b"", b"{", b"[]", b"null", b'{"format":1}', b'{"format":2}', b"\xff"])
 def test_anything_else_is_refused(encoded: bytes) -> None:
     with pytest.raises(RefusedError, match="expected"):

@@ -60,6 +60,10 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     validation = load_file(request.validation) if request.validation else {}
     batch = golden[min(1, len(golden) - 1)].size
     usual = usual_losses(golden, outputs, Policy())
+    # Then any artifact gives the same: nothing.
+    empty = not all(_has_values(probe.inputs) for probe in golden) or not any(
+        _has_values(probe.eager or {}) for probe in golden
+    )
     verdicts: list[Verdict] = []
     classes = _classes(request, validation)
     mine: Scores = {}
@@ -68,6 +72,9 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             call = load_artifact(kind, folder / file, request.threads)
         except Exception as error:
             verdicts.append(_verdict(kind, "load", None, describe(error)))
+            continue
+        if empty:
+            verdicts.append(_verdict(kind, "golden inputs", None, "expected inputs and outputs with values, got none"))
             continue
         if kind in INT8_OF:
             verdicts.append(_noise_again(kind, call, golden, outputs, request.sqnr_db))
@@ -195,6 +202,10 @@ def _sign(name: str) -> float:
 def _spread(sums: Tensor) -> float:
     """Standard deviation of one sample's value. sums: [samples, 2]."""
     return float(_influence(sums).std(correction=0))
+
+
+def _has_values(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.numel() for tensor in tensors.values())
 
 
 def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> Verdict:
