@@ -336,6 +336,10 @@ def x_transformers(kind: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
+CHUNKS = "np.ceil(x.shape[0] / self.virtual_batch_size)"
+"""Where TabNet cuts a batch into a number of parts that depends on its size."""
+
+
 ARCHITECTURES = (
     Architecture(
         name="ResNet-10-T", library="timm", build=timm("resnet10t"), sample=image(), target=LABEL,
@@ -403,6 +407,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="Mixtral", library="transformers", sample=tokens(), target=whole(60, 12), loss="of_tokens",
+        lost={"torchscript": "sdpa_attention.py:121", "onnx": "transformers.grouped_mm_fallback"},
         build=transformers(
             "MixtralForCausalLM", "MixtralConfig", num_key_value_heads=1, num_local_experts=3, use_cache=False, **TEXT
         ),
@@ -454,6 +459,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="graph nets, sparse", library="torch_geometric", build=Graphs, target=LABEL, train=MEASURED,
+        lost={"torchscript": "gat_conv.py:393"},
         sample=together(floats(6, 4), whole(6, 2, 14)),
     ),
     Architecture(
@@ -469,11 +475,11 @@ ARCHITECTURES = (
         build=made("segmentation_models_pytorch", "DeepLabV3Plus", "resnet18", encoder_weights=None, classes=CLASSES),
     ),
     Architecture(
-        name="U-Net of diffusion", library="diffusers", build=Denoiser, target=image(16), loss="mse_loss",
+        name="U-Net of diffusion", max_batch=63, library="diffusers", build=Denoiser, target=image(16), loss="mse_loss",
         sample=together(image(16), whole(1000)),
     ),
     Architecture(
-        name="autoencoder", library="diffusers", sample=image(16), target=image(16), loss="of_values",
+        name="autoencoder", max_batch=63, library="diffusers", sample=image(16), target=image(16), loss="of_values",
         build=made(
             "diffusers", "AutoencoderKL", block_out_channels=(8, 16), norm_num_groups=4, latent_channels=2,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -482,6 +488,7 @@ ARCHITECTURES = (
         why="an ONNX file has each name once; without onnx it passes",
     ),
     Architecture(name="TabNet", library="pytorch-tabnet", build=TabNet, sample=floats(8), target=LABEL,
+        lost={"torchscript": "a decision made on sizes", "pt2": CHUNKS, "onnx": CHUNKS},
         train={"find_unused_parameters": True},
         why="with find_unused_parameters: true, as it has a BatchNorm that it never calls (tabnet.initial_bn)",
     ),
@@ -507,6 +514,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="FT-Transformer", library="rtdl_revisiting_models", target=LABEL,
+        lost={"torchscript": "a decision made on sizes (rtdl_revisiting_models.py:446)"},
         sample=by_name(x_cont=floats(3), x_cat=whole(4, 2)),
         build=made(
             "rtdl_revisiting_models", "FTTransformer", n_cont_features=3, cat_cardinalities=[4, 4], d_out=CLASSES,
@@ -520,6 +528,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="ODE, adaptive steps", library="torchdiffeq", build=lambda: Dynamics("dopri5"), sample=floats(4),
+        lost={"torchscript": "misc.py:60", "pt2": "data-dependent", "onnx": "data-dependent"},
         target=floats(4), loss="mse_loss",
         notes=(DECIDES,), why="the solver takes as many steps as values ask for",
     ),
