@@ -20,6 +20,7 @@ from torchworker.exporters.pt2 import pt2
 from torchworker.exporters.subject import Made, Subject
 from torchworker.exporters.torchscript import torchscript
 from torchworker.process.failure import UserError
+from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import resized
 from torchworker.project.user_code import forward, name_inputs, name_outputs
 from torchworker.runtimes.load import load_artifact
@@ -72,6 +73,9 @@ def _became(name: str, kind: str) -> str:
     torch.set_num_threads(1)
     largest = BY_NAME[name].max_batch
     subject = subject_of(name, largest)
+    outputs = name_outputs(forward(subject.model, subject.inputs, subject.project), subject.project)
+    if why := cannot_hold(kind, subject.model, subject.inputs, outputs):
+        return f"refused: {why}"
     with tempfile.TemporaryDirectory(prefix="public-") as folder:
         path = Path(folder) / f"model.{kind}"
         # torch prints the graph of what it cannot capture.
