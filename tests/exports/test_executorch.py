@@ -64,7 +64,8 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import to_edge_transform_and_lower
 from tests.support.capture_subject import subject
 from torchworker.exporters import executorch
-from torchworker.exporters.program import capture, ranges
+from torchworker.exporters.program import capture
+from torchworker.exporters.sizes import ranges
 with torch.no_grad():
     print(executorch.executorch(subject(), Path(sys.argv[1])).method)
     made = subject()

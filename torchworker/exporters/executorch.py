@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from torchworker.exporters.agreement import disagreement, hides_nan
 from torchworker.exporters.operators import notes
-from torchworker.exporters.program import capture, ranges
+from torchworker.exporters.program import capture
+from torchworker.exporters.sizes import ranges
 from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
