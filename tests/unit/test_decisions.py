@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.support.capture_subject import of
 from torchworker.contract import DynamicDim
+from torchworker.exporters.program import capture
 from torchworker.exporters.torchscript import torchscript
 from torchworker.process.failure import UserError
 
@@ -220,3 +221,20 @@ def test_tensors_are_as_before_when_a_trace_is_over(tmp_path: Path) -> None:
         export(decides_on_values, tmp_path)
     assert dict(vars(Tensor)) == before
     assert torch.tensor.__module__ == "torch"
+
+
+def test_an_assertion_on_values_is_refused_by_torch_export_with_what_to_do(tmp_path: Path) -> None:
+    def checks(model: Decides, x: Tensor) -> Tensor:
+        if x.min() < -1e6:
+            raise ValueError("expected larger numbers")
+        return model.linear(x)
+
+    def checks_outside_of_a_capture(model: Decides, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and x.min() < -1e6:
+            raise ValueError("expected larger numbers")
+        return model.linear(x)
+
+    dims = [DynamicDim(name="batch", min=1, max=20, axes={"x": (0,)})]
+    with pytest.raises(UserError, match=r"if x.min\(\) < -1e6:\). An assertion on values .*is_exporting\(\)"):
+        capture(of(Decides(checks), {"x": torch.randn(4, 5, 6)}, dims, HERE))
+    assert capture(of(Decides(checks_outside_of_a_capture), {"x": torch.randn(4, 5, 6)}, dims, HERE)).method

@@ -110,7 +110,11 @@ def watched(folder: str) -> Iterator[Decisions]:
 
 def other_side_raises(decision: Decision) -> bool:
     """An assertion, or an `if` that only raises: the trace was made, so what was not taken would have ended it."""
-    filename, line = decision.place
+    return is_assertion(*decision.place)
+
+
+def is_assertion(filename: str, line: int) -> bool:
+    """Whether the condition at a line is that of an assertion, or of an `if` that does nothing but raise."""
     conditions = [one for one in _conditions(filename) if one.first <= line <= one.last]
     return len(conditions) == 1 and conditions[0].raises
 

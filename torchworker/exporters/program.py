@@ -14,6 +14,7 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from torch.fx.experimental import _config as symbolic
 from torch.fx.experimental import proxy_tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from torchworker.exporters.decisions import is_assertion
 from torchworker.exporters.elman import loops
 from torchworker.exporters.sizes import declared_sizes, ranges, shape_at, what_is_taken
 from torchworker.exporters.subject import Subject
-from torchworker.process.failure import UserError, describe, line_of, user_line
+from torchworker.process.failure import UserError, describe, is_theirs, line_of, user_frames, user_line
 from torchworker.project.outputs import is_plain
 from torchworker.project.signature import BATCH, resized, sizes_of
 from torchworker.project.user_code import arguments, forward, name_outputs
@@ -43,6 +45,10 @@ PACKED = (
     "A packed sequence has the lengths of one batch in its shape: call the layer on the padded batch and take what it "
     "says at each sample's last step (torch.gather), which is the same for one direction, or mask what follows; "
     "TorchScript by script takes packed sequences"
+)
+ASSERTS = (
+    "An assertion on values cannot be captured: put it behind `if not torch.compiler.is_exporting():`, or check what "
+    "goes in before the model; TorchScript leaves it out"
 )
 MADE_OF_IT = "onnx, pt2, aoti and executorch"
 """Formats that are made of an exported program."""
@@ -286,13 +292,20 @@ def _fixed(subject: Subject, error: Exception, guards: _Guards) -> UserError | N
 def _failed(subject: Subject, error: Exception) -> UserError:
     """What torch.export said, with the line."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    ways_out = PACKED if _is_packed(error) else WAYS_OUT
+    ways_out = PACKED if _is_packed(error) else ASSERTS if _asserts(error, subject.folder) else WAYS_OUT
     mistake = UserError(
         f"export: torch.export cannot capture the model: {type(error).__name__}: {first}"
         f"{user_line(error, subject.folder)}. {ways_out}; or leave {MADE_OF_IT} out of export.formats"
     )
     mistake.__cause__ = error
     return mistake
+
+
+def _asserts(error: BaseException, folder: str) -> bool:
+    """Whether the user's line that failed is an assertion."""
+    frames = user_frames(error.__traceback__, folder)
+    theirs = [frame for frame in frames if is_theirs(frame.filename, Path(folder))]
+    return bool(theirs) and is_assertion(theirs[-1].filename, theirs[-1].lineno or 0)
 
 
 def _is_packed(error: BaseException) -> bool:
