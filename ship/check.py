@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,18 +46,19 @@ from train_and_ship.tasks.trial import TrialExport, try_export
 from train_and_ship.tasks.worker import ask_worker
 
 
-def check(job_file: Path, export: bool = True) -> None:
+def check(job_file: Path, export: bool = True, changes: Sequence[str] = ()) -> None:
     """Print the job's facts.
 
     Args:
         job_file: of the job.
         export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+        changes: what the job says otherwise than its file, as `load_job` takes it.
 
     Raises:
         JobError: one message a mistake.
         GateError: the data fails its checks, or an artifact is not the model.
     """
-    job, folder = load_job(job_file)
+    job, folder = load_job(job_file, changes)
     require_extras(job)
     require_variables(job)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -26,16 +26,25 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def run(job_file: Path, resume: str, allow: list[str] | None) -> None:
+def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[str]) -> None:
     """Run train-and-ship once, going on with an earlier run when `resume` names one.
+
+    Args:
+        job_file: what is to be done.
+        resume: id of the earlier run; empty for a new one.
+        allow: kinds in which the release may be another than what is live.
+        changes: what is to be done otherwise than the file says, as `load_job` takes it.
 
     Raises ShipError with one message when it does not end with a promotion.
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
-    job, _ = load_job(job_file)
+    job, _ = load_job(job_file, changes)
     kinds = named_kinds(allow)
     _prepare(job, resume, reads_data=True)
     from train_and_ship.flows.train_and_ship import train_and_ship
+    from train_and_ship.tasks.job_file import read_with
+
+    read_with(changes)
 
     shipped = _ended(train_and_ship(job=str(job_file), resume=resume, allow=kinds))
     typer.echo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -19,8 +19,12 @@ from train_and_ship.registry.job.base import descriptions
 from train_and_ship.registry.job.job import Job
 
 
-def load_job(path: Path) -> tuple[Job, Path]:
+def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
     """Read and validate a job file; also the absolute project folder.
+
+    Args:
+        path: of the file.
+        changes: what is said otherwise than in the file, each `KEY=VALUE` with dots between keys and a value in YAML.
 
     Raises JobError with one line a mistake: where, what was expected, what was given.
     """
@@ -41,6 +45,8 @@ def load_job(path: Path) -> tuple[Job, Path]:
         raise JobError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(document, dict):
         raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
+    for change in changes:
+        _change(document, change)
     try:
         job = Job.model_validate(document)
     except ValidationError as error:
@@ -54,6 +60,26 @@ def load_job(path: Path) -> tuple[Job, Path]:
     _require_files(job, folder, path)
     _require_no_password(document, path)
     return job, folder
+
+
+def _change(document: dict[Any, Any], change: str) -> None:
+    """Set one key of the document. Raises JobError for what names no key, or one below a value."""
+    name, given, text = change.partition("=")
+    keys = name.strip().split(".")
+    if not given or not all(keys):
+        raise JobError(f"--set {change}: expected KEY=VALUE, such as train.epochs=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"--set {change}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    for place, key in enumerate(keys[:-1]):
+        if document.get(key) is None:
+            document[key] = {}
+        document = document[key]
+        if not isinstance(document, dict):
+            above = ".".join(keys[: place + 1])
+            raise JobError(f"--set {change}: expected keys below {above}, which is {_shown(document)} in the job file")
+    document[keys[-1]] = value
 
 
 def _require_no_password(value: object, path: Path, key: str = "") -> None:

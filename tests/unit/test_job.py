@@ -331,3 +331,24 @@ def test_a_bare_off_which_yaml_reads_as_false_is_the_word(tmp_path: Path) -> Non
     path.write_text(path.read_text() + "parity: {cpp: off, refusals: off, not_finite: off}\n")
     parity = load_job(path)[0].parity
     assert (parity.cpp, parity.refusals, parity.not_finite) == ("off", "off", "off")
+
+
+def test_what_a_command_says_otherwise_counts_and_its_mistakes_are_told_as_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD)
+    changes = ["train.epochs=1", "release.channel=staging", "train.metrics=[accuracy]", "model.args.width=4"]
+    job, folder = load_job(path, changes)
+    assert (job.train.epochs, job.release.channel, job.metrics) == (1, "staging", ("accuracy",))
+    assert (job.model.args, folder) == ({"width": 4}, tmp_path)
+    assert load_job(path)[0].train.epochs == 2
+    for change, said in {
+        "train.epochs": "--set train.epochs: expected KEY=VALUE, such as train.epochs=1",
+        "train..epochs=1": "expected KEY=VALUE",
+        "name.first=x": '--set name.first=x: expected keys below name, which is "plain" (str) in the job file',
+        "train.epochs={{": "--set train.epochs={{: not valid YAML",
+        "train.epochs=many": f"{path}:5: train.epochs: expected",
+        "train.epohcs=1": f"{path}:4: train.epohcs: unknown key; did you mean epochs?",
+    }.items():
+        with pytest.raises(JobError) as caught:
+            load_job(path, [change])
+        assert said in str(caught.value), str(caught.value)
