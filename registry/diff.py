@@ -319,6 +319,7 @@ GROUPS: Mapping[str, Callable[[ReleaseRecord], Mapping[str, Any]]] = {
     "parity": _parity,
     "latency": _latencies,
     "size": _sizes,
+    "files": lambda record: {name: entry.sha256[:12] for name, entry in record.manifest.shipped.items()},
     "signature": _signature,
     "code": lambda record: {**_lineage(record, CODE), **_inputs(record, "code")},
     "data": lambda record: {**_lineage(record, DATA), **_inputs(record, "data")},

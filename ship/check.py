@@ -40,6 +40,7 @@ from train_and_ship.tasks.requests import (
     required_formats,
     train_settings,
 )
+from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.trial import TrialExport, try_export
 from train_and_ship.tasks.worker import ask_worker
@@ -59,6 +60,7 @@ def check(job_file: Path, export: bool = True) -> None:
     job, folder = load_job(job_file)
     require_extras(job)
     require_variables(job)
+    require_files(job, folder)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
     console = Console()
     found = asyncio.run(_build(job, folder, snapshot, export, console))

@@ -21,6 +21,8 @@ from typing import Any
 from shipreader.errors import ReaderError, RefusedError
 
 MANIFEST = "MANIFEST.json"
+FILES = "files"
+"""Folder of a release with what the job ships beside the model: tokenizers, tables, texts."""
 FORMAT = 1
 """Layout of pointers and manifests that this reader understands."""
 POINTER_BYTES, MANIFEST_BYTES = 2**20, 16 * 2**20
@@ -145,6 +147,19 @@ class Release:
                 f"{self.model} {self.id}: expected one of {', '.join(self.manifest.formats)}; got {format!r}"
             )
         return self.folder / self.manifest.formats[format]
+
+    def file(self, name: str) -> Path:
+        """A file or folder that the job ships beside the model (`export.files`, `export.extras`), such as `tokenizer`.
+
+        Raises ReaderError when the release has none of this name.
+        """
+        wanted = f"{FILES}/{name.strip('/')}"
+        if not any(file == wanted or file.startswith(f"{wanted}/") for file in self.manifest.files):
+            there = dict.fromkeys(file.split("/")[1] for file in self.manifest.files if file.startswith(f"{FILES}/"))
+            raise ReaderError(
+                f"{self.model} {self.id}: expected one of its files ({', '.join(there) or 'it has none'}); got {name!r}"
+            )
+        return self.folder / wanted
 
 
 def pointer_key(model: str, channel: str) -> str:

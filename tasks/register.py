@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -21,9 +22,20 @@ from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
 from train_and_ship.registry.data.checks import groups_in_both, require_held_out, shared_samples
+from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
-from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from train_and_ship.registry.release.files import file_table
+from train_and_ship.registry.release.manifest import (
+    DATA,
+    ENVIRONMENT,
+    JOB,
+    LINEAGE,
+    SHIPPED,
+    VERDICTS,
+    Manifest,
+    build_manifest,
+)
 from train_and_ship.registry.release.onnx_header import onnx_versions
 from train_and_ship.registry.report.description import describe
 from train_and_ship.registry.report.speed import speed_metrics
@@ -150,6 +162,11 @@ def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectRe
         exported = validated.exported
         for name in [*validated.formats.values(), *exported.result.libraries, GOLDEN]:
             os.link(exported.folder / name, files / name)
+        for path in sorted((exported.folder / SHIPPED).rglob("*")):
+            if path.is_file():
+                target = files / path.relative_to(exported.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, target)
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
         _write_json(files / VERDICTS, dataclasses.asdict(validated.result))
@@ -213,7 +230,7 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         model=run.job.name,
         release=manifest.release,
         formats=manifest.formats,
-        sizes={name: entry.bytes for name, entry in manifest.files.items()},
+        sizes=_sizes(manifest),
         result=validated.result,
         training=shipped_of(trained.result),
         links={"Prefect run": run.flow_run_url},
@@ -221,6 +238,24 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         left_out={**validated.exported.result.left_out, **validated.dropped},
         shipped=shipped_words(run.job, trained.result) if trained.result.chosen_by else "",
     )
+
+
+def _sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of each file; of those that the job ships, which may be a thousand, in one line."""
+    shipped = manifest.shipped
+    sizes = {name: entry.bytes for name, entry in manifest.files.items() if name not in shipped}
+    if shipped:
+        sizes[f"{SHIPPED}/ ({len(shipped)})"] = sum(entry.bytes for entry in shipped.values())
+    return sizes
+
+
+def _hashes(manifest: Manifest) -> dict[str, str]:
+    """Tags: SHA-256 of each file, and of the table of those that the job ships, whose names need not fit a tag."""
+    shipped = manifest.shipped
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name not in shipped}
+    if shipped:
+        hashes[SHIPPED] = hashlib.sha256(canonical_json(file_table(shipped))).hexdigest()
+    return {f"sha256.{name}": sha256 for name, sha256 in hashes.items()}
 
 
 def _measured(result: TrainResult) -> dict[str, float]:
@@ -277,7 +312,7 @@ def _record(
             **({"data.overlap": shared} if shared else {}),
             **_choice(job, result),
             **{f"serve.{purpose}": kind for purpose, kind in manifest.serve.items()},
-            **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
+            **_hashes(manifest),
         },
         description=description,
         run_name=run.flow_run_name,

@@ -32,6 +32,8 @@ GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
 PROBES = "probes.safetensors"
 PROBE = "probe.safetensors"
+EXTRAS = "extras"
+"""In the folder of an export: what `export.extras` of the job has written."""
 CHECKPOINT = "CHECKPOINT.json"
 """Manifest of a checkpoint, which is complete when it has one."""
 LAUNCHES = "launches.json"
@@ -219,6 +221,8 @@ class Project(Message):
     """Whether answers may depend on the other samples of a batch: gates are then measured one sample at a time."""
     env: Sequence[str] = ()
     """Names of environment variables that the user's code is given; their values are in no message."""
+    extras: Reference | None = None
+    """A callable extras(folder) that writes files for whoever serves the model; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

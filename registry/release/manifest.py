@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shipreader.records import (
+    FILES,
     FORMAT,
     LARGEST_FILE,
     MANIFEST_BYTES,
@@ -32,6 +33,8 @@ from train_and_ship.registry.release.pickles import Effort, find_pickle
 
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 """Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
+SHIPPED = FILES
+"""Folder with what the job ships beside the model."""
 DATA = "data.json"
 """What its data was like, in counts and quantiles; the next data is held against it."""
 
@@ -80,6 +83,16 @@ class Manifest:
     def total_bytes(self) -> int:
         """Size of all files."""
         return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def shipped(self) -> dict[str, FileEntry]:
+        """What the job ships beside the model, by path."""
+        return {name: entry for name, entry in self.files.items() if name.startswith(f"{SHIPPED}/")}
+
+    @property
+    def libraries(self) -> list[str]:
+        """Shared libraries with custom operators, which are loaded before artifacts."""
+        return [name for name in self.files if name.endswith(".so") and not name.startswith(f"{SHIPPED}/")]
 
 
 def build_manifest(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchworker.contract import Project
+from torchworker.project.extras import require_extras
 from torchworker.project.pairing import require_pairs
 from torchworker.project.shippable import require_shippable
 from torchworker.project.user_code import Loss, compute_loss, forward, try_metrics
@@ -40,6 +41,7 @@ def try_batch(
     inputs, target = batch
     if formats is not None:
         outputs = require_shippable(model, inputs, project, formats)
+        require_extras(project)
     else:
         # Samples of training are not exported.
         outputs = forward(model, inputs, project)
