@@ -289,8 +289,29 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
         low, high = dim["min"], dim["max"]
         if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
             raise ValueError("dims: expected name, min and max of each")
+    if "labels" in signature and (wrong := wrong_labels(signature["labels"])):
+        raise ValueError(f"labels: expected {wrong}")
     if not isinstance(signature.get("coupled", False), bool):
         raise ValueError("coupled: expected true or false")
+
+
+def wrong_labels(labels: Any) -> str:
+    """What is expected of labels, where that is not so: different texts, one at least. Empty for what may be labels.
+
+    labels: what the columns of the first output are called, as YAML or JSON has it.
+    """
+    if not isinstance(labels, list | tuple) or not labels:
+        return "a list of texts, one at least"
+    seen: set[str] = set()
+    for place, label in enumerate(labels):
+        if not isinstance(label, str):
+            return f"texts, and number {place} is {str(label)[:80]}, which YAML reads as text in quotes only"
+        if not _is_word(label):
+            return f"printable texts of 1 to {LONGEST_PATH} characters, and number {place} is {label[:80]!r}"
+        if label in seen:
+            return f"each text once, and number {place} is {label[:80]!r} again"
+        seen.add(label)
+    return ""
 
 
 def _require_shallow(signature: Any) -> None:

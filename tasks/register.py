@@ -26,6 +26,7 @@ from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
 from train_and_ship.registry.release.files import file_table
+from train_and_ship.registry.release.labels import labels_of
 from train_and_ship.registry.release.manifest import (
     DATA,
     ENVIRONMENT,
@@ -87,11 +88,15 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
             environment=trained.made_from.packages,
         )
         folder = _assemble(run, trained, validated, facts, inputs)
+        first = validated.exported.result.outputs[0]
+        labels, why_not = labels_of(run.job.export.labels, facts.classes, first, run.job.data.factory)
+        if why_not:
+            get_run_logger().warning("%s", why_not)
         manifest = build_manifest(
             folder,
             model=run.job.name,
             formats=validated.formats,
-            signature=_signature(validated),
+            signature=_signature(validated, labels),
             metrics=validated.quality,
             serve=validated.serve,
         )
@@ -217,12 +222,13 @@ def _specs(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in tensors]
 
 
-def _signature(validated: Validated) -> dict[str, Any]:
+def _signature(validated: Validated, labels: Sequence[str]) -> dict[str, Any]:
     reference = validated.exported.result
     dims = [{"name": dim.name, "min": dim.min, "max": dim.max} for dim in reference.dims]
     # Whoever makes a view of the release later knows that requests must not be put together.
     coupled = {"coupled": True} if validated.job.coupled else {}
-    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims, **coupled}
+    named = {"labels": labels} if labels else {}
+    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims, **coupled, **named}
 
 
 def _description(run: Run, trained: Trained, validated: Validated, manifest: Manifest) -> str:
@@ -287,7 +293,7 @@ def _record(
         folder=folder,
         formats=manifest.formats,
         extra_files=[name for name in manifest.files if name not in artifacts],
-        signature=_signature(validated),
+        signature=manifest.signature,
         params=run_params(job),
         history=result.history,
         shipped_epoch=result.shipped_epoch,

@@ -65,6 +65,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         coupled=job.coupled,
         env=job.env,
         extras=_optional(job.export.extras, "export.extras"),
+        labels=job.export.labels,
     )
 
 

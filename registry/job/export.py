@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from shipreader.records import LONGEST_PATH, stays_below
+from shipreader.records import LONGEST_PATH, stays_below, wrong_labels
 from train_and_ship.registry.job.base import Part, Target
 
 Format = Literal["torchscript", "onnx", "pt2", "aoti", "executorch"]
@@ -84,7 +84,7 @@ class Quantize(Part):
 class Export(Part):
     """What is made of the trained weights."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras", "labels"})
 
     formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = (
         "torchscript",
@@ -109,6 +109,9 @@ class Export(Part):
     extras: Target | None = None
     """function(folder), called after training, whose files the release has below files/ too; with a parameter model it
     is given the trained model"""
+    labels: tuple[str, ...] = Field((), strict=False)
+    """what the columns of the first output are called, in their order, such as [cat, dog]; when absent, what the
+    training data has as `classes`, where that is a list of texts that fits"""
     quantize: Literal["none", "auto"] | Quantize = "none"
     """int8 variants beside the formats; auto: with the defaults below"""
     serve: Literal["auto", "none"] | Format | Int8 = "auto"
@@ -134,6 +137,13 @@ class Export(Part):
             if other := next((other for at, other in enumerate(self.files) if at != place and other in folders), None):
                 raise ValueError(f"each file once in files, and {name} is in {other}")
         return self
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _texts(cls, labels: Any) -> Any:
+        if wrong := wrong_labels(labels):
+            raise ValueError(wrong)
+        return labels
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:

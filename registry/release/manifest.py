@@ -53,7 +53,8 @@ class Manifest:
     signature: Mapping[str, Any]
     """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
     `dims`: name, min and max of each, null for no limit; `coupled`: true where answers may depend on the other samples
-    of a batch, and only there: the batch is 1 then."""
+    of a batch, and only there: the batch is 1 then; `labels`: what the columns of the first output are called, in their
+    order, where that is known."""
     metrics: Mapping[str, float]
     """Quality measured before release, by metric; what the next candidate is held against."""
     serve: Mapping[str, str] = field(default_factory=dict)

@@ -131,8 +131,12 @@ def triton_config(release: Release, backend: str, version: int) -> str:
     ]
     if batches:
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_MICROSECONDS} }}")
-    for key, value in (("release", release.id), ("generation", str(release.generation))):
-        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}")
+    said = {"release": release.id, "generation": str(release.generation)}
+    if "labels" in signature:
+        said["labels"] = json.dumps(signature["labels"], ensure_ascii=False)
+    for key, value in said.items():
+        text = json.dumps(value, ensure_ascii=False)
+        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {text} }} }}")
     return "\n".join(lines) + "\n"
 
 

@@ -235,6 +235,9 @@ def test_the_configuration_is_what_triton_calls_one(go_live: Callable[[float], R
     assert config["input"] == [{"name": "x", "dataType": "TYPE_FP32", "dims": ["4"]}]
     assert config["versionPolicy"] == {"specific": {"versions": ["7"]}}
     assert config["parameters"]["release"] == {"stringValue": release.id}
+    named = replace(release.manifest, signature={**release.manifest.signature, "labels": ["a", 'b"\\', "в", "d"]})
+    config = parsed(replace(release, manifest=named))
+    assert json.loads(config["parameters"]["labels"]["stringValue"]) == ["a", 'b"\\', "в", "d"]
     # Dimensions besides the batch, no batch at all, and a batch of single numbers.
     tensors = [
         {"name": "tokens", "dtype": "int64", "shape": ["batch", "length"]},

@@ -44,6 +44,7 @@ from torchworker.process.fork import CrashNote, ForkedCall, can_fork
 from torchworker.project.extras import write_extras
 from torchworker.project.independence import require_independent
 from torchworker.project.kept_state import changed, refusal, saved, state_of
+from torchworker.project.labels import require_labels
 from torchworker.project.opened import Opened
 from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import (
@@ -111,6 +112,7 @@ def export(request: ExportRequest) -> ExportResult:
             require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_of(model)
         outputs = output_specs(model, named, dims, request.project)
+        require_labels(request.project, outputs[0].name, outputs[0].shape)
         # A size of 1 looks like a dimension that broadcasts, and would be captured as such.
         large = {name: 2 for name, size in sizes_of(named, dims).items() if size < 2}
         subject = Subject(
