@@ -34,7 +34,6 @@ from train_and_ship.tasks.extras import not_passed_on, require_extras
 from train_and_ship.tasks.ledgers import ledger_of
 from train_and_ship.tasks.requests import project_of, run_params
 from train_and_ship.tasks.results import JobFile, Run, flow_run_page
-from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.stage import stage_task
 
@@ -54,7 +53,6 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
     require_kinds(allow)
     job = job_file.job
     require_extras(job)
-    await asyncio.to_thread(require_files, job, job_file.project)
     settings = Settings.load()
     for hint in (open_to_others(settings.home), await asyncio.to_thread(not_passed_on, job, job_file.project)):
         if hint:

@@ -62,7 +62,9 @@ def written_files(folder: Path, model: str) -> dict[str, Path]:
     """
     what = f"{model}: export.extras"
     found: dict[str, Path] = {}
-    if not any(folder.iterdir()):
+    _require_no_link(folder, what)
+    # It may have been taken away, or made a file.
+    if not folder.is_dir() or not any(folder.iterdir()):
         raise JobError(f"{what}: expected it to write files into the folder that it is given, got none")
     _add(found, folder, "", what)
     return _sound(found, what)

@@ -306,6 +306,14 @@ def test_what_was_written_is_held_to_the_same_rules(tmp_path: Path, project: Pat
     assert "expected no pickle" in told()
     (folder / "ids").write_text("[1]")
     assert written_files(folder, "plain") == {"ids": folder / "ids"}
+    (folder / "ids").rename(tmp_path / "ids")
+    folder.rmdir()
+    assert "got none" in told()
+    folder.symlink_to(project)
+    assert "got the link" in told()
+    folder.unlink()
+    folder.write_text("a file")
+    assert "got none" in told()
 
 
 @pytest.mark.parametrize("name", ["labels.json", "tokenizer", "labels.json/part"])
