@@ -64,6 +64,8 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         ],
         coupled=job.coupled,
         env=job.env,
+        extras=_optional(job.export.extras, "export.extras"),
+        labels=job.export.labels,
     )
 
 
@@ -336,8 +338,7 @@ def user_modules(job: Job, folder: Path) -> list[str]:
     named = [item.factory for item in parts if isinstance(item, Factory)]
     if job.data.collate is not None:
         named.append(job.data.collate if isinstance(job.data.collate, str) else job.data.collate.factory)
-    if train.entrypoint is not None:
-        named.append(train.entrypoint)
+    named += [target for target in (train.entrypoint, job.export.extras) if target is not None]
     modules = {target.partition(":")[0].partition(".")[0] for target in named}
     return sorted(module for module in modules if not is_library(module, folder))
 
