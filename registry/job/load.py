@@ -169,10 +169,10 @@ def _explain(error: ValidationError, path: Path, text: str) -> Iterator[tuple[in
         line = _line_of(text, keys)
         place = f"{path}:{line}: {key}" if keys else f"{path}"
         alternatives = [other for same, other in found if same == keys]
-        yield line, f"{place}: {_told(keys, item, alternatives)}"
+        yield line, f"{place}: {_mistake(keys, item, alternatives)}"
 
 
-def _told(keys: list[int | str], item: ErrorDetails, alternatives: Sequence[ErrorDetails]) -> str:
+def _mistake(keys: list[int | str], item: ErrorDetails, alternatives: Sequence[ErrorDetails]) -> str:
     """What is wrong with one key.
 
     Args:
