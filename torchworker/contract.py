@@ -261,6 +261,8 @@ class TrainSettings:
     """Epochs without a better watched number after which training stops, None for never."""
     weights: Literal["last", "best"]
     """Of which epoch they ship: the last, or the one whose watched number is best."""
+    freeze: Sequence[str] = ()
+    """Patterns of names of parameters that are not trained."""
     watched: str
     """The key of the history that early stopping and `best` go by: `validation_loss`, `validation_accuracy`."""
     watched_better: Literal["higher", "lower"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -51,7 +51,9 @@ class Checkpoint(Part):
 class Train(Part):
     """How the model is trained."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema", "find_unused_parameters", "build_seconds"})
+    came_later: ClassVar[frozenset[str]] = frozenset({
+        "weights", "ema", "find_unused_parameters", "build_seconds", "freeze",
+    })  # fmt: skip
 
     epochs: int | None = Field(None, ge=1)
     """passes over the training data; required without entrypoint"""
@@ -73,6 +75,8 @@ class Train(Part):
     """a torch.optim class, or factory(parameters, lr=…)"""
     learning_rate: float = Field(1e-3, gt=0)
     """given to the optimizer as lr"""
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """patterns of names of parameters that are not trained, such as [backbone.*]; see training.md"""
     metrics: tuple[Metric | CustomMetric, ...] | None = Field(None, strict=False)
     """measured on the validation data; the loss decides when absent"""
     threads: int | None = Field(None, ge=1)

@@ -493,8 +493,8 @@ def require_gradients(model: nn.Module, project: Project) -> None:
         raise UserError(
             f"{project.model.where}: the loss does not depend on {', '.join(unused[:5])}"
             f"{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}; every parameter must take part in every "
-            "step: use it in forward, remove it, or freeze it with requires_grad_(False); for a library's model that "
-            "has some it never uses, train.find_unused_parameters: true"
+            "step: use it in forward, remove it, or freeze it (train.freeze, or requires_grad_(False)); for a "
+            "library's model that has some it never uses, train.find_unused_parameters: true"
         )
 
 

@@ -21,6 +21,7 @@ from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.metrics import first_output
+from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
 from torchworker.project.weights import start_from
 from torchworker.training.averaging import Averaging
@@ -64,6 +65,7 @@ class Loop:
         if self.start:
             start_from(self.model, Path(self.start), self.start_sha256)
             self.notes.append(f"started from the weights of release {Path(self.start).parent.name}")
+        self.notes += freeze(self.model, settings.freeze, project)
         self.model.to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -335,7 +337,7 @@ class Loop:
 
     def _arrange_buckets(self) -> None:
         """One forward and backward pass whose gradients are thrown away."""
-        self.model.train()
+        set_training(self.model, self.settings.freeze)
         inputs, target = self._place(next(user_code.batches(self.train_set, self.data.local_batch, self.project)))
         user_code.backward(self._loss(inputs, target), self.project)
         self.optimizer.zero_grad()
@@ -344,7 +346,7 @@ class Loop:
 
     def _train_epoch(self) -> float:
         """The rest of this epoch's share of this rank; the mean loss over all samples of all ranks."""
-        self.model.train()
+        set_training(self.model, self.settings.freeze)
         user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
         stream = self.data.epoch(self.epoch, self.epoch_step)
         for _ in range(self.epoch_step, self.epoch_steps):

@@ -77,11 +77,11 @@ class Preflight:
         """
         inputs, target = self._place(example)
         # Rank 0's answers: a wrong guess costs little, and two different ones cost the run.
-        answers = [""] * 2
+        answers, frozen = [""] * 2, self._settings.freeze
         if dist.get_rank() == 0:
-            answers[0] = deciding_line(self._model, inputs, self._project)
+            answers[0] = deciding_line(self._model, inputs, self._project, frozen)
             if data.has_lone_batch:
-                answers[1] = refusal_of_one(self._model, self._loss, (inputs, target), self._project)
+                answers[1] = refusal_of_one(self._model, self._loss, (inputs, target), self._project, frozen)
         dist.broadcast_object_list(answers, 0)
         decides, refuses_one = answers
         if refuses_one:

@@ -1,0 +1,86 @@
+"""Which of a model's parameters are trained: patterns of their names, as `fnmatch` has them."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from torchworker.contract import Project
+from torchworker.process.failure import UserError
+
+
+def freeze(model: nn.Module, patterns: Sequence[str], project: Project) -> list[str]:
+    """Take what the patterns name out of training, before the model is shared between ranks.
+
+    Args:
+        model: any, not shared yet.
+        patterns: of parameter names, of `train.freeze`.
+        project: for messages.
+
+    Returns:
+        What a person should know of it.
+
+    Raises:
+        UserError: a pattern names nothing, or nothing is left to train.
+    """
+    if not patterns:
+        return []
+    for pattern in patterns:
+        for parameter in require_match(model, pattern, "train.freeze", project).values():
+            parameter.requires_grad_(False)
+    parameters = list(model.parameters())
+    left = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    if not left:
+        raise UserError(
+            f"train.freeze: {', '.join(patterns)} leaves nothing of {project.model.target} to train; expected at least "
+            "one parameter that no pattern names, such as those of the last layer"
+        )
+    return [f"train.freeze: {left:,} of {sum(item.numel() for item in parameters):,} parameters are trained"]
+
+
+def set_training(model: nn.Module, frozen: Sequence[str]) -> None:
+    """The training mode, in which modules stay in eval mode that have no parameters but frozen ones.
+
+    So the running statistics of a frozen backbone's BatchNorm stay as they are, and its dropout is off. Recurrent
+    layers alone are in training mode all the same: cuDNN gives no gradients to what is before one in eval mode.
+
+    Args:
+        model: whichever way it is shared, or a copy of it.
+        frozen: patterns of parameter names, of `train.freeze`.
+    """
+    model.train()
+    if not frozen:
+        return
+    named = {id(parameter) for pattern in frozen for parameter in matching(model, pattern).values()}
+    for module in model.modules():
+        own = {id(parameter) for parameter in module.parameters()}
+        if own and own <= named:
+            module.eval()
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.train()
+
+
+def matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+    """Parameters by names that the pattern fits; one that is shared has several names."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if fnmatch.fnmatchcase(name, pattern)
+    }
+
+
+def require_match(model: nn.Module, pattern: str, key: str, project: Project) -> dict[str, nn.Parameter]:
+    """As `matching`; raises UserError with what is near where there is none. key: of the job, that has the pattern."""
+    found = matching(model, pattern)
+    if not found:
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        below = [f"{name}.*" for name, module in model.named_modules() if name and list(module.parameters())]
+        near = difflib.get_close_matches(pattern, [*below, *names], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"its parameters are {', '.join(names[:5])}"
+        more = f" and {len(names) - 5} more" if not near and len(names) > 5 else ""
+        raise UserError(f"{key}: {pattern!r} names no parameter of what {project.model.target} makes; {hint}{more}")
+    return found
