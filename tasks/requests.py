@@ -21,6 +21,7 @@ from torchworker.contract import (
     InspectRequest,
     Int8Limits,
     MeasureRequest,
+    ParameterGroup,
     Project,
     Reference,
     RehearsedRelease,
@@ -96,6 +97,7 @@ def train_settings(job: Job) -> TrainSettings:
         "checkpoint_steps": train.checkpoint.steps,
         "checkpoint_keep": train.checkpoint.keep,
         "weights": train.ships,
+        "groups": [ParameterGroup(names=group.names, options=group.options) for group in train.groups],
         "watched": job.watched[0],
         "watched_better": job.watched[1],
     }

@@ -232,6 +232,16 @@ class Entrypoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters with options of their own."""
+
+    names: Sequence[str]
+    """Patterns of their names."""
+    options: Mapping[str, Any]
+    """As the optimizer calls them: lr, weight_decay, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How to train. With an entrypoint, what the built-in loop alone reads has no meaning."""
 
@@ -263,6 +273,8 @@ class TrainSettings:
     """Of which epoch they ship: the last, or the one whose watched number is best."""
     freeze: Sequence[str] = ()
     """Patterns of names of parameters that are not trained."""
+    groups: Sequence[ParameterGroup] = ()
+    """Of several that say the same of a parameter the first one counts."""
     watched: str
     """The key of the history that early stopping and `best` go by: `validation_loss`, `validation_accuracy`."""
     watched_better: Literal["higher", "lower"]

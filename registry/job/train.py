@@ -48,11 +48,39 @@ class Checkpoint(Part):
     """complete checkpoints that stay"""
 
 
+class Group(Part):
+    """Parameters that the optimizer treats otherwise than the rest."""
+
+    names: tuple[Annotated[str, Field(min_length=1)], ...] = Field(strict=False, min_length=1)
+    """patterns of their names, such as ["*.bias", "*norm*"]; see training.md"""
+    learning_rate: float | None = Field(None, gt=0)
+    """in place of train.learning_rate; the schedule scales it alike"""
+    weight_decay: float | None = Field(None, ge=0)
+    """as the optimizer has it"""
+    args: dict[str, JsonValue] = Field(default_factory=dict)
+    """other options of the optimizer, such as {betas: [0.9, 0.98]}"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """By the names that torch has for them."""
+        given = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        return {**self.args, **{name: value for name, value in given.items() if value is not None}}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        named = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "names"}
+        for name in sorted(named.keys() & self.args.keys()):
+            raise ValueError(f"no {name} in args: it has a key of its own, {named[name]}")
+        if not self.options:
+            raise ValueError("learning_rate, weight_decay or args: what is otherwise for these parameters")
+        return self
+
+
 class Train(Part):
     """How the model is trained."""
 
     came_later: ClassVar[frozenset[str]] = frozenset({
-        "weights", "ema", "find_unused_parameters", "build_seconds", "freeze",
+        "weights", "ema", "find_unused_parameters", "build_seconds", "freeze", "groups",
     })  # fmt: skip
 
     epochs: int | None = Field(None, ge=1)
@@ -72,11 +100,13 @@ class Train(Part):
     loss: Loss | Factory = "cross_entropy"
     """a torch.nn.functional loss, or loss(outputs, target)"""
     optimizer: Optimizer | Factory = "adam"
-    """a torch.optim class, or factory(parameters, lr=…)"""
+    """a torch.optim class, or factory(parameters, lr=…), which may ask for named_parameters or the model instead"""
     learning_rate: float = Field(1e-3, gt=0)
     """given to the optimizer as lr"""
     freeze: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
     """patterns of names of parameters that are not trained, such as [backbone.*]; see training.md"""
+    groups: tuple[Group, ...] = Field((), strict=False)
+    """parameters with options of their own; of several that say the same of a parameter the first one counts"""
     metrics: tuple[Metric | CustomMetric, ...] | None = Field(None, strict=False)
     """measured on the validation data; the loss decides when absent"""
     threads: int | None = Field(None, ge=1)

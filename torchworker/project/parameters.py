@@ -1,14 +1,15 @@
-"""Which of a model's parameters are trained: patterns of their names, as `fnmatch` has them."""
+"""Which of a model's parameters are trained, and with which options: patterns of their names, as `fnmatch` has them."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from torchworker.contract import Project
+from torchworker.contract import ParameterGroup, Project
 from torchworker.process.failure import UserError
 
 
@@ -62,6 +63,54 @@ def set_training(model: nn.Module, frozen: Sequence[str]) -> None:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.train()
+
+
+def parameter_groups(
+    model: nn.Module, groups: Sequence[ParameterGroup], project: Project
+) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """What is trained, as torch's optimizers take it: parameters, or groups of them where the job has some.
+
+    First comes the group of what nobody names, then as their parameters follow in the model. A parameter that several
+    of the job's groups name has the options of all of them, and of two that say the same the first one's.
+
+    Args:
+        model: on its device, sharded already where it is to be.
+        groups: of `train.groups`.
+        project: for messages.
+
+    Raises:
+        UserError: a pattern names nothing that is trained.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not groups:
+        return trained
+    named: list[set[int]] = []
+    for place, group in enumerate(groups):
+        of_group: set[int] = set()
+        for pattern in group.names:
+            key = f"train.groups[{place}].names"
+            found = [item for item in require_match(model, pattern, key, project).values() if item.requires_grad]
+            if not found:
+                raise UserError(
+                    f"{key}: {pattern!r} names frozen parameters alone; expected some that are trained: take it out, "
+                    "or take them out of what is frozen"
+                )
+            of_group |= {id(item) for item in found}
+        named.append(of_group)
+    alike: dict[tuple[int, ...], list[nn.Parameter]] = {(): []}
+    for parameter in trained:
+        places = tuple(place for place, of_group in enumerate(named) if id(parameter) in of_group)
+        alike.setdefault(places, []).append(parameter)
+    made = []
+    for places, parameters in alike.items():
+        options: dict[str, Any] = {}
+        for place in reversed(places):
+            options |= groups[place].options
+        if parameters:
+            # Betas are a tuple in torch, which JSON has no word for.
+            plain = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+            made.append({"params": parameters, **plain})
+    return made
 
 
 def matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:

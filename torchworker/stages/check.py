@@ -25,6 +25,7 @@ from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
+from torchworker.training.optimizer import apply_gradients, build_optimizer, build_schedule, set_optimizer_mode
 from torchworker.training.results import try_weights
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
@@ -52,7 +53,7 @@ def check(request: CheckRequest) -> CheckResult:
     if settings.ema is not None:
         # A model that cannot be copied has no average.
         Averaging(model, settings.ema, project)
-    optimizer = user_code.build_optimizer(project, settings, model)
+    optimizer = build_optimizer(project, settings, model)
     model.eval()
     sizes, datasets = {}, {}
     for split in ("validation", "train"):
@@ -80,7 +81,7 @@ def check(request: CheckRequest) -> CheckResult:
             data = TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
     if data.has_lone_batch and (why := refusal_of_one(model, loss, (inputs, target), project, settings.freeze)):
         data.join_lone_batch(why)
-    user_code.build_schedule(project, settings, optimizer, data.epoch_steps * settings.epochs)
+    build_schedule(project, settings, optimizer, data.epoch_steps * settings.epochs)
     decides = deciding_line(model, inputs, project, settings.freeze)
     find_unused, notes = unused_parameters(settings, settings.processes, decides)
     several = settings.processes * settings.accumulate > 1
@@ -118,11 +119,11 @@ def _try_step(
 ) -> None:
     """One training step, and the weights to a file and back: what would otherwise fail in or after training."""
     set_training(model, settings.freeze)
-    user_code.set_optimizer_mode(optimizer, project, training=True)
+    set_optimizer_mode(optimizer, project, training=True)
     outputs = user_code.forward(model, inputs, project)
     user_code.backward(user_code.compute_loss(loss, outputs, target, project), project)
     if not find_unused:
         user_code.require_gradients(model, project)
-    user_code.apply_gradients(optimizer, project)
-    user_code.set_optimizer_mode(optimizer, project, training=False)
+    apply_gradients(optimizer, project)
+    set_optimizer_mode(optimizer, project, training=False)
     try_weights(model, project)

@@ -30,6 +30,13 @@ from torchworker.training.checkpoint import Checkpoints, Interval, random_state,
 from torchworker.training.device import device_notes, memory_bytes, place
 from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
+from torchworker.training.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    build_schedule,
+    follows_loss,
+    set_optimizer_mode,
+)
 from torchworker.training.preflight import Preflight
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
 from torchworker.training.strategy import autocast, make_scaler, naming_unused, shard, share_model
@@ -111,10 +118,10 @@ class Loop:
             collective=self.strategy.collective_forward,
         )
         # After sharding: the optimizer's state is as large as the parameters that it is given.
-        self.optimizer = user_code.build_optimizer(project, settings, self.model)
+        self.optimizer = build_optimizer(project, settings, self.model)
         self.epoch_steps = self.data.epoch_steps
         self.steps = self.epoch_steps * settings.epochs
-        self.schedule = user_code.build_schedule(project, settings, self.optimizer, self.steps)
+        self.schedule = build_schedule(project, settings, self.optimizer, self.steps)
         # From here each rank draws its own dropout masks.
         seed_everything(settings.seed + self.rank)
 
@@ -163,7 +170,7 @@ class Loop:
             self.history.append(row)
             self.best.see(self.history)
             self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
-            if user_code.follows_loss(self.schedule):
+            if follows_loss(self.schedule):
                 self.schedule.step(row["validation_loss"])
             self.epoch += 1
             self.epoch_step = 0
@@ -176,7 +183,7 @@ class Loop:
             # Gone on with after the last epoch: the samples are known when they were read.
             self._evaluate()
         read = whole_readings({"train": self.data.fingerprint, "validation": self.evaluation.data.fingerprint})
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
+        set_optimizer_mode(self.optimizer, self.project, training=False)
         self.best.put_back()
         save_trained(self.shipped, self.validation_set, self.project, self.folder, self.device)
         cpu_seconds = whole_cpu_seconds()
@@ -263,7 +270,7 @@ class Loop:
         if own["step"] < self.steps:
             self._arrange_buckets()
         # To give its state a form, torch takes a step with an optimizer that has taken none.
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
+        set_optimizer_mode(self.optimizer, self.project, training=True)
         state = self._state()
         # Parameters without a gradient so far (modules that are used now and then) have no optimizer state to load.
         there, of_parameters = self.checkpoints.names(path), state["optimizer"]["state"]
@@ -347,7 +354,7 @@ class Loop:
     def _train_epoch(self) -> float:
         """The rest of this epoch's share of this rank; the mean loss over all samples of all ranks."""
         set_training(self.model, self.settings.freeze)
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
+        set_optimizer_mode(self.optimizer, self.project, training=True)
         stream = self.data.epoch(self.epoch, self.epoch_step)
         for _ in range(self.epoch_step, self.epoch_steps):
             self._optimizer_step(stream)
@@ -382,8 +389,8 @@ class Loop:
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        user_code.apply_gradients(self.optimizer, self.project, self.scaler)
-        if not user_code.follows_loss(self.schedule):
+        apply_gradients(self.optimizer, self.project, self.scaler)
+        if not follows_loss(self.schedule):
             self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
@@ -417,7 +424,7 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         # Weights of schedule-free optimizers are others while training.
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
+        set_optimizer_mode(self.optimizer, self.project, training=False)
         means = self.evaluation(self.shipped)
         if not all(math.isfinite(mean) for mean in means.values()):
             raise UserError(
