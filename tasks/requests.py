@@ -96,6 +96,7 @@ def train_settings(job: Job) -> TrainSettings:
         "checkpoint_seconds": train.checkpoint.seconds,
         "checkpoint_steps": train.checkpoint.steps,
         "checkpoint_keep": train.checkpoint.keep,
+        "warmup": train.warms_up,
         "weights": train.ships,
         "groups": [ParameterGroup(names=group.names, options=group.options) for group in train.groups],
         "watched": job.watched[0],

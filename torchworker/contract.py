@@ -93,8 +93,9 @@ OPTIMIZERS: Mapping[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD",
 """Well-known optimizers: classes of `torch.optim`."""
 
 
-SCHEDULES = ("constant", "cosine", "linear")
-"""Well-known learning rate schedules, advanced every optimizer step: flat, half a cosine to 0, a line to 0."""
+SCHEDULES = ("constant", "cosine", "linear", "warmup_cosine")
+"""Well-known learning rate schedules, advanced every optimizer step: flat, half a cosine to 0, a line to 0, and the
+cosine with a warm-up."""
 
 
 class Message:
@@ -263,6 +264,8 @@ class TrainSettings:
     """DataLoader worker processes of each rank."""
     schedule: str | Reference
     """A name in SCHEDULES or a reference to factory(optimizer, total_steps=…)."""
+    warmup: float = 0.0
+    """Steps in which the rate of a well-known schedule rises to its full height; below 1, their share of all steps."""
     accumulate: int
     """Forward and backward passes an optimizer step is made of."""
     clip_norm: float | None

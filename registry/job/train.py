@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from torchworker.contract import SPEED_GATES
 from train_and_ship.registry.job.base import Factory, Part, Target
@@ -12,15 +12,23 @@ from train_and_ship.registry.job.launcher import LOCAL, LauncherOption, check_tr
 
 Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
-Schedule = Literal["constant", "cosine", "linear"]
+Schedule = Literal["constant", "cosine", "linear", "warmup_cosine"]
 Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
 
 
+WARMUP = 0.05
+"""Share of the steps, where `warmup_cosine` does not say it."""
 FOR_ANY_LOOP = frozenset({
     "entrypoint", "args", "processes", "seed", "metrics", "threads", "checkpoint", "restarts", "hang_seconds",
     "build_seconds", "collective_seconds", "device", "backend", "launcher",
 })  # fmt: skip
 """What also holds for a custom loop; the other keys are read by the built-in one."""
+
+
+def _is_steps_or_share(value: float) -> float:
+    if value >= 1 and not value.is_integer():
+        raise ValueError("a whole number of optimizer steps, or a share of all of them, such as 0.05")
+    return value
 
 
 class CustomMetric(Factory):
@@ -80,7 +88,7 @@ class Train(Part):
     """How the model is trained."""
 
     came_later: ClassVar[frozenset[str]] = frozenset({
-        "weights", "ema", "find_unused_parameters", "build_seconds", "freeze", "groups",
+        "weights", "ema", "find_unused_parameters", "build_seconds", "freeze", "groups", "warmup",
     })  # fmt: skip
 
     epochs: int | None = Field(None, ge=1)
@@ -115,7 +123,11 @@ class Train(Part):
     data_workers: int = Field(0, ge=0)
     """DataLoader worker processes of each rank"""
     schedule: Schedule | Factory = "constant"
-    """learning rate by optimizer step: flat, to 0 by cosine or by a line, or a reference"""
+    """learning rate by optimizer step: flat, to 0 by cosine or by a line, with a warm-up before the cosine, or a
+    reference"""
+    warmup: Annotated[float, AfterValidator(_is_steps_or_share)] | None = Field(None, ge=0)
+    """the first optimizer steps, in which the rate of a schedule by name rises in a line: their number, or a share of
+    all steps such as 0.05; none when absent, and 0.05 with warmup_cosine"""
     accumulate: int = Field(1, ge=1)
     """forward and backward passes that make one optimizer step"""
     clip_norm: float | None = Field(None, gt=0)
@@ -199,6 +211,11 @@ class Train(Part):
         return self
 
     @property
+    def warms_up(self) -> float:
+        """Optimizer steps with a rising learning rate, or below 1 their share."""
+        return self.warmup if self.warmup is not None else WARMUP if self.schedule == "warmup_cosine" else 0
+
+    @property
     def ships(self) -> Literal["last", "best"]:
         """Of which epoch the weights ship."""
         return self.weights or ("best" if self.early_stopping is not None else "last")
@@ -207,6 +224,14 @@ class Train(Part):
     def custom_metrics(self) -> tuple[CustomMetric, ...]:
         """Metrics in the user's code."""
         return tuple(item for item in self.metrics or () if isinstance(item, CustomMetric))
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup is not None and not isinstance(self.schedule, str):
+            raise ValueError(f"no warmup with a schedule of your own, {self.schedule.factory}, which has one or not")
+        if self.warmup == 0 and self.schedule == "warmup_cosine":
+            raise ValueError("schedule: cosine with warmup: 0")
+        return self
 
     @model_validator(mode="after")
     def _switches_fit(self) -> Self:

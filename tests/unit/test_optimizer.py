@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,63 @@ def test_check_refuses_a_group_before_anything_is_trained(tmp_path: Path) -> Non
     path = write_project(tmp_path, train={**ONE, "optimizer": "sgd", "groups": groups})
     with pytest.raises(JobError, match=r"train\.groups\[0\]: SGD has no option 'betas'"):
         check(path, export=False)
+
+
+def rates(folder: Path, steps: int, **train: Any) -> list[float]:
+    """Of each optimizer step, as parts of the learning rate."""
+    project, settings = opened(folder, learning_rate=1.0, optimizer="sgd", **train)
+    optimizer = build_optimizer(project, settings, Net())
+    schedule = build_schedule(project, settings, optimizer, steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "expected"),
+    [
+        ({"schedule": "warmup_cosine", "warmup": 3}, 7, [0.25, 0.5, 0.75, 1, 0.853553, 0.5, 0.146447]),
+        ({"schedule": "cosine", "warmup": 0.4}, 7, [0.25, 0.5, 0.75, 1, 0.853553, 0.5, 0.146447]),
+        ({"schedule": "linear", "warmup": 1}, 5, [0.5, 1, 0.75, 0.5, 0.25]),
+        ({"warmup": 2}, 4, [1 / 3, 2 / 3, 1, 1]),
+        ({"schedule": "warmup_cosine"}, 20, [0.5, *(0.5 + 0.5 * math.cos(math.pi * step / 19) for step in range(19))]),
+        ({"schedule": "cosine", "warmup": 0}, 2, [1, 0.5]),
+    ],
+    ids=["steps", "a share", "to a line", "to a flat rate", "a share of its own", "none"],
+)
+def test_the_rate_rises_in_a_line_and_then_follows_its_schedule(
+    tmp_path: Path, train: dict[str, Any], steps: int, expected: list[float]
+) -> None:
+    assert rates(tmp_path, steps, **train) == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_group_warms_up_to_its_own_rate(tmp_path: Path) -> None:
+    project, settings = opened(tmp_path, groups=[HEAD], schedule="warmup_cosine", warmup=3)
+    optimizer = build_optimizer(project, settings, Net())
+    build_schedule(project, settings, optimizer, steps=8)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 / 4, 0.1 / 4])
+
+
+def test_a_warm_up_that_is_not_over_before_the_training_is_refused(tmp_path: Path) -> None:
+    project, settings = opened(tmp_path, warmup=5)
+    with pytest.raises(UserError, match=r"warmup: expected less than the 5 optimizer steps .*got 5; give a share"):
+        build_schedule(project, settings, build_optimizer(project, settings, Net()), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"warmup": 1.5}, "train.warmup: expected a whole number of optimizer steps, or a share"),
+        ({"warmup": -1}, "train.warmup: expected"),
+        ({"warmup": True}, "train.warmup: expected"),
+        ({"warmup": 3, "schedule": {"factory": "a:b"}}, "no warmup with a schedule of your own, a:b"),
+        ({"warmup": 0, "schedule": "warmup_cosine"}, "schedule: cosine with warmup: 0"),
+    ],
+)
+def test_a_warm_up_that_cannot_be_is_told_by_its_key(tmp_path: Path, train: dict[str, Any], expected: str) -> None:
+    with pytest.raises(JobError) as refusal:
+        opened(tmp_path, **train)
+    assert expected in str(refusal.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -106,6 +107,10 @@ def build_schedule(
         UserError: the factory fails, or makes something else.
     """
     reference = settings.schedule
+    if settings.warmup:
+        assert isinstance(reference, str), "a schedule by name"
+        warmup = _warmup_steps(settings.warmup, steps)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmed_up(reference, warmup, steps, step))
     if reference == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if reference == "cosine":
@@ -130,6 +135,32 @@ def build_schedule(
             "better; expected mode: min, got max"
         )
     return typing.cast(torch.optim.lr_scheduler.LRScheduler, made)
+
+
+def _warmup_steps(warmup: float, steps: int) -> int:
+    """Raises UserError where nothing would be left after it."""
+    number = max(1, round(warmup * steps)) if warmup < 1 else int(warmup)
+    if number >= steps:
+        raise UserError(
+            f"train.warmup: expected less than the {steps:,} optimizer steps of this training, got {number:,}; give a "
+            "share of them, such as 0.05"
+        )
+    return number
+
+
+def _warmed_up(schedule: str, warmup: int, steps: int, step: int) -> float:
+    """By what the learning rate is multiplied in a step: in a line up to 1, from there on as the schedule says.
+
+    Args:
+        schedule: a name in SCHEDULES.
+        warmup: steps before the rate has its full height.
+        steps: of the whole training.
+        step: from 0.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    passed = (step - warmup) / (steps - warmup)
+    return {"constant": 1.0, "linear": 1 - passed}.get(schedule, (1 + math.cos(math.pi * passed)) / 2)
 
 
 def follows_loss(schedule: torch.optim.lr_scheduler.LRScheduler) -> bool:
