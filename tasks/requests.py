@@ -55,6 +55,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         model=_reference(job.model, "model.factory"),
         data=_reference(job.data, "data.factory"),
         collate=_optional(job.data.collate, "data.collate"),
+        sampler=_optional(job.data.sampler, "data.sampler"),
         group=_optional(job.data.group, "data.group"),
         loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,
@@ -337,8 +338,9 @@ def user_modules(job: Job, folder: Path) -> list[str]:
     train = job.train
     parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *job.train.custom_metrics]
     named = [item.factory for item in parts if isinstance(item, Factory)]
-    if job.data.collate is not None:
-        named.append(job.data.collate if isinstance(job.data.collate, str) else job.data.collate.factory)
+    for choice in (job.data.collate, job.data.sampler, job.data.group):
+        if choice is not None:
+            named.append(choice if isinstance(choice, str) else choice.factory)
     if train.entrypoint is not None:
         named.append(train.entrypoint)
     modules = {target.partition(":")[0].partition(".")[0] for target in named}

@@ -207,6 +207,8 @@ class Project(Message):
     data: Reference
     collate: Reference | None = None
     """A callable collate(items) -> (inputs, target); torch's own when None."""
+    sampler: Reference | None = None
+    """A callable sampler(dataset) -> torch Sampler, or one weight a sample; all samples, shuffled, when None."""
     group: Reference | None = None
     """A callable group(item) -> what an item of the dataset belongs to; None where samples are independent."""
     loss: str | Reference
@@ -276,6 +278,8 @@ class TrainSettings:
     """Of which epoch they ship: the last, or the one whose watched number is best."""
     freeze: Sequence[str] = ()
     """Patterns of names of parameters that are not trained."""
+    drop_last: bool = False
+    """Whether an epoch leaves out samples that do not fill an optimizer step's batch."""
     groups: Sequence[ParameterGroup] = ()
     """Of several that say the same of a parameter the first one counts."""
     watched: str

@@ -87,10 +87,13 @@ class Retrain(Part):
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"group"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"group", "sampler"})
 
     collate: Target | Factory | None = None
     """collate(items) returns (inputs, target) of a batch; torch's own when absent"""
+    sampler: Target | Factory | None = None
+    """sampler(dataset) of the training split returns a torch Sampler, or one weight a sample; all samples, shuffled,
+    when absent; see training.md"""
     snapshot: Snapshot | None = None
     """files that are verified before training; the factory gets their folder as snapshot"""
     checks: Checks | None = None
@@ -166,6 +169,12 @@ class Job(Part):
             raise ValueError("data.args without split, which is given: train, then validation")
         if self.data.snapshot is not None and "snapshot" in self.data.args:
             raise ValueError("data.args without snapshot, which is given: the folder of data.snapshot")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_for_our_loop(self) -> Self:
+        if self.data.sampler is not None and self.train.entrypoint is not None:
+            raise ValueError("no data.sampler with train.entrypoint: a loop of your own reads the data as it likes")
         return self
 
     @model_validator(mode="after")

@@ -89,6 +89,7 @@ class Train(Part):
 
     came_later: ClassVar[frozenset[str]] = frozenset({
         "weights", "ema", "find_unused_parameters", "build_seconds", "freeze", "groups", "warmup",
+        "drop_last",
     })  # fmt: skip
 
     epochs: int | None = Field(None, ge=1)
@@ -122,6 +123,8 @@ class Train(Part):
     other last bits; a run that goes on keeps those that it began with"""
     data_workers: int = Field(0, ge=0)
     """DataLoader worker processes of each rank"""
+    drop_last: bool = False
+    """leave out of each epoch the samples that do not fill a batch of batch_size"""
     schedule: Schedule | Factory = "constant"
     """learning rate by optimizer step: flat, to 0 by cosine or by a line, with a warm-up before the cosine, or a
     reference"""

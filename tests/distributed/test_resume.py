@@ -128,6 +128,27 @@ def test_a_lone_last_sample_and_a_plateau_cost_no_bit_either(
     assert any("is joined to the batch before it, which has 7" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("sampler", [None, "plain:weights"])
+def test_samples_that_are_drawn_or_left_out_cost_no_bit_either(
+    fork_server: ForkServer, attempt: Attempt, tmp_path: Path, sampler: str | None
+) -> None:
+    """The first epoch ends with a checkpoint, and what it leaves out is read after that, also by who goes on there."""
+    job: dict[str, Any] = {
+        "data": {"factory": "plain:build_dataset", "args": {"size": 98}, **({"sampler": sampler} if sampler else {})},
+        "train": {**STATEFUL_TRAIN, "drop_last": True},
+    }
+    whole = Attempt(fork_server, tmp_path / "whole")
+    whole.code = attempt.code = STATEFUL + "    def weights(dataset): return torch.arange(len(dataset)) % 3\n"
+    expected = whole.train(tmp_path / "project", **job)
+    result = attempt.train(tmp_path / "project", **job, **model(9))
+
+    assert whole.said("restarting") == [] and len(attempt.said("restarting")) == 1
+    assert attempt.weights == whole.weights
+    assert result.read == expected.read and result.train_samples == result.read["train"].samples == 98
+    assert [event["step"] for event in whole.said("epoch")] == [4, 8, 12]
+    assert "train.drop_last: 2 of 98 training samples are left out of each epoch" in result.notes
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_frozen_layers_groups_of_parameters_and_a_warm_up_cost_no_bit_either(
     fork_server: ForkServer, attempt: Attempt, tmp_path: Path, strategy: str

@@ -75,6 +75,17 @@ def _call(reference: Reference, project: Project, **extra: Any) -> Any:
         return function(**arguments)
 
 
+@counts_as_code
+def made_by(reference: Reference, project: Project, *given: Any, **defaults: Any) -> Any:
+    """What a factory makes of what it is given by position and of the job's arguments, which go before our defaults.
+
+    Raises UserError when it fails.
+    """
+    factory = resolve(reference, project)
+    with as_user_error(f"{reference.where}: {reference.target} failed", project.folder):
+        return factory(*given, **{**defaults, **as_tensors(factory, reference.args)})
+
+
 @building()
 def build_model(project: Project) -> nn.Module:
     """The untrained model. Raises UserError unless it is an nn.Module with parameters to train."""

@@ -91,7 +91,7 @@ def check(request: CheckRequest) -> CheckResult:
     facts = facts_of(
         model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=value, max_batch=request.max_batch,
-        notes=[*frozen, *data.join_notes, *notes], independence=independence,
+        notes=[*frozen, *data.last_batch_notes, *notes], independence=independence,
     )  # fmt: skip
     return replace(facts, shared=_shared(request, datasets))
 

@@ -145,7 +145,7 @@ class Loop:
             "started",
             processes=self.world,
             device=str(self.device),
-            train_samples=self.data.size,
+            train_samples=self.data.samples,
             validation_samples=user_code.length_of(self.validation_set),
             step=self.step,
             steps=self.steps,
@@ -163,7 +163,7 @@ class Loop:
                 "train_loss": train_loss,
                 **self._evaluate(),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "samples_per_second": self.data.size * share / seconds,
+                "samples_per_second": self.data.used * share / seconds,
                 "seconds": seconds,
                 "time": time.time(),
             }
@@ -182,6 +182,7 @@ class Loop:
         if not self.evaluation.samples:
             # Gone on with after the last epoch: the samples are known when they were read.
             self._evaluate()
+        self.data.read_all()
         read = whole_readings({"train": self.data.fingerprint, "validation": self.evaluation.data.fingerprint})
         set_optimizer_mode(self.optimizer, self.project, training=False)
         self.best.put_back()
@@ -192,7 +193,7 @@ class Loop:
             result = TrainResult(
                 weights=WEIGHTS,
                 history=self.history,
-                train_samples=self.data.size,
+                train_samples=self.data.samples,
                 validation_samples=self.evaluation.samples,
                 data_fingerprint=read["train"].fingerprint,
                 environment=environment(self.device, self.settings),
@@ -363,6 +364,7 @@ class Loop:
             # What comes after the last step may fail, and must not cost the steps.
             if self.interval.is_due(self.step) or self.step == self.steps:
                 self._save()
+        self.data.read_left_out(self.epoch, stream)
         if self.step == self.steps:
             self.checkpoints.wait()
         self.losses.settle()

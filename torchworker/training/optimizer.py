@@ -12,10 +12,9 @@ from torch import nn
 
 from torchworker.contract import OPTIMIZERS, Project, Reference, TrainSettings
 from torchworker.process.failure import UserError, as_user_error, is_lost_connection, user_error
-from torchworker.project.library import as_tensors, asks_for, takes
-from torchworker.project.opened import counts_as_code
+from torchworker.project.library import asks_for, takes
 from torchworker.project.parameters import parameter_groups
-from torchworker.project.user_code import resolve
+from torchworker.project.user_code import made_by, resolve
 
 
 def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -79,16 +78,12 @@ def _require_options(optimizer: torch.optim.Optimizer, settings: TrainSettings) 
                 )
 
 
-@counts_as_code
 def _made(reference: Reference, project: Project, kind: type, *given: Any, **defaults: Any) -> Any:
-    """What a factory of the user's makes of what it is given and the job's arguments, which go before our defaults."""
-    named = f"{reference.where}: {reference.target}"
-    factory = resolve(reference, project)
-    with as_user_error(f"{named} failed", project.folder):
-        made = factory(*given, **{**defaults, **as_tensors(factory, reference.args)})
+    """As `made_by`; raises UserError too when it is not of this kind."""
+    made = made_by(reference, project, *given, **defaults)
     if not isinstance(made, kind):
         expected = f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}"
-        raise UserError(f"{named} must return a {expected}, got {type(made).__name__}")
+        raise UserError(f"{reference.where}: {reference.target} must return a {expected}, got {type(made).__name__}")
     return made
 
 
