@@ -191,6 +191,7 @@ WEIGHTED = """
         ({"factory": "plain:Weighted"}, False, {"processes": 2}),
         ("cross_entropy", True, {"processes": 2, "accumulate": 2}),
         ({"factory": "plain:Weighted"}, True, {"processes": 1, "accumulate": 4}),
+        ({"factory": "plain:padded"}, True, {"processes": 2, "accumulate": 2}),
     ],
 )
 def test_parts_of_a_step_weigh_what_they_count_for(
