@@ -29,7 +29,7 @@ from torchworker.training.optimizer import apply_gradients, build_optimizer, bui
 from torchworker.training.results import try_weights
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
-from torchworker.training.weighting import is_mean, left_out, no_mean, padding_of, weigh_of
+from torchworker.training.weighting import is_mean, no_mean, padding_of, weigh_of
 
 
 def check(request: CheckRequest) -> CheckResult:
@@ -85,10 +85,8 @@ def check(request: CheckRequest) -> CheckResult:
     decides = deciding_line(model, inputs, project, settings.freeze)
     find_unused, notes = unused_parameters(settings, settings.processes, decides)
     several = settings.processes * settings.accumulate > 1
-    padding = padding_of(loss, outputs, target)
-    if several and padding is not None:
-        notes.append(left_out(project, padding))
-    elif several and not weigh_of(loss) and not is_mean(loss, outputs, target):
+    known = weigh_of(loss) is not None or padding_of(loss, outputs, target) is not None
+    if several and not known and not is_mean(loss, outputs, target):
         notes.append(no_mean(project, settings))
     _try_step(model, inputs, target, loss, optimizer, project, settings, find_unused)
     facts = facts_of(

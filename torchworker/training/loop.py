@@ -40,7 +40,7 @@ from torchworker.training.optimizer import (
 from torchworker.training.preflight import Preflight
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
 from torchworker.training.strategy import autocast, make_scaler, naming_unused, shard, share_model
-from torchworker.training.weighting import StepWeights, left_out
+from torchworker.training.weighting import StepWeights
 
 STEP_EVENT_SECONDS = 0.25
 
@@ -94,8 +94,6 @@ class Loop:
         example = preflight.try_validation(self.validation_set, self._formats)
         self.ignored = preflight.ignored
         self.weights.leave_out(preflight.padding)
-        if preflight.padding is not None and self.world * settings.accumulate > 1:
-            self.notes.append(left_out(project, preflight.padding))
         self.finds_unused, notes = preflight.try_training(self.data, example)
         self.notes += notes
         # Before sharding, after which a model cannot be copied.

@@ -247,12 +247,6 @@ def _leaves_out(ask: Loss, outputs: Any, target: Tensor, label: int, part: float
     return whole != 0 and abs(whole - mean) <= MEAN * max(abs(whole), abs(mean))
 
 
-def left_out(project: Project, label: int) -> str:
-    """What there is to say of a loss of the user's that leaves out a label."""
-    name = project.loss if isinstance(project.loss, str) else project.loss.target
-    return f"train.loss: {name} leaves out the label {label}, so batches weigh by how many others they have"
-
-
 def _at(outputs: Any, places: Tensor, size: int) -> Any:
     return mapped(lambda tensor: tensor[places] if tensor.dim() and len(tensor) == size else tensor, outputs)
 
