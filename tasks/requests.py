@@ -36,6 +36,8 @@ from torchworker.contract import (
 from train_and_ship.infra.provenance import is_library
 from train_and_ship.registry.job.base import Factory
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.train import TORCHMETRIC
+from train_and_ship.registry.job.train import CustomMetric as MetricOfJob
 
 LOADS = 3
 """Processes in which loading is measured where a gate asks for its time."""
@@ -61,7 +63,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         metrics=job.metrics,
         snapshot=str(snapshot) if snapshot is not None else "",
         custom_metrics=[
-            CustomMetric(name=item.label, reference=_reference(item, "train.metrics.factory"), better=item.better)
+            CustomMetric(name=item.label, reference=_metric(item), better=item.better)
             for item in job.train.custom_metrics
         ],
         coupled=job.coupled,
@@ -71,6 +73,11 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
 
 def _reference(factory: Factory, where: str) -> Reference:
     return Reference(target=factory.factory, args=factory.args, where=where)
+
+
+def _metric(item: MetricOfJob) -> Reference:
+    named = item.factory == TORCHMETRIC
+    return _reference(item, f"train.metrics: {item.label}" if named else "train.metrics.factory")
 
 
 def _optional(choice: str | Factory | None, where: str) -> Reference | None:
@@ -336,7 +343,7 @@ def user_modules(job: Job, folder: Path) -> list[str]:
         folder: of the project, where Python looks first.
     """
     train = job.train
-    parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *job.train.custom_metrics]
+    parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *(train.metrics or ())]
     named = [item.factory for item in parts if isinstance(item, Factory)]
     for choice in (job.data.collate, job.data.sampler, job.data.group):
         if choice is not None:

@@ -66,6 +66,23 @@ METRICS: Mapping[str, Literal["higher", "lower"]] = {
 }
 """Quality metrics that need no user code, and which direction is better."""
 
+TORCHMETRICS: Mapping[str, Literal["higher", "lower"]] = {
+    "f1_score": "higher",
+    "precision": "higher",
+    "recall": "higher",
+    "specificity": "higher",
+    "auroc": "higher",
+    "average_precision": "higher",
+    "matthews_corrcoef": "higher",
+    "cohen_kappa": "higher",
+    "jaccard_index": "higher",
+    "r2_score": "higher",
+    "pearson_corrcoef": "higher",
+    "spearman_corrcoef": "higher",
+    "mean_absolute_percentage_error": "lower",
+}
+"""The same of torchmetrics, which is an extra."""
+
 SPEED_GATES: Mapping[str, str] = {
     "p50_ms": "median milliseconds of a call at batch 1",
     "p99_ms": "99th percentile of the same",

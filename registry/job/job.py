@@ -207,7 +207,7 @@ class Job(Part):
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured: what the job names or the loss suggests, and whatever a gate needs."""
-        chosen: list[str] = [item for item in self.train.metrics or () if isinstance(item, str)]
+        chosen: list[str] = [item for item in self.train.metrics or () if isinstance(item, str) and item in METRICS]
         # A custom loop's loss is its own.
         if self.train.metrics is None and self.train.entrypoint is None and isinstance(self.train.loss, str):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]

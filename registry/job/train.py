@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from torchworker.contract import SPEED_GATES
+from torchworker.contract import SPEED_GATES, TORCHMETRICS
 from train_and_ship.registry.job.base import Factory, Part, Target
 from train_and_ship.registry.job.launcher import LOCAL, LauncherOption, check_train
 
@@ -14,8 +14,14 @@ Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 Schedule = Literal["constant", "cosine", "linear", "warmup_cosine"]
 Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
+TorchMetric = Literal[
+    "f1_score", "precision", "recall", "specificity", "auroc", "average_precision", "matthews_corrcoef", "cohen_kappa",
+    "jaccard_index", "r2_score", "pearson_corrcoef", "spearman_corrcoef", "mean_absolute_percentage_error",
+]  # fmt: skip
+"""Of torchmetrics, by its names."""
 
 
+TORCHMETRIC = "torchworker.project.named_metrics:measure"
 WARMUP = 0.05
 """Share of the steps, where `warmup_cosine` does not say it."""
 FOR_ANY_LOOP = frozenset({
@@ -116,8 +122,9 @@ class Train(Part):
     """patterns of names of parameters that are not trained, such as [backbone.*]; see training.md"""
     groups: tuple[Group, ...] = Field((), strict=False)
     """parameters with options of their own; of several that say the same of a parameter the first one counts"""
-    metrics: tuple[Metric | CustomMetric, ...] | None = Field(None, strict=False)
-    """measured on the validation data; the loss decides when absent"""
+    metrics: tuple[Metric | TorchMetric | CustomMetric, ...] | None = Field(None, strict=False)
+    """measured on the validation data; the loss decides when absent. Those from f1_score on are torchmetrics' and need
+    the extra metrics; see training.md"""
     threads: int | None = Field(None, ge=1)
     """torch threads of each process; cores ÷ processes when absent, so that machines differ. Other threads give
     other last bits; a run that goes on keeps those that it began with"""
@@ -225,8 +232,19 @@ class Train(Part):
 
     @property
     def custom_metrics(self) -> tuple[CustomMetric, ...]:
-        """Metrics in the user's code."""
-        return tuple(item for item in self.metrics or () if isinstance(item, CustomMetric))
+        """Metrics that are functions: in the user's code, and those of torchmetrics."""
+        return tuple(
+            CustomMetric(factory=TORCHMETRIC, args={"name": item}, better=TORCHMETRICS[item], name=item)
+            if isinstance(item, str)
+            else item
+            for item in self.metrics or ()
+            if not isinstance(item, str) or item in TORCHMETRICS
+        )
+
+    @property
+    def torchmetrics(self) -> tuple[str, ...]:
+        """Names of the metrics that need the library."""
+        return tuple(item for item in self.metrics or () if isinstance(item, str) and item in TORCHMETRICS)
 
     @model_validator(mode="after")
     def _warms_up(self) -> Self:
