@@ -90,7 +90,7 @@ class Data(Factory):
     came_later: ClassVar[frozenset[str]] = frozenset({"group", "sampler"})
 
     collate: Target | Factory | None = None
-    """collate(items) returns (inputs, target) of a batch; torch's own when absent"""
+    """collate(items), or collate(items, split), returns (inputs, target) of a batch; torch's own when absent"""
     sampler: Target | Factory | None = None
     """sampler(dataset) of the training split returns a torch Sampler, or one weight a sample; all samples, shuffled,
     when absent; see training.md"""

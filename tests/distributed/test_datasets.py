@@ -256,6 +256,45 @@ def test_a_collate_function_makes_the_batches_everywhere(train: Train, tmp_path:
     assert one.data_fingerprint == two.data_fingerprint
 
 
+def test_a_collate_function_may_pad_training_batches_to_their_longest_and_validation_to_one_length(
+    train: Train, tmp_path: Path
+) -> None:
+    extra = """
+        from pathlib import Path
+        class Ragged:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                x, y = self.inner[index]
+                return x[: 1 + index % 4], y
+        original = build_dataset
+        def build_dataset(split):
+            return Ragged(original(split))
+        def pad(items, split):
+            length = max(len(x) for x, _ in items) if split == "train" else 4
+            rows = [nn.functional.pad(x, (0, length - len(x))) for x, _ in items]
+            return torch.stack(rows), torch.stack([y for _, y in items])
+        class Sums(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(2, 3)
+            def forward(self, x):
+                if self.training:
+                    Path(__file__).with_name(f"trained-{x.shape[1]}").touch()
+                elif x.shape[1] != 4:
+                    raise ValueError(f"asked with {x.shape[1]}")
+                return self.linear(torch.stack([x.sum(1), x.abs().sum(1)], 1))
+        def build_model():
+            return Sums()
+    """
+    data = {"factory": "plain:build_dataset", "collate": "plain:pad"}
+    plan = {"epochs": 1, "processes": 2, "batch_size": 4}
+    path = write_project(tmp_path / "p", extra=extra, data=data, train=plan)
+    check(path, export=False)
+    train(path)
+    assert {file.name for file in path.parent.glob("trained-*")} >= {"trained-2", "trained-3", "trained-4"}
+
+
 def test_validation_batches_of_different_shapes_are_told_by_check_and_in_the_first_epoch(
     train: Train, tmp_path: Path
 ) -> None:

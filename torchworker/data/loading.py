@@ -89,7 +89,7 @@ class TrainingData:
             num_workers=workers,
             # A worker that lives on would not learn which epoch of a stream begins.
             persistent_workers=workers > 0 and self._stream is None,
-            collate_fn=Collate(build_collate(self._project)),
+            collate_fn=Collate(build_collate(self._project, "train")),
             generator=self._generator,
             pin_memory=self._pin_memory,
             **how,
@@ -342,7 +342,7 @@ class ValidationData:
             sampler=keys,
             num_workers=0 if stream else settings.data_workers,
             persistent_workers=settings.data_workers > 0 and not stream,
-            collate_fn=Collate(build_collate(project)),
+            collate_fn=Collate(build_collate(project, "validation")),
             pin_memory=pin_memory,
         )
 

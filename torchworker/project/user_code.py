@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchworker.contract import CustomMetric, Project, Reference
 from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
 from torchworker.process.phase import building
-from torchworker.project.library import as_metric, as_tensors
+from torchworker.project.library import as_metric, as_tensors, asks_for
 from torchworker.project.metrics import first_output, metric_sum
 from torchworker.project.opened import counts_as_code, counts_as_data
 from torchworker.project.outputs import mapped, parts_of
@@ -177,11 +177,16 @@ def build_function(
     return typing.cast(Callable[..., Any], made)
 
 
-def build_collate(project: Project) -> Callable[[list[Any]], Any]:
-    """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names."""
+def build_collate(project: Project, split: str) -> Callable[[list[Any]], Any]:
+    """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names.
+
+    One with an argument `split` is told of which the items are, `train` or `validation`.
+    """
     if project.collate is None:
         return default_collate
     function = build_function(project.collate, project)
+    if "split" not in project.collate.args and asks_for(function, "split"):
+        function = functools.partial(function, split=split)
     name = f"{project.collate.where}: {project.collate.target}"
 
     def collate(items: list[Any]) -> Any:
@@ -495,6 +500,7 @@ def batches(
     project: Project,
     chosen: int | Sequence[int] | None = None,
     see: Callable[[Any], object] | None = None,
+    split: str = "validation",
 ) -> Iterator[tuple[Any, Tensor]]:
     """Batches of (inputs, target) in order, for reference data.
 
@@ -504,6 +510,7 @@ def batches(
         project: says how to collate.
         chosen: the first so many samples, or those at these places, ascending; None for all.
         see: called with each sample before it is collated.
+        split: of which the dataset is, for the collate function.
 
     Yields:
         Inputs as the data gives them and the target, each [batch, …], on the CPU.
@@ -521,7 +528,7 @@ def batches(
         of = Subset(dataset, range(min(chosen, len(dataset))))  # type: ignore[arg-type]
     elif places is not None:
         of = Subset(dataset, places)
-    collate = build_collate(project)
+    collate = build_collate(project, split)
 
     def collate_seen(items: list[Any]) -> Any:
         for item in items if see is not None else ():

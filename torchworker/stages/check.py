@@ -60,10 +60,14 @@ def check(request: CheckRequest) -> CheckResult:
         datasets[split] = dataset = user_code.build_dataset(project, split)
         sizes[split] = user_code.length_of(dataset)
         groups = SampleGroups(project)
-        some = list(islice(user_code.batches(dataset, settings.batch_size, project, see=groups.add), 2))
+        batches = user_code.batches(dataset, settings.batch_size, project, see=groups.add, split=split)
+        some = list(islice(batches, 2))
         if split == "validation":
             user_code.require_one_shape(some[0], some[-1], project)
         inputs, target = some[0]
+        if split == "validation":
+            # What ships has these shapes; those of training may be others.
+            shipped = some[0]
         outputs, first_loss = try_batch(
             model, loss, some[0], project, request.formats if split == "validation" else None
         )
@@ -90,7 +94,7 @@ def check(request: CheckRequest) -> CheckResult:
         notes.append(no_mean(project, settings))
     _try_step(model, inputs, target, loss, optimizer, project, settings, find_unused)
     facts = facts_of(
-        model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
+        model.eval(), *shipped, request.dynamic, project, train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=value, max_batch=request.max_batch,
         notes=[*frozen, *data.last_batch_notes, *notes], independence=independence,
     )  # fmt: skip

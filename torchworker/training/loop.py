@@ -347,7 +347,8 @@ class Loop:
     def _arrange_buckets(self) -> None:
         """One forward and backward pass whose gradients are thrown away."""
         set_training(self.model, self.settings.freeze)
-        inputs, target = self._place(next(user_code.batches(self.train_set, self.data.local_batch, self.project)))
+        batches = user_code.batches(self.train_set, self.data.local_batch, self.project, split="train")
+        inputs, target = self._place(next(batches))
         user_code.backward(self._loss(inputs, target), self.project)
         self.optimizer.zero_grad()
 
