@@ -1,15 +1,18 @@
-"""Layers that stay as they are, whichever way ranks share the model."""
+"""Layers that stay as they are, whichever way ranks share the model, and what the check says of them and of groups."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support.projects import RESIDUAL, write_project
 from tests.support.training import Train
+from train_and_ship.infra.errors import JobError
+from train_and_ship.ship.check import check
 
 BACKBONE = (
     RESIDUAL
@@ -53,3 +56,20 @@ def test_a_frozen_backbone_ships_bit_by_bit_as_it_was_whichever_way_ranks_share_
         assert torch.equal(whole[name], tensor) is name.startswith("backbone."), name
         assert torch.equal(gathered[name], tensor) is name.startswith("backbone."), name
         torch.testing.assert_close(gathered[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_check_says_how_much_is_trained_and_refuses_a_pattern_that_names_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = {"epochs": 1, "processes": 1, "batch_size": 32}
+    check(write_project(tmp_path / "p", train={**plan, "freeze": ["0.*"]}), export=False)
+    assert "train.freeze: 27 of 67 parameters are trained" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(JobError, match=r"train\.freeze: '7\.\*' names no parameter"):
+        check(write_project(tmp_path / "q", train={**plan, "freeze": ["7.*"]}), export=False)
+
+
+def test_check_refuses_a_group_before_anything_is_trained(tmp_path: Path) -> None:
+    groups = [{"names": ["0.*"], "args": {"betas": [0, 1]}}]
+    path = write_project(tmp_path, train={"epochs": 1, "optimizer": "sgd", "groups": groups})
+    with pytest.raises(JobError, match=r"train\.groups\[0\]: SGD has no option 'betas'"):
+        check(path, export=False)

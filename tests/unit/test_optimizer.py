@@ -17,7 +17,6 @@ from torchworker.project.parameters import freeze
 from torchworker.training.optimizer import build_optimizer, build_schedule
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.ship.check import check
 from train_and_ship.tasks.requests import project_of, train_settings
 
 ONE: dict[str, Any] = {"epochs": 1, "processes": 1, "batch_size": 32}
@@ -179,13 +178,6 @@ def test_a_factory_that_groups_by_itself_is_not_given_groups(tmp_path: Path, fac
     project, settings = opened(tmp_path, optimizer={"factory": f"{__name__}:{factory.__name__}"}, groups=[HEAD])
     with pytest.raises(UserError, match=r"train\.groups: .* asks for (model|named_parameters), and so makes"):
         build_optimizer(project, settings, Net())
-
-
-def test_check_refuses_a_group_before_anything_is_trained(tmp_path: Path) -> None:
-    groups = [{"names": ["0.*"], "args": {"betas": [0, 1]}}]
-    path = write_project(tmp_path, train={**ONE, "optimizer": "sgd", "groups": groups})
-    with pytest.raises(JobError, match=r"train\.groups\[0\]: SGD has no option 'betas'"):
-        check(path, export=False)
 
 
 def rates(folder: Path, steps: int, **train: Any) -> list[float]:

@@ -14,9 +14,7 @@ from torchworker.contract import Project, Reference
 from torchworker.process.failure import UserError
 from torchworker.project.parameters import freeze, set_training
 from torchworker.training.trial import refusal_of_one
-from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.ship.check import check
 from train_and_ship.tasks.requests import train_settings
 
 NOTHING = Reference(target="plain:build_model", where="model.factory")
@@ -85,16 +83,6 @@ def test_a_frozen_batch_norm_may_see_one_sample_alone() -> None:
     batch = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
     assert "more than 1 value per channel" in refusal_of_one(model, loss, batch, PROJECT)
     assert refusal_of_one(model, loss, batch, PROJECT, ["backbone.*"]) == ""
-
-
-def test_the_check_says_how_much_is_trained_and_refuses_a_pattern_that_names_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan = {"epochs": 1, "processes": 1, "batch_size": 32}
-    check(write_project(tmp_path / "p", train={**plan, "freeze": ["0.*"]}), export=False)
-    assert "train.freeze: 27 of 67 parameters are trained" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(JobError, match=r"train\.freeze: '7\.\*' names no parameter"):
-        check(write_project(tmp_path / "q", train={**plan, "freeze": ["7.*"]}), export=False)
 
 
 def test_a_job_without_the_key_has_the_digest_that_it_had(tmp_path: Path) -> None:

@@ -123,6 +123,12 @@ def test_the_label_that_a_loss_of_ones_own_leaves_out_is_found_by_asking_it(
     assert padding_of(loss, outputs, target) == label
 
 
+def test_a_text_over_a_large_vocabulary_is_not_asked_about() -> None:
+    # Two samples of it are half a gigabyte of made-up answers.
+    outputs = torch.zeros(1, 1, 1).expand(2, 2**16, 2**10)
+    assert padding_of(words_first, outputs, torch.zeros(2, 2**16, dtype=torch.long)) is None
+
+
 def test_torchs_own_losses_are_known_and_not_asked() -> None:
     assert padding_of(functional.cross_entropy, SCORES, LABELS) is None
 

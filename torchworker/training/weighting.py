@@ -46,6 +46,8 @@ PLANTED = (0.3, 0.7)
 """Parts of the places of some samples at which such a label is put."""
 PADDED_SAMPLES = 8
 """Samples on which that is asked."""
+ANSWERS = 2**26
+"""Numbers that are made up for it at a time. Two samples of a long text over a large vocabulary need more: not asked."""
 TINY = 1e-30
 
 
@@ -204,8 +206,14 @@ def padding_of(loss: Loss, outputs: Any, target: Tensor) -> int | None:
     """
     if weigh_of(loss) is not None or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None
-    size = min(len(target), PADDED_SAMPLES)
+    try:
+        output = first_output(outputs)
+    except TypeError:
+        return None
+    size = min(len(target), PADDED_SAMPLES, ANSWERS // max(1, output[:1].numel()))
     labels = target[:size].cpu()
+    if size < 2:
+        return None
     try:
         few = mapped(Tensor.cpu, _at(outputs, torch.arange(size, device=target.device), len(target)))
         ask = asked_apart(copy.deepcopy(loss).cpu() if isinstance(loss, nn.Module) else loss)
