@@ -58,6 +58,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         data=_reference(job.data, "data.factory"),
         collate=_optional(job.data.collate, "data.collate"),
         sampler=_optional(job.data.sampler, "data.sampler"),
+        sharded=job.data.sharded,
         group=_optional(job.data.group, "data.group"),
         loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,

@@ -226,6 +226,8 @@ class Project(Message):
     """A callable collate(items) -> (inputs, target); torch's own when None."""
     sampler: Reference | None = None
     """A callable sampler(dataset) -> torch Sampler, or one weight a sample; all samples, shuffled, when None."""
+    sharded: bool = False
+    """Whether streams divide themselves among the ranks; else the ranks take turns through them."""
     group: Reference | None = None
     """A callable group(item) -> what an item of the dataset belongs to; None where samples are independent."""
     loss: str | Reference

@@ -87,13 +87,16 @@ class Retrain(Part):
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"group", "sampler"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"group", "sampler", "sharded"})
 
     collate: Target | Factory | None = None
     """collate(items), or collate(items, split), returns (inputs, target) of a batch; torch's own when absent"""
     sampler: Target | Factory | None = None
     """sampler(dataset) of the training split returns a torch Sampler, or one weight a sample; all samples, shuffled,
     when absent; see training.md"""
+    sharded: bool = False
+    """a stream gives each rank a part of its own (by RANK, or a library's split by node), in place of the ranks taking
+    turns through it; see training.md"""
     snapshot: Snapshot | None = None
     """files that are verified before training; the factory gets their folder as snapshot"""
     checks: Checks | None = None
@@ -173,8 +176,11 @@ class Job(Part):
 
     @model_validator(mode="after")
     def _samples_for_our_loop(self) -> Self:
-        if self.data.sampler is not None and self.train.entrypoint is not None:
-            raise ValueError("no data.sampler with train.entrypoint: a loop of your own reads the data as it likes")
+        given = [name for name in ("sampler", "sharded") if getattr(self.data, name)]
+        if given and self.train.entrypoint is not None:
+            raise ValueError(f"no data.{given[0]} with train.entrypoint: a loop of your own reads the data as it likes")
+        if self.data.sharded and self.train.steps_per_epoch is None:
+            raise ValueError("train.steps_per_epoch with data.sharded: all ranks have to take as many steps")
         return self
 
     @model_validator(mode="after")

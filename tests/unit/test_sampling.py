@@ -52,10 +52,10 @@ def ranks(tmp_path: Path) -> Ranks:
     """The training data of each rank, for a sampler of this file."""
 
     def made(
-        dataset: Dataset[Any], world: int = 1, batch: int = 8, sampler: Any = None, **train: Any
+        dataset: Dataset[Any], world: int = 1, batch: int = 8, sampler: Any = None, sharded: bool = False, **train: Any
     ) -> list[TrainingData]:
         named = f"{__name__}:{sampler.__name__}" if callable(sampler) else sampler
-        data = {"factory": "plain:build_dataset", **({"sampler": named} if sampler else {})}
+        data = {"factory": "plain:build_dataset", **({"sampler": named} if sampler else {}), "sharded": sharded}
         plan = {"epochs": 1, "processes": world, "batch_size": batch, **train}
         job, folder = load_job(write_project(tmp_path, data=data, train=plan))
         project, settings = project_of(job, folder), train_settings(job)
@@ -283,3 +283,29 @@ def test_each_epoch_leaves_out_other_samples(ranks: Ranks) -> None:
 def test_samples_that_do_not_fill_one_batch_are_refused(ranks: Ranks) -> None:
     with pytest.raises(UserError, match=r"train\.drop_last: 7 training samples do not fill one batch of 8"):
         ranks(listed(7), drop_last=True)
+
+
+# ---- streams that divide themselves
+
+
+def test_a_part_of_a_stream_goes_on_from_any_step(ranks: Ranks) -> None:
+    """Each rank has a stream of its own here, of which it takes every sample."""
+    (data, _) = ranks(Stream(40), world=2, sharded=True, steps_per_epoch=5)
+    assert data.epoch_steps == 5 and data.samples == data.size == 40
+    for steps in range(5):
+        assert drawn(data, 2, steps) == list(range(4 * steps, 20))
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "expected"),
+    [
+        ({"sharded": True}, {"epochs": 1}, "train.steps_per_epoch with data.sharded"),
+        ({"sharded": True}, {"entrypoint": "plain:main"}, "no data.sharded with train.entrypoint"),
+    ],
+)
+def test_a_divided_stream_needs_an_end_and_our_loop(
+    tmp_path: Path, data: dict[str, Any], train: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(JobError) as refusal:
+        load_job(write_project(tmp_path, data={"factory": "plain:build_dataset", **data}, train=train))
+    assert expected in str(refusal.value)

@@ -58,7 +58,7 @@ class TrainingData:
         self.size = self._epoch_size(dataset)
         """Samples of an epoch, over all ranks; some stay unused with `drop_last`."""
         length = length_of(dataset)
-        self.samples = self.size if length is None else length
+        self.samples = self.size if length is None or project.sharded else length
         """Samples of the split; without a len() those of an epoch."""
         self.joined = False
         """Whether a last batch of one sample is joined to the batch before it."""
@@ -68,10 +68,10 @@ class TrainingData:
         self._sampler: ResumableSampler | DrawnSamples | None = None
         self._stream: StreamShare | None = None
         if isinstance(dataset, IterableDataset):
-            most = None if length_of(dataset) is not None else self.size
+            length = None if project.sharded else length_of(dataset)
             self._stream = StreamShare(
-                dataset, project.data.where, seed=settings.seed, world=world, rank=rank, size=length_of(dataset),
-                most=most,
+                dataset, project.data.where, seed=settings.seed, **_turns(project, world, rank), size=length,
+                most=None if length is not None else self.size // (world if project.sharded else 1),
             )  # fmt: skip
         elif self._draws is not None:
             self._sampler = DrawnSamples(self._draws.places, self.size, world, rank)
@@ -149,6 +149,14 @@ class TrainingData:
     def _epoch_size(self, dataset: Dataset[Any]) -> int:
         where, settings = self._project.data.where, self._settings
         size = self._draws.size if self._draws is not None else length_of(dataset)
+        if self._project.sharded:
+            if not isinstance(dataset, IterableDataset):
+                raise UserError(
+                    f"data.sharded: {where} gives a map-style dataset for training, which the ranks share by its "
+                    "places; take data.sharded out"
+                )
+            # What it says of itself may be of a part.
+            size = None
         if isinstance(dataset, IterableDataset) and settings.data_workers > 1:
             raise UserError(
                 f"train.data_workers: expected 0 or 1 for an iterable dataset, which several workers would each read "
@@ -210,7 +218,8 @@ class TrainingData:
         """
         consumed = steps * self._settings.batch_size
         if self._stream is not None:
-            self._stream.epoch, self._stream.consumed = epoch, consumed
+            parts = self._world if self._project.sharded else 1
+            self._stream.epoch, self._stream.consumed = epoch, consumed // parts
         if self._sampler is not None:
             self._sampler.set_epoch(epoch)
             self._sampler.consumed = min(consumed, self._sampler.total_size)
@@ -249,11 +258,16 @@ def _nothing(items: list[Any]) -> None:
     """A batch of which only the hashes are wanted."""
 
 
+def _turns(project: Project, world: int, rank: int) -> dict[str, int]:
+    """How many take turns through a stream, and which of them this rank is; one that divides itself it has alone."""
+    return {"world": 1, "rank": 0} if project.sharded else {"world": world, "rank": rank}
+
+
 def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
     """What a person should know of a stream that the ranks are to share. Every rank calls it.
 
     Raises UserError when the stream gives each rank something else, as recipes for one rank alone do: a rank would keep
-    only a part of its part.
+    only a part of its part. With `data.sharded` it has to.
     """
     world = dist.get_world_size()
     if world == 1 or not isinstance(dataset, IterableDataset):
@@ -261,6 +275,14 @@ def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
     first, again = [0] * world, [0] * world
     dist.all_gather_object(first, _first_digest(dataset, project, seed))
     other = next((rank for rank in range(world) if first[rank] != first[0]), None)
+    if project.sharded:
+        if other is None:
+            raise UserError(
+                f"data.sharded: a stream of {project.data.where} begins with the same sample in all {world} ranks, so "
+                "it does not divide itself, and each would train on all of it; have it give each rank a part, by RANK "
+                "and WORLD_SIZE of the environment, or take data.sharded out: the ranks then take turns through it"
+            )
+        return []
     if other is None:
         return []
     dist.all_gather_object(again, _first_digest(dataset, project, seed))
@@ -269,7 +291,7 @@ def one_stream(dataset: Dataset[Any], project: Project, seed: int) -> list[str]:
             f"{project.data.where}: the stream begins with another sample in rank {other} than in rank 0, so it "
             f"{situations.DIVIDED_STREAM} (by torch.distributed.get_rank(), RANK, or a library's split by node). The "
             f"ranks take turns through one stream, and each would keep one of {world} samples of its own part alone; "
-            "give every rank the whole stream"
+            "give every rank the whole stream, or say data.sharded: true"
         )
     return [
         f"{project.data.where}: {situations.DRAWN_STREAM}, so it draws from "
@@ -331,7 +353,7 @@ class ValidationData:
         keys: PassKeys | None = None
         if isinstance(dataset, IterableDataset):
             share = StreamShare(
-                dataset, project.data.where, seed=settings.seed, world=world, rank=rank, size=None, most=None
+                dataset, project.data.where, seed=settings.seed, **_turns(project, world, rank), size=None, most=None
             )
         else:
             share = HashedOnce(NamedDataset(dataset, world, rank))

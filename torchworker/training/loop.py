@@ -200,7 +200,8 @@ class Loop:
                 environment=environment(self.device, self.settings),
                 notes=[*self.notes, *self.checkpoints.failures],
                 cpu_seconds=cpu_seconds,
-                read=read,
+                # The first steps of each part are not the first ones of the whole.
+                read=read if self.world == 1 or not self.project.sharded else {"validation": read["validation"]},
                 ignored=self.ignored,
                 shipped_epoch=self.best.epoch or len(self.history),
                 chosen_by=settings.watched if self.best.epoch else "",

@@ -47,7 +47,7 @@ PLANTED = (0.3, 0.7)
 PADDED_SAMPLES = 8
 """Samples on which that is asked."""
 ANSWERS = 2**26
-"""Numbers that are made up for it at a time. Two samples of a long text over a large vocabulary need more: not asked."""
+"""Numbers that are made up for it at a time. Two samples of a long text over a large vocabulary may need more."""
 TINY = 1e-30
 
 
