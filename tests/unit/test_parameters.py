@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.projects import write_project
-from torchworker.contract import Project, Reference
+from torchworker.contract import Project, Reference, TrainSettings, decode
 from torchworker.process.failure import UserError
 from torchworker.project.parameters import freeze, set_training
 from torchworker.training.trial import refusal_of_one
+from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import train_settings
 
@@ -85,9 +88,22 @@ def test_a_frozen_batch_norm_may_see_one_sample_alone() -> None:
     assert refusal_of_one(model, loss, batch, PROJECT, ["backbone.*"]) == ""
 
 
-def test_a_job_without_the_key_has_the_digest_that_it_had(tmp_path: Path) -> None:
-    job, _ = load_job(write_project(tmp_path))
-    assert "freeze" not in job.model_dump(mode="json")["train"]
-    frozen, _ = load_job(write_project(tmp_path, train={"epochs": 1, "freeze": ["0.*"]}))
-    assert frozen.model_dump(mode="json")["train"]["freeze"] == ["0.*"]
-    assert train_settings(frozen).freeze == ("0.*",)
+def test_a_job_without_the_keys_has_the_digest_that_it_had_and_one_with_them_is_read_back_from_its_record(
+    tmp_path: Path,
+) -> None:
+    later = {"freeze", "groups", "warmup", "drop_last", "sampler", "sharded"}
+    plain = load_job(write_project(tmp_path))[0].model_dump(mode="json")
+    assert not later & (plain["train"].keys() | plain["data"].keys())
+    groups = [{"names": ["*.bias"], "weight_decay": 0}, {"names": ["2.*"], "args": {"betas": [0.8, 0.9]}}]
+    train = {"epochs": 1, "freeze": ["0.*"], "groups": groups, "schedule": "warmup_cosine", "warmup": 2}
+    train |= {"drop_last": True, "metrics": ["f1_score"]}
+    data = {"factory": "plain:build_dataset", "sampler": {"factory": "plain:weights", "args": {"power": 0.5}}}
+    job, _ = load_job(write_project(tmp_path, train=train, data=data))
+    record = json.loads(json.dumps(job.model_dump(mode="json"), sort_keys=True))
+    again = Job.from_record(record)
+    assert again == job and again.digest() == job.digest()
+    turned, _ = load_job(write_project(tmp_path, train={**train, "groups": groups[::-1]}, data=data))
+    assert turned.training_digest() != job.training_digest(), "the first of two groups counts"
+    settings = decode(TrainSettings, json.loads(json.dumps(dataclasses.asdict(train_settings(job)))))
+    assert (settings.freeze, settings.warmup, settings.drop_last) == (("0.*",), 2, True)
+    assert [group.options for group in settings.groups] == [{"weight_decay": 0}, {"betas": [0.8, 0.9]}]
