@@ -264,13 +264,15 @@ def _sizes(record: ReleaseRecord) -> dict[str, int]:
 
 
 def _signature(record: ReleaseRecord) -> dict[str, str]:
-    """Each tensor's dtype and shape, and the file of each format."""
+    """Each tensor's dtype and shape, what the columns of the first output are called, and the file of each format."""
     tensors = {
         f"{side[:-1]} {tensor['name']}": f"{tensor['dtype']} {tensor['shape']}"
         for side, listed in record.manifest.signature.items()
         if side in ("inputs", "outputs")
         for tensor in listed
     }
+    labels = record.manifest.signature.get("labels")
+    tensors |= {"labels": ", ".join(labels)} if labels else {}
     return {**tensors, **{f"format {kind}": path for kind, path in record.manifest.formats.items()}}
 
 
@@ -319,6 +321,7 @@ GROUPS: Mapping[str, Callable[[ReleaseRecord], Mapping[str, Any]]] = {
     "parity": _parity,
     "latency": _latencies,
     "size": _sizes,
+    "files": lambda record: {name: entry.sha256[:12] for name, entry in record.manifest.shipped.items()},
     "signature": _signature,
     "code": lambda record: {**_lineage(record, CODE), **_inputs(record, "code")},
     "data": lambda record: {**_lineage(record, DATA), **_inputs(record, "data")},

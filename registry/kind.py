@@ -57,7 +57,7 @@ class Kind:
     formats: Mapping[str, str] = field(default_factory=dict)
     """Format to file."""
     classes: Sequence[str] = ()
-    """Names of its classes, in the order of its outputs."""
+    """Names of its classes, in the order of its outputs, as its data has them."""
     labels: Mapping[str, int] = field(default_factory=dict)
     """Whole-number target to how many it was trained on."""
     model: Mapping[str, str] = field(default_factory=dict)
@@ -308,8 +308,13 @@ def _range_text(low: int, high: float) -> str:
 
 
 def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
-    if live.classes and candidate.classes:
-        yield from _names(live.classes, candidate.classes)
+    names, other_names = _label_names(live), _label_names(candidate)
+    if names and other_names:
+        yield from _names(names, other_names)
+        return
+    if "labels" in live.signature and not other_names:
+        # Whoever serves it shows them.
+        yield KindChange(kind=LABELS, of="labels", live=", ".join(names[:MOST_TEXTS]), candidate=NONE)
         return
     before, after = _classes_of(live), _classes_of(candidate)
     if not before or not after:
@@ -319,6 +324,11 @@ def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
     if gone or new:
         counts = [f"{len(found)} ({_some(found)})" for found in (before, after)]
         yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
+
+
+def _label_names(kind: Kind) -> Sequence[str]:
+    """What the columns of its first output are called; of a release from before that was recorded, its classes."""
+    return kind.signature.get("labels") or kind.classes
 
 
 def _names(live: Sequence[str], candidate: Sequence[str]) -> Iterator[KindChange]:

@@ -36,7 +36,7 @@ class Files:
     listed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Folder whose content they asked for, to the names of files with endings that they read there."""
     named: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By glob of `retrain.files`."""
+    """By glob of `retrain.files`, and by name of `export.files`."""
     native: Sequence[str] = ()
     """Of what was opened, that which was opened below Python: by the model, or at the same time by somebody else."""
 
@@ -61,6 +61,10 @@ def files_of(job: Job, project: Path, hashes: FileHashes) -> tuple[str, Files]:
         for pattern in job.retrain.files
         if not pattern.startswith("!")
     }
+    for shipped in job.export.files:
+        place = project / shipped
+        paths = sorted(place.rglob("*")) if place.is_dir() else [place]
+        named[shipped] = {name_of(path, project): hashes.sha256(path)[:DIGITS] for path in paths if path.is_file()}
     hashes.save()
     return code_fingerprint(found), Files(code={file.name: file.sha256[:DIGITS] for file in found}, named=named)
 

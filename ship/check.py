@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,25 +41,28 @@ from train_and_ship.tasks.requests import (
     required_formats,
     train_settings,
 )
+from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.trial import TrialExport, try_export
 from train_and_ship.tasks.worker import ask_worker
 
 
-def check(job_file: Path, export: bool = True) -> None:
+def check(job_file: Path, export: bool = True, changes: Sequence[str] = ()) -> None:
     """Print the job's facts.
 
     Args:
         job_file: of the job.
         export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+        changes: what the job says otherwise than its file, as `load_job` takes it.
 
     Raises:
         JobError: one message a mistake.
         GateError: the data fails its checks, or an artifact is not the model.
     """
-    job, folder = load_job(job_file)
+    job, folder = load_job(job_file, changes)
     require_extras(job)
     require_variables(job)
+    require_files(job, folder)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
     console = Console()
     found = asyncio.run(_build(job, folder, snapshot, export, console))
@@ -152,6 +156,11 @@ def _int8(job: Job) -> str:
     return "\n".join(f"{kind}: {INT8_FILES[kind]}, if it is as good and faster" for kind in job.export.int8.wanted)
 
 
+def _files(job: Job) -> str:
+    written = [f"what {job.export.extras} writes"] if job.export.extras is not None else []
+    return ", ".join([*job.export.files, *written])
+
+
 def _served(job: Job) -> str:
     if job.export.serve == "none":
         return "nothing is recommended"
@@ -198,6 +207,8 @@ def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
         *_training(job, result),
         ("exports", "\n".join(_exports(job, found.trial))),
         *([("int8", _int8(job))] if job.export.int8 is not None else []),
+        *([("files", _files(job))] if job.export.files or job.export.extras is not None else []),
+        *([("labels", ", ".join(job.export.labels))] if job.export.labels else []),
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
         *([("env", ", ".join(job.env))] if job.env else []),

@@ -11,17 +11,38 @@ from typing import Annotated
 
 import typer
 
+from train_and_ship.ship.examples import examples_of
+
 # Only light imports here: `ship --help` must be instant. Each command imports what it needs.
 app = typer.Typer(
     name="ship",
     help="Train a PyTorch model, prove its exports equal to it, and ship it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+STACK, TRAINING, RELEASES, SERVING, CARE = "The local stack", "Training", "Releases", "Serving", "Keeping order"
+"""Under which commands are listed."""
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        from train_and_ship.ship.version import versions
+
+        typer.echo(versions())
+        raise typer.Exit()
+
+
+@app.callback()
+def ship(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and of what it uses."),
+    ] = False,
+) -> None:
+    """Train a PyTorch model, prove its exports equal to it, and ship it."""
+
+
+@app.command(rich_help_panel=STACK)
 def up() -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
     from train_and_ship.infra import stack
@@ -55,7 +76,7 @@ def up() -> None:
         typer.echo(line)
 
 
-@app.command()
+@app.command(rich_help_panel=STACK)
 def down() -> None:
     """Stop the local stack and everything it started; data stays."""
     from train_and_ship.infra import stack
@@ -64,18 +85,30 @@ def down() -> None:
     stack.down(Settings.load(), typer.echo)
 
 
-@app.command()
-def status() -> None:
+@app.command(rich_help_panel=STACK)
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show what runs, and for every model what is live, what retraining decided, and when it is asked again.
 
     Exits with 1 unless everything is up.
     """
     from train_and_ship.ship.status import status
 
-    status()
+    status(as_json)
 
 
-@app.command()
+@app.command(name="open", rich_help_panel=STACK)
+def open_page(
+    page: Annotated[str, typer.Argument(help="prefect, mlflow, or report with a model.")] = "prefect",
+    model: Annotated[str, typer.Argument(help="Whose newest run.")] = "",
+    only_print: Annotated[bool, typer.Option("--print", help="Print the address alone.")] = False,
+) -> None:
+    """Open a page in the browser: Prefect, MLflow, or the report of a model's newest run on this machine."""
+    from train_and_ship.ship.pages import open_page
+
+    open_page(page, model, only_print)
+
+
+@app.command(rich_help_panel=STACK)
 def password(
     env: Annotated[bool, typer.Option("--env", help="Print what a shell exports, for Python, curl and aws.")] = False,
 ) -> None:
@@ -85,33 +118,8 @@ def password(
     password(env)
 
 
-@app.command()
-def deploy(
-    jobs: Annotated[list[Path], typer.Argument(help="job files, one a model")],
-    cron: Annotated[str | None, typer.Option(help='when, such as "0 2 * * *"; as in prefect.yaml when absent')] = None,
-    timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
-) -> None:
-    """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
-    from train_and_ship.ship.deploy import deploy
-
-    deploy(jobs, cron, timezone)
-
-
-@app.command()
-def approve(
-    run: Annotated[str, typer.Argument(help="id of the flow run that waits")],
-    reject: Annotated[bool, typer.Option("--reject", help="say no")] = False,
-    by: Annotated[str, typer.Option(help="your name, for the record; your account when absent")] = "",
-    comment: str = "",
-) -> None:
-    """Answer a run that waits for a person's approval, as its page in Prefect does."""
-    from train_and_ship.ship.approve import approve
-
-    approve(run, not reject, by, comment)
-
-
 channel_app = typer.Typer(help="What moves of a channel take: whether a person has to say yes.", no_args_is_help=True)
-app.add_typer(channel_app, name="channel")
+app.add_typer(channel_app, name="channel", rich_help_panel=RELEASES)
 Named = Annotated[
     list[str], typer.Argument(metavar="[MODEL] CHANNEL", help="The model may be left out when there is only one.")
 ]
@@ -138,15 +146,26 @@ def channel_show(names: Named, as_json: Annotated[bool, typer.Option("--json", h
     show_channel(names, as_json)
 
 
-@app.command()
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="What the job says otherwise this once, such as train.epochs=1; can be repeated.",
+    ),
+]
+
+
+@app.command(rich_help_panel=TRAINING)
 def check(
     job: Path,
     no_export: Annotated[bool, typer.Option("--no-export", help="Do not export the untrained model.")] = False,
+    changes: Set = None,
 ) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
     from train_and_ship.ship.check import check
 
-    check(job, export=not no_export)
+    check(job, not no_export, changes or ())
 
 
 Allow = Annotated[
@@ -158,19 +177,21 @@ Allow = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def run(
     job: Path,
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
     allow: Allow = None,
+    changes: Set = None,
+    channel: Annotated[str, typer.Option(help="Put it live on this channel, whatever the job says.")] = "",
 ) -> None:
     """Train, export, validate, register and promote one job, here and now."""
     from train_and_ship.ship.run import run
 
-    run(job, resume, allow)
+    run(job, resume, allow, [*(changes or ()), *([f"release.channel={channel}"] if channel else ())])
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def retrain(
     job: Path,
     why: Annotated[str, typer.Option(help="What is new, for the record.")] = "",
@@ -184,7 +205,44 @@ def retrain(
     retrain(job, why, force, resume, allow)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
+def logs(
+    model: str,
+    run: Annotated[str, typer.Argument(help="Id of the flow run; the newest on this machine when left out.")] = "",
+    follow: Annotated[bool, typer.Option(help="Go on until the run has ended.")] = False,
+) -> None:
+    """Show the log of a model's run, as Prefect has it."""
+    from train_and_ship.ship.logs import logs
+
+    logs(model, run, follow)
+
+
+@app.command(rich_help_panel=TRAINING)
+def deploy(
+    jobs: Annotated[list[Path], typer.Argument(help="job files, one a model")],
+    cron: Annotated[str | None, typer.Option(help='when, such as "0 2 * * *"; as in prefect.yaml when absent')] = None,
+    timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
+) -> None:
+    """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
+    from train_and_ship.ship.deploy import deploy
+
+    deploy(jobs, cron, timezone)
+
+
+@app.command(rich_help_panel=TRAINING)
+def approve(
+    run: Annotated[str, typer.Argument(help="id of the flow run that waits")],
+    reject: Annotated[bool, typer.Option("--reject", help="say no")] = False,
+    by: Annotated[str, typer.Option(help="your name, for the record; your account when absent")] = "",
+    comment: str = "",
+) -> None:
+    """Answer a run that waits for a person's approval, as its page in Prefect does."""
+    from train_and_ship.ship.approve import approve
+
+    approve(run, not reject, by, comment)
+
+
+@app.command(rich_help_panel=TRAINING)
 def snapshot(
     folder: Path, to: Annotated[str, typer.Option(help="Bring it to s3://bucket/prefix as well.")] = ""
 ) -> None:
@@ -199,7 +257,7 @@ Why = Annotated[str, typer.Option(help="The reason, for the record.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@app.command(rich_help_panel=SERVING)
 def pull(
     model: str,
     channel: Channel = "prod",
@@ -212,7 +270,7 @@ def pull(
     pull(model, channel, to, follow)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVING)
 def serve(
     model: str,
     channel: Channel = "prod",
@@ -236,7 +294,7 @@ def serve(
     serve(model, channel, to, port, interval, batch_size, max_stale, limits)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVING)
 def view(
     layout: Annotated[str, typer.Argument(help="triton, kserve or mlserver.")],
     model: str,
@@ -253,7 +311,7 @@ def view(
     view(layout, model, channel, backend, to, follow)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def sign(model: str, release: str) -> None:
     """Sign a release that is in the bucket already, with the key that SHIP_SIGNING_KEY names."""
     from train_and_ship.ship.sign import sign
@@ -261,7 +319,7 @@ def sign(model: str, release: str) -> None:
     sign(model, release)
 
 
-@app.command()
+@app.command(rich_help_panel=CARE)
 def iam(
     role: Annotated[str, typer.Argument(help="trainer, promoter, owner, reader, gc, viewer or server.")],
     model: Annotated[str, typer.Option(help="For this model alone; a role that writes needs one.")] = "*",
@@ -282,7 +340,7 @@ def iam(
     iam(role, model, channel, kms_key, write_once)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def history(
     model: str,
     channel: Channel = "prod",
@@ -299,7 +357,7 @@ def history(
         history(model, channel, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def live(
     model: str,
     channel: Channel = "prod",
@@ -314,7 +372,7 @@ def live(
     live(model, channel, at, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def diff(
     releases: Annotated[
         list[str],
@@ -328,7 +386,7 @@ def diff(
     diff(releases, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def rollback(
     model: str,
     why: Why,
@@ -344,7 +402,7 @@ def rollback(
     rollback(model, channel, to, why, quick)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def promote(
     model: str,
     why: Why,
@@ -363,7 +421,7 @@ def promote(
     promote(model, source, to, why, not no_gates, again, allow, load_unsigned)
 
 
-@app.command()
+@app.command(rich_help_panel=CARE)
 def doctor(
     model: Annotated[str, typer.Argument(help="All models when left out.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be mended.")] = False,
@@ -374,7 +432,7 @@ def doctor(
     doctor(model, dry_run)
 
 
-@app.command()
+@app.command(rich_help_panel=CARE)
 def gc(
     model: Annotated[str, typer.Argument(help="All models when left out.")] = "",
     keep: Annotated[int, typer.Option(help="How many releases of each channel stay.")] = 5,
@@ -395,7 +453,7 @@ def gc(
     gc(model, Policy(keep_last=keep, slowest_reader=reader, grace=wait), apply, delete_versions)
 
 
-@app.command()
+@app.command(rich_help_panel=CARE)
 def schema(markdown: bool = False) -> None:
     """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""
     import json
@@ -404,6 +462,12 @@ def schema(markdown: bool = False) -> None:
     from train_and_ship.ship.job_reference import job_reference
 
     typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
+
+
+for group, words in ((app, ""), (channel_app, "channel ")):
+    for command in group.registered_commands:
+        assert command.callback is not None, "each is a function"
+        command.epilog = examples_of(words + (command.name or command.callback.__name__))
 
 
 def main() -> None:

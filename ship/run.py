@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.named import named_kinds
 from train_and_ship.tasks.extras import require_variables
+from train_and_ship.tasks.shipped import require_files
 
 if TYPE_CHECKING:
     from train_and_ship.tasks.results import RetrainResult
@@ -26,16 +27,25 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def run(job_file: Path, resume: str, allow: list[str] | None) -> None:
+def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[str]) -> None:
     """Run train-and-ship once, going on with an earlier run when `resume` names one.
+
+    Args:
+        job_file: what is to be done.
+        resume: id of the earlier run; empty for a new one.
+        allow: kinds in which the release may be another than what is live.
+        changes: what is to be done otherwise than the file says, as `load_job` takes it.
 
     Raises ShipError with one message when it does not end with a promotion.
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
-    job, _ = load_job(job_file)
+    job, project = load_job(job_file, changes)
     kinds = named_kinds(allow)
-    _prepare(job, resume, reads_data=True)
+    _prepare(job, project, resume, reads_data=True)
     from train_and_ship.flows.train_and_ship import train_and_ship
+    from train_and_ship.tasks.job_file import read_with
+
+    read_with(changes)
 
     shipped = _ended(train_and_ship(job=str(job_file), resume=resume, allow=kinds))
     typer.echo(
@@ -50,11 +60,11 @@ def run(job_file: Path, resume: str, allow: list[str] | None) -> None:
 
 def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str] | None) -> None:
     """Run retrain once. Raises ShipError with one message when there is no candidate, or no gate lets it through."""
-    job, _ = load_job(job_file)
+    job, project = load_job(job_file)
     job.unattended()
     kinds = named_kinds(allow)
     # What the manifest of a snapshot says may be the answer, and nobody needs torch.
-    _prepare(job, resume, reads_data=job.data.snapshot is None)
+    _prepare(job, project, resume, reads_data=job.data.snapshot is None)
     from train_and_ship.flows.retrain import retrain
 
     # Called, a flow that ends with a state of its own gives that state's result.
@@ -65,11 +75,12 @@ def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str]
     typer.echo("\n".join(["", result.title, *lines]))
 
 
-def _prepare(job: Job, resume: str, *, reads_data: bool) -> None:
+def _prepare(job: Job, project: Path, resume: str, *, reads_data: bool) -> None:
     """What has to be so before Prefect is imported: its server answers, and its settings are in the environment."""
     leave_worker()
     settings = Settings.load()
     require_variables(job)
+    require_files(job, project)
     if resume:
         run_folder(settings.runs / job.name, "", resume)
     require_prefect(settings)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from train_and_ship.registry.text import file_size
 from train_and_ship.ship.password import how_to_get_in
 
 FLOW = "retrain"
+WIDE = 120
+"""Columns of a terminal from which on models are shown as a table."""
 COLOURS = {"up": "green", "external": "cyan"}
 
 
@@ -47,6 +50,21 @@ class ChannelStatus:
     unreadable: str = ""
     """Why the bucket's records of it cannot be read; the other fields are empty then."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The facts, times in ISO 8601; null for what there is not."""
+        last = self.last
+        return {
+            "model": self.model,
+            "channel": self.channel,
+            "release": self.live.release if self.live else None,
+            "since": self.live.moved_at if self.live else None,
+            "decision": {"at": decided_at(last).isoformat(), "decision": last.decision, "why": last.why}
+            if last
+            else None,
+            "next": self.next.isoformat() if self.next else None,
+            **({"unreadable": self.unreadable} if self.unreadable else {}),
+        }
+
     def row(self, now: datetime) -> tuple[str, ...]:
         """The cells of the table: model, channel, release, its age, the last decision, why, and the next run."""
         moved = moved_at(self.live) if self.live else None
@@ -61,11 +79,23 @@ class ChannelStatus:
             f"{self.next.astimezone():%Y-%m-%d %H:%M %z}" if self.next else "–",
         )
 
+    def lines(self, now: datetime) -> tuple[str, ...]:
+        """The same for a narrow terminal: what is live, then what was decided, and when it is asked again."""
+        model, channel, release, age, decided, why, then = self.row(now)
+        live = f"{release}, since {age}" if self.live else f"{release}{f': {why}' if self.unreadable else ''}"
+        told = [f"{model} {channel}: {live}"]
+        if self.last:
+            told.append(f"  {decided}: {why}")
+        return (*told, f"  next run {then}") if self.next else tuple(told)
 
-def status() -> None:
+
+def status(as_json: bool) -> None:
     """Print both tables. Exits with 1 unless everything is up and every model's records can be read."""
     settings, console = Settings.load(), Console()
     rows = stack.status(settings)
+    if as_json:
+        _print_json(settings, rows)
+        return
     # Folded, not cut: an address is there to be copied.
     components = Table("component", Column("url", overflow="fold"), "pid", Column("state", no_wrap=True))
     for row in rows:
@@ -84,6 +114,27 @@ def status() -> None:
         raise typer.Exit(1) from None
     _print_models(found, console)
     if any(row.unreadable for row in found):
+        raise typer.Exit(1)
+
+
+def _print_json(settings: Settings, rows: Sequence[stack.Status]) -> None:
+    """The same for programs. Of the models nothing where a server is away, with `error`. Exits as `status` does."""
+    up = all(row.state in COLOURS for row in rows)
+    found: list[ChannelStatus] = []
+    error = ""
+    if up:
+        try:
+            found = channel_statuses(ObjectStore.from_settings(settings), next_runs(settings))
+        except ShipError as reason:
+            error = str(reason)
+    document = {
+        "components": [asdict(row) for row in rows],
+        "disk": asdict(janitor.usage(settings)),
+        "models": [row.as_json() for row in found],
+        **({"error": error} if error else {}),
+    }
+    typer.echo(json.dumps(document, indent=2))
+    if not up or error or any(row.unreadable for row in found):
         raise typer.Exit(1)
 
 
@@ -161,9 +212,16 @@ def soonest(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[tuple[str, 
 def _print_models(found: Sequence[ChannelStatus], console: Console) -> None:
     if not found:
         return
+    now = datetime.now(UTC)
+    if console.width < WIDE:
+        for row in found:
+            for line in row.lines(now):
+                # Cut, not folded: a reason is told whole by `ship history --decisions`.
+                text = on_one_line(line.strip(), console.width - 2)
+                console.print(f"  {text}" if line.startswith(" ") else text, markup=False, highlight=False)
+        return
     model, live = Column("model", no_wrap=True), Column("live", no_wrap=True)
     table = Table(model, "channel", live, "age", "last run", "why", "next run")
-    now = datetime.now(UTC)
     for row in found:
         table.add_row(*(escape(on_one_line(cell)) for cell in row.row(now)))
     console.print(table)

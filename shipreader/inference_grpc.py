@@ -103,6 +103,9 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
         """Protocol."""
         async with _refusals(context):
             document = self._served.metadata(self._served.named(request.name, request.version))
+            for output in document["outputs"]:
+                # Over gRPC metadata have none: a request asks for them.
+                output.pop("parameters", None)
             return messages.ModelMetadataResponse(**document)
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
@@ -170,7 +173,13 @@ def _asked(request: Any, model: Model) -> Request:
     for place, item in enumerate(request.inputs):
         tensor, shape = signature.inputs[item.name], shapes[item.name]
         inputs[item.name] = from_bytes(tensor, shape, raw[place]) if raw else _typed(tensor, shape, item)
-    return Request(called, inputs, outputs, sizes, frozenset(outputs if raw else ()))
+    # Looking up what is not there would add it.
+    said = {
+        item.name: signature.parameters_of(item.name)
+        for item in request.outputs
+        if "labels" in item.parameters and item.parameters["labels"].bool_param
+    }
+    return Request(called, inputs, outputs, sizes, frozenset(outputs if raw else ()), said)
 
 
 def _typed(tensor: Tensor, shape: list[int], item: Any) -> Any:
@@ -192,6 +201,8 @@ def _reply(asked: Request, outputs: list[Any], model: Model) -> Any:
     for name, array in zip(asked.outputs, outputs, strict=True):
         datatype = model.signature.outputs[name].datatype
         item = reply.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        for key, text in asked.said.get(name, {}).items():
+            item.parameters[key].string_param = text
         if raw:
             reply.raw_output_contents.append(array.tobytes())
         else:

@@ -61,7 +61,10 @@ class Served:
             "versions": [model.version],
             "platform": "onnxruntime_onnx",
             "inputs": [tensor.metadata() for tensor in model.signature.inputs.values()],
-            "outputs": [tensor.metadata() for tensor in model.signature.outputs.values()],
+            "outputs": [
+                {**tensor.metadata(), **({"parameters": said} if (said := model.signature.parameters_of(name)) else {})}
+                for name, tensor in model.signature.outputs.items()
+            ],
         }
 
     @property

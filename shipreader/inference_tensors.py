@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -85,6 +85,9 @@ class Signature:
     outputs: Mapping[str, Tensor]
     ranges: Mapping[str, tuple[int, int | None]]
     """Smallest and largest size of each dynamic dimension; None for no limit."""
+    labels: str = ""
+    """What the columns of the first output are called: a list as JSON, as parameters of the protocol are texts; empty
+    where the release does not say."""
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Signature:
@@ -96,7 +99,13 @@ class Signature:
             }
             for side in ("inputs", "outputs")
         )
-        return cls(inputs, outputs, {dim["name"]: (dim["min"], dim["max"]) for dim in document.get("dims", ())})
+        ranges = {dim["name"]: (dim["min"], dim["max"]) for dim in document.get("dims", ())}
+        labels = document.get("labels")
+        return cls(inputs, outputs, ranges, json.dumps(labels, ensure_ascii=False) if labels else "")
+
+    def parameters_of(self, output: str) -> dict[str, str]:
+        """What is said of an output beside its numbers: `labels` of the first one, for whoever asks for them."""
+        return {"labels": self.labels} if self.labels and output == next(iter(self.outputs)) else {}
 
     def require_names(self, given: Sequence[str]) -> None:
         """Raises RequestError unless each input is given once."""
@@ -204,6 +213,8 @@ class Request:
     """Of the dynamic dimensions of the inputs."""
     binary: frozenset[str] = frozenset()
     """Outputs to be answered as bytes."""
+    said: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Output to what is asked to be said of it beside its numbers."""
 
 
 # ---- one tensor
@@ -365,7 +376,7 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
     }
     # Before anything is made of them.
     sizes = signature.require_sizes(shapes)
-    outputs, binary = _wanted(document, signature)
+    outputs, binary, said = _wanted(document, signature)
     signature.require_small_answer(outputs, sizes)
     called = require_id(document.get("id"))
     inputs: Arrays = {}
@@ -384,7 +395,7 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
         rest = rest[size:]
     if rest:
         raise RequestError(f"expected as many bytes behind the JSON as binary_data_size says; {len(rest)} are left")
-    return Request(called, inputs, outputs, sizes, binary)
+    return Request(called, inputs, outputs, sizes, binary, said)
 
 
 def answer(
@@ -404,13 +415,16 @@ def answer(
     items, tail = [], []
     for name, array in zip(request.outputs, outputs, strict=True):
         item: dict[str, Any] = {"name": name, "datatype": DATATYPES[array.dtype.name], "shape": list(array.shape)}
+        parameters: dict[str, Any] = {**request.said.get(name, {})}
         if name in request.binary:
             data = np.ascontiguousarray(array).tobytes()
-            item["parameters"] = {"binary_data_size": len(data)}
+            parameters["binary_data_size"] = len(data)
             tail.append(data)
         else:
             _require_numbers(name, array)
             item["data"] = np.ascontiguousarray(array).ravel()
+        if parameters:
+            item["parameters"] = parameters
         items.append(item)
     document = {"model_name": model, "model_version": version, "outputs": items}
     if request.id:
@@ -470,14 +484,17 @@ def _parameters(item: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return found
 
 
-def _wanted(document: Mapping[str, Any], signature: Signature) -> tuple[list[str], frozenset[str]]:
-    """Outputs in the order to answer, and which of them as bytes."""
+def _wanted(
+    document: Mapping[str, Any], signature: Signature
+) -> tuple[list[str], frozenset[str], dict[str, dict[str, str]]]:
+    """Outputs in the order to answer, which of them as bytes, and what is to be said of which."""
     every = bool(_parameters(document, "request").get("binary_data_output"))
     items = document.get("outputs") or []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RequestError("expected outputs, a list of objects with a name")
     names = signature.outputs_named([str(item.get("name")) for item in items])
     binary = set(names) if every else set()
+    said = {}
     # Without items, all are answered as `every` says.
     for name, item in zip(names, items, strict=False):
         parameters = _parameters(item, f"output {name}")
@@ -485,4 +502,6 @@ def _wanted(document: Mapping[str, Any], signature: Signature) -> tuple[list[str
             raise RequestError(f"output {name}: classification is not served; ask for the numbers")
         if "binary_data" in parameters:
             (binary.add if parameters["binary_data"] else binary.discard)(name)
-    return names, frozenset(binary)
+        if parameters.get("labels"):
+            said[name] = signature.parameters_of(name)
+    return names, frozenset(binary), said

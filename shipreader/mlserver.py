@@ -14,7 +14,7 @@ from typing import Any
 
 from shipreader.durable import write_durably
 from shipreader.errors import ReaderError
-from shipreader.records import Release
+from shipreader.records import FILES, Release
 
 BATCH_SIZE, BATCH_SECONDS = 64, 0.002
 """At most so many requests are put together, and the first of them waits at most so long."""
@@ -47,6 +47,7 @@ def write_model(
     artifact = release.artifact(kind)
     folder = repository / release.model
     folder.mkdir(parents=True, exist_ok=True)
+    shipped = any(name.startswith(f"{FILES}/") for name in release.manifest.files)
     inputs, outputs = (_tensors(signature[side]) for side in ("inputs", "outputs"))
     settings: dict[str, Any] = {
         "name": release.model,
@@ -62,6 +63,7 @@ def write_model(
                 "generation": release.generation,
                 "format": kind,
                 "signature": dict(signature),
+                **({"files": str(release.folder / FILES)} if shipped else {}),
             },
         },
     }

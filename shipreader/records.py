@@ -21,6 +21,8 @@ from typing import Any
 from shipreader.errors import ReaderError, RefusedError
 
 MANIFEST = "MANIFEST.json"
+FILES = "files"
+"""Folder of a release with what the job ships beside the model: tokenizers, tables, texts."""
 FORMAT = 1
 """Layout of pointers and manifests that this reader understands."""
 POINTER_BYTES, MANIFEST_BYTES = 2**20, 16 * 2**20
@@ -145,6 +147,19 @@ class Release:
                 f"{self.model} {self.id}: expected one of {', '.join(self.manifest.formats)}; got {format!r}"
             )
         return self.folder / self.manifest.formats[format]
+
+    def file(self, name: str) -> Path:
+        """A file or folder that the job ships beside the model (`export.files`, `export.extras`), such as `tokenizer`.
+
+        Raises ReaderError when the release has none of this name.
+        """
+        wanted = f"{FILES}/{name.strip('/')}"
+        if not any(file == wanted or file.startswith(f"{wanted}/") for file in self.manifest.files):
+            there = dict.fromkeys(file.split("/")[1] for file in self.manifest.files if file.startswith(f"{FILES}/"))
+            raise ReaderError(
+                f"{self.model} {self.id}: expected one of its files ({', '.join(there) or 'it has none'}); got {name!r}"
+            )
+        return self.folder / wanted
 
 
 def pointer_key(model: str, channel: str) -> str:
@@ -274,8 +289,29 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
         low, high = dim["min"], dim["max"]
         if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
             raise ValueError("dims: expected name, min and max of each")
+    if "labels" in signature and (wrong := wrong_labels(signature["labels"])):
+        raise ValueError(f"labels: expected {wrong}")
     if not isinstance(signature.get("coupled", False), bool):
         raise ValueError("coupled: expected true or false")
+
+
+def wrong_labels(labels: Any) -> str:
+    """What is expected of labels, where that is not so: different texts, one at least. Empty for what may be labels.
+
+    labels: what the columns of the first output are called, as YAML or JSON has it.
+    """
+    if not isinstance(labels, list | tuple) or not labels:
+        return "a list of texts, one at least"
+    seen: set[str] = set()
+    for place, label in enumerate(labels):
+        if not isinstance(label, str):
+            return f"texts, and number {place} is {str(label)[:80]}, which YAML reads as text in quotes only"
+        if not _is_word(label):
+            return f"printable texts of 1 to {LONGEST_PATH} characters, and number {place} is {label[:80]!r}"
+        if label in seen:
+            return f"each text once, and number {place} is {label[:80]!r} again"
+        seen.add(label)
+    return ""
 
 
 def _require_shallow(signature: Any) -> None:

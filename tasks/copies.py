@@ -141,7 +141,7 @@ def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
         folder=str(folder),
         files={name: entry.sha256 for name, entry in manifest.files.items()},
         formats=manifest.formats,
-        libraries=[name for name in manifest.files if name.endswith(".so")],
+        libraries=manifest.libraries,
         inputs=_specs(manifest.signature, "inputs"),
         outputs=_specs(manifest.signature, "outputs"),
         serve=manifest.serve,

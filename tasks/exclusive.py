@@ -24,6 +24,7 @@ from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import JobFile
+from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.stopping import stoppable
 
 LEASE_SECONDS = 60
@@ -41,8 +42,8 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     Then what died without a word gets its report. The job is the one that was asked for, also after a long wait. A
     person may stop the run from the beginning on.
 
-    Raises JobError for a job file with mistakes, for variables that it names and that are not set here, and for a
-    `resume` that is no id of a run.
+    Raises JobError for a job file with mistakes, for variables that it names and that are not set here, for files that
+    no release can have, and for a `resume` that is no id of a run.
     """
     quiet_mistakes()
     require_run_id(resume)
@@ -51,6 +52,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     flow_run_id = str(flow_run.get_id())
     read = read_job_file(job_file, flow_run_id)
     require_variables(read.job)
+    await asyncio.to_thread(require_files, read.job, read.project)
     model = read.job.name
     settings = Settings.load()
     waiting = f"another run of {model} is at work; this one waits for its end"

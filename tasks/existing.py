@@ -162,7 +162,7 @@ def _choose(verified: Verified, made_here: Collection[str], *, load_unsigned: bo
     manifest = verified.manifest
     formats = sorted(manifest.formats)
     code = [kind for kind in formats if kind not in WITHOUT_CODE]
-    libraries = [name for name in manifest.files if name.endswith(".so")]
+    libraries = manifest.libraries
     if not code or SIGNATURE in verified.verdicts:
         return _Chosen(loaded=formats, libraries=bool(code), said={})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from train_and_ship.registry.run_folder import EXPORT, stage_inputs
 from train_and_ship.tasks.readings import require_same_data
 from train_and_ship.tasks.requests import export_request
 from train_and_ship.tasks.results import Exported, Inspected, Run, Trained
+from train_and_ship.tasks.shipped import add_files, files_digest
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.worker import ask_worker
 
@@ -29,25 +31,30 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
         trained: the weights, and what was read to make them.
 
     Raises:
-        JobError: the model cannot be captured faithfully, or the data could not be read.
+        JobError: the model cannot be captured faithfully, the data could not be read, or no release can have one of the
+            files that the job ships.
         GateError: processes of this run have read different data, or the model cannot pass the job's gates.
         WorkerError: the worker died.
     """
     facts = await inspected.facts()
     await require_same_data(run, contradictions_of_training(run.job, facts, trained.result))
     require_may_pass(run.job, trained.result)
+    project = Path(run.project.folder)
     inputs = stage_inputs(
         trained.digest,
         run.job.export.model_dump_json(),
         *(("coupled",) if run.project.coupled else ()),
         *((f"group {run.project.group}",) if run.project.group is not None else ()),
+        *((f"files {await asyncio.to_thread(files_digest, run.job, project)}",) if run.job.export.files else ()),
     )
     stage = StageFolder(run.folder, EXPORT, inputs)
 
     async def make(work: Path) -> ExportResult:
         request = export_request(run.job, run.project, work, weights=str(trained.weights))
         request = replace(request, drawn=facts.drawn, ignored=trained.result.ignored)
-        return await ask_worker(run.fork_server, "export", request, ExportResult, work)
+        made = await ask_worker(run.fork_server, "export", request, ExportResult, work)
+        await asyncio.to_thread(add_files, run.job, project, work)
+        return made
 
     with run.timed("export"):
         result = await run_stage(stage, ExportResult, make)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -21,9 +22,21 @@ from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
 from train_and_ship.registry.data.checks import groups_in_both, require_held_out, shared_samples
+from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.lineage import Inputs, config_digest
-from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
+from train_and_ship.registry.release.files import file_table
+from train_and_ship.registry.release.labels import labels_of
+from train_and_ship.registry.release.manifest import (
+    DATA,
+    ENVIRONMENT,
+    JOB,
+    LINEAGE,
+    SHIPPED,
+    VERDICTS,
+    Manifest,
+    build_manifest,
+)
 from train_and_ship.registry.release.onnx_header import onnx_versions
 from train_and_ship.registry.report.description import describe
 from train_and_ship.registry.report.speed import speed_metrics
@@ -75,11 +88,15 @@ async def register(run: Run, inspected: Inspected, trained: Trained, validated: 
             environment=trained.made_from.packages,
         )
         folder = _assemble(run, trained, validated, facts, inputs)
+        first = validated.exported.result.outputs[0]
+        labels, why_not = labels_of(run.job.export.labels, facts.classes, first, run.job.data.factory)
+        if why_not:
+            get_run_logger().warning("%s", why_not)
         manifest = build_manifest(
             folder,
             model=run.job.name,
             formats=validated.formats,
-            signature=_signature(validated),
+            signature=_signature(validated, labels),
             metrics=validated.quality,
             serve=validated.serve,
         )
@@ -150,6 +167,11 @@ def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectRe
         exported = validated.exported
         for name in [*validated.formats.values(), *exported.result.libraries, GOLDEN]:
             os.link(exported.folder / name, files / name)
+        for path in sorted((exported.folder / SHIPPED).rglob("*")):
+            if path.is_file():
+                target = files / path.relative_to(exported.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, target)
         os.link(trained.weights, files / WEIGHTS)
         _write_json(files / JOB, run.job.model_dump(mode="json"))
         _write_json(files / VERDICTS, dataclasses.asdict(validated.result))
@@ -200,12 +222,13 @@ def _specs(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in tensors]
 
 
-def _signature(validated: Validated) -> dict[str, Any]:
+def _signature(validated: Validated, labels: Sequence[str]) -> dict[str, Any]:
     reference = validated.exported.result
     dims = [{"name": dim.name, "min": dim.min, "max": dim.max} for dim in reference.dims]
     # Whoever makes a view of the release later knows that requests must not be put together.
     coupled = {"coupled": True} if validated.job.coupled else {}
-    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims, **coupled}
+    named = {"labels": labels} if labels else {}
+    return {"inputs": _specs(reference.inputs), "outputs": _specs(reference.outputs), "dims": dims, **coupled, **named}
 
 
 def _description(run: Run, trained: Trained, validated: Validated, manifest: Manifest) -> str:
@@ -213,7 +236,7 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         model=run.job.name,
         release=manifest.release,
         formats=manifest.formats,
-        sizes={name: entry.bytes for name, entry in manifest.files.items()},
+        sizes=_sizes(manifest),
         result=validated.result,
         training=shipped_of(trained.result),
         links={"Prefect run": run.flow_run_url},
@@ -221,6 +244,24 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         left_out={**validated.exported.result.left_out, **validated.dropped},
         shipped=shipped_words(run.job, trained.result) if trained.result.chosen_by else "",
     )
+
+
+def _sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of each file; of those that the job ships, which may be a thousand, in one line."""
+    shipped = manifest.shipped
+    sizes = {name: entry.bytes for name, entry in manifest.files.items() if name not in shipped}
+    if shipped:
+        sizes[f"{SHIPPED}/ ({len(shipped)})"] = sum(entry.bytes for entry in shipped.values())
+    return sizes
+
+
+def _hashes(manifest: Manifest) -> dict[str, str]:
+    """Tags: SHA-256 of each file, and of the table of those that the job ships, whose names need not fit a tag."""
+    shipped = manifest.shipped
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name not in shipped}
+    if shipped:
+        hashes[SHIPPED] = hashlib.sha256(canonical_json(file_table(shipped))).hexdigest()
+    return {f"sha256.{name}": sha256 for name, sha256 in hashes.items()}
 
 
 def _measured(result: TrainResult) -> dict[str, float]:
@@ -252,7 +293,7 @@ def _record(
         folder=folder,
         formats=manifest.formats,
         extra_files=[name for name in manifest.files if name not in artifacts],
-        signature=_signature(validated),
+        signature=manifest.signature,
         params=run_params(job),
         history=result.history,
         shipped_epoch=result.shipped_epoch,
@@ -277,7 +318,7 @@ def _record(
             **({"data.overlap": shared} if shared else {}),
             **_choice(job, result),
             **{f"serve.{purpose}": kind for purpose, kind in manifest.serve.items()},
-            **{f"sha256.{name}": file_sha256(folder / name) for name in manifest.files},
+            **_hashes(manifest),
         },
         description=description,
         run_name=run.flow_run_name,

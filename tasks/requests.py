@@ -69,6 +69,8 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         ],
         coupled=job.coupled,
         env=job.env,
+        extras=_optional(job.export.extras, "export.extras"),
+        labels=job.export.labels,
     )
 
 
@@ -349,8 +351,7 @@ def user_modules(job: Job, folder: Path) -> list[str]:
     for choice in (job.data.collate, job.data.sampler, job.data.group):
         if choice is not None:
             named.append(choice if isinstance(choice, str) else choice.factory)
-    if train.entrypoint is not None:
-        named.append(train.entrypoint)
+    named += [target for target in (train.entrypoint, job.export.extras) if target is not None]
     modules = {target.partition(":")[0].partition(".")[0] for target in named}
     return sorted(module for module in modules if not is_library(module, folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.job.job import Job
 from train_and_ship.tasks.requests import export_request, score_request, validate_request
+from train_and_ship.tasks.shipped import shipped_files
 from train_and_ship.tasks.worker import ask_worker
 
 BATCHES = 2
@@ -42,7 +44,7 @@ async def try_export(
         say: called with each thing that begins.
 
     Raises:
-        JobError: the model cannot be captured.
+        JobError: the model cannot be captured, or no release can have one of the files that the job ships.
         GateError: an artifact is not the model, or a metric cannot be computed from what it gives.
         WorkerError: a worker died.
     """
@@ -51,6 +53,7 @@ async def try_export(
     say(f"capturing the untrained model: {', '.join(job.export.wanted)}")
     request = replace(export_request(job, project, work, weights=""), validation_limit=limit, int8=())
     exported = await ask_worker(fork_server, "export", request, ExportResult, work)
+    await asyncio.to_thread(shipped_files, job, Path(project.folder), work)
     say(f"asking the artifacts without your code: {', '.join(exported.artifacts)}")
     asked = replace(validate_request(job, project, work, exported, folder / "validate"), gates=(), int8=None)
     result = await ask_worker(fork_server, "validate", asked, ValidateResult, folder / "validate")

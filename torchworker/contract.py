@@ -32,6 +32,8 @@ GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
 PROBES = "probes.safetensors"
 PROBE = "probe.safetensors"
+EXTRAS = "extras"
+"""In the folder of an export: what `export.extras` of the job has written."""
 CHECKPOINT = "CHECKPOINT.json"
 """Manifest of a checkpoint, which is complete when it has one."""
 LAUNCHES = "launches.json"
@@ -241,6 +243,10 @@ class Project(Message):
     """Whether answers may depend on the other samples of a batch: gates are then measured one sample at a time."""
     env: Sequence[str] = ()
     """Names of environment variables that the user's code is given; their values are in no message."""
+    extras: Reference | None = None
+    """A callable extras(folder) that writes files for whoever serves the model; None where there is none."""
+    labels: Sequence[str] = ()
+    """What the columns of the first output are called, in their order; empty where the job does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -647,6 +653,17 @@ class TensorSpec:
     """Without the torch prefix: `float32`."""
     shape: Sequence[int | str]
     """A string is a dynamic dimension's name."""
+
+
+def label_counts(shape: Sequence[int | str]) -> list[int]:
+    """How many labels an output may have: one for each column, or two where one column tells yes from no.
+
+    shape: `[batch, …]`, where a string is a dynamic dimension's name. Of more than two dimensions the columns are the
+    second one, as losses of torch have it, or the last.
+    """
+    columns = shape[1:] or (1,)
+    counts = {size for size in (columns[0], columns[-1]) if isinstance(size, int)}
+    return sorted(counts | {2} if 1 in counts else counts)
 
 
 @dataclass(frozen=True, kw_only=True)

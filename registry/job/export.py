@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from train_and_ship.registry.job.base import Part
+from shipreader.records import LONGEST_PATH, stays_below, wrong_labels
+from train_and_ship.registry.job.base import Part, Target
 
 Format = Literal["torchscript", "onnx", "pt2", "aoti", "executorch"]
 OPT_IN: tuple[Format, ...] = ("executorch",)
@@ -20,6 +22,17 @@ def _is_dimension(name: str) -> str:
     if name == "batch":
         raise ValueError("another name than batch: the first dimension of every input is dynamic already")
     return name
+
+
+def _is_inside(name: str) -> str:
+    """Without the slash behind a folder's name."""
+    inside = name.removesuffix("/")
+    if not stays_below(inside):
+        raise ValueError(
+            "a file or folder of the project, such as tokenizer/ or data/labels.json: a relative path with / between "
+            f"its parts, no . or .. among them, and at most {LONGEST_PATH} characters"
+        )
+    return inside
 
 
 class Dynamic(Part):
@@ -71,6 +84,8 @@ class Quantize(Part):
 class Export(Part):
     """What is made of the trained weights."""
 
+    came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras", "labels"})
+
     formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = (
         "torchscript",
         "onnx",
@@ -88,6 +103,15 @@ class Export(Part):
     libraries: tuple[str, ...] = Field((), strict=False)
     """shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part of the
     release"""
+    files: tuple[Annotated[str, AfterValidator(_is_inside)], ...] = Field((), strict=False)
+    """files and folders, relative to the project, that the release has below files/ for whoever serves it, such as
+    [tokenizer/, labels.json]; see files-and-labels.md"""
+    extras: Target | None = None
+    """function(folder), called after training, whose files the release has below files/ too; with a parameter model it
+    is given the trained model"""
+    labels: tuple[str, ...] = Field((), strict=False)
+    """what the columns of the first output are called, in their order, such as [cat, dog]; when absent, what the
+    training data has as `classes`, where that is a list of texts that fits"""
     quantize: Literal["none", "auto"] | Quantize = "none"
     """int8 variants beside the formats; auto: with the defaults below"""
     serve: Literal["auto", "none"] | Format | Int8 = "auto"
@@ -105,6 +129,21 @@ class Export(Part):
         if self.formats != "auto" and len(set(self.formats)) != len(self.formats):
             raise ValueError("each format once")
         return self
+
+    @model_validator(mode="after")
+    def _files_once(self) -> Self:
+        for place, name in enumerate(self.files):
+            folders = {name, *map(str, PurePosixPath(name).parents)}
+            if other := next((other for at, other in enumerate(self.files) if at != place and other in folders), None):
+                raise ValueError(f"each file once in files, and {name} is in {other}")
+        return self
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _texts(cls, labels: Any) -> Any:
+        if wrong := wrong_labels(labels):
+            raise ValueError(wrong)
+        return labels
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:

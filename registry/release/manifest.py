@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shipreader.records import (
+    FILES,
     FORMAT,
     LARGEST_FILE,
     MANIFEST_BYTES,
@@ -32,6 +33,8 @@ from train_and_ship.registry.release.pickles import Effort, find_pickle
 
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
 """Files that tell how a release came to be: the job in full, the gates' numbers, code and data, installed packages."""
+SHIPPED = FILES
+"""Folder with what the job ships beside the model."""
 DATA = "data.json"
 """What its data was like, in counts and quantiles; the next data is held against it."""
 
@@ -50,7 +53,8 @@ class Manifest:
     signature: Mapping[str, Any]
     """`inputs` and `outputs`: name, dtype and shape of each tensor, where a string is a dynamic dimension's name;
     `dims`: name, min and max of each, null for no limit; `coupled`: true where answers may depend on the other samples
-    of a batch, and only there: the batch is 1 then."""
+    of a batch, and only there: the batch is 1 then; `labels`: what the columns of the first output are called, in their
+    order, where that is known."""
     metrics: Mapping[str, float]
     """Quality measured before release, by metric; what the next candidate is held against."""
     serve: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +84,16 @@ class Manifest:
     def total_bytes(self) -> int:
         """Size of all files."""
         return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def shipped(self) -> dict[str, FileEntry]:
+        """What the job ships beside the model, by path."""
+        return {name: entry for name, entry in self.files.items() if name.startswith(f"{SHIPPED}/")}
+
+    @property
+    def libraries(self) -> list[str]:
+        """Shared libraries with custom operators, which are loaded before artifacts."""
+        return [name for name in self.files if name.endswith(".so") and not name.startswith(f"{SHIPPED}/")]
 
 
 def build_manifest(

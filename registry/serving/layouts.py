@@ -4,6 +4,8 @@
     models/<model>/views/<channel>/triton/<model>/config.pbtxt               names the generation: the commit
     models/<model>/views/<channel>/kserve/<generation>/<model>/…             a whole repository for each, immutable
 
+Beside each model.onnx lies `files/` with what the job ships beside the model, which Triton does not look at.
+
 A version is the channel's generation: it only grows, also when the release is an older one. Triton polls, lists and
 loads what it finds, so a version that is half there must not count: the configuration names one version explicitly and
 is replaced by one conditional PUT after the version is complete. What a poll compares is the newest modification time,
@@ -26,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from shipreader.mlserver import DATATYPES, can_batch
-from shipreader.records import Release
+from shipreader.records import FILES, Release
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.transfer import put_immutable
+from train_and_ship.registry.bucket.transfer import SMALL_UPLOADS_AT_ONCE, in_parallel, put_immutable
 
 ARTIFACT = "model.onnx"
 BATCH_SIZE, QUEUE_MICROSECONDS = 64, 2000
@@ -129,8 +131,12 @@ def triton_config(release: Release, backend: str, version: int) -> str:
     ]
     if batches:
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_MICROSECONDS} }}")
-    for key, value in (("release", release.id), ("generation", str(release.generation))):
-        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}")
+    said = {"release": release.id, "generation": str(release.generation)}
+    if "labels" in signature:
+        said["labels"] = json.dumps(signature["labels"], ensure_ascii=False)
+    for key, value in said.items():
+        text = json.dumps(value, ensure_ascii=False)
+        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {text} }} }}")
     return "\n".join(lines) + "\n"
 
 
@@ -154,16 +160,23 @@ def _put_version(store: ObjectStore, folder: str, release: Release, backend: str
             f"{release.model} {release.id}: expected an ONNX artifact, got none; add onnx to export.formats"
         )
     name = release.manifest.formats["onnx"]
-    sha256 = release.manifest.files[name].sha256
     if backend == "python":
         code = Path(__file__).with_name("triton_model.py").read_bytes()
         put_immutable(store, f"{folder}model.py", code, "the code of another version of train-and-ship")
+    # A server loads what it knows by name, and ignores a folder beside it.
+    shipped = [file for file in release.manifest.files if file.startswith(f"{FILES}/")]
+    in_parallel(lambda file: _put(store, release, file, folder + file), shipped, SMALL_UPLOADS_AT_ONCE)
+    _put(store, release, name, folder + ARTIFACT)
+
+
+def _put(store: ObjectStore, release: Release, name: str, key: str) -> None:
+    """One file of the release, under a key of the view."""
+    entry = release.manifest.files[name]
     try:
-        store.upload_file_new(release.folder / name, folder + ARTIFACT, sha256)
+        store.upload_file_new(release.folder / name, key, entry.sha256)
     except PreconditionFailedError:
-        size = release.manifest.files[name].bytes
-        if store.hash(folder + ARTIFACT, size) != (sha256, size):
-            raise ReleaseError(f"{folder}{ARTIFACT}: expected {sha256}, got another file; delete it") from None
+        if store.hash(key, entry.bytes) != (entry.sha256, entry.bytes):
+            raise ReleaseError(f"{key}: expected {entry.sha256}, got another file; delete it") from None
 
 
 def _commit(store: ObjectStore, folder: str, config: str, generation: int) -> int:

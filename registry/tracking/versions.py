@@ -74,8 +74,9 @@ class VersionRecord(RunRecord):
     """Format to file name in the folder: `{"onnx": "model.onnx", ...}`. Without `onnx` pyfunc cannot load it."""
     extra_files: Sequence[str]
     """Other file names in the folder that belong to the version."""
-    signature: Mapping[str, Sequence[Mapping[str, Any]]]
-    """`inputs` and `outputs`: items with `name`, `dtype` and `shape`; a string in a shape is a dynamic dimension."""
+    signature: Mapping[str, Any]
+    """`inputs` and `outputs`: items with `name`, `dtype` and `shape`; a string in a shape is a dynamic dimension;
+    `labels` where the columns of the first output have names."""
     history: Sequence[Mapping[str, float]]
     """One mapping an epoch or report: `epoch` or `step`, `time` (unix seconds) and metrics."""
     shipped_epoch: int = 0
@@ -246,7 +247,11 @@ def _mlmodel(record: VersionRecord, location: str, model_id: str, run_id: str, f
         model_uuid=model_id,
         model_id=model_id,
         signature=_signature(record.signature),
-        metadata={"formats": dict(record.formats), TAG_RELEASE: record.tags.get(TAG_RELEASE, "")},
+        metadata={
+            "formats": dict(record.formats),
+            TAG_RELEASE: record.tags.get(TAG_RELEASE, ""),
+            **({"labels": list(record.signature["labels"])} if "labels" in record.signature else {}),
+        },
         model_size_bytes=sum(path.stat().st_size for path in files.values()),
     )
     if onnx_file:
@@ -340,7 +345,7 @@ def _create_version(client: MlflowClient, run_id: str, model_id: str, record: Ve
 # ---- values
 
 
-def _signature(signature: Mapping[str, Sequence[Mapping[str, Any]]]) -> ModelSignature | None:
+def _signature(signature: Mapping[str, Any]) -> ModelSignature | None:
     """None when numpy has no such dtype (bfloat16): MLflow cannot check such a tensor."""
     import numpy
     from mlflow.models import ModelSignature

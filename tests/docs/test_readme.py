@@ -75,7 +75,7 @@ def test_every_command_works_as_written(command: Command, tmp_path: Path) -> Non
         ended = command(*words)
         assert ended.status == 0, f"{shlex.join(words)}\n{ended.text}"
         ran += 1
-    assert ran == 10
+    assert ran == 11
 
 
 def test_every_command_of_ours_is_one_with_these_words_and_options(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_every_command_of_ours_is_one_with_these_words_and_options(tmp_path: Pat
             # Parses them as the command would, and runs nothing; what does not fit is raised.
             ours[words[1]].make_context(words[1], arguments)
             understood += 1
-    assert understood == 9
+    assert understood == 10
 
 
 def test_the_python_that_loads_a_model_works(digits: Ended, stack: Settings) -> None:

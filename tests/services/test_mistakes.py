@@ -37,6 +37,8 @@ SOUND: dict[str, list[str]] = {
     "up": [],
     "down": [],
     "status": [],
+    "open": ["mlflow", "--print"],
+    "logs": [MODEL],
     "deploy": ["{job}"],
     "approve": ["7d1c6f1e-6f4b-4c3e-9d1f-3f0d3a1f6c11"],
     "channel set": [MODEL, "prod", "--approval", "required"],
@@ -96,12 +98,17 @@ WRONG: dict[str, Sequence[str]] = {
     "timezone": ["Mars/Base", ""],
     "resume": ["../x", "nothing"],
     "folder": ["{folder}/none", "{job}"],
+    "page": ["grafana", "report", ""],
+    "changes": ["train.epochs", "=1", "train.epochs=many", "trian.epochs=1", "name.first=x", "train.epochs={{"],
 }
 """What a person may type instead, by the name of the parameter."""
 OF_COMMAND: dict[tuple[str, str], Sequence[str]] = {
     ("doctor", "model"): [*NAMES, "nobody"],
     ("iam", "model"): ["Digits", "../digits"],
     ("iam", "channel"): ["Prod", "../prod"],
+    ("open", "model"): ["digits"],
+    ("logs", "model"): [*NAMES, "nobody"],
+    ("logs", "run"): ["tomorrow", "../x", "0932e559-aef2-4a0b-8800-1413436e53d9"],
     ("rollback", "to"): [name for name in RELEASES if name],
     ("promote", "to"): CHANNELS,
     ("snapshot", "to"): ["s3:/typo", "s3://bucket", "bucket/prefix"],

@@ -179,6 +179,47 @@ def test_requests_that_do_not_fit_are_refused_alone(object_store: ObjectStore, s
     assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
 
 
+# What has the labels: metadata over HTTP, and an answer over either for whoever asks. As JSON.
+LABELS = """
+import json, sys
+import numpy as np
+import tritonclient.grpc
+from tritonclient.grpc import service_pb2
+
+client = tritonclient.grpc.InferenceServerClient(sys.argv[1])
+assert client.get_model_metadata("digits").outputs[0].name == "y"
+inputs = [tritonclient.grpc.InferInput("x", (1, 4), "FP32")]
+inputs[0].set_data_from_numpy(np.ones((1, 4), np.float32))
+wanted = tritonclient.grpc.InferRequestedOutput("y")
+plain = client.infer("digits", inputs, outputs=[wanted]).get_response()
+wanted._get_tensor().parameters["labels"].bool_param = True
+asked = client.infer("digits", inputs, outputs=[wanted]).get_response()
+print(json.dumps([dict(plain.outputs[0].parameters), asked.outputs[0].parameters["labels"].string_param]))
+"""
+
+
+def test_labels_are_in_the_metadata_and_in_answers_to_who_asks_for_them(
+    object_store: ObjectStore, serve: Serve, tmp_path: Path
+) -> None:
+    python = tool_python("nvidia-pytriton==0.7.0", "onnxruntime==1.31.1", "numpy==1.26.4")
+    folder, labels = tmp_path / "labelled", ["cat", "dog", "löwe", 'a "b"']
+    onnx_release(folder, 1.0)
+    signature = {**SIGNATURE, "labels": labels}
+    release = build_manifest(folder, model="digits", formats={"onnx": "model.onnx"}, signature=signature, metrics={})
+    publish(object_store, folder, release)
+    move(object_store, release)
+    url = serve()
+    (output,) = httpx.get(url).json()["outputs"]
+    assert json.loads(output["parameters"]["labels"]) == labels and output["shape"] == [-1, 4]
+    done = subprocess.run(
+        [python, "-c", LABELS, f"127.0.0.1:{httpx.URL(url).port + 1}"],  # type: ignore[operator]
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain, asked = json.loads(done.stdout)
+    assert plain == {} and json.loads(asked) == labels
+
+
 # The stock client with its defaults: HTTP with binary tensors, then gRPC. What each call comes to, as JSON.
 ASK = """
 import json, sys

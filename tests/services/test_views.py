@@ -23,7 +23,7 @@ from shipreader.mlserver import write_model
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.support.inference_traffic import Traffic
-from tests.support.onnx_releases import kinds_release, onnx_release
+from tests.support.onnx_releases import SIGNATURE, kinds_release, onnx_release
 from tests.support.ports import free_ports
 from tests.support.processes import PATIENCE
 from tests.support.releases import CHANNEL, MODEL, move
@@ -36,6 +36,7 @@ from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.maintenance.retention import Policy, Step, decide
+from train_and_ship.registry.release.manifest import build_manifest
 from train_and_ship.registry.serving.layouts import (
     SERVICE_MAY_LAG,
     inference_service,
@@ -169,6 +170,48 @@ def test_a_view_holds_the_bytes_of_the_release_or_is_not_written(
     assert object_store.get(f"{TRITON}{MODEL}/config.pbtxt") is None
 
 
+def with_files(store: ObjectStore, folder: Path) -> Release:
+    """Live on the channel: the release with factor 3, and two files that the job ships beside the model."""
+    onnx_release(folder, 3.0)
+    (folder / "files" / "tokenizer").mkdir(parents=True)
+    # What Triton would load, and what MLServer looks for, if they looked there.
+    (folder / "files" / "config.pbtxt").write_text("backend: 'none'")
+    (folder / "files" / "tokenizer" / "model-settings.json").write_text("{}")
+    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature=SIGNATURE, metrics={})
+    publish(store, folder, manifest)
+    move(store, manifest)
+    client = s3_client(Settings.load())
+    return Reader(MODEL, bucket=store.bucket, folder=folder.parent / "pulled", channel=CHANNEL, client=client).pull()
+
+
+def test_files_beside_the_model_go_along_into_every_view(object_store: ObjectStore, tmp_path: Path) -> None:
+    release = with_files(object_store, tmp_path / "release")
+    names = {"files/config.pbtxt", "files/tokenizer/model-settings.json"}
+    assert release.file("tokenizer") == release.folder / "files" / "tokenizer"
+    write_triton(object_store, release)
+    # Again, as a writer that died half-way does.
+    write_triton(object_store, release)
+    write_kserve(object_store, release)
+    for version in (f"{TRITON}{MODEL}/1/", f"models/{MODEL}/views/{CHANNEL}/kserve/1/{MODEL}/1/"):
+        keys = {key.removeprefix(version) for key in object_store.list_keys(version)}
+        assert keys == {"model.onnx", *names}
+        found = object_store.get(f"{version}files/config.pbtxt")
+        assert found is not None and found[0] == b"backend: 'none'"
+    settings = json.loads(write_model(tmp_path / "mlserver", release).read_text())
+    assert settings["parameters"]["extra"]["files"] == str(release.folder / "files")
+    assert len(list((tmp_path / "mlserver").rglob("model-settings.json"))) == 1
+
+
+def test_triton_does_not_look_at_files_beside_the_model(
+    object_store: ObjectStore, triton: TritonServer, tmp_path: Path
+) -> None:
+    write_triton(object_store, with_files(object_store, tmp_path / "release"), "python")
+    triton.start(MODEL)
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]}
+    answer = httpx.post(f"{triton.url}/v2/models/{MODEL}/infer", json=body).json()
+    assert answer["outputs"][0]["data"] == [3, 6, 9, 12]
+
+
 PARSE = """
 import json, sys
 from google.protobuf import json_format, text_format
@@ -192,6 +235,9 @@ def test_the_configuration_is_what_triton_calls_one(go_live: Callable[[float], R
     assert config["input"] == [{"name": "x", "dataType": "TYPE_FP32", "dims": ["4"]}]
     assert config["versionPolicy"] == {"specific": {"versions": ["7"]}}
     assert config["parameters"]["release"] == {"stringValue": release.id}
+    named = replace(release.manifest, signature={**release.manifest.signature, "labels": ["a", 'b"\\', "в", "d"]})
+    config = parsed(replace(release, manifest=named))
+    assert json.loads(config["parameters"]["labels"]["stringValue"]) == ["a", 'b"\\', "в", "d"]
     # Dimensions besides the batch, no batch at all, and a batch of single numbers.
     tensors = [
         {"name": "tokens", "dtype": "int64", "shape": ["batch", "length"]},

@@ -124,10 +124,23 @@ def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
     assert message.startswith("job.yaml:1: data: missing; expected called with split=")
 
 
-def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = GOOD.replace("plain:build_model", "plain").replace("data:", "dta:") + "gates: {acuracy: {min: 1}}\n"
     lines = refused(tmp_path, text).splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["model.factory", "data", "gates.acuracy", "dta"]
+    assert [line.split(": ")[1] for line in lines] == ["data", "model.factory", "dta", "gates.acuracy"]
+
+
+def test_a_key_of_another_part_is_named_with_its_part_and_kinds_of_values_in_words_of_yaml(tmp_path: Path) -> None:
+    assert refused(tmp_path, GOOD + "metrics: [accuracy]\n").endswith("unknown key; did you mean train.metrics?")
+    text = GOOD.replace("build_dataset}", "build_dataset, batch_size: 8}")
+    assert refused(tmp_path, text) == "job.yaml:3: data.batch_size: unknown key; did you mean train.batch_size?"
+    assert "env: expected a list, such as [a, b], got" in refused(tmp_path, GOOD + "env: {A: b}\n")
+    assert "export.formats: expected 'auto' or a list, such as [a, b], got \"onnx\"" in refused(
+        tmp_path, GOOD + "export: {formats: onnx}\n"
+    )
+    assert "gates: expected keys with values, such as {key: value}, got" in refused(
+        tmp_path, GOOD + "gates: [accuracy]\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,3 +344,24 @@ def test_a_bare_off_which_yaml_reads_as_false_is_the_word(tmp_path: Path) -> Non
     path.write_text(path.read_text() + "parity: {cpp: off, refusals: off, not_finite: off}\n")
     parity = load_job(path)[0].parity
     assert (parity.cpp, parity.refusals, parity.not_finite) == ("off", "off", "off")
+
+
+def test_what_a_command_says_otherwise_counts_and_its_mistakes_are_told_as_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(GOOD)
+    changes = ["train.epochs=1", "release.channel=staging", "train.metrics=[accuracy]", "model.args.width=4"]
+    job, folder = load_job(path, changes)
+    assert (job.train.epochs, job.release.channel, job.metrics) == (1, "staging", ("accuracy",))
+    assert (job.model.args, folder) == ({"width": 4}, tmp_path)
+    assert load_job(path)[0].train.epochs == 2
+    for change, said in {
+        "train.epochs": "--set train.epochs: expected KEY=VALUE, such as train.epochs=1",
+        "train..epochs=1": "expected KEY=VALUE",
+        "name.first=x": '--set name.first=x: expected keys below name, which is "plain" (str) in the job file',
+        "train.epochs={{": "--set train.epochs={{: not valid YAML",
+        "train.epochs=many": f"{path}:5: train.epochs: expected",
+        "train.epohcs=1": f"{path}:4: train.epohcs: unknown key; did you mean epochs?",
+    }.items():
+        with pytest.raises(JobError) as caught:
+            load_job(path, [change])
+        assert said in str(caught.value), str(caught.value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from shipreader import records
 from shipreader.errors import RefusedError
 from shipreader.mlserver import served
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer
 from train_and_ship.registry.identity import canonical_json
@@ -103,6 +106,12 @@ def test_a_format_without_its_file_and_a_release_without_files_are_refused(manif
         ({"inputs": None}, "expected a manifest"),
         ({"inputs": {}}, "inputs: expected at least one tensor"),
         ({"inputs": {"name": 1}}, "expected a manifest"),
+        ({"labels": []}, "labels: expected a list of texts, one at least"),
+        ({"labels": "cat"}, "labels: expected a list of texts, one at least"),
+        ({"labels": {"cat": 0}}, "labels: expected a list of texts, one at least"),
+        ({"labels": ["cat", 1]}, "labels: expected texts, and number 1 is 1"),
+        ({"labels": ["cat", "\x1b[2J"]}, "labels: expected printable texts"),
+        ({"labels": ["cat", "cat"]}, "labels: expected each text once"),
     ],
 )  # fmt: skip
 def test_a_signature_that_no_server_can_take_is_refused_when_it_is_read(
@@ -190,3 +199,55 @@ def test_a_reader_knows_what_a_release_recommends(manifest: Manifest, tmp_path: 
 def test_the_endpoint_serves_the_onnx_format_that_is_recommended(serve: dict[str, str], expected: str) -> None:
     manifest = records.Manifest("digits", "0" * 20, {}, {}, {}, {}, b"", serve)
     assert served(records.Release("prod", 1, Path(), manifest, "")) == expected
+
+
+BEFORE = "e8084c6f"
+"""The last commit before releases had files beside the model, and labels."""
+READ = """
+import json, sys
+from pathlib import Path
+from shipreader import records
+from shipreader.records import Pointer, decode_manifest, files_below
+assert not hasattr(records, "wrong_labels"), records.__file__
+encoded = Path(sys.argv[1], "MANIFEST.json").read_bytes()
+manifest = decode_manifest(encoded, Pointer(**json.loads(sys.argv[2])))
+found = sorted(name for name, _ in files_below(Path(sys.argv[1])))
+print(json.dumps([sorted(manifest.files), found, manifest.signature, manifest.formats]))
+"""
+
+
+def test_the_reader_of_before_takes_a_release_with_files_and_labels(tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    (release / "files" / "tokenizer").mkdir(parents=True)
+    (release / "files" / "tokenizer" / "vocab.txt").write_text("a")
+    (release / "model.onnx").write_bytes(b"onnx")
+    tensor = {"name": "y", "dtype": "float32", "shape": ["batch", 2]}
+    signature = {"inputs": [tensor], "outputs": [tensor], "dims": [], "labels": ["cat", "dog"]}
+    made = build_manifest(
+        release, model="digits", formats={"onnx": "model.onnx"}, signature=signature, metrics={}
+    )  # fmt: skip
+    (release / MANIFEST).write_bytes(made.encode())
+    # The format is what it was, so that nobody has to change readers before trainers.
+    assert json.loads(made.encode())["format"] == 1
+    old = tmp_path / "old"
+    old.mkdir()
+    archive = subprocess.run(["git", "archive", BEFORE, "shipreader"], cwd=REPOSITORY, capture_output=True)
+    if archive.returncode:
+        pytest.skip(f"the clone is shallow or no clone: {BEFORE} is not in it")
+    subprocess.run(["tar", "x"], cwd=old, input=archive.stdout, check=True)
+    said = json.dumps(vars(pointer_to(made.encode(), made.release)))
+    read = subprocess.run(
+        [sys.executable, "-P", "-c", READ, str(release), said],
+        env={"PYTHONPATH": str(old)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert read.returncode == 0, read.stderr
+    names = ["files/tokenizer/vocab.txt", "model.onnx"]
+    assert json.loads(read.stdout) == [names, [MANIFEST, *names], signature, {"onnx": "model.onnx"}]
+
+
+def test_a_release_without_files_and_labels_has_the_bytes_that_it_had(manifest: Manifest) -> None:
+    assert manifest.encode() == (
+        b'{"files":{"model.onnx":{"bytes":4,"sha256":"' + hashlib.sha256(b"onnx").hexdigest().encode() + b'"}},'
+        b'"format":1,"formats":{"onnx":"model.onnx"},"metrics":{"loss":0.5},"model":"digits",'
+        b'"release":"' + manifest.release.encode() + b'","signature":{}}'
+    )

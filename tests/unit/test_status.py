@@ -5,10 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
 from tests.support.projects import write_project
 from train_and_ship.registry.channels.decisions import SKIPPED, Decision
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.ship.status import ChannelStatus, soonest
+from train_and_ship.ship.status import ChannelStatus, _print_models, soonest
 
 NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
 
@@ -42,3 +45,25 @@ def test_the_next_run_is_the_soonest_of_each_model_and_a_job_file_elsewhere_is_l
         {"parameters": {"job": "job.yaml"}, "expected_start_time": "2026-11-26T02:00:00Z"},
     ]
     assert soonest(runs, tmp_path) == {("one", "staging"): datetime(2026, 11, 25, 2, tzinfo=UTC)}
+
+
+def test_a_narrow_terminal_gets_lines_with_names_whole_and_reasons_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    live = Pointer(
+        model="digits", channel="prod", generation=3, release="a" * 20, manifest_sha256="0" * 64, previous=None,
+        nonce="n", moved_at=(NOW - timedelta(days=3, hours=5)).isoformat(), moved_by="ada", reason="", flow_run="",
+        mlflow_version="1",
+    )  # fmt: skip
+    last = Decision(
+        model="digits", channel="prod", decision=SKIPPED, why="nothing has changed " * 9,
+        at=(NOW - timedelta(hours=8)).isoformat(), flow_run="r", asked="ada", live="a" * 20,
+    )  # fmt: skip
+    rows = [
+        ChannelStatus(model="digits", channel="prod", live=live, last=last, next=NOW),
+        ChannelStatus(model="new", channel="prod", live=None, last=None, next=None),
+    ]
+    _print_models(rows, Console(width=80))
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"digits prod: {'a' * 20}, since ") and third.startswith("  next run 2026-11-2")
+    assert "skipped: nothing has changed" in second and second.endswith("…") and len(second) == 80
+    assert fourth == "new prod: nothing"
+    assert rows[0].as_json()["decision"]["decision"] == "skipped" and rows[1].as_json()["release"] is None

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from torchworker.contract import Project
+from torchworker.project.extras import require_extras
+from torchworker.project.labels import require_labels
 from torchworker.project.pairing import require_pairs
 from torchworker.project.shippable import require_shippable
-from torchworker.project.user_code import Loss, compute_loss, forward, try_metrics
+from torchworker.project.user_code import Loss, compute_loss, forward, name_outputs, try_metrics
 
 
 @torch.no_grad()
@@ -40,6 +42,9 @@ def try_batch(
     inputs, target = batch
     if formats is not None:
         outputs = require_shippable(model, inputs, project, formats)
+        require_extras(project)
+        name, first = next(iter(name_outputs(outputs, project).items()))
+        require_labels(project, name, list(first.shape))
     else:
         # Samples of training are not exported.
         outputs = forward(model, inputs, project)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 from torchworker.contract import (
+    EXTRAS,
     FORMAT_FILES,
     INT8_FILES,
     PROBE,
@@ -40,8 +41,10 @@ from torchworker.exporters.torchscript import torchscript
 from torchworker.parity.reference import enlarged, require_trained, write_reference
 from torchworker.process.failure import DescribedError, UserError, describe, failure_of
 from torchworker.process.fork import CrashNote, ForkedCall, can_fork
+from torchworker.project.extras import write_extras
 from torchworker.project.independence import require_independent
 from torchworker.project.kept_state import changed, refusal, saved, state_of
+from torchworker.project.labels import require_labels
 from torchworker.project.opened import Opened
 from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import (
@@ -109,6 +112,7 @@ def export(request: ExportRequest) -> ExportResult:
             require_trained(model, Path(request.weights).with_name(PROBE), request.project)
         before = state_of(model)
         outputs = output_specs(model, named, dims, request.project)
+        require_labels(request.project, outputs[0].name, outputs[0].shape)
         # A size of 1 looks like a dimension that broadcasts, and would be captured as such.
         large = {name: 2 for name, size in sizes_of(named, dims).items() if size < 2}
         subject = Subject(
@@ -131,6 +135,8 @@ def export(request: ExportRequest) -> ExportResult:
                 if names := saved(model, changed(before, model)):
                     raise refusal(model, names, named, request.project)
                 artifacts, left_out = _all(exports, request, subject, impossible)
+            # Last: what it does with the model is no matter any more.
+            write_extras(request.project, model, Path(request.folder) / EXTRAS)
     inputs_of, outputs_of = input_specs(named, dims), outputs
     if request.project.coupled:
         inputs_of, outputs_of = of_one_sample(inputs_of), of_one_sample(outputs_of)
