@@ -16,7 +16,7 @@ from train_and_ship.registry.job.gates import Gate
 from train_and_ship.registry.job.job import Data, Job, Release, Retrain
 from train_and_ship.registry.job.launcher import LOCAL, Kubernetes, Slurm, Torchrun
 from train_and_ship.registry.job.parity import Parity
-from train_and_ship.registry.job.train import CustomMetric, Train
+from train_and_ship.registry.job.train import CustomMetric, Group, Train
 
 
 def job_reference() -> str:
@@ -30,6 +30,7 @@ def job_reference() -> str:
         ("data.checks.labels", Labels),
         ("data.checks.drift", Drift),
         ("train", Train),
+        ("train.groups[…]", Group),
         ("train.metrics[…]", CustomMetric),
         ("train.launcher.torchrun", Torchrun),
         ("train.launcher.slurm", Slurm),
@@ -79,6 +80,7 @@ def _type(kind: Any) -> str:
             Factory: "`{factory, args}`",
             Data: "`{factory, args, collate, …}`",
             CustomMetric: "`{factory, args, better, name}`",
+            Group: "`{names, learning_rate, …}`",
         }
         return named.get(kind, "mapping")
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}

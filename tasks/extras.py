@@ -20,7 +20,12 @@ MOST_FILES = 1000
 
 
 def require_extras(job: Job) -> None:
-    """Raises JobError for a format whose library or compiler is not installed, with what to do."""
+    """Raises JobError for a format or a metric whose library or compiler is not installed, with what to do."""
+    if job.train.torchmetrics and importlib.util.find_spec("torchmetrics") is None:
+        raise JobError(
+            f"{job.name}: train.metrics: {job.train.torchmetrics[0]} needs torchmetrics, and it is not installed here: "
+            "pip install 'train-and-ship[metrics]'"
+        )
     if "executorch" in job.export.wanted and importlib.util.find_spec("executorch") is None:
         raise JobError(
             f"{job.name}: export.formats: executorch needs the library of that name, and it is not installed here: "

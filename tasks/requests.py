@@ -21,6 +21,7 @@ from torchworker.contract import (
     InspectRequest,
     Int8Limits,
     MeasureRequest,
+    ParameterGroup,
     Project,
     Reference,
     RehearsedRelease,
@@ -35,6 +36,8 @@ from torchworker.contract import (
 from train_and_ship.infra.provenance import is_library
 from train_and_ship.registry.job.base import Factory
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.train import TORCHMETRIC
+from train_and_ship.registry.job.train import CustomMetric as MetricOfJob
 
 LOADS = 3
 """Processes in which loading is measured where a gate asks for its time."""
@@ -54,12 +57,14 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         model=_reference(job.model, "model.factory"),
         data=_reference(job.data, "data.factory"),
         collate=_optional(job.data.collate, "data.collate"),
+        sampler=_optional(job.data.sampler, "data.sampler"),
+        sharded=job.data.sharded,
         group=_optional(job.data.group, "data.group"),
         loss=_named(job.train.loss, "train.loss.factory"),
         metrics=job.metrics,
         snapshot=str(snapshot) if snapshot is not None else "",
         custom_metrics=[
-            CustomMetric(name=item.label, reference=_reference(item, "train.metrics.factory"), better=item.better)
+            CustomMetric(name=item.label, reference=_metric(item), better=item.better)
             for item in job.train.custom_metrics
         ],
         coupled=job.coupled,
@@ -71,6 +76,11 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
 
 def _reference(factory: Factory, where: str) -> Reference:
     return Reference(target=factory.factory, args=factory.args, where=where)
+
+
+def _metric(item: MetricOfJob) -> Reference:
+    named = item.factory == TORCHMETRIC
+    return _reference(item, f"train.metrics: {item.label}" if named else "train.metrics.factory")
 
 
 def _optional(choice: str | Factory | None, where: str) -> Reference | None:
@@ -97,7 +107,9 @@ def train_settings(job: Job) -> TrainSettings:
         "checkpoint_seconds": train.checkpoint.seconds,
         "checkpoint_steps": train.checkpoint.steps,
         "checkpoint_keep": train.checkpoint.keep,
+        "warmup": train.warms_up,
         "weights": train.ships,
+        "groups": [ParameterGroup(names=group.names, options=group.options) for group in train.groups],
         "watched": job.watched[0],
         "watched_better": job.watched[1],
     }
@@ -334,10 +346,11 @@ def user_modules(job: Job, folder: Path) -> list[str]:
         folder: of the project, where Python looks first.
     """
     train = job.train
-    parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *job.train.custom_metrics]
+    parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *(train.metrics or ())]
     named = [item.factory for item in parts if isinstance(item, Factory)]
-    if job.data.collate is not None:
-        named.append(job.data.collate if isinstance(job.data.collate, str) else job.data.collate.factory)
+    for choice in (job.data.collate, job.data.sampler, job.data.group):
+        if choice is not None:
+            named.append(choice if isinstance(choice, str) else choice.factory)
     named += [target for target in (train.entrypoint, job.export.extras) if target is not None]
     modules = {target.partition(":")[0].partition(".")[0] for target in named}
     return sorted(module for module in modules if not is_library(module, folder))

@@ -68,6 +68,23 @@ METRICS: Mapping[str, Literal["higher", "lower"]] = {
 }
 """Quality metrics that need no user code, and which direction is better."""
 
+TORCHMETRICS: Mapping[str, Literal["higher", "lower"]] = {
+    "f1_score": "higher",
+    "precision": "higher",
+    "recall": "higher",
+    "specificity": "higher",
+    "auroc": "higher",
+    "average_precision": "higher",
+    "matthews_corrcoef": "higher",
+    "cohen_kappa": "higher",
+    "jaccard_index": "higher",
+    "r2_score": "higher",
+    "pearson_corrcoef": "higher",
+    "spearman_corrcoef": "higher",
+    "mean_absolute_percentage_error": "lower",
+}
+"""The same of torchmetrics, which is an extra."""
+
 SPEED_GATES: Mapping[str, str] = {
     "p50_ms": "median milliseconds of a call at batch 1",
     "p99_ms": "99th percentile of the same",
@@ -95,8 +112,9 @@ OPTIMIZERS: Mapping[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD",
 """Well-known optimizers: classes of `torch.optim`."""
 
 
-SCHEDULES = ("constant", "cosine", "linear")
-"""Well-known learning rate schedules, advanced every optimizer step: flat, half a cosine to 0, a line to 0."""
+SCHEDULES = ("constant", "cosine", "linear", "warmup_cosine")
+"""Well-known learning rate schedules, advanced every optimizer step: flat, half a cosine to 0, a line to 0, and the
+cosine with a warm-up."""
 
 
 class Message:
@@ -208,6 +226,10 @@ class Project(Message):
     data: Reference
     collate: Reference | None = None
     """A callable collate(items) -> (inputs, target); torch's own when None."""
+    sampler: Reference | None = None
+    """A callable sampler(dataset) -> torch Sampler, or one weight a sample; all samples, shuffled, when None."""
+    sharded: bool = False
+    """Whether streams divide themselves among the ranks; else the ranks take turns through them."""
     group: Reference | None = None
     """A callable group(item) -> what an item of the dataset belongs to; None where samples are independent."""
     loss: str | Reference
@@ -238,6 +260,16 @@ class Entrypoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters with options of their own."""
+
+    names: Sequence[str]
+    """Patterns of their names."""
+    options: Mapping[str, Any]
+    """As the optimizer calls them: lr, weight_decay, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How to train. With an entrypoint, what the built-in loop alone reads has no meaning."""
 
@@ -259,6 +291,8 @@ class TrainSettings:
     """DataLoader worker processes of each rank."""
     schedule: str | Reference
     """A name in SCHEDULES or a reference to factory(optimizer, total_steps=…)."""
+    warmup: float = 0.0
+    """Steps in which the rate of a well-known schedule rises to its full height; below 1, their share of all steps."""
     accumulate: int
     """Forward and backward passes an optimizer step is made of."""
     clip_norm: float | None
@@ -267,6 +301,12 @@ class TrainSettings:
     """Epochs without a better watched number after which training stops, None for never."""
     weights: Literal["last", "best"]
     """Of which epoch they ship: the last, or the one whose watched number is best."""
+    freeze: Sequence[str] = ()
+    """Patterns of names of parameters that are not trained."""
+    drop_last: bool = False
+    """Whether an epoch leaves out samples that do not fill an optimizer step's batch."""
+    groups: Sequence[ParameterGroup] = ()
+    """Of several that say the same of a parameter the first one counts."""
     watched: str
     """The key of the history that early stopping and `best` go by: `validation_loss`, `validation_accuracy`."""
     watched_better: Literal["higher", "lower"]

@@ -86,8 +86,8 @@ def refusal(job: Job, found: Contradiction, again: RereadResult | None) -> GateE
         said = f"{one.samples:,} in {INSPECTION}, {other.samples:,} in {found.who}"
         why = (
             "A stream that divides itself among the ranks would do it (by torch.distributed.get_rank(), RANK or a "
-            "library's split by node): return the whole stream, the ranks take turns through it. So would data that "
-            "changed while the run was at work: data.snapshot holds it still"
+            "library's split by node): return the whole stream, the ranks take turns through it, or say data.sharded: "
+            "true. So would data that changed while the run was at work: data.snapshot holds it still"
         )
     else:
         said = (

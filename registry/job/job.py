@@ -87,10 +87,16 @@ class Retrain(Part):
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"group"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"group", "sampler", "sharded"})
 
     collate: Target | Factory | None = None
-    """collate(items) returns (inputs, target) of a batch; torch's own when absent"""
+    """collate(items), or collate(items, split), returns (inputs, target) of a batch; torch's own when absent"""
+    sampler: Target | Factory | None = None
+    """sampler(dataset) of the training split returns a torch Sampler, or one weight a sample; all samples, shuffled,
+    when absent; see training.md"""
+    sharded: bool = False
+    """a stream gives each rank a part of its own (by RANK, or a library's split by node), in place of the ranks taking
+    turns through it; see training.md"""
     snapshot: Snapshot | None = None
     """files that are verified before training; the factory gets their folder as snapshot"""
     checks: Checks | None = None
@@ -169,6 +175,15 @@ class Job(Part):
         return self
 
     @model_validator(mode="after")
+    def _samples_for_our_loop(self) -> Self:
+        given = [name for name in ("sampler", "sharded") if getattr(self.data, name)]
+        if given and self.train.entrypoint is not None:
+            raise ValueError(f"no data.{given[0]} with train.entrypoint: a loop of your own reads the data as it likes")
+        if self.data.sharded and self.train.steps_per_epoch is None:
+            raise ValueError("train.steps_per_epoch with data.sharded: all ranks have to take as many steps")
+        return self
+
+    @model_validator(mode="after")
     def _cpp_has_a_format(self) -> Self:
         if self.parity.cpp == "required" and not set(RUN_IN_CPP) & set(self.export.wanted):
             raise ValueError(f"{' or '.join(RUN_IN_CPP)} in export.formats with parity.cpp: required")
@@ -198,7 +213,7 @@ class Job(Part):
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured: what the job names or the loss suggests, and whatever a gate needs."""
-        chosen: list[str] = [item for item in self.train.metrics or () if isinstance(item, str)]
+        chosen: list[str] = [item for item in self.train.metrics or () if isinstance(item, str) and item in METRICS]
         # A custom loop's loss is its own.
         if self.train.metrics is None and self.train.entrypoint is None and isinstance(self.train.loss, str):
             chosen = [_METRIC_OF_LOSS[self.train.loss]]

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from torchworker.contract import SPEED_GATES
+from torchworker.contract import SPEED_GATES, TORCHMETRICS
 from train_and_ship.registry.job.base import Factory, Part, Target
 from train_and_ship.registry.job.launcher import LOCAL, LauncherOption, check_train
 
 Loss = Literal["cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits"]
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
-Schedule = Literal["constant", "cosine", "linear"]
+Schedule = Literal["constant", "cosine", "linear", "warmup_cosine"]
 Metric = Literal["accuracy", "mean_squared_error", "mean_absolute_error"]
+TorchMetric = Literal[
+    "f1_score", "precision", "recall", "specificity", "auroc", "average_precision", "matthews_corrcoef", "cohen_kappa",
+    "jaccard_index", "r2_score", "pearson_corrcoef", "spearman_corrcoef", "mean_absolute_percentage_error",
+]  # fmt: skip
+"""Of torchmetrics, by its names."""
 
 
+TORCHMETRIC = "torchworker.project.named_metrics:measure"
+WARMUP = 0.05
+"""Share of the steps, where `warmup_cosine` does not say it."""
 FOR_ANY_LOOP = frozenset({
     "entrypoint", "args", "processes", "seed", "metrics", "threads", "checkpoint", "restarts", "hang_seconds",
     "build_seconds", "collective_seconds", "device", "backend", "launcher",
 })  # fmt: skip
 """What also holds for a custom loop; the other keys are read by the built-in one."""
+
+
+def _is_steps_or_share(value: float) -> float:
+    if value >= 1 and not value.is_integer():
+        raise ValueError("a whole number of optimizer steps, or a share of all of them, such as 0.05")
+    return value
 
 
 class CustomMetric(Factory):
@@ -48,10 +62,41 @@ class Checkpoint(Part):
     """complete checkpoints that stay"""
 
 
+class Group(Part):
+    """Parameters that the optimizer treats otherwise than the rest."""
+
+    names: tuple[Annotated[str, Field(min_length=1)], ...] = Field(strict=False, min_length=1)
+    """patterns of their names, such as ["*.bias", "*norm*"]; see training.md"""
+    learning_rate: float | None = Field(None, gt=0)
+    """in place of train.learning_rate; the schedule scales it alike"""
+    weight_decay: float | None = Field(None, ge=0)
+    """as the optimizer has it"""
+    args: dict[str, JsonValue] = Field(default_factory=dict)
+    """other options of the optimizer, such as {betas: [0.9, 0.98]}"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """By the names that torch has for them."""
+        given = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        return {**self.args, **{name: value for name, value in given.items() if value is not None}}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        named = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "names"}
+        for name in sorted(named.keys() & self.args.keys()):
+            raise ValueError(f"no {name} in args: it has a key of its own, {named[name]}")
+        if not self.options:
+            raise ValueError("learning_rate, weight_decay or args: what is otherwise for these parameters")
+        return self
+
+
 class Train(Part):
     """How the model is trained."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"weights", "ema", "find_unused_parameters", "build_seconds"})
+    came_later: ClassVar[frozenset[str]] = frozenset({
+        "weights", "ema", "find_unused_parameters", "build_seconds", "freeze", "groups", "warmup",
+        "drop_last",
+    })  # fmt: skip
 
     epochs: int | None = Field(None, ge=1)
     """passes over the training data; required without entrypoint"""
@@ -70,18 +115,29 @@ class Train(Part):
     loss: Loss | Factory = "cross_entropy"
     """a torch.nn.functional loss, or loss(outputs, target)"""
     optimizer: Optimizer | Factory = "adam"
-    """a torch.optim class, or factory(parameters, lr=…)"""
+    """a torch.optim class, or factory(parameters, lr=…), which may ask for named_parameters or the model instead"""
     learning_rate: float = Field(1e-3, gt=0)
     """given to the optimizer as lr"""
-    metrics: tuple[Metric | CustomMetric, ...] | None = Field(None, strict=False)
-    """measured on the validation data; the loss decides when absent"""
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """patterns of names of parameters that are not trained, such as [backbone.*]; see training.md"""
+    groups: tuple[Group, ...] = Field((), strict=False)
+    """parameters with options of their own; of several that say the same of a parameter the first one counts"""
+    metrics: tuple[Metric | TorchMetric | CustomMetric, ...] | None = Field(None, strict=False)
+    """measured on the validation data; the loss decides when absent. Those from f1_score on are torchmetrics' and need
+    the extra metrics; see training.md"""
     threads: int | None = Field(None, ge=1)
     """torch threads of each process; cores ÷ processes when absent, so that machines differ. Other threads give
     other last bits; a run that goes on keeps those that it began with"""
     data_workers: int = Field(0, ge=0)
     """DataLoader worker processes of each rank"""
+    drop_last: bool = False
+    """leave out of each epoch the samples that do not fill a batch of batch_size"""
     schedule: Schedule | Factory = "constant"
-    """learning rate by optimizer step: flat, to 0 by cosine or by a line, or a reference"""
+    """learning rate by optimizer step: flat, to 0 by cosine or by a line, with a warm-up before the cosine, or a
+    reference"""
+    warmup: Annotated[float, AfterValidator(_is_steps_or_share)] | None = Field(None, ge=0)
+    """the first optimizer steps, in which the rate of a schedule by name rises in a line: their number, or a share of
+    all steps such as 0.05; none when absent, and 0.05 with warmup_cosine"""
     accumulate: int = Field(1, ge=1)
     """forward and backward passes that make one optimizer step"""
     clip_norm: float | None = Field(None, gt=0)
@@ -165,14 +221,38 @@ class Train(Part):
         return self
 
     @property
+    def warms_up(self) -> float:
+        """Optimizer steps with a rising learning rate, or below 1 their share."""
+        return self.warmup if self.warmup is not None else WARMUP if self.schedule == "warmup_cosine" else 0
+
+    @property
     def ships(self) -> Literal["last", "best"]:
         """Of which epoch the weights ship."""
         return self.weights or ("best" if self.early_stopping is not None else "last")
 
     @property
     def custom_metrics(self) -> tuple[CustomMetric, ...]:
-        """Metrics in the user's code."""
-        return tuple(item for item in self.metrics or () if isinstance(item, CustomMetric))
+        """Metrics that are functions: in the user's code, and those of torchmetrics."""
+        return tuple(
+            CustomMetric(factory=TORCHMETRIC, args={"name": item}, better=TORCHMETRICS[item], name=item)
+            if isinstance(item, str)
+            else item
+            for item in self.metrics or ()
+            if not isinstance(item, str) or item in TORCHMETRICS
+        )
+
+    @property
+    def torchmetrics(self) -> tuple[str, ...]:
+        """Names of the metrics that need the library."""
+        return tuple(item for item in self.metrics or () if isinstance(item, str) and item in TORCHMETRICS)
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup is not None and not isinstance(self.schedule, str):
+            raise ValueError(f"no warmup with a schedule of your own, {self.schedule.factory}, which has one or not")
+        if self.warmup == 0 and self.schedule == "warmup_cosine":
+            raise ValueError("schedule: cosine with warmup: 0")
+        return self
 
     @model_validator(mode="after")
     def _switches_fit(self) -> Self:

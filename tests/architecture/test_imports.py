@@ -141,6 +141,7 @@ SERVERS = {
 """Files of shipreader/ to what they may import besides the standard library."""
 WORKER_MAY_IMPORT = {
     "torch", "numpy", "safetensors", "onnxruntime", "onnx_ir", "onnxscript", "torchao", "executorch", "torchworker",
+    "torchmetrics",
 }  # fmt: skip
 
 

@@ -165,6 +165,57 @@ def test_a_stream_with_generators_of_its_own_is_told_that_ranks_see_other_orders
     assert any("draws from generators of its own: 2 processes each keep one of 2" in note for note in result.notes)
 
 
+SHARDED = (
+    STREAM
+    + """
+    import os
+    class Sharded(Stream):
+        def __iter__(self):
+            rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            # Whole runs of samples, as files of them are.
+            return iter(self.samples[rank * 96 // world : (rank + 1) * 96 // world])
+    class Uneven(Sharded):
+        def __iter__(self):
+            return iter(self.samples[:60] if os.environ.get("RANK", "0") == "0" else self.samples[60:])
+    class Same(Stream):
+        pass
+"""
+)
+
+
+def test_a_stream_that_says_that_it_divides_itself_gives_each_rank_its_part(train: Train, tmp_path: Path) -> None:
+    plan = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-30}
+    listed = train(write_project(tmp_path / "list", train={**plan, "processes": 1}))
+    data = {"factory": "plain:build_dataset", "args": {"kind": "Sharded"}, "sharded": True}
+    how = {**plan, "processes": 2, "steps_per_epoch": 3}
+    parts = train(write_project(tmp_path / "parts", extra=SHARDED, data=data, train=how))
+
+    # Each sample once, in training as in validation.
+    assert parts.data_fingerprint == listed.data_fingerprint and parts.read["validation"] == listed.read["validation"]
+    assert "train" not in parts.read, "some steps of each part are not the first ones of the whole stream"
+    assert parts.validation_samples == parts.train_samples == 96
+    for name in ("train_loss", "validation_loss", "validation_accuracy"):
+        assert parts.history[0][name] == pytest.approx(listed.history[0][name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Same", "data.sharded: a stream of data.factory begins with the same sample in all 2 ranks, so it does not"),
+        ("Uneven", "the stream ended after 36 samples; steps_per_epoch asks for 48"),
+        (None, "data.sharded: data.factory gives a map-style dataset for training"),
+    ],
+)
+def test_a_stream_that_does_not_divide_itself_as_it_says_is_refused(
+    train: Train, tmp_path: Path, kind: str | None, said: str
+) -> None:
+    data = {"factory": "plain:build_dataset", "sharded": True, **({"args": {"kind": kind}} if kind else {})}
+    plan = {"epochs": 1, "processes": 2, "batch_size": 32, "steps_per_epoch": 3}
+    with pytest.raises(JobError) as caught:
+        train(write_project(tmp_path / "p", extra=SHARDED if kind else "", data=data, train=plan))
+    assert said in str(caught.value)
+
+
 WEIGHTED = """
     class Weighted(nn.CrossEntropyLoss):
         def __init__(self):
@@ -191,6 +242,7 @@ WEIGHTED = """
         ({"factory": "plain:Weighted"}, False, {"processes": 2}),
         ("cross_entropy", True, {"processes": 2, "accumulate": 2}),
         ({"factory": "plain:Weighted"}, True, {"processes": 1, "accumulate": 4}),
+        ({"factory": "plain:padded"}, True, {"processes": 2, "accumulate": 2}),
     ],
 )
 def test_parts_of_a_step_weigh_what_they_count_for(
@@ -253,6 +305,45 @@ def test_a_collate_function_makes_the_batches_everywhere(train: Train, tmp_path:
     assert 0 <= two.history[-1]["validation_accuracy"] <= 1
     # The fingerprint is of the items, so padding and batches do not change it.
     assert one.data_fingerprint == two.data_fingerprint
+
+
+def test_a_collate_function_may_pad_training_batches_to_their_longest_and_validation_to_one_length(
+    train: Train, tmp_path: Path
+) -> None:
+    extra = """
+        from pathlib import Path
+        class Ragged:
+            def __init__(self, inner): self.inner = inner
+            def __len__(self): return len(self.inner)
+            def __getitem__(self, index):
+                x, y = self.inner[index]
+                return x[: 1 + index % 4], y
+        original = build_dataset
+        def build_dataset(split):
+            return Ragged(original(split))
+        def pad(items, split):
+            length = max(len(x) for x, _ in items) if split == "train" else 4
+            rows = [nn.functional.pad(x, (0, length - len(x))) for x, _ in items]
+            return torch.stack(rows), torch.stack([y for _, y in items])
+        class Sums(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(2, 3)
+            def forward(self, x):
+                if self.training:
+                    Path(__file__).with_name(f"trained-{x.shape[1]}").touch()
+                elif x.shape[1] != 4:
+                    raise ValueError(f"asked with {x.shape[1]}")
+                return self.linear(torch.stack([x.sum(1), x.abs().sum(1)], 1))
+        def build_model():
+            return Sums()
+    """
+    data = {"factory": "plain:build_dataset", "collate": "plain:pad"}
+    plan = {"epochs": 1, "processes": 2, "batch_size": 4}
+    path = write_project(tmp_path / "p", extra=extra, data=data, train=plan)
+    check(path, export=False)
+    train(path)
+    assert {file.name for file in path.parent.glob("trained-*")} >= {"trained-2", "trained-3", "trained-4"}
 
 
 def test_validation_batches_of_different_shapes_are_told_by_check_and_in_the_first_epoch(

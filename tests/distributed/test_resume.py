@@ -128,6 +128,56 @@ def test_a_lone_last_sample_and_a_plateau_cost_no_bit_either(
     assert any("is joined to the batch before it, which has 7" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("sampler", [None, "plain:weights"])
+def test_samples_that_are_drawn_or_left_out_cost_no_bit_either(
+    fork_server: ForkServer, attempt: Attempt, tmp_path: Path, sampler: str | None
+) -> None:
+    """The first epoch ends with a checkpoint, and what it leaves out is read after that, also by who goes on there."""
+    job: dict[str, Any] = {
+        "data": {"factory": "plain:build_dataset", "args": {"size": 98}, **({"sampler": sampler} if sampler else {})},
+        "train": {**STATEFUL_TRAIN, "drop_last": True},
+    }
+    whole = Attempt(fork_server, tmp_path / "whole")
+    whole.code = attempt.code = STATEFUL + "    def weights(dataset): return torch.arange(len(dataset)) % 3\n"
+    expected = whole.train(tmp_path / "project", **job)
+    result = attempt.train(tmp_path / "project", **job, **model(9))
+
+    assert whole.said("restarting") == [] and len(attempt.said("restarting")) == 1
+    assert attempt.weights == whole.weights
+    assert result.read == expected.read and result.train_samples == result.read["train"].samples == 98
+    assert [event["step"] for event in whole.said("epoch")] == [4, 8, 12]
+    assert "train.drop_last: 2 of 98 training samples are left out of each epoch" in result.notes
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_frozen_layers_groups_of_parameters_and_a_warm_up_cost_no_bit_either(
+    fork_server: ForkServer, attempt: Attempt, tmp_path: Path, strategy: str
+) -> None:
+    train: dict[str, Any] = {
+        **STATEFUL_TRAIN,
+        "strategy": strategy,
+        "optimizer": "adamw",
+        "freeze": ["net.0.*", "net.1.*"],
+        "groups": [
+            {"names": ["*.bias"], "weight_decay": 0},
+            {"names": ["net.6.*"], "learning_rate": 0.2, "args": {"betas": [0.8, 0.9]}},
+        ],
+        "schedule": "warmup_cosine",
+        "warmup": 6,
+    }
+    whole = Attempt(fork_server, tmp_path / "whole")
+    expected = whole.train(tmp_path / "project", train=train)
+    # Four steps of two passes are an epoch: in the fifth of six steps in which the rate rises.
+    result = attempt.train(tmp_path / "project", train=train, **model(9))
+
+    assert whole.said("restarting") == [] and len(attempt.said("restarting")) == 1
+    assert attempt.weights == whole.weights
+    rates = [row["learning_rate"] for row in expected.history]
+    assert rates == [row["learning_rate"] for row in result.history]
+    # After 4, 8 and 12 of 12 steps: in the warm-up, at a third of the cosine, at its end.
+    assert rates == pytest.approx([0.05 * 5 / 7, 0.05 * 0.75, 0.0])
+
+
 def test_the_agent_or_host_killed_the_next_call_goes_on_from_the_checkpoint(
     uninterrupted: tuple[str, TrainResult], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import f1_score
 
 from tests.support.processes import PATIENCE
 from tests.support.projects import DIGITS, REPOSITORY, RESIDUAL, write_project
@@ -253,3 +254,21 @@ def test_a_metric_of_ones_own_sees_the_whole_validation_set_once_in_order(train:
     assert two.history[-1]["validation_in_order"] == 1
     assert two.history[-1]["validation_ones"] == one.history[-1]["validation_ones"]
     assert "validation_accuracy" in two.history[-1]
+
+
+def test_a_metric_by_name_is_of_all_samples_at_once_and_not_a_mean_over_ranks(train: Train, tmp_path: Path) -> None:
+    extra = """
+        original = build_dataset
+        def build_dataset(split):
+            return original(split) if split == "train" else TensorDataset(*original(split)[:91])
+    """
+    plan = {**PLAN, "epochs": 3, "learning_rate": 0.05, "metrics": ["f1_score"]}
+    result = train(write_project(tmp_path / "p", extra=extra, train=plan))
+
+    trained = weights(tmp_path / "train0")
+    inputs = torch.randn(96, 4, generator=torch.Generator().manual_seed(1))[:91]
+    target = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 1).long()
+    hidden = torch.relu(inputs @ trained["0.weight"].T + trained["0.bias"])
+    best = (hidden @ trained["2.weight"].T + trained["2.bias"]).argmax(1)
+    expected = f1_score(target, best, average="macro")
+    assert result.history[-1]["validation_f1_score"] == pytest.approx(expected, abs=1e-6) and expected > 0.3

@@ -13,7 +13,8 @@ from torch import nn
 from tests.support.projects import write_project
 from torchworker.contract import CustomMetric, Project, Reference, TrainSettings
 from torchworker.process.failure import UserError
-from torchworker.project.user_code import build_loss, build_model, build_optimizer, build_schedule, call_metric
+from torchworker.project.user_code import build_loss, build_model, call_metric
+from torchworker.training.optimizer import build_optimizer, build_schedule
 from train_and_ship.infra import provenance
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings, user_modules

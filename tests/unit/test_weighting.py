@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchworker.training.weighting import ignored_labels, is_mean, weigh_of
+from torchworker.training.weighting import ignored_labels, is_mean, padding_of, weigh_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 SCORES = torch.randn(12, 3, 5, generator=GENERATOR)
@@ -51,6 +51,86 @@ def test_parts_weighed_by_what_torchs_loss_divides_by_make_the_loss_of_the_whole
     parts = [slice(0, 4), slice(4, 5), slice(5, 12)]
     whole = sum(float(loss(outputs[part], target[part])) * weigh(target[part]) for part in parts) / weigh(target)
     assert whole == pytest.approx(float(loss(outputs, target)), rel=1e-5)
+
+
+def words_first(outputs: Tensor, target: Tensor) -> Tensor:
+    """Of outputs [batch, length, classes], as losses over sequences are written."""
+    return functional.cross_entropy(outputs.flatten(0, 1), target.flatten(), ignore_index=0)
+
+
+def masked(outputs: Tensor, target: Tensor) -> Tensor:
+    known = (target != 255).float()
+    each = functional.cross_entropy(outputs, target.clamp_max(2), reduction="none")
+    return (each * known).sum() / known.sum()
+
+
+def of_each_sequence(outputs: Tensor, target: Tensor) -> Tensor:
+    """The mean over sequences of their own means, which is what somebody wants now and then."""
+    known = (target >= 0).float()
+    each = functional.cross_entropy(outputs, target, reduction="none")
+    return ((each * known).sum(1) / known.sum(1)).mean()
+
+
+def of_all(outputs: Tensor, target: Tensor) -> Tensor:
+    return -outputs.log_softmax(1).gather(1, target[:, None]).mean()
+
+
+class WithPadding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(ignore_index=2)
+
+    def forward(self, outputs: dict[str, Tensor], target: Tensor) -> Tensor:
+        return self.loss(outputs["logits"], target) + 0 * outputs["other"].sum()  # type: ignore[no-any-return]
+
+
+def plain(outputs: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, target)
+
+
+def by_class(outputs: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, target, weight=RARE)
+
+
+def binary(outputs: Tensor, target: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(outputs, target.float())
+
+
+FULL = LABELS.clamp_min(0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "target", "label"),
+    [
+        (plain, SCORES, LABELS, -100),
+        # Asked where no batch has padding.
+        (plain, SCORES[:, :, 0], FULL[:, 0], -100),
+        (words_first, SCORES.transpose(1, 2), FULL, 0),
+        (masked, SCORES, PADDED, 255),
+        (WithPadding(), {"logits": SCORES, "other": NUMBERS}, FULL, 2),
+        (of_each_sequence, SCORES, FULL, None),
+        (of_all, SCORES, FULL, None),
+        (partial(functional.cross_entropy, reduction="sum"), SCORES, LABELS, None),
+        (by_class, SCORES, LABELS, None),
+        (lambda outputs, target: functional.mse_loss(outputs, target), NUMBERS, TARGETS, None),
+        (binary, NUMBERS, FULL.clamp_max(1), None),
+        (lambda outputs, target: outputs.sum() * 0, SCORES, LABELS, None),
+    ],
+)
+def test_the_label_that_a_loss_of_ones_own_leaves_out_is_found_by_asking_it(
+    loss: Any, outputs: Any, target: Tensor, label: int | None
+) -> None:
+    assert padding_of(loss, outputs, target) == label
+
+
+def test_a_text_over_a_large_vocabulary_is_not_asked_about() -> None:
+    # Two samples of it are half a gigabyte of made-up answers.
+    outputs = torch.zeros(1, 1, 1).expand(2, 2**16, 2**10)
+    assert padding_of(words_first, outputs, torch.zeros(2, 2**16, dtype=torch.long)) is None
+
+
+def test_torchs_own_losses_are_known_and_not_asked() -> None:
+    assert padding_of(functional.cross_entropy, SCORES, LABELS) is None
 
 
 def test_of_other_losses_nothing_is_known() -> None:

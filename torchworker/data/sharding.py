@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
 
 from torchworker.data.fingerprint import Fingerprint
@@ -67,14 +68,66 @@ class SeededDataset(Dataset[Any]):
         return Read(_item(self._dataset, index, self._size), hashed=epoch == 1 and key > 0)
 
 
+class Drawn(NamedTuple):
+    """The key of one draw of a sampler."""
+
+    place: int
+    """Of the sample in its dataset."""
+    number: int
+    """Of the draw, over all epochs: a sample that is drawn twice has other random draws each time."""
+
+
+class DrawnSamples(Sampler[Drawn]):
+    """This rank's share of what a sampler draws, from any position: draw i goes to rank i modulo the world size.
+
+    Where the draws do not divide by the ranks, the first ones of the epoch are used twice.
+    """
+
+    def __init__(self, draws: Callable[[int], Tensor], size: int, world: int, rank: int) -> None:
+        """
+        Args:
+            draws: from an epoch to the places of its samples, int64 [size].
+            size: draws of an epoch.
+            world, rank: how many ranks share them, and which of them this is.
+        """
+        self._draws, self._size, self._world, self._rank = draws, size, world, rank
+        self.total_size = -(-size // world) * world
+        self.epoch, self.consumed = 1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes next, from 1."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return (self.total_size - self.consumed) // self._world
+
+    def __iter__(self) -> Iterator[Drawn]:
+        places = self._draws(self.epoch)
+        for position in range(self.consumed + self._rank, self.total_size, self._world):
+            yield Drawn(int(places[position % self._size]), self.epoch * self._size + position)
+
+
+class DrawnDataset(Dataset[Read]):
+    """As `SeededDataset`, of samples that a sampler draws, of which none counts in the fingerprint."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+        self._size = len(dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Drawn) -> Read:
+        if get_worker_info() is not None:
+            seed_everything(sample_seed(self._seed, key.number))
+        return Read(_item(self._dataset, key.place, self._size), hashed=False)
+
+
 def sample_seed(seed: int, key: int) -> int:
     """What a sample's random draws begin with. key: epoch × samples of the split + place of the sample."""
     return seed * 1_000_003 + key
 
 
-def first_keys(size: int) -> range:
-    """Keys of the first epoch, in order. The first sample's would be 0, which has no sign, in an epoch before it."""
-    return range(size, 2 * size)
+def first_keys(size: int, rank: int = 0, world: int = 1) -> range:
+    """Keys of a rank's share of the first epoch, in order. Epoch 0 would have a first key without a sign."""
+    return range(size + rank, 2 * size, world)
 
 
 def places_all_over(size: int, most: int) -> list[int]:
@@ -193,7 +246,7 @@ class StreamShare(IterableDataset[Any]):
 class JoinedBatches(IterableDataset[list[Any]]):
     """Batches of what a rank reads in what is left of an epoch; a last one of a single item joins the one before it."""
 
-    def __init__(self, items: StreamShare | ResumableSampler, size: int, share: int, world: int) -> None:
+    def __init__(self, items: StreamShare | ResumableSampler | DrawnSamples, size: int, share: int, world: int) -> None:
         """
         Args:
             items: samples of a stream, or keys of a dataset's samples.

@@ -43,6 +43,11 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(item.kind is item.VAR_KEYWORD for item in parameters.values())
 
 
+def asks_for(function: Callable[..., Any], name: str) -> bool:
+    """Whether it has a parameter of this name."""
+    return name in _parameters(function)
+
+
 def as_metric(metric: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
     """metric(outputs, target) of what may be a class with update() and compute(), or takes the target first."""
     update, compute = getattr(metric, "update", None), getattr(metric, "compute", None)

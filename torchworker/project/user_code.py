@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from torchworker.contract import OPTIMIZERS, CustomMetric, Project, Reference, TrainSettings
+from torchworker.contract import CustomMetric, Project, Reference
 from torchworker.process.failure import UserError, as_user_error, describe, is_lost_connection, user_error, user_line
 from torchworker.process.phase import building
-from torchworker.project.library import as_metric, as_tensors, takes
+from torchworker.project.library import as_metric, as_tensors, asks_for
 from torchworker.project.metrics import first_output, metric_sum
 from torchworker.project.opened import counts_as_code, counts_as_data
 from torchworker.project.outputs import mapped, parts_of
@@ -73,6 +73,17 @@ def _call(reference: Reference, project: Project, **extra: Any) -> Any:
     what = f"{reference.where}: {reference.target}({shown}) failed"
     with as_user_error(what, project.folder, (Exception, SystemExit)):
         return function(**arguments)
+
+
+@counts_as_code
+def made_by(reference: Reference, project: Project, *given: Any, **defaults: Any) -> Any:
+    """What a factory makes of what it is given by position and of the job's arguments, which go before our defaults.
+
+    Raises UserError when it fails.
+    """
+    factory = resolve(reference, project)
+    with as_user_error(f"{reference.where}: {reference.target} failed", project.folder):
+        return factory(*given, **{**defaults, **as_tensors(factory, reference.args)})
 
 
 @building()
@@ -166,11 +177,16 @@ def build_function(
     return typing.cast(Callable[..., Any], made)
 
 
-def build_collate(project: Project) -> Callable[[list[Any]], Any]:
-    """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names."""
+def build_collate(project: Project, split: str) -> Callable[[list[Any]], Any]:
+    """collate(items) -> (inputs, target) of a batch: torch's own, or the one that the job names.
+
+    One with an argument `split` is told of which the items are, `train` or `validation`.
+    """
     if project.collate is None:
         return default_collate
     function = build_function(project.collate, project)
+    if "split" not in project.collate.args and asks_for(function, "split"):
+        function = functools.partial(function, split=split)
     name = f"{project.collate.where}: {project.collate.target}"
 
     def collate(items: list[Any]) -> Any:
@@ -185,72 +201,6 @@ def build_loss(project: Project) -> Loss:
     if isinstance(project.loss, str):
         return typing.cast(Loss, getattr(nn.functional, project.loss))
     return build_function(project.loss, project)
-
-
-def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """A well-known optimizer by name, or factory(parameters, lr=…)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if isinstance(settings.optimizer, str):
-        kind = getattr(torch.optim, OPTIMIZERS[settings.optimizer])
-        more = {"fused": True} if settings.fused else {}
-        return typing.cast(torch.optim.Optimizer, kind(parameters, lr=settings.learning_rate, **more))
-    made = _made(settings.optimizer, project, torch.optim.Optimizer, parameters, lr=settings.learning_rate)
-    if settings.ema is not None and _has_modes(made):
-        raise UserError(
-            f"train.ema: {settings.optimizer.target} has modes (train() and eval()), and what it trains is not what it "
-            "means to be used: an average of that is neither; take train.ema out, its own weights are an average"
-        )
-    return typing.cast(torch.optim.Optimizer, made)
-
-
-@counts_as_code
-def _made(reference: Reference, project: Project, kind: type, given: Any, **defaults: Any) -> Any:
-    """What a factory of the user's makes of one thing and the job's arguments, which go before our defaults."""
-    named = f"{reference.where}: {reference.target}"
-    factory = resolve(reference, project)
-    with as_user_error(f"{named} failed", project.folder):
-        made = factory(given, **{**defaults, **as_tensors(factory, reference.args)})
-    if not isinstance(made, kind):
-        expected = f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}"
-        raise UserError(f"{named} must return a {expected}, got {type(made).__name__}")
-    return made
-
-
-def build_schedule(
-    project: Project, settings: TrainSettings, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """A learning rate schedule that is advanced after every optimizer step, unless it `follows_loss`.
-
-    Args:
-        project: where the user's code is.
-        settings: name the schedule, or refer to a factory of the user's.
-        optimizer: whose learning rate it sets.
-        steps: how many optimizer steps there will be.
-
-    Raises:
-        UserError: the factory fails, or makes something else.
-    """
-    reference = settings.schedule
-    if reference == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    if reference == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    if reference == "linear":
-        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    assert isinstance(reference, Reference), reference
-    given = {"total_steps": steps} if takes(resolve(reference, project), "total_steps") else {}
-    made = _made(reference, project, torch.optim.lr_scheduler.LRScheduler, optimizer, **given)
-    if getattr(made, "mode", "") == "max" and follows_loss(made):
-        raise UserError(
-            f"{reference.where}: {reference.target} is given the validation loss after each epoch, of which less is "
-            "better; expected mode: min, got max"
-        )
-    return typing.cast(torch.optim.lr_scheduler.LRScheduler, made)
-
-
-def follows_loss(schedule: torch.optim.lr_scheduler.LRScheduler) -> bool:
-    """Whether a schedule is advanced once an epoch, by the validation loss, as ReduceLROnPlateau is."""
-    return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def split_batch(batch: Any, project: Project) -> tuple[Any, Tensor]:
@@ -450,41 +400,6 @@ def backward(value: Tensor, project: Project) -> None:
         raise user_error("train.loss: its gradient cannot be computed", error, project.folder) from error
 
 
-def apply_gradients(
-    optimizer: torch.optim.Optimizer, project: Project, scaler: torch.amp.GradScaler | None = None
-) -> None:
-    """One step of the optimizer. scaler: of the loss, when it was scaled.
-
-    Raises UserError for whatever it raises, unless that is of the machine: another rank that is gone, CUDA, the system.
-    """
-    try:
-        if scaler is not None and scaler.is_enabled():
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
-    except Exception as error:
-        machine = (OSError, torch.OutOfMemoryError, torch.AcceleratorError)
-        if isinstance(error, (UserError, *machine)) or is_lost_connection(error):
-            raise
-        raise user_error("train.optimizer: step() failed", error, project.folder) from error
-
-
-def _has_modes(optimizer: Any) -> bool:
-    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
-
-
-def set_optimizer_mode(optimizer: torch.optim.Optimizer, project: Project, *, training: bool) -> None:
-    """Tell an optimizer that has modes, as schedule-free ones do, whether weights are trained or used now."""
-    if _has_modes(optimizer):
-        with as_user_error("train.optimizer: its change of mode failed", project.folder):
-            getattr(optimizer, "train" if training else "eval")()
-        # schedulefree's train() leaves an empty entry for each parameter, which torch's get_optimizer_state_dict takes
-        # for a state that is there: it makes none, and what a checkpoint holds of it would not be loaded.
-        for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
-            del optimizer.state[parameter]
-
-
 def require_gradients(model: nn.Module, project: Project) -> None:
     """After one backward: every parameter to train took part. DistributedDataParallel waits for all of them."""
     inner = model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
@@ -493,8 +408,8 @@ def require_gradients(model: nn.Module, project: Project) -> None:
         raise UserError(
             f"{project.model.where}: the loss does not depend on {', '.join(unused[:5])}"
             f"{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}; every parameter must take part in every "
-            "step: use it in forward, remove it, or freeze it with requires_grad_(False); for a library's model that "
-            "has some it never uses, train.find_unused_parameters: true"
+            "step: use it in forward, remove it, or freeze it (train.freeze, or requires_grad_(False)); for a "
+            "library's model that has some it never uses, train.find_unused_parameters: true"
         )
 
 
@@ -585,6 +500,7 @@ def batches(
     project: Project,
     chosen: int | Sequence[int] | None = None,
     see: Callable[[Any], object] | None = None,
+    split: str = "validation",
 ) -> Iterator[tuple[Any, Tensor]]:
     """Batches of (inputs, target) in order, for reference data.
 
@@ -594,6 +510,7 @@ def batches(
         project: says how to collate.
         chosen: the first so many samples, or those at these places, ascending; None for all.
         see: called with each sample before it is collated.
+        split: of which the dataset is, for the collate function.
 
     Yields:
         Inputs as the data gives them and the target, each [batch, …], on the CPU.
@@ -611,7 +528,7 @@ def batches(
         of = Subset(dataset, range(min(chosen, len(dataset))))  # type: ignore[arg-type]
     elif places is not None:
         of = Subset(dataset, places)
-    collate = build_collate(project)
+    collate = build_collate(project, split)
 
     def collate_seen(items: list[Any]) -> Any:
         for item in items if see is not None else ():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import CheckRequest, CheckResult, Project
+from torchworker.contract import CheckRequest, CheckResult, Project, TrainSettings
 from torchworker.custom_loop.preflight import facts_of, resolve_main, try_parts
 from torchworker.data.glance import shared
 from torchworker.data.groups import SampleGroups
@@ -21,13 +21,15 @@ from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
+from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
+from torchworker.training.optimizer import apply_gradients, build_optimizer, build_schedule, set_optimizer_mode
 from torchworker.training.results import try_weights
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
-from torchworker.training.weighting import is_mean, no_mean, weigh_of
+from torchworker.training.weighting import is_mean, no_mean, padding_of, weigh_of
 
 
 def check(request: CheckRequest) -> CheckResult:
@@ -47,20 +49,25 @@ def check(request: CheckRequest) -> CheckResult:
         return replace(found, shared=_shared(request, {}))
     loss = user_code.build_loss(project)
     model = user_code.build_model(project)
+    frozen = freeze(model, settings.freeze, project)
     if settings.ema is not None:
         # A model that cannot be copied has no average.
         Averaging(model, settings.ema, project)
-    optimizer = user_code.build_optimizer(project, settings, model)
+    optimizer = build_optimizer(project, settings, model)
     model.eval()
     sizes, datasets = {}, {}
     for split in ("validation", "train"):
         datasets[split] = dataset = user_code.build_dataset(project, split)
         sizes[split] = user_code.length_of(dataset)
         groups = SampleGroups(project)
-        some = list(islice(user_code.batches(dataset, settings.batch_size, project, see=groups.add), 2))
+        batches = user_code.batches(dataset, settings.batch_size, project, see=groups.add, split=split)
+        some = list(islice(batches, 2))
         if split == "validation":
             user_code.require_one_shape(some[0], some[-1], project)
         inputs, target = some[0]
+        if split == "validation":
+            # What ships has these shapes; those of training may be others.
+            shipped = some[0]
         outputs, first_loss = try_batch(
             model, loss, some[0], project, request.formats if split == "validation" else None
         )
@@ -76,18 +83,20 @@ def check(request: CheckRequest) -> CheckResult:
         if split == "train":
             # Whether an epoch has an end, and a sample for every process.
             data = TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
-    if data.has_lone_batch and (why := refusal_of_one(model, loss, (inputs, target), project)):
+    if data.has_lone_batch and (why := refusal_of_one(model, loss, (inputs, target), project, settings.freeze)):
         data.join_lone_batch(why)
-    user_code.build_schedule(project, settings, optimizer, data.epoch_steps * settings.epochs)
-    find_unused, notes = unused_parameters(settings, settings.processes, deciding_line(model, inputs, project))
+    build_schedule(project, settings, optimizer, data.epoch_steps * settings.epochs)
+    decides = deciding_line(model, inputs, project, settings.freeze)
+    find_unused, notes = unused_parameters(settings, settings.processes, decides)
     several = settings.processes * settings.accumulate > 1
-    if several and not weigh_of(loss) and not is_mean(loss, outputs, target):
+    known = weigh_of(loss) is not None or padding_of(loss, outputs, target) is not None
+    if several and not known and not is_mean(loss, outputs, target):
         notes.append(no_mean(project, settings))
-    _try_step(model, inputs, target, loss, optimizer, project, find_unused)
+    _try_step(model, inputs, target, loss, optimizer, project, settings, find_unused)
     facts = facts_of(
-        model.eval(), inputs, target, request.dynamic, project, train_samples=sizes["train"],
+        model.eval(), *shipped, request.dynamic, project, train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=value, max_batch=request.max_batch,
-        notes=[*data.join_notes, *notes], independence=independence,
+        notes=[*frozen, *data.last_batch_notes, *notes], independence=independence,
     )  # fmt: skip
     return replace(facts, shared=_shared(request, datasets))
 
@@ -110,15 +119,16 @@ def _try_step(
     loss: user_code.Loss,
     optimizer: torch.optim.Optimizer,
     project: Project,
+    settings: TrainSettings,
     find_unused: bool,
 ) -> None:
     """One training step, and the weights to a file and back: what would otherwise fail in or after training."""
-    model.train()
-    user_code.set_optimizer_mode(optimizer, project, training=True)
+    set_training(model, settings.freeze)
+    set_optimizer_mode(optimizer, project, training=True)
     outputs = user_code.forward(model, inputs, project)
     user_code.backward(user_code.compute_loss(loss, outputs, target, project), project)
     if not find_unused:
         user_code.require_gradients(model, project)
-    user_code.apply_gradients(optimizer, project)
-    user_code.set_optimizer_mode(optimizer, project, training=False)
+    apply_gradients(optimizer, project)
+    set_optimizer_mode(optimizer, project, training=False)
     try_weights(model, project)

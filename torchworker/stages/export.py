@@ -309,5 +309,6 @@ def _calibration(request: ExportRequest, subject: Subject) -> list[dict[str, Ten
     if not isinstance(dataset, IterableDataset) and size is not None:
         order = torch.randperm(size, generator=torch.Generator().manual_seed(request.seed))
         dataset = Subset(dataset, order[:limit].tolist())
+    # Collated as validation samples are: what was captured has their shapes.
     drawn = batches(dataset, request.batch, project, limit)
     return [name_inputs(subject.model, inputs, project) for inputs, _ in drawn]

@@ -178,8 +178,8 @@ class _Looked(NamedTuple):
 class _Look:
     """Collates samples and hashes them, in DataLoader workers where there are any."""
 
-    def __init__(self, project: Project) -> None:
-        self._collate = Collate(user_code.build_collate(project))
+    def __init__(self, project: Project, split: str) -> None:
+        self._collate = Collate(user_code.build_collate(project, split))
         self._group = build_group(project)
 
     def __call__(self, samples: list[Read]) -> _Looked:
@@ -193,7 +193,7 @@ class _Look:
 def _batches(dataset: Dataset[Any], split: str, project: Project, request: InspectRequest) -> Iterator[_Looked]:
     """What the first epoch reads, in order: every sample once."""
     settings = request.train
-    collate = _Look(project)
+    collate = _Look(project, split)
     if isinstance(dataset, IterableDataset):
         stream = whole_stream(dataset, split, project, settings)
         yield from DataLoader(stream, batch_size=BATCH, collate_fn=collate)

@@ -21,6 +21,7 @@ from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.metrics import first_output
+from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
 from torchworker.project.weights import start_from
 from torchworker.training.averaging import Averaging
@@ -29,6 +30,13 @@ from torchworker.training.checkpoint import Checkpoints, Interval, random_state,
 from torchworker.training.device import device_notes, memory_bytes, place
 from torchworker.training.evaluation import Evaluation
 from torchworker.training.losses import Losses
+from torchworker.training.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    build_schedule,
+    follows_loss,
+    set_optimizer_mode,
+)
 from torchworker.training.preflight import Preflight
 from torchworker.training.results import environment, leave, save_trained, whole_cpu_seconds
 from torchworker.training.strategy import autocast, make_scaler, naming_unused, shard, share_model
@@ -64,6 +72,7 @@ class Loop:
         if self.start:
             start_from(self.model, Path(self.start), self.start_sha256)
             self.notes.append(f"started from the weights of release {Path(self.start).parent.name}")
+        self.notes += freeze(self.model, settings.freeze, project)
         self.model.to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,6 +93,7 @@ class Loop:
         preflight = Preflight(self.model, self.loss, project, settings, self.device)
         example = preflight.try_validation(self.validation_set, self._formats)
         self.ignored = preflight.ignored
+        self.weights.leave_out(preflight.padding)
         self.finds_unused, notes = preflight.try_training(self.data, example)
         self.notes += notes
         # Before sharding, after which a model cannot be copied.
@@ -109,10 +119,10 @@ class Loop:
             collective=self.strategy.collective_forward,
         )
         # After sharding: the optimizer's state is as large as the parameters that it is given.
-        self.optimizer = user_code.build_optimizer(project, settings, self.model)
+        self.optimizer = build_optimizer(project, settings, self.model)
         self.epoch_steps = self.data.epoch_steps
         self.steps = self.epoch_steps * settings.epochs
-        self.schedule = user_code.build_schedule(project, settings, self.optimizer, self.steps)
+        self.schedule = build_schedule(project, settings, self.optimizer, self.steps)
         # From here each rank draws its own dropout masks.
         seed_everything(settings.seed + self.rank)
 
@@ -136,7 +146,7 @@ class Loop:
             "started",
             processes=self.world,
             device=str(self.device),
-            train_samples=self.data.size,
+            train_samples=self.data.samples,
             validation_samples=user_code.length_of(self.validation_set),
             step=self.step,
             steps=self.steps,
@@ -154,14 +164,14 @@ class Loop:
                 "train_loss": train_loss,
                 **self._evaluate(),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "samples_per_second": self.data.size * share / seconds,
+                "samples_per_second": self.data.used * share / seconds,
                 "seconds": seconds,
                 "time": time.time(),
             }
             self.history.append(row)
             self.best.see(self.history)
             self._say("epoch", epochs=settings.epochs, step=self.step, eta_seconds=self._eta(), **row, **self._load())
-            if user_code.follows_loss(self.schedule):
+            if follows_loss(self.schedule):
                 self.schedule.step(row["validation_loss"])
             self.epoch += 1
             self.epoch_step = 0
@@ -173,8 +183,9 @@ class Loop:
         if not self.evaluation.samples:
             # Gone on with after the last epoch: the samples are known when they were read.
             self._evaluate()
+        self.data.read_all()
         read = whole_readings({"train": self.data.fingerprint, "validation": self.evaluation.data.fingerprint})
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
+        set_optimizer_mode(self.optimizer, self.project, training=False)
         self.best.put_back()
         save_trained(self.shipped, self.validation_set, self.project, self.folder, self.device)
         cpu_seconds = whole_cpu_seconds()
@@ -183,13 +194,14 @@ class Loop:
             result = TrainResult(
                 weights=WEIGHTS,
                 history=self.history,
-                train_samples=self.data.size,
+                train_samples=self.data.samples,
                 validation_samples=self.evaluation.samples,
                 data_fingerprint=read["train"].fingerprint,
                 environment=environment(self.device, self.settings),
                 notes=[*self.notes, *self.checkpoints.failures],
                 cpu_seconds=cpu_seconds,
-                read=read,
+                # The first steps of each part are not the first ones of the whole.
+                read=read if self.world == 1 or not self.project.sharded else {"validation": read["validation"]},
                 ignored=self.ignored,
                 shipped_epoch=self.best.epoch or len(self.history),
                 chosen_by=settings.watched if self.best.epoch else "",
@@ -261,7 +273,7 @@ class Loop:
         if own["step"] < self.steps:
             self._arrange_buckets()
         # To give its state a form, torch takes a step with an optimizer that has taken none.
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
+        set_optimizer_mode(self.optimizer, self.project, training=True)
         state = self._state()
         # Parameters without a gradient so far (modules that are used now and then) have no optimizer state to load.
         there, of_parameters = self.checkpoints.names(path), state["optimizer"]["state"]
@@ -335,8 +347,9 @@ class Loop:
 
     def _arrange_buckets(self) -> None:
         """One forward and backward pass whose gradients are thrown away."""
-        self.model.train()
-        inputs, target = self._place(next(user_code.batches(self.train_set, self.data.local_batch, self.project)))
+        set_training(self.model, self.settings.freeze)
+        batches = user_code.batches(self.train_set, self.data.local_batch, self.project, split="train")
+        inputs, target = self._place(next(batches))
         user_code.backward(self._loss(inputs, target), self.project)
         self.optimizer.zero_grad()
 
@@ -344,8 +357,8 @@ class Loop:
 
     def _train_epoch(self) -> float:
         """The rest of this epoch's share of this rank; the mean loss over all samples of all ranks."""
-        self.model.train()
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=True)
+        set_training(self.model, self.settings.freeze)
+        set_optimizer_mode(self.optimizer, self.project, training=True)
         stream = self.data.epoch(self.epoch, self.epoch_step)
         for _ in range(self.epoch_step, self.epoch_steps):
             self._optimizer_step(stream)
@@ -354,6 +367,7 @@ class Loop:
             # What comes after the last step may fail, and must not cost the steps.
             if self.interval.is_due(self.step) or self.step == self.steps:
                 self._save()
+        self.data.read_left_out(self.epoch, stream)
         if self.step == self.steps:
             self.checkpoints.wait()
         self.losses.settle()
@@ -380,8 +394,8 @@ class Loop:
         if self.settings.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        user_code.apply_gradients(self.optimizer, self.project, self.scaler)
-        if not user_code.follows_loss(self.schedule):
+        apply_gradients(self.optimizer, self.project, self.scaler)
+        if not follows_loss(self.schedule):
             self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
@@ -415,7 +429,7 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         # Weights of schedule-free optimizers are others while training.
-        user_code.set_optimizer_mode(self.optimizer, self.project, training=False)
+        set_optimizer_mode(self.optimizer, self.project, training=False)
         means = self.evaluation(self.shipped)
         if not all(math.isfinite(mean) for mean in means.values()):
             raise UserError(

@@ -19,7 +19,7 @@ from torchworker.project.independence import require_independent
 from torchworker.training.device import place
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
-from torchworker.training.weighting import ignored_labels
+from torchworker.training.weighting import ignored_labels, padding_of
 
 Batch = tuple[Any, Tensor]
 
@@ -42,6 +42,8 @@ class Preflight:
         self._settings, self._device = settings, device
         self.ignored: list[int] = []
         """Classes that the loss ignores, known after `try_validation`."""
+        self.padding: int | None = None
+        """The label that a loss of the user's leaves out, known then too."""
 
     @torch.no_grad()
     def try_validation(self, dataset: Dataset[Any], formats: Sequence[str]) -> Batch:
@@ -59,10 +61,12 @@ class Preflight:
         batch = next(user_code.batches(dataset, size, self._project, see=SampleGroups(self._project).add))
         inputs, target = self._place(batch)
         outputs, _ = try_batch(self._model, self._loss, (inputs, target), self._project, formats)
-        if "accuracy" in self._project.metrics:
-            found: list[Any] = [ignored_labels(self._loss, outputs, target)]
-            dist.broadcast_object_list(found, 0)
-            self.ignored = found[0]
+        asked = "accuracy" in self._project.metrics
+        found: list[Any] = [
+            ignored_labels(self._loss, outputs, target) if asked else [], padding_of(self._loss, outputs, target),
+        ]  # fmt: skip
+        dist.broadcast_object_list(found, 0)
+        self.ignored, self.padding = found
         if dist.get_rank() == 0:
             # All ranks have the same model and data.
             require_independent(self._model, inputs, self._project, outputs)
@@ -77,11 +81,11 @@ class Preflight:
         """
         inputs, target = self._place(example)
         # Rank 0's answers: a wrong guess costs little, and two different ones cost the run.
-        answers = [""] * 2
+        answers, frozen = [""] * 2, self._settings.freeze
         if dist.get_rank() == 0:
-            answers[0] = deciding_line(self._model, inputs, self._project)
+            answers[0] = deciding_line(self._model, inputs, self._project, frozen)
             if data.has_lone_batch:
-                answers[1] = refusal_of_one(self._model, self._loss, (inputs, target), self._project)
+                answers[1] = refusal_of_one(self._model, self._loss, (inputs, target), self._project, frozen)
         dist.broadcast_object_list(answers, 0)
         decides, refuses_one = answers
         if refuses_one:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError, describe
+from torchworker.project.parameters import set_training
 from torchworker.project.user_code import Loss, compute_loss, forward
 from torchworker.project.watch import decides_on_parameters, watched
 
@@ -21,7 +23,7 @@ FEW = 2
 
 
 @torch.no_grad()
-def deciding_line(model: nn.Module, inputs: Any, project: Project) -> str:
+def deciding_line(model: nn.Module, inputs: Any, project: Project, frozen: Sequence[str] = ()) -> str:
     """Where forward decides, by chance or by values, what it uses in this step; empty when it does not.
 
     LayerDrop does, and so does a mixture of experts: they may use a module in one step and not in the next.
@@ -30,8 +32,9 @@ def deciding_line(model: nn.Module, inputs: Any, project: Project) -> str:
         model: stays as it is.
         inputs: of one batch as the data gives them, on the model's device.
         project: for messages.
+        frozen: patterns of `train.freeze`.
     """
-    trial = _copied(model)
+    trial = _copied(model, frozen)
     if trial is None:
         return ""
     before = _other_draws()
@@ -46,7 +49,9 @@ def deciding_line(model: nn.Module, inputs: Any, project: Project) -> str:
 
 
 @torch.no_grad()
-def refusal_of_one(model: nn.Module, loss: Loss, batch: tuple[Any, Tensor], project: Project) -> str:
+def refusal_of_one(
+    model: nn.Module, loss: Loss, batch: tuple[Any, Tensor], project: Project, frozen: Sequence[str] = ()
+) -> str:
     """Why it cannot be trained on one sample alone, as BatchNorm cannot; empty when it can.
 
     Args:
@@ -54,8 +59,9 @@ def refusal_of_one(model: nn.Module, loss: Loss, batch: tuple[Any, Tensor], proj
         loss: from `build_loss`.
         batch: (inputs, target), each [batch, …], on the model's device.
         project: for messages.
+        frozen: patterns of `train.freeze`.
     """
-    trial = _copied(model)
+    trial = _copied(model, frozen)
     if trial is None:
         return ""
     inputs, target = _rows(batch, 1)
@@ -66,10 +72,12 @@ def refusal_of_one(model: nn.Module, loss: Loss, batch: tuple[Any, Tensor], proj
     return ""
 
 
-def _copied(model: nn.Module) -> nn.Module | None:
+def _copied(model: nn.Module, frozen: Sequence[str]) -> nn.Module | None:
     """In training mode. None for a model that cannot be copied, of which nothing is known then."""
     try:
-        return copy.deepcopy(model).train()
+        trial = copy.deepcopy(model)
+        set_training(trial, frozen)
+        return trial
     except Exception:
         return None
 

@@ -6,6 +6,7 @@ they count for.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,14 @@ MEAN = 1e-4
 """Relative difference up to which a loss is the mean of those of its parts."""
 DRAWS = 2
 LABELS = 1000
+PADDINGS = (FILLED, 0, -1, 255)
+"""Labels that are often used for padding; the commonest ones of a batch are asked too."""
+PLANTED = (0.3, 0.7)
+"""Parts of the places of some samples at which such a label is put."""
+PADDED_SAMPLES = 8
+"""Samples on which that is asked."""
+ANSWERS = 2**26
+"""Numbers that are made up for it at a time. Two samples of a long text over a large vocabulary may need more."""
 TINY = 1e-30
 
 
@@ -77,6 +86,11 @@ class StepWeights:
         self._world = dist.get_world_size()
         self.of: Weigh = weigh if weigh is not None else by_samples
         """What a batch weighs; where that is not known, its number of samples."""
+
+    def leave_out(self, label: int | None) -> None:
+        """Of a loss that is not torch's own: the label that `padding_of` found, if any."""
+        if label is not None and not self._known:
+            self.of, self._known = _over_labels(label, None), True
 
     def shares(self, weights: Sequence[float]) -> Callable[[], Sequence[float | Tensor | None]]:
         """Factors of the losses of this rank's batches of a step; None for 1. Every rank calls it.
@@ -176,6 +190,69 @@ def is_mean(loss: Loss, outputs: Any, target: Tensor) -> bool:
     except Exception:
         return True
     return True
+
+
+@torch.no_grad()
+def padding_of(loss: Loss, outputs: Any, target: Tensor) -> int | None:
+    """The label that a loss leaves out of a mean over the others, as padding is; None where it is no such loss.
+
+    Asked on made-up answers and on labels with that one at some places: the loss is then the mean of those of its parts
+    by their numbers of other labels.
+
+    Args:
+        loss: from `build_loss`; asked on the CPU, where a label that is none raises an error.
+        outputs: what forward gave, its tensors [batch, …].
+        target: [batch, …].
+    """
+    if weigh_of(loss) is not None or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        return None
+    try:
+        output = first_output(outputs)
+    except TypeError:
+        return None
+    size = min(len(target), PADDED_SAMPLES, ANSWERS // max(1, output[:1].numel()))
+    labels = target[:size].cpu()
+    if size < 2:
+        return None
+    try:
+        few = mapped(Tensor.cpu, _at(outputs, torch.arange(size, device=target.device), len(target)))
+        ask = asked_apart(copy.deepcopy(loss).cpu() if isinstance(loss, nn.Module) else loss)
+        present, counts = torch.unique(labels, return_counts=True)
+        common = present[counts.argsort(descending=True)].tolist()
+        generator = torch.Generator().manual_seed(0)
+        for label in dict.fromkeys([*PADDINGS, *common[:3]]):
+            # In the place of padding that is there, so that it is known which labels count.
+            other = next(one for one in [*common, 0, 1] if one not in (label, FILLED))
+            counted = torch.where(labels == label, other, labels)
+            if all(_leaves_out(ask, few, counted, label, part, generator) for part in PLANTED):
+                return int(label)
+    except Exception:
+        # It cannot be asked in this way.
+        return None
+    return None
+
+
+def _leaves_out(ask: Loss, outputs: Any, target: Tensor, label: int, part: float, generator: torch.Generator) -> bool:
+    """Whether it does, with the label at a part of the places of the first half of a target that has none of it."""
+    half = len(target) // 2
+    planted = target.clone()
+    first = planted[:half].flatten()
+    first[torch.randperm(len(first), generator=generator)[: round(part * len(first))]] = label
+    planted[:half] = first.reshape(planted[:half].shape)
+    output = first_output(outputs)
+    answers = with_first(outputs, torch.randn(output.shape, generator=generator).to(output.dtype))
+    halves = [torch.arange(half), torch.arange(half, len(target))]
+    weights = [int((planted[places] != label).sum()) for places in halves]
+    if not weights[0] or weights[0] == len(first):
+        # One sample of one label cannot be told apart.
+        return False
+    try:
+        whole = float(ask(answers, planted))
+        each = [float(ask(_at(answers, places, len(target)), planted[places])) for places in halves]
+    except Exception:
+        return False
+    mean = sum(weight * value for weight, value in zip(weights, each, strict=True)) / sum(weights)
+    return whole != 0 and abs(whole - mean) <= MEAN * max(abs(whole), abs(mean))
 
 
 def _at(outputs: Any, places: Tensor, size: int) -> Any:

@@ -383,8 +383,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         name="BERT, token classes", library="transformers", sample=tokens(), loss="of_tokens",
-        target=padded(12), notes=(NO_MEAN,),
-        why="a mean over the tokens that are no padding, of which halves have more or less",
+        target=padded(12),
         build=transformers("BertForTokenClassification", "BertConfig", num_labels=CLASSES, **TEXT),
     ),
     Architecture(
