@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,19 +13,34 @@ from torch import Tensor
 from torchworker.contract import PARITY, ErrorCounts, Mismatch, Verdict
 from torchworker.gates.limits import at_most
 from torchworker.parity.histogram import ErrorHistogram, distribution
-from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPLES, SINGLES, Inputs, Probe
+from torchworker.parity.probes import (
+    BATCHES,
+    DRAWS,
+    LENGTHS,
+    NOT_FINITE,
+    ROWS,
+    SAMPLES,
+    SINGLES,
+    SIZES,
+    Inputs,
+    Probe,
+)
 from torchworker.parity.relative import compare_relative, usual_relative_loss
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
 from torchworker.process.fork import CrashNote
 from torchworker.project.answers import same_values
 from torchworker.project.metrics import flips, metric_sum
+from torchworker.project.weights import values_of
 from torchworker.runtimes.load import Call
 
 KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 """The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
 
-OF_ITS_SIZE = frozenset({BATCHES, SAMPLES, DRAWS, LENGTHS, SINGLES})
+CALLS = 50
+"""How often an artifact is asked at least: what it does at its 40th call differently, it does here."""
+
+OF_ITS_SIZE = frozenset({BATCHES, SAMPLES, DRAWS, LENGTHS, SINGLES, SIZES, ROWS})
 """Questions whose inputs are as large as the data's, and so what the model loses on them."""
 
 
@@ -208,6 +224,47 @@ def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
     return at_most(kind, PARITY, case, ratio, 1, note)
 
 
+def same_weights(kind: str, held: Iterable[tuple[str, Tensor]], trained: Path) -> list[Verdict]:
+    """One verdict on what an artifact holds by the names of the model: bit for bit what was trained, where shapes fit.
+
+    Samples may not reach a row of an embedding, or a weight behind a decision.
+
+    Args:
+        kind: the format, in words.
+        held: tensors of the artifact by name.
+        trained: safetensors file of the weights.
+
+    Returns:
+        Nothing where no name and shape is the model's: compiled code, or constants folded into others.
+    """
+    from safetensors import safe_open
+
+    different, equal = [], 0
+    with safe_open(trained, framework="pt") as file:
+        names = set(file.keys())
+        for name, tensor in held:
+            if name not in names:
+                continue
+            mine = file.get_tensor(name)
+            if tensor.dtype != mine.dtype or tensor.shape != mine.shape:
+                continue
+            if torch.equal(_bits(tensor), _bits(mine)):
+                equal += 1
+            else:
+                different.append(name)
+    if not equal + len(different):
+        return []
+    note = f"{equal} of {len(names)} tensors held by name, bit for bit"
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        note = f"other values than were trained: {', '.join(different[:3])}{more}"
+    return [at_most(kind, PARITY, "weights", float(len(different)), 0, note)]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return values_of(tensor).reshape(-1).view(torch.uint8)
+
+
 def _summary(kind: str, asked: Sequence[tuple[Probe, float, str]]) -> Verdict:
     """One line for every probe that is not a batch of capture."""
     if not asked:
@@ -267,6 +324,11 @@ class ParityCheck:
         """Answers to the batches of capture, to be asked for again."""
         self.changed: dict[str, str] = {}
         """Inputs that the artifact wrote into: input to probe."""
+        self.calls = 0
+        self.given: tuple[str, list[Tensor], list[Tensor]] = ("", [], [])
+        """The last probe, its answer as it was given, which whoever asked may still hold, and a copy of it."""
+        self.overwritten = ""
+        """The first answer that a later call changed, in words."""
         self.histogram = ErrorHistogram()
 
     def ask(self, probe: Probe) -> tuple[float, list[Finding], str]:
@@ -291,12 +353,14 @@ class ParityCheck:
         return self._compare(probe, got)
 
     def behaviour(self, probe: Probe) -> tuple[float, list[Finding], str]:
-        """The same question after all the others, twice; with other strides; and whether inputs were left alone."""
+        """The same question after all the others, twice and until there were CALLS; with other strides; and whether
+        inputs, and answers that were given, were left alone."""
         assert probe.eager is not None, "a batch of capture"
         self.outside.asking.write("")
         if probe.name not in self.first:
             return self._failed(probe, "gave no outputs to compare the first time")
-        for turn in ("after the other probes", "and once more"):
+        more = (f"as call {number}" for number in range(self.calls + 3, CALLS + 1))
+        for turn in ("after the other probes", "and once more", *more):
             try:
                 again = self._ask(probe.name, probe.inputs)
             except Exception as error:
@@ -311,6 +375,8 @@ class ParityCheck:
         if self.changed:
             wrote = ", ".join(f"{name} (probe {where})" for name, where in self.changed.items())
             return self._failed(probe, f"writes into its inputs: {wrote}")
+        if self.overwritten:
+            return self._failed(probe, self.overwritten)
         return ratio, found, note
 
     def _strides(self, probe: Probe) -> tuple[float, list[Finding], str]:
@@ -325,10 +391,15 @@ class ParityCheck:
     def _ask(self, name: str, inputs: Inputs) -> list[Tensor]:
         given = {key: tensor if not tensor.is_contiguous() else tensor.clone() for key, tensor in inputs.items()}
         kept = {key: tensor.clone() for key, tensor in inputs.items()}
+        self.calls += 1
         got = self.call(given)
         for key, tensor in given.items():
             if not same_values(tensor, kept[key]):
                 self.changed.setdefault(key, name)
+        before, held, copies = self.given
+        if not self.overwritten and not all(map(same_values, held, copies)):
+            self.overwritten = f"the answer to {before} changes when {name} is asked: both are in the same memory"
+        self.given = name, got, [tensor.clone() for tensor in got]
         return got
 
     def _failed(self, probe: Probe, reason: str) -> tuple[float, list[Finding], str]:

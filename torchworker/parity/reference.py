@@ -16,8 +16,21 @@ from torch.utils.data import Dataset
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.groups import SampleGroups
-from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, Probe, probes, refusals, singles
+from torchworker.parity.probes import (
+    BATCH_SIZES,
+    BATCHES,
+    LENGTHS,
+    POOL,
+    SAMPLES,
+    SIZES,
+    Inputs,
+    Probe,
+    probes,
+    refusals,
+    singles,
+)
 from torchworker.parity.rule import compare_tensors
+from torchworker.parity.tables import tables_of
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.answers import Answers, same_values
@@ -30,6 +43,8 @@ LABELS = "labels"
 """In VALIDATION: the target with FILLED where the loss ignores a label; absent where it ignores none."""
 GROUP = "group"
 """In VALIDATION: the number of each sample's group, [samples] int64; absent where the job names no groups."""
+NAMED = 4
+"""Declared sizes that the model refuses are told by name up to this many."""
 REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
 
@@ -124,23 +139,28 @@ def write_reference(
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
-    unasked: list[str] = []
-    for probe in probes(pool, dims):
+    unasked: dict[str, str] = {}
+    for probe in probes(pool, dims, tables_of(answers, pool)):
         try:
             asked.append(complete(answers, probe))
         except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:
                 # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
-                refusal = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
-                unasked.append(f"{probe.name}, which the model refuses itself ({refusal})")
+                unasked[probe.name] = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
     _require_no_memory(answers, golden[-1])
     signature = {spec.name: spec for spec in input_specs(named, dims)}
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
-    _write_probes([*asked, *refused], [*unasked, *hung], independence, folder / PROBES)
+    _write_probes([*asked, *refused], [*_told(unasked), *hung], independence, folder / PROBES)
     if answers.fixed_precision:
         return "eager, with the rounding of weights and inputs; the model does not run in float64", read
     return "eager, checked against float64", read
+
+
+def _told(unasked: Mapping[str, str]) -> list[str]:
+    """The first sizes by themselves, the rest counted. unasked: question to what the model said."""
+    told = [f"{name}, which the model refuses itself ({refusal})" for name, refusal in unasked.items()]
+    return [*told[:NAMED], f"{len(told) - NAMED} more such sizes"] if len(told) > NAMED + 1 else told
 
 
 def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe], list[str]]:
@@ -334,6 +354,54 @@ def validation_batches(
             ),
             target[part],
         )
+
+
+def other_batches(samples: Sequence[Probe], taken: Sequence[int], largest: int | None) -> Iterator[Probe]:
+    """Validation samples in batches of other sizes, held row by row against what the model said in its own batches.
+
+    Args:
+        samples: of `validation_batches`, with answers whose first dimension is the batch.
+        taken: sizes that are asked anyway.
+        largest: batch that the signature allows; None for no limit.
+    """
+    joined: list[Probe] = []
+    rows = 0
+    for probe in samples:
+        if rows >= BATCH_SIZES[-1] or not _in_rows(probe, like=samples[0]):
+            break
+        joined.append(probe)
+        rows += _count(probe)
+    if not rows:
+        return
+    start = 0
+    for size in BATCH_SIZES:
+        if size in taken or (largest is not None and size > largest):
+            continue
+        chosen = torch.arange(start, start + size) % rows
+        start += size
+        yield Probe(name=f"{size} samples", group=SIZES, **{
+            part: {
+                name: torch.cat([getattr(probe, part)[name] for probe in joined])[chosen]
+                for name in getattr(samples[0], part)
+            }
+            for part in ("inputs", "eager", "exact", "perturbed")
+        })  # fmt: skip
+
+
+def _count(probe: Probe) -> int:
+    return len(next(iter(probe.inputs.values())))
+
+
+def _in_rows(probe: Probe, like: Probe) -> bool:
+    """Whether every tensor has a row a sample, of the same shape as the other probe's."""
+    for part in ("inputs", "eager", "exact", "perturbed"):
+        mine, other = getattr(probe, part), getattr(like, part)
+        if mine.keys() != other.keys():
+            return False
+        for name, tensor in mine.items():
+            if not tensor.dim() or len(tensor) != _count(probe) or tensor.shape[1:] != other[name].shape[1:]:
+                return False
+    return True
 
 
 def _write_validation(
