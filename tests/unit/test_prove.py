@@ -14,47 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
+from tests.support.parity import CODE, NOTHING, as_artifact, check, failed, questions
 from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.parity import reference
 from torchworker.parity.compare import KNOWN, Outside, Policy, compare
-from torchworker.parity.probes import Probe
-from torchworker.parity.reference import enlarged, read_probes, read_unasked, write_reference
+from torchworker.parity.probes import ROWS, Probe
+from torchworker.parity.reference import read_unasked, write_reference
 from torchworker.parity.relative import compare_relative
 from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall
 from torchworker.runtimes.load import Call
 from torchworker.stages.validate import outliving
-
-CODE = Path(__file__).parent
-NOTHING = Reference(target="plain:nothing", where="model.factory")
-
-
-def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence[DynamicDim] = ()) -> list[Probe]:
-    """Every probe for the model, with validation data of these inputs."""
-    project = Project(
-        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, collate=None, loss="mse_loss", metrics=[]
-    )
-    request = ExportRequest(
-        project=project,
-        folder=str(folder),
-        weights="",
-        formats=[],
-        batch=8,
-        seed=0,
-        validation_limit=100,
-        dynamic=dynamic,
-    )
-    names = ["x", "y"][: len(inputs)]
-    dataset: Dataset[object] = TensorDataset(*inputs, torch.zeros(len(inputs[0])))
-    if len(inputs) > 1:
-        dataset = Pairs(*inputs)
-    model.eval()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        batch = enlarged(dict(zip(names, inputs, strict=True)), 8)
-        write_reference(request, model, batch, dataset)
-    return read_probes(folder)
 
 
 def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_are_padding(tmp_path: Path) -> None:
@@ -84,34 +55,6 @@ def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_
         assert kept["group"].tolist() == [0, 1, 2, 3, 4]
         readings.append(read)
     assert readings[0].samples == 5 and readings[0] == readings[1]
-
-
-class Pairs(Dataset[object]):
-    def __init__(self, *inputs: Tensor) -> None:
-        self.inputs = inputs
-
-    def __len__(self) -> int:
-        return len(self.inputs[0])
-
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        return tuple(tensor[index] for tensor in self.inputs), torch.zeros(())
-
-
-def as_artifact(model: nn.Module) -> Call:
-    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return [model(*inputs.values())]
-
-    return call
-
-
-def failed(verdicts: list[Verdict]) -> str:
-    return "\n".join(f"{item.case}: {item.note}" for item in verdicts if not item.passed)
-
-
-def check(probes: list[Probe], call: Call, kind: str = "pt2", policy: Policy | None = None) -> str:
-    """What failed, empty when nothing did."""
-    return failed(compare(kind, call, probes, ["output"], policy or Policy()).verdicts)
 
 
 class Fraud(nn.Module):
@@ -253,7 +196,10 @@ def test_nothing_asked_is_nothing_proven(dense: tuple[nn.Module, list[Probe]]) -
 def test_probes_stay_in_the_domain_of_the_data(words: tuple[nn.Module, list[Probe]]) -> None:
     asked = [probe for probe in words[1] if probe.declared]
     assert len(asked) > 9
-    assert all(int(probe.inputs["x"].min()) >= 0 and int(probe.inputs["x"].max()) < 10 for probe in asked)
+    (rows,) = [probe for probe in asked if probe.group == ROWS]
+    assert rows.inputs["x"].unique().tolist() == list(range(12))
+    others = [probe.inputs["x"] for probe in asked if probe is not rows]
+    assert all(int(tensor.min()) >= 0 and int(tensor.max()) < 10 for tensor in others)
 
 
 def test_masks_stay_with_the_samples_they_belong_to(tmp_path: Path) -> None:
@@ -397,7 +343,8 @@ def test_declared_lengths_are_asked_at_both_ends_and_beyond(tmp_path: Path) -> N
     model = Positions()
     probes = questions(model, tmp_path, tokens, dynamic=[length])
     sizes = {probe.name: probe.inputs["x"].shape[1] for probe in probes if "length" in probe.name}
-    assert sizes == {"smallest.length": 1, "largest.length": 9, "beyond.length": 10}
+    between = {f"length_{size}": size for size in range(2, 9)}
+    assert sizes == {"smallest.length": 1, "largest.length": 9, "beyond.length": 10, **between}
     assert check(probes, as_artifact(model)) == ""
 
     def short(inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -423,6 +370,7 @@ def test_two_declared_dimensions_are_asked_at_their_ends_together_too(tmp_path: 
     assert sizes == {
         "smallest.height": (2, 6), "largest.height": (8, 6), "smallest.w": (5, 3), "largest.w": (5, 13),
         "all_smallest": (2, 3), "all_largest": (8, 13),
+        "smallest.height_largest.w": (2, 13), "smallest.w_largest.height": (8, 3),
     }  # fmt: skip
     assert check(probes, as_artifact(model)) == ""
 
@@ -526,8 +474,10 @@ def test_a_declared_length_that_the_model_refuses_is_said(tmp_path: Path) -> Non
     tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
     length = DynamicDim(name="length", min=1, max=9, axes={"x": (1,)})
     questions(Short(), tmp_path, tokens, dynamic=[length])
-    (told,) = read_unasked(tmp_path)
-    assert told == "largest.length, which the model refuses itself (ValueError: at most seven words)"
+    assert read_unasked(tmp_path) == [
+        f"{name}, which the model refuses itself (ValueError: at most seven words)"
+        for name in ("largest.length", "length_8")
+    ]
 
 
 class Normed(nn.Module):

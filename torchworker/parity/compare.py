@@ -325,6 +325,7 @@ class ParityCheck:
         self.changed: dict[str, str] = {}
         """Inputs that the artifact wrote into: input to probe."""
         self.calls = 0
+        """Answers that it gave."""
         self.given: tuple[str, list[Tensor], list[Tensor]] = ("", [], [])
         """The last probe, its answer as it was given, which whoever asked may still hold, and a copy of it."""
         self.overwritten = ""
@@ -391,8 +392,8 @@ class ParityCheck:
     def _ask(self, name: str, inputs: Inputs) -> list[Tensor]:
         given = {key: tensor if not tensor.is_contiguous() else tensor.clone() for key, tensor in inputs.items()}
         kept = {key: tensor.clone() for key, tensor in inputs.items()}
-        self.calls += 1
         got = self.call(given)
+        self.calls += 1
         for key, tensor in given.items():
             if not same_values(tensor, kept[key]):
                 self.changed.setdefault(key, name)

@@ -45,7 +45,7 @@ LARGEST_EXACT = 2**24
 """Up to here float32 has every whole number."""
 BATCH_SIZES = (2, 3, 4, 8, 16, 32, 64, 128)
 """Batches that servers make, and what compilers take for other than they are: an even one, a vector's width, a warp."""
-INSIDE = 24
+INSIDE = 16
 """Sizes of one declared dimension that are asked about; all of a range that has no more."""
 PAIRS = 4
 """Draws of all declared dimensions at once."""
@@ -188,27 +188,25 @@ def _masks(pool: Inputs, few: Inputs) -> Iterator[Probe]:
 
 def _is_mask(tensor: Tensor) -> bool:
     """Booleans, or numbers that are 0 and 1 and both."""
-    return tensor.dtype == torch.bool or tensor.unique().tolist() == [0, 1]
+    return tensor.dtype == torch.bool or torch.unique(tensor).tolist() == [0, 1]
 
 
 def _rows_of(table: Table, key: str, pool: Inputs) -> Iterator[Probe]:
     """Each row of an embedding once, where real samples have other ones; as many as EMBEDDED samples have room for."""
-    available = len(pool[key])
-    row = 0
+    wanted = torch.tensor([row for row in range(table.rows) if row != table.padding])
+    available, asked = len(pool[key]), 0
     for start in range(0, EMBEDDED, EMBEDDED_BATCH):
-        taken = torch.arange(start, start + EMBEDDED_BATCH) % available
-        inputs = _rows(pool, taken)
-        place = torch.ones_like(inputs[key], dtype=torch.bool)
+        inputs = _rows(pool, torch.arange(start, start + EMBEDDED_BATCH) % available)
+        places = torch.ones_like(inputs[key], dtype=torch.bool)
         if table.padding is not None:
-            place = inputs[key] != table.padding
-        values = torch.arange(row, row + int(place.sum())) % table.rows
-        if not len(values):
+            places = inputs[key] != table.padding
+        count = int(places.sum())
+        if asked >= len(wanted) or not count:
             return
-        inputs[key][place] = values.to(inputs[key].dtype)
-        yield Probe(name=f"rows{row}.{key}", group=ROWS, inputs=inputs)
-        row += len(values)
-        if row >= table.rows:
-            return
+        rows = wanted[torch.arange(asked, asked + count) % len(wanted)]
+        inputs[key][places] = rows.to(inputs[key].dtype)
+        yield Probe(name=f"rows{asked}.{key}", group=ROWS, inputs=inputs)
+        asked += count
 
 
 def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:
@@ -248,15 +246,13 @@ def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, di
 
 
 def _inside_of(smallest: int, largest: int, generator: torch.Generator) -> list[int]:
-    """Sizes between both: all of a short range; powers of two with their neighbours, and drawn ones, of a long one."""
+    """Sizes between both: all of a short range; powers of two, where kernels change, and drawn ones of a long one."""
     inside = range(smallest + 1, largest)
     if len(inside) <= INSIDE:
         return list(inside)
-    powers = [2**power + step for power in range(1, largest.bit_length()) for step in (0, 1, -1)]
-    chosen = dict.fromkeys(size for size in powers if size in inside)
-    chosen = dict.fromkeys(list(chosen)[: INSIDE * 2 // 3])
+    chosen = {2**power for power in range(largest.bit_length()) if 2**power in inside}
     while len(chosen) < INSIDE:
-        chosen[int(torch.randint(smallest + 1, largest, (), generator=generator))] = None
+        chosen.add(int(torch.randint(smallest + 1, largest, (), generator=generator)))
     return sorted(chosen)
 
 

@@ -379,13 +379,18 @@ def other_batches(samples: Sequence[Probe], taken: Sequence[int], largest: int |
             continue
         chosen = torch.arange(start, start + size) % rows
         start += size
-        yield Probe(name=f"{size} samples", group=SIZES, **{
-            part: {
-                name: torch.cat([getattr(probe, part)[name] for probe in joined])[chosen]
-                for name in getattr(samples[0], part)
-            }
-            for part in ("inputs", "eager", "exact", "perturbed")
-        })  # fmt: skip
+        yield Probe(
+            name=f"{size} samples",
+            group=SIZES,
+            inputs=_joined([probe.inputs for probe in joined], chosen),
+            eager=_joined([probe.eager or {} for probe in joined], chosen),
+            exact=_joined([probe.exact for probe in joined], chosen),
+            perturbed=_joined([probe.perturbed for probe in joined], chosen),
+        )
+
+
+def _joined(parts: Sequence[Inputs], rows: Tensor) -> Inputs:
+    return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}
 
 
 def _count(probe: Probe) -> int:
@@ -394,11 +399,11 @@ def _count(probe: Probe) -> int:
 
 def _in_rows(probe: Probe, like: Probe) -> bool:
     """Whether every tensor has a row a sample, of the same shape as the other probe's."""
-    for part in ("inputs", "eager", "exact", "perturbed"):
-        mine, other = getattr(probe, part), getattr(like, part)
-        if mine.keys() != other.keys():
+    for part, other in ((probe.inputs, like.inputs), (probe.eager or {}, like.eager or {}), (probe.exact, like.exact),
+                        (probe.perturbed, like.perturbed)):  # fmt: skip
+        if part.keys() != other.keys():
             return False
-        for name, tensor in mine.items():
+        for name, tensor in part.items():
             if not tensor.dim() or len(tensor) != _count(probe) or tensor.shape[1:] != other[name].shape[1:]:
                 return False
     return True
