@@ -206,7 +206,7 @@ def finite(outputs: list[Tensor]) -> bool:
 
 
 def olive(call: Call, case: Case) -> bool:
-    """Olive 0.13, OnnxDiscrepancyCheck with `max_elements_above_0_01: 0`: one random input. Without limits, which is its
+    """Olive 0.13, OnnxDiscrepancyCheck with `max_elements_above_0_01: 0`: one random input. Without limits, its
     default, it fails on nothing."""
     inputs = similar(case, 1, 3)
     for got, expected in zip(call({k: v.clone() for k, v in inputs.items()}), eager(case.model)(inputs), strict=True):
@@ -290,18 +290,13 @@ def study(chosen: list[str]) -> tuple[list[Score], list[tuple[str, str, dict[str
                 else:
                     kind, turn = case.kinds[turn % len(case.kinds)], turn + 1
                     loaded = exported(made, case, kind, folder)
-                # A call may keep state: each rule gets one of its own.
-                again = loaded.call if kind != "called" or isinstance(made, nn.Module) else None
-                scores.append(
-                    held(defect, kind, loaded, case, probes, samples, folder, lambda again=again, defect=defect, case=case:
-                        again or defect.make(case.model))
-                )  # fmt: skip
+                scores.append(held(defect, kind, loaded, case, probes, samples, folder))
     return scores, clean
 
 
 def held(
     defect: Defect | Trigger, kind: str, loaded: Loaded, case: Case, probes: list[Probe], samples: list[Probe],
-    folder: Path, another: Callable[[], Call],
+    folder: Path,
 ) -> Score:  # fmt: skip
     """What our gate and the other rules say to one wrong artifact."""
     began = time.perf_counter()
@@ -310,7 +305,10 @@ def held(
     except Exception:
         caught = {"ours": True}
     seconds = time.perf_counter() - began
-    caught |= {name: not passes(rule, another(), case) for name, rule in PEERS.items()}
+    for name, rule in PEERS.items():
+        # A call may keep state: each rule gets one of its own.
+        made = defect.make(case.model) if kind == "called" else loaded.call
+        caught[name] = not passes(rule, eager(made) if isinstance(made, nn.Module) else made, case)
     what = f" {defect.what}" if isinstance(defect, Trigger) else ""
     print(
         f"{defect.case:12} {defect.kind + what:46} {kind:12} "
@@ -336,10 +334,7 @@ def hidden(half: int) -> list[Score]:
             probes, samples, folder = asked[case.name]
             # As a package of AOTInductor, which keeps no names: what hides is found by asking.
             loaded = Loaded(trigger.make(case.model))
-            scores.append(
-                held(trigger, "called", loaded, case, probes, samples, folder, lambda trigger=trigger, case=case: (
-                    trigger.make(case.model)))
-            )  # fmt: skip
+            scores.append(held(trigger, "called", loaded, case, probes, samples, folder))
     return scores
 
 
@@ -361,9 +356,7 @@ def off_by_little(half: int) -> list[Score]:
                 defect = Defect(case.name, f"{name} off by {relative:.0e}", lambda _, changed=changed: changed)
                 kind = draw.choice(case.kinds)
                 loaded = exported(changed, case, kind, folder)
-                scores.append(
-                    held(defect, kind, loaded, case, probes, samples, folder, lambda loaded=loaded: loaded.call)
-                )
+                scores.append(held(defect, kind, loaded, case, probes, samples, folder))
     return scores
 
 

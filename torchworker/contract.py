@@ -806,7 +806,7 @@ class ValidateRequest(Artifacts, CleanRoom):
     relative: bool = False
     """Whether outputs that are never negative are compared in units of each element too."""
     max_batch: int | None = None
-    """Largest batch of the signature, 1 where samples are coupled; None for no limit."""
+    """Largest batch of the signature; None for no limit."""
     weights: str = ""
     """Absolute file of the trained weights, which artifacts that hold them by name must have bit by bit; empty where
     there is none."""

@@ -182,7 +182,7 @@ def test_sizes_within_a_declared_range_and_pairs_of_them_are_asked(tmp_path: Pat
     heights = {probe.inputs["x"].shape[1] for probe in probes if probe.declared and probe.inputs["x"].shape[2] == 40}
     assert heights >= set(range(2, 13))
     widths = {probe.inputs["x"].shape[2] for probe in probes if probe.declared and probe.inputs["x"].shape[1] == 9}
-    assert len(widths) >= 26 and widths >= {2, 3, 4, 8, 16, 32, 500}
+    assert len(widths) >= 18 and widths >= {2, 4, 8, 16, 32, 64, 128, 256, 500}
     assert check(probes, as_artifact(model)) == ""
     uneven = wrong_when(model, lambda given: given["x"].shape[2] > 30 * given["x"].shape[1])
     assert check(probes, uneven) != ""
@@ -197,7 +197,7 @@ def test_sizes_that_the_model_refuses_itself_are_told_in_a_few_words(tmp_path: P
                 raise ValueError("an even length")
             return x.unflatten(1, (2, -1)).sum((1, 2))
 
-    length = DynamicDim(name="length", min=2, max=30, axes={"x": (1,)})
+    length = DynamicDim(name="length", min=2, max=18, axes={"x": (1,)})
     questions(Halves(), tmp_path, torch.randn(20, 8, 3), dynamic=[length])
     told = read_unasked(tmp_path)
     assert len(told) == 5 and told[0] == "length_3, which the model refuses itself (ValueError: an even length)"
