@@ -219,13 +219,24 @@ def test_a_weight_of_an_artifact_is_the_trained_one_bit_for_bit(kind: str, tmp_p
             torch.onnx.export(program, (tokens,), verbose=False).save(str(path), external_data=False)  # type: ignore[union-attr]
     trained = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), trained)
-    (passed,) = same_weights(kind, load_with_weights(kind, path, 1).weights(), trained)
+    (passed,) = same_weights(kind, load_with_weights(kind, path, 1), trained)
     assert passed.passed and passed.note.endswith(" of 5 tensors held by name, bit for bit")
     assert int(passed.note.split()[0]) >= 3
     # A row that no sample asks for, off by less than any rule on values could see.
     model[0].weight[33, 5] = torch.nextafter(model[0].weight[33, 5], torch.tensor(9.0))
     save_file(model.state_dict(), trained)
-    (failed,) = same_weights(kind, load_with_weights(kind, path, 1).weights(), trained)
+    (failed,) = same_weights(kind, load_with_weights(kind, path, 1), trained)
     assert not failed.passed and failed.note == "other values than were trained: 0.weight"
     save_file({"another": torch.zeros(2)}, trained)
-    assert same_weights(kind, load_with_weights(kind, path, 1).weights(), trained) == []
+    assert same_weights(kind, load_with_weights(kind, path, 1), trained) == []
+
+
+def test_a_batch_norm_that_onnx_folds_into_the_weights_before_it_is_no_other_weight(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).eval()
+    model.requires_grad_(False)[1].running_var.fill_(2.0)  # type: ignore[operator, union-attr]
+    picture = torch.randn(2, 1, 4, 4)
+    path, trained = tmp_path / "model.onnx", tmp_path / "weights.safetensors"
+    torch.onnx.export(torch.export.export(model, (picture,)), (picture,), verbose=False).save(str(path))  # type: ignore[union-attr]
+    save_file(model.state_dict(), trained)
+    assert all(item.passed for item in same_weights("onnx", load_with_weights("onnx", path, 1), trained))
+    assert "0.weight" not in dict(load_with_weights("onnx", path, 1).weights(set(model.state_dict())))

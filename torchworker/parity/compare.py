@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from torchworker.process.fork import CrashNote
 from torchworker.project.answers import same_values
 from torchworker.project.metrics import flips, metric_sum
 from torchworker.project.weights import values_of
-from torchworker.runtimes.load import Call
+from torchworker.runtimes.load import Call, Loaded
 
 KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 """The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
@@ -224,14 +224,14 @@ def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
     return at_most(kind, PARITY, case, ratio, 1, note)
 
 
-def same_weights(kind: str, held: Iterable[tuple[str, Tensor]], trained: Path) -> list[Verdict]:
+def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
     """One verdict on what an artifact holds by the names of the model: bit for bit what was trained, where shapes fit.
 
     Samples may not reach a row of an embedding, or a weight behind a decision.
 
     Args:
         kind: the format, in words.
-        held: tensors of the artifact by name.
+        loaded: the artifact.
         trained: safetensors file of the weights.
 
     Returns:
@@ -242,7 +242,7 @@ def same_weights(kind: str, held: Iterable[tuple[str, Tensor]], trained: Path) -
     different, equal = [], 0
     with safe_open(trained, framework="pt") as file:
         names = set(file.keys())
-        for name, tensor in held:
+        for name, tensor in loaded.weights(names):
             if name not in names:
                 continue
             mine = file.get_tensor(name)

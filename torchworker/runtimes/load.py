@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,11 @@ Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Inputs by name → outputs in the order of the signature."""
 
 
-def _without_names() -> Iterator[tuple[str, Tensor]]:
+FOLDED_INTO = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Operators of ONNX whose weights take up those of a batch norm behind them, under their own names."""
+
+
+def _without_names(_: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     return iter(())
 
 
@@ -41,8 +45,9 @@ class Loaded:
     """An artifact, and the tensors that it holds by the names of the model's."""
 
     call: Call
-    weights: Callable[[], Iterator[tuple[str, Tensor]]] = _without_names
-    """One after the other; none of a format that keeps no names."""
+    weights: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]] = _without_names
+    """Given the model's names, those that were not changed on purpose, one after the other; none of a format that keeps
+    no names."""
 
 
 def load_artifact(kind: str, path: Path, threads: int) -> Call:
@@ -117,7 +122,7 @@ def flat(outputs: Any) -> list[Tensor]:
 
 def _torchscript(path: Path) -> Loaded:
     program = load_script(path)
-    return Loaded(partial(call_script, program), lambda: iter(program.state_dict().items()))
+    return Loaded(partial(call_script, program), lambda _: iter(program.state_dict().items()))
 
 
 def load_script(path: Path) -> Any:
@@ -155,7 +160,7 @@ def _pt2(path: Path) -> Loaded:
         with torch.no_grad():
             return flat(program(*(tensor for _, tensor in given[:positional]), **dict(given[positional:])))
 
-    return Loaded(call, lambda: iter(exported.state_dict.items()))
+    return Loaded(call, lambda _: iter(exported.state_dict.items()))
 
 
 def _aoti(path: Path) -> Loaded:
@@ -227,13 +232,19 @@ def _onnx(path: Path, threads: int) -> Loaded:
     return Loaded(call, partial(_initializers, path))
 
 
-def _initializers(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _initializers(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     import onnx
 
-    for item in onnx.load(str(path)).graph.initializer:
-        # Types that numpy does not have come as its own kinds, which torch does not take.
-        with contextlib.suppress(TypeError):
-            yield item.name, torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+    graph = onnx.load(str(path)).graph
+    held = {item.name for item in graph.initializer}
+    statistics = {name for name in names if name.endswith("running_var")}
+    folded = {name for node in graph.node if node.op_type in FOLDED_INTO for name in node.input}
+    skipped = folded if statistics - held else set()
+    for item in graph.initializer:
+        if item.name in names and item.name not in skipped:
+            # Types that numpy does not have come as its own kinds, which torch does not take.
+            with contextlib.suppress(TypeError):
+                yield item.name, torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
 
 
 def _executorch_library() -> Any:
