@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from torchworker import situations
 from train_and_ship.infra.addresses import has_password, without_password
@@ -50,7 +52,7 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
     try:
         job = Job.model_validate(document)
     except ValidationError as error:
-        lines = [*twice, *_explain(error, path, text)]
+        lines = [*twice, *(line for _, line in sorted(_explain(error, path, text), key=itemgetter(0)))]
         raise JobError("\n".join(lines)) from None
     if twice:
         raise JobError("\n".join(twice))
@@ -153,7 +155,8 @@ def _given_twice(root: yaml.Node | None, path: Path) -> list[str]:
     return [told for _, told in sorted(found)]
 
 
-def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:
+def _explain(error: ValidationError, path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """A message for each key, with its line."""
     # Unions add the name of the alternative that was tried; only the user's keys are shown.
     found = [([part for part in item["loc"] if _in_document(part)], item) for item in error.errors()]
     seen: set[str] = set()
@@ -163,24 +166,46 @@ def _explain(error: ValidationError, path: Path, text: str) -> Iterator[str]:
         if key in seen or deeper:
             continue
         seen.add(key)
-        place = f"{path}:{_line_of(text, keys)}: {key}" if keys else f"{path}"
-        given = _shown(item["input"])
-        match item["type"]:
-            case "extra_forbidden":
-                yield f"{place}: unknown key{_did_you_mean(keys)}"
-            case "missing":
-                yield f"{place}: missing; expected {_describe_key(keys)}"
-            case "value_error":
-                yield f"{place}: expected {item['ctx']['error']}, got {given}"
-            case "string_pattern_mismatch":
-                yield f"{place}: expected lower-case letters, digits, dots, dashes or underscores, got {given}"
-            case "literal_error" if keys[-1] in ("loss", "optimizer", "schedule"):
-                yield f"{place}: expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
-            case "float_type" if isinstance(item["input"], str) and _is_number(item["input"]):
-                yield f"{place}: YAML reads {item['input']} as text; write it with a point, such as 1.0e-3 or 0.001"
-            case _:
-                expected = item["msg"].removeprefix("Input should be ").removeprefix("String should ")
-                yield f"{place}: expected {expected}, got {given}"
+        line = _line_of(text, keys)
+        place = f"{path}:{line}: {key}" if keys else f"{path}"
+        alternatives = [other for same, other in found if same == keys]
+        yield line, f"{place}: {_told(keys, item, alternatives)}"
+
+
+def _told(keys: list[int | str], item: ErrorDetails, alternatives: Sequence[ErrorDetails]) -> str:
+    """What is wrong with one key.
+
+    Args:
+        keys: the way to it.
+        item: what pydantic says.
+        alternatives: the same for each kind of value that it may have, this one among them.
+    """
+    given = _shown(item["input"])
+    match item["type"]:
+        case "extra_forbidden":
+            return f"unknown key{_did_you_mean(keys)}"
+        case "missing":
+            return f"missing; expected {_describe_key(keys)}"
+        case "value_error":
+            return f"expected {item['ctx']['error']}, got {given}"
+        case "string_pattern_mismatch":
+            return f"expected lower-case letters, digits, dots, dashes or underscores, got {given}"
+        case "literal_error" if keys[-1] in ("loss", "optimizer", "schedule"):
+            return f"expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
+        case "float_type" if isinstance(item["input"], str) and _is_number(item["input"]):
+            return f"YAML reads {item['input']} as text; write it with a point, such as 1.0e-3 or 0.001"
+        case _:
+            return f"expected {' or '.join(dict.fromkeys(map(_expected, alternatives)))}, got {given}"
+
+
+def _expected(item: ErrorDetails) -> str:
+    match item["type"]:
+        case "tuple_type" | "list_type":
+            return "a list, such as [a, b]"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "keys with values, such as {key: value}"
+        case _:
+            return item["msg"].removeprefix("Input should be ").removeprefix("String should ")
 
 
 def _is_number(text: str) -> bool:
@@ -240,7 +265,20 @@ def _did_you_mean(keys: list[int | str]) -> str:
         return ""
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
+    # A key that there is, in another part.
+    elsewhere = [".".join(place) for place in _places(Job) if place[-1] == str(keys[-1])]
+    if close or elsewhere:
+        return f"; did you mean {' or '.join(elsewhere[:3] if elsewhere and keys[-1] not in close else close)}?"
+    return f"; expected one of {', '.join(known)}"
+
+
+def _places(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The way to each key of a model and of the parts below it."""
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        for option in _options(field.annotation):
+            if _is_model(option):
+                yield from _places(option, (*above, name))
 
 
 def _describe_key(keys: list[int | str]) -> str:

@@ -124,10 +124,23 @@ def test_a_missing_key_says_what_it_is_for(tmp_path: Path) -> None:
     assert message.startswith("job.yaml:1: data: missing; expected called with split=")
 
 
-def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+def test_every_mistake_is_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = GOOD.replace("plain:build_model", "plain").replace("data:", "dta:") + "gates: {acuracy: {min: 1}}\n"
     lines = refused(tmp_path, text).splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["model.factory", "data", "gates.acuracy", "dta"]
+    assert [line.split(": ")[1] for line in lines] == ["data", "model.factory", "dta", "gates.acuracy"]
+
+
+def test_a_key_of_another_part_is_named_with_its_part_and_kinds_of_values_in_words_of_yaml(tmp_path: Path) -> None:
+    assert refused(tmp_path, GOOD + "metrics: [accuracy]\n").endswith("unknown key; did you mean train.metrics?")
+    text = GOOD.replace("build_dataset}", "build_dataset, batch_size: 8}")
+    assert refused(tmp_path, text) == "job.yaml:3: data.batch_size: unknown key; did you mean train.batch_size?"
+    assert "env: expected a list, such as [a, b], got" in refused(tmp_path, GOOD + "env: {A: b}\n")
+    assert "export.formats: expected 'auto' or a list, such as [a, b], got \"onnx\"" in refused(
+        tmp_path, GOOD + "export: {formats: onnx}\n"
+    )
+    assert "gates: expected keys with values, such as {key: value}, got" in refused(
+        tmp_path, GOOD + "gates: [accuracy]\n"
+    )
 
 
 @pytest.mark.parametrize(
