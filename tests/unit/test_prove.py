@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -604,3 +604,37 @@ def test_whole_numbers_that_go_through_float32_are_found_by_the_neighbours_of_th
 
 def test_whole_numbers_that_float32_has_are_only_taken_from_samples(words: tuple[nn.Module, list[Probe]]) -> None:
     assert [probe.name for probe in words[1] if probe.group == "largest whole numbers"] == ["largest.x"]
+
+
+class Balance(Dense):
+    """Answers, and one number of the whole batch, as an auxiliary loss is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        answers = self.layers(x)
+        return answers, answers.softmax(-1).mean(0).square().sum()
+
+
+def test_one_number_of_a_batch_is_compared_for_the_same_batch(tmp_path: Path) -> None:
+    model = Balance()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    assert {probe.eager["output_1"].shape for probe in probes if probe.eager is not None} == {()}
+
+    def failed_with(change: Callable[[Tensor], Tensor], policy: Policy | None = None) -> str:
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                answers, number = model(inputs["x"])
+            return [answers, change(number)]
+
+        return failed(compare("pt2", call, probes, ["output_0", "output_1"], policy or Policy()).verdicts)
+
+    assert failed_with(lambda number: number) == ""
+    assert failed_with(lambda number: number, Policy(not_finite="same")) == ""
+    assert "output_1: max |Δ|" in failed_with(lambda number: number * (1 + 1e-5))
+    assert "output_1: shape [1], expected []" in failed_with(lambda number: number[None])
+    # NaN in a sample is NaN in what is of all samples.
+    assert "hides the NaN" in failed_with(lambda number: number.nan_to_num(0.5))
+    # Of no samples it says nothing: a mean of nothing is NaN in torch and 0 elsewhere.
+    (empty,) = [probe for probe in probes if probe.name == "empty"]
+    answers = {"output_0": torch.zeros(0, 3), "output_1": torch.tensor(0.0)}
+    zero = compare("onnx", lambda _: list(answers.values()), [empty], list(answers), Policy()).verdicts
+    assert failed(zero) == ""

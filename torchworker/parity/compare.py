@@ -12,7 +12,17 @@ from torch import Tensor
 from torchworker.contract import PARITY, ErrorCounts, Mismatch, Verdict
 from torchworker.gates.limits import at_most
 from torchworker.parity.histogram import ErrorHistogram, distribution
-from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPLES, SINGLES, Inputs, Probe
+from torchworker.parity.probes import (
+    BATCHES,
+    DRAWS,
+    EMPTY,
+    LENGTHS,
+    NOT_FINITE,
+    SAMPLES,
+    SINGLES,
+    Inputs,
+    Probe,
+)
 from torchworker.parity.relative import compare_relative, usual_relative_loss
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
@@ -392,8 +402,9 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
         usual: of `usual_loss`.
     """
     assert probe.eager is not None, "asked before"
-    eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    if got.dtype != eager.dtype or got.shape != eager.shape or eager.dim() == 0:
+    eager = probe.eager[name]
+    others = [answers.get(name) for answers in (probe.exact, probe.perturbed)]
+    if got.dtype != eager.dtype or got.shape != eager.shape:
         return compare_output(got, probe, name)
     real = eager.is_floating_point()
     if policy == "same":
@@ -404,8 +415,16 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
                 outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
             )
         return compare_output(got, probe, name)
+    touched = list(probe.touched)
+    if eager.dim() == 0:
+        if probe.group == EMPTY:
+            # Of no samples: a mean of nothing is NaN in torch and 0 elsewhere.
+            return Parity(ratio=0.0, max_difference=0.0)
+        # One number of all samples is one row, which each of them touches.
+        got, eager, touched = got[None], eager[None], touched and [0]
+        others = [None if tensor is None else tensor.reshape(-1) for tensor in others]
     rows = torch.ones(len(eager), dtype=torch.bool)
-    rows[list(probe.touched)] = False
+    rows[touched] = False
     if real:
         shows, hidden = ~_row_finite(eager), _row_finite(got)
         rows &= ~shows
@@ -415,9 +434,7 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
             return Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)
-    chosen = [
-        tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, perturbed)
-    ]
+    chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in others]
     return compare_tensors(got[rows], eager[rows], *chosen, usual=usual)
 
 

@@ -54,6 +54,8 @@ FEW_ELEMENTS = 8
 
 The rms of m normal errors has a relative standard deviation of 1/√(2m): a quarter at 8, half at 2.
 """
+MANY_COPIES = 128
+"""An output of more than so many times FEW_ELEMENTS is not looked through for numbers that it holds many times."""
 LEAST_MAX, LEAST_RMS = 4.0, 2.0
 """What eager is taken to lose at least, in units of u: it may be right by luck, and then any difference is too large.
 
@@ -200,13 +202,13 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
     steady = (e_ref.amax(rows) if rows else e_ref) <= UNSTABLE * roundoff * max(size, float(z.abs().max()))
     difference = (x - y).abs()
     ratio = allowed = 0.0
-    for part in (steady, ~steady) if eager.dim() and 0 < int(steady.sum()) < len(steady) else (slice(None),):
+    for part in (steady, ~steady) if eager.dim() and 0 < int(steady.sum()) < len(steady) else (...,):
         e_got = (x[part] - z[part]).abs()
         if part is not steady:
             e_got = torch.minimum(e_got, difference[part])
-        few = e_got.numel() < FEW_ELEMENTS
+        few = _is_few(z[part])
         lost = e_ref[part].clamp_min(usual) if few else e_ref[part]
-        off, limit = _ratio(e_got, lost, z[part], roundoff * widen)
+        off, limit = _ratio(e_got, lost, z[part], roundoff * widen, few)
         ratio, allowed = max(ratio, off), max(allowed, limit)
     place = int(torch.where(finite, difference, 0).argmax())
     index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(place), eager.shape))
@@ -218,10 +220,20 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
     )
 
 
-def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[float, float]:
+def _is_few(z: Tensor) -> bool:
+    """Whether there are fewer numbers than FEW_ELEMENTS, those of an expanded output counted once."""
+    if z.numel() >= MANY_COPIES * FEW_ELEMENTS:
+        return False
+    return z.numel() < FEW_ELEMENTS or len(set(z.flatten().tolist())) < FEW_ELEMENTS
+
+
+def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float, few: bool) -> tuple[float, float]:
     """The worst of the conditions over its limit, and the limit of one element.
 
-    All float64 and of one shape; roundoff: of the output's dtype.
+    Args:
+        e_got, e_ref, z: float64, of one shape.
+        roundoff: of the output's dtype.
+        few: of `_is_few`.
     """
     tiny = torch.finfo(torch.float64).tiny
     scale = float(z.square().mean().sqrt())
@@ -231,8 +243,9 @@ def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[fl
     unit = max(float(e_ref.square().mean().sqrt()), LEAST_RMS * roundoff * scale, tiny)
     rms_limit = max(RMS_FACTOR * unit, LEAST_RMS * bounded)
     ratio = float(e_got.max()) / max_limit
-    if z.numel() >= FEW_ELEMENTS:
-        ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
+    if few:
+        return ratio, max_limit
+    ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
     # [batch, channels, height, width], or features last.
     column = 1 if z.dim() >= 4 else z.dim() - 1
     if z.dim() < 2 or z.shape[column] < 2 or z.numel() // z.shape[column] < FEW_ELEMENTS:
