@@ -91,6 +91,11 @@ ONNX: dict[str, Asked] = {
         (torch.full((1, 3), -INF),),
     ),
     "max_pool1d": (lambda x: F.max_pool1d(x, 2), lambda x: F.max_pool2d(x[:, :, None], (1, 2))[:, :, 0], (WINDOWS,)),
+    "F.grid_sample, bicubic or bilinear with zeros around": (
+        lambda x, grid: F.grid_sample(x, grid, align_corners=False),
+        lambda x, grid: F.grid_sample(x, grid, align_corners=False) + 0 * grid.sum(-1)[:, None],
+        (PICTURE, torch.tensor([[[[NAN, 0.0], [0.2, 0.1], [INF, 0.3], [2, 0.4]]]])),
+    ),
     "scaled_dot_product_attention with a mask": (
         lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask),
         lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask) * mask.any(-1, keepdim=True),

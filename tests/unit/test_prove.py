@@ -638,3 +638,66 @@ def test_one_number_of_a_batch_is_compared_for_the_same_batch(tmp_path: Path) ->
     answers = {"output_0": torch.zeros(0, 3), "output_1": torch.tensor(0.0)}
     zero = compare("onnx", lambda _: list(answers.values()), [empty], list(answers), Policy()).verdicts
     assert failed(zero) == ""
+
+
+class Ranked(nn.Module):
+    """The four best of twelve items, of which many have the same score: 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score = nn.Linear(6, 12)
+        nn.init.constant_(self.score.bias, -0.6)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.score(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x).topk(4).indices
+
+
+def test_items_of_the_same_score_may_come_in_another_order_and_no_others(tmp_path: Path) -> None:
+    model = Ranked()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    few = [int((model.scores(probe.inputs["x"]) > 0).sum(1).min()) for probe in probes if probe.name == "batch_17"]
+    assert few[0] < 3, "there are samples in which two of the four tie"
+
+    def check_order(change: Callable[[Tensor, Tensor], Tensor]) -> str:
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                scores = model.scores(inputs["x"])
+                return [change(scores, model(inputs["x"]))]
+
+        return check(probes, call, "onnx")
+
+    def last_of_equal(scores: Tensor, _: Tensor) -> Tensor:
+        return 11 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :4]
+
+    def turned(places: Tensor, shown: Tensor) -> Tensor:
+        return torch.where(shown[:, None], places.roll(1, 1), places)
+
+    assert check_order(lambda scores, _: scores.sort(dim=1, descending=True, stable=True).indices[:, :4]) == ""
+    assert check_order(last_of_equal) == ""
+    assert "elements differ" in check_order(lambda scores, places: turned(places, (scores > 0).sum(1) > 3))
+    # One of those that tie, twice.
+    twice = lambda _, places: torch.cat([places[:, :3], places[:, 2:3]], 1)  # noqa: E731
+    assert "elements differ" in check_order(twice)
+
+
+def test_all_items_in_order_are_the_same_items(tmp_path: Path) -> None:
+    class Sorted(Ranked):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x).argsort(1, descending=True)
+
+    model = Sorted()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+
+    def stable(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [model.scores(inputs["x"]).sort(dim=1, descending=True, stable=True).indices]
+
+    def with_another(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return [torch.where(found == found[:, -1:], found[:, -2:-1], found) for found in stable(inputs)]
+
+    assert check(probes, stable, "onnx") == ""
+    assert "elements differ" in check(probes, with_another, "onnx")

@@ -55,6 +55,12 @@ def _power(node: Node) -> bool:
     return _whole(node) and not (isinstance(exponent, int) and exponent in (0, 1, 2, 3))
 
 
+def _blends_with_nothing(node: Node) -> bool:
+    """grid_sample with weights that a place without value makes NaN in torch: bicubic, or bilinear with zeros around."""
+    mode, padding = _argument(node, "interpolation_mode"), _argument(node, "padding_mode")
+    return mode == 2 or (mode == 0 and padding == 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """One operator that one format computes otherwise."""
@@ -162,6 +168,13 @@ DIFFERENCES: Sequence[Difference] = (
         name="max_pool1d", operators=("max_pool1d",), formats=("onnx",), seen=ORT,
         wrong="-3.4e38 for a window that is all NaN, where torch gives NaN",
         way_out="max_pool2d of x[:, :, None] with a window of (1, size)",
+    ),
+    Difference(
+        name="F.grid_sample, bicubic or bilinear with zeros around", operators=("grid_sampler", "grid_sampler_2d"),
+        formats=("onnx",), seen=ORT,
+        wrong="a number where the grid is NaN or infinite, where torch gives NaN; the gate asks for it unless "
+        "parity.not_finite is off",
+        way_out="add 0 * grid.sum(-1)[:, None] to what it gives", when=_blends_with_nothing,
     ),
     Difference(
         name="scaled_dot_product_attention with a mask", operators=("scaled_dot_product_attention",), formats=("onnx",),

@@ -379,7 +379,7 @@ def compare_output(got: Tensor, probe: Probe, name: str, usual: Usual | None = N
     assert probe.eager is not None, "asked before"
     usual = usual or Usual()
     answers = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    outcome = compare_tensors(got, *answers, usual=usual.absolute)
+    outcome = compare_tensors(got, *answers, probe.tied.get(name), usual=usual.absolute)
     if usual.relative is None or not outcome.passed:
         return outcome
     relative = compare_relative(got, *answers, usual=usual.relative)
@@ -403,7 +403,7 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
     """
     assert probe.eager is not None, "asked before"
     eager = probe.eager[name]
-    others = [answers.get(name) for answers in (probe.exact, probe.perturbed)]
+    others = [answers.get(name) for answers in (probe.exact, probe.perturbed, probe.tied)]
     if got.dtype != eager.dtype or got.shape != eager.shape:
         return compare_output(got, probe, name)
     real = eager.is_floating_point()
@@ -430,7 +430,10 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
         rows &= ~shows
         if policy != "off" and bool((shows & hidden).any()):
             place = int((shows & hidden).nonzero()[0])
-            reason = f"sample {place}: a finite answer hides the NaN or infinity that the model shows"
+            reason = (
+                f"sample {place}: a finite answer hides the NaN or infinity that the model shows; if no input is ever "
+                "NaN or infinite, parity.not_finite: off"
+            )
             return Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)

@@ -133,7 +133,13 @@ def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
 
 
 def compare_tensors(
-    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None = None, *, usual: float = 0.0
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor | None,
+    perturbed: Tensor | None = None,
+    tied: Tensor | None = None,
+    *,
+    usual: float = 0.0,
 ) -> Parity:
     """Compare one exported output with the eager one.
 
@@ -142,6 +148,7 @@ def compare_tensors(
         exact: the same in float64; None where the model does not run in it.
         perturbed: the eager output after weights and inputs were perturbed by their rounding, used where there is no
             float64 output.
+        tied: whole numbers when equal values are sorted in another order.
         usual: of `usual_loss`, in the output's own units; read where there are few elements.
 
     Returns:
@@ -150,17 +157,21 @@ def compare_tensors(
     failed = _structure(got, eager)
     if failed:
         return Parity(ratio=float("inf"), max_difference=float("inf"), reason=failed)
-    other = exact if exact is not None and exact.shape == eager.shape else perturbed
     if not eager.is_floating_point():
-        return _whole(got, eager, other)
+        return _whole(got, eager, exact, perturbed, tied)
     return _rounded(got, eager, exact, perturbed, usual)
 
 
-def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
-    """Integers and booleans: equal, except where rounding alone already decides between two values."""
+def _whole(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, tied: Tensor | None) -> Parity:
+    """Integers and booleans: equal, except where rounding alone already decides between two values, or nothing does."""
+    if exact is not None and exact.shape != eager.shape:
+        exact = None
+    other = perturbed if exact is None else exact
     wrong = got != eager
     if other is not None and other.shape == eager.shape and other.dtype == eager.dtype:
         wrong &= (other == eager) | (got != other)
+    if tied is not None and tied.shape == eager.shape and bool(wrong.any()):
+        wrong &= ~_free(got, eager if exact is None else exact, tied)
     count = int(wrong.sum())
     if not count:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -171,6 +182,27 @@ def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
         reason=f"{count} of {eager.numel()} elements differ",
         worst=Worst(index=first, expected=float(eager[first]), got=float(got[first])),
     )
+
+
+def _free(got: Tensor, truth: Tensor, tied: Tensor) -> Tensor:
+    """Where whole numbers may be others, because values are equal by which they are sorted: bool, of their shape.
+
+    The numbers of a row (the last dimension) are then compared as a set; where those that are equal are more than fit
+    into it, none may be there twice.
+
+    Args:
+        got: the artifact's, [batch, …].
+        truth: the model's, in float64 where it runs in it.
+        tied: the same with equal values in another order.
+    """
+    free = truth != tied
+    if free.dim() < 2:
+        return free
+    found, right, other = (tensor.sort(-1).values for tensor in (got, truth, tied))
+    whole = (right == other).all(-1)
+    twice = (found[..., 1:] == found[..., :-1]).any(-1) & ~(right[..., 1:] == right[..., :-1]).any(-1)
+    sound = torch.where(whole, (found == right).all(-1), ~twice)
+    return free & sound[..., None]
 
 
 def _roundoff(tensor: Tensor) -> float:
