@@ -212,6 +212,25 @@ def test_what_cannot_be_quantized_is_left_out_with_the_reason(fork_server: ForkS
     assert STATIC in stages.result.left_out and stages.validate().passed
 
 
+def test_a_variant_in_which_nothing_would_be_quantized_is_left_out_with_what_is(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    convolutions = CODE.replace("nn.Linear(64, 4)", "nn.Identity()").replace("nn.Linear(8 * 64, 64)", "nn.Identity()")
+    job = write_project(
+        tmp_path / "project",
+        code=convolutions.replace("nn.Flatten()", "nn.AdaptiveAvgPool2d(1), nn.Flatten()"),
+        train={"epochs": 1, "processes": 1, "batch_size": 32},
+        export={"formats": ["onnx"], "quantize": LOOSE},
+    )
+    stages = WorkerStages(fork_server, job, tmp_path / "run")
+    made = stages.export("onnx")
+    assert stages.result is not None and set(made) == {"onnx", STATIC}
+    why = stages.result.left_out[DYNAMIC]
+    assert why.startswith("export.quantize: onnx-int8-dynamic: nothing was quantized: it takes MatMul, Gemm, LSTM,")
+    assert "the model's operators are Relu 2, Conv 1" in why and "onnx-int8-static quantizes convolutions" in why
+    assert not (tmp_path / "run" / "export" / INT8_FILES[DYNAMIC]).exists()
+
+
 @pytest.mark.soak
 def test_torchao_quantizes_the_exported_program_and_inductor_compiles_it(
     fork_server: ForkServer, tmp_path: Path

@@ -56,9 +56,9 @@ def _power(node: Node) -> bool:
 
 
 def _blends_with_nothing(node: Node) -> bool:
-    """grid_sample with weights that a place without value makes NaN in torch: bicubic, or bilinear with zeros around."""
+    """grid_sample whose weights are NaN in torch where the grid is: bicubic, or bilinear with zeros around."""
     mode, padding = _argument(node, "interpolation_mode"), _argument(node, "padding_mode")
-    return mode == 2 or (mode == 0 and padding == 0)
+    return (mode, padding) == (0, 0) or mode in (2,)
 
 
 @dataclass(frozen=True, kw_only=True)
