@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -554,3 +554,100 @@ def test_whole_numbers_that_go_through_float32_are_found_by_the_neighbours_of_th
 
 def test_whole_numbers_that_float32_has_are_only_taken_from_samples(words: tuple[nn.Module, list[Probe]]) -> None:
     assert [probe.name for probe in words[1] if probe.group == "largest whole numbers"] == ["largest.x"]
+
+
+class Balance(Dense):
+    """Answers, and one number of the whole batch, as an auxiliary loss is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        answers = self.layers(x)
+        return answers, answers.softmax(-1).mean(0).square().sum()
+
+
+def test_one_number_of_a_batch_is_compared_for_the_same_batch(tmp_path: Path) -> None:
+    model = Balance()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    assert {probe.eager["output_1"].shape for probe in probes if probe.eager is not None} == {()}
+
+    def failed_with(change: Callable[[Tensor], Tensor], policy: Policy | None = None) -> str:
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                answers, number = model(inputs["x"])
+            return [answers, change(number)]
+
+        return failed(compare("pt2", call, probes, ["output_0", "output_1"], policy or Policy()).verdicts)
+
+    assert failed_with(lambda number: number) == ""
+    assert failed_with(lambda number: number, Policy(not_finite="same")) == ""
+    assert "output_1: max |Δ|" in failed_with(lambda number: number * (1 + 1e-5))
+    assert "output_1: shape [1], expected []" in failed_with(lambda number: number[None])
+    # NaN in a sample is NaN in what is of all samples.
+    assert "hides the NaN" in failed_with(lambda number: number.nan_to_num(0.5))
+    # Of no samples it says nothing: a mean of nothing is NaN in torch and 0 elsewhere.
+    (empty,) = [probe for probe in probes if probe.name == "empty"]
+    answers = {"output_0": torch.zeros(0, 3), "output_1": torch.tensor(0.0)}
+    zero = compare("onnx", lambda _: list(answers.values()), [empty], list(answers), Policy()).verdicts
+    assert failed(zero) == ""
+
+
+class Ranked(nn.Module):
+    """The four best of twelve items, of which many have the same score: 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score = nn.Linear(6, 12)
+        nn.init.constant_(self.score.bias, -0.6)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.score(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x).topk(4).indices
+
+
+def test_items_of_the_same_score_may_come_in_another_order_and_no_others(tmp_path: Path) -> None:
+    model = Ranked()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    few = [int((model.scores(probe.inputs["x"]) > 0).sum(1).min()) for probe in probes if probe.name == "batch_17"]
+    assert few[0] < 3, "there are samples in which two of the four tie"
+
+    def check_order(change: Callable[[Tensor, Tensor], Tensor]) -> str:
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                scores = model.scores(inputs["x"])
+                return [change(scores, model(inputs["x"]))]
+
+        return check(probes, call, "onnx")
+
+    def last_of_equal(scores: Tensor, _: Tensor) -> Tensor:
+        return 11 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :4]
+
+    def turned(places: Tensor, shown: Tensor) -> Tensor:
+        return torch.where(shown[:, None], places.roll(1, 1), places)
+
+    assert check_order(lambda scores, _: scores.sort(dim=1, descending=True, stable=True).indices[:, :4]) == ""
+    assert check_order(last_of_equal) == ""
+    assert "elements differ" in check_order(lambda scores, places: turned(places, (scores > 0).sum(1) > 3))
+    # One of those that tie, twice.
+    twice = lambda _, places: torch.cat([places[:, :3], places[:, 2:3]], 1)  # noqa: E731
+    assert "elements differ" in check_order(twice)
+
+
+def test_all_items_in_order_are_the_same_items(tmp_path: Path) -> None:
+    class Sorted(Ranked):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x).argsort(1, descending=True)
+
+    model = Sorted()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+
+    def stable(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [model.scores(inputs["x"]).sort(dim=1, descending=True, stable=True).indices]
+
+    def with_another(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return [torch.where(found == found[:, -1:], found[:, -2:-1], found) for found in stable(inputs)]
+
+    assert check(probes, stable, "onnx") == ""
+    assert "elements differ" in check(probes, with_another, "onnx")

@@ -36,6 +36,10 @@ class Net(nn.Module):
         logits = self.second(hidden)
         if self.way == "scalar":
             return {"logits": logits, "temperature": logits.mean().exp()}
+        if self.way == "scalar first":
+            return {"temperature": logits.mean().exp(), "logits": logits}
+        if self.way == "squeezed":
+            return {"logits": logits, "score": logits[:, 0].squeeze()}
         if self.way == "table":
             return {"logits": logits, "table": self.second.weight * 2}
         if self.way == "as long as the batch":
@@ -96,7 +100,8 @@ def line_of(text: str) -> str:
 @pytest.mark.parametrize(
     ("way", "expected"),
     [
-        ("scalar", ["output 'temperature' of forward has no dimension", "value.expand(len(x))"]),
+        ("scalar first", ["output 'temperature' of forward is one number of the whole batch", "return it after"]),
+        ("squeezed", ["output 'score' of forward is float32 [] for a batch of 1; expected the batch as the first"]),
         ("table", ["output 'table' of forward is float32 [3, 6] for a batch of 8", "batch as the first dimension"]),
         ("as long as the batch", ["output 'output_1' of forward is float32 [8] for a batch of 1"]),
         ("state", ["output 'state' of forward is float32 [2, 8, 6] for a batch of 8", "transpose"]),
@@ -139,7 +144,7 @@ def test_what_makes_each_answer_another_is_named_with_its_module_and_line(
     assert [part for part in [line_of(line), *expected] if part not in said] == [], said
 
 
-@pytest.mark.parametrize("way", ["", "noise in training", "noise that nobody sees"])
+@pytest.mark.parametrize("way", ["", "noise in training", "noise that nobody sees", "scalar"])
 def test_nothing_is_said_of_a_model_that_gives_the_same_each_time(way: str) -> None:
     assert refusal(way) == ""
 
@@ -159,7 +164,7 @@ def test_usual_layers_have_nothing_to_refuse() -> None:
 def test_every_output_that_cannot_be_shipped_is_told_at_once() -> None:
     class Both(nn.Linear):
         def forward(self, input: Tensor) -> object:
-            return super().forward(input), self.bias.sum(), self.weight
+            return super().forward(input), self.bias, self.weight
 
     with pytest.raises(UserError) as caught:
         require_shippable(Both(4, 3).eval(), BATCH, PROJECT, ())

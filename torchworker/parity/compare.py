@@ -16,6 +16,7 @@ from torchworker.parity.histogram import ErrorHistogram, distribution
 from torchworker.parity.probes import (
     BATCHES,
     DRAWS,
+    EMPTY,
     LENGTHS,
     NOT_FINITE,
     ROWS,
@@ -441,7 +442,7 @@ def compare_output(got: Tensor, probe: Probe, name: str, usual: Usual | None = N
     assert probe.eager is not None, "asked before"
     usual = usual or Usual()
     answers = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    outcome = compare_tensors(got, *answers, usual=usual.absolute)
+    outcome = compare_tensors(got, *answers, probe.tied.get(name), usual=usual.absolute)
     if usual.relative is None or not outcome.passed:
         return outcome
     relative = compare_relative(got, *answers, usual=usual.relative)
@@ -464,8 +465,9 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
         usual: of `usual_loss`.
     """
     assert probe.eager is not None, "asked before"
-    eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    if got.dtype != eager.dtype or got.shape != eager.shape or eager.dim() == 0:
+    eager = probe.eager[name]
+    others = [answers.get(name) for answers in (probe.exact, probe.perturbed, probe.tied)]
+    if got.dtype != eager.dtype or got.shape != eager.shape:
         return compare_output(got, probe, name)
     real = eager.is_floating_point()
     if policy == "same":
@@ -476,20 +478,29 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
                 outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
             )
         return compare_output(got, probe, name)
+    touched = list(probe.touched)
+    if eager.dim() == 0:
+        if probe.group == EMPTY:
+            # Of no samples: a mean of nothing is NaN in torch and 0 elsewhere.
+            return Parity(ratio=0.0, max_difference=0.0)
+        # One number of all samples is one row, which each of them touches.
+        got, eager, touched = got[None], eager[None], touched and [0]
+        others = [None if tensor is None else tensor.reshape(-1) for tensor in others]
     rows = torch.ones(len(eager), dtype=torch.bool)
-    rows[list(probe.touched)] = False
+    rows[touched] = False
     if real:
         shows, hidden = ~_row_finite(eager), _row_finite(got)
         rows &= ~shows
         if policy != "off" and bool((shows & hidden).any()):
             place = int((shows & hidden).nonzero()[0])
-            reason = f"sample {place}: a finite answer hides the NaN or infinity that the model shows"
+            reason = (
+                f"sample {place}: a finite answer hides the NaN or infinity that the model shows; if no input is ever "
+                "NaN or infinite, parity.not_finite: off"
+            )
             return Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)
-    chosen = [
-        tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, perturbed)
-    ]
+    chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in others]
     return compare_tensors(got[rows], eager[rows], *chosen, usual=usual)
 
 

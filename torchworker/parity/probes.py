@@ -87,6 +87,8 @@ class Probe:
     """Outputs in float64; empty where the model does not run in it."""
     perturbed: Inputs = field(default_factory=dict)
     """Outputs with weights and inputs perturbed by their rounding; only without `exact`."""
+    tied: Inputs = field(default_factory=dict)
+    """Outputs of whole numbers when equal values are sorted in another order; empty where nothing is sorted."""
     error: str = ""
     """What the model said when it refused."""
 

@@ -53,7 +53,10 @@ def complete(answers: Answers, probe: Probe) -> Probe:
     """The probe with the model's answers. Raises UserError when the model refuses it."""
     eager = answers.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
     exact = answers.exact(probe.inputs)
-    return replace(probe, eager=eager, exact=exact, perturbed={} if exact else answers.perturbed(probe.inputs))
+    perturbed = {} if exact else answers.perturbed(probe.inputs)
+    whole = any(not tensor.is_floating_point() for tensor in eager.values())
+    tied = answers.tied(probe.inputs) if whole else {}
+    return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied)
 
 
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
@@ -105,9 +108,9 @@ def write_reference(
     `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
     `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
-    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`, and
-    `labels` where the target has labels that no metric of ours counts, `group` where the job says in which groups
-    samples come.
+    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>`, `tied.<name>` and
+    `target`, and `labels` where the target has labels that no metric of ours counts, `group` where the job says in
+    which groups samples come.
 
     Args:
         request: says where to, at which batch sizes and of how many validation samples.
@@ -195,7 +198,10 @@ def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], independence: 
     tensors: dict[str, Tensor] = {}
     listed = []
     for probe in asked:
-        parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed}
+        parts = {
+            "input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed,
+            "tied": probe.tied,
+        }  # fmt: skip
         for part, named in parts.items():
             tensors |= {f"{probe.name}/{part}/{name}": tensor for name, tensor in named.items()}
         listed.append(
@@ -244,18 +250,22 @@ def read_golden(folder: Path, asked: Path | None) -> list[Probe]:
     Args:
         folder: of a release, with its golden outputs.
         asked: the file of probes, which has the model's answers after everything was perturbed by its rounding, for
-            models without float64. They widen limits only, so it need not come from the bucket.
+            models without float64, and those with equal values in another order. They widen limits only, so it need
+            not come from the bucket.
     """
-    perturbed = _parts(asked, "/") if asked is not None else {}
+    more = _parts(asked, "/") if asked is not None else {}
     found = [
-        _probe({"name": name, "group": BATCHES}, parts | {"moved": perturbed.get(name, {}).get("moved", {})})
+        _probe(
+            {"name": name, "group": BATCHES},
+            parts | {part: more.get(name, {}).get(part, {}) for part in ("moved", "tied")},
+        )
         for name, parts in _parts(folder / GOLDEN, ".").items()
     ]
     return sorted(found, key=lambda probe: probe.size)
 
 
 def _parts(path: Path, separator: str) -> dict[str, dict[str, Inputs]]:
-    """The file's tensors by probe, part (`input`, `eager`, `float64`, `moved`) and name."""
+    """The file's tensors by probe, part (`input`, `eager`, `float64`, `moved`, `tied`) and name."""
     from safetensors.torch import load_file
 
     parts: dict[str, dict[str, Inputs]] = {}
@@ -273,6 +283,7 @@ def _probe(item: Mapping[str, Any], parts: Mapping[str, Inputs]) -> Probe:
         eager=None if item.get("error") else parts["eager"],
         exact=parts.get("float64", {}),
         perturbed=parts.get("moved", {}),
+        tied=parts.get("tied", {}),
     )
 
 
@@ -337,7 +348,7 @@ def validation_batches(
         part = slice(start, start + batch)
         keys = {
             kind: {name: validation_key(kind, name, start) for name in outputs}
-            for kind in ("eager", "float64", "moved")
+            for kind in ("eager", "float64", "moved", "tied")
         }
         answers = {
             kind: {name: validation[key] for name, key in named.items() if key in validation}
@@ -351,6 +362,7 @@ def validation_batches(
                 eager=answers["eager"],
                 exact=answers["float64"],
                 perturbed=answers["moved"],
+                tied=answers["tied"],
             ),
             target[part],
         )
@@ -437,8 +449,9 @@ def _write_validation(
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
         # Batch by batch: how long a decoded sequence gets may depend on the batch.
-        for part, tensors in (("eager", probe.eager), ("float64", probe.exact), ("moved", probe.perturbed)):
-            for name, tensor in (tensors or {}).items():
+        kinds = {"eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed, "tied": probe.tied}
+        for part, tensors in kinds.items():
+            for name, tensor in tensors.items():
                 answered[validation_key(part, name, start)] = tensor.contiguous().clone()
         parts.setdefault("target", []).append(target)
         start += len(target)

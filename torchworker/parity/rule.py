@@ -31,7 +31,7 @@ the artifact compute the same sums in another order, so one bound holds for e_re
 unknown for a whole model, while e_ref is a measurement of what it stands for. Rounding errors mostly cancel and grow as
 √n·u (Higham and Mary, 2019, https://doi.org/10.1137/18M1226312), so two orders of summation differ by a small factor.
 How small no theory says: the factors below are powers of two, chosen and then checked by measurement. With them none of
-20 sound artifacts is refused, and 156 of 163 seeded defects are caught (docs/benchmarks.md; docs/decisions/0009).
+20 sound artifacts is refused, and 161 of 163 seeded defects are caught (docs/benchmarks.md; docs/decisions/0009).
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ FEW_ELEMENTS = 8
 
 The rms of m normal errors has a relative standard deviation of 1/√(2m): a quarter at 8, half at 2.
 """
+MANY_COPIES = 128
+"""An output of more than so many times FEW_ELEMENTS is not looked through for numbers that it holds many times."""
 LEAST_MAX, LEAST_RMS = 4.0, 2.0
 """What eager is taken to lose at least, in units of u: it may be right by luck, and then any difference is too large.
 
@@ -131,7 +133,13 @@ def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
 
 
 def compare_tensors(
-    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None = None, *, usual: float = 0.0
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor | None,
+    perturbed: Tensor | None = None,
+    tied: Tensor | None = None,
+    *,
+    usual: float = 0.0,
 ) -> Parity:
     """Compare one exported output with the eager one.
 
@@ -140,6 +148,7 @@ def compare_tensors(
         exact: the same in float64; None where the model does not run in it.
         perturbed: the eager output after weights and inputs were perturbed by their rounding, used where there is no
             float64 output.
+        tied: whole numbers when equal values are sorted in another order.
         usual: of `usual_loss`, in the output's own units; read where there are few elements.
 
     Returns:
@@ -148,17 +157,21 @@ def compare_tensors(
     failed = _structure(got, eager)
     if failed:
         return Parity(ratio=float("inf"), max_difference=float("inf"), reason=failed)
-    other = exact if exact is not None and exact.shape == eager.shape else perturbed
     if not eager.is_floating_point():
-        return _whole(got, eager, other)
+        return _whole(got, eager, exact, perturbed, tied)
     return _rounded(got, eager, exact, perturbed, usual)
 
 
-def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
-    """Integers and booleans: equal, except where rounding alone already decides between two values."""
+def _whole(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, tied: Tensor | None) -> Parity:
+    """Integers and booleans: equal, except where rounding alone already decides between two values, or nothing does."""
+    if exact is not None and exact.shape != eager.shape:
+        exact = None
+    other = perturbed if exact is None else exact
     wrong = got != eager
     if other is not None and other.shape == eager.shape and other.dtype == eager.dtype:
         wrong &= (other == eager) | (got != other)
+    if tied is not None and tied.shape == eager.shape and bool(wrong.any()):
+        wrong &= ~_free(got, eager if exact is None else exact, tied)
     count = int(wrong.sum())
     if not count:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -169,6 +182,27 @@ def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
         reason=f"{count} of {eager.numel()} elements differ",
         worst=Worst(index=first, expected=float(eager[first]), got=float(got[first])),
     )
+
+
+def _free(got: Tensor, truth: Tensor, tied: Tensor) -> Tensor:
+    """Where whole numbers may be others, because values are equal by which they are sorted: bool, of their shape.
+
+    The numbers of a row (the last dimension) are then compared as a set; where those that are equal are more than fit
+    into it, none may be there twice.
+
+    Args:
+        got: the artifact's, [batch, …].
+        truth: the model's, in float64 where it runs in it.
+        tied: the same with equal values in another order.
+    """
+    free = truth != tied
+    if free.dim() < 2:
+        return free
+    found, right, other = (tensor.sort(-1).values for tensor in (got, truth, tied))
+    whole = (right == other).all(-1)
+    twice = (found[..., 1:] == found[..., :-1]).any(-1) & ~(right[..., 1:] == right[..., :-1]).any(-1)
+    sound = torch.where(whole, (found == right).all(-1), ~twice)
+    return free & sound[..., None]
 
 
 def _roundoff(tensor: Tensor) -> float:
@@ -200,13 +234,13 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
     steady = (e_ref.amax(rows) if rows else e_ref) <= UNSTABLE * roundoff * max(size, float(z.abs().max()))
     difference = (x - y).abs()
     ratio = allowed = 0.0
-    for part in (steady, ~steady) if eager.dim() and 0 < int(steady.sum()) < len(steady) else (slice(None),):
+    for part in (steady, ~steady) if eager.dim() and 0 < int(steady.sum()) < len(steady) else (...,):
         e_got = (x[part] - z[part]).abs()
         if part is not steady:
             e_got = torch.minimum(e_got, difference[part])
-        few = e_got.numel() < FEW_ELEMENTS
+        few = _is_few(z[part])
         lost = e_ref[part].clamp_min(usual) if few else e_ref[part]
-        off, limit = _ratio(e_got, lost, z[part], roundoff * widen)
+        off, limit = _ratio(e_got, lost, z[part], roundoff * widen, few)
         ratio, allowed = max(ratio, off), max(allowed, limit)
     place = int(torch.where(finite, difference, 0).argmax())
     index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(place), eager.shape))
@@ -218,10 +252,20 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
     )
 
 
-def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[float, float]:
+def _is_few(z: Tensor) -> bool:
+    """Whether there are fewer numbers than FEW_ELEMENTS, those of an expanded output counted once."""
+    if z.numel() >= MANY_COPIES * FEW_ELEMENTS:
+        return False
+    return z.numel() < FEW_ELEMENTS or len(set(z.flatten().tolist())) < FEW_ELEMENTS
+
+
+def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float, few: bool) -> tuple[float, float]:
     """The worst of the conditions over its limit, and the limit of one element.
 
-    All float64 and of one shape; roundoff: of the output's dtype.
+    Args:
+        e_got, e_ref, z: float64, of one shape.
+        roundoff: of the output's dtype.
+        few: of `_is_few`.
     """
     tiny = torch.finfo(torch.float64).tiny
     scale = float(z.square().mean().sqrt())
@@ -231,8 +275,9 @@ def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[fl
     unit = max(float(e_ref.square().mean().sqrt()), LEAST_RMS * roundoff * scale, tiny)
     rms_limit = max(RMS_FACTOR * unit, LEAST_RMS * bounded)
     ratio = float(e_got.max()) / max_limit
-    if z.numel() >= FEW_ELEMENTS:
-        ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
+    if few:
+        return ratio, max_limit
+    ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
     # [batch, channels, height, width], or features last.
     column = 1 if z.dim() >= 4 else z.dim() - 1
     if z.dim() < 2 or z.shape[column] < 2 or z.numel() // z.shape[column] < FEW_ELEMENTS:

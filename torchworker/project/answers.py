@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
@@ -59,8 +61,78 @@ class Answers:
         except (UserError, RuntimeError, TypeError):
             return {}
 
+    def tied(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        """Whole numbers and booleans among the outputs when topk and sort take equal values in another order.
+
+        Where they differ from `exact` (from `eager`, where the model does not run in float64) the model says nothing:
+        values are equal. Empty when nothing is sorted.
+        """
+        order = _OtherOrder()
+        try:
+            with order:
+                if self.double is None or self.fixed_precision:
+                    outputs = self.eager(inputs)
+                else:
+                    outputs = self._ask(self.double, doubled(inputs))
+        except (UserError, RuntimeError, TypeError):
+            return {}
+        return {name: found for name, found in outputs.items() if order.met and not found.is_floating_point()}
+
     def _ask(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors:
         return name_outputs(copied(forward(model, inputs, self.project)), self.project)
+
+
+class _OtherOrder(TorchFunctionMode):
+    """Within it topk, sort and argsort take what is equal in another order; a stable sort says what comes first."""
+
+    met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        order = _SORTING.get(getattr(func, "__name__", ""))
+        if order is None:
+            return found
+        given = {**dict(zip(order, args, strict=False)), **(kwargs or {})}
+        values = given.get("input", given.get("self"))
+        if not isinstance(values, Tensor) or not values.dim() or given.get("stable") or "out" in given:
+            return found
+        self.met = True
+        descending = given.get("largest", True) if "largest" in order else given.get("descending", False)
+        places = found if isinstance(found, Tensor) else found[1]
+        other = _rotated(values, places, given.get("dim", -1), descending)
+        return other if isinstance(found, Tensor) else type(found)((found[0], other))
+
+
+_SORTING = {
+    "topk": ("input", "k", "dim", "largest", "sorted"),
+    "sort": ("input", "dim", "descending"),
+    "argsort": ("input", "dim", "descending"),
+}
+"""Positional arguments."""
+
+
+def _rotated(values: Tensor, places: Tensor, dim: int, descending: bool) -> Tensor:
+    """The places that topk or sort took, each that ties replaced by the next with the same value.
+
+    Args:
+        values: that were sorted, [..., n, ...].
+        places: of those that were taken, int64 [..., k, ...].
+        dim: that was sorted.
+        descending: the largest first.
+    """
+    values, places = values.movedim(dim, -1), places.movedim(dim, -1)
+    size, taken = values.shape[-1], places.shape[-1]
+    # All of them in order, of equal ones those first that were taken.
+    number = torch.arange(size).expand(values.shape)
+    first = (number + taken).scatter(-1, places, number[..., :taken]).argsort(-1)
+    order = first.gather(-1, values.gather(-1, first).sort(dim=-1, descending=descending, stable=True).indices)
+    ranked = values.gather(-1, order)
+    starts = torch.ones_like(ranked, dtype=torch.bool)
+    starts[..., 1:] = ranked[..., 1:] != ranked[..., :-1]
+    start = torch.where(starts, number, 0).cummax(-1).values
+    following = torch.where(starts.roll(-1, -1), order.gather(-1, start), order.roll(-1, -1))
+    # starts[0] is set, so the last one goes back to its first.
+    return following.gather(-1, order.argsort(-1).gather(-1, places)).movedim(-1, dim)
 
 
 def same_values(first: Tensor, second: Tensor | None) -> bool:

@@ -35,8 +35,8 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
         Whatever forward returns.
 
     Raises:
-        UserError: an output is sparse, has no dimension, not the batch as its first one, or is complex; two calls on
-            the same inputs differ, or change inputs or buffers; or a format cannot hold the model.
+        UserError: an output is sparse or complex, has not the batch as its first dimension, or the first has none; two
+            calls on the same inputs differ, or change inputs or buffers; or a format cannot hold the model.
     """
     given = name_inputs(model, inputs, project)
     before = {name: tensor.clone() for name, tensor in given.items()}
@@ -109,7 +109,7 @@ def _require_dense(outputs: Mapping[str, Tensor], project: Project) -> None:
 def _require_batch(
     model: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], project: Project
 ) -> None:
-    """Raises UserError for an output that is not one row a sample."""
+    """Raises UserError for an output that is neither one row a sample nor one number of the whole batch."""
     rows = len(next(iter(inputs.values())))
     found = {rows: outputs}
     if rows > 1:
@@ -120,14 +120,19 @@ def _require_batch(
             # Inputs may belong together in ways that cutting breaks.
             pass
     mistakes = []
-    for name, tensor in outputs.items():
+    for position, (name, tensor) in enumerate(outputs.items()):
         what = f"{project.model.where}: output {name!r} of forward"
         sizes = (size for size, named in found.items() if name in named and named[name].shape[:1] != (size,))
-        if tensor.dim() == 0:
+        number = all(named[name].dim() == 0 for named in found.values() if name in named)
+        if number and position == 0:
             mistakes.append(
-                f"{what} has no dimension; expected the batch as the first one of every output: give it one "
-                "(value.expand(len(x))), or return it in training only (if self.training)"
+                f"{what} is one number of the whole batch; expected the batch as the first dimension of the first "
+                "output, of which metrics and gates are computed: return it after what has a row for each sample, or "
+                "in training only (if self.training)"
             )
+        elif number and not tensor.is_complex():
+            # An auxiliary loss: it is compared for the same batch, and no server puts requests together.
+            continue
         elif (size := next(sizes, None)) is not None:
             mistakes.append(
                 f"{what} is {describe_tensor(found[size][name])} for a batch of {size}; expected the batch as the "
