@@ -43,10 +43,12 @@ class Answers:
         except (UserError, RuntimeError, TypeError):
             self.fixed_precision = True
             return {}
-        if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
+        # Of a model of 8 or 11 bits, outputs that it turns into float32 at its end are as good as float64.
+        enough = (torch.float64, torch.float32) if roundoff_of(self.model) else (torch.float64,)
+        if any(tensor.is_floating_point() and tensor.dtype not in enough for tensor in outputs.values()):
             self.fixed_precision = True
             return {}
-        return outputs
+        return doubled(outputs)
 
     def perturbed(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs when each weight and input is perturbed, up or down by half a unit in the last place, at random."""
@@ -80,6 +82,14 @@ class Answers:
 
     def _ask(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors:
         return name_outputs(copied(forward(model, inputs, self.project)), self.project)
+
+
+def roundoff_of(model: nn.Module) -> float:
+    """Unit roundoff of a model with parameters in bfloat16 (2^-8) or float16 (2^-11), the coarser if it has both; 0 of
+    any other, which rounds as its outputs' dtype does.
+    """
+    half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    return max((torch.finfo(dtype).eps / 2 for dtype in half), default=0.0)
 
 
 class _OtherOrder(TorchFunctionMode):
