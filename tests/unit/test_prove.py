@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from tests.support.parity import CODE, NOTHING, as_artifact, check, failed, questions
-from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
+from torchworker.contract import GOLDEN, VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.parity import reference
 from torchworker.parity.compare import KNOWN, Outside, Policy, compare
 from torchworker.parity.probes import ROWS, Probe
-from torchworker.parity.reference import read_unasked, write_reference
+from torchworker.parity.reference import read_golden, read_unasked, write_reference
 from torchworker.parity.relative import compare_relative
 from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall
+from torchworker.project.weights import save_tensors
 from torchworker.runtimes.load import Call
 from torchworker.stages.validate import outliving
 
@@ -651,3 +652,39 @@ def test_all_items_in_order_are_the_same_items(tmp_path: Path) -> None:
 
     assert check(probes, stable, "onnx") == ""
     assert "elements differ" in check(probes, with_another, "onnx")
+
+
+class HalfScore(nn.Module):
+    """One score, computed in bfloat16 and given as float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Linear(*sizes, dtype=torch.bfloat16) for sizes in ((6, 32), (32, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.to(self.first.weight.dtype)).relu()).float().squeeze(1)
+
+
+def test_a_model_in_bfloat16_is_held_to_the_rounding_of_bfloat16_and_against_float64(tmp_path: Path) -> None:
+    model = HalfScore()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    assert all(probe.exact and probe.roundoff == 2**-8 for probe in probes if probe.declared)
+    assert all(probe.roundoff == 2**-8 for probe in read_golden(tmp_path, None))
+    assert check(probes, as_artifact(model)) == ""
+
+    def fused(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        # As compilers do it: what lies between is not rounded.
+        with torch.no_grad():
+            weights = [tensor.float() for tensor in model.parameters()]
+            hidden = inputs["x"].bfloat16().float() @ weights[0].T + weights[1]
+            return [(hidden.relu() @ weights[2].T + weights[3]).squeeze(1)]
+
+    assert check(probes, fused) == ""
+    assert "batch 8" in check(probes, lambda inputs: [fused(inputs)[0] * 1.3])
+
+
+def test_what_a_file_says_of_its_rounding_is_one_of_two_numbers_or_nothing(tmp_path: Path) -> None:
+    questions(HalfScore(), tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    save_tensors(load_file(tmp_path / GOLDEN), tmp_path / GOLDEN, metadata={"roundoff": "0.5"})
+    assert {probe.roundoff for probe in read_golden(tmp_path, None)} == {0.0}

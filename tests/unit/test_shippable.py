@@ -29,6 +29,8 @@ class Net(nn.Module):
         self.way = way
         self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
         self.drop = nn.Dropout(0.5)
+        if way == "half weights":
+            self.coarse = nn.Linear(4, 3, dtype=torch.bfloat16)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> object:
@@ -54,6 +56,8 @@ class Net(nn.Module):
             return {"logits": logits, "spectrum": torch.fft.rfft(logits)}
         if self.way == "half":
             return {"logits": logits, "hidden": hidden.bfloat16()}
+        if self.way == "half weights":
+            return self.coarse(x.bfloat16()).float()
         if self.way == "named":
             return {"logits": logits, "x": x * 2}
         if self.way == "functional dropout":
@@ -108,6 +112,10 @@ def line_of(text: str) -> str:
         ("found", ["output 'found' of forward is int64 ["]),
         ("complex", ["output 'spectrum' of forward is complex64 [8, 2]", "torch.view_as_real"]),
         ("half", ["output 'hidden' of forward is bfloat16 [8, 6]", "(.float())", "or leave onnx out"]),
+        (
+            "half weights",
+            ["the weight of 0.coarse (Linear) is bfloat16", "has no MatMul, Gemm or Conv for it", ".float()"],
+        ),
         ("named", ["output 'x' of forward has the name of an input", "rename it", "or leave onnx out"]),
         ("in place", ["changes its input 'input' in place", "clone it first"]),
         ("counts", ["changes the buffer '0.calls' in eval mode"]),
@@ -149,7 +157,7 @@ def test_nothing_is_said_of_a_model_that_gives_the_same_each_time(way: str) -> N
     assert refusal(way) == ""
 
 
-@pytest.mark.parametrize("way", ["half", "named"])
+@pytest.mark.parametrize("way", ["half", "half weights", "named"])
 def test_what_onnx_alone_cannot_hold_is_no_matter_without_it(way: str) -> None:
     assert refusal(way, ("torchscript", "pt2")) == ""
 

@@ -14,12 +14,13 @@ from torch.export import ExportedProgram
 
 from torchworker.exporters import attention
 from torchworker.exporters.elman import translations
+from torchworker.exporters.filled import keep_batches_filled
 from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
-from torchworker.exporters.recurrent import keep_batches_filled
 from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.shown_warnings import keep
+from torchworker.runtimes.load import onnx_session
 
 OPSET = 20
 """ONNX operator set, unless there is attention with a mask: the lowest that torch 2.13's exporter writes natively, and
@@ -56,6 +57,7 @@ def onnx_model(subject: Subject, path: Path) -> Made:
     _name_dimensions(onnx_program.model, subject)
     onnx_program.model.ir_version = IR_VERSIONS[opset]
     onnx_program.save(str(path), external_data=False)
+    _require_kernels(onnx_program.model, path)
     if opset == attention.OPSET:
         noted = tuple(line for line in noted if not line.startswith(attention.AT_20))
     return Made(f"{captured.method} → ONNX opset {opset}", noted)
@@ -96,6 +98,33 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return describe(error).splitlines()[0]
+
+
+def _require_kernels(model: Any, path: Path) -> None:
+    """Raises UserError, and the file is gone, where ONNX Runtime lacks an operator for bfloat16 or float16.
+
+    Args:
+        model: onnx_ir.Model; ONNX Runtime is asked only where such a value is in it.
+        path: where it was written.
+    """
+    from onnx_ir import DataType
+
+    values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    half = {value.dtype for value in values} & {DataType.BFLOAT16, DataType.FLOAT16}
+    if not half:
+        return
+    try:
+        onnx_session(str(path), 1)
+    except Exception as error:
+        path.unlink()
+        named = re.search(r"implementation for (\w+)\(|operator \((\w+)\)", str(error))
+        lacks = next(filter(None, named.groups())) if named else "operator that it needs"
+        kinds = " and ".join(sorted(kind.name.lower() for kind in half))
+        said = describe(error).splitlines()[0][:200]
+        raise UserError(
+            f"export: ONNX Runtime's CPU provider has no {lacks} for {kinds} ({said}); make the model float32 in "
+            "model.factory (.float()), or leave onnx out of export.formats"
+        ) from error
 
 
 def _name_dimensions(model: Any, subject: Subject) -> None:

@@ -207,8 +207,9 @@ def usual_losses(probes: Sequence[Probe], outputs: Sequence[str], policy: Policy
     """What the model itself loses on each output, over all questions of the size of the data."""
     sized = [probe for probe in probes if probe.group in OF_ITS_SIZE]
     answers = {name: [(probe.eager[name], probe.rounding(name)) for probe in sized if probe.eager] for name in outputs}
+    roundoff = max((probe.roundoff for probe in sized), default=0.0)
     return {
-        name: Usual(usual_loss(given), usual_relative_loss(given) if policy.relative else None)
+        name: Usual(usual_loss(given, roundoff), usual_relative_loss(given, roundoff) if policy.relative else None)
         for name, given in answers.items()
     }
 
@@ -442,10 +443,10 @@ def compare_output(got: Tensor, probe: Probe, name: str, usual: Usual | None = N
     assert probe.eager is not None, "asked before"
     usual = usual or Usual()
     answers = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    outcome = compare_tensors(got, *answers, probe.tied.get(name), usual=usual.absolute)
+    outcome = compare_tensors(got, *answers, probe.tied.get(name), usual=usual.absolute, roundoff=probe.roundoff)
     if usual.relative is None or not outcome.passed:
         return outcome
-    relative = compare_relative(got, *answers, usual=usual.relative)
+    relative = compare_relative(got, *answers, usual=usual.relative, roundoff=probe.roundoff)
     return (
         outcome if relative is None or relative.ratio <= outcome.ratio else replace(relative, allowed=outcome.allowed)
     )
@@ -501,7 +502,7 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)
     chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in others]
-    return compare_tensors(got[rows], eager[rows], *chosen, usual=usual)
+    return compare_tensors(got[rows], eager[rows], *chosen, usual=usual, roundoff=probe.roundoff)
 
 
 def _row_finite(tensor: Tensor) -> Tensor:

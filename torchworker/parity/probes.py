@@ -89,6 +89,8 @@ class Probe:
     """Outputs with weights and inputs perturbed by their rounding; only without `exact`."""
     tied: Inputs = field(default_factory=dict)
     """Outputs of whole numbers when equal values are sorted in another order; empty where nothing is sorted."""
+    roundoff: float = 0.0
+    """Of `roundoff_of` the model."""
     error: str = ""
     """What the model said when it refused."""
 

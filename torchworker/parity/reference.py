@@ -33,7 +33,7 @@ from torchworker.parity.rule import compare_tensors
 from torchworker.parity.tables import tables_of
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
-from torchworker.project.answers import Answers, same_values
+from torchworker.project.answers import Answers, roundoff_of, same_values
 from torchworker.project.metrics import without
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
@@ -45,6 +45,10 @@ GROUP = "group"
 """In VALIDATION: the number of each sample's group, [samples] int64; absent where the job names no groups."""
 NAMED = 4
 """Declared sizes that the model refuses are told by name up to this many."""
+ROUNDOFF = "roundoff"
+"""Of `roundoff_of` the model: in GOLDEN's header, and in VALIDATION as a number; absent where it is 0."""
+ROUNDOFFS = (2.0**-8, 2.0**-11)
+"""Of bfloat16 and float16. A file from a bucket may not say another one, which would loosen the rule."""
 REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
 
@@ -56,7 +60,8 @@ def complete(answers: Answers, probe: Probe) -> Probe:
     perturbed = {} if exact else answers.perturbed(probe.inputs)
     whole = any(not tensor.is_floating_point() for tensor in eager.values())
     tied = answers.tied(probe.inputs) if whole else {}
-    return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied)
+    roundoff = roundoff_of(answers.model)
+    return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied, roundoff=roundoff)
 
 
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
@@ -72,7 +77,8 @@ def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
     perturbed = answers.perturbed(inputs) if not exact else {}
     for name, tensor in outputs.items():
         # The stored outputs are what is checked: the rounding that is allowed is the rebuilt model's own.
-        outcome = compare_tensors(stored[f"output.{name}"], tensor, exact.get(name), perturbed.get(name))
+        reference = exact.get(name), perturbed.get(name)
+        outcome = compare_tensors(stored[f"output.{name}"], tensor, *reference, roundoff=roundoff_of(model))
         if not outcome.passed:
             raise UserError(
                 f"export: rebuilt from its weights, the model gives other outputs than when it was trained ({name}: "
@@ -137,7 +143,8 @@ def write_reference(
     for probe in golden:
         for part, tensors in (("input", probe.inputs), ("eager", probe.eager or {}), ("float64", probe.exact)):
             stored |= {f"{probe.name}.{part}.{name}": tensor for name, tensor in tensors.items()}
-    save_tensors(stored, folder / GOLDEN)
+    roundoff = roundoff_of(model)
+    save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
     pool, read = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
@@ -154,13 +161,13 @@ def write_reference(
     _require_no_memory(answers, golden[-1])
     signature = {spec.name: spec for spec in input_specs(named, dims)}
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
-    _write_probes([*asked, *refused], [*_told(unasked), *hung], independence, folder / PROBES)
+    _write_probes([*asked, *refused], [*_in_words(unasked), *hung], independence, folder / PROBES)
     if answers.fixed_precision:
         return "eager, with the rounding of weights and inputs; the model does not run in float64", read
     return "eager, checked against float64", read
 
 
-def _told(unasked: Mapping[str, str]) -> list[str]:
+def _in_words(unasked: Mapping[str, str]) -> list[str]:
     """The first sizes by themselves, the rest counted. unasked: question to what the model said."""
     told = [f"{name}, which the model refuses itself ({refusal})" for name, refusal in unasked.items()]
     return [*told[:NAMED], f"{len(told) - NAMED} more such sizes"] if len(told) > NAMED + 1 else told
@@ -241,7 +248,11 @@ def read_probes(folder: Path) -> list[Probe]:
     with safe_open(folder / PROBES, framework="pt") as asked:
         listed = json.loads(asked.metadata()["probes"])
     golden, parts = _parts(folder / GOLDEN, "."), _parts(folder / PROBES, "/")
-    return [_probe(item, golden.get(item["name"], {}) | parts.get(item["name"], {})) for item in listed]
+    roundoff = _read_roundoff(folder)
+    return [
+        _probe({**item, "roundoff": roundoff}, golden.get(item["name"], {}) | parts.get(item["name"], {}))
+        for item in listed
+    ]
 
 
 def read_golden(folder: Path, asked: Path | None) -> list[Probe]:
@@ -254,14 +265,24 @@ def read_golden(folder: Path, asked: Path | None) -> list[Probe]:
             not come from the bucket.
     """
     more = _parts(asked, "/") if asked is not None else {}
+    roundoff = _read_roundoff(folder)
     found = [
         _probe(
-            {"name": name, "group": BATCHES},
+            {"name": name, "group": BATCHES, "roundoff": roundoff},
             parts | {part: more.get(name, {}).get(part, {}) for part in ("moved", "tied")},
         )
         for name, parts in _parts(folder / GOLDEN, ".").items()
     ]
     return sorted(found, key=lambda probe: probe.size)
+
+
+def _read_roundoff(folder: Path) -> float:
+    """Of `roundoff_of` the model, as the golden outputs say; 0 where they say nothing or no such number."""
+    from safetensors import safe_open
+
+    with safe_open(folder / GOLDEN, framework="pt") as golden:
+        said = (golden.metadata() or {}).get(ROUNDOFF, "")
+    return next((known for known in ROUNDOFFS if said == repr(known)), 0.0)
 
 
 def _parts(path: Path, separator: str) -> dict[str, dict[str, Inputs]]:
@@ -363,6 +384,7 @@ def validation_batches(
                 exact=answers["float64"],
                 perturbed=answers["moved"],
                 tied=answers["tied"],
+                roundoff=float(validation.get(ROUNDOFF, 0.0)),
             ),
             target[part],
         )
@@ -391,7 +413,8 @@ def other_batches(samples: Sequence[Probe], taken: Sequence[int], largest: int |
             continue
         chosen = torch.arange(start, start + size) % rows
         start += size
-        yield Probe(
+        yield replace(
+            samples[0],
             name=f"{size} samples",
             group=SIZES,
             inputs=_joined([probe.inputs for probe in joined], chosen),
@@ -458,6 +481,8 @@ def _write_validation(
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
+    if roundoff := roundoff_of(answers.model):
+        joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
     if groups.known:
         joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
     save_tensors({**joined, **answered}, folder / VALIDATION)

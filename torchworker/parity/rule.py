@@ -25,6 +25,9 @@ Where the model does not run in float64, z is the eager output and e_ref is how 
 weight and input is perturbed by its own rounding; the least units, 4u and 2u, are widened by FALLBACK: less sharp, and
 said so.
 
+u is that of the output's dtype, or of the model's parameters where they are bfloat16 (2^-8) or float16 (2^-11) and the
+output is turned into float32 at the end: the reference is the same copy in float64.
+
 Why this shape. A computed inner product of n terms is off by at most γ_n Σ|x_i y_i|, γ_n = n·u / (1 − n·u), in whatever
 order it is summed (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, 2002, section 3.1). Eager and
 the artifact compute the same sums in another order, so one bound holds for e_ref and e_got; it is far too large, and
@@ -116,18 +119,23 @@ class Parity:
         return self.reason or f"max |Δ| {self.max_difference:.1e}"
 
 
-def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]], roundoff: float = 0.0) -> float:
     """What eager loses on one output, in its own units: the rms over all elements of several questions.
 
-    answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None. Questions on which
-    eager is as far off as in an unstable sample do not count. 0 when nothing tells.
+    Args:
+        answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None. Questions on
+            which eager is as far off as in an unstable sample do not count.
+        roundoff: as `compare_tensors` takes it.
+
+    Returns:
+        0 when nothing tells.
     """
     total, count = 0.0, 0
     for eager, other in answers:
         if other is None or other.shape != eager.shape or not eager.is_floating_point() or not eager.numel():
             continue
         lost = (eager.double() - other.double()).abs()
-        if float(lost.max()) <= UNSTABLE * _roundoff(eager) * float(other.double().abs().max()):
+        if float(lost.max()) <= UNSTABLE * max(_roundoff(eager), roundoff) * float(other.double().abs().max()):
             total, count = total + float(lost.square().sum()), count + lost.numel()
     return math.sqrt(total / count) if count else 0.0
 
@@ -140,6 +148,7 @@ def compare_tensors(
     tied: Tensor | None = None,
     *,
     usual: float = 0.0,
+    roundoff: float = 0.0,
 ) -> Parity:
     """Compare one exported output with the eager one.
 
@@ -150,6 +159,7 @@ def compare_tensors(
             float64 output.
         tied: whole numbers when equal values are sorted in another order.
         usual: of `usual_loss`, in the output's own units; read where there are few elements.
+        roundoff: unit roundoff of the model, where that is coarser than its outputs'.
 
     Returns:
         The worst ratio of an error to its limit; infinite when it is not a matter of rounding.
@@ -159,7 +169,7 @@ def compare_tensors(
         return Parity(ratio=float("inf"), max_difference=float("inf"), reason=failed)
     if not eager.is_floating_point():
         return _whole(got, eager, exact, perturbed, tied)
-    return _rounded(got, eager, exact, perturbed, usual)
+    return _rounded(got, eager, exact, perturbed, usual, max(_roundoff(eager), roundoff))
 
 
 def _whole(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, tied: Tensor | None) -> Parity:
@@ -210,7 +220,9 @@ def _roundoff(tensor: Tensor) -> float:
     return UNIT_ROUNDOFF * torch.finfo(tensor.dtype).eps / torch.finfo(torch.float32).eps
 
 
-def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, usual: float) -> Parity:
+def _rounded(
+    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, usual: float, roundoff: float
+) -> Parity:
     finite = eager.isfinite()
     if eager.numel() == 0:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -228,7 +240,6 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
         z, widen, e_ref = y, BLIND, torch.zeros_like(y)
         if perturbed is not None and perturbed.shape == eager.shape and torch.equal(perturbed.isfinite(), finite):
             widen, e_ref = FALLBACK, (perturbed.double().masked_fill(~finite, 0) - y).abs()
-    roundoff = _roundoff(eager)
     rows = tuple(range(1, eager.dim()))
     size = float(z.square().mean().sqrt())
     steady = (e_ref.amax(rows) if rows else e_ref) <= UNSTABLE * roundoff * max(size, float(z.abs().max()))

@@ -28,6 +28,8 @@ class Answers:
         self.double: nn.Module | None = None
         """The model in float64, once it was asked."""
         self._perturbed: nn.Module | None = None
+        self._sorts = True
+        """Whether topk or sort was met when last looked for."""
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs by name, as it is. Raises UserError when it refuses the inputs."""
@@ -43,10 +45,12 @@ class Answers:
         except (UserError, RuntimeError, TypeError):
             self.fixed_precision = True
             return {}
-        if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
+        # Of a model of 8 or 11 bits, outputs that it turns into float32 at its end are as good as float64.
+        enough = (torch.float64, torch.float32) if roundoff_of(self.model) else (torch.float64,)
+        if any(tensor.is_floating_point() and tensor.dtype not in enough for tensor in outputs.values()):
             self.fixed_precision = True
             return {}
-        return outputs
+        return doubled(outputs)
 
     def perturbed(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs when each weight and input is perturbed, up or down by half a unit in the last place, at random."""
@@ -65,8 +69,11 @@ class Answers:
         """Whole numbers and booleans among the outputs when topk and sort take equal values in another order.
 
         Where they differ from `exact` (from `eager`, where the model does not run in float64) the model says nothing:
-        values are equal. Empty when nothing is sorted.
+        values are equal. Empty when nothing is sorted; a model that sorts nothing the first time is not asked again,
+        which would cost as much as its answers do.
         """
+        if not self._sorts:
+            return {}
         order = _OtherOrder()
         try:
             with order:
@@ -76,10 +83,19 @@ class Answers:
                     outputs = self._ask(self.double, doubled(inputs))
         except (UserError, RuntimeError, TypeError):
             return {}
+        self._sorts = order.met
         return {name: found for name, found in outputs.items() if order.met and not found.is_floating_point()}
 
     def _ask(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors:
         return name_outputs(copied(forward(model, inputs, self.project)), self.project)
+
+
+def roundoff_of(model: nn.Module) -> float:
+    """Unit roundoff of a model with parameters in bfloat16 (2^-8) or float16 (2^-11), the coarser if it has both; 0 of
+    any other, which rounds as its outputs' dtype does.
+    """
+    half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    return max((torch.finfo(dtype).eps / 2 for dtype in half), default=0.0)
 
 
 class _OtherOrder(TorchFunctionMode):

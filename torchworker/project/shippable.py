@@ -219,12 +219,23 @@ def cannot_hold(kind: str, model: nn.Module, inputs: Mapping[str, Tensor], outpu
             f"output {twice[0]!r} of forward has the name of an input, and in an ONNX file each name stands once; "
             "rename it in what forward returns"
         )
-    for name, tensor in outputs.items():
-        if tensor.dtype == torch.bfloat16:
+    for path, module in model.named_modules():
+        multiplies = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        if multiplies and module.weight.dtype == torch.bfloat16:
             return (
-                f"output {name!r} of forward is {describe_tensor(tensor)}, which NumPy, and so ONNX Runtime, does not "
-                "have; return it as float32 (.float())"
+                f"the weight of {path or 'the model'} ({type(module).__name__}) is bfloat16, and ONNX Runtime's CPU "
+                "provider has no MatMul, Gemm or Conv for it; make the model float32 in model.factory (.float())"
             )
+    for side, tensors, way in (
+        ("input {!r}", inputs, "let the data give float32 and turn it into bfloat16 in forward"),
+        ("output {!r} of forward", outputs, "return it as float32 (.float())"),
+    ):
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.bfloat16:
+                return (
+                    f"{side.format(name)} is {describe_tensor(tensor)}, which NumPy, and so ONNX Runtime, does not "
+                    f"have; {way}"
+                )
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_ONNX:
         return f"the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB"

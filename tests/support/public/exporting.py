@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,21 +15,24 @@ from torch.utils.data import default_collate
 
 from tests.support.public import architectures
 from tests.support.public.architectures import BY_NAME, Architecture, build_dataset, build_model
-from torchworker.contract import VALIDATION, WEIGHTS, DynamicDim, ExportRequest, Project, Reference
+from torchworker.contract import VALIDATION, WEIGHTS, DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.exporters.agreement import disagreement
 from torchworker.exporters.onnx_export import onnx_model
 from torchworker.exporters.pt2 import pt2
 from torchworker.exporters.subject import Made, Subject
 from torchworker.exporters.torchscript import torchscript
-from torchworker.parity.compare import Policy, compare, same_weights
+from torchworker.parity.compare import Outside, Policy, compare, same_weights
 from torchworker.parity.probes import BATCHES as BATCHES_OF_CAPTURE
+from torchworker.parity.probes import Probe
 from torchworker.parity.reference import other_batches, read_probes, validation_batches, write_reference
 from torchworker.process.failure import UserError
+from torchworker.process.fork import CrashNote, ForkedCall
 from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import input_specs, resized
 from torchworker.project.user_code import forward, name_inputs, name_outputs
 from torchworker.project.weights import save_weights
 from torchworker.runtimes.load import Loaded, load_with_weights
+from torchworker.stages.validate import outliving
 
 FORMATS: Mapping[str, Callable[[Subject, Path], Made]] = {"torchscript": torchscript, "pt2": pt2, "onnx": onnx_model}
 BATCHES = (1, 2, 3, 16, 63, 64, 130)
@@ -127,5 +131,11 @@ def gate(name: str, kind: str, loaded: Loaded, subject: Subject, folder: Path) -
     other = other_batches([probe for probe, _ in samples], golden, largest)
     save_weights(subject.model, folder / WEIGHTS)
     verdicts = same_weights(kind, loaded, folder / WEIGHTS)
-    verdicts += compare(kind, loaded.call, [*probes, *other], subject.outputs, Policy()).verdicts
+    note, outside = CrashNote(), Outside()
+    asked = partial(_asked, kind, loaded, [*probes, *other], subject.outputs, outside)
+    verdicts += outliving(ForkedCall(asked, note), asked, note, outside)
     return "; ".join(f"{item.case}: {item.note}" for item in verdicts if not item.passed)
+
+
+def _asked(kind: str, loaded: Loaded, probes: list[Probe], outputs: Sequence[str], outside: Outside) -> list[Verdict]:
+    return compare(kind, loaded.call, probes, outputs, Policy(), outside).verdicts
