@@ -176,6 +176,7 @@ def validate_request(job: Job, project: Project, folder: Path, exported: ExportR
         not_finite=job.parity.not_finite,
         refusals=job.parity.refusals,
         relative=job.parity.relative,
+        max_batch=job.export.max_batch,
         int8=int8_limits(job),
         log=str(log),
     )

@@ -71,6 +71,7 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
 def _request(run: Run, exported: Exported, runner: CppResult, work: Path) -> ValidateRequest:
     return replace(
         validate_request(run.job, run.project, exported.folder, exported.result, work),
+        weights=str(exported.weights),
         cpp="off" if run.cpp is None else run.job.parity.cpp,
         runner=runner.runner,
         no_runner=runner.reason,

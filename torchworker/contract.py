@@ -845,6 +845,11 @@ class ValidateRequest(Artifacts, CleanRoom):
     """What is asked where the model refuses an input: `known`, `same` or `off`."""
     relative: bool = False
     """Whether outputs that are never negative are compared in units of each element too."""
+    max_batch: int | None = None
+    """Largest batch of the signature; None for no limit."""
+    weights: str = ""
+    """Absolute file of the trained weights, which artifacts that hold them by name must have bit by bit; empty where
+    there is none."""
     int8: Int8Limits | None = None
     """What is asked of int8 variants; None when there are none."""
     cpp: str = "off"

@@ -67,6 +67,14 @@ def build_dataset(split):
         images *= 0.7
     return TensorDataset(images, labels)
 """
+MASKED = """
+class Masked(nn.Sequential):
+    def forward(self, input):
+        tokens = input[:, 0]
+        keep = tokens.sum(-1) > 1
+        states = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, keep[:, None])
+        return super().forward(states[:, None])
+"""
 HERE = Reference(target="plain:build_model", where="model.factory")
 PROJECT = Project(name="plain", folder="/nowhere", model=HERE, data=HERE, loss="cross_entropy", metrics=())
 LOOSE = {"sqnr_db": 20, "agreement": 0.95, "flip_margin": 1.0, "speedup": 0.001}
@@ -210,6 +218,38 @@ def test_what_cannot_be_quantized_is_left_out_with_the_reason(fork_server: ForkS
     stages.export("onnx")
     assert stages.result is not None and "onnx" in stages.result.artifacts
     assert STATIC in stages.result.left_out and stages.validate().passed
+
+
+def test_a_variant_in_which_nothing_would_be_quantized_is_left_out_with_what_is(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    convolutions = CODE.replace("nn.Linear(64, 4)", "nn.Identity()").replace("nn.Linear(8 * 64, 64)", "nn.Identity()")
+    job = write_project(
+        tmp_path / "project",
+        code=convolutions.replace("nn.Flatten()", "nn.AdaptiveAvgPool2d(1), nn.Flatten()"),
+        train={"epochs": 1, "processes": 1, "batch_size": 32},
+        export={"formats": ["onnx"], "quantize": LOOSE},
+    )
+    stages = WorkerStages(fork_server, job, tmp_path / "run")
+    made = stages.export("onnx")
+    assert stages.result is not None and set(made) == {"onnx", STATIC}
+    why = stages.result.left_out[DYNAMIC]
+    assert why.startswith("export.quantize: onnx-int8-dynamic: nothing was quantized: it takes MatMul, Gemm, LSTM, ")
+    assert "the model's operators are Relu 2, Conv 1" in why and "onnx-int8-static quantizes convolutions" in why
+    assert not (tmp_path / "run" / "export" / INT8_FILES[DYNAMIC]).exists()
+
+
+def test_a_transformer_with_a_mask_is_quantized_around_its_attention(fork_server: ForkServer, tmp_path: Path) -> None:
+    code = CODE.replace("nn.Sequential(\n", "Masked(\n").replace("def build_model", MASKED + "\n\ndef build_model")
+    job = write_project(tmp_path / "project", code=code, export={"formats": ["onnx"], "quantize": LOOSE})
+    stages = WorkerStages(fork_server, job, tmp_path / "run")
+    made = stages.export("onnx")
+    assert made["onnx"].method.endswith("ONNX opset 23") and set(made) == {"onnx", DYNAMIC, STATIC}
+    found = stages.validate().int8
+    assert all(found[kind].sqnr_db > 15 for kind in (DYNAMIC, STATIC)), found
+    nodes = onnx.load(tmp_path / "run" / "export" / INT8_FILES[DYNAMIC]).graph.node
+    kinds = {node.op_type for node in nodes}
+    assert {"Attention", "MatMulInteger"} <= kinds
 
 
 @pytest.mark.soak

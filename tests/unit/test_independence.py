@@ -334,6 +334,9 @@ def test_a_signature_of_one_sample_is_asked_one_by_one_and_never_batched() -> No
     # Of ExecuTorch, for instance: more were not proven.
     assert rows_together({**both, "dims": [{"name": "batch", "min": 1, "max": 20}]}, 64) == 20
     assert rows_together({**both, "coupled": True}, 64) == 1
+    # An auxiliary loss is of a whole request.
+    number = {"name": "balance", "dtype": "float32", "shape": []}
+    assert rows_together({**both, "outputs": [*both["outputs"], number]}, 64) == 1
     assert rows_together({side: [{"name": "x", "dtype": "float32", "shape": [1, 6]}] for side in both}, 64) == 1
 
 

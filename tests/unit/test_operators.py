@@ -91,6 +91,16 @@ ONNX: dict[str, Asked] = {
         (torch.full((1, 3), -INF),),
     ),
     "max_pool1d": (lambda x: F.max_pool1d(x, 2), lambda x: F.max_pool2d(x[:, :, None], (1, 2))[:, :, 0], (WINDOWS,)),
+    "F.interpolate, nearest, from or to a dynamic size": (
+        lambda x: F.interpolate(x, size=2),
+        lambda x: x[..., torch.arange(2) * x.shape[-1] // 2],
+        (torch.arange(14.0).reshape(1, 1, 14),),
+    ),
+    "F.grid_sample, bicubic or bilinear with zeros around": (
+        lambda x, grid: F.grid_sample(x, grid, align_corners=False),
+        lambda x, grid: F.grid_sample(x, grid, align_corners=False) + 0 * grid.sum(-1)[:, None],
+        (PICTURE, torch.tensor([[[[NAN, 0.0], [0.2, 0.1], [INF, 0.3], [2, 0.4]]]])),
+    ),
     "scaled_dot_product_attention with a mask": (
         lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask),
         lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask) * mask.any(-1, keepdim=True),
@@ -186,6 +196,27 @@ def test_an_operator_is_named_once_with_its_line_what_it_gives_and_what_to_write
     assert f"log1p ({HERE.name}:{line}, in forward: small = torch.log1p(x)): log(1 + x) in float32" in note
     assert "instead: 2 * torch.atanh(x / (2 + x))" in note and "ONNX Runtime 1.31" in note
     assert said(Rates(), "pt2") == said(Rates(), "aoti") == said(Rates(), "executorch") == ()
+
+
+class Resized(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "twice":
+            return F.interpolate(x, scale_factor=2)
+        return F.interpolate(x, size=7 if self.way == "to 7" else x.shape[-1] + 3)
+
+
+@pytest.mark.parametrize(
+    ("way", "dynamic", "told"), [("other", True, 1), ("to 7", True, 1), ("twice", True, 0), ("to 7", False, 0)]
+)
+def test_a_nearest_resize_is_named_where_the_gate_cannot_ask_every_size(way: str, dynamic: bool, told: int) -> None:
+    shapes = {"x": {2: torch.export.Dim.DYNAMIC}} if dynamic else None
+    program = torch.export.export(Resized(way), (torch.ones(2, 3, 5),), dynamic_shapes=shapes, strict=False)
+    found = notes(program, "onnx", str(HERE.parent))
+    assert [note.partition(" (")[0] for note in found] == ["F.interpolate, nearest, from or to a dynamic size"] * told
 
 
 def test_an_operator_inside_a_branch_is_found_too() -> None:

@@ -88,6 +88,9 @@ def test_one_score_on_which_eager_is_right_by_luck_is_judged_by_what_it_usually_
 
     assert all(passes(row) for row in range(200))
     assert not all(passes(row, known=0.0) for row in range(200))
+    # Twelve times the same number, as an expanded output has it, says no more than one.
+    copies = [tensor[:, None].expand(-1, 12) for tensor in (got.float(), eager.float(), exact)]
+    assert all(compare_tensors(*(tensor[row] for tensor in copies), usual=usual).passed for row in range(200))
     assert not any(passes(row, extra=1e-4) for row in range(200))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,47 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
-from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
+from tests.support.parity import CODE, NOTHING, as_artifact, check, failed, questions
+from torchworker.contract import GOLDEN, VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
 from torchworker.parity import reference
 from torchworker.parity.compare import KNOWN, Outside, Policy, compare
-from torchworker.parity.probes import Probe
-from torchworker.parity.reference import enlarged, read_probes, read_unasked, write_reference
+from torchworker.parity.probes import ROWS, Probe
+from torchworker.parity.reference import read_golden, read_unasked, write_reference
 from torchworker.parity.relative import compare_relative
 from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall
+from torchworker.project.weights import save_tensors
 from torchworker.runtimes.load import Call
 from torchworker.stages.validate import outliving
-
-CODE = Path(__file__).parent
-NOTHING = Reference(target="plain:nothing", where="model.factory")
-
-
-def questions(model: nn.Module, folder: Path, *inputs: Tensor, dynamic: Sequence[DynamicDim] = ()) -> list[Probe]:
-    """Every probe for the model, with validation data of these inputs."""
-    project = Project(
-        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, collate=None, loss="mse_loss", metrics=[]
-    )
-    request = ExportRequest(
-        project=project,
-        folder=str(folder),
-        weights="",
-        formats=[],
-        batch=8,
-        seed=0,
-        validation_limit=100,
-        dynamic=dynamic,
-    )
-    names = ["x", "y"][: len(inputs)]
-    dataset: Dataset[object] = TensorDataset(*inputs, torch.zeros(len(inputs[0])))
-    if len(inputs) > 1:
-        dataset = Pairs(*inputs)
-    model.eval()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        batch = enlarged(dict(zip(names, inputs, strict=True)), 8)
-        write_reference(request, model, batch, dataset)
-    return read_probes(folder)
 
 
 def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_are_padding(tmp_path: Path) -> None:
@@ -84,34 +56,6 @@ def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_
         assert kept["group"].tolist() == [0, 1, 2, 3, 4]
         readings.append(read)
     assert readings[0].samples == 5 and readings[0] == readings[1]
-
-
-class Pairs(Dataset[object]):
-    def __init__(self, *inputs: Tensor) -> None:
-        self.inputs = inputs
-
-    def __len__(self) -> int:
-        return len(self.inputs[0])
-
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        return tuple(tensor[index] for tensor in self.inputs), torch.zeros(())
-
-
-def as_artifact(model: nn.Module) -> Call:
-    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return [model(*inputs.values())]
-
-    return call
-
-
-def failed(verdicts: list[Verdict]) -> str:
-    return "\n".join(f"{item.case}: {item.note}" for item in verdicts if not item.passed)
-
-
-def check(probes: list[Probe], call: Call, kind: str = "pt2", policy: Policy | None = None) -> str:
-    """What failed, empty when nothing did."""
-    return failed(compare(kind, call, probes, ["output"], policy or Policy()).verdicts)
 
 
 class Fraud(nn.Module):
@@ -253,7 +197,10 @@ def test_nothing_asked_is_nothing_proven(dense: tuple[nn.Module, list[Probe]]) -
 def test_probes_stay_in_the_domain_of_the_data(words: tuple[nn.Module, list[Probe]]) -> None:
     asked = [probe for probe in words[1] if probe.declared]
     assert len(asked) > 9
-    assert all(int(probe.inputs["x"].min()) >= 0 and int(probe.inputs["x"].max()) < 10 for probe in asked)
+    (rows,) = [probe for probe in asked if probe.group == ROWS]
+    assert rows.inputs["x"].unique().tolist() == list(range(12))
+    others = [probe.inputs["x"] for probe in asked if probe is not rows]
+    assert all(int(tensor.min()) >= 0 and int(tensor.max()) < 10 for tensor in others)
 
 
 def test_masks_stay_with_the_samples_they_belong_to(tmp_path: Path) -> None:
@@ -397,7 +344,8 @@ def test_declared_lengths_are_asked_at_both_ends_and_beyond(tmp_path: Path) -> N
     model = Positions()
     probes = questions(model, tmp_path, tokens, dynamic=[length])
     sizes = {probe.name: probe.inputs["x"].shape[1] for probe in probes if "length" in probe.name}
-    assert sizes == {"smallest.length": 1, "largest.length": 9, "beyond.length": 10}
+    between = {f"length_{size}": size for size in range(2, 9)}
+    assert sizes == {"smallest.length": 1, "largest.length": 9, "beyond.length": 10, **between}
     assert check(probes, as_artifact(model)) == ""
 
     def short(inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -423,6 +371,7 @@ def test_two_declared_dimensions_are_asked_at_their_ends_together_too(tmp_path: 
     assert sizes == {
         "smallest.height": (2, 6), "largest.height": (8, 6), "smallest.w": (5, 3), "largest.w": (5, 13),
         "all_smallest": (2, 3), "all_largest": (8, 13),
+        "smallest.height_largest.w": (2, 13), "smallest.w_largest.height": (8, 3),
     }  # fmt: skip
     assert check(probes, as_artifact(model)) == ""
 
@@ -526,8 +475,10 @@ def test_a_declared_length_that_the_model_refuses_is_said(tmp_path: Path) -> Non
     tokens = torch.randint(0, 10, (40, 5), generator=torch.Generator().manual_seed(1))
     length = DynamicDim(name="length", min=1, max=9, axes={"x": (1,)})
     questions(Short(), tmp_path, tokens, dynamic=[length])
-    (told,) = read_unasked(tmp_path)
-    assert told == "largest.length, which the model refuses itself (ValueError: at most seven words)"
+    assert read_unasked(tmp_path) == [
+        f"{name}, which the model refuses itself (ValueError: at most seven words)"
+        for name in ("largest.length", "length_8")
+    ]
 
 
 class Normed(nn.Module):
@@ -604,3 +555,136 @@ def test_whole_numbers_that_go_through_float32_are_found_by_the_neighbours_of_th
 
 def test_whole_numbers_that_float32_has_are_only_taken_from_samples(words: tuple[nn.Module, list[Probe]]) -> None:
     assert [probe.name for probe in words[1] if probe.group == "largest whole numbers"] == ["largest.x"]
+
+
+class Balance(Dense):
+    """Answers, and one number of the whole batch, as an auxiliary loss is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        answers = self.layers(x)
+        return answers, answers.softmax(-1).mean(0).square().sum()
+
+
+def test_one_number_of_a_batch_is_compared_for_the_same_batch(tmp_path: Path) -> None:
+    model = Balance()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    assert {probe.eager["output_1"].shape for probe in probes if probe.eager is not None} == {()}
+
+    def failed_with(change: Callable[[Tensor], Tensor], policy: Policy | None = None) -> str:
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                answers, number = model(inputs["x"])
+            return [answers, change(number)]
+
+        return failed(compare("pt2", call, probes, ["output_0", "output_1"], policy or Policy()).verdicts)
+
+    assert failed_with(lambda number: number) == ""
+    assert failed_with(lambda number: number, Policy(not_finite="same")) == ""
+    assert "output_1: max |Δ|" in failed_with(lambda number: number * (1 + 1e-5))
+    assert "output_1: shape [1], expected []" in failed_with(lambda number: number[None])
+    # NaN in a sample is NaN in what is of all samples.
+    assert "hides the NaN" in failed_with(lambda number: number.nan_to_num(0.5))
+    # Of no samples it says nothing: a mean of nothing is NaN in torch and 0 elsewhere.
+    (empty,) = [probe for probe in probes if probe.name == "empty"]
+    answers = {"output_0": torch.zeros(0, 3), "output_1": torch.tensor(0.0)}
+    zero = compare("onnx", lambda _: list(answers.values()), [empty], list(answers), Policy()).verdicts
+    assert failed(zero) == ""
+
+
+class Ranked(nn.Module):
+    """The four best of twelve items, of which many have the same score: 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.score = nn.Linear(6, 12)
+        nn.init.constant_(self.score.bias, -0.6)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.score(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x).topk(4).indices
+
+
+def test_items_of_the_same_score_may_come_in_another_order_and_no_others(tmp_path: Path) -> None:
+    model = Ranked()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    few = [int((model.scores(probe.inputs["x"]) > 0).sum(1).min()) for probe in probes if probe.name == "batch_17"]
+    assert few[0] < 3, "there are samples in which two of the four tie"
+
+    def check_order(change: Callable[[Tensor, Tensor], Tensor]) -> str:
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                scores = model.scores(inputs["x"])
+                return [change(scores, model(inputs["x"]))]
+
+        return check(probes, call, "onnx")
+
+    def last_of_equal(scores: Tensor, _: Tensor) -> Tensor:
+        return 11 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :4]
+
+    def turned(places: Tensor, shown: Tensor) -> Tensor:
+        return torch.where(shown[:, None], places.roll(1, 1), places)
+
+    assert check_order(lambda scores, _: scores.sort(dim=1, descending=True, stable=True).indices[:, :4]) == ""
+    assert check_order(last_of_equal) == ""
+    assert "elements differ" in check_order(lambda scores, places: turned(places, (scores > 0).sum(1) > 3))
+    # One of those that tie, twice.
+    twice = lambda _, places: torch.cat([places[:, :3], places[:, 2:3]], 1)  # noqa: E731
+    assert "elements differ" in check_order(twice)
+
+
+def test_all_items_in_order_are_the_same_items(tmp_path: Path) -> None:
+    class Sorted(Ranked):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x).argsort(1, descending=True)
+
+    model = Sorted()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+
+    def stable(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [model.scores(inputs["x"]).sort(dim=1, descending=True, stable=True).indices]
+
+    def with_another(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return [torch.where(found == found[:, -1:], found[:, -2:-1], found) for found in stable(inputs)]
+
+    assert check(probes, stable, "onnx") == ""
+    assert "elements differ" in check(probes, with_another, "onnx")
+
+
+class HalfScore(nn.Module):
+    """One score, computed in bfloat16 and given as float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Linear(*sizes, dtype=torch.bfloat16) for sizes in ((6, 32), (32, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.to(self.first.weight.dtype)).relu()).float().squeeze(1)
+
+
+def test_a_model_in_bfloat16_is_held_to_the_rounding_of_bfloat16_and_against_float64(tmp_path: Path) -> None:
+    model = HalfScore()
+    probes = questions(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    assert all(probe.exact and probe.roundoff == 2**-8 for probe in probes if probe.declared)
+    assert all(probe.roundoff == 2**-8 for probe in read_golden(tmp_path, None))
+    assert check(probes, as_artifact(model)) == ""
+
+    def fused(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        # As compilers do it: what lies between is not rounded.
+        with torch.no_grad():
+            weights = [tensor.float() for tensor in model.parameters()]
+            hidden = inputs["x"].bfloat16().float() @ weights[0].T + weights[1]
+            return [(hidden.relu() @ weights[2].T + weights[3]).squeeze(1)]
+
+    assert check(probes, fused) == ""
+    assert "batch 8" in check(probes, lambda inputs: [fused(inputs)[0] * 1.3])
+
+
+def test_what_a_file_says_of_its_rounding_is_one_of_two_numbers_or_nothing(tmp_path: Path) -> None:
+    questions(HalfScore(), tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    save_tensors(load_file(tmp_path / GOLDEN), tmp_path / GOLDEN, metadata={"roundoff": "0.5"})
+    assert {probe.roundoff for probe in read_golden(tmp_path, None)} == {0.0}

@@ -29,6 +29,8 @@ class Net(nn.Module):
         self.way = way
         self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
         self.drop = nn.Dropout(0.5)
+        if way == "half weights":
+            self.coarse = nn.Linear(4, 3, dtype=torch.bfloat16)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> object:
@@ -36,6 +38,10 @@ class Net(nn.Module):
         logits = self.second(hidden)
         if self.way == "scalar":
             return {"logits": logits, "temperature": logits.mean().exp()}
+        if self.way == "scalar first":
+            return {"temperature": logits.mean().exp(), "logits": logits}
+        if self.way == "squeezed":
+            return {"logits": logits, "score": logits[:, 0].squeeze()}
         if self.way == "table":
             return {"logits": logits, "table": self.second.weight * 2}
         if self.way == "as long as the batch":
@@ -50,6 +56,8 @@ class Net(nn.Module):
             return {"logits": logits, "spectrum": torch.fft.rfft(logits)}
         if self.way == "half":
             return {"logits": logits, "hidden": hidden.bfloat16()}
+        if self.way == "half weights":
+            return self.coarse(x.bfloat16()).float()
         if self.way == "named":
             return {"logits": logits, "x": x * 2}
         if self.way == "functional dropout":
@@ -96,13 +104,18 @@ def line_of(text: str) -> str:
 @pytest.mark.parametrize(
     ("way", "expected"),
     [
-        ("scalar", ["output 'temperature' of forward has no dimension", "value.expand(len(x))"]),
+        ("scalar first", ["output 'temperature' of forward is one number of the whole batch", "return it after"]),
+        ("squeezed", ["output 'score' of forward is float32 [] for a batch of 1; expected the batch as the first"]),
         ("table", ["output 'table' of forward is float32 [3, 6] for a batch of 8", "batch as the first dimension"]),
         ("as long as the batch", ["output 'output_1' of forward is float32 [8] for a batch of 1"]),
         ("state", ["output 'state' of forward is float32 [2, 8, 6] for a batch of 8", "transpose"]),
         ("found", ["output 'found' of forward is int64 ["]),
         ("complex", ["output 'spectrum' of forward is complex64 [8, 2]", "torch.view_as_real"]),
         ("half", ["output 'hidden' of forward is bfloat16 [8, 6]", "(.float())", "or leave onnx out"]),
+        (
+            "half weights",
+            ["the weight of 0.coarse (Linear) is bfloat16", "has no MatMul, Gemm or Conv for it", ".float()"],
+        ),
         ("named", ["output 'x' of forward has the name of an input", "rename it", "or leave onnx out"]),
         ("in place", ["changes its input 'input' in place", "clone it first"]),
         ("counts", ["changes the buffer '0.calls' in eval mode"]),
@@ -139,12 +152,12 @@ def test_what_makes_each_answer_another_is_named_with_its_module_and_line(
     assert [part for part in [line_of(line), *expected] if part not in said] == [], said
 
 
-@pytest.mark.parametrize("way", ["", "noise in training", "noise that nobody sees"])
+@pytest.mark.parametrize("way", ["", "noise in training", "noise that nobody sees", "scalar"])
 def test_nothing_is_said_of_a_model_that_gives_the_same_each_time(way: str) -> None:
     assert refusal(way) == ""
 
 
-@pytest.mark.parametrize("way", ["half", "named"])
+@pytest.mark.parametrize("way", ["half", "half weights", "named"])
 def test_what_onnx_alone_cannot_hold_is_no_matter_without_it(way: str) -> None:
     assert refusal(way, ("torchscript", "pt2")) == ""
 
@@ -159,7 +172,7 @@ def test_usual_layers_have_nothing_to_refuse() -> None:
 def test_every_output_that_cannot_be_shipped_is_told_at_once() -> None:
     class Both(nn.Linear):
         def forward(self, input: Tensor) -> object:
-            return super().forward(input), self.bias.sum(), self.weight
+            return super().forward(input), self.bias, self.weight
 
     with pytest.raises(UserError) as caught:
         require_shippable(Both(4, 3).eval(), BATCH, PROJECT, ())

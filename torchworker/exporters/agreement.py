@@ -10,6 +10,7 @@ from torch import Tensor
 from torchworker.exporters.subject import Subject
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
+from torchworker.project.answers import roundoff_of
 from torchworker.project.signature import BATCH, other_sizes, resized, sizes_of
 from torchworker.project.user_code import forward, name_outputs
 from torchworker.runtimes.load import Call
@@ -17,6 +18,7 @@ from torchworker.runtimes.load import Call
 
 def disagreement(call: Call, subject: Subject) -> str:
     """Where the program differs from the model, in words: other batches and sizes, single samples. Empty: nowhere."""
+    roundoff = roundoff_of(subject.model)
     for inputs in cases(subject):
         try:
             expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
@@ -31,7 +33,7 @@ def disagreement(call: Call, subject: Subject) -> str:
         if len(got) != len(expected):
             return f"on {shown} it gives {len(got)} outputs, and the model {len(expected)}"
         for (name, tensor), found in zip(expected.items(), got, strict=True):
-            outcome = compare_tensors(found, tensor, None)
+            outcome = compare_tensors(found, tensor, None, roundoff=roundoff)
             if not outcome.passed:
                 return f"on {shown} output {name} is not the model's: {outcome.note}"
     return ""

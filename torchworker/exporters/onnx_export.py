@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,21 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from torchworker.exporters import attention
 from torchworker.exporters.elman import translations
+from torchworker.exporters.filled import keep_batches_filled
 from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
-from torchworker.exporters.recurrent import keep_batches_filled
 from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.shown_warnings import keep
+from torchworker.runtimes.load import onnx_session
 
 OPSET = 20
-"""ONNX operator set: what torch 2.13's exporter writes natively."""
+"""ONNX operator set, unless there is attention with a mask: the lowest that torch 2.13's exporter writes natively, and
+so for the oldest readers."""
+IR_VERSIONS = {OPSET: 9, attention.OPSET: 10}
+"""Of the file, by operator set. ONNX Runtime 1.17 was the first to read 9 and opset 20, 1.23 to read opset 23."""
 
 
 def onnx_model(subject: Subject, path: Path) -> Made:
@@ -38,16 +45,7 @@ def onnx_model(subject: Subject, path: Path) -> Made:
     # The exporter takes the program apart again, and would fix the length of what has a loop.
     with warnings.catch_warnings(record=True) as caught, captured.assuming():
         warnings.simplefilter("always")
-        try:
-            onnx_program = _exported(program, subject)
-        except Exception as error:
-            try:
-                # Some operators have a form in ONNX only once torch has taken them apart.
-                onnx_program = _exported(program.run_decompositions(), subject)
-            except Exception:
-                raise UserError(
-                    f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
-                ) from error
+        onnx_program, opset = _exported(program, subject)
     unfaithful = [w for w in caught if "duplicated values" in str(w.message)]
     for warning in unfaithful:
         keep(warning)
@@ -57,18 +55,39 @@ def onnx_model(subject: Subject, path: Path) -> Made:
         )
     keep_batches_filled(onnx_program.model)
     _name_dimensions(onnx_program.model, subject)
+    onnx_program.model.ir_version = IR_VERSIONS[opset]
     onnx_program.save(str(path), external_data=False)
-    return Made(f"{captured.method} → ONNX opset {OPSET}", noted)
+    _require_kernels(onnx_program.model, path)
+    if opset == attention.OPSET:
+        noted = tuple(line for line in noted if not line.startswith(attention.AT_20))
+    return Made(f"{captured.method} → ONNX opset {opset}", noted)
 
 
-def _exported(program: ExportedProgram, subject: Subject) -> Any:
+def _exported(program: ExportedProgram, subject: Subject) -> tuple[Any, int]:
+    """The exporter's program and its operator set. Raises UserError where ONNX cannot express the model."""
+    if attention.has_masks(program):
+        with contextlib.suppress(Exception):
+            return _at(attention.OPSET, program, subject), attention.OPSET
+    try:
+        return _at(OPSET, program, subject), OPSET
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            # Some operators have a form in ONNX only once torch has taken them apart.
+            return _at(OPSET, program.run_decompositions(), subject), OPSET
+        raise UserError(
+            f"export: ONNX cannot express the model: {_cause(error)}; leave onnx out of export.formats"
+        ) from error
+
+
+def _at(opset: int, program: ExportedProgram, subject: Subject) -> Any:
+    more = attention.attention_translation() if opset == attention.OPSET else {}
     return torch.onnx.export(
         program,
         (),
         input_names=list(subject.inputs),
         output_names=list(subject.outputs),
-        opset_version=OPSET,
-        custom_translation_table=translations(),
+        opset_version=opset,
+        custom_translation_table={**translations(), **more},
         dynamo=True,
         verbose=False,
     )
@@ -81,21 +100,57 @@ def _cause(error: BaseException) -> str:
     return describe(error).splitlines()[0]
 
 
+def _require_kernels(model: Any, path: Path) -> None:
+    """Raises UserError, and the file is gone, where ONNX Runtime lacks an operator for bfloat16 or float16.
+
+    Args:
+        model: onnx_ir.Model; ONNX Runtime is asked only where such a value is in it.
+        path: where it was written.
+    """
+    from onnx_ir import DataType
+
+    values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    half = {value.dtype for value in values} & {DataType.BFLOAT16, DataType.FLOAT16}
+    if not half:
+        return
+    try:
+        onnx_session(str(path), 1)
+    except Exception as error:
+        path.unlink()
+        named = re.search(r"implementation for (\w+)\(|operator \((\w+)\)", str(error))
+        lacks = next(filter(None, named.groups())) if named else "operator that it needs"
+        kinds = " and ".join(sorted(kind.name.lower() for kind in half))
+        said = describe(error).splitlines()[0][:200]
+        raise UserError(
+            f"export: ONNX Runtime's CPU provider has no {lacks} for {kinds} ({said}); make the model float32 in "
+            "model.factory (.float()), or leave onnx out of export.formats"
+        ) from error
+
+
 def _name_dimensions(model: Any, subject: Subject) -> None:
-    """Call dynamic dimensions by their names throughout; the exporter leaves torch's symbols, such as `s97`.
+    """Call dynamic dimensions by their names throughout, also in sums (`past + 1`) and inside loops and branches; the
+    exporter leaves torch's symbols, such as `s97`.
 
     model: onnx_ir.Model.
     """
     from onnx_ir import SymbolicDim
 
-    names: dict[Any, str] = {}
+    names: dict[str, str] = {}
     for value in model.graph.inputs:
         for dim in subject.dims:
             for axis in dim.axes.get(value.name, ()):
-                if value.shape is not None and isinstance(value.shape[axis], SymbolicDim):
-                    names[value.shape[axis]] = dim.name
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+                size = value.shape[axis] if value.shape is not None else None
+                if isinstance(size, SymbolicDim) and size.value is not None:
+                    names[size.value] = dim.name
+
+    def named(size: str) -> str:
+        # A dimension may be declared that is a sum of others to torch.
+        return names.get(size) or re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), size)
+
+    graphs = [model.graph, *model.graph.subgraphs()]
+    values = [value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())]
+    values += [value for graph in graphs for node in graph for value in node.outputs]
     for value in values:
         for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, SymbolicDim) and size in names:
-                value.shape[axis] = SymbolicDim(names[size])
+            if isinstance(size, SymbolicDim) and size.value is not None and named(size.value) != size.value:
+                value.shape[axis] = SymbolicDim(named(size.value))

@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from torchworker.exporters.attention import AT_20
 from torchworker.process.failure import UserError, is_theirs
 
 When = Callable[[Node], bool]
@@ -53,6 +54,23 @@ def _power(node: Node) -> bool:
     """A power of whole numbers whose exponent is no small number that is known."""
     exponent = _argument(node, "exponent")
     return _whole(node) and not (isinstance(exponent, int) and exponent in (0, 1, 2, 3))
+
+
+def _blends_with_nothing(node: Node) -> bool:
+    """grid_sample whose weights are NaN in torch where the grid is: bicubic, or bilinear with zeros around."""
+    mode, padding = _argument(node, "interpolation_mode"), _argument(node, "padding_mode")
+    return (mode, padding) == (0, 0) or mode in (2,)
+
+
+def _of_any_size(node: Node) -> bool:
+    """A resize between sizes of which one is dynamic, but for a whole factor: fixed sizes are what the gate asks."""
+    factors = _argument(node, "scale_factors")
+    if factors and all(float(factor).is_integer() for factor in factors):
+        return False
+    source = _argument(node, "input")
+    values = [node.meta.get("val"), source.meta.get("val") if isinstance(source, Node) else None]
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape[2:]]
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +182,22 @@ DIFFERENCES: Sequence[Difference] = (
         way_out="max_pool2d of x[:, :, None] with a window of (1, size)",
     ),
     Difference(
-        name="scaled_dot_product_attention with a mask", operators=("scaled_dot_product_attention",), formats=("onnx",),
-        seen=f"{ORT}, opset 20",
+        name="F.interpolate, nearest, from or to a dynamic size",
+        operators=("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), formats=("onnx",), seen=ORT,
+        wrong="the neighbour of the right pixel at 125 of the 3,969 pairs of sizes up to 63, such as 14 to 2, of which "
+        "the gate asks the smallest and the largest alone",
+        way_out="x[..., torch.arange(n) * x.shape[-1] // n], a dimension at a time", when=_of_any_size,
+    ),
+    Difference(
+        name="F.grid_sample, bicubic or bilinear with zeros around", operators=("grid_sampler", "grid_sampler_2d"),
+        formats=("onnx",), seen=ORT,
+        wrong="a number where the grid is NaN or infinite, where torch gives NaN; the gate asks for it unless "
+        "parity.not_finite is off",
+        way_out="add 0 * grid.sum(-1)[:, None] to what it gives", when=_blends_with_nothing,
+    ),
+    Difference(
+        name=AT_20, operators=("scaled_dot_product_attention",), formats=("onnx",),
+        seen=f"{ORT}, opset 20, which is left for heads or samples that are broadcast",
         wrong="the mean of all values for a row that is masked throughout (a sample that is all padding), where torch "
         "gives 0",
         way_out="multiply what it gives by mask.any(-1, keepdim=True)", when=_given("attn_mask"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,9 @@ COMPILED_SQNR_DB = 20.0
 """Between a quantized program and itself, compiled: noise of 10 % of the signal. A step of quantization apart here and
 there is fine, which is some 40 dB (parity/int8.py); Inductor's kernels may be far more wrong than that. Chosen, not
 derived."""
-DYNAMIC_OPERATORS = ("MatMul", "Gemm", "LSTM", "Attention")
-"""Not Conv: its scales would be found anew in every call, which makes it slower than in float."""
+DYNAMIC_OPERATORS = ("MatMul", "Gemm", "LSTM")
+"""Not Conv: its scales would be found anew in every call, which makes it slower than in float. Not Attention: the
+quantizer takes ONNX's own for the one of ONNX Runtime, and writes what does not load."""
 
 Batch = dict[str, Tensor]
 
@@ -48,7 +50,10 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def onnx_dynamic(model: Path, path: Path) -> str:
-    """Weights in int8, activations quantized in every call. model: the float ONNX file."""
+    """Weights in int8, activations quantized in every call. model: the float ONNX file.
+
+    Raises UserError where the model has nothing that is quantized so.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     prepared = path.with_suffix(".part")
@@ -62,6 +67,7 @@ def onnx_dynamic(model: Path, path: Path) -> str:
             reduce_range=True,
             weight_type=QuantType.QInt8,
         )
+        _require_quantized(prepared, path, "onnx-int8-dynamic")
     finally:
         prepared.unlink(missing_ok=True)
     return "onnxruntime, dynamic: int8 weights a channel"
@@ -69,7 +75,10 @@ def onnx_dynamic(model: Path, path: Path) -> str:
 
 @_quiet()
 def onnx_static(model: Path, path: Path, calibration: Sequence[Batch]) -> str:
-    """Weights and activations in int8 (QDQ). calibration: batches of training inputs, which give the ranges."""
+    """Weights and activations in int8 (QDQ). calibration: batches of training inputs, which give the ranges.
+
+    Raises UserError where the model has nothing that is quantized so.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -93,6 +102,7 @@ def onnx_static(model: Path, path: Path, calibration: Sequence[Batch]) -> str:
             per_channel=True,
             reduce_range=True,
         )
+        _require_quantized(prepared, path, "onnx-int8-static")
     finally:
         prepared.unlink(missing_ok=True)
     return f"onnxruntime, static QDQ: int8 weights a channel, uint8 activations, {_counted(calibration)}"
@@ -105,8 +115,44 @@ def _prepare(model: Path, path: Path) -> None:
     try:
         quant_pre_process(model, path)
     except Exception:
-        # Symbolic shape inference does not know every operator.
-        quant_pre_process(model, path, skip_symbolic_shape=True)
+        # Symbolic shape inference does not know every operator, ONNX's own Attention for one. Shapes that the file says
+        # are those of weights before the quantizer turns them, which it then finds to differ.
+        import onnx_ir
+
+        plain = onnx_ir.load(model)
+        for graph in plain.graphs():
+            for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+                if not value.is_graph_output():
+                    value.shape = value.type = None
+        onnx_ir.save(plain, path)
+        quant_pre_process(path, path, skip_symbolic_shape=True)
+
+
+def _require_quantized(model: Path, path: Path, kind: str) -> None:
+    """Raises UserError, and the file is gone, unless something is computed in int8 that was not before.
+
+    Args:
+        model: the float ONNX file that was quantized.
+        path: what came of it.
+        kind: the variant.
+    """
+    before, after = _operators(model), _operators(path)
+    if any("quant" in name.lower() or "Integer" in name or name.startswith("Q") for name in after - before):
+        return
+    path.unlink()
+    takes = f"it takes {', '.join(DYNAMIC_OPERATORS)}" if kind == "onnx-int8-dynamic" else "it takes constant weights"
+    other = "; onnx-int8-static quantizes convolutions" if kind == "onnx-int8-dynamic" and before["Conv"] else ""
+    most = ", ".join(f"{name} {count}" for name, count in before.most_common(4))
+    raise UserError(
+        f"export.quantize: {kind}: nothing was quantized: {takes}, and the model's operators are {most}{other}"
+    )
+
+
+def _operators(model: Path) -> Counter[str]:
+    """How often an ONNX file has each operator, those of loops and branches too."""
+    import onnx_ir
+
+    return Counter(node.op_type for node in onnx_ir.load(model).graph.all_nodes())
 
 
 def pt2e(subject: Subject, path: Path, calibration: Sequence[Batch]) -> str:
@@ -127,6 +173,8 @@ def pt2e(subject: Subject, path: Path, calibration: Sequence[Batch]) -> str:
     for batch in calibration:
         prepared(*batch.values())
     converted: fx.GraphModule = convert_pt2e(prepared)
+    if not any("quantize" in str(node.target) for node in converted.graph.nodes):
+        raise UserError("export.quantize: pt2e-int8: nothing was quantized: it takes convolutions and linear layers")
     quantized = capture(replace(subject, model=converted))
     with quantized.assuming():
         compiled(quantized.program, subject, path, freezing=True)

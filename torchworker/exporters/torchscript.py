@@ -19,6 +19,7 @@ from torchworker.exporters.subject import Made, Subject
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, user_line
 from torchworker.process.shown_warnings import keep
+from torchworker.project.answers import roundoff_of
 from torchworker.project.signature import BATCH, resized, sizes_of
 from torchworker.project.user_code import arguments, forward, name_outputs
 from torchworker.runtimes.load import call_script, flat, ignore_script_deprecation
@@ -135,7 +136,8 @@ def _agrees(program: Any, module: nn.Module, call: _Call) -> bool:
         return False
     wanted = flat(module(*args, **kwargs))
     return len(found) == len(wanted) and all(
-        compare_tensors(one, two, None).passed for one, two in zip(found, wanted, strict=True)
+        compare_tensors(one, two, None, roundoff=roundoff_of(module)).passed
+        for one, two in zip(found, wanted, strict=True)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,19 +13,35 @@ from torch import Tensor
 from torchworker.contract import PARITY, ErrorCounts, Mismatch, Verdict
 from torchworker.gates.limits import at_most
 from torchworker.parity.histogram import ErrorHistogram, distribution
-from torchworker.parity.probes import BATCHES, DRAWS, LENGTHS, NOT_FINITE, SAMPLES, SINGLES, Inputs, Probe
+from torchworker.parity.probes import (
+    BATCHES,
+    DRAWS,
+    EMPTY,
+    LENGTHS,
+    NOT_FINITE,
+    ROWS,
+    SAMPLES,
+    SINGLES,
+    SIZES,
+    Inputs,
+    Probe,
+)
 from torchworker.parity.relative import compare_relative, usual_relative_loss
 from torchworker.parity.rule import Parity, compare_tensors, usual_loss
 from torchworker.process.failure import describe
 from torchworker.process.fork import CrashNote
 from torchworker.project.answers import same_values
 from torchworker.project.metrics import flips, metric_sum
-from torchworker.runtimes.load import Call
+from torchworker.project.weights import values_of
+from torchworker.runtimes.load import Call, Loaded
 
 KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 """The one difference that a runtime's specification prescribes (ONNX Gather) and no exporter can mend."""
 
-OF_ITS_SIZE = frozenset({BATCHES, SAMPLES, DRAWS, LENGTHS, SINGLES})
+CALLS = 50
+"""How often an artifact is asked at least: what it does at its 40th call differently, it does here."""
+
+OF_ITS_SIZE = frozenset({BATCHES, SAMPLES, DRAWS, LENGTHS, SINGLES, SIZES, ROWS})
 """Questions whose inputs are as large as the data's, and so what the model loses on them."""
 
 
@@ -190,8 +207,9 @@ def usual_losses(probes: Sequence[Probe], outputs: Sequence[str], policy: Policy
     """What the model itself loses on each output, over all questions of the size of the data."""
     sized = [probe for probe in probes if probe.group in OF_ITS_SIZE]
     answers = {name: [(probe.eager[name], probe.rounding(name)) for probe in sized if probe.eager] for name in outputs}
+    roundoff = max((probe.roundoff for probe in sized), default=0.0)
     return {
-        name: Usual(usual_loss(given), usual_relative_loss(given) if policy.relative else None)
+        name: Usual(usual_loss(given, roundoff), usual_relative_loss(given, roundoff) if policy.relative else None)
         for name, given in answers.items()
     }
 
@@ -206,6 +224,47 @@ def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
         note: for the reader.
     """
     return at_most(kind, PARITY, case, ratio, 1, note)
+
+
+def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
+    """One verdict on what an artifact holds by the names of the model: bit for bit what was trained, where shapes fit.
+
+    Samples may not reach a row of an embedding, or a weight behind a decision.
+
+    Args:
+        kind: the format, in words.
+        loaded: the artifact.
+        trained: safetensors file of the weights.
+
+    Returns:
+        Nothing where no name and shape is the model's: compiled code, or constants folded into others.
+    """
+    from safetensors import safe_open
+
+    different, equal = [], 0
+    with safe_open(trained, framework="pt") as file:
+        names = set(file.keys())
+        for name, tensor in loaded.weights(names):
+            if name not in names:
+                continue
+            mine = file.get_tensor(name)
+            if tensor.dtype != mine.dtype or tensor.shape != mine.shape:
+                continue
+            if torch.equal(_bits(tensor), _bits(mine)):
+                equal += 1
+            else:
+                different.append(name)
+    if not equal + len(different):
+        return []
+    note = f"{equal} of {len(names)} tensors held by name, bit for bit"
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        note = f"other values than were trained: {', '.join(different[:3])}{more}"
+    return [at_most(kind, PARITY, "weights", float(len(different)), 0, note)]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return values_of(tensor).reshape(-1).view(torch.uint8)
 
 
 def _summary(kind: str, asked: Sequence[tuple[Probe, float, str]]) -> Verdict:
@@ -267,6 +326,12 @@ class ParityCheck:
         """Answers to the batches of capture, to be asked for again."""
         self.changed: dict[str, str] = {}
         """Inputs that the artifact wrote into: input to probe."""
+        self.calls = 0
+        """Answers that it gave."""
+        self.given: tuple[str, list[Tensor], list[Tensor]] = ("", [], [])
+        """The last probe, its answer as it was given, which whoever asked may still hold, and a copy of it."""
+        self.overwritten = ""
+        """The first answer that a later call changed, in words."""
         self.histogram = ErrorHistogram()
 
     def ask(self, probe: Probe) -> tuple[float, list[Finding], str]:
@@ -291,12 +356,14 @@ class ParityCheck:
         return self._compare(probe, got)
 
     def behaviour(self, probe: Probe) -> tuple[float, list[Finding], str]:
-        """The same question after all the others, twice; with other strides; and whether inputs were left alone."""
+        """The same question after all the others, twice and until there were CALLS; with other strides; and whether
+        inputs, and answers that were given, were left alone."""
         assert probe.eager is not None, "a batch of capture"
         self.outside.asking.write("")
         if probe.name not in self.first:
             return self._failed(probe, "gave no outputs to compare the first time")
-        for turn in ("after the other probes", "and once more"):
+        more = (f"as call {number}" for number in range(self.calls + 3, CALLS + 1))
+        for turn in ("after the other probes", "and once more", *more):
             try:
                 again = self._ask(probe.name, probe.inputs)
             except Exception as error:
@@ -311,6 +378,8 @@ class ParityCheck:
         if self.changed:
             wrote = ", ".join(f"{name} (probe {where})" for name, where in self.changed.items())
             return self._failed(probe, f"writes into its inputs: {wrote}")
+        if self.overwritten:
+            return self._failed(probe, self.overwritten)
         return ratio, found, note
 
     def _strides(self, probe: Probe) -> tuple[float, list[Finding], str]:
@@ -326,9 +395,14 @@ class ParityCheck:
         given = {key: tensor if not tensor.is_contiguous() else tensor.clone() for key, tensor in inputs.items()}
         kept = {key: tensor.clone() for key, tensor in inputs.items()}
         got = self.call(given)
+        self.calls += 1
         for key, tensor in given.items():
             if not same_values(tensor, kept[key]):
                 self.changed.setdefault(key, name)
+        before, held, copies = self.given
+        if not self.overwritten and not all(map(same_values, held, copies)):
+            self.overwritten = f"the answer to {before} changes when {name} is asked: both are in the same memory"
+        self.given = name, got, [tensor.clone() for tensor in got]
         return got
 
     def _failed(self, probe: Probe, reason: str) -> tuple[float, list[Finding], str]:
@@ -369,10 +443,10 @@ def compare_output(got: Tensor, probe: Probe, name: str, usual: Usual | None = N
     assert probe.eager is not None, "asked before"
     usual = usual or Usual()
     answers = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    outcome = compare_tensors(got, *answers, usual=usual.absolute)
+    outcome = compare_tensors(got, *answers, probe.tied.get(name), usual=usual.absolute, roundoff=probe.roundoff)
     if usual.relative is None or not outcome.passed:
         return outcome
-    relative = compare_relative(got, *answers, usual=usual.relative)
+    relative = compare_relative(got, *answers, usual=usual.relative, roundoff=probe.roundoff)
     return (
         outcome if relative is None or relative.ratio <= outcome.ratio else replace(relative, allowed=outcome.allowed)
     )
@@ -392,8 +466,9 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
         usual: of `usual_loss`.
     """
     assert probe.eager is not None, "asked before"
-    eager, exact, perturbed = probe.eager[name], probe.exact.get(name), probe.perturbed.get(name)
-    if got.dtype != eager.dtype or got.shape != eager.shape or eager.dim() == 0:
+    eager = probe.eager[name]
+    others = [answers.get(name) for answers in (probe.exact, probe.perturbed, probe.tied)]
+    if got.dtype != eager.dtype or got.shape != eager.shape:
         return compare_output(got, probe, name)
     real = eager.is_floating_point()
     if policy == "same":
@@ -404,21 +479,30 @@ def not_finite(got: Tensor, probe: Probe, name: str, policy: str, usual: float =
                 outcome, ratio=0.0 if same else float("inf"), reason="" if same else "NaN or infinity differ"
             )
         return compare_output(got, probe, name)
+    touched = list(probe.touched)
+    if eager.dim() == 0:
+        if probe.group == EMPTY:
+            # Of no samples: a mean of nothing is NaN in torch and 0 elsewhere.
+            return Parity(ratio=0.0, max_difference=0.0)
+        # One number of all samples is one row, which each of them touches.
+        got, eager, touched = got[None], eager[None], touched and [0]
+        others = [None if tensor is None else tensor.reshape(-1) for tensor in others]
     rows = torch.ones(len(eager), dtype=torch.bool)
-    rows[list(probe.touched)] = False
+    rows[touched] = False
     if real:
         shows, hidden = ~_row_finite(eager), _row_finite(got)
         rows &= ~shows
         if policy != "off" and bool((shows & hidden).any()):
             place = int((shows & hidden).nonzero()[0])
-            reason = f"sample {place}: a finite answer hides the NaN or infinity that the model shows"
+            reason = (
+                f"sample {place}: a finite answer hides the NaN or infinity that the model shows; if no input is ever "
+                "NaN or infinite, parity.not_finite: off"
+            )
             return Parity(ratio=float("inf"), max_difference=float("nan"), reason=reason)
     if not bool(rows.any()):
         return Parity(ratio=0.0, max_difference=0.0)
-    chosen = [
-        tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in (exact, perturbed)
-    ]
-    return compare_tensors(got[rows], eager[rows], *chosen, usual=usual)
+    chosen = [tensor[rows] if tensor is not None and tensor.shape == eager.shape else None for tensor in others]
+    return compare_tensors(got[rows], eager[rows], *chosen, usual=usual, roundoff=probe.roundoff)
 
 
 def _row_finite(tensor: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """What artifacts are asked: inputs made from the validation data, so that they are inputs the model could be sent.
 
 Floats are drawn around, between and far outside the values seen; whole numbers, booleans and floats that take few
-values (masks, lengths, categories) are only ever taken from real samples, all inputs of a sample together, so that a
-mask still fits its tokens. Only neighbours of whole numbers that float32 cannot tell apart are made up (nobody has as
-many categories), and only a probe that is meant to be refused leaves that domain.
+values (masks, lengths, categories) are taken from real samples, all inputs of a sample together, so that a mask still
+fits its tokens. Made up are neighbours of whole numbers that float32 cannot tell apart (nobody has as many
+categories), rows of embeddings that no sample has, in places where samples have others, and masks that keep all or
+nothing of a sample. Only a probe that is meant to be refused leaves that domain.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +43,15 @@ SHIFT = 100.0
 square of the mean lose it there, and a quantity may be stored with another origin (kelvin, a date in seconds)."""
 LARGEST_EXACT = 2**24
 """Up to here float32 has every whole number."""
+BATCH_SIZES = (2, 3, 4, 8, 16, 32, 64, 128)
+"""Batches that servers make, and what compilers take for other than they are: an even one, a vector's width, a warp."""
+INSIDE = 16
+"""Sizes of one declared dimension that are asked about; all of a range that has no more."""
+PAIRS = 4
+"""Draws of all declared dimensions at once."""
+EMBEDDED = 4096
+"""Samples with rows of an embedding in place of their own."""
+EMBEDDED_BATCH = 64
 SCAN_SECONDS = 1.0
 """Looking for samples that take another way through the code ends after this long."""
 
@@ -49,6 +60,9 @@ SAMPLES = "real samples"
 DRAWS = "drawn"
 SINGLES = "one by one"
 LENGTHS = "lengths"
+SIZES = "batch sizes"
+MASKS = "masks of all and of nothing"
+ROWS = "rows of embeddings"
 SCALES = "scaled and zero"
 LARGEST = "largest whole numbers"
 NOT_FINITE = "NaN and infinity"
@@ -73,6 +87,10 @@ class Probe:
     """Outputs in float64; empty where the model does not run in it."""
     perturbed: Inputs = field(default_factory=dict)
     """Outputs with weights and inputs perturbed by their rounding; only without `exact`."""
+    tied: Inputs = field(default_factory=dict)
+    """Outputs of whole numbers when equal values are sorted in another order; empty where nothing is sorted."""
+    roundoff: float = 0.0
+    """Of `roundoff_of` the model."""
     error: str = ""
     """What the model said when it refused."""
 
@@ -90,10 +108,22 @@ class Probe:
         return replace(self, inputs={spec.name: self.inputs[spec.name] for spec in inputs})
 
 
-def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
+@dataclass(frozen=True)
+class Table:
+    """An embedding that an input of the model goes into as it is."""
+
+    rows: int
+    padding: int | None = None
+    """The row that stands for nothing; where a sample has it, it keeps it."""
+
+
+def probes(pool: Inputs, dims: Sequence[DynamicDim] = (), tables: Mapping[str, Table] | None = None) -> Iterator[Probe]:
     """Everything besides the batches of capture and the single samples.
 
-    pool: real samples, [n, …] by input; dims: the dynamic dimensions, the batch among them.
+    Args:
+        pool: real samples, [n, …] by input.
+        dims: the dynamic dimensions, the batch among them.
+        tables: the smallest embedding that each input goes into.
     """
     drawn = min([DRAWN, *(dim.max for dim in dims if dim.name == BATCH and dim.max is not None)])
     few = _rows(pool, _pick(pool, drawn, 0))
@@ -109,13 +139,17 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = ()) -> Iterator[Probe]:
             yield Probe(name=f"seed{seed}", group=DRAWS, inputs=_rows(pool, _pick(pool, drawn, seed)))
     for name, sizes in _extremes(few, dims):
         yield Probe(name=name, group=LENGTHS, inputs=resized(_rows(pool, _pick(pool, 2, 0)), dims, sizes))
-    for name, scale in (("times30", 30.0), ("times1000", 1000.0), ("negated", -1.0), ("zero", 0.0)):
+    for factor in (3.0, 10.0, 30.0, 1000.0, -1.0, 0.0):
         if real:
-            yield Probe(name=name, group=SCALES, inputs={**few, **{key: few[key] * scale for key in real}})
+            name = {-1.0: "negated", 0.0: "zero"}.get(factor, f"times{factor:g}")
+            yield Probe(name=name, group=SCALES, inputs={**few, **{key: few[key] * factor for key in real}})
     if real:
         shifted = {key: (few[key].double() + SHIFT * pool[key].double().std()).to(pool[key].dtype) for key in real}
         yield Probe(name="shifted", group=SCALES, inputs={**few, **shifted})
     yield from _largest(pool)
+    yield from _masks(pool, few)
+    for key, table in (tables or {}).items():
+        yield from _rows_of(table, key, pool)
     for name, value in (("nan", float("nan")), ("inf", float("inf")), ("minus_inf", float("-inf"))):
         for key in real:
             touched = len(few[key]) // 2
@@ -146,9 +180,42 @@ def _largest(pool: Inputs) -> Iterator[Probe]:
                 yield Probe(name=f"{name}.{key}", group=LARGEST, inputs={**few, key: moved})
 
 
+def _masks(pool: Inputs, few: Inputs) -> Iterator[Probe]:
+    """One sample whose mask keeps everything, and one whose mask keeps nothing, beside others that are as they were."""
+    for key, tensor in pool.items():
+        if tensor.dim() < 2 or not _is_mask(tensor):
+            continue
+        changed = few[key].clone()
+        changed[0], changed[len(changed) // 2] = 1, 0
+        yield Probe(name=f"masks.{key}", group=MASKS, inputs={**few, key: changed})
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Booleans, or numbers that are 0 and 1 and both."""
+    return tensor.dtype == torch.bool or torch.unique(tensor).tolist() == [0, 1]
+
+
+def _rows_of(table: Table, key: str, pool: Inputs) -> Iterator[Probe]:
+    """Each row of an embedding once, where real samples have other ones; as many as EMBEDDED samples have room for."""
+    wanted = torch.tensor([row for row in range(table.rows) if row != table.padding])
+    available, asked = len(pool[key]), 0
+    for start in range(0, EMBEDDED, EMBEDDED_BATCH):
+        inputs = _rows(pool, torch.arange(start, start + EMBEDDED_BATCH) % available)
+        places = torch.ones_like(inputs[key], dtype=torch.bool)
+        if table.padding is not None:
+            places = inputs[key] != table.padding
+        count = int(places.sum())
+        if asked >= len(wanted) or not count:
+            return
+        rows = wanted[torch.arange(asked, asked + count) % len(wanted)]
+        inputs[key][places] = rows.to(inputs[key].dtype)
+        yield Probe(name=f"rows{asked}.{key}", group=ROWS, inputs=inputs)
+        asked += count
+
+
 def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, dict[str, int]]]:
     """Each declared dimension at its smallest and largest, then all of them, the batch too where it has a largest size;
-    twice the present size and one where a declared one has none."""
+    twice the present size and one where a declared one has none; then sizes in between, and of several at once."""
     present = sizes_of(few, dims)
     declared = [dim for dim in dims if dim.name != BATCH]
     ends = {
@@ -163,6 +230,34 @@ def _extremes(few: Inputs, dims: Sequence[DynamicDim]) -> Iterator[tuple[str, di
         yield "all_smallest", ends["smallest"]
     if len(declared) + len(largest_batch) > 1:
         yield "all_largest", {**ends["largest"], **largest_batch}
+    generator = torch.Generator().manual_seed(0)
+    for dim in declared:
+        for size in _inside_of(dim.min, ends["largest"][dim.name], generator):
+            yield f"{dim.name}_{size}", {dim.name: size}
+    for one, other in itertools.combinations(declared, 2):
+        for small, large in ((one, other), (other, one)):
+            sizes = {small.name: small.min, large.name: ends["largest"][large.name]}
+            yield f"smallest.{small.name}_largest.{large.name}", sizes
+    if len(declared) > 1:
+        for turn in range(PAIRS):
+            yield (
+                f"drawn{turn}",
+                {
+                    dim.name: int(torch.randint(dim.min, ends["largest"][dim.name] + 1, (), generator=generator))
+                    for dim in declared
+                },
+            )
+
+
+def _inside_of(smallest: int, largest: int, generator: torch.Generator) -> list[int]:
+    """Sizes between both: all of a short range; powers of two, where kernels change, and drawn ones of a long one."""
+    inside = range(smallest + 1, largest)
+    if len(inside) <= INSIDE:
+        return list(inside)
+    chosen = {2**power for power in range(largest.bit_length()) if 2**power in inside}
+    while len(chosen) < INSIDE:
+        chosen.add(int(torch.randint(smallest + 1, largest, (), generator=generator)))
+    return sorted(chosen)
 
 
 def refusals(pool: Inputs, specs: Mapping[str, TensorSpec], dims: Sequence[DynamicDim]) -> Iterator[Probe]:

@@ -16,11 +16,24 @@ from torch.utils.data import Dataset
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.groups import SampleGroups
-from torchworker.parity.probes import BATCHES, LENGTHS, POOL, SAMPLES, Inputs, Probe, probes, refusals, singles
+from torchworker.parity.probes import (
+    BATCH_SIZES,
+    BATCHES,
+    LENGTHS,
+    POOL,
+    SAMPLES,
+    SIZES,
+    Inputs,
+    Probe,
+    probes,
+    refusals,
+    singles,
+)
 from torchworker.parity.rule import compare_tensors
+from torchworker.parity.tables import tables_of
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
-from torchworker.project.answers import Answers, same_values
+from torchworker.project.answers import Answers, roundoff_of, same_values
 from torchworker.project.metrics import without
 from torchworker.project.signature import dims_of, input_specs
 from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
@@ -30,6 +43,12 @@ LABELS = "labels"
 """In VALIDATION: the target with FILLED where the loss ignores a label; absent where it ignores none."""
 GROUP = "group"
 """In VALIDATION: the number of each sample's group, [samples] int64; absent where the job names no groups."""
+NAMED = 4
+"""Declared sizes that the model refuses are told by name up to this many."""
+ROUNDOFF = "roundoff"
+"""Of `roundoff_of` the model: in GOLDEN's header, and in VALIDATION as a number; absent where it is 0."""
+ROUNDOFFS = (2.0**-8, 2.0**-11)
+"""Of bfloat16 and float16. A file from a bucket may not say another one, which would loosen the rule."""
 REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
 
@@ -38,7 +57,11 @@ def complete(answers: Answers, probe: Probe) -> Probe:
     """The probe with the model's answers. Raises UserError when the model refuses it."""
     eager = answers.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
     exact = answers.exact(probe.inputs)
-    return replace(probe, eager=eager, exact=exact, perturbed={} if exact else answers.perturbed(probe.inputs))
+    perturbed = {} if exact else answers.perturbed(probe.inputs)
+    whole = any(not tensor.is_floating_point() for tensor in eager.values())
+    tied = answers.tied(probe.inputs) if whole else {}
+    roundoff = roundoff_of(answers.model)
+    return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied, roundoff=roundoff)
 
 
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
@@ -54,7 +77,8 @@ def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
     perturbed = answers.perturbed(inputs) if not exact else {}
     for name, tensor in outputs.items():
         # The stored outputs are what is checked: the rounding that is allowed is the rebuilt model's own.
-        outcome = compare_tensors(stored[f"output.{name}"], tensor, exact.get(name), perturbed.get(name))
+        reference = exact.get(name), perturbed.get(name)
+        outcome = compare_tensors(stored[f"output.{name}"], tensor, *reference, roundoff=roundoff_of(model))
         if not outcome.passed:
             raise UserError(
                 f"export: rebuilt from its weights, the model gives other outputs than when it was trained ({name}: "
@@ -90,9 +114,9 @@ def write_reference(
     `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
     `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
-    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>` and `target`, and
-    `labels` where the target has labels that no metric of ours counts, `group` where the job says in which groups
-    samples come.
+    `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>`, `tied.<name>` and
+    `target`, and `labels` where the target has labels that no metric of ours counts, `group` where the job says in
+    which groups samples come.
 
     Args:
         request: says where to, at which batch sizes and of how many validation samples.
@@ -119,28 +143,34 @@ def write_reference(
     for probe in golden:
         for part, tensors in (("input", probe.inputs), ("eager", probe.eager or {}), ("float64", probe.exact)):
             stored |= {f"{probe.name}.{part}.{name}": tensor for name, tensor in tensors.items()}
-    save_tensors(stored, folder / GOLDEN)
+    roundoff = roundoff_of(model)
+    save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
     pool, read = _write_validation(request, answers, dataset, folder)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
-    unasked: list[str] = []
-    for probe in probes(pool, dims):
+    unasked: dict[str, str] = {}
+    for probe in probes(pool, dims, tables_of(answers, pool)):
         try:
             asked.append(complete(answers, probe))
         except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:
                 # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
-                refusal = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
-                unasked.append(f"{probe.name}, which the model refuses itself ({refusal})")
+                unasked[probe.name] = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
     _require_no_memory(answers, golden[-1])
     signature = {spec.name: spec for spec in input_specs(named, dims)}
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
-    _write_probes([*asked, *refused], [*unasked, *hung], independence, folder / PROBES)
+    _write_probes([*asked, *refused], [*_in_words(unasked), *hung], independence, folder / PROBES)
     if answers.fixed_precision:
         return "eager, with the rounding of weights and inputs; the model does not run in float64", read
     return "eager, checked against float64", read
+
+
+def _in_words(unasked: Mapping[str, str]) -> list[str]:
+    """The first sizes by themselves, the rest counted. unasked: question to what the model said."""
+    told = [f"{name}, which the model refuses itself ({refusal})" for name, refusal in unasked.items()]
+    return [*told[:NAMED], f"{len(told) - NAMED} more such sizes"] if len(told) > NAMED + 1 else told
 
 
 def _refused(answers: Answers, questions: Sequence[Probe]) -> tuple[list[Probe], list[str]]:
@@ -175,7 +205,10 @@ def _write_probes(asked: Sequence[Probe], unasked: Sequence[str], independence: 
     tensors: dict[str, Tensor] = {}
     listed = []
     for probe in asked:
-        parts = {"input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed}
+        parts = {
+            "input": probe.inputs, "eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed,
+            "tied": probe.tied,
+        }  # fmt: skip
         for part, named in parts.items():
             tensors |= {f"{probe.name}/{part}/{name}": tensor for name, tensor in named.items()}
         listed.append(
@@ -215,7 +248,11 @@ def read_probes(folder: Path) -> list[Probe]:
     with safe_open(folder / PROBES, framework="pt") as asked:
         listed = json.loads(asked.metadata()["probes"])
     golden, parts = _parts(folder / GOLDEN, "."), _parts(folder / PROBES, "/")
-    return [_probe(item, golden.get(item["name"], {}) | parts.get(item["name"], {})) for item in listed]
+    roundoff = _read_roundoff(folder)
+    return [
+        _probe({**item, "roundoff": roundoff}, golden.get(item["name"], {}) | parts.get(item["name"], {}))
+        for item in listed
+    ]
 
 
 def read_golden(folder: Path, asked: Path | None) -> list[Probe]:
@@ -224,18 +261,32 @@ def read_golden(folder: Path, asked: Path | None) -> list[Probe]:
     Args:
         folder: of a release, with its golden outputs.
         asked: the file of probes, which has the model's answers after everything was perturbed by its rounding, for
-            models without float64. They widen limits only, so it need not come from the bucket.
+            models without float64, and those with equal values in another order. They widen limits only, so it need
+            not come from the bucket.
     """
-    perturbed = _parts(asked, "/") if asked is not None else {}
+    more = _parts(asked, "/") if asked is not None else {}
+    roundoff = _read_roundoff(folder)
     found = [
-        _probe({"name": name, "group": BATCHES}, parts | {"moved": perturbed.get(name, {}).get("moved", {})})
+        _probe(
+            {"name": name, "group": BATCHES, "roundoff": roundoff},
+            parts | {part: more.get(name, {}).get(part, {}) for part in ("moved", "tied")},
+        )
         for name, parts in _parts(folder / GOLDEN, ".").items()
     ]
     return sorted(found, key=lambda probe: probe.size)
 
 
+def _read_roundoff(folder: Path) -> float:
+    """Of `roundoff_of` the model, as the golden outputs say; 0 where they say nothing or no such number."""
+    from safetensors import safe_open
+
+    with safe_open(folder / GOLDEN, framework="pt") as golden:
+        said = (golden.metadata() or {}).get(ROUNDOFF, "")
+    return next((known for known in ROUNDOFFS if said == repr(known)), 0.0)
+
+
 def _parts(path: Path, separator: str) -> dict[str, dict[str, Inputs]]:
-    """The file's tensors by probe, part (`input`, `eager`, `float64`, `moved`) and name."""
+    """The file's tensors by probe, part (`input`, `eager`, `float64`, `moved`, `tied`) and name."""
     from safetensors.torch import load_file
 
     parts: dict[str, dict[str, Inputs]] = {}
@@ -253,6 +304,7 @@ def _probe(item: Mapping[str, Any], parts: Mapping[str, Inputs]) -> Probe:
         eager=None if item.get("error") else parts["eager"],
         exact=parts.get("float64", {}),
         perturbed=parts.get("moved", {}),
+        tied=parts.get("tied", {}),
     )
 
 
@@ -317,7 +369,7 @@ def validation_batches(
         part = slice(start, start + batch)
         keys = {
             kind: {name: validation_key(kind, name, start) for name in outputs}
-            for kind in ("eager", "float64", "moved")
+            for kind in ("eager", "float64", "moved", "tied")
         }
         answers = {
             kind: {name: validation[key] for name, key in named.items() if key in validation}
@@ -331,9 +383,65 @@ def validation_batches(
                 eager=answers["eager"],
                 exact=answers["float64"],
                 perturbed=answers["moved"],
+                tied=answers["tied"],
+                roundoff=float(validation.get(ROUNDOFF, 0.0)),
             ),
             target[part],
         )
+
+
+def other_batches(samples: Sequence[Probe], taken: Sequence[int], largest: int | None) -> Iterator[Probe]:
+    """Validation samples in batches of other sizes, held row by row against what the model said in its own batches.
+
+    Args:
+        samples: of `validation_batches`, with answers whose first dimension is the batch.
+        taken: sizes that are asked anyway.
+        largest: batch that the signature allows; None for no limit.
+    """
+    joined: list[Probe] = []
+    rows = 0
+    for probe in samples:
+        if rows >= BATCH_SIZES[-1] or not _in_rows(probe, like=samples[0]):
+            break
+        joined.append(probe)
+        rows += _count(probe)
+    if not rows:
+        return
+    start = 0
+    for size in BATCH_SIZES:
+        if size in taken or (largest is not None and size > largest):
+            continue
+        chosen = torch.arange(start, start + size) % rows
+        start += size
+        yield replace(
+            samples[0],
+            name=f"{size} samples",
+            group=SIZES,
+            inputs=_joined([probe.inputs for probe in joined], chosen),
+            eager=_joined([probe.eager or {} for probe in joined], chosen),
+            exact=_joined([probe.exact for probe in joined], chosen),
+            perturbed=_joined([probe.perturbed for probe in joined], chosen),
+        )
+
+
+def _joined(parts: Sequence[Inputs], rows: Tensor) -> Inputs:
+    return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}
+
+
+def _count(probe: Probe) -> int:
+    return len(next(iter(probe.inputs.values())))
+
+
+def _in_rows(probe: Probe, like: Probe) -> bool:
+    """Whether every tensor has a row a sample, of the same shape as the other probe's."""
+    for part, other in ((probe.inputs, like.inputs), (probe.eager or {}, like.eager or {}), (probe.exact, like.exact),
+                        (probe.perturbed, like.perturbed)):  # fmt: skip
+        if part.keys() != other.keys():
+            return False
+        for name, tensor in part.items():
+            if not tensor.dim() or len(tensor) != _count(probe) or tensor.shape[1:] != other[name].shape[1:]:
+                return False
+    return True
 
 
 def _write_validation(
@@ -364,14 +472,17 @@ def _write_validation(
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
         # Batch by batch: how long a decoded sequence gets may depend on the batch.
-        for part, tensors in (("eager", probe.eager), ("float64", probe.exact), ("moved", probe.perturbed)):
-            for name, tensor in (tensors or {}).items():
+        kinds = {"eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed, "tied": probe.tied}
+        for part, tensors in kinds.items():
+            for name, tensor in tensors.items():
                 answered[validation_key(part, name, start)] = tensor.contiguous().clone()
         parts.setdefault("target", []).append(target)
         start += len(target)
     joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
+    if roundoff := roundoff_of(answers.model):
+        joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
     if groups.known:
         joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
     save_tensors({**joined, **answered}, folder / VALIDATION)

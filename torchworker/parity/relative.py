@@ -38,24 +38,34 @@ FLOOR = torch.finfo(torch.float32).tiny / UNIT_ROUNDOFF
 """2^-102: what is lost where float32 has no more digits (2^-126) is a unit roundoff of this."""
 
 
-def usual_relative_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+def usual_relative_loss(answers: Iterable[tuple[Tensor, Tensor | None]], roundoff: float = 0.0) -> float:
     """What eager loses on one output, relative to each element: the rms over all elements of several questions.
 
-    answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None. 0 when nothing
-    tells.
+    Args:
+        answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None.
+        roundoff: as `compare_relative` takes it.
+
+    Returns:
+        0 when nothing tells.
     """
     total, count = 0.0, 0
     for eager, other in answers:
         if other is None or other.shape != eager.shape or not _asked(eager, other):
             continue
         lost = _relative(eager, other)
-        if float(lost.max()) <= UNSTABLE * UNIT_ROUNDOFF:
+        if float(lost.max()) <= UNSTABLE * max(UNIT_ROUNDOFF, roundoff):
             total, count = total + float(lost.square().sum()), count + lost.numel()
     return math.sqrt(total / count) if count else 0.0
 
 
 def compare_relative(
-    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None = None, *, usual: float = 0.0
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor | None,
+    perturbed: Tensor | None = None,
+    *,
+    usual: float = 0.0,
+    roundoff: float = 0.0,
 ) -> Parity | None:
     """Compare one exported output with the eager one, element by element relative to its size.
 
@@ -65,6 +75,7 @@ def compare_relative(
         perturbed: the eager output after weights and inputs were perturbed by their rounding, used where there is no
             float64 output.
         usual: of `usual_relative_loss`; read where there are few elements.
+        roundoff: unit roundoff of the model, where that is coarser than its outputs'.
 
     Returns:
         None where this is not asked: the output is not floating point, not finite, or has negative elements.
@@ -81,7 +92,7 @@ def compare_relative(
     else:
         lost, widen = torch.zeros(eager.shape, dtype=torch.float64), BLIND
     off = _relative(got, truth).nan_to_num(math.inf)
-    roundoff = UNIT_ROUNDOFF * torch.finfo(eager.dtype).eps / torch.finfo(torch.float32).eps
+    roundoff = max(roundoff, UNIT_ROUNDOFF * torch.finfo(eager.dtype).eps / torch.finfo(torch.float32).eps)
     # Decisions that fell the other way in float64 do not loosen the rule for the rest.
     steady = lost <= UNSTABLE * roundoff
     nearer = torch.minimum(off, _relative(got, eager).nan_to_num(math.inf))

@@ -25,13 +25,16 @@ Where the model does not run in float64, z is the eager output and e_ref is how 
 weight and input is perturbed by its own rounding; the least units, 4u and 2u, are widened by FALLBACK: less sharp, and
 said so.
 
+u is that of the output's dtype, or of the model's parameters where they are bfloat16 (2^-8) or float16 (2^-11) and the
+output is turned into float32 at the end: the reference is the same copy in float64.
+
 Why this shape. A computed inner product of n terms is off by at most γ_n Σ|x_i y_i|, γ_n = n·u / (1 − n·u), in whatever
 order it is summed (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, 2002, section 3.1). Eager and
 the artifact compute the same sums in another order, so one bound holds for e_ref and e_got; it is far too large, and
 unknown for a whole model, while e_ref is a measurement of what it stands for. Rounding errors mostly cancel and grow as
 √n·u (Higham and Mary, 2019, https://doi.org/10.1137/18M1226312), so two orders of summation differ by a small factor.
 How small no theory says: the factors below are powers of two, chosen and then checked by measurement. With them none of
-20 sound artifacts is refused, and 156 of 163 seeded defects are caught (docs/benchmarks.md; docs/decisions/0009).
+20 sound artifacts is refused, and 161 of 163 seeded defects are caught (docs/benchmarks.md; docs/decisions/0009).
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ FEW_ELEMENTS = 8
 
 The rms of m normal errors has a relative standard deviation of 1/√(2m): a quarter at 8, half at 2.
 """
+MANY_COPIES = 128
+"""An output of more than so many times FEW_ELEMENTS is not looked through for numbers that it holds many times."""
 LEAST_MAX, LEAST_RMS = 4.0, 2.0
 """What eager is taken to lose at least, in units of u: it may be right by luck, and then any difference is too large.
 
@@ -114,24 +119,36 @@ class Parity:
         return self.reason or f"max |Δ| {self.max_difference:.1e}"
 
 
-def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+def usual_loss(answers: Iterable[tuple[Tensor, Tensor | None]], roundoff: float = 0.0) -> float:
     """What eager loses on one output, in its own units: the rms over all elements of several questions.
 
-    answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None. Questions on which
-    eager is as far off as in an unstable sample do not count. 0 when nothing tells.
+    Args:
+        answers: eager outputs, each with its reference (float64, or perturbed by its rounding) or None. Questions on
+            which eager is as far off as in an unstable sample do not count.
+        roundoff: as `compare_tensors` takes it.
+
+    Returns:
+        0 when nothing tells.
     """
     total, count = 0.0, 0
     for eager, other in answers:
         if other is None or other.shape != eager.shape or not eager.is_floating_point() or not eager.numel():
             continue
         lost = (eager.double() - other.double()).abs()
-        if float(lost.max()) <= UNSTABLE * _roundoff(eager) * float(other.double().abs().max()):
+        if float(lost.max()) <= UNSTABLE * max(_roundoff(eager), roundoff) * float(other.double().abs().max()):
             total, count = total + float(lost.square().sum()), count + lost.numel()
     return math.sqrt(total / count) if count else 0.0
 
 
 def compare_tensors(
-    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None = None, *, usual: float = 0.0
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor | None,
+    perturbed: Tensor | None = None,
+    tied: Tensor | None = None,
+    *,
+    usual: float = 0.0,
+    roundoff: float = 0.0,
 ) -> Parity:
     """Compare one exported output with the eager one.
 
@@ -140,7 +157,9 @@ def compare_tensors(
         exact: the same in float64; None where the model does not run in it.
         perturbed: the eager output after weights and inputs were perturbed by their rounding, used where there is no
             float64 output.
+        tied: whole numbers when equal values are sorted in another order.
         usual: of `usual_loss`, in the output's own units; read where there are few elements.
+        roundoff: unit roundoff of the model, where that is coarser than its outputs'.
 
     Returns:
         The worst ratio of an error to its limit; infinite when it is not a matter of rounding.
@@ -148,17 +167,21 @@ def compare_tensors(
     failed = _structure(got, eager)
     if failed:
         return Parity(ratio=float("inf"), max_difference=float("inf"), reason=failed)
-    other = exact if exact is not None and exact.shape == eager.shape else perturbed
     if not eager.is_floating_point():
-        return _whole(got, eager, other)
-    return _rounded(got, eager, exact, perturbed, usual)
+        return _whole(got, eager, exact, perturbed, tied)
+    return _rounded(got, eager, exact, perturbed, usual, max(_roundoff(eager), roundoff))
 
 
-def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
-    """Integers and booleans: equal, except where rounding alone already decides between two values."""
+def _whole(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, tied: Tensor | None) -> Parity:
+    """Integers and booleans: equal, except where rounding alone already decides between two values, or nothing does."""
+    if exact is not None and exact.shape != eager.shape:
+        exact = None
+    other = perturbed if exact is None else exact
     wrong = got != eager
     if other is not None and other.shape == eager.shape and other.dtype == eager.dtype:
         wrong &= (other == eager) | (got != other)
+    if tied is not None and tied.shape == eager.shape and bool(wrong.any()):
+        wrong &= ~_free(got, eager if exact is None else exact, tied)
     count = int(wrong.sum())
     if not count:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -171,12 +194,35 @@ def _whole(got: Tensor, eager: Tensor, other: Tensor | None) -> Parity:
     )
 
 
+def _free(got: Tensor, truth: Tensor, tied: Tensor) -> Tensor:
+    """Where whole numbers may be others, because values are equal by which they are sorted: bool, of their shape.
+
+    The numbers of a row (the last dimension) are then compared as a set; where those that are equal are more than fit
+    into it, none may be there twice.
+
+    Args:
+        got: the artifact's, [batch, …].
+        truth: the model's, in float64 where it runs in it.
+        tied: the same with equal values in another order.
+    """
+    free = truth != tied
+    if free.dim() < 2:
+        return free
+    found, right, other = (tensor.sort(-1).values for tensor in (got, truth, tied))
+    whole = (right == other).all(-1)
+    twice = (found[..., 1:] == found[..., :-1]).any(-1) & ~(right[..., 1:] == right[..., :-1]).any(-1)
+    sound = torch.where(whole, (found == right).all(-1), ~twice)
+    return free & sound[..., None]
+
+
 def _roundoff(tensor: Tensor) -> float:
     """Of the dtype."""
     return UNIT_ROUNDOFF * torch.finfo(tensor.dtype).eps / torch.finfo(torch.float32).eps
 
 
-def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, usual: float) -> Parity:
+def _rounded(
+    got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor | None, usual: float, roundoff: float
+) -> Parity:
     finite = eager.isfinite()
     if eager.numel() == 0:
         return Parity(ratio=0.0, max_difference=0.0)
@@ -194,19 +240,18 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
         z, widen, e_ref = y, BLIND, torch.zeros_like(y)
         if perturbed is not None and perturbed.shape == eager.shape and torch.equal(perturbed.isfinite(), finite):
             widen, e_ref = FALLBACK, (perturbed.double().masked_fill(~finite, 0) - y).abs()
-    roundoff = _roundoff(eager)
     rows = tuple(range(1, eager.dim()))
     size = float(z.square().mean().sqrt())
     steady = (e_ref.amax(rows) if rows else e_ref) <= UNSTABLE * roundoff * max(size, float(z.abs().max()))
     difference = (x - y).abs()
     ratio = allowed = 0.0
-    for part in (steady, ~steady) if eager.dim() and 0 < int(steady.sum()) < len(steady) else (slice(None),):
+    for part in (steady, ~steady) if eager.dim() and 0 < int(steady.sum()) < len(steady) else (...,):
         e_got = (x[part] - z[part]).abs()
         if part is not steady:
             e_got = torch.minimum(e_got, difference[part])
-        few = e_got.numel() < FEW_ELEMENTS
+        few = _is_few(z[part])
         lost = e_ref[part].clamp_min(usual) if few else e_ref[part]
-        off, limit = _ratio(e_got, lost, z[part], roundoff * widen)
+        off, limit = _ratio(e_got, lost, z[part], roundoff * widen, few)
         ratio, allowed = max(ratio, off), max(allowed, limit)
     place = int(torch.where(finite, difference, 0).argmax())
     index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(place), eager.shape))
@@ -218,10 +263,20 @@ def _rounded(got: Tensor, eager: Tensor, exact: Tensor | None, perturbed: Tensor
     )
 
 
-def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[float, float]:
+def _is_few(z: Tensor) -> bool:
+    """Whether there are fewer numbers than FEW_ELEMENTS, those of an expanded output counted once."""
+    if z.numel() >= MANY_COPIES * FEW_ELEMENTS:
+        return False
+    return z.numel() < FEW_ELEMENTS or len(set(z.flatten().tolist())) < FEW_ELEMENTS
+
+
+def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float, few: bool) -> tuple[float, float]:
     """The worst of the conditions over its limit, and the limit of one element.
 
-    All float64 and of one shape; roundoff: of the output's dtype.
+    Args:
+        e_got, e_ref, z: float64, of one shape.
+        roundoff: of the output's dtype.
+        few: of `_is_few`.
     """
     tiny = torch.finfo(torch.float64).tiny
     scale = float(z.square().mean().sqrt())
@@ -231,8 +286,9 @@ def _ratio(e_got: Tensor, e_ref: Tensor, z: Tensor, roundoff: float) -> tuple[fl
     unit = max(float(e_ref.square().mean().sqrt()), LEAST_RMS * roundoff * scale, tiny)
     rms_limit = max(RMS_FACTOR * unit, LEAST_RMS * bounded)
     ratio = float(e_got.max()) / max_limit
-    if z.numel() >= FEW_ELEMENTS:
-        ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
+    if few:
+        return ratio, max_limit
+    ratio = max(ratio, float(e_got.square().mean().sqrt()) / rms_limit)
     # [batch, channels, height, width], or features last.
     column = 1 if z.dim() >= 4 else z.dim() - 1
     if z.dim() < 2 or z.shape[column] < 2 or z.numel() // z.shape[column] < FEW_ELEMENTS:

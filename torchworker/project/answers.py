@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
@@ -26,6 +28,8 @@ class Answers:
         self.double: nn.Module | None = None
         """The model in float64, once it was asked."""
         self._perturbed: nn.Module | None = None
+        self._sorts = True
+        """Whether topk or sort was met when last looked for."""
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs by name, as it is. Raises UserError when it refuses the inputs."""
@@ -41,10 +45,12 @@ class Answers:
         except (UserError, RuntimeError, TypeError):
             self.fixed_precision = True
             return {}
-        if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in outputs.values()):
+        # Of a model of 8 or 11 bits, outputs that it turns into float32 at its end are as good as float64.
+        enough = (torch.float64, torch.float32) if roundoff_of(self.model) else (torch.float64,)
+        if any(tensor.is_floating_point() and tensor.dtype not in enough for tensor in outputs.values()):
             self.fixed_precision = True
             return {}
-        return outputs
+        return doubled(outputs)
 
     def perturbed(self, inputs: Mapping[str, Tensor]) -> Tensors:
         """Outputs when each weight and input is perturbed, up or down by half a unit in the last place, at random."""
@@ -59,8 +65,90 @@ class Answers:
         except (UserError, RuntimeError, TypeError):
             return {}
 
+    def tied(self, inputs: Mapping[str, Tensor]) -> Tensors:
+        """Whole numbers and booleans among the outputs when topk and sort take equal values in another order.
+
+        Where they differ from `exact` (from `eager`, where the model does not run in float64) the model says nothing:
+        values are equal. Empty when nothing is sorted; a model that sorts nothing the first time is not asked again,
+        which would cost as much as its answers do.
+        """
+        if not self._sorts:
+            return {}
+        order = _OtherOrder()
+        try:
+            with order:
+                if self.double is None or self.fixed_precision:
+                    outputs = self.eager(inputs)
+                else:
+                    outputs = self._ask(self.double, doubled(inputs))
+        except (UserError, RuntimeError, TypeError):
+            return {}
+        self._sorts = order.met
+        return {name: found for name, found in outputs.items() if order.met and not found.is_floating_point()}
+
     def _ask(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors:
         return name_outputs(copied(forward(model, inputs, self.project)), self.project)
+
+
+def roundoff_of(model: nn.Module) -> float:
+    """Unit roundoff of a model with parameters in bfloat16 (2^-8) or float16 (2^-11), the coarser if it has both; 0 of
+    any other, which rounds as its outputs' dtype does.
+    """
+    half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    return max((torch.finfo(dtype).eps / 2 for dtype in half), default=0.0)
+
+
+class _OtherOrder(TorchFunctionMode):
+    """Within it topk, sort and argsort take what is equal in another order; a stable sort says what comes first."""
+
+    met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        order = _SORTING.get(getattr(func, "__name__", ""))
+        if order is None:
+            return found
+        given = {**dict(zip(order, args, strict=False)), **(kwargs or {})}
+        values = given.get("input", given.get("self"))
+        if not isinstance(values, Tensor) or not values.dim() or given.get("stable") or "out" in given:
+            return found
+        self.met = True
+        descending = given.get("largest", True) if "largest" in order else given.get("descending", False)
+        places = found if isinstance(found, Tensor) else found[1]
+        other = _rotated(values, places, given.get("dim", -1), descending)
+        return other if isinstance(found, Tensor) else type(found)((found[0], other))
+
+
+_SORTING = {
+    "topk": ("input", "k", "dim", "largest", "sorted"),
+    "sort": ("input", "dim", "descending"),
+    "argsort": ("input", "dim", "descending"),
+}
+"""Positional arguments."""
+
+
+def _rotated(values: Tensor, places: Tensor, dim: int, descending: bool) -> Tensor:
+    """The places that topk or sort took, each that ties replaced by the next with the same value.
+
+    Args:
+        values: that were sorted, [..., n, ...].
+        places: of those that were taken, int64 [..., k, ...].
+        dim: that was sorted.
+        descending: the largest first.
+    """
+    values, places = values.movedim(dim, -1), places.movedim(dim, -1)
+    size, taken = values.shape[-1], places.shape[-1]
+    # All of them in order, of equal ones those first that were taken.
+    number = torch.arange(size).expand(values.shape)
+    first = (number + taken).scatter(-1, places, number[..., :taken]).argsort(-1)
+    order = first.gather(-1, values.gather(-1, first).sort(dim=-1, descending=descending, stable=True).indices)
+    ranked = values.gather(-1, order)
+    starts = torch.ones_like(ranked, dtype=torch.bool)
+    starts[..., 1:] = ranked[..., 1:] != ranked[..., :-1]
+    start = torch.where(starts, number, 0).cummax(-1).values
+    following = torch.where(starts.roll(-1, -1), order.gather(-1, start), order.roll(-1, -1))
+    # starts[0] is set, so the last one goes back to its first.
+    return following.gather(-1, order.argsort(-1).gather(-1, places)).movedim(-1, dim)
 
 
 def same_values(first: Tensor, second: Tensor | None) -> bool:

@@ -127,7 +127,9 @@ def require_independent(model: nn.Module, inputs: Any, project: Project, outputs
     if found is None or (answers.fixed_precision and next(coupled, None) is None):
         asked = f"asked of {len(alone)} samples alone, of {len(mixed)} in another order and of a batch of {count}"
         needless = "; gates are measured one sample at a time, as parity.coupled says" if project.coupled else ""
-        return f"Answers do not depend on the other samples of a batch: {asked}{needless}"
+        numbers = ", ".join(name for name, tensor in whole.items() if tensor.dim() == 0)
+        of_all = f"; {numbers}: one number of a whole request, so no server puts requests together" if numbers else ""
+        return f"Answers do not depend on the other samples of a batch: {asked}{needless}{of_all}"
     moved = len({gap.rows for gap in suspicious if gap.output == found.output and len(gap.rows) == 1})
     told = f"{_numbers(found, count)}; {moved} of the {len(alone)} samples asked alone move"
     cause, module = _cause(answers, named, found, count)

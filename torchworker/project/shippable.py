@@ -35,8 +35,8 @@ def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: 
         Whatever forward returns.
 
     Raises:
-        UserError: an output is sparse, has no dimension, not the batch as its first one, or is complex; two calls on
-            the same inputs differ, or change inputs or buffers; or a format cannot hold the model.
+        UserError: an output is sparse or complex, has not the batch as its first dimension, or the first has none; two
+            calls on the same inputs differ, or change inputs or buffers; or a format cannot hold the model.
     """
     given = name_inputs(model, inputs, project)
     before = {name: tensor.clone() for name, tensor in given.items()}
@@ -109,7 +109,7 @@ def _require_dense(outputs: Mapping[str, Tensor], project: Project) -> None:
 def _require_batch(
     model: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], project: Project
 ) -> None:
-    """Raises UserError for an output that is not one row a sample."""
+    """Raises UserError for an output that is neither one row a sample nor one number of the whole batch."""
     rows = len(next(iter(inputs.values())))
     found = {rows: outputs}
     if rows > 1:
@@ -120,14 +120,19 @@ def _require_batch(
             # Inputs may belong together in ways that cutting breaks.
             pass
     mistakes = []
-    for name, tensor in outputs.items():
+    for position, (name, tensor) in enumerate(outputs.items()):
         what = f"{project.model.where}: output {name!r} of forward"
         sizes = (size for size, named in found.items() if name in named and named[name].shape[:1] != (size,))
-        if tensor.dim() == 0:
+        number = all(named[name].dim() == 0 for named in found.values() if name in named)
+        if number and position == 0:
             mistakes.append(
-                f"{what} has no dimension; expected the batch as the first one of every output: give it one "
-                "(value.expand(len(x))), or return it in training only (if self.training)"
+                f"{what} is one number of the whole batch; expected the batch as the first dimension of the first "
+                "output, of which metrics and gates are computed: return it after what has a row for each sample, or "
+                "in training only (if self.training)"
             )
+        elif number and not tensor.is_complex():
+            # An auxiliary loss: it is compared for the same batch, and no server puts requests together.
+            continue
         elif (size := next(sizes, None)) is not None:
             mistakes.append(
                 f"{what} is {describe_tensor(found[size][name])} for a batch of {size}; expected the batch as the "
@@ -214,12 +219,23 @@ def cannot_hold(kind: str, model: nn.Module, inputs: Mapping[str, Tensor], outpu
             f"output {twice[0]!r} of forward has the name of an input, and in an ONNX file each name stands once; "
             "rename it in what forward returns"
         )
-    for name, tensor in outputs.items():
-        if tensor.dtype == torch.bfloat16:
+    for path, module in model.named_modules():
+        multiplies = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        if multiplies and module.weight.dtype == torch.bfloat16:
             return (
-                f"output {name!r} of forward is {describe_tensor(tensor)}, which NumPy, and so ONNX Runtime, does not "
-                "have; return it as float32 (.float())"
+                f"the weight of {path or 'the model'} ({type(module).__name__}) is bfloat16, and ONNX Runtime's CPU "
+                "provider has no MatMul, Gemm or Conv for it; make the model float32 in model.factory (.float())"
             )
+    for side, tensors, way in (
+        ("input {!r}", inputs, "let the data give float32 and turn it into bfloat16 in forward"),
+        ("output {!r} of forward", outputs, "return it as float32 (.float())"),
+    ):
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.bfloat16:
+                return (
+                    f"{side.format(name)} is {describe_tensor(tensor)}, which NumPy, and so ONNX Runtime, does not "
+                    f"have; {way}"
+                )
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size > LARGEST_ONNX:
         return f"the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB"

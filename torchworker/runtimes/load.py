@@ -7,7 +7,8 @@ import hashlib
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,30 @@ Call = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Inputs by name → outputs in the order of the signature."""
 
 
+FOLDED_INTO = frozenset({"Conv", "ConvTranspose", "Gemm"})
+"""Operators of ONNX whose weights take up those of a batch norm behind them, under their own names."""
+
+
+def _without_names(_: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An artifact, and the tensors that it holds by the names of the model's."""
+
+    call: Call
+    weights: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]] = _without_names
+    """Given the model's names, those that were not changed on purpose, one after the other; none of a format that keeps
+    no names."""
+
+
 def load_artifact(kind: str, path: Path, threads: int) -> Call:
+    """The artifact alone, as of `load_with_weights`."""
+    return load_with_weights(kind, path, threads).call
+
+
+def load_with_weights(kind: str, path: Path, threads: int) -> Loaded:
     """kind: a key of FORMAT_FILES or INT8_FILES; threads: intra-op threads of the runtime."""
     kind = INT8_OF.get(kind, kind)
     if kind in _OWN_THREADS:
@@ -96,8 +120,9 @@ def flat(outputs: Any) -> list[Tensor]:
     return [tensor for item in outputs for tensor in flat(item)]
 
 
-def _torchscript(path: Path) -> Call:
-    return partial(call_script, load_script(path))
+def _torchscript(path: Path) -> Loaded:
+    program = load_script(path)
+    return Loaded(partial(call_script, program), lambda _: iter(program.state_dict().items()))
 
 
 def load_script(path: Path) -> Any:
@@ -125,7 +150,7 @@ def call_script(program: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return flat(program(**inputs))
 
 
-def _pt2(path: Path) -> Call:
+def _pt2(path: Path) -> Loaded:
     exported = torch.export.load(str(path))
     program = exported.module()
     positional = exported.call_spec.in_spec.child(0).num_children
@@ -135,10 +160,10 @@ def _pt2(path: Path) -> Call:
         with torch.no_grad():
             return flat(program(*(tensor for _, tensor in given[:positional]), **dict(given[positional:])))
 
-    return call
+    return Loaded(call, lambda _: iter(exported.state_dict.items()))
 
 
-def _aoti(path: Path) -> Call:
+def _aoti(path: Path) -> Loaded:
     package = torch._inductor.aoti_load_package(str(path))
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -147,7 +172,7 @@ def _aoti(path: Path) -> Call:
         with torch.no_grad():
             return list(package.loader.run(given))
 
-    return checked(call, path)
+    return Loaded(checked(call, path))
 
 
 def checked(call: Call, path: Path) -> Call:
@@ -194,7 +219,7 @@ def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) 
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _onnx(path: Path, threads: int) -> Call:
+def _onnx(path: Path, threads: int) -> Loaded:
     session = onnx_session(str(path), threads)
     wanted: Sequence[str] = [item.name for item in session.get_inputs()]
     # Without them `run` asks the session for them at every call.
@@ -204,7 +229,22 @@ def _onnx(path: Path, threads: int) -> Call:
         fed = {name: inputs[name].contiguous().numpy() for name in wanted}
         return [torch.from_numpy(array) for array in session.run(returned, fed)]
 
-    return call
+    return Loaded(call, partial(_initializers, path))
+
+
+def _initializers(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    held = {item.name for item in graph.initializer}
+    statistics = {name for name in names if name.endswith("running_var")}
+    folded = {name for node in graph.node if node.op_type in FOLDED_INTO for name in node.input}
+    skipped = folded if statistics - held else set()
+    for item in graph.initializer:
+        if item.name in names and item.name not in skipped:
+            # Types that numpy does not have come as its own kinds, which torch does not take.
+            with contextlib.suppress(TypeError):
+                yield item.name, torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
 
 
 def _executorch_library() -> Any:
@@ -228,7 +268,7 @@ def planned_shapes(path: Path) -> list[tuple[int, ...]]:
     return [tuple(method.input_tensor_meta(position).sizes()) for position in range(method.num_inputs())]
 
 
-def _executorch(path: Path, threads: int) -> Call:
+def _executorch(path: Path, threads: int) -> Loaded:
     # One pool a process; what is loaded later uses it.
     _executorch_library()._unsafe_reset_threadpool(threads)
     program = _executorch_program(path)
@@ -239,8 +279,8 @@ def _executorch(path: Path, threads: int) -> Call:
         with torch.no_grad():
             return flat(method([tensor.contiguous() for tensor in inputs.values()]))
 
-    return _guarded(call, json.loads(signature))
+    return Loaded(_guarded(call, json.loads(signature)))
 
 
-_OWN_THREADS: Mapping[str, Callable[[Path, int], Call]] = {"onnx": _onnx, "executorch": _executorch}
+_OWN_THREADS: Mapping[str, Callable[[Path, int], Loaded]] = {"onnx": _onnx, "executorch": _executorch}
 """Loaders of runtimes with threads of their own; the others compute with torch's."""

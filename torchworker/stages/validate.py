@@ -34,19 +34,26 @@ from torchworker.parity.compare import (
     Policy,
     compare,
     compare_output,
+    same_weights,
     usual_losses,
     verdict,
 )
 from torchworker.parity.histogram import ErrorHistogram
 from torchworker.parity.int8 import examine, kept
 from torchworker.parity.probes import BATCHES, SAMPLES, Probe
-from torchworker.parity.reference import read_independence, read_probes, read_unasked, validation_batches
+from torchworker.parity.reference import (
+    other_batches,
+    read_independence,
+    read_probes,
+    read_unasked,
+    validation_batches,
+)
 from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, ChildDiedError, CrashNote, ForkedCall, run_parallel
 from torchworker.project.metrics import MetricSums
 from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes import cpp_runner
-from torchworker.runtimes.load import Call, checked, load_artifact, load_libraries
+from torchworker.runtimes.load import Call, checked, load_artifact, load_libraries, load_with_weights
 
 Result = TypeVar("Result")
 
@@ -90,7 +97,9 @@ def validate(request: ValidateRequest) -> ValidateResult:
         kind: str, file: str, note: CrashNote, outside: Outside
     ) -> tuple[list[Verdict], list[Mismatch], MetricSums | None, list[ErrorCounts]]:
         try:
-            call = _noted(load_artifact(kind, folder / file, request.threads), note)
+            loaded = load_with_weights(kind, folder / file, request.threads)
+            call = _noted(loaded.call, note)
+            same = same_weights(kind, loaded, Path(request.weights)) if request.weights else []
         except Exception as error:
             return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
         sums, result = _checked(kind, call, probes, validation, request, outside)
@@ -99,7 +108,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         found = sorted([*result.findings, *cpp.findings], key=lambda item: -item.outcome.ratio)
         gates = apply_limits(kind, sums.means(), request.gates, samples, {})
         missing = [replace(not_measured(kind, PARITY, "not asked", "<= 1", unasked), ran=False)] if unasked else []
-        told = [*result.verdicts, *missing, *gates, *cpp.verdicts]
+        told = [*result.verdicts, *same, *missing, *gates, *cpp.verdicts]
         errors = [*result.errors(kind), *cpp.errors(f"{kind} {IN_CPP}")]
         return told, [item.mismatch() for item in found[:MISMATCHES]], sums, errors
 
@@ -188,8 +197,13 @@ def _checked(
 ) -> tuple[MetricSums, ParityResult]:
     """Metrics of one artifact, and its parity on all probes and on the validation samples."""
     policy = _policy(request)
-    result = compare(kind, call, probes, [spec.name for spec in request.outputs], policy, outside)
-    batch = samples_of_a_call(request.inputs, [probe for probe in probes if probe.group == BATCHES][1].size)
+    outputs = [spec.name for spec in request.outputs]
+    golden = [probe.size for probe in probes if probe.group == BATCHES]
+    batch = samples_of_a_call(request.inputs, golden[1])
+    samples = [probe for probe, _ in validation_batches(validation, request.inputs, batch, outputs)]
+    # Where samples are coupled, an answer is one of its batch.
+    other = other_batches(samples, golden, request.max_batch) if batch > 1 else ()
+    result = compare(kind, call, [*probes, *other], outputs, policy, outside)
     sums, on_samples = _quality(kind, call, validation, request, batch)
     return sums, result + on_samples
 

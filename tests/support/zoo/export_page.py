@@ -248,7 +248,8 @@ is right.
 What no graph tells, and the gate asks instead: samples and their neighbours where whole numbers are above 2^24, real
 samples shifted by 100 standard deviations, and NaN in the whole input. What nobody asks: sums of int64 above 2^53,
 which ONNX Runtime takes through float64; cumulative sums of millions of floats, which ONNX Runtime adds up in float32
-one by one (4 % off); which of equal values `topk` and `sort` name first.
+one by one (4 % off). Which of equal values `topk` and `sort` name first is nobody's answer: items whose values are
+equal in float64 too may come in any order, as long as they are the same items.
 
 ## State
 

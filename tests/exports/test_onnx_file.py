@@ -1,0 +1,110 @@
+"""What an ONNX file says of itself: operator set, IR version, names of dimensions; and attention with a mask."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+
+from tests.support.worker_stages import ONE, OpenStages
+from torchworker.runtimes.load import load_artifact
+
+SOME = {"gates": {"accuracy": {"min": 0.0}}}
+MASKED = """
+    class Words(torch.utils.data.Dataset):
+        def __init__(self, split):
+            random = torch.Generator().manual_seed(0 if split == "train" else 1)
+            self.tokens = torch.randint(1, 9, (40, 6), generator=random)
+            self.tokens[:, 4:] *= torch.randint(0, 2, (40, 1), generator=random)
+        def __len__(self):
+            return 40
+        def __getitem__(self, index):
+            return {"tokens": self.tokens[index]}, self.tokens[index].sum() % 3
+    def build_dataset(split):
+        return Words(split)
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.classify = nn.Embedding(9, 8), nn.Linear(8, 3)
+        def forward(self, tokens):
+            states = self.embed(tokens).unflatten(2, (2, 4)).transpose(1, 2)
+            keys = states[:, :1] if ONE_HEAD else states
+            mask = tokens.ne(0)[:, None, None]
+            heads = nn.functional.scaled_dot_product_attention(states, keys, keys, mask)
+            return self.classify(heads.transpose(1, 2).flatten(2).mean(1))
+    def build_model():
+        torch.manual_seed(0)
+        return M()
+"""
+CACHED = """
+    class Steps(torch.utils.data.Dataset):
+        def __init__(self, split):
+            random = torch.Generator().manual_seed(0 if split == "train" else 1)
+            self.x, self.past = torch.randn(40, 1, 4, generator=random), torch.randn(40, 5, 4, generator=random)
+        def __len__(self):
+            return 40
+        def __getitem__(self, index):
+            return {"x": self.x[index], "past": self.past[index]}, (self.x[index].sum() > 0).long()
+    def build_dataset(split):
+        return Steps(split)
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classify = nn.Linear(4, 3)
+        def forward(self, x, past):
+            states = torch.cat([past, x], 1)
+            return {"logits": self.classify(states.mean(1)), "states": states}
+    def build_model():
+        return M()
+    def loss(outputs, target):
+        return nn.functional.cross_entropy(outputs["logits"], target)
+"""
+LENGTH = {"export": {"formats": ["onnx"], "dynamic": {"length": {"axes": {"tokens": 1}, "min": 1, "max": 12}}}}
+
+
+@pytest.mark.parametrize(("one_head", "opset", "ir_version"), [(False, 23, 10), (True, 20, 9)])
+def test_a_sample_that_is_all_padding_gets_what_the_model_gives_at_opset_23_and_a_note_at_20(
+    stages: OpenStages, one_head: bool, opset: int, ir_version: int
+) -> None:
+    opened = stages(MASKED.replace("ONE_HEAD", str(one_head)), trained=False, **SOME, **LENGTH)
+    both = opened.export("onnx", "pt2")
+    made = both["onnx"]
+    assert made.method.endswith(f"ONNX opset {opset}")
+    file = opened.folder / "export" / made.file
+    model = onnx.load(file)
+    assert [(item.domain, item.version) for item in model.opset_import if not item.domain] == [("", opset)]
+    assert model.ir_version == ir_version
+    onnx.checker.check_model(model, full_check=True)
+    assert opened.validate().passed
+
+    tokens = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0], [5, 0, 0, 0]])
+    (wanted,) = load_artifact("pt2", file.with_name(both["pt2"].file), 1)({"tokens": tokens})
+    (got,) = load_artifact("onnx", file, 1)({"tokens": tokens})
+    assert torch.allclose(got[[0, 2]], wanted[[0, 2]], atol=1e-6)
+    # No sample of the data is all padding, so no gate would tell.
+    assert torch.allclose(got[1], wanted[1], atol=1e-6) == (opset == 23)
+    assert [note.partition(" (")[0] for note in made.notes] == [
+        "scaled_dot_product_attention with a mask" for _ in range(opset == 20)
+    ]
+
+
+def test_a_dimension_has_its_name_in_sums_too_and_a_file_without_masks_is_for_the_oldest_readers(
+    stages: OpenStages,
+) -> None:
+    dims = {"past": {"axes": {"past": 1}, "min": 1, "max": 30}}
+    opened = stages(
+        CACHED, train={**ONE, "loss": {"factory": "plain:loss"}}, export={"formats": ["onnx"], "dynamic": dims}, **SOME
+    )
+    made = opened.export("onnx")["onnx"]
+    assert made.method.endswith("ONNX opset 20")
+    model = onnx.load(opened.folder / "export" / made.file)
+    assert model.ir_version == 9
+    shapes = {
+        item.name: [size.dim_param or size.dim_value for size in item.type.tensor_type.shape.dim]
+        for item in [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    }
+    assert shapes["past"] == ["batch", "past", 4] and shapes["states"] == ["batch", "past + 1", 4]
+    assert not any(
+        str(size).startswith("s") and str(size)[1:2].isdigit() for shape in shapes.values() for size in shape
+    )
+    assert opened.validate().passed
