@@ -1,4 +1,4 @@
-"""Recurrent operators and attention in ONNX are only asked what they can answer.
+"""Recurrent operators, attention and sums by Einstein's convention in ONNX are only asked what they can answer.
 
 ONNX Runtime 1.31's kernels for them end the process over a question that no signature allows and any client may send;
 around them it is made one that they answer, and the answer is cut to what was asked.
@@ -26,6 +26,62 @@ def keep_batches_filled(model: Any) -> int:
     for node in found:
         _fill(node)
     return len(found)
+
+
+def keep_samples_there(model: Any, batch: str) -> bool:
+    """Have no Einsum, whose dimensions may come in any order, see a batch without rows: the whole graph gets one more.
+
+    Args:
+        model: onnx_ir.Model with named dimensions, changed in place.
+        batch: name of the first dimension of its inputs.
+
+    Returns:
+        Whether there is an Einsum, and so something was changed.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    if not any(node.op_type == "Einsum" for node in graph.all_nodes()):
+        return False
+    first = graph[0]
+
+    def add(kind: str, *inputs: Any, **attributes: Any) -> Any:
+        made = ir.node(kind, list(inputs), attributes)
+        graph.insert_before(first, made)
+        return made.outputs[0]
+
+    def constant(*values: int) -> Any:
+        return add("Constant", value=ir.tensor(numpy.array(values, numpy.int64)))
+
+    given = [value for value in graph.inputs if _axis_of(value, batch) == 0]
+    uses = {value: list(value.uses()) for value in given}
+    zero, size = constant(0), add("Shape", given[0], start=0, end=1)
+    pads = add("Concat", zero, add("Cast", add("Equal", size, zero), to=int(ir.DataType.INT64)), axis=0)
+    for value in given:
+        filled = add("Pad", value, pads, None, zero)
+        filled.dtype = value.dtype
+        for user, place in uses[value]:
+            user.replace_input_with(place, filled)
+    for place, output in enumerate(graph.outputs):
+        axis = _axis_of(output, batch)
+        if axis is None:
+            continue
+        axes = ir.node("Constant", [], {"value": ir.tensor(numpy.array([axis], numpy.int64))})
+        cut = ir.node("Slice", [output, zero, size, axes.outputs[0]])
+        graph.extend([axes, cut])
+        taken = cut.outputs[0]
+        taken.dtype, taken.shape = output.dtype, output.shape
+        # It has a row more than what its dimension is called after.
+        output.shape = None
+        graph.outputs[place] = taken
+        taken.name, output.name = output.name, f"{output.name}.filled"
+    return True
+
+
+def _axis_of(value: Any, batch: str) -> int | None:
+    """Which of its dimensions is called so; None for none."""
+    names = [str(getattr(size, "value", size)) for size in value.shape or ()]
+    return names.index(batch) if batch in names else None
 
 
 def _fill(node: Any) -> None:

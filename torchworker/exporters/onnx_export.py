@@ -14,12 +14,13 @@ from torch.export import ExportedProgram
 
 from torchworker.exporters import attention
 from torchworker.exporters.elman import translations
-from torchworker.exporters.filled import keep_batches_filled
+from torchworker.exporters.filled import keep_batches_filled, keep_samples_there
 from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
 from torchworker.exporters.subject import Made, Subject
 from torchworker.process.failure import UserError, describe
 from torchworker.process.shown_warnings import keep
+from torchworker.project.signature import BATCH
 from torchworker.runtimes.load import onnx_session
 
 OPSET = 20
@@ -55,6 +56,7 @@ def onnx_model(subject: Subject, path: Path) -> Made:
         )
     keep_batches_filled(onnx_program.model)
     _name_dimensions(onnx_program.model, subject)
+    keep_samples_there(onnx_program.model, BATCH)
     onnx_program.model.ir_version = IR_VERSIONS[opset]
     onnx_program.save(str(path), external_data=False)
     _require_kernels(onnx_program.model, path)
