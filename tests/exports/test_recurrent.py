@@ -126,3 +126,35 @@ def test_packed_sequences_are_refused_with_what_to_do_and_doing_it_gives_the_sam
     torch.testing.assert_close(
         call({"sequence": sequence, "lengths": lengths})[0], model(sequence, lengths), rtol=1e-5, atol=1e-6
     )
+
+
+class Einstein(nn.Module):
+    """Attention by torch.einsum, as many public models write it; also how long the answers are, which has no batch."""
+
+    def forward(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.einsum("b i d, b j d -> b i j", sequence, sequence).softmax(-1)
+        return torch.einsum("b i j, b j d -> i b d", scores, sequence), scores.sum(-1)
+
+
+class Attends(nn.Module):
+    def forward(self, sequence: Tensor) -> Tensor:
+        kept = (sequence.sum(-1) > 0)[:, None]
+        return nn.functional.scaled_dot_product_attention(sequence, sequence, sequence, attn_mask=kept)
+
+
+@pytest.mark.parametrize(("model", "outputs"), [(Einstein(), ["said", "sums"]), (Attends(), ["said"])])
+def test_attention_answers_as_the_model_at_every_size_of_a_batch(
+    tmp_path: Path, model: nn.Module, outputs: list[str]
+) -> None:
+    torch.manual_seed(0)
+    call = loaded(model, tmp_path, outputs, sequence=0)
+    for batch, length in ((3, 7), (1, 1), (0, 7), (20, 50)):
+        sequence = torch.randn(batch, length, 3)
+        expected = model(sequence)
+        for one, two in zip(call({"sequence": sequence}), expected if len(outputs) > 1 else [expected], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    shapes = [
+        [size.dim_param for size in output.type.tensor_type.shape.dim]
+        for output in onnx.load(tmp_path / "model.onnx").graph.output
+    ]
+    assert shapes[0][:2] == (["length", "batch"] if len(outputs) > 1 else ["batch", "length"])

@@ -10,38 +10,38 @@ from typing import Any
 
 import numpy
 
-RECURRENT, ATTENTION = ("LSTM", "GRU", "RNN"), "Attention"
-ATTENTION_INPUTS = 4
-"""Queries, keys, values and mask (https://onnx.ai/onnx/operators/onnx__Attention.html); exports have no others."""
+RECURRENT = ("LSTM", "GRU", "RNN")
+OF_WHOLE_GRAPHS = ("Attention", "Einsum")
+"""Operators where the batch may be any dimension, or a mask has one row for all."""
 X, SEQUENCE_LENS, INITIAL_H, INITIAL_C = 0, 4, 5, 6
 """Places of their inputs (https://onnx.ai/onnx/operators/onnx__LSTM.html)."""
 
 
 def keep_batches_filled(model: Any) -> int:
-    """Have no such operator see a batch without rows; what it computes for the others stays the same.
+    """Have no recurrent operator see a batch without rows; what it computes for the others stays the same.
 
     model: onnx_ir.Model, changed in place. Returns how many operators were found.
     """
-    found = [node for node in model.graph.all_nodes() if node.op_type in (*RECURRENT, ATTENTION) and not node.domain]
+    found = [node for node in model.graph.all_nodes() if node.op_type in RECURRENT and node.domain == ""]
     for node in found:
         _fill(node)
     return len(found)
 
 
 def keep_samples_there(model: Any, batch: str) -> bool:
-    """Have no Einsum, whose dimensions may come in any order, see a batch without rows: the whole graph gets one more.
+    """Have none of OF_WHOLE_GRAPHS see a batch without rows: the whole graph is given one, which is cut off again.
 
     Args:
         model: onnx_ir.Model with named dimensions, changed in place.
         batch: name of the first dimension of its inputs.
 
     Returns:
-        Whether there is an Einsum, and so something was changed.
+        Whether there is one, and so something was changed.
     """
     import onnx_ir as ir
 
     graph = model.graph
-    if not any(node.op_type == "Einsum" for node in graph.all_nodes()):
+    if not any(node.op_type in OF_WHOLE_GRAPHS and not node.domain for node in graph.all_nodes()):
         return False
     first = graph[0]
 
@@ -88,7 +88,6 @@ def _fill(node: Any) -> None:
     import onnx_ir as ir
 
     graph = node.graph
-    attends = node.op_type == ATTENTION
     by_batch = "layout" in node.attributes and node.attributes["layout"].as_int() == 1
 
     def add(kind: str, *inputs: Any, **attributes: Any) -> Any:
@@ -99,24 +98,20 @@ def _fill(node: Any) -> None:
     def constant(*values: int, dtype: Any = numpy.int64) -> Any:
         return add("Constant", value=ir.tensor(numpy.array(values, dtype)))
 
-    axis = 0 if by_batch or attends else 1
+    axis = 0 if by_batch else 1
     size = add("Shape", node.inputs[X], start=axis, end=axis + 1)
-    recurrent = ((X, axis), (SEQUENCE_LENS, 0), (INITIAL_H, axis), (INITIAL_C, axis))
-    for place, batch in ((place, 0) for place in range(ATTENTION_INPUTS)) if attends else recurrent:
+    missing = add("Cast", add("Equal", size, constant(0)), to=int(ir.DataType.INT64))
+    pads = add("Concat", constant(0), missing, axis=0)
+    for place, batch in ((X, axis), (SEQUENCE_LENS, 0), (INITIAL_H, axis), (INITIAL_C, axis)):
         value = node.inputs[place] if place < len(node.inputs) else None
         if value is None:
             continue
-        # A mask may have one row for all samples.
-        rows = add("Shape", value, start=batch, end=batch + 1) if attends else size
-        missing = add("Cast", add("Equal", rows, constant(0)), to=int(ir.DataType.INT64))
-        pads = add("Concat", constant(0), missing, axis=0)
         # A sequence has at least one step.
-        lengths = place == SEQUENCE_LENS and not attends
-        filler = add("Constant", value=ir.tensor(numpy.array(1, numpy.int32))) if lengths else None
+        filler = add("Constant", value=ir.tensor(numpy.array(1, numpy.int32))) if place == SEQUENCE_LENS else None
         node.replace_input_with(place, add("Pad", value, pads, filler, constant(batch)))
     first = constant(0)
     # Y has the time before the batch, or behind it; the states have their directions there.
-    axes = [0] if attends else [0 if by_batch else 2, axis, axis]
+    axes = [0 if by_batch else 2, axis, axis]
     after = node
     for output, batch in zip(node.outputs, axes, strict=False):
         used, returned = list(output.uses()), [place for place, value in enumerate(graph.outputs) if value is output]
