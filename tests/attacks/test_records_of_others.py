@@ -23,6 +23,7 @@ from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import decisions_prefix, pointer_key, views_prefix
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.bucket.tombstones import MARK_BYTES, read_claims, read_tombstone, tombstone_key
+from train_and_ship.registry.channels import decisions
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import KEPT, SKIPPED, Decision, read_decisions, record_decision
 from train_and_ship.registry.channels.history import find_record, read_history, record_key
@@ -152,10 +153,45 @@ def test_a_record_of_more_verdicts_than_gates_is_none() -> None:
         records.decode_pointer(encoded[1001], MODEL, CHANNEL)
 
 
-def test_a_decision_of_more_changes_than_there_can_be_is_none(object_store: ObjectStore, channel: Channel) -> None:
+def test_a_decision_of_more_changes_than_there_can_be_is_none(
+    object_store: ObjectStore, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
     record_decision(object_store, decision(1, changed={str(i): "" for i in range(1001)}))
-    with pytest.raises(ReleaseError, match="1,001 changes"):
-        read_decisions(channel, 5)
+    assert read_decisions(channel, 5) == [] and "1,001 changes" in caplog.text
+
+
+def test_what_a_decision_quotes_of_a_live_release_is_cut_so_that_it_can_be_read(
+    object_store: ObjectStore, channel: Channel
+) -> None:
+    absurd = "x" * 2_000_000 + "\ud800"
+    record_decision(object_store, decision(1, why=absurd, asked=absurd, changed={"environment": absurd}))
+    (found,) = read_decisions(channel, 1)
+    cut = "x" * 9_999 + "…"
+    assert (found.why, found.asked, found.changed) == (cut, cut, {"environment": cut})
+    record_decision(object_store, decision(2, why="half \ud800"))
+    assert read_decisions(channel, 1)[0].why == "half \\ud800"
+
+
+def test_decisions_that_cannot_be_read_hide_the_last_that_can_up_to_a_number(
+    object_store: ObjectStore, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = decision(0)
+    record_decision(object_store, ours)
+    for number in range(1, 4):
+        key = f"{decisions_prefix(MODEL, CHANNEL)}202511{17 + number}T020000.000000Z-r.json"
+        object_store.put(key, b" " * (RECORD_BYTES + 1))
+    assert read_decisions(channel, 1) == [ours] and read_decisions(channel, 30) == [ours]
+    # Whoever may write decisions may write any number of them.
+    monkeypatch.setattr(decisions, "PASSED_OVER", 1)
+    assert read_decisions(channel, 1) == []
+
+
+def test_a_table_shows_what_is_live_beside_a_decision_that_cannot_be_read(
+    object_store: ObjectStore, three: list[Manifest]
+) -> None:
+    object_store.put(f"{decisions_prefix(MODEL, CHANNEL)}20251117T020000.000000Z-r.json", b"{}")
+    (row,) = channel_statuses(object_store, {})
+    assert row.live is not None and (row.live.release, row.unreadable) == (three[2].release, "")
 
 
 # ---- absurd
