@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from shipreader import records
 from shipreader.errors import RefusedError
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, make_release, move, rolled_back
-from train_and_ship.infra.errors import ReleaseError, RequestError
+from train_and_ship.infra.errors import AnsweredError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import RECORD_BYTES, ObjectStore
 from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import decisions_prefix, pointer_key, views_prefix
@@ -36,6 +38,8 @@ from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.history_repair import repair_history
 from train_and_ship.registry.maintenance.retention import Policy, Step, _in_views, decide
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest, build_manifest, decode_manifest
+from train_and_ship.registry.tracking import rest
+from train_and_ship.registry.tracking.rest import TAG_RELEASE, RestRegistry
 from train_and_ship.ship.status import channel_statuses
 
 KEEP = Policy(keep_last=2, slowest_reader=timedelta(0))
@@ -87,6 +91,34 @@ def test_no_record_is_read_that_is_longer_than_any_of_ours(
     # Nor is any of it held: a bucket takes objects of terabytes.
     with pytest.raises(ReleaseError, match="expected at most 1,000 bytes"):
         object_store.get(pointer_key(MODEL, CHANNEL), 1000)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """An MLflow whose versions have tags without end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        tags = [{"key": "x", "value": "y" * 1000}, {"key": TAG_RELEASE, "value": "a" * 20}]
+        body = json.dumps({"model_version": {"tags": tags}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nobody reads it."""
+
+
+def test_of_a_reply_of_mlflow_no_more_is_read_than_ours_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        registry = RestRegistry(f"http://127.0.0.1:{server.server_port}")
+        assert registry.release(MODEL, "1") == "a" * 20
+        monkeypatch.setattr(rest, "REPLY_BYTES", 1000)
+        with pytest.raises(AnsweredError, match="answered model-versions/get with more than 1,000 bytes"):
+            registry.release(MODEL, "1")
+        server.shutdown()
 
 
 def test_enormous_claims_and_views_stop_no_collector(object_store: ObjectStore, three: list[Manifest]) -> None:
