@@ -35,6 +35,7 @@ from tests.support.fault_proxy import (
     Rule,
 )
 from tests.support.fixture_types import Connect
+from tests.support.onnx_releases import onnx_release
 from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, move, published
 from tests.support.runnable_releases import runnable
 from tests.support.signing_keys import key_pair
@@ -44,6 +45,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import decisions_prefix, views_prefix
+from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.bucket.signing import publish_signature, signature_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import record_key
@@ -54,6 +56,7 @@ from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.retention import Policy, Step, decide
 from train_and_ship.registry.release.manifest import JOB, MANIFEST, Manifest
+from train_and_ship.registry.serving.layouts import write_triton
 from train_and_ship.ship.doctor import doctor
 from train_and_ship.ship.gc import gc
 from train_and_ship.ship.status import channel_statuses
@@ -216,6 +219,28 @@ def test_a_claim_and_a_view_that_nobody_can_read_stop_no_collector(
     faulty.put(f"{views_prefix(MODEL)}{CHANNEL}/triton/{MODEL}/config.pbtxt", b"# digits release x\n")
     proxy.add(Rule(fault, method="GET", path=r"/claims/.*\.json|config\.pbtxt"))
     assert {one.release: one.step for one in decide(faulty, MODEL, KEEP)}[third.release] is Step.KEEP
+
+
+@pytest.mark.parametrize("fault", [ManyHeaders(), Answer(400, "InvalidRequest")])
+def test_a_view_that_nobody_can_read_is_written_anew(
+    faulty: ObjectStore, proxy: FaultProxy, fault: Fault, tmp_path: Path
+) -> None:
+    manifest = onnx_release(tmp_path / "release", 1.0)
+    publish(faulty, tmp_path / "release", manifest)
+    move(faulty, manifest)
+    config = f"{views_prefix(MODEL)}{CHANNEL}/triton/{MODEL}/config.pbtxt"
+    faulty.put(config, b"{}")
+    hidden = Rule(fault, path=config)
+
+    def written_over() -> None:
+        hidden.times = 0
+
+    for method in ("PUT", "DELETE"):
+        proxy.add(Rule(PassOn(), method=method, path=config, before=written_over))
+    proxy.add(hidden)
+    assert write_triton(faulty, reader(faulty, tmp_path / "served").pull()).generation == 1
+    found = faulty.get(config)
+    assert found is not None and found[0].startswith(f"# {MODEL} release {manifest.release}\n".encode())
 
 
 @pytest.mark.parametrize("fault", FAULTS)
