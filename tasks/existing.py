@@ -33,7 +33,7 @@ from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import rehearse_request
-from train_and_ship.tasks.worker import Limits, ask_worker
+from train_and_ship.tasks.worker import Limits, rehearse
 
 
 async def try_out(
@@ -88,7 +88,7 @@ async def try_out(
     limits = Limits.of(settings)
     release = f"{model}: release {target.release}"
     try:
-        result = await ask_worker(server, "rehearse", request, RehearseResult, work, limits=limits)
+        _, result = await rehearse(server, request, work, limits)
     except JobError as error:
         # It runs none of a job's code: what it complains of is the release's.
         raise GateError(f"{release} cannot be tried before it goes live: {error}") from error

@@ -47,6 +47,7 @@ from train_and_ship.registry.run_folder import (
     stage_inputs,
 )
 from train_and_ship.registry.text import file_size
+from train_and_ship.tasks import worker
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import measure_request, rehearse_request, timed_artifacts
 from train_and_ship.tasks.results import Registered, Rehearsed, Run
@@ -102,7 +103,7 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
         request = rehearse_request(job, candidate, current, exported, run.project.folder, chance)
         limits = Limits.of(run.settings)
-        result = await ask_worker(run.fork_server, "rehearse", request, RehearseResult, work, limits=limits)
+        request, result = await worker.rehearse(run.fork_server, request, work, limits)
         require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
         result = replace(result, live_problem=problem or result.live_problem)
         if run.job.train.custom_metrics:

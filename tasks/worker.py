@@ -5,11 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Project, Reply, decode
+from torchworker.contract import (
+    EVENTS,
+    REQUEST,
+    RESULT,
+    Message,
+    Project,
+    RehearseRequest,
+    RehearseResult,
+    Reply,
+    decode,
+)
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import Events, ForkServer
 from train_and_ship.infra.job_environment import given, how_to_name, mentioned, withheld
@@ -57,6 +67,33 @@ async def ask_worker(
     folder.mkdir(exist_ok=True)
     result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event, limits))
     return result
+
+
+async def rehearse(
+    fork_server: ForkServer, request: RehearseRequest, folder: Path, limits: Limits
+) -> tuple[RehearseRequest, RehearseResult]:
+    """Try a candidate beside what is live; alone where both together were killed for what they took.
+
+    The live release may have taken it, and would keep every successor from being tried.
+
+    Args:
+        fork_server: what forks the process.
+        request: what is tried.
+        folder: where request, log and result lie.
+        limits: of the process.
+
+    Returns:
+        What was asked at last, and the answer.
+    """
+    try:
+        return request, await ask_worker(fork_server, "rehearse", request, RehearseResult, folder, limits=limits)
+    except WorkerError as error:
+        if error.retryable or request.live is None:
+            raise
+        problem = str(error).split("\n")[0]
+    alone = replace(request, live=None)
+    result = await ask_worker(fork_server, "rehearse", alone, RehearseResult, folder, limits=limits)
+    return alone, replace(result, live_problem=problem)
 
 
 async def call_worker(

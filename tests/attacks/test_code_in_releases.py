@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import os
@@ -28,9 +29,12 @@ from torchworker.contract import (
     FORMAT_FILES,
     GOLDEN,
     INT8_FILES,
+    RESULT,
     WITHOUT_CODE,
     RehearsedRelease,
     RehearseRequest,
+    RehearseResult,
+    Reply,
     TensorSpec,
 )
 from torchworker.process.failure import UserError
@@ -49,7 +53,7 @@ from train_and_ship.registry.release import archives
 from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
 from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest, release_id
 from train_and_ship.registry.release.pickles import Effort, find_pickle
-from train_and_ship.tasks import existing
+from train_and_ship.tasks import existing, worker
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
 
@@ -171,6 +175,36 @@ def test_a_rehearsal_that_takes_more_memory_than_it_may_is_ended(
     assert not ended.value.retryable
 
 
+class TakesMemoryWithWhatIsLive:
+    """Stands for a fork server whose process holds too much while the live release is in it."""
+
+    async def run(self, stage: str, request: Path, watch: Callable[[int], None], **_: Any) -> int:
+        asked: RehearseRequest = RehearseRequest.read(request)
+        if asked.live is not None:
+            watch(os.getpid())
+        result = RehearseResult(verdicts=[], candidate={}, live={}, live_problem="", samples=7)
+        Reply(result=dataclasses.asdict(result)).write(request.with_name(RESULT))
+        return 0
+
+
+def test_a_live_release_that_takes_more_memory_than_it_may_keeps_no_successor_from_being_tried(tmp_path: Path) -> None:
+    release = RehearsedRelease(folder="", files={}, formats={}, libraries=(), inputs=(), outputs=())
+    request = RehearseRequest(
+        candidate=release, live=release, validation=None, moved=None, metrics=(), forbidden_modules=(),
+        forbidden_folder="", threads=1,
+    )  # fmt: skip
+    server: Any = TakesMemoryWithWhatIsLive()
+    limits = worker.Limits(seconds=60, memory=10**6)
+    asked, result = asyncio.run(worker.rehearse(server, request, tmp_path / "work", limits))
+    assert asked.live is None and result.samples == 7
+    assert result.live_problem.startswith("rehearse: the worker process was killed: expected at most 1.0 MB of memory")
+    assert "\n" not in result.live_problem
+    # With nothing live it is the candidate that takes it.
+    server.run = TakesMemory().run
+    with pytest.raises(WorkerError, match="SHIP_REHEARSAL_MEMORY"):
+        asyncio.run(worker.rehearse(server, request, tmp_path / "work", limits))
+
+
 def test_the_process_of_a_rehearsal_is_watched_and_killed(
     object_store: ObjectStore, tmp_path: Path, settings: Settings
 ) -> None:
@@ -245,7 +279,7 @@ def test_what_a_rehearsal_says_of_golden_outputs_is_a_refusal(
     async def complains(*_: Any, **__: Any) -> None:
         raise JobError(f"{GOLDEN} of the release: expected tensors")
 
-    monkeypatch.setattr(existing, "ask_worker", complains)
+    monkeypatch.setattr(existing, "rehearse", complains)
     monkeypatch.setattr(existing, "fork_server", lambda _: None)
     with pytest.raises(GateError, match=f"release {manifest.release} cannot be tried .*: {GOLDEN} of the release"):
         asyncio.run(try_out(settings, asked(object_store, manifest)))
