@@ -30,6 +30,7 @@ from train_and_ship.infra.json_lines import next_objects
 from train_and_ship.infra.private import take_password
 
 Events = Callable[[dict[str, Any]], None]
+Watch = Callable[[int], None]
 POLL_SECONDS = 0.1
 HASH_SEED = "0"
 """PYTHONHASHSEED of processes that run the user's code: the order of a set of strings is the same in every run.
@@ -60,6 +61,7 @@ class ForkServer:
         self._spent: Counter[str] = Counter()
         self._waiting: dict[int, Future[int]] = {}
         self._stages: dict[int, str] = {}
+        self._pids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._last_id = 0
         threading.Thread(target=self._listen, name="fork-server", daemon=True).start()
@@ -90,8 +92,11 @@ class ForkServer:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             message = json.loads(line)
-            if "id" in message:
+            if "pid" in message:
+                self._pids[message["id"]] = message["pid"]
+            elif "id" in message:
                 with self._lock:
+                    self._pids.pop(message["id"], None)
                     future = self._waiting.pop(message["id"])
                     self._spent[self._stages.pop(message["id"])] += message["cpu"]
                 future.set_result(message["status"])
@@ -120,10 +125,11 @@ class ForkServer:
         variables: Mapping[str, str] | None = None,
         events: Path | None = None,
         on_event: Events | None = None,
+        watch: Watch | None = None,
     ) -> int:
         """Run one stage in a fresh child.
 
-        If the caller is cancelled, the child and everything it started are killed before this returns.
+        If the caller is cancelled, or `watch` raises, the child and everything it started are killed.
 
         Args:
             stage: its name.
@@ -132,6 +138,7 @@ class ForkServer:
             variables: of the environment, which this child has beside those of the fork server.
             events: file of JSON lines that is followed while the child runs.
             on_event: given each of its lines.
+            watch: given the child's process id each POLL_SECONDS.
 
         Returns:
             The exit status; negative: the signal that ended it.
@@ -150,9 +157,11 @@ class ForkServer:
         follower = Follower(events, on_event) if events is not None and on_event is not None else None
         try:
             while not ended.done():
-                await asyncio.wait({ended}, timeout=POLL_SECONDS if follower else None)
+                await asyncio.wait({ended}, timeout=POLL_SECONDS if follower or watch else None)
                 if follower:
                     follower.poll()
+                if watch and (pid := self._pids.get(job_id)) is not None and not ended.done():
+                    watch(pid)
             return ended.result()
         finally:
             if not future.done():

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_plus
 
+from train_and_ship.infra.errors import PreconditionFailedError, SettingsError, StoreFaultError
 from train_and_ship.infra.s3 import status_of, unless_unparsable
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def ensure_upload_rule(client: S3Client, bucket: str, translated: Translated, da
 
 def drop_uploads(
     client: S3Client, bucket: str, translated: Translated, prefix: str, begun_before: datetime, *, dry_run: bool
-) -> list[str]:
+) -> list[tuple[str, str]]:
     """Abort old uploads, as `ObjectStore.drop_uploads` says.
 
     Args:
@@ -70,7 +71,7 @@ def drop_uploads(
         dry_run: tell only.
 
     Returns:
-        Their keys.
+        Their keys, each with why it stays; empty for those that were dropped.
     """
     with translated(f"list uploads below {prefix}"):
         found = None
@@ -79,13 +80,20 @@ def drop_uploads(
         if found is None:
             # Only now: stores do not say whether they have done it, and what they left as it was may look encoded.
             found = list(_uploads(client, bucket, prefix, begun_before, encoded=True))
-        dropped = []
-        for key, upload in found:
-            # Completed or dropped meanwhile.
-            with contextlib.suppress(client.exceptions.NoSuchUpload):
-                if not dry_run:
+    dropped = []
+    for key, upload in found:
+        why = ""
+        try:
+            if not dry_run:
+                with translated("drop it"):
                     client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
-                dropped.append(key)
+        except PreconditionFailedError:
+            # Completed or dropped meanwhile.
+            continue
+        except (SettingsError, StoreFaultError) as error:
+            # Of this one only: it may lie where somebody else writes.
+            why = str(error)
+        dropped.append((key, why))
     return dropped
 
 

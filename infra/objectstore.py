@@ -260,11 +260,8 @@ class ObjectStore:
         after, until: only keys behind the first and up to the second, so that a long listing can be asked for in parts.
         """
         found: dict[str, ListedObject] = {}
-        begin: dict[str, Any] = {"StartAfter": after} if after else {}
         with self._translated(f"list {prefix}"):
-            for page in self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=prefix, **begin
-            ):
+            for page in s3.list_pages(self._client, self.bucket, prefix, after=after):
                 for item in page.get("Contents", []):
                     if until is not None and item["Key"] > until:
                         return dict(sorted(found.items()))
@@ -284,10 +281,7 @@ class ObjectStore:
         """Names of the folders right below `prefix` that begin with `begin`, sorted, without the slash."""
         found = []
         with self._translated(f"list {prefix}"):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=prefix + begin, Delimiter="/"
-            )
-            for page in pages:
+            for page in s3.list_pages(self._client, self.bucket, prefix + begin, delimiter="/"):
                 found += [item["Prefix"].removeprefix(prefix).rstrip("/") for item in page.get("CommonPrefixes", [])]
         return sorted(found)
 
@@ -429,8 +423,11 @@ class ObjectStore:
         """
         return leftovers.ensure_upload_rule(self._client, self.bucket, self._translated, days)
 
-    def drop_uploads(self, prefix: str, older_than: timedelta, *, dry_run: bool = False) -> list[str]:
-        """Abort multipart uploads below a prefix that were begun long ago; returns their keys."""
+    def drop_uploads(self, prefix: str, older_than: timedelta, *, dry_run: bool = False) -> list[tuple[str, str]]:
+        """Abort multipart uploads below a prefix that were begun long ago.
+
+        Returns their keys, each with why the store does not let go of it; empty for those that were dropped.
+        """
         begun_before = self.now() - older_than
         return leftovers.drop_uploads(
             self._client, self.bucket, self._translated, prefix, begun_before, dry_run=dry_run
@@ -550,12 +547,12 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def _of_this_object(self, key: str) -> Iterator[None]:
-        """As of_this_object in `infra/s3.py`, which also tells a HEAD that is refused for an expired token."""
+        """As of_this_object in `infra/s3.py`, which also tells why a HEAD is refused."""
         with s3.of_this_object(key):
             try:
                 yield
             except self._client.exceptions.ClientError as error:
-                if s3.status_of(error) == 400 and error.response["Error"].get("Code") == "400":
+                if s3.status_of(error) in (400, 403) and error.response["Error"].get("Code") in ("400", "403"):
                     # Only a GET says why.
                     self._client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")["Body"].close()
                 raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -252,3 +253,21 @@ def last_lines(log: Path, count: int = 20) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         lines = file.read(TAIL_BYTES).decode(errors="replace").splitlines()
     return "\n".join(lines[-count:]) or "(the log is empty)"
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of memory that a process holds, with all that it started: not what files stand behind, which can go.
+
+    0 for one that has ended. What is shared with the process that it was forked from counts too.
+    """
+    held, pending = 0, [pid]
+    while pending:
+        process = Path(f"/proc/{pending.pop()}")
+        # It may end meanwhile, and each of its threads.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            _, resident, shared, *_ = (process / "statm").read_text().split()
+            held += (int(resident) - int(shared)) * resource.getpagesize()
+            for thread in (process / "task").iterdir():
+                with contextlib.suppress(OSError):
+                    pending += map(int, (thread / "children").read_text().split())
+    return held

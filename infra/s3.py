@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import functools
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def connect(settings: Settings) -> Connection:
     client = cast("S3Client", core.create_client("s3", endpoint_url=endpoint, config=config))
     _sign_parts_by_checksum(client)
     client.meta.events.register_first("before-parse.s3.*", _without_expires)
+    client.meta.events.register_first("before-parse.s3.*", _without_broken_markers)
     # Made on first use otherwise, and anew by each of two threads that use it first: neither catches the other's.
     _ = client.exceptions
     return Connection(
@@ -173,6 +175,73 @@ def _moment(value: Any) -> datetime.datetime:
 def _without_expires(response_dict: Any, **_: Any) -> None:
     """Take away when caches forget an object: text of its writer's, of which the client library makes a date."""
     response_dict["headers"].pop("Expires", None)
+
+
+_MARKER = re.compile(rb"<((?:Next)?(?:Continuation|Key|VersionId)?(?:Token|Marker)|StartAfter)>[^<]*</\1>")
+"""Where a page of a listing ends or begins, as its XML has it."""
+
+
+def _without_broken_markers(operation_model: Any, response_dict: Any, **_: Any) -> None:
+    """Take away where a page of a listing ends, or begins, where that names a key that XML cannot hold.
+
+    Keys are encoded because they are asked for so. These are not in every store (Ceph RGW 16), and whoever may write
+    one object with a control character in its key would end every listing whose page ends there.
+    """
+    if operation_model.name not in ("ListObjectsV2", "ListObjectVersions"):
+        return
+    body = response_dict["body"]
+    cleaned = _MARKER.sub(lambda found: found[0] if _is_xml(found[0]) else b"", body)
+    if cleaned != body and _is_xml(cleaned):
+        # The client library has made a fault of it already, as of whatever is no XML.
+        response_dict["body"], response_dict["status_code"] = cleaned, 200
+
+
+def _is_xml(text: bytes) -> bool:
+    from xml.etree import ElementTree
+
+    try:
+        ElementTree.fromstring(text)
+        return True
+    except ElementTree.ParseError:
+        return False
+
+
+def list_pages(client: S3Client, bucket: str, prefix: str, *, delimiter: str = "", after: str = "") -> Iterator[Any]:
+    """The pages of a listing, as the client has them. To be called within `translated`.
+
+    A page that does not say where it ends is gone on with behind the last name that it has.
+
+    Args:
+        client: of the store.
+        bucket: its name.
+        prefix: of the keys.
+        delimiter: which ends a folder's name; empty for keys.
+        after: behind which key it begins; empty for the first.
+
+    Raises:
+        ServiceError: the store begins the same page again.
+    """
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if delimiter:
+        asked["Delimiter"] = delimiter
+    place: dict[str, Any] = {"StartAfter": after} if after else {}
+    while True:
+        page = client.list_objects_v2(**asked, **place)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        names = [item["Key"] for item in page.get("Contents", [])]
+        names += [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        last = max(names, default="")
+        if (token := page.get("NextContinuationToken")) is not None:
+            place = {"ContinuationToken": token}
+        elif last > after:
+            place = {"StartAfter": last}
+        else:
+            raise ServiceError(
+                f"cannot list {prefix} in s3://{bucket}: the store does not say how it goes on after {last}"
+            )
+        after = last
 
 
 class _BrokenOffError(Exception):
@@ -280,8 +349,9 @@ def unless_unparsable() -> Iterator[None]:
 def of_this_object(key: str) -> Iterator[None]:
     """Turn a GET or HEAD that the store calls wrong into a fault of the object: others are read by the same.
 
-    Raises ReleaseError for one that was encrypted with a key of its writer's own, which nobody else can read, and for
-    one whose headers, its metadata among them, are more than can be read or cannot be parsed.
+    Raises ReleaseError for one that was encrypted with a key of its writer's own, which nobody else can read, for one
+    that lies in an archive (Glacier), and for one whose headers, its metadata among them, are more than can be read or
+    cannot be parsed.
     """
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
@@ -299,7 +369,7 @@ def of_this_object(key: str) -> Iterator[None]:
         # Expired tokens and slow requests are 400 too.
         # A HEAD has no body: its code is the number.
         wrong = code in ("InvalidRequest", "InvalidArgument", "400") or code.startswith("KMS.")
-        if status_of(error) != 400 or not wrong:
+        if not (status_of(error) == 400 and wrong) and not forbids_to_all(error):
             raise
         raise ReleaseError(f"{key}: it cannot be read as other objects are: {code}: {answer.get('Message')}") from error
     except (ShipError, BotoCoreError, Boto3Error, HTTPError, OSError, _BrokenOffError):
@@ -307,6 +377,18 @@ def of_this_object(key: str) -> Iterator[None]:
     except Exception as error:
         # Whatever parsing ends with: the same request about others is answered.
         raise ReleaseError(f"{key}: it cannot be read as other objects are: {type(error).__name__}: {error}") from error
+
+
+def forbids_to_all(error: Any) -> bool:
+    """Whether a 403 is for what the object is: in an archive, or encrypted with a key that these credentials lack.
+
+    error: botocore's ClientError.
+    """
+    answer = error.response.get("Error", {})
+    code, text = answer.get("Code", ""), str(answer.get("Message", "")).lower()
+    # As AWS and Ceph say that it is the key which may not be used, and not the object.
+    key = code == "AccessDenied" and ("kms" in text or "ciphertext" in text)
+    return status_of(error) == 403 and (code == "InvalidObjectState" or key)
 
 
 def too_many_headers(error: Any) -> str | None:

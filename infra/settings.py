@@ -5,6 +5,7 @@ A part whose address is given is somebody else's: it is used, never started or s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -86,6 +87,8 @@ class Settings(BaseModel):
     """A run that gave no sign of life for so long is crashed."""
     rehearsal_seconds: int = Field(7200, validation_alias="SHIP_REHEARSAL_SECONDS", ge=1)
     """How long a process may take that tries a release of the bucket: an artifact of somebody else may never end."""
+    rehearsal_memory: str = Field("50%", validation_alias="SHIP_REHEARSAL_MEMORY")
+    """How much memory it may hold: a size, or a share of the machine's. A few bytes of an artifact may ask for any."""
     mlflow_wait_seconds: int = Field(3600, validation_alias="SHIP_MLFLOW_WAIT_SECONDS", ge=0)
     """How long a trained and proven release waits for an MLflow that is away, before the run ends."""
     cpu_hour_price: float | None = Field(None, validation_alias="SHIP_CPU_HOUR_PRICE", ge=0, allow_inf_nan=False)
@@ -114,11 +117,15 @@ class Settings(BaseModel):
                 f"them; set PREFECT_API_URL={without_password(settings.external_prefect)} and "
                 f"{PREFECT_ACCOUNT}=user:password"
             )
-        if not _share_or_bytes(settings.disk):
-            raise SettingsError(
-                "environment variable SHIP_DISK: expected a size such as 200GB, or a share of the disk such as 20%, "
-                f"got {settings.disk!r}"
-            )
+        for variable, said, whole in (
+            ("SHIP_DISK", settings.disk, "disk"),
+            ("SHIP_REHEARSAL_MEMORY", settings.rehearsal_memory, "memory"),
+        ):
+            if not _share_or_bytes(said):
+                raise SettingsError(
+                    f"environment variable {variable}: expected a size such as 200GB, or a share of the {whole} "
+                    f"such as 20%, got {said!r}"
+                )
         home = settings.home.expanduser().absolute()
         if not next(path for path in (home, *home.parents) if path.exists()).is_dir():
             raise SettingsError(f"environment variable SHIP_HOME: expected a folder, got {str(home)!r}")
@@ -194,6 +201,11 @@ class Settings(BaseModel):
         there = next(path for path in (self.home, *self.home.parents) if path.exists())
         return int(share * shutil.disk_usage(there).total) if share else size
 
+    def rehearsal_memory_limit(self) -> int:
+        """Bytes that `rehearsal_memory` is, of this machine's memory, or of what the container may take of it."""
+        share, size = _share_or_bytes(self.rehearsal_memory) or (0.0, 0)
+        return int(share * _memory()) if share else size
+
     def prefect_account_at(self, address: str) -> str:
         """user:password of the local Prefect server; empty for any other address, which must never be sent them."""
         password = read_password(self.home) if address.rstrip("/") == self._local_prefect else None
@@ -229,6 +241,14 @@ class Settings(BaseModel):
         environment["SHIP_S3_PORT"] = str(self.s3_port)
         environment["MLFLOW_TRACKING_URI"] = self.mlflow_url
         return {**environment, **self.mlflow_variables_at(self.mlflow_url), **self.prefect_variables}
+
+
+def _memory() -> int:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # "max" where the container has no limit; no file without a second version of control groups.
+    with contextlib.suppress(OSError, ValueError):
+        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return whole
 
 
 def _share_or_bytes(text: str) -> tuple[float, int] | None:

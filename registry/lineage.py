@@ -9,6 +9,7 @@ from typing import Any
 
 from torchworker.contract import decode
 from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.diff import ReleaseRecord, flat, packages_of
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.job import Job
@@ -16,8 +17,8 @@ from train_and_ship.registry.made_of import Files, differences
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 
 _SILENT = "the live release does not say what it was trained on"
-SHOWN = 3
-"""Differences that are named; of the others it is said how many."""
+SHOWN, LONGEST_TEXT = 3, 200
+"""Differences that are named, of the others it is said how many; and characters that are shown of one."""
 NOT_TRAINED_ON = ("gates", "release", "retrain", "env")
 """Parts of a job that change what is done with a release, not what is in it; and names without their values."""
 
@@ -87,7 +88,7 @@ def changes(inputs: Inputs, job: Job, live: ReleaseRecord, project: Path) -> dic
         project: Absolute folder of the code.
 
     Returns:
-        `code`, `data`, `config`, `environment` to how they differ; empty when nothing does.
+        `code`, `data`, `config`, `environment` to how they differ, in some hundred characters; empty when nothing does.
     """
     recorded = live.document(LINEAGE).get("inputs", {})
     found: dict[str, str] = {}
@@ -96,7 +97,7 @@ def changes(inputs: Inputs, job: Job, live: ReleaseRecord, project: Path) -> dic
     if (earlier := recorded.get("data")) is None:
         found["data"] = _SILENT
     elif earlier != inputs.data:
-        found["data"] = _data_changes(inputs, live) or f"fingerprint {earlier} → {inputs.data}"
+        found["data"] = _some([_data_changes(inputs, live) or f"fingerprint {earlier} → {inputs.data}"])
     if config := _config_changes(job, live):
         found["config"] = config
     before = packages_of(live)
@@ -149,4 +150,5 @@ def _config_changes(job: Job, live: ReleaseRecord) -> str:
 
 def _some(said: list[str]) -> str:
     more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
-    return ", ".join(said[:SHOWN]) + more
+    # Names and values are the live release's, whoever wrote them there.
+    return ", ".join(on_one_line(text, LONGEST_TEXT) for text in said[:SHOWN]) + more

@@ -50,8 +50,12 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
             failed = True
             continue
         try:
-            for key in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
-                typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {on_one_line(key)}")
+            for key, stays in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
+                if stays:
+                    typer.echo(f"{name}: an upload is not dropped: {on_one_line(key)}: {stays}", err=True)
+                    failed = True
+                else:
+                    typer.echo(f"{name}: upload {'dropped' if apply else 'to drop'}: {on_one_line(key)}")
         except ShipError as error:
             typer.echo(f"{name}: uploads that were never completed stay: {error}", err=True)
             failed = True

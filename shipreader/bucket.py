@@ -52,8 +52,8 @@ def _without_expires(response_dict: Any, **_: Any) -> None:
 class Bucket:
     """One bucket. Every method raises UnavailableError when the store does not give an answer that can be used.
 
-    And RefusedError for an object that nobody can read: its writer's own key encrypts it, or its headers are too
-    many or cannot be parsed.
+    And RefusedError for an object that nobody can read: its writer's own key encrypts it, it lies in an archive, or its
+    headers are too many or cannot be parsed.
     """
 
     def __init__(self, client: Any, name: str) -> None:
@@ -146,7 +146,8 @@ class Bucket:
         except botocore.ClientError as error:
             status, code = _status(error), error.response.get("Error", {}).get("Code", "")
             hint = ""
-            if status == 400 and (code in ("InvalidRequest", "InvalidArgument") or code.startswith("KMS.")):
+            wrong = code in ("InvalidRequest", "InvalidArgument") or code.startswith("KMS.")
+            if (status == 400 and wrong) or _forbids_to_all(error):
                 # Others are read by the same request. Expired tokens and slow requests are 400 too.
                 raise RefusedError(f"s3://{self.name}/{key}: it cannot be read as other objects are: {code}") from error
             if status in (401, 403):
@@ -167,6 +168,15 @@ class Bucket:
 
 class NotModifiedError(Exception):
     """The object still has the ETag that was asked about."""
+
+
+def _forbids_to_all(error: Any) -> bool:
+    """Whether a 403 is for what the object is: in an archive, or encrypted with a key that these credentials lack."""
+    answer = error.response.get("Error", {})
+    code, text = answer.get("Code", ""), str(answer.get("Message", "")).lower()
+    # As AWS and Ceph say that it is the key which may not be used, and not the object.
+    key = code == "AccessDenied" and ("kms" in text or "ciphertext" in text)
+    return _status(error) == 403 and (code == "InvalidObjectState" or key)
 
 
 def _too_many_headers(error: Any) -> str | None:

@@ -18,6 +18,8 @@ from shipreader.records import FILES, Release
 
 BATCH_SIZE, BATCH_SECONDS = 64, 0.002
 """At most so many requests are put together, and the first of them waits at most so long."""
+FORMATS = ("onnx", "onnx-int8-dynamic", "onnx-int8-static")
+"""What is served: ONNX that `ship promote` loads before it goes live. What is called otherwise nobody has tried."""
 DATATYPES = {
     "float16": "FP16", "float32": "FP32", "float64": "FP64", "bool": "BOOL",
     "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
@@ -78,9 +80,9 @@ def write_model(
 
 
 def served(release: Release) -> str:
-    """The ONNX format that the release recommends, for many requests before few; `onnx` when it recommends none."""
+    """Which of FORMATS the release recommends, for many requests before few; `onnx` when it recommends none."""
     recommended = [release.recommended(purpose) or "" for purpose in ("throughput", "latency")]
-    return next((kind for kind in recommended if kind.startswith("onnx")), "onnx")
+    return next((kind for kind in recommended if kind in FORMATS), "onnx")
 
 
 def can_batch(signature: Mapping[str, Any]) -> bool:

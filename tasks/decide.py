@@ -164,7 +164,7 @@ class _Now:
         try:
             record = read_release_record(self.channel.store, self.channel.model, release, sha256=sha256)
         except ReleaseError as error:
-            return {"live": f"release {release} is broken: {error}"}, self.inputs
+            return {"live": f"release {release} is broken: {on_one_line(str(error))}"}, self.inputs
         inputs = self.inputs
         try:
             with record.understood():
@@ -173,7 +173,7 @@ class _Now:
                     inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
                 return changes(inputs, self.job, record, self.project), inputs
         except ReleaseError as error:
-            return {"live": f"release {release} is broken: {error}"}, inputs
+            return {"live": f"release {release} is broken: {on_one_line(str(error))}"}, inputs
 
 
 def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str], inputs: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, WITHOUT_CODE, RehearsedRelease, RehearseResult
-from train_and_ship.infra.errors import GateError
+from train_and_ship.infra.errors import GateError, JobError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import hold
@@ -33,7 +33,7 @@ from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import rehearse_request
-from train_and_ship.tasks.worker import ask_worker
+from train_and_ship.tasks.worker import Limits, rehearse
 
 
 async def try_out(
@@ -85,9 +85,13 @@ async def try_out(
         copies = settings.home / "releases" / model
         current, problem = await asyncio.to_thread(live_copy, store, copies, live, settings.public_key)
     request = rehearse_request(job, candidate, current, samples, str(work))
-    limit = settings.rehearsal_seconds
-    result = await ask_worker(server, "rehearse", request, RehearseResult, work, seconds=limit)
+    limits = Limits.of(settings)
     release = f"{model}: release {target.release}"
+    try:
+        _, result = await rehearse(server, request, work, limits)
+    except JobError as error:
+        # It runs none of a job's code: what it complains of is the release's.
+        raise GateError(f"{release} cannot be tried before it goes live: {error}") from error
     require_rehearsed(release, result, f"It was not made live on {channel.name}")
     # What failed can be looked at; what passed is in the bucket.
     shutil.rmtree(work)

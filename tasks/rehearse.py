@@ -47,11 +47,12 @@ from train_and_ship.registry.run_folder import (
     stage_inputs,
 )
 from train_and_ship.registry.text import file_size
+from train_and_ship.tasks import worker
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.requests import measure_request, rehearse_request, timed_artifacts
 from train_and_ship.tasks.results import Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import run_stage, stage_task
-from train_and_ship.tasks.worker import ask_worker
+from train_and_ship.tasks.worker import Limits, ask_worker
 
 REPORT_SECONDS = 5.0
 """Between two lines of progress of one upload."""
@@ -101,8 +102,8 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         release, job = run.job.release, run.job
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
         request = rehearse_request(job, candidate, current, exported, run.project.folder, chance)
-        limit = run.settings.rehearsal_seconds
-        result = await ask_worker(run.fork_server, "rehearse", request, RehearseResult, work, seconds=limit)
+        limits = Limits.of(run.settings)
+        request, result = await worker.rehearse(run.fork_server, request, work, limits)
         require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
         result = replace(result, live_problem=problem or result.live_problem)
         if run.job.train.custom_metrics:
@@ -169,16 +170,16 @@ async def _scored(
         live=_artifacts(live) if live else None,
         resampling=request.resampling,
     )
-    limit = run.settings.rehearsal_seconds
+    limits = Limits.of(run.settings)
     try:
-        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, seconds=limit)
+        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, limits=limits)
     except WorkerError as error:
         if live is None:
             raise
         # The live release may have taken the process down; the candidate alone tells.
         (folder / RESULT).unlink(missing_ok=True)
         asked = replace(asked, live=None)
-        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, seconds=limit)
+        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, limits=limits)
         scored = replace(scored, live_problem=str(error).split("\n")[0])
     mine = _joined(result.candidate, scored.metrics)
     if live is None:
@@ -215,8 +216,8 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
     )
     # Fixed limits were asked before.
     asked = replace(asked, gates=[])
-    limit = run.settings.rehearsal_seconds
-    speed = await ask_worker(run.fork_server, "measure", asked, MeasureResult, work / "measure", seconds=limit)
+    limits = Limits.of(run.settings)
+    speed = await ask_worker(run.fork_server, "measure", asked, MeasureResult, work / "measure", limits=limits)
     timed = [name for name, gate in run.job.gates.items() if gate.times_live is not None]
     problems = [f"{name}: {item.problem}" for name, item in speed.measured.items() if item.problem]
     return replace(

@@ -5,16 +5,43 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from torchworker.contract import EVENTS, REQUEST, RESULT, Message, Project, Reply, decode
+from torchworker.contract import (
+    EVENTS,
+    REQUEST,
+    RESULT,
+    Message,
+    Project,
+    RehearseRequest,
+    RehearseResult,
+    Reply,
+    decode,
+)
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import Events, ForkServer
 from train_and_ship.infra.job_environment import given, how_to_name, mentioned, withheld
-from train_and_ship.infra.processes import last_lines
+from train_and_ship.infra.processes import last_lines, memory_of
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.text import file_size
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a process may take that runs what others made."""
+
+    seconds: float
+    memory: int
+    """Bytes, with all that it started."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Those of this machine."""
+        return cls(seconds=settings.rehearsal_seconds, memory=settings.rehearsal_memory_limit())
 
 
 async def ask_worker(
@@ -24,7 +51,7 @@ async def ask_worker(
     kind: type[Result],
     folder: Path,
     on_event: Events | None = None,
-    seconds: float | None = None,
+    limits: Limits | None = None,
 ) -> Result:
     """As `call_worker`, with the result as the class that it is.
 
@@ -35,11 +62,38 @@ async def ask_worker(
         kind: class of the result.
         folder: where request, log and result lie; made when it is not there.
         on_event: called with each event of the stage while it works.
-        seconds: as of `call_worker`.
+        limits: as of `call_worker`.
     """
     folder.mkdir(exist_ok=True)
-    result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event, seconds))
+    result: Result = decode(kind, await call_worker(fork_server, stage, request, folder, on_event, limits))
     return result
+
+
+async def rehearse(
+    fork_server: ForkServer, request: RehearseRequest, folder: Path, limits: Limits
+) -> tuple[RehearseRequest, RehearseResult]:
+    """Try a candidate beside what is live; alone where both together were killed for what they took.
+
+    The live release may have taken it, and would keep every successor from being tried.
+
+    Args:
+        fork_server: what forks the process.
+        request: what is tried.
+        folder: where request, log and result lie.
+        limits: of the process.
+
+    Returns:
+        What was asked at last, and the answer.
+    """
+    try:
+        return request, await ask_worker(fork_server, "rehearse", request, RehearseResult, folder, limits=limits)
+    except WorkerError as error:
+        if error.retryable or request.live is None:
+            raise
+        problem = str(error).split("\n")[0]
+    alone = replace(request, live=None)
+    result = await ask_worker(fork_server, "rehearse", alone, RehearseResult, folder, limits=limits)
+    return alone, replace(result, live_problem=problem)
 
 
 async def call_worker(
@@ -48,7 +102,7 @@ async def call_worker(
     request: Message,
     folder: Path,
     on_event: Events | None = None,
-    seconds: float | None = None,
+    limits: Limits | None = None,
 ) -> Mapping[str, Any]:
     """The stage's result as plain JSON.
 
@@ -58,7 +112,7 @@ async def call_worker(
         request: what is asked.
         folder: existing folder for request, reply, events and log.
         on_event: called with each event while the worker runs.
-        seconds: after which it is killed, SHIP_REHEARSAL_SECONDS where it runs what others made; None for no limit.
+        limits: beyond which it is killed, where it runs what others made; None for none.
 
     Raises:
         JobError: the user's code, data or configuration is at fault.
@@ -67,8 +121,18 @@ async def call_worker(
     request.write(folder / REQUEST)
     log = folder / f"{stage}.log"
     project = getattr(request, "project", None)
+
+    def killed(expected: str) -> WorkerError:
+        said = f"{stage}: the worker process was killed: expected {expected}.\nLast lines of {log}:\n{last_lines(log)}"
+        return WorkerError(said, retryable=False)
+
+    def watch(pid: int) -> None:
+        if limits is not None and (held := memory_of(pid)) > limits.memory:
+            most = f"at most {file_size(limits.memory)} of memory (SHIP_REHEARSAL_MEMORY)"
+            raise killed(f"{most}, got {file_size(held)}")
+
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with asyncio.timeout(limits.seconds if limits is not None else None) as limit:
             status = await fork_server.run(
                 stage,
                 folder / REQUEST,
@@ -77,15 +141,12 @@ async def call_worker(
                 variables=given(os.environ, project.env) if isinstance(project, Project) else None,
                 events=folder / EVENTS if on_event else None,
                 on_event=on_event,
+                watch=watch if limits is not None else None,
             )
     except TimeoutError:
-        if not limit.expired():
+        if not limit.expired() or limits is None:
             raise
-        raise WorkerError(
-            f"{stage}: the worker process was killed: expected a result within {seconds:,.0f} s "
-            f"(SHIP_REHEARSAL_SECONDS), got none.\nLast lines of {log}:\n{last_lines(log)}",
-            retryable=False,
-        ) from None
+        raise killed(f"a result within {limits.seconds:,.0f} s (SHIP_REHEARSAL_SECONDS), got none") from None
     if not (folder / RESULT).exists():
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         raise WorkerError(

@@ -10,6 +10,7 @@ Protocol, one JSON object a line. On standard input:
     {"kill": 1}                                                                          end it and its children
 On standard output:
     {"ready": true}                  torch is imported
+    {"id": 1, "pid": 4711}           the child was started
     {"id": 1, "status": 0, "cpu": 2.5}    the child ended; negative is a signal; CPU seconds of it and its children
 End of input means that the parent is gone: everything is killed.
 """
@@ -125,6 +126,7 @@ class _ForkServer:
         if pid == 0:
             _child(job, parent)
         self._running[pid] = job["id"]
+        self.say({"id": job["id"], "pid": pid})
 
     def kill(self, job_id: int) -> None:
         for pid, running in self._running.items():

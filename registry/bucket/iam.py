@@ -111,7 +111,9 @@ def policy(
         statements.append(_allow("Rule", ["s3:PutObject"], keys(f"{own}/rules/{channel}.json")))
     else:
         statements.append(_allow("Mark", ["s3:PutObject"], keys(f"{own}/tombstones/*")))
-        statements.append(_allow("Collect", ["s3:DeleteObject", "s3:AbortMultipartUpload"], keys(releases)))
+        statements.append(_allow("Collect", ["s3:DeleteObject"], keys(releases)))
+        # Whoever may put an object may leave an upload, also of a view or a claim. To drop one alters no object.
+        statements.append(_allow("DropUploads", ["s3:AbortMultipartUpload"], keys(f"{own}/*")))
         statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))
     return _document(statements, kms_key, writes=True)
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from shipreader.records import MOST_MOVES, MOST_VERDICTS
 from torchworker.durable import set_aside, write_durably
@@ -21,7 +22,7 @@ from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.shown import on_one_line
+from train_and_ship.infra.shown import on_one_line, whole
 from train_and_ship.registry.bucket.keys import decisions_prefix
 from train_and_ship.registry.bucket.transfer import in_parallel, put_immutable
 from train_and_ship.registry.channels.channel import Channel
@@ -46,6 +47,10 @@ class Verdict(StrEnum):
 SKIPPED, PROMOTED, KEPT, FAILED = Verdict
 CLOCKS_DIFFER = timedelta(days=1)
 """By how much the clock of a machine that decides may be ahead of the store's."""
+LONGEST_TEXT = 10_000
+"""Characters of a text in a record: one that quotes what others wrote could be longer than anybody reads."""
+PASSED_OVER = 30
+"""Decisions that cannot be read, behind which earlier ones are looked for."""
 WAITING = "decision.json"
 """In the folder of a run: its decision, until the bucket takes it."""
 _FORMAT = 1
@@ -84,9 +89,17 @@ class Decision:
     """How many times in a row it was skipped, this one included; 0 for any other answer."""
 
     def encode(self) -> bytes:
-        """The record as canonical JSON, without passwords in addresses: everybody reads it who may see the channel."""
-        texts = {"why": without_password(self.why), "asked": without_password(self.asked)}
+        """The record as canonical JSON, without passwords in addresses: everybody reads it who may see the channel.
+
+        Texts are cut to LONGEST_TEXT characters.
+        """
+        texts: dict[str, Any] = {name: _cut(without_password(getattr(self, name))) for name in ("why", "asked")}
+        texts["changed"] = {_cut(name): _cut(how) for name, how in self.changed.items()}
         return canonical_json({"format": _FORMAT, **asdict(self), **texts})
+
+
+def _cut(text: str) -> str:
+    return whole(text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…")
 
 
 def record_decision(store: ObjectStore, decision: Decision, run: Path | None = None) -> None:
@@ -140,15 +153,15 @@ def _has_later(store: ObjectStore, decision: Decision) -> bool:
 
 
 def read_decisions(channel: Channel, last: int) -> list[Decision]:
-    """The last so many decisions, oldest first. Raises ReleaseError when none of them can be read.
+    """The last so many decisions, oldest first.
 
-    What is no decision of this channel is passed over with a warning, and so is one of a time that has not come: it
-    would be the last one for good.
+    What is no decision of this channel, or cannot be read, is passed over with a warning; behind PASSED_OVER of them no
+    earlier ones are looked for. So is one of a time that has not come: it would be the last one for good.
     """
     prefix = decisions_prefix(channel.model, channel.name)
     listed = channel.store.list_objects(prefix)
     # Keys begin with the time, so their order is that of the decisions.
-    keys = [key for key in sorted(listed) if _is_past(key.removeprefix(prefix), listed[key].modified)][-last:]
+    keys = [key for key in sorted(listed) if _is_past(key.removeprefix(prefix), listed[key].modified)]
     problems: list[ReleaseError] = []
 
     def read(key: str) -> Decision | None:
@@ -167,9 +180,10 @@ def read_decisions(channel: Channel, last: int) -> list[Decision]:
             problems.append(error)
             return None
 
-    found = [decision for decision in in_parallel(read, keys) if decision is not None]
-    if problems and not found:
-        raise problems[0]
+    found: list[Decision] = []
+    while keys and len(found) < last and len(problems) <= PASSED_OVER:
+        keys, asked = keys[: len(found) - last], keys[len(found) - last :]
+        found = [*(decision for decision in in_parallel(read, asked) if decision is not None), *found]
     for problem in problems:
         _log.warning("%s: a decision cannot be read: %s", channel, problem)
     return found

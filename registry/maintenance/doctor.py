@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shipreader.records import NAME, RELEASE_ID
 from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.keys import in_release, releases_prefix
+from train_and_ship.registry.bucket.keys import claims_prefix, in_release, releases_prefix, views_prefix
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
@@ -57,6 +59,7 @@ def examine(
             # Credentials that the bucket does not know would have ended the listing of channels.
             yield Finding(what=f"{channel}: not examined to the end: {error}", can_mend=False)
     yield from _incomplete(store, model)
+    yield from _foreign(store, model)
     for channel in known:
         yield from _aliases(channel, dry_run)
     if runs is not None:
@@ -144,6 +147,23 @@ def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
             "progress, or one that died; publishing it again completes it"
         )
         yield Finding(what=what, can_mend=False)
+
+
+def _foreign(store: ObjectStore, model: str) -> Iterator[Finding]:
+    """What lies where claims and views do and is none: nobody else tells of it, and Triton looks into all of a view."""
+    artifact = r"(config\.pbtxt|[1-9][0-9]{0,7}/model\.(onnx|py))"
+    view = rf"{NAME.pattern}/(triton|kserve/[1-9][0-9]{{0,7}})/{re.escape(model)}/{artifact}"
+    for prefix, ours in ((claims_prefix(model), rf"{RELEASE_ID.pattern}\.json"), (views_prefix(model), view)):
+        stray, first = 0, ""
+        for key, size in store.list_keys(prefix).items():
+            if (size or not key.endswith("/")) and re.fullmatch(ours, key.removeprefix(prefix)) is None:
+                stray, first = stray + 1, first or key
+        if stray:
+            what = (
+                f"{model}: objects below {prefix} that train-and-ship does not write: {stray:,}, first "
+                f"{on_one_line(first)}; delete them by hand unless you know whose they are"
+            )
+            yield Finding(what=what, can_mend=False)
 
 
 def _aliases(channel: Channel, dry_run: bool) -> Iterator[Finding]:

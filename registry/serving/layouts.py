@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from shipreader.mlserver import DATATYPES, can_batch
-from shipreader.records import FILES, Release
+from shipreader.records import FILES, Release, decode_pointer
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
-from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.objectstore import RECORD_BYTES, ObjectStore
+from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.transfer import SMALL_UPLOADS_AT_ONCE, in_parallel, put_immutable
 
 ARTIFACT = "model.onnx"
@@ -46,6 +47,8 @@ _TICK_SECONDS = 1.0
 """How finely S3 tells when an object was modified."""
 _DATATYPES = {"bfloat16": "BF16", **DATATYPES}
 _VERSION = re.compile(r"[1-9][0-9]{0,7}")
+_NAMING = re.compile(rb"^version_policy \{ specific \{ versions: \[ (\d{1,8}) \] \} \}$", re.MULTILINE)
+"""The line of a configuration that names its version. Tensors have lines of their own, whatever they are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +64,15 @@ class ServingLayout:
 def write_triton(store: ObjectStore, release: Release, backend: str = "onnxruntime") -> ServingLayout:
     """Make a release the version that Triton serves from the channel's model repository.
 
-    `prefix` of the result is the repository. A view that names a later generation already is left as it is. Raises
-    ReleaseError for a release without ONNX or with a dtype that Triton does not have.
+    `prefix` of the result is the repository. A view that names a later generation already, to which the channel has
+    moved meanwhile, is left as it is. Raises ReleaseError for a release without ONNX, with a dtype that Triton does not
+    have, or with so long names of tensors that nobody would read its configuration.
     """
     prefix = f"models/{release.model}/views/{release.channel}/triton/"
     folder = f"{prefix}{release.model}/"
     config = triton_config(release, backend, release.generation)
     _put_version(store, f"{folder}{release.generation}/", release, backend)
-    generation = _commit(store, folder, config, release.generation)
+    generation = _commit(store, folder, config, release)
     _prune(store, folder, generation)
     return ServingLayout(prefix=prefix, generation=generation)
 
@@ -113,7 +117,11 @@ def inference_service(release: Release, uri: str) -> dict[str, Any]:
 
 
 def triton_config(release: Release, backend: str, version: int) -> str:
-    """config.pbtxt that serves exactly one version. Raises SettingsError for a backend that there is not."""
+    """config.pbtxt that serves exactly one version.
+
+    Raises SettingsError for a backend that there is not, ReleaseError for a release that Triton cannot serve, or whose
+    configuration would be longer than RECORD_BYTES, which `ship view` and `ship gc` do not read.
+    """
     if backend not in BACKENDS:
         raise SettingsError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     signature = release.manifest.signature
@@ -135,9 +143,15 @@ def triton_config(release: Release, backend: str, version: int) -> str:
     if "labels" in signature:
         said["labels"] = json.dumps(signature["labels"], ensure_ascii=False)
     for key, value in said.items():
-        text = json.dumps(value, ensure_ascii=False)
-        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {text} }} }}")
-    return "\n".join(lines) + "\n"
+        shown = json.dumps(value, ensure_ascii=False)
+        lines.append(f"parameters {{ key: {json.dumps(key)} value {{ string_value: {shown} }} }}")
+    text = "\n".join(lines) + "\n"
+    if len(text.encode()) > RECORD_BYTES:
+        raise ReleaseError(
+            f"{release.model} {release.id}: expected a configuration of at most {RECORD_BYTES:,} bytes, got "
+            f"{len(text.encode()):,}: too many tensors or labels, or too long names of them"
+        )
+    return text
 
 
 def _tensors(kind: str, tensors: Sequence[Mapping[str, Any]], batches: bool) -> list[str]:
@@ -179,22 +193,23 @@ def _put(store: ObjectStore, release: Release, name: str, key: str) -> None:
             raise ReleaseError(f"{key}: expected {entry.sha256}, got another file; delete it") from None
 
 
-def _commit(store: ObjectStore, folder: str, config: str, generation: int) -> int:
+def _commit(store: ObjectStore, folder: str, config: str, release: Release) -> int:
     """Replace the configuration unless it names a later version; the generation that it names then.
 
-    Returns once the configuration is modified in a second in which nothing else was, as far as a listing tells.
+    A later one is none of a generation that the channel has not had; that one, and what is no configuration of ours,
+    is replaced too. Returns once the configuration is modified in a second in which nothing else was, as far as a
+    listing tells.
     """
     key = f"{folder}config.pbtxt"
     for _ in range(_RACES):
         seconds = {key: listed.modified.replace(microsecond=0) for key, listed in store.list_objects(folder).items()}
-        found = store.get(key)
-        body, named = config.encode(), generation
+        found = _read(store, key)
+        body, named = config.encode(), release.generation
         if found is not None:
-            naming = re.search(rb"versions: \[ (\d{1,8}) \]", found[0])
-            if naming is None:
-                raise ReleaseError(f"{key}: expected a configuration that names one version, got {found[0][:200]!r}")
-            if int(naming[1]) > generation:
-                body, named = found[0], int(naming[1])
+            naming = _NAMING.search(found[0])
+            later = int(naming[1]) if naming is not None else 0
+            if later > named and later <= _generation(store, release):
+                body, named = found[0], later
             if found[0] == body and seconds.pop(key, None) not in seconds.values():
                 return named
         # What was listed is of an earlier second than what is written now.
@@ -208,6 +223,26 @@ def _commit(store: ObjectStore, folder: str, config: str, generation: int) -> in
             # Another writer was faster, or it is ours and the reply was lost: reading tells.
             continue
     raise ServiceError(f"{key}: others replaced it {_RACES} times while this was tried")
+
+
+def _read(store: ObjectStore, key: str) -> tuple[bytes, str] | None:
+    """A configuration and its ETag, None where there is none. One that cannot be read has no content."""
+    try:
+        return store.get(key)
+    except ReleaseError:
+        try:
+            found = store.head(key)
+            return (b"", found.etag) if found is not None else None
+        except ReleaseError:
+            # Not even its ETag is known. The version that it names stays where it is.
+            store.delete(key)
+            return None
+
+
+def _generation(store: ObjectStore, release: Release) -> int:
+    """The channel's own, now."""
+    found = store.get(pointer_key(release.model, release.channel))
+    return decode_pointer(found[0], release.model, release.channel).generation if found is not None else 0
 
 
 def _prune(store: ObjectStore, folder: str, generation: int, lag: timedelta = timedelta(0)) -> None:

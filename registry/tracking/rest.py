@@ -29,6 +29,8 @@ from train_and_ship.registry.tracking.connection import (
 )
 
 CONNECT_SECONDS, READ_SECONDS = 1.0, 10.0
+REPLY_BYTES = 16 * 2**20
+"""Of a reply, unpacked: a hundred versions with all that we write of them are a tenth of it."""
 TAG_RELEASE = "release"
 """Tag of a version: the id of the release it holds."""
 
@@ -148,11 +150,16 @@ class RestRegistry:
             require_own_server(self._home, self._shown)
         url = f"{self._shown}/api/2.0/mlflow/{path}"
         try:
-            if method == "GET":
-                reply = self._pool.request(method, url, fields=dict(values))
-            else:
-                reply = self._pool.request(method, url, json=dict(values))
-            said = json.loads(reply.data) if reply.data else {}
+            asked: dict[str, Any] = {"fields" if method == "GET" else "json": dict(values)}
+            reply = self._pool.request(method, url, **asked, preload_content=False)
+            body = reply.read(REPLY_BYTES + 1)
+            # A connection is used again when all of a reply was read.
+            reply.release_conn() if len(body) <= REPLY_BYTES else reply.close()
+            if len(body) > REPLY_BYTES:
+                raise AnsweredError(
+                    f"MLflow at {self._shown} answered {path} with more than {REPLY_BYTES:,} bytes, which are not read"
+                )
+            said = json.loads(body) if body else {}
         except urllib3.exceptions.HTTPError as error:
             raise ServiceError(f"MLflow at {self._shown} does not answer ({error})") from error
         except ValueError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,14 +19,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shipreader.records import FileEntry
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
 from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_release
 from tests.support.signing_keys import key_pair
-from torchworker.contract import FORMAT_FILES, INT8_FILES, WITHOUT_CODE
-from train_and_ship.infra.errors import GateError, ReleaseError, WorkerError
+from torchworker.contract import (
+    FORMAT_FILES,
+    GOLDEN,
+    INT8_FILES,
+    RESULT,
+    WITHOUT_CODE,
+    RehearsedRelease,
+    RehearseRequest,
+    RehearseResult,
+    Reply,
+    TensorSpec,
+)
+from torchworker.process.failure import UserError
+from torchworker.stages import rehearse
+from train_and_ship.infra.errors import GateError, JobError, ReleaseError, WorkerError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.processes import memory_of
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.releases import publish
@@ -36,7 +53,7 @@ from train_and_ship.registry.release import archives
 from train_and_ship.registry.release.archives import _TENSORS, ARCHIVES, find_fault
 from train_and_ship.registry.release.manifest import JOB, Manifest, build_manifest, release_id
 from train_and_ship.registry.release.pickles import Effort, find_pickle
-from train_and_ship.tasks import existing
+from train_and_ship.tasks import existing, worker
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.existing import _choose, _hashes_of_runs, try_out
 
@@ -133,6 +150,139 @@ def test_a_rehearsal_that_never_ends_is_ended_and_has_no_more_threads_than_there
         asyncio.run(try_out(soon, asked(object_store, manifest)))
     assert never.killed and not ended.value.retryable
     assert never.asked["threads"] == len(os.sched_getaffinity(0))
+
+
+class TakesMemory:
+    """Stands for a fork server whose process holds as much as this one does."""
+
+    async def run(self, stage: str, request: Path, watch: Callable[[int], None], **_: Any) -> int:
+        watch(os.getpid())
+        return 0
+
+
+def test_a_rehearsal_that_takes_more_memory_than_it_may_is_ended(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 500 bytes of ONNX can ask for any number of gigabytes.
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    manifest = published(object_store, folder, onnx=ARTIFACT)
+    monkeypatch.setattr(existing, "fork_server", lambda _: TakesMemory())
+    little = settings.model_copy(update={"rehearsal_memory": "1MB"})
+    said = r"rehearse: .* was killed: expected at most 1\.0 MB of memory \(SHIP_REHEARSAL_MEMORY\), got [1-9]"
+    with pytest.raises(WorkerError, match=said) as ended:
+        asyncio.run(try_out(little, asked(object_store, manifest)))
+    assert not ended.value.retryable
+
+
+class TakesMemoryWithWhatIsLive:
+    """Stands for a fork server whose process holds too much while the live release is in it."""
+
+    async def run(self, stage: str, request: Path, watch: Callable[[int], None], **_: Any) -> int:
+        asked: RehearseRequest = RehearseRequest.read(request)
+        if asked.live is not None:
+            watch(os.getpid())
+        result = RehearseResult(verdicts=[], candidate={}, live={}, live_problem="", samples=7)
+        Reply(result=dataclasses.asdict(result)).write(request.with_name(RESULT))
+        return 0
+
+
+def test_a_live_release_that_takes_more_memory_than_it_may_keeps_no_successor_from_being_tried(tmp_path: Path) -> None:
+    release = RehearsedRelease(folder="", files={}, formats={}, libraries=(), inputs=(), outputs=())
+    request = RehearseRequest(
+        candidate=release, live=release, validation=None, moved=None, metrics=(), forbidden_modules=(),
+        forbidden_folder="", threads=1,
+    )  # fmt: skip
+    server: Any = TakesMemoryWithWhatIsLive()
+    limits = worker.Limits(seconds=60, memory=10**6)
+    asked, result = asyncio.run(worker.rehearse(server, request, tmp_path / "work", limits))
+    assert asked.live is None and result.samples == 7
+    assert result.live_problem.startswith("rehearse: the worker process was killed: expected at most 1.0 MB of memory")
+    assert "\n" not in result.live_problem
+    # With nothing live it is the candidate that takes it.
+    server.run = TakesMemory().run
+    with pytest.raises(WorkerError, match="SHIP_REHEARSAL_MEMORY"):
+        asyncio.run(worker.rehearse(server, request, tmp_path / "work", limits))
+
+
+def test_the_process_of_a_rehearsal_is_watched_and_killed(
+    object_store: ObjectStore, tmp_path: Path, settings: Settings
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    manifest = published(object_store, folder, onnx=ARTIFACT)
+    little = settings.model_copy(update={"rehearsal_memory": "1MB"})
+    with pytest.raises(WorkerError, match="SHIP_REHEARSAL_MEMORY"):
+        asyncio.run(try_out(little, asked(object_store, manifest)))
+
+
+def test_memory_is_of_a_process_and_all_that_it_started_without_what_files_stand_behind() -> None:
+    holds = "import subprocess, sys; held = bytearray(b'x' * (20 << 20)); "
+    waits = "print(flush=True); sys.stdin.read()"
+    starts = "subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=0).wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holds + starts, holds + waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        assert 40 << 20 <= memory_of(process.pid) < 120 << 20
+        process.stdin.close()
+    assert memory_of(process.pid) == 0
+
+
+def test_how_much_memory_a_rehearsal_may_hold_is_a_size_or_a_share(settings: Settings) -> None:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < settings.rehearsal_memory_limit() <= whole // 2
+    assert settings.model_copy(update={"rehearsal_memory": "16GB"}).rehearsal_memory_limit() == 16 * 10**9
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        pytest.param(lambda _: {"x": torch.zeros(1)}, id="no dots"),
+        pytest.param(lambda found: {key: one for key, one in found.items() if "eager" not in key}, id="no answers"),
+        pytest.param(lambda found: {key.replace("input.x", "input.y"): one for key, one in found.items()}, id="inputs"),
+        pytest.param(lambda found: {key.replace("output", "o\x1b["): one for key, one in found.items()}, id="outputs"),
+        pytest.param(lambda found: {key.replace("h_1.", "h_²."): one for key, one in found.items()}, id="superscript"),
+        pytest.param(lambda _: {}, id="nothing"),
+        pytest.param(lambda _: b"x" * 100, id="no safetensors"),
+    ],
+)
+def test_golden_outputs_of_another_shape_are_refused_by_the_name_of_their_file(
+    tmp_path: Path, golden: Callable[[dict[str, torch.Tensor]], Any]
+) -> None:
+    write_release(tmp_path / "release", 1, MODEL)
+    written = golden(load_file(tmp_path / "release" / GOLDEN))
+    if isinstance(written, bytes):
+        (tmp_path / "release" / GOLDEN).write_bytes(written)
+    else:
+        save_file(written, tmp_path / "release" / GOLDEN)
+    candidate = RehearsedRelease(
+        folder=str(tmp_path / "release"), files={}, formats={"onnx": ARTIFACT}, libraries=(),
+        inputs=[TensorSpec(name="x", dtype="float32", shape=["batch", FEATURES])],
+        outputs=[TensorSpec(name="output", dtype="float32", shape=["batch", CLASSES])],
+    )  # fmt: skip
+    request = RehearseRequest(
+        candidate=candidate, live=None, validation=None, moved=None, metrics=(), forbidden_modules=(),
+        forbidden_folder="", threads=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"^golden\.safetensors of the release: expected tensors .*; got \w"):
+        rehearse._golden(request, ["output"])
+
+
+def test_what_a_rehearsal_says_of_golden_outputs_is_a_refusal(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_release(tmp_path / "release", 1, MODEL)
+    manifest = published(object_store, tmp_path / "release", onnx=ARTIFACT)
+
+    async def complains(*_: Any, **__: Any) -> None:
+        raise JobError(f"{GOLDEN} of the release: expected tensors")
+
+    monkeypatch.setattr(existing, "rehearse", complains)
+    monkeypatch.setattr(existing, "fork_server", lambda _: None)
+    with pytest.raises(GateError, match=f"release {manifest.release} cannot be tried .*: {GOLDEN} of the release"):
+        asyncio.run(try_out(settings, asked(object_store, manifest)))
 
 
 def verified_of(*formats: str, libraries: tuple[str, ...] = (), **verdicts: str) -> Verified:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published, rolled_back
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.registry.bucket.keys import release_prefix, releases_prefix
+from train_and_ship.registry.bucket.keys import claims_prefix, release_prefix, releases_prefix, views_prefix
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import State, claim, hold, read_tombstone, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
@@ -87,6 +87,20 @@ def test_an_object_that_is_called_like_a_release_is_none_and_the_doctor_says_so(
     assert {decision.release for decision in decide(object_store, MODEL, POLICY)} == releases
     said = [one.what for one in examine(object_store, MODEL, NOWHERE) if "release" in one.what]
     assert len(said) == 1 and f"of no release: 3, first {below}{'ab' * 9};" in said[0]
+
+
+def test_what_lies_among_claims_and_views_and_is_none_is_told(
+    object_store: ObjectStore, three: list[Manifest], tmp_path: Path
+) -> None:
+    views = f"{views_prefix(MODEL)}{CHANNEL}/"
+    for name in (f"triton/{MODEL}/config.pbtxt", f"triton/{MODEL}/3/model.onnx", f"kserve/3/{MODEL}/1/model.py"):
+        object_store.put(views + name, b"x")
+    assert not any("does not write" in one.what for one in examine(object_store, MODEL, NOWHERE))
+    for key in (f"{claims_prefix(MODEL)}\x7f", f"{views}triton/other/1/model.py", f"{views}triton/{MODEL}/1/libx.so"):
+        object_store.put(key, b"x")
+    said = [one.what for one in examine(object_store, MODEL, NOWHERE) if "does not write" in one.what]
+    assert len(said) == 2 and f"below {claims_prefix(MODEL)} " in said[0] and "1, first " in said[0]
+    assert f"below {views_prefix(MODEL)} " in said[1] and f"2, first {views}triton/{MODEL}/1/libx.so;" in said[1]
 
 
 @pytest.mark.parametrize("state", ["marked", "deleting", "deleted"])

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import boto3
 import pytest
 import typer
-from botocore.exceptions import HTTPClientError
+from botocore.exceptions import ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 from botocore.retries.standard import ExponentialBackoff
 from urllib3.exceptions import ProtocolError
@@ -35,21 +35,28 @@ from tests.support.fault_proxy import (
     Rule,
 )
 from tests.support.fixture_types import Connect
-from tests.support.releases import CHANNEL, MODEL, NOWHERE, move, published
+from tests.support.onnx_releases import onnx_release
+from tests.support.releases import CHANNEL, MODEL, MOVER, NOWHERE, move, published
+from tests.support.runnable_releases import runnable
 from tests.support.signing_keys import key_pair
 from train_and_ship.infra import s3
-from train_and_ship.infra.errors import ReleaseError, SettingsError, StoreFaultError
+from train_and_ship.infra.errors import ReleaseError, ServiceError, SettingsError, StoreFaultError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import decisions_prefix, views_prefix
+from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.bucket.signing import publish_signature, signature_key
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import record_key
+from train_and_ship.registry.channels.moves import kind_changes, promote_existing, require_not_stale
 from train_and_ship.registry.channels.pointer import read_pointer
+from train_and_ship.registry.channels.targets import ask_promotion
+from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.retention import Policy, Step, decide
-from train_and_ship.registry.release.manifest import MANIFEST, Manifest
+from train_and_ship.registry.release.manifest import JOB, MANIFEST, Manifest
+from train_and_ship.registry.serving.layouts import write_triton
 from train_and_ship.ship.doctor import doctor
 from train_and_ship.ship.gc import gc
 from train_and_ship.ship.status import channel_statuses
@@ -60,6 +67,10 @@ OTHER = "faces"
 FAULTS = [
     pytest.param(ManyHeaders(), id="metadata without end"),
     pytest.param(Answer(400, "InvalidRequest"), id="a customer's key"),
+    pytest.param(Answer(403, "InvalidObjectState"), id="an archive"),
+    pytest.param(
+        Answer(403, "AccessDenied", "User: x is not authorized to perform: kms:Decrypt on the resource"), id="a KMS key"
+    ),
     # A date that is none, as which the client library takes it.
     pytest.param(OneHeader("x-amz-object-lock-retain-until-date", "soon"), id="a header that is not what it should be"),
 ]
@@ -80,6 +91,14 @@ class HoldsControls:
             body = reply.body.replace(b"@", b"\x01")
         headers = [(name, value) for name, value in reply.headers if name.lower() != "content-length"]
         return Reply(reply.status, headers, body)
+
+
+@dataclass(frozen=True)
+class OtherListing:
+    body: bytes
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        return Reply(200, [("Content-Type", "application/xml")], self.body)
 
 
 @pytest.fixture
@@ -154,6 +173,16 @@ def test_what_is_one_objects_fault_is_the_same_for_readers_and_for_ship() -> Non
     said = [HTTPClientError(error=ProtocolError("x", HTTPException(text))) for text in (headers, "other")]
     assert [s3.too_many_headers(one) for one in said] == [bucket._too_many_headers(one) for one in said]
     assert [s3.too_many_headers(one) for one in said] == [headers, None]
+    refused = [
+        ClientError({"Error": {"Code": code, "Message": text}, "ResponseMetadata": {"HTTPStatusCode": status}}, "Get")  # type: ignore[typeddict-item]
+        for status, code, text in (
+            (403, "InvalidObjectState", ""), (403, "AccessDenied", "The ciphertext refers to a customer master key"),
+            (403, "AccessDenied", "… not authorized to perform: kms:Decrypt"), (403, "AccessDenied", "Access Denied"),
+            (400, "InvalidObjectState", ""), (403, "ExpiredToken", "kms"),
+        )
+    ]  # fmt: skip
+    assert [s3.forbids_to_all(one) for one in refused] == [True, True, True, False, False, False]
+    assert [bucket._forbids_to_all(one) for one in refused] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -192,6 +221,28 @@ def test_a_claim_and_a_view_that_nobody_can_read_stop_no_collector(
     assert {one.release: one.step for one in decide(faulty, MODEL, KEEP)}[third.release] is Step.KEEP
 
 
+@pytest.mark.parametrize("fault", [ManyHeaders(), Answer(400, "InvalidRequest")])
+def test_a_view_that_nobody_can_read_is_written_anew(
+    faulty: ObjectStore, proxy: FaultProxy, fault: Fault, tmp_path: Path
+) -> None:
+    manifest = onnx_release(tmp_path / "release", 1.0)
+    publish(faulty, tmp_path / "release", manifest)
+    move(faulty, manifest)
+    config = f"{views_prefix(MODEL)}{CHANNEL}/triton/{MODEL}/config.pbtxt"
+    faulty.put(config, b"{}")
+    hidden = Rule(fault, path=config)
+
+    def written_over() -> None:
+        hidden.times = 0
+
+    for method in ("PUT", "DELETE"):
+        proxy.add(Rule(PassOn(), method=method, path=config, before=written_over))
+    proxy.add(hidden)
+    assert write_triton(faulty, reader(faulty, tmp_path / "served").pull()).generation == 1
+    found = faulty.get(config)
+    assert found is not None and found[0].startswith(f"# {MODEL} release {manifest.release}\n".encode())
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_live_release_that_nobody_can_read_is_told_as_broken(
     faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], fault: Fault, tmp_path: Path
@@ -213,7 +264,7 @@ def test_records_that_nobody_can_read_hold_up_neither_a_channel_nor_the_tables_o
     faulty.put(f"{decisions_prefix(MODEL, CHANNEL)}20250101T000000.000000Z-r.json", b"{}")
     proxy.add(Rule(fault, method="GET", path=rf"00000003\.json|/{OTHER}/channels/|/decisions/.*Z-r\.json"))
     assert [move(faulty, two[number]).generation for number in (0, 1)] == [3, 4]
-    assert {row.model: bool(row.unreadable) for row in channel_statuses(faulty, {})} == {MODEL: True, OTHER: True}
+    assert {row.model: bool(row.unreadable) for row in channel_statuses(faulty, {})} == {MODEL: False, OTHER: True}
 
 
 def test_a_record_under_a_key_of_kms_that_others_may_not_use_holds_up_no_channel(
@@ -222,6 +273,35 @@ def test_a_record_under_a_key_of_kms_that_others_may_not_use_holds_up_no_channel
     faulty.put(record_key(MODEL, CHANNEL, 3), b"{}")
     proxy.add(Rule(Answer(403, "AccessDenied"), method="GET", path=r"00000003\.json"))
     assert [move(faulty, two[number]).generation for number in (0, 1)] == [3, 4]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, JOB])
+def test_what_is_live_and_lies_in_an_archive_keeps_no_successor_out(
+    faulty: ObjectStore, proxy: FaultProxy, tmp_path: Path, name: str
+) -> None:
+    live, better = (runnable(faulty, tmp_path / str(seed), 0.9, seed) for seed in (1, 2))
+    move(faulty, live)
+    proxy.add(Rule(Answer(403, "InvalidObjectState"), method="GET", path=rf"{live.release}/{name}"))
+    channel = Channel(faulty, MODEL, CHANNEL, NOWHERE)
+    pointer = read_pointer(channel)
+    assert pointer is not None
+    with pytest.raises(ReleaseError, match=f"{name}: it cannot be read as other objects are: InvalidObjectState"):
+        read_release_record(faulty, MODEL, live.release, sha256=pointer.manifest_sha256)
+    copy, said = live_copy(faulty, tmp_path / "copies", pointer, None)
+    assert copy is None and "it is broken" in said and "InvalidObjectState" in said
+    require_not_stale(channel, better.release, pointer, "2026-11-30T00:00:00+00:00")
+    asked = ask_promotion(channel, better.release, None)
+    assert kind_changes(asked, pointer) == []
+    assert promote_existing(asked, MOVER, gates=False).release == better.release
+
+
+def test_credentials_that_may_not_read_a_release_are_no_fault_of_it(
+    faulty: ObjectStore, proxy: FaultProxy, two: list[Manifest], tmp_path: Path
+) -> None:
+    live = read_pointer(Channel(faulty, MODEL, CHANNEL))
+    proxy.add(Rule(Answer(403, "AccessDenied"), path=two[1].release))
+    with pytest.raises(SettingsError, match="refused these credentials"):
+        live_copy(faulty, tmp_path / "copies", live, None)
 
 
 def test_a_fault_of_one_model_ends_neither_collector_nor_doctor_nor_table(
@@ -292,8 +372,8 @@ def test_an_upload_whose_key_no_listing_can_hold_is_dropped_where_the_store_enco
 ) -> None:
     proxy.add(Rule(HoldsControls(encodes=True), method="GET", path="uploads"))
     week = timedelta(days=7)
-    assert faulty.drop_uploads(f"models/{OTHER}/", week) == [f"models/{OTHER}/releases/%41+x"]
-    ours = [f"models/{MODEL}/releases/@ +%41", f"models/{MODEL}/releases/x"]
+    assert faulty.drop_uploads(f"models/{OTHER}/", week) == [(f"models/{OTHER}/releases/%41+x", "")]
+    ours = [(f"models/{MODEL}/releases/@ +%41", ""), (f"models/{MODEL}/releases/x", "")]
     assert faulty.drop_uploads(f"models/{MODEL}/", week) == ours
     assert faulty.drop_uploads(f"models/{MODEL}/", week) == []
 
@@ -308,3 +388,81 @@ def test_an_upload_whose_key_no_listing_can_hold_stops_the_collection_of_no_othe
     said = capsys.readouterr()
     assert ended.value.exit_code == 1 and f"{MODEL}: uploads that were never completed stay" in said.err
     assert f"{OTHER}: upload to drop: models/{OTHER}/releases/%41+x" in said.out
+
+
+def test_an_upload_that_may_not_be_dropped_is_told_by_its_name_and_keeps_no_other(
+    faulty: ObjectStore, proxy: FaultProxy, uploads: None, two: list[Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.add(Rule(Answer(403, "AccessDenied"), method="DELETE", path=r"/releases/(@|%40)"))
+    with pytest.raises(typer.Exit) as ended:
+        gc(MODEL, KEEP, apply=True, delete_versions=False)
+    said = capsys.readouterr()
+    assert ended.value.exit_code == 1 and f"{MODEL}: upload dropped: models/{MODEL}/releases/x\n" in said.out
+    assert f"{MODEL}: an upload is not dropped: models/{MODEL}/releases/@ +%41: s3://" in said.err
+    assert "list uploads" not in said.err
+
+
+# ---- listings
+
+
+@dataclass(frozen=True)
+class ListsAsRgw:
+    """Listings as Ceph RGW 16 writes them, of pages of two names: keys as in addresses, and where a page ends as it is.
+
+    A control character is a reference there, `&#x01;`, which XML does not hold.
+    """
+
+    keys: tuple[str, ...]
+
+    def apply(self, request: Request, forward: Forward) -> Reply | None:
+        asked = {name: values[0] for name, values in parse_qs(urlsplit(request.path).query).items()}
+        prefix, delimiter = asked.get("prefix", ""), asked.get("delimiter", "")
+        after = asked.get("continuation-token", asked.get("start-after", ""))
+        names: list[str] = []
+        for key in sorted(self.keys):
+            rest = key.removeprefix(prefix)
+            folder = f"{prefix}{rest.partition(delimiter)[0]}/" if delimiter and delimiter in rest else key
+            if key.startswith(prefix) and folder > after and folder not in names:
+                names.append(folder)
+        most = int(asked.get("max-keys", 2))
+        page, more = names[:most], len(names) > most
+        end = f"<NextContinuationToken>{raw(page[-1])}</NextContinuationToken>" if more else ""
+        begin = f"<StartAfter>{raw(after)}</StartAfter>" if after else ""
+        items = "".join(
+            f"<CommonPrefixes><Prefix>{quote(name)}</Prefix></CommonPrefixes>"
+            if name.endswith("/")
+            else f"<Contents><Key>{quote(name)}</Key><Size>0</Size><ETag>&quot;e&quot;</ETag>"
+            "<LastModified>2026-11-01T00:00:00.000Z</LastModified></Contents>"
+            for name in page
+        )
+        text = (
+            f"<ListBucketResult><EncodingType>url</EncodingType><IsTruncated>{str(more).lower()}</IsTruncated>"
+            f"<KeyCount>{len(page)}</KeyCount>{begin}{end}{items}</ListBucketResult>"
+        )
+        return Reply(200, [("Content-Type", "application/xml")], text.encode())
+
+
+def raw(name: str) -> str:
+    return "".join(f"&#x{ord(one):02X};" if ord(one) < 32 else one for one in name)
+
+
+@pytest.mark.parametrize("character", ["\x01", "\x1f", "\ufffe"])
+def test_a_key_at_the_end_of_a_page_that_xml_cannot_hold_breaks_no_listing(
+    faulty: ObjectStore, proxy: FaultProxy, character: str
+) -> None:
+    keys = sorted(f"a/{number}/{character}{where}" for number in range(3) for where in range(3))
+    keys += [f"a/b{character}/x", f"a/c{character}/x", "a/d/x"]
+    proxy.add(Rule(ListsAsRgw(tuple(keys)), method="GET", path="list-type=2"))
+    assert list(faulty.list_keys("a/")) == sorted(keys)
+    assert list(faulty.list_objects("a/", after=keys[1], until=keys[5])) == keys[2:6]
+    assert faulty.list_folders("a/") == sorted(["0", "1", "2", f"b{character}", f"c{character}", "d"])
+    assert faulty.has_any("a/0") and not faulty.has_any("b")
+
+
+def test_a_store_that_does_not_say_how_a_listing_goes_on_is_asked_no_more(
+    faulty: ObjectStore, proxy: FaultProxy
+) -> None:
+    page = b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>"
+    proxy.add(Rule(OtherListing(page), method="GET", path="list-type=2"))
+    with pytest.raises(ServiceError, match=r"cannot list a/ in .*: the store does not say how it goes on"):
+        faulty.list_keys("a/")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ import pytest
 from shipreader import records
 from shipreader.errors import RefusedError
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, make_release, move, rolled_back
-from train_and_ship.infra.errors import ReleaseError, RequestError
+from train_and_ship.infra.errors import AnsweredError, ReleaseError, RequestError
 from train_and_ship.infra.objectstore import RECORD_BYTES, ObjectStore
 from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import decisions_prefix, pointer_key, views_prefix
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.bucket.tombstones import MARK_BYTES, read_claims, read_tombstone, tombstone_key
+from train_and_ship.registry.channels import decisions
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import KEPT, SKIPPED, Decision, read_decisions, record_decision
 from train_and_ship.registry.channels.history import find_record, read_history, record_key
@@ -35,6 +38,8 @@ from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.history_repair import repair_history
 from train_and_ship.registry.maintenance.retention import Policy, Step, _in_views, decide
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest, build_manifest, decode_manifest
+from train_and_ship.registry.tracking import rest
+from train_and_ship.registry.tracking.rest import TAG_RELEASE, RestRegistry
 from train_and_ship.ship.status import channel_statuses
 
 KEEP = Policy(keep_last=2, slowest_reader=timedelta(0))
@@ -86,6 +91,34 @@ def test_no_record_is_read_that_is_longer_than_any_of_ours(
     # Nor is any of it held: a bucket takes objects of terabytes.
     with pytest.raises(ReleaseError, match="expected at most 1,000 bytes"):
         object_store.get(pointer_key(MODEL, CHANNEL), 1000)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """An MLflow whose versions have tags without end."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        tags = [{"key": "x", "value": "y" * 1000}, {"key": TAG_RELEASE, "value": "a" * 20}]
+        body = json.dumps({"model_version": {"tags": tags}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nobody reads it."""
+
+
+def test_of_a_reply_of_mlflow_no_more_is_read_than_ours_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        registry = RestRegistry(f"http://127.0.0.1:{server.server_port}")
+        assert registry.release(MODEL, "1") == "a" * 20
+        monkeypatch.setattr(rest, "REPLY_BYTES", 1000)
+        with pytest.raises(AnsweredError, match="answered model-versions/get with more than 1,000 bytes"):
+            registry.release(MODEL, "1")
+        server.shutdown()
 
 
 def test_enormous_claims_and_views_stop_no_collector(object_store: ObjectStore, three: list[Manifest]) -> None:
@@ -152,10 +185,45 @@ def test_a_record_of_more_verdicts_than_gates_is_none() -> None:
         records.decode_pointer(encoded[1001], MODEL, CHANNEL)
 
 
-def test_a_decision_of_more_changes_than_there_can_be_is_none(object_store: ObjectStore, channel: Channel) -> None:
+def test_a_decision_of_more_changes_than_there_can_be_is_none(
+    object_store: ObjectStore, channel: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
     record_decision(object_store, decision(1, changed={str(i): "" for i in range(1001)}))
-    with pytest.raises(ReleaseError, match="1,001 changes"):
-        read_decisions(channel, 5)
+    assert read_decisions(channel, 5) == [] and "1,001 changes" in caplog.text
+
+
+def test_what_a_decision_quotes_of_a_live_release_is_cut_so_that_it_can_be_read(
+    object_store: ObjectStore, channel: Channel
+) -> None:
+    absurd = "x" * 2_000_000 + "\ud800"
+    record_decision(object_store, decision(1, why=absurd, asked=absurd, changed={"environment": absurd}))
+    (found,) = read_decisions(channel, 1)
+    cut = "x" * 9_999 + "…"
+    assert (found.why, found.asked, found.changed) == (cut, cut, {"environment": cut})
+    record_decision(object_store, decision(2, why="half \ud800"))
+    assert read_decisions(channel, 1)[0].why == "half \\ud800"
+
+
+def test_decisions_that_cannot_be_read_hide_the_last_that_can_up_to_a_number(
+    object_store: ObjectStore, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = decision(0)
+    record_decision(object_store, ours)
+    for number in range(1, 4):
+        key = f"{decisions_prefix(MODEL, CHANNEL)}202511{17 + number}T020000.000000Z-r.json"
+        object_store.put(key, b" " * (RECORD_BYTES + 1))
+    assert read_decisions(channel, 1) == [ours] and read_decisions(channel, 30) == [ours]
+    # Whoever may write decisions may write any number of them.
+    monkeypatch.setattr(decisions, "PASSED_OVER", 1)
+    assert read_decisions(channel, 1) == []
+
+
+def test_a_table_shows_what_is_live_beside_a_decision_that_cannot_be_read(
+    object_store: ObjectStore, three: list[Manifest]
+) -> None:
+    object_store.put(f"{decisions_prefix(MODEL, CHANNEL)}20251117T020000.000000Z-r.json", b"{}")
+    (row,) = channel_statuses(object_store, {})
+    assert row.live is not None and (row.live.release, row.unreadable) == (three[2].release, "")
 
 
 # ---- absurd

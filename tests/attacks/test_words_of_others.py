@@ -156,7 +156,9 @@ def test_a_channel_with_a_name_that_means_something_else_takes_no_alias(
         assert "that name is no channel's" in said
 
 
-def test_what_others_wrote_makes_no_line_of_its_own_in_an_error(object_store: ObjectStore, tmp_path: Path) -> None:
+def test_what_others_wrote_makes_no_line_of_its_own_in_an_error(
+    object_store: ObjectStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     forged = "x\nall is well"
     hint = {"verificationMaterial": {"publicKey": {"hint": forged}}}
     envelope = {"payload": "", "payloadType": forged, "signatures": [{"sig": ""}]}
@@ -170,9 +172,10 @@ def test_what_others_wrote_makes_no_line_of_its_own_in_an_error(object_store: Ob
     known = json.loads(decision.encode())
     for document in ({**known, forged: 1}, {**known, "flow_run": forged}):
         object_store.put(written, json.dumps(document).encode())
-        with pytest.raises(ReleaseError, match="all is well") as found:
-            read_decisions(Channel(object_store, MODEL, CHANNEL), 1)
-        assert "\n" not in str(found.value)
+        caplog.clear()
+        assert read_decisions(Channel(object_store, MODEL, CHANNEL), 1) == []
+        (said,) = caplog.messages
+        assert "all is well" in said and "\n" not in said
     rules = {"format": 1, "approval": "none", forged: ""}
     object_store.put(rules_key(MODEL, CHANNEL), json.dumps(rules).encode())
     with pytest.raises(ReleaseError, match="all is well") as found:

@@ -30,6 +30,7 @@ from train_and_ship.registry.channels.decisions import (
     SKIPPED,
     WAITING,
     Decision,
+    decided_at,
     keep_until_recorded,
     read_decisions,
     record_decision,
@@ -69,11 +70,18 @@ def test_a_decision_can_be_recorded_again_and_never_replaced(object_store: Objec
         record_decision(object_store, dataclasses.replace(one, why="another reason"))
 
 
-def test_what_is_no_decision_is_refused_by_its_key(object_store: ObjectStore) -> None:
+def test_what_is_no_decision_is_passed_over_and_told_by_its_key(
+    object_store: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = Channel(object_store, "strange", "prod")
     key = f"{decisions_prefix('strange', 'prod')}20261117T020000.000000Z-r.json"
     object_store.put_new(key, b'{"format": 1, "model": 3}')
-    with pytest.raises(ReleaseError, match=f"{key}: expected the record of a decision"):
-        read_decisions(Channel(object_store, "strange", "prod"), 5)
+    assert read_decisions(channel, 5) == []
+    assert f"{key}: expected the record of a decision" in caplog.text
+    # Behind it the last one that can be read is the last one.
+    ours = decided(0, SKIPPED, "strange")
+    record_decision(object_store, ours)
+    assert decided_at(ours) < datetime(2026, 11, 17, tzinfo=UTC) and read_decisions(channel, 1) == [ours]
 
 
 def test_a_channel_whose_records_cannot_be_read_hides_no_other(object_store: ObjectStore) -> None:
@@ -150,6 +158,7 @@ def test_a_streak_is_of_skips_since_the_last_other_answer(object_store: ObjectSt
     )  # fmt: skip
     assert streak(plan) == 0
     record_decision(object_store, dataclasses.replace(decided(0, SKIPPED, "streak"), streak=13))
+    object_store.put_new(f"{decisions_prefix('streak', 'prod')}20251117T080000.000000Z-r.json", b"{}")
     assert streak(plan) == 13
     record_decision(object_store, decided(1, KEPT, "streak"))
     assert streak(plan) == 0

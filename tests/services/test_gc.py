@@ -439,7 +439,7 @@ def test_uploads_that_were_never_completed_are_dropped(
     assert object_store.drop_uploads(f"models/{MODEL}/", 7 * DAY) == []
     calendar.passed = 8 * DAY
     assert len(object_store.drop_uploads(f"models/{MODEL}/", 7 * DAY, dry_run=True)) == 1
-    assert object_store.drop_uploads(f"models/{MODEL}/", 7 * DAY) == [f"models/{MODEL}/releases/x/model.onnx"]
+    assert object_store.drop_uploads(f"models/{MODEL}/", 7 * DAY) == [(f"models/{MODEL}/releases/x/model.onnx", "")]
     left = client.list_multipart_uploads(Bucket=object_store.bucket)["Uploads"]
     assert [upload["Key"] for upload in left] == ["models/other/releases/x/model.onnx"]
 

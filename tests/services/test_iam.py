@@ -248,6 +248,33 @@ def test_what_each_role_may_write_over_or_ahead_takes_no_move_along_and_stops_no
         decide(as_role(Role.COLLECTOR), MODEL, Policy(slowest_reader=timedelta(0)))
 
 
+def test_no_listing_ends_at_a_key_that_xml_cannot_hold(object_store: ObjectStore) -> None:
+    # Pages of two: what ends one is written into the answer as it is.
+    object_store._client.meta.events.register(
+        "before-parameter-build.s3.ListObjectsV2", lambda params, **_: params.setdefault("MaxKeys", 2)
+    )
+    keys = sorted(f"a/{number}{character}/{number}\x01" for number in range(3) for character in ("", "\x01", "\ufffe"))
+    for key in keys:
+        object_store.put(key, b"")
+    assert list(object_store.list_keys("a/")) == keys
+    assert list(object_store.list_objects("a/", after=keys[0], until=keys[6])) == keys[1:7]
+    assert object_store.list_folders("a/") == sorted(key.split("/")[1] for key in keys)
+    assert object_store.has_any("a/0") and not object_store.has_any("b")
+
+
+def test_a_collector_drops_uploads_of_views_and_claims_too(
+    object_store: ObjectStore, as_role: AsRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"models/{MODEL}/{place}/x" for place in ("claims", "releases", f"views/{CHANNEL}")]
+    for key in [*keys, "models/faces/releases/x"]:
+        object_store._client.create_multipart_upload(Bucket=object_store.bucket, Key=key)
+    collector = as_role(Role.COLLECTOR)
+    monkeypatch.setattr(collector, "now", lambda: datetime.now(UTC) + timedelta(days=1))
+    assert collector.drop_uploads(f"models/{MODEL}/", timedelta(0)) == [(key, "") for key in keys]
+    ((other, why),) = collector.drop_uploads("models/faces/", timedelta(0))
+    assert other == "models/faces/releases/x" and "403 AccessDenied" in why
+
+
 def test_a_user_without_a_policy_may_do_nothing(object_store: ObjectStore, as_role: AsRole, tmp_path: Path) -> None:
     move(object_store, published(object_store, tmp_path / "release"))
     nobody = as_role()

@@ -149,6 +149,7 @@ SETTINGS = {
     "SHIP_CPU_HOUR_PRICE": ["nan"],
     "SHIP_SILENT_SECONDS": ["1"],
     "SHIP_REHEARSAL_SECONDS": ["0", "long"],
+    "SHIP_REHEARSAL_MEMORY": ["0", "120%"],
 }
 STORE = {
     "AWS_ENDPOINT_URL": ["nonsense", "http://[::1"],

@@ -72,9 +72,10 @@ class Answer:
 
     status: int
     code: str
+    message: str = "injected"
 
     def apply(self, request: Request, forward: Forward) -> Reply | None:
-        return fault_reply(self.status, self.code)
+        return fault_reply(self.status, self.code, self.message)
 
 
 @dataclass(frozen=True)
@@ -263,9 +264,9 @@ class AtIndex(Rule):
         return self.index < self.seen <= self.index + 1 + self.following
 
 
-def fault_reply(status: int, code: str) -> Reply:
+def fault_reply(status: int, code: str, message: str = "injected") -> Reply:
     """A reply as S3 servers write faults."""
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
     return Reply(status, [("Content-Type", "application/xml")], body)
 
 

@@ -51,6 +51,19 @@ def job(folder: Path, **parts: Any) -> Job:
     return load_job(write_project(folder, **parts))[0]
 
 
+def test_what_has_changed_is_some_hundred_characters_whatever_the_live_release_says_of_itself(tmp_path: Path) -> None:
+    one, absurd = job(tmp_path), "x" * 2_000_000 + "\ud800\n"
+    live = released(one)
+    files = dict(live.files)
+    files[ENVIRONMENT] = f"{absurd}==1"
+    files[JOB] = json.dumps({**json.loads(files[JOB]), "train": {"epochs": 1, "loss": absurd}})
+    files[LINEAGE] = json.dumps({"inputs": {"code": absurd, "data": absurd}})
+    found = changes(inputs(one), one, dataclasses.replace(live, files=files), tmp_path)
+    assert found.keys() == {"code", "data", "config", "environment"}
+    assert all(how.encode() and len(how) < 700 and how.isprintable() for how in found.values())
+    assert found["data"] == f"fingerprint {'x' * 187}…"
+
+
 @pytest.mark.parametrize("example", ["digits", "own_loop", "lightning"])
 def test_the_job_in_a_release_is_read_again_as_it_was(example: str) -> None:
     one, _ = load_job(REPOSITORY / "examples" / example / "job.yaml")

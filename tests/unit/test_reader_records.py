@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from shipreader import records
+from shipreader import mlserver, records
 from shipreader.errors import RefusedError
 from shipreader.mlserver import served
 from tests.support.projects import REPOSITORY
+from torchworker.contract import WITHOUT_CODE
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.channels.pointer import Pointer, decode_pointer
 from train_and_ship.registry.identity import canonical_json
@@ -194,6 +195,9 @@ def test_a_reader_knows_what_a_release_recommends(manifest: Manifest, tmp_path: 
         # MLServer runs ONNX alone.
         ({"latency": "onnx-int8-static", "throughput": "aoti"}, "onnx-int8-static"),
         ({"latency": "pt2", "throughput": "aoti"}, "onnx"),
+        # What no gate has loaded, by a name of its writer's own.
+        ({"latency": "onnx-int8-dynamic", "throughput": "onnx2"}, "onnx-int8-dynamic"),
+        ({"latency": "onnx2", "throughput": "onnx-int8"}, "onnx"),
     ],
 )
 def test_the_endpoint_serves_the_onnx_format_that_is_recommended(serve: dict[str, str], expected: str) -> None:
@@ -251,3 +255,7 @@ def test_a_release_without_files_and_labels_has_the_bytes_that_it_had(manifest: 
         b'"format":1,"formats":{"onnx":"model.onnx"},"metrics":{"loss":0.5},"model":"digits",'
         b'"release":"' + manifest.release.encode() + b'","signature":{}}'
     )
+
+
+def test_what_is_served_is_what_a_promotion_loads_without_a_signature() -> None:
+    assert mlserver.FORMATS == WITHOUT_CODE

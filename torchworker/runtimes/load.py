@@ -233,18 +233,17 @@ def _onnx(path: Path, threads: int) -> Loaded:
 
 
 def _initializers(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    import onnx
+    import onnx_ir
 
-    graph = onnx.load(str(path)).graph
-    held = {item.name for item in graph.initializer}
+    graph = onnx_ir.load(path).graph
     statistics = {name for name in names if name.endswith("running_var")}
-    folded = {name for node in graph.node if node.op_type in FOLDED_INTO for name in node.input}
-    skipped = folded if statistics - held else set()
-    for item in graph.initializer:
-        if item.name in names and item.name not in skipped:
+    folded = {value.name for node in graph if node.op_type in FOLDED_INTO for value in node.inputs if value is not None}
+    skipped = folded if statistics - graph.initializers.keys() else set()
+    for name, value in graph.initializers.items():
+        if name in names and name not in skipped and value.const_value is not None:
             # Types that numpy does not have come as its own kinds, which torch does not take.
             with contextlib.suppress(TypeError):
-                yield item.name, torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+                yield name, torch.from_numpy(value.const_value.numpy().copy())
 
 
 def _executorch_library() -> Any:

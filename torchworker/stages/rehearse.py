@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import (
+    GOLDEN,
     INT8_OF,
     METRICS,
     Interval,
@@ -31,7 +32,7 @@ from torchworker.parity.compare import Policy, Usual, compare_output, usual_loss
 from torchworker.parity.int8 import golden_noise
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import GROUP, read_golden, validation_batches
-from torchworker.process.failure import describe
+from torchworker.process.failure import UserError, describe
 from torchworker.project.metrics import constant_score, mean_of, sample_sums
 from torchworker.project.signature import samples_of_a_call
 from torchworker.runtimes.load import Call, load_artifact, load_libraries, require_hashes
@@ -54,12 +55,10 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     folder = Path(candidate.folder)
     require_hashes(folder, candidate.files)
     load_libraries(folder / name for name in candidate.libraries)
-    asked = read_golden(folder, Path(request.moved) if request.moved else None)
-    golden = [probe.ordered(candidate.inputs) for probe in asked]
     outputs = [spec.name for spec in candidate.outputs]
+    golden, usual = _golden(request, outputs)
     validation = load_file(request.validation) if request.validation else {}
     batch = golden[min(1, len(golden) - 1)].size
-    usual = usual_losses(golden, outputs, Policy())
     # Then any artifact gives the same: nothing.
     empty = not all(_has_values(probe.inputs) for probe in golden) or not any(
         _has_values(probe.eager or {}) for probe in golden
@@ -102,6 +101,26 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
         live_spread={name: _spread(_worst(own, name)) for name in scored},
         constant={name: constant_score(name, validation["target"]) for name in scored},
     )
+
+
+def _golden(request: RehearseRequest, outputs: Sequence[str]) -> tuple[list[Probe], dict[str, Usual]]:
+    """What the candidate is asked, the smallest batch first, and what the model loses on each output.
+
+    Raises UserError where its file holds anything else: whoever published the release has written it.
+    """
+    try:
+        asked = read_golden(Path(request.candidate.folder), Path(request.moved) if request.moved else None)
+        golden = [probe.ordered(request.candidate.inputs) for probe in asked]
+        if not golden:
+            raise ValueError("no batch")
+        return golden, usual_losses(golden, outputs, Policy())
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{GOLDEN} of the release: expected tensors batch_<samples>.input.<name> and batch_<samples>.eager.<name> "
+            f"for each input and output of its manifest, as `ship run` writes them; got {describe(error)[:300]}"
+        ) from error
 
 
 def _classes(request: RehearseRequest, validation: Mapping[str, Tensor]) -> int:
@@ -220,7 +239,12 @@ def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> V
         return _verdict(kind, case, None, describe(error))
     if len(got) != len(usual):
         return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(usual)}")
-    found = {name: compare_output(tensor, probe, name, usual[name]) for name, tensor in zip(usual, got, strict=True)}
+    try:
+        found = {
+            name: compare_output(tensor, probe, name, usual[name]) for name, tensor in zip(usual, got, strict=True)
+        }
+    except Exception as error:
+        return _verdict(kind, case, None, f"not comparable with {GOLDEN}: {describe(error)}")
     note = "; ".join(f"{name}: {outcome.note}" for name, outcome in found.items())
     return _verdict(kind, case, max(0.0, *(outcome.ratio for outcome in found.values())), note)
 
