@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchworker.exporters.subject import Subject
+from torchworker.parity.probes import is_mask
 from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, describe
 from torchworker.project.answers import roundoff_of
@@ -37,6 +38,22 @@ def disagreement(call: Call, subject: Subject) -> str:
             if not outcome.passed:
                 return f"on {shown} output {name} is not the model's: {outcome.note}"
     return ""
+
+
+def differs_without_tokens(call: Call, subject: Subject) -> bool:
+    """Whether the program gives something else to a sample whose mask keeps nothing, all inputs else as they are."""
+    roundoff = roundoff_of(subject.model)
+    for name, tensor in subject.inputs.items():
+        if tensor.dim() < 2 or not is_mask(tensor):
+            continue
+        mask = tensor.clone()
+        mask[0] = 0
+        inputs = {**subject.inputs, name: mask}
+        expected = name_outputs(forward(subject.model, inputs, subject.project), subject.project)
+        for found, wanted in zip(call(inputs), expected.values(), strict=True):
+            if bool(wanted.isfinite().all()) and not compare_tensors(found, wanted, None, roundoff=roundoff).passed:
+                return True
+    return False
 
 
 def hides_nan(call: Call, subject: Subject) -> str:

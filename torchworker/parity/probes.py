@@ -183,14 +183,14 @@ def _largest(pool: Inputs) -> Iterator[Probe]:
 def _masks(pool: Inputs, few: Inputs) -> Iterator[Probe]:
     """One sample whose mask keeps everything, and one whose mask keeps nothing, beside others that are as they were."""
     for key, tensor in pool.items():
-        if tensor.dim() < 2 or not _is_mask(tensor):
+        if tensor.dim() < 2 or not is_mask(tensor):
             continue
         changed = few[key].clone()
         changed[0], changed[len(changed) // 2] = 1, 0
         yield Probe(name=f"masks.{key}", group=MASKS, inputs={**few, key: changed})
 
 
-def _is_mask(tensor: Tensor) -> bool:
+def is_mask(tensor: Tensor) -> bool:
     """Booleans, or numbers that are 0 and 1 and both."""
     return tensor.dtype == torch.bool or torch.unique(tensor).tolist() == [0, 1]
 

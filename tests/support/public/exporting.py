@@ -104,7 +104,8 @@ def _became(name: str, kind: str) -> str:
             expected = name_outputs(forward(subject.model, given, subject.project), subject.project)
             for found, wanted in zip(call(given), expected.values(), strict=True):
                 torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3, equal_nan=True)
-        assert (refused := gate(name, kind, loaded, subject, Path(folder))) == "", f"the gate refuses: {refused}"
+        if refused := gate(name, kind, loaded, subject, Path(folder)):
+            return f"refused: the gate: {refused}"
     return made.method
 
 
@@ -128,7 +129,8 @@ def gate(name: str, kind: str, loaded: Loaded, subject: Subject, folder: Path) -
     probes = [probe.ordered(specs) for probe in read_probes(folder)]
     samples = validation_batches(load_file(folder / VALIDATION), specs, batch, subject.outputs)
     golden = [probe.size for probe in probes if probe.group == BATCHES_OF_CAPTURE]
-    other = other_batches([probe for probe, _ in samples], golden, largest)
+    # Where `ship check` says that samples are coupled, a job has to allow it, and nothing is asked row by row.
+    other = () if BY_NAME[name].refused else other_batches([probe for probe, _ in samples], golden, largest)
     save_weights(subject.model, folder / WEIGHTS)
     verdicts = same_weights(kind, loaded, folder / WEIGHTS)
     note, outside = CrashNote(), Outside()
