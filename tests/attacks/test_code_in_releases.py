@@ -206,8 +206,10 @@ def test_a_live_release_that_takes_more_memory_than_it_may_keeps_no_successor_fr
 
 
 def test_the_process_of_a_rehearsal_is_watched_and_killed(
-    object_store: ObjectStore, tmp_path: Path, settings: Settings
+    object_store: ObjectStore, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # This one is over before anybody would look.
+    monkeypatch.setattr("train_and_ship.infra.fork_server.POLL_SECONDS", 0.001)
     folder = tmp_path / "release"
     write_release(folder, 1, MODEL)
     manifest = published(object_store, folder, onnx=ARTIFACT)
