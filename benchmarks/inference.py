@@ -105,6 +105,7 @@ class Stages:
             forbidden_modules=user_modules(self.job, self.project_folder),
             forbidden_folder=self.project.folder,
             threads=1,
+            max_batch=self.job.export.max_batch,
             int8=int8_limits(self.job),
         )
         validated: ValidateResult = decode(ValidateResult, self._call("validate", request))

@@ -106,6 +106,7 @@ class WorkerStages:
             threads=1,
             not_finite=self.job.parity.not_finite,
             refusals=self.job.parity.refusals,
+            max_batch=self.job.export.max_batch,
             relative=self.job.parity.relative,
             int8=int8_limits(self.job),
             cpp=cpp,

@@ -59,7 +59,8 @@ def keep_samples_there(model: Any, batch: str) -> bool:
     pads = add("Concat", zero, add("Cast", add("Equal", size, zero), to=int(ir.DataType.INT64)), axis=0)
     for value in given:
         filled = add("Pad", value, pads, None, zero)
-        filled.dtype = value.dtype
+        # Which is so but for the batch without rows; tools that infer shapes go on from it.
+        filled.dtype, filled.shape = value.dtype, value.shape
         for user, place in uses[value]:
             user.replace_input_with(place, filled)
     for place, output in enumerate(graph.outputs):

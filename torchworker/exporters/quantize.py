@@ -126,6 +126,11 @@ def _prepare(model: Path, path: Path) -> None:
                     value.shape = value.type = None
         onnx_ir.save(plain, path)
         quant_pre_process(path, path, skip_symbolic_shape=True)
+        # It has inferred those of the weights anew.
+        plain = onnx_ir.load(path)
+        for value in plain.graph.initializers.values():
+            value.shape = value.type = None
+        onnx_ir.save(plain, path)
 
 
 def _require_quantized(model: Path, path: Path, kind: str) -> None:

@@ -52,6 +52,7 @@ PAIRS = 4
 EMBEDDED = 4096
 """Samples with rows of an embedding in place of their own."""
 EMBEDDED_BATCH = 64
+"""Of them in one question, unless users send fewer."""
 SCAN_SECONDS = 1.0
 """Looking for samples that take another way through the code ends after this long."""
 
@@ -148,8 +149,9 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = (), tables: Mapping[str, T
         yield Probe(name="shifted", group=SCALES, inputs={**few, **shifted})
     yield from _largest(pool)
     yield from _masks(pool, few)
+    largest = min([EMBEDDED_BATCH, *(dim.max for dim in dims if dim.name == BATCH and dim.max is not None)])
     for key, table in (tables or {}).items():
-        yield from _rows_of(table, key, pool)
+        yield from _rows_of(table, key, pool, largest)
     for name, value in (("nan", float("nan")), ("inf", float("inf")), ("minus_inf", float("-inf"))):
         for key in real:
             touched = len(few[key]) // 2
@@ -195,12 +197,19 @@ def is_mask(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bool or torch.unique(tensor).tolist() == [0, 1]
 
 
-def _rows_of(table: Table, key: str, pool: Inputs) -> Iterator[Probe]:
-    """Each row of an embedding once, where real samples have other ones; as many as EMBEDDED samples have room for."""
+def _rows_of(table: Table, key: str, pool: Inputs, batch: int) -> Iterator[Probe]:
+    """Each row of an embedding once, where real samples have other ones; as many as EMBEDDED samples have room for.
+
+    Args:
+        table: the embedding.
+        key: the input that goes into it.
+        pool: real samples, [n, …] by input.
+        batch: samples of a question.
+    """
     wanted = torch.tensor([row for row in range(table.rows) if row != table.padding])
     available, asked = len(pool[key]), 0
-    for start in range(0, EMBEDDED, EMBEDDED_BATCH):
-        inputs = _rows(pool, torch.arange(start, start + EMBEDDED_BATCH) % available)
+    for start in range(0, EMBEDDED, batch):
+        inputs = _rows(pool, torch.arange(start, start + batch) % available)
         places = torch.ones_like(inputs[key], dtype=torch.bool)
         if table.padding is not None:
             places = inputs[key] != table.padding

@@ -187,6 +187,7 @@ async def _visit_one(fork_server: ForkServer, folder: Path, animal: Animal, kind
         threads=1,
         not_finite=job.parity.not_finite,
         refusals=job.parity.refusals,
+        max_batch=job.export.max_batch,
     )
     validated: ValidateResult = decode(
         ValidateResult, await call_worker(fork_server, "validate", validate, folder / "validate")
