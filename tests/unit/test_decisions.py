@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchworker.contract import DynamicDim
 from torchworker.exporters.program import capture
 from torchworker.exporters.torchscript import torchscript
 from torchworker.process.failure import UserError
+from torchworker.runtimes.load import load_with_weights
 
 HERE = str(Path(__file__).parent)
 
@@ -238,3 +240,42 @@ def test_an_assertion_on_values_is_refused_by_torch_export_with_what_to_do(tmp_p
     with pytest.raises(UserError, match=r"if x.min\(\) < -1e6:\). An assertion on values .*is_exporting\(\)"):
         capture(of(Decides(checks), {"x": torch.randn(4, 5, 6)}, dims, HERE))
     assert capture(of(Decides(checks_outside_of_a_capture), {"x": torch.randn(4, 5, 6)}, dims, HERE)).method
+
+
+class OfOneSize(nn.Module):
+    """Refuses other pictures in Python, as vision models of transformers do; `map` is what no script takes."""
+
+    def __init__(self, named: bool = False) -> None:
+        super().__init__()
+        self.mix, self.named = nn.Linear(4, 3), named
+
+    def forward(self, picture: Tensor) -> Any:
+        if picture.shape[-1] != 4 or picture.shape[1] != 2:
+            raise ValueError(f"a picture of 2 × 4, got {tuple(picture.shape)}")
+        (mixed,) = map(self.mix, [picture])
+        answer = mixed.mean(1)
+        return {"said": answer, "twice": 2 * answer} if self.named else answer
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_trace_that_loses_the_models_look_at_its_inputs_gets_one_of_the_fixed_sizes(
+    tmp_path: Path, named: bool
+) -> None:
+    model = OfOneSize(named).eval().requires_grad_(False)
+    dims = [DynamicDim(name="batch", min=1, max=None, axes={"picture": (0,)})]
+    subject = replace(
+        of(model, {"picture": torch.randn(8, 2, 4)}, dims), outputs=["said", "twice"] if named else ["output"]
+    )
+    made = torchscript(subject, tmp_path / "model")
+    assert made.method == "torch.jit.trace, which looks at fixed sizes"
+    loaded = load_with_weights("torchscript", tmp_path / "model", 1)
+    if not named:
+        assert dict(loaded.weights(())).keys() == model.state_dict().keys()
+    for batch in (1, 8, 65):
+        picture = torch.randn(batch, 2, 4)
+        expected = model(picture)
+        for one, two in zip(loaded.call({"picture": picture}), expected.values() if named else [expected], strict=True):
+            torch.testing.assert_close(one, two)
+    for wrong in (torch.randn(8, 3, 4), torch.randn(8, 2, 5)):
+        with pytest.raises(RuntimeError, match="expects split_sizes to sum exactly to"):
+            loaded.call({"picture": wrong})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torchworker.parity.rule import compare_tensors
 from torchworker.process.failure import UserError, user_line
 from torchworker.process.shown_warnings import keep
 from torchworker.project.answers import roundoff_of
-from torchworker.project.signature import BATCH, resized, sizes_of
+from torchworker.project.signature import BATCH, input_specs, resized, sizes_of
 from torchworker.project.user_code import arguments, forward, name_outputs
 from torchworker.runtimes.load import call_script, flat, ignore_script_deprecation
 
@@ -71,13 +72,72 @@ def _script(subject: Subject) -> tuple[Any, str]:
 class _Flat(nn.Module):
     """The model with its inputs by position and its outputs as one tuple: a trace cannot return a mixed dict."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, looks: bool = False) -> None:
+        """looks: whether it looks at the fixed sizes of its inputs first."""
         super().__init__()
         self.model, self.names, self.project = subject.model, list(subject.inputs), subject.project
+        self.looked = partial(_looked_at, fixed=_fixed(subject) if looks else ())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        inputs = tuple(self.looked(inputs))
         args, kwargs = arguments(self.model, dict(zip(self.names, inputs, strict=True)))
         return tuple(name_outputs(self.model(*args, **kwargs), self.project).values())
+
+
+Fixed = Sequence[tuple[int, int, int]]
+"""Places of inputs in forward's order, each with an axis and its size."""
+
+
+def _fixed(subject: Subject) -> Fixed:
+    """Sizes that are no dynamic dimension's. Asked before tracing, which makes tensors of sizes."""
+    return [
+        (place, axis, size)
+        for place, spec in enumerate(input_specs(subject.inputs, subject.dims))
+        for axis, size in enumerate(spec.shape)
+        if isinstance(size, int)
+    ]
+
+
+def _looked_at(inputs: Sequence[Tensor], fixed: Fixed) -> list[Tensor]:
+    """The inputs, by an operator that raises for another size and changes nothing.
+
+    What Python or a scripted function asks of sizes is answered once for all by a trace, which knows them.
+    """
+    looked = list(inputs)
+    for place, axis, size in fixed:
+        (looked[place],) = torch.split(looked[place], [size], axis)
+    return looked
+
+
+def _guarded(subject: Subject) -> nn.Module:
+    """The model, which looks at the fixed sizes of its inputs before it computes. Its weights keep their names."""
+    kind, fixed = type(subject.model), _fixed(subject)
+
+    def forward(self: nn.Module, *inputs: Tensor) -> Any:
+        return kind.forward(self, *_looked_at(inputs, fixed))
+
+    # By which a trace names its inputs.
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    model = copy.copy(subject.model)
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return model
+
+
+def _takes_other_sizes(program: Any, subject: Subject) -> bool:
+    """Whether the trace answers where the model refuses a size that is fixed: a check that is not in it."""
+    for name, spec in zip(subject.inputs, input_specs(subject.inputs, subject.dims), strict=True):
+        for axis, size in enumerate(spec.shape):
+            if not isinstance(size, int) or not size:
+                continue
+            tensor = subject.inputs[name]
+            longer = {**subject.inputs, name: torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)}
+            try:
+                forward(subject.model, longer, subject.project)
+            except UserError:
+                with contextlib.suppress(Exception):
+                    program(*longer.values())
+                    return True
+    return False
 
 
 def _trace(subject: Subject) -> tuple[Any, str]:
@@ -87,11 +147,18 @@ def _trace(subject: Subject) -> tuple[Any, str]:
         subject.inputs, subject.dims, {**sizes_of(subject.inputs, subject.dims), BATCH: min(largest, LARGE)}
     )
     given = [*cases(subject), large]
-    calls = [arguments(subject.model, inputs) for inputs in given]
+    calls: list[_Call] = [arguments(subject.model, inputs) for inputs in given]
+    plain: Callable[[], nn.Module]
+    looking: Callable[[], nn.Module]
     if calls[0][1] or not isinstance(forward(subject.model, subject.inputs, subject.project), Tensor):
-        flat_calls: list[_Call] = [(tuple(inputs.values()), {}) for inputs in given]
-        return _traced(_Flat(subject), flat_calls, subject), "torch.jit.trace"
-    return _traced(subject.model, calls, subject), "torch.jit.trace"
+        calls = [(tuple(inputs.values()), {}) for inputs in given]
+        plain, looking = partial(_Flat, subject), partial(_Flat, subject, looks=True)
+    else:
+        plain, looking = lambda: subject.model, partial(_guarded, subject)
+    program = _traced(plain(), calls, subject)
+    if not _takes_other_sizes(program, subject):
+        return program, "torch.jit.trace"
+    return _traced(looking(), calls, subject), "torch.jit.trace, which looks at fixed sizes"
 
 
 def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:

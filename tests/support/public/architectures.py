@@ -451,14 +451,12 @@ ARCHITECTURES = (
         build=clip,
         refused="the answer to a sample depends on the other samples of its batch",
         why="its logits are of each image with each text of the batch; its towers are below",
-        lost={"torchscript": "answers where the model refuses"},
     ),
     Architecture(
         name="CLIP, both towers", library="transformers", loss="of_towers", target=LABEL,
         sample=tokens(pixel_values=image(32)), build=Towers,
         notes=(NO_MEAN,),
         why="its loss holds each pair against all others of the batch",
-        lost={"torchscript": "answers where the model refuses"},
     ),
     Architecture(
         name="graph nets, sparse", library="torch_geometric", build=Graphs, target=LABEL, train=MEASURED,
