@@ -56,11 +56,11 @@ FILES = f"""
 ## Files
 
 Each in the three formats, captured as a run does and held against the model by the gate of a run, with its defaults and
-64 validation samples: all that [parity](parity.md) asks, and at batches of {", ".join(str(batch) for batch in BATCHES)}, cut and
+64 validation samples: all that [parity](parity.md) asks, and at batches of {", ".join(map(str, BATCHES))}, cut and
 repeated. Beside a name stands the largest batch that is declared, where there is one. A cell says how the file was
 captured, or words of the refusal. What the gate refuses is true of the file: pooling in ONNX Runtime hides NaN
-(`parity.not_finite`), a norm there loses more than float32 does on samples shifted by 100 standard deviations, and a trace
-leaves out the check of a picture's size that the model makes (`parity.refusals`).
+(`parity.not_finite`), a norm there loses more than float32 does on samples shifted by 100 standard deviations, and a
+trace leaves out the check of a picture's size that the model makes (`parity.refusals`).
 
 | architecture | {" | ".join(FORMATS)} |
 |---|{"---|" * len(FORMATS)}
