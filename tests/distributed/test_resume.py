@@ -128,7 +128,7 @@ def test_a_lone_last_sample_and_a_plateau_cost_no_bit_either(
     assert any("is joined to the batch before it, which has 7" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("sampler", [None, "plain:weights"])
+@pytest.mark.parametrize("sampler", [pytest.param(None, marks=pytest.mark.soak), "plain:weights"])
 def test_samples_that_are_drawn_or_left_out_cost_no_bit_either(
     fork_server: ForkServer, attempt: Attempt, tmp_path: Path, sampler: str | None
 ) -> None:
@@ -149,7 +149,7 @@ def test_samples_that_are_drawn_or_left_out_cost_no_bit_either(
     assert "train.drop_last: 2 of 98 training samples are left out of each epoch" in result.notes
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
 def test_frozen_layers_groups_of_parameters_and_a_warm_up_cost_no_bit_either(
     fork_server: ForkServer, attempt: Attempt, tmp_path: Path, strategy: str
 ) -> None:

@@ -256,6 +256,7 @@ def test_a_metric_of_ones_own_sees_the_whole_validation_set_once_in_order(train:
     assert "validation_accuracy" in two.history[-1]
 
 
+@pytest.mark.soak
 def test_a_metric_by_name_is_of_all_samples_at_once_and_not_a_mean_over_ranks(train: Train, tmp_path: Path) -> None:
     extra = """
         original = build_dataset

@@ -62,7 +62,9 @@ CACHED = """
 LENGTH = {"export": {"formats": ["onnx"], "dynamic": {"length": {"axes": {"tokens": 1}, "min": 1, "max": 12}}}}
 
 
-@pytest.mark.parametrize(("one_head", "opset", "ir_version"), [(False, 23, 10), (True, 20, 9)])
+@pytest.mark.parametrize(
+    ("one_head", "opset", "ir_version"), [(False, 23, 10), pytest.param(True, 20, 9, marks=pytest.mark.soak)]
+)
 def test_a_sample_that_is_all_padding_gets_what_the_model_gives_at_opset_23_and_a_note_at_20(
     stages: OpenStages, one_head: bool, opset: int, ir_version: int
 ) -> None:

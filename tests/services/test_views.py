@@ -214,6 +214,7 @@ def test_files_beside_the_model_go_along_into_every_view(object_store: ObjectSto
     assert len(list((tmp_path / "mlserver").rglob("model-settings.json"))) == 1
 
 
+@pytest.mark.soak
 def test_triton_does_not_look_at_files_beside_the_model(
     object_store: ObjectStore, triton: TritonServer, tmp_path: Path
 ) -> None:

@@ -60,18 +60,21 @@ def asked_of(model: nn.Module, folder: Path, *inputs: Tensor, largest: int | Non
     return [*probes, *other_batches(samples, golden, largest)]
 
 
-@pytest.fixture
-def plain(tmp_path: Path) -> tuple[nn.Module, list[Probe]]:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, list[Probe]]:
     model = Plain()
-    return model, asked_of(model, tmp_path, torch.randn(40, 6, generator=torch.Generator().manual_seed(1)))
+    return model, asked_of(
+        model, tmp_path_factory.mktemp("plain"), torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    )
 
 
-@pytest.fixture
-def masked(tmp_path: Path) -> tuple[nn.Module, list[Probe]]:
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, list[Probe]]:
     model = Masked()
     g = torch.Generator().manual_seed(1)
     kept = torch.arange(5) < torch.randint(1, 5, (40, 1), generator=g)
-    return model, asked_of(model, tmp_path, torch.randint(1, 20, (40, 5), generator=g) * kept, kept)
+    tokens = torch.randint(1, 20, (40, 5), generator=g) * kept
+    return model, asked_of(model, tmp_path_factory.mktemp("masked"), tokens, kept)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 16, 32, 64, 128])
