@@ -82,7 +82,7 @@ class ChannelStatus:
     def lines(self, now: datetime) -> tuple[str, ...]:
         """The same for a narrow terminal: what is live, then what was decided, and when it is asked again."""
         model, channel, release, age, decided, why, then = self.row(now)
-        live = f"{release}, since {age}" if self.live else f"{release}{f': {why}' if self.unreadable else ''}"
+        live = f"{release}, live for {age}" if self.live else f"{release}{f': {why}' if self.unreadable else ''}"
         told = [f"{model} {channel}: {live}"]
         if self.last:
             told.append(f"  {decided}: {why}")

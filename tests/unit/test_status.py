@@ -63,7 +63,7 @@ def test_a_narrow_terminal_gets_lines_with_names_whole_and_reasons_cut(capsys: p
     ]
     _print_models(rows, Console(width=80))
     first, second, third, fourth = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"digits prod: {'a' * 20}, since ") and third.startswith("  next run 2026-11-2")
+    assert first.startswith(f"digits prod: {'a' * 20}, live for ") and third.startswith("  next run 2026-11-2")
     assert "skipped: nothing has changed" in second and second.endswith("…") and len(second) == 80
     assert fourth == "new prod: nothing"
     assert rows[0].as_json()["decision"]["decision"] == "skipped" and rows[1].as_json()["release"] is None
