@@ -93,6 +93,10 @@ class Decisions:
         """Those that sizes of inputs can turn, where both sides go on."""
         return [one for one in self.found if one.reach is Reach.SIZES and not other_side_raises(one)]
 
+    def lost_looks(self) -> bool:
+        """Whether any refuses sizes of inputs, which a trace no longer does."""
+        return any(one.reach is Reach.SIZES and other_side_raises(one) for one in self.found)
+
 
 @contextlib.contextmanager
 def watched(folder: str) -> Iterator[Decisions]:

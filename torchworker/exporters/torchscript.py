@@ -155,14 +155,14 @@ def _trace(subject: Subject) -> tuple[Any, str]:
         plain, looking = partial(_Flat, subject), partial(_Flat, subject, looks=True)
     else:
         plain, looking = lambda: subject.model, partial(_guarded, subject)
-    program = _traced(plain(), calls, subject)
-    if not _takes_other_sizes(program, subject):
+    program, lost = _traced(plain(), calls, subject)
+    if not lost or not _takes_other_sizes(program, subject):
         return program, "torch.jit.trace"
-    return _traced(looking(), calls, subject), "torch.jit.trace, which looks at fixed sizes"
+    return _traced(looking(), calls, subject)[0], "torch.jit.trace, which looks at fixed sizes"
 
 
-def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:
-    """The module traced, if it takes no decision that its inputs could turn.
+def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> tuple[Any, bool]:
+    """The module traced, if it takes no decision that its inputs could turn; and whether it looks at sizes itself.
 
     Args:
         module: the model, or a part of it.
@@ -175,7 +175,7 @@ def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:
         first = baked.said.split("\n")[0]
         raise _UnfaithfulError(f"it would bake in a decision made on the example data ({baked}): {first}")
     if not decisions.on_sizes():
-        return program
+        return program, decisions.lost_looks()
     for call in calls[1:]:
         try:
             _, others = _recorded_on(module, call, subject)
@@ -192,7 +192,7 @@ def _traced(module: nn.Module, calls: Sequence[_Call], subject: Subject) -> Any:
                 f"it would bake in a decision made on sizes ({baked}): {baked.value} on {sizes[0]}, "
                 f"{other} on {sizes[1]}"
             )
-    return program
+    return program, decisions.lost_looks()
 
 
 def _agrees(program: Any, module: nn.Module, call: _Call) -> bool:
@@ -300,7 +300,7 @@ def _prepared(
         raise _UnfaithfulError(f"{name} cannot be scripted ({scripting}), and takes more than tensors")
     original = subject.model.get_submodule(name)
     try:
-        program = _traced(original, seen[name], subject)
+        program, _ = _traced(original, seen[name], subject)
     except _UnfaithfulError as refusal:
         raise _UnfaithfulError(f"{name} cannot be scripted ({scripting}) and not traced: {refusal}") from refusal
     traced.append(name)
