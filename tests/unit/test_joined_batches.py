@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.data import IterableDataset, TensorDataset
 
+from tests.support.numbered import Stream, listed
 from tests.support.projects import write_project
 from torchworker.contract import Project, TrainSettings
 from torchworker.data.loading import TrainingData
 from torchworker.process.failure import UserError
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
-
-
-class Stream(IterableDataset[Any]):
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Any]:
-        return ((torch.tensor([float(number)]), torch.tensor(number)) for number in range(self.size))
-
-
-def listed(size: int) -> TensorDataset:
-    return TensorDataset(torch.arange(size).float()[:, None], torch.arange(size))
 
 
 @pytest.fixture(scope="module")

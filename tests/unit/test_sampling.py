@@ -15,13 +15,13 @@ from torch.utils.data import (
     BatchSampler,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
     TensorDataset,
 )
 
+from tests.support.numbered import Stream, listed
 from tests.support.projects import write_project
 from torchworker.data.loading import TrainingData
 from torchworker.process.failure import UserError
@@ -30,21 +30,6 @@ from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
 Ranks = Callable[..., list[TrainingData]]
-
-
-class Stream(IterableDataset[Any]):
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Any]:
-        return ((torch.tensor([float(number)]), torch.tensor(number)) for number in range(self.size))
-
-
-def listed(size: int) -> TensorDataset:
-    return TensorDataset(torch.arange(size).float()[:, None], torch.arange(size))
 
 
 @pytest.fixture

@@ -14,19 +14,23 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.ship.status import ChannelStatus, _print_models, soonest
 
 NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
+LIVE = Pointer(
+    model="digits", channel="prod", generation=3, release="a" * 20, manifest_sha256="0" * 64, previous=None,
+    nonce="n", moved_at=(NOW - timedelta(days=3, hours=5)).isoformat(), moved_by="ada", reason="", flow_run="",
+    mlflow_version="1",
+)  # fmt: skip
+
+
+def skipped(why: str) -> Decision:
+    return Decision(
+        model="digits", channel="prod", decision=SKIPPED, why=why,
+        at=(NOW - timedelta(hours=8)).isoformat(), flow_run="r", asked="ada", live="a" * 20,
+    )  # fmt: skip
 
 
 def test_a_row_says_what_is_live_how_old_it_is_and_what_was_decided() -> None:
-    live = Pointer(
-        model="digits", channel="prod", generation=3, release="a" * 20, manifest_sha256="0" * 64, previous=None,
-        nonce="n", moved_at=(NOW - timedelta(days=3, hours=5)).isoformat(), moved_by="ada", reason="", flow_run="",
-        mlflow_version="1",
-    )  # fmt: skip
-    last = Decision(
-        model="digits", channel="prod", decision=SKIPPED, why="nothing has changed",
-        at=(NOW - timedelta(hours=8)).isoformat(), flow_run="r", asked="ada", live="a" * 20,
-    )  # fmt: skip
-    row = ChannelStatus(model="digits", channel="prod", live=live, last=last, next=NOW + timedelta(hours=16)).row(NOW)
+    last = skipped("nothing has changed")
+    row = ChannelStatus(model="digits", channel="prod", live=LIVE, last=last, next=NOW + timedelta(hours=16)).row(NOW)
     assert row[:6] == ("digits", "prod", "a" * 20, "3 d", "8 h ago: skipped", "nothing has changed")
     assert row[6].startswith("2026-11-2")
 
@@ -48,17 +52,9 @@ def test_the_next_run_is_the_soonest_of_each_model_and_a_job_file_elsewhere_is_l
 
 
 def test_a_narrow_terminal_gets_lines_with_names_whole_and_reasons_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    live = Pointer(
-        model="digits", channel="prod", generation=3, release="a" * 20, manifest_sha256="0" * 64, previous=None,
-        nonce="n", moved_at=(NOW - timedelta(days=3, hours=5)).isoformat(), moved_by="ada", reason="", flow_run="",
-        mlflow_version="1",
-    )  # fmt: skip
-    last = Decision(
-        model="digits", channel="prod", decision=SKIPPED, why="nothing has changed " * 9,
-        at=(NOW - timedelta(hours=8)).isoformat(), flow_run="r", asked="ada", live="a" * 20,
-    )  # fmt: skip
+    last = skipped("nothing has changed " * 9)
     rows = [
-        ChannelStatus(model="digits", channel="prod", live=live, last=last, next=NOW),
+        ChannelStatus(model="digits", channel="prod", live=LIVE, last=last, next=NOW),
         ChannelStatus(model="new", channel="prod", live=None, last=None, next=None),
     ]
     _print_models(rows, Console(width=80))
