@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,22 @@ def test_a_model_that_uses_modules_now_and_then_is_found_with_the_line(by: str, 
     model = nn.Sequential(Layers(by))
     assert expected in deciding_line(model, BATCH[0], PROJECT)
     assert model[0].calls == 0, "a copy is asked"
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.uniform])
+def test_a_thread_of_somebody_else_that_draws_during_the_pass_is_not_the_model(draw: Callable[[], float]) -> None:
+    def draw_elsewhere(model: nn.Module, inputs: object) -> None:
+        if not passes:
+            thread = threading.Thread(target=draw)
+            thread.start()
+            thread.join()
+        passes.append(model)
+
+    passes: list[nn.Module] = []
+    model = nn.Linear(4, 4)
+    model.register_forward_pre_hook(draw_elsewhere)
+    assert deciding_line(model, BATCH[0], PROJECT) == ""
+    assert len(passes) > 1, "it was asked again"
 
 
 def test_usual_layers_decide_nothing() -> None:

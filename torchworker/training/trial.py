@@ -37,15 +37,25 @@ def deciding_line(model: nn.Module, inputs: Any, project: Project, frozen: Seque
     trial = _copied(model, frozen)
     if trial is None:
         return ""
-    before = _other_draws()
     some = _rows(inputs, FEW)
+    before = _other_draws()
     watch = watched(trial, some, project)
+    drew = _other_draws() != before
     if watch is None:
         # What fails here fails in the first step, needs samples that belong together, or cannot be watched.
         return ""
     if decides_on_parameters(watch, trial, some, project):
         return str(watch.decisions[0]) or type(model).__name__
-    return "random numbers of Python or NumPy" if _other_draws() != before else ""
+    return "random numbers of Python or NumPy" if drew and _draws_again(trial, some, project) else ""
+
+
+def _draws_again(trial: nn.Module, some: Any, project: Project) -> bool:
+    # Another thread may draw during a pass, as a client does that waits a random time: hardly during each of three.
+    for _ in range(2):
+        before = _other_draws()
+        if watched(trial, some, project) is None or _other_draws() == before:
+            return False
+    return True
 
 
 @torch.no_grad()
