@@ -25,6 +25,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from train_and_ship.infra.errors import SettingsError, ShipError
 from train_and_ship.infra.prefect_events import ASKED, KEPT, PROMOTED, UNCHANGED
 from train_and_ship.infra.settings import Settings
+from train_and_ship.tasks.naming import REFUSED
 from train_and_ship.tasks.notification import NotificationAddress
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
@@ -40,7 +41,8 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     yield _crash_the_silent(settings.silent_seconds)
     if block is None:
         return
-    ends = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
+    # Prefect calls the event after the state's name, whatever its type.
+    ends = {f"prefect.flow-run.{name}" for name in ("Failed", REFUSED, "Crashed")}
     yield _notify(
         "a run failed",
         EventTrigger(expect=ends, match=RUNS, match_related=OURS, posture=Posture.Reactive, threshold=1),
