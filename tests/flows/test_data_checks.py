@@ -92,6 +92,8 @@ def test_held_out_data_that_is_training_data_does_not_go_live(
     assert MlflowClient(stack.mlflow_url).get_model_version("some", "1").tags["data.overlap"] == told
 
 
+# What drift is, and its limit: unit/test_data_checks.py.
+@pytest.mark.soak
 def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributions(
     tmp_path: Path, store: ObjectStore, stack: Settings
 ) -> None:
