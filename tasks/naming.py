@@ -17,9 +17,8 @@ from train_and_ship.registry.channels.channel import PRODUCTION
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.policy import quiet_mistakes
 
-__all__ = ["REFUSED", "GateError", "refused", "run_name", "tag_run", "went_live"]
+__all__ = ["GateError", "refused", "run_name", "tag_run", "went_live"]
 
-REFUSED = "Refused"
 _DRAWN = re.compile(r"[a-z]+(-[a-z]+){1,2}")
 """Names that Prefect draws; any other was chosen by somebody."""
 
@@ -57,4 +56,4 @@ def went_live(result: Any, title: str, channel: str) -> State[Any]:
 
 def refused(error: GateError) -> State[Any]:
     """Failed, under the name Refused, with what refused it as the message."""
-    return Failed(name=REFUSED, message=error.message, data=error)
+    return Failed(name="Refused", message=error.message, data=error)
