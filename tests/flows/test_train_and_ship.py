@@ -56,7 +56,7 @@ def test_an_artifact_that_is_not_the_model_stops_the_flow_and_the_report_says_wh
     job = write_project(tmp_path, extra=HIDDEN, name="hidden", **quick)
     ended = ship("run", str(job))
     assert ended.status == 2, ended.text
-    assert "torchscript parity" in ended.text
+    assert re.search(r"parity \S+, expected <= 1, in torchscript", ended.errors)
     report = Path(re.search(r"Where and how much: (\S+?parity\.md)", ended.text)[1]).read_text()  # type: ignore[index]
     assert re.search(r"\*\*Where:\*\* first differs at step \d+ of \d+: mul.*plain.py:\d+: return super", report)
     assert "expected" in report and "█" in report
