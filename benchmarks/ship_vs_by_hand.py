@@ -23,6 +23,7 @@ import yaml
 from report import PAGE, ROOT, machine, write
 
 from train_and_ship.infra.password import read_password
+from train_and_ship.infra.rundir import COMPLETED
 from train_and_ship.infra.settings import Settings
 from train_and_ship.ship.password import variables_of
 
@@ -74,11 +75,11 @@ def check_same_job() -> None:
 
 
 def stages_of_ours(printed: str) -> dict[str, float]:
-    """`timings: PATH` is the last line of `ship run`, or a log line with a prefix."""
-    found = re.findall(r"timings: (\S.*?)\s*$", printed, re.MULTILINE)
+    """They are beside the report, whose path is the last line of `ship run`."""
+    found = re.findall(r"^  report +(\S.*?)\s*$", printed, re.MULTILINE)
     if not found:
-        sys.exit(f"our command did not print 'timings: PATH'; it printed:\n{printed}")
-    return dict(json.loads((ROOT / found[-1]).read_text())["stages"])
+        sys.exit(f"our command did not say where its report is; it printed:\n{printed}")
+    return dict(json.loads((ROOT / found[-1]).with_name(COMPLETED).read_text())["stages"])
 
 
 def stages_of_by_hand(printed: str) -> dict[str, float]:

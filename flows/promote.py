@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 
 from train_and_ship.tasks.approval import approval
 from train_and_ship.tasks.move_report import report_move
 from train_and_ship.tasks.moves import ask, choose_existing, move_forward, rehearse_existing
+from train_and_ship.tasks.naming import GateError, refused, run_name, went_live
 from train_and_ship.tasks.outcome import report_failure
 from train_and_ship.tasks.results import Moved
 from train_and_ship.tasks.stopping import stoppable
 
 
-@flow(name="promote", on_failure=[report_failure], on_crashed=[report_failure], on_cancellation=[report_failure])
+@flow(
+    name="promote",
+    flow_run_name=run_name,
+    on_failure=[report_failure],
+    on_crashed=[report_failure],
+    on_cancellation=[report_failure],
+)
 async def promote(
     model: str,
     why: str,
@@ -26,7 +34,7 @@ async def promote(
     by: str = "",
     allow: Sequence[str] = (),
     load_unsigned: bool = False,
-) -> Moved:
+) -> State[Moved]:
     """Put what is live on `source` live on `channel`, after it was tried: downloaded, loaded, run, and compared.
 
     `source` is a channel, or names a release: an id, `staging~1`, or `v7` in MLflow. With `approve`, or where the
@@ -35,11 +43,14 @@ async def promote(
     may be of another kind than what is live: signature, labels, formats, model, live_score, runtime. `load_unsigned`
     runs code of the release that nobody vouches for. `why` and `by` are for the record.
     """
-    async with stoppable():
-        request = await ask(model, channel, why, by, allow)
-        candidate = await choose_existing(request, source)
-        tried = await rehearse_existing(request, candidate, gates, load_unsigned)
-        approved = await approval(request, tried, approve)
-        moved = await move_forward(request, approved, gates, again, load_unsigned)
-        await report_move(request, approved, moved)
-        return moved
+    try:
+        async with stoppable():
+            request = await ask(model, channel, why, by, allow)
+            candidate = await choose_existing(request, source)
+            tried = await rehearse_existing(request, candidate, gates, load_unsigned)
+            approved = await approval(request, tried, approve)
+            moved = await move_forward(request, approved, gates, again, load_unsigned)
+            await report_move(request, approved, moved)
+            return went_live(moved, f"{model} release {moved.release} is live on {channel}", channel)
+    except GateError as error:
+        return refused(error)

@@ -105,6 +105,27 @@ class Comparison:
     """What is wrong, when something is."""
 
 
+def headline(verdicts: Sequence[Verdict]) -> str:
+    """What failed, in a line: `accuracy 0.115, expected >= 0.2, in all 3 formats`; a gate's worst where they differ.
+
+    verdicts: all of a validation, also those that passed.
+    """
+    formats = {item.format for item in verdicts}
+    failed: dict[tuple[str, str], list[Verdict]] = {}
+    for item in verdicts:
+        if item.ran and not item.passed:
+            failed.setdefault((item.gate, item.limit), []).append(item)
+    parts = []
+    for (gate, limit), items in failed.items():
+        numbers = [item.measured for item in items if item.measured is not None and item.measured == item.measured]
+        worst = min(numbers, default=None) if limit.startswith(">") else max(numbers, default=None)
+        of = sorted({item.format for item in items})
+        where = f"in all {len(of)} formats" if len(of) == len(formats) > 1 else f"in {', '.join(of)}"
+        cases = f" ({items[0].case})" if len(items) == 1 else f" ({len(items)} times)" if len(items) > len(of) else ""
+        parts.append(f"{gate} {number(worst)}, expected {limit}, {where}{cases}")
+    return "; ".join(parts)
+
+
 def comparison_table(compared: Sequence[Comparison]) -> Table:
     """A row for each thing that was asked of the difference."""
     header = ("metric", "candidate", "live", "improvement", "interval", "needs", "verdict")

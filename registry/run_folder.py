@@ -192,6 +192,11 @@ def recorded_job(folder: Path) -> Job | None:
     return Job.from_record(about.job) if about is not None else None
 
 
+def registration(folder: Path) -> Registration | None:
+    """The version in MLflow that the run has made; None before. The stage may have been begun again since."""
+    return _read(Registration, folder, REGISTERED)
+
+
 def read_run(folder: Path) -> RunFiles | None:
     """What the folder of a run tells. Reads only.
 
@@ -206,7 +211,7 @@ def read_run(folder: Path) -> RunFiles | None:
     export = _complete(folder, EXPORT, _digest(train))
     validate = _complete(folder, VALIDATE, _digest(export))
     release = _complete(folder, RELEASE, _digest(validate))
-    registered = _read(Registration, folder, REGISTERED)
+    registered = registration(folder)
     if registered is not None and registered.stage != _digest(release):
         registered = None
     rehearse = _complete(folder, REHEARSE, registered.release if registered else None)

@@ -484,7 +484,10 @@ def main() -> None:
         from rich.console import Console
         from rich.text import Text
 
-        Console(stderr=True, soft_wrap=True).print(Text(str(error), style="red"))
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(Text(str(error), style="red"))
+        for note in getattr(error, "__notes__", ()):
+            console.print(Text(note))
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

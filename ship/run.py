@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
+from train_and_ship.infra.errors import GateError, ShipError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.job_folders import leave_worker
+from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import require_prefect
 from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
+from train_and_ship.registry.bucket.keys import release_prefix
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.registry.run_folder import registration
 from train_and_ship.ship.named import named_kinds
+from train_and_ship.ship.pages import REPORT
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.shipped import require_files
 
 if TYPE_CHECKING:
-    from train_and_ship.tasks.results import RetrainResult
+    from train_and_ship.tasks.results import RetrainResult, Shipped
 
 _T = TypeVar("_T")
 
@@ -47,14 +55,15 @@ def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[
 
     read_with(changes)
 
-    shipped = _ended(train_and_ship(job=str(job_file), resume=resume, allow=kinds))
+    # Called, a flow that ends with a state of its own gives that state's result.
+    with _saying_where(job, resume):
+        shipped = cast("Shipped", _ended(train_and_ship(job=str(job_file), resume=resume, allow=kinds)))
     typer.echo(
         f"\n{shipped.title}\n"
         f"  run      {shipped.run_url}\n"
         f"  version  {shipped.version_url}\n"
         f"  release  {shipped.release_uri}\n"
-        f"  report   {shipped.report}\n"
-        f"timings: {shipped.timings}"
+        f"  report   {shipped.report}"
     )
 
 
@@ -67,8 +76,8 @@ def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str]
     _prepare(job, project, resume, reads_data=job.data.snapshot is None)
     from train_and_ship.flows.retrain import retrain
 
-    # Called, a flow that ends with a state of its own gives that state's result.
-    ended = _ended(retrain(job=str(job_file), why=why, force=force, resume=resume, allow=kinds))
+    with _saying_where(job, resume):
+        ended = _ended(retrain(job=str(job_file), why=why, force=force, resume=resume, allow=kinds))
     result = cast("RetrainResult", ended)
     places = {"run": result.run_url, "version": result.version_url, "report": result.report, "why": result.decision.why}
     lines = [f"  {name:<8} {value}" for name, value in places.items() if value]
@@ -89,6 +98,39 @@ def _prepare(job: Job, project: Path, resume: str, *, reads_data: bool) -> None:
         fork_server(settings.runs / job.name / "host.log")
     os.environ.update(settings.prefect_variables)
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
+
+
+@contextlib.contextmanager
+def _saying_where(job: Job, resume: str) -> Iterator[None]:
+    """An error says besides what is live meanwhile, and where to look; the table of the gates is in the report."""
+    try:
+        yield
+    except ShipError as error:
+        if isinstance(error, GateError):
+            error = GateError(error.message)
+        for line in _places(job, resume):
+            error.add_note(line)
+        raise error from None
+
+
+def _places(job: Job, resume: str) -> Iterator[str]:
+    from train_and_ship.tasks.job_file import newest_run
+    from train_and_ship.tasks.results import flow_run_page
+
+    settings = Settings.load()
+    with contextlib.suppress(ShipError):
+        live = read_pointer(Channel(ObjectStore.from_settings(settings), job.name, job.release.channel))
+        said = f"unchanged: release {live.release} is live, since {live.moved_at}" if live else "nothing is live"
+        yield f"  {job.release.channel:<8} {said}"
+    if not (run := newest_run()):
+        return
+    yield f"  run      {flow_run_page(settings, run)}"
+    folder = settings.runs / job.name / (resume or run)
+    if (registered := registration(folder)) is not None:
+        yield f"  version  {registered.version_url}"
+        yield f"  release  s3://{settings.bucket}/{release_prefix(job.name, registered.release)}"
+    if (folder / REPORT).is_file():
+        yield f"  report   {folder / REPORT}"
 
 
 def _ended(flow: Coroutine[Any, Any, _T]) -> _T:

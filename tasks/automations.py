@@ -29,6 +29,10 @@ from train_and_ship.tasks.notification import NotificationAddress
 
 FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
 RUNS = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+BAD_ENDS = ResourceSpecification(
+    {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-type": ["FAILED", "CRASHED"]}
+)
+"""By type: Prefect calls events after a state's name, which may be another one."""
 OURS = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)})
 """A server may have other people's flows too."""
 BLOCK = "train-and-ship"
@@ -40,10 +44,11 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     yield _crash_the_silent(settings.silent_seconds)
     if block is None:
         return
-    ends = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed"}
     yield _notify(
         "a run failed",
-        EventTrigger(expect=ends, match=RUNS, match_related=OURS, posture=Posture.Reactive, threshold=1),
+        EventTrigger(
+            expect={"prefect.flow-run.*"}, match=BAD_ENDS, match_related=OURS, posture=Posture.Reactive, threshold=1
+        ),
         block,
         "{{ flow.name }} {{ flow_run.parameters.job or flow_run.parameters.model }}: {{ flow_run.state.name }}",
         f"{{{{ flow_run.state.message }}}}\n\n{settings.prefect_ui_url}/runs/flow-run/{{{{ flow_run.id }}}}",

@@ -30,6 +30,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
+    PROMOTED,
     SKIPPED,
     Decision,
     decided_at,
@@ -51,6 +52,7 @@ from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, project_hashes, snapshot_fingerprint
 from train_and_ship.tasks.inspect import read_facts
 from train_and_ship.tasks.ledgers import close_ledger, ledger_of
+from train_and_ship.tasks.naming import went_live
 from train_and_ship.tasks.outcome import CUT_OFF
 from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.publish import write_report
@@ -239,8 +241,11 @@ def streak(plan: RetrainPlan) -> int:
 
 
 def ended(result: RetrainResult) -> State[RetrainResult]:
-    """The state in which a flow run ends: Completed, under the name Skipped, Promoted or Kept, with the reason."""
-    return Completed(name=result.decision.decision.capitalize(), message=result.title, data=result)
+    """The state in which a flow run ends: Completed, under the name of what was decided, with the reason."""
+    decision = result.decision
+    if decision.decision == PROMOTED:
+        return went_live(result, result.title, decision.channel)
+    return Completed(name=decision.decision.capitalize(), message=result.title, data=result)
 
 
 def _skipped(plan: RetrainPlan, decision: Decision, title: str) -> Outcome:

@@ -21,6 +21,7 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.away import patiently
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.job_file import read_job_file
+from train_and_ship.tasks.naming import tag_run
 from train_and_ship.tasks.outcome import report_abandoned
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import JobFile
@@ -59,6 +60,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
     limit = f"train-and-ship.{model}"
     async with get_client() as client:
         await client.upsert_global_concurrency_limit_by_name(limit, 1)
+        await tag_run(client, model, read.job.release.channel)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(stoppable())
         lock = stack.enter_context(_lock_file(settings.runs / model))

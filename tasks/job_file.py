@@ -31,9 +31,15 @@ def read_job_file(path: str, flow_run_id: str) -> JobFile:
 
     Raises JobError, also for one outside the folders whose jobs a worker runs.
     """
-    job, project = _read_allowed(path)
-    _read[flow_run_id] = JobFile(job=job, project=project)
-    return _read[flow_run_id]
+    if (known := _read.get(flow_run_id)) is None:
+        job, project = _read_allowed(path)
+        known = _read[flow_run_id] = JobFile(job=job, project=project)
+    return known
+
+
+def newest_run() -> str:
+    """Id of the flow run that this process has begun last; empty before the first."""
+    return next(reversed(_read), "")
 
 
 def find_run(path: str, flow_run_id: str, origin: str, runs: Path) -> tuple[str, Path] | None:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.objectstore import ObjectStore
@@ -23,6 +24,7 @@ from train_and_ship.registry.channels.targets import Verified, ask_promotion, as
 from train_and_ship.registry.kind import kinds_in, require_kinds
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.existing import promote_tried, try_out
+from train_and_ship.tasks.naming import tag_run
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import Moved, Request
 from train_and_ship.tasks.stage import stage_task
@@ -46,6 +48,8 @@ async def ask(model: str, channel: str, why: str, by: str, allow: Sequence[str] 
     settings = Settings.load()
     asked = Channel(ObjectStore.from_settings(settings), model, channel, settings.mlflow_url)
     await asyncio.to_thread(require_model, asked.store, model)
+    async with get_client() as client:
+        await tag_run(client, model, channel)
     return Request(channel=asked, mover=mover, settings=settings, allow=tuple(allow))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from prefect import Task, get_run_logger
@@ -16,17 +17,36 @@ from train_and_ship.tasks.away import is_away
 
 __all__ = ["Abort", "TerminationSignal", "quiet_mistakes", "worth_retrying"]
 
+_FLOWS, _TASKS = "prefect.flow_runs", "prefect.task_runs"
+
 
 def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Whether the error that ended the attempt says that a retry can help. Anything unforeseen is not retried."""
     return isinstance(state.data, ShipError) and state.data.retryable
 
 
+_STRAY = re.compile(
+    r"Finished in state Completed\(\)"
+    # The address has been printed before, by Prefect's engine.
+    r"|View at \S+"
+    r"|Running hook '\w+' in response to entering state '\w+'|Hook '\w+' finished running successfully"
+)
+"""What Prefect says of its own accord and nobody asked."""
+_TASK_FAILED = "Finished in state Failed("
+
+
 class _QuietMistakes(logging.Filter):
-    """An error raised on purpose is logged as its message; only unforeseen ones show a traceback."""
+    """An error raised on purpose is logged as its message; only unforeseen ones show a traceback.
+
+    A stage that failed is named, and the flow says why. What Prefect says of stages that ended well is left out.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(record.msg, str) and _STRAY.fullmatch(record.msg):
+            return False
+        if record.name == _TASKS and str(record.msg).startswith(_TASK_FAILED):
+            record.msg = "failed"
         if isinstance(error, ShipError):
             record.exc_info = None
             record.exc_text = None
@@ -36,7 +56,7 @@ class _QuietMistakes(logging.Filter):
 
 def quiet_mistakes() -> None:
     """Install the filter on Prefect's run loggers; calling it again changes nothing."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
+    for name in (_FLOWS, _TASKS):
         logger = logging.getLogger(name)
         if not any(isinstance(present, _QuietMistakes) for present in logger.filters):
             logger.addFilter(_QuietMistakes())

@@ -27,6 +27,7 @@ async def report(run: Run, registered: Registered, promoted: Promoted) -> Shippe
     outcome = decided(run, promoted, title=title, why=why_promoted(promoted.rehearsed))
     path = await publish(run, registered, outcome)
     emit(PROMOTED, run.job.name, outcome.title, in_short(run, registered, promoted))
+    run.write_timings()
     return Shipped(
         title=outcome.title,
         release=registered.manifest.release,
@@ -34,7 +35,6 @@ async def report(run: Run, registered: Registered, promoted: Promoted) -> Shippe
         version_url=registered.version.version_url,
         release_uri=f"s3://{run.settings.bucket}/{release_prefix(run.job.name, registered.manifest.release)}",
         report=path,
-        timings=run.write_timings(),
     )
 
 

@@ -330,7 +330,6 @@ class Shipped:
     version_url: str
     release_uri: str
     report: Path
-    timings: Path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torchworker.contract import (
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.agreement import require_agreement
-from train_and_ship.registry.gates import passed_words, unproven_in_cpp, verdict_table
+from train_and_ship.registry.gates import headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
 from train_and_ship.tasks.explain import explain
@@ -81,10 +81,9 @@ def _request(run: Run, exported: Exported, runner: CppResult, work: Path) -> Val
 async def _refusal(run: Run, exported: Exported, result: ValidateResult) -> GateError:
     """What failed, with the report on parity where that is among it."""
     failed = [verdict for verdict in result.verdicts if verdict.ran and not verdict.passed]
-    worst_of = ", ".join(f"{item.format} {item.gate} ({item.case})" for item in failed)
     report = await explain(run, exported, result)
     return GateError(
-        f"{run.job.name}: {len(failed)} of {len(result.verdicts)} gates failed: {worst_of}. "
+        f"{run.job.name}: {len(failed)} of {len(result.verdicts)} gates failed: {headline(result.verdicts)}. "
         f"Nothing was registered or promoted.{f' Where and how much: {report}' if report else ''}",
         verdict_table(result.verdicts).text(),
     )

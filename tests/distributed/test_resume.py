@@ -217,6 +217,8 @@ def stopped_after(attempt: Attempt, project: Path, step: int, **job: Any) -> Non
         attempt.train(project, kill, **job)
 
 
+# That it is in the right mode is asked in distributed/test_training.py.
+@pytest.mark.soak
 def test_an_optimizer_with_modes_goes_on_where_it_was(
     attempt: Attempt, fork_server: ForkServer, tmp_path: Path
 ) -> None:
@@ -247,6 +249,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with_whatever_the_machine(
     assert attempt.weights == uninterrupted[0]
 
 
+@pytest.mark.soak
 def test_a_layer_that_was_not_used_so_far_costs_no_bit_either(
     attempt: Attempt, fork_server: ForkServer, tmp_path: Path
 ) -> None:

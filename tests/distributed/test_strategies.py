@@ -134,6 +134,8 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
+# Of ddp it is asked in distributed/test_resume.py.
+@pytest.mark.soak
 def test_fsdp_resumes_at_another_number_of_processes_and_says_that_bits_may_differ(
     train: Train, tmp_path: Path
 ) -> None:
@@ -176,6 +178,23 @@ def test_autocast_computes_in_half_precision_and_keeps_the_weights_in_their_own(
     assert any("no instructions for" in note for note in result.notes) is not native
 
 
+def test_a_fused_optimizer_and_channels_last_train_to_the_loss_without_them(train: Train, tmp_path: Path) -> None:
+    extra = """
+        class Pictures(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(x.reshape(-1, 1, 2, 2)).flatten(1)
+        def build_model():
+            return Pictures(1, 3, 2)
+    """
+    plan = {**PLAN, "processes": 1}
+    plain = train(write_project(tmp_path / "plain", extra=extra, train=plan))
+    switched = train(write_project(tmp_path / "on", extra=extra, train={**plan, "fused": True, "channels_last": True}))
+
+    assert switched.history[-1]["train_loss"] == pytest.approx(plain.history[-1]["train_loss"], rel=1e-5)
+
+
+# With autocast besides, which is asked above.
+@pytest.mark.soak
 def test_the_switches_train_the_digits_too(train: Train, tmp_path: Path) -> None:
     shutil.copytree(DIGITS.parent, tmp_path / "digits")
     path = tmp_path / "digits" / "job.yaml"

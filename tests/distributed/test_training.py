@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.support.processes import PATIENCE
-from tests.support.projects import DIGITS, NAN, NAN_TRAIN, write_project
+from tests.support.projects import NAN, NAN_TRAIN, write_project
 from tests.support.training import Train
 from torchworker.contract import REQUEST, WARNINGS, WEIGHTS, CheckRequest, TrainRequest
 from train_and_ship.infra.errors import JobError, WorkerError
@@ -42,19 +42,21 @@ def left_below(pid: int, seconds: float = 10.0) -> list[psutil.Process]:
     return below(pid)
 
 
-def test_two_ranks_train_the_digits_to_97_percent_and_report_every_epoch(train: Train) -> None:
+# That digits reach 97 percent in twelve epochs is asked in flows/test_digits.py.
+def test_two_ranks_report_every_epoch(train: Train, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    result = train(DIGITS, events.append)
+    plan = {"epochs": 3, "processes": 2, "batch_size": 32, "metrics": ["accuracy"]}
+    result = train(write_project(tmp_path / "p", train=plan), events.append)
 
-    assert result.history[-1]["validation_accuracy"] >= 0.97
-    assert [row["epoch"] for row in result.history] == list(range(1, 13))
-    assert (result.train_samples, result.validation_samples) == (1437, 360)
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    assert all(0 < row["validation_accuracy"] <= 1 for row in result.history)
+    assert (result.train_samples, result.validation_samples) == (96, 96)
     started = next(event for event in events if event["event"] == "started")
     assert started["processes"] == 2
     epochs = [event for event in events if event["event"] == "epoch"]
-    assert len(epochs) == 12
+    assert len(epochs) == 3
     assert all(event["samples_per_second"] > 0 and event["eta_seconds"] >= 0 for event in epochs)
-    assert all(event["step"] == 23 * event["epoch"] and set(event["step_seconds"]) == {"0", "1"} for event in epochs)
+    assert all(event["step"] == 3 * event["epoch"] and set(event["step_seconds"]) == {"0", "1"} for event in epochs)
 
 
 def test_the_same_job_gives_the_same_weights_bit_for_bit(train: Train, tmp_path: Path) -> None:
@@ -174,10 +176,11 @@ WARNING = """
 """
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones_and_keep_warnings_as_they_do(
-    train: Train, tmp_path: Path
+    train: Train, tmp_path: Path, processes: int
 ) -> None:
-    train(write_project(tmp_path / "p", extra=WARNING))
+    train(write_project(tmp_path / "p", extra=WARNING, train={"epochs": 1, "processes": processes, "batch_size": 32}))
     forked = tmp_path / "train0"
     spawned = tmp_path / "spawned"
     spawned.mkdir()

@@ -86,7 +86,7 @@ def loaded(model: nn.Module, folder: Path, outputs: list[str], **axes: int) -> C
     return load_artifact("onnx", folder / "model.onnx", 1)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.soak), nn.RNN])
+@pytest.mark.parametrize("kind", [nn.LSTM, *(pytest.param(kind, marks=pytest.mark.soak) for kind in (nn.GRU, nn.RNN))])
 def test_layers_answer_as_the_model_at_every_length_and_every_size_of_a_batch(tmp_path: Path, kind: Kind) -> None:
     torch.manual_seed(0)
     model = Tagger(kind)

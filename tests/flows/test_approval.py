@@ -44,14 +44,14 @@ def test_a_candidate_goes_live_when_a_person_says_yes(
 
     yes = ship("approve", first, "--by", "grace", "--comment", "looks good")
     assert yes.status == 0 and f"approved by grace: {stack.prefect_ui_url}" in yes.output, yes.text
-    api.wait(first, "Completed")
+    api.wait(first, "Promoted")
     live = read_pointer(Channel(store, "asked", "prod"))
     assert live is not None and live.verdicts["approved"] == "by someone said to be grace: looks good"
     assert "a person decides" not in report_in_mlflow(stack, "asked", "1")
     assert "by someone said to be grace: looks good" in reports_in_prefect(api, first)[-1]
 
     again = ship("approve", first)
-    assert again.status == 2 and "expected one that waits for approval, this one is Completed" in again.errors
+    assert again.status == 2 and "expected one that waits for approval, this one is Promoted" in again.errors
     unknown = ship("approve", "tomorrow")
     assert unknown.status == 2 and "got 'tomorrow'" in unknown.errors and "Traceback" not in unknown.text
 
@@ -65,7 +65,7 @@ def test_a_candidate_stays_the_challenger_after_a_no_and_the_question_says_of_wh
     first = api.start("train-and-ship", job=str(job_of(tmp_path)))
     api.wait(first, "Paused")
     assert ship("approve", first).status == 0
-    api.wait(first, "Completed")
+    api.wait(first, "Promoted")
     live = read_pointer(Channel(store, "asked", "prod"))
     # The job does not ask any more, and the channel does.
     job = job_of(tmp_path, approval="", max_batch=64)

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
@@ -91,6 +92,8 @@ def test_held_out_data_that_is_training_data_does_not_go_live(
     assert MlflowClient(stack.mlflow_url).get_model_version("some", "1").tags["data.overlap"] == told
 
 
+# What drift is, and its limit: unit/test_data_checks.py.
+@pytest.mark.soak
 def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributions(
     tmp_path: Path, store: ObjectStore, stack: Settings
 ) -> None:
@@ -118,6 +121,8 @@ def test_drift_from_the_live_releases_data_fails_the_night_with_both_distributio
     assert report.headings[:2] == ["Decision", "Data"] and report.charts >= 4
 
 
+# Fetching, verifying and knowing it are asked in services/test_snapshots.py.
+@pytest.mark.soak
 def test_data_in_a_bucket_is_verified_given_to_the_factory_and_known_without_being_read(
     tmp_path: Path, store: ObjectStore, stack: Settings
 ) -> None:

@@ -86,7 +86,7 @@ def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(
     (asked,) = reports_in_prefect(api, run)
     assert f"shall release {second.release} go live on prod?" in asked and "0.01 (+1.0%)" in asked
     api.answer(run, approve=True, by="grace", comment="looks good")
-    api.wait(run, "Completed")
+    api.wait(run, "Promoted")
     pointer = live(store, first.model)
     assert (pointer.release, pointer.previous, pointer.flow_run) == (second.release, first.release, run)
     assert pointer.verdicts["approved"] == "by someone said to be grace: looks good"
@@ -105,7 +105,7 @@ def test_a_rejected_promotion_changes_nothing_and_says_who_said_no(
     run = api.start("promote", model=first.model, why="a quiet week")
     api.wait(run, "Paused")
     api.answer(run, approve=False, by="grace", comment="not on a Friday")
-    failed = api.wait(run, "Failed")
+    failed = api.wait(run, "Refused")
     assert (
         f"release {second.release} was not approved by someone said to be grace: not on a Friday"
         in failed["state"]["message"]

@@ -126,11 +126,13 @@ def test_an_equal_candidate_goes_live_only_when_it_has_to_be_no_worse(project: P
     assert again.name == "Promoted", again.message
 
 
+MORE = CODE.replace("torch.randn(size, 4, generator=generator)", "torch.randn(size, 4, generator=generator) * 1.01")
+WARM: dict[str, Any] = {"retrain": {"start": "live"}, "release": {"policy": "not_worse", "margin": 0.1}}
+
+
 def test_new_data_is_noticed_and_a_warm_start_begins_where_the_live_release_is(project: Project) -> None:
     before = project.live
-    more = CODE.replace("torch.randn(size, 4, generator=generator)", "torch.randn(size, 4, generator=generator) * 1.01")
-    warm = {"retrain": {"start": "live"}, "release": {"policy": "not_worse", "margin": 0.1}}
-    state = project.retrain(train=POOR, code=more, **warm)
+    state = project.retrain(train=POOR, code=MORE, **WARM)
     assert state.name == "Promoted", state.message
     decision = project.decisions()[-1]
     assert {"code", "data"} <= decision.changed.keys()
@@ -177,8 +179,7 @@ def test_a_metric_of_ones_own_decides_on_its_resampled_predictions(
 
 
 def test_the_command_says_what_was_decided_and_history_lists_it(project: Project, ship: Ship) -> None:
-    job = str(project.folder / "job.yaml")
-    project.retrain(train=GOOD, release={"policy": "always"}, force=True)
+    job = str(project.write(train=POOR, code=MORE, **WARM))
     ended = ship("retrain", job, "--why", "by hand")
     assert ended.status == 0, ended.text
     assert f"{MODEL}: skipped, nothing has changed since release" in ended.output
@@ -193,20 +194,27 @@ def test_the_command_says_what_was_decided_and_history_lists_it(project: Project
     assert project.live.release in row and "ago: skipped" in row and "nothing has changed since release" in row
 
 
-def test_code_that_changes_while_it_trains_was_not_trained(tmp_path: Path, store: ObjectStore, stack: Settings) -> None:
+def test_code_and_job_file_that_are_edited_meanwhile_are_trained_as_they_were(
+    tmp_path: Path, store: ObjectStore, stack: Settings
+) -> None:
     code = CODE + textwrap.dedent("""
         import os
         from pathlib import Path
         if "RANK" in os.environ:
             Path(__file__).with_name("mended_meanwhile.py").write_text("better = True")
+        # While it is decided on: before it is trained.
+        job = Path(__file__).with_name("job.yaml")
+        job.write_text(job.read_text().replace("epochs: 1", "epochs: 7"))
     """)
     edited = Project(tmp_path, store, "edited")
     write_project(tmp_path, code, name="edited")
     before = code_fingerprint(code_files(tmp_path))
     state = edited.retrain(code=code, train=POOR)
     assert state.name == "Promoted", state.message
-    lineage = read_release_record(store, "edited", edited.live.release).document(LINEAGE)
-    assert lineage["inputs"]["code"] == before != code_fingerprint(code_files(tmp_path))
+    told = read_release_record(store, "edited", edited.live.release)
+    assert told.document(LINEAGE)["inputs"]["code"] == before != code_fingerprint(code_files(tmp_path))
+    assert "epochs: 7" in (tmp_path / "job.yaml").read_text()
+    assert told.document(JOB)["train"]["epochs"] == 1
 
 
 # What is read, and what is a reason, is asked in unit/test_opened.py and test_made_of.py.
@@ -243,21 +251,6 @@ def test_a_file_that_the_model_reads_is_a_reason_and_one_that_nobody_reads_is_no
     state = read.retrain(**job)
     assert state.name == "Promoted", state.message
     assert read.decisions()[-1].changed == {"code": "config.json changed, weights/first.safetensors changed"}
-
-
-def test_a_job_file_that_is_edited_while_it_is_decided_on_is_trained_as_it_was(
-    tmp_path: Path, store: ObjectStore, stack: Settings
-) -> None:
-    code = CODE + textwrap.dedent("""
-        from pathlib import Path
-        job = Path(__file__).with_name("job.yaml")
-        job.write_text(job.read_text().replace("epochs: 1", "epochs: 7"))
-    """)
-    rewritten = Project(tmp_path, store, "rewritten")
-    state = rewritten.retrain(code=code, train=POOR)
-    assert state.name == "Promoted", state.message
-    assert "epochs: 7" in (tmp_path / "job.yaml").read_text()
-    assert read_release_record(store, "rewritten", rewritten.live.release).document(JOB)["train"]["epochs"] == 1
 
 
 def test_an_event_starts_a_run_for_the_model_that_it_names(project: Project, stack: Settings) -> None:

@@ -56,7 +56,7 @@ def test_an_artifact_that_is_not_the_model_stops_the_flow_and_the_report_says_wh
     job = write_project(tmp_path, extra=HIDDEN, name="hidden", **quick)
     ended = ship("run", str(job))
     assert ended.status == 2, ended.text
-    assert "torchscript parity" in ended.text
+    assert re.search(r"parity \S+, expected <= 1, in torchscript", ended.errors)
     report = Path(re.search(r"Where and how much: (\S+?parity\.md)", ended.text)[1]).read_text()  # type: ignore[index]
     assert re.search(r"\*\*Where:\*\* first differs at step \d+ of \d+: mul.*plain.py:\d+: return super", report)
     assert "expected" in report and "█" in report
@@ -76,9 +76,13 @@ def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
 
     assert ended.status == 2
     # The trained model is asked before it is exported: no artifact of it can do better.
-    assert re.search(r"the trained model +accuracy +96 samples +0\.\d+ +>= 0.9999 +FAILED", ended.text)
+    assert re.search(r"for the trained model itself: accuracy 0\.\d+, expected >= 0.9999", ended.errors)
     assert "torchscript" not in ended.text
     assert "Traceback" not in ended.text
+    # Where to look, and what is live meanwhile; the table is in the report.
+    shown = dict(line.split(maxsplit=1) for line in ended.errors.splitlines() if line.startswith("  "))
+    assert shown.keys() == {"prod", "run", "report"} and shown["prod"] == "nothing is live"
+    assert flow_run_of(ended) in shown["run"] and Path(shown["report"]).is_file()
     assert live(store, "hopeless") is None and store.list_keys("models/hopeless/") == {}
     assert MlflowClient(stack.mlflow_url).search_registered_models("name = 'hopeless'") == []
     run = only_run(stack, "hopeless")
@@ -94,6 +98,7 @@ def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
     assert "Beside the live release" not in report.headings
     for text in (report.text, str(page.data)):
         assert "hopeless: refused" in text and ">= 0.9999" in text and "1 of " in text
+    assert re.search(r"the trained model\s+accuracy\s+96 samples\s+0\.\d+\s+>= 0.9999\s+FAILED", report.text)
 
 
 GOOD = {**QUICK, "train": {"epochs": 20, "processes": 1, "batch_size": 32, "learning_rate": 0.02}}
@@ -210,13 +215,15 @@ def test_a_candidate_that_is_much_slower_or_larger_than_the_live_release_stays_o
 
 
 def test_a_limit_on_time_or_memory_that_is_not_kept_registers_and_promotes_nothing(
-    ship: Ship, store: ObjectStore, tmp_path: Path
+    ship: Ship, store: ObjectStore, stack: Settings, tmp_path: Path
 ) -> None:
     job = write_project(tmp_path, **QUICK, name="late", gates={"load_ms": {"max": 0.001}, "memory_mb": {"max": 4000}})
     ended = ship("run", str(job))
     assert ended.status == 2
-    assert re.search(r"torchscript +load_ms +artifact +[\d.]+ +<= 0\.001 +FAILED", ended.text)
-    assert re.search(r"torchscript +memory_mb +artifact +[\d.]+ +<= 4000 +passed", ended.text)
+    assert re.search(r"1 of 16 gates failed: load_ms [\d.]+, expected <= 0\.001, in torchscript", ended.errors)
+    report = checked((stack.runs / "late" / flow_run_of(ended) / "report.html").read_text())
+    assert re.search(r"torchscript\s+load_ms\s+artifact\s+[\d.]+\s+<= 0\.001\s+FAILED", report.text)
+    assert re.search(r"torchscript\s+memory_mb\s+artifact\s+[\d.]+\s+<= 4000\s+passed", report.text)
     assert live(store, "late") is None and store.list_keys("models/late/") == {}
 
 

@@ -107,7 +107,7 @@ def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: S
     )
     done = ship("run", str(job))
     assert done.status != 0
-    told = receiver.wait_for(f"train-and-ship {job}: Failed", PATIENCE)
+    told = receiver.wait_for(f"train-and-ship {job}: Refused", PATIENCE)
     assert "accuracy" in told["message"] and "0.999" in told["message"] and "/runs/flow-run/" in told["message"]
 
 

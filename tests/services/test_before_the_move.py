@@ -360,6 +360,8 @@ def test_a_run_that_died_after_its_export_is_gone_on_with_and_repeats_nothing(
     assert f"release {LIVE} stays live on prod" in ended.output and not (run / "decision.json").exists()
 
 
+# One that died after its export is gone on with above.
+@pytest.mark.soak
 def test_a_run_that_died_in_training_goes_on_from_its_checkpoint_and_what_it_writes_has_the_names_of_then(
     machine: Path, ship: Ship, store: ObjectStore, stack: Settings
 ) -> None:

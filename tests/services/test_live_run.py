@@ -188,6 +188,8 @@ def test_a_server_that_dies_during_training_disturbs_nothing_and_gets_everything
     assert_complete(flow_run, training, mortal.url)
 
 
+# One that goes away later is asked above.
+@pytest.mark.soak
 def test_a_server_that_is_away_when_a_run_begins_is_told_everything_when_it_is_back(
     mortal: MlflowServer, flow_run: str, tmp_path: Path
 ) -> None:

@@ -29,10 +29,14 @@ class Project:
 
     def retrain(self, why: str = "", code: str = CODE, force: bool = False, **job: Any) -> State[RetrainResult]:
         """Retrain in this process; the state in which the flow ended."""
-        job = {"export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}, **job}
-        path = write_project(self.folder, code, name=self.model, **job)
+        path = self.write(code, **job)
         ended = asyncio.run(retrain(job=str(path), why=why, force=force, return_state=True))
         return cast("State[RetrainResult]", ended)
+
+    def write(self, code: str = CODE, **job: Any) -> Path:
+        """Code and job file as they are from now on; the job file."""
+        job = {"export": {"formats": ["torchscript"]}, "parity": {"cpp": "off"}, **job}
+        return write_project(self.folder, code, name=self.model, **job)
 
     @property
     def live(self) -> Pointer:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.gates import (
     VersusLive,
     compare,
+    headline,
     how_drawn,
     require_good_enough,
     require_not_slower,
@@ -159,6 +161,23 @@ def test_times_that_could_not_be_measured_beside_live_fail_closed_and_the_way_ou
         require_not_slower(plain, {"memory_mb": 1.0}, {}, "r1")
     with pytest.raises(GateError, match="memory_mb: the live release takes other inputs"):
         require_not_slower(plain, {"memory_mb": 1.0}, {"memory_mb": 1.0}, "r1", "the live release takes other inputs")
+
+
+def failed(format: str, gate: str, measured: float | None, limit: str, case: str = "96 samples") -> Verdict:
+    return Verdict(format=format, gate=gate, case=case, measured=measured, limit=limit, passed=False)
+
+
+def test_the_headline_of_a_refusal_has_the_number_the_limit_and_the_formats() -> None:
+    poor = [failed(kind, "f1", 0.115, ">= 0.2") for kind in ("onnx", "pt2")]
+    passed = replace(failed("onnx", "accuracy", 0.9, ">= 0.5"), passed=True)
+    assert headline([*poor, passed]) == "f1 0.115, expected >= 0.2, in all 2 formats"
+    late = failed("onnx", "load_ms", 3.25, "<= 1", "artifact")
+    assert headline([late, replace(passed, format="pt2")]) == "load_ms 3.25, expected <= 1, in onnx (artifact)"
+    # The worst of each, by which side its limit is on; what could not be measured says so.
+    more = [failed("onnx", "parity", value, "<= 1", f"batch {value}") for value in (2.0, 7.0)]
+    assert headline([*more, failed("pt2", "f1", None, ">= 0.2")]) == (
+        "parity 7, expected <= 1, in onnx (2 times); f1 not measured, expected >= 0.2, in pt2 (96 samples)"
+    )
 
 
 def test_the_table_shows_numbers_limits_and_what_was_not_measured() -> None:

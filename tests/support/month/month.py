@@ -29,7 +29,7 @@ from train_and_ship.registry.tracking.rest import model_registry
 MODEL = "parcels"
 NEVER = "0 3 29 2 *"
 """The script starts each night itself, whatever the clock says."""
-ENDS = ("Skipped", "Promoted", "Kept", "Failed")
+ENDS = ("Skipped", "Promoted", "Kept", "Failed", "Refused")
 LONGEST_NIGHT = 300.0
 """Seconds; a night that takes longer is stuck."""
 
