@@ -162,6 +162,8 @@ def test_a_killed_rank_costs_no_bit_of_what_the_trainer_trains(
     assert timeless[0] == timeless[1]
 
 
+# A whole run: two and a half minutes of CPU time.
+@pytest.mark.timeout(1800)
 def test_what_ship_pull_brings_is_loaded_by_from_pretrained_and_writes_the_trained_models_tokens(
     dates: Any, ship: Ship, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
