@@ -24,14 +24,24 @@ soak: $(READY)
 
 # What a run asks of a job, asked of public architectures. Neither test nor soak: timm, transformers, torch_geometric and
 # the like are some 3 GB that nothing else needs, and their newest versions must not decide what a change may do.
-public: build/public/.ready
-	build/public/bin/python -m pytest -m public --numprocesses 2 $(ARGS) tests/public
+public: build/public/.ready build/lora/.ready
+	build/public/bin/python -m pytest -m public --numprocesses 2 $(ARGS) --ignore tests/public/test_lora.py tests/public
+	build/lora/bin/python -m pytest -m public $(ARGS) tests/public/test_lora.py
 
 build/public/.ready: tests/support/public/requirements.txt pyproject.toml constraints.txt
 	rm -rf build/public
 	$(PYTHON) -m venv build/public
 	build/public/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  --editable '.[dev]' --requirement tests/support/public/requirements.txt
+	touch $@
+
+# Apart from those: peft loads torchvision where that is installed, and torchvision's binaries need CUDA's torch.
+build/lora/.ready: examples/lora/requirements.txt tests/support/public/lora-requirements.txt pyproject.toml constraints.txt
+	rm -rf build/lora
+	$(PYTHON) -m venv build/lora
+	build/lora/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --constraint tests/support/public/lora-requirements.txt --editable '.[local,dev]' \
+	  --requirement examples/lora/requirements.txt
 	touch $@
 
 # What CI runs before it lets a change in: style, types, tests.

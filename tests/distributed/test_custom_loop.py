@@ -143,18 +143,19 @@ def test_the_context_says_where_the_loop_runs_and_what_the_job_is(train: Train, 
         facts = [context.rank, context.world_size, context.local_rank, str(context.device), context.seed, text]
         facts += [context.job["train"]["args"], sorted(context.job["train"]), dist.is_initialized()]
         facts += [len(context.build_dataset("validation")), torch.initial_seed(), os.environ["WORLD_SIZE"]]
+        facts += [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]]
         (context.folder / f"{context.rank}.json").write_text(json.dumps(facts))
         context.report({"loss": torch.tensor(1.0), "epoch": numpy.float32(3), "done": True}, step=0)
         return context.build_model()
     """
-    job = write_loop(tmp_path / "p", extra, entrypoint="plain:tells", args={"text": "hello"}, seed=7)
+    job = write_loop(tmp_path / "p", extra, entrypoint="plain:tells", args={"text": "hello"}, seed=7, threads=3)
     result = train(job)
 
     keys = ["args", "backend", "checkpoint", "collective_seconds", "device", "entrypoint", "hang_seconds", "launcher"]
     keys += ["metrics", "processes", "restarts", "seed", "threads"]
     for rank in range(2):
         said = json.loads((tmp_path / "train0" / "loop" / f"{rank}.json").read_text())
-        assert said == [rank, 2, rank, "cpu", 7, "hello", {"text": "hello"}, keys, True, 96, 7, "2"]
+        assert said == [rank, 2, rank, "cpu", 7, "hello", {"text": "hello"}, keys, True, 96, 7, "2", 3, "3"]
     (row,) = result.history
     assert {**row, "time": 0} == {"step": 0, "loss": 1.0, "epoch": 3.0, "done": 1.0, "time": 0}
 

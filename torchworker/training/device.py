@@ -92,6 +92,8 @@ def _require_compiler() -> None:
 def enter_device(settings: TrainSettings, device: torch.device) -> None:
     """Make the device this process's own, with the settings that hold for the whole process."""
     torch.set_num_threads(settings.threads)
+    # As torchrun sets it: a library of a custom loop's, such as accelerate, would choose a number of its own.
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
