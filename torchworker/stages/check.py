@@ -23,6 +23,7 @@ from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
 from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
+from torchworker.project.signature import require_alike
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
 from torchworker.training.optimizer import apply_gradients, build_optimizer, build_schedule, set_optimizer_mode
@@ -63,7 +64,8 @@ def check(request: CheckRequest) -> CheckResult:
         batches = user_code.batches(dataset, settings.batch_size, project, see=groups.add, split=split)
         some = list(islice(batches, 2))
         if split == "validation":
-            user_code.require_one_shape(some[0], some[-1], project)
+            first, other = (user_code.name_inputs(model, given[0], project) for given in (some[0], some[-1]))
+            require_alike(first, other, (some[0][1], some[-1][1]), request.dynamic, project)
         inputs, target = some[0]
         if split == "validation":
             # What ships has these shapes; those of training may be others.

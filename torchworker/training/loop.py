@@ -52,7 +52,7 @@ class Loop:
         self.project: Project = request.project
         self.settings: TrainSettings = request.train
         self.start, self.start_sha256 = request.start, request.start_sha256
-        self._formats = request.formats
+        self._formats, self._dynamic = request.formats, request.dynamic
         self.folder = Path(request.folder)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
@@ -91,7 +91,7 @@ class Loop:
         for dataset in (train_set, self.validation_set):
             self.notes += one_stream(dataset, project, settings.seed)
         preflight = Preflight(self.model, self.loss, project, settings, self.device)
-        example = preflight.try_validation(self.validation_set, self._formats)
+        example = preflight.try_validation(self.validation_set, self._formats, self._dynamic)
         self.ignored = preflight.ignored
         self.weights.leave_out(preflight.padding)
         self.finds_unused, notes = preflight.try_training(self.data, example)
@@ -117,6 +117,7 @@ class Loop:
             ignored=self.ignored,
             channels_last=settings.channels_last,
             collective=self.strategy.collective_forward,
+            dynamic=self._dynamic,
         )
         # After sharding: the optimizer's state is as large as the parameters that it is given.
         self.optimizer = build_optimizer(project, settings, self.model)
