@@ -7,13 +7,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchworker.contract import DynamicDim, Project, Reference
 from torchworker.exporters.onnx_export import onnx_model
 from torchworker.exporters.subject import Subject
+from torchworker.parity.compare import same_weights
 from torchworker.process.failure import UserError
-from torchworker.runtimes.load import Call, load_artifact
+from torchworker.runtimes.load import Call, load_artifact, load_with_weights
 
 Kind = type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]
 
@@ -96,6 +98,18 @@ def test_layers_answer_as_the_model_at_every_length_and_every_size_of_a_batch(tm
         got, expected = call({"sequence": sequence, "state": state}), model(sequence, state)
         for one, two in zip(got, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+    # Gates in ONNX's order, directions and biases put together: it holds what was trained.
+    weights = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), weights)
+    (held,) = same_weights("onnx", load_with_weights("onnx", tmp_path / "model.onnx", 1), weights)
+    assert held.passed and held.note == "16 of 16 tensors held bit for bit"
+    for name in ("weight_ih_l0", "weight_hh_l1_reverse", "bias_hh_l0"):
+        changed = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        changed[f"cells.{name}"].view(-1)[3] *= 1 + 3e-7
+        save_file(changed, weights)
+        (off,) = same_weights("onnx", load_with_weights("onnx", tmp_path / "model.onnx", 1), weights)
+        assert not off.passed and off.note == f"other values than were trained: cells.{name}"
 
     # What the file says of its outputs has the names of what varies.
     said, left = onnx.load(tmp_path / "model.onnx").graph.output
