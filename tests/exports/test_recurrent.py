@@ -142,6 +142,19 @@ def test_packed_sequences_are_refused_with_what_to_do_and_doing_it_gives_the_sam
     )
 
 
+def test_the_way_back_over_packed_sequences_is_a_layer_over_each_sequence_reversed() -> None:
+    torch.manual_seed(0)
+    both, back = nn.GRU(3, 5, batch_first=True, bidirectional=True), nn.GRU(3, 5, batch_first=True)
+    back.load_state_dict({name: getattr(both, f"{name}_reverse") for name in back.state_dict()})
+    sequence, lengths = torch.randn(4, 9, 3), torch.tensor([9, 1, 4, 8])
+    packed = nn.utils.rnn.pack_padded_sequence(sequence, lengths, batch_first=True, enforce_sorted=False)
+    # As docs/exports.md says.
+    places = (lengths[:, None] - 1 - torch.arange(sequence.shape[1])).clamp(min=0)
+    said = back(sequence.gather(1, places[:, :, None].expand_as(sequence)))[0]
+    last = said.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, said.shape[2]))[:, 0]
+    torch.testing.assert_close(last, both(packed)[1][1], rtol=1e-5, atol=1e-6)
+
+
 class Einstein(nn.Module):
     """Attention by torch.einsum, as many public models write it; also how long the answers are, which has no batch."""
 

@@ -34,6 +34,7 @@ from torchworker.training.optimizer import (
     apply_gradients,
     build_optimizer,
     build_schedule,
+    float16_cause,
     follows_loss,
     set_optimizer_mode,
 )
@@ -408,7 +409,7 @@ class Loop:
         raise UserError(
             f"train: the loss became {loss} at epoch {self.epoch}, step {step + 1} of {self.steps} "
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
-            "the loss for a log or division of zero"
+            f"the loss for a log or division of zero{float16_cause(self.model, self.optimizer)}"
         )
 
     def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None, counts: bool = True) -> Tensor:
@@ -436,6 +437,7 @@ class Loop:
             raise UserError(
                 f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "
                 f"at learning_rate {self.settings.learning_rate} and the validation data for NaN or inf"
+                f"{float16_cause(self.model, self.optimizer)}"
             )
         return means
 
