@@ -261,7 +261,7 @@ Packed sequences (`pack_padded_sequence`) have the lengths of one batch in their
 script, and every other format refuses. Call the layer on the padded batch, and take what it says at each last step:
 
 ```python
-said = self.cells(sequence)[0]                                            # [B, T, hidden], with batch_first=True
+said = self.cells(sequence)[0]  # [B, T, hidden], with batch_first=True
 last = said.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, said.shape[2]))[:, 0]
 ```
 
