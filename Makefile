@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak public check matrix month bench bench-store bench-parity bench-inference pins up down clean
+.PHONY: ship test soak public check matrix month bench bench-store bench-parity bench-inference bench-recurrent pins up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -77,6 +77,10 @@ bench-store: $(READY)
 # The recommended artifact beside eager, torch.compile and ONNX Runtime by hand; export and validate beside by hand.
 bench-inference: $(READY)
 	$(BIN)/python benchmarks/inference.py
+
+# LSTM and GRU in ONNX Runtime beside eager, with the guards of the exporter and without.
+bench-recurrent: $(READY)
+	$(BIN)/python benchmarks/recurrent.py
 
 # Seeds defects into small models and counts what our gate and four common rules notice.
 bench-parity: $(READY)

@@ -37,7 +37,7 @@ from train_and_ship.registry.tracking.curves import RankTimes, rank_times
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
-from train_and_ship.tasks.requests import required_formats, train_settings
+from train_and_ship.tasks.requests import dynamic_dims, required_formats, train_settings
 from train_and_ship.tasks.results import Inspected, Run, Trained
 from train_and_ship.tasks.stage import stage_task
 from train_and_ship.tasks.watchdog import Watchdog
@@ -114,6 +114,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         start=weights,
         start_sha256=weights_sha256,
         formats=required_formats(run.job),
+        dynamic=dynamic_dims(run.job),
     )
     try:
         while not await _attempt(run, stage, request, attempts, inputs, progress):

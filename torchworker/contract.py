@@ -419,6 +419,8 @@ class TrainRequest(Message):
     """Hexadecimal; what these weights must have when a rank loads them."""
     formats: Sequence[str] = ()
     """That the release must have: what one of them cannot hold is refused before the first step."""
+    dynamic: Sequence[DynamicDim] = ()
+    """Dimensions beside the batch: validation batches may differ there."""
 
 
 @dataclass(frozen=True, kw_only=True)

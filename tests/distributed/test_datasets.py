@@ -346,7 +346,7 @@ def test_a_collate_function_may_pad_training_batches_to_their_longest_and_valida
     assert {file.name for file in path.parent.glob("trained-*")} >= {"trained-2", "trained-3", "trained-4"}
 
 
-def test_validation_batches_of_different_shapes_are_told_by_check_and_in_the_first_epoch(
+def test_validation_batches_of_different_shapes_are_refused_before_training_unless_the_job_says_that_they_vary(
     train: Train, tmp_path: Path
 ) -> None:
     extra = """
@@ -370,14 +370,24 @@ def test_validation_batches_of_different_shapes_are_told_by_check_and_in_the_fir
             return Sums()
     """
     data = {"factory": "plain:build_dataset", "collate": "plain:pad"}
-    path = write_project(tmp_path / "p", extra=extra, data=data, train={"epochs": 2, "processes": 1, "batch_size": 32})
+    plan = {"epochs": 1, "processes": 1, "batch_size": 32}
+    path = write_project(tmp_path / "p", extra=extra, data=data, train=plan)
     said = (
         r"validation batches are of different shapes: samples of \[\[3\], \[\]\] and of \[\[4\], \[\]\]; pad them all"
+        r" .*say that they may vary.*export: \{dynamic: \{length_1: \{axes: \{x: 1\}\}\}\}"
     )
     with pytest.raises(JobError, match=said):
         check(path)
     with pytest.raises(JobError, match=said):
         train(path)
+    # Doing what was said; then a range that the second batch is outside of.
+    export = {"dynamic": {"length_1": {"axes": {"x": 1}}}}
+    train(write_project(tmp_path / "declared", extra=extra, data=data, train=plan, export=export))
+    export["dynamic"]["length_1"]["max"] = 3
+    narrow = write_project(tmp_path / "narrow", extra=extra, data=data, train=plan, export=export)
+    for ask in (check, train):
+        with pytest.raises(JobError, match=r"export.dynamic.length_1: expected .* got 1 to 3, and the data has 4"):
+            ask(narrow)
 
 
 def test_an_item_that_cannot_be_fingerprinted_is_named_by_its_type(train: Train, tmp_path: Path) -> None:

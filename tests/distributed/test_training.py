@@ -26,6 +26,7 @@ from torchworker.contract import REQUEST, WARNINGS, WEIGHTS, CheckRequest, Train
 from train_and_ship.infra.errors import JobError, WorkerError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.ship.check import check
 from train_and_ship.tasks.requests import project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
 
@@ -198,6 +199,38 @@ def test_ranks_that_are_spawned_as_on_gpus_train_to_the_bits_of_forked_ones_and_
 def test_a_loss_that_becomes_nan_stops_the_run_and_says_where(train: Train, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"loss became nan at epoch 1, step 3 of 9 .*learning_rate"):
         train(write_project(tmp_path / "p", extra=NAN, train=NAN_TRAIN))
+
+
+HALF = """
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            # After the ReLU some gradients are 0.
+            self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).half()
+        def forward(self, x):
+            return self.layers(x.half()).float()
+    def build_model():
+        return Half()
+"""
+
+
+def test_float16_parameters_are_named_where_adam_divides_by_zero_and_doing_what_is_said_trains(
+    train: Train, tmp_path: Path
+) -> None:
+    plan = {"epochs": 1, "processes": 1, "batch_size": 1}
+    path = write_project(tmp_path / "p", extra=HALF, train=plan)
+    cause = (
+        r"4 parameters are float16 \(layers.0.weight, …\).* so is the eps of Adam \(1e-08\), which divides by 0.*"
+        r"train.precision: bf16 .*\.bfloat16\(\).*eps: 1.0e-4.* or take sgd"
+    )
+    with pytest.raises(JobError, match=f"train.optimizer: after one step .* not finite .*{cause}"):
+        check(path)
+    with pytest.raises(JobError, match=f"train: the loss became nan at .*{cause}"):
+        train(path)
+    for more in ({"groups": [{"names": ["*"], "args": {"eps": 1e-4}}]}, {"optimizer": "sgd"}):
+        mended = write_project(tmp_path / "mended", extra=HALF, train=plan | more)
+        check(mended)
+        train(mended)
 
 
 def test_a_last_step_that_ruins_the_model_is_noticed(train: Train, tmp_path: Path) -> None:

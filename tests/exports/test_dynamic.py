@@ -5,9 +5,10 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.worker_stages import EACH_FORMATS, ONE, OpenStages, WorkerStages
-from torchworker.contract import FORMAT_FILES, DynamicDim, TensorSpec
+from torchworker.contract import FORMAT_FILES, VALIDATION, DynamicDim, TensorSpec
 from train_and_ship.infra.errors import JobError
 
 SEQUENCES = """
@@ -48,6 +49,39 @@ LENGTH = {"axes": {"tokens": 1, "padding": 1}, "min": 1, "max": 12}
 def words(stages: OpenStages, body: str = "pass", trained: bool = False, **length: object):
     export = {"batch": 8, "dynamic": {"length": {**LENGTH, **length}}}
     return stages(SEQUENCES.replace("BODY", body), trained=trained, train=TRAIN, export=export)
+
+
+PADDED = SEQUENCES.replace(
+    """            return {"tokens": tokens, "padding": tokens.eq(0)}, tokens.sum() % 3
+""",
+    """            return tokens[: 1 + index % 6 if index < 8 else 1 + index // 8], tokens.sum() % 3
+    def pad(items, split):
+        rows = [tokens for tokens, _ in items]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return {"tokens": tokens, "padding": real.eq(0)}, torch.stack([target for _, target in items])
+""",
+)
+
+
+def test_validation_batches_are_padded_one_by_one_where_the_job_declares_their_length(stages: OpenStages) -> None:
+    opened = stages(
+        PADDED.replace("BODY", "pass"), trained=True,
+        data={"factory": "plain:build_dataset", "collate": "plain:pad"},
+        train=TRAIN, export={"batch": 8, "dynamic": {"length": LENGTH}}, gates={"accuracy": {"min": 0.0}},
+    )  # fmt: skip
+    opened.export("onnx", "pt2")
+    kept = load_file(opened.folder / "export" / VALIDATION)
+    # Batches of eight, as long as their longest sample: six, and then one more from batch to batch.
+    assert kept["size.input.tokens"][::8].tolist() == [[6], [2], [3], [4], [5]]
+    assert kept["eager.hidden_0/8"].shape == (8, 2, 4)
+    found = opened.validate()
+    assert found.passed, [item for item in found.verdicts if not item.passed]
+    right = sum(
+        int((kept[f"eager.logits/{start}"].argmax(1) == kept["target"][start : start + 8]).sum())
+        for start in range(0, 40, 8)
+    )
+    assert found.metrics == {"onnx": {"accuracy": right / 40}, "pt2": {"accuracy": right / 40}}
 
 
 @EACH_FORMATS

@@ -7,13 +7,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchworker.contract import DynamicDim, Project, Reference
 from torchworker.exporters.onnx_export import onnx_model
 from torchworker.exporters.subject import Subject
+from torchworker.parity.compare import same_weights
 from torchworker.process.failure import UserError
-from torchworker.runtimes.load import Call, load_artifact
+from torchworker.runtimes.load import Call, load_artifact, load_with_weights
 
 Kind = type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]
 
@@ -97,6 +99,18 @@ def test_layers_answer_as_the_model_at_every_length_and_every_size_of_a_batch(tm
         for one, two in zip(got, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
+    # Gates in ONNX's order, directions and biases put together: it holds what was trained.
+    weights = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), weights)
+    (held,) = same_weights("onnx", load_with_weights("onnx", tmp_path / "model.onnx", 1), weights)
+    assert held.passed and held.note == "16 of 16 tensors held bit for bit"
+    for name in ("weight_ih_l0", "weight_hh_l1_reverse", "bias_hh_l0"):
+        changed = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        changed[f"cells.{name}"].view(-1)[3] *= 1 + 3e-7
+        save_file(changed, weights)
+        (off,) = same_weights("onnx", load_with_weights("onnx", tmp_path / "model.onnx", 1), weights)
+        assert not off.passed and off.note == f"other values than were trained: cells.{name}"
+
     # What the file says of its outputs has the names of what varies.
     said, left = onnx.load(tmp_path / "model.onnx").graph.output
     assert [size.dim_param or size.dim_value for size in said.type.tensor_type.shape.dim] == ["batch", "length", 10]
@@ -126,6 +140,19 @@ def test_packed_sequences_are_refused_with_what_to_do_and_doing_it_gives_the_sam
     torch.testing.assert_close(
         call({"sequence": sequence, "lengths": lengths})[0], model(sequence, lengths), rtol=1e-5, atol=1e-6
     )
+
+
+def test_the_way_back_over_packed_sequences_is_a_layer_over_each_sequence_reversed() -> None:
+    torch.manual_seed(0)
+    both, back = nn.GRU(3, 5, batch_first=True, bidirectional=True), nn.GRU(3, 5, batch_first=True)
+    back.load_state_dict({name: getattr(both, f"{name}_reverse") for name in back.state_dict()})
+    sequence, lengths = torch.randn(4, 9, 3), torch.tensor([9, 1, 4, 8])
+    packed = nn.utils.rnn.pack_padded_sequence(sequence, lengths, batch_first=True, enforce_sorted=False)
+    # As docs/exports.md says.
+    places = (lengths[:, None] - 1 - torch.arange(sequence.shape[1])).clamp(min=0)
+    said = back(sequence.gather(1, places[:, :, None].expand_as(sequence)))[0]
+    last = said.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, said.shape[2]))[:, 0]
+    torch.testing.assert_close(last, both(packed)[1][1], rtol=1e-5, atol=1e-6)
 
 
 class Einstein(nn.Module):

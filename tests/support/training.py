@@ -11,7 +11,7 @@ from typing import Any
 from torchworker.contract import TrainRequest, TrainResult, decode
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.tasks.requests import project_of, train_settings
+from train_and_ship.tasks.requests import dynamic_dims, project_of, train_settings
 from train_and_ship.tasks.worker import call_worker
 
 
@@ -37,6 +37,7 @@ class Train:
             folder=str(work),
             checkpoints=str(self._folder / "checkpoints"),
             start=str(start or ""),
+            dynamic=dynamic_dims(job),
         )
         reply = asyncio.run(call_worker(self._host, "train", request, work, on_event))
         if job.train.entrypoint is None:

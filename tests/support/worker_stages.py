@@ -66,7 +66,11 @@ class WorkerStages:
     def train(self) -> TrainResult:
         folder = self.folder / "train"
         request = TrainRequest(
-            project=self.project, train=train_settings(self.job), folder=str(folder), checkpoints=str(self.folder / "c")
+            project=self.project,
+            train=train_settings(self.job),
+            folder=str(folder),
+            checkpoints=str(self.folder / "c"),
+            dynamic=dynamic_dims(self.job),
         )
         result: TrainResult = decode(TrainResult, asyncio.run(call_worker(self.fork_server, "train", request, folder)))
         self.weights = str(folder / WEIGHTS)

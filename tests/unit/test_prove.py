@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -17,12 +18,22 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from tests.support.parity import CODE, NOTHING, as_artifact, check, failed, questions
-from torchworker.contract import GOLDEN, VALIDATION, DynamicDim, ExportRequest, Project, Reference, Verdict
+from torchworker.contract import (
+    GOLDEN,
+    VALIDATION,
+    DynamicDim,
+    ExportRequest,
+    Project,
+    Reference,
+    TensorSpec,
+    Verdict,
+)
 from torchworker.parity import reference
 from torchworker.parity.compare import KNOWN, Outside, Policy, compare
 from torchworker.parity.probes import ROWS, Probe
-from torchworker.parity.reference import read_golden, read_unasked, write_reference
+from torchworker.parity.reference import read_golden, read_unasked, validation_batches, write_reference
 from torchworker.parity.relative import compare_relative
+from torchworker.process.failure import UserError
 from torchworker.process.fork import ChildDiedError, CrashNote, ForkedCall
 from torchworker.project.weights import save_tensors
 from torchworker.runtimes.load import Call
@@ -56,6 +67,60 @@ def test_the_samples_of_the_gates_are_those_that_were_drawn_and_ignored_classes_
         assert kept["group"].tolist() == [0, 1, 2, 3, 4]
         readings.append(read)
     assert readings[0].samples == 5 and readings[0] == readings[1]
+
+
+def by_first(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sequences as long as the first number of the first one, each with a label a step."""
+    length = int(items[0][0][0])
+    return torch.stack([x[:length, None] for x, _ in items]), torch.stack([label[:length] for _, label in items])
+
+
+class Steps(nn.Module):
+    """sequence [B, T, 1] → scores of each step [B, T, 2], which depend on how long the sequence is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(1, 2)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return self.score(sequence - sequence.mean(1, keepdim=True))
+
+
+def test_samples_are_asked_at_the_length_that_their_batch_was_padded_to(tmp_path: Path) -> None:
+    project = Project(
+        name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, loss="cross_entropy", metrics=[],
+        collate=Reference(target=f"{__name__}:by_first", where="data.collate"),
+    )  # fmt: skip
+    length = DynamicDim(name="length", min=1, max=6, axes={"sequence": (1,)})
+    request = ExportRequest(
+        project=project, folder=str(tmp_path), weights="", formats=[], batch=4, seed=0, validation_limit=10,
+        dynamic=[length], ignored=[0],
+    )  # fmt: skip
+    rows = torch.arange(1.0, 7) * torch.tensor([5.0, 3, 3, 6, 2, 2, 2, 2, 6, 1])[:, None]
+    dataset = TensorDataset(rows, torch.arange(60).view(10, 6) % 3)
+    model = Steps().eval()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        write_reference(request, model, {"sequence": by_first([dataset[i] for i in range(4)])[0]}, dataset)
+    kept = load_file(tmp_path / VALIDATION)
+    specs = [TensorSpec(name="sequence", dtype="float32", shape=("batch", "length", 1))]
+    asked = list(validation_batches(kept, specs, 4, ["output"]))
+    assert [tuple(probe.inputs["sequence"].shape) for probe, _ in asked] == [(4, 5, 1), (4, 2, 1), (2, 6, 1)]
+    with torch.no_grad():
+        for start, (probe, labels) in zip((0, 4, 8), asked, strict=True):
+            sequence, targets = by_first([dataset[i] for i in range(start, min(start + 4, 10))])
+            assert torch.equal(probe.inputs["sequence"], sequence)
+            assert torch.equal(labels, targets.masked_fill(targets == 0, -100))
+            assert probe.eager is not None and torch.equal(probe.eager["output"], model(sequence))
+    # Whoever asks with other batches, as a rehearsal does, never mixes lengths.
+    shapes = [tuple(probe.inputs["sequence"].shape) for probe, _ in validation_batches(kept, specs, 3)]
+    assert shapes == [(3, 5, 1), (1, 5, 1), (2, 2, 1), (2, 2, 1), (1, 6, 1), (1, 6, 1)]
+
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match=r"samples of \[\[5, 1\], \[5\]\] and of \[\[2, 1\], \[2\]\]; pad"),
+    ):
+        write_reference(replace(request, dynamic=[]), model, {"sequence": rows[:4, :5, None]}, dataset)
 
 
 class Fraud(nn.Module):

@@ -21,7 +21,14 @@ from torchworker.project import user_code
 from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
 from torchworker.project.randomness import seed_everything
-from torchworker.project.signature import dims_of, input_specs, of_one_sample, output_specs, without_batch
+from torchworker.project.signature import (
+    dims_of,
+    input_specs,
+    of_one_sample,
+    output_specs,
+    require_alike,
+    without_batch,
+)
 from torchworker.training.results import try_weights
 
 BATCH = 64
@@ -65,7 +72,8 @@ def try_parts(
     validation_set = user_code.build_dataset(project, "validation")
     groups = SampleGroups(project)
     some = list(itertools.islice(user_code.batches(validation_set, BATCH, project, see=groups.add), 2))
-    user_code.require_one_shape(some[0], some[-1], project)
+    first, other = (user_code.name_inputs(model, given[0], project) for given in (some[0], some[-1]))
+    require_alike(first, other, (some[0][1], some[-1][1]), dynamic, project)
     inputs, target = some[0]
     outputs, _ = try_batch(model, None, (inputs, target), project, formats)
     independence = require_independent(model, inputs, project, outputs)

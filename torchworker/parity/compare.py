@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchworker.contract import PARITY, ErrorCounts, Mismatch, Verdict
 from torchworker.gates.limits import at_most
+from torchworker.parity.folded import Held, folded
 from torchworker.parity.histogram import ErrorHistogram, distribution
 from torchworker.parity.probes import (
     BATCHES,
@@ -42,6 +44,9 @@ KNOWN = "ONNX counts index −1 from the end, where the model refuses it"
 CALLS = 50
 """How often an artifact is asked at least: what it does at its 40th call differently, it does here."""
 
+FOLDED_SIZE = 8192
+"""Elements of the largest tensor that ONNX's exporter puts into a constant of another name, batch norms apart."""
+NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 OF_ITS_SIZE = frozenset({BATCHES, SAMPLES, DRAWS, LENGTHS, SINGLES, SIZES, ROWS})
 """Questions whose inputs are as large as the data's, and so what the model loses on them."""
 
@@ -228,7 +233,8 @@ def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
 
 
 def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
-    """One verdict on what an artifact holds by the names of the model: bit for bit what was trained, where shapes fit.
+    """One verdict on the weights that an artifact holds: bit for bit what was trained, by name and where shapes fit;
+    of ONNX also what its exporter made of them, by the rules of `folded.py`.
 
     Samples may not reach a row of an embedding, or a weight behind a decision.
 
@@ -242,7 +248,8 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
     """
     from safetensors import safe_open
 
-    different, equal = [], 0
+    different: list[str] = []
+    equal: set[str] = set()
     with safe_open(trained, framework="pt") as file:
         names = set(file.keys())
         for name, tensor in loaded.weights(names):
@@ -252,16 +259,53 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
             if tensor.dtype != mine.dtype or tensor.shape != mine.shape:
                 continue
             if torch.equal(_bits(tensor), _bits(mine)):
-                equal += 1
+                equal.add(name)
             else:
                 different.append(name)
-    if not equal + len(different):
+        if loaded.graph is not None:
+            held = _folded(loaded.graph(), file, names, equal)
+            different += sorted(held.different - set(different))
+            equal |= held.equal
+            equal -= set(different)
+    if not equal and not different:
         return []
-    note = f"{equal} of {len(names)} tensors held by name, bit for bit"
+    note = f"{len(equal)} of {len(names)} tensors held bit for bit"
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         note = f"other values than were trained: {', '.join(different[:3])}{more}"
     return [at_most(kind, PARITY, "weights", float(len(different)), 0, note)]
+
+
+def _folded(graph: Any, file: Any, names: Collection[str], equal: Collection[str]) -> Held:
+    """What an ONNX file holds of the weights that it does not have by name.
+
+    Args:
+        graph: onnx_ir.Graph.
+        file: of safetensors, open.
+        names: of its tensors.
+        equal: names that the artifact holds as they were trained.
+    """
+    trained: dict[str, Tensor] = {}
+    for name in names:
+        size = math.prod(file.get_slice(name).get_shape())
+        # Of those that are there by name, small ones may be in a constant too.
+        if name not in equal or size <= FOLDED_SIZE:
+            trained[name] = file.get_tensor(name)
+    arrays = {name: tensor.numpy() for name, tensor in trained.items() if tensor.dtype in NUMPY_FLOATS}
+    held = folded(graph, arrays, equal)
+    # Of small tensors that are the same an ONNX file has one, under one of the names.
+    kept = {_content(trained[name]) for name in {*held.equal, *equal} & trained.keys()}
+    there = graph.initializers.keys() | held.different
+    alike = {
+        name
+        for name, tensor in trained.items()
+        if name not in there and tensor.numel() <= FOLDED_SIZE and _content(tensor) in kept
+    }
+    return Held(held.equal | alike, held.different)
+
+
+def _content(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, _bits(tensor).numpy().tobytes()
 
 
 def _bits(tensor: Tensor) -> Tensor:

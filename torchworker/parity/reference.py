@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,9 +35,10 @@ from torchworker.parity.tables import tables_of
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.answers import Answers, roundoff_of, same_values
+from torchworker.project.metrics import joined as filled_up
 from torchworker.project.metrics import without
-from torchworker.project.signature import dims_of, input_specs
-from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
+from torchworker.project.signature import dims_of, input_specs, require_alike
+from torchworker.project.user_code import batches, forward, name_inputs, name_outputs
 from torchworker.project.weights import save_tensors
 
 LABELS = "labels"
@@ -47,6 +49,9 @@ NAMED = 4
 """Declared sizes that the model refuses are told by name up to this many."""
 ROUNDOFF = "roundoff"
 """Of `roundoff_of` the model: in GOLDEN's header, and in VALIDATION as a number; absent where it is 0."""
+SIZE = "size"
+"""In VALIDATION, before the name of a tensor whose batches differ in shape: the sizes that each sample has behind its
+batch, [samples, dimensions - 1] int64. The tensor is filled up at the end; absent where all have one shape."""
 ROUNDOFFS = (2.0**-8, 2.0**-11)
 """Of bfloat16 and float16. A file from a bucket may not say another one, which would loosen the rule."""
 REFUSAL_SECONDS = 60.0
@@ -116,7 +121,7 @@ def write_reference(
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
     `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>`, `tied.<name>` and
     `target`, and `labels` where the target has labels that no metric of ours counts, `group` where the job says in
-    which groups samples come.
+    which groups samples come, `size.<name>` where the batches of a tensor differ in shape.
 
     Args:
         request: says where to, at which batch sizes and of how many validation samples.
@@ -364,9 +369,9 @@ def validation_batches(
     Yields:
         A probe, its inputs [batch, …] and contiguous; targets [batch, …] for the metrics that need no user code.
     """
-    target = validation.get(LABELS, validation["target"])
-    for start in range(0, len(target), batch):
-        part = slice(start, start + batch)
+    labels = LABELS if LABELS in validation else "target"
+    for part in _calls(validation, batch):
+        start, target = part.start, _rows(validation, labels, part)
         keys = {
             kind: {name: validation_key(kind, name, start) for name in outputs}
             for kind in ("eager", "float64", "moved", "tied")
@@ -377,17 +382,46 @@ def validation_batches(
         }
         yield (
             Probe(
-                name=f"samples {start} to {start + len(target[part])}",
+                name=f"samples {start} to {start + len(target)}",
                 group=SAMPLES,
-                inputs={spec.name: validation[f"input.{spec.name}"][part].contiguous() for spec in inputs},
+                inputs={spec.name: _rows(validation, f"input.{spec.name}", part).contiguous() for spec in inputs},
                 eager=answers["eager"],
                 exact=answers["float64"],
                 perturbed=answers["moved"],
                 tied=answers["tied"],
                 roundoff=float(validation.get(ROUNDOFF, 0.0)),
             ),
-            target[part],
+            target,
         )
+
+
+def _calls(validation: Mapping[str, Tensor], batch: int) -> Iterator[slice]:
+    """Samples that are asked together: of one shape, and at most so many."""
+    count = len(validation["target"])
+    sizes = [tensor for key, tensor in validation.items() if key.startswith(f"{SIZE}.")]
+    shapes = torch.cat([torch.zeros(count, 1, dtype=torch.int64), *sizes], dim=1)
+    changes = (shapes[1:] != shapes[:-1]).any(dim=1).nonzero()[:, 0] + 1
+    starts = sorted({*range(0, count, batch), *changes.tolist()})
+    for start, end in zip(starts, [*starts[1:], count], strict=False):
+        yield slice(start, end)
+
+
+def _rows(validation: Mapping[str, Tensor], key: str, part: slice) -> Tensor:
+    """Samples of a tensor of VALIDATION, as long as the longest of them was in its batch."""
+    rows = validation[key][part]
+    sizes = validation.get(f"{SIZE}.{key}")
+    return rows if sizes is None else rows[(slice(None), *(slice(int(size)) for size in sizes[part].amax(0)))]
+
+
+def _put_together(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Batches [n, …] as one tensor, filled up at the end with 0, and each sample's sizes where batches differ."""
+    shapes = [part.shape[1:] for part in parts]
+    if len(set(shapes)) == 1:
+        return torch.cat(list(parts)).contiguous(), None
+    whole = parts[0].new_zeros(sum(map(len, parts)), *(max(sizes) for sizes in zip(*shapes, strict=True)))
+    for start, part in zip(itertools.accumulate(map(len, parts), initial=0), parts, strict=False):
+        whole[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
+    return whole, torch.tensor([list(shape) for part, shape in zip(parts, shapes, strict=True) for _ in part])
 
 
 def other_batches(samples: Sequence[Probe], taken: Sequence[int], largest: int | None) -> Iterator[Probe]:
@@ -452,7 +486,7 @@ def _write_validation(
     Returns the first samples' inputs, which probes are made from, and what was read.
     """
     parts: dict[str, list[Tensor]] = {}
-    first: Any = None
+    first: tuple[Inputs, Tensor] | None = None
     answered: dict[str, Tensor] = {}
     start = 0
     fingerprint = Fingerprint()
@@ -465,9 +499,9 @@ def _write_validation(
     chosen = request.drawn if request.drawn is not None else request.validation_limit
     size = 1 if request.project.coupled else request.batch
     for inputs, target in batches(dataset, size, request.project, chosen, see):
-        first = (inputs, target) if first is None else first
-        require_one_shape(first, (inputs, target), request.project)
         named = name_inputs(answers.model, inputs, request.project)
+        first = (named, target) if first is None else first
+        require_alike(first[0], named, (first[1], target), request.dynamic, request.project)
         probe = complete(answers, Probe(name="", group="", inputs=named))
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
@@ -478,13 +512,21 @@ def _write_validation(
                 answered[validation_key(part, name, start)] = tensor.contiguous().clone()
         parts.setdefault("target", []).append(target)
         start += len(target)
-    joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    joined: dict[str, Tensor] = {}
+    for name, batched in parts.items():
+        joined[name], sizes = _put_together(batched)
+        if sizes is not None:
+            joined[f"{SIZE}.{name}"] = sizes
+    if f"{SIZE}.target" in joined:
+        joined["target"] = filled_up(parts["target"])
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
+        if f"{SIZE}.target" in joined:
+            joined[f"{SIZE}.{LABELS}"] = joined[f"{SIZE}.target"]
     if roundoff := roundoff_of(answers.model):
         joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
     if groups.known:
         joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
     save_tensors({**joined, **answered}, folder / VALIDATION)
-    pool = {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
+    pool = {name.removeprefix("input."): _rows(joined, name, slice(POOL)) for name in parts if name != "target"}
     return pool, fingerprint.reading()

@@ -177,8 +177,8 @@ def constant_score(name: str, target: Tensor) -> float:
         return float(counts.max()) / len(labels) if len(labels) else math.nan
     values = target.to(torch.float64)
     if name == "mean_squared_error":
-        return float(values.var(0, correction=0).mean())
-    return float((values - values.median(0).values).abs().mean())
+        return float((values - values.nanmean(0)).square().nanmean())
+    return float((values - values.nanmedian(0).values).abs().nanmean())
 
 
 def _require_same_shape(outputs: Tensor, target: Tensor) -> None:

@@ -55,6 +55,62 @@ def dims_of(
     return (batch, *declared)
 
 
+def require_alike(
+    first: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    targets: tuple[Tensor, Tensor],
+    declared: Sequence[DynamicDim],
+    project: Project,
+) -> None:
+    """Samples that artifacts are held against have one shape, but for sizes that the job says may vary.
+
+    Args:
+        first, other: two validation batches by input, [batch, …].
+        targets: of both, [batch, …]; their sizes may vary where the job declares any dimension.
+        declared: dimensions beside the batch.
+        project: for messages.
+
+    Raises:
+        UserError: another size differs, or one is outside its declared range.
+    """
+    shapes = [
+        [list(tensor.shape[1:]) for tensor in (*named.values(), target)]
+        for named, target in zip((first, other), targets, strict=True)
+    ]
+    ranks = [[len(shape) for shape in found] for found in shapes]
+    varying: dict[tuple[int, int], dict[str, list[int]]] = {}
+    declared_axes = {(name, axis) for dim in declared for name, axes in dim.axes.items() for axis in axes}
+    if first.keys() == other.keys() and ranks[0] == ranks[1]:
+        if declared:
+            dims_of(other, declared, project)
+        for name in first:
+            for axis, sizes in enumerate(zip(first[name].shape, other[name].shape, strict=True)):
+                if axis and sizes[0] != sizes[1] and (name, axis) not in declared_axes:
+                    varying.setdefault(sizes, {}).setdefault(name, []).append(axis)
+        if not varying and (declared or shapes[0][-1] == shapes[1][-1]):
+            return
+    raise UserError(
+        f"{project.data.where}: validation batches are of different shapes: samples of {shapes[0]} and of "
+        f"{shapes[1]}; pad them all to one length, in the dataset or in data.collate{_declaring(varying, declared)}"
+    )
+
+
+def _declaring(varying: Mapping[tuple[int, int], Mapping[str, Sequence[int]]], declared: Sequence[DynamicDim]) -> str:
+    """What a job file would say of them: two sizes that differ, to where they are."""
+    if not varying:
+        return ""
+    names = (name for number in range(1, 99) if (name := f"length_{number}") not in {dim.name for dim in declared})
+    said = [
+        f"{name}: {{axes: {{{', '.join(f'{of}: {_axes(axes)}' for of, axes in places.items())}}}}}"
+        for name, places in zip(names, varying.values(), strict=False)
+    ]
+    return f", or say that they may vary, if the model takes any size: export: {{dynamic: {{{', '.join(said)}}}}}"
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return str(axes[0]) if len(axes) == 1 else str(list(axes))
+
+
 def sizes_of(named: Mapping[str, Tensor], dims: Sequence[DynamicDim]) -> dict[str, int]:
     """The size that each dynamic dimension has in these inputs."""
     return {dim.name: named[name].shape[axes[0]] for dim in dims for name, axes in [next(iter(dim.axes.items()))]}

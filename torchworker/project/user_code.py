@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from torchworker.contract import CustomMetric, Project, Reference
@@ -463,18 +462,6 @@ def _shown(value: Any) -> str:
 def dtype_name(tensor: Tensor) -> str:
     """Without the torch prefix: `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def require_one_shape(first: Any, other: Any, project: Project) -> None:
-    """Of two validation batches (inputs, target): all samples that artifacts are held against have one shape."""
-    shapes = [
-        [list(leaf.shape[1:]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)] for batch in (first, other)
-    ]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"{project.data.where}: validation batches are of different shapes: samples of {shapes[0]} and of "
-            f"{shapes[1]}; pad them all to one length, in the dataset or in data.collate"
-        )
 
 
 class _Chosen(IterableDataset[Any]):

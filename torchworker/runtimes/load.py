@@ -48,6 +48,8 @@ class Loaded:
     weights: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]] = _without_names
     """Given the model's names, those that were not changed on purpose, one after the other; none of a format that keeps
     no names."""
+    graph: Callable[[], Any] | None = None
+    """Of ONNX, its onnx_ir.Graph, for what is in there under other names."""
 
 
 def load_artifact(kind: str, path: Path, threads: int) -> Call:
@@ -229,13 +231,17 @@ def _onnx(path: Path, threads: int) -> Loaded:
         fed = {name: inputs[name].contiguous().numpy() for name in wanted}
         return [torch.from_numpy(array) for array in session.run(returned, fed)]
 
-    return Loaded(call, partial(_initializers, path))
+    return Loaded(call, partial(_initializers, path), partial(_graph, path))
+
+
+def _graph(path: Path) -> Any:
+    import onnx_ir
+
+    return onnx_ir.load(path).graph
 
 
 def _initializers(path: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    import onnx_ir
-
-    graph = onnx_ir.load(path).graph
+    graph = _graph(path)
     statistics = {name for name in names if name.endswith("running_var")}
     folded = {value.name for node in graph if node.op_type in FOLDED_INTO for value in node.inputs if value is not None}
     skipped = folded if statistics - graph.initializers.keys() else set()

@@ -23,9 +23,16 @@ from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
 from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
+from torchworker.project.signature import require_alike
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
-from torchworker.training.optimizer import apply_gradients, build_optimizer, build_schedule, set_optimizer_mode
+from torchworker.training.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    build_schedule,
+    float16_cause,
+    set_optimizer_mode,
+)
 from torchworker.training.results import try_weights
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
@@ -63,7 +70,8 @@ def check(request: CheckRequest) -> CheckResult:
         batches = user_code.batches(dataset, settings.batch_size, project, see=groups.add, split=split)
         some = list(islice(batches, 2))
         if split == "validation":
-            user_code.require_one_shape(some[0], some[-1], project)
+            first, other = (user_code.name_inputs(model, given[0], project) for given in (some[0], some[-1]))
+            require_alike(first, other, (some[0][1], some[-1][1]), request.dynamic, project)
         inputs, target = some[0]
         if split == "validation":
             # What ships has these shapes; those of training may be others.
@@ -76,7 +84,7 @@ def check(request: CheckRequest) -> CheckResult:
         if not math.isfinite(value):
             raise UserError(
                 f"train.loss: the untrained model's loss on one {split} batch is {value}; expected a finite "
-                "number; look for NaN or inf in the inputs, and for a log or division of zero"
+                f"number; look for NaN or inf in the inputs, and for a log or division of zero{float16_cause(model)}"
             )
         if split == "validation":
             independence = require_independent(model, inputs, project, outputs)
@@ -129,6 +137,16 @@ def _try_step(
     user_code.backward(user_code.compute_loss(loss, outputs, target, project), project)
     if not find_unused:
         user_code.require_gradients(model, project)
+    finite = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.isfinite().all()
+    ]
     apply_gradients(optimizer, project)
+    odd = [name for name in finite if not model.get_parameter(name).isfinite().all()]
+    if odd:
+        raise UserError(
+            f"train.optimizer: after one step on one batch of training samples {len(odd)} parameters are not finite "
+            f"({odd[0]}, …); look at learning_rate {settings.learning_rate}, and the gradients for NaN or inf"
+            f"{float16_cause(model, optimizer)}"
+        )
     set_optimizer_mode(optimizer, project, training=False)
     try_weights(model, project)

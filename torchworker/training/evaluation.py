@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchworker.contract import Project
+from torchworker.contract import DynamicDim, Project
 from torchworker.data.loading import ValidationData
 from torchworker.project.metrics import first_output, joined, metric_sum, without
-from torchworker.project.user_code import Loss, call_metric, compute_loss, forward, require_one_shape
+from torchworker.project.signature import require_alike
+from torchworker.project.user_code import Loss, call_metric, compute_loss, forward, name_inputs
 from torchworker.training.device import place
 from torchworker.training.weighting import Weigh
 
@@ -34,6 +35,7 @@ class Evaluation:
         ignored: Sequence[int],
         channels_last: bool,
         collective: bool,
+        dynamic: Sequence[DynamicDim] = (),
     ) -> None:
         """
         Args:
@@ -47,10 +49,12 @@ class Evaluation:
             ignored: labels that the loss ignores, and so accuracy.
             channels_last: images in NHWC order.
             collective: a forward pass needs all ranks, as that of a sharded model does.
+            dynamic: declared dimensions beside the batch, in which batches may differ.
         """
         self.data, self._example, self._loss, self._project = data, example, loss, project
         self._weigh, self._ignored = weigh, ignored
         self._device, self._channels_last, self._collective = device, channels_last, collective
+        self._dynamic = dynamic
         self.samples = 0
         """Validation samples over all ranks, known after the first call."""
 
@@ -68,7 +72,8 @@ class Evaluation:
         for batch, counted in self._batches():
             if not self.samples:
                 # Now rather than after training, when artifacts are held against these samples.
-                require_one_shape(self._example, batch, self._project)
+                first, other = (name_inputs(model, given[0], self._project) for given in (self._example, batch))
+                require_alike(first, other, (self._example[1], batch[1]), self._dynamic, self._project)
             inputs, target = place(batch, self._device, self._channels_last)
             outputs = forward(model, inputs, self._project)
             if not counted:

@@ -34,6 +34,7 @@ from torchworker.training.optimizer import (
     apply_gradients,
     build_optimizer,
     build_schedule,
+    float16_cause,
     follows_loss,
     set_optimizer_mode,
 )
@@ -52,7 +53,7 @@ class Loop:
         self.project: Project = request.project
         self.settings: TrainSettings = request.train
         self.start, self.start_sha256 = request.start, request.start_sha256
-        self._formats = request.formats
+        self._formats, self._dynamic = request.formats, request.dynamic
         self.folder = Path(request.folder)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
@@ -91,7 +92,7 @@ class Loop:
         for dataset in (train_set, self.validation_set):
             self.notes += one_stream(dataset, project, settings.seed)
         preflight = Preflight(self.model, self.loss, project, settings, self.device)
-        example = preflight.try_validation(self.validation_set, self._formats)
+        example = preflight.try_validation(self.validation_set, self._formats, self._dynamic)
         self.ignored = preflight.ignored
         self.weights.leave_out(preflight.padding)
         self.finds_unused, notes = preflight.try_training(self.data, example)
@@ -117,6 +118,7 @@ class Loop:
             ignored=self.ignored,
             channels_last=settings.channels_last,
             collective=self.strategy.collective_forward,
+            dynamic=self._dynamic,
         )
         # After sharding: the optimizer's state is as large as the parameters that it is given.
         self.optimizer = build_optimizer(project, settings, self.model)
@@ -407,7 +409,7 @@ class Loop:
         raise UserError(
             f"train: the loss became {loss} at epoch {self.epoch}, step {step + 1} of {self.steps} "
             f"(rank {self.rank}); look at learning_rate {self.settings.learning_rate}, the inputs for NaN or inf, and "
-            "the loss for a log or division of zero"
+            f"the loss for a log or division of zero{float16_cause(self.model, self.optimizer)}"
         )
 
     def _loss(self, inputs: Any, target: Tensor, labels: Tensor | None = None, counts: bool = True) -> Tensor:
@@ -435,6 +437,7 @@ class Loop:
             raise UserError(
                 f"train: after step {self.step} of {self.steps} the model gives {means}; expected finite numbers; look "
                 f"at learning_rate {self.settings.learning_rate} and the validation data for NaN or inf"
+                f"{float16_cause(self.model, self.optimizer)}"
             )
         return means
 

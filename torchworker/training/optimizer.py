@@ -16,6 +16,9 @@ from torchworker.project.library import asks_for, takes
 from torchworker.project.parameters import parameter_groups
 from torchworker.project.user_code import made_by, resolve
 
+SMALLEST_FLOAT16 = 3e-8
+"""What is smaller is rounded to 0."""
+
 
 def build_optimizer(project: Project, settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
     """A well-known optimizer by name, or what a factory makes of what it asks for.
@@ -85,6 +88,29 @@ def _made(reference: Reference, project: Project, kind: type, *given: Any, **def
         expected = f"{kind.__module__.removesuffix('.optimizer')}.{kind.__name__}"
         raise UserError(f"{reference.where}: {reference.target} must return a {expected}, got {type(made).__name__}")
     return made
+
+
+def float16_cause(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str:
+    """What float16 has to do with numbers that are not finite, and what to do; empty where no parameter is float16.
+
+    Args:
+        model: whose parameters are looked at.
+        optimizer: whose `eps` is; None where it has not made a step.
+    """
+    half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
+    if not half:
+        return ""
+    said = f"; {len(half)} parameters are float16 ({half[0]}, …): numbers above 65504 are inf there, below 3e-8 0"
+    way = ""
+    eps = min((group["eps"] for group in optimizer.param_groups if "eps" in group), default=1.0) if optimizer else 1.0
+    if eps < SMALLEST_FLOAT16:
+        kind = type(optimizer).__name__
+        said += f", and so is the eps of {kind} ({eps:g}), which divides by 0 where a gradient is small"
+        way = f", or give {kind} a larger one (train.groups: [{{names: ['*'], args: {{eps: 1.0e-4}}}}]), or take sgd"
+    return (
+        f"{said}; leave the model float32 and write train.precision: bf16 or fp16, or make it bfloat16 in "
+        f"model.factory (.bfloat16()){way}"
+    )
 
 
 def build_schedule(

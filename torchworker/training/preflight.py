@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import Project, TrainSettings
+from torchworker.contract import DynamicDim, Project, TrainSettings
 from torchworker.data.groups import SampleGroups
 from torchworker.data.loading import TrainingData
 from torchworker.project import user_code
 from torchworker.project.first_batch import try_batch
 from torchworker.project.independence import require_independent
+from torchworker.project.signature import require_alike
 from torchworker.training.device import place
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
@@ -46,19 +48,25 @@ class Preflight:
         """The label that a loss of the user's leaves out, known then too."""
 
     @torch.no_grad()
-    def try_validation(self, dataset: Dataset[Any], formats: Sequence[str]) -> Batch:
+    def try_validation(
+        self, dataset: Dataset[Any], formats: Sequence[str], dynamic: Sequence[DynamicDim] = ()
+    ) -> Batch:
         """Loss, metrics and what will be exported, on the first batch of the validation split, which is returned.
 
         Args:
             dataset: of the split.
             formats: that have to hold the model's outputs.
+            dynamic: declared dimensions beside the batch.
 
         Raises:
             UserError: one of them cannot be.
         """
         self._model.eval()
         size = max(1, self._settings.batch_size // dist.get_world_size())
-        batch = next(user_code.batches(dataset, size, self._project, see=SampleGroups(self._project).add))
+        some = list(islice(user_code.batches(dataset, size, self._project, see=SampleGroups(self._project).add), 2))
+        batch = some[0]
+        first, other = (user_code.name_inputs(self._model, given[0], self._project) for given in (batch, some[-1]))
+        require_alike(first, other, (batch[1], some[-1][1]), dynamic, self._project)
         inputs, target = self._place(batch)
         outputs, _ = try_batch(self._model, self._loss, (inputs, target), self._project, formats)
         asked = "accuracy" in self._project.metrics

@@ -252,6 +252,27 @@ which ONNX Runtime takes through float64; cumulative sums of millions of floats,
 one by one (4 % off). Which of equal values `topk` and `sort` name first is nobody's answer: items whose values are
 equal in float64 too may come in any order, as long as they are the same items.
 
+## Recurrent layers
+
+`nn.LSTM`, `nn.GRU` and `nn.RNN`, of any number of layers and directions, go to TorchScript, ONNX and pt2 at any length
+that `export.dynamic` declares; an ONNX file has ONNX's own operators for them ([how fast](benchmarks.md)).
+
+Packed sequences (`pack_padded_sequence`) have the lengths of one batch in their shape: TorchScript takes them, by
+script, and every other format refuses. Call the layer on the padded batch, and take what it says at each last step:
+
+```python
+said = self.cells(sequence)[0]  # [B, T, hidden], with batch_first=True
+last = said.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, said.shape[2]))[:, 0]
+```
+
+In one direction that is what packing gives, whatever the padding holds. The way back of a bidirectional layer would
+begin in the padding: use a second layer, and give it each sequence reversed up to its own length:
+
+```python
+places = (lengths[:, None] - 1 - torch.arange(sequence.shape[1])).clamp(min=0)
+back = self.back(sequence.gather(1, places[:, :, None].expand_as(sequence)))[0]
+```
+
 ## State
 
 A model that changes its own parameters or buffers in eval mode is refused before it is trained, and once more before a
