@@ -245,6 +245,10 @@ class Project(Message):
     """Names of environment variables that the user's code is given; their values are in no message."""
     extras: Reference | None = None
     """A callable extras(folder) that writes files for whoever serves the model; None where there is none."""
+    serving: Reference | None = None
+    """A callable serving(model) -> the module that is exported in place of the trained model; None for the model."""
+    raw: Reference | None = None
+    """What gives the same samples as `data` with the inputs that `serving` takes; None where these are `data`'s own."""
     labels: Sequence[str] = ()
     """What the columns of the first output are called, in their order; empty where the job does not say."""
 
@@ -739,6 +743,8 @@ class ExportResult:
     """How the reference outputs were made, in words."""
     validation: Reading | None = None
     """The validation samples that gates look at."""
+    weight_names: Mapping[str, str] | None = None
+    """Name of a tensor in what was exported to its name in the trained model; None where they are the same."""
     touched: Sequence[str] = ()
     """Absolute files of the project that anybody opened, natively or not, while model.factory was called."""
 
@@ -850,6 +856,8 @@ class ValidateRequest(Artifacts, CleanRoom):
     weights: str = ""
     """Absolute file of the trained weights, which artifacts that hold them by name must have bit by bit; empty where
     there is none."""
+    weight_names: Mapping[str, str] | None = None
+    """Name of a tensor in the artifacts to its name in that file; None where they are the same."""
     int8: Int8Limits | None = None
     """What is asked of int8 variants; None when there are none."""
     cpp: str = "off"

@@ -227,7 +227,7 @@ def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
     return at_most(kind, PARITY, case, ratio, 1, note)
 
 
-def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
+def same_weights(kind: str, loaded: Loaded, trained: Path, renamed: Mapping[str, str] | None = None) -> list[Verdict]:
     """One verdict on what an artifact holds by the names of the model: bit for bit what was trained, where shapes fit.
 
     Samples may not reach a row of an embedding, or a weight behind a decision.
@@ -236,6 +236,7 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
         kind: the format, in words.
         loaded: the artifact.
         trained: safetensors file of the weights.
+        renamed: name in the artifact to name in the file; None where they are the same.
 
     Returns:
         Nothing where no name and shape is the model's: compiled code, or constants folded into others.
@@ -245,10 +246,12 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
     different, equal = [], 0
     with safe_open(trained, framework="pt") as file:
         names = set(file.keys())
-        for name, tensor in loaded.weights(names):
-            if name not in names:
+        asked = {name: name for name in names} if renamed is None else renamed
+        asked = {name: own for name, own in asked.items() if own in names}
+        for name, tensor in loaded.weights(asked.keys()):
+            if name not in asked:
                 continue
-            mine = file.get_tensor(name)
+            mine = file.get_tensor(asked[name])
             if tensor.dtype != mine.dtype or tensor.shape != mine.shape:
                 continue
             if torch.equal(_bits(tensor), _bits(mine)):

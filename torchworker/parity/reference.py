@@ -35,8 +35,9 @@ from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.answers import Answers, roundoff_of, same_values
 from torchworker.project.metrics import without
+from torchworker.project.served import served_batches, served_project
 from torchworker.project.signature import dims_of, input_specs
-from torchworker.project.user_code import batches, forward, name_inputs, name_outputs, require_one_shape
+from torchworker.project.user_code import forward, name_inputs, name_outputs, require_one_shape
 from torchworker.project.weights import save_tensors
 
 LABELS = "labels"
@@ -108,6 +109,7 @@ def write_reference(
     named: Mapping[str, Tensor],
     dataset: Dataset[Any],
     independence: str = "",
+    raw: Dataset[Any] | None = None,
 ) -> tuple[str, Reading]:
     """Three files; returns in words what they were made with, and which validation samples they hold.
 
@@ -124,11 +126,12 @@ def write_reference(
         named: the batch of capture by input, [batch, …].
         dataset: the validation split.
         independence: of `require_independent`, which goes with the probes.
+        raw: of `raw_dataset`: the same samples as the model takes them; None where `dataset` gives them so.
 
     Raises:
         UserError: forward keeps state, writes into its inputs, or fails on the user's own data.
     """
-    project, folder = request.project, Path(request.folder)
+    project, folder = served_project(request.project), Path(request.folder)
     answers = Answers(model, project)
     golden = []
     for size in golden_sizes(request.batch, request.max_batch):
@@ -145,7 +148,7 @@ def write_reference(
             stored |= {f"{probe.name}.{part}.{name}": tensor for name, tensor in tensors.items()}
     roundoff = roundoff_of(model)
     save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
-    pool, read = _write_validation(request, answers, dataset, folder)
+    pool, read = _write_validation(request, answers, dataset, raw)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
@@ -445,7 +448,7 @@ def _in_rows(probe: Probe, like: Probe) -> bool:
 
 
 def _write_validation(
-    request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path
+    request: ExportRequest, answers: Answers, dataset: Dataset[Any], raw: Dataset[Any] | None
 ) -> tuple[Inputs, Reading]:
     """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
 
@@ -464,10 +467,10 @@ def _write_validation(
 
     chosen = request.drawn if request.drawn is not None else request.validation_limit
     size = 1 if request.project.coupled else request.batch
-    for inputs, target in batches(dataset, size, request.project, chosen, see):
+    for inputs, target in served_batches(dataset, raw, size, request.project, chosen, see):
         first = (inputs, target) if first is None else first
-        require_one_shape(first, (inputs, target), request.project)
-        named = name_inputs(answers.model, inputs, request.project)
+        require_one_shape(first, (inputs, target), answers.project)
+        named = name_inputs(answers.model, inputs, answers.project)
         probe = complete(answers, Probe(name="", group="", inputs=named))
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
@@ -485,6 +488,6 @@ def _write_validation(
         joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
     if groups.known:
         joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
-    save_tensors({**joined, **answered}, folder / VALIDATION)
+    save_tensors({**joined, **answered}, Path(request.folder) / VALIDATION)
     pool = {name.removeprefix("input."): t[:POOL] for name, t in joined.items() if name.startswith("input.")}
     return pool, fingerprint.reading()
