@@ -72,6 +72,7 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         extras=_optional(job.export.extras, "export.extras"),
         serving=_optional(job.export.serving, "export.serving"),
         raw=_optional(job.data.raw, "data.raw"),
+        for_live=_optional(job.data.for_live, "data.for_live"),
         labels=job.export.labels,
     )
 
@@ -352,7 +353,8 @@ def user_modules(job: Job, folder: Path) -> list[str]:
     train = job.train
     parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *(train.metrics or ())]
     named = [item.factory for item in parts if isinstance(item, Factory)]
-    for choice in (job.data.collate, job.data.sampler, job.data.group, job.data.raw):
+    data = job.data
+    for choice in (data.collate, data.sampler, data.group, data.raw, data.for_live):
         if choice is not None:
             named.append(choice if isinstance(choice, str) else choice.factory)
     named += [target for target in (train.entrypoint, job.export.extras, job.export.serving) if target is not None]

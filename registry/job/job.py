@@ -87,7 +87,7 @@ class Retrain(Part):
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"group", "raw", "sampler", "sharded"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"for_live", "group", "raw", "sampler", "sharded"})
 
     collate: Target | Factory | None = None
     """collate(items), or collate(items, split), returns (inputs, target) of a batch; torch's own when absent"""
@@ -100,6 +100,9 @@ class Data(Factory):
     raw: Target | Factory | None = None
     """called as factory is, with arguments of its own; returns the same samples in the same order as export.serving
     takes them: (raw inputs, target). What factory gives when absent; see serving-module.md"""
+    for_live: Target | Factory | None = None
+    """called with split="validation" and files, the folder of the files that the live release ships; returns the same
+    samples as factory, prepared with these in place of what factory fits anew; see serving-module.md"""
     snapshot: Snapshot | None = None
     """files that are verified before training; the factory gets their folder as snapshot"""
     checks: Checks | None = None
@@ -171,7 +174,8 @@ class Job(Part):
 
     @model_validator(mode="after")
     def _split_is_ours(self) -> Self:
-        for key, factory in (("data", self.data), ("data.raw", self.data.raw)):
+        data = self.data
+        for key, factory in (("data", data), ("data.raw", data.raw), ("data.for_live", data.for_live)):
             args = factory.args if isinstance(factory, Factory) else {}
             if "split" in args:
                 raise ValueError(f"{key}.args without split, which is given: train, then validation")
@@ -186,6 +190,18 @@ class Job(Part):
                 "export.serving with data.raw, the module that takes raw inputs; the model itself is given what "
                 "data.factory gives"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _live_has_files(self) -> Self:
+        if self.data.for_live is None:
+            return self
+        if self.data.raw is not None:
+            raise ValueError("data.raw or data.for_live: raw inputs are prepared by each release itself")
+        if not self.export.files and self.export.extras is None:
+            raise ValueError("export.files or export.extras with data.for_live, which is given the files of a release")
+        if isinstance(self.data.for_live, Factory) and "files" in self.data.for_live.args:
+            raise ValueError("data.for_live.args without files, which is given: the folder of the live release's files")
         return self
 
     @model_validator(mode="after")
@@ -296,6 +312,7 @@ class Job(Part):
         kept["data"].pop("checks")
         kept["data"].pop("group", None)
         kept["data"].pop("raw", None)
+        kept["data"].pop("for_live", None)
         chosen = self.train.early_stopping is not None or self.train.ships == "best"
         return digest({**kept, "metrics": self.metrics, **({"watched": self.watched} if chosen else {})})
 

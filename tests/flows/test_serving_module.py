@@ -100,3 +100,92 @@ def test_raw_scans_go_in_and_probabilities_come_out_of_what_is_live(
 
     other = ship("run", job(tmp_path, "sharper"))
     assert other.status == 2 and "model: export.serving: plain:Scans → plain:sharper" in other.text, other.text
+
+
+FITTED = """
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+NAMES = Path(__file__).with_name("names.json")
+
+
+def colours(split):
+    # 0, 1 and 2 in turns, by the names that they have today.
+    names = json.loads(NAMES.read_text())
+    return [names[place % 3] for place in range(240 if split == "train" else 120)]
+
+
+def prepared(split, known):
+    rows = colours(split)
+    columns = torch.tensor([[float(row == one) for one in known] for row in rows])
+    return TensorDataset(columns, torch.tensor([float(place % 3 == 1) for place in range(len(rows))]))
+
+
+def fit():
+    return sorted(set(colours("train")))
+
+
+def build_dataset(split):
+    return prepared(split, fit())
+
+
+def for_live(split, files):
+    return prepared(split, json.loads((files / "known.json").read_text()))
+
+
+def write_extras(folder):
+    (folder / "known.json").write_text(json.dumps(fit()))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, colour):
+        return self.linear(colour).squeeze(1)
+
+
+def build_model():
+    return Net()
+"""
+
+
+def test_a_live_release_is_asked_about_inputs_that_its_own_files_prepare(ship: Ship, tmp_path: Path) -> None:
+    def fitted(**data: str) -> str:
+        return str(
+            write_project(
+                tmp_path, code=FITTED, name="fitted", data={"factory": "plain:build_dataset", **data},
+                train={
+                    "processes": 1, "epochs": 20, "batch_size": 24, "learning_rate": 0.1,
+                    "loss": "binary_cross_entropy_with_logits", "metrics": ["accuracy", {"factory": "plain:share"}],
+                },
+                export={"formats": ["onnx"], "serve": "none", "extras": "plain:write_extras"}, parity={"cpp": "off"},
+                release={"policy": "always"},
+                extra="""
+                    def share(outputs, target):
+                        return ((outputs > 0) == (target > 0.5)).float().mean()
+                """,
+            )
+        )  # fmt: skip
+
+    (tmp_path / "names.json").write_text('["blue", "green", "red"]')
+    first = ship("run", fitted(for_live="plain:for_live"))
+    assert first.status == 0, first.text
+    # Red has another name, and every column another place.
+    (tmp_path / "names.json").write_text('["blue", "green", "amber"]')
+    wrong = ship("run", fitted(), "--allow", "live_score")
+    assert "files/known.json changed since it was made: if data.factory prepares inputs with that" in wrong.text
+    assert "accuracy 1, live 0.3333" in wrong.text, wrong.text
+    # Back to what was live first, and the same again.
+    (tmp_path / "names.json").write_text('["blue", "green", "red"]')
+    assert ship("run", fitted(for_live="plain:for_live"), "--allow", "live_score").status == 0
+    (tmp_path / "names.json").write_text('["blue", "green", "amber"]')
+    fair = ship("run", fitted(for_live="plain:for_live"))
+    assert fair.status == 0, fair.text
+    assert "its own files prepare 120 of 120 samples otherwise; it was asked about these" in fair.text, fair.text
+    assert "accuracy 1, live 1" in fair.text and "share 1, live 1" in fair.text, fair.text

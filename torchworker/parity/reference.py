@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
+from torchworker.contract import GOLDEN, PLACES, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.groups import SampleGroups
 from torchworker.parity.probes import (
@@ -486,6 +486,9 @@ def _write_validation(
         joined[LABELS] = without(joined["target"], request.ignored)
     if roundoff := roundoff_of(answers.model):
         joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
+    if request.project.for_live is not None:
+        places = range(start) if chosen is None or isinstance(chosen, int) else chosen
+        joined[PLACES] = torch.tensor(list(places), dtype=torch.int64)
     if groups.known:
         joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
     save_tensors({**joined, **answered}, Path(request.folder) / VALIDATION)

@@ -17,7 +17,7 @@ from torchworker.project.independence import require_independent
 from torchworker.project.labels import require_labels
 from torchworker.project.metrics import first_output
 from torchworker.project.pairing import require_pairs
-from torchworker.project.served import raw_dataset, served_batches, served_project, try_serving
+from torchworker.project.served import raw_dataset, require_for_live, served_batches, served_project, try_serving
 from torchworker.project.shippable import require_shippable
 from torchworker.project.user_code import (
     Loss,
@@ -58,6 +58,7 @@ def try_batch(
     if formats is not None:
         outputs = require_shippable(model, inputs, project, formats)
         require_extras(project)
+        require_for_live(project)
         name, first = next(iter(name_outputs(outputs, project).items()))
         require_labels(project, name, list(first.shape))
     else:

@@ -8,6 +8,7 @@ ones.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,15 @@ from torchworker.process.failure import UserError
 from torchworker.project.answers import same_values
 from torchworker.project.kept_state import State, changed, state_of
 from torchworker.project.randomness import OwnRandom
-from torchworker.project.user_code import batches, build_dataset, describe_tensor, length_of, made_by, uncompiled
+from torchworker.project.user_code import (
+    batches,
+    build_dataset,
+    describe_tensor,
+    length_of,
+    made_by,
+    resolve,
+    uncompiled,
+)
 
 TensorKey = tuple[object, ...]
 """Tells a tensor from every other that is alive."""
@@ -100,6 +109,26 @@ def _more(names: Sequence[str]) -> str:
 
 def _named(reference: Reference) -> str:
     return f"{reference.where}: {reference.target}"
+
+
+def require_for_live(project: Project) -> None:
+    """Raises UserError unless `data.for_live` can be called as it will be; it is not called."""
+    if project.for_live is None:
+        return
+    function = resolve(project.for_live, project)
+    given = {"split": "validation", "files": None, **({"snapshot": ""} if project.snapshot else {})}
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Of what is written in C nothing is known.
+        return
+    try:
+        signature.bind(**given, **project.for_live.args)
+    except TypeError as error:
+        asked = ", ".join(f"{name}=…" for name in (*given, *project.for_live.args))
+        raise UserError(
+            f"{_named(project.for_live)} is called as {project.for_live.target.rpartition(':')[2]}({asked}): {error}"
+        ) from None
 
 
 # ---- weights
