@@ -122,7 +122,9 @@ def colours(split):
 def prepared(split, known):
     rows = colours(split)
     columns = torch.tensor([[float(row == one) for one in known] for row in rows])
-    return TensorDataset(columns, torch.tensor([float(place % 3 == 1) for place in range(len(rows))]))
+    weight = torch.rand(len(rows), 1, generator=torch.Generator().manual_seed(len(rows))) / 10
+    green = torch.tensor([float(place % 3 == 1) for place in range(len(rows))])
+    return TensorDataset(torch.cat([columns, weight], 1), green)
 
 
 def fit():
@@ -144,7 +146,7 @@ def write_extras(folder):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(3, 1)
+        self.linear = nn.Linear(4, 1)
 
     def forward(self, colour):
         return self.linear(colour).squeeze(1)
@@ -162,7 +164,8 @@ def test_a_live_release_is_asked_about_inputs_that_its_own_files_prepare(ship: S
                 tmp_path, code=FITTED, name="fitted", data={"factory": "plain:build_dataset", **data},
                 train={
                     "processes": 1, "epochs": 20, "batch_size": 24, "learning_rate": 0.1,
-                    "loss": "binary_cross_entropy_with_logits", "metrics": ["accuracy", {"factory": "plain:share"}],
+                    "loss": "binary_cross_entropy_with_logits",
+                    "metrics": ["accuracy", {"factory": "plain:share", "better": "higher"}],
                 },
                 export={"formats": ["onnx"], "serve": "none", "extras": "plain:write_extras"}, parity={"cpp": "off"},
                 release={"policy": "always"},

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from tests.support.projects import write_project
-from tests.unit.test_agreement import gated, trained
 from torchworker.contract import VALIDATION, ExportRequest, Project, Reference, TensorSpec
+from torchworker.custom_loop.preflight import try_parts
+from torchworker.exporters.subject import Subject
 from torchworker.parity.compare import same_weights
 from torchworker.parity.reference import read_golden, write_reference
 from torchworker.process.failure import UserError
@@ -21,8 +22,8 @@ from torchworker.project import served
 from torchworker.project.first_batch import Shipped, try_served
 from torchworker.project.served import build_served, raw_dataset, try_serving, weight_names, weights_of
 from torchworker.runtimes.load import Loaded
-from train_and_ship.infra.errors import GateError, JobError
-from train_and_ship.registry.agreement import require_agreement, require_may_pass, served_otherwise
+from torchworker.stages import export
+from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.kind import Kind, changes_in_kind
@@ -193,8 +194,6 @@ def test_a_model_with_normalisation_softmax_and_top_k_around_it_is_asked_about_r
 
 
 def test_without_raw_samples_it_gets_what_the_model_gets_collated_as_the_job_says() -> None:
-    class Doubles(Served): ...
-
     collate = Reference(target=f"{HERE}:twice", where="data.collate")
     assert torch.equal(tried(project(raw=None, collate=collate)).inputs, (PIXELS.float() / 255)[:16] * 2)
     # What the job's function makes of items is made of what data.factory gives.
@@ -398,26 +397,6 @@ def test_another_serving_module_makes_another_release_of_the_same_training(
     assert "serving" not in recorded["export"] and "raw" not in recorded["data"]
 
 
-def test_a_metric_of_what_serves_may_differ_from_the_models_and_is_told(tmp_path: Path) -> None:
-    job = job_of(tmp_path, export=EXPORT)
-    skewed = gated(100, {"onnx": {"accuracy": 0.1}})
-    require_agreement(job, trained(100, accuracy=0.9), skewed)
-    assert served_otherwise(job, trained(100, accuracy=0.9), skewed).startswith(
-        "accuracy is 0.9 of the trained model and 0.1 of what around:serve makes of it (onnx); if this is not meant"
-    )
-    assert served_otherwise(job, trained(100, accuracy=0.1), skewed) == ""
-    with pytest.raises(GateError):
-        require_agreement(job_of(tmp_path), trained(100, accuracy=0.9), skewed)
-    assert served_otherwise(job_of(tmp_path), trained(100, accuracy=0.9), skewed) == ""
-
-
-def test_a_limit_is_asked_of_what_serves_and_not_of_the_model(tmp_path: Path) -> None:
-    gates = {"gates": {"accuracy": {"min": 0.95}}}
-    require_may_pass(job_of(tmp_path, export=EXPORT, **gates), trained(100, accuracy=0.5))
-    with pytest.raises(GateError, match=r"accuracy 0\.5, expected >= 0\.95"):
-        require_may_pass(job_of(tmp_path, **gates), trained(100, accuracy=0.5))
-
-
 def test_another_serving_module_and_one_tensor_more_are_of_another_kind_than_what_is_live(tmp_path: Path) -> None:
     def kind(outputs: list[str], **export: Any) -> Kind:
         specs = [TensorSpec(name=name, dtype="float32", shape=["batch", 3]) for name in outputs]
@@ -435,7 +414,20 @@ def test_another_serving_module_and_one_tensor_more_are_of_another_kind_than_wha
     assert said(softmax, kind(["output", "place"], **EXPORT)) == ["signature: output place: none → float32 [batch, 3]"]
 
 
-def test_calibration_and_loaders_take_raw_samples_as_torch_collates_them() -> None:
-    raw = raw_dataset(build_dataset("train"), "train", project())
-    assert raw is not None
-    assert next(iter(DataLoader(raw, batch_size=2)))[0].dtype == torch.uint8
+def test_int8_ranges_are_taken_from_raw_training_samples() -> None:
+    request = ExportRequest(
+        project=project(), folder="", weights="", formats=[], batch=4, seed=0, validation_limit=1, calibration_samples=6
+    )
+    exported = build_served(build_model().eval(), project())
+    subject = Subject(model=exported, inputs={"pixels": PIXELS[:4]}, outputs=[], dims=[], project=request.project)
+    first, second = export._calibration(request, subject)
+    assert [first["pixels"].dtype, len(first["pixels"]), len(second["pixels"])] == [torch.uint8, 4, 2]
+
+
+def test_a_loop_of_ones_own_is_asked_the_same_of_what_it_will_serve() -> None:
+    facts = try_parts(project(), formats=["onnx"])
+    assert [(spec.name, spec.dtype) for spec in facts.inputs] == [("pixels", "uint8")]
+    assert [spec.name for spec in facts.outputs] == ["probability", "value", "place"]
+    assert facts.parameters == sum(item.numel() for item in build_model().parameters())
+    with pytest.raises(UserError, match=r"export\.serving: forward changes the buffer 'calls'"):
+        try_parts(project("Counts"), formats=["onnx"])
