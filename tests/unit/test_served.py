@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,12 @@ class Yes(Served):
         return torch.sigmoid(self.model(pixels / self.scale)[:, 0])
 
 
+class NoAndYes(Served):
+    def forward(self, pixels: Tensor) -> Any:
+        yes = torch.sigmoid(self.model(pixels / self.scale)[:, 0]) / 4
+        return torch.stack([1 - yes, yes], 1)
+
+
 class Logit(Served):
     def forward(self, pixels: Tensor) -> Any:
         logit = self.model(pixels / self.scale)[:, 0]
@@ -213,6 +221,28 @@ def test_trying_it_leaves_the_model_and_the_random_numbers_of_training_alone() -
     with torch.no_grad():
         made.get_parameter("model.0.weight").zero_()
     assert torch.equal(model.get_parameter("0.weight"), before["0.weight"])
+
+
+class Locked(nn.Linear):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.lock = threading.Lock()
+
+
+def test_a_model_that_cannot_be_copied_is_built_again_as_the_export_does() -> None:
+    model = Locked()
+    locked = replace(project(), model=Reference(target=f"{HERE}:Locked", where="model.factory"))
+    made = try_serving(model, locked)
+    assert made.get_submodule("model") is not model
+    assert torch.equal(made.get_parameter("model.weight"), model.weight)
+
+
+def test_two_columns_of_a_model_with_one_logit_may_fall_for_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{HERE}.LABELS", (LABELS > 0).long())
+    dataset = build_dataset("validation")
+    try_served(build_model().eval(), dataset, torch.full([16], -3.0), 16, project("NoAndYes"), ["onnx"])
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def _require_scores(outputs: Tensor, own: Tensor, target: Tensor, project: Proje
     if outputs.dim() == target.dim() + 1 and outputs.shape[1] > 1:
         other = own.dim() == outputs.dim() and own.shape[1] > 1 and own.shape[1] != outputs.shape[1]
         scores = outputs.is_floating_point()
-        falls = scores and bool((outputs.diff(dim=1) <= 0).all()) and bool((own.double().diff(dim=1) > 0).any())
+        falls = scores and own.shape == outputs.shape and bool((outputs.diff(dim=1) <= 0).all())
+        falls = falls and bool((own.double().diff(dim=1) > 0).any())
         if other or falls or not scores:
             raise UserError(
                 f"{project.model.where}: accuracy takes the largest of several columns for the class, and {what}, "

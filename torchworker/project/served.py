@@ -25,6 +25,7 @@ from torchworker.project.randomness import OwnRandom
 from torchworker.project.user_code import (
     batches,
     build_dataset,
+    build_model,
     describe_tensor,
     length_of,
     made_by,
@@ -80,7 +81,7 @@ def try_serving(model: nn.Module, project: Project) -> nn.Module:
     assert project.serving is not None, "asked before"
     made = []
     for seed in range(2):
-        trial = copy.deepcopy(model).cpu().eval()
+        trial = _copied(model, project).cpu().eval()
         weights = dict(trial.state_dict())
         before = {name: tensor.clone() for name, tensor in weights.items()}
         made.append(OwnRandom(seed).call(lambda trial=trial: build_served(trial, project)))  # type: ignore[misc]
@@ -96,6 +97,16 @@ def try_serving(model: nn.Module, project: Project) -> nn.Module:
             "a file, and put what has to be trained into model.factory"
         )
     return made[0]
+
+
+def _copied(model: nn.Module, project: Project) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception:
+        # Of a lock, or a tensor in the middle of a graph, there is no copy: as the export does it.
+        made = OwnRandom(0).call(lambda: build_model(project))
+        made.load_state_dict(model.state_dict())
+        return made
 
 
 def _different(before: State, again: nn.Module) -> list[str]:
