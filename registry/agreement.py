@@ -50,8 +50,30 @@ def agreements(job: Job, trained: TrainResult, result: ValidateResult) -> list[A
     """Every metric of every float format that can be held against the epoch's.
 
     Of a custom loop there is none: it reports what it likes. Nor where samples are coupled: training asks in batches,
-    the gates one by one.
+    the gates one by one. Nor of `export.serving`, which may decide otherwise than the model: see `served_otherwise`.
     """
+    if job.export.serving is not None:
+        return []
+    return _agreements(job, trained, result)
+
+
+def served_otherwise(job: Job, trained: TrainResult, result: ValidateResult) -> str:
+    """Metrics of which the gates measured another value of what `export.serving` makes of the model than training of
+    the model itself, in words; empty where there are none. It may be meant (another threshold, other units), or be a
+    preprocessing that is not that of the training."""
+    if job.export.serving is None:
+        return ""
+    wrong = {item.metric: item for item in _agreements(job, trained, result) if not item.agrees}
+    told = [
+        f"{item.metric} is {number(item.trained)} of the trained model and {number(item.gated)} of what "
+        f"{job.export.serving} makes of it ({item.format})"
+        for item in wrong.values()
+    ]
+    meant = "; if this is not meant, it prepares its inputs otherwise than data.factory, or gives other answers"
+    return "; ".join(told) + meant if told else ""
+
+
+def _agreements(job: Job, trained: TrainResult, result: ValidateResult) -> list[Agreement]:
     if job.train.entrypoint is not None or job.coupled or not trained.history:
         return []
     return list(_compared(_of_epoch(trained), trained.validation_samples, result))
@@ -108,8 +130,10 @@ def require_may_pass(job: Job, trained: TrainResult) -> None:
         GateError: A gate will fail. It carries the table.
     """
     samples, entrypoint = trained.validation_samples, job.train.entrypoint
-    # Coupled samples have other answers one at a time.
-    if entrypoint is not None or job.coupled or not trained.history or samples > job.export.validation_samples:
+    # Coupled samples have other answers one at a time, and what serves may decide otherwise than the model.
+    if entrypoint is not None or job.coupled or job.export.serving is not None:
+        return
+    if not trained.history or samples > job.export.validation_samples:
         return
     shipped, failed = trained.shipped, []
     for name, gate in job.gates.items():

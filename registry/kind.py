@@ -61,7 +61,7 @@ class Kind:
     labels: Mapping[str, int] = field(default_factory=dict)
     """Whole-number target to how many it was trained on."""
     model: Mapping[str, str] = field(default_factory=dict)
-    """`model.factory`, `data.factory`, `repository`, `project folder`."""
+    """`model.factory`, `data.factory`, `export.serving`, `repository`, `project folder`."""
     onnx: Mapping[str, int] = field(default_factory=dict)
     """`opset` and `IR version` of its ONNX artifact."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -78,6 +78,8 @@ class Kind:
         """
         job, lineage, data = document(JOB), document(LINEAGE), document(DATA)
         model = {f"{part}.factory": _mapping(job, part).get("factory") for part in REFERENCES}
+        if _mapping(job, "export"):
+            model["export.serving"] = _mapping(job, "export").get("serving", NONE)
         place = _mapping(lineage, "project")
         model |= {"repository": place.get("repository"), "project folder": place.get("folder")}
         classes, samples = data.get("classes"), document(VERDICTS).get("validation_samples")

@@ -65,6 +65,7 @@ def _config(job: Job) -> dict[str, Any]:
     document = job.model_dump(mode="json", exclude=set(NOT_TRAINED_ON))
     document["data"].pop("checks", None)
     document["data"].pop("group", None)
+    document["data"].pop("for_live", None)
     return document
 
 

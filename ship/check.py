@@ -161,6 +161,11 @@ def _files(job: Job) -> str:
     return ", ".join([*job.export.files, *written])
 
 
+def _serving(job: Job) -> str:
+    raw = job.data.raw if isinstance(job.data.raw, str) or job.data.raw is None else job.data.raw.factory
+    return f"{job.export.serving}(model), asked about what {raw or job.data.factory} gives"
+
+
 def _served(job: Job) -> str:
     if job.export.serve == "none":
         return "nothing is recommended"
@@ -199,6 +204,7 @@ def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
             f"{_count(result.validation_samples)} validation",
         ),
         *([("data.checks", _checked(job, data))] if data is not None else []),
+        *([("serving", _serving(job))] if job.export.serving is not None else []),
         ("inputs", "\n".join(_tensor(spec) for spec in result.inputs)),
         ("outputs", "\n".join(_tensor(spec) for spec in result.outputs)),
         ("target", _tensor(result.target)),

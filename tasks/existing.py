@@ -32,6 +32,7 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.live_inputs import changed_files
 from train_and_ship.tasks.requests import rehearse_request
 from train_and_ship.tasks.worker import Limits, rehearse
 
@@ -84,7 +85,9 @@ async def try_out(
     if samples is not None:
         copies = settings.home / "releases" / model
         current, problem = await asyncio.to_thread(live_copy, store, copies, live, settings.public_key)
-    request = rehearse_request(job, candidate, current, samples, str(work))
+    if current is not None and job is not None and job.data.for_live is not None and changed_files(candidate, current):
+        problem = "its own files prepare its inputs (data.for_live), by code of the job, which only `ship run` runs"
+    request = rehearse_request(job, candidate, None if problem else current, samples, str(work))
     limits = Limits.of(settings)
     release = f"{model}: release {target.release}"
     try:

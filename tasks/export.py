@@ -45,6 +45,9 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
         run.job.export.model_dump_json(),
         *(("coupled",) if run.project.coupled else ()),
         *((f"group {run.project.group}",) if run.project.group is not None else ()),
+        *((f"raw {run.project.raw}",) if run.project.raw is not None else ()),
+        # The samples' places are kept for it.
+        *(("for live",) if run.project.for_live is not None else ()),
         *((f"files {await asyncio.to_thread(files_digest, run.job, project)}",) if run.job.export.files else ()),
     )
     stage = StageFolder(run.folder, EXPORT, inputs)

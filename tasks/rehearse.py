@@ -49,6 +49,7 @@ from train_and_ship.registry.run_folder import (
 from train_and_ship.registry.text import file_size
 from train_and_ship.tasks import worker
 from train_and_ship.tasks.copies import download_anew, live_copy
+from train_and_ship.tasks.live_inputs import live_inputs
 from train_and_ship.tasks.requests import measure_request, rehearse_request, timed_artifacts
 from train_and_ship.tasks.results import Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import run_stage, stage_task
@@ -101,11 +102,17 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         exported = registered.validated.exported.folder
         release, job = run.job.release, run.job
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
-        request = rehearse_request(job, candidate, current, exported, run.project.folder, chance)
         limits = Limits.of(run.settings)
+        prepared = await live_inputs(
+            run.fork_server, run.project, candidate, current, exported, work / "live_inputs", limits
+        )
+        problem = problem or prepared.problem
+        beside = current if not problem else None
+        request = rehearse_request(job, candidate, beside, exported, run.project.folder, chance)
+        request = replace(request, live_validation=prepared.file)
         request, result = await worker.rehearse(run.fork_server, request, work, limits)
         require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
-        result = replace(result, live_problem=problem or result.live_problem)
+        result = replace(result, live_problem=problem or result.live_problem, live_inputs=prepared.said)
         if run.job.train.custom_metrics:
             result = await _scored(run, request, result, exported, work)
         if any(gate.times_live is not None for gate in run.job.gates.values()):
@@ -125,6 +132,8 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         allowed=run.allowed,
     )
     get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
+    if result.live_inputs:
+        get_run_logger().warning("the live release %s: %s", against, result.live_inputs)
     return rehearsed
 
 
@@ -168,6 +177,7 @@ async def _scored(
         gates=[],
         threads=run.job.threads,
         live=_artifacts(live) if live else None,
+        live_validation=request.live_validation,
         resampling=request.resampling,
     )
     limits = Limits.of(run.settings)

@@ -70,6 +70,9 @@ def project_of(job: Job, folder: Path, snapshot: Path | None = None) -> Project:
         coupled=job.coupled,
         env=job.env,
         extras=_optional(job.export.extras, "export.extras"),
+        serving=_optional(job.export.serving, "export.serving"),
+        raw=_optional(job.data.raw, "data.raw"),
+        for_live=_optional(job.data.for_live, "data.for_live"),
         labels=job.export.labels,
     )
 
@@ -177,6 +180,7 @@ def validate_request(job: Job, project: Project, folder: Path, exported: ExportR
         refusals=job.parity.refusals,
         relative=job.parity.relative,
         max_batch=job.export.max_batch,
+        weight_names=exported.weight_names,
         int8=int8_limits(job),
         log=str(log),
     )
@@ -349,10 +353,11 @@ def user_modules(job: Job, folder: Path) -> list[str]:
     train = job.train
     parts = [job.model, job.data, train.loss, train.optimizer, train.schedule, *(train.metrics or ())]
     named = [item.factory for item in parts if isinstance(item, Factory)]
-    for choice in (job.data.collate, job.data.sampler, job.data.group):
+    data = job.data
+    for choice in (data.collate, data.sampler, data.group, data.raw, data.for_live):
         if choice is not None:
             named.append(choice if isinstance(choice, str) else choice.factory)
-    named += [target for target in (train.entrypoint, job.export.extras) if target is not None]
+    named += [target for target in (train.entrypoint, job.export.extras, job.export.serving) if target is not None]
     modules = {target.partition(":")[0].partition(".")[0] for target in named}
     return sorted(module for module in modules if not is_library(module, folder))
 
@@ -370,5 +375,6 @@ def run_params(job: Job) -> dict[str, str]:
         **{f"train.args.{name}": str(value) for name, value in job.train.args.items()},
         "export.formats": job.export.formats if job.export.formats == "auto" else ",".join(job.export.formats),
         "export.serve": job.export.serve,
+        **({"export.serving": job.export.serving} if job.export.serving is not None else {}),
         **({"export.quantize": ",".join(job.export.int8.wanted)} if job.export.int8 is not None else {}),
     }

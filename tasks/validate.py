@@ -19,7 +19,7 @@ from torchworker.contract import (
 )
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
-from train_and_ship.registry.agreement import require_agreement
+from train_and_ship.registry.agreement import require_agreement, served_otherwise
 from train_and_ship.registry.gates import headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
@@ -62,6 +62,8 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
     if not result.passed:
         raise await _refusal(run, exported, result)
     require_agreement(run.job, trained.result, result)
+    if otherwise := served_otherwise(run.job, trained.result, result):
+        get_run_logger().warning("%s", otherwise)
     validated = Validated(job=run.job, exported=exported, result=result, digest=stage.digest())
     _require_demanded(validated)
     _log(validated)

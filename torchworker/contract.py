@@ -32,6 +32,10 @@ GOLDEN = "golden.safetensors"
 VALIDATION = "validation.safetensors"
 PROBES = "probes.safetensors"
 PROBE = "probe.safetensors"
+LIVE_VALIDATION = "validation-live.safetensors"
+"""The samples of VALIDATION as the live release takes them."""
+PLACES = "places"
+"""In VALIDATION: the place of each sample in its split, [samples] int64; only where the job has `data.for_live`."""
 EXTRAS = "extras"
 """In the folder of an export: what `export.extras` of the job has written."""
 CHECKPOINT = "CHECKPOINT.json"
@@ -245,6 +249,13 @@ class Project(Message):
     """Names of environment variables that the user's code is given; their values are in no message."""
     extras: Reference | None = None
     """A callable extras(folder) that writes files for whoever serves the model; None where there is none."""
+    serving: Reference | None = None
+    """A callable serving(model) -> the module that is exported in place of the trained model; None for the model."""
+    raw: Reference | None = None
+    """What gives the same samples as `data` with the inputs that `serving` takes; None where these are `data`'s own."""
+    for_live: Reference | None = None
+    """What gives the validation samples as a live release takes them, of the folder of its files; None where these are
+    the candidate's."""
     labels: Sequence[str] = ()
     """What the columns of the first output are called, in their order; empty where the job does not say."""
 
@@ -741,6 +752,8 @@ class ExportResult:
     """How the reference outputs were made, in words."""
     validation: Reading | None = None
     """The validation samples that gates look at."""
+    weight_names: Mapping[str, str] | None = None
+    """Name of a tensor in what was exported to its name in the trained model; None where they are the same."""
     touched: Sequence[str] = ()
     """Absolute files of the project that anybody opened, natively or not, while model.factory was called."""
 
@@ -852,6 +865,8 @@ class ValidateRequest(Artifacts, CleanRoom):
     weights: str = ""
     """Absolute file of the trained weights, which artifacts that hold them by name must have bit by bit; empty where
     there is none."""
+    weight_names: Mapping[str, str] | None = None
+    """Name of a tensor in the artifacts to its name in that file; None where they are the same."""
     int8: Int8Limits | None = None
     """What is asked of int8 variants; None when there are none."""
     cpp: str = "off"
@@ -1118,6 +1133,36 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveInputsRequest(Message):
+    """Ask for the validation samples as the live release takes them."""
+
+    project: Project
+    folder: str
+    """Absolute output folder."""
+    validation: str
+    """Absolute file of the samples as the candidate takes them."""
+    files: str
+    """Absolute folder of the files that the live release ships."""
+    own_files: str
+    """The same of the candidate: prepared with these the samples are those of `validation`."""
+    inputs: Sequence[TensorSpec]
+    """Of the live release."""
+    own_inputs: Sequence[TensorSpec]
+    """Of the candidate."""
+    batch: int
+    """Samples that are collated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveInputsResult:
+    """What LIVE_VALIDATION holds."""
+
+    samples: int
+    changed: int
+    """Of how many the live release takes other inputs than the candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreRequest(Artifacts):
     """Ask for the metrics in user code, of artifacts that passed the clean room. Beside them lie validation tensors."""
 
@@ -1129,6 +1174,8 @@ class ScoreRequest(Artifacts):
     threads: int
     live: Artifacts | None = None
     """What is scored beside it, on the same samples."""
+    live_validation: str = ""
+    """Absolute file of these samples as `live` takes them; empty where they are the candidate's."""
     resampling: Resampling | None = None
     """Asked for when the difference is to be tested against chance."""
     errors: bool = False
@@ -1172,6 +1219,8 @@ class RehearseRequest(CleanRoom):
     """What the candidate is held against; None when nothing is live."""
     validation: str | None
     """File of held-out samples; None when there are none, as in the promotion of an old release."""
+    live_validation: str = ""
+    """File of the same samples as the live release takes them; empty where they are the candidate's."""
     moved: str | None
     """File of probes; only the model's answers after rounding everything are read, which widen limits."""
     metrics: Sequence[str]
@@ -1207,6 +1256,9 @@ class RehearseResult(Message):
     """Why these could not be measured."""
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     """Metric to what the improvement over the live release may be; none where there are too few groups."""
+    live_inputs: str = ""
+    """In words, whether the live release was asked about inputs that its own files prepare; empty where it is no
+    question."""
     groups: int = 0
     """How many groups the samples come in, by the job's `data.group`; 0 where they are taken to be independent."""
     live_spread: Mapping[str, float] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from torchworker.contract import (
     CppRequest,
     ExportRequest,
     InspectRequest,
+    LiveInputsRequest,
     LocateRequest,
     MeasureRequest,
     Message,
@@ -37,6 +38,7 @@ STAGES: Mapping[str, tuple[str, type[Message]]] = {
     "validate": ("validate", ValidateRequest),
     "locate": ("locate", LocateRequest),
     "measure": ("measure", MeasureRequest),
+    "live_inputs": ("live_inputs", LiveInputsRequest),
     "score": ("score", ScoreRequest),
     "rehearse": ("rehearse", RehearseRequest),
 }

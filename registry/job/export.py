@@ -84,7 +84,7 @@ class Quantize(Part):
 class Export(Part):
     """What is made of the trained weights."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras", "labels"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras", "labels", "serving"})
 
     formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = (
         "torchscript",
@@ -94,6 +94,9 @@ class Export(Part):
     """artifacts of the release; auto: every format that can capture the model, aoti where a C++ compiler is, and the
     reasons of those that cannot; executorch only by name: it needs the extra edge and a largest size of every dynamic
     dimension"""
+    serving: Target | None = None
+    """function(model), called with the trained model in eval mode; returns the torch.nn.Module that is exported, proven
+    and served in its place, such as the model with normalisation before and softmax behind it; see serving-module.md"""
     batch: int = Field(64, ge=2)
     """batch size at which the model is captured; the batch stays dynamic"""
     max_batch: int | None = Field(None, ge=2)

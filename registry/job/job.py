@@ -87,7 +87,7 @@ class Retrain(Part):
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"group", "sampler", "sharded"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"for_live", "group", "raw", "sampler", "sharded"})
 
     collate: Target | Factory | None = None
     """collate(items), or collate(items, split), returns (inputs, target) of a batch; torch's own when absent"""
@@ -97,6 +97,12 @@ class Data(Factory):
     sharded: bool = False
     """a stream gives each rank a part of its own (by RANK, or a library's split by node), in place of the ranks taking
     turns through it; see training.md"""
+    raw: Target | Factory | None = None
+    """called as factory is, with arguments of its own; returns the same samples in the same order as export.serving
+    takes them: (raw inputs, target). What factory gives when absent; see serving-module.md"""
+    for_live: Target | Factory | None = None
+    """called with split="validation" and files, the folder of the files that the live release ships; returns the same
+    samples as factory, prepared with these in place of what factory fits anew; see serving-module.md"""
     snapshot: Snapshot | None = None
     """files that are verified before training; the factory gets their folder as snapshot"""
     checks: Checks | None = None
@@ -168,10 +174,34 @@ class Job(Part):
 
     @model_validator(mode="after")
     def _split_is_ours(self) -> Self:
-        if "split" in self.data.args:
-            raise ValueError("data.args without split, which is given: train, then validation")
-        if self.data.snapshot is not None and "snapshot" in self.data.args:
-            raise ValueError("data.args without snapshot, which is given: the folder of data.snapshot")
+        data = self.data
+        for key, factory in (("data", data), ("data.raw", data.raw), ("data.for_live", data.for_live)):
+            args = factory.args if isinstance(factory, Factory) else {}
+            if "split" in args:
+                raise ValueError(f"{key}.args without split, which is given: train, then validation")
+            if self.data.snapshot is not None and "snapshot" in args:
+                raise ValueError(f"{key}.args without snapshot, which is given: the folder of data.snapshot")
+        return self
+
+    @model_validator(mode="after")
+    def _raw_is_served(self) -> Self:
+        if self.data.raw is not None and self.export.serving is None:
+            raise ValueError(
+                "export.serving with data.raw, the module that takes raw inputs; the model itself is given what "
+                "data.factory gives"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _live_has_files(self) -> Self:
+        if self.data.for_live is None:
+            return self
+        if self.data.raw is not None:
+            raise ValueError("data.raw or data.for_live: raw inputs are prepared by each release itself")
+        if not self.export.files and self.export.extras is None:
+            raise ValueError("export.files or export.extras with data.for_live, which is given the files of a release")
+        if isinstance(self.data.for_live, Factory) and "files" in self.data.for_live.args:
+            raise ValueError("data.for_live.args without files, which is given: the folder of the live release's files")
         return self
 
     @model_validator(mode="after")
@@ -281,6 +311,8 @@ class Job(Part):
         kept = self.model_dump(mode="json", include={"name", "project", "model", "data", "train"})
         kept["data"].pop("checks")
         kept["data"].pop("group", None)
+        kept["data"].pop("raw", None)
+        kept["data"].pop("for_live", None)
         chosen = self.train.early_stopping is not None or self.train.ships == "best"
         return digest({**kept, "metrics": self.metrics, **({"watched": self.watched} if chosen else {})})
 

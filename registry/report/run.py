@@ -178,6 +178,8 @@ def _versus_live(files: RunFiles) -> Section:
         f"interval is of the improvement: above 0 the candidate is better ({job.release.confidence:.0%}, "
         f"{how_drawn(job, result.groups)})."
     )
+    if result.live_inputs:
+        said += f" Of the live release: {result.live_inputs}."
     if result.live_speed:
         said += " Times, sizes and memory were measured by turns."
     blocks: list[Block] = [*kinds, Text(text=said)]

@@ -72,6 +72,25 @@ def test_the_same_job_gives_the_same_weights_bit_for_bit(train: Train, tmp_path:
     assert first == second
 
 
+SERVED = """
+    def build_model():
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.4), nn.Linear(8, 3))
+    def serve(model):
+        torch.rand(7)
+        return nn.Sequential(model, nn.Softmax(1))
+    def build_raw(split):
+        return build_dataset(split)
+"""
+
+
+def test_a_serving_module_and_raw_inputs_change_no_bit_of_a_training(train: Train, tmp_path: Path) -> None:
+    train(write_project(tmp_path / "p", extra=SERVED))
+    data = {"factory": "plain:build_dataset", "raw": "plain:build_raw"}
+    train(write_project(tmp_path / "q", extra=SERVED, data=data, export={"serving": "plain:serve"}))
+    first, second = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("train0", "train1"))
+    assert first == second
+
+
 def test_the_data_fingerprint_does_not_depend_on_the_number_of_processes(train: Train, tmp_path: Path) -> None:
     two = train(write_project(tmp_path / "two"))
     one = train(write_project(tmp_path / "one", train={"epochs": 1, "processes": 1, "batch_size": 32}))

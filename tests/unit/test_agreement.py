@@ -11,7 +11,7 @@ import pytest
 from tests.support.projects import write_project
 from torchworker.contract import TrainResult, ValidateResult
 from train_and_ship.infra.errors import GateError
-from train_and_ship.registry.agreement import agreements, require_agreement
+from train_and_ship.registry.agreement import agreements, require_agreement, require_may_pass, served_otherwise
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 
@@ -81,3 +81,26 @@ def test_a_custom_loop_reports_what_it_likes(tmp_path: Path) -> None:
 def test_coupled_samples_have_other_answers_in_training_than_one_by_one(tmp_path: Path) -> None:
     coupled = load_job(write_project(tmp_path, parity={"coupled": "allowed"}))[0]
     assert agreements(coupled, trained(accuracy=1.0), gated(20_000, {"onnx": {"accuracy": 0.55}})) == []
+
+
+SERVES = {"export": {"serving": "around:serve"}}
+
+
+def test_a_metric_of_what_serves_may_differ_from_the_models_and_is_told(job: Job, tmp_path: Path) -> None:
+    served = load_job(write_project(tmp_path / "served", **SERVES))[0]
+    skewed = gated(100, {"onnx": {"accuracy": 0.1}})
+    require_agreement(served, trained(100, accuracy=0.9), skewed)
+    assert served_otherwise(served, trained(100, accuracy=0.9), skewed).startswith(
+        "accuracy is 0.9 of the trained model and 0.1 of what around:serve makes of it (onnx); if this is not meant"
+    )
+    assert served_otherwise(served, trained(100, accuracy=0.1), skewed) == ""
+    with pytest.raises(GateError):
+        require_agreement(job, trained(100, accuracy=0.9), skewed)
+    assert served_otherwise(job, trained(100, accuracy=0.9), skewed) == ""
+
+
+def test_a_limit_is_asked_of_what_serves_and_not_of_the_model(tmp_path: Path) -> None:
+    gates = {"gates": {"accuracy": {"min": 0.95}}}
+    require_may_pass(load_job(write_project(tmp_path, **SERVES, **gates))[0], trained(100, accuracy=0.5))
+    with pytest.raises(GateError, match=r"accuracy 0\.5, expected >= 0\.95"):
+        require_may_pass(load_job(write_project(tmp_path, **gates))[0], trained(100, accuracy=0.5))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from torchworker.contract import CheckResult, DynamicDim, Entrypoint, Project
@@ -18,7 +18,7 @@ from torchworker.data.loading import reading
 from torchworker.data.sharding import NamedDataset, StreamShare, sample_seed
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
-from torchworker.project.first_batch import try_batch
+from torchworker.project.first_batch import Shipped, try_batch, try_served
 from torchworker.project.independence import require_independent
 from torchworker.project.randomness import seed_everything
 from torchworker.project.signature import (
@@ -26,7 +26,7 @@ from torchworker.project.signature import (
     input_specs,
     of_one_sample,
     output_specs,
-    require_alike,
+    require_batches_alike,
     without_batch,
 )
 from torchworker.training.results import try_weights
@@ -72,54 +72,52 @@ def try_parts(
     validation_set = user_code.build_dataset(project, "validation")
     groups = SampleGroups(project)
     some = list(itertools.islice(user_code.batches(validation_set, BATCH, project, see=groups.add), 2))
-    first, other = (user_code.name_inputs(model, given[0], project) for given in (some[0], some[-1]))
-    require_alike(first, other, (some[0][1], some[-1][1]), dynamic, project)
+    require_batches_alike(model, (some[0], some[-1]), dynamic, project)
     inputs, target = some[0]
-    outputs, _ = try_batch(model, None, (inputs, target), project, formats)
-    independence = require_independent(model, inputs, project, outputs)
+    itself = project.serving is None
+    outputs, _ = try_batch(model, None, (inputs, target), project, formats if itself else None)
+    shipped = (
+        Shipped(model, inputs, target, project, require_independent(model, inputs, project, outputs))
+        if itself
+        else try_served(model, validation_set, outputs, BATCH, project, formats, dynamic)
+    )
     train_set = user_code.build_dataset(project, "train")
     fingerprint_share(train_set, project, 0, rank=0, world=1, only_first=True)
     try_weights(model, project)
     return facts_of(
-        model, inputs, target, dynamic, project, train_samples=user_code.length_of(train_set),
+        shipped, dynamic, model, train_samples=user_code.length_of(train_set),
         validation_samples=user_code.length_of(validation_set), loss=None, max_batch=max_batch,
-        independence=independence,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def facts_of(
-    model: nn.Module,
-    inputs: Any,
-    target: Tensor,
+    shipped: Shipped,
     dynamic: Sequence[DynamicDim],
-    project: Project,
+    trained: nn.Module,
     *,
     train_samples: int | None,
     validation_samples: int | None,
     loss: float | None,
     max_batch: int | None = None,
     notes: Sequence[str] = (),
-    independence: str = "",
 ) -> CheckResult:
     """What `ship check` says of a model in eval() and of a batch.
 
     Args:
-        model: in eval mode.
-        inputs: of one batch as the data gives them: a tensor, a tuple or a dict of tensors, each [batch, …].
-        target: [batch, …].
+        shipped: what is exported, and the batch.
         dynamic: declared dimensions beside the batch.
-        project: for messages.
+        trained: the model, whose parameters are counted.
         train_samples, validation_samples: None for a stream that does not say.
         loss: of the untrained model; None with an entrypoint.
         max_batch: largest batch; None for no limit.
         notes: what else a person should know.
-        independence: of `require_independent`.
 
     Raises:
         UserError: a declared dimension does not fit the data.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, inputs, target, project, independence = shipped
+    trainable = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     named = user_code.name_inputs(model, inputs, project)
     dims = dims_of(named, dynamic, project, max_batch)
     inputs_of, outputs_of = input_specs(named, dims), output_specs(model, named, dims, project)

@@ -232,7 +232,7 @@ def verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
     return at_most(kind, PARITY, case, ratio, 1, note)
 
 
-def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
+def same_weights(kind: str, loaded: Loaded, trained: Path, renamed: Mapping[str, str] | None = None) -> list[Verdict]:
     """One verdict on the weights that an artifact holds: bit for bit what was trained, by name and where shapes fit;
     of ONNX also what its exporter made of them, by the rules of `folded.py`.
 
@@ -242,6 +242,7 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
         kind: the format, in words.
         loaded: the artifact.
         trained: safetensors file of the weights.
+        renamed: name in the artifact to name in the file; None where they are the same.
 
     Returns:
         Nothing where no name and shape is the model's: compiled code, or constants folded into others.
@@ -252,10 +253,12 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
     equal: set[str] = set()
     with safe_open(trained, framework="pt") as file:
         names = set(file.keys())
-        for name, tensor in loaded.weights(names):
-            if name not in names:
+        asked = {name: name for name in names} if renamed is None else renamed
+        asked = {name: own for name, own in asked.items() if own in names}
+        for name, tensor in loaded.weights(asked.keys()):
+            if name not in asked:
                 continue
-            mine = file.get_tensor(name)
+            mine = file.get_tensor(asked[name])
             if tensor.dtype != mine.dtype or tensor.shape != mine.shape:
                 continue
             if torch.equal(_bits(tensor), _bits(mine)):
@@ -263,7 +266,7 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
             else:
                 different.append(name)
         if loaded.graph is not None:
-            held = _folded(loaded.graph(), file, names, equal)
+            held = _folded(loaded.graph(), file, asked, equal)
             different += sorted(held.different - set(different))
             equal |= held.equal
             equal -= set(different)
@@ -276,21 +279,21 @@ def same_weights(kind: str, loaded: Loaded, trained: Path) -> list[Verdict]:
     return [at_most(kind, PARITY, "weights", float(len(different)), 0, note)]
 
 
-def _folded(graph: Any, file: Any, names: Collection[str], equal: Collection[str]) -> Held:
+def _folded(graph: Any, file: Any, names: Mapping[str, str], equal: Collection[str]) -> Held:
     """What an ONNX file holds of the weights that it does not have by name.
 
     Args:
         graph: onnx_ir.Graph.
         file: of safetensors, open.
-        names: of its tensors.
+        names: in the artifact, to those in the file.
         equal: names that the artifact holds as they were trained.
     """
     trained: dict[str, Tensor] = {}
-    for name in names:
-        size = math.prod(file.get_slice(name).get_shape())
+    for name, own in names.items():
+        size = math.prod(file.get_slice(own).get_shape())
         # Of those that are there by name, small ones may be in a constant too.
         if name not in equal or size <= FOLDED_SIZE:
-            trained[name] = file.get_tensor(name)
+            trained[name] = file.get_tensor(own)
     arrays = {name: tensor.numpy() for name, tensor in trained.items() if tensor.dtype in NUMPY_FLOATS}
     held = folded(graph, arrays, equal)
     # Of small tensors that are the same an ONNX file has one, under one of the names.

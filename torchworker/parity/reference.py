@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
+from torchworker.contract import GOLDEN, PLACES, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.groups import SampleGroups
 from torchworker.parity.probes import (
@@ -37,8 +37,9 @@ from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNot
 from torchworker.project.answers import Answers, roundoff_of, same_values
 from torchworker.project.metrics import joined as filled_up
 from torchworker.project.metrics import without
+from torchworker.project.served import served_batches, served_project
 from torchworker.project.signature import dims_of, input_specs, require_alike
-from torchworker.project.user_code import batches, forward, name_inputs, name_outputs
+from torchworker.project.user_code import forward, name_inputs, name_outputs
 from torchworker.project.weights import save_tensors
 
 LABELS = "labels"
@@ -113,6 +114,7 @@ def write_reference(
     named: Mapping[str, Tensor],
     dataset: Dataset[Any],
     independence: str = "",
+    raw: Dataset[Any] | None = None,
 ) -> tuple[str, Reading]:
     """Three files; returns in words what they were made with, and which validation samples they hold.
 
@@ -129,11 +131,12 @@ def write_reference(
         named: the batch of capture by input, [batch, …].
         dataset: the validation split.
         independence: of `require_independent`, which goes with the probes.
+        raw: of `raw_dataset`: the same samples as the model takes them; None where `dataset` gives them so.
 
     Raises:
         UserError: forward keeps state, writes into its inputs, or fails on the user's own data.
     """
-    project, folder = request.project, Path(request.folder)
+    project, folder = served_project(request.project), Path(request.folder)
     answers = Answers(model, project)
     golden = []
     for size in golden_sizes(request.batch, request.max_batch):
@@ -150,7 +153,7 @@ def write_reference(
             stored |= {f"{probe.name}.{part}.{name}": tensor for name, tensor in tensors.items()}
     roundoff = roundoff_of(model)
     save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
-    pool, read = _write_validation(request, answers, dataset, folder)
+    pool, read = _write_validation(request, answers, dataset, raw)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
     asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
@@ -479,7 +482,7 @@ def _in_rows(probe: Probe, like: Probe) -> bool:
 
 
 def _write_validation(
-    request: ExportRequest, answers: Answers, dataset: Dataset[Any], folder: Path
+    request: ExportRequest, answers: Answers, dataset: Dataset[Any], raw: Dataset[Any] | None
 ) -> tuple[Inputs, Reading]:
     """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
 
@@ -498,10 +501,10 @@ def _write_validation(
 
     chosen = request.drawn if request.drawn is not None else request.validation_limit
     size = 1 if request.project.coupled else request.batch
-    for inputs, target in batches(dataset, size, request.project, chosen, see):
-        named = name_inputs(answers.model, inputs, request.project)
+    for inputs, target in served_batches(dataset, raw, size, request.project, chosen, see):
+        named = name_inputs(answers.model, inputs, answers.project)
         first = (named, target) if first is None else first
-        require_alike(first[0], named, (first[1], target), request.dynamic, request.project)
+        require_alike(first[0], named, (first[1], target), request.dynamic, answers.project)
         probe = complete(answers, Probe(name="", group="", inputs=named))
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
@@ -525,8 +528,11 @@ def _write_validation(
             joined[f"{SIZE}.{LABELS}"] = joined[f"{SIZE}.target"]
     if roundoff := roundoff_of(answers.model):
         joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
+    if request.project.for_live is not None:
+        places = range(start) if chosen is None or isinstance(chosen, int) else chosen
+        joined[PLACES] = torch.tensor(list(places), dtype=torch.int64)
     if groups.known:
         joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
-    save_tensors({**joined, **answered}, folder / VALIDATION)
+    save_tensors({**joined, **answered}, Path(request.folder) / VALIDATION)
     pool = {name.removeprefix("input."): _rows(joined, name, slice(POOL)) for name in parts if name != "target"}
     return pool, fingerprint.reading()

@@ -119,6 +119,11 @@ def _require_batch(
         except (UserError, IndexError):
             # Inputs may belong together in ways that cutting breaks.
             pass
+    if 1 in found and found[1].keys() != outputs.keys():
+        raise UserError(
+            f"{project.model.where}: forward returns {_listed(outputs)} for a batch of {rows} and "
+            f"{_listed(found[1])} for one sample; exported formats return the same tensors whatever they are asked"
+        )
     mistakes = []
     for position, (name, tensor) in enumerate(outputs.items()):
         what = f"{project.model.where}: output {name!r} of forward"
@@ -154,6 +159,11 @@ def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], pr
     before: the state before the first call.
     """
     second = name_outputs(forward(model, inputs, project), project)
+    if first.keys() != second.keys():
+        raise UserError(
+            f"{project.model.where}: forward returns {_listed(first)}, and {_listed(second)} when it is asked again; "
+            "exported formats return the same tensors each time"
+        )
     different = next((name for name, tensor in first.items() if not _close(tensor, second.get(name))), None)
     if different is None:
         return
@@ -183,6 +193,10 @@ def _require_same(model: nn.Module, inputs: Any, first: Mapping[str, Tensor], pr
             "as an input"
         )
     raise UserError(f"{what}: {situations.DROPOUT} ({place}); {_way_out(place)}")
+
+
+def _listed(outputs: Mapping[str, Tensor]) -> str:
+    return f"{len(outputs)} {'tensor' if len(outputs) == 1 else 'tensors'} ({', '.join(outputs)})"
 
 
 def _way_out(place: Place) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from torchworker.contract import DynamicDim, Project, TensorSpec
 from torchworker.process.failure import UserError
-from torchworker.project.user_code import describe_tensor, dtype_name, forward, name_outputs
+from torchworker.project.user_code import describe_tensor, dtype_name, forward, name_inputs, name_outputs
 
 BATCH = "batch"
 """The first dimension of every input."""
@@ -93,6 +94,24 @@ def require_alike(
         f"{project.data.where}: validation batches are of different shapes: samples of {shapes[0]} and of "
         f"{shapes[1]}; pad them all to one length, in the dataset or in data.collate{_declaring(varying, declared)}"
     )
+
+
+def require_batches_alike(
+    model: nn.Module, batches: tuple[Any, Any], declared: Sequence[DynamicDim], project: Project
+) -> None:
+    """`require_alike` of batches as a model takes them, unless what is exported takes others.
+
+    Args:
+        model: that is trained.
+        batches: two (inputs, target), each [batch, …], as the data gives them.
+        declared: dimensions beside the batch, of what is exported.
+        project: for messages.
+    """
+    if project.raw is not None or (project.serving is not None and declared):
+        # Its own inputs are asked in `try_served`, and in the export.
+        return
+    first, other = (name_inputs(model, inputs, project) for inputs, _ in batches)
+    require_alike(first, other, (batches[0][1], batches[1][1]), declared, project)
 
 
 def _declaring(varying: Mapping[tuple[int, int], Mapping[str, Sequence[int]]], declared: Sequence[DynamicDim]) -> str:

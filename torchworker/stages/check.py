@@ -19,11 +19,11 @@ from torchworker.data.groups import SampleGroups
 from torchworker.data.loading import TrainingData, reading
 from torchworker.process.failure import UserError
 from torchworker.project import user_code
-from torchworker.project.first_batch import try_batch
+from torchworker.project.first_batch import Shipped, try_batch, try_served
 from torchworker.project.independence import require_independent
 from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
-from torchworker.project.signature import require_alike
+from torchworker.project.signature import require_batches_alike
 from torchworker.training.averaging import Averaging
 from torchworker.training.device import choose_device
 from torchworker.training.optimizer import (
@@ -70,15 +70,10 @@ def check(request: CheckRequest) -> CheckResult:
         batches = user_code.batches(dataset, settings.batch_size, project, see=groups.add, split=split)
         some = list(islice(batches, 2))
         if split == "validation":
-            first, other = (user_code.name_inputs(model, given[0], project) for given in (some[0], some[-1]))
-            require_alike(first, other, (some[0][1], some[-1][1]), request.dynamic, project)
+            require_batches_alike(model, (some[0], some[-1]), request.dynamic, project)
         inputs, target = some[0]
-        if split == "validation":
-            # What ships has these shapes; those of training may be others.
-            shipped = some[0]
-        outputs, first_loss = try_batch(
-            model, loss, some[0], project, request.formats if split == "validation" else None
-        )
+        exported = split == "validation" and project.serving is None
+        outputs, first_loss = try_batch(model, loss, some[0], project, request.formats if exported else None)
         assert first_loss is not None, "there is a loss"
         value = float(first_loss)
         if not math.isfinite(value):
@@ -86,8 +81,13 @@ def check(request: CheckRequest) -> CheckResult:
                 f"train.loss: the untrained model's loss on one {split} batch is {value}; expected a finite "
                 f"number; look for NaN or inf in the inputs, and for a log or division of zero{float16_cause(model)}"
             )
-        if split == "validation":
+        # What ships has the shapes of validation samples; those of training may be others.
+        if exported:
             independence = require_independent(model, inputs, project, outputs)
+            shipped = Shipped(model, inputs, target, project, independence)
+        elif split == "validation":
+            asked = settings.batch_size, project, request.formats, request.dynamic
+            shipped = try_served(model, dataset, outputs, *asked)
         if split == "train":
             # Whether an epoch has an end, and a sample for every process.
             data = TrainingData(dataset, project, settings, settings.processes, 0, pin_memory=False)
@@ -102,9 +102,9 @@ def check(request: CheckRequest) -> CheckResult:
         notes.append(no_mean(project, settings))
     _try_step(model, inputs, target, loss, optimizer, project, settings, find_unused)
     facts = facts_of(
-        model.eval(), *shipped, request.dynamic, project, train_samples=sizes["train"],
+        shipped, request.dynamic, model.eval(), train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=value, max_batch=request.max_batch,
-        notes=[*frozen, *data.last_batch_notes, *notes], independence=independence,
+        notes=[*frozen, *data.last_batch_notes, *notes],
     )  # fmt: skip
     return replace(facts, shared=_shared(request, datasets))
 

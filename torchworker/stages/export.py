@@ -46,6 +46,14 @@ from torchworker.project.independence import require_independent
 from torchworker.project.kept_state import changed, refusal, saved, state_of
 from torchworker.project.labels import require_labels
 from torchworker.project.opened import Opened
+from torchworker.project.served import (
+    build_served,
+    raw_dataset,
+    served_batches,
+    served_project,
+    weight_names,
+    weights_of,
+)
 from torchworker.project.shippable import cannot_hold
 from torchworker.project.signature import (
     dims_of,
@@ -96,44 +104,49 @@ def export(request: ExportRequest) -> ExportResult:
     if request.weights:
         _load(model, request)
     model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    known = weights_of(model)
     dataset = build_dataset(request.project, "validation")
+    raw = raw_dataset(dataset, "validation", request.project)
+    torch.set_num_threads(REFERENCE_THREADS)
+    with torch.no_grad():
+        if request.weights:
+            require_trained(model, Path(request.weights).with_name(PROBE), request.project)
+        exported, project = build_served(model, request.project), served_project(request.project)
+    for parameter in exported.parameters():
+        parameter.requires_grad_(False)
     # The user's code may have changed it on import.
     torch.set_num_threads(REFERENCE_THREADS)
-    inputs, _ = next(batches(dataset, request.batch, request.project))
-    named = enlarged(name_inputs(model, inputs, request.project), request.batch)
-    dims = dims_of(named, request.dynamic, request.project, request.max_batch)
+    inputs, _ = next(served_batches(dataset, raw, request.batch, request.project))
+    named = enlarged(name_inputs(exported, inputs, project), request.batch)
+    dims = dims_of(named, request.dynamic, project, request.max_batch)
     artifacts: dict[str, Artifact] = {}
     left_out: dict[str, str] = {}
     reference, read = "", None
     with torch.no_grad():
-        if request.weights:
-            require_trained(model, Path(request.weights).with_name(PROBE), request.project)
-        before = state_of(model)
-        outputs = output_specs(model, named, dims, request.project)
-        require_labels(request.project, outputs[0].name, outputs[0].shape)
+        before = state_of(exported)
+        outputs = output_specs(exported, named, dims, project)
+        require_labels(project, outputs[0].name, outputs[0].shape)
         # A size of 1 looks like a dimension that broadcasts, and would be captured as such.
         large = {name: 2 for name, size in sizes_of(named, dims).items() if size < 2}
         subject = Subject(
-            model=model,
+            model=exported,
             inputs=resized(named, dims, large),
             outputs=[spec.name for spec in outputs],
             dims=dims,
-            project=request.project,
+            project=project,
         )
         if request.only is not None:
             # The interpreter that this stage started for one format, and from which it wants the file that is left.
             _export_child(request.only, request, subject)
         else:
-            independence = require_independent(model, named, request.project)
+            independence = require_independent(exported, named, project)
             impossible = _impossible(request, subject)
             able = [kind for kind in request.formats if kind not in impossible]
             with _Exports(able, request, subject) as exports:
                 # Exporters and the reference need nothing of each other, and a machine has more than one core.
-                reference, read = write_reference(request, model, named, dataset, independence)
-                if names := saved(model, changed(before, model)):
-                    raise refusal(model, names, named, request.project)
+                reference, read = write_reference(request, exported, named, dataset, independence, raw)
+                if names := saved(exported, changed(before, exported)):
+                    raise refusal(exported, names, named, project)
                 artifacts, left_out = _all(exports, request, subject, impossible)
             # Last: what it does with the model is no matter any more.
             write_extras(request.project, model, Path(request.folder) / EXTRAS)
@@ -150,6 +163,7 @@ def export(request: ExportRequest) -> ExportResult:
         dims=dims,
         reference=reference,
         validation=read,
+        weight_names=weight_names(exported, known) if request.project.serving is not None else None,
         touched=[file.path for file in touched],
     )
 
@@ -303,7 +317,7 @@ def _write(kind: str, request: ExportRequest, subject: Subject, path: Path) -> M
 
 def _calibration(request: ExportRequest, subject: Subject) -> list[dict[str, Tensor]]:
     """Inputs of training samples, drawn by the job's seed; the first ones of a stream."""
-    project, limit = request.project, request.calibration_samples
+    project, limit = served_project(request.project), request.calibration_samples
     dataset = build_dataset(project, "train")
     size = length_of(dataset)
     if not isinstance(dataset, IterableDataset) and size is not None:

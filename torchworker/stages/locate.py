@@ -20,6 +20,7 @@ from torchworker.contract import LocateRequest, LocateResult
 from torchworker.parity.reference import read_probes
 from torchworker.process.failure import describe
 from torchworker.project.recording import Step, record
+from torchworker.project.served import build_served, served_project
 from torchworker.project.user_code import build_model, enter
 from torchworker.project.weights import load_weights
 from torchworker.runtimes.load import load_script, onnx_session
@@ -37,7 +38,8 @@ def locate(request: LocateRequest) -> LocateResult:
     enter(request.project)
     model = build_model(request.project)
     load_weights(model, Path(request.weights))
-    model.eval()
+    model = build_served(model.eval(), request.project)
+    project = served_project(request.project)
     folder = Path(request.folder)
     asked = {probe.name: probe for probe in read_probes(folder)}
     where = {}
@@ -45,7 +47,7 @@ def locate(request: LocateRequest) -> LocateResult:
         inputs = {key: asked[name].inputs[key] for key in request.inputs}
         try:
             with torch.no_grad():
-                steps = record(model, inputs, request.project)
+                steps = record(model, inputs, project)
                 inside = values_inside(kind, folder / request.formats[kind], inputs)
             where[kind] = first_difference(steps, inside)
         except Exception as error:

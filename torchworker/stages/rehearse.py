@@ -158,6 +158,8 @@ def _score_live(
         require_hashes(Path(live.folder), live.files)
     except (OSError, RuntimeError) as error:
         return f"it is broken: {error}"
+    if request.live_validation:
+        validation = load_file(request.live_validation)
     for kind, file in live.formats.items():
         try:
             _require_same_inputs(live.inputs, validation)

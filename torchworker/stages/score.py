@@ -70,7 +70,8 @@ def score(request: ScoreRequest) -> ScoreResult:
         return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors)
     try:
         require_hashes(Path(request.live.folder), request.live.hashes)
-        theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, validation, request)
+        asked = load_file(request.live_validation) if request.live_validation else validation
+        theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, asked, request)
         live = {
             kind: {
                 metric.name: call_metric(metric, outputs, target, request.project)

@@ -99,7 +99,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         try:
             loaded = load_with_weights(kind, folder / file, request.threads)
             call = _noted(loaded.call, note)
-            same = same_weights(kind, loaded, Path(request.weights)) if request.weights else []
+            same = same_weights(kind, loaded, Path(request.weights), request.weight_names) if request.weights else []
         except Exception as error:
             return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
         sums, result = _checked(kind, call, probes, validation, request, outside)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchworker.contract import DynamicDim, Project
 from torchworker.data.loading import ValidationData
 from torchworker.project.metrics import first_output, joined, metric_sum, without
-from torchworker.project.signature import require_alike
-from torchworker.project.user_code import Loss, call_metric, compute_loss, forward, name_inputs
+from torchworker.project.signature import require_batches_alike
+from torchworker.project.user_code import Loss, call_metric, compute_loss, forward
 from torchworker.training.device import place
 from torchworker.training.weighting import Weigh
 
@@ -72,8 +72,7 @@ class Evaluation:
         for batch, counted in self._batches():
             if not self.samples:
                 # Now rather than after training, when artifacts are held against these samples.
-                first, other = (name_inputs(model, given[0], self._project) for given in (self._example, batch))
-                require_alike(first, other, (self._example[1], batch[1]), self._dynamic, self._project)
+                require_batches_alike(model, (self._example, batch), self._dynamic, self._project)
             inputs, target = place(batch, self._device, self._channels_last)
             outputs = forward(model, inputs, self._project)
             if not counted:

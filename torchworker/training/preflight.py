@@ -15,9 +15,9 @@ from torchworker.contract import DynamicDim, Project, TrainSettings
 from torchworker.data.groups import SampleGroups
 from torchworker.data.loading import TrainingData
 from torchworker.project import user_code
-from torchworker.project.first_batch import try_batch
+from torchworker.project.first_batch import try_batch, try_served
 from torchworker.project.independence import require_independent
-from torchworker.project.signature import require_alike
+from torchworker.project.signature import require_batches_alike
 from torchworker.training.device import place
 from torchworker.training.strategy import unused_parameters
 from torchworker.training.trial import deciding_line, refusal_of_one
@@ -65,19 +65,21 @@ class Preflight:
         size = max(1, self._settings.batch_size // dist.get_world_size())
         some = list(islice(user_code.batches(dataset, size, self._project, see=SampleGroups(self._project).add), 2))
         batch = some[0]
-        first, other = (user_code.name_inputs(self._model, given[0], self._project) for given in (batch, some[-1]))
-        require_alike(first, other, (batch[1], some[-1][1]), dynamic, self._project)
+        require_batches_alike(self._model, (batch, some[-1]), dynamic, self._project)
         inputs, target = self._place(batch)
-        outputs, _ = try_batch(self._model, self._loss, (inputs, target), self._project, formats)
+        itself = self._project.serving is None
+        outputs, _ = try_batch(self._model, self._loss, (inputs, target), self._project, formats if itself else None)
         asked = "accuracy" in self._project.metrics
         found: list[Any] = [
             ignored_labels(self._loss, outputs, target) if asked else [], padding_of(self._loss, outputs, target),
         ]  # fmt: skip
         dist.broadcast_object_list(found, 0)
         self.ignored, self.padding = found
-        if dist.get_rank() == 0:
-            # All ranks have the same model and data.
+        # All ranks have the same model and data.
+        if dist.get_rank() == 0 and itself:
             require_independent(self._model, inputs, self._project, outputs)
+        elif dist.get_rank() == 0:
+            try_served(self._model, dataset, outputs, size, self._project, formats, dynamic)
         return batch
 
     def try_training(self, data: TrainingData, example: Batch) -> tuple[bool, list[str]]:
