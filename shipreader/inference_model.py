@@ -144,6 +144,8 @@ def session(path: str, *, spin: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    # Whatever it is called, it is what the promotion has tried.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # Refused inputs are answered, not logged.
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

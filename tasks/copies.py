@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
+from torchworker.contract import FORMAT_FILES, INT8_FILES, INT8_OF, WEIGHTS, RehearsedRelease, TensorSpec, decode
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import hold, unused
@@ -22,6 +22,7 @@ from train_and_ship.registry.bucket.signing import load_public_key, require_sign
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.release.archives import require_sound
 from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.release.onnx_header import ENDING, require_one_model
 
 KEEP_SECONDS = 24 * 3600
 """Releases that nobody asked for in this time are dropped from the local copies."""
@@ -30,11 +31,13 @@ KEEP_SECONDS = 24 * 3600
 def download_anew(store: ObjectStore, manifest: Manifest, folder: Path) -> RehearsedRelease:
     """The candidate from the bucket, also when a copy lies here: it is the bucket that is tried.
 
-    Raises ReleaseError when a file is missing or is not what the manifest says, and when one holds what is not loaded.
+    Raises ReleaseError when a file is missing or is not what the manifest says, when one holds what is not loaded, and
+    when ONNX would be another model in a view than it is here.
     """
     shutil.rmtree(folder, ignore_errors=True)
     fetched = fetch_release(store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
     require_sound(folder, fetched)
+    _require_portable(folder, fetched)
     return _rehearsed(fetched, folder)
 
 
@@ -134,6 +137,20 @@ def _drop_old(copies: Path, keep: Path) -> None:
                 with unused(folder) as free:
                     if free:
                         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_portable(folder: Path, manifest: Manifest) -> None:
+    """Raises ReleaseError for ONNX that is another model in a view: called model.onnx, and without its neighbours."""
+    for kind, name in manifest.formats.items():
+        if INT8_OF.get(kind, kind) != "onnx":
+            continue
+        if not name.endswith(ENDING):
+            usual = {**FORMAT_FILES, **INT8_FILES}[kind]
+            raise ReleaseError(
+                f"{name}: expected the artifact of {kind} to have a name that ends in {ENDING}, got one by which it "
+                f"may be read as another format; publish it as {usual}"
+            )
+        require_one_model(folder / name)
 
 
 def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:

@@ -94,7 +94,7 @@ def test_an_artifact_that_cannot_be_loaded_does_not_go_live(
     settings: Settings, object_store: ObjectStore, tmp_path: Path
 ) -> None:
     write_release(tmp_path / "a", 1, MODEL)
-    (tmp_path / "a" / ARTIFACT).write_bytes(b"no model")
+    (tmp_path / "a" / ARTIFACT).write_bytes(b"\x08\x09")
     with pytest.raises(GateError, match=r"fails: onnx \(load\)"):
         promoted(settings, object_store, publish_folder(object_store, tmp_path / "a", MODEL, 0.9))
 

@@ -1,0 +1,212 @@
+"""Whoever publishes lets one model pass the gate and another one be served, or one that answers with others' inputs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from shipreader import inference_model
+from shipreader.reader import Reader
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
+from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_onnx, write_release
+from torchworker.runtimes.load import onnx_session
+from train_and_ship.infra.errors import ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.targets import Verified, ask_promotion
+from train_and_ship.registry.release import onnx_header
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
+from train_and_ship.registry.release.onnx_header import require_one_model
+from train_and_ship.registry.serving.layouts import write_kserve, write_triton
+from train_and_ship.tasks.existing import try_out
+
+SIGNATURE: dict[str, Any] = {
+    "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", FEATURES]}],
+    "outputs": [{"name": "output", "dtype": "float32", "shape": ["batch", CLASSES]}],
+    "dims": [{"name": "batch", "min": 1, "max": None}],
+}
+
+
+@pytest.fixture
+def settings(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
+    monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
+    return Settings.load()
+
+
+def published(store: ObjectStore, folder: Path, artifact: str = ARTIFACT, **said: Any) -> Manifest:
+    signature = {**SIGNATURE, **said}
+    manifest = build_manifest(folder, model=MODEL, formats={"onnx": artifact}, signature=signature, metrics={})
+    publish(store, folder, manifest)
+    return manifest
+
+
+def asked(store: ObjectStore, manifest: Manifest) -> Verified:
+    return ask_promotion(Channel(store, MODEL, CHANNEL, NOWHERE), manifest.release, None)
+
+
+# ---- one file that is two models
+
+
+def as_runtime_format(path: Path) -> None:
+    """The file becomes what ONNX Runtime makes of it in its own format."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".made"))
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    path.with_suffix(".made").rename(path)
+
+
+def with_weights_beside_it(path: Path) -> None:
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "artifact", "said"),
+    [
+        (as_runtime_format, ARTIFACT, "ONNX Runtime's own format"),
+        (with_weights_beside_it, ARTIFACT, "weights in another file"),
+        (lambda path: None, "model.ort", r"model\.ort: expected .* a name that ends in \.onnx"),
+    ],
+)
+def test_onnx_that_is_another_model_by_another_name_or_without_its_neighbours_is_neither_tried_nor_in_a_view(
+    settings: Settings,
+    object_store: ObjectStore,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    artifact: str,
+    said: str,
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    change(folder / ARTIFACT)
+    (folder / ARTIFACT).rename(folder / artifact)
+    manifest = published(object_store, folder, artifact)
+    with pytest.raises(ReleaseError, match=said):
+        asyncio.run(try_out(settings, asked(object_store, manifest)))
+    if artifact != ARTIFACT:
+        return
+    # It went live all the same: by a rollback, or past `ship`.
+    move(object_store, manifest)
+    client = s3_client(settings)
+    live = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "p", channel=CHANNEL, client=client).pull()
+    for write in (write_triton, write_kserve):
+        with pytest.raises(ReleaseError, match=said):
+            write(object_store, live)
+    assert [key for key in object_store.list_keys("models/") if key.endswith(("model.onnx", "config.pbtxt"))] == [
+        f"models/{MODEL}/releases/{manifest.release}/{ARTIFACT}"
+    ]
+
+
+def in_gate(path: Path) -> Any:
+    return onnx_session(str(path), 1)
+
+
+def in_server(path: Path) -> Any:
+    return inference_model.session(str(path), spin=False)
+
+
+@pytest.mark.parametrize("opened", [in_gate, in_server])
+def test_what_is_loaded_is_onnx_whatever_its_name(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
+    path = tmp_path / "model.ort"
+    write_onnx(path, classifier(1))
+    assert opened(path).run(None, {"x": np.zeros((1, FEATURES), np.float32)})[0].shape == (1, CLASSES)
+    as_runtime_format(path)
+    with pytest.raises(Exception, match="rotobuf parsing failed"):
+        opened(path)
+
+
+def held_in(place: str) -> onnx.ModelProto:
+    """A model with one tensor that says that its values lie elsewhere."""
+    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    node = helper.make_node("Constant", [], ["y"], value=outside)
+    inner = helper.make_graph([node], "g", [], [value])
+    model = helper.make_model(helper.make_graph([], "outer", [], [value]))
+    match place:
+        case "constant":
+            model.graph.node.append(node)
+        case "branch":
+            model.graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner))
+        case "function":
+            model.functions.append(helper.make_function("d", "f", [], ["y"], [node], [helper.make_opsetid("", 18)]))
+        case "sparse":
+            model.graph.sparse_initializer.add().values.CopyFrom(outside)
+        case "location":
+            model.graph.initializer.add(name="w").external_data.add(key="location", value="w.bin")
+    return model
+
+
+@pytest.mark.parametrize("place", ["constant", "branch", "function", "sparse", "location"])
+def test_weights_in_another_file_are_found_wherever_a_model_holds_them(tmp_path: Path, place: str) -> None:
+    path = tmp_path / ARTIFACT
+    path.write_bytes(held_in(place).SerializeToString())
+    with pytest.raises(ReleaseError, match="weights in another file"):
+        require_one_model(path)
+    path.write_bytes(held_in("").SerializeToString())
+    require_one_model(path)
+
+
+def test_every_message_in_which_onnx_may_hold_a_tensor_is_looked_through() -> None:
+    held: dict[str, dict[int, str]] = {}
+    kinds = [onnx.ModelProto.DESCRIPTOR]
+    while kinds:
+        kind = kinds.pop()
+        if kind.name not in held and kind.name != "TensorProto":
+            fields = {field.number: field.message_type for field in kind.fields if field.message_type is not None}
+            held[kind.name] = {number: message.name for number, message in fields.items()}
+            kinds += fields.values()
+    leads = {"TensorProto"}
+    while more := {name for name, fields in held.items() if leads & set(fields.values())} - leads:
+        leads |= more
+    found = {name: {number: to for number, to in held[name].items() if to in leads} for name in held if name in leads}
+    assert found == onnx_header._HOLDS
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"\x00\x00", "a field with the key 0"),
+        # A reader that cuts the key off at 32 bits finds a graph here.
+        (b"\xba\x80\x80\x80\x10\x00", "a field with the key"),
+        (b"\x0b\x0c", "wire type 3"),
+        (b"\x3a\x05", "longer than its message"),
+        (b"\x08", "cut off"),
+        (b"\x08\x09" * 101, "at most 100 fields"),
+    ],
+)
+def test_what_is_no_onnx_or_more_than_anybody_looks_at_is_refused(
+    tmp_path: Path, content: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_header, "MOST_FIELDS", 100)
+    path = tmp_path / ARTIFACT
+    path.write_bytes(content)
+    with pytest.raises(ReleaseError, match=rf"model\.onnx: expected an ONNX model.* got .*|{said}") as refused:
+        require_one_model(path)
+    assert said in str(refused.value)
+
+
+def message(key: int, content: bytes) -> bytes:
+    return bytes([key << 3 | 2, len(content) & 127 | 128, len(content) >> 7]) + content
+
+
+def test_graphs_within_graphs_without_end_are_refused(tmp_path: Path) -> None:
+    graph = b""
+    for _ in range(40):
+        # A graph with a node with an attribute that holds it.
+        graph = message(1, message(5, message(6, graph)))
+    (tmp_path / ARTIFACT).write_bytes(message(7, graph))
+    with pytest.raises(ReleaseError, match="depth of more than 100"):
+        require_one_model(tmp_path / ARTIFACT)
