@@ -9,10 +9,20 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torchworker.contract import FORMAT_FILES, INT8_FILES, INT8_OF, WEIGHTS, RehearsedRelease, TensorSpec, decode
+from torchworker.contract import (
+    FORMAT_FILES,
+    INT8_FILES,
+    INT8_OF,
+    WEIGHTS,
+    DynamicDim,
+    RehearsedRelease,
+    TensorSpec,
+    decode,
+)
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import hold, unused
@@ -154,13 +164,16 @@ def _require_portable(folder: Path, manifest: Manifest) -> None:
 
 
 def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
+    inputs = _specs(manifest.signature, "inputs")
     return RehearsedRelease(
         folder=str(folder),
         files={name: entry.sha256 for name, entry in manifest.files.items()},
         formats=manifest.formats,
         libraries=manifest.libraries,
-        inputs=_specs(manifest.signature, "inputs"),
+        inputs=inputs,
         outputs=_specs(manifest.signature, "outputs"),
+        dims=_dims(manifest.signature, inputs),
+        joined=manifest.joined,
         serve=manifest.serve,
     )
 
@@ -169,3 +182,12 @@ def _specs(signature: Mapping[str, list[Mapping[str, object]]], side: str) -> li
     # What a later version says besides is not asked here.
     fields = TensorSpec.__dataclass_fields__
     return [decode(TensorSpec, {name: spec[name] for name in fields}) for spec in signature.get(side, [])]
+
+
+def _dims(signature: Mapping[str, Sequence[Mapping[str, Any]]], inputs: Sequence[TensorSpec]) -> list[DynamicDim]:
+    found = []
+    for dim in signature.get("dims", ()):
+        axes = {spec.name: [at for at, size in enumerate(spec.shape) if size == dim["name"]] for spec in inputs}
+        axes = {name: places for name, places in axes.items() if places}
+        found.append(DynamicDim(name=dim["name"], min=dim["min"], max=dim["max"], axes=axes))
+    return found

@@ -11,14 +11,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 from shipreader import inference_model
 from shipreader.reader import Reader
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
 from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_onnx, write_release
-from torchworker.runtimes.load import onnx_session
-from train_and_ship.infra.errors import ReleaseError
+from torchworker.contract import GOLDEN, DynamicDim, RehearsedRelease, RehearseRequest, TensorSpec
+from torchworker.runtimes.load import load_artifact, onnx_session
+from torchworker.stages import rehearse
+from train_and_ship.infra.errors import GateError, ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
@@ -210,3 +214,97 @@ def test_graphs_within_graphs_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / ARTIFACT).write_bytes(message(7, graph))
     with pytest.raises(ReleaseError, match="depth of more than 100"):
         require_one_model(tmp_path / ARTIFACT)
+
+
+# ---- answers made of what others sent
+
+
+def rolled(after: int = 0) -> onnx.ModelProto:
+    """Gives each sample what the one before it sent, from this row on."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])
+    y = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", FEATURES])
+    numbers = {"zero": 0, "after": after, "end": 2**62, "last": -1}
+    held = [numpy_helper.from_array(np.array([value]), name) for name, value in numbers.items()]
+    steps = [
+        ("Slice", ["x", "zero", "after", "zero"], "kept"),
+        ("Slice", ["x", "after", "end", "zero"], "tail"),
+        ("Slice", ["tail", "last", "end", "zero"], "one"),
+        ("Slice", ["tail", "zero", "last", "zero"], "rest"),
+    ]
+    nodes = [helper.make_node(kind, taken, [name]) for kind, taken, name in steps]
+    nodes.append(helper.make_node("Concat", ["kept", "one", "rest"], ["output"], axis=0))
+    graph = helper.make_graph(nodes, "rolled", [x], [y], held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def golden_of(answer: Callable[[torch.Tensor], torch.Tensor], *sizes: int) -> dict[str, torch.Tensor]:
+    found = {}
+    for size in sizes:
+        x = torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(size))
+        found |= {f"batch_{size}.input.x": x, f"batch_{size}.eager.output": answer(x).contiguous()}
+        found[f"batch_{size}.float64.output"] = answer(x.double()).contiguous()
+    return found
+
+
+def test_a_model_that_hands_on_what_others_sent_does_not_go_live_unless_nothing_is_put_together(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    (folder / ARTIFACT).write_bytes(rolled().SerializeToString())
+    save_file(golden_of(lambda x: x.roll(1, 0), 1, 8), folder / GOLDEN)
+    outputs = [{**SIGNATURE["outputs"][0], "shape": ["batch", FEATURES]}]
+    manifest = published(object_store, folder, outputs=outputs)
+    with pytest.raises(GateError, match=r"fails: onnx \(samples alone\), onnx \(samples together\)") as refused:
+        asyncio.run(try_out(settings, asked(object_store, manifest), gates=False))
+    assert "Samples see one another" in str(refused.value) and "parity: {coupled: allowed}" in str(refused.value)
+    # Of this one servers say that each request is computed by itself.
+    (folder / "notes.txt").write_text("another release")
+    alone = published(object_store, folder, outputs=outputs, coupled=True)
+    tried = asyncio.run(try_out(settings, asked(object_store, alone), gates=False))
+    assert tried.verdicts["rehearsal"] == "2 checks passed: onnx"
+
+
+def joined(
+    tmp_path: Path, model: onnx.ModelProto, golden: dict[str, torch.Tensor], least: int = 1, most: int | None = None
+) -> dict[str, bool]:
+    """What is asked of samples that servers put together, and whether it passes."""
+    (tmp_path / ARTIFACT).write_bytes(model.SerializeToString())
+    save_file(golden, tmp_path / GOLDEN)
+    release = RehearsedRelease(
+        folder=str(tmp_path), files={}, formats={"onnx": ARTIFACT}, joined=True,
+        inputs=[TensorSpec(name="x", dtype="float32", shape=["batch", FEATURES])],
+        outputs=[TensorSpec(name="output", dtype="float32", shape=["batch", FEATURES])],
+        dims=[DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})],
+    )  # fmt: skip
+    request = RehearseRequest(
+        candidate=release, live=None, validation=None, moved=None, metrics=(), forbidden_modules=(),
+        forbidden_folder=str(tmp_path / "project"), threads=1,
+    )  # fmt: skip
+    asked, usual = rehearse._golden(request, ["output"])
+    call = load_artifact("onnx", tmp_path / ARTIFACT, 1)
+    assert all(rehearse._again("onnx", call, probe, usual).passed for probe in asked)
+    return {verdict.case: verdict.passed for verdict in rehearse._joined("onnx", call, asked, usual, request)}
+
+
+def itself(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def test_samples_are_asked_alone_and_put_together_in_more_than_the_golden_batches(tmp_path: Path) -> None:
+    honest, hidden = rolled(10**6), rolled(8)
+    assert joined(tmp_path, honest, golden_of(itself, 1, 8)) == {"samples alone": True, "samples together": True}
+    # With golden batches as small as that nothing else would see it.
+    assert joined(tmp_path, hidden, golden_of(itself, 1, 8)) == {"samples alone": True, "samples together": False}
+    # Servers put no more than eight together then; with two at least, two are a request.
+    assert joined(tmp_path, hidden, golden_of(itself, 1, 8), most=8)["samples together"]
+    assert joined(tmp_path, honest, golden_of(itself, 2, 8), least=2) == {
+        "samples alone": True,
+        "samples together": True,
+    }
+    assert joined(tmp_path, hidden, golden_of(itself, 1), most=1) == {}
+
+
+def test_golden_inputs_of_one_sample_do_not_tell_whether_samples_see_one_another(tmp_path: Path) -> None:
+    same = {name: tensor[:1].repeat(8, 1) for name, tensor in golden_of(itself, 8).items()}
+    assert joined(tmp_path, rolled(), same) == {"samples together": False}

@@ -29,7 +29,8 @@ from torchworker.gates.bootstrap import count_groups, interval_of_mean
 from torchworker.gates.limits import at_most
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.compare import Policy, Usual, compare_output, usual_losses
-from torchworker.parity.int8 import golden_noise
+from torchworker.parity.int8 import golden_noise, noise_of
+from torchworker.parity.joined import REMEDY, TOGETHER, OneSampleError, alone_and_together
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import GROUP, read_golden, validation_batches
 from torchworker.process.failure import UserError, describe
@@ -39,6 +40,8 @@ from torchworker.runtimes.load import Call, load_artifact, load_libraries, requi
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
+JOINED_DB = 10.0
+"""An int8 variant asked of samples alone and together reaches at least this, and so much less than over all of them."""
 
 Scores = dict[str, dict[str, Tensor]]
 """Format to metric to its sum and count on each sample, [samples, 2]."""
@@ -79,6 +82,9 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts.append(_noise_again(kind, call, golden, outputs, request.sqnr_db))
         else:
             verdicts += [_again(kind, call, probe, usual) for probe in golden]
+        # What gives no golden output says nothing of whether samples see one another.
+        if candidate.joined and all(verdict.passed for verdict in verdicts if verdict.format == kind):
+            verdicts += _joined(kind, call, golden, usual, request)
         if validation:
             try:
                 (mine[kind],) = _score(call, validation, candidate, request.metrics, batch, [classes])
@@ -237,6 +243,19 @@ def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> V
         got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
     except Exception as error:
         return _verdict(kind, case, None, describe(error))
+    return _compared(kind, case, probe, got, usual)
+
+
+def _compared(kind: str, case: str, probe: Probe, got: Sequence[Tensor], usual: Mapping[str, Usual]) -> Verdict:
+    """The verdict on answers in the order of the outputs.
+
+    Args:
+        kind: the format.
+        case: what was asked.
+        probe: with the golden outputs.
+        got: what the artifact gives.
+        usual: by output, of `usual_losses`.
+    """
     if len(got) != len(usual):
         return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(usual)}")
     try:
@@ -251,13 +270,46 @@ def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> V
 
 def _noise_again(kind: str, call: Call, golden: Sequence[Probe], outputs: Sequence[str], limit: float) -> Verdict:
     """Whether an int8 artifact is as near to the golden outputs as the clean room saw it be."""
-    case, words = "golden inputs", f">= {limit:g} dB"
+    case = "golden inputs"
     try:
         noise = golden_noise(call, golden, outputs).decibels
     except Exception as error:
-        return replace(_verdict(kind, case, None, describe(error)), limit=words)
+        return replace(_verdict(kind, case, None, describe(error)), limit=f">= {limit:g} dB")
+    return _noise_verdict(kind, case, noise, limit)
+
+
+def _noise_verdict(kind: str, case: str, noise: float, limit: float) -> Verdict:
+    """noise, limit: in dB, of signal to noise."""
     found = _verdict(kind, case, noise, "SQNR against the model in float32")
-    return replace(found, limit=words, passed=noise >= limit)
+    return replace(found, limit=f">= {limit:g} dB", passed=noise >= limit)
+
+
+def _joined(
+    kind: str, call: Call, golden: Sequence[Probe], usual: Mapping[str, Usual], request: RehearseRequest
+) -> list[Verdict]:
+    """Whether the answer to a sample is the same alone and among others, as servers put it.
+
+    Args:
+        kind: the format.
+        call: the artifact.
+        golden: what it is asked, the smallest batch first.
+        usual: by output, of `usual_losses`.
+        request: names the release, and what int8 variants have to reach.
+    """
+    try:
+        found = alone_and_together(call, golden, request.candidate)
+    except Exception as error:
+        told = str(error) if isinstance(error, OneSampleError) else describe(error)
+        return [_verdict(kind, TOGETHER, None, told)]
+    verdicts = []
+    for case, (got, probe) in found.items():
+        if kind in INT8_OF:
+            # One scale for a whole batch moves every answer a little.
+            said = _noise_verdict(kind, case, noise_of(got, probe), max(request.sqnr_db - JOINED_DB, JOINED_DB))
+        else:
+            said = _compared(kind, case, probe, [*got.values()], usual)
+        verdicts.append(said if said.passed else replace(said, note=f"{REMEDY}. {said.note}"))
+    return verdicts
 
 
 def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
