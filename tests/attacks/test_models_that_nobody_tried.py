@@ -20,6 +20,8 @@ from shipreader.reader import Reader
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
 from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_onnx, write_release
 from torchworker.contract import GOLDEN, DynamicDim, RehearsedRelease, RehearseRequest, TensorSpec
+from torchworker.parity.probes import BATCHES, Probe
+from torchworker.process.failure import UserError
 from torchworker.runtimes.load import load_artifact, onnx_session
 from torchworker.stages import rehearse
 from train_and_ship.infra.errors import GateError, ReleaseError
@@ -308,3 +310,50 @@ def test_samples_are_asked_alone_and_put_together_in_more_than_the_golden_batche
 def test_golden_inputs_of_one_sample_do_not_tell_whether_samples_see_one_another(tmp_path: Path) -> None:
     same = {name: tensor[:1].repeat(8, 1) for name, tensor in golden_of(itself, 8).items()}
     assert joined(tmp_path, rolled(), same) == {"samples together": False}
+
+
+# ---- sizes that nobody tried
+
+
+@pytest.mark.parametrize(
+    ("shape", "least", "most", "said"),
+    [
+        (["batch", FEATURES], 2**27, None, r"batch_1: expected batch of at least 134,217,728, .* got \[1, 4\]"),
+        (["batch", FEATURES], 2, None, r"batch_1: expected batch of at least 2, as its manifest says of input x \["),
+        (["batch", FEATURES], 1, 7, r"batch_8: expected batch of 1 to 7, .* got \[8, 4\]"),
+        (["batch", FEATURES], 9, 9, r"batch_1: expected batch of 9, .* got \[1, 4\]"),
+        (["batch", 2**27], 1, None, r"batch_1: expected 134,217,728 along axis 1, .* got \[1, 4\]"),
+        ([2**27, FEATURES], 1, None, r"batch_1: expected 134,217,728 along axis 0"),
+        (["batch", FEATURES, 5], 1, None, r"batch_1: expected 3 dimensions, "),
+        (["batch"], 1, None, r"batch_1: expected 1 dimensions, "),
+    ],
+)
+def test_golden_inputs_outside_of_what_the_manifest_says_are_refused_by_the_name_of_the_dimension(
+    tmp_path: Path, shape: list[int | str], least: int, most: int | None, said: str
+) -> None:
+    asked = [Probe(name=f"batch_{size}", group=BATCHES, inputs={"x": torch.zeros(size, FEATURES)}) for size in (1, 8)]
+    dims = [DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})]
+    inputs = [TensorSpec(name="x", dtype="float32", shape=shape)]
+    release = RehearsedRelease(folder="", files={}, formats={}, inputs=inputs, outputs=[], dims=dims)
+    with pytest.raises(UserError, match=rf"^golden\.safetensors of the release: {said}"):
+        rehearse._require_declared(asked, release)
+
+
+def test_golden_inputs_are_what_the_manifest_says_also_of_one_sample_and_of_dimensions_without_a_range() -> None:
+    asked = [Probe(name="batch_8", group=BATCHES, inputs={"x": torch.zeros(8, FEATURES)})]
+    dims = [DynamicDim(name="batch", min=8, max=8, axes={"x": [0]})]
+    # Of coupled samples servers take one; the golden outputs are of a batch.
+    for shape in (["batch", FEATURES], ["batch", "width"], [1, FEATURES], [8, FEATURES]):
+        inputs = [TensorSpec(name="x", dtype="float32", shape=shape)]
+        release = RehearsedRelease(folder="", files={}, formats={}, inputs=inputs, outputs=[], dims=dims)
+        rehearse._require_declared(asked, release)
+
+
+def test_a_release_whose_servers_would_be_asked_more_than_was_tried_does_not_go_live(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    write_release(tmp_path / "release", 1, MODEL)
+    dims = [{"name": "batch", "min": 2**27, "max": None}]
+    manifest = published(object_store, tmp_path / "release", dims=dims)
+    with pytest.raises(GateError, match=r"cannot be tried before it goes live: .* expected batch of at least 134,217"):
+        asyncio.run(try_out(settings, asked(object_store, manifest), gates=False))

@@ -66,6 +66,8 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     empty = not all(_has_values(probe.inputs) for probe in golden) or not any(
         _has_values(probe.eager or {}) for probe in golden
     )
+    if not empty:
+        _require_declared(golden, candidate)
     verdicts: list[Verdict] = []
     classes = _classes(request, validation)
     mine: Scores = {}
@@ -127,6 +129,29 @@ def _golden(request: RehearseRequest, outputs: Sequence[str]) -> tuple[list[Prob
             f"{GOLDEN} of the release: expected tensors batch_<samples>.input.<name> and batch_<samples>.eager.<name> "
             f"for each input and output of its manifest, as `ship run` writes them; got {describe(error)[:300]}"
         ) from error
+
+
+def _require_declared(golden: Sequence[Probe], candidate: RehearsedRelease) -> None:
+    """Raises UserError for golden inputs of other sizes than the manifest says of inputs, by which servers go."""
+    ranges = {dim.name: (dim.min, dim.max) for dim in candidate.dims}
+    for probe in golden:
+        for spec in candidate.inputs:
+            found = list(probe.inputs[spec.name].shape)
+            expected = "" if len(found) == len(spec.shape) else f"{len(spec.shape)} dimensions"
+            for axis, (declared, size) in enumerate(zip(spec.shape, found, strict=False)):
+                least, most = ranges.get(declared, (0, None)) if isinstance(declared, str) else (declared, declared)
+                # Of coupled samples servers take one, and the golden outputs are of a batch.
+                if least <= size <= (size if most is None else most) or (axis == 0 and declared == 1):
+                    continue
+                limit = f"{least:,}" if least == most else f"{least:,} to {most:,}" if most else f"at least {least:,}"
+                expected = f"{declared} of {limit}" if isinstance(declared, str) else f"{limit} along axis {axis}"
+                break
+            if expected:
+                raise UserError(
+                    f"{GOLDEN} of the release: {probe.name}: expected {expected}, as its manifest says of input "
+                    f"{spec.name} [{', '.join(map(str, spec.shape))}], got {found}: what is tried has to be what "
+                    "servers take; publish it with the sizes of its golden inputs"
+                )
 
 
 def _classes(request: RehearseRequest, validation: Mapping[str, Tensor]) -> int:
