@@ -268,7 +268,12 @@ def test_a_model_that_hands_on_what_others_sent_does_not_go_live_unless_nothing_
 
 
 def joined(
-    tmp_path: Path, model: onnx.ModelProto, golden: dict[str, torch.Tensor], least: int = 1, most: int | None = None
+    tmp_path: Path,
+    model: onnx.ModelProto,
+    golden: dict[str, torch.Tensor],
+    least: int = 1,
+    most: int | None = None,
+    kind: str = "onnx",
 ) -> dict[str, bool]:
     """What is asked of samples that servers put together, and whether it passes."""
     (tmp_path / ARTIFACT).write_bytes(model.SerializeToString())
@@ -284,9 +289,8 @@ def joined(
         forbidden_folder=str(tmp_path / "project"), threads=1,
     )  # fmt: skip
     asked, usual = rehearse._golden(request, ["output"])
-    call = load_artifact("onnx", tmp_path / ARTIFACT, 1)
-    assert all(rehearse._again("onnx", call, probe, usual).passed for probe in asked)
-    return {verdict.case: verdict.passed for verdict in rehearse._joined("onnx", call, asked, usual, request)}
+    call = load_artifact(kind, tmp_path / ARTIFACT, 1)
+    return {verdict.case: verdict.passed for verdict in rehearse._joined(kind, call, asked, usual, request)}
 
 
 def itself(x: torch.Tensor) -> torch.Tensor:
@@ -305,6 +309,16 @@ def test_samples_are_asked_alone_and_put_together_in_more_than_the_golden_batche
         "samples together": True,
     }
     assert joined(tmp_path, hidden, golden_of(itself, 1), most=1) == {}
+
+
+def test_an_int8_variant_is_asked_so_too_and_may_be_off_by_its_noise(tmp_path: Path) -> None:
+    variant, golden = "onnx-int8-dynamic", golden_of(itself, 1, 8)
+    assert joined(tmp_path, rolled(10**6), golden, kind=variant) == {"samples alone": True, "samples together": True}
+    assert joined(tmp_path, rolled(8), golden, kind=variant) == {"samples alone": True, "samples together": False}
+    # What one scale for a whole batch may do: an answer is off by a hundredth.
+    near = {name: tensor * 1.01 if "input" not in name else tensor for name, tensor in golden.items()}
+    assert joined(tmp_path, rolled(10**6), near, kind=variant) == {"samples alone": True, "samples together": True}
+    assert joined(tmp_path, rolled(10**6), near) == {"samples alone": False, "samples together": False}
 
 
 def test_golden_inputs_of_one_sample_do_not_tell_whether_samples_see_one_another(tmp_path: Path) -> None:
