@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +13,9 @@ from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.live_score import LiveScore
 from train_and_ship.registry.text import Cell, Mark, Table, interval_text, number, passed_or_failed
+
+MOST_TOLD = 10
+"""Checks of a format in a refusal, of those that failed and of those that passed: whoever publishes says how many."""
 
 
 def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -163,12 +167,20 @@ def require_rehearsed(candidate: str, result: RehearseResult, otherwise: str) ->
         otherwise: What has not been done, in words.
 
     Raises:
-        GateError: A check failed, or there was none; it carries the table of all.
+        GateError: A check failed, or there was none; it carries the table of the first ones of each format.
     """
     if not result.passed:
-        failed = ", ".join(f"{item.format} ({item.case})" for item in result.verdicts if not item.passed)
+        shown: list[Verdict] = []
+        told: Counter[tuple[str, bool]] = Counter()
+        for item in result.verdicts:
+            told[item.format, item.passed] += 1
+            if told[item.format, item.passed] <= MOST_TOLD:
+                shown.append(item)
+        names = [f"{item.format} ({item.case})" for item in shown if not item.passed]
+        more = sum(not item.passed for item in result.verdicts) - len(names)
+        failed = ", ".join(names) + (f" and {more} more" if more else "")
         said = f"{candidate}, as it came back from the bucket, fails: {failed or 'nothing was checked'}. {otherwise}"
-        raise GateError(said, verdict_table(result.verdicts).text())
+        raise GateError(said, verdict_table(shown).text())
 
 
 def require_good_enough(job: Job, versus: VersusLive, *, policy: bool = True) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -27,6 +28,8 @@ CALLS_A_SECOND = 50
 MEASURED_CALLS = 25
 MEASURED_SECONDS = 1.0
 """Each way, but for the call in which it ends."""
+MEASURED_BYTES = 64 * 2**20
+"""Of one row, at most: what a release says of its sizes is no reason to fill the memory before anybody asked."""
 WORTH_SPINNING = 0.75
 """Threads spin where that makes a call at least a quarter faster."""
 
@@ -144,6 +147,8 @@ def session(path: str, *, spin: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    # Whatever it is called, it is what the promotion has tried.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # Refused inputs are answered, not logged.
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -177,21 +182,24 @@ def choose_spinning(document: ModelDocument) -> Spinning:
 
     Threads that sleep when idle cost a call the time to wake them; threads that spin cost the machine's other work. One
     way after the other: threads spin on for some 40 ms of CPU time after a call, which would count among the sleepers'.
-    Raises onnxruntime's errors for a file that it cannot load.
+    Never raises for what the release is like: where it cannot be measured they sleep.
     """
     count = len(os.sched_getaffinity(0))
     if count == 1:
         return Spinning(False, "1 thread")
-    zeros = _zeros(Signature.of(document.signature))
     found = {}
-    for spin in (False, True):
-        runs = session(document.artifact, spin=spin)
-        try:
-            found[spin] = _cost(partial(runs.run, None, zeros))
-        except Exception:
-            # Zeros are not what every model takes.
-            return Spinning(False, f"{count} threads, which sleep when idle (not measured: the model takes no zeros)")
-        del runs
+    try:
+        shapes = _least_shapes(signature := Signature.of(document.signature))
+        size = sum(math.prod(shape) * signature.inputs[name].dtype.itemsize for name, shape in shapes.items())
+        if size > MEASURED_BYTES:
+            why = f"one row takes {size:,} bytes, and at most {MEASURED_BYTES:,} are made up for it"
+            return Spinning(False, f"{count} threads, which sleep when idle (not measured: {why})")
+        zeros = {name: np.zeros(shape, signature.inputs[name].dtype) for name, shape in shapes.items()}
+        for spin in (False, True):
+            found[spin] = _cost(partial(session(document.artifact, spin=spin).run, None, zeros))
+    except Exception:
+        # Zeros are not what every model takes.
+        return Spinning(False, f"{count} threads, which sleep when idle (not measured: the model takes no zeros)")
     (slow, less), (fast, more) = found[False], found[True]
     spin = fast < slow * WORTH_SPINNING
     return Spinning(
@@ -214,15 +222,11 @@ def _cost(call: Callable[[], object]) -> tuple[float, float]:
     return statistics.median(times), (time.process_time() - used) / len(times) * CALLS_A_SECOND
 
 
-def _zeros(signature: Signature) -> Arrays:
-    """One row; every other dynamic dimension at its smallest."""
+def _least_shapes(signature: Signature) -> dict[str, list[int]]:
+    """By input. One row; every other dynamic dimension at its smallest."""
     return {
-        name: np.zeros(
-            [
-                size if isinstance(size, int) else max(signature.ranges.get(size, (1, None))[0], 1)
-                for size in tensor.shape
-            ],
-            tensor.dtype,
-        )
+        name: [
+            size if isinstance(size, int) else max(signature.ranges.get(size, (1, None))[0], 1) for size in tensor.shape
+        ]
         for name, tensor in signature.inputs.items()
     }

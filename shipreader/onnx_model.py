@@ -28,6 +28,8 @@ class OnnxModel(MLModel):  # type: ignore[misc]
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         # Threads that spin when idle take a fifth of a core at 50 calls a second.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Whatever it is called, it is what the promotion has tried.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         path = self._settings.parameters.uri
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._signature = Signature.of(self._settings.parameters.extra["signature"])

@@ -9,10 +9,20 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torchworker.contract import WEIGHTS, RehearsedRelease, TensorSpec, decode
+from torchworker.contract import (
+    FORMAT_FILES,
+    INT8_FILES,
+    INT8_OF,
+    WEIGHTS,
+    DynamicDim,
+    RehearsedRelease,
+    TensorSpec,
+    decode,
+)
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import hold, unused
@@ -22,6 +32,7 @@ from train_and_ship.registry.bucket.signing import load_public_key, require_sign
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.release.archives import require_sound
 from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.release.onnx_header import ENDING, require_one_model
 
 KEEP_SECONDS = 24 * 3600
 """Releases that nobody asked for in this time are dropped from the local copies."""
@@ -30,11 +41,13 @@ KEEP_SECONDS = 24 * 3600
 def download_anew(store: ObjectStore, manifest: Manifest, folder: Path) -> RehearsedRelease:
     """The candidate from the bucket, also when a copy lies here: it is the bucket that is tried.
 
-    Raises ReleaseError when a file is missing or is not what the manifest says, and when one holds what is not loaded.
+    Raises ReleaseError when a file is missing or is not what the manifest says, when one holds what is not loaded, and
+    when ONNX would be another model in a view than it is here.
     """
     shutil.rmtree(folder, ignore_errors=True)
     fetched = fetch_release(store, manifest.model, manifest.release, folder, manifest_sha256=manifest.sha256())
     require_sound(folder, fetched)
+    _require_portable(folder, fetched)
     return _rehearsed(fetched, folder)
 
 
@@ -136,14 +149,31 @@ def _drop_old(copies: Path, keep: Path) -> None:
                         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _require_portable(folder: Path, manifest: Manifest) -> None:
+    """Raises ReleaseError for ONNX that is another model in a view: called model.onnx, and without its neighbours."""
+    for kind, name in manifest.formats.items():
+        if INT8_OF.get(kind, kind) != "onnx":
+            continue
+        if not name.endswith(ENDING):
+            usual = {**FORMAT_FILES, **INT8_FILES}[kind]
+            raise ReleaseError(
+                f"{name}: expected the artifact of {kind} to have a name that ends in {ENDING}, got one by which it "
+                f"may be read as another format; publish it as {usual}"
+            )
+        require_one_model(folder / name)
+
+
 def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
+    inputs = _specs(manifest.signature, "inputs")
     return RehearsedRelease(
         folder=str(folder),
         files={name: entry.sha256 for name, entry in manifest.files.items()},
         formats=manifest.formats,
         libraries=manifest.libraries,
-        inputs=_specs(manifest.signature, "inputs"),
+        inputs=inputs,
         outputs=_specs(manifest.signature, "outputs"),
+        dims=_dims(manifest.signature, inputs),
+        joined=manifest.joined,
         serve=manifest.serve,
     )
 
@@ -152,3 +182,12 @@ def _specs(signature: Mapping[str, list[Mapping[str, object]]], side: str) -> li
     # What a later version says besides is not asked here.
     fields = TensorSpec.__dataclass_fields__
     return [decode(TensorSpec, {name: spec[name] for name in fields}) for spec in signature.get(side, [])]
+
+
+def _dims(signature: Mapping[str, Sequence[Mapping[str, Any]]], inputs: Sequence[TensorSpec]) -> list[DynamicDim]:
+    found = []
+    for dim in signature.get("dims", ()):
+        axes = {spec.name: [at for at, size in enumerate(spec.shape) if size == dim["name"]] for spec in inputs}
+        axes = {name: places for name, places in axes.items() if places}
+        found.append(DynamicDim(name=dim["name"], min=dim["min"], max=dim["max"], axes=axes))
+    return found

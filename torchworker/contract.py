@@ -1206,6 +1206,10 @@ class RehearsedRelease(Artifacts):
     files: Mapping[str, str]
     """Path in the folder to hexadecimal SHA-256, as its manifest says."""
     outputs: Sequence[TensorSpec]
+    dims: Sequence[DynamicDim] = ()
+    """Ranges of the dynamic dimensions of its inputs, as its manifest says."""
+    joined: bool = False
+    """Whether servers compute samples of different requests together, as its manifest says."""
     serve: Mapping[str, str] = field(default_factory=dict)
     """`latency` and `throughput` to the format that it recommends; empty when it recommends none."""
 

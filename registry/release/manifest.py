@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from shipreader.mlserver import can_batch
 from shipreader.records import (
     FILES,
     FORMAT,
@@ -89,6 +90,11 @@ class Manifest:
     def shipped(self) -> dict[str, FileEntry]:
         """What the job ships beside the model, by path."""
         return {name: entry for name, entry in self.files.items() if name.startswith(f"{SHIPPED}/")}
+
+    @property
+    def joined(self) -> bool:
+        """Whether servers compute samples of different requests together."""
+        return {"inputs", "outputs"} <= self.signature.keys() and can_batch(self.signature)
 
     @property
     def libraries(self) -> list[str]:

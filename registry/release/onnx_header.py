@@ -1,74 +1,148 @@
-"""What an ONNX file asks of whoever loads it, read from its outermost fields: weights are stepped over, not read."""
+"""What an ONNX file asks of whoever loads it, read field by field: weights are stepped over, not read."""
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
+from train_and_ship.infra.errors import ReleaseError
+
+ENDING = ".onnx"
+"""Of its name: what ends in `.ort` is a format of its own to ONNX Runtime, and servers get it as `model.onnx`."""
+MOST_FIELDS = 5_000_000
+"""Of one file that are looked at, in some 8 s; a model of 10,000 operators has some 300,000."""
+MOST_DEEP = 100
+"""Messages within messages, as protobuf's own readers have it."""
 _IR_VERSION, _OPSET_IMPORT = 1, 8
 """Fields of ModelProto."""
 _DOMAIN, _VERSION = 1, 2
 """Fields of OperatorSetIdProto."""
+_TENSOR, _EXTERNAL_DATA, _DATA_LOCATION = "TensorProto", 13, 14
+"""The message, and its fields that say that its values are in another file."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """How protobuf writes a field; the others are groups, which ONNX has none of."""
+_LARGEST_KEY = 2**32
+"""Readers cut off what is above."""
+_HOLDS: Mapping[str, Mapping[int, str]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "GraphProto": {1: "NodeProto", 5: _TENSOR, 15: "SparseTensorProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: _TENSOR, 6: "GraphProto", 10: _TENSOR, 11: "GraphProto", 22: "SparseTensorProto", 23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: _TENSOR, 2: _TENSOR},
+}  # fmt: skip
+"""Message to its fields in which tensors may be."""
+
+_Field = tuple[int, int | None, int, int]
+"""Its number in its message, its value where that is a number, and from where to where its content is."""
 
 
 def onnx_versions(path: Path) -> dict[str, int]:
     """`IR version`, and `opset` of ONNX's own operators; empty for a file that is no ONNX model."""
     found: dict[str, int] = {}
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            while file.tell() < size:
-                field, value = _field(file, size, wanted=_OPSET_IMPORT)
-                if field == _IR_VERSION and isinstance(value, int):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for field, value, start, end in _fields(data, 0, len(data)):
+                if field == _IR_VERSION and value is not None:
                     found["IR version"] = value
-                elif field == _OPSET_IMPORT and value:
-                    found |= _opset(file, file.tell() + value)
-    except (EOFError, ValueError):
+                elif field == _OPSET_IMPORT and value is None:
+                    found |= _opset(data, start, end)
+    except ValueError:
         return {}
     return found if len(found) == 2 else {}
 
 
-def _opset(file: BinaryIO, end: int) -> dict[str, int]:
-    """Of one domain; nothing of those that are not ONNX's own. end: where the message ends."""
+def require_one_model(path: Path) -> None:
+    """An ONNX file is the same model by whatever name, and in whatever folder, it is loaded. Reads only.
+
+    What it holds is asked, not its name (`ENDING`).
+
+    Raises:
+        ReleaseError: it is ONNX Runtime's own format, or no ONNX, or has weights in another file, or more fields than
+            anybody looks at.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[4:8] == b"ORTM":
+                raise ReleaseError(
+                    f"{path}: expected an ONNX model, got ONNX Runtime's own format, which servers that know the file "
+                    "by another name read as another model, or not at all; export onnx again"
+                )
+            _require_whole(path, data)
+    except ValueError as error:
+        raise ReleaseError(f"{path}: expected an ONNX model, got {error}") from error
+
+
+def _require_whole(path: Path, data: mmap.mmap) -> None:
+    """Raises ReleaseError for a tensor outside the file, ValueError for what is no message."""
+    seen, stack = 0, [("ModelProto", _fields(data, 0, len(data)))]
+    while stack:
+        message, fields = stack[-1]
+        found = next(fields, None)
+        if found is None:
+            stack.pop()
+            continue
+        seen += 1
+        if seen > MOST_FIELDS:
+            raise ReleaseError(f"{path}: expected an ONNX model of at most {MOST_FIELDS:,} fields, got more")
+        field, value, start, end = found
+        if message == _TENSOR:
+            if field == _EXTERNAL_DATA or (field == _DATA_LOCATION and value != 0):
+                raise ReleaseError(
+                    f"{path}: expected an ONNX model with its weights in it, got one with weights in another file "
+                    "(external data), which no view holds; export it as one file (external_data=False)"
+                )
+        elif field in _HOLDS[message] and value is None:
+            if len(stack) == MOST_DEEP:
+                raise ValueError(f"messages within messages to a depth of more than {MOST_DEEP}")
+            stack.append((_HOLDS[message][field], _fields(data, start, end)))
+
+
+def _opset(data: mmap.mmap, begin: int, finish: int) -> dict[str, int]:
+    """Of one domain; nothing of those that are not ONNX's own."""
     domain, version = b"", 0
-    while file.tell() < end:
-        field, value = _field(file, end, wanted=_DOMAIN)
-        if field == _DOMAIN:
-            domain = file.read(value or 0)
+    for field, value, start, end in _fields(data, begin, finish):
+        if field == _DOMAIN and value is None:
+            domain = data[start:end]
         elif field == _VERSION:
             version = value or 0
     return {"opset": version} if domain in (b"", b"ai.onnx") and version else {}
 
 
-def _field(file: BinaryIO, end: int, wanted: int) -> tuple[int, int | None]:
-    """The next field and its number; of bytes their length, with the file where they begin if they are wanted, else
-    behind them. Raises ValueError for what is no message."""
-    key = _varint(file)
-    field, how = key >> 3, key & 7
-    if how == _VARINT:
-        return field, _varint(file)
-    if how not in (_FIXED64, _BYTES, _FIXED32):
-        raise ValueError(f"wire type {how}")
-    length = _varint(file) if how == _BYTES else 8 if how == _FIXED64 else 4
-    if file.tell() + length > end:
-        raise ValueError("a field that is longer than its message")
-    if how == _BYTES and field == wanted:
-        return field, length
-    file.seek(length, 1)
-    return field, None
+def _fields(data: mmap.mmap, at: int, finish: int) -> Iterator[_Field]:
+    """The fields of a message that ends at `finish`. Raises ValueError for what is no message."""
+    while at < finish:
+        key, at = _varint(data, at, finish)
+        field, how = key >> 3, key & 7
+        if not field or key >= _LARGEST_KEY:
+            raise ValueError(f"a field with the key {key}")
+        if how == _VARINT:
+            value, at = _varint(data, at, finish)
+            yield field, value, at, at
+            continue
+        if how not in (_FIXED64, _BYTES, _FIXED32):
+            raise ValueError(f"wire type {how}")
+        length, at = _varint(data, at, finish) if how == _BYTES else (8 if how == _FIXED64 else 4, at)
+        if at + length > finish:
+            raise ValueError("a field that is longer than its message")
+        yield field, None, at, at + length
+        at += length
 
 
-def _varint(file: BinaryIO) -> int:
+def _varint(data: mmap.mmap, at: int, finish: int) -> tuple[int, int]:
+    """A number, and the place behind it."""
     value = shift = 0
-    while True:
-        byte = file.read(1)
-        if not byte:
-            raise EOFError
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
+    while at < finish:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
         shift += 7
         if shift > 63:
             raise ValueError("a number without an end")
+    raise ValueError("a number that is cut off")

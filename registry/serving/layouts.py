@@ -33,6 +33,7 @@ from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, S
 from train_and_ship.infra.objectstore import RECORD_BYTES, ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
 from train_and_ship.registry.bucket.transfer import SMALL_UPLOADS_AT_ONCE, in_parallel, put_immutable
+from train_and_ship.registry.release.onnx_header import require_one_model
 
 ARTIFACT = "model.onnx"
 BATCH_SIZE, QUEUE_MICROSECONDS = 64, 2000
@@ -66,7 +67,7 @@ def write_triton(store: ObjectStore, release: Release, backend: str = "onnxrunti
 
     `prefix` of the result is the repository. A view that names a later generation already, to which the channel has
     moved meanwhile, is left as it is. Raises ReleaseError for a release without ONNX, with a dtype that Triton does not
-    have, or with so long names of tensors that nobody would read its configuration.
+    have, with so long names of tensors that nobody would read its configuration, or with weights outside its ONNX file.
     """
     prefix = f"models/{release.model}/views/{release.channel}/triton/"
     folder = f"{prefix}{release.model}/"
@@ -174,6 +175,8 @@ def _put_version(store: ObjectStore, folder: str, release: Release, backend: str
             f"{release.model} {release.id}: expected an ONNX artifact, got none; add onnx to export.formats"
         )
     name = release.manifest.formats["onnx"]
+    # Here it gets another name, and other neighbours, than where it was tried.
+    require_one_model(release.folder / name)
     if backend == "python":
         code = Path(__file__).with_name("triton_model.py").read_bytes()
         put_immutable(store, f"{folder}model.py", code, "the code of another version of train-and-ship")

@@ -60,7 +60,7 @@ ROOMS = {
         "run_folder": {"job", "cost", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff", "kind"},
-        "serving": {"bucket"},
+        "serving": {"bucket", "release"},
         "report": {
             *("identity", "text", "cost", "job", "kind", "release", "tracking", "gates", "bucket"),
             *("data", "diff", "lineage", "run_folder", "channels", "agreement"),

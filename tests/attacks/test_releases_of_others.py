@@ -84,7 +84,8 @@ def described_anew(store: ObjectStore, manifest: Manifest, **changes: Any) -> Ma
 def told(store: ObjectStore, folder: Path, files: dict[str, Any], **described: Any) -> Manifest:
     """A published release that says how it came to be."""
     folder.mkdir()
-    (folder / "model.onnx").write_bytes(folder.name.encode())
+    # ONNX as far as it is looked at before it is loaded: the name of whoever made it.
+    (folder / "model.onnx").write_bytes(bytes([0x12, len(folder.name)]) + folder.name.encode())
     for name, content in files.items():
         written = content if isinstance(content, str | bytes) else json.dumps(content)
         (folder / name).write_bytes(written.encode() if isinstance(written, str) else written)

@@ -44,7 +44,8 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def named(store: ObjectStore, folder: Path, name: str) -> Manifest:
     """A published release whose input is called so."""
     folder.mkdir()
-    (folder / "model.onnx").write_bytes(name.encode())
+    # ONNX as far as views look at it: the name of whoever made it.
+    (folder / "model.onnx").write_bytes(bytes([0x12, len(name)]) + name.encode())
     signature: dict[str, Any] = copy.deepcopy(SIGNATURE)
     signature["inputs"][0]["name"] = name
     manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature=signature, metrics={})

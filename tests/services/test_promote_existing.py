@@ -73,7 +73,7 @@ def test_every_format_is_loaded_and_gives_its_golden_outputs_and_the_record_says
 ) -> None:
     manifest = runnable(object_store, tmp_path / "a", 0.9, seed=1)
     pointer = promoted(settings, object_store, manifest)
-    assert pointer.verdicts["rehearsal"] == "2 checks passed: onnx"
+    assert pointer.verdicts["rehearsal"] == "4 checks passed: onnx"
     assert pointer.verdicts["bytes"].endswith("downloaded and hashed")
     assert pointer.verdicts["vs_live"] == "nothing was live"
     # Nothing is left on this machine.
@@ -94,7 +94,7 @@ def test_an_artifact_that_cannot_be_loaded_does_not_go_live(
     settings: Settings, object_store: ObjectStore, tmp_path: Path
 ) -> None:
     write_release(tmp_path / "a", 1, MODEL)
-    (tmp_path / "a" / ARTIFACT).write_bytes(b"no model")
+    (tmp_path / "a" / ARTIFACT).write_bytes(b"\x08\x09")
     with pytest.raises(GateError, match=r"fails: onnx \(load\)"):
         promoted(settings, object_store, publish_folder(object_store, tmp_path / "a", MODEL, 0.9))
 
@@ -222,7 +222,7 @@ def test_the_command_says_what_was_tried_and_compared(
     done = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")
     assert done.status == 0, done.errors
     assert f"digits prod: release {manifest.release} is live, generation 1" in done.output
-    assert "tried     2 checks passed: onnx" in done.output and "vs live   nothing was live" in done.output
+    assert "tried     4 checks passed: onnx" in done.output and "vs live   nothing was live" in done.output
     broken = runnable(object_store, tmp_path / "b", 0.9, seed=1, golden_seed=2)
     move(object_store, broken, channel="staging")
     refused = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")

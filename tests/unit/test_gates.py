@@ -210,6 +210,21 @@ def test_a_rehearsal_in_which_nothing_was_checked_is_no_pass() -> None:
         require_rehearsed("release r1", result, "It was not made live.")
 
 
+def test_a_refused_rehearsal_tells_ten_checks_of_a_format_and_how_many_more() -> None:
+    def checked(kind: str, count: int, passed: bool) -> list[Verdict]:
+        return [
+            Verdict(format=kind, gate="rehearsal", case=f"batch {n}", measured=9, limit="<= 1", passed=passed)
+            for n in range(count)
+        ]
+
+    verdicts = [*checked("onnx", 2000, False), *checked("pt2", 500, True), *checked("torchscript", 1, False)]
+    result = RehearseResult(verdicts=verdicts, candidate={}, live={}, live_problem="", samples=0)
+    with pytest.raises(GateError) as refused:
+        require_rehearsed("release r1", result, "It was not made live.")
+    assert "onnx (batch 8), onnx (batch 9), torchscript (batch 0) and 1990 more. It was not" in str(refused.value)
+    assert "batch 10" not in str(refused.value) and len(str(refused.value)) < 5000
+
+
 # ---- the trained model, before it is exported
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def test_idle_threads_sleep_unless_spinning_makes_a_call_a_quarter_faster(
     assert choose_spinning(document).words.startswith("2 threads, which spin when idle")
     monkeypatch.setattr(inference_model.os, "sched_getaffinity", lambda _: {0})
     assert choose_spinning(document) == inference_model.Spinning(False, "1 thread")
+
+
+def test_sizes_that_a_release_says_fill_no_memory_before_anybody_asks(
+    document: ModelDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_model.os, "sched_getaffinity", lambda _: {0, 1})
+    huge = {**KINDS, "dims": [{"name": "batch", "min": 2**50, "max": None}]}
+    long = {"inputs": [{"name": "x", "dtype": "float32", "shape": [2**50, "batch"]}], "outputs": KINDS["outputs"]}
+    for signature in (huge, long):
+        spinning = choose_spinning(ModelDocument(**{**document.__dict__, "signature": signature}))
+        assert not spinning.spin and re.search(r"not measured: one row takes [\d,]{16,} bytes, and", spinning.words)
+    for signature in ({}, {**KINDS, "inputs": [*KINDS["inputs"], {"name": "y", "dtype": "float32", "shape": [0]}]}):
+        spinning = choose_spinning(ModelDocument(**{**document.__dict__, "signature": signature}))
+        assert spinning.words.endswith("(not measured: the model takes no zeros)")
+    # Its own error is told by whoever loads it next.
+    lost = ModelDocument(**{**document.__dict__, "artifact": "lost.onnx"})
+    assert not choose_spinning(lost).spin
+    with pytest.raises(Exception, match=r"lost\.onnx"):
+        Model(lost, spin=False)
 
 
 def test_onnx_runtime_heeds_no_byte_order(document: ModelDocument) -> None:

@@ -216,6 +216,8 @@ def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Whatever it is called: by the ending .ort it would be read as another format, and so as another model.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

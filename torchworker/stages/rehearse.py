@@ -29,7 +29,8 @@ from torchworker.gates.bootstrap import count_groups, interval_of_mean
 from torchworker.gates.limits import at_most
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.compare import Policy, Usual, compare_output, usual_losses
-from torchworker.parity.int8 import golden_noise
+from torchworker.parity.int8 import golden_noise, noise_of
+from torchworker.parity.joined import REMEDY, TOGETHER, OneSampleError, alone_and_together
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import GROUP, read_golden, validation_batches
 from torchworker.process.failure import UserError, describe
@@ -39,6 +40,8 @@ from torchworker.runtimes.load import Call, load_artifact, load_libraries, requi
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
+JOINED_DB = 10.0
+"""An int8 variant asked of samples alone and together reaches at least this, and so much less than over all of them."""
 
 Scores = dict[str, dict[str, Tensor]]
 """Format to metric to its sum and count on each sample, [samples, 2]."""
@@ -63,6 +66,8 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
     empty = not all(_has_values(probe.inputs) for probe in golden) or not any(
         _has_values(probe.eager or {}) for probe in golden
     )
+    if not empty:
+        _require_declared(golden, candidate)
     verdicts: list[Verdict] = []
     classes = _classes(request, validation)
     mine: Scores = {}
@@ -79,6 +84,9 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts.append(_noise_again(kind, call, golden, outputs, request.sqnr_db))
         else:
             verdicts += [_again(kind, call, probe, usual) for probe in golden]
+        # What gives no golden output says nothing of whether samples see one another.
+        if candidate.joined and all(verdict.passed for verdict in verdicts if verdict.format == kind):
+            verdicts += _joined(kind, call, golden, usual, request)
         if validation:
             try:
                 (mine[kind],) = _score(call, validation, candidate, request.metrics, batch, [classes])
@@ -121,6 +129,29 @@ def _golden(request: RehearseRequest, outputs: Sequence[str]) -> tuple[list[Prob
             f"{GOLDEN} of the release: expected tensors batch_<samples>.input.<name> and batch_<samples>.eager.<name> "
             f"for each input and output of its manifest, as `ship run` writes them; got {describe(error)[:300]}"
         ) from error
+
+
+def _require_declared(golden: Sequence[Probe], candidate: RehearsedRelease) -> None:
+    """Raises UserError for golden inputs of other sizes than the manifest says of inputs, by which servers go."""
+    ranges = {dim.name: (dim.min, dim.max) for dim in candidate.dims}
+    for probe in golden:
+        for spec in candidate.inputs:
+            found = list(probe.inputs[spec.name].shape)
+            expected = "" if len(found) == len(spec.shape) else f"{len(spec.shape)} dimensions"
+            for axis, (declared, size) in enumerate(zip(spec.shape, found, strict=False)):
+                least, most = ranges.get(declared, (0, None)) if isinstance(declared, str) else (declared, declared)
+                # Of coupled samples servers take one, and the golden outputs are of a batch.
+                if least <= size <= (size if most is None else most) or (axis == 0 and declared == 1):
+                    continue
+                limit = f"{least:,}" if least == most else f"{least:,} to {most:,}" if most else f"at least {least:,}"
+                expected = f"{declared} of {limit}" if isinstance(declared, str) else f"{limit} along axis {axis}"
+                break
+            if expected:
+                raise UserError(
+                    f"{GOLDEN} of the release: {probe.name}: expected {expected}, as its manifest says of input "
+                    f"{spec.name} [{', '.join(map(str, spec.shape))}], got {found}: what is tried has to be what "
+                    "servers take; publish it with the sizes of its golden inputs"
+                )
 
 
 def _classes(request: RehearseRequest, validation: Mapping[str, Tensor]) -> int:
@@ -239,6 +270,19 @@ def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> V
         got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
     except Exception as error:
         return _verdict(kind, case, None, describe(error))
+    return _compared(kind, case, probe, got, usual)
+
+
+def _compared(kind: str, case: str, probe: Probe, got: Sequence[Tensor], usual: Mapping[str, Usual]) -> Verdict:
+    """The verdict on answers in the order of the outputs.
+
+    Args:
+        kind: the format.
+        case: what was asked.
+        probe: with the golden outputs.
+        got: what the artifact gives.
+        usual: by output, of `usual_losses`.
+    """
     if len(got) != len(usual):
         return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(usual)}")
     try:
@@ -253,13 +297,46 @@ def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> V
 
 def _noise_again(kind: str, call: Call, golden: Sequence[Probe], outputs: Sequence[str], limit: float) -> Verdict:
     """Whether an int8 artifact is as near to the golden outputs as the clean room saw it be."""
-    case, words = "golden inputs", f">= {limit:g} dB"
+    case = "golden inputs"
     try:
         noise = golden_noise(call, golden, outputs).decibels
     except Exception as error:
-        return replace(_verdict(kind, case, None, describe(error)), limit=words)
+        return replace(_verdict(kind, case, None, describe(error)), limit=f">= {limit:g} dB")
+    return _noise_verdict(kind, case, noise, limit)
+
+
+def _noise_verdict(kind: str, case: str, noise: float, limit: float) -> Verdict:
+    """noise, limit: in dB, of signal to noise."""
     found = _verdict(kind, case, noise, "SQNR against the model in float32")
-    return replace(found, limit=words, passed=noise >= limit)
+    return replace(found, limit=f">= {limit:g} dB", passed=noise >= limit)
+
+
+def _joined(
+    kind: str, call: Call, golden: Sequence[Probe], usual: Mapping[str, Usual], request: RehearseRequest
+) -> list[Verdict]:
+    """Whether the answer to a sample is the same alone and among others, as servers put it.
+
+    Args:
+        kind: the format.
+        call: the artifact.
+        golden: what it is asked, the smallest batch first.
+        usual: by output, of `usual_losses`.
+        request: names the release, and what int8 variants have to reach.
+    """
+    try:
+        found = alone_and_together(call, golden, request.candidate)
+    except Exception as error:
+        told = str(error) if isinstance(error, OneSampleError) else describe(error)
+        return [_verdict(kind, TOGETHER, None, told)]
+    verdicts = []
+    for case, (got, probe) in found.items():
+        if kind in INT8_OF:
+            # One scale for a whole batch moves every answer a little.
+            said = _noise_verdict(kind, case, noise_of(got, probe), max(request.sqnr_db - JOINED_DB, JOINED_DB))
+        else:
+            said = _compared(kind, case, probe, [*got.values()], usual)
+        verdicts.append(said if said.passed else replace(said, note=f"{REMEDY}. {said.note}"))
+    return verdicts
 
 
 def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:

@@ -1,0 +1,373 @@
+"""Whoever publishes lets one model pass the gate and another one be served, or one that answers with others' inputs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+
+from shipreader import inference_model
+from shipreader.reader import Reader
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
+from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_onnx, write_release
+from torchworker.contract import GOLDEN, DynamicDim, RehearsedRelease, RehearseRequest, TensorSpec
+from torchworker.parity.probes import BATCHES, Probe
+from torchworker.process.failure import UserError
+from torchworker.runtimes.load import load_artifact, onnx_session
+from torchworker.stages import rehearse
+from train_and_ship.infra.errors import GateError, ReleaseError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.s3 import s3_client
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.channels.channel import Channel
+from train_and_ship.registry.channels.targets import Verified, ask_promotion
+from train_and_ship.registry.release import onnx_header
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
+from train_and_ship.registry.release.onnx_header import require_one_model
+from train_and_ship.registry.serving.layouts import write_kserve, write_triton
+from train_and_ship.tasks.existing import try_out
+
+SIGNATURE: dict[str, Any] = {
+    "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", FEATURES]}],
+    "outputs": [{"name": "output", "dtype": "float32", "shape": ["batch", CLASSES]}],
+    "dims": [{"name": "batch", "min": 1, "max": None}],
+}
+
+
+@pytest.fixture
+def settings(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
+    monkeypatch.setenv("SHIP_HOME", str(tmp_path / "home"))
+    return Settings.load()
+
+
+def published(store: ObjectStore, folder: Path, artifact: str = ARTIFACT, **said: Any) -> Manifest:
+    signature = {**SIGNATURE, **said}
+    manifest = build_manifest(folder, model=MODEL, formats={"onnx": artifact}, signature=signature, metrics={})
+    publish(store, folder, manifest)
+    return manifest
+
+
+def asked(store: ObjectStore, manifest: Manifest) -> Verified:
+    return ask_promotion(Channel(store, MODEL, CHANNEL, NOWHERE), manifest.release, None)
+
+
+# ---- one file that is two models
+
+
+def as_runtime_format(path: Path) -> None:
+    """The file becomes what ONNX Runtime makes of it in its own format."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".made"))
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    path.with_suffix(".made").rename(path)
+
+
+def with_weights_beside_it(path: Path) -> None:
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "artifact", "said"),
+    [
+        (as_runtime_format, ARTIFACT, "ONNX Runtime's own format"),
+        (with_weights_beside_it, ARTIFACT, "weights in another file"),
+        (lambda path: None, "model.ort", r"model\.ort: expected .* a name that ends in \.onnx"),
+    ],
+)
+def test_onnx_that_is_another_model_by_another_name_or_without_its_neighbours_is_neither_tried_nor_in_a_view(
+    settings: Settings,
+    object_store: ObjectStore,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    artifact: str,
+    said: str,
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    change(folder / ARTIFACT)
+    (folder / ARTIFACT).rename(folder / artifact)
+    manifest = published(object_store, folder, artifact)
+    with pytest.raises(ReleaseError, match=said):
+        asyncio.run(try_out(settings, asked(object_store, manifest)))
+    if artifact != ARTIFACT:
+        return
+    # It went live all the same: by a rollback, or past `ship`.
+    move(object_store, manifest)
+    client = s3_client(settings)
+    live = Reader(MODEL, bucket=object_store.bucket, folder=tmp_path / "p", channel=CHANNEL, client=client).pull()
+    for write in (write_triton, write_kserve):
+        with pytest.raises(ReleaseError, match=said):
+            write(object_store, live)
+    assert [key for key in object_store.list_keys("models/") if key.endswith(("model.onnx", "config.pbtxt"))] == [
+        f"models/{MODEL}/releases/{manifest.release}/{ARTIFACT}"
+    ]
+
+
+def in_gate(path: Path) -> Any:
+    return onnx_session(str(path), 1)
+
+
+def in_server(path: Path) -> Any:
+    return inference_model.session(str(path), spin=False)
+
+
+@pytest.mark.parametrize("opened", [in_gate, in_server])
+def test_what_is_loaded_is_onnx_whatever_its_name(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
+    path = tmp_path / "model.ort"
+    write_onnx(path, classifier(1))
+    assert opened(path).run(None, {"x": np.zeros((1, FEATURES), np.float32)})[0].shape == (1, CLASSES)
+    as_runtime_format(path)
+    with pytest.raises(Exception, match="rotobuf parsing failed"):
+        opened(path)
+
+
+def held_in(place: str) -> onnx.ModelProto:
+    """A model with one tensor that says that its values lie elsewhere."""
+    outside = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    node = helper.make_node("Constant", [], ["y"], value=outside)
+    inner = helper.make_graph([node], "g", [], [value])
+    model = helper.make_model(helper.make_graph([], "outer", [], [value]))
+    match place:
+        case "constant":
+            model.graph.node.append(node)
+        case "branch":
+            model.graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner))
+        case "function":
+            model.functions.append(helper.make_function("d", "f", [], ["y"], [node], [helper.make_opsetid("", 18)]))
+        case "sparse":
+            model.graph.sparse_initializer.add().values.CopyFrom(outside)
+        case "location":
+            model.graph.initializer.add(name="w").external_data.add(key="location", value="w.bin")
+    return model
+
+
+@pytest.mark.parametrize("place", ["constant", "branch", "function", "sparse", "location"])
+def test_weights_in_another_file_are_found_wherever_a_model_holds_them(tmp_path: Path, place: str) -> None:
+    path = tmp_path / ARTIFACT
+    path.write_bytes(held_in(place).SerializeToString())
+    with pytest.raises(ReleaseError, match="weights in another file"):
+        require_one_model(path)
+    path.write_bytes(held_in("").SerializeToString())
+    require_one_model(path)
+
+
+def test_every_message_in_which_onnx_may_hold_a_tensor_is_looked_through() -> None:
+    held: dict[str, dict[int, str]] = {}
+    kinds = [onnx.ModelProto.DESCRIPTOR]
+    while kinds:
+        kind = kinds.pop()
+        if kind.name not in held and kind.name != "TensorProto":
+            fields = {field.number: field.message_type for field in kind.fields if field.message_type is not None}
+            held[kind.name] = {number: message.name for number, message in fields.items()}
+            kinds += fields.values()
+    leads = {"TensorProto"}
+    while more := {name for name, fields in held.items() if leads & set(fields.values())} - leads:
+        leads |= more
+    found = {name: {number: to for number, to in held[name].items() if to in leads} for name in held if name in leads}
+    assert found == onnx_header._HOLDS
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"\x00\x00", "a field with the key 0"),
+        # A reader that cuts the key off at 32 bits finds a graph here.
+        (b"\xba\x80\x80\x80\x10\x00", "a field with the key"),
+        (b"\x0b\x0c", "wire type 3"),
+        (b"\x3a\x05", "longer than its message"),
+        (b"\x08", "cut off"),
+        (b"\x08\x09" * 101, "at most 100 fields"),
+    ],
+)
+def test_what_is_no_onnx_or_more_than_anybody_looks_at_is_refused(
+    tmp_path: Path, content: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_header, "MOST_FIELDS", 100)
+    path = tmp_path / ARTIFACT
+    path.write_bytes(content)
+    with pytest.raises(ReleaseError, match=rf"model\.onnx: expected an ONNX model.* got .*|{said}") as refused:
+        require_one_model(path)
+    assert said in str(refused.value)
+
+
+def message(key: int, content: bytes) -> bytes:
+    return bytes([key << 3 | 2, len(content) & 127 | 128, len(content) >> 7]) + content
+
+
+def test_graphs_within_graphs_without_end_are_refused(tmp_path: Path) -> None:
+    graph = b""
+    for _ in range(40):
+        # A graph with a node with an attribute that holds it.
+        graph = message(1, message(5, message(6, graph)))
+    (tmp_path / ARTIFACT).write_bytes(message(7, graph))
+    with pytest.raises(ReleaseError, match="depth of more than 100"):
+        require_one_model(tmp_path / ARTIFACT)
+
+
+# ---- answers made of what others sent
+
+
+def rolled(after: int = 0) -> onnx.ModelProto:
+    """Gives each sample what the one before it sent, from this row on."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])
+    y = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", FEATURES])
+    numbers = {"zero": 0, "after": after, "end": 2**62, "last": -1}
+    held = [numpy_helper.from_array(np.array([value]), name) for name, value in numbers.items()]
+    steps = [
+        ("Slice", ["x", "zero", "after", "zero"], "kept"),
+        ("Slice", ["x", "after", "end", "zero"], "tail"),
+        ("Slice", ["tail", "last", "end", "zero"], "one"),
+        ("Slice", ["tail", "zero", "last", "zero"], "rest"),
+    ]
+    nodes = [helper.make_node(kind, taken, [name]) for kind, taken, name in steps]
+    nodes.append(helper.make_node("Concat", ["kept", "one", "rest"], ["output"], axis=0))
+    graph = helper.make_graph(nodes, "rolled", [x], [y], held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def golden_of(answer: Callable[[torch.Tensor], torch.Tensor], *sizes: int) -> dict[str, torch.Tensor]:
+    found = {}
+    for size in sizes:
+        x = torch.randn(size, FEATURES, generator=torch.Generator().manual_seed(size))
+        found |= {f"batch_{size}.input.x": x, f"batch_{size}.eager.output": answer(x).contiguous()}
+        found[f"batch_{size}.float64.output"] = answer(x.double()).contiguous()
+    return found
+
+
+def test_a_model_that_hands_on_what_others_sent_does_not_go_live_unless_nothing_is_put_together(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "release"
+    write_release(folder, 1, MODEL)
+    (folder / ARTIFACT).write_bytes(rolled().SerializeToString())
+    save_file(golden_of(lambda x: x.roll(1, 0), 1, 8), folder / GOLDEN)
+    outputs = [{**SIGNATURE["outputs"][0], "shape": ["batch", FEATURES]}]
+    manifest = published(object_store, folder, outputs=outputs)
+    with pytest.raises(GateError, match=r"fails: onnx \(samples alone\), onnx \(samples together\)") as refused:
+        asyncio.run(try_out(settings, asked(object_store, manifest), gates=False))
+    assert "Samples see one another" in str(refused.value) and "parity: {coupled: allowed}" in str(refused.value)
+    # Of this one servers say that each request is computed by itself.
+    (folder / "notes.txt").write_text("another release")
+    alone = published(object_store, folder, outputs=outputs, coupled=True)
+    tried = asyncio.run(try_out(settings, asked(object_store, alone), gates=False))
+    assert tried.verdicts["rehearsal"] == "2 checks passed: onnx"
+
+
+def joined(
+    tmp_path: Path,
+    model: onnx.ModelProto,
+    golden: dict[str, torch.Tensor],
+    least: int = 1,
+    most: int | None = None,
+    kind: str = "onnx",
+) -> dict[str, bool]:
+    """What is asked of samples that servers put together, and whether it passes."""
+    (tmp_path / ARTIFACT).write_bytes(model.SerializeToString())
+    save_file(golden, tmp_path / GOLDEN)
+    release = RehearsedRelease(
+        folder=str(tmp_path), files={}, formats={"onnx": ARTIFACT}, joined=True,
+        inputs=[TensorSpec(name="x", dtype="float32", shape=["batch", FEATURES])],
+        outputs=[TensorSpec(name="output", dtype="float32", shape=["batch", FEATURES])],
+        dims=[DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})],
+    )  # fmt: skip
+    request = RehearseRequest(
+        candidate=release, live=None, validation=None, moved=None, metrics=(), forbidden_modules=(),
+        forbidden_folder=str(tmp_path / "project"), threads=1,
+    )  # fmt: skip
+    asked, usual = rehearse._golden(request, ["output"])
+    call = load_artifact(kind, tmp_path / ARTIFACT, 1)
+    return {verdict.case: verdict.passed for verdict in rehearse._joined(kind, call, asked, usual, request)}
+
+
+def itself(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def test_samples_are_asked_alone_and_put_together_in_more_than_the_golden_batches(tmp_path: Path) -> None:
+    honest, hidden = rolled(10**6), rolled(8)
+    assert joined(tmp_path, honest, golden_of(itself, 1, 8)) == {"samples alone": True, "samples together": True}
+    # With golden batches as small as that nothing else would see it.
+    assert joined(tmp_path, hidden, golden_of(itself, 1, 8)) == {"samples alone": True, "samples together": False}
+    # Servers put no more than eight together then; with two at least, two are a request.
+    assert joined(tmp_path, hidden, golden_of(itself, 1, 8), most=8)["samples together"]
+    assert joined(tmp_path, honest, golden_of(itself, 2, 8), least=2) == {
+        "samples alone": True,
+        "samples together": True,
+    }
+    assert joined(tmp_path, hidden, golden_of(itself, 1), most=1) == {}
+
+
+def test_an_int8_variant_is_asked_so_too_and_may_be_off_by_its_noise(tmp_path: Path) -> None:
+    variant, golden = "onnx-int8-dynamic", golden_of(itself, 1, 8)
+    assert joined(tmp_path, rolled(10**6), golden, kind=variant) == {"samples alone": True, "samples together": True}
+    assert joined(tmp_path, rolled(8), golden, kind=variant) == {"samples alone": True, "samples together": False}
+    # What one scale for a whole batch may do: an answer is off by a hundredth.
+    near = {name: tensor * 1.01 if "input" not in name else tensor for name, tensor in golden.items()}
+    assert joined(tmp_path, rolled(10**6), near, kind=variant) == {"samples alone": True, "samples together": True}
+    assert joined(tmp_path, rolled(10**6), near) == {"samples alone": False, "samples together": False}
+
+
+def test_golden_inputs_of_one_sample_do_not_tell_whether_samples_see_one_another(tmp_path: Path) -> None:
+    same = {name: tensor[:1].repeat(8, 1) for name, tensor in golden_of(itself, 8).items()}
+    assert joined(tmp_path, rolled(), same) == {"samples together": False}
+
+
+# ---- sizes that nobody tried
+
+
+@pytest.mark.parametrize(
+    ("shape", "least", "most", "said"),
+    [
+        (["batch", FEATURES], 2**27, None, r"batch_1: expected batch of at least 134,217,728, .* got \[1, 4\]"),
+        (["batch", FEATURES], 2, None, r"batch_1: expected batch of at least 2, as its manifest says of input x \["),
+        (["batch", FEATURES], 1, 7, r"batch_8: expected batch of 1 to 7, .* got \[8, 4\]"),
+        (["batch", FEATURES], 9, 9, r"batch_1: expected batch of 9, .* got \[1, 4\]"),
+        (["batch", 2**27], 1, None, r"batch_1: expected 134,217,728 along axis 1, .* got \[1, 4\]"),
+        ([2**27, FEATURES], 1, None, r"batch_1: expected 134,217,728 along axis 0"),
+        (["batch", FEATURES, 5], 1, None, r"batch_1: expected 3 dimensions, "),
+        (["batch"], 1, None, r"batch_1: expected 1 dimensions, "),
+    ],
+)
+def test_golden_inputs_outside_of_what_the_manifest_says_are_refused_by_the_name_of_the_dimension(
+    tmp_path: Path, shape: list[int | str], least: int, most: int | None, said: str
+) -> None:
+    asked = [Probe(name=f"batch_{size}", group=BATCHES, inputs={"x": torch.zeros(size, FEATURES)}) for size in (1, 8)]
+    dims = [DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})]
+    inputs = [TensorSpec(name="x", dtype="float32", shape=shape)]
+    release = RehearsedRelease(folder="", files={}, formats={}, inputs=inputs, outputs=[], dims=dims)
+    with pytest.raises(UserError, match=rf"^golden\.safetensors of the release: {said}"):
+        rehearse._require_declared(asked, release)
+
+
+def test_golden_inputs_are_what_the_manifest_says_also_of_one_sample_and_of_dimensions_without_a_range() -> None:
+    asked = [Probe(name="batch_8", group=BATCHES, inputs={"x": torch.zeros(8, FEATURES)})]
+    dims = [DynamicDim(name="batch", min=8, max=8, axes={"x": [0]})]
+    # Of coupled samples servers take one; the golden outputs are of a batch.
+    for shape in (["batch", FEATURES], ["batch", "width"], [1, FEATURES], [8, FEATURES]):
+        inputs = [TensorSpec(name="x", dtype="float32", shape=shape)]
+        release = RehearsedRelease(folder="", files={}, formats={}, inputs=inputs, outputs=[], dims=dims)
+        rehearse._require_declared(asked, release)
+
+
+def test_a_release_whose_servers_would_be_asked_more_than_was_tried_does_not_go_live(
+    settings: Settings, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    write_release(tmp_path / "release", 1, MODEL)
+    dims = [{"name": "batch", "min": 2**27, "max": None}]
+    manifest = published(object_store, tmp_path / "release", dims=dims)
+    with pytest.raises(GateError, match=r"cannot be tried before it goes live: .* expected batch of at least 134,217"):
+        asyncio.run(try_out(settings, asked(object_store, manifest), gates=False))
