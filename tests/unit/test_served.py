@@ -379,7 +379,7 @@ def test_weights_are_held_against_the_trained_ones_by_what_they_are_called_there
         return same_weights("pt2", Loaded(list, lambda _: iter(state.items())), tmp_path / "weights.safetensors", names)
 
     (passed,) = verdict(exported.state_dict(), names)
-    assert passed.passed and passed.note == "9 of 9 tensors held by name, bit for bit"
+    assert passed.passed and passed.note == "9 of 9 tensors held bit for bit"
     other = {name: tensor.clone() for name, tensor in exported.state_dict().items()}
     other["model.3.weight"][0, 0] += 1e-7
     (failed,) = verdict(other, names)
