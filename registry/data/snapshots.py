@@ -25,6 +25,7 @@ from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
 from train_and_ship.registry.release.files import (
+    file_above,
     file_table,
     read_table,
     require_file,
@@ -294,6 +295,8 @@ def _decode(body: bytes, where: str) -> dict[str, FileEntry]:
         files = read_table(document["files"])
         for name in files:
             require_relative(name)
+        if (clash := file_above(files)) is not None:
+            raise ValueError(f"{clash[0]}, a file, which is the folder of {clash[1]} too")
         return files
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, ReleaseError) as error:
         raise JobError(f"data.snapshot: {where}: expected the manifest of a snapshot, got {error}") from None
