@@ -319,9 +319,7 @@ def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
     before, after = _classes_of(live), _classes_of(candidate)
     if not before or not after:
         return
-    gone = [label for label in before if _missing(label, before, after)]
-    new = [label for label in after if _missing(label, after, before)]
-    if gone or new:
+    if _lacks(after, before) or _lacks(before, after):
         counts = [f"{len(found)} ({_some(found)})" for found in (before, after)]
         yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
 
@@ -351,9 +349,10 @@ def _classes_of(kind: Kind) -> dict[int, int]:
     return labels if labels and max(labels) < max([2, *sizes]) else {}
 
 
-def _missing(label: int, here: Mapping[int, int], there: Mapping[int, int]) -> bool:
-    """Whether a label of one data set is not in the other, and not by chance."""
-    return label not in there and here[label] * sum(there.values()) >= BY_CHANCE * sum(here.values())
+def _lacks(one: Mapping[int, int], other: Mapping[int, int]) -> bool:
+    """Whether one data set has none of a label of the other, and not by chance."""
+    samples, of = sum(one.values()), sum(other.values())
+    return any(label not in one and count * samples >= BY_CHANCE * of for label, count in other.items())
 
 
 def _some(labels: Mapping[int, int]) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ MOST_VALUES = 6 * MOST_FILES
 times the memory that they have bytes."""
 MOST_VERDICTS = 1_000
 """Of one move: a record has one for each gate and format."""
+MOST_FORMATS = 100
+"""Of a release; ours have eight at most."""
+MOST_LABELS = 100_000
+"""Of a model."""
 MOST_DEEP = 20
 """Lists within lists of a signature; ours have four."""
 LONGEST_PATH = 512
@@ -241,10 +245,8 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
             raise RefusedError(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
         if type(entry.bytes) is not int or not 0 <= entry.bytes <= LARGEST_FILE:
             raise RefusedError(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
-        parts = name.split("/")
-        above = next((up for end in range(1, len(parts)) if (up := "/".join(parts[:end])) in files), None)
-        if above is not None:
-            raise RefusedError(f"{key}: {above} is a file, and the folder of {name}")
+    if (clash := file_above(files)) is not None:
+        raise RefusedError(f"{key}: {clash[0]} is a file, and the folder of {clash[1]}")
     for kind, path in manifest.formats.items():
         if path not in files:
             raise RefusedError(f"{key}: format {kind}: expected one of its files, got {path!r}")
@@ -264,6 +266,8 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
 
     Raises ValueError, TypeError, KeyError or AttributeError for anything else.
     """
+    if len(formats) > MOST_FORMATS:
+        raise ValueError(f"expected at most {MOST_FORMATS:,} formats, got {len(formats):,}")
     for kind, path in formats.items():
         if not isinstance(path, str) or not FORMAT_NAME.fullmatch(kind):
             raise ValueError(f"format {kind[:80]!r}: expected a name and a file")
@@ -381,6 +385,16 @@ def stays_below(name: str) -> bool:
         and _is_utf8(name)
         and all(len(part.encode()) <= LONGEST_PART for part in parts)
     )
+
+
+def file_above(files: Collection[str]) -> tuple[str, str] | None:
+    """A file that is also the folder of another one, and that one: no disk has both. files: relative POSIX paths."""
+    for name in files:
+        parts = name.split("/")
+        for end in range(1, len(parts)):
+            if (above := "/".join(parts[:end])) in files:
+                return above, name
+    return None
 
 
 def room(files: Mapping[str, FileEntry]) -> int:

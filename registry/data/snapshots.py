@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shipreader.records import FileEntry
+from shipreader.records import FileEntry, file_above
 from torchworker import situations
 from torchworker.durable import write_durably
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
@@ -25,7 +25,6 @@ from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.job.data import Snapshot
 from train_and_ship.registry.release.files import (
-    file_above,
     file_table,
     read_table,
     require_file,

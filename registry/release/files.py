@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shipreader.errors import RefusedError
@@ -44,12 +44,6 @@ def walk(folder: Path) -> list[tuple[str, Path]]:
         return sorted(files_below(folder))
     except RefusedError as error:
         raise ReleaseError(f"{error}") from None
-
-
-def file_above(files: Collection[str]) -> tuple[str, str] | None:
-    """A file that is also the folder of another one, and that one: no disk has both. files: relative POSIX paths."""
-    found = ((str(up), name) for name in files for up in PurePosixPath(name).parents if str(up) in files)
-    return next(found, None)
 
 
 def require_relative(name: str) -> None:

@@ -22,6 +22,7 @@ from shipreader.records import (
     PICKLE_ENDINGS,
     SHA256,
     FileEntry,
+    file_above,
     require_description,
     values_in,
 )
@@ -29,7 +30,6 @@ from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id, json_object
 from train_and_ship.registry.release.files import (
-    file_above,
     file_table,
     read_table,
     require_file,
