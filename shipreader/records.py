@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ MOST_VERDICTS = 1_000
 """Of one move: a record has one for each gate and format."""
 MOST_FORMATS = 100
 """Of a release; ours have eight at most."""
-MOST_LABELS = 100_000
-"""Of a model."""
+MOST_LABELS, LABEL_BYTES, LABELS_BYTES = 100_000, 512, 2**20
+"""Of a model: how many, UTF-8 bytes of one, and of all as JSON. Whoever asks a server for them gets all."""
 MOST_DEEP = 20
 """Lists within lists of a signature; ours have four."""
 LONGEST_PATH = 512
@@ -295,6 +295,13 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
             raise ValueError("dims: expected name, min and max of each")
     if "labels" in signature and (wrong := wrong_labels(signature["labels"])):
         raise ValueError(f"labels: expected {wrong}")
+    if "labels" in signature and (outputs := signature.get("outputs")):
+        given, counts = len(signature["labels"]), label_counts(outputs[0]["shape"])
+        if counts and given not in counts:
+            raise ValueError(
+                f"labels: expected {' or '.join(map(str, counts))}, one for each column of {outputs[0]['name']}, got "
+                f"{given:,}"
+            )
     if not isinstance(signature.get("coupled", False), bool):
         raise ValueError("coupled: expected true or false")
 
@@ -302,20 +309,38 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
 def wrong_labels(labels: Any) -> str:
     """What is expected of labels, where that is not so: different texts, one at least. Empty for what may be labels.
 
+    How many columns there are is asked by `label_counts`.
+
     labels: what the columns of the first output are called, as YAML or JSON has it.
     """
     if not isinstance(labels, list | tuple) or not labels:
         return "a list of texts, one at least"
+    if len(labels) > MOST_LABELS:
+        return f"at most {MOST_LABELS:,} texts, and there are {len(labels):,}"
     seen: set[str] = set()
+    size = 2
     for place, label in enumerate(labels):
         if not isinstance(label, str):
             return f"texts, and number {place} is {str(label)[:80]}, which YAML reads as text in quotes only"
-        if not _is_word(label):
-            return f"printable texts of 1 to {LONGEST_PATH} characters, and number {place} is {label[:80]!r}"
+        if not _is_word(label) or len(label.encode()) > LABEL_BYTES:
+            return f"printable texts of 1 to {LABEL_BYTES} bytes in UTF-8, and number {place} is {label[:80]!r}"
         if label in seen:
             return f"each text once, and number {place} is {label[:80]!r} again"
         seen.add(label)
-    return ""
+        # As a server answers them, with a comma and a space behind each.
+        size += len(json.dumps(label, ensure_ascii=False).encode()) + 2
+    return f"at most {LABELS_BYTES:,} bytes for all of them, and they have {size:,}" if size > LABELS_BYTES else ""
+
+
+def label_counts(shape: Sequence[int | str]) -> list[int]:
+    """How many labels an output may have: one for each column, or two where one column tells yes from no.
+
+    shape: `[batch, …]`, where a string is a dynamic dimension's name; empty for no fixed number of columns. Of more
+    than two dimensions the columns are the second one, as losses of torch have it, or the last.
+    """
+    columns = shape[1:] or (1,)
+    counts = {size for size in (columns[0], columns[-1]) if isinstance(size, int)}
+    return sorted(counts | {2} if 1 in counts else counts)
 
 
 def _require_shallow(signature: Any) -> None:
