@@ -308,25 +308,23 @@ def _range_text(low: int, high: float) -> str:
 
 
 def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
-    names, other_names = _label_names(live), _label_names(candidate)
-    if names and other_names:
-        yield from _names(names, other_names)
+    shown, next_shown = (kind.signature.get("labels") or () for kind in (live, candidate))
+    if shown and next_shown:
+        # What the job says counts, whatever the data calls its classes.
+        yield from _names(shown, next_shown)
         return
-    if "labels" in live.signature and not other_names:
-        # Whoever serves it shows them.
-        yield KindChange(kind=LABELS, of="labels", live=", ".join(names[:MOST_TEXTS]), candidate=NONE)
+    if shown:
+        # Whoever serves it shows them, and nothing that the data has stands in for them.
+        yield KindChange(kind=LABELS, of="labels", live=", ".join(shown[:MOST_TEXTS]), candidate=NONE)
+    # Of a release of before labels were recorded its classes are what its columns are called.
+    names, next_names = live.classes, next_shown or candidate.classes
+    if names and next_names:
+        yield from _names(names, next_names)
         return
     before, after = _classes_of(live), _classes_of(candidate)
-    if not before or not after:
-        return
-    if _lacks(after, before) or _lacks(before, after):
+    if before and after and (_lacks(after, before) or _lacks(before, after)):
         counts = [f"{len(found)} ({_some(found)})" for found in (before, after)]
         yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
-
-
-def _label_names(kind: Kind) -> Sequence[str]:
-    """What the columns of its first output are called; of a release from before that was recorded, its classes."""
-    return kind.signature.get("labels") or kind.classes
 
 
 def _names(live: Sequence[str], candidate: Sequence[str]) -> Iterator[KindChange]:

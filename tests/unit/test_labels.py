@@ -149,13 +149,27 @@ def test_labels_that_changed_or_changed_places_are_of_another_kind() -> None:
     assert said(live, kind("bird", "cat", "dog")) == []
     assert said(live, kind("bird", "dog", "cat")) == ["labels: class 1: cat of 3 → dog of 3"]
     assert said(live, kind("bird", "cat", "wolf")) == ["labels: class 2: dog of 3 → wolf of 3"]
-    # A release of before has them from its data alone, and one that has none takes them from whoever shows them.
+    # A release of before has them from its data alone.
     assert said(kind(classes=("bird", "dog", "cat")), live) == ["labels: class 1: dog of 3 → cat of 3"]
-    assert said(live, kind(classes=("bird", "cat", "dog"))) == []
     assert said(live, kind()) == ["labels: labels: bird, cat, dog → none"]
     assert said(kind(), live) == []
     # What the job says counts, whatever the data calls them.
     assert said(kind("a", "b", "c", classes=("x", "y", "z")), kind("a", "b", "c", classes=("z", "y", "x"))) == []
+
+
+def test_labels_that_nobody_shows_any_more_are_missed_whatever_the_data_has() -> None:
+    def said(live: Kind, candidate: Kind) -> list[str]:
+        return [f"{change.kind}: {change}" for change in changes_in_kind(live, candidate)]
+
+    names = ("bird", "cat", "dog")
+    gone = "labels: labels: bird, cat, dog → none"
+    assert said(kind(*names), kind(classes=names)) == [gone]
+    assert said(kind(*names, classes=names), kind(classes=names)) == [gone]
+    # Classes are compared apart.
+    assert said(kind(*names, classes=names), kind(classes=("bird", "dog", "cat"))) == [
+        gone,
+        "labels: class 1: cat of 3 → dog of 3",
+    ]
 
 
 def test_the_difference_of_two_releases_shows_them() -> None:
