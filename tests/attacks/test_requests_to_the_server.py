@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -515,6 +516,25 @@ def test_connections_that_never_end_a_request_are_ended(server: Server) -> None:
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         assert said(server, until_closed=True).startswith(b"HTTP/1.1 503")
     assert said(server, good).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_who_asks_for_labels_and_does_not_take_them_is_ended(server: Server, release: Release) -> None:
+    # Longer than any that a reader takes, so that no buffer on the way holds them.
+    manifest = replace(release.manifest, signature={**KINDS, "labels": ["x" * 2**24]})
+    server.load(replace(release, generation=8, manifest=manifest))
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(b"GET /v2/models/digits HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(5)
+            taken = 0
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(65536):
+                    taken += len(part)
+        assert 0 < taken < 2**24
+    finally:
+        server.load(replace(release, generation=9))
     assert "Traceback" not in server.log.read_text()
 
 
