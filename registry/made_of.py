@@ -102,9 +102,12 @@ def with_opened(
         if file.native:
             native.append(name)
     hashes.save()
+    read: dict[Path, set[str]] = {}
+    for path in (Path(file.path) for file in opened):
+        read.setdefault(path.parent, set()).add(path.suffix)
     folders = {}
     for folder in map(Path, listed):
-        endings = {Path(file.path).suffix for file in opened if Path(file.path).parent == folder} - SOURCES
+        endings = read.get(folder, set()) - SOURCES
         if endings and (names := _with_endings(folder, endings)):
             folders[name_of(folder, project)] = names
     return replace(files, opened=found, listed=folders, native=native)
