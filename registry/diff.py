@@ -94,11 +94,16 @@ class ReleaseRecord:
     def understood(self) -> Iterator[None]:
         """Whoever made the release has written these files: what has another shape is the release's fault.
 
+        So is a name that this machine has no file of, as it is too long for one or cannot be looked at.
+
         Raises ReleaseError for what comes of it.
         """
         try:
             yield
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        except (
+            *(ValueError, TypeError, KeyError, AttributeError, IndexError),
+            *(ArithmeticError, RecursionError, OSError),
+        ) as error:
             raise ReleaseError(
                 f"{self.manifest.model} {self.manifest.release}: what it says of itself cannot be read: "
                 f"{type(error).__name__}: {error}"

@@ -310,27 +310,23 @@ def _range_text(low: int, high: float) -> str:
 
 
 def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
-    names, other_names = _label_names(live), _label_names(candidate)
-    if names and other_names:
-        yield from _names(names, other_names)
+    shown, next_shown = (kind.signature.get("labels") or () for kind in (live, candidate))
+    if shown and next_shown:
+        # What the job says counts, whatever the data calls its classes.
+        yield from _names(shown, next_shown)
         return
-    if "labels" in live.signature and not other_names:
-        # Whoever serves it shows them.
-        yield KindChange(kind=LABELS, of="labels", live=", ".join(names[:MOST_TEXTS]), candidate=NONE)
+    if shown:
+        # Whoever serves it shows them, and nothing that the data has stands in for them.
+        yield KindChange(kind=LABELS, of="labels", live=", ".join(shown[:MOST_TEXTS]), candidate=NONE)
+    # Of a release of before labels were recorded its classes are what its columns are called.
+    names, next_names = live.classes, next_shown or candidate.classes
+    if names and next_names:
+        yield from _names(names, next_names)
         return
     before, after = _classes_of(live), _classes_of(candidate)
-    if not before or not after:
-        return
-    gone = [label for label in before if _missing(label, before, after)]
-    new = [label for label in after if _missing(label, after, before)]
-    if gone or new:
+    if before and after and (_lacks(after, before) or _lacks(before, after)):
         counts = [f"{len(found)} ({_some(found)})" for found in (before, after)]
         yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
-
-
-def _label_names(kind: Kind) -> Sequence[str]:
-    """What the columns of its first output are called; of a release from before that was recorded, its classes."""
-    return kind.signature.get("labels") or kind.classes
 
 
 def _names(live: Sequence[str], candidate: Sequence[str]) -> Iterator[KindChange]:
@@ -353,9 +349,10 @@ def _classes_of(kind: Kind) -> dict[int, int]:
     return labels if labels and max(labels) < max([2, *sizes]) else {}
 
 
-def _missing(label: int, here: Mapping[int, int], there: Mapping[int, int]) -> bool:
-    """Whether a label of one data set is not in the other, and not by chance."""
-    return label not in there and here[label] * sum(there.values()) >= BY_CHANCE * sum(here.values())
+def _lacks(one: Mapping[int, int], other: Mapping[int, int]) -> bool:
+    """Whether one data set has none of a label of the other, and not by chance."""
+    samples, of = sum(one.values()), sum(other.values())
+    return any(label not in one and count * samples >= BY_CHANCE * of for label, count in other.items())
 
 
 def _some(labels: Mapping[int, int]) -> str:

@@ -6,6 +6,7 @@ digits of its hash.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from torchworker import situations
 from torchworker.contract import OpenedFile
-from train_and_ship.infra.file_hashes import FileHashes, identity_of
+from train_and_ship.infra.file_hashes import FileHashes, Identity, identity_of
 from train_and_ship.infra.provenance import SOURCES, CodeFile, code_files, code_fingerprint, editable_folders
 from train_and_ship.registry.job.job import Job
 
@@ -101,10 +102,13 @@ def with_opened(
         if file.native:
             native.append(name)
     hashes.save()
+    read: dict[Path, set[str]] = {}
+    for path in (Path(file.path) for file in opened):
+        read.setdefault(path.parent, set()).add(path.suffix)
     folders = {}
     for folder in map(Path, listed):
-        endings = {Path(file.path).suffix for file in opened if Path(file.path).parent == folder} - SOURCES
-        if endings and (names := list(_with_endings(folder, endings))):
+        endings = read.get(folder, set()) - SOURCES
+        if endings and (names := _with_endings(folder, endings)):
             folders[name_of(folder, project)] = names
     return replace(files, opened=found, listed=folders, native=native)
 
@@ -123,17 +127,16 @@ def files_now(before: Files, now: Files, project: Path, hashes: FileHashes) -> F
     """
     ours = [_repository(project), *(root for _, root in editable_folders())]
     named = {name: sha for files in now.named.values() for name, sha in files.items()}
+    # One file or folder has any number of names, and is looked at once.
+    read: dict[Identity, str] = {}
     opened = {}
     for name in before.opened:
         path = _path_of(name, project)
         known = any(map(path.is_relative_to, ours)) or hashes.has_noted(path)
-        opened[name] = _now(path, hashes) if known else named.get(name, FOREIGN)
-    for folder, names in before.listed.items():
-        place = _path_of(folder, project)
-        if not place.is_relative_to(ours[0]):
-            continue
-        for added in set(_with_endings(place, {Path(name).suffix for name in names})) - set(names):
-            opened[name_of(place / added, project)] = _now(place / added, hashes)
+        opened[name] = _now(path, hashes, read) if known else named.get(name, FOREIGN)
+    for place, names in _folders(before.listed, project, ours[0]).items():
+        for added in set(_with_endings(place, {Path(name).suffix for name in names})) - names:
+            opened[name_of(place / added, project)] = _now(place / added, hashes, read)
     hashes.save()
     return replace(now, opened=opened, listed={})
 
@@ -209,16 +212,41 @@ def _matching(pattern: str, project: Path) -> Iterator[Path]:
             yield path
 
 
-def _with_endings(folder: Path, endings: set[str]) -> Iterator[str]:
-    if folder.is_dir():
-        yield from sorted(path.name for path in folder.iterdir() if path.suffix in endings and path.is_file())
-
-
-def _now(path: Path, hashes: FileHashes) -> str:
+def _with_endings(folder: Path, endings: set[str]) -> list[str]:
+    """Sorted; none of a folder that is not there, or cannot be looked into."""
     try:
-        return hashes.sha256(path)[:DIGITS]
-    except OSError:
+        return sorted(path.name for path in folder.iterdir() if path.suffix in endings and path.is_file())
+    except (OSError, ValueError):
+        return []
+
+
+def _folders(listed: Mapping[str, Sequence[str]], project: Path, repository: Path) -> dict[Path, set[str]]:
+    """The folders of the repository among these, each once, to all names of files that a release had there."""
+    places: dict[Identity, Path] = {}
+    found: dict[Path, set[str]] = {}
+    for folder, names in listed.items():
+        place = _path_of(folder, project)
+        if place.is_relative_to(repository):
+            with contextlib.suppress(OSError, ValueError):
+                found.setdefault(places.setdefault(_identity(place), place), set()).update(names)
+    return found
+
+
+def _now(path: Path, hashes: FileHashes, read: dict[Identity, str]) -> str:
+    """read: hashes of files that were looked at before, which is added to."""
+    try:
+        identity = _identity(path)
+        if identity not in read:
+            read[identity] = hashes.sha256(path)[:DIGITS]
+        return read[identity]
+    except (OSError, ValueError):
+        # Not there, or nothing that can be there: a release may name anything.
         return ABSENT
+
+
+def _identity(path: Path) -> Identity:
+    found = path.stat()
+    return found.st_dev, *identity_of(found)
 
 
 def _hash_of(file: OpenedFile, hashes: FileHashes, *, elsewhere: bool) -> str | None:

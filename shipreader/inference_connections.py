@@ -154,7 +154,12 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             # Closed while it still sends, the other side would lose the answer.
             self._wait(limits.linger_seconds, self._end)
 
-        # ---- after an answer
+        # ---- an answer, and after it
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            # There is an answer that does not end before it is taken.
+            self._watch_reading()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

@@ -140,6 +140,7 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 with counted(model):
                     visit.enter()
                     asked = _asked(request, model)
+                    visit.hold(sum(len(text) for said in asked.said.values() for text in said.values()))
                     outputs = await model.infer(asked.inputs, asked.outputs)
                     model.signature.require_declared(asked.outputs, outputs, asked.sizes)
                     return _reply(asked, outputs, model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -44,7 +45,7 @@ def application(served: Served) -> App:
         return _json({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
 
     async def metadata(request: HttpRequest) -> Response:
-        return _json(served.metadata(model_of(request)))
+        return _Taken(served, served.metadata_json(model_of(request)), media_type="application/json")
 
     async def model_ready(request: HttpRequest) -> Response:
         model = model_of(request)
@@ -68,9 +69,10 @@ def application(served: Served) -> App:
             outputs = await model.infer(asked.inputs, asked.outputs)
             model.signature.require_declared(asked.outputs, outputs, asked.sizes)
             data, length = answer(asked, outputs, model.name, model.version)
+        kind = partial(_Taken, served) if asked.said else Response
         if length is None:
-            return Response(data, media_type="application/json")
-        return Response(data, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})
+            return kind(data, media_type="application/json")
+        return kind(data, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})
 
     one = "/v2/models/{model}"
     routes = [
@@ -172,6 +174,23 @@ def host_name(text: str) -> str:
     if text.startswith("["):
         return text[1:].partition("]")[0]
     return text.partition(":")[0].removesuffix(".")
+
+
+class _Taken(Response):
+    """An answer with labels: longer than what was asked, so it counts as a request does until it is taken."""
+
+    def __init__(self, served: Served, content: bytes, **options: Any) -> None:
+        super().__init__(content, **options)
+        self._served = served
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._served.visit() as visit:
+            visit.hold(len(self.body))
+            start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            await send(start)
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            # Waits until the body has gone out; shipreader/inference_connections.py ends who does not take it.
+            await send({"type": "http.response.body", "body": b""})
 
 
 def _json(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from prometheus_client import Counter, Gauge, Summary
 
@@ -29,6 +31,7 @@ class Served:
         self.fresh = True
         """Whether who follows the channel says that this is what is live."""
         self._spinning: Spinning | None = None
+        self._metadata: WeakKeyDictionary[Model, bytes] = WeakKeyDictionary()
         self.requests = self.bytes = 0
         """Computed or waiting; of all that are here, as they came."""
         _AT_ONCE.set_function(lambda: self.requests)
@@ -53,6 +56,12 @@ class Served:
                 f"expected version {model.version} of {name}, the channel's generation; got {version}", 404
             )
         return model
+
+    def metadata_json(self, model: Model) -> bytes:
+        """As HTTP has it: made once for each release, as labels may be long."""
+        if (found := self._metadata.get(model)) is None:
+            found = self._metadata[model] = json.dumps(self.metadata(model), ensure_ascii=False).encode()
+        return found
 
     def metadata(self, model: Model) -> dict[str, Any]:
         """As the protocol has it."""

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ MOST_VALUES = 6 * MOST_FILES
 times the memory that they have bytes."""
 MOST_VERDICTS = 1_000
 """Of one move: a record has one for each gate and format."""
+MOST_FORMATS = 100
+"""Of a release; ours have eight at most."""
+MOST_LABELS, LABEL_BYTES, LABELS_BYTES = 100_000, 512, 2**20
+"""Of a model: how many, UTF-8 bytes of one, and of all as JSON. Whoever asks a server for them gets all."""
 MOST_DEEP = 20
 """Lists within lists of a signature; ours have four."""
 LONGEST_PATH = 512
@@ -241,10 +245,8 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
             raise RefusedError(f"{key}: {name}: expected a SHA-256, got {entry.sha256!r}")
         if type(entry.bytes) is not int or not 0 <= entry.bytes <= LARGEST_FILE:
             raise RefusedError(f"{key}: {name}: expected a size in bytes, got {entry.bytes!r}")
-        parts = name.split("/")
-        above = next((up for end in range(1, len(parts)) if (up := "/".join(parts[:end])) in files), None)
-        if above is not None:
-            raise RefusedError(f"{key}: {above} is a file, and the folder of {name}")
+    if (clash := file_above(files)) is not None:
+        raise RefusedError(f"{key}: {clash[0]} is a file, and the folder of {clash[1]}")
     for kind, path in manifest.formats.items():
         if path not in files:
             raise RefusedError(f"{key}: format {kind}: expected one of its files, got {path!r}")
@@ -264,6 +266,8 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
 
     Raises ValueError, TypeError, KeyError or AttributeError for anything else.
     """
+    if len(formats) > MOST_FORMATS:
+        raise ValueError(f"expected at most {MOST_FORMATS:,} formats, got {len(formats):,}")
     for kind, path in formats.items():
         if not isinstance(path, str) or not FORMAT_NAME.fullmatch(kind):
             raise ValueError(f"format {kind[:80]!r}: expected a name and a file")
@@ -291,6 +295,13 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
             raise ValueError("dims: expected name, min and max of each")
     if "labels" in signature and (wrong := wrong_labels(signature["labels"])):
         raise ValueError(f"labels: expected {wrong}")
+    if "labels" in signature and (outputs := signature.get("outputs")):
+        given, counts = len(signature["labels"]), label_counts(outputs[0]["shape"])
+        if counts and given not in counts:
+            raise ValueError(
+                f"labels: expected {' or '.join(map(str, counts))}, one for each column of {outputs[0]['name']}, got "
+                f"{given:,}"
+            )
     if not isinstance(signature.get("coupled", False), bool):
         raise ValueError("coupled: expected true or false")
 
@@ -298,20 +309,38 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
 def wrong_labels(labels: Any) -> str:
     """What is expected of labels, where that is not so: different texts, one at least. Empty for what may be labels.
 
+    How many columns there are is asked by `label_counts`.
+
     labels: what the columns of the first output are called, as YAML or JSON has it.
     """
     if not isinstance(labels, list | tuple) or not labels:
         return "a list of texts, one at least"
+    if len(labels) > MOST_LABELS:
+        return f"at most {MOST_LABELS:,} texts, and there are {len(labels):,}"
     seen: set[str] = set()
+    size = 2
     for place, label in enumerate(labels):
         if not isinstance(label, str):
             return f"texts, and number {place} is {str(label)[:80]}, which YAML reads as text in quotes only"
-        if not _is_word(label):
-            return f"printable texts of 1 to {LONGEST_PATH} characters, and number {place} is {label[:80]!r}"
+        if not _is_word(label) or len(label.encode()) > LABEL_BYTES:
+            return f"printable texts of 1 to {LABEL_BYTES} bytes in UTF-8, and number {place} is {label[:80]!r}"
         if label in seen:
             return f"each text once, and number {place} is {label[:80]!r} again"
         seen.add(label)
-    return ""
+        # As a server answers them, with a comma and a space behind each.
+        size += len(json.dumps(label, ensure_ascii=False).encode()) + 2
+    return f"at most {LABELS_BYTES:,} bytes for all of them, and they have {size:,}" if size > LABELS_BYTES else ""
+
+
+def label_counts(shape: Sequence[int | str]) -> list[int]:
+    """How many labels an output may have: one for each column, or two where one column tells yes from no.
+
+    shape: `[batch, …]`, where a string is a dynamic dimension's name; empty for no fixed number of columns. Of more
+    than two dimensions the columns are the second one, as losses of torch have it, or the last.
+    """
+    columns = shape[1:] or (1,)
+    counts = {size for size in (columns[0], columns[-1]) if isinstance(size, int)}
+    return sorted(counts | {2} if 1 in counts else counts)
 
 
 def _require_shallow(signature: Any) -> None:
@@ -381,6 +410,16 @@ def stays_below(name: str) -> bool:
         and _is_utf8(name)
         and all(len(part.encode()) <= LONGEST_PART for part in parts)
     )
+
+
+def file_above(files: Collection[str]) -> tuple[str, str] | None:
+    """A file that is also the folder of another one, and that one: no disk has both. files: relative POSIX paths."""
+    for name in files:
+        parts = name.split("/")
+        for end in range(1, len(parts)):
+            if (above := "/".join(parts[:end])) in files:
+                return above, name
+    return None
 
 
 def room(files: Mapping[str, FileEntry]) -> int:

@@ -177,7 +177,8 @@ def _choose(verified: Verified, made_here: Collection[str], *, load_unsigned: bo
         return manifest.files[name].sha256 in made_here
 
     # They are loaded for all formats, and before any.
-    own = [kind for kind in code if all(map(is_made_here, [manifest.formats[kind], *libraries]))]
+    all_libraries = all(map(is_made_here, libraries))
+    own = [kind for kind in code if all_libraries and is_made_here(manifest.formats[kind])]
     rest = [kind for kind in code if kind not in own]
     loaded = formats if load_unsigned else [kind for kind in formats if kind not in rest]
     if not loaded:

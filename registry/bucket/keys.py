@@ -15,7 +15,16 @@ models/<model>/views/<channel>/…                       copies for other server
 
 from __future__ import annotations
 
+import re
+
+from shipreader.records import FILES, NAME, stays_below
 from train_and_ship.registry.identity import is_release_id, require_name, require_release_id
+
+VIEW_CONFIG = "config.pbtxt"
+"""What names the release of a view; `ship view` writes it beside the folder of the version."""
+_VIEW = rf"{NAME.pattern}/(?:triton|kserve/[1-9][0-9]{{0,7}})/"
+"""Below `views_prefix`: channel and layout, which holds a folder with the model's name."""
+_VERSION_FILE = re.compile(rf"[1-9][0-9]{{0,7}}/(?:model\.onnx|model\.py|(?P<shipped>{FILES}/.+))", re.DOTALL)
 
 
 def releases_prefix(model: str) -> str:
@@ -46,6 +55,25 @@ def claims_prefix(model: str) -> str:
 def views_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"models/{require_name('model', model)}/views/"
+
+
+def is_of_view(model: str, key: str) -> bool:
+    """Whether `ship view` writes an object of this key; see registry/serving/layouts.py."""
+    if (name := _in_view(model, key)) is None:
+        return False
+    found = _VERSION_FILE.fullmatch(name)
+    return name == VIEW_CONFIG or (found is not None and (not found["shipped"] or stays_below(found["shipped"])))
+
+
+def is_view_config(model: str, key: str) -> bool:
+    """Whether it is the configuration of a view. What a job ships beside the model may be called like one."""
+    return _in_view(model, key) == VIEW_CONFIG
+
+
+def _in_view(model: str, key: str) -> str | None:
+    """What follows the model's folder in a key of a view."""
+    found = re.match(rf"{_VIEW}{re.escape(model)}/", key.removeprefix(views_prefix(model)))
+    return key.removeprefix(views_prefix(model))[found.end() :] if found is not None else None
 
 
 def release_prefix(model: str, release: str) -> str:

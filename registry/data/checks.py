@@ -210,7 +210,8 @@ def _labels(checks: Checks, split: str, facts: SplitFacts) -> Iterator[Finding]:
         )
         return
     if asked.allowed is not None:
-        strange = [label for label in labels if int(label) not in asked.allowed]
+        allowed = set(asked.allowed)
+        strange = [label for label in labels if int(label) not in allowed]
         said = f"{', '.join(strange[:10])} too" if strange else f"{len(labels)} labels"
         limit = f"only {', '.join(map(str, asked.allowed))}"
         yield Finding(check="labels", where=where, measured=said, limit=limit, passed=not strange)
@@ -277,8 +278,9 @@ def _distributions(now: SplitFacts, before: SplitFacts) -> list[Distribution]:
 
 
 def _drift(asked: Drift, distributions: Sequence[Distribution]) -> Iterator[Finding]:
+    ignored = set(asked.ignore)
     for item in distributions:
-        if item.column in asked.ignore:
+        if item.column in ignored:
             continue
         for check, shift, limit in (("psi", item.psi, asked.psi), ("ks", item.ks, asked.ks)):
             if shift is not None and limit is not None:

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shipreader.records import FileEntry
+from shipreader.records import FileEntry, file_above
 from torchworker import situations
 from torchworker.durable import write_durably
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, RequestError
@@ -294,6 +294,8 @@ def _decode(body: bytes, where: str) -> dict[str, FileEntry]:
         files = read_table(document["files"])
         for name in files:
             require_relative(name)
+        if (clash := file_above(files)) is not None:
+            raise ValueError(f"{clash[0]}, a file, which is the folder of {clash[1]} too")
         return files
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, ReleaseError) as error:
         raise JobError(f"data.snapshot: {where}: expected the manifest of a snapshot, got {error}") from None

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import textwrap
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -20,8 +21,12 @@ from pydantic import (
     JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import CoreSchema
+
+MOST_ENTRIES = 10_000
+"""Of a list, or of keys with values, in a job."""
 
 
 def _is_reference(value: str) -> str:
@@ -39,6 +44,18 @@ class Part(BaseModel):
     came_later: ClassVar[frozenset[str]] = frozenset()
     """Keys that earlier versions did not have. What is recorded has them only where they are not the default, so that
     the digest of a job without them is what it was."""
+    most: ClassVar[Mapping[str, int]] = {}
+    """How many entries a key may have, where that is not MOST_ENTRIES."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_entries(cls, given: Any) -> Any:
+        # Before anything looks at each of them: a job may come out of somebody else's release.
+        for name in cls.model_fields.keys() & given.keys() if isinstance(given, dict) else ():
+            most = cls.most.get(name, MOST_ENTRIES)
+            if isinstance(given[name], list | tuple | dict) and len(given[name]) > most:
+                raise ValueError(f"at most {most:,} entries in {name}, which has {len(given[name]):,}")
+        return given
 
     @model_serializer(mode="wrap")
     def _recorded(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

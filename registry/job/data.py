@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from shipreader.records import MOST_LABELS
 from train_and_ship.registry.job.base import Part
 
 
@@ -39,6 +41,8 @@ class TensorCheck(Part):
 
 class Labels(Part):
     """What the labels have to be like, where the target is one whole number a sample."""
+
+    most: ClassVar[Mapping[str, int]] = {"allowed": MOST_LABELS}
 
     allowed: tuple[int, ...] | None = Field(None, strict=False)
     """labels that may occur"""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from shipreader.records import LONGEST_PATH, stays_below, wrong_labels
+from shipreader.records import LONGEST_PATH, MOST_LABELS, file_above, stays_below, wrong_labels
 from train_and_ship.registry.job.base import Part, Target
 
 Format = Literal["torchscript", "onnx", "pt2", "aoti", "executorch"]
@@ -85,6 +86,7 @@ class Export(Part):
     """What is made of the trained weights."""
 
     came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras", "labels", "serving"})
+    most: ClassVar[Mapping[str, int]] = {"labels": MOST_LABELS}
 
     formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = (
         "torchscript",
@@ -135,10 +137,11 @@ class Export(Part):
 
     @model_validator(mode="after")
     def _files_once(self) -> Self:
-        for place, name in enumerate(self.files):
-            folders = {name, *map(str, PurePosixPath(name).parents)}
-            if other := next((other for at, other in enumerate(self.files) if at != place and other in folders), None):
-                raise ValueError(f"each file once in files, and {name} is in {other}")
+        for name, times in Counter(self.files).items():
+            if times > 1:
+                raise ValueError(f"each file once in files, and {name} is in {name}")
+        if clash := file_above(frozenset(self.files)):
+            raise ValueError(f"each file once in files, and {clash[1]} is in {clash[0]}")
         return self
 
     @field_validator("labels", mode="before")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
@@ -22,6 +24,8 @@ TorchMetric = Literal[
 
 
 TORCHMETRIC = "torchworker.project.named_metrics:measure"
+MOST_METRICS = 1_000
+"""A move records one verdict for each of at most so many."""
 WARMUP = 0.05
 """Share of the steps, where `warmup_cosine` does not say it."""
 FOR_ANY_LOOP = frozenset({
@@ -97,6 +101,7 @@ class Train(Part):
         "weights", "ema", "find_unused_parameters", "build_seconds", "freeze", "groups", "warmup",
         "drop_last",
     })  # fmt: skip
+    most: ClassVar[Mapping[str, int]] = {"metrics": MOST_METRICS}
 
     epochs: int | None = Field(None, ge=1)
     """passes over the training data; required without entrypoint"""
@@ -280,7 +285,7 @@ class Train(Part):
     def _metrics_have_names(self) -> Self:
         names = [item if isinstance(item, str) else item.label for item in self.metrics or ()]
         taken = [name for name in ("loss", "learning_rate", *SPEED_GATES) if name in names]
-        twice = [name for name in names if names.count(name) > 1]
+        twice = [name for name, times in Counter(names).items() if times > 1]
         if taken or twice:
             raise ValueError(f"metrics with names of their own: give {(taken or twice)[0]} another `name`")
         return self

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from shipreader.records import NAME, RELEASE_ID
 from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.keys import claims_prefix, in_release, releases_prefix, views_prefix
+from train_and_ship.registry.bucket.keys import (
+    claims_prefix,
+    in_release,
+    is_of_view,
+    releases_prefix,
+    views_prefix,
+)
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
@@ -21,6 +26,7 @@ from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import choose_rollback
 from train_and_ship.registry.channels.timeline import numbers
+from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
 from train_and_ship.registry.tracking.pending_reports import send_reports
@@ -151,12 +157,15 @@ def _incomplete(store: ObjectStore, model: str) -> Iterator[Finding]:
 
 def _foreign(store: ObjectStore, model: str) -> Iterator[Finding]:
     """What lies where claims and views do and is none: nobody else tells of it, and Triton looks into all of a view."""
-    artifact = r"(config\.pbtxt|[1-9][0-9]{0,7}/model\.(onnx|py))"
-    view = rf"{NAME.pattern}/(triton|kserve/[1-9][0-9]{{0,7}})/{re.escape(model)}/{artifact}"
-    for prefix, ours in ((claims_prefix(model), rf"{RELEASE_ID.pattern}\.json"), (views_prefix(model), view)):
+    claims, views = claims_prefix(model), views_prefix(model)
+
+    def is_claim(key: str) -> bool:
+        return key.endswith(".json") and is_release_id(key.removeprefix(claims).removesuffix(".json"))
+
+    for prefix, is_ours in ((claims, is_claim), (views, partial(is_of_view, model))):
         stray, first = 0, ""
         for key, size in store.list_keys(prefix).items():
-            if (size or not key.endswith("/")) and re.fullmatch(ours, key.removeprefix(prefix)) is None:
+            if (size or not key.endswith("/")) and not is_ours(key):
                 stray, first = stray + 1, first or key
         if stray:
             what = (

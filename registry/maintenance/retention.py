@@ -21,6 +21,7 @@ from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import (
     history_prefix,
     in_release,
+    is_view_config,
     release_prefix,
     releases_prefix,
     views_prefix,
@@ -51,8 +52,6 @@ from train_and_ship.registry.tracking.rest import model_registry
 
 TAG_DELETED = "deleted_from_bucket"
 """Tag of a version in MLflow whose release is gone: when it went, ISO 8601."""
-VIEW_CONFIG = "config.pbtxt"
-"""What names the release of a view; registry/serving/layouts.py writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,15 +202,12 @@ def _written(channel: Channel) -> dict[int, datetime]:
 
 def _in_views(store: ObjectStore, model: str) -> Iterator[tuple[str, str]]:
     """Releases that other servers' repositories name (`ship view`), each with the configuration that does."""
-    keys = [key for key, size in store.list_keys(views_prefix(model)).items() if _is_config(key, size)]
+    listed = store.list_keys(views_prefix(model))
+    keys = [key for key, size in listed.items() if size <= RECORD_BYTES and is_view_config(model, key)]
     # Of each only the id is kept: they may be a MiB long, and any number.
     for key, release in zip(keys, in_parallel(lambda key: _release_in(store, key), keys), strict=True):
         if release is not None:
             yield release, on_one_line(key)
-
-
-def _is_config(key: str, size: int) -> bool:
-    return key.endswith(VIEW_CONFIG) and size <= RECORD_BYTES
 
 
 def _release_in(store: ObjectStore, key: str) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shipreader.records import wrong_labels
-from torchworker.contract import TensorSpec, label_counts
+from shipreader.records import label_counts, wrong_labels
+from torchworker.contract import TensorSpec
 
 
 def labels_of(said: Sequence[str], classes: Sequence[str], output: TensorSpec, data: str) -> tuple[list[str], str]:

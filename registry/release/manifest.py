@@ -23,13 +23,20 @@ from shipreader.records import (
     PICKLE_ENDINGS,
     SHA256,
     FileEntry,
+    file_above,
     require_description,
     values_in,
 )
 from shipreader.records import MANIFEST as MANIFEST
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.registry.identity import RELEASE_ID_DIGITS, canonical_json, is_name, is_release_id, json_object
-from train_and_ship.registry.release.files import file_table, read_table, require_file, require_relative, walk
+from train_and_ship.registry.release.files import (
+    file_table,
+    read_table,
+    require_file,
+    require_relative,
+    walk,
+)
 from train_and_ship.registry.release.pickles import Effort, find_pickle
 
 JOB, VERDICTS, LINEAGE, ENVIRONMENT = "job.json", "verdicts.json", "lineage.json", "environment.txt"
@@ -206,10 +213,8 @@ def decode_manifest(encoded: bytes) -> Manifest:
         _require_path(name)
         if not SHA256.fullmatch(entry.sha256) or not 0 <= entry.bytes <= LARGEST_FILE:
             raise ReleaseError(f"manifest: {name}: expected a SHA-256 and a size, got {entry}")
-    for name in files:
-        above = next((str(up) for up in PurePosixPath(name).parents if str(up) in files), None)
-        if above is not None:
-            raise ReleaseError(f"manifest: {above} is a file, and the folder of {name}")
+    if (clash := file_above(files)) is not None:
+        raise ReleaseError(f"manifest: {clash[0]} is a file, and the folder of {clash[1]}")
     for purpose, kind in manifest.serve.items():
         if kind not in manifest.formats:
             raise ReleaseError(

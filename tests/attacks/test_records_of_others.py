@@ -161,7 +161,9 @@ def test_of_a_view_only_the_release_that_it_names_is_held(
     object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = f"# {MODEL} release {'a' * 20}\n".encode().ljust(RECORD_BYTES, b"#")
-    keys = dict.fromkeys([f"{views_prefix(MODEL)}{CHANNEL}/triton/{i}/config.pbtxt" for i in range(64)], RECORD_BYTES)
+    keys = dict.fromkeys(
+        [f"{views_prefix(MODEL)}{CHANNEL}/kserve/{i}/{MODEL}/config.pbtxt" for i in range(1, 65)], RECORD_BYTES
+    )
     monkeypatch.setattr(ObjectStore, "list_keys", lambda self, prefix: keys)
     monkeypatch.setattr(ObjectStore, "get", lambda self, key: (bytes(bytearray(long)), ""))
     tracemalloc.start()

@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -241,6 +242,74 @@ def test_a_refusal_does_not_give_back_what_was_sent(served: Served, body: dict[s
     assert answer.status_code == 400 and len(answer.json()["error"]) <= LONGEST_MESSAGE
 
 
+LABELS = ["no", "y\N{LATIN SMALL LETTER E WITH ACUTE}s" * 1000]
+ASKED = {**GOOD, "outputs": [{"name": "log", "parameters": {"labels": True}}]}
+
+
+@pytest.fixture
+def labelled(release: Release) -> Served:
+    """Whose release has labels, and whose limit of bytes is two answers with them and a half."""
+    found = Served("digits", Limits(bytes_at_once=10_000))
+    signature = {**KINDS, "labels": LABELS}
+    found.model = Model(ModelDocument("digits", 7, str(release.artifact("onnx")), signature, 8), spin=False)
+    return found
+
+
+@pytest.mark.parametrize("body", [b"", json.dumps(ASKED).encode()])
+def test_what_is_said_of_labels_counts_until_it_is_taken(labelled: Served, body: bytes) -> None:
+    method, path = ("POST", INFER) if body else ("GET", "/v2/models/digits")
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
+    app = application(labelled)
+    waiting, both = 0, asyncio.Event()
+
+    async def ask(taken: asyncio.Event) -> tuple[int, bytes]:
+        said: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            # As a connection does that is not read: it waits with what follows a body.
+            nonlocal waiting
+            if any(one.get("body") for one in said) and not taken.is_set():
+                waiting += 1
+                if waiting == 2:
+                    both.set()
+                await asyncio.wait_for(taken.wait(), 30)
+            said.append(message)
+
+        await app(dict(scope), receive, send)
+        return said[0]["status"], b"".join(one.get("body", b"") for one in said)
+
+    async def run() -> list[tuple[int, bytes]]:
+        taken = asyncio.Event()
+        slow = [asyncio.create_task(ask(taken)) for _ in range(2)]
+        await asyncio.wait_for(both.wait(), 30)
+        answers = [await ask(asyncio.Event())]
+        held = labelled.bytes
+        taken.set()
+        answers += [await one for one in slow]
+        assert held == sum(len(text) for _, text in answers[1:]) and labelled.bytes == labelled.requests == 0
+        return [*answers, await ask(taken)]
+
+    refused, *good = asyncio.run(run())
+    assert refused[0] == 429 and [status for status, _ in good] == [200] * 3
+    for _, text in good:
+        assert json.loads(json.loads(text)["outputs"][0]["parameters"]["labels"]) == LABELS
+
+
+def test_metadata_are_made_once_for_a_release_and_go_with_it(labelled: Served, served: Served) -> None:
+    first, second = labelled.model, served.model
+    assert first is not None and second is not None
+    made = labelled.metadata_json(first)
+    assert labelled.metadata_json(first) is made and "é" in made.decode()
+    labelled.model = second
+    assert "labels" not in labelled.metadata_json(second).decode()
+    assert list(labelled._metadata) == [first, second]
+    del first
+    assert list(labelled._metadata) == [second]
+
+
 def test_an_answer_beyond_the_releases_own_bound_is_not_sent(served: Served) -> None:
     class Large:
         def run(self, names: Any, fed: Any) -> Any:
@@ -447,6 +516,25 @@ def test_connections_that_never_end_a_request_are_ended(server: Server) -> None:
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         assert said(server, until_closed=True).startswith(b"HTTP/1.1 503")
     assert said(server, good).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_who_asks_for_labels_and_does_not_take_them_is_ended(server: Server, release: Release) -> None:
+    # Longer than any that a reader takes, so that no buffer on the way holds them.
+    manifest = replace(release.manifest, signature={**KINDS, "labels": ["x" * 2**24]})
+    server.load(replace(release, generation=8, manifest=manifest))
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(b"GET /v2/models/digits HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(5)
+            taken = 0
+            with contextlib.suppress(ConnectionError):
+                while part := connection.recv(65536):
+                    taken += len(part)
+        assert 0 < taken < 2**24
+    finally:
+        server.load(replace(release, generation=9))
     assert "Traceback" not in server.log.read_text()
 
 

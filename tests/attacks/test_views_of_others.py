@@ -13,12 +13,15 @@ import pytest
 from shipreader.reader import Reader
 from shipreader.records import Release
 from tests.support.onnx_releases import SIGNATURE
-from tests.support.releases import CHANNEL, MODEL, move
+from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import RECORD_BYTES, ListedObject, ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import is_of_view, is_view_config
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.maintenance.doctor import examine
+from train_and_ship.registry.maintenance.retention import _in_views
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 from train_and_ship.registry.serving import layouts
 from train_and_ship.registry.serving.layouts import triton_config, write_kserve, write_triton
@@ -119,3 +122,49 @@ def test_a_view_whose_configuration_nobody_would_read_is_not_written(object_stor
             write(object_store, replace(with_many_names(release), generation=2))
     assert object_store.list_keys(f"models/{MODEL}/views/") == before
     assert write_triton(object_store, release).generation == 1
+
+
+def test_files_that_a_job_ships_are_of_the_view_and_none_is_its_configuration(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "good", f"# {MODEL} release {'a' * 20}\n"
+    for name in ("config.pbtxt", "my.config.pbtxt", "triton/config.pbtxt", "9/model.onnx"):
+        (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "files" / name).write_text(other)
+    (folder / "model.onnx").write_bytes(b"x")
+    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature=SIGNATURE, metrics={})
+    publish(object_store, folder, manifest)
+    move(object_store, manifest)
+    release = pulled(object_store, tmp_path)
+    for write, backend in ((write_triton, "onnxruntime"), (write_kserve, "python")):
+        write(object_store, release, backend)
+    assert not [one.what for one in examine(object_store, MODEL, NOWHERE) if "does not write" in one.what]
+    # Of what the two views name nothing is a release that a job wrote into a file.
+    kserve = f"models/{MODEL}/views/{CHANNEL}/kserve/1/{MODEL}/config.pbtxt"
+    assert dict((view, named) for named, view in _in_views(object_store, MODEL)) == {
+        CONFIG: manifest.release,
+        kserve: manifest.release,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        (f"triton/{MODEL}/1/files/a/b.json", True),
+        (f"triton/{MODEL}/1/model.py", True),
+        (f"kserve/2/{MODEL}/1/files/config.pbtxt", True),
+        (f"triton/{MODEL}/files/a", False),
+        (f"triton/{MODEL}/1/files/", False),
+        (f"triton/{MODEL}/1/files/../model.py", False),
+        (f"triton/{MODEL}/1/files/\x7f", False),
+        (f"triton/{MODEL}/1/files/a\nb", False),
+        (f"triton/{MODEL}/1/labels.txt", False),
+        ("triton/other/1/model.onnx", False),
+        (f"triton/{MODEL}/0/model.onnx", False),
+        (f"kserve/{MODEL}/1/model.onnx", False),
+    ],
+)
+def test_of_a_view_is_what_ship_view_writes(name: str, ours: bool) -> None:
+    key = f"models/{MODEL}/views/{CHANNEL}/{name}"
+    assert is_of_view(MODEL, key) is ours
+    assert not is_view_config(MODEL, key)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from shipreader import records
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument
 from shipreader.inference_served import Served
@@ -52,9 +53,11 @@ def test_labels_of_a_job_reach_the_workers(tmp_path: Path) -> None:
         (["cat", 3], "expected texts, and number 1 is 3, which YAML reads as text in quotes only"),
         (["yes", True], "expected texts, and number 1 is True, which YAML reads as text in quotes only"),
         (["cat", ["dog"]], "expected texts, and number 1 is ['dog']"),
-        (["", "dog"], "expected printable texts of 1 to 512 characters, and number 0 is ''"),
+        (["", "dog"], "expected printable texts of 1 to 512 bytes in UTF-8, and number 0 is ''"),
         (["cat", "d\nog"], r"and number 1 is 'd\nog'"),
-        (["x" * 513], "of 1 to 512 characters"),
+        (["ö" * 257], "of 1 to 512 bytes in UTF-8, and number 0 is"),
+        ([f"{number:0500}" for number in range(2100)], "at most 1,048,576 bytes for all of them, and they have 1,058,"),
+        (["x" * 513], "of 1 to 512 bytes in UTF-8, and number 0 is"),
         ([], "expected a list of texts, one at least"),
         ("cat", "expected a list of texts, one at least"),
         ({"cat": 0}, "expected a list of texts, one at least"),
@@ -85,7 +88,8 @@ def test_what_cannot_be_labels_is_refused_with_its_line(tmp_path: Path, labels: 
     ],
 )
 def test_there_are_as_many_labels_as_columns(shape: list[int | str], counts: list[int]) -> None:
-    assert label_counts(shape) == counts
+    # A reader and a worker each have their own: neither is installed beside the other.
+    assert label_counts(shape) == records.label_counts(shape) == counts
 
 
 def test_labels_of_a_wrong_count_are_refused_before_training() -> None:
@@ -124,7 +128,7 @@ def test_what_the_job_says_goes_before_what_the_data_says() -> None:
     [
         (["x", "y"], "the release has no labels: plain:data has `classes`, and there are 2 for 3 columns of scores"),
         (["x", "x", "y"], "labels are each text once, and number 1 is 'x' again; name them in export.labels"),
-        (["x", "", "y"], "labels are printable texts of 1 to 512 characters, and number 1 is ''"),
+        (["x", "", "y"], "labels are printable texts of 1 to 512 bytes in UTF-8, and number 1 is ''"),
     ],
 )
 def test_classes_of_the_data_that_do_not_fit_are_no_labels_and_that_is_said(classes: list[str], said: str) -> None:
@@ -145,13 +149,27 @@ def test_labels_that_changed_or_changed_places_are_of_another_kind() -> None:
     assert said(live, kind("bird", "cat", "dog")) == []
     assert said(live, kind("bird", "dog", "cat")) == ["labels: class 1: cat of 3 → dog of 3"]
     assert said(live, kind("bird", "cat", "wolf")) == ["labels: class 2: dog of 3 → wolf of 3"]
-    # A release of before has them from its data alone, and one that has none takes them from whoever shows them.
+    # A release of before has them from its data alone.
     assert said(kind(classes=("bird", "dog", "cat")), live) == ["labels: class 1: dog of 3 → cat of 3"]
-    assert said(live, kind(classes=("bird", "cat", "dog"))) == []
     assert said(live, kind()) == ["labels: labels: bird, cat, dog → none"]
     assert said(kind(), live) == []
     # What the job says counts, whatever the data calls them.
     assert said(kind("a", "b", "c", classes=("x", "y", "z")), kind("a", "b", "c", classes=("z", "y", "x"))) == []
+
+
+def test_labels_that_nobody_shows_any_more_are_missed_whatever_the_data_has() -> None:
+    def said(live: Kind, candidate: Kind) -> list[str]:
+        return [f"{change.kind}: {change}" for change in changes_in_kind(live, candidate)]
+
+    names = ("bird", "cat", "dog")
+    gone = "labels: labels: bird, cat, dog → none"
+    assert said(kind(*names), kind(classes=names)) == [gone]
+    assert said(kind(*names, classes=names), kind(classes=names)) == [gone]
+    # Classes are compared apart.
+    assert said(kind(*names, classes=names), kind(classes=("bird", "dog", "cat"))) == [
+        gone,
+        "labels: class 1: cat of 3 → dog of 3",
+    ]
 
 
 def test_the_difference_of_two_releases_shows_them() -> None:

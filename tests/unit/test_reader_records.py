@@ -21,6 +21,7 @@ from train_and_ship.registry.channels.pointer import Pointer, decode_pointer
 from train_and_ship.registry.identity import canonical_json
 from train_and_ship.registry.release.manifest import MANIFEST, Manifest, build_manifest, decode_manifest
 
+Y = {"name": "y", "dtype": "float32", "shape": ["batch", 3]}
 FILE = {"sha256": "0" * 64, "bytes": 1}
 
 
@@ -113,6 +114,8 @@ def test_a_format_without_its_file_and_a_release_without_files_are_refused(manif
         ({"labels": ["cat", 1]}, "labels: expected texts, and number 1 is 1"),
         ({"labels": ["cat", "\x1b[2J"]}, "labels: expected printable texts"),
         ({"labels": ["cat", "cat"]}, "labels: expected each text once"),
+        ({"labels": list(map(str, range(20_000))), "outputs": [Y]}, "labels: expected 3, one for each column of y"),
+        ({"labels": ["cat", "dog"], "outputs": [Y]}, "labels: expected 3, one for each column of y, got 2"),
     ],
 )  # fmt: skip
 def test_a_signature_that_no_server_can_take_is_refused_when_it_is_read(
