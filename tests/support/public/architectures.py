@@ -478,6 +478,8 @@ ARCHITECTURES = (
     Architecture(
         name="U-Net of diffusion", max_batch=63, library="diffusers", build=Denoiser, target=image(16), loss="mse_loss",
         sample=together(image(16), whole(1000)),
+        # A picture without contrast: some seven times as far from float64 as eager is, at its worst element.
+        lost={"onnx": "zero: output"},
     ),
     Architecture(
         name="autoencoder", max_batch=63, library="diffusers", sample=image(16), target=image(16), loss="of_values",
