@@ -542,6 +542,8 @@ ARCHITECTURES = (
             "monai.networks.nets", "UNet", spatial_dims=2, in_channels=1, out_channels=2, channels=(4, 8, 16),
             strides=(2, 2), num_res_units=1,
         ),
+        # Instance norm of a picture without contrast, of which next to nothing is left but rounding.
+        lost={"onnx": "zero: output"},
     ),
 )  # fmt: skip
 BY_NAME = {item.name: item for item in ARCHITECTURES}
