@@ -131,7 +131,7 @@ def test_files_that_a_job_ships_are_of_the_view_and_none_is_its_configuration(
     for name in ("config.pbtxt", "my.config.pbtxt", "triton/config.pbtxt", "9/model.onnx"):
         (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "files" / name).write_text(other)
-    (folder / "model.onnx").write_bytes(b"x")
+    (folder / "model.onnx").write_bytes(bytes([0x12, len(MODEL)]) + MODEL.encode())
     manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature=SIGNATURE, metrics={})
     publish(object_store, folder, manifest)
     move(object_store, manifest)

@@ -161,6 +161,8 @@ def test_a_cancelled_flow_ends_every_process_on_every_host(lab: Lab, start: Star
     assert not (tmp_path / "attempts" / "current.json").exists()
 
 
+# On one host it is asked in distributed/test_training.py.
+@pytest.mark.soak
 def test_an_exception_in_user_code_on_another_host_is_the_error_that_is_shown(
     lab: Lab, start: Start, tmp_path: Path
 ) -> None:
