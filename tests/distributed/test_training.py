@@ -375,7 +375,7 @@ def test_everything_listens_on_loopback_only(fork_server: ForkServer, train: Tra
             with contextlib.suppress(psutil.NoSuchProcess):
                 seen.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
 
-    train(write_project(tmp_path / "p", extra=SLOW, train={"epochs": 1, "processes": 2, "batch_size": 32}), look)
+    train(write_project(tmp_path / "p", extra=SLOW, train={"epochs": 1, "processes": 2, "batch_size": 96}), look)
 
     assert seen == {"127.0.0.1"}
 

@@ -92,6 +92,8 @@ def moved_to(store: ObjectStore, generation: int) -> None:
     store.put(pointer_key(MODEL, CHANNEL), replace(live, generation=generation).encode())
 
 
+# One flip under traffic is asked below.
+@pytest.mark.soak
 def test_triton_follows_the_view_through_flips_and_a_rollback_and_no_request_fails(
     object_store: ObjectStore, go_live: Callable[[float], Release], triton: TritonServer
 ) -> None:
