@@ -274,6 +274,7 @@ def joined(
     least: int = 1,
     most: int | None = None,
     kind: str = "onnx",
+    validation: str | None = None,
 ) -> dict[str, bool]:
     """What is asked of samples that servers put together, and whether it passes."""
     (tmp_path / ARTIFACT).write_bytes(model.SerializeToString())
@@ -285,7 +286,7 @@ def joined(
         dims=[DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})],
     )  # fmt: skip
     request = RehearseRequest(
-        candidate=release, live=None, validation=None, moved=None, metrics=(), forbidden_modules=(),
+        candidate=release, live=None, validation=validation, moved=None, metrics=(), forbidden_modules=(),
         forbidden_folder=str(tmp_path / "project"), threads=1,
     )  # fmt: skip
     asked, usual = rehearse._golden(request, ["output"])
@@ -324,6 +325,8 @@ def test_an_int8_variant_is_asked_so_too_and_may_be_off_by_its_noise(tmp_path: P
 def test_golden_inputs_of_one_sample_do_not_tell_whether_samples_see_one_another(tmp_path: Path) -> None:
     same = {name: tensor[:1].repeat(8, 1) for name, tensor in golden_of(itself, 8).items()}
     assert joined(tmp_path, rolled(), same) == {"samples together": False}
+    # Where the held-out samples are at hand, the run that made it has asked the model itself.
+    assert joined(tmp_path, rolled(), same, validation="validation.safetensors") == {}
 
 
 # ---- sizes that nobody tried

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tests.support.projects import write_project
-from torchworker.contract import VALIDATION, ExportRequest, Project, Reference, TensorSpec
+from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, TensorSpec
 from torchworker.custom_loop.preflight import try_parts
 from torchworker.exporters.subject import Subject
 from torchworker.parity.compare import same_weights
@@ -23,6 +23,7 @@ from torchworker.process.failure import UserError
 from torchworker.project import served
 from torchworker.project.first_batch import Shipped, try_served
 from torchworker.project.served import build_served, raw_dataset, try_serving, weight_names, weights_of
+from torchworker.project.signature import require_batches_alike
 from torchworker.runtimes.load import Loaded
 from torchworker.stages import export
 from train_and_ship.infra.errors import JobError
@@ -182,6 +183,49 @@ def project(serving: str | None = "Served", raw: str | None = "build_raw", **mor
         serving=None if serving is None else Reference(target=f"{HERE}:{serving}", where="export.serving"),
         raw=None if raw is None else Reference(target=f"{HERE}:{raw}", args=args, where="data.raw"), **more,
     )  # fmt: skip
+
+
+class Words(nn.Module):
+    """[batch, length] → [batch, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(words.mean(1, keepdim=True))
+
+
+class Chances(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.model(text).softmax(1)
+
+
+def sentences(split: str) -> list[tuple[Tensor, int]]:
+    """Of four words, then of seven."""
+    return [(torch.ones(4 if place < 8 else 7) * place, place % 3) for place in range(16)]
+
+
+LENGTH = DynamicDim(name="length", min=1, max=9, axes={"text": [1]})
+
+
+def test_batches_of_a_serving_module_may_differ_in_what_is_declared_by_its_names_and_in_nothing_else() -> None:
+    model, dataset = Words().eval(), sentences("validation")
+    given = project("Chances", None)
+    batches = [(torch.ones(8, length), torch.zeros(8, dtype=torch.long)) for length in (4, 7)]
+    # The model itself calls it `words`: its own batches are not what is exported.
+    require_batches_alike(model, (batches[0], batches[1]), [LENGTH], given)
+    outputs = model(batches[0][0])
+    shipped = try_served(model, dataset, outputs, 8, given, ["onnx"], [LENGTH])  # type: ignore[arg-type]
+    assert shipped.inputs.shape == (8, 4)
+    with pytest.raises(UserError, match=r"validation batches are of different shapes: samples of \[\[4\], \[\]\]"):
+        try_served(model, dataset, outputs, 8, given, ["onnx"])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="validation batches are of different shapes"):
+        require_batches_alike(model, (batches[0], batches[1]), [], given)
 
 
 def tried(given: Project) -> Shipped:
