@@ -20,8 +20,6 @@ from train_and_ship.tasks.worker import Limits, ask_worker
 
 NAMED = 3
 """Files that changed are named up to so many."""
-BATCH = 64
-"""Samples that are collated at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +48,7 @@ async def live_inputs(
     exported: Path,
     folder: Path,
     limits: Limits,
+    batch: int,
 ) -> LiveInputs:
     """The held-out samples as the live release takes them.
 
@@ -61,6 +60,7 @@ async def live_inputs(
         exported: folder with the candidate's samples.
         folder: where request, log and result lie; is made.
         limits: of the process, which reads what somebody else may have made.
+        batch: samples that are collated at once, as the export did.
 
     Raises:
         WorkerError: the machine is at fault.
@@ -80,7 +80,7 @@ async def live_inputs(
         own_files=str(Path(candidate.folder) / SHIPPED),
         inputs=live.inputs,
         own_inputs=candidate.inputs,
-        batch=BATCH,
+        batch=1 if project.coupled else batch,
     )
     try:
         made = await ask_worker(fork_server, "live_inputs", request, LiveInputsResult, folder, limits=limits)

@@ -104,8 +104,9 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
         limits = Limits.of(run.settings)
         prepared = await live_inputs(
-            run.fork_server, run.project, candidate, current, exported, work / "live_inputs", limits
-        )
+            run.fork_server, run.project, candidate, current, exported, work / "live_inputs", limits,
+            run.job.export.batch,
+        )  # fmt: skip
         problem = problem or prepared.problem
         beside = current if not problem else None
         request = rehearse_request(job, candidate, beside, exported, run.project.folder, chance)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.support.killed_example import whole_and_killed
 from tests.support.projects import REPOSITORY, write_project
 from tests.support.training import Train
 from torchworker.contract import PROBE, WEIGHTS
@@ -447,25 +448,7 @@ def test_a_script_that_ends_the_process_group_itself_ships_too(train: Train, tmp
 
 @pytest.mark.soak
 def test_a_killed_rank_costs_no_bit_of_what_lightning_trains(train: Train, tmp_path: Path) -> None:
-    example = REPOSITORY / "examples" / "lightning"
-    document = yaml.safe_load((example / "job.yaml").read_text())
-    document |= {"project": str(example)}
-    document["train"]["args"]["epochs"] = 3
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(document))
-    whole = train(job)
-    (tmp_path / "checkpoints").rename(tmp_path / "others")
-    restarts = []
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "restarting":
-            restarts.append(event["checkpoint"])
-        if event["event"] == "checkpoint" and event["step"] == 46 and not restarts:
-            os.kill(int((tmp_path / "train1" / "heartbeat-rank1").read_text()), signal.SIGKILL)
-
-    result = train(job, kill)
-
-    assert len(restarts) == 1 and restarts[0] in ("step-00000023", "step-00000046")
+    whole, result = whole_and_killed(train, tmp_path, REPOSITORY / "examples" / "lightning", 23)
     assert weights_of(tmp_path / "train1") == weights_of(tmp_path / "train0")
     drop_time = [[{**row, "time": 0} for row in run.history] for run in (whole, result)]
     assert drop_time[0] == drop_time[1]

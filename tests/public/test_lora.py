@@ -7,9 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support.fixture_types import Ship
+from tests.support.killed_example import whole_and_killed
 from tests.support.projects import REPOSITORY
 from tests.support.training import Train
 from torchworker.contract import WEIGHTS
@@ -138,24 +137,7 @@ def test_a_folder_that_writes_other_tokens_than_the_model_is_refused(dates: Any,
 def test_a_killed_rank_costs_no_bit_of_what_the_trainer_trains(
     dates: Any, fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    document = yaml.safe_load((EXAMPLE / "job.yaml").read_text()) | {"project": str(EXAMPLE)}
-    document["train"]["args"]["epochs"] = 3
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(document))
-    train = Train(fork_server, tmp_path)
-    whole = train(job)
-    (tmp_path / "checkpoints").rename(tmp_path / "others")
-    restarts = []
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "restarting":
-            restarts.append(event["checkpoint"])
-        # Of the second epoch: it may still be being written.
-        if event["event"] == "checkpoint" and event["step"] == 126 and not restarts:
-            os.kill(int((tmp_path / "train1" / "heartbeat-rank1").read_text()), signal.SIGKILL)
-
-    result = train(job, kill)
-    assert len(restarts) == 1 and restarts[0] in ("step-00000063", "step-00000126")
+    whole, result = whole_and_killed(Train(fork_server, tmp_path), tmp_path, EXAMPLE, 63)
     digests = [hashlib.sha256((tmp_path / f"train{n}" / WEIGHTS).read_bytes()).hexdigest() for n in range(2)]
     assert digests[0] == digests[1]
     timeless = [[{**row, "time": 0} for row in run.history] for run in (whole, result)]

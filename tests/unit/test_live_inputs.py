@@ -29,7 +29,7 @@ from torchworker.contract import (
     RehearseRequest,
     TensorSpec,
 )
-from torchworker.parity.reference import write_reference
+from torchworker.parity.reference import put_together, validation_batches, write_reference
 from torchworker.process.failure import UserError
 from torchworker.project import served
 from torchworker.stages import rehearse
@@ -116,6 +116,33 @@ def test_samples_that_its_files_prepare_otherwise_are_counted(tmp_path: Path) ->
     # Two columns have changed places: blue, the second sample, is in neither of them.
     assert live_inputs(request(tmp_path, known=["blue", "red", "green"])).changed == 2
     assert live_inputs(request(tmp_path, known=MINE)).changed == 0
+
+
+def padded(split: str, files: Path) -> list[Any]:
+    """Each colour as often as its place says: a batch is as long as its longest."""
+    rows = encoded(json.loads((files / "colours.json").read_text()))
+    return [
+        (row.argmax().repeat(place + 1), label) for place, (row, label) in enumerate(zip(rows, LABELS, strict=True))
+    ]
+
+
+def longest(items: list[Any]) -> tuple[Tensor, Tensor]:
+    return nn.utils.rnn.pad_sequence([row for row, _ in items], batch_first=True), torch.stack([it for _, it in items])
+
+
+def test_batches_that_are_padded_to_their_own_length_are_prepared_so_again(tmp_path: Path) -> None:
+    asks = request(tmp_path, "padded", MINE)
+    collate = Reference(target=f"{HERE}:longest", where="data.collate")
+    specs = [TensorSpec(name="colour", dtype="int64", shape=["batch", "length"])]
+    asks = replace(asks, project=replace(asks.project, collate=collate), own_inputs=specs, inputs=specs)
+    own = padded("validation", tmp_path / "own")
+    batches = [longest([own[place] for place in places]) for places in ([1, 2], [4])]
+    kept = put_together({"input.colour": [item[0] for item in batches], "target": [item[1] for item in batches]})
+    save_file({**kept, PLACES: torch.tensor([1, 2, 4])}, tmp_path / VALIDATION)
+    assert live_inputs(asks).changed == 0
+    made = load_file(tmp_path / "out" / LIVE_VALIDATION)
+    lengths = [list(probe.inputs["colour"].shape) for probe, _ in validation_batches(made, specs, 8)]
+    assert lengths == [[2, 3], [1, 5]]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +253,9 @@ def told(
     monkeypatch.setattr(asked, "ask_worker", ask)
     server: Any = None
     return asyncio.run(
-        asked.live_inputs(server, given, candidate, live, Path("/exported"), Path("/work"), Limits(memory=1, seconds=1))
+        asked.live_inputs(
+            server, given, candidate, live, Path("/exported"), Path("/work"), Limits(memory=1, seconds=1), 8
+        )
     )
 
 

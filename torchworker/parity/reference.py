@@ -416,6 +416,18 @@ def _rows(validation: Mapping[str, Tensor], key: str, part: slice) -> Tensor:
     return rows if sizes is None else rows[(slice(None), *(slice(int(size)) for size in sizes[part].amax(0)))]
 
 
+def put_together(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Batches by name, `target` among them, as VALIDATION has them: with SIZE where their shapes differ."""
+    joined: dict[str, Tensor] = {}
+    for name, batched in parts.items():
+        joined[name], sizes = _put_together(batched)
+        if sizes is not None:
+            joined[f"{SIZE}.{name}"] = sizes
+    if f"{SIZE}.target" in joined:
+        joined["target"] = filled_up(parts["target"])
+    return joined
+
+
 def _put_together(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Batches [n, …] as one tensor, filled up at the end with 0, and each sample's sizes where batches differ."""
     shapes = [part.shape[1:] for part in parts]
@@ -515,13 +527,7 @@ def _write_validation(
                 answered[validation_key(part, name, start)] = tensor.contiguous().clone()
         parts.setdefault("target", []).append(target)
         start += len(target)
-    joined: dict[str, Tensor] = {}
-    for name, batched in parts.items():
-        joined[name], sizes = _put_together(batched)
-        if sizes is not None:
-            joined[f"{SIZE}.{name}"] = sizes
-    if f"{SIZE}.target" in joined:
-        joined["target"] = filled_up(parts["target"])
+    joined = put_together(parts)
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
         if f"{SIZE}.target" in joined:

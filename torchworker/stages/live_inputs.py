@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import LIVE_VALIDATION, PLACES, LiveInputsRequest, LiveInputsResult, TensorSpec
-from torchworker.parity.reference import GROUP, LABELS
+from torchworker.parity.reference import GROUP, LABELS, SIZE, put_together
 from torchworker.process.failure import UserError
 from torchworker.project.answers import same_values
 from torchworker.project.user_code import batches, build_dataset, describe_tensor, enter
@@ -42,7 +42,7 @@ def live_inputs(request: LiveInputsRequest) -> LiveInputsResult:
             "the candidate's own files; expected the same inputs: it has to do the same, but for what is fitted"
         )
     found = _prepared(request, request.files, request.inputs, validation)
-    kept = {name: validation[name] for name in (LABELS, GROUP) if name in validation}
+    kept = {name: validation[name] for name in (LABELS, f"{SIZE}.{LABELS}", GROUP) if name in validation}
     save_tensors({**found, **kept}, Path(request.folder) / LIVE_VALIDATION)
     return LiveInputsResult(samples=samples, changed=_changed(found, validation))
 
@@ -56,7 +56,8 @@ def _named(request: LiveInputsRequest) -> str:
 def _prepared(
     request: LiveInputsRequest, files: str, specs: Sequence[TensorSpec], validation: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Inputs as `input.<name>`, and the target, of the samples that the candidate's file has.
+    """Inputs as `input.<name>`, and the target, of the samples that the candidate's file has, in the same batches:
+    a collate function may pad each to its own length.
 
     Args:
         request: names the function.
@@ -73,7 +74,7 @@ def _prepared(
     for inputs, target in batches(build_dataset(project, "validation"), request.batch, project, places):
         for name, tensor in {**_by_name(inputs, names, request), "target": target}.items():
             parts.setdefault(name, []).append(tensor)
-    found = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    found = put_together(parts)
     _require_same_target(found.get("target"), validation["target"], _named(request))
     return found
 
