@@ -59,6 +59,8 @@ class LiveRun:
         self._system_step = 0
         self._wake = threading.Event()
         self._stopping = threading.Event()
+        self._opening = threading.Lock()
+        """Held while the run is looked for and made: two at once would make two."""
         self._abandoned = False
         self._complete = False
         self._warned = False
@@ -96,9 +98,10 @@ class LiveRun:
         """
         self.stop()
         flow_run_id = self._record.tags[mlflow_runs.TAG_FLOW_RUN]
-        if self._run is None:
-            # It failed sooner than mlflow is imported: worth a run all the same.
-            mlflow_runs.open_run(self._record, self._uri)
+        with self._opening:
+            if self._run is None:
+                # It failed sooner than mlflow is imported: worth a run all the same.
+                mlflow_runs.open_run(self._record, self._uri)
         mlflow_runs.end_run(self._record.model, flow_run_id, status, reason, self._uri, report)
         _live.pop(flow_run_id, None)
 
@@ -111,6 +114,8 @@ class LiveRun:
             pause = FAILED_PAUSES * self._send_seconds
             try:
                 self._open()
+                if self._abandoned:
+                    break
                 if last and self._sampler.ident is not None:
                     # It measures once more when it is told to stop: a short run has a measure too.
                     self._sampler.join(LAST_SAMPLE_SECONDS)
@@ -127,17 +132,17 @@ class LiveRun:
                 self._wake.wait(min(pause, LONGEST_PAUSE_SECONDS))
 
     def _open(self) -> None:
-        if self._run is None:
+        with self._opening:
+            if self._run is not None or self._abandoned:
+                return
             run = mlflow_runs.open_run(self._record, self._uri)
             self._latest = dict(run.latest)
             self._run = run
-            if not run.finished:
-                self._system_step = 1 + max(
-                    (s for name, s in run.latest.items() if name.startswith("system/")), default=-1
-                )
-                # Only now: the import, which is no part of anybody's work, is behind us.
-                self._sampler.start()
-            mlflow_runs.end_abandoned(run.experiment_id, self._uri)
+        if not run.finished:
+            self._system_step = 1 + max((s for name, s in run.latest.items() if name.startswith("system/")), default=-1)
+            # Only now: the import, which is no part of anybody's work, is behind us.
+            self._sampler.start()
+        mlflow_runs.end_abandoned(run.experiment_id, self._uri)
 
     def _send(self) -> float:
         """Everything there is to send; returns the seconds it took."""

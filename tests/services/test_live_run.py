@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from tests.support.stack_servers import MlflowServer
 from train_and_ship.registry.tracking import runs as mlflow_runs
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.curves import file_points
+from train_and_ship.registry.tracking.live_run import LiveRun
+from train_and_ship.registry.tracking.runs import OpenRun, RunRecord
 from train_and_ship.registry.tracking.versions import VersionRecord
 
 KEYS = ("train_loss", "validation_accuracy", "steps/loss", "ranks/step_seconds_1")
@@ -344,6 +347,26 @@ def test_a_process_that_leaves_ends_its_run(mlflow_server: MlflowServer, tmp_pat
     ended = subprocess.run([sys.executable, "-c", code, mlflow_server.url])
     assert ended.returncode == 3
     assert run_of("leaving", mlflow_server.url).info.status == "KILLED"
+
+
+def test_a_run_that_ends_while_it_is_still_being_opened_is_one_run(
+    mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered, open_run = threading.Event(), threading.Event(), mlflow_runs.open_run
+
+    def slowly(record: RunRecord, url: str) -> OpenRun:
+        asked.set()
+        assert answered.wait(30)
+        return open_run(record, url)
+
+    monkeypatch.setattr(mlflow_runs, "open_run", slowly)
+    monkeypatch.setattr(LiveRun.stop, "__defaults__", (0.1,))
+    live = live_run("slow-to-open", mlflow_server.url)
+    assert asked.wait(30)
+    threading.Timer(0.5, answered.set).start()
+    live.end("FAILED", "it broke")
+    live._sender.join(30)
+    assert run_of("slow-to-open", mlflow_server.url).info.status == "FAILED"
 
 
 def test_a_run_that_is_over_before_the_machine_is_measured_again_has_a_measure_of_it(

@@ -477,6 +477,41 @@ def test_a_model_that_only_runs_in_float32_is_held_to_its_own_rounding(tmp_path:
     assert "batch 8" in check(probes, as_artifact(model))
 
 
+class Drawing(nn.Module):
+    """x [B, 1, 15, 15] → [B, 2, 15, 15]: two normalisations, which divide by almost nothing where it is flat."""
+
+    def __init__(self, in_order: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first, self.second, self.last = (nn.Conv2d(*ends, 3, padding=1) for ends in ((1, 4), (4, 4), (4, 2)))
+        self.in_order = in_order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.normed(self.second(self.normed(self.first(x)).relu())))
+
+    def normed(self, x: Tensor) -> Tensor:
+        if not self.in_order:
+            return nn.functional.instance_norm(x)
+        # Row by row, as a runtime may add them.
+        mean = sum(sum(x.split(1, -1)).split(1, -2)) / x[0, 0].numel()
+        return (x - mean) / ((x - mean).square().mean((-2, -1), keepdim=True) + 1e-5).sqrt()
+
+
+def test_on_a_flat_picture_an_artifact_may_lose_what_rounding_moves_the_model_by(tmp_path: Path) -> None:
+    model = Drawing().eval()
+    probes = questions(model, tmp_path, torch.randn(40, 1, 15, 15, generator=torch.Generator().manual_seed(1)))
+    zero = next(probe for probe in probes if probe.name == "zero")
+    assert [probe.name for probe in probes if probe.perturbed] == ["zero"], "of others eager is the measure"
+    artifact = Drawing(in_order=True).eval()
+    assert check(probes, as_artifact(artifact)) == ""
+    assert "zero" in check([probes[0], replace(zero, perturbed={})], as_artifact(artifact)), (
+        "by eager's own, it is too far"
+    )
+    with torch.no_grad():
+        artifact.last.bias[0] += 0.01
+    assert "zero" in check([probes[0], zero], as_artifact(artifact))
+
+
 def test_a_model_that_takes_the_process_down_on_a_bad_index_is_not_asked_for_it(tmp_path: Path) -> None:
     class Fragile(Words):
         def forward(self, x: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ class Probe:
     exact: Inputs = field(default_factory=dict)
     """Outputs in float64; empty where the model does not run in it."""
     perturbed: Inputs = field(default_factory=dict)
-    """Outputs with weights and inputs perturbed by their rounding; only without `exact`."""
+    """Outputs with weights and inputs perturbed by their rounding, where there is no `exact`; with everything that is
+    computed perturbed, where a sample is flat; else empty."""
     tied: Inputs = field(default_factory=dict)
     """Outputs of whole numbers when equal values are sorted in another order; empty where nothing is sorted."""
     roundoff: float = 0.0

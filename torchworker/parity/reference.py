@@ -70,6 +70,22 @@ def complete(answers: Answers, probe: Probe) -> Probe:
     return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied, roundoff=roundoff)
 
 
+def _complete_or_flat(answers: Answers, probe: Probe) -> Probe:
+    """`complete`, and where samples are flat also how far rounding moves the model: eager's own is no measure there."""
+    asked = complete(answers, probe)
+    if asked.exact and any(_is_flat(tensor) for tensor in probe.inputs.values()):
+        return replace(asked, perturbed=answers.noisy(probe.inputs))
+    return asked
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    """Whether some sample of real numbers is the same everywhere. tensor: [batch, …]."""
+    if not tensor.is_floating_point() or tensor.dim() < 2 or not tensor.numel():
+        return False
+    rows = tensor.flatten(1)
+    return rows.shape[1] > 1 and bool((rows == rows[:, :1]).all(1).any())
+
+
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
     """The model rebuilt from its weights must give what the trained one gave at the end of training."""
     from safetensors.torch import load_file
@@ -155,12 +171,12 @@ def write_reference(
     save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
     pool, read = _write_validation(request, answers, dataset, raw)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
-    asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
+    asked += [_complete_or_flat(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
     unasked: dict[str, str] = {}
     for probe in probes(pool, dims, tables_of(answers, pool)):
         try:
-            asked.append(complete(answers, probe))
+            asked.append(_complete_or_flat(answers, probe))
         except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:

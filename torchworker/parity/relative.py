@@ -72,8 +72,7 @@ def compare_relative(
     Args:
         got, eager: [batch, …], of one dtype and shape.
         exact: the same in float64; None where the model does not run in it.
-        perturbed: the eager output after weights and inputs were perturbed by their rounding, used where there is no
-            float64 output.
+        perturbed: as `compare_tensors` takes it.
         usual: of `usual_relative_loss`; read where there are few elements.
         roundoff: unit roundoff of the model, where that is coarser than its outputs'.
 
@@ -87,6 +86,8 @@ def compare_relative(
         return None
     if exact is not None:
         lost, widen = _relative(eager, exact), 1.0
+        if perturbed is not None and perturbed.shape == eager.shape and bool(perturbed.isfinite().all()):
+            lost = torch.maximum(lost, _relative(perturbed, exact))
     elif perturbed is not None and perturbed.shape == eager.shape and bool(perturbed.isfinite().all()):
         lost, widen = _relative(perturbed, eager), FALLBACK
     else:
