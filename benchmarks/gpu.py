@@ -51,7 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16, FSDP": {"precision": "bf16", "strategy": "fsdp"},
 }
 FORMATS = ("torchscript", "onnx", "pt2")
-EXAMPLES = ("digits", "sequence", "tabular", "translate", "own_loop", "lightning")
+EXAMPLES = ("digits", "audio", "sequence", "tabular", "translate", "own_loop", "lightning")
 MISTAKES: dict[str, dict[str, Any]] = {
     "more processes than GPUs": {"processes": torch.cuda.device_count() + 1},
     "a bf16 hook over gloo": {"comm_hook": "bf16", "backend": "gloo"},

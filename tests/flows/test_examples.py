@@ -1,4 +1,4 @@
-"""The examples of a table, of sequences and of a decoding loop, through the whole flow."""
+"""The examples of a table, of sequences, of sound and of a decoding loop, through the whole flow."""
 
 from __future__ import annotations
 
@@ -63,6 +63,26 @@ def test_sequences_are_classified_at_any_length(ship: Ship, store: ObjectStore, 
         short = call({"tokens": tokens})[0]
         assert torch.allclose(short, call({"tokens": torch.nn.functional.pad(tokens, (0, 9))})[0], atol=1e-4)
         assert int(short.argmax()) == 0, f"{kind}: not German"
+
+
+@pytest.mark.soak
+def test_sound_is_classified_as_it_was_recorded_with_its_spectrogram_inside(
+    ship: Ship, store: ObjectStore, tmp_path: Path
+) -> None:
+    manifest = shipped(ship, store, "audio", tmp_path / "release")
+    assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
+    assert manifest.metrics["accuracy"] >= 0.95
+    (sound,), (chance,) = manifest.signature["inputs"], manifest.signature["outputs"]
+    assert (sound["dtype"], sound["shape"]) == ("int16", ["batch", 2000])
+    assert manifest.signature["labels"] == ["rising", "falling", "level", "wavering"]
+    time = torch.arange(2000) / 8000
+    # 1,000 Hz at the beginning and 2,000 Hz at the end, and back.
+    pitches = torch.stack([1000 + 4000 * time, 2000 - 4000 * time])
+    pcm = (0.3 * torch.sin(2 * torch.pi * pitches.cumsum(1) / 8000) * 32767).to(torch.int16)
+    for kind, file in manifest.formats.items():
+        chances = load_artifact(kind, tmp_path / "release" / file, 1)({"pcm": pcm})[0]
+        assert chances.argmax(1).tolist() == [0, 1], kind
+        assert torch.allclose(chances.sum(1), torch.ones(2)), kind
 
 
 @pytest.mark.soak
