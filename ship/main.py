@@ -220,7 +220,9 @@ def logs(
 @app.command(rich_help_panel=TRAINING)
 def deploy(
     jobs: Annotated[list[Path], typer.Argument(help="job files, one a model")],
-    cron: Annotated[str | None, typer.Option(help='when, such as "0 2 * * *"; as in prefect.yaml when absent')] = None,
+    cron: Annotated[
+        str | None, typer.Option(help='when, such as "0 2 * * *"; retrain.cron of each job when absent')
+    ] = None,
     timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
 ) -> None:
     """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
