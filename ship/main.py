@@ -20,7 +20,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-STACK, TRAINING, RELEASES, SERVING, CARE = "The local stack", "Training", "Releases", "Serving", "Keeping order"
+START, STACK, TRAINING = "A new project", "The local stack", "Training"
+RELEASES, SERVING, CARE = "Releases", "Serving", "Keeping order"
 """Under which commands are listed."""
 
 
@@ -40,6 +41,30 @@ def ship(
     ] = False,
 ) -> None:
     """Train a PyTorch model, prove its exports equal to it, and ship it."""
+
+
+@app.command(rich_help_panel=START)
+def init(
+    folder: Annotated[Path, typer.Argument(help="Of the project; the current one when left out.")] = Path(),
+    model: Annotated[str, typer.Option(metavar="MODULE:NAME", help="A torch.nn.Module, or what makes one.")] = "",
+    data: Annotated[str, typer.Option(metavar="MODULE:NAME", help="What makes a dataset, given split.")] = "",
+    name: Annotated[str, typer.Option(help="Of the model; the project's when left out.")] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Further keys, as model.args.width=32; can be repeated."),
+    ] = None,
+    example: Annotated[str, typer.Option(help="A running example instead: digits, tabular or text.")] = "",
+) -> None:
+    """Write the job file of a project, made of what its sources have; asks what they leave open, in a terminal."""
+    from train_and_ship.infra.errors import RequestError
+    from train_and_ship.ship.init import Wanted, ask_here, init, init_example
+
+    if example:
+        if model or data or name or changes:
+            raise RequestError("--example: expected it alone, got --model, --data, --name or --set too")
+        init_example(folder, example)
+    else:
+        init(folder, Wanted(model=model, data=data, name=name, changes=changes or ()), ask_here())
 
 
 @app.command(rich_help_panel=STACK)
