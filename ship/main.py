@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from train_and_ship.ship.command import Command
 from train_and_ship.ship.examples import examples_of
 
 # Only light imports here: `ship --help` must be instant. Each command imports what it needs.
@@ -494,6 +495,7 @@ def schema(markdown: bool = False) -> None:
 for group, words in ((app, ""), (channel_app, "channel ")):
     for command in group.registered_commands:
         assert command.callback is not None, "each is a function"
+        command.cls = Command
         command.epilog = examples_of(words + (command.name or command.callback.__name__))
 
 
