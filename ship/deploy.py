@@ -16,8 +16,12 @@ from train_and_ship.registry.job.load import load_job
 
 
 def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) -> None:
-    """One deployment a job file; nothing is deployed when any of them has a mistake."""
+    """One deployment a job file; nothing is deployed when any of them has a mistake.
+
+    cron, timezone: for all of them in place of what each job says; None leaves it to the job.
+    """
     jobs: dict[str, Path] = {}
+    schedules: dict[str, tuple[str | None, str | None]] = {}
     mistakes = []
     warnings: set[str] = set()
     for path in job_files:
@@ -29,6 +33,7 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
         if job.name in jobs:
             mistakes.append(f"{path}: name: {job.name} is the model of {jobs[job.name]} too; one job file a model")
         jobs[job.name] = path.absolute()
+        schedules[job.name] = (cron or job.retrain.cron, timezone or job.retrain.timezone)
         if missing := [variable for variable in job.env if variable not in os.environ]:
             warnings.add(
                 f"{job.name}: env: {' and '.join(missing)} is not set here; the worker's environment needs it, or its "
@@ -41,12 +46,13 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
     os.environ.update(settings.prefect_variables)
     from train_and_ship.tasks.deployments import deploy_jobs, require_schedule
 
-    require_schedule(cron, timezone)
+    for name, schedule in schedules.items():
+        require_schedule(*schedule, where=f"{name}: ")
     require_prefect(settings)
     if settings.prefect_is_local:
         for path in jobs.values():
             add_job_folder(settings.home, path.resolve().parent)
-    for name, scheduled in deploy_jobs(jobs, cron, timezone).items():
+    for name, scheduled in deploy_jobs(jobs, schedules).items():
         typer.echo(f"{name}  {scheduled.schedule or 'no schedule'}")
         warnings.update(map(str, scheduled.skipped))
     for warning in sorted(warnings):

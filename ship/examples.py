@@ -5,6 +5,11 @@ from __future__ import annotations
 JOB = "examples/digits/job.yaml"
 RUN = "7d1c6f1e-6f4b-4c3e-9d1f-3f0d3a1f6c11"
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    "init": (
+        "ship init",
+        "ship init --model shop.net:Net --data shop.data:build_dataset --set model.args.width=32",
+        "ship init --example tabular",
+    ),
     "up": ("ship up",),
     "down": ("ship down",),
     "status": ("ship status", "ship status --json"),

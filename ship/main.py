@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from train_and_ship.ship.command import Command
 from train_and_ship.ship.examples import examples_of
 
 # Only light imports here: `ship --help` must be instant. Each command imports what it needs.
@@ -20,7 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-STACK, TRAINING, RELEASES, SERVING, CARE = "The local stack", "Training", "Releases", "Serving", "Keeping order"
+START, STACK, TRAINING = "A new project", "The local stack", "Training"
+RELEASES, SERVING, CARE = "Releases", "Serving", "Keeping order"
 """Under which commands are listed."""
 
 
@@ -40,6 +42,30 @@ def ship(
     ] = False,
 ) -> None:
     """Train a PyTorch model, prove its exports equal to it, and ship it."""
+
+
+@app.command(rich_help_panel=START)
+def init(
+    folder: Annotated[Path, typer.Argument(help="Of the project; the current one when left out.")] = Path(),
+    model: Annotated[str, typer.Option(metavar="MODULE:NAME", help="A torch.nn.Module, or what makes one.")] = "",
+    data: Annotated[str, typer.Option(metavar="MODULE:NAME", help="What makes a dataset, given split.")] = "",
+    name: Annotated[str, typer.Option(help="Of the model; the project's when left out.")] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Further keys, as model.args.width=32; can be repeated."),
+    ] = None,
+    example: Annotated[str, typer.Option(help="A running example instead: digits, tabular or text.")] = "",
+) -> None:
+    """Write the job file of a project, made of what its sources have; asks what they leave open, in a terminal."""
+    from train_and_ship.infra.errors import RequestError
+    from train_and_ship.ship.init import Wanted, ask_here, init, init_example
+
+    if example:
+        if model or data or name or changes:
+            raise RequestError("--example: expected it alone, got --model, --data, --name or --set too")
+        init_example(folder, example)
+    else:
+        init(folder, Wanted(model=model, data=data, name=name, changes=changes or ()), ask_here())
 
 
 @app.command(rich_help_panel=STACK)
@@ -220,7 +246,9 @@ def logs(
 @app.command(rich_help_panel=TRAINING)
 def deploy(
     jobs: Annotated[list[Path], typer.Argument(help="job files, one a model")],
-    cron: Annotated[str | None, typer.Option(help='when, such as "0 2 * * *"; as in prefect.yaml when absent')] = None,
+    cron: Annotated[
+        str | None, typer.Option(help='when, such as "0 2 * * *"; retrain.cron of each job when absent')
+    ] = None,
     timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
 ) -> None:
     """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
@@ -467,6 +495,7 @@ def schema(markdown: bool = False) -> None:
 for group, words in ((app, ""), (channel_app, "channel ")):
     for command in group.registered_commands:
         assert command.callback is not None, "each is a function"
+        command.cls = Command
         command.epilog = examples_of(words + (command.name or command.callback.__name__))
 
 

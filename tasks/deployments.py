@@ -31,13 +31,13 @@ class Scheduled:
     """What becomes of it when clocks are put forward, in the year to come."""
 
 
-def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None) -> dict[str, Scheduled]:
+def deploy_jobs(jobs: Mapping[str, Path], wanted: Mapping[str, tuple[str | None, str | None]]) -> dict[str, Scheduled]:
     """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
 
     Args:
         jobs: model to job file.
-        cron: schedule, as crontab has it; None leaves it as in prefect.yaml.
-        timezone: name of its time zone; None leaves it as in prefect.yaml.
+        wanted: model to its schedule, as crontab has it, and the name of its time zone; None leaves either as in
+            prefect.yaml.
 
     Returns:
         Name of each, as in `prefect deployment run <name>`, to when it is run.
@@ -55,14 +55,18 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
                 f"Prefect: expected the deployment {PATTERN}, which the others are made like, and found none; "
                 "`ship up` or `prefect deploy --all` makes it"
             ) from None
-        schedules = [_nightly(schedule, cron, timezone) for schedule in pattern.schedules]
         now = datetime.now(UTC)
-        crons = [item.schedule for item in schedules if isinstance(item.schedule, CronSchedule)]
-        scheduled = Scheduled(
-            schedule=", ".join(_in_words(item) for item in schedules),
-            skipped=[skipped for schedule in crons for skipped in skipped_times(schedule, now)],
-        )
+        made_for: dict[tuple[str | None, str | None], tuple[list[DeploymentScheduleCreate], Scheduled]] = {}
+        for when in dict.fromkeys(wanted.values()):
+            schedules = [_nightly(schedule, *when) for schedule in pattern.schedules]
+            crons = [item.schedule for item in schedules if isinstance(item.schedule, CronSchedule)]
+            scheduled = Scheduled(
+                schedule=", ".join(_in_words(item) for item in schedules),
+                skipped=[skipped for schedule in crons for skipped in skipped_times(schedule, now)],
+            )
+            made_for[when] = (schedules, scheduled)
         for model, path in jobs.items():
+            schedules, scheduled = made_for[wanted[model]]
             client.create_deployment(
                 flow_id=pattern.flow_id,
                 name=model,
@@ -82,20 +86,22 @@ def deploy_jobs(jobs: Mapping[str, Path], cron: str | None, timezone: str | None
     return made
 
 
-def require_schedule(cron: str | None, timezone: str | None) -> CronSchedule:
+def require_schedule(cron: str | None, timezone: str | None, where: str = "") -> CronSchedule:
     """The schedule. Raises SettingsError for one that Prefect does not understand.
 
     Args:
         cron: as crontab has it; None for every midnight.
         timezone: name of a time zone; None for UTC.
+        where: begin of the message.
     """
     try:
         return CronSchedule(cron="0 0 * * *" if cron is None else cron, timezone=timezone)
     except ValidationError as error:
         got = " ".join(text for text in (cron, timezone) if text)
         raise SettingsError(
-            f"schedule {got!r}: expected what crontab takes, such as '0 2 * * *' for two o'clock each day, and a time "
-            f"zone such as Europe/Berlin (UTC when absent); {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+            f"{where}schedule {got!r}: expected what crontab takes, such as '0 2 * * *' for two o'clock each day, and "
+            "a time zone such as Europe/Berlin (UTC when absent); "
+            + error.errors()[0]["msg"].removeprefix("Value error, ")
         ) from None
 
 

@@ -112,7 +112,7 @@ async def publish(run: Run, registered: Registered, outcome: Outcome) -> Path:
     assert written.file is not None, "a run at its end has a folder"
     await show(written.markdown, written.title, name)
 
-    keep_report(run.folder, registered.version, name, outcome.verdict, outcome.why)
+    keep_report(run.folder, registered.version, name, outcome.verdict, f"{run.job.release.channel}: {outcome.why}")
     await put({
         # Earlier ones too, which it missed.
         "MLflow": asyncio.to_thread(lambda: list(send_reports(run.folder.parent, url))),

@@ -45,6 +45,7 @@ from train_and_ship.registry.run_folder import FILES, REGISTERED, RELEASE, Regis
 from train_and_ship.registry.tracking import versions as mlflow_versions
 from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.curves import Point, file_points, shipped_of
+from train_and_ship.registry.tracking.runs import TAG_HASHES
 from train_and_ship.registry.tracking.versions import RegisteredVersion, VersionRecord
 from train_and_ship.tasks.fingerprints import data_fingerprint, snapshot_fingerprint
 from train_and_ship.tasks.requests import run_params
@@ -256,12 +257,12 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def _hashes(manifest: Manifest) -> dict[str, str]:
-    """Tags: SHA-256 of each file, and of the table of those that the job ships, whose names need not fit a tag."""
+    """Tag: SHA-256 of each file, and of the table of those that the job ships, of which there may be a thousand."""
     shipped = manifest.shipped
     hashes = {name: entry.sha256 for name, entry in manifest.files.items() if name not in shipped}
     if shipped:
         hashes[SHIPPED] = hashlib.sha256(canonical_json(file_table(shipped))).hexdigest()
-    return {f"sha256.{name}": sha256 for name, sha256 in hashes.items()}
+    return {TAG_HASHES: json.dumps(hashes, indent=1)}
 
 
 def _measured(result: TrainResult) -> dict[str, float]:

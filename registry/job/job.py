@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
+from zoneinfo import ZoneInfo
 
 from pydantic import (
     AfterValidator,
@@ -69,10 +70,30 @@ class Release(Part):
     """how often the validation samples are drawn anew for the interval"""
 
 
+def _is_cron(value: str) -> str:
+    if len(value.split()) != 5:
+        raise ValueError("five fields as crontab has them: minute, hour, day, month, weekday, such as 0 2 * * *")
+    return value
+
+
+def _is_zone(value: str) -> str:
+    try:
+        ZoneInfo(value)
+    except (OSError, KeyError, ValueError):
+        raise ValueError("the name of a time zone, such as Europe/Berlin") from None
+    return value
+
+
 class Retrain(Part):
     """What `ship retrain` does, by hand, on a schedule or on an event."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"code", "files"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"code", "files", "cron", "timezone"})
+
+    cron: Annotated[str, AfterValidator(_is_cron)] | None = None
+    """when `ship deploy` has it run, as crontab says it: 0 2 * * * is two o'clock each night; as in prefect.yaml when
+    absent"""
+    timezone: Annotated[str, AfterValidator(_is_zone)] | None = None
+    """of cron, such as Europe/Berlin; UTC when absent"""
 
     start: Literal["live", "scratch"] = "scratch"
     """begin with the live release's weights, or as model.factory makes them"""

@@ -39,6 +39,22 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"job file {path}: expected UTF-8 text that can be read, got {error}") from None
+    job = job_of(text, path, changes)
+    folder = (path.parent / job.project).resolve()
+    if not folder.is_dir():
+        raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
+    _require_files(job, folder, path)
+    return job, folder
+
+
+def job_of(text: str, path: Path, changes: Sequence[str] = ()) -> Job:
+    """The job that a file with this text describes. Raises JobError.
+
+    Args:
+        text: YAML.
+        path: of the file, for messages; nothing of it is read.
+        changes: as of `load_job`.
+    """
     try:
         document, twice = _parsed(text, path)
     except yaml.YAMLError as error:
@@ -48,7 +64,7 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
     if not isinstance(document, dict):
         raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
     for change in changes:
-        _change(document, change)
+        set_key(document, change)
     try:
         job = Job.model_validate(document)
     except ValidationError as error:
@@ -56,15 +72,11 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
         raise JobError("\n".join(lines)) from None
     if twice:
         raise JobError("\n".join(twice))
-    folder = (path.parent / job.project).resolve()
-    if not folder.is_dir():
-        raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
-    _require_files(job, folder, path)
     _require_no_password(document, path)
-    return job, folder
+    return job
 
 
-def _change(document: dict[Any, Any], change: str) -> None:
+def set_key(document: dict[Any, Any], change: str) -> None:
     """Set one key of the document. Raises JobError for what names no key, or one below a value."""
     name, given, text = change.partition("=")
     keys = name.strip().split(".")

@@ -23,6 +23,7 @@ from train_and_ship.registry.report.speed import how_measured, speed_table
 from train_and_ship.registry.report.training_sections import curves_section, training_section, warnings_section
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Cell, Link, Table, interval_text, number
+from train_and_ship.registry.tracking.runs import page_of_report
 
 
 class Ending(StrEnum):
@@ -134,7 +135,7 @@ def _places(files: RunFiles, bucket: str) -> list[Sequence[Cell]]:
         rows += [
             ("MLflow version", Link(text=f"{files.job.name} version {found.version}", url=found.version_url)),
             ("MLflow run", Link(text="parameters, curves, data", url=found.run_url)),
-            ("this report", Link(text="with its charts, in MLflow", url=f"{found.run_url}/artifacts/report.html")),
+            ("this report", Link(text="with its charts, in MLflow", url=page_of_report(found.run_url))),
         ]
     if files.against is not None:
         rows.append(("release", f"s3://{bucket}/models/{files.job.name}/releases/{files.release}/"))

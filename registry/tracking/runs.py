@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 TAG_FLOW_RUN = "flow_run_id"
 TAG_COMMIT = "git_commit"
+TAG_HASHES = "sha256"
+"""Of a version: JSON, file to SHA-256."""
 TAG_FAILURE = "failure"
 """Why a run or what came after it failed."""
 TAG_PROCESS = "process"
@@ -45,6 +47,8 @@ TAG_PROCESS = "process"
 
 REPORT = "report.html"
 """The run's artifact that tells all about it."""
+VIEW = "?workflowType=machine_learning"
+"""At the end of addresses: MLflow's pages for training; to a new visitor it shows those for prompts and traces."""
 BATCH_OF_METRICS = 1000
 BATCH_OF_PARAMS = 100
 TAG_LENGTH = 5000
@@ -85,6 +89,12 @@ class OpenRun:
     """Step of the last point of every curve that MLflow has."""
     finished: bool
     """Whether its end is known already: it stays as it is, and points can still be added."""
+
+
+def page_of_report(run_url: str) -> str:
+    """Where people read the REPORT of a run; empty without an address. run_url: of its page, with VIEW or without."""
+    page = run_url.removesuffix(VIEW)
+    return f"{page}/artifacts/{REPORT}{VIEW}" if page else ""
 
 
 def open_run(record: RunRecord, tracking_uri: str) -> OpenRun:
@@ -267,7 +277,7 @@ def params_of(params: Mapping[str, str | int | float | bool]) -> dict[str, str]:
 
 def run_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
     """Tags of a run and of its model; the checksums are on the version, where a reader compares them."""
-    kept = {name: value for name, value in tags.items() if not name.startswith("sha256.")}
+    kept = {name: value for name, value in tags.items() if name != TAG_HASHES}
     kept |= {
         "mlflow.source.name": "train-and-ship",
         "mlflow.source.type": "JOB",

@@ -36,12 +36,14 @@ from train_and_ship.registry.tracking.runs import (
     BATCH_OF_METRICS,
     REPORT,
     TAG_FLOW_RUN,
+    VIEW,
     OpenRun,
     RunRecord,
     end_with,
     metrics_of,
     missing_points,
     open_with,
+    page_of_report,
     params_of,
     run_tags,
 )
@@ -55,6 +57,11 @@ DESCRIPTION_LIMIT = 5000
 
 _DIGEST_LENGTH = 36
 
+_ABOUT = (
+    "Each version is a release of {model}: all formats, what was proven of them, and the report of the run. The alias "
+    "`champion` is what is live on the channel prod, `previous` what was before, `challenger` a candidate that did not "
+    "replace it; other channels have an alias of their own name."
+)
 _NEEDS_ONNX = (
     "This version has no ONNX file, and `mlflow.pyfunc.load_model` needs one. Its files can be fetched with "
     "`mlflow.artifacts.download_artifacts`."
@@ -65,7 +72,7 @@ _NEEDS_ONNX = (
 class VersionRecord(RunRecord):
     """Everything that MLflow is told about one release, and about the run that it comes from.
 
-    Its tags are `git_commit`, `flow_run_id`, `release`, `sha256.<file>` and whatever else is worth searching for.
+    Its tags are `git_commit`, `flow_run_id`, `release`, `sha256` and whatever else is worth searching for.
     """
 
     folder: Path
@@ -116,7 +123,7 @@ class RegisteredVersion:
     @property
     def report_url(self) -> str:
         """The report's page; empty as `run_url` is."""
-        return f"{self.run_url}/artifacts/{REPORT}" if self.run_url else ""
+        return page_of_report(self.run_url)
 
 
 def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
@@ -139,7 +146,8 @@ def register(record: VersionRecord, tracking_uri: str) -> RegisteredVersion:
             model_id = _log_model(client, run.experiment_id, run.run_id, record, files)
             _log_run(client, run, model_id, record)
             client.set_terminated(run.run_id, "FINISHED")
-            version = _create_version(client, run.run_id, model_id, record)
+            report = page_of_report(_run_url(run.run_id, run.experiment_id, tracking_uri))
+            version = _create_version(client, run.run_id, model_id, record, report)
     return _registered(record.model, version, run.run_id, run.experiment_id, tracking_uri)
 
 
@@ -322,13 +330,14 @@ def _log_run(client: MlflowClient, run: OpenRun, model_id: str, record: VersionR
     client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
-def _create_version(client: MlflowClient, run_id: str, model_id: str, record: VersionRecord) -> str:
+def _create_version(client: MlflowClient, run_id: str, model_id: str, record: VersionRecord, report: str) -> str:
     with passing_over(EXISTS):
-        client.create_registered_model(record.model)
-    description = record.description
-    if "onnx" not in record.formats:
-        first, _, rest = description.partition("\n")
-        description = f"{first}\n\n{_NEEDS_ONNX}\n{rest}"
+        client.create_registered_model(record.model, description=_ABOUT.format(model=record.model))
+    # Lists of versions show the first line.
+    first, _, rest = record.description.partition("\n")
+    more = [f"[Report of the run]({report})"] if report else []
+    more.append(_snippet(record.signature, model_id) if "onnx" in record.formats else _NEEDS_ONNX)
+    description = "\n\n".join([first, *more, rest.lstrip("\n")])
     version = client.create_model_version(
         record.model,
         source=f"models:/{model_id}",
@@ -369,6 +378,21 @@ def _signature(signature: Mapping[str, Any]) -> ModelSignature | None:
         return None
 
 
+def _snippet(signature: Mapping[str, Any], model_id: str) -> str:
+    """Markdown: how to load the model, and to ask it with one sample of zeros."""
+    inputs = ", ".join(
+        f'"{tensor["name"]}": numpy.zeros({tuple(1 if isinstance(dim, str) else dim for dim in tensor["shape"])}, '
+        f'"{tensor["dtype"]}")'
+        for tensor in signature["inputs"]
+    )
+    return f"""\
+```python
+import mlflow, numpy
+model = mlflow.pyfunc.load_model("models:/{model_id}")
+model.predict({{{inputs}}})
+```"""
+
+
 def _shipped(record: VersionRecord) -> int:
     """Where the model stands on the curves of the history."""
     if record.shipped_epoch:
@@ -394,14 +418,24 @@ def _find(
 
 
 def _registered(model: str, version: str, run_id: str, experiment_id: str, tracking_uri: str) -> RegisteredVersion:
-    site = without_credentials(tracking_uri) if urlsplit(tracking_uri).scheme in ("http", "https") else ""
+    site = _site(tracking_uri)
     return RegisteredVersion(
         version=version,
         run_id=run_id,
         model_uri=f"models:/{model}/{version}",
-        version_url=f"{site}/#/models/{quote(model, safe='')}/versions/{version}" if site else "",
-        run_url=f"{site}/#/experiments/{experiment_id}/runs/{run_id}" if site else "",
+        version_url=f"{site}/#/models/{quote(model, safe='')}/versions/{version}{VIEW}" if site else "",
+        run_url=_run_url(run_id, experiment_id, tracking_uri),
     )
+
+
+def _run_url(run_id: str, experiment_id: str, tracking_uri: str) -> str:
+    site = _site(tracking_uri)
+    return f"{site}/#/experiments/{experiment_id}/runs/{run_id}{VIEW}" if site else ""
+
+
+def _site(tracking_uri: str) -> str:
+    """The address of MLflow's pages; empty for a file or a database."""
+    return without_credentials(tracking_uri) if urlsplit(tracking_uri).scheme in ("http", "https") else ""
 
 
 @contextlib.contextmanager

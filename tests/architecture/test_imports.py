@@ -16,6 +16,7 @@ import pytest
 from tests.support.import_graph import FOLDERS, module_name
 from tests.support.imports import imports, modules
 from tests.support.projects import REPOSITORY
+from train_and_ship.ship.init import KINDS
 
 TOPS = {"train_and_ship", "torchworker", "shipreader"}
 ALLOWED = {
@@ -315,16 +316,22 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
         shutil.copy(REPOSITORY / name, source)
     for folder in FOLDERS:
         shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for example in KINDS:
+        below = f"examples/{example}"
+        shutil.copytree(REPOSITORY / below, source / below, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "names", source / "names", symlinks=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    packed = {name for name in names if name.endswith(".py")}
+    written = {name for name in names if name.startswith("train_and_ship/examples/")}
+    packed = {name for name in names if name.endswith(".py")} - written
     below = {folder: name.replace(".", "/") for folder, name in FOLDERS.items()}
     expected = {f"{below[folder]}/{file.partition('/')[2]}" for folder in FOLDERS for file, _ in modules(folder)}
     assert packed == expected
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOPS
+    here = [path for kind in KINDS for path in (REPOSITORY / "examples" / kind).iterdir() if path.is_file()]
+    assert written == {f"train_and_ship/{path.relative_to(REPOSITORY).as_posix()}" for path in here}
     data = {"registry/report/page.html.jinja", "ship/job-file.md", "ship/serving-requirements.txt"}
     assert {f"train_and_ship/{name}" for name in data} | {"torchworker/cpp/runner.cpp"} <= set(names)
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]

@@ -21,8 +21,8 @@ from train_and_ship.infra.settings import Settings
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 
 
-def job_of(folder: Path, name: str) -> Path:
-    return write_project(folder / name, name=name, train=SHORT, export={"formats": ["torchscript"]})
+def job_of(folder: Path, name: str, **more: Any) -> Path:
+    return write_project(folder / name, name=name, train=SHORT, export={"formats": ["torchscript"]}, **more)
 
 
 def deployed(stack: Settings) -> dict[str, dict[str, Any]]:
@@ -80,9 +80,9 @@ def test_each_job_file_gets_a_deployment_that_ships_its_model_and_deploying_agai
 def test_the_next_nights_are_there_as_runs_that_wait_for_their_time(
     ship: Ship, stack: Settings, tmp_path: Path
 ) -> None:
-    job = job_of(tmp_path, "zeta")
-    done = ship("deploy", str(job), "--cron", "30 3 * * *", "--timezone", "Europe/Berlin")
-    assert done.status == 0, done.text
+    job = job_of(tmp_path, "zeta", retrain={"cron": "30 3 * * *", "timezone": "Europe/Berlin"})
+    done = ship("deploy", str(job))
+    assert done.status == 0 and "retrain/zeta  30 3 * * * Europe/Berlin" in done.output, done.text
     when = datetime.fromisoformat(scheduled(stack, "zeta")[0]["expected_start_time"])
     assert (when.astimezone(ZoneInfo("Europe/Berlin")).hour, when.minute) == (3, 30)
 

@@ -65,7 +65,8 @@ def test_mlflow_shows_one_version_with_files_curves_data_and_tags(digits: Ended,
     assert "system/cpu_utilization_percentage" in run.data.metrics
     assert run.inputs.dataset_inputs[0].dataset.digest
     assert version.tags["flow_run_id"] == flow_run_of(digits)
-    assert len(version.tags["sha256.model.onnx"]) == 64
+    assert len(json.loads(version.tags["sha256"])["model.onnx"]) == 64
+    assert version.tags["decision_why"].startswith("prod: All gates")
     assert version.tags["serve.latency"] in ("onnx", "pt2", "torchscript")
     for kind in ("onnx", "pt2", "torchscript"):
         assert {f"{kind}.{name}" for name in ("load_ms", "size_mb", "memory_mb")} <= run.data.metrics.keys()

@@ -1,7 +1,8 @@
-"""The examples of a table, of sequences, of sound and of a decoding loop, through the whole flow."""
+"""The examples of tables, of text, of sound, of sequences and of a decoding loop, through the whole flow."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -25,7 +26,11 @@ OURS = re.compile(r"^\s*(from|import) (flows|tasks|registry|infra|torchworker|sh
 
 def shipped(ship: Ship, store: ObjectStore, example: str, folder: Path) -> Manifest:
     """Runs the example's job, downloads what it made live into the folder, and returns its manifest."""
-    path = REPOSITORY / "examples" / example / "job.yaml"
+    return shipped_by(ship, store, REPOSITORY / "examples" / example / "job.yaml", folder)
+
+
+def shipped_by(ship: Ship, store: ObjectStore, path: Path, folder: Path) -> Manifest:
+    """The same of a job file."""
     assert len(path.read_text().splitlines()) < 25
     for module in path.parent.glob("*.py"):
         assert not OURS.search(module.read_text())
@@ -43,11 +48,49 @@ def shipped(ship: Ship, store: ObjectStore, example: str, folder: Path) -> Manif
 def test_a_table_of_measurements_is_classified_and_its_own_metric_gated(
     ship: Ship, store: ObjectStore, tmp_path: Path
 ) -> None:
-    manifest = shipped(ship, store, "tabular", tmp_path / "release")
+    manifest = shipped(ship, store, "tumours", tmp_path / "release")
     metrics = manifest.metrics
     assert set(manifest.formats) == {"torchscript", "onnx", "pt2"}
     assert metrics["accuracy"] >= 0.93 and metrics["recall"] >= 0.88
     assert manifest.signature["inputs"][0]["shape"] == ["batch", 30]
+
+
+@pytest.mark.soak
+def test_a_table_with_categories_that_init_has_written_ships_them_and_live_is_asked_with_its_own(
+    ship: Ship, store: ObjectStore, tmp_path: Path
+) -> None:
+    job = tmp_path / "mine" / "job.yaml"
+    job.parent.mkdir()
+    assert ship("init", str(job.parent), "--example", "tabular").status == 0
+    manifest = shipped_by(ship, store, job, tmp_path / "release")
+    assert manifest.signature["labels"] == ["stays", "leaves"]
+    shipped_categories = json.loads((tmp_path / "release" / "files" / "categories.json").read_text())
+    assert shipped_categories["plan"] == ["basic", "business", "family", "student", "trial"]
+
+    # The codes of all plans become others; what is live goes on with those that it has learnt.
+    table = job.with_name("customers.csv")
+    table.write_text(table.read_text().replace("family", "a-family"))
+    again = ship("run", str(job))
+    assert again.status == 0, again.text
+    told = re.search(r"prepare (\d+) of 300 samples otherwise", again.text)
+    assert told is not None and int(told[1]) > 0, again.text
+
+
+@pytest.mark.soak
+def test_messages_are_sorted_by_tokens_of_a_tokenizer_that_the_release_has(
+    ship: Ship, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    assert ship("init", str(tmp_path / "mine"), "--example", "text").status == 0
+    manifest = shipped_by(ship, store, tmp_path / "mine" / "job.yaml", tmp_path / "release")
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    messages = __import__("messages")
+    monkeypatch.delitem(sys.modules, "messages")
+    tokens = messages.Tokenizer.load(tmp_path / "release" / "files" / "tokenizer.json").encode
+    asked = torch.tensor([tokens("my parcel never arrived"), tokens("i cannot log in, the password is wrong")])
+    for kind, file in manifest.formats.items():
+        scores = load_artifact(kind, tmp_path / "release" / file, 1)({"tokens": asked})[0]
+        assert [manifest.signature["labels"][best] for best in scores.argmax(1)] == ["delivery", "account"], kind
 
 
 @pytest.mark.soak

@@ -101,7 +101,7 @@ def test_a_worse_candidate_stays_in_mlflow_as_the_challenger_with_its_report(pro
     challenger = client.get_model_version_by_alias(MODEL, "challenger")
     assert challenger.version == decision.mlflow_version
     assert challenger.tags["release"] == decision.candidate
-    assert challenger.tags["decision"] == KEPT and challenger.tags["decision_why"] == decision.why
+    assert challenger.tags["decision"] == KEPT and challenger.tags["decision_why"] == f"prod: {decision.why}"
     report = checked(Path(client.download_artifacts(str(challenger.run_id), "report.html")).read_text())
     assert report.headings[:2] == ["Decision", f"Beside the live release {before.release}"]
     for part in ("stays live", "train.epochs 20 → 1", "interval", "95% sure > 0", "FAILED", "parent release"):

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import hashlib
 import http.server
+import json
+import re
 import socket
 import subprocess
 import sys
@@ -72,7 +74,7 @@ def registered(server: str, folder: Path) -> RegisteredVersion:
 
 def record(folder: Path, **changes: Any) -> VersionRecord:
     files = [*FORMATS.values(), *EXTRA]
-    sha256 = {f"sha256.{name}": hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+    sha256 = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
     base = VersionRecord(
         model="digits",
         folder=folder,
@@ -89,7 +91,7 @@ def record(folder: Path, **changes: Any) -> VersionRecord:
         dataset_digest="ab" * 32,
         dataset_source="digits:build_dataset",
         dataset_profile={"train_samples": 1437},
-        tags={"git_commit": "3f9a1c2", "flow_run_id": "run-1", "release": "r-1", **sha256},
+        tags={"git_commit": "3f9a1c2", "flow_run_id": "run-1", "release": "r-1", "sha256": json.dumps(sha256)},
         description="digits r-1: all gates passed.\n\n### Parity\n",
         run_name="r-1",
     )
@@ -112,11 +114,11 @@ def test_a_version_holds_every_format_and_file_byte_for_byte(
 ) -> None:
     mlflow.set_tracking_uri(server)
     local = Path(mlflow.artifacts.download_artifacts(registered.model_uri, dst_path=str(tmp_path)))
-    tags = MlflowClient(server).get_model_version("digits", registered.version).tags
+    hashes = json.loads(MlflowClient(server).get_model_version("digits", registered.version).tags["sha256"])
     for name in [*FORMATS.values(), *EXTRA]:
         content = (local / name).read_bytes()
         assert content == (folder / name).read_bytes()
-        assert tags[f"sha256.{name}"] == hashlib.sha256(content).hexdigest()
+        assert hashes[name] == hashlib.sha256(content).hexdigest()
 
 
 def test_the_run_has_params_and_metrics_of_every_epoch(server: str, registered: RegisteredVersion) -> None:
@@ -181,11 +183,26 @@ def test_the_description_starts_with_a_plain_line(server: str, registered: Regis
     description = MlflowClient(server).get_model_version("digits", registered.version).description
     assert description is not None
     assert description.splitlines()[0] == "digits r-1: all gates passed."
+    assert f"[Report of the run]({registered.report_url})" in description
+    about = MlflowClient(server).get_registered_model("digits").description
+    assert about is not None and "release of digits" in about and "`champion` is what is live" in about
+
+
+def test_what_the_description_shows_loads_the_model_and_asks_it(server: str, registered: RegisteredVersion) -> None:
+    mlflow.set_tracking_uri(server)
+    description = MlflowClient(server).get_model_version("digits", registered.version).description or ""
+    (snippet,) = re.findall(r"```python\n(.*?)```", description, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet.replace("model.predict", "answer = model.predict"), names)
+    assert names["answer"]["logits"].shape == (1, 10)
 
 
 def test_pages_of_version_and_run_are_linked(server: str, registered: RegisteredVersion) -> None:
-    assert registered.version_url == f"{server}/#/models/digits/versions/{registered.version}"
-    assert registered.run_url.endswith(f"/runs/{registered.run_id}")
+    # MLflow shows the pages for prompts to a new visitor otherwise.
+    training = "?workflowType=machine_learning"
+    assert registered.version_url == f"{server}/#/models/digits/versions/{registered.version}{training}"
+    assert registered.run_url.endswith(f"/runs/{registered.run_id}{training}")
+    assert registered.report_url.endswith(f"/runs/{registered.run_id}/artifacts/report.html{training}")
 
 
 def test_the_alias_loads_and_predicts_like_onnxruntime(

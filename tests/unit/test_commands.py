@@ -47,6 +47,22 @@ def test_every_command_is_in_a_group_and_has_examples() -> None:
         assert f"─ {group} ─" in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("pull digits /srv/digits", "expected MODEL alone, got '/srv/digits' as well; what it is says an option"),
+        ("pull digits /srv/digits", "--channel, --to"),
+        ("history digits staging", "option before it: --channel, --last"),
+        ("check a.yaml b.yaml", "expected JOB alone, got 'b.yaml' as well; what it is says an option before it: --set"),
+        ("channel show", "Missing argument"),
+        ("down now", "expected no argument, got 'now'"),
+    ],
+)
+def test_a_word_too_many_says_which_options_take_one(words: str, expected: str) -> None:
+    shown = CliRunner().invoke(app, words.split(), env={"COLUMNS": "160"})
+    assert shown.exit_code == 2 and expected in " ".join(shown.output.replace("│", " ").split())
+
+
 def test_the_version_names_what_is_used() -> None:
     shown = CliRunner().invoke(app, ["--version"])
     assert shown.exit_code == 0 and shown.output.startswith("train-and-ship ") and ", torch 2." in shown.output

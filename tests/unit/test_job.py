@@ -190,6 +190,8 @@ def test_a_key_of_another_part_is_named_with_its_part_and_kinds_of_values_in_wor
         ("release: {channel: latest}\n", "a channel that MLflow can have as an alias"),
         ("release: {channel: eu.west}\n", "no dots, such as eu-west"),
         ("  learning_rate: 1e-3\n", "YAML reads 1e-3 as text; write it with a point, such as 1.0e-3"),
+        ("retrain: {cron: every night}", "five fields as crontab has them"),
+        ("retrain: {cron: 0 2 * * *, timezone: Europe/Bonn}", "the name of a time zone, such as Europe/Berlin"),
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path: Path, keys: str, expected: str) -> None:

@@ -28,7 +28,8 @@ def test_names_that_are_attacks_are_shown_and_do_nothing() -> None:
     found = checked(document)
     assert EVIL in found.text and EVIL_IMAGE in found.text and EVIL_MARKDOWN in found.text
     assert found.links == [
-        f"http://127.0.0.1:5000/#/experiments/1/runs/2{end}" for end in ("", "/artifacts/report.html")
+        f"http://127.0.0.1:5000/#/experiments/1/runs/2{end}"
+        for end in ("", "/artifacts/report.html?workflowType=machine_learning")
     ]
     text = markdown(page)
     # Whatever renders it sees no tag, no image and no link of theirs.

@@ -357,13 +357,13 @@ def test_mlflow_gets_one_hash_and_one_line_for_all_of_them(project: Path, tmp_pa
     job = job_of(project, files=["tokenizer", "labels.json"], extras="plain:write")
     folder = exported(job, project, tmp_path / "export")
     made = build_manifest(folder, model="plain", formats={"onnx": "model.onnx"}, signature={}, metrics={})
-    tags = _hashes(made)
-    assert list(tags) == ["sha256.model.onnx", "sha256.files"]
-    assert tags["sha256.model.onnx"] == made.files["model.onnx"].sha256
+    hashes = json.loads(_hashes(made)["sha256"])
+    assert list(hashes) == ["model.onnx", "files"]
+    assert hashes["model.onnx"] == made.files["model.onnx"].sha256
     assert _sizes(made) == {"model.onnx": 4, "files/ (4)": 3 + 14 + 4 + 2}
     (folder / "files" / "labels.json").write_text('["dog", "cat"]')
     other = build_manifest(folder, model="plain", formats={"onnx": "model.onnx"}, signature={}, metrics={})
-    assert _hashes(other)["sha256.files"] != tags["sha256.files"]
+    assert json.loads(_hashes(other)["sha256"])["files"] != hashes["files"]
 
 
 def test_a_shared_library_among_them_is_loaded_by_nobody(tmp_path: Path) -> None:
