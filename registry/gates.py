@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from torchworker.contract import IN_CPP, PARITY, RehearseResult, Verdict, fewest_groups
+from torchworker.contract import IN_CPP, PARITY, RehearseResult, ValidateResult, Verdict, fewest_groups
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.live_score import LiveScore
@@ -338,6 +338,23 @@ def passed_words(verdicts: Sequence[Verdict]) -> str:
     left = not_run(verdicts)
     said = f"all {sum(item.ran for item in verdicts)} gates passed"
     return f"{said}, not run: {', '.join(left)}" if left else said
+
+
+def asked_words(result: ValidateResult) -> str:
+    """On how many held-out samples artifacts were held against the model, and what that says of others like them; empty
+    where an older version validated.
+
+    Where none of n independent samples differs, at most 3 / n of all do, with 95 % confidence: the rule of three
+    (Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right? Interpreting Zero Numerators", JAMA 249,
+    1983, 1743-1745). It is -ln(0.05) / n rounded up.
+    """
+    if not result.asked:
+        return ""
+    said = f"Held against the model on {result.asked:,} of {result.validation_samples:,} held-out samples"
+    if any(item.gate == PARITY and item.ran and not item.passed for item in result.verdicts):
+        return said
+    share = min(1.0, 3 / result.asked)
+    return f"{said}: none differs, so of others like them at most {share:.2%} do (95 %, rule of three)"
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:

@@ -11,7 +11,9 @@ from prefect import get_run_logger
 from torchworker.contract import ExportResult
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.agreement import require_may_pass
+from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.data.readings import contradictions_of_gates, contradictions_of_training
+from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.run_folder import EXPORT, stage_inputs
 from train_and_ship.tasks.readings import require_same_data
 from train_and_ship.tasks.requests import export_request
@@ -19,6 +21,9 @@ from train_and_ship.tasks.results import Exported, Inspected, Run, Trained
 from train_and_ship.tasks.shipped import add_files, files_digest
 from train_and_ship.tasks.stage import WORKER_DELAYS, run_stage, stage_task
 from train_and_ship.tasks.worker import ask_worker
+
+LEAST_SECONDS, TRAINING_SHARE = 60.0, 0.1
+"""What `parity.seconds` is where the job does not say: so much of the training's seconds, and no less than these."""
 
 
 @stage_task("export", delays=WORKER_DELAYS)
@@ -48,13 +53,19 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
         *((f"raw {run.project.raw}",) if run.project.raw is not None else ()),
         # The samples' places are kept for it.
         *(("for live",) if run.project.for_live is not None else ()),
+        *((f"parity {run.job.parity.seconds}",) if run.job.parity.seconds is not None else ()),
         *((f"files {await asyncio.to_thread(files_digest, run.job, project)}",) if run.job.export.files else ()),
     )
     stage = StageFolder(run.folder, EXPORT, inputs)
 
     async def make(work: Path) -> ExportResult:
         request = export_request(run.job, run.project, work, weights=str(trained.weights))
-        request = replace(request, drawn=facts.drawn, ignored=trained.result.ignored)
+        request = replace(
+            request,
+            drawn=facts.drawn,
+            ignored=trained.result.ignored,
+            parity_seconds=seconds_of_parity(run.job, run.folder),
+        )
         made = await ask_worker(run.fork_server, "export", request, ExportResult, work)
         await asyncio.to_thread(add_files, run.job, project, work)
         return made
@@ -69,3 +80,11 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     for kind, why in result.left_out.items():
         get_run_logger().warning("%s is left out: %s", kind, why)
     return Exported(folder=stage.path, result=result, digest=stage.digest(), weights=trained.weights)
+
+
+def seconds_of_parity(job: Job, folder: Path) -> float:
+    """How long the model is asked about held-out samples. folder: of the run, which knows what its training took."""
+    if job.parity.seconds is not None:
+        return job.parity.seconds
+    trained = sum(item.wall for item in read_costs(folder) if item.stage == "train")
+    return max(LEAST_SECONDS, TRAINING_SHARE * trained)

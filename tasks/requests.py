@@ -179,6 +179,7 @@ def validate_request(job: Job, project: Project, folder: Path, exported: ExportR
         not_finite=job.parity.not_finite,
         refusals=job.parity.refusals,
         relative=job.parity.relative,
+        min_samples=job.parity.min_samples,
         max_batch=job.export.max_batch,
         weight_names=exported.weight_names,
         int8=int8_limits(job),

@@ -20,7 +20,7 @@ from torchworker.contract import (
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.agreement import require_agreement, served_otherwise
-from train_and_ship.registry.gates import headline, passed_words, unproven_in_cpp, verdict_table
+from train_and_ship.registry.gates import asked_words, headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
 from train_and_ship.tasks.explain import explain
@@ -103,6 +103,8 @@ def _log(validated: Validated) -> None:
     if skipped:
         logger.warning("; ".join(f"{', '.join(formats)} {what}" for what, formats in skipped.items()))
     logger.info("%s\n%s", passed_words(result.verdicts), verdict_table(result.verdicts).text())
+    if asked := asked_words(result):
+        logger.info("%s", asked)
     if result.independence:
         logger.info("%s", result.independence)
     if result.speed is not None:

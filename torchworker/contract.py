@@ -35,7 +35,7 @@ PROBE = "probe.safetensors"
 LIVE_VALIDATION = "validation-live.safetensors"
 """The samples of VALIDATION as the live release takes them."""
 PLACES = "places"
-"""In VALIDATION: the place of each sample in its split, [samples] int64; only where the job has `data.for_live`."""
+"""In VALIDATION: the place of each sample in its split, [samples] int64. Samples lie there in a drawn order."""
 EXTRAS = "extras"
 """In the folder of an export: what `export.extras` of the job has written."""
 CHECKPOINT = "CHECKPOINT.json"
@@ -699,6 +699,8 @@ class ExportRequest(Message):
     """At most this many validation samples are kept for the quality gate: the first, unless others are drawn."""
     drawn: Sequence[int] | None = None
     """Places of the validation samples to keep, ascending; None for all up to the limit."""
+    parity_seconds: float | None = None
+    """The model is asked about validation samples for so long, in the order that the seed draws; None for all."""
     ignored: Sequence[int] = ()
     """Labels among the model's classes that accuracy does not count."""
     dynamic: Sequence[DynamicDim] = ()
@@ -860,6 +862,8 @@ class ValidateRequest(Artifacts, CleanRoom):
     """What is asked where the model refuses an input: `known`, `same` or `off`."""
     relative: bool = False
     """Whether outputs that are never negative are compared in units of each element too."""
+    min_samples: int = 0
+    """Fewer validation samples that the model was asked about are a failure, unless there are no more."""
     max_batch: int | None = None
     """Largest batch of the signature; None for no limit."""
     weights: str = ""
@@ -1060,6 +1064,10 @@ class ValidateResult(Message):
     reference: str
     """What parity was measured against, in words."""
     validation_samples: int
+    """That metrics are of."""
+    asked: int | None = None
+    """Of these, the samples on which artifacts were held against the model, in the order that the seed draws; None
+    where an older version validated, which asked about all."""
     mismatches: Sequence[Mismatch] = ()
     """Where parity failed, the worst first; empty when it passed."""
     int8: Mapping[str, Int8] = field(default_factory=dict)

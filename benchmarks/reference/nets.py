@@ -37,12 +37,33 @@ class SmallTransformer(nn.Module):
         return self.classify(self.encode(tokens).mean(1))
 
 
+class LargeTransformer(nn.Module):
+    """Tokens [batch, 32] int64 → logits [batch, 10]: twelve encoder layers of 768, 110 million parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32_000, 768)
+        layer = nn.TransformerEncoderLayer(768, 12, 4 * 768, dropout=0.0, batch_first=True, activation="gelu")
+        self.encode = nn.TransformerEncoder(layer, 12)
+        self.classify = nn.Linear(768, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.classify(self.encode(self.embed(tokens)).mean(1))
+
+
 def build_model(net: str) -> nn.Module:
-    return {"reference": ReferenceNet, "cnn": SmallCnn, "transformer": SmallTransformer}[net]()
+    nets = {"reference": ReferenceNet, "cnn": SmallCnn, "transformer": SmallTransformer, "large": LargeTransformer}
+    return nets[net]()
 
 
 def build_dataset(split: str, net: str) -> TensorDataset:
-    """Noise with a pattern for each of ten classes; 256 to train on and 128 held out."""
+    """Noise with a pattern for each of ten classes, 256 to train on and 128 held out; of the large one tokens, 32 and
+    256."""
+    if net == "large":
+        generator = torch.Generator().manual_seed(1 if split == "train" else 2)
+        size = 32 if split == "train" else 256
+        tokens = torch.randint(32_000, (size, LENGTH), generator=generator)
+        return TensorDataset(tokens, torch.randint(10, (size,), generator=generator))
     if net != "transformer":
         return images(split, samples=256)
     generator = torch.Generator().manual_seed(0)

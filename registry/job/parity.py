@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from train_and_ship.registry.job.base import Part
 
@@ -12,7 +12,7 @@ from train_and_ship.registry.job.base import Part
 class Parity(Part):
     """How artifacts are held against the model. The defaults are what a release should keep."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"coupled", "relative"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"coupled", "min_samples", "relative", "seconds"})
 
     not_finite: Literal["contained", "same", "off"] = "contained"
     """NaN and infinity in an input: contained, a sample that shows them must show them in every format and no other
@@ -20,6 +20,12 @@ class Parity(Part):
     refusals: Literal["known", "same", "off"] = "known"
     """inputs that the model refuses: known, every format refuses them, except that ONNX counts index −1 from the end;
     same, no exception; off, not asked"""
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """how long the model is asked about held-out samples, in float32 and in float64, in an order drawn by train.seed:
+    until all are asked or so many seconds are spent; when absent, a tenth of the training's seconds and at least 60.
+    Other questions are asked whatever they take"""
+    min_samples: int = Field(256, ge=1)
+    """fewer held-out samples that were asked fail the release, unless there are no more"""
     relative: bool = False
     """true: outputs that are never negative, such as probabilities of rare events, have to be as near in units of each
     element as they are in units of the whole output; for scores that are ranked or whose logarithm is taken, see

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ValidateResult, Verdict
-from train_and_ship.registry.gates import NOT_RUN, not_run, passed_words, unproven_in_cpp, verdicts_by_format
+from train_and_ship.registry.gates import (
+    NOT_RUN,
+    asked_words,
+    not_run,
+    passed_words,
+    unproven_in_cpp,
+    verdicts_by_format,
+)
 from train_and_ship.registry.report.proof_sections import capture_table, metric_table
 from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
 from train_and_ship.registry.text import Table, escaped, file_size, number, one_line
@@ -50,6 +57,8 @@ def describe(
         " · ".join([f"Release `{release}`", *(f"[{one_line(text)}]({url})" for text, url in links.items() if url)]),
     ]
     unit = f"How much of the allowed difference from {escaped(result.reference)} each artifact uses; above 1 fails."
+    if asked := asked_words(result):
+        unit += f" {asked}."
     if result.independence:
         unit += f" {escaped(one_line(result.independence))}."
     format_of = {file: name for name, file in formats.items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ErrorCounts
 from train_and_ship.registry.agreement import agreement_table, agreements
-from train_and_ship.registry.gates import not_run, verdicts_by_format
+from train_and_ship.registry.gates import asked_words, not_run, verdicts_by_format
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
 from train_and_ship.registry.run_folder import RunFiles
@@ -27,6 +27,8 @@ def parity_section(files: RunFiles) -> Section:
         if item.measured is not None and item.limit == "<= 1":
             used[item.format] = max(used.get(item.format, 0.0), item.measured)
     blocks: list[Block] = [Text(text=said)]
+    if asked := asked_words(files.validated):
+        blocks.append(Text(text=f"{asked}."))
     if files.validated.independence:
         blocks.append(Text(text=f"{files.validated.independence}."))
     if left := not_run(verdicts):

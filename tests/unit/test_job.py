@@ -341,6 +341,15 @@ def test_a_proof_in_cpp_is_required_only_of_formats_that_run_there(tmp_path: Pat
     assert load_job(path)[0].parity.cpp == "required"
 
 
+@pytest.mark.parametrize("wrong", ["seconds: 0", "seconds: -1", "seconds: .inf", "seconds: .nan", "seconds: '60'",
+                                   "min_samples: 0", "min_samples: 2.5"])  # fmt: skip
+def test_time_and_samples_of_a_proof_that_are_no_amounts_are_refused_by_their_key(tmp_path: Path, wrong: str) -> None:
+    path = write_project(tmp_path)
+    path.write_text(path.read_text() + f"parity: {{{wrong}}}\n")
+    with pytest.raises(JobError, match=rf"parity\.{wrong.partition(':')[0]}"):
+        load_job(path)
+
+
 def test_a_bare_off_which_yaml_reads_as_false_is_the_word(tmp_path: Path) -> None:
     path = write_project(tmp_path)
     path.write_text(path.read_text() + "parity: {cpp: off, refusals: off, not_finite: off}\n")

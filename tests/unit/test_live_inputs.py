@@ -89,8 +89,8 @@ def project(name: str | None = "for_live") -> Project:
 
 
 def request(tmp_path: Path, name: str = "for_live", known: Sequence[str] = LIVE) -> LiveInputsRequest:
-    """The candidate's samples are the second, third and fifth."""
-    places, (files, own, out) = torch.tensor([1, 2, 4]), (tmp_path / name for name in ("files", "own", "out"))
+    """The candidate's samples are the fifth, second and third, as they were drawn."""
+    places, (files, own, out) = torch.tensor([4, 1, 2]), (tmp_path / name for name in ("files", "own", "out"))
     for folder, fitted in ((files, known), (own, MINE), (out, [])):
         folder.mkdir(exist_ok=True)
         (folder / "colours.json").write_text(json.dumps(fitted))
@@ -108,8 +108,8 @@ def test_the_same_samples_are_prepared_by_the_files_of_the_live_release(tmp_path
     result = live_inputs(request(tmp_path))
     assert (result.samples, result.changed) == (3, 3)
     made = load_file(tmp_path / "out" / LIVE_VALIDATION)
-    assert torch.equal(made["input.colour"], encoded(LIVE)[[1, 2, 4]])
-    assert torch.equal(made["target"], LABELS[[1, 2, 4]]) and made["group"].tolist() == [0, 0, 1]
+    assert torch.equal(made["input.colour"], encoded(LIVE)[[4, 1, 2]])
+    assert torch.equal(made["target"], LABELS[[4, 1, 2]]) and made["group"].tolist() == [0, 0, 1]
 
 
 def test_samples_that_its_files_prepare_otherwise_are_counted(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_the_places_of_drawn_samples_are_kept_for_it(tmp_path: Path) -> None:
     asks = ExportRequest(
         project=project(), folder=str(tmp_path), weights="", formats=[], batch=2, seed=0, validation_limit=4
     )
-    for drawn, places in (([1, 2, 4], [1, 2, 4]), (None, [0, 1, 2, 3])):
+    for drawn, places in (([1, 2, 4], [4, 1, 2]), (None, [0, 1, 3, 2])):
         with torch.no_grad():
             model, named = nn.Linear(3, 2).eval(), {"input": encoded(MINE)[:2]}
             write_reference(replace(asks, drawn=drawn), model, named, build_dataset("validation"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from tests.support.projects import write_project
-from torchworker.contract import VALIDATION, DynamicDim, ExportRequest, Project, Reference, TensorSpec
+from torchworker.contract import PLACES, VALIDATION, DynamicDim, ExportRequest, Project, Reference, TensorSpec
 from torchworker.custom_loop.preflight import try_parts
 from torchworker.exporters.subject import Subject
 from torchworker.parity.compare import same_weights
@@ -396,9 +396,9 @@ def test_golden_inputs_and_gates_are_raw_and_the_fingerprint_is_of_what_was_insp
         _, read = write_reference(request, exported, {"pixels": PIXELS[:4]}, dataset, "", raw)
     assert [probe.inputs["pixels"].dtype for probe in read_golden(tmp_path, None)] == [torch.uint8] * 3
     kept = load_file(tmp_path / VALIDATION)
-    assert torch.equal(kept["input.pixels"], PIXELS[[1, 5, 7, 30]]) and torch.equal(
-        kept["target"], LABELS[[1, 5, 7, 30]]
-    )
+    places = kept[PLACES]
+    assert sorted(places.tolist()) == [1, 5, 7, 30]
+    assert torch.equal(kept["input.pixels"], PIXELS[places]) and torch.equal(kept["target"], LABELS[places])
     plain = ExportRequest(
         project=project(None, None), folder=str(tmp_path), weights="", formats=[], batch=4, seed=0,
         validation_limit=100, drawn=[1, 5, 7, 30],

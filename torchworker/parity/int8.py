@@ -136,29 +136,33 @@ def examine(
     if wrong:
         return Int8(reason=wrong), {}
     noise, predictions = Noise(), Predictions()
-    mine, own = MetricSums(metrics), MetricSums(metrics)
+    mine, beside, own = (MetricSums(metrics) for _ in range(3))
     for probe, target in validation_batches(validation, inputs, batch, outputs):
         try:
             got = call(probe.inputs)
         except Exception as error:
             return Int8(reason=f"it fails on validation samples: {describe(error).splitlines()[0][:200]}"), {}
         eager = probe.eager or {}
-        if wrong := _structure(got, eager):
+        if eager and (wrong := _structure(got, eager)):
             return Int8(reason=f"{probe.name}: {wrong}"), {}
+        mine.add(got[0], target)
+        if not eager:
+            # There was no time to ask the model.
+            continue
         for position, (name, tensor) in enumerate(eager.items()):
             if tensor.is_floating_point():
                 noise.add(name, got[position], tensor)
             if position == 0 and "accuracy" in metrics:
                 predictions.add(got[0], tensor, target)
-        mine.add(got[0], target)
+        beside.add(got[0], target)
         own.add(next(iter(eager.values())), target)
-    values, theirs = mine.means(), own.means()
+    values, there, theirs = mine.means(), beside.means(), own.means()
     found = Int8(
         sqnr_db=noise.decibels,
         golden_sqnr_db=golden_noise(call, probes, outputs).decibels,
         agreement=predictions.agreement,
         flip_margin=predictions.flip_margin,
-        losses={name: loss(name, value, theirs[name]) for name, value in values.items()},
+        losses={name: loss(name, value, theirs[name]) for name, value in there.items()},
     )
     return Int8(**{**vars(found), "reason": verdict(found, limits)}), values
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,6 +55,8 @@ ROUNDOFF = "roundoff"
 SIZE = "size"
 """In VALIDATION, before the name of a tensor whose batches differ in shape: the sizes that each sample has behind its
 batch, [samples, dimensions - 1] int64. The tensor is filled up at the end; absent where all have one shape."""
+ASKED, SECONDS = "asked", "seconds"
+"""In VALIDATION: of how many samples, from the first, it has the model's answers, and how long these took."""
 ROUNDOFFS = (2.0**-8, 2.0**-11)
 """Of bfloat16 and float16. A file from a bucket may not say another one, which would loosen the rule."""
 REFUSAL_SECONDS = 60.0
@@ -124,6 +128,13 @@ def golden_sizes(batch: int, largest: int | None) -> list[int]:
     return sorted({1, batch, largest or 2 * batch + 1})
 
 
+def asking_order(count: int, seed: int) -> list[int]:
+    """Places of so many samples in the order in which they are asked: those that were asked when time is up are then a
+    random sample of all, which neighbours in a file are not."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
 def write_reference(
     request: ExportRequest,
     model: nn.Module,
@@ -135,7 +146,8 @@ def write_reference(
     """Three files; returns in words what they were made with, and which validation samples they hold.
 
     `golden.safetensors`: inputs, eager outputs and, where the model allows, float64 outputs, per batch size;
-    `validation.safetensors`: inputs and targets for the quality gate; `probes.safetensors`: every other question
+    `validation.safetensors`: inputs and targets for the quality gate, and answers for as many as `parity_seconds` is
+    enough for; `probes.safetensors`: every other question
     with the model's answers (see `read_probes`). Tensor names are `batch_<n>.input.<name>`, `batch_<n>.eager.<name>`,
     `batch_<n>.float64.<name>`; `input.<name>`, `eager.<name>`, `float64.<name>`, `moved.<name>`, `tied.<name>` and
     `target`, and `labels` where the target has labels that no metric of ours counts, `group` where the job says in
@@ -414,6 +426,11 @@ def validation_batches(
         )
 
 
+def asked_of(validation: Mapping[str, Tensor]) -> int:
+    """How many samples of VALIDATION have the model's answers: the first ones, or all in a file of before."""
+    return int(validation.get(ASKED, len(validation["target"])))
+
+
 def _calls(validation: Mapping[str, Tensor], batch: int) -> Iterator[slice]:
     """Samples that are asked together: of one shape, and at most so many."""
     count = len(validation["target"])
@@ -425,7 +442,7 @@ def _calls(validation: Mapping[str, Tensor], batch: int) -> Iterator[slice]:
         yield slice(start, end)
 
 
-def _rows(validation: Mapping[str, Tensor], key: str, part: slice) -> Tensor:
+def _rows(validation: Mapping[str, Tensor], key: str, part: slice | Tensor) -> Tensor:
     """Samples of a tensor of VALIDATION, as long as the longest of them was in its batch."""
     rows = validation[key][part]
     sizes = validation.get(f"{SIZE}.{key}")
@@ -512,14 +529,15 @@ def _in_rows(probe: Probe, like: Probe) -> bool:
 def _write_validation(
     request: ExportRequest, answers: Answers, dataset: Dataset[Any], raw: Dataset[Any] | None
 ) -> tuple[Inputs, Reading]:
-    """Inputs and targets, and what the model makes of them: most of these samples no exporter has seen.
+    """Inputs and targets in the order of `asking_order`, and what the model makes of the first of them, until time is
+    up: most of these samples no exporter has seen.
 
-    Returns the first samples' inputs, which probes are made from, and what was read.
+    Returns the inputs of the dataset's first samples, which probes are made from, and what was read.
     """
     parts: dict[str, list[Tensor]] = {}
     first: tuple[Inputs, Tensor] | None = None
     answered: dict[str, Tensor] = {}
-    start = 0
+    start = asked = 0
     fingerprint = Fingerprint()
     groups = SampleGroups(request.project)
 
@@ -529,20 +547,28 @@ def _write_validation(
 
     chosen = request.drawn if request.drawn is not None else request.validation_limit
     size = 1 if request.project.coupled else request.batch
-    for inputs, target in served_batches(dataset, raw, size, request.project, chosen, see):
+    order = partial(asking_order, seed=request.seed)
+    limit = math.inf if request.parity_seconds is None else request.parity_seconds
+    spent = 0.0
+    for inputs, target in served_batches(dataset, raw, size, request.project, chosen, see, order):
         named = name_inputs(answers.model, inputs, answers.project)
         first = (named, target) if first is None else first
         require_alike(first[0], named, (first[1], target), request.dynamic, answers.project)
-        probe = complete(answers, Probe(name="", group="", inputs=named))
         for name, tensor in named.items():
             parts.setdefault(f"input.{name}", []).append(tensor)
+        parts.setdefault("target", []).append(target)
+        begin, start = start, start + len(target)
+        if spent >= limit:
+            # The rest is for the gates on metrics, which need no answer of the model.
+            continue
+        began = time.perf_counter()
+        probe = complete(answers, Probe(name="", group="", inputs=named))
+        spent, asked = spent + time.perf_counter() - began, start
         # Batch by batch: how long a decoded sequence gets may depend on the batch.
         kinds = {"eager": probe.eager or {}, "float64": probe.exact, "moved": probe.perturbed, "tied": probe.tied}
         for part, tensors in kinds.items():
             for name, tensor in tensors.items():
-                answered[validation_key(part, name, start)] = tensor.contiguous().clone()
-        parts.setdefault("target", []).append(target)
-        start += len(target)
+                answered[validation_key(part, name, begin)] = tensor.contiguous().clone()
     joined = put_together(parts)
     if request.ignored:
         joined[LABELS] = without(joined["target"], request.ignored)
@@ -550,11 +576,12 @@ def _write_validation(
             joined[f"{SIZE}.{LABELS}"] = joined[f"{SIZE}.target"]
     if roundoff := roundoff_of(answers.model):
         joined[ROUNDOFF] = torch.tensor(roundoff, dtype=torch.float64)
-    if request.project.for_live is not None:
-        places = range(start) if chosen is None or isinstance(chosen, int) else chosen
-        joined[PLACES] = torch.tensor(list(places), dtype=torch.int64)
+    joined[ASKED], joined[SECONDS] = torch.tensor(asked), torch.tensor(spent, dtype=torch.float64)
+    rows = torch.tensor(order(start), dtype=torch.int64)
+    joined[PLACES] = rows if isinstance(chosen, int) else torch.tensor(list(chosen), dtype=torch.int64)[rows]
     if groups.known:
-        joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)
+        joined[GROUP] = torch.tensor(groups.numbers, dtype=torch.int64)[rows]
     save_tensors({**joined, **answered}, Path(request.folder) / VALIDATION)
-    pool = {name.removeprefix("input."): _rows(joined, name, slice(POOL)) for name in parts if name != "target"}
+    first_rows = rows.argsort()[:POOL]
+    pool = {name.removeprefix("input."): _rows(joined, name, first_rows) for name in parts if name != "target"}
     return pool, fingerprint.reading()

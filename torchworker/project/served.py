@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -199,13 +200,14 @@ def served_batches(
     project: Project,
     chosen: int | Sequence[int] | None = None,
     see: Callable[[Any], object] | None = None,
+    order: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Batches of validation samples as what is exported is asked about them.
 
     Args:
         dataset: from `data.factory`.
         raw: of `raw_dataset`; its items are collated by torch's own function.
-        size, chosen: as `batches` takes them.
+        size, chosen, order: as `batches` takes them.
         project: names both.
         see: called with each sample of `dataset`, which is read in step.
 
@@ -215,20 +217,27 @@ def served_batches(
     Raises:
         UserError: an item cannot be read, or a raw sample is another one, as its label or their number shows.
     """
-    own = batches(dataset, size, project, chosen, see)
     if raw is None:
-        yield from own
+        yield from batches(dataset, size, project, chosen, see, order=order)
         return
-    theirs = batches(raw, size, served_project(project), chosen)
+    read = Counter[str]()
+
+    def counted(item: Any) -> None:
+        read["own"] += 1
+        if see is not None:
+            see(item)
+
+    own = batches(dataset, size, project, chosen, counted, order=order)
+    theirs = batches(raw, size, served_project(project), chosen, lambda _: read.update(["raw"]), order=order)
     for number, (mine, given) in enumerate(itertools.zip_longest(own, theirs)):
-        if mine is None or given is None or len(mine[1]) != len(given[1]):
-            counts = [number * size + (0 if batch is None else len(batch[1])) for batch in (given, mine)]
-            raise _other_samples(project, f"{counts[0]:,} samples where {project.data.target} has {counts[1]:,}")
-        _require_same_labels(mine[1], given[1], number * size, project)
+        if read["raw"] != read["own"]:
+            raise _other_samples(project, f"{read['raw']:,} samples where {project.data.target} has {read['own']:,}")
+        places = range(read["own"]) if order is None else order(read["own"])
+        _require_same_labels(mine[1], given[1], places[number * size :], project)
         yield given
 
 
-def _require_same_labels(mine: Tensor, given: Tensor, start: int, project: Project) -> None:
+def _require_same_labels(mine: Tensor, given: Tensor, places: Sequence[int], project: Project) -> None:
     """Whole numbers are labels in both. A number on a scale may be in other units where nothing is normalised."""
     if mine.is_floating_point() or given.is_floating_point() or mine.is_complex() or mine.shape != given.shape:
         return
@@ -240,7 +249,7 @@ def _require_same_labels(mine: Tensor, given: Tensor, start: int, project: Proje
             for tensor in (given, mine)
         ]
         raise _other_samples(
-            project, f"target {targets[0]} for sample {start + row}, where {project.data.target} has {targets[1]}"
+            project, f"target {targets[0]} for sample {places[row]}, where {project.data.target} has {targets[1]}"
         )
 
 

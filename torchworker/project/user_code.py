@@ -488,16 +488,19 @@ def batches(
     chosen: int | Sequence[int] | None = None,
     see: Callable[[Any], object] | None = None,
     split: str = "validation",
+    order: Callable[[int], Sequence[int]] | None = None,
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Batches of (inputs, target) in order, for reference data.
+    """Batches of (inputs, target), for reference data.
 
     Args:
         dataset: of one split.
         size: samples of a batch; the last may be smaller.
         project: says how to collate.
         chosen: the first so many samples, or those at these places, ascending; None for all.
-        see: called with each sample before it is collated.
+        see: called with each sample before it is collated, in the dataset's order.
         split: of which the dataset is, for the collate function.
+        order: of so many samples, which comes first, second, …: all are read in the dataset's order, and then put into
+            batches. None for the dataset's.
 
     Yields:
         Inputs as the data gives them and the target, each [batch, …], on the CPU.
@@ -517,11 +520,17 @@ def batches(
         of = Subset(dataset, places)
     collate = build_collate(project, split)
 
-    def collate_seen(items: list[Any]) -> Any:
+    def seen(items: list[Any]) -> list[Any]:
         for item in items if see is not None else ():
             see(item)  # type: ignore[misc]
-        return collate(items)
+        return items
 
     with as_user_error(f"{project.data.where}: reading an item failed", project.folder):
-        for batch in DataLoader(of, batch_size=size, collate_fn=collate_seen):
-            yield split_batch(batch, project)
+        if order is None:
+            for batch in DataLoader(of, batch_size=size, collate_fn=lambda items: collate(seen(items))):
+                yield split_batch(batch, project)
+            return
+        read = [item for items in DataLoader(of, batch_size=size, collate_fn=seen) for item in items]
+        places_of = order(len(read))
+        for start in range(0, len(read), size):
+            yield split_batch(collate([read[place] for place in places_of[start : start + size]]), project)

@@ -70,8 +70,11 @@ def _prepared(
     data = replace(reference, args={**reference.args, "files": Path(files)})
     project = replace(request.project, data=data)
     parts: dict[str, list[Tensor]] = {}
-    names, places = [spec.name for spec in specs], validation[PLACES].tolist()
-    for inputs, target in batches(build_dataset(project, "validation"), request.batch, project, places):
+    names, places = [spec.name for spec in specs], validation[PLACES]
+    # A stream is read from its beginning; the order is that of the file.
+    chosen, order = places.sort().values.tolist(), places.argsort().argsort().tolist()
+    dataset = build_dataset(project, "validation")
+    for inputs, target in batches(dataset, request.batch, project, chosen, order=lambda _: order):
         for name, tensor in {**_by_name(inputs, names, request), "target": target}.items():
             parts.setdefault(name, []).append(tensor)
     found = put_together(parts)

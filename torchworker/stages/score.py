@@ -9,10 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import (
+    PLACES,
     VALIDATION,
     CustomMetric,
     Interval,
@@ -45,11 +47,12 @@ def score(request: ScoreRequest) -> ScoreResult:
     require_hashes(Path(request.folder), request.hashes)
     load_libraries(Path(request.folder) / library for library in request.libraries)
     validation = load_file(Path(request.folder) / VALIDATION)
-    target = validation["target"]
+    order = _as_in_the_dataset(validation)
+    target = validation["target"][order]
     metrics: dict[str, dict[str, float]] = {}
     verdicts: list[Verdict] = []
     errors: dict[str, dict[str, float]] = {}
-    mine = _outputs(request.folder, request.formats, request.inputs, validation, request)
+    mine = _outputs(request.folder, request.formats, request.inputs, validation, order, request)
     for kind, outputs in mine.items():
         measured: dict[str, float] = {}
         problems: dict[str, str] = {}
@@ -71,7 +74,7 @@ def score(request: ScoreRequest) -> ScoreResult:
     try:
         require_hashes(Path(request.live.folder), request.live.hashes)
         asked = load_file(request.live_validation) if request.live_validation else validation
-        theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, asked, request)
+        theirs = _outputs(request.live.folder, request.live.formats, request.live.inputs, asked, order, request)
         live = {
             kind: {
                 metric.name: call_metric(metric, outputs, target, request.project)
@@ -84,12 +87,19 @@ def score(request: ScoreRequest) -> ScoreResult:
         return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors, live_problem=said)
     intervals: dict[str, Interval] = {}
     if request.resampling is not None:
+        groups = validation[GROUP][order] if GROUP in validation else None
         for metric in request.project.custom_metrics:
             pair = [_worst(metric, measured) for measured in (metrics, live)]
             if None not in pair:
                 both = (mine[str(pair[0])], theirs[str(pair[1])])
-                intervals |= _interval(metric, both, target, validation.get(GROUP), request)
+                intervals |= _interval(metric, both, target, groups, request)
     return ScoreResult(metrics=metrics, verdicts=verdicts, standard_errors=errors, live=live, intervals=intervals)
+
+
+def _as_in_the_dataset(validation: Mapping[str, Tensor]) -> Tensor:
+    """Rows of VALIDATION in the order of the dataset, [samples] int64: a metric of the user's may go by it."""
+    places = validation.get(PLACES)
+    return torch.arange(len(validation["target"])) if places is None else places.argsort()
 
 
 def _standard_error(metric: CustomMetric, outputs: Tensor, target: Tensor, request: ScoreRequest) -> float:
@@ -107,14 +117,16 @@ def _outputs(
     formats: Mapping[str, str],
     inputs: Sequence[TensorSpec],
     validation: Mapping[str, Tensor],
+    order: Tensor,
     request: ScoreRequest,
 ) -> Outputs:
-    """What each artifact gives on all validation samples."""
+    """What each artifact gives on all validation samples, in this order of theirs."""
     found: Outputs = {}
     batch = samples_of_a_call(inputs, request.batch)
     for kind, file in formats.items():
         call = load_artifact(kind, Path(folder) / file, request.threads)
-        found[kind] = joined([call(probe.inputs)[0] for probe, _ in validation_batches(validation, inputs, batch)])
+        asked = validation_batches(validation, inputs, batch)
+        found[kind] = joined([call(probe.inputs)[0] for probe, _ in asked])[order]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -42,6 +43,8 @@ from torchworker.parity.histogram import ErrorHistogram
 from torchworker.parity.int8 import examine, kept
 from torchworker.parity.probes import BATCHES, SAMPLES, Probe
 from torchworker.parity.reference import (
+    SECONDS,
+    asked_of,
     other_batches,
     read_independence,
     read_probes,
@@ -146,17 +149,49 @@ def validate(request: ValidateRequest) -> ValidateResult:
         errors += counts
         if sums is not None:
             metrics[kind], standard_errors[kind] = sums.means(), sums.standard_errors()
+    asked = asked_of(validation)
+    verdicts += too_few_asked(asked, samples, request.min_samples, float(validation.get(SECONDS, 0.0)))
     return ValidateResult(
         verdicts=verdicts,
         metrics=metrics,
         standard_errors=standard_errors,
         reference="the model in float64" if any(probe.exact for probe in golden) else NO_FLOAT64,
         validation_samples=samples,
+        asked=asked,
         int8=int8,
         mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
         errors=errors,
         independence=read_independence(folder),
     )
+
+
+def of_samples(asked: int, samples: int) -> str:
+    """`360 samples`, or `300 of 10000 samples` where there was no time to ask the model about more."""
+    return f"{samples} samples" if asked == samples else f"{asked} of {samples} samples"
+
+
+def too_few_asked(asked: int, samples: int, least: int, seconds: float) -> list[Verdict]:
+    """The verdict on how many samples artifacts are held against the model on; none where they are all.
+
+    Args:
+        asked: samples that the model was asked about.
+        samples: how many there are.
+        least: `parity.min_samples` of the job.
+        seconds: how long the model was asked.
+    """
+    if asked >= samples:
+        return []
+    least = min(least, samples)
+    enough = math.ceil(1.25 * seconds * least / max(1, asked))
+    note = f"the model was asked for {seconds:.0f} s"
+    if asked < least:
+        note += f": parity.seconds: {enough} would do for {least}; parity.min_samples says how few are enough"
+    return [
+        Verdict(
+            format="the model", gate="parity.min_samples", case=f"{asked} of {samples} samples asked",
+            measured=float(asked), limit=f">= {least}", passed=asked >= least, note=note,
+        )
+    ]  # fmt: skip
 
 
 def outliving(begun: ForkedCall[Result], work: Callable[[], Result], note: CrashNote, outside: Outside) -> Result:
@@ -200,7 +235,7 @@ def _checked(
     outputs = [spec.name for spec in request.outputs]
     golden = [probe.size for probe in probes if probe.group == BATCHES]
     batch = samples_of_a_call(request.inputs, golden[1])
-    samples = [probe for probe, _ in validation_batches(validation, request.inputs, batch, outputs)]
+    samples = [probe for probe, _ in validation_batches(validation, request.inputs, batch, outputs) if probe.eager]
     # Where samples are coupled, an answer is one of its batch.
     other = other_batches(samples, golden, request.max_batch) if batch > 1 else ()
     result = compare(kind, call, [*probes, *other], outputs, policy, outside)
@@ -248,20 +283,26 @@ def _noted(call: Call, note: CrashNote) -> Call:
 def _quality(
     kind: str, call: Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
 ) -> tuple[MetricSums, ParityResult]:
-    """Each metric over the whole validation set from the artifact's own outputs, and parity on the same samples.
+    """Each metric over the whole validation set from the artifact's own outputs, and parity on those samples that the
+    model was asked about; where no metric is wanted, the others are left out.
 
     batch: the size of batch that the reference outputs were made in; a model may look across its batch.
     """
-    samples, outputs = len(validation["target"]), [spec.name for spec in request.outputs]
-    asked = list(validation_batches(validation, request.inputs, batch, outputs))
-    usual = usual_losses([probe for probe, _ in asked], outputs, _policy(request))
+    outputs = [spec.name for spec in request.outputs]
+    given = list(validation_batches(validation, request.inputs, batch, outputs))
+    samples = of_samples(asked_of(validation), len(validation["target"]))
+    usual = usual_losses([probe for probe, _ in given if probe.eager], outputs, _policy(request))
     decisions, histogram, sums = Decisions(), ErrorHistogram(), MetricSums(request.metrics)
     ratio, notes, findings = 0.0, {}, []
     try:
-        for probe, target in asked:
-            assert probe.eager is not None, "validation samples are answered"
+        for probe, target in given:
+            if not probe.eager and not request.metrics:
+                continue
             got = call(probe.inputs)
             for position, (name, tensor) in enumerate(zip(outputs, got, strict=True)):
+                if not probe.eager:
+                    # There was no time to ask the model.
+                    continue
                 eager = probe.eager[name]
                 outcome = compare_output(tensor, probe, name, usual[name])
                 histogram.add(SAMPLES, tensor, eager)
@@ -274,10 +315,10 @@ def _quality(
                     decisions.add(tensor, eager, target, outcome.allowed)
             sums.add(got[0], target)
     except Exception as error:
-        failed = not_measured(kind, "quality", f"{samples} samples", "runs", describe(error))
+        failed = not_measured(kind, "quality", samples, "runs", describe(error))
         return MetricSums(()), ParityResult(verdicts=[failed], findings=findings, histogram=histogram)
     note = "; ".join(f"{name}: {note}" for name, note in notes.items())
-    verdicts = [verdict(kind, f"{samples} samples", ratio, note)]
+    verdicts = [verdict(kind, samples, ratio, note)]
     if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
         verdicts.append(decisions.verdict(kind))
     return sums, ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)
