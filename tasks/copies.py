@@ -22,6 +22,7 @@ from torchworker.contract import (
     RehearsedRelease,
     TensorSpec,
     decode,
+    read_with,
 )
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
@@ -160,7 +161,7 @@ def _require_portable(folder: Path, manifest: Manifest) -> None:
                 f"{name}: expected the artifact of {kind} to have a name that ends in {ENDING}, got one by which it "
                 f"may be read as another format; publish it as {usual}"
             )
-        require_one_model(folder / name)
+        require_one_model(*(folder / read for read in read_with(name, manifest.files)))
 
 
 def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:

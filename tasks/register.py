@@ -17,7 +17,7 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec, TrainResult
+from torchworker.contract import EVENTS, GOLDEN, WEIGHTS, InspectResult, TensorSpec, TrainResult, read_with
 from train_and_ship.infra.provenance import project_place
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import StageFolder, file_sha256
@@ -166,7 +166,9 @@ def _assemble(run: Run, trained: Trained, validated: Validated, facts: InspectRe
         files = stage.begin() / FILES
         files.mkdir()
         exported = validated.exported
-        for name in [*validated.formats.values(), *exported.result.libraries, GOLDEN]:
+        there = {path.name for path in exported.folder.iterdir()}
+        artifacts = [name for file in validated.formats.values() for name in read_with(file, there)]
+        for name in [*artifacts, *exported.result.libraries, GOLDEN]:
             os.link(exported.folder / name, files / name)
         for path in sorted((exported.folder / SHIPPED).rglob("*")):
             if path.is_file():

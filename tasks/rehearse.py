@@ -25,6 +25,7 @@ from torchworker.contract import (
     ScoreRequest,
     ScoreResult,
     Timed,
+    read_with,
 )
 from train_and_ship.infra.errors import WorkerError
 from train_and_ship.infra.in_use import hold
@@ -164,7 +165,7 @@ async def _scored(
     folder.mkdir()
     candidate, live = request.candidate, request.live if not result.live_problem else None
     # The live release runs with the candidate's operators: one process cannot have two of one name.
-    for file in (*candidate.formats.values(), *candidate.libraries):
+    for file in _loaded(candidate):
         os.link(Path(candidate.folder) / file, folder / file)
     os.link(exported / VALIDATION, folder / VALIDATION)
     asked = ScoreRequest(
@@ -245,17 +246,19 @@ def _subjects(side: str, release: RehearsedRelease) -> list[Timed]:
     formats = {kind: file for kind, file in release.formats.items() if kind in asked}
     subjects = timed_artifacts(Path(release.folder), formats, release.libraries, side)
     hashes = {str(Path(release.folder) / name): sha256 for name, sha256 in _loaded(release).items()}
-    return [replace(one, hashes={path: hashes[path] for path in (one.file, *one.libraries)}) for one in subjects]
+    read = {one.name: (*read_with(one.file, hashes), *one.libraries) for one in subjects}
+    return [replace(one, hashes={path: hashes[path] for path in read[one.name]}) for one in subjects]
 
 
 def _artifacts(live: RehearsedRelease) -> Artifacts:
-    hashes = {name: live.files[name] for name in live.formats.values()}
+    hashes = {name: live.files[name] for file in live.formats.values() for name in read_with(file, live.files)}
     return Artifacts(folder=live.folder, formats=live.formats, inputs=live.inputs, hashes=hashes)
 
 
 def _loaded(release: RehearsedRelease) -> dict[str, str]:
     """The hashes of what is loaded of a release."""
-    return {name: release.files[name] for name in (*release.formats.values(), *release.libraries)}
+    artifacts = [name for file in release.formats.values() for name in read_with(file, release.files)]
+    return {name: release.files[name] for name in (*artifacts, *release.libraries)}
 
 
 def _values(speed: MeasureResult, side: str, release: RehearsedRelease, gates: Sequence[str]) -> dict[str, float]:

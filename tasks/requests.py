@@ -152,6 +152,7 @@ def export_request(job: Job, project: Project, folder: Path, *, weights: str) ->
         max_batch=asked.max_batch,
         int8=int8.wanted if int8 is not None else (),
         calibration_samples=int8.samples if int8 is not None else 0,
+        external_data=asked.external_data,
     )
 
 

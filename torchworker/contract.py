@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -61,6 +61,9 @@ INT8_FILES: Mapping[str, str] = {
 
 INT8_OF: Mapping[str, str] = {"onnx-int8-dynamic": "onnx", "onnx-int8-static": "onnx", "pt2e-int8": "aoti"}
 """The float format that each variant has to be faster than, and whose runtime loads it."""
+
+EXTERNAL_DATA = ".data"
+"""Behind the name of an ONNX artifact: the file beside it with its weights, where they are not in it."""
 
 WITHOUT_CODE = ("onnx", "onnx-int8-dynamic", "onnx-int8-static")
 """Formats that are data. Whoever loads another one runs a program of whoever made it, some of it native code."""
@@ -119,6 +122,11 @@ OPTIMIZERS: Mapping[str, str] = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD",
 SCHEDULES = ("constant", "cosine", "linear", "warmup_cosine")
 """Well-known learning rate schedules, advanced every optimizer step: flat, half a cosine to 0, a line to 0, and the
 cosine with a warm-up."""
+
+
+def read_with(artifact: str, names: Collection[str]) -> list[str]:
+    """The files that are read where an artifact is loaded: itself, and its EXTERNAL_DATA where `names` has it."""
+    return [name for name in (artifact, artifact + EXTERNAL_DATA) if name == artifact or name in names]
 
 
 class Message:
@@ -715,6 +723,8 @@ class ExportRequest(Message):
     """Training samples that int8 ranges are taken from."""
     only: str | None = None
     """Make this one format, in this process and without reference data."""
+    external_data: Literal["auto", "always"] = "auto"
+    """Whether the weights of ONNX are in a file beside it however few there are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ class Quantize(Part):
 class Export(Part):
     """What is made of the trained weights."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"files", "extras", "labels", "serving"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"external_data", "files", "extras", "labels", "serving"})
     most: ClassVar[Mapping[str, int]] = {"labels": MOST_LABELS}
 
     formats: Literal["auto"] | Annotated[tuple[Format, ...], Field(strict=False, min_length=1)] = (
@@ -105,6 +105,9 @@ class Export(Part):
     """largest batch that users will send; no limit when absent, which executorch needs"""
     dynamic: dict[Annotated[str, AfterValidator(_is_dimension)], Dynamic] = Field(default_factory=dict)
     """further dynamic dimensions by name, see below"""
+    external_data: Literal["auto", "always"] = "auto"
+    """where the weights of the ONNX file are: auto, in it, and above 1.5 GB in model.onnx.data beside it, as a file of
+    ONNX holds less than 2 GiB; always, beside it"""
     libraries: tuple[str, ...] = Field((), strict=False)
     """shared libraries with custom operators (TORCH_LIBRARY), relative to the project, that become part of the
     release"""

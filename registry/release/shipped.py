@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from shipreader.records import FILES, LONGEST_PART, LONGEST_PATH, MANIFEST, MOST_PARTS, PICKLE_ENDINGS, stays_below
-from torchworker.contract import FORMAT_FILES, GOLDEN, INT8_FILES, WEIGHTS
+from torchworker.contract import EXTERNAL_DATA, FORMAT_FILES, GOLDEN, INT8_FILES, WEIGHTS
 from train_and_ship.infra.errors import JobError, ReleaseError
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.release.manifest import DATA, ENVIRONMENT, JOB, LINEAGE, VERDICTS
@@ -18,7 +18,7 @@ MOST = 1_000
 """Files that a job may ship: each is an object in the bucket, in each view and in MLflow, and a download of its own."""
 OWN = frozenset(
     {*FORMAT_FILES.values(), *INT8_FILES.values(), *(JOB, VERDICTS, LINEAGE, DATA, ENVIRONMENT, MANIFEST)}
-    | {GOLDEN, WEIGHTS}
+    | {GOLDEN, WEIGHTS, FORMAT_FILES["onnx"] + EXTERNAL_DATA}
 )
 """Names that files of every release have."""
 _NOT_IN_ADDRESSES = "#%?"

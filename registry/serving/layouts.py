@@ -4,7 +4,8 @@
     models/<model>/views/<channel>/triton/<model>/config.pbtxt               names the generation: the commit
     models/<model>/views/<channel>/kserve/<generation>/<model>/…             a whole repository for each, immutable
 
-Beside each model.onnx lies `files/` with what the job ships beside the model, which Triton does not look at.
+Beside each model.onnx lies `files/` with what the job ships beside the model, which Triton does not look at, and where
+its weights are not in it the file that has them, by the name that model.onnx has for it.
 
 A version is the channel's generation: it only grows, also when the release is an older one. Triton polls, lists and
 loads what it finds, so a version that is half there must not count: the configuration names one version explicitly and
@@ -24,11 +25,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shipreader.mlserver import DATATYPES, can_batch
 from shipreader.records import FILES, Release, decode_pointer
+from torchworker.contract import read_with
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import RECORD_BYTES, ObjectStore
 from train_and_ship.registry.bucket.keys import pointer_key
@@ -175,14 +177,17 @@ def _put_version(store: ObjectStore, folder: str, release: Release, backend: str
             f"{release.model} {release.id}: expected an ONNX artifact, got none; add onnx to export.formats"
         )
     name = release.manifest.formats["onnx"]
-    # Here it gets another name, and other neighbours, than where it was tried.
-    require_one_model(release.folder / name)
+    # Here it gets another name, and other neighbours, than where it was tried. What it reads it knows by its own name.
+    read = read_with(name, release.manifest.files)
+    require_one_model(*(release.folder / file for file in read))
     if backend == "python":
         code = Path(__file__).with_name("triton_model.py").read_bytes()
         put_immutable(store, f"{folder}model.py", code, "the code of another version of train-and-ship")
     # A server loads what it knows by name, and ignores a folder beside it.
     shipped = [file for file in release.manifest.files if file.startswith(f"{FILES}/")]
     in_parallel(lambda file: _put(store, release, file, folder + file), shipped, SMALL_UPLOADS_AT_ONCE)
+    for beside in read[1:]:
+        _put(store, release, beside, folder + PurePosixPath(beside).name)
     _put(store, release, name, folder + ARTIFACT)
 
 

@@ -194,9 +194,6 @@ def tag_decision(version: RegisteredVersion, model: str, decision: str, why: str
 def _files(record: VersionRecord) -> dict[str, Path]:
     """Name in the version → file. Raises ReleaseError for a file that is not there."""
     names = dict.fromkeys([*record.formats.values(), *record.extra_files])
-    # An ONNX file of more than 2 GB keeps its weights beside it.
-    if "onnx" in record.formats and (record.folder / f"{record.formats['onnx']}.data").is_file():
-        names[f"{record.formats['onnx']}.data"] = None
     missing = [name for name in names if not (record.folder / name).is_file()]
     if missing:
         raise ReleaseError(f"expected {', '.join(missing)} in {record.folder}, found no such file; run export again")

@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from shipreader import inference_model
 from shipreader.reader import Reader
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
-from tests.support.runnable_releases import ARTIFACT, CLASSES, FEATURES, classifier, write_onnx, write_release
+from tests.support.runnable_releases import (
+    ARTIFACT,
+    CLASSES,
+    FEATURES,
+    classifier,
+    move_weights,
+    write_onnx,
+    write_release,
+)
 from torchworker.contract import GOLDEN, DynamicDim, RehearsedRelease, RehearseRequest, TensorSpec
 from torchworker.parity.probes import BATCHES, Probe
 from torchworker.process.failure import UserError
@@ -75,7 +83,23 @@ def as_runtime_format(path: Path) -> None:
 
 
 def with_weights_beside_it(path: Path) -> None:
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    move_weights(path, "w.bin")
+
+
+def with_weights_of_another(path: Path) -> None:
+    """Those of a file that the manifest lists for the model, and one more of another file."""
+    move_weights(path, f"{ARTIFACT}.data")
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.initializer[1].external_data[:]
+    external(model.graph.initializer[1], location="golden.safetensors", offset=8, length=12)
+    path.write_bytes(model.SerializeToString())
+
+
+def external(tensor: TensorProto, **words: object) -> None:
+    """The tensor says so of its values, in this order."""
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in words.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +107,7 @@ def with_weights_beside_it(path: Path) -> None:
     [
         (as_runtime_format, ARTIFACT, "ONNX Runtime's own format"),
         (with_weights_beside_it, ARTIFACT, "weights in another file"),
+        (with_weights_of_another, ARTIFACT, "weights in another file"),
         (lambda path: None, "model.ort", r"model\.ort: expected .* a name that ends in \.onnx"),
     ],
 )
@@ -127,7 +152,9 @@ def in_server(path: Path) -> Any:
 def test_what_is_loaded_is_onnx_whatever_its_name(tmp_path: Path, opened: Callable[[Path], Any]) -> None:
     path = tmp_path / "model.ort"
     write_onnx(path, classifier(1))
-    assert opened(path).run(None, {"x": np.zeros((1, FEATURES), np.float32)})[0].shape == (1, CLASSES)
+    for change in (lambda: None, lambda: move_weights(path, "model.ort.data"), lambda: write_onnx(path, classifier(1))):
+        change()
+        assert opened(path).run(None, {"x": np.zeros((1, FEATURES), np.float32)})[0].shape == (1, CLASSES)
     as_runtime_format(path)
     with pytest.raises(Exception, match="rotobuf parsing failed"):
         opened(path)
@@ -162,6 +189,90 @@ def test_weights_in_another_file_are_found_wherever_a_model_holds_them(tmp_path:
         require_one_model(path)
     path.write_bytes(held_in("").SerializeToString())
     require_one_model(path)
+
+
+SOUND = {"location": f"{ARTIFACT}.data", "offset": 4, "length": 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"offset": 5}, "inside the 12 bytes"),
+        ({"length": 9}, "inside the 12 bytes"),
+        ({"offset": -4}, "inside the 12 bytes"),
+        ({"offset": "+4"}, "inside the 12 bytes"),
+        ({"offset": "4 "}, "inside the 12 bytes"),
+        ({"offset": "\u0664"}, "inside the 12 bytes"),
+        ({"offset": 10**30}, "inside the 12 bytes"),
+        ({"length": ""}, "inside the 12 bytes"),
+        ({"location": f"./{ARTIFACT}.data"}, "weights in another file"),
+        ({"location": f"../release/{ARTIFACT}.data"}, "weights in another file"),
+        ({"location": f"{ARTIFACT}.data/"}, "weights in another file"),
+        ({"location": ""}, "weights in another file"),
+        ({"location": f"{ARTIFACT}.data" + "\0" * 600}, "weights in another file"),
+        ({"checksum": "0" * 40}, "weights in another file"),
+    ],
+)
+def test_weights_beside_a_model_are_in_the_one_file_that_goes_with_it_and_inside_it(
+    tmp_path: Path, words: dict[str, object], said: str
+) -> None:
+    path, beside = tmp_path / ARTIFACT, tmp_path / f"{ARTIFACT}.data"
+    beside.write_bytes(bytes(12))
+    model = held_in("")
+    external(model.graph.initializer.add(name="w"), **SOUND)
+    path.write_bytes(model.SerializeToString())
+    require_one_model(path, beside)
+    external(model.graph.initializer.add(name="v"), **{**SOUND, **words})
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ReleaseError, match=said):
+        require_one_model(path, beside)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        TensorProto(raw_data=bytes(8)),
+        TensorProto(float_data=[1.0, 2.0]),
+        # The last one counts for most readers, the first for some.
+        TensorProto(external_data=[onnx.StringStringEntryProto(key="offset", value="0")]),
+        TensorProto(data_location=TensorProto.DEFAULT),
+    ],
+)
+def test_a_tensor_does_not_say_twice_where_its_values_are(tmp_path: Path, more: TensorProto) -> None:
+    path, beside = tmp_path / ARTIFACT, tmp_path / f"{ARTIFACT}.data"
+    beside.write_bytes(bytes(12))
+    tensor = TensorProto()
+    external(tensor, **SOUND)
+    both = tensor.SerializeToString() + more.SerializeToString()
+    if more.HasField("data_location"):
+        # As another writer has it: protobuf's own leaves it out.
+        both += b"\x70\x00"
+    path.write_bytes(message(7, message(5, both)))
+    with pytest.raises(ReleaseError, match="says it otherwise"):
+        require_one_model(path, beside)
+
+
+@pytest.mark.parametrize("missing", ["length", "offset", "location"])
+def test_a_tensor_says_all_of_where_its_values_are(tmp_path: Path, missing: str) -> None:
+    path, beside = tmp_path / ARTIFACT, tmp_path / f"{ARTIFACT}.data"
+    beside.write_bytes(bytes(12))
+    model = held_in("")
+    external(model.graph.initializer.add(name="w"), **{key: word for key, word in SOUND.items() if key != missing})
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ReleaseError, match="says it otherwise"):
+        require_one_model(path, beside)
+
+
+def test_weights_beside_a_model_are_no_link_and_in_its_folder(tmp_path: Path) -> None:
+    path, beside = tmp_path / ARTIFACT, tmp_path / f"{ARTIFACT}.data"
+    path.write_bytes(held_in("").SerializeToString())
+    elsewhere = tmp_path / "elsewhere" / beside.name
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(bytes(12))
+    beside.symlink_to(elsewhere)
+    for wrong in (beside, elsewhere, tmp_path / "none", elsewhere.parent):
+        with pytest.raises(ReleaseError, match="in the folder of"):
+            require_one_model(path, wrong)
 
 
 def test_every_message_in_which_onnx_may_hold_a_tensor_is_looked_through() -> None:

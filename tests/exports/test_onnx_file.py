@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
+from onnx import numpy_helper
 
+from tests.support.capture_subject import subject
 from tests.support.worker_stages import ONE, OpenStages
+from torchworker.contract import EXTERNAL_DATA
+from torchworker.exporters import onnx_export
 from torchworker.runtimes.load import load_artifact
+from train_and_ship.registry.release.onnx_header import require_one_model
 
 SOME = {"gates": {"accuracy": {"min": 0.0}}}
 MASKED = """
@@ -50,7 +59,7 @@ CACHED = """
     class M(nn.Module):
         def __init__(self):
             super().__init__()
-            self.classify = nn.Linear(4, 3)
+            self.classify = nn.Linear(4, 40)
         def forward(self, x, past):
             states = torch.cat([past, x], 1)
             return {"logits": self.classify(states.mean(1)), "states": states}
@@ -59,6 +68,7 @@ CACHED = """
     def loss(outputs, target):
         return nn.functional.cross_entropy(outputs["logits"], target)
 """
+OUTSIDE = {"external_data": "always"}
 LENGTH = {"export": {"formats": ["onnx"], "dynamic": {"length": {"axes": {"tokens": 1}, "min": 1, "max": 12}}}}
 
 
@@ -95,9 +105,15 @@ def test_a_dimension_has_its_name_in_sums_too_and_a_file_without_masks_is_for_th
 ) -> None:
     dims = {"past": {"axes": {"past": 1}, "min": 1, "max": 30}}
     opened = stages(
-        CACHED, train={**ONE, "loss": {"factory": "plain:loss"}}, export={"formats": ["onnx"], "dynamic": dims}, **SOME
+        CACHED,
+        train={**ONE, "loss": {"factory": "plain:loss"}},
+        export={"formats": ["onnx"], "dynamic": dims, **OUTSIDE},
+        **SOME,
     )
     made = opened.export("onnx")["onnx"]
+    # Also with the weights in a file beside it, which validation reads with it.
+    require_one_model(opened.folder / "export" / made.file, opened.folder / "export" / f"{made.file}.data")
+    assert (opened.folder / "export" / f"{made.file}.data").stat().st_size == 4 * 4 * 40
     assert made.method.endswith("ONNX opset 20")
     model = onnx.load(opened.folder / "export" / made.file)
     assert model.ir_version == 9
@@ -110,3 +126,17 @@ def test_a_dimension_has_its_name_in_sums_too_and_a_file_without_masks_is_for_th
         str(size).startswith("s") and str(size)[1:2].isdigit() for shape in shapes.values() for size in shape
     )
     assert opened.validate().passed
+
+
+def test_weights_are_beside_the_file_from_a_size_on_and_nothing_of_an_earlier_attempt_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, beside = tmp_path / "model.onnx", tmp_path / f"model.onnx{EXTERNAL_DATA}"
+    weight = onnx_ir.Value(name="weight", const_value=onnx_ir.tensor(np.ones((8, 8), np.float32), name="weight"))
+    graph = onnx_ir.Graph([], [weight], nodes=[], initializers=[weight], opset_imports={"": 20})
+    model, small = onnx_ir.Model(graph, ir_version=9), subject()
+    for most, outside in ((255, True), (256, False)):
+        monkeypatch.setattr(onnx_export, "LARGEST_WEIGHTS", most)
+        onnx_export._save(model, small, path)
+        assert beside.exists() == outside
+        assert numpy_helper.to_array(onnx.load(path).graph.initializer[0]).sum() == 64

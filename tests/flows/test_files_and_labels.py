@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, pyfunc
 
+from shipreader import inference_model
 from shipreader.reader import Reader
 from tests.support.fixture_types import Ship
 from tests.support.projects import write_project
@@ -25,11 +27,18 @@ def write_extras(folder, model):
 """
 JOB: dict[str, Any] = {
     "name": "shipping",
+    "model": {"factory": "plain:build_model", "args": {"width": 64}},
     "train": {"epochs": 1, "processes": 1, "batch_size": 32},
     "parity": {"cpp": "off"},
     "release": {"policy": "always"},
 }
-EXPORT = {"formats": ["onnx"], "serve": "none", "files": ["tokenizer/"], "extras": "plain:write_extras"}
+EXPORT = {
+    "formats": ["onnx"],
+    "serve": "none",
+    "files": ["tokenizer/"],
+    "extras": "plain:write_extras",
+    "external_data": "always",
+}
 
 
 def test_files_and_labels_reach_readers_and_mlflow_and_other_labels_are_of_another_kind(
@@ -57,14 +66,17 @@ def test_files_and_labels_reach_readers_and_mlflow_and_other_labels_are_of_anoth
     assert (release.file("tokenizer") / "словарь 1.txt").read_text() == "a"
     assert json.loads(release.file("layers.json").read_text()) == ["Linear", "ReLU", "Linear"]
     assert release.manifest.signature["labels"] == labels
+    assert "model.onnx.data" in release.manifest.files and "onnx" in release.manifest.formats
+    assert inference_model.session(str(release.artifact("onnx")), spin=False).get_outputs()
 
     mlflow = MlflowClient(stack.mlflow_url)
     (version,) = mlflow.search_model_versions("name = 'shipping'")
     hashes = json.loads(version.tags["sha256"])
-    assert {"model.onnx", "files"} <= hashes.keys() and "files/layers.json" not in hashes
+    assert {"model.onnx", "model.onnx.data", "files"} <= hashes.keys() and "files/layers.json" not in hashes
     fetched = _model(stack, tmp_path)
     assert (fetched / "files" / "tokenizer" / "словарь 1.txt").read_text() == "a"
     assert "- middle" in (fetched / "MLmodel").read_text()
+    assert pyfunc.load_model(str(fetched)).predict(np.zeros((2, 4), np.float32))["output"].shape == (2, 3)
 
     other = ship("run", job(labels=["low", "high", "middle"]))
     assert other.status == 2 and "labels: class 1: middle of 3 → high of 3" in other.text, other.text

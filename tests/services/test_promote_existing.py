@@ -121,8 +121,9 @@ def test_both_are_measured_where_the_run_that_made_the_release_is_still_here(
     settings: Settings, object_store: ObjectStore, tmp_path: Path
 ) -> None:
     """What they say of themselves is the other way round."""
-    good = runnable(object_store, tmp_path / "g", 0.1, seed=1)
-    bad = runnable(object_store, tmp_path / "b", 1.0, seed=2)
+    good = runnable(object_store, tmp_path / "g", 0.1, seed=1, external_data=True)
+    bad = runnable(object_store, tmp_path / "b", 1.0, seed=2, external_data=True)
+    assert {ARTIFACT, f"{ARTIFACT}.data"} < good.files.keys() & bad.files.keys()
     for name in ("g", "b"):
         run_that_made(settings.runs / MODEL, tmp_path / name, right=1)
     move(object_store, bad)

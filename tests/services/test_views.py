@@ -27,6 +27,7 @@ from tests.support.onnx_releases import SIGNATURE, kinds_release, onnx_release
 from tests.support.ports import free_ports
 from tests.support.processes import PATIENCE
 from tests.support.releases import CHANNEL, MODEL, move
+from tests.support.runnable_releases import move_weights
 from tests.support.tool_environments import tool_environment, tool_python
 from tests.support.triton import TritonServer
 from train_and_ship.infra.errors import ReleaseError, SettingsError
@@ -185,8 +186,9 @@ def test_a_view_holds_the_bytes_of_the_release_or_is_not_written(
 
 
 def with_files(store: ObjectStore, folder: Path) -> Release:
-    """Live on the channel: the release with factor 3, and two files that the job ships beside the model."""
+    """Live on the channel: the release with factor 3, its weights and two files that the job ships beside the model."""
     onnx_release(folder, 3.0)
+    move_weights(folder / "model.onnx", "model.onnx.data")
     (folder / "files" / "tokenizer").mkdir(parents=True)
     # What Triton would load, and what MLServer looks for, if they looked there.
     (folder / "files" / "config.pbtxt").write_text("backend: 'none'")
@@ -198,7 +200,7 @@ def with_files(store: ObjectStore, folder: Path) -> Release:
     return Reader(MODEL, bucket=store.bucket, folder=folder.parent / "pulled", channel=CHANNEL, client=client).pull()
 
 
-def test_files_beside_the_model_go_along_into_every_view(object_store: ObjectStore, tmp_path: Path) -> None:
+def test_weights_and_files_beside_the_model_go_along_into_every_view(object_store: ObjectStore, tmp_path: Path) -> None:
     release = with_files(object_store, tmp_path / "release")
     names = {"files/config.pbtxt", "files/tokenizer/model-settings.json"}
     assert release.file("tokenizer") == release.folder / "files" / "tokenizer"
@@ -208,7 +210,7 @@ def test_files_beside_the_model_go_along_into_every_view(object_store: ObjectSto
     write_kserve(object_store, release)
     for version in (f"{TRITON}{MODEL}/1/", f"models/{MODEL}/views/{CHANNEL}/kserve/1/{MODEL}/1/"):
         keys = {key.removeprefix(version) for key in object_store.list_keys(version)}
-        assert keys == {"model.onnx", *names}
+        assert keys == {"model.onnx", "model.onnx.data", *names}
         found = object_store.get(f"{version}files/config.pbtxt")
         assert found is not None and found[0] == b"backend: 'none'"
     settings = json.loads(write_model(tmp_path / "mlserver", release).read_text())
@@ -217,7 +219,7 @@ def test_files_beside_the_model_go_along_into_every_view(object_store: ObjectSto
 
 
 @pytest.mark.soak
-def test_triton_does_not_look_at_files_beside_the_model(
+def test_triton_reads_the_weights_beside_the_model_and_does_not_look_at_other_files_there(
     object_store: ObjectStore, triton: TritonServer, tmp_path: Path
 ) -> None:
     write_triton(object_store, with_files(object_store, tmp_path / "release"), "python")

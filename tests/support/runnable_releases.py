@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
-from torchworker.contract import GOLDEN, PROBES, VALIDATION
+from torchworker.contract import EXTERNAL_DATA, GOLDEN, PROBES, VALIDATION
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import publish
@@ -45,11 +46,34 @@ def samples_of(seed: int) -> dict[str, torch.Tensor]:
         return {"input.x": inputs, "target": classifier(seed)(inputs).argmax(1)}
 
 
-def write_release(folder: Path, seed: int, model: str, vs_live: float = 0.0, golden_seed: int | None = None) -> None:
-    """The files. golden_seed: of the model whose answers are said to be this one's, when they are not its own."""
+def move_weights(path: Path, location: str) -> None:
+    """All tensors of an ONNX file go into another file beside it."""
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location=location, size_threshold=0)
+
+
+def write_release(
+    folder: Path,
+    seed: int,
+    model: str,
+    vs_live: float = 0.0,
+    golden_seed: int | None = None,
+    external_data: bool = False,
+) -> None:
+    """The files.
+
+    Args:
+        folder: where to; new.
+        seed: of the weights.
+        model: its name.
+        vs_live: of its gate.
+        golden_seed: of the model whose answers are said to be this one's, when they are not its own.
+        external_data: whether the weights are in a file beside the artifact.
+    """
     folder.mkdir(parents=True)
     made = classifier(seed)
     write_onnx(folder / ARTIFACT, made)
+    if external_data:
+        move_weights(folder / ARTIFACT, ARTIFACT + EXTERNAL_DATA)
     asked = made if golden_seed is None else classifier(golden_seed)
     golden = {}
     for size in (1, 8):

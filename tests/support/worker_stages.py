@@ -91,6 +91,7 @@ class WorkerStages:
             auto=self.job.export.formats == "auto",
             libraries=[str(self.project_folder / name) for name in self.job.export.libraries],
             int8=self.job.export.int8.wanted if self.job.export.int8 is not None else (),
+            external_data=self.job.export.external_data,
         )
         self.result = decode(ExportResult, asyncio.run(call_worker(self.fork_server, "export", request, folder)))
         return dict(self.result.artifacts)

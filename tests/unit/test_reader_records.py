@@ -209,7 +209,7 @@ def test_the_endpoint_serves_the_onnx_format_that_is_recommended(serve: dict[str
 
 
 BEFORE = "e8084c6f"
-"""The last commit before releases had files beside the model, and labels."""
+"""The last commit before releases had files beside the model, and labels; weights beside it came later still."""
 READ = """
 import json, sys
 from pathlib import Path
@@ -223,11 +223,12 @@ print(json.dumps([sorted(manifest.files), found, manifest.signature, manifest.fo
 """
 
 
-def test_the_reader_of_before_takes_a_release_with_files_and_labels(tmp_path: Path) -> None:
+def test_the_reader_of_before_takes_a_release_with_files_labels_and_weights_beside_the_model(tmp_path: Path) -> None:
     release = tmp_path / "release"
     (release / "files" / "tokenizer").mkdir(parents=True)
     (release / "files" / "tokenizer" / "vocab.txt").write_text("a")
-    (release / "model.onnx").write_bytes(b"onnx")
+    for name in ("model.onnx", "model.onnx.data"):
+        (release / name).write_bytes(b"onnx")
     tensor = {"name": "y", "dtype": "float32", "shape": ["batch", 2]}
     signature = {"inputs": [tensor], "outputs": [tensor], "dims": [], "labels": ["cat", "dog"]}
     made = build_manifest(
@@ -248,7 +249,7 @@ def test_the_reader_of_before_takes_a_release_with_files_and_labels(tmp_path: Pa
         env={"PYTHONPATH": str(old)}, capture_output=True, text=True,
     )  # fmt: skip
     assert read.returncode == 0, read.stderr
-    names = ["files/tokenizer/vocab.txt", "model.onnx"]
+    names = ["files/tokenizer/vocab.txt", "model.onnx", "model.onnx.data"]
     assert json.loads(read.stdout) == [names, [MANIFEST, *names], signature, {"onnx": "model.onnx"}]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tests.support.projects import write_project
 from torchworker.data.fingerprint import digest_of
 from torchworker.project.user_code import build_model, enter
-from torchworker.project.weights import load_weights, save_tensors, save_weights
+from torchworker.project.weights import load_weights, save_in_turn, save_tensors, save_weights, tied_names
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of
 
@@ -182,3 +183,44 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     save_tensors({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+KINDS = (
+    torch.bool,
+    torch.int8,
+    torch.int64,
+    torch.uint8,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.complex64,
+)
+
+
+@pytest.mark.parametrize("make", [tied, images_last], ids=lambda f: f.__name__)
+def test_written_one_after_the_other_is_byte_by_byte_what_the_library_writes_at_once(
+    make: Callable[[], Model], tmp_path: Path
+) -> None:
+    model = make()
+    for kind in KINDS:
+        model.register_buffer(f"of_kind_{KINDS.index(kind)}", torch.ones(3, 1, dtype=kind))
+    model.register_buffer("count\u00fc", torch.tensor(7))
+    model.register_buffer("empty", torch.zeros(0, 3))
+    save_weights(model, tmp_path / "at once")
+    state, seen = model.state_dict(), []
+    whole_ones: list[weakref.ref[Tensor]] = []
+
+    def whole(part: Tensor) -> Tensor:
+        assert not any(one() is not None for one in whole_ones), "two are in memory"
+        seen.append(id(part))
+        made = part.clone()
+        whole_ones.append(weakref.ref(made))
+        return made
+
+    names = tied_names(state)
+    save_in_turn(state, names, whole, tmp_path / "in turn")
+    assert (tmp_path / "in turn").read_bytes() == (tmp_path / "at once").read_bytes()
+    # Other processes put the same tensors together in the same order, and write nothing.
+    first, seen = seen, []
+    save_in_turn(state, names, whole, None)
+    assert seen == first and len(first) == len(state) - len(names)

@@ -156,7 +156,7 @@ def _finish(
     require_sound(model, name, project)
     history = context.reported(name)
     notes = context.checkpoint.finish(together)
-    save_whole(model, project, Path(request.folder))
+    save_whole(model, Path(request.folder))
     keep_returned(request, entry)
     mine = fingerprint_share(
         build_dataset(project, "train"), project, request.train.seed, context.rank, context.world_size

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from torchworker.contract import EXTERNAL_DATA
 from torchworker.exporters import attention
 from torchworker.exporters.agreement import differs_without_tokens
 from torchworker.exporters.elman import translations
@@ -31,8 +32,17 @@ IR_VERSIONS = {OPSET: 9, attention.OPSET: 10}
 """Of the file, by operator set. ONNX Runtime 1.17 was the first to read 9 and opset 20, 1.23 to read opset 23."""
 
 
+LARGEST_WEIGHTS = 1_500_000_000
+"""Bytes of weights that are in the file itself: protobuf reads no message of 2 GiB, and the rest of it needs some."""
+SMALLEST_OUTSIDE = 256
+"""Bytes of a tensor that may be outside: readers want what shapes are made of where they read the graph."""
+
+
 def onnx_model(subject: Subject, path: Path) -> Made:
     """Write one file with named inputs, outputs and dynamic dimensions, and say how it was captured.
+
+    Weights of more than LARGEST_WEIGHTS bytes, or any where the subject says so, are in a file of their own beside it
+    (EXTERNAL_DATA).
 
     Raises UserError for models that torch.export or ONNX cannot express, and where the exporter itself has doubts. What
     ONNX cannot hold whatever the model computes is in `project/shippable.py`.
@@ -80,8 +90,20 @@ def _write(onnx_program: Any, opset: int, subject: Subject, path: Path) -> None:
     _name_dimensions(onnx_program.model, subject)
     keep_samples_there(onnx_program.model, BATCH)
     onnx_program.model.ir_version = IR_VERSIONS[opset]
-    onnx_program.save(str(path), external_data=False)
+    _save(onnx_program.model, subject, path)
     _require_kernels(onnx_program.model, path)
+
+
+def _save(model: Any, subject: Subject, path: Path) -> None:
+    """model: onnx_ir.Model."""
+    import onnx_ir
+
+    data = path.name + EXTERNAL_DATA
+    path.with_name(data).unlink(missing_ok=True)
+    held = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    outside = subject.external_data or sum(tensor.nbytes for tensor in held if tensor is not None) > LARGEST_WEIGHTS
+    outside = outside and any(tensor is not None and tensor.nbytes >= SMALLEST_OUTSIDE for tensor in held)
+    onnx_ir.save(model, path, external_data=data if outside else None, size_threshold_bytes=SMALLEST_OUTSIDE)
 
 
 def _exported(program: ExportedProgram, subject: Subject) -> tuple[Any, int]:
@@ -137,7 +159,8 @@ def _require_kernels(model: Any, path: Path) -> None:
     try:
         onnx_session(str(path), 1)
     except Exception as error:
-        path.unlink()
+        for written in (path, path.with_name(path.name + EXTERNAL_DATA)):
+            written.unlink(missing_ok=True)
         named = re.search(r"implementation for (\w+)\(|operator \((\w+)\)", str(error))
         lacks = next(filter(None, named.groups())) if named else "operator that it needs"
         kinds = " and ".join(sorted(kind.name.lower() for kind in half))

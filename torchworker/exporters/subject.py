@@ -35,6 +35,8 @@ class Subject:
     dims: Sequence[DynamicDim]
     """The batch and the declared dimensions."""
     project: Project
+    external_data: bool = False
+    """Whether the weights of ONNX are in a file beside it, however few there are."""
 
     def signature(self) -> str:
         """Names, dtypes, shapes and ranges of the inputs, as JSON, for runtimes that do not look at them."""

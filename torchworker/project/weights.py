@@ -6,14 +6,16 @@ transposed view, buffers are views of one table, images are in NHWC order. All t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from torchworker.process.failure import UserError
@@ -62,21 +64,67 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
     Raises TypeError for a state that is no tensor, which is a module's `get_extra_state`.
     """
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} in the state of the model is a {type(value).__name__}; expected tensors alone")
-        state[name] = value
+    state = model.state_dict()
+    tied = tied_names(state)
+    save_tensors({name: tensor for name, tensor in state.items() if name not in tied}, path, _said(tied))
+
+
+def save_in_turn(
+    state: Mapping[str, Tensor], tied: Mapping[str, str], whole: Callable[[Tensor], Tensor], path: Path | None
+) -> None:
+    """Write what `save_weights` writes, byte by byte, with one tensor in memory at a time.
+
+    Args:
+        state: parameters and buffers, or parts of them; of each, dtype and shape of the whole one.
+        tied: of `tied_names`, the same in all processes that call this.
+        whole: makes of a part the whole tensor, called for each that is stored, in one order.
+        path: of the file; None where another process writes it.
+    """
+    own = {name: tensor for name, tensor in state.items() if name not in tied}
+    # The library says of empty tensors what it says of others, but for sizes, and in which order they are.
+    said = save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in own.items()}, _said(tied))
+    header = json.loads(said[8 : 8 + int.from_bytes(said[:8], "little")])
+    at = 0
+    for name in (names := [name for name in header if name in own]):
+        end = at + own[name].numel() * own[name].element_size()
+        header[name] |= {"shape": list(own[name].shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") if path is not None else contextlib.nullcontext() as file:
+        if file is not None:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = whole(own[name])
+            if file is not None and tensor.numel():
+                file.write(memoryview(values_of(tensor).flatten().view(torch.uint8).numpy()))
+            # Before the next one is there.
+            del tensor
+
+
+def tied_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Names of what is one tensor with another that comes before it in their order, each with that one's name.
+
+    Of a tensor of which this process has a part, the part tells.
+
+    Raises TypeError for a state that is no tensor.
+    """
     same: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
     for name in sorted(state):
         tensor = state[name]
-        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} in the state of the model is a {type(tensor).__name__}; expected tensors alone")
+        part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        view = (tensor.device, part.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and (first := same.setdefault(view, name)) != name:
             tied[name] = first
-    # One entry: safetensors 0.8 writes several in an order that differs from process to process.
-    metadata = {TIED: json.dumps(tied)} if tied else None
-    save_tensors({name: tensor for name, tensor in state.items() if name not in tied}, path, metadata)
+    return tied
+
+
+def _said(tied: Mapping[str, str]) -> dict[str, str] | None:
+    """The file's metadata. One entry: safetensors 0.8 writes several in an order that differs by process."""
+    return {TIED: json.dumps(tied)} if tied else None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

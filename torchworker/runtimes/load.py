@@ -209,8 +209,15 @@ def _require_signature(inputs: Mapping[str, Tensor], signature: Mapping[str, Any
             raise ValueError(f"input {spec['name']}: expected {expected}, got {got}")
 
 
-def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) -> Any:
-    """An onnxruntime.InferenceSession on the CPU. model: path or content; as_written: without its optimizations."""
+def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False, folder: Path | None = None) -> Any:
+    """An onnxruntime.InferenceSession on the CPU.
+
+    Args:
+        model: path or content.
+        threads: intra-op threads.
+        as_written: without its optimizations.
+        folder: of its external data, where content is given.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -218,6 +225,8 @@ def onnx_session(model: str | bytes, threads: int, *, as_written: bool = False) 
     options.inter_op_num_threads = 1
     # Whatever it is called: by the ending .ort it would be read as another format, and so as another model.
     options.add_session_config_entry("session.load_model_format", "ONNX")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -134,6 +134,7 @@ def export(request: ExportRequest) -> ExportResult:
             outputs=[spec.name for spec in outputs],
             dims=dims,
             project=project,
+            external_data=request.external_data == "always",
         )
         if request.only is not None:
             # The interpreter that this stage started for one format, and from which it wants the file that is left.

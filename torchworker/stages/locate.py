@@ -124,7 +124,8 @@ def _in_onnx(path: Path, inputs: Mapping[str, Tensor]) -> Inside:
     model.graph.outputs.extend(
         value for node in model.graph for value in node.outputs if value.name and value.name not in present
     )
-    session = onnx_session(onnx_ir.to_proto(model).SerializeToString(), 1, as_written=True)
+    content = onnx_ir.to_proto(model).SerializeToString()
+    session = onnx_session(content, 1, as_written=True, folder=path.parent)
     wanted = [item.name for item in session.get_outputs()]
     values = session.run(wanted, {item.name: inputs[item.name].numpy() for item in session.get_inputs()})
     by_name = dict(zip(wanted, values, strict=True))

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from torchworker.contract import DynamicDim, Measured, MeasureRequest, MeasureResult, Speed, Timed
+from torchworker.contract import DynamicDim, Measured, MeasureRequest, MeasureResult, Speed, Timed, read_with
 from torchworker.gates.speed import apply_speed_limits, recommended, speedups, too_slow, undecided
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.reference import enlarged
@@ -63,7 +63,8 @@ def measure(request: MeasureRequest) -> MeasureResult:
         processes: dict[str, _Process] = {}
         for subject in request.subjects:
             print(f"measure: {subject.name}: loading", flush=True)
-            found = Measured(format=subject.format, bytes=Path(subject.file).stat().st_size)
+            read = read_with(subject.file, [str(path) for path in Path(subject.file).parent.iterdir()])
+            found = Measured(format=subject.format, bytes=sum(Path(name).stat().st_size for name in read))
             try:
                 # One after the other: what loads beside another waits for it.
                 loads = [_load_in_fork(subject, inputs, request.threads) for _ in range(request.loads - 1)]

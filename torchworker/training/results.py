@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from torchworker.contract import PROBE, WEIGHTS, Project, TrainSettings
 from torchworker.process.failure import as_user_error
 from torchworker.project.user_code import batches, build_model, forward, name_inputs, name_outputs
-from torchworker.project.weights import load_weights, save_tensors, save_weights
+from torchworker.project.weights import load_weights, save_in_turn, save_tensors, save_weights, tied_names
 from torchworker.training.device import place
-from torchworker.training.strategy import is_sharded, whole_model
+from torchworker.training.strategy import is_sharded, sharded_state, whole_tensor
 
 PROBE_SAMPLES = 64
 """Samples on which the export has to give what the trained model gave."""
@@ -35,19 +35,26 @@ def save_trained(
     Args:
         model: without a wrapper such as DDP. It ends up in eval(), and on rank 0 on the CPU unless it is sharded.
         validation_set: the probe's batch is its first PROBE_SAMPLES samples.
-        project: says how to collate, and rebuilds a sharded model.
+        project: says how to collate.
         folder: of the run, on a file system that all ranks share.
         device: where the model is.
     """
-    save_whole(model, project, folder)
+    save_whole(model, folder)
     save_probe(model, validation_set, project, folder, device)
 
 
-def save_whole(model: nn.Module, project: Project, folder: Path) -> None:
+def save_whole(model: nn.Module, folder: Path) -> None:
     """The first half of `save_trained`, which needs no data: rank 0 writes WEIGHTS, and every rank calls it."""
-    whole = whole_model(model, project)
-    if whole is not None:
-        save_weights(whole, folder / WEIGHTS)
+    first = dist.get_rank() == 0
+    if not is_sharded(model):
+        if first:
+            save_weights(model.cpu(), folder / WEIGHTS)
+        return
+    state = sharded_state(model)
+    tied: list[Any] = [tied_names(state)]
+    dist.broadcast_object_list(tied, 0)
+    # Never all of them in one process: each is put together when it is written, and gone with the next one.
+    save_in_turn(state, tied[0], whole_tensor, folder / WEIGHTS if first else None)
 
 
 @torch.no_grad()

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchworker import situations
 from torchworker.contract import Project, TrainSettings
 from torchworker.process.failure import UserError, is_lost_connection, user_error
-from torchworker.project.user_code import build_model
 
 
 class Replicated:
@@ -178,22 +177,21 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole_model(model: nn.Module, project: Project) -> nn.Module | None:
-    """The model with all of its parameters on the CPU, on rank 0; None on the others. Every rank calls it.
+def sharded_state(model: nn.Module) -> dict[str, Any]:
+    """State of a model that FSDP2 has made one of parts, by the names that it has without wrappers.
 
-    Of a sharded model it is a new one with the gathered state; another is moved to the CPU.
+    Of each parameter, a DTensor with this rank's part. Every rank calls it.
     """
-    if not is_sharded(model):
-        return model.cpu() if dist.get_rank() == 0 else None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
-    if dist.get_rank() != 0:
-        return None
-    whole = build_model(project)
-    whole.load_state_dict(state)
-    return whole
+    return dict(get_model_state_dict(model))
+
+
+def whole_tensor(part: Tensor) -> Tensor:
+    """A tensor of `sharded_state`, put together in every rank. Every rank calls it, in the same order."""
+    from torch.distributed.tensor import DTensor
+
+    return part.full_tensor() if isinstance(part, DTensor) else part
 
 
 def _cannot_be_shared(error: Exception, project: Project) -> Exception:
