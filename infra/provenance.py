@@ -70,12 +70,13 @@ def _installed() -> dict[str, metadata.Distribution]:
     """
     modules = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found: dict[str, metadata.Distribution] = {}
-    for item in metadata.distributions(path=[*modules, *_site_folders()]):
+    for item in metadata.distributions(path=[*modules, *site_folders()]):
         if name := (item.metadata["Name"] or "").lower().replace("_", "-"):
             found.setdefault(name, item)
     return found
 
 
+OURS = frozenset(["train-and-ship", "torchworker", "shipreader"])
 SOURCES = frozenset([".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".pyx"])
 _NOT_CODE = frozenset(["__pycache__", "node_modules", "site-packages"])
 
@@ -147,7 +148,7 @@ def editable_folders() -> list[tuple[str, Path]]:
     found = []
     for name, item in _installed().items():
         origin = json.loads(item.read_text("direct_url.json") or "{}")
-        if origin.get("dir_info", {}).get("editable") and name != "train-and-ship":
+        if origin.get("dir_info", {}).get("editable") and name not in OURS:
             found.append((name, Path(unquote(urlsplit(origin["url"]).path))))
     return sorted(((name, folder) for name, folder in found if folder.is_dir()), key=lambda item: item[1])
 
@@ -162,7 +163,7 @@ def is_library(module: str, folder: Path) -> bool:
     if found is None:
         return module in sys.builtin_module_names
     places = list(found.submodule_search_locations or []) or [found.origin or ""]
-    roots = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")] + _site_folders()
+    roots = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")] + site_folders()
     if not all(any(Path(place).is_relative_to(root) for root in roots) for place in places):
         return False
     return module not in _installed_from_folders()
@@ -171,7 +172,7 @@ def is_library(module: str, folder: Path) -> bool:
 def _installed_from_folders() -> set[str]:
     """Top-level modules of packages whose sources are in a folder of this machine (PEP 610)."""
     modules: set[str] = set()
-    for place in _site_folders():
+    for place in site_folders():
         for origin in Path(place).glob("*.dist-info/direct_url.json"):
             if "dir_info" in json.loads(origin.read_text()):
                 files = metadata.PathDistribution(origin.parent).files or []
@@ -179,7 +180,7 @@ def _installed_from_folders() -> set[str]:
     return modules
 
 
-def _site_folders() -> list[str]:
+def site_folders() -> list[str]:
     """Where packages are installed, the user's own folder first."""
     return [*([site.getusersitepackages()] if site.ENABLE_USER_SITE else []), *site.getsitepackages()]
 
