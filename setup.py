@@ -32,7 +32,8 @@ class BuildWithWheels(build_py):
         for name in CARRIED:
             with tempfile.TemporaryDirectory() as folder:
                 # A copy: building in place leaves a build folder behind, whose old files the next wheel would have.
-                source = shutil.copytree(name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__", "build"))
+                left_out = shutil.ignore_patterns("__pycache__", "build")
+                source = shutil.copytree(name, Path(folder, name), ignore=left_out)
                 subprocess.run([sys.executable, "-c", BUILD, str(wheels)], cwd=source, check=True)
 
 

@@ -28,7 +28,7 @@ SECONDS = 60.0
 """An interpreter that says nothing for so long is none."""
 MARK = "train-and-ship:"
 
-# Also for interpreters of long ago, which have to be told from programs that are none: up to the `if`, any Python reads it.
+# Also for interpreters of long ago, which have to be told from programs that are none.
 ASK = f"""
 import json, platform, sys
 found = {{"version": platform.python_version(), "machine": sys.platform + " " + platform.machine()}}
@@ -115,7 +115,7 @@ def our_interpreter() -> Interpreter:
 
 @functools.cache
 def look_at(path: str) -> Interpreter:
-    """What a Python says of itself; ours says nothing new and is not started.
+    """What a Python says of itself, asked once a process; ours is not started for it.
 
     Args:
         path: absolute.
@@ -162,8 +162,8 @@ def problem_of(found: Interpreter) -> str:
     """Why the code of a job cannot run there, and what to do; empty when it can. The two sides have to be of one
     protocol, whichever is older."""
     install = f"`ship worker install --python {found.path}`"
-    if tuple(int(part) for part in found.version.split(".")[:2]) < OLDEST:
-        return f"Python {found.version} is too old: expected {OLDEST[0]}.{OLDEST[1]} or newer"
+    if old := too_old(found):
+        return old
     if len(set(found.workers.values())) > 1:
         several = ", ".join(f"{version} in {folder}" for folder, version in sorted(found.workers.items()))
         return (
@@ -189,6 +189,13 @@ def problem_of(found: Interpreter) -> str:
             f"{found.protocol or 'none'}; expected protocol {PROTOCOL}): {install} puts the right one there{newer}"
         )
     return ""
+
+
+def too_old(found: Interpreter) -> str:
+    """What is said of a Python that torchworker does not run under; empty for one that it does."""
+    if tuple(int(part) for part in found.version.split(".")[:2]) >= OLDEST:
+        return ""
+    return f"Python {found.version} is too old: expected {OLDEST[0]}.{OLDEST[1]} or newer"
 
 
 def _two(version: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
     async def make(work: Path) -> ExportResult:
         request = export_request(run.job, run.project, work, weights=str(trained.weights))
         request = replace(request, drawn=facts.drawn, ignored=trained.result.ignored)
-        made = await ask_worker(run.fork_server, "export", request, ExportResult, work)
+        made = await ask_worker(run.rooms.project, "export", request, ExportResult, work)
         await asyncio.to_thread(add_files, run.job, project, work)
         return made
 

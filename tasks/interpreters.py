@@ -32,10 +32,10 @@ def choose_interpreter(job: Job, job_file: Path, project: Path) -> Chosen:
 
     Raises JobError for one that is none, or cannot run the code of a job.
     """
-    folder = Path(os.path.abspath(job_file.parent))
+    folder = _absolute(job_file.parent)
     if job.python is not None:
         where = f"{job_file}: python"
-        path = Path(os.path.abspath(folder / Path(job.python).expanduser()))
+        path = _absolute(folder / Path(job.python).expanduser())
         _require_file(path, job.python, where)
         return Chosen(interpreter=_usable(path, where))
     for place in dict.fromkeys((folder, project)):
@@ -56,6 +56,11 @@ def choose_interpreter(job: Job, job_file: Path, project: Path) -> Chosen:
     return Chosen(interpreter=our_interpreter())
 
 
+def _absolute(path: Path) -> Path:
+    # Not resolved: the interpreter of a virtual environment is a link, and what it leads to is another one.
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def _ours() -> str:
     return f"the Python of train-and-ship ({our_interpreter().path})"
 
@@ -68,7 +73,8 @@ def _require_file(path: Path, said: str, where: str) -> None:
     if not path.exists():
         raise JobError(
             f"{where}: expected an interpreter at {path}, found none; the path is relative to the job file, such as "
-            ".venv/bin/python. Without this key the code runs in the project's .venv, or in train-and-ship's environment"
+            ".venv/bin/python. Without this key the code runs in the project's .venv where that has torchworker, else "
+            "in the environment of train-and-ship"
         )
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
         "shipreader.records",
         "shipreader.mlserver",
     },
-    "infra": {"infra", "torchworker.durable"},
+    "infra": {"infra", "torchworker.durable", "torchworker.protocol"},
     "torchworker": {"torchworker"},
     # Installed alone on serving machines.
     "shipreader": {"shipreader"},
@@ -77,6 +77,7 @@ ROOMS = {
     "torchworker": {
         "situations": set(),
         "durable": set(),
+        "protocol": set(),
         "contract": {"situations", "durable"},
         "process": {"contract"},
         "runtimes": {"contract"},
