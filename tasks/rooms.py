@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torchworker.contract import WITHOUT_CODE
 from train_and_ship.infra.fork_server import ForkServer, fork_server
-from train_and_ship.infra.interpreter import Interpreter
+from train_and_ship.infra.interpreter import Interpreter, our_interpreter
+from train_and_ship.registry.environments import Environments
 
 LOADS_WHERE_MADE = frozenset(["aoti", "executorch", "pt2e-int8"])
 """Formats that are compiled against the torch, or for the library, of whoever makes them."""
@@ -44,6 +45,14 @@ class Rooms:
             return ()
         code = [kind for kind in formats if kind not in WITHOUT_CODE]
         return tuple(kind for kind in code if libraries or kind in LOADS_WHERE_MADE)
+
+    def environments(self, formats: Iterable[str], libraries: Sequence[str] = ()) -> Environments:
+        """For the record of a release. Arguments: as of `where_made`."""
+        return Environments(
+            made=self.interpreter.facts(),
+            proven=our_interpreter().facts(),
+            where_made=self.where_made(formats, libraries),
+        )
 
     def for_all(self, formats: Iterable[str], libraries: Sequence[str] = ()) -> ForkServer:
         """Where all of these load side by side. Arguments: as of `where_made`."""

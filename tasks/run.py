@@ -120,6 +120,9 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
             git_commit=commit,
             snapshot=snapshot_sha256,
             begun=run.begun,
+            environments=rooms.environments(
+                [*job.export.wanted, *(job.export.int8.wanted if job.export.int8 else ())], job.export.libraries
+            ),
         )
         write_fact(folder, ABOUT, about)
         return run
