@@ -1,13 +1,16 @@
 # Two commands do everything on a fresh machine: make ship, make test. The rest is for developers.
 PYTHON ?= python3
 VENV := .venv
+# On one command line: pip asks no index for a name that it is given as a folder or a file.
+PROJECTS := pyproject.toml torchworker/pyproject.toml shipreader/pyproject.toml
+OURS := --editable ./torchworker --editable ./shipreader --editable
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak public check matrix month bench bench-store bench-parity bench-inference bench-recurrent pins up down clean
+.PHONY: ship test soak public check wheel matrix month bench bench-store bench-parity bench-inference bench-recurrent pins up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -28,19 +31,19 @@ public: build/public/.ready build/lora/.ready
 	build/public/bin/python -m pytest -m public --numprocesses 2 $(ARGS) --ignore tests/public/test_lora.py tests/public
 	build/lora/bin/python -m pytest -m public $(ARGS) tests/public/test_lora.py
 
-build/public/.ready: tests/support/public/requirements.txt pyproject.toml constraints.txt
+build/public/.ready: tests/support/public/requirements.txt $(PROJECTS) constraints.txt
 	rm -rf build/public
 	$(PYTHON) -m venv build/public
 	build/public/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[dev]' --requirement tests/support/public/requirements.txt
+	  $(OURS) '.[dev]' --requirement tests/support/public/requirements.txt
 	touch $@
 
 # Apart from those: peft loads torchvision where that is installed, and torchvision's binaries need CUDA's torch.
-build/lora/.ready: examples/lora/requirements.txt tests/support/public/lora-requirements.txt pyproject.toml constraints.txt
+build/lora/.ready: examples/lora/requirements.txt tests/support/public/lora-requirements.txt $(PROJECTS) constraints.txt
 	rm -rf build/lora
 	$(PYTHON) -m venv build/lora
 	build/lora/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --constraint tests/support/public/lora-requirements.txt --editable '.[local,dev]' \
+	  --constraint tests/support/public/lora-requirements.txt $(OURS) '.[local,dev]' \
 	  --requirement examples/lora/requirements.txt
 	touch $@
 
@@ -51,6 +54,13 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases tests benchmarks
 	$(MAKE) test soak
+
+# Three wheels in dist/, which are installed together: docs/installing.md.
+wheel: $(READY)
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	cd dist && ../$(BIN)/python -m zipfile --extract train_and_ship-*.whl unpacked
+	mv dist/unpacked/train_and_ship/ship/wheels/*.whl dist && rm -r dist/unpacked
 
 # The core of the tests with every version that is promised, in environments of their own below build/matrix (some 6 GB
 # each; with uv on PATH they share files). `make matrix ARGS="--row 3.13"` asks one. Writes docs/versions.md's table.
@@ -109,14 +119,14 @@ clean:
 	  if [ "$$answer" != yes ]; then echo "Nothing was deleted." >&2; exit 2; fi; \
 	fi
 	if [ -x $(BIN)/ship ]; then $(BIN)/ship down; fi
-	rm -rf $(VENV) .ship build *.egg-info
+	rm -rf $(VENV) .ship build dist *.egg-info */*.egg-info
 
-$(READY): pyproject.toml constraints.txt
+$(READY): $(PROJECTS) constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "train-and-ship needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
 	# What an earlier version wrote here names modules of then, and Prefect would load them.
-	rm -rf *.egg-info
+	rm -rf *.egg-info */*.egg-info
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[local,examples,dev]'
+	  $(OURS) '.[local,examples,dev]'
 	touch $(READY)

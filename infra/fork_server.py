@@ -1,7 +1,7 @@
 """Run stages in child processes that have torch, forked from one process that imported it once.
 
-The other end is `torchworker/forkserver.py`; the protocol is described there. One fork server serves one Prefect
-process and dies with it: its standard input is a pipe that only this process holds.
+The other end is `torchworker/forkserver.py`; the protocol is described there. One fork server of an interpreter serves
+one Prefect process and dies with it: its standard input is a pipe that only this process holds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ import psutil
 
 from train_and_ship.infra.errors import WorkerError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.interpreter import Interpreter, environment_of_others, our_interpreter
 from train_and_ship.infra.job_environment import inherited
 from train_and_ship.infra.json_lines import next_objects
 from train_and_ship.infra.private import take_password
@@ -42,7 +42,9 @@ TorchScript, for one, writes a layer's constants in that order, and so the same 
 class ForkServer:
     """A running `python -m torchworker.forkserver`. Not started until the first use."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, interpreter: Interpreter | None = None) -> None:
+        """log: what it says itself is added to it. interpreter: that of this process when None."""
+        self.interpreter = interpreter or our_interpreter()
         self._log = log
         make_folder(log.parent)
         # What is forked there runs as the same user as this process, which may hold secrets.
@@ -50,11 +52,11 @@ class ForkServer:
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 # -P: the current folder is not on the import path, so a user's files cannot shadow ours.
-                [sys.executable, "-P", "-m", "torchworker.forkserver"],
+                [self.interpreter.path, "-P", "-m", "torchworker.forkserver"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=child_environment(),
+                env=child_environment(self.interpreter),
                 # Its own session: Ctrl-C reaches this process, which then decides.
                 start_new_session=True,
             )
@@ -198,27 +200,39 @@ class Follower:
                     self._on_event(event)
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of the fork server and of everything that it forks, before what one stage is given."""
-    environment = inherited(os.environ)
+def child_environment(interpreter: Interpreter | None = None) -> dict[str, str]:
+    """The environment of a fork server and of everything that it forks, before what one stage is given.
+
+    interpreter: what runs it; that of this process when None.
+    """
+    environment = inherited(os.environ) if interpreter is None or interpreter.ours else environment_of_others()
     # What user code prints is in the log when it is printed, not when the process ends.
     environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("PYTHONHASHSEED", HASH_SEED)
     return environment
 
 
-_servers: dict[int, ForkServer] = {}
+_servers: dict[tuple[int, str], ForkServer] = {}
+"""By process and by what it runs under."""
 
 
-def running_fork_server() -> ForkServer | None:
-    """The fork server of this process, when there is one."""
-    return _servers.get(os.getpid())
+def running_fork_servers() -> list[ForkServer]:
+    """Those of this process that were started."""
+    return [server for (process, _), server in _servers.items() if process == os.getpid()]
 
 
-def fork_server(log: Path) -> ForkServer:
-    """The fork server of this process, started on first use and again if it died; closed when the process exits."""
-    server = _servers.get(os.getpid())
+def fork_server(log: Path, interpreter: Interpreter | None = None) -> ForkServer:
+    """The fork server of this process, started on first use and again if it died; closed when the process exits.
+
+    Args:
+        log: what it says itself is added to it; another interpreter's has a name of its own beside it.
+        interpreter: what it runs under; that of this process when None.
+    """
+    interpreter = interpreter or our_interpreter()
+    key = os.getpid(), "" if interpreter.ours else interpreter.path
+    server = _servers.get(key)
     if server is None or not server.alive:
-        server = _servers[os.getpid()] = ForkServer(log)
+        place = log if interpreter.ours else log.with_stem(f"{log.stem}-of-project")
+        server = _servers[key] = ForkServer(place, our_interpreter() if interpreter.ours else interpreter)
         atexit.register(server.close)
     return server

@@ -56,26 +56,32 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def environment_lock() -> list[str]:
-    """`name==version` of every installed distribution, sorted, as `pip freeze` would say, and of Python itself."""
-    found = {name: item.version for name, item in _installed().items()}
-    found["python"] = platform.python_version()
+def environment_lock(sites: tuple[str, ...] = (), python: str = "") -> list[str]:
+    """`name==version` of every installed distribution, sorted, as `pip freeze` would say, and of Python itself.
+
+    Args:
+        sites: where an environment has its packages; empty for that of this process.
+        python: version of its Python; empty for this one's.
+    """
+    found = {name: item.version for name, item in _installed(sites).items()}
+    found["python"] = python or platform.python_version()
     return [f"{name}=={version}" for name, version in sorted(found.items())]
 
 
-def _installed() -> dict[str, metadata.Distribution]:
-    """By name: what this environment has, where Python looks first.
+def _installed(sites: tuple[str, ...]) -> dict[str, metadata.Distribution]:
+    """By name: what an environment has, where Python looks first. sites: as of `environment_lock`.
 
     Not what sys.path has by now: importing setuptools, for one, adds copies of a dozen packages that it brings along.
     """
     modules = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found: dict[str, metadata.Distribution] = {}
-    for item in metadata.distributions(path=[*modules, *_site_folders()]):
+    for item in metadata.distributions(path=[*modules, *(sites or site_folders())]):
         if name := (item.metadata["Name"] or "").lower().replace("_", "-"):
             found.setdefault(name, item)
     return found
 
 
+OURS = frozenset(["train-and-ship", "torchworker", "shipreader"])
 SOURCES = frozenset([".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".pyx"])
 _NOT_CODE = frozenset(["__pycache__", "node_modules", "site-packages"])
 
@@ -92,7 +98,9 @@ class CodeFile:
     """Hexadecimal."""
 
 
-def code_files(folder: Path, more: Iterable[Path] = (), only: Iterable[Path] | None = None) -> list[CodeFile]:
+def code_files(
+    folder: Path, more: Iterable[Path] = (), only: Iterable[Path] | None = None, sites: tuple[str, ...] = ()
+) -> list[CodeFile]:
     """The source files below a folder, those of editable installs, and `more` files.
 
     Code that is not used counts too: what a model imports late is not known before it runs. Hidden folders and virtual
@@ -102,11 +110,12 @@ def code_files(folder: Path, more: Iterable[Path] = (), only: Iterable[Path] | N
         folder: of the project, absolute.
         more: further files, which are named.
         only: files and folders that are all that counts beside `more`; None for everything.
+        sites: as of `environment_lock`, for editable installs.
     """
     found = []
     if only is None:
         found += [_code_file(path, folder, "") for path in source_files(folder)]
-        for name, root in editable_folders():
+        for name, root in editable_folders(sites):
             found += [_code_file(path, root, f"{name}: ") for path in source_files(root)]
     else:
         several = {path: None for place in only for path in ([place] if place.is_file() else source_files(place))}
@@ -142,12 +151,13 @@ def source_files(folder: Path) -> Iterator[Path]:
 
 
 @functools.cache
-def editable_folders() -> list[tuple[str, Path]]:
-    """Packages that are installed in place, whose version says nothing, and their sources."""
+def editable_folders(sites: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
+    """Packages that are installed in place, whose version says nothing, and their sources. sites: as of
+    `environment_lock`."""
     found = []
-    for name, item in _installed().items():
+    for name, item in _installed(sites).items():
         origin = json.loads(item.read_text("direct_url.json") or "{}")
-        if origin.get("dir_info", {}).get("editable") and name != "train-and-ship":
+        if origin.get("dir_info", {}).get("editable") and name not in OURS:
             found.append((name, Path(unquote(urlsplit(origin["url"]).path))))
     return sorted(((name, folder) for name, folder in found if folder.is_dir()), key=lambda item: item[1])
 
@@ -162,7 +172,7 @@ def is_library(module: str, folder: Path) -> bool:
     if found is None:
         return module in sys.builtin_module_names
     places = list(found.submodule_search_locations or []) or [found.origin or ""]
-    roots = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")] + _site_folders()
+    roots = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")] + site_folders()
     if not all(any(Path(place).is_relative_to(root) for root in roots) for place in places):
         return False
     return module not in _installed_from_folders()
@@ -171,7 +181,7 @@ def is_library(module: str, folder: Path) -> bool:
 def _installed_from_folders() -> set[str]:
     """Top-level modules of packages whose sources are in a folder of this machine (PEP 610)."""
     modules: set[str] = set()
-    for place in _site_folders():
+    for place in site_folders():
         for origin in Path(place).glob("*.dist-info/direct_url.json"):
             if "dir_info" in json.loads(origin.read_text()):
                 files = metadata.PathDistribution(origin.parent).files or []
@@ -179,8 +189,8 @@ def _installed_from_folders() -> set[str]:
     return modules
 
 
-def _site_folders() -> list[str]:
-    """Where packages are installed, the user's own folder first."""
+def site_folders() -> list[str]:
+    """Where this process's packages are installed, the user's own folder first."""
     return [*([site.getusersitepackages()] if site.ENABLE_USER_SITE else []), *site.getsitepackages()]
 
 

@@ -19,8 +19,9 @@ from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 _SILENT = "the live release does not say what it was trained on"
 SHOWN, LONGEST_TEXT = 3, 200
 """Differences that are named, of the others it is said how many; and characters that are shown of one."""
-NOT_TRAINED_ON = ("gates", "release", "retrain", "env")
-"""Parts of a job that change what is done with a release, not what is in it; and names without their values."""
+NOT_TRAINED_ON = ("gates", "release", "retrain", "env", "python")
+"""Parts of a job that change what is done with a release, not what is in it; names without their values; and where an
+environment is, whose packages tell what it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

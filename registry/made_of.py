@@ -48,15 +48,16 @@ class Files:
         return replace(self, opened={name: sha for name, sha in self.opened.items() if name not in gone}, native=())
 
 
-def files_of(job: Job, project: Path, hashes: FileHashes) -> tuple[str, Files]:
+def files_of(job: Job, project: Path, hashes: FileHashes, sites: tuple[str, ...] = ()) -> tuple[str, Files]:
     """Fingerprint of the code, and what is known of the files before anything is run.
 
     Args:
         job: says which count.
         project: absolute folder.
         hashes: of the project's files.
+        sites: where the environment of the job has its packages; empty for that of this process.
     """
-    found = _code(job, project)
+    found = _code(job, project, sites)
     named = {
         pattern: {name_of(path, project): hashes.sha256(path)[:DIGITS] for path in _matching(pattern, project)}
         for pattern in job.retrain.files
@@ -71,7 +72,13 @@ def files_of(job: Job, project: Path, hashes: FileHashes) -> tuple[str, Files]:
 
 
 def with_opened(
-    files: Files, job: Job, project: Path, hashes: FileHashes, opened: Sequence[OpenedFile], listed: Sequence[str]
+    files: Files,
+    job: Job,
+    project: Path,
+    hashes: FileHashes,
+    opened: Sequence[OpenedFile],
+    listed: Sequence[str],
+    sites: tuple[str, ...] = (),
 ) -> Files:
     """The same with what training opened.
 
@@ -82,9 +89,10 @@ def with_opened(
         hashes: of the project's files.
         opened: as rank 0 saw it.
         listed: absolute folders.
+        sites: as of `files_of`.
     """
     elsewhere = job.train.launcher.machines is not None
-    packages, repository = [root for _, root in editable_folders()], _repository(project)
+    packages, repository = [root for _, root in editable_folders(sites)], _repository(project)
     found: dict[str, str] = {}
     native = []
     for file in opened:
@@ -113,7 +121,7 @@ def with_opened(
     return replace(files, opened=found, listed=folders, native=native)
 
 
-def files_now(before: Files, now: Files, project: Path, hashes: FileHashes) -> Files:
+def files_now(before: Files, now: Files, project: Path, hashes: FileHashes, sites: tuple[str, ...] = ()) -> Files:
     """What is known now, with what a release has opened as it is now.
 
     The release may be another's, who would learn what this machine holds: beside files of the project and of packages
@@ -124,8 +132,9 @@ def files_now(before: Files, now: Files, project: Path, hashes: FileHashes) -> F
         now: as `files_of` says.
         project: absolute folder.
         hashes: of the project's files.
+        sites: as of `files_of`.
     """
-    ours = [_repository(project), *(root for _, root in editable_folders())]
+    ours = [_repository(project), *(root for _, root in editable_folders(sites))]
     named = {name: sha for files in now.named.values() for name, sha in files.items()}
     # One file or folder has any number of names, and is looked at once.
     read: dict[Identity, str] = {}
@@ -194,9 +203,9 @@ def _path_of(name: str, project: Path) -> Path:
     return Path(os.path.normpath(project / name))
 
 
-def _code(job: Job, project: Path) -> list[CodeFile]:
+def _code(job: Job, project: Path, sites: tuple[str, ...]) -> list[CodeFile]:
     only = None if job.retrain.code is None else [_path_of(name, project) for name in job.retrain.code]
-    return code_files(project, [project / library for library in job.export.libraries], only)
+    return code_files(project, [project / library for library in job.export.libraries], only, sites)
 
 
 def _counts_as_code(name: str, job: Job, project: Path) -> bool:

@@ -32,6 +32,7 @@ from train_and_ship.infra.json_lines import all_objects
 from train_and_ship.infra.rundir import MANIFEST, TORN, file_sha256
 from train_and_ship.registry.cost import Spent, read_costs
 from train_and_ship.registry.data.checks import Report
+from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange
 from train_and_ship.registry.made_of import Files
@@ -67,6 +68,8 @@ class About:
     """Hexadecimal SHA-256 of the data's manifest; empty when the job has no snapshot."""
     begun: str
     """UTC, ISO 8601."""
+    environments: Environments | None = None
+    """None where an older version has begun it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torchworker.contract import (
     InspectResult,
     TensorSpec,
 )
-from train_and_ship.infra.fork_server import fork_server
+from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.data.checks import (
     Report,
@@ -34,6 +34,7 @@ from train_and_ship.registry.data.checks import (
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.extras import not_passed_on, require_extras, require_variables
+from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
 from train_and_ship.tasks.requests import (
     dynamic_dims,
     inspect_request,
@@ -41,6 +42,7 @@ from train_and_ship.tasks.requests import (
     required_formats,
     train_settings,
 )
+from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.trial import TrialExport, try_export
@@ -60,13 +62,14 @@ def check(job_file: Path, export: bool = True, changes: Sequence[str] = ()) -> N
         GateError: the data fails its checks, or an artifact is not the model.
     """
     job, folder = load_job(job_file, changes)
-    require_extras(job)
+    chosen = choose_interpreter(job, job_file, folder)
+    require_extras(job, chosen.interpreter)
     require_variables(job)
     require_files(job, folder)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
     console = Console()
-    found = asyncio.run(_build(job, folder, snapshot, export, console))
-    _print(job, folder, found, console)
+    found = asyncio.run(_build(job, folder, snapshot, chosen, export, console))
+    _print(job, folder, found, chosen, console)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +81,25 @@ class _Found:
     trial: TrialExport | None
 
 
-async def _build(job: Job, folder: Path, snapshot: Path | None, export: bool, console: Console) -> _Found:
+async def _build(
+    job: Job, folder: Path, snapshot: Path | None, chosen: Chosen, export: bool, console: Console
+) -> _Found:
     """The job, its data, and the checks of that where the job has some; the live release is not asked.
 
     Without checks the data is only glanced at: a run reads all of it.
+
+    Args:
+        job: what is asked about.
+        folder: of the project, absolute.
+        snapshot: folder of the job's verified data; None when it has none.
+        chosen: what runs its code.
+        export: whether the untrained model is exported.
+        console: what is being done is told there.
     """
     project, report, trial = project_of(job, folder, snapshot), None, None
     with tempfile.TemporaryDirectory(prefix="ship-check-") as name:
         work = Path(name)
-        server = fork_server(work / "host.log")
+        rooms = Rooms(chosen.interpreter, work / "host.log")
         request = CheckRequest(
             project=project,
             train=train_settings(job),
@@ -99,13 +112,13 @@ async def _build(job: Job, folder: Path, snapshot: Path | None, export: bool, co
         if job.data.checks is not None:
             # First: a NaN in the data is a better reason than the NaN of the loss.
             look = inspect_request(job, project)
-            facts = await ask_worker(server, "inspect", look, InspectResult, work / "inspect")
+            facts = await ask_worker(rooms.project, "inspect", look, InspectResult, work / "inspect")
             report = check_data(job.data.checks, facts, None, "")
             require_good_data(job.name, report)
-        result = await ask_worker(server, "check", request, CheckResult, work)
+        result = await ask_worker(rooms.project, "check", request, CheckResult, work)
         require_held_out(job.data.checks, *result.shared)
         if export:
-            trial = await try_export(server, job, project, work, partial(_say, console))
+            trial = await try_export(rooms, job, project, work, partial(_say, console))
     return _Found(result=result, report=report, trial=trial)
 
 
@@ -187,16 +200,21 @@ def _exports(job: Job, trial: TrialExport | None) -> list[str]:
     return made + [f"not {kind}: {why}" for kind, why in trial.exported.left_out.items()]
 
 
-def _notes(job: Job, folder: Path, result: CheckResult) -> list[str]:
-    return [shared_samples(*result.shared), *result.notes, not_passed_on(job, folder)]
+def _notes(job: Job, folder: Path, result: CheckResult, chosen: Chosen) -> list[str]:
+    return [chosen.hint, shared_samples(*result.shared), *result.notes, not_passed_on(job, folder)]
 
 
-def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
+def _environment(interpreter: Interpreter) -> str:
+    return f"{interpreter.path}: Python {interpreter.version}, torch {interpreter.torch}; the clean room is ours"
+
+
+def _print(job: Job, folder: Path, found: _Found, chosen: Chosen, console: Console) -> None:
     result, data = found.result, found.report
     columns = Column(style="bold"), Column(overflow="fold")
     facts = Table(*columns, title=job.name, show_header=False, title_justify="left")
     for name, value in (
         ("project", str(folder)),
+        *([("python", _environment(chosen.interpreter))] if not chosen.interpreter.ours else []),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
         (
             "data",
@@ -218,7 +236,7 @@ def _print(job: Job, folder: Path, found: _Found, console: Console) -> None:
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
         *([("env", ", ".join(job.env))] if job.env else []),
-        *(("note", note) for note in _notes(job, folder, result) if note),
+        *(("note", note) for note in _notes(job, folder, result, chosen) if note),
     ):
         facts.add_row(name, escape(value))
     console.print(facts)

@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": (f"ship run {JOB}", f"ship run {JOB} --set train.epochs=1 --channel staging"),
     "retrain": (f"ship retrain {JOB} --why 'new scans'",),
     "deploy": (f'ship deploy {JOB} --cron "0 2 * * *" --timezone Europe/Berlin',),
+    "worker install": ("ship worker install --python .venv/bin/python",),
     "logs": ("ship logs digits", "ship logs digits --follow"),
     "approve": (f"ship approve {RUN} --comment 'looked at the report'",),
     "snapshot": ("ship snapshot data/scans --to s3://my-bucket/scans",),

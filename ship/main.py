@@ -231,6 +231,21 @@ def retrain(
     retrain(job, why, force, resume, allow)
 
 
+worker_app = typer.Typer(help="What runs the code of a job in an environment of its own.", no_args_is_help=True)
+app.add_typer(worker_app, name="worker", rich_help_panel=TRAINING)
+
+
+@worker_app.command("install")
+def worker_install(
+    python: Annotated[Path, typer.Option(help="Interpreter of the environment.")] = Path(".venv/bin/python"),
+    exports: Annotated[bool, typer.Option(help="Also what ONNX files are made with.")] = True,
+) -> None:
+    """Install torchworker into the environment of a project, from the wheel that is carried here."""
+    from train_and_ship.ship.worker import install
+
+    install(python, exports)
+
+
 @app.command(rich_help_panel=TRAINING)
 def logs(
     model: str,
@@ -492,7 +507,7 @@ def schema(markdown: bool = False) -> None:
     typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
 
 
-for group, words in ((app, ""), (channel_app, "channel ")):
+for group, words in ((app, ""), (channel_app, "channel "), (worker_app, "worker ")):
     for command in group.registered_commands:
         assert command.callback is not None, "each is a function"
         command.cls = Command

@@ -13,6 +13,7 @@ import typer
 
 from train_and_ship.infra.errors import GateError, ShipError
 from train_and_ship.infra.fork_server import fork_server
+from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.job_folders import leave_worker
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import require_prefect
@@ -27,6 +28,7 @@ from train_and_ship.registry.run_folder import registration
 from train_and_ship.ship.named import named_kinds
 from train_and_ship.ship.pages import REPORT
 from train_and_ship.tasks.extras import require_variables
+from train_and_ship.tasks.interpreters import choose_interpreter
 from train_and_ship.tasks.shipped import require_files
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, project = load_job(job_file, changes)
+    interpreter = choose_interpreter(job, job_file, project).interpreter
     kinds = named_kinds(allow)
-    _prepare(job, project, resume, reads_data=True)
+    _prepare(job, project, resume, interpreter, reads_data=True)
     from train_and_ship.flows.train_and_ship import train_and_ship
     from train_and_ship.tasks.job_file import read_with
 
@@ -70,10 +73,11 @@ def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[
 def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str] | None) -> None:
     """Run retrain once. Raises ShipError with one message when there is no candidate, or no gate lets it through."""
     job, project = load_job(job_file)
+    interpreter = choose_interpreter(job, job_file, project).interpreter
     job.unattended()
     kinds = named_kinds(allow)
     # What the manifest of a snapshot says may be the answer, and nobody needs torch.
-    _prepare(job, project, resume, reads_data=job.data.snapshot is None)
+    _prepare(job, project, resume, interpreter, reads_data=job.data.snapshot is None)
     from train_and_ship.flows.retrain import retrain
 
     with _saying_where(job, resume):
@@ -84,8 +88,16 @@ def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str]
     typer.echo("\n".join(["", result.title, *lines]))
 
 
-def _prepare(job: Job, project: Path, resume: str, *, reads_data: bool) -> None:
-    """What has to be so before Prefect is imported: its server answers, and its settings are in the environment."""
+def _prepare(job: Job, project: Path, resume: str, interpreter: Interpreter, *, reads_data: bool) -> None:
+    """What has to be so before Prefect is imported: its server answers, and its settings are in the environment.
+
+    Args:
+        job: what is to be done.
+        project: absolute folder.
+        resume: id of an earlier run; empty for a new one.
+        interpreter: of the job's code.
+        reads_data: whether that begins with reading the data.
+    """
     leave_worker()
     settings = Settings.load()
     require_variables(job)
@@ -95,7 +107,7 @@ def _prepare(job: Job, project: Path, resume: str, *, reads_data: bool) -> None:
     require_prefect(settings)
     if reads_data:
         # Workers import torch while this process imports Prefect.
-        fork_server(settings.runs / job.name / "host.log")
+        fork_server(settings.runs / job.name / "host.log", interpreter)
     os.environ.update(settings.prefect_variables)
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_SECONDS))
 

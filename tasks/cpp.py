@@ -12,6 +12,7 @@ from torchworker.contract import RESULT, RUN_IN_CPP, CppRequest, CppResult
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.job.job import Job
+from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.worker import ask_worker
 
 
@@ -20,20 +21,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-and-ship" / "cpp"
 
 
-def start_build(fork_server: ForkServer, job: Job, folder: Path) -> Future[CppResult] | None:
-    """Look for the runner, and build it when there is none, in the background. None when the job has no use for it.
+def start_builds(rooms: Rooms, job: Job, folder: Path) -> dict[str, Future[CppResult]]:
+    """Look for the runner, and build it when there is none, in the background: for each environment that proves a
+    format without Python. By the path of its interpreter; empty when the job has no use for it.
 
-    The future never fails: a build that does is a reason why there is no runner.
+    A future never fails: a build that does is a reason why there is no runner.
 
     Args:
-        fork_server: what the building process is forked from.
+        rooms: where they are built.
         job: whose formats and `parity.cpp` decide whether there is a use for it.
         folder: the run directory.
     """
-    if job.parity.cpp == "off" or not set(RUN_IN_CPP) & set(job.export.wanted):
-        return None
+    formats = [kind for kind in job.export.wanted if kind in RUN_IN_CPP]
+    if job.parity.cpp == "off" or not formats:
+        return {}
+    there = rooms.where_made(formats, job.export.libraries)
+    found = {}
+    if len(there) < len(formats):
+        found[rooms.clean.interpreter.path] = _start_build(rooms.clean, folder / "cpp")
+    if there:
+        found[rooms.project.interpreter.path] = _start_build(rooms.project, folder / "cpp-of-project")
+    return found
+
+
+def _start_build(fork_server: ForkServer, work: Path) -> Future[CppResult]:
     built: Future[CppResult] = Future()
-    work = folder / "cpp"
     work.mkdir(exist_ok=True)
     # A resumed run asks again: the cache may be another machine's.
     (work / RESULT).unlink(missing_ok=True)

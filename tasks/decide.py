@@ -17,8 +17,8 @@ from prefect.states import Completed
 
 from torchworker.durable import write_durably
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.in_use import hold
+from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_events import UNCHANGED
 from train_and_ship.infra.provenance import asked_by
@@ -58,6 +58,7 @@ from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.publish import write_report
 from train_and_ship.tasks.requests import project_of
 from train_and_ship.tasks.results import JobFile, RetrainPlan, RetrainResult, flow_run_page, flow_run_place
+from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.snapshot import known_snapshot
 from train_and_ship.tasks.stage import stage_task
 
@@ -100,13 +101,13 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: S
             get_run_logger().info("%s: %d earlier answers are in the bucket now", job.name, waiting)
         live, (read_seconds, inputs) = await asyncio.gather(
             asyncio.to_thread(read_pointer, channel),
-            _inputs(settings, job, job_file.project, folder),
+            _inputs(settings, job_file, folder),
         )
     earlier = _read_plan(folder)
     start = live if job.retrain.start == "live" else None
     if earlier is not None:
         live, start = earlier
-    now = _Now(channel, settings, job, job_file.project, inputs)
+    now = _Now(channel, settings, job, job_file.project, inputs, job_file.interpreter)
     changed, inputs = await asyncio.to_thread(now.changes, Named(live.release, live.manifest_sha256) if live else None)
     digest = inputs.digest(start.release if start else "", {*job.release.allow, *allow})
     skip = ""
@@ -136,15 +137,18 @@ async def decide(job_file: JobFile, why: str, force: bool, resume: str, allow: S
     return plan
 
 
-async def _inputs(settings: Settings, job: Job, project_folder: Path, folder: Path) -> tuple[float, Inputs]:
+async def _inputs(settings: Settings, job_file: JobFile, folder: Path) -> tuple[float, Inputs]:
     """Seconds that reading the data took, and the fingerprints. A snapshot is known without being read."""
+    job, project_folder, interpreter = job_file.job, job_file.project, job_file.interpreter
     if snapshot := await asyncio.to_thread(known_snapshot, settings, job, project_folder):
-        return 0.0, await inputs_of(settings, job, project_folder, snapshot_fingerprint(snapshot))
+        return 0.0, await inputs_of(
+            settings, job, project_folder, snapshot_fingerprint(snapshot), interpreter=interpreter
+        )
     # It imports torch while this process talks to the bucket.
-    server = fork_server(folder.parent / "host.log")
+    server = Rooms(interpreter, folder.parent / "host.log").project
     facts = await read_facts(server, job, project_of(job, project_folder), folder)
     samples = {"train": facts.train.samples, "validation": facts.validation.samples}
-    return facts.seconds, await inputs_of(settings, job, project_folder, data_fingerprint(facts), samples)
+    return facts.seconds, await inputs_of(settings, job, project_folder, data_fingerprint(facts), samples, interpreter)
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class _Now:
     job: Job
     project: Path
     inputs: Inputs
+    interpreter: Interpreter
 
     def changes(self, named: Named | None) -> tuple[dict[str, str], Inputs]:
         """How that release differs, and the inputs with the files that it has opened, as these are now. named: None
@@ -172,7 +177,8 @@ class _Now:
             with record.understood():
                 if (before := recorded_files(record)) is not None:
                     hashes = project_hashes(self.settings, self.project)
-                    inputs = replace(inputs, files=files_now(before, inputs.files, self.project, hashes))
+                    files = files_now(before, inputs.files, self.project, hashes, self.interpreter.sites)
+                    inputs = replace(inputs, files=files)
                 return changes(inputs, self.job, record, self.project), inputs
         except ReleaseError as error:
             return {"live": f"release {release} is broken: {on_one_line(str(error))}"}, inputs

@@ -55,7 +55,7 @@ async def _where(run: Run, exported: Exported, result: ValidateResult) -> dict[s
         probes=probes,
     )
     try:
-        found = await ask_worker(run.fork_server, "locate", request, LocateResult, folder)
+        found = await ask_worker(run.rooms.project, "locate", request, LocateResult, folder)
     except (ShipError, OSError) as error:
         reason = str(error).splitlines()[0]
         return {**where, **dict.fromkeys(probes, f"could not be located: {reason}")}

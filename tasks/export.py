@@ -66,7 +66,7 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
             ignored=trained.result.ignored,
             parity_seconds=seconds_of_parity(run.job, run.folder),
         )
-        made = await ask_worker(run.fork_server, "export", request, ExportResult, work)
+        made = await ask_worker(run.rooms.project, "export", request, ExportResult, work)
         await asyncio.to_thread(add_files, run.job, project, work)
         return made
 

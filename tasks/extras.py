@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import os
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.job_environment import asked_for, how_to_name, require_set, withheld
 from train_and_ship.infra.provenance import source_files
 from train_and_ship.registry.job.job import Job
@@ -19,17 +19,34 @@ MOST_FILES = 1000
 """Python files in which names of variables are looked for."""
 
 
-def require_extras(job: Job) -> None:
-    """Raises JobError for a format or a metric whose library or compiler is not installed, with what to do."""
-    if job.train.torchmetrics and importlib.util.find_spec("torchmetrics") is None:
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+"""Packages with which ONNX files are made and asked."""
+
+
+def require_extras(job: Job, interpreter: Interpreter) -> None:
+    """Raises JobError for a format or a metric whose library or compiler is not installed, with what to do.
+
+    Args:
+        job: whose formats and metrics.
+        interpreter: of the job's code.
+    """
+    where = "here" if interpreter.ours else f"in the environment of the job's code ({interpreter.path})"
+    pip = "pip" if interpreter.ours else f"{interpreter.path} -m pip"
+    if job.train.torchmetrics and not interpreter.has("torchmetrics"):
         raise JobError(
-            f"{job.name}: train.metrics: {job.train.torchmetrics[0]} needs torchmetrics, and it is not installed here: "
-            "pip install 'train-and-ship[metrics]'"
+            f"{job.name}: train.metrics: {job.train.torchmetrics[0]} needs torchmetrics, and it is not installed "
+            f"{where}: {pip} install 'torchmetrics>=1.6,<2'"
         )
-    if "executorch" in job.export.wanted and importlib.util.find_spec("executorch") is None:
+    if "executorch" in job.export.wanted and not interpreter.has("executorch"):
         raise JobError(
-            f"{job.name}: export.formats: executorch needs the library of that name, and it is not installed here: "
-            "pip install 'train-and-ship[edge]', or leave executorch out of export.formats"
+            f"{job.name}: export.formats: executorch needs the library of that name, and it is not installed {where}: "
+            f"{pip} install 'executorch==1.5.1', or leave executorch out of export.formats"
+        )
+    missing = [name for name in ONNX if not interpreter.has(name)]
+    if missing and job.export.formats != "auto" and "onnx" in job.export.wanted:
+        raise JobError(
+            f"{job.name}: export.formats: onnx needs {', '.join(missing)}, not installed {where}: `ship worker install "
+            f"--python {interpreter.path}`, or leave onnx out of export.formats"
         )
     # `auto` leaves it out then. torch looks for the same.
     if job.export.formats != "auto" and "aoti" in job.export.wanted and not shutil.which(os.environ.get("CXX", "g++")):

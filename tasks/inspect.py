@@ -35,7 +35,7 @@ async def inspect(run: Run) -> Inspected:
     Without checks nothing waits: it is read beside what comes next. Raises GateError with what failed, JobError when
     the data cannot be read.
     """
-    reading = asyncio.create_task(read_facts(run.fork_server, run.job, run.project, run.folder))
+    reading = asyncio.create_task(read_facts(run.rooms.project, run.job, run.project, run.folder))
     checks = run.job.data.checks
     if checks is None:
         return Inspected(reading=reading)

@@ -10,6 +10,7 @@ from train_and_ship.infra.job_folders import require_job_folder
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.run_folder import recorded_job
+from train_and_ship.tasks.interpreters import choose_interpreter
 from train_and_ship.tasks.results import JobFile
 
 _read: dict[str, JobFile] = {}
@@ -33,7 +34,8 @@ def read_job_file(path: str, flow_run_id: str) -> JobFile:
     """
     if (known := _read.get(flow_run_id)) is None:
         job, project = _read_allowed(path)
-        known = _read[flow_run_id] = JobFile(job=job, project=project)
+        chosen = choose_interpreter(job, Path(path), project)
+        known = _read[flow_run_id] = JobFile(job=job, project=project, interpreter=chosen.interpreter, hint=chosen.hint)
     return known
 
 

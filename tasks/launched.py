@@ -67,12 +67,18 @@ class Attempt(Message):
         return next(iter(self.options))
 
 
-def launcher_for(chosen: options.Torchrun | options.Slurm | options.Kubernetes) -> Launcher:
-    """The engine that a job file asks for."""
+def launcher_for(
+    chosen: options.Torchrun | options.Slurm | options.Kubernetes, python: str = sys.executable
+) -> Launcher:
+    """The engine that a job file asks for. python: of the job's code, on this machine."""
     match chosen:
         case options.Torchrun():
             return HostsLauncher(
-                hosts=chosen.hosts, address=chosen.address, port=chosen.port, connect=chosen.connect or SSH
+                hosts=chosen.hosts,
+                address=chosen.address,
+                port=chosen.port,
+                connect=chosen.connect or SSH,
+                python=python,
             )
         case options.Slurm():
             return SlurmLauncher(arguments=chosen.arguments, prefix=chosen.prefix)
@@ -92,6 +98,7 @@ def spec_for(
     out_dir: Path,
     died: int = 0,
     given: Mapping[str, str] | None = None,
+    python: str = sys.executable,
 ) -> Spec:
     """One attempt as a value.
 
@@ -102,6 +109,7 @@ def spec_for(
         out_dir: its folder, which every machine sees under this path.
         died: launches that `train.restarts` has counted already.
         given: variables that the job names, with their values.
+        python: of the job's code, on this machine, and on the others where the launcher names none.
     """
     machines, nodes = chosen.machines, chosen.nodes
     assert machines is not None
@@ -115,7 +123,7 @@ def spec_for(
         nodes=nodes,
         min_nodes=min_nodes,
         nproc=train.processes // nodes,
-        python=machines.python or ("python" if image else sys.executable),
+        python=machines.python or ("python" if image else python),
         env=machines.env,
         given=given or {},
         cpus=resources.cpus if resources else None,
@@ -130,7 +138,13 @@ def spec_for(
 
 
 async def train_launched(
-    chosen: options.Launcher, request: TrainRequest, folder: Path, inputs: str, on_event: Events, say: Say
+    chosen: options.Launcher,
+    request: TrainRequest,
+    folder: Path,
+    inputs: str,
+    on_event: Events,
+    say: Say,
+    python: str = sys.executable,
 ) -> Path:
     """Train and return the attempt's folder, which holds what a local training stage holds.
 
@@ -143,20 +157,22 @@ async def train_launched(
         inputs: digest of everything that the training depends on.
         on_event: called with each event of the ranks.
         say: called with what a person should know of the engine.
+        python: of the job's code, absolute.
 
     Raises:
         JobError: the user's code is at fault, or the engine refuses the job.
         WorkerError: a machine or a rank was lost.
     """
     assert chosen.machines is not None
-    launcher = launcher_for(chosen.machines)
+    launcher = launcher_for(chosen.machines, python)
     current = folder / CURRENT
     attempt = await _attempt_under_way(current, inputs, chosen, say)
     out_dir = folder / attempt.name
     checkpoints = Path(request.checkpoints)
     named = request.project.env
     given = values_of(os.environ, named)
-    spec = spec_for(chosen, request.train, attempt.name, out_dir, Launches.so_far(checkpoints).deaths, given)
+    deaths = Launches.so_far(checkpoints).deaths
+    spec = spec_for(chosen, request.train, attempt.name, out_dir, deaths, given, python)
     try:
         if attempt.job is None:
             if named and chosen.kubernetes is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from train_and_ship.infra.fork_server import running_fork_server
+from train_and_ship.infra.fork_server import running_fork_servers
 from train_and_ship.registry.cost import Ledger
 
 _ledgers: dict[Path, Ledger] = {}
@@ -25,10 +26,11 @@ def close_ledger(folder: Path) -> None:
 
 
 def _spent_by_children() -> Mapping[str, float]:
-    server = running_fork_server()
-    return server.spent() if server is not None else {}
+    spent: Counter[str] = Counter()
+    for server in running_fork_servers():
+        spent.update(server.spent())
+    return spent
 
 
 def _spent_by_server() -> float:
-    server = running_fork_server()
-    return server.own_seconds() if server is not None else 0.0
+    return sum(server.own_seconds() for server in running_fork_servers())

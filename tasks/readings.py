@@ -35,4 +35,4 @@ async def _reread(run: Run, split: str) -> RereadResult:
     request = RereadRequest(
         project=run.project, train=train_settings(run.job), split=cast(Literal["train", "validation"], split)
     )
-    return await ask_worker(run.fork_server, "reread", request, RereadResult, run.folder / f"reread-{split}")
+    return await ask_worker(run.rooms.project, "reread", request, RereadResult, run.folder / f"reread-{split}")

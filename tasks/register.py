@@ -215,6 +215,7 @@ def _lineage(run: Run, trained: Trained, validated: Validated, inputs: Inputs) -
         "train_samples": result.train_samples,
         "validation_samples": result.validation_samples,
         "training_environment": dict(result.environment),
+        "environments": dataclasses.asdict(run.rooms.environments(formats, exported.result.libraries)),
         "history": [dict(row) for row in result.history],
         # Where nothing was chosen it is the last row.
         **({"shipped_epoch": result.shipped_epoch, "chosen_by": result.chosen_by} if result.chosen_by else {}),
@@ -246,6 +247,7 @@ def _description(run: Run, trained: Trained, validated: Validated, manifest: Man
         captured={kind: validated.exported.result.artifacts[kind].said for kind in validated.formats},
         left_out={**validated.exported.result.left_out, **validated.dropped},
         shipped=shipped_words(run.job, trained.result) if trained.result.chosen_by else "",
+        environments=run.rooms.environments(validated.formats, validated.exported.result.libraries).in_words(),
     )
 
 

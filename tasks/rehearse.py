@@ -28,6 +28,7 @@ from torchworker.contract import (
     read_with,
 )
 from train_and_ship.infra.errors import WorkerError
+from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.bucket.releases import Published, publish
@@ -105,14 +106,14 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         chance = Resampling(resamples=release.resamples, confidence=release.confidence, seed=job.train.seed)
         limits = Limits.of(run.settings)
         prepared = await live_inputs(
-            run.fork_server, run.project, candidate, current, exported, work / "live_inputs", limits,
+            run.rooms.project, run.project, candidate, current, exported, work / "live_inputs", limits,
             run.job.export.batch,
         )  # fmt: skip
         problem = problem or prepared.problem
         beside = current if not problem else None
         request = rehearse_request(job, candidate, beside, exported, run.project.folder, chance)
         request = replace(request, live_validation=prepared.file)
-        request, result = await worker.rehearse(run.fork_server, request, work, limits)
+        request, result = await worker.rehearse(_room(run, request), request, work, limits)
         require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
         result = replace(result, live_problem=problem or result.live_problem, live_inputs=prepared.said)
         if run.job.train.custom_metrics:
@@ -184,14 +185,14 @@ async def _scored(
     )
     limits = Limits.of(run.settings)
     try:
-        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, limits=limits)
+        scored = await ask_worker(run.rooms.project, "score", asked, ScoreResult, folder, limits=limits)
     except WorkerError as error:
         if live is None:
             raise
         # The live release may have taken the process down; the candidate alone tells.
         (folder / RESULT).unlink(missing_ok=True)
         asked = replace(asked, live=None)
-        scored = await ask_worker(run.fork_server, "score", asked, ScoreResult, folder, limits=limits)
+        scored = await ask_worker(run.rooms.project, "score", asked, ScoreResult, folder, limits=limits)
         scored = replace(scored, live_problem=str(error).split("\n")[0])
     mine = _joined(result.candidate, scored.metrics)
     if live is None:
@@ -209,6 +210,13 @@ def _joined(
 ) -> dict[str, dict[str, float]]:
     """Format to metric to value, of the clean room and of the user's own."""
     return {kind: {**clean.get(kind, {}), **values} for kind, values in own.items()}
+
+
+def _room(run: Run, request: RehearseRequest) -> ForkServer:
+    """Where the candidate and what is live load side by side."""
+    sides = [side for side in (request.candidate, request.live) if side is not None]
+    formats = [kind for side in sides for kind in side.formats]
+    return run.rooms.for_all(formats, [name for side in sides for name in side.libraries])
 
 
 async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, work: Path) -> RehearseResult:
@@ -229,7 +237,7 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
     # Fixed limits were asked before.
     asked = replace(asked, gates=[])
     limits = Limits.of(run.settings)
-    speed = await ask_worker(run.fork_server, "measure", asked, MeasureResult, work / "measure", limits=limits)
+    speed = await ask_worker(_room(run, request), "measure", asked, MeasureResult, work / "measure", limits=limits)
     timed = [name for name, gate in run.job.gates.items() if gate.times_live is not None]
     problems = [f"{name}: {item.problem}" for name, item in speed.measured.items() if item.problem]
     return replace(

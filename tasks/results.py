@@ -23,7 +23,7 @@ from torchworker.contract import (
     TrainResult,
     ValidateResult,
 )
-from train_and_ship.infra.fork_server import ForkServer
+from train_and_ship.infra.interpreter import Interpreter, our_interpreter
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.rundir import COMPLETED, RUN_ID
 from train_and_ship.infra.settings import Settings
@@ -42,6 +42,7 @@ from train_and_ship.registry.run_folder import MadeFrom
 from train_and_ship.registry.text import Cell, Link, interval_text, number
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.versions import RegisteredVersion
+from train_and_ship.tasks.rooms import Rooms
 
 RunId = Annotated[str, Field(pattern=f"^({RUN_ID})?$")]
 """The id of an earlier run, as Prefect's forms and deployments check it; empty for none."""
@@ -54,6 +55,10 @@ class JobFile:
     job: Job
     project: Path
     """Absolute path of the project folder."""
+    interpreter: Interpreter = field(default_factory=our_interpreter)
+    """What runs the code of the job."""
+    hint: str = ""
+    """Why it is not the project's own, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +79,13 @@ class Run:
     """When it was first begun, UTC, ISO 8601: what is live and was begun later is newer."""
     flow_run_name: str
     git_commit: str
-    fork_server: ForkServer
+    rooms: Rooms
     store: ObjectStore
     live: LiveRun
     """The run in MLflow, fed while this one goes on."""
-    cpp: Future[CppResult] | None
-    """The C++ runner, being looked for or built; None when the job has no use for it."""
+    cpp: Mapping[str, Future[CppResult]]
+    """The C++ runner, being looked for or built, by the path of the interpreter whose torch it is built against; empty
+    when the job has no use for it."""
     ledger: Ledger
     allow: Sequence[str] = ()
     """In which kinds the candidate may differ from what is live, this once."""

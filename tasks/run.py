@@ -14,7 +14,6 @@ from prefect.runtime import flow_run
 
 from torchworker.durable import write_durably
 from train_and_ship.infra import janitor
-from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import open_to_others
 from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.objectstore import ObjectStore
@@ -29,11 +28,12 @@ from train_and_ship.registry.text import file_size
 from train_and_ship.registry.tracking.connection import AwayError, check_reachable
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.runs import TAG_COMMIT, TAG_FLOW_RUN, RunRecord
-from train_and_ship.tasks.cpp import start_build
+from train_and_ship.tasks.cpp import start_builds
 from train_and_ship.tasks.extras import not_passed_on, require_extras
 from train_and_ship.tasks.ledgers import ledger_of
 from train_and_ship.tasks.requests import project_of, run_params
 from train_and_ship.tasks.results import JobFile, Run, flow_run_page
+from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.stage import stage_task
 
@@ -52,9 +52,10 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
     """
     require_kinds(allow)
     job = job_file.job
-    require_extras(job)
+    require_extras(job, job_file.interpreter)
     settings = Settings.load()
-    for hint in (open_to_others(settings.home), await asyncio.to_thread(not_passed_on, job, job_file.project)):
+    unread = await asyncio.to_thread(not_passed_on, job, job_file.project)
+    for hint in (open_to_others(settings.home), unread, job_file.hint):
         if hint:
             get_run_logger().warning("%s", hint)
     require_usable_keys(settings.signing_key, settings.public_key)
@@ -65,7 +66,9 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
     ledger = ledger_of(folder)
     with ledger.stage("begin"):
         # Workers import torch while this process imports MLflow and talks to the services.
-        server = fork_server(folder.parent / "host.log")
+        rooms = Rooms(job_file.interpreter, folder.parent / "host.log")
+        for server in dict.fromkeys((rooms.project, rooms.clean)):
+            get_run_logger().debug("stages are forked by process %d, %s", server.pid, server.interpreter.path)
         store = ObjectStore.from_settings(settings)
         (snapshot, snapshot_sha256), *_ = await asyncio.gather(
             asyncio.to_thread(verified_snapshot, settings, job, job_file.project),
@@ -93,7 +96,7 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
         )
         live.start()
         run = Run(
-            cpp=start_build(server, job, folder),
+            cpp=start_builds(rooms, job, folder),
             job=job,
             project=project_of(job, job_file.project, snapshot),
             snapshot=snapshot_sha256,
@@ -104,7 +107,7 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
             begun=_begun(folder),
             flow_run_name=str(flow_run.get_name()),
             git_commit=commit,
-            fork_server=server,
+            rooms=rooms,
             store=store,
             live=live,
             ledger=ledger,
@@ -117,6 +120,9 @@ async def begin(job_file: JobFile, resume: str = "", allow: Sequence[str] = ()) 
             git_commit=commit,
             snapshot=snapshot_sha256,
             begun=run.begun,
+            environments=rooms.environments(
+                [*job.export.wanted, *(job.export.int8.wanted if job.export.int8 else ())], job.export.libraries
+            ),
         )
         write_fact(folder, ABOUT, about)
         return run

@@ -95,7 +95,7 @@ def _result(folder: Path) -> TrainResult:
 async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: str, progress: _Progress) -> None:
     weights, weights_sha256 = "", ""
     project = Path(run.project.folder)
-    code, files, packages = await code_and_packages(run.settings, run.job, project)
+    code, files, packages = await code_and_packages(run.settings, run.job, project, run.rooms.interpreter)
     if start is not None:
         copies = run.settings.home / "releases" / run.job.name
         key = run.settings.public_key
@@ -135,6 +135,7 @@ async def _train(run: Run, stage: StageFolder, start: Pointer | None, inputs: st
         project_hashes(run.settings, project),
         trained_on.opened,
         trained_on.listed,
+        run.rooms.interpreter.sites,
     )
     made_from = MadeFrom(git_commit=run.git_commit, code=code, packages=packages, files=files)
     add_fact(stage.work, MADE_FROM, made_from)
@@ -159,10 +160,12 @@ async def _attempt(
         if launcher.machines is None:
             work = stage.begin()
             run.live.tail(work / EVENTS)
-            await call_worker(run.fork_server, "train", request, work, progress.on_event)
+            await call_worker(run.rooms.project, "train", request, work, progress.on_event)
         else:
             attempts.mkdir(exist_ok=True)
-            trained = await train_launched(launcher, request, attempts, inputs, progress.on_event, say.info)
+            trained = await train_launched(
+                launcher, request, attempts, inputs, progress.on_event, say.info, run.rooms.interpreter.path
+            )
             shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
             progress.meter.cpu = _result(stage.work).cpu_seconds
     except WorkerError as error:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchworker import situations
-from torchworker.contract import ExportResult, Project, ScoreResult, ValidateResult, Verdict
+from torchworker.contract import ExportResult, Project, ScoreResult, Verdict
 from train_and_ship.infra.errors import GateError
-from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.job.job import Job
+from train_and_ship.tasks.clean_room import ask_clean_room
 from train_and_ship.tasks.requests import export_request, score_request, validate_request
+from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.shipped import shipped_files
 from train_and_ship.tasks.worker import ask_worker
 
@@ -29,15 +30,13 @@ class TrialExport:
     verdicts: list[Verdict]
 
 
-async def try_export(
-    fork_server: ForkServer, job: Job, project: Project, folder: Path, say: Callable[[str], None]
-) -> TrialExport:
+async def try_export(rooms: Rooms, job: Job, project: Project, folder: Path, say: Callable[[str], None]) -> TrialExport:
     """Capture every format of the job, int8 variants aside, and ask each artifact in the clean room.
 
     Probes, metrics and their shapes are those of a run; limits of gates are not asked, as nothing is trained.
 
     Args:
-        fork_server: what workers are forked from.
+        rooms: where workers are forked.
         job: whose formats.
         project: the user's code.
         folder: an existing one, for what is made.
@@ -52,15 +51,15 @@ async def try_export(
     limit = min(BATCHES * job.export.batch, job.export.validation_samples)
     say(f"capturing the untrained model: {', '.join(job.export.wanted)}")
     request = replace(export_request(job, project, work, weights=""), validation_limit=limit, int8=())
-    exported = await ask_worker(fork_server, "export", request, ExportResult, work)
+    exported = await ask_worker(rooms.project, "export", request, ExportResult, work)
     await asyncio.to_thread(shipped_files, job, Path(project.folder), work)
     say(f"asking the artifacts without your code: {', '.join(exported.artifacts)}")
     asked = replace(validate_request(job, project, work, exported, folder / "validate"), gates=(), int8=None)
-    result = await ask_worker(fork_server, "validate", asked, ValidateResult, folder / "validate")
+    result = await ask_clean_room(rooms, asked, folder / "validate")
     verdicts = list(result.verdicts)
     if job.train.custom_metrics and result.passed:
         scored = await ask_worker(
-            fork_server, "score", score_request(job, project, work, exported), ScoreResult, folder / "score"
+            rooms.project, "score", score_request(job, project, work, exported), ScoreResult, folder / "score"
         )
         verdicts += scored.verdicts
     failed = [verdict for verdict in verdicts if verdict.ran and not verdict.passed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from prefect import get_run_logger
 from torchworker.contract import (
     GOLDEN,
     INT8_OF,
-    CppResult,
     MeasureResult,
     ScoreResult,
     ValidateRequest,
@@ -23,6 +21,7 @@ from train_and_ship.registry.agreement import require_agreement, served_otherwis
 from train_and_ship.registry.gates import asked_words, headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
+from train_and_ship.tasks.clean_room import ask_clean_room
 from train_and_ship.tasks.explain import explain
 from train_and_ship.tasks.requests import (
     fixed_gates,
@@ -48,9 +47,7 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
     stage = StageFolder(run.folder, VALIDATE, stage_inputs(exported.digest, run.job.digest()))
 
     async def make(work: Path) -> ValidateResult:
-        runner = await asyncio.wrap_future(run.cpp) if run.cpp is not None else CppResult(runner="")
-        request = _request(run, exported, runner, work)
-        result = await ask_worker(run.fork_server, "validate", request, ValidateResult, work)
+        result = await ask_clean_room(run.rooms, _request(run, exported, work), work, run.cpp)
         if run.job.train.custom_metrics and result.passed:
             result = await _scored(run, trained, exported, result, work)
         if result.passed and (run.job.export.serve != "none" or speed_gates(run.job) or result.int8):
@@ -70,13 +67,11 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
     return validated
 
 
-def _request(run: Run, exported: Exported, runner: CppResult, work: Path) -> ValidateRequest:
+def _request(run: Run, exported: Exported, work: Path) -> ValidateRequest:
     return replace(
         validate_request(run.job, run.project, exported.folder, exported.result, work),
         weights=str(exported.weights),
-        cpp="off" if run.cpp is None else run.job.parity.cpp,
-        runner=runner.runner,
-        no_runner=runner.reason,
+        cpp=run.job.parity.cpp if run.cpp else "off",
     )
 
 
@@ -137,7 +132,7 @@ async def _scored(run: Run, trained: Trained, exported: Exported, result: Valida
         gates=fixed_gates(run.job, custom=True),
         errors=trained.result.validation_samples > result.validation_samples,
     )
-    scored = await ask_worker(run.fork_server, "score", request, ScoreResult, work / "score")
+    scored = await ask_worker(run.rooms.project, "score", request, ScoreResult, work / "score")
     result = replace(
         result,
         verdicts=[*result.verdicts, *(item for item in scored.verdicts if item.format not in INT8_OF)],
@@ -160,7 +155,9 @@ async def _measured(run: Run, exported: Exported, result: ValidateResult, work: 
         serve=run.job.export.serve,
         project=run.project,
     )
-    speed = await ask_worker(run.fork_server, "measure", request, MeasureResult, work / "measure")
+    # Side by side, so all of them where the most particular of them loads.
+    room = run.rooms.for_all(kept_formats(exported, result), exported.result.libraries)
+    speed = await ask_worker(room, "measure", request, MeasureResult, work / "measure")
     for kind, speedups in speed.speedups.items():
         found = replace(result.int8[kind], speedups=speedups)
         result = replace(result, int8={**result.int8, kind: found})

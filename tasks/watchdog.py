@@ -68,7 +68,7 @@ class Watchdog:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            trial = await try_export(run.fork_server, run.job, run.project, folder, log.info)
+            trial = await try_export(run.rooms, run.job, run.project, folder, log.info)
         except WorkerError as error:
             log.warning("the trial export beside the training did not come to an end: %s", error)
             return

@@ -85,6 +85,8 @@ class HostsLauncher:
     """Of the store; 0: any that is free."""
     connect: tuple[str, ...] = SSH
     """Argument list in which {host} and {command} are filled in; {command} is one line for a shell."""
+    python: str = sys.executable
+    """What the controller runs under, on this machine: the torch at both ends of its store is one version."""
     environment: Mapping[str, str] | None = None
     """Variables of the process that looks after the machines; None: what it needs of this process's."""
 
@@ -97,7 +99,7 @@ class HostsLauncher:
             (spec.out_dir / PLAN).write_text(json.dumps(plan(spec, self), indent=1))
             controller = Program(
                 name=spec.name,
-                argv=[sys.executable, "-P", "-m", "torchworker.torchrun_controller", str(spec.out_dir)],
+                argv=[self.python, "-P", "-m", "torchworker.torchrun_controller", str(spec.out_dir)],
                 environment={
                     **(for_launcher(os.environ) if self.environment is None else self.environment),
                     **spec.given,

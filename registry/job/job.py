@@ -160,12 +160,16 @@ def _is_variable(name: str) -> str:
 class Job(Part):
     """One model, from code to serving bucket."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"env"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"env", "python"})
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """model name in MLflow and in the bucket"""
     project: str = "."
     """folder put first on the import path, relative to the job file"""
+    python: str | None = None
+    """interpreter of the environment that your code needs, relative to the job file, such as .venv/bin/python; it has
+    torch and torchworker. When absent, .venv/bin/python beside the job or in the project if it has torchworker, else
+    the one of train-and-ship; see your-environment.md"""
     model: Factory
     """called with args; returns a torch.nn.Module"""
     data: Data

@@ -58,7 +58,7 @@ class Machines(Part):
     time_limit_s: int | None = Field(None, ge=1)
     """seconds after which the engine ends the job"""
     python: str | None = None
-    """interpreter with train-and-ship on every machine; this one's path when absent"""
+    """interpreter with torchworker on every machine; when absent, the path that the job's code runs under here"""
     env: Annotated[dict[str, str], AfterValidator(_names)] = Field(default_factory=dict)
     """variables of the ranks; visible to others, so no secrets"""
 
@@ -122,7 +122,7 @@ class Kubernetes(Cluster):
     """A Kubernetes cluster, through kubectl on this machine; each of its machines is a pod."""
 
     image: str = Field(min_length=1)
-    """container image with train-and-ship in it"""
+    """container image with torchworker in it"""
     claim: str = Field(min_length=1)
     """PersistentVolumeClaim (ReadWriteMany) with runs and project on it"""
     mount: str = Field(pattern="^/")

@@ -34,6 +34,7 @@ def describe(
     captured: Mapping[str, str],
     left_out: Mapping[str, str],
     shipped: str = "",
+    environments: str = "",
 ) -> str:
     """Describe one version.
 
@@ -48,6 +49,7 @@ def describe(
         captured: Format to how it was made.
         left_out: Format to why it could not be made.
         shipped: Which epoch that is and why, in words; empty for the last.
+        environments: Where it was made and proven, in words; empty where that is one environment.
     """
     parity = [verdict for verdict in result.verdicts if verdict.gate == PARITY]
     gates = [verdict for verdict in result.verdicts if verdict.gate != PARITY]
@@ -56,6 +58,8 @@ def describe(
         escaped(_first_line(model, release, formats, result)),
         " · ".join([f"Release `{release}`", *(f"[{one_line(text)}]({url})" for text, url in links.items() if url)]),
     ]
+    if environments:
+        intro.append(escaped(f"{environments[0].upper()}{environments[1:]}."))
     unit = f"How much of the allowed difference from {escaped(result.reference)} each artifact uses; above 1 fails."
     if asked := asked_words(result):
         unit += f" {asked}."

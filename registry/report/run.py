@@ -258,4 +258,6 @@ def _origins(files: RunFiles) -> Iterator[Sequence[Cell]]:
     yield ("job", files.job.digest())
     if made:
         yield ("environment", f"{len(made.packages)} packages, Python {made.packages.get('python', '?')}")
+    if about.environments is not None and (two := about.environments.in_words()):
+        yield ("two environments", two)
     yield ("flow run", about.flow_run_id)

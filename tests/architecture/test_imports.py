@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +37,7 @@ ALLOWED = {
         "shipreader.records",
         "shipreader.mlserver",
     },
-    "infra": {"infra", "torchworker.durable"},
+    "infra": {"infra", "torchworker.durable", "torchworker.protocol"},
     "torchworker": {"torchworker"},
     # Installed alone on serving machines.
     "shipreader": {"shipreader"},
@@ -46,6 +49,7 @@ ROOMS = {
         "identity": set(),
         "text": set(),
         "cost": set(),
+        "environments": set(),
         "job": {"identity"},
         "release": {"identity"},
         "tracking": {"text"},
@@ -58,7 +62,7 @@ ROOMS = {
         "diff": {"bucket", "kind", "release", "text"},
         "made_of": {"job"},
         "lineage": {"diff", "job", "release", "made_of"},
-        "run_folder": {"job", "cost", "kind", "release", "tracking", "data", "made_of"},
+        "run_folder": {"job", "cost", "environments", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff", "kind"},
         "serving": {"bucket", "release"},
@@ -75,6 +79,7 @@ ROOMS = {
     "torchworker": {
         "situations": set(),
         "durable": set(),
+        "protocol": set(),
         "contract": {"situations", "durable"},
         "process": {"contract"},
         "runtimes": {"contract"},
@@ -308,11 +313,11 @@ def test_a_rollback_has_a_client_of_the_store_and_no_heavy_library() -> None:
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
 
 
-def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
+def test_each_file_is_in_one_wheel_and_the_tools_carries_the_wheels_of_the_other_two(tmp_path: Path) -> None:
     # A copy: building in place leaves a build folder behind.
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     for folder in FOLDERS:
         shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -320,23 +325,47 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
         below = f"examples/{example}"
         shutil.copytree(REPOSITORY / below, source / below, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "names", source / "names", symlinks=True)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    written = {name for name in names if name.startswith("train_and_ship/examples/")}
-    packed = {name for name in names if name.endswith(".py")} - written
+    build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    wheels = {"train_and_ship": zipfile.ZipFile(next(tmp_path.glob("train_and_ship-*.whl")))}
+    for name in wheels["train_and_ship"].namelist():
+        if name.endswith(".whl"):
+            carried = wheels["train_and_ship"].read(name)
+            wheels[Path(name).name.partition("-")[0]] = zipfile.ZipFile(io.BytesIO(carried))
+    assert wheels.keys() == TOPS
     below = {folder: name.replace(".", "/") for folder, name in FOLDERS.items()}
-    expected = {f"{below[folder]}/{file.partition('/')[2]}" for folder in FOLDERS for file, _ in modules(folder)}
-    assert packed == expected
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOPS
+    for top, wheel in wheels.items():
+        names = wheel.namelist()
+        folders = [folder for folder, path in below.items() if path.split("/")[0] == top]
+        files = [(folder, file) for folder in folders for file, _ in modules(folder)]
+        expected = {f"{below[folder]}/{file.partition('/')[2]}" for folder, file in files}
+        written = {name for name in names if name.startswith("train_and_ship/examples/")}
+        assert {name for name in names if name.endswith(".py")} - written == expected
+        assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {top}
     here = [path for kind in KINDS for path in (REPOSITORY / "examples" / kind).iterdir() if path.is_file()]
+    written = {name for name in wheels["train_and_ship"].namelist() if name.startswith("train_and_ship/examples/")}
     assert written == {f"train_and_ship/{path.relative_to(REPOSITORY).as_posix()}" for path in here}
     data = {"registry/report/page.html.jinja", "ship/job-file.md", "ship/serving-requirements.txt"}
-    assert {f"train_and_ship/{name}" for name in data} | {"torchworker/cpp/runner.cpp"} <= set(names)
-    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert {f"train_and_ship/{name}" for name in data} <= set(wheels["train_and_ship"].namelist())
+    assert "torchworker/cpp/runner.cpp" in wheels["torchworker"].namelist()
+    text = metadata_of(wheels["train_and_ship"], "entry_points.txt")
     assert "ship = train_and_ship.ship.main:main" in text and "[prefect.plugins]" in text
+
+
+def metadata_of(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = [path for path in wheel.namelist() if path.endswith(f".dist-info/{name}")]
+    return wheel.read(path).decode()
+
+
+@pytest.mark.parametrize("top", ["torchworker", "shipreader"])
+def test_the_tool_asks_for_the_very_versions_that_it_carries(top: str) -> None:
+    def project(folder: str) -> Any:
+        return tomllib.loads((REPOSITORY / folder / "pyproject.toml").read_text())["project"]
+
+    tool, version = project("."), project(top)["version"]
+    every = [*tool["dependencies"], *itertools.chain(*tool["optional-dependencies"].values())]
+    asked = [line for line in every if line.startswith(top)]
+    assert asked and all(line.endswith(f"=={version}") for line in asked)
 
 
 def test_no_module_of_ours_hides_a_standard_library_module() -> None:
@@ -357,4 +386,4 @@ def test_the_picture_of_the_rooms_shows_what_the_rules_allow() -> None:
                     shown |= {room, other}
                     assert other in ROOMS[package][room], f"{package}: {room} --> {other} is drawn and not allowed"
         # Standing alone, or below everything, some are left out.
-        assert shown >= set(ROOMS[package]) - {"torchrun_controller", "lease"}
+        assert shown >= set(ROOMS[package]) - {"torchrun_controller", "lease", "protocol"}

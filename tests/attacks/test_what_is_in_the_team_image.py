@@ -57,7 +57,7 @@ def test_no_password_or_key_is_sent_wherever_it_lies(path: str) -> None:
 
 
 def test_everything_that_runs_is_sent() -> None:
-    wanted = ["pyproject.toml", "constraints.txt", "prefect.yaml", "prefect.toml", "README.md", "LICENSE"]
+    wanted = ["pyproject.toml", "setup.py", "constraints.txt", "prefect.yaml", "prefect.toml", "README.md", "LICENSE"]
     for folder in FOLDERS:
         kinds = (".py", ".cpp", ".jinja", ".txt", ".md", ".toml")
         found = [path for path in (REPOSITORY / folder).rglob("*") if path.suffix in kinds and path.is_file()]

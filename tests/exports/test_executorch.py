@@ -184,7 +184,7 @@ def test_a_dimension_without_a_largest_size_is_refused_with_its_key(stages: Open
 
 def test_without_the_library_the_format_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "executorch.exir", None)
-    with pytest.raises(UserError, match=r"executorch needs the library .*train-and-ship\[edge\]"):
+    with pytest.raises(UserError, match=r"executorch needs the library .*executorch==1\.5\.1"):
         executorch.executorch(subject(), tmp_path / "model.pte")
 
 

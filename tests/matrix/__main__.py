@@ -127,7 +127,8 @@ def _environment(row: Row) -> Path:
     print(f"{row.name}: making {home.relative_to(REPOSITORY)} with {interpreter}", flush=True)
     shutil.rmtree(home, ignore_errors=True)
     _output([interpreter, "-m", "venv", home])
-    arguments = ["--editable", f".[{','.join(EXTRAS)}]", row.torch]
+    folders = ["./torchworker", "./shipreader", f".[{','.join(EXTRAS)}]"]
+    arguments = [*(word for folder in folders for word in ("--editable", folder)), row.torch]
     if row.constraints:
         arguments += ["--constraint", _constraints()]
     _output([*_installer(python), *arguments])
@@ -150,8 +151,10 @@ def _interpreter(version: str) -> str:
 
 def _key(row: Row, interpreter: str) -> str:
     """Of all that decides what is installed."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    decides = [project[name] for name in ("dependencies", "optional-dependencies", "scripts", "entry-points")]
+    decides = []
+    for folder in (".", "torchworker", "shipreader"):
+        project = tomllib.loads((REPOSITORY / folder / "pyproject.toml").read_text())["project"]
+        decides += [project.get(name) for name in ("dependencies", "optional-dependencies", "scripts", "entry-points")]
     constraints = _constraints().read_text() if row.constraints else ""
     version = _output([interpreter, "-c", "import sys; print(sys.version)"])
     return hashlib.sha256(repr((row, EXTRAS, version, decides, constraints)).encode()).hexdigest()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.projects import REPOSITORY
-from train_and_ship.infra.fork_server import running_fork_server
+from train_and_ship.infra.fork_server import running_fork_servers
 from train_and_ship.infra.settings import Settings
 
 
@@ -83,11 +83,10 @@ def kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def _left_in_host(seconds: float = 3.0) -> list[psutil.Process]:
-    """What is still alive below this process's fork server; what was killed just now is given a moment to end."""
-    host = running_fork_server()
+    """What is still alive below this process's fork servers; what was killed just now is given a moment to end."""
     deadline = time.monotonic() + seconds
-    while host is not None and host.alive:
-        below = psutil.Process(host.pid).children(recursive=True)
+    while hosts := [host for host in running_fork_servers() if host.alive]:
+        below = [child for host in hosts for child in psutil.Process(host.pid).children(recursive=True)]
         left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
         if not left or time.monotonic() > deadline:
             return left

@@ -18,6 +18,7 @@ from shipreader.records import FileEntry
 from tests.support.projects import REPOSITORY, write_project
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.file_hashes import FileHashes
+from train_and_ship.infra.interpreter import our_interpreter
 from train_and_ship.infra.provenance import code_files, code_fingerprint, environment_lock
 from train_and_ship.registry.channels.decisions import KEPT
 from train_and_ship.registry.diff import ReleaseRecord
@@ -227,7 +228,8 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(decide, "read_decisions", lambda *_: [kept])
     monkeypatch.setattr(decide, "decided_at", lambda _: datetime(2026, 1, 1))
     channel = SimpleNamespace(store=None, model="plain", name="prod")
-    now = decide._Now(channel, SimpleNamespace(home=tmp_path / "home"), job, project, known)  # type: ignore[arg-type]
+    settings = SimpleNamespace(home=tmp_path / "home")
+    now = decide._Now(channel, settings, job, project, known, our_interpreter())  # type: ignore[arg-type]
     return now, records
 
 

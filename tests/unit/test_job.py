@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import yaml
 from tests.support.projects import DIGITS, REPOSITORY, write_project
 from torchworker import contract
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.interpreter import Interpreter, our_interpreter
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import job_schema, load_job
 from train_and_ship.ship.job_reference import job_reference
@@ -283,15 +283,14 @@ def test_a_format_whose_library_is_not_installed_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load(tmp_path, GOOD + "export: {formats: [executorch], max_batch: 64}\n")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "executorch" else find(name))
-    with pytest.raises(JobError, match=r"executorch needs the library .* pip install 'train-and-ship\[edge\]'"):
-        require_extras(job)
-    require_extras(load(tmp_path, GOOD))
+    monkeypatch.setattr(Interpreter, "has", lambda self, name: name != "executorch")
+    with pytest.raises(JobError, match=r"executorch needs the library .* pip install 'executorch==1\.5\.1'"):
+        require_extras(job, our_interpreter())
+    require_extras(load(tmp_path, GOOD), our_interpreter())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(JobError, match=r"aoti needs a C\+\+ compiler .* install g\+\+"):
-        require_extras(load(tmp_path, GOOD + "export: {formats: [onnx, aoti]}\n"))
-    require_extras(load(tmp_path, GOOD + "export: {formats: auto}\n"))
+        require_extras(load(tmp_path, GOOD + "export: {formats: [onnx, aoti]}\n"), our_interpreter())
+    require_extras(load(tmp_path, GOOD + "export: {formats: auto}\n"), our_interpreter())
 
 
 CUSTOM = GOOD.replace("epochs: 2", "entrypoint: plain:main")

@@ -60,7 +60,7 @@ def test_a_package_that_was_installed_from_a_folder_is_somebodys_own(
         facts.mkdir()
         (facts / "direct_url.json").write_text(json.dumps({"url": "file:///src", origin: {}}))
         (facts / "RECORD").write_text(f"{name}.py,,\n")
-    monkeypatch.setattr(provenance, "_site_folders", lambda: [str(tmp_path)])
+    monkeypatch.setattr(provenance, "site_folders", lambda: [str(tmp_path)])
     monkeypatch.syspath_prepend(tmp_path)
     assert [provenance.is_library(name, tmp_path / "project") for name in ("mine", "theirs", "sys", "nowhere")] == [
         False, True, True, False,

@@ -20,9 +20,9 @@ from torchworker.process.failure import UserError
 from torchworker.project.named_metrics import measure
 from torchworker.project.user_code import call_metric
 from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.check import check
-from train_and_ship.tasks import extras
 from train_and_ship.tasks.requests import project_of, user_modules
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -157,6 +157,6 @@ def test_a_metric_by_name_is_one_like_any_other_and_nobodys_own_code(tmp_path: P
 
 
 def test_a_missing_library_is_told_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(JobError, match=r"f1_score needs torchmetrics, .*pip install 'train-and-ship\[metrics\]'"):
+    monkeypatch.setattr(Interpreter, "has", lambda self, name: False)
+    with pytest.raises(JobError, match=r"f1_score needs torchmetrics, .*pip install 'torchmetrics>=1\.6,<2'"):
         check(write_project(tmp_path, train={"epochs": 1, "metrics": ["f1_score"]}))

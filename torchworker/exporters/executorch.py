@@ -102,7 +102,7 @@ def _lowering() -> Lower:
         except ImportError as error:
             raise UserError(
                 f"export.formats: executorch needs the library of that name ({describe(error)}): "
-                "pip install 'train-and-ship[edge]', or leave executorch out"
+                "pip install 'executorch==1.5.1', or leave executorch out"
             ) from error
         finally:
             logging.disable(logging.NOTSET)

@@ -167,7 +167,7 @@ def pt2e(subject: Subject, path: Path, calibration: Sequence[Batch]) -> str:
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
     except ImportError as error:
         raise UserError(
-            f"export.quantize: pt2e-int8 needs torchao ({describe(error)}): pip install 'train-and-ship[torchao]'"
+            f"export.quantize: pt2e-int8 needs torchao ({describe(error)}): pip install 'torchao>=0.18,<0.19'"
         ) from error
     named = compiler()
     quantizer = x86.X86InductorQuantizer()

@@ -269,7 +269,7 @@ def _executorch_library() -> Any:
         return importlib.import_module("executorch.extension.pybindings._C")
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"ExecuTorch's runtime is not installed ({error}): pip install 'train-and-ship[edge]'"
+            f"ExecuTorch's runtime is not installed ({error}): pip install 'executorch==1.5.1'"
         ) from error
 
 

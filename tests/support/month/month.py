@@ -15,7 +15,7 @@ from tests.support.month.nights import Fault, Night
 from tests.support.month.project import Project
 from tests.support.prefect_api import Api
 from tests.support.processes import Ended, eventually, kill, processes_of, run_command
-from train_and_ship.infra.fork_server import running_fork_server
+from train_and_ship.infra.fork_server import running_fork_servers
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.s3 import s3_client
@@ -191,6 +191,6 @@ class Month:
 def is_worker(process: psutil.Process) -> bool:
     """Whether it runs a stage, or the host that all stages are forked from; not this process's, which tests share."""
     named = any(word.startswith("torchworker") for word in process.cmdline())
-    host = running_fork_server()
-    ours = host is not None and host.pid in (process.pid, *(parent.pid for parent in process.parents()))
+    hosts = {host.pid for host in running_fork_servers()}
+    ours = bool(hosts & {process.pid, *(parent.pid for parent in process.parents())})
     return named and not ours
