@@ -18,7 +18,16 @@ from tests.support.processes import Ended
 from tests.support.releases import CHANNEL, MODEL, move, published
 from tests.support.ship_here import ship_here
 from tests.support.stack_servers import MlflowServer
-from tests.support.store_fixtures import bucket, connect, object_store, s3_server, store_url  # noqa: F401
+from tests.support.store_fixtures import (  # noqa: F401
+    KnownTraits,
+    bucket,
+    connect,
+    known_traits,
+    object_store,
+    s3_server,
+    store_url,
+    tried_once,
+)
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
@@ -95,10 +104,13 @@ def ship(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def faulty(connect: Connect, bucket: str, proxy: FaultProxy) -> ObjectStore:
+def faulty(object_store: ObjectStore, connect: Connect, proxy: FaultProxy, known_traits: KnownTraits) -> ObjectStore:
     """The same bucket as `object_store`, reached through the proxy and found trustworthy before any fault."""
-    store = connect(bucket, proxy.url)
+    traits, store = object_store.probe(), connect(object_store.bucket, proxy.url)
+    # As long as it passes everything on. What is tried later is tried through it.
+    known_traits[proxy.url] = traits
     store.probe()
+    del known_traits[proxy.url]
     return store
 
 

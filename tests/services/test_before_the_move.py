@@ -41,7 +41,7 @@ from tests.support.html_pages import checked
 from tests.support.ports import free_port
 from tests.support.prefect_api import Api
 from tests.support.projects import REPOSITORY
-from tests.support.stack_servers import MlflowServer, S3Server
+from tests.support.stack_servers import S3Server
 from torchworker.contract import GOLDEN, WEIGHTS, InspectResult, ValidateResult, decode
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.objectstore import ObjectStore
@@ -83,10 +83,10 @@ def kept(object_store: ObjectStore) -> ObjectStore:
 
 
 @pytest.fixture
-def mlflow(mlflow_server: MlflowServer) -> str:
-    """A server that has the versions of then."""
-    put_mlflow(mlflow_server.url)
-    return mlflow_server.url
+def mlflow(stack: Settings) -> str:
+    """A server that has the versions of then: the stack's, for the buckets are others."""
+    put_mlflow(stack.mlflow_url)
+    return stack.mlflow_url
 
 
 def tensors(path: Path) -> dict[str, tuple[str, list[int]]]:

@@ -33,6 +33,11 @@ def store_url(each_store_url: str) -> str:
     return each_store_url
 
 
+@pytest.fixture(autouse=True)
+def tried_once() -> None:
+    """Each time here."""
+
+
 def test_a_good_store_is_trusted_and_left_clean(object_store: ObjectStore) -> None:
     object_store.probe()
     assert object_store.list_keys("") == {}

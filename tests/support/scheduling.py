@@ -1,4 +1,4 @@
-"""Which tests stay together in one process when several run side by side, and which processes have a stack."""
+"""Which tests stay together in one process when several run side by side, and which of the processes have a stack."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ TOGETHER = {
     "one run of digits": ("flows/test_digits.py", "flows/test_pulling.py", "docs/test_readme.py"),
     "one MLflow": tuple(
         f"services/test_{name}.py"
-        for name in ("before_the_move", "live_run", "mirror", "gc", "doctor", "mlflow_versions")
+        for name in ("live_run", "mirror", "gc", "doctor", "mlflow_versions", "mlflow_behaviour")
     ),
 }
 """Files that share what is slow to start, or of which a machine has one: network namespaces, daemons with a name."""
 BY_TEST = ("services/test_chaos.py",)
 """Files in which every test takes minutes: their tests are asked side by side too."""
-WITH_STACK = ("gw0", "gw1")
-"""Testing processes that have a stack from the beginning on."""
+WITH_STACK = ("gw0",)
+"""Testing processes that have a stack from the beginning on. Its start takes 25 CPU seconds, and its servers 5 % of a
+core while nobody asks them; all of `make test` that needs one is asked within the time of the rest."""
+WITH_STACK_IN_SOAK = ("gw0", "gw1")
+WORTH_A_STACK = 90
+"""Seconds of tests: another process starts a stack at the end only when so many are left for it."""
+UNKNOWN_SECONDS = 5
+"""Of tests that docs/testing.md does not list."""
 _NEEDS_STACK = re.compile(r"\b(stack: Settings|command: Command|digits: Ended)\b")
 _NEEDS_STACK_ELSEWHERE = re.compile(r"\b(ship: Ship|store: ObjectStore)\b")
 """Below tests/services, fixtures of these names mean servers of their own."""
@@ -37,15 +43,21 @@ EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
 
 def longest_first() -> Callable[[pytest.Item], float]:
     """A key to sort tests by: files that took long when docs/testing.md was written come first."""
-    rows = re.findall(r"^\| (\S+/test_\w+\.py) \| \d+ \| (\d+) \|", TABLE.read_text(), re.MULTILINE)
-    seconds: Counter[str] = Counter()
-    for file, value in rows:
-        seconds[_scope(file)] += int(value)
+    seconds = known_seconds()
 
     def key(item: pytest.Item) -> float:
         return -seconds[_scope(item.nodeid.partition("::")[0].removeprefix("tests/"))]
 
     return key
+
+
+def known_seconds() -> Counter[str]:
+    """By file, or by files that stay together: how long they took when docs/testing.md was written."""
+    rows = re.findall(r"^\| (\S+/test_\w+\.py) \| \d+ \| (\d+) \|", TABLE.read_text(), re.MULTILINE)
+    seconds: Counter[str] = Counter()
+    for file, value in rows:
+        seconds[_scope(file)] += int(value)
+    return seconds
 
 
 def _scope(file: str) -> str:
@@ -76,17 +88,36 @@ def needs_stack(file: str) -> bool:
 class ByFile(LoadScopeScheduling):
     """Tests of a file share fixtures, so they stay together when others run beside them; on two stores, by store.
 
-    A stack costs as much as many tests: two processes take what needs one first, the others what needs none while there
-    is such work.
+    A stack costs as much as many tests: one process takes what needs one first, the others what needs none while there
+    is such work; what is left then and is less than a stack is worth waits for the one.
     """
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        with_stack = node.gateway.id in WITH_STACK
+        with_stack = self._has_stack(node)
         for scope, tests in self.workqueue.items():
             if _any_needs_stack(tests) == with_stack:
                 self.workqueue.move_to_end(scope, last=False)
                 break
         super()._assign_work_unit(node)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        somebody_has_one = any(self._has_stack(other) and not other.shutting_down for other in self.nodes)
+        if self.workqueue and not self._has_stack(node) and somebody_has_one and not self._is_worth(node):
+            node.shutdown()
+        else:
+            super()._reschedule(node)
+
+    def _has_stack(self, node: WorkerController) -> bool:
+        soak = self.config.option.markexpr == "soak"
+        return node.gateway.id in (WITH_STACK_IN_SOAK if soak else WITH_STACK)
+
+    def _is_worth(self, node: WorkerController) -> bool:
+        """Whether what is left needs no stack, or enough of it does that the process may start one."""
+        if not all(_any_needs_stack(tests) for tests in self.workqueue.values()):
+            return True
+        began = any(_any_needs_stack(tests) for tests in self.assigned_work[node].values())
+        seconds = known_seconds()
+        return began or sum(seconds[scope] or UNKNOWN_SECONDS for scope in self.workqueue) >= WORTH_A_STACK
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].removeprefix("tests/")

@@ -65,32 +65,63 @@ class Node:
     def __init__(self, number: int) -> None:
         self.gateway = SimpleNamespace(id=f"gw{number}")
         self.given: list[int] = []
+        self.shutting_down = False
+
+    def shutdown(self) -> None:
+        self.shutting_down = True
 
     def send_runtest_some(self, indices: list[int]) -> None:
         self.given += indices
 
 
-@pytest.mark.parametrize(("processes", "last"), [(4, "without"), (3, "without"), (2, "with")])
-def test_two_processes_have_a_stack_and_the_others_none_while_there_is_other_work(
-    processes: int, last: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def scheduled(tests: list[str], nodes: list[Node], marks: str, monkeypatch: pytest.MonkeyPatch) -> scheduling.ByFile:
+    """A scheduler whose processes have nothing to do yet; of the files, those need a stack whose names say so."""
     monkeypatch.setattr(scheduling, "needs_stack", lambda file: "with_" in file)
-    tests = [f"tests/flows/test_{kind}_{number}.py::test" for number in range(2) for kind in ("with", "without")]
-    nodes = [Node(number) for number in range(processes)]
     asked = scheduling.ByFile.__new__(scheduling.ByFile)
-    asked.numnodes, asked.assigned_work = processes, {}
+    asked.config = SimpleNamespace(option=SimpleNamespace(markexpr=marks))  # type: ignore[assignment]
+    asked.log = lambda *_: None  # type: ignore[assignment]
+    asked.numnodes, asked.assigned_work = len(nodes), {node: {} for node in nodes}  # type: ignore[misc]
     asked.workqueue = OrderedDict((test, {test: False}) for test in tests)
     asked.registered_collections = dict.fromkeys(nodes, tests)  # type: ignore[arg-type]
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("marks", "second", "rest"),
+    [("not soak", "without", {"with"}), ("soak", "with", {"without"})],
+)
+def test_one_process_has_a_stack_and_two_in_soak_and_the_others_none_while_there_is_other_work(
+    marks: str, second: str, rest: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = [f"tests/flows/test_{kind}_{number}.py::test" for number in range(2) for kind in ("with", "without")]
+    nodes = [Node(number) for number in range(3)]
+    asked = scheduled(tests, nodes, marks, monkeypatch)
 
     def next_of(node: Node) -> str:
         asked._assign_work_unit(node)  # type: ignore[arg-type]
         return tests[node.given[-1]].partition("_")[2].partition("_")[0]
 
-    assert [next_of(nodes[-1]), next_of(nodes[0])] == [last, "with"]
-    # Then what is left, of whichever kind.
-    rest = {next_of(nodes[-1]), next_of(nodes[-1])}
-    assert rest == ({"without", "with"} if processes > 2 else {"without"})
+    assert [next_of(node) for node in nodes] == ["with", second, "without"]
+    # Then what is left.
+    assert {next_of(nodes[1])} == rest
     assert not asked.workqueue
+
+
+@pytest.mark.parametrize(("left", "starts"), [(17, False), (18, True)])
+def test_a_second_stack_is_started_only_for_as_many_tests_as_it_is_worth(
+    left: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scheduling.WORTH_A_STACK == 18 * scheduling.UNKNOWN_SECONDS
+    nodes = [Node(0), Node(1)]
+    asked = scheduled([f"tests/flows/test_with_{number}.py::test" for number in range(left)], nodes, "", monkeypatch)
+    asked._reschedule(nodes[1])  # type: ignore[arg-type]
+    assert (bool(nodes[1].given), nodes[1].shutting_down) == (starts, not starts)
+    # Where it runs already, and where nobody else has one, the rest is asked too.
+    for alone in (nodes[0], nodes[1]):
+        asked._assign_work_unit(alone)  # type: ignore[arg-type]
+        alone.given, alone.shutting_down = [], False
+        asked._reschedule(alone)  # type: ignore[arg-type]
+        assert alone.given and not alone.shutting_down
 
 
 def test_a_file_needs_the_stack_whose_tests_ask_for_it_or_for_what_is_made_of_it() -> None:
