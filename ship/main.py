@@ -144,6 +144,14 @@ def password(
     password(env)
 
 
+@app.command(rich_help_panel=STACK)
+def env() -> None:
+    """Print what a shell exports, so that Python, curl, aws and readers get into the local stack."""
+    from train_and_ship.ship.password import password
+
+    password(True)
+
+
 channel_app = typer.Typer(help="What moves of a channel take: whether a person has to say yes.", no_args_is_help=True)
 app.add_typer(channel_app, name="channel", rich_help_panel=RELEASES)
 Named = Annotated[

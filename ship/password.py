@@ -33,7 +33,7 @@ def how_to_get_in(settings: Settings) -> list[str]:
         return []
     return [
         f"  log in   user {USER}, password: `ship password`; Prefect asks for both in one field, {USER}:PASSWORD",
-        '  tools    eval "$(ship password --env)", for Python, curl and aws in this shell',
+        '  tools    eval "$(ship env)", for Python, curl and aws in this shell',
     ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shlex
 from pathlib import Path
 
 import typer
@@ -20,6 +21,7 @@ from shipreader.inference_limits import LOOPBACK, Limits
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.settings import Settings
 from train_and_ship.ship.pull import current, folder_for, make_reader, reader_errors, wait_for_signal
+from train_and_ship.ship.sample_request import write_sample_request
 from train_and_ship.ship.server import Server
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*", re.ASCII)
@@ -70,5 +72,8 @@ def serve(
                 f"  log      {server.log}\n"
                 f"  compute  {server.threads}"
             )
+            request = server.folder / "request.json"
+            if write_sample_request(release, request):
+                typer.echo(f"  try      curl -s {server.url}/v2/models/{model}/infer -d @{shlex.quote(str(request))}")
             server.keep(reader.note_fault, lambda: reader.status().ready(max_stale))
             wait_for_signal(server.require_alive)

@@ -130,6 +130,10 @@ class Release:
     moved_at: str
     """When it went live. UTC, ISO 8601."""
 
+    def __str__(self) -> str:
+        """Which one it is, and where, on one line."""
+        return f"{self.model} {self.channel}: generation {self.generation}, release {self.id}, in {self.folder}"
+
     @property
     def model(self) -> str:
         """Its model's name."""

@@ -188,6 +188,8 @@ def test_a_reader_knows_what_a_release_recommends(manifest: Manifest, tmp_path: 
     release = records.Release("prod", 1, tmp_path, read, "")
     assert (release.recommended("latency"), release.recommended("throughput")) == ("onnx", None)
     assert release.artifact("onnx") == tmp_path / "model.onnx"
+    # `on_change=print` shows it on one line.
+    assert str(release) == f"{read.model} prod: generation 1, release {read.release}, in {tmp_path}"
 
 
 @pytest.mark.parametrize(
