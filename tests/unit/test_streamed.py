@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.parity import CODE, NOTHING
 from torchworker.contract import Project
-from torchworker.project import streamed
+from torchworker.project import weights
 from torchworker.project.answers import Answers, doubled
 from torchworker.project.streamed import Streamed, WrittenError, in_double, is_streamed
 
@@ -20,7 +20,7 @@ PROJECT = Project(name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, l
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "COPIED_BYTES", 0)
+    monkeypatch.setattr(weights, "LARGE_BYTES", 0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
@@ -78,9 +78,9 @@ def test_it_gives_what_a_copy_in_float64_gives_and_holds_the_models_own_weights(
         expected, got = copy.deepcopy(model).double()(given), twin(given)
     for one, two in zip(tree_leaves(expected), tree_leaves(got), strict=True):
         assert two.dtype == torch.float64 and torch.allclose(one, two, rtol=1e-13, atol=1e-15)
-    weights = dict(model.named_parameters())
+    own = dict(model.named_parameters())
     for name, weight in twin.named_parameters():
-        assert isinstance(weight, Streamed) and isinstance(weight, nn.Parameter) and weight.held is weights[name]
+        assert isinstance(weight, Streamed) and isinstance(weight, nn.Parameter) and weight.held is own[name]
 
 
 class Counts(nn.Module):
@@ -119,7 +119,7 @@ def test_a_model_that_writes_into_a_weight_is_copied_and_held_to_no_weaker_rule(
 
 def test_a_small_model_is_copied_and_one_that_reads_its_weights_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_streamed(in_double(nn.LSTM(3, 2)))
-    monkeypatch.setattr(streamed, "COPIED_BYTES", 4 * (3 * 2 + 2))
+    monkeypatch.setattr(weights, "LARGE_BYTES", 4 * (3 * 2 + 2))
     assert not is_streamed(in_double(nn.Linear(3, 2)))
-    monkeypatch.setattr(streamed, "COPIED_BYTES", 4 * (3 * 2 + 2) - 1)
+    monkeypatch.setattr(weights, "LARGE_BYTES", 4 * (3 * 2 + 2) - 1)
     assert is_streamed(in_double(nn.Linear(3, 2)))

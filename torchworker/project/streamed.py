@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-COPIED_BYTES = 128 * 2**20
-"""Of weights and buffers in their own precision: a model up to this size is copied, which is quicker."""
+from torchworker.project.weights import is_large
 
 COPIED = (torch.jit.ScriptModule, nn.RNNBase)
 """Modules that are copied whatever their size: one gives its weights to nobody, the other reads them at every step."""
@@ -70,8 +69,7 @@ def in_double(model: nn.Module) -> nn.Module:
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     shared = [tensor for tensor in tensors if tensor.is_floating_point()]
-    small = sum(tensor.nbytes for tensor in shared) <= COPIED_BYTES
-    if small or any(isinstance(module, COPIED) for module in model.modules()):
+    if not is_large(model) or any(isinstance(module, COPIED) for module in model.modules()):
         return copy.deepcopy(model).double()
     # In every place where the model has the tensor, lists of its own among them; tied weights stay one.
     return copy.deepcopy(model, {id(tensor): Streamed(tensor) for tensor in shared})
