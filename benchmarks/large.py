@@ -1,4 +1,4 @@
-"""Export and validation of a transformer of 110 million parameters against the same by hand: CPU time and peak memory.
+"""Export and validation of a transformer of 99 million parameters against the same by hand: CPU time and peak memory.
 
     python benchmarks/large.py [--rounds 3] [--formats torchscript onnx pt2] [--write docs/benchmarks.md]
 
@@ -243,8 +243,8 @@ def main() -> None:
         [
             "## A large model",
             "",
-            f"{machine('torch', 'onnxruntime')} A transformer encoder of 110 million parameters ({size / 1e6:.0f} MB), "
-            f"256 held-out samples of 32 tokens, as {', '.join(options.formats)}; measured with `python "
+            f"{machine('torch', 'onnxruntime')} A transformer encoder of 99 million parameters ({size / 1e6:.0f} MB), "
+            f"256 held-out samples of 16 tokens, as {', '.join(options.formats)}; measured with `python "
             "benchmarks/large.py`. By hand is a script that captures each format, compares it at three batch sizes and "
             "takes its accuracy. CPU time, user and system, of all processes; memory is the largest sum of PSS above "
             "what was there before.",

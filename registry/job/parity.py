@@ -22,8 +22,8 @@ class Parity(Part):
     same, no exception; off, not asked"""
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     """how long the model is asked about held-out samples, in float32 and in float64, in an order drawn by train.seed:
-    until all are asked or so many seconds are spent; when absent, a tenth of the training's seconds and at least 60.
-    Other questions are asked whatever they take"""
+    until all are asked or so many seconds of computing are spent; when absent, a tenth of the training's seconds and at
+    least 60. Other questions are asked whatever they take"""
     min_samples: int = Field(256, ge=1)
     """fewer held-out samples that were asked fail the release, unless there are no more"""
     relative: bool = False

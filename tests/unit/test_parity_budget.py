@@ -64,7 +64,7 @@ def asked_for(seconds: float | None, model: nn.Module, folder: Path) -> tuple[di
     )  # fmt: skip
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
-        patched.setattr(reference, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+        patched.setattr(reference, "time", SimpleNamespace(thread_time=lambda: float(next(ticks))))
         _, read = write_reference(request, model, {"input": INPUTS[:BATCH]}, TensorDataset(INPUTS, LABELS))
     return load_file(folder / VALIDATION), read
 

@@ -193,8 +193,9 @@ def compare(
         elif not _skipped(probe, policy):
             rest.append((probe, ratio, "; ".join(item.note for item in found) or note))
     verdicts.append(_summary(kind, rest))
-    for probe in [probe for probe in probes if probe.group == BATCHES][1:2]:
-        ratio, found, note = check.behaviour(probe)
+    golden = [probe for probe in probes if probe.group == BATCHES]
+    for probe in golden[1:2]:
+        ratio, found, note = check.behaviour(probe, golden[0])
         findings += found
         verdicts.append(verdict(kind, "called again", ratio, note))
     return ParityResult(verdicts=verdicts, findings=findings, histogram=check.histogram)
@@ -403,24 +404,30 @@ class ParityCheck:
             self.first[probe.name] = [tensor.clone() for tensor in got]
         return self._compare(probe, got)
 
-    def behaviour(self, probe: Probe) -> tuple[float, list[Finding], str]:
-        """The same question after all the others, twice and until there were CALLS; with other strides; and whether
-        inputs, and answers that were given, were left alone."""
+    def behaviour(self, probe: Probe, smallest: Probe) -> tuple[float, list[Finding], str]:
+        """The same question after all the others, twice, and one until there were CALLS; with other strides; and
+        whether inputs, and answers that were given, were left alone.
+
+        Args:
+            probe: a batch of capture.
+            smallest: another one, which is asked over and over.
+        """
         assert probe.eager is not None, "a batch of capture"
         self.outside.asking.write("")
-        if probe.name not in self.first:
+        if probe.name not in self.first or smallest.name not in self.first:
             return self._failed(probe, "gave no outputs to compare the first time")
-        more = (f"as call {number}" for number in range(self.calls + 3, CALLS + 1))
-        for turn in ("after the other probes", "and once more", *more):
+        turns = [("after the other probes", probe), ("and once more", probe)]
+        turns += [(f"as call {number}", smallest) for number in range(self.calls + 3, CALLS + 1)]
+        for turn, asked in turns:
             try:
-                again = self._ask(probe.name, probe.inputs)
+                again = self._ask(asked.name, asked.inputs)
             except Exception as error:
-                return self._failed(probe, f"asked {turn}: {describe(error)}")
+                return self._failed(asked, f"asked {turn}: {describe(error)}")
             if len(again) != len(self.outputs):
-                return self._failed(probe, f"asked {turn}: {len(again)} outputs, expected {len(self.outputs)}")
-            for name, one, two in zip(self.outputs, self.first[probe.name], again, strict=True):
+                return self._failed(asked, f"asked {turn}: {len(again)} outputs, expected {len(self.outputs)}")
+            for name, one, two in zip(self.outputs, self.first[asked.name], again, strict=True):
                 if not same_values(one, two):
-                    return self._failed(probe, f"{name}: gives another answer when asked {turn}: it keeps state")
+                    return self._failed(asked, f"{name}: gives another answer when asked {turn}: it keeps state")
         strided = replace(probe, inputs={name: _strided(tensor) for name, tensor in probe.inputs.items()})
         ratio, found, note = self._strides(strided)
         if self.changed:

@@ -195,7 +195,10 @@ def _masks(pool: Inputs, few: Inputs) -> Iterator[Probe]:
 
 def is_mask(tensor: Tensor) -> bool:
     """Booleans, or numbers that are 0 and 1 and both."""
-    return tensor.dtype == torch.bool or torch.unique(tensor).tolist() == [0, 1]
+    if tensor.dtype == torch.bool:
+        return True
+    ones = tensor == 1
+    return bool((ones | (tensor == 0)).all()) and 0 < int(ones.sum()) < tensor.numel()
 
 
 def _rows_of(table: Table, key: str, pool: Inputs, batch: int) -> Iterator[Probe]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
+from torchworker.project.streamed import in_double, is_streamed
 from torchworker.project.user_code import copied, forward, name_outputs
 
 Tensors = dict[str, Tensor]
@@ -45,16 +46,27 @@ class Answers:
         if self.fixed_precision:
             return {}
         try:
-            self.double = self.double or copy.deepcopy(self.model).double()
-            outputs = self._ask(self.double, doubled(inputs))
+            self.double = self.double or in_double(self.model)
+            outputs = self._in_double(self.double, inputs)
+            if outputs is None and is_streamed(self.double):
+                # Code that writes into a weight, or looks into its memory, takes a copy.
+                self.double = copy.deepcopy(self.model).double()
+                outputs = self._in_double(self.double, inputs)
+        except TypeError:
+            outputs = None
+        self.fixed_precision = outputs is None
+        return outputs or {}
+
+    def _in_double(self, double: nn.Module, inputs: Mapping[str, Tensor]) -> Tensors | None:
+        """Outputs in float64; None where a precision is fixed inside."""
+        try:
+            outputs = self._ask(double, doubled(inputs))
         except (UserError, RuntimeError, TypeError):
-            self.fixed_precision = True
-            return {}
+            return None
         # Of a model of 8 or 11 bits, outputs that it turns into float32 at its end are as good as float64.
         enough = (torch.float64, torch.float32) if roundoff_of(self.model) else (torch.float64,)
         if any(tensor.is_floating_point() and tensor.dtype not in enough for tensor in outputs.values()):
-            self.fixed_precision = True
-            return {}
+            return None
         return doubled(outputs)
 
     def perturbed(self, inputs: Mapping[str, Tensor]) -> Tensors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from torchworker.process.failure import UserError
 
+LARGE_BYTES = 128 * 2**20
+"""Above it memory counts for more than time: weights are streamed, and formats are made and asked one by one."""
 TIED = "tied"
 """Entry of the file's header: names that it leaves out, each with the name that has the tensor."""
 
@@ -57,6 +60,11 @@ def _umask() -> int:
     """Of this process; `os.umask` would change it for a moment, for all threads."""
     told = Path("/proc/self/status").read_text()
     return next((int(line.split()[1], 8) for line in told.splitlines() if line.startswith("Umask:")), 0o077)
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether the weights and buffers of a model take so much that copies of them are made one after the other."""
+    return sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers())) > LARGE_BYTES
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -74,7 +74,7 @@ from torchworker.project.user_code import (
     name_inputs,
     name_outputs,
 )
-from torchworker.project.weights import load_weights
+from torchworker.project.weights import is_large, load_weights
 
 EXPORTERS: Mapping[str, Callable[[Subject, Path], Made]] = {
     "torchscript": torchscript,
@@ -220,7 +220,8 @@ def _all(
 
 
 class _Exports:
-    """Formats that are being made side by side, each in a process of its own, which ends with this block.
+    """Formats that are being made, each in a process of its own, which ends with this block: side by side, or where the
+    model is large one after the other, as an exporter takes two or three times the memory of the weights.
 
     They are forks of this process, which has the model and has exported nothing: that spares every exporter the import
     of the user's code. It is safe here, as torch runs on one thread: there is no thread pool to lose.
@@ -228,25 +229,37 @@ class _Exports:
 
     def __init__(self, kinds: Sequence[str], request: ExportRequest, subject: Subject) -> None:
         self._request = request
-        forks = can_fork()
-        self._running: Mapping[str, ForkedCall[int] | subprocess.Popen[bytes]] = {
-            kind: ForkedCall(partial(_export_child, kind, request, subject), CrashNote())
-            if forks
-            else _new_interpreter(kind, request)
-            for kind in kinds
-        }
+        self._queue: ForkedCall[dict[str, int]] | None = None
+        self._running: Mapping[str, ForkedCall[int] | subprocess.Popen[bytes]] = {}
+        if not can_fork():
+            self._running = {kind: _new_interpreter(kind, request) for kind in kinds}
+        elif kinds and is_large(subject.model):
+            self._queue = ForkedCall(partial(_one_by_one, kinds, request, subject), CrashNote())
+        else:
+            self._running = {kind: _begun(kind, request, subject) for kind in kinds}
 
     def __enter__(self) -> _Exports:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for running in self._running.values():
+        for running in (*self._running.values(), *([self._queue] if self._queue is not None else [])):
             running.kill()
             running.wait()
 
     def made(self) -> tuple[dict[str, Artifact], dict[str, Failure]]:
         """Artifacts by format, and what failed, when all have ended."""
+        if self._queue is not None:
+            return _made(self._request, self._queue.result())
         return _made(self._request, {kind: running.wait() for kind, running in self._running.items()})
+
+
+def _begun(kind: str, request: ExportRequest, subject: Subject) -> ForkedCall[int]:
+    return ForkedCall(partial(_export_child, kind, request, subject), CrashNote())
+
+
+def _one_by_one(kinds: Sequence[str], request: ExportRequest, subject: Subject) -> dict[str, int]:
+    """Exit status by format. In a fork, which waits where the process that has begun it goes on."""
+    return {kind: _begun(kind, request, subject).wait() for kind in kinds}
 
 
 def _new_interpreter(kind: str, request: ExportRequest) -> subprocess.Popen[bytes]:

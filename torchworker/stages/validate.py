@@ -55,6 +55,7 @@ from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, ChildDiedError, CrashNote, ForkedCall, run_parallel
 from torchworker.project.metrics import MetricSums
 from torchworker.project.signature import samples_of_a_call
+from torchworker.project.weights import LARGE_BYTES
 from torchworker.runtimes import cpp_runner
 from torchworker.runtimes.load import Call, checked, load_artifact, load_libraries, load_with_weights
 
@@ -127,7 +128,8 @@ def validate(request: ValidateRequest) -> ValidateResult:
         works[kind] = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind], *more)
     int8: dict[str, Int8] = {}
     # An artifact may take its process down.
-    for kind, begun in run_parallel(works, notes, max(1, CORES // request.threads)):
+    large = any((folder / file).stat().st_size > LARGE_BYTES for file in request.formats.values())
+    for kind, begun in run_parallel(works, notes, 1 if large else max(1, CORES // request.threads)):
         if kind in INT8_OF:
             try:
                 found8, values = begun.result()
