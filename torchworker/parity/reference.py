@@ -70,15 +70,22 @@ def complete(answers: Answers, probe: Probe) -> Probe:
     return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied, roundoff=roundoff)
 
 
-def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
-    """The model rebuilt from its weights must give what the trained one gave at the end of training."""
+def require_trained(model: nn.Module, probe: Path, project: Project, folder: Path | None = None) -> None:
+    """The model rebuilt from its weights must give what the trained one gave at the end of training.
+
+    Args:
+        model: in eval mode, on the CPU.
+        probe: file of what the trained one gave.
+        project: for messages.
+        folder: as `Answers` has it.
+    """
     from safetensors.torch import load_file
 
     stored = load_file(probe)
     inputs = {name.removeprefix("input."): tensor for name, tensor in stored.items() if name.startswith("input.")}
     inputs = {name: inputs[name] for name in name_inputs(model, inputs, project)}
     outputs = name_outputs(forward(model, inputs, project), project)
-    answers = Answers(model, project)
+    answers = Answers(model, project, folder)
     exact = answers.exact(inputs)
     perturbed = answers.perturbed(inputs) if not exact else {}
     for name, tensor in outputs.items():
@@ -137,7 +144,7 @@ def write_reference(
         UserError: forward keeps state, writes into its inputs, or fails on the user's own data.
     """
     project, folder = served_project(request.project), Path(request.folder)
-    answers = Answers(model, project)
+    answers = Answers(model, project, folder)
     golden = []
     for size in golden_sizes(request.batch, request.max_batch):
         batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}

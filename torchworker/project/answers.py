@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import mmap
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torchworker.contract import Project
 from torchworker.process.failure import UserError
 from torchworker.project.user_code import copied, forward, name_outputs
+from torchworker.project.weights import values_of
 
+LARGEST_DOUBLE = 2**31
+"""Bytes of a model's copy in float64 that are kept in memory."""
 Tensors = dict[str, Tensor]
 """Inputs or outputs by name, [batch, …]."""
 
@@ -21,8 +29,16 @@ Tensors = dict[str, Tensor]
 class Answers:
     """What the model says to a question: as it is, in float64, and with everything perturbed by its own rounding."""
 
-    def __init__(self, model: nn.Module, project: Project) -> None:
+    def __init__(self, model: nn.Module, project: Project, folder: Path | None = None) -> None:
+        """
+        Args:
+            model: in eval mode.
+            project: for messages.
+            folder: on a disk, for the weights of a large model in float64 as long as they are needed; None keeps all in
+                memory.
+        """
         self.model, self.project = model, project
+        self._folder = folder
         self.fixed_precision = False
         """Whether the model was found not to run in float64."""
         self.double: nn.Module | None = None
@@ -40,7 +56,7 @@ class Answers:
         if self.fixed_precision:
             return {}
         try:
-            self.double = self.double or copy.deepcopy(self.model).double()
+            self.double = self.double or in_float64(self.model, self._folder)
             outputs = self._ask(self.double, doubled(inputs))
         except (UserError, RuntimeError, TypeError):
             self.fixed_precision = True
@@ -96,6 +112,31 @@ def roundoff_of(model: nn.Module) -> float:
     """
     half = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
     return max((torch.finfo(dtype).eps / 2 for dtype in half), default=0.0)
+
+
+def in_float64(model: nn.Module, folder: Path | None) -> nn.Module:
+    """A copy of a model in float64; what would be more than LARGEST_DOUBLE bytes lies in a file without a name.
+
+    Pages of a file are dropped and read again when memory is short. Where the file cannot be written, memory has to do.
+
+    folder: where to; None for memory.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    if folder is None or 8 * sum(tensor.numel() for tensor in tensors.values()) <= LARGEST_DOUBLE:
+        return copy.deepcopy(model).double()
+    copies: dict[int, Any] = {}
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        for tensor in tensors.values():
+            file.write(values_of(tensor).double().flatten().numpy().data)
+        file.flush()
+        # Private: what a forward writes into its weights is its own.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        ends = itertools.accumulate(tensor.numel() for tensor in tensors.values())
+        values = torch.frombuffer(mapped, dtype=torch.float64)
+        for (name, tensor), end in zip(tensors.items(), ends, strict=True):
+            double = values[end - tensor.numel() : end].view(tensor.shape)
+            copies[name] = nn.Parameter(double, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else double
+    return copy.deepcopy(model, copies).double()
 
 
 class _OtherOrder(TorchFunctionMode):

@@ -97,7 +97,7 @@ def save_in_turn(
         for name in names:
             tensor = whole(own[name])
             if file is not None and tensor.numel():
-                file.write(memoryview(values_of(tensor).flatten().view(torch.uint8).numpy()))
+                file.write(values_of(tensor).flatten().view(torch.uint8).numpy().data)
             # Before the next one is there.
             del tensor
 

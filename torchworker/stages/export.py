@@ -110,7 +110,8 @@ def export(request: ExportRequest) -> ExportResult:
     torch.set_num_threads(REFERENCE_THREADS)
     with torch.no_grad():
         if request.weights:
-            require_trained(model, Path(request.weights).with_name(PROBE), request.project)
+            probe = Path(request.weights).with_name(PROBE)
+            require_trained(model, probe, request.project, Path(request.folder))
         exported, project = build_served(model, request.project), served_project(request.project)
     for parameter in exported.parameters():
         parameter.requires_grad_(False)
