@@ -7,8 +7,10 @@ what it was any more is set aside.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -98,6 +100,22 @@ def read_kept(path: Path, decode: Callable[[bytes], Kind]) -> Kind | None:
     except TORN as error:
         set_aside(path, f"it cannot be read ({type(error).__name__}: {error})")
         return None
+
+
+def link_or_copy(source: str | Path, target: str | Path, least: int = 0) -> None:
+    """Give a file that nobody changes any more another name, or a copy where it is on another file system.
+
+    Args:
+        source: the file.
+        target: the name; what has it is replaced.
+        least: bytes from which on a file gets another name; a smaller one is copied.
+    """
+    Path(target).unlink(missing_ok=True)
+    if Path(source).stat().st_size >= least:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def file_sha256(path: Path) -> str:

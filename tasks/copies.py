@@ -6,7 +6,6 @@ All raise SettingsError or ServiceError for the store's faults.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import hold, unused
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.rundir import link_or_copy
 from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature
 from train_and_ship.registry.channels.pointer import Pointer
@@ -99,12 +99,8 @@ def live_weights(
         ) from error
     path = folder / live.release / WEIGHTS
     make_folder(path.parent)
-    path.unlink(missing_ok=True)
-    try:
-        os.link(copy / WEIGHTS, path)
-    except OSError:
-        # Two file systems: run directories may be where other machines see them too.
-        shutil.copyfile(copy / WEIGHTS, path)
+    # Two file systems perhaps: run directories may be where other machines see them too.
+    link_or_copy(copy / WEIGHTS, path)
     return path, manifest.files[WEIGHTS].sha256
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,7 +27,7 @@ from torchworker.contract import (
     decode,
 )
 from train_and_ship.infra.errors import JobError, WorkerError
-from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.infra.rundir import StageFolder, link_or_copy
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.cost import Meter
 from train_and_ship.registry.made_of import with_opened
@@ -48,6 +49,8 @@ AGAIN_SECONDS = 1.0
 ARTIFACT_SECONDS = 2.0
 LOG_SECONDS = 10.0
 RANKS_SHOWN = 8
+LINKED_BYTES = 2**20
+"""From which on what was trained elsewhere is not copied: weights, which nobody writes to any more."""
 
 
 # Prefect's attempts are for services alone: `train.restarts` counts what happens to ranks and machines.
@@ -166,7 +169,8 @@ async def _attempt(
             trained = await train_launched(
                 launcher, request, attempts, inputs, progress.on_event, say.info, run.rooms.interpreter.path
             )
-            shutil.copytree(trained, stage.begin(), dirs_exist_ok=True)
+            taken_over = partial(link_or_copy, least=LINKED_BYTES)
+            shutil.copytree(trained, stage.begin(), copy_function=taken_over, dirs_exist_ok=True)
             progress.meter.cpu = _result(stage.work).cpu_seconds
     except WorkerError as error:
         if not error.retryable:

@@ -1,4 +1,4 @@
-"""Formats of a large model are made one after the other, and what dies costs its own format alone."""
+"""What is done otherwise with a large model gives what it gives with a small one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.support.parity import CODE, NOTHING
 from torchworker.contract import Artifact, ExportRequest, Project, Reply
 from torchworker.exporters.subject import Subject
-from torchworker.project import weights
+from torchworker.project import kept_state, weights
+from torchworker.project.kept_state import changed, state_of
 from torchworker.stages import export
 
 FORMATS = ("torchscript", "onnx", "pt2")
@@ -57,3 +58,15 @@ def test_formats_of_a_large_model_are_made_one_by_one_and_of_a_small_one_side_by
     (tmp_path / "log").unlink()
     small, failed = made(tmp_path, monkeypatch, 4 * 8)
     assert (sorted(small), failed) == (sorted(large), killed)
+
+
+def test_a_state_of_which_hashes_are_kept_has_changed_where_the_state_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1).to(memory_format=torch.channels_last), nn.BatchNorm2d(3), nn.Linear(1, 1))
+    monkeypatch.setattr(kept_state, "LARGEST_COPY", 0)
+    before = state_of(model)
+    assert not any(isinstance(value, Tensor) for value in before.values()) and changed(before, model) == []
+    with torch.no_grad():
+        model[0].weight[2, 1] += 1e-6
+        model[1].num_batches_tracked += 1
+        model[2].weight = nn.Parameter(model[2].weight.double())
+    assert changed(before, model) == ["0.weight", "2.weight", "1.num_batches_tracked"]

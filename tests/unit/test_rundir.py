@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.infra.rundir import StageFolder, link_or_copy
 
 
 def finished(run: Path) -> StageFolder:
@@ -35,3 +35,12 @@ def test_a_changed_missing_or_added_file_makes_a_stage_incomplete(tmp_path: Path
         stage = finished(tmp_path)
         change(stage.path)
         assert not stage.is_complete()
+
+
+def test_a_large_file_gets_another_name_and_a_small_one_a_copy(tmp_path: Path) -> None:
+    source, target = tmp_path / "weights", tmp_path / "again"
+    source.write_bytes(b"12345678")
+    target.write_bytes(b"of before")
+    for least, same in ((9, False), (8, True), (8, True)):
+        link_or_copy(source, target, least)
+        assert target.read_bytes() == b"12345678" and target.samefile(source) == same

@@ -8,9 +8,11 @@ may, as long as the answers stay the same.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,36 @@ from torchworker.contract import Project
 from torchworker.process.failure import UserError, is_theirs
 from torchworker.project.answers import same_values
 from torchworker.project.watch import watched
+from torchworker.project.weights import values_of
 
-State = Mapping[str, Tensor]
+LARGEST_COPY = 2**30
+"""Bytes of a state of which a copy is made; of a larger one hashes do."""
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A tensor, by its bytes."""
+
+    like: tuple[torch.device, torch.dtype, torch.Size]
+    digest: bytes
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Hashed:
+        """Of its values as they are now."""
+        content = values_of(tensor).flatten().view(torch.uint8).numpy().data
+        return cls((tensor.device, tensor.dtype, tensor.shape), hashlib.blake2b(content, digest_size=16).digest())
+
+
+State = Mapping[str, Tensor | Hashed]
 """Parameters and buffers by name, the buffers that are not saved among them."""
 
 
 def state_of(model: nn.Module) -> State:
-    """A copy of all parameters and buffers as they are now, by name."""
-    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+    """All parameters and buffers as they are now, by name: copies, or hashes where there is more than LARGEST_COPY."""
+    tensors = {name: tensor.detach() for name, tensor in _tensors(model).items()}
+    if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST_COPY:
+        return {name: Hashed.of(tensor) for name, tensor in tensors.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def changed(before: State, model: nn.Module) -> list[str]:
@@ -117,5 +141,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if tensor.layout == torch.strided and not tensor.is_meta}
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def _same(first: Tensor | Hashed, second: Tensor) -> bool:
+    if isinstance(first, Hashed):
+        return first == Hashed.of(second)
     return first.device == second.device and same_values(first, second.detach())
