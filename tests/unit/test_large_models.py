@@ -36,6 +36,8 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch, largest: int) -> tuple[l
         return 0
 
     monkeypatch.setattr(export, "_export_child", child)
+    # Whatever threads the tests before have left here.
+    monkeypatch.setattr(export, "can_fork", lambda: True)
     monkeypatch.setattr(weights, "LARGE_BYTES", largest)
     torch.set_num_threads(1)
     project = Project(name="plain", folder=str(CODE), model=NOTHING, data=NOTHING, loss="cross_entropy", metrics=[])

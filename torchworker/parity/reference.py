@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchworker.contract import GOLDEN, PLACES, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.groups import SampleGroups
+from torchworker.parity.asking import complete, complete_or_flat, require_no_memory, require_repeatable
 from torchworker.parity.probes import (
     BATCH_SIZES,
     BATCHES,
@@ -36,7 +37,7 @@ from torchworker.parity.rule import compare_tensors
 from torchworker.parity.tables import tables_of
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
-from torchworker.project.answers import Answers, roundoff_of, same_values
+from torchworker.project.answers import Answers, roundoff_of
 from torchworker.project.metrics import joined as filled_up
 from torchworker.project.metrics import without
 from torchworker.project.served import served_batches, served_project
@@ -61,33 +62,6 @@ ROUNDOFFS = (2.0**-8, 2.0**-11)
 """Of bfloat16 and float16. A file from a bucket may not say another one, which would loosen the rule."""
 REFUSAL_SECONDS = 60.0
 """The model's answer to an input that it should refuse takes at most this long."""
-
-
-def complete(answers: Answers, probe: Probe) -> Probe:
-    """The probe with the model's answers. Raises UserError when the model refuses it."""
-    eager = answers.eager({name: tensor.clone() for name, tensor in probe.inputs.items()})
-    exact = answers.exact(probe.inputs)
-    perturbed = {} if exact else answers.perturbed(probe.inputs)
-    whole = any(not tensor.is_floating_point() for tensor in eager.values())
-    tied = answers.tied(probe.inputs) if whole else {}
-    roundoff = roundoff_of(answers.model)
-    return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied, roundoff=roundoff)
-
-
-def _complete_or_flat(answers: Answers, probe: Probe) -> Probe:
-    """`complete`, and where samples are flat also how far rounding moves the model: eager's own is no measure there."""
-    asked = complete(answers, probe)
-    if asked.exact and any(_is_flat(tensor) for tensor in probe.inputs.values()):
-        return replace(asked, perturbed=answers.noisy(probe.inputs))
-    return asked
-
-
-def _is_flat(tensor: Tensor) -> bool:
-    """Whether some sample of real numbers is the same everywhere. tensor: [batch, …]."""
-    if not tensor.is_floating_point() or tensor.dim() < 2 or not tensor.numel():
-        return False
-    rows = tensor.flatten(1)
-    return rows.shape[1] > 1 and bool((rows == rows[:, :1]).all(1).any())
 
 
 def require_trained(model: nn.Module, probe: Path, project: Project) -> None:
@@ -170,7 +144,7 @@ def write_reference(
     for size in golden_sizes(request.batch, request.max_batch):
         batch = enlarged(named, size) if size > request.batch else {name: t[:size] for name, t in named.items()}
         golden.append(complete(answers, Probe(name=f"batch_{size}", group=BATCHES, inputs=batch)))
-        _require_repeatable(answers, golden[-1])
+        require_repeatable(answers, golden[-1])
     if answers.fixed_precision:
         golden = [
             replace(probe, exact={}, perturbed=probe.perturbed or answers.perturbed(probe.inputs)) for probe in golden
@@ -183,18 +157,18 @@ def write_reference(
     save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
     pool, read = _write_validation(request, answers, dataset, raw)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
-    asked += [_complete_or_flat(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
+    asked += [complete_or_flat(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
     unasked: dict[str, str] = {}
     for probe in probes(pool, dims, tables_of(answers, pool)):
         try:
-            asked.append(_complete_or_flat(answers, probe))
+            asked.append(complete_or_flat(answers, probe))
         except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:
                 # Declared, so it is said: the range is wrong, or cutting has parted what belongs together.
                 unasked[probe.name] = describe(mistake.__cause__ or mistake).splitlines()[0][:200]
-    _require_no_memory(answers, golden[-1])
+    require_no_memory(answers, golden[-1])
     signature = {spec.name: spec for spec in input_specs(named, dims)}
     refused, hung = _refused(answers, list(refusals(pool, signature, dims)))
     _write_probes([*asked, *refused], [*_in_words(unasked), *hung], independence, folder / PROBES)
@@ -342,43 +316,6 @@ def _probe(item: Mapping[str, Any], parts: Mapping[str, Inputs]) -> Probe:
         perturbed=parts.get("moved", {}),
         tied=parts.get("tied", {}),
     )
-
-
-def _require_repeatable(answers: Answers, probe: Probe) -> None:
-    """Raises UserError unless a second call gives the same and leaves the inputs alone. probe: answered."""
-    name, given = _other_answer(answers, probe)
-    if name:
-        raise UserError(
-            f"export: output {name!r} differs between two calls on the same inputs in eval mode; a model with "
-            "randomness or state in forward cannot be proven equal to its export"
-        )
-    for name, tensor in probe.inputs.items():
-        if not same_values(tensor, given[name]):
-            raise UserError(
-                f"export: forward changes its input {name!r} in place, which exported formats do not do; clone it first"
-            )
-
-
-def _require_no_memory(answers: Answers, first: Probe) -> None:
-    """Raises UserError when the model's answer to a question is another one after all the others.
-
-    first: a batch of capture, with the answer of then.
-    """
-    name, _ = _other_answer(answers, first)
-    if name:
-        raise UserError(
-            f"{answers.project.model.where}: output {name!r} of forward is another one after other inputs were "
-            "asked: the model remembers them, in a buffer that is not saved or in an attribute; an exported model "
-            "must not keep state between calls: take it as an input and return it as an output"
-        )
-
-
-def _other_answer(answers: Answers, probe: Probe) -> tuple[str, Inputs]:
-    """The output that is another one when the probe is asked again, empty for none, and the inputs after that."""
-    assert probe.eager is not None, "a batch of capture is answered"
-    given = {name: tensor.clone() for name, tensor in probe.inputs.items()}
-    again = answers.eager(given)
-    return next((name for name, tensor in probe.eager.items() if not same_values(tensor, again.get(name))), ""), given
 
 
 def validation_key(part: str, name: str, start: int) -> str:
