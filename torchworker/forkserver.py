@@ -28,9 +28,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torchworker.process.first_imports import first_imports, forget_hidden
+from torchworker.process.first_imports import first_imports, forget_hidden, hidden
 from torchworker.process.lifeline import adopt_orphans, descendants, die_with_parent
 from torchworker.process.shown_warnings import keep_warnings
+
+EXPORTER = ("onnx", "onnxscript", "onnx_ir", "ml_dtypes", "google")
+"""Packages that come along with the exporter to ONNX."""
 
 
 def _preload() -> None:
@@ -41,20 +44,33 @@ def _preload() -> None:
 
     # DistributedDataParallel and torch.export both import it, in every process that uses them: 1.4 s of CPU.
     import torch._dynamo
+    # Of which every rank writes a checkpoint at its end.
+    import torch.distributed.checkpoint.state_dict
     import torch.distributed.launcher.api
     import torch.export
     import torch.utils.data  # noqa: F401
 
-    import torchworker.stage  # noqa: F401
+    from torchworker.stage import STAGES
 
+    # A private name, which the first checkpoint of a process imports.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.distributed.checkpoint._fsspec_filesystem")
+    for stage in STAGES:
+        importlib.import_module(f"torchworker.stages.{stage}")
     gc.freeze()
 
 
-def _preload_archives() -> None:
+def _preload_exporters(request: str) -> None:
     """What artifacts are written and read with."""
-    from torchworker.runtimes.load import import_archive_reader
+    from torchworker.runtimes.load import import_archive_reader, import_onnx_exporter
 
     import_archive_reader()
+    # The stage that reads it says what is wrong with it.
+    with contextlib.suppress(Exception):
+        asked = json.loads(Path(request).read_bytes())
+        # They cannot be imported twice, so a project's own ones could not be had any more.
+        if "onnx" in asked.get("formats", ()) and not hidden(asked, EXPORTER):
+            import_onnx_exporter()
     gc.freeze()
 
 
@@ -194,11 +210,11 @@ def main() -> None:
                         _preload_packages(job["request"])
                     if job.get("stage") == "export":
                         # Without a training before it: each of its forks, and the clean room's, would import it.
-                        _preload_archives()
+                        _preload_exporters(job["request"])
                     server.kill(job["kill"]) if "kill" in job else server.start(job)
                     if job.get("stage") == "train":
                         # Ranks do not wait for it, and the six processes that come after them have it.
-                        _preload_archives()
+                        _preload_exporters(job["request"])
     finally:
         _kill_everything()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from torchworker.process.first_imports import first_imports, forget_hidden
+from torchworker.process.first_imports import first_imports, forget_hidden, hidden
 
 
 def request(folder: Path, *targets: str, entrypoint: str = "") -> dict[str, Any]:
@@ -61,3 +61,11 @@ def test_a_project_that_hides_a_package_gets_its_own_also_after_another_project(
     (tmp_path / "scipy.py").touch()
     forget_hidden(request(tmp_path, "model:build"))
     assert "pandas" in sys.modules and not {"scipy", "scipy.linalg"} & set(sys.modules)
+
+
+def test_a_package_of_which_a_project_has_its_own_is_found(tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "__init__.py").touch()
+    asked = request(tmp_path, "model:build")
+    assert hidden(asked, ("google", "onnx")) == ["onnx"]
+    assert hidden({"project": None}, ("onnx",)) == hidden({}, ("onnx",)) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,16 @@ def first_imports(request: Mapping[str, Any]) -> list[str]:
 
 def forget_hidden(request: Mapping[str, Any]) -> None:
     """Let a project import its own module where it hides one of SHARED that was imported for another project."""
-    project = request.get("project")
-    hidden = [name for name in SHARED if isinstance(project, dict) and _file(name, Path(project["folder"]))]
+    own = hidden(request, SHARED)
     for module in list(sys.modules):
-        if module.partition(".")[0] in hidden:
+        if module.partition(".")[0] in own:
             del sys.modules[module]
+
+
+def hidden(request: Mapping[str, Any], packages: Iterable[str]) -> list[str]:
+    """Those packages for which a stage's project has a module of its own, which its code is to get."""
+    project = request.get("project")
+    return [name for name in packages if isinstance(project, dict) and _file(name, Path(project["folder"]))]
 
 
 def _is_reference(part: object) -> bool:

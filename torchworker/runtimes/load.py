@@ -111,6 +111,14 @@ def import_archive_reader() -> None:
             importlib.import_module(name)
 
 
+def import_onnx_exporter() -> None:
+    """What torch.onnx would import when it first exports: half a second of CPU and more."""
+    for name in ("torch.onnx._internal.exporter._compat", "onnxscript.function_libs.torch_lib.ops"):
+        # As above.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
 def flat(outputs: Any) -> list[Tensor]:
     """The tensors of what a program returned, in order."""
     if isinstance(outputs, Tensor):
