@@ -77,10 +77,10 @@ async def _speak(heard: _Heard, say: Callable[[str], None]) -> None:
             continue
         young = any(now - stage.began < MINUTE for stage in stages.values())
         if now - heard.last >= (EARLY_SECONDS if young else LATE_SECONDS):
-            say("; ".join(_told(name, stage, now) for name, stage in stages.items()))
+            say("; ".join(_line(name, stage, now) for name, stage in stages.items()))
             heard.last = now
 
 
-def _told(name: str, stage: _Stage, now: float) -> str:
+def _line(name: str, stage: _Stage, now: float) -> str:
     parts = f": {', '.join(stage.parts)}" if stage.parts else ""
     return f"{name} is at work{parts}, {now - stage.began:.0f} s so far"

@@ -300,7 +300,7 @@ def _joined(failures: list[Failure]) -> Failure:
 
 def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
     path = Path(request.folder) / {**FORMAT_FILES, **INT8_FILES}[kind]
-    tell = EventLog(Path(request.folder) / EVENTS).write
+    write_event = EventLog(Path(request.folder) / EVENTS).write
     torch.set_num_threads(REFERENCE_THREADS)
     began = time.perf_counter()
     try:
@@ -308,10 +308,10 @@ def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
             method, notes = _write(kind, request, subject, path)
         artifact = Artifact(file=path.name, method=method, seconds=time.perf_counter() - began, notes=notes)
         reply = Reply(result=asdict(artifact))
-        tell("made", format=kind, method=method, seconds=artifact.seconds)
+        write_event("made", format=kind, method=method, seconds=artifact.seconds)
     except (Exception, SystemExit) as error:
         reply = Reply(failure=failure_of(error, request.project.folder))
-        tell("failed", format=kind)
+        write_event("failed", format=kind)
     reply.write(Path(request.folder) / f"export-{kind}.json")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -128,8 +128,8 @@ def validate(request: ValidateRequest) -> ValidateResult:
     for kind, file in request.formats.items():
         print(f"validate: {kind}: {len(probes)} probes", flush=True)
         more = () if kind in INT8_OF else (outside[kind],)
-        asked = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind], *more)
-        works[kind] = partial(_told, kind, asked, Path(request.log) / EVENTS if request.log else None)
+        work = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind], *more)
+        works[kind] = partial(_with_event, kind, work, Path(request.log) / EVENTS if request.log else None)
     int8: dict[str, Int8] = {}
     # An artifact may take its process down.
     large = any((folder / file).stat().st_size > LARGE_BYTES for file in request.formats.values())
@@ -200,10 +200,10 @@ def too_few_asked(asked: int, samples: int, least: int, seconds: float) -> list[
     ]  # fmt: skip
 
 
-def _told(kind: str, asked: Callable[[], Result], events: Path | None) -> Result:
+def _with_event(kind: str, work: Callable[[], Result], events: Path | None) -> Result:
     """What is asked of one format, with an event when that is done."""
     began = time.perf_counter()
-    result = asked()
+    result = work()
     EventLog(events).write("asked", format=kind, seconds=time.perf_counter() - began)
     return result
 
