@@ -13,12 +13,16 @@ NAME = ".ship"
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it that are missing; the home among them for its owner alone. Raises OSError."""
+    """Make a folder and those above it that are missing; the home among them for its owner alone. Raises OSError.
+
+    git ignores a home that was made here.
+    """
     for place in reversed((folder, *folder.parents)):
         if _is_home(place) and not place.is_dir():
             make_folders(place.parent)
             # The mode goes with the call: a moment in which others may look in is enough for them.
             place.mkdir(mode=0o700, exist_ok=True)
+            (place / ".gitignore").write_text("*\n")
             sync(place.parent)
     make_folders(folder)
     return folder

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from shipreader.records import NAME
 from train_and_ship.infra import janitor, stack
 from train_and_ship.infra.errors import JobError, ReleaseError, ServiceError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
@@ -31,9 +33,24 @@ from train_and_ship.registry.text import file_size
 from train_and_ship.ship.password import how_to_get_in
 
 FLOW = "retrain"
+FLOWS = (FLOW, "train-and-ship")
 WIDE = 120
 """Columns of a terminal from which on models are shown as a table."""
 COLOURS = {"up": "green", "external": "cyan"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastRun:
+    """The newest flow run that was to move a channel, as Prefect has it."""
+
+    id: str
+    name: str
+    state: str
+    """Prefect's word for it: Promoted, Kept, Skipped, Refused, Failed, Running, …."""
+    at: datetime
+    """When it came into that state."""
+    message: str
+    """What it says of itself; empty where it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +64,8 @@ class ChannelStatus:
     """What retraining decided last; None when it was never asked."""
     next: datetime | None
     """When it is asked again; None when nothing is scheduled, or nobody could tell."""
+    run: LastRun | None = None
+    """The newest run; None when there was none, or nobody could tell."""
     unreadable: str = ""
     """Why the bucket's records of it cannot be read; the other fields are empty then."""
 
@@ -61,31 +80,41 @@ class ChannelStatus:
             "decision": {"at": decided_at(last).isoformat(), "decision": last.decision, "why": last.why}
             if last
             else None,
+            "run": {**asdict(self.run), "at": self.run.at.isoformat()} if self.run else None,
             "next": self.next.isoformat() if self.next else None,
             **({"unreadable": self.unreadable} if self.unreadable else {}),
         }
 
     def row(self, now: datetime) -> tuple[str, ...]:
-        """The cells of the table: model, channel, release, its age, the last decision, why, and the next run."""
+        """The cells of the table: model, channel, release, its age, how the last run ended, why, and the next run."""
         moved = moved_at(self.live) if self.live else None
-        decided = f"{_ago(decided_at(self.last), now)} ago: {self.last.decision}" if self.last else "–"
+        decided, why = self._ended(now)
         return (
             self.model,
             self.channel,
             self.live.release if self.live else "unreadable" if self.unreadable else "nothing",
             _ago(moved, now) if moved else "–",
             decided,
-            self.last.why if self.last else self.unreadable,
+            why or self.unreadable,
             f"{self.next.astimezone():%Y-%m-%d %H:%M %z}" if self.next else "–",
         )
+
+    def _ended(self, now: datetime) -> tuple[str, str]:
+        """How the last run ended, and why: by Prefect, or by the record in the bucket where that is newer."""
+        last, run = self.last, self.run
+        if run is not None and (last is None or last.flow_run == run.id or decided_at(last) < run.at):
+            why = last.why if last is not None and last.flow_run == run.id else run.message
+            return f"{_ago(run.at, now)} ago: {run.state.lower()}", why
+        return (f"{_ago(decided_at(last), now)} ago: {last.decision}", last.why) if last is not None else ("–", "")
 
     def lines(self, now: datetime) -> tuple[str, ...]:
         """The same for a narrow terminal: what is live, then what was decided, and when it is asked again."""
         model, channel, release, age, decided, why, then = self.row(now)
-        live = f"{release}, live for {age}" if self.live else f"{release}{f': {why}' if self.unreadable else ''}"
+        unreadable = f": {self.unreadable}" if self.unreadable else ""
+        live = f"{release}, live for {age}" if self.live else f"{release}{unreadable}"
         told = [f"{model} {channel}: {live}"]
-        if self.last:
-            told.append(f"  {decided}: {why}")
+        if self.last or self.run:
+            told.append(f"  {decided}: {why}" if why else f"  {decided}")
         return (*told, f"  next run {then}") if self.next else tuple(told)
 
 
@@ -108,7 +137,7 @@ def status(as_json: bool) -> None:
     if any(row.state not in COLOURS for row in rows):
         raise typer.Exit(1)
     try:
-        found = channel_statuses(ObjectStore.from_settings(settings), next_runs(settings))
+        found = channel_statuses(ObjectStore.from_settings(settings), next_runs(settings), last_runs(settings))
     except ShipError as error:
         typer.echo(f"The models cannot be shown: {error}", err=True)
         raise typer.Exit(1) from None
@@ -124,7 +153,7 @@ def _print_json(settings: Settings, rows: Sequence[stack.Status]) -> None:
     error = ""
     if up:
         try:
-            found = channel_statuses(ObjectStore.from_settings(settings), next_runs(settings))
+            found = channel_statuses(ObjectStore.from_settings(settings), next_runs(settings), last_runs(settings))
         except ShipError as reason:
             error = str(reason)
     document = {
@@ -151,8 +180,12 @@ def disk_line(used: janitor.Usage) -> str:
     return f"Disk: {file_size(used.total)} of {file_size(used.limit)} (SHIP_DISK){f': {what}' if what else ''}{over}"
 
 
-def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], datetime]) -> list[ChannelStatus]:
-    """Every channel of every model, by name. scheduled: model and channel to the next run."""
+def channel_statuses(
+    store: ObjectStore,
+    scheduled: Mapping[tuple[str, str], datetime],
+    ran: Mapping[tuple[str, str], LastRun] = MappingProxyType({}),
+) -> list[ChannelStatus]:
+    """Every channel of every model, by name. scheduled, ran: model and channel to the next run and to the last."""
     names: set[tuple[str, str]] = set()
     unlisted: list[ChannelStatus] = []
     for one in models(store):
@@ -174,10 +207,50 @@ def channel_statuses(store: ObjectStore, scheduled: Mapping[tuple[str, str], dat
                 model=model, channel=channel, live=None, last=None, next=scheduled.get(name), unreadable=str(error)
             )
         return ChannelStatus(
-            model=model, channel=channel, live=live, last=last[-1] if last else None, next=scheduled.get(name)
+            model=model,
+            channel=channel,
+            live=live,
+            last=last[-1] if last else None,
+            next=scheduled.get(name),
+            run=ran.get(name),
         )
 
-    return [*in_parallel(look, sorted(names | scheduled.keys())), *unlisted]
+    return [*in_parallel(look, sorted(names | scheduled.keys() | ran.keys())), *unlisted]
+
+
+def last_runs(settings: Settings) -> dict[tuple[str, str], LastRun]:
+    """The newest run of each model and channel among the last 200; empty when Prefect does not answer."""
+    query = {
+        "flows": {"name": {"any_": FLOWS}},
+        "flow_runs": {"start_time": {"is_null_": False}},
+        "sort": "START_TIME_DESC",
+        "limit": 200,
+    }
+    try:
+        reply = prefect_api(settings, "POST", "/flow_runs/filter", query)
+    except ShipError:
+        # `next_runs` has said so.
+        return {}
+    return newest(reply.json() if reply.is_success else [])
+
+
+def newest(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], LastRun]:
+    """The first run of each model and channel, by its tags. runs: the newest first."""
+    found: dict[tuple[str, str], LastRun] = {}
+    for run in runs:
+        tags = dict(tag.split(":", 1) for tag in run["tags"] if ":" in tag)
+        state = run.get("state") or {}
+        # Whoever may write to Prefect chooses tags.
+        if all(NAME.fullmatch(tags.get(kind, "")) for kind in ("model", "channel")) and state:
+            last = LastRun(
+                id=str(run["id"]),
+                name=str(run["name"]),
+                state=str(state["name"]),
+                at=datetime.fromisoformat(state["timestamp"]),
+                message=str(state.get("message") or ""),
+            )
+            found.setdefault((tags["model"], tags["channel"]), last)
+    return found
 
 
 def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:

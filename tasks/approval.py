@@ -29,6 +29,7 @@ from train_and_ship.registry.channels.targets import Verified, described
 from train_and_ship.registry.kind import not_allowed
 from train_and_ship.registry.report.move import noticed
 from train_and_ship.registry.text import Table, escaped
+from train_and_ship.tasks.at_work import WAITS
 from train_and_ship.tasks.away import is_away, patiently
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.move_report import show_question, what_changes
@@ -270,7 +271,7 @@ async def candidate_approval(run: Run, registered: Registered, rehearsed: Rehear
     required = str(rules) if rules.required else "required by the job"
     # Whoever asks for approval in their own job may give it.
     asked_from = await requester() if rules.required else ""
-    with run.timed("wait for approval"):
+    with run.timed(WAITS):
         return await ask_person(question, required=required, asked_from=asked_from)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchworker.contract import RUN_IN_CPP, CppResult, ValidateRequest, ValidateResult
-from train_and_ship.infra.fork_server import ForkServer
+from train_and_ship.infra.fork_server import Events, ForkServer
 from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.worker import ask_worker
 
@@ -22,6 +22,7 @@ async def ask_clean_room(
     request: ValidateRequest,
     folder: Path,
     runners: Mapping[str, Future[CppResult]] | None = None,
+    on_event: Events | None = None,
 ) -> ValidateResult:
     """The verdicts on every artifact. Either way no process can import the code of the job.
 
@@ -30,6 +31,7 @@ async def ask_clean_room(
         request: about all formats; `cpp` as the job says it, or `off`.
         folder: where requests, logs and results lie.
         runners: of C++, by the path of the interpreter whose torch it is built against; None for none.
+        on_event: called with each format that has been asked.
 
     Raises:
         JobError, WorkerError: as of `call_worker`.
@@ -37,14 +39,14 @@ async def ask_clean_room(
     there = rooms.where_made(request.formats, request.libraries)
     here = [kind for kind in request.formats if kind not in there]
     if not there:
-        return await _ask(rooms.clean, request, folder, runners)
+        return await _ask(rooms.clean, request, folder, runners, on_event)
     results = []
     if here:
         # Libraries of operators are compiled against the other torch, and what is proven here has no use for them.
         part = _part(request, here, there)
-        results.append(await _ask(rooms.clean, replace(part, libraries=()), folder, runners))
+        results.append(await _ask(rooms.clean, replace(part, libraries=()), folder, runners, on_event))
     place = folder / WHERE_MADE if here else folder
-    results.append(await _ask(rooms.project, _part(request, there, here), place, runners))
+    results.append(await _ask(rooms.project, _part(request, there, here), place, runners, on_event))
     return _together(results)
 
 
@@ -56,13 +58,17 @@ def _part(request: ValidateRequest, formats: Sequence[str], others: Sequence[str
 
 
 async def _ask(
-    server: ForkServer, request: ValidateRequest, folder: Path, runners: Mapping[str, Future[CppResult]] | None
+    server: ForkServer,
+    request: ValidateRequest,
+    folder: Path,
+    runners: Mapping[str, Future[CppResult]] | None,
+    on_event: Events | None,
 ) -> ValidateResult:
     if runners is not None:
         built = runners.get(server.interpreter.path)
         runner = await asyncio.wrap_future(built) if built is not None else CppResult(runner="")
         request = replace(request, runner=runner.runner, no_runner=runner.reason)
-    return await ask_worker(server, "validate", replace(request, log=str(folder)), ValidateResult, folder)
+    return await ask_worker(server, "validate", replace(request, log=str(folder)), ValidateResult, folder, on_event)
 
 
 def _together(results: Sequence[ValidateResult]) -> ValidateResult:

@@ -18,6 +18,7 @@ from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.private import take_password
 from train_and_ship.infra.rundir import require_run_id
 from train_and_ship.infra.settings import Settings
+from train_and_ship.tasks.at_work import never_silent
 from train_and_ship.tasks.away import patiently
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.job_file import read_job_file
@@ -77,6 +78,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
                 get_run_logger().warning(waiting)
                 await take_slot(stack, limit, None)
         await report_abandoned(model, resume or flow_run_id, settings)
+        await stack.enter_async_context(never_silent(get_run_logger().info))
         yield read
 
 

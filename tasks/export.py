@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger
 
@@ -15,6 +16,7 @@ from train_and_ship.registry.cost import read_costs
 from train_and_ship.registry.data.readings import contradictions_of_gates, contradictions_of_training
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.run_folder import EXPORT, stage_inputs
+from train_and_ship.tasks.at_work import now_at
 from train_and_ship.tasks.readings import require_same_data
 from train_and_ship.tasks.requests import export_request
 from train_and_ship.tasks.results import Exported, Inspected, Run, Trained
@@ -57,6 +59,7 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
         *((f"files {await asyncio.to_thread(files_digest, run.job, project)}",) if run.job.export.files else ()),
     )
     stage = StageFolder(run.folder, EXPORT, inputs)
+    told: set[str] = set()
 
     async def make(work: Path) -> ExportResult:
         request = export_request(run.job, run.project, work, weights=str(trained.weights))
@@ -66,7 +69,17 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
             ignored=trained.result.ignored,
             parity_seconds=seconds_of_parity(run.job, run.folder),
         )
-        made = await ask_worker(run.rooms.project, "export", request, ExportResult, work)
+        left = dict.fromkeys([*run.job.export.wanted, *request.int8])
+        now_at("export", left)
+
+        def on_event(event: dict[str, Any]) -> None:
+            left.pop(event["format"], None)
+            now_at("export", left)
+            if event["event"] == "made":
+                told.add(event["format"])
+                get_run_logger().info("%s: %s in %.1f s", event["format"], event["method"], event["seconds"])
+
+        made = await ask_worker(run.rooms.project, "export", request, ExportResult, work, on_event)
         await asyncio.to_thread(add_files, run.job, project, work)
         return made
 
@@ -74,7 +87,8 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
         result = await run_stage(stage, ExportResult, make)
         await require_same_data(run, contradictions_of_gates(run.job, facts, result))
     for kind, artifact in result.artifacts.items():
-        get_run_logger().info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
+        if kind not in told:
+            get_run_logger().info("%s: %s in %.1f s", kind, artifact.method, artifact.seconds)
         for note in artifact.notes:
             get_run_logger().warning("%s: %s", kind, note)
     for kind, why in result.left_out.items():

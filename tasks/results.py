@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ from train_and_ship.registry.run_folder import MadeFrom
 from train_and_ship.registry.text import Cell, Link, interval_text, number
 from train_and_ship.registry.tracking.live_run import LiveRun
 from train_and_ship.registry.tracking.versions import RegisteredVersion
+from train_and_ship.tasks.at_work import at_work
 from train_and_ship.tasks.rooms import Rooms
 
 RunId = Annotated[str, Field(pattern=f"^({RUN_ID})?$")]
@@ -95,9 +96,11 @@ class Run:
         """Kind to how it is allowed, for good and once."""
         return {**dict.fromkeys(self.job.release.allow, BY_JOB), **dict.fromkeys(self.allow, BY_REQUEST)}
 
-    def timed(self, stage: str) -> contextlib.AbstractContextManager[Meter]:
-        """Add what the block takes to the stage's cost."""
-        return self.ledger.stage(stage)
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[Meter]:
+        """Add what the block takes to the stage's cost; a silent run says that it is at it."""
+        with at_work(stage), self.ledger.stage(stage) as meter:
+            yield meter
 
     def write_timings(self) -> Path:
         """`timings.json` in the run directory: seconds by stage, over all attempts."""

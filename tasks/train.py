@@ -35,6 +35,7 @@ from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, add_fact, stage_inputs
 from train_and_ship.registry.text import Table, escaped, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
+from train_and_ship.tasks.at_work import MINUTE
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
@@ -47,7 +48,8 @@ from train_and_ship.tasks.worker import call_worker
 AGAIN_SECONDS = 1.0
 """Between two attempts."""
 ARTIFACT_SECONDS = 2.0
-LOG_SECONDS = 10.0
+EARLY_LOG_SECONDS, LOG_SECONDS = 3.0, 10.0
+"""Between two lines of the log about steps: in the first minute, and later."""
 RANKS_SHOWN = 8
 LINKED_BYTES = 2**20
 """From which on what was trained elsewhere is not copied: weights, which nobody writes to any more."""
@@ -197,7 +199,7 @@ class _Progress:
         self._percent = 0.0
         self._description = "Training starts"
         self._artifact: UUID | None = None
-        self._logged = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self._straggler: int | None = None
         self._reported = False
 
@@ -229,7 +231,7 @@ class _Progress:
                 )
                 self._show(line, event)
                 # A long epoch would otherwise be silent.
-                if time.monotonic() - self._logged >= LOG_SECONDS:
+                if time.monotonic() - self._logged >= self._pause():
                     self._say(line)
 
             case "report":
@@ -237,7 +239,7 @@ class _Progress:
                     self._percent = min(100.0, 100 * event["step"] / max(1, event["steps"]))
                 line = describe_report(event)
                 self._show(line, event)
-                if time.monotonic() - self._logged >= LOG_SECONDS or not self._reported:
+                if time.monotonic() - self._logged >= self._pause() or not self._reported:
                     self._say(line)
                 self._reported = True
         # When it starts, and when it goes on from a checkpoint.
@@ -251,6 +253,9 @@ class _Progress:
             self._straggler = times.straggler
             if times.straggler is not None:
                 self._logger.warning(_describe_straggler(times))
+
+    def _pause(self) -> float:
+        return EARLY_LOG_SECONDS if time.monotonic() - self._began < MINUTE else LOG_SECONDS
 
     def _say(self, line: str) -> None:
         self._logged = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger
 
@@ -21,6 +22,7 @@ from train_and_ship.registry.agreement import require_agreement, served_otherwis
 from train_and_ship.registry.gates import asked_words, headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
+from train_and_ship.tasks.at_work import now_at
 from train_and_ship.tasks.clean_room import ask_clean_room
 from train_and_ship.tasks.explain import explain
 from train_and_ship.tasks.requests import (
@@ -47,10 +49,20 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
     stage = StageFolder(run.folder, VALIDATE, stage_inputs(exported.digest, run.job.digest()))
 
     async def make(work: Path) -> ValidateResult:
-        result = await ask_clean_room(run.rooms, _request(run, exported, work), work, run.cpp)
+        request = _request(run, exported, work)
+        left = dict.fromkeys(request.formats)
+        now_at("validate", left)
+
+        def on_event(event: dict[str, Any]) -> None:
+            left.pop(event["format"], None)
+            now_at("validate", left)
+            get_run_logger().info("%s: held against the model in %.1f s", event["format"], event["seconds"])
+
+        result = await ask_clean_room(run.rooms, request, work, run.cpp, on_event)
         if run.job.train.custom_metrics and result.passed:
             result = await _scored(run, trained, exported, result, work)
         if result.passed and (run.job.export.serve != "none" or speed_gates(run.job) or result.int8):
+            now_at("validate", ["how fast each format is"])
             result = await _measured(run, exported, result, work)
         return result
 
@@ -97,7 +109,8 @@ def _log(validated: Validated) -> None:
             skipped.setdefault(f"{item.case}: {item.note}", []).append(item.format)
     if skipped:
         logger.warning("; ".join(f"{', '.join(formats)} {what}" for what, formats in skipped.items()))
-    logger.info("%s\n%s", passed_words(result.verdicts), verdict_table(result.verdicts).text())
+    # What each of them measured is in the report.
+    logger.info("%s", passed_words(result.verdicts))
     if asked := asked_words(result):
         logger.info("%s", asked)
     if result.independence:

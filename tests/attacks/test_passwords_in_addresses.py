@@ -210,4 +210,5 @@ def test_the_folder_of_all_state_is_its_owners_from_its_first_file_on(
     assert open_to_others(home).endswith(f"chmod go-w {home}") and "its group" in open_to_others(home)
     # Whoever has opened it is told, and keeps it.
     make_folder(home / "more")
+    assert (home / ".gitignore").read_text() == "*\n"
     assert stat.S_IMODE(home.stat().st_mode) == 0o770

@@ -32,6 +32,11 @@ from train_and_ship.registry.cost import FLOW, read_costs
 def test_a_person_sees_progress_with_a_rate_and_an_eta(digits: Ended) -> None:
     epochs = re.findall(r"epoch (\d+)/12  loss .* accuracy .* samples/s  ETA \d+ s", digits.text)
     assert epochs == [str(number) for number in range(1, 13)]
+    for kind in ("torchscript", "onnx", "pt2"):
+        assert re.search(rf"'export' - {kind}: .* in \d+\.\d s", digits.text), kind
+        assert re.search(rf"'validate' - {kind}: held against the model in \d+\.\d s", digits.text), kind
+    # The table of all gates is in the report.
+    assert "<= 1    passed" not in digits.text and "gates passed" in digits.text
 
 
 def test_the_release_is_live_complete_and_holds_every_format(digits: Ended, store: ObjectStore, tmp_path: Path) -> None:

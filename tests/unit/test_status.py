@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from tests.support.projects import write_project
 from train_and_ship.registry.channels.decisions import SKIPPED, Decision
 from train_and_ship.registry.channels.pointer import Pointer
-from train_and_ship.ship.status import ChannelStatus, _print_models, soonest
+from train_and_ship.ship.status import ChannelStatus, LastRun, _print_models, newest, soonest
 
 NOW = datetime(2026, 11, 24, 10, 0, tzinfo=UTC)
 LIVE = Pointer(
@@ -49,6 +50,36 @@ def test_the_next_run_is_the_soonest_of_each_model_and_a_job_file_elsewhere_is_l
         {"parameters": {"job": "job.yaml"}, "expected_start_time": "2026-11-26T02:00:00Z"},
     ]
     assert soonest(runs, tmp_path) == {("one", "staging"): datetime(2026, 11, 25, 2, tzinfo=UTC)}
+
+
+def flow_run(state: str, minutes: int, tags: list[str], message: str | None = None) -> dict[str, Any]:
+    at = (NOW - timedelta(minutes=minutes)).isoformat()
+    return {
+        "id": f"r{minutes}",
+        "name": "n",
+        "tags": tags,
+        "state": {"name": state, "timestamp": at, "message": message},
+    }
+
+
+def test_the_last_run_of_a_channel_is_shown_unless_what_was_decided_is_newer() -> None:
+    tags = ["model:digits", "channel:prod"]
+    runs = [
+        flow_run("Refused", 5, tags, "accuracy 0.9 < 0.97"),
+        flow_run("Promoted", 9, tags),
+        flow_run("Failed", 9, ["model:../x", "channel:prod"]),
+        flow_run("Failed", 9, ["other"]),
+    ]
+    ran = newest(runs)
+    assert ran.keys() == {("digits", "prod")}
+    run = ran["digits", "prod"]
+    # Its decision of eight hours ago is older.
+    shown = ChannelStatus(model="digits", channel="prod", live=LIVE, last=skipped("x"), next=None, run=run)
+    assert shown.row(NOW)[4:6] == ("5 min ago: refused", "accuracy 0.9 < 0.97")
+    assert shown.as_json()["run"]["state"] == "Refused" and shown.as_json()["decision"]["why"] == "x"
+    older = LastRun(id="q", name="n", state="Promoted", at=NOW - timedelta(hours=9), message="")
+    elder = ChannelStatus(model="digits", channel="prod", live=LIVE, last=skipped("x"), next=None, run=older)
+    assert elder.row(NOW)[4:6] == ("8 h ago: skipped", "x")
 
 
 def test_a_narrow_terminal_gets_lines_with_names_whole_and_reasons_cut(capsys: pytest.CaptureFixture[str]) -> None:

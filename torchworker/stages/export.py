@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 from torchworker.contract import (
+    EVENTS,
     EXTRAS,
     FORMAT_FILES,
     INT8_FILES,
@@ -39,6 +40,7 @@ from torchworker.exporters.pt2 import pt2
 from torchworker.exporters.subject import Made, Subject
 from torchworker.exporters.torchscript import torchscript
 from torchworker.parity.reference import enlarged, require_trained, write_reference
+from torchworker.process.events import EventLog
 from torchworker.process.failure import DescribedError, UserError, describe, failure_of
 from torchworker.process.fork import CrashNote, ForkedCall, can_fork
 from torchworker.project.extras import write_extras
@@ -298,6 +300,7 @@ def _joined(failures: list[Failure]) -> Failure:
 
 def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
     path = Path(request.folder) / {**FORMAT_FILES, **INT8_FILES}[kind]
+    write_event = EventLog(Path(request.folder) / EVENTS).write
     torch.set_num_threads(REFERENCE_THREADS)
     began = time.perf_counter()
     try:
@@ -305,8 +308,10 @@ def _export_child(kind: str, request: ExportRequest, subject: Subject) -> int:
             method, notes = _write(kind, request, subject, path)
         artifact = Artifact(file=path.name, method=method, seconds=time.perf_counter() - began, notes=notes)
         reply = Reply(result=asdict(artifact))
+        write_event("made", format=kind, method=method, seconds=artifact.seconds)
     except (Exception, SystemExit) as error:
         reply = Reply(failure=failure_of(error, request.project.folder))
+        write_event("failed", format=kind)
     reply.write(Path(request.folder) / f"export-{kind}.json")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import (
+    EVENTS,
     IN_CPP,
     INT8_OF,
     PARITY,
@@ -51,6 +53,7 @@ from torchworker.parity.reference import (
     read_unasked,
     validation_batches,
 )
+from torchworker.process.events import EventLog
 from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, ChildDiedError, CrashNote, ForkedCall, run_parallel
 from torchworker.project.metrics import MetricSums
@@ -125,7 +128,8 @@ def validate(request: ValidateRequest) -> ValidateResult:
     for kind, file in request.formats.items():
         print(f"validate: {kind}: {len(probes)} probes", flush=True)
         more = () if kind in INT8_OF else (outside[kind],)
-        works[kind] = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind], *more)
+        work = partial(quantized if kind in INT8_OF else examined, kind, file, notes[kind], *more)
+        works[kind] = partial(_with_event, kind, work, Path(request.log) / EVENTS if request.log else None)
     int8: dict[str, Int8] = {}
     # An artifact may take its process down.
     large = any((folder / file).stat().st_size > LARGE_BYTES for file in request.formats.values())
@@ -194,6 +198,14 @@ def too_few_asked(asked: int, samples: int, least: int, seconds: float) -> list[
             measured=float(asked), limit=f">= {least}", passed=asked >= least, note=note,
         )
     ]  # fmt: skip
+
+
+def _with_event(kind: str, work: Callable[[], Result], events: Path | None) -> Result:
+    """What is asked of one format, with an event when that is done."""
+    began = time.perf_counter()
+    result = work()
+    EventLog(events).write("asked", format=kind, seconds=time.perf_counter() - began)
+    return result
 
 
 def outliving(begun: ForkedCall[Result], work: Callable[[], Result], note: CrashNote, outside: Outside) -> Result:
