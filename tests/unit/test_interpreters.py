@@ -17,11 +17,13 @@ from tests.support.second_environment import make_environment
 from torchworker import contract
 from torchworker.protocol import PROTOCOL, TORCH
 from train_and_ship.infra import interpreter as interpreters
-from train_and_ship.infra.errors import JobError, RequestError
+from train_and_ship.infra.errors import GateError, JobError, RequestError
 from train_and_ship.infra.interpreter import look_at, our_interpreter
+from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship import worker
+from train_and_ship.tasks.existing import _Chosen, _loads_here
 from train_and_ship.tasks.extras import require_extras
 from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
 from train_and_ship.tasks.rooms import Rooms
@@ -211,6 +213,32 @@ def test_what_only_loads_where_it_was_made_is_proven_there_and_nowhere_else(envi
     said = two.environments(["onnx", "aoti"]).in_words()
     assert said.startswith("made with Python 3") and said.endswith("aoti where made, because they load nowhere else")
     assert Rooms(our_interpreter(), tmp_path / "log").environments(["aoti"]).in_words() == ""
+
+
+@pytest.mark.parametrize(
+    ("torch", "loaded", "left"),
+    [
+        ("2.99.0", ["aoti", "onnx", "pt2"], ["onnx", "pt2"]),
+        (our_interpreter().torch, ["aoti", "onnx"], ["aoti", "onnx"]),
+        ("2.99.0", ["onnx"], ["onnx"]),
+    ],
+)
+def test_a_promotion_loads_what_loads_here_and_its_record_says_what_did_not(
+    torch: str, loaded: list[str], left: list[str]
+) -> None:
+    facts = our_interpreter().facts()
+    made = Environments(made={**facts, "torch": torch}, proven=facts, where_made=["aoti"])
+    chosen = _loads_here(_Chosen(loaded=loaded, libraries=False, said={}), made, (), "digits: release 1")
+    assert chosen.loaded == left
+    assert ("torch 2.99.0" in chosen.said.get("not loaded here", "")) == (left != loaded)
+
+
+def test_a_release_that_loads_nowhere_here_is_not_promoted_untried() -> None:
+    # What another one says of itself may be anything.
+    made = Environments(made={"torch": "x" * 10_000}, proven={}, where_made=["aoti"])
+    with pytest.raises(GateError, match=r"aoti: only loads where it was made, with Python unknown, torch x") as refused:
+        _loads_here(_Chosen(loaded=["aoti"], libraries=False, said={}), made, (), "digits: release 1")
+    assert len(str(refused.value)) < 500
 
 
 def test_ship_worker_install_refuses_what_it_cannot_fill(tmp_path: Path, bare: Path) -> None:
