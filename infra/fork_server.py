@@ -28,6 +28,7 @@ from train_and_ship.infra.interpreter import Interpreter, environment_of_others,
 from train_and_ship.infra.job_environment import inherited
 from train_and_ship.infra.json_lines import next_objects
 from train_and_ship.infra.private import take_password
+from train_and_ship.infra.processes import last_lines
 
 Events = Callable[[dict[str, Any]], None]
 Watch = Callable[[int], None]
@@ -107,7 +108,10 @@ class ForkServer:
             orphans, self._waiting = self._waiting, {}
         for future in orphans.values():
             future.set_exception(
-                WorkerError(f"the fork server ended (status {self._process.returncode}); its log: {self._log}")
+                WorkerError(
+                    f"the fork server ended (status {self._process.returncode}, {self.interpreter.path}); its log: "
+                    f"{self._log}\n{last_lines(self._log)}"
+                )
             )
 
     def _send(self, message: Mapping[str, Any]) -> None:

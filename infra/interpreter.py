@@ -20,6 +20,7 @@ from typing import Any
 from torchworker.protocol import PROTOCOL, TORCH
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.job_environment import inherited
+from train_and_ship.infra.private import take_password
 from train_and_ship.infra.provenance import site_folders
 
 OLDEST = (3, 11)
@@ -124,6 +125,8 @@ def look_at(path: str) -> Interpreter:
     """
     if Path(path).parent == Path(sys.executable).parent and os.path.realpath(path) == os.path.realpath(sys.executable):
         return our_interpreter()
+    # It may be anybody's program, and runs as the same user as this process.
+    take_password()
     try:
         done = subprocess.run(
             [path, "-c", ASK], cwd="/", env=environment_of_others(), stdin=subprocess.DEVNULL,

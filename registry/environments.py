@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from train_and_ship.infra.shown import on_one_line
+
+LONGEST = 80
+"""Characters that are shown of a version."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Environments:
@@ -22,9 +27,17 @@ class Environments:
         if self.made == self.proven and not self.where_made:
             return ""
         there = f"; {', '.join(self.where_made)} where made, because they load nowhere else" if self.where_made else ""
-        return f"made with {_versions(self.made)}; proven with {_versions(self.proven)}{there}"
+        return f"made with {self.made_with}; proven with {_versions(self.proven)}{there}"
+
+    @property
+    def made_with(self) -> str:
+        """The environment of the job's code, in words."""
+        return _versions(self.made)
 
 
 def _versions(facts: Mapping[str, str]) -> str:
-    said = [f"{name.capitalize() if name == 'python' else name} {facts[name]}" for name in ("python", "torch")]
-    return f"{', '.join(said)} ({facts['platform']})"
+    # A release may be somebody else's, and say anything.
+    python, torch, platform = (
+        on_one_line(facts.get(name, "unknown"))[:LONGEST] for name in ("python", "torch", "platform")
+    )
+    return f"Python {python}, torch {torch} ({platform})"

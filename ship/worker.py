@@ -16,13 +16,18 @@ import typer
 import torchworker
 from train_and_ship.infra.errors import JobError, RequestError
 from train_and_ship.infra.interpreter import look_at, problem_of, too_old
+from train_and_ship.infra.provenance import environment_lock
 
 WHEELS = Path(__file__).with_name("wheels")
+MAY_CHANGE = ("torchworker", "python", "pip", "setuptools", "wheel")
+"""What of an environment another version may take the place of: ours, and what installs."""
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 
 def install(python: Path, exports: bool) -> None:
     """Put this version of torchworker into an environment, with what it needs; another version there gives way.
+
+    All else that is there stays as it is: what cannot be had beside it is a refusal, in the installer's own words.
 
     Args:
         python: interpreter of the environment.
@@ -43,12 +48,15 @@ def install(python: Path, exports: bool) -> None:
     if old := too_old(found):
         raise RequestError(f"{path}: {old}")
     command = _installer(path)
-    with _wheel() as wheel:
+    with _wheel() as wheel, tempfile.NamedTemporaryFile("w", suffix=".txt") as theirs:
+        lock = [line for line in environment_lock(found.sites) if line.partition("==")[0] not in MAY_CHANGE]
+        theirs.write("\n".join(lock))
+        theirs.flush()
         asked = f"torchworker{'[exports]' if exports else ''} @ {wheel.as_uri()}"
-        _run([*command, asked])
+        _run([*command, "--constraint", theirs.name, asked], exports=exports)
         if found.workers:
             # Of the same number, it may be another one all the same.
-            _run([*command, "--force-reinstall", "--no-deps", str(wheel)])
+            _run([*command, "--force-reinstall", "--no-deps", str(wheel)], exports=exports)
     found = look_at.__wrapped__(path)
     if problem := problem_of(found):
         raise RequestError(f"torchworker is installed, and {path} cannot run the code of a job yet: {problem}")
@@ -87,7 +95,11 @@ def _wheel() -> Iterator[Path]:
         yield next(Path(folder).glob("torchworker-*.whl"))
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], *, exports: bool) -> None:
     typer.echo(f"$ {' '.join(command)}")
     if status := subprocess.run(command, check=False).returncode:
-        raise RequestError(f"the installer ended with {status}, and says why above; the environment may lack something")
+        less = "; --no-exports asks for less, and jobs make no ONNX then" if exports else ""
+        raise RequestError(
+            f"the installer ended with {status}, and says why above. Packages that are there already keep their "
+            f"versions: one that has to have another is for you to change{less}"
+        )

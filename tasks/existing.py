@@ -19,6 +19,7 @@ from train_and_ship.infra.errors import GateError, JobError
 from train_and_ship.infra.fork_server import fork_server
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import hold
+from train_and_ship.infra.interpreter import our_interpreter
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import TORN, file_sha256
 from train_and_ship.infra.settings import Settings
@@ -27,13 +28,16 @@ from train_and_ship.registry.channels.moves import Mover, OtherLiveError, promot
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.targets import Scored, Verified
 from train_and_ship.registry.diff import read_copied_record
+from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.gates import live_score, require_rehearsed, worst
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import Kind
-from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.release.manifest import LINEAGE, Manifest
+from train_and_ship.registry.run_folder import recall
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.live_inputs import changed_files
 from train_and_ship.tasks.requests import rehearse_request
+from train_and_ship.tasks.rooms import bound
 from train_and_ship.tasks.worker import Limits, rehearse
 
 
@@ -80,7 +84,9 @@ async def try_out(
     work = settings.home / "rehearsals" / model / f"{target.release}.{uuid.uuid4().hex[:8]}"
     hold(work)
     make_folder(work)
-    candidate = chosen.of(await asyncio.to_thread(download_anew, store, manifest, work / "candidate"))
+    copy = await asyncio.to_thread(download_anew, store, manifest, work / "candidate")
+    chosen = _loads_here(chosen, _made_in(copy), manifest.libraries, f"{model}: release {target.release}")
+    candidate = chosen.of(copy)
     current, problem = None, ""
     if samples is not None:
         copies = settings.home / "releases" / model
@@ -200,6 +206,38 @@ def _choose(verified: Verified, made_here: Collection[str], *, load_unsigned: bo
         more = f"; what it recommends is among them: {', '.join(served)}" if served else ""
         said["not loaded"] = f"{', '.join(rest)}: not signed; only their hashes and archives were looked at{more}"
     return _Chosen(loaded=loaded, libraries=bool(own) or load_unsigned, said=said)
+
+
+def _made_in(copy: RehearsedRelease) -> Environments | None:
+    """In what a release says that it was made; None where it does not, or nobody understands it."""
+    return recall(Environments, read_copied_record(Path(copy.folder)).lenient_document(LINEAGE).get("environments"))
+
+
+def _loads_here(chosen: _Chosen, made: Environments | None, libraries: Sequence[str], release: str) -> _Chosen:
+    """Without formats that only load in the environment that made them, where that is another one than ours.
+
+    Args:
+        chosen: what may be loaded.
+        made: in what it was made; None when nobody knows.
+        libraries: of operators, in the release.
+        release: in words.
+
+    Raises GateError when nothing is left.
+    """
+    ours = our_interpreter().facts()
+    if made is None or not made.where_made or all(made.made.get(name) == ours[name] for name in ("torch", "platform")):
+        return chosen
+    there = bound(chosen.loaded, libraries)
+    if not there:
+        return chosen
+    left = [kind for kind in chosen.loaded if kind not in there]
+    why = f"{', '.join(there)}: only loads where it was made, with {made.made_with}"
+    if not left:
+        raise GateError(
+            f"{release} cannot be tried before it goes live: {why}. `ship run` tries it there; `ship rollback --to` "
+            "moves a channel to it without trying it"
+        )
+    return _Chosen(loaded=left, libraries=False, said={**chosen.said, "not loaded here": why})
 
 
 def _hashes_of_runs(runs: Path) -> set[str]:

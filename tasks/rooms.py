@@ -15,6 +15,17 @@ LOADS_WHERE_MADE = frozenset(["aoti", "executorch", "pt2e-int8"])
 """Formats that are compiled against the torch, or for the library, of whoever makes them."""
 
 
+def bound(formats: Iterable[str], libraries: Sequence[str] = ()) -> tuple[str, ...]:
+    """Those formats that only load in an environment like the one that made them.
+
+    Args:
+        formats: which there are.
+        libraries: of operators, compiled against that torch; what carries code may call them.
+    """
+    code = [kind for kind in formats if kind not in WITHOUT_CODE]
+    return tuple(kind for kind in code if libraries or kind in LOADS_WHERE_MADE)
+
+
 @dataclass(frozen=True)
 class Rooms:
     """Two environments, which are one where the job has none of its own. Each starts on first use."""
@@ -35,19 +46,12 @@ class Rooms:
         return fork_server(self.log)
 
     def where_made(self, formats: Iterable[str], libraries: Sequence[str] = ()) -> tuple[str, ...]:
-        """Those formats that only load where they were made, and are proven there.
-
-        Args:
-            formats: which there are.
-            libraries: of operators, compiled against the torch of the project; what carries code may call them.
-        """
-        if self.interpreter.ours:
-            return ()
-        code = [kind for kind in formats if kind not in WITHOUT_CODE]
-        return tuple(kind for kind in code if libraries or kind in LOADS_WHERE_MADE)
+        """Those formats that are proven where they were made; none where that is the clean room's environment.
+        Arguments: as of `bound`."""
+        return () if self.interpreter.ours else bound(formats, libraries)
 
     def environments(self, formats: Iterable[str], libraries: Sequence[str] = ()) -> Environments:
-        """For the record of a release. Arguments: as of `where_made`."""
+        """For the record of a release. Arguments: as of `bound`."""
         return Environments(
             made=self.interpreter.facts(),
             proven=our_interpreter().facts(),
@@ -55,5 +59,5 @@ class Rooms:
         )
 
     def for_all(self, formats: Iterable[str], libraries: Sequence[str] = ()) -> ForkServer:
-        """Where all of these load side by side. Arguments: as of `where_made`."""
+        """Where all of these load side by side. Arguments: as of `bound`."""
         return self.project if self.where_made(formats, libraries) else self.clean

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from torchworker import situations
 from torchworker.durable import make_folders, set_aside, write_durably
+from torchworker.protocol import PROTOCOL
 
 REQUEST = "request.json"
 RESULT = "result.json"
@@ -440,6 +441,8 @@ class TrainRequest(Message):
     """That the release must have: what one of them cannot hold is refused before the first step."""
     dynamic: Sequence[DynamicDim] = ()
     """Dimensions beside the batch: validation batches may differ there."""
+    protocol: int = PROTOCOL
+    """Of whoever asks: a machine of a launcher may have another version of this package."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from torchworker.process.lifeline import die_with_parent
 from torchworker.process.shown_warnings import keep_warnings
 from torchworker.project.opened import Opened
 from torchworker.project.user_code import enter
+from torchworker.protocol import PROTOCOL
 from torchworker.training.device import backend_of, choose_device, enter_device, ranks_on_this_machine
 from torchworker.training.heartbeat import announce, keep_beating, watch_this_process
 from torchworker.training.loop import Loop
@@ -121,12 +124,25 @@ def _begin_again(folder: Path, request: TrainRequest, rank: int) -> None:
     first.touch()
 
 
+def _require_protocol(request_file: Path, rank: int) -> None:
+    """Ends this process when the request is of another protocol, whose messages may mean something else."""
+    said = json.loads(request_file.read_bytes())
+    if (asked := said.get("protocol")) != PROTOCOL:
+        message = (
+            f"{sys.executable} on {socket.gethostname()}: expected the torchworker of the machine that asks (protocol "
+            f"{asked or 'none'}), got protocol {PROTOCOL}: every machine needs the same one, see `ship worker install`"
+        )
+        Failure(kind="user", message=message, rank=rank).write(failure_file(Path(said["folder"]), rank))
+        sys.exit(message)
+
+
 def main() -> None:
     """Entry for torchrun on any machine: rank 0 also writes `result.json` into the run's folder."""
     request_file = sys.argv[1]
+    rank = int(os.environ["RANK"])
+    _require_protocol(Path(request_file), rank)
     request = TrainRequest.read(Path(request_file))
     folder = Path(request.folder)
-    rank = int(os.environ["RANK"])
     _begin_again(folder, request, rank)
     # Before anything starts a thread.
     watcher = watch_this_process(folder, rank, request.train)

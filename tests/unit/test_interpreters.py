@@ -4,9 +4,12 @@ for what says that a package is installed."""
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +20,13 @@ from tests.support.second_environment import make_environment
 from torchworker import contract
 from torchworker.protocol import PROTOCOL, TORCH
 from train_and_ship.infra import interpreter as interpreters
-from train_and_ship.infra.errors import JobError, RequestError
+from train_and_ship.infra.errors import GateError, JobError, RequestError
 from train_and_ship.infra.interpreter import look_at, our_interpreter
+from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship import worker
+from train_and_ship.tasks.existing import _Chosen, _loads_here
 from train_and_ship.tasks.extras import require_extras
 from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
 from train_and_ship.tasks.rooms import Rooms
@@ -121,6 +126,19 @@ def test_one_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     assert "says nothing within 0 s" in refusal(tmp_path, "slow")
 
 
+def test_whatever_is_asked_what_it_is_gets_none_of_our_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"SHIP_SIGNING_KEY_PASSWORD": "one", "AWS_SECRET_ACCESS_KEY": "two", "PREFECT_API_AUTH_STRING": "three"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "curious").write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
+    (tmp_path / "curious").chmod(0o755)
+    refusal(tmp_path, "curious")
+    seen = (tmp_path / "seen").read_text()
+    assert "HOME=" in seen and not any(name in seen for name in secrets)
+    # A program of this user could read it in /proc.
+    assert "SHIP_SIGNING_KEY_PASSWORD" not in os.environ
+
+
 def test_a_python_that_is_too_old_is_refused(tmp_path: Path) -> None:
     # As 3.9 answers the same question.
     (tmp_path / "old").write_text(
@@ -213,6 +231,32 @@ def test_what_only_loads_where_it_was_made_is_proven_there_and_nowhere_else(envi
     assert Rooms(our_interpreter(), tmp_path / "log").environments(["aoti"]).in_words() == ""
 
 
+@pytest.mark.parametrize(
+    ("torch", "loaded", "left"),
+    [
+        ("2.99.0", ["aoti", "onnx", "pt2"], ["onnx", "pt2"]),
+        (our_interpreter().torch, ["aoti", "onnx"], ["aoti", "onnx"]),
+        ("2.99.0", ["onnx"], ["onnx"]),
+    ],
+)
+def test_a_promotion_loads_what_loads_here_and_its_record_says_what_did_not(
+    torch: str, loaded: list[str], left: list[str]
+) -> None:
+    facts = our_interpreter().facts()
+    made = Environments(made={**facts, "torch": torch}, proven=facts, where_made=["aoti"])
+    chosen = _loads_here(_Chosen(loaded=loaded, libraries=False, said={}), made, (), "digits: release 1")
+    assert chosen.loaded == left
+    assert ("torch 2.99.0" in chosen.said.get("not loaded here", "")) == (left != loaded)
+
+
+def test_a_release_that_loads_nowhere_here_is_not_promoted_untried() -> None:
+    # What another one says of itself may be anything.
+    made = Environments(made={"torch": "x" * 10_000}, proven={}, where_made=["aoti"])
+    with pytest.raises(GateError, match=r"aoti: only loads where it was made, with Python unknown, torch x") as refused:
+        _loads_here(_Chosen(loaded=["aoti"], libraries=False, said={}), made, (), "digits: release 1")
+    assert len(str(refused.value)) < 500
+
+
 def test_ship_worker_install_refuses_what_it_cannot_fill(tmp_path: Path, bare: Path) -> None:
     with pytest.raises(RequestError, match="found none at"):
         worker.install(tmp_path, exports=True)
@@ -230,17 +274,37 @@ def test_without_pip_and_uv_the_way_to_one_of_them_is_said(
 
 
 @pytest.mark.soak
-def test_ship_worker_install_takes_the_carried_wheel_and_asks_no_index_for_it(
+def test_ship_worker_install_takes_the_carried_wheel_and_changes_nothing_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    python = make_environment(tmp_path / "environment", "pip", "torch", "numpy", "safetensors")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    write_wheel(tmp_path, "safetensors", "0.8.1")
+    python = make_environment(tmp_path / "environment", "pip", "torch", "numpy", without=["safetensors"])
+    (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    installed(site, safetensors="0.3.0")
+    with pytest.raises(RequestError, match="Packages that are there already keep their versions"):
+        worker.install(python, exports=False)
+    shutil.rmtree(site / "safetensors-0.3.0.dist-info")
     for _ in range(2):
         worker.install(python, exports=False)
     found = look_at.__wrapped__(str(python))
     assert found.protocol == PROTOCOL and len(found.workers) == 1
+
+
+def write_wheel(folder: Path, name: str, version: str) -> None:
+    """An empty package that pip can install."""
+    about = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": "",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{file},,\n" for file in (*files, f"{about}/RECORD"))
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for file, text in {**files, f"{about}/RECORD": record}.items():
+            wheel.writestr(file, text)
 
 
 # ---- what the two sides say to each other
@@ -251,7 +315,7 @@ def test_the_protocols_number_is_raised_when_a_message_changes() -> None:
     torchworker in somebody's environment is then refused before anything is started, and not in the middle of a run."""
     kinds = [kind for kind in vars(contract).values() if dataclasses.is_dataclass(kind)]
     messages = {kind.__name__: [(item.name, item.type) for item in dataclasses.fields(kind)] for kind in kinds}
-    assert (PROTOCOL, digest(messages)) == (1, "3cf861cf3173f6b2")
+    assert (PROTOCOL, digest(messages)) == (1, "1344909917c2a6a5")
 
 
 def test_the_limits_of_torch_are_those_that_are_installed_by() -> None:

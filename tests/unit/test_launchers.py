@@ -335,6 +335,9 @@ def test_each_launcher_is_one_key_with_its_options() -> None:
     assert (made.nodes, made.min_nodes, made.nproc, made.max_restarts) == (2, 1, 2, 2)
     assert spec_for(cluster, settings(processes=24), "ship-1", OUT).gpus == 8
     assert spec_for(pods, settings(processes=2), "ship-1", OUT).python == "python"
+    # On machines of one's own the ranks run under the interpreter of the job, unless the launcher names theirs.
+    assert spec_for(several, settings(processes=4), "ship-1", OUT, python="/project/python").python == "/project/python"
+    assert spec_for(pods, settings(processes=2), "ship-1", OUT, python="/project/python").python == "python"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from tests.support.projects import write_project
 from torchworker.contract import CHECKPOINT, Failure, Launches, TrainRequest
 from torchworker.process.failure import UserError, may_pass, place_of, user_error
-from torchworker.rank import _begin_again
+from torchworker.protocol import PROTOCOL
+from torchworker.rank import _begin_again, main
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.requests import project_of, train_settings
 
@@ -180,3 +182,20 @@ def test_an_error_of_an_earlier_start_is_not_taken_for_one_of_the_next(request_:
     replace(BROKEN, rank=1).write(folder / "failure-rank1.json")
     _begin_again(folder, request_, 0)
     assert not list(folder.glob("failure-rank*"))
+
+
+def test_a_machine_with_another_torchworker_trains_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, project = load_job(write_project(tmp_path / "project"))
+    request = TrainRequest(
+        project=project_of(job, project), train=train_settings(job), folder=str(tmp_path), checkpoints="", protocol=99
+    )
+    request.write(tmp_path / "request.json")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(sys, "argv", ["rank", str(tmp_path / "request.json")])
+    with pytest.raises(SystemExit):
+        main()
+    failure = Failure.read(tmp_path / "failure-rank3.json")
+    # A retry cannot help.
+    assert failure.kind == "user" and f"(protocol 99), got protocol {PROTOCOL}: every machine" in failure.message
