@@ -17,6 +17,7 @@ from torchworker.exporters import attention
 from torchworker.exporters.agreement import differs_without_tokens
 from torchworker.exporters.elman import translations
 from torchworker.exporters.filled import keep_batches_filled, keep_samples_there
+from torchworker.exporters.onnx_file import save_onnx
 from torchworker.exporters.operators import notes
 from torchworker.exporters.program import capture
 from torchworker.exporters.subject import Made, Subject
@@ -103,7 +104,10 @@ def _save(model: Any, subject: Subject, path: Path) -> None:
     held = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     outside = subject.external_data or sum(tensor.nbytes for tensor in held if tensor is not None) > LARGEST_WEIGHTS
     outside = outside and any(tensor is not None and tensor.nbytes >= SMALLEST_OUTSIDE for tensor in held)
-    onnx_ir.save(model, path, external_data=data if outside else None, size_threshold_bytes=SMALLEST_OUTSIDE)
+    if outside:
+        onnx_ir.save(model, path, external_data=data, size_threshold_bytes=SMALLEST_OUTSIDE)
+    else:
+        save_onnx(model, path)
 
 
 def _exported(program: ExportedProgram, subject: Subject) -> tuple[Any, int]:
