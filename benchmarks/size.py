@@ -221,7 +221,7 @@ def row(millions: int, kind: str, run: Run, weights: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, nargs="*", default=[100, 400, 1200])
+    parser.add_argument("--millions", type=int, nargs="*", default=[100, 400, 600, 1200])
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--write", type=Path, default=PAGE, help="the markdown file to update")
     options = parser.parse_args()

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 LENGTH, FEATURES, CLASSES, HEAD = 4, 64, 10, 64
-SHAPES = {100: (1024, 8), 400: (1280, 20), 1200: (2048, 24)}
+SHAPES = {100: (1024, 8), 400: (1280, 20), 600: (1536, 21), 1200: (2048, 24)}
 """Millions of parameters to width and layers; a layer has 12 times the width squared."""
 
 

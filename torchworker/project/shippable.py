@@ -17,9 +17,6 @@ from torchworker.project.kept_state import State, changed, place_of, refusal, sa
 from torchworker.project.user_code import copied, describe_tensor, forward, name_inputs, name_outputs
 from torchworker.project.watch import Place, watched
 
-LARGEST_ONNX = 1_900_000_000
-"""Bytes of weights. A protobuf file ends at 2 GiB; stay clear of it."""
-
 
 @torch.no_grad()
 def require_shippable(model: nn.Module, inputs: Any, project: Project, formats: Sequence[str]) -> Any:
@@ -250,7 +247,4 @@ def cannot_hold(kind: str, model: nn.Module, inputs: Mapping[str, Tensor], outpu
                     f"{side.format(name)} is {describe_tensor(tensor)}, which NumPy, and so ONNX Runtime, does not "
                     f"have; {way}"
                 )
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size > LARGEST_ONNX:
-        return f"the model's weights are {size / 1e9:.1f} GB and one ONNX file holds less than 2 GB"
     return ""
