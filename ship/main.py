@@ -328,7 +328,14 @@ def serve(
     to: Annotated[Path | None, typer.Option(help="Where releases are kept, as with pull.")] = None,
     port: Annotated[int, typer.Option(help="HTTP on 127.0.0.1; the next two: gRPC, metrics.", min=1, max=65533)] = 8080,
     interval: Annotated[float, typer.Option(help="Seconds between looks at the channel.")] = 10.0,
-    batch_size: Annotated[int, typer.Option(help="Requests computed together; 1 turns batching off.", min=1)] = 64,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Rows of several requests computed together, at most what promotions prove; 1 turns it off.",
+            min=1,
+            max=64,
+        ),
+    ] = 64,
     max_stale: Annotated[
         float | None, typer.Option(help="Not ready when what is live is unknown for more seconds.", min=1)
     ] = None,

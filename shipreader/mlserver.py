@@ -17,7 +17,8 @@ from shipreader.errors import ReaderError
 from shipreader.records import FILES, Release
 
 BATCH_SIZE, BATCH_SECONDS = 64, 0.002
-"""At most so many requests are put together, and the first of them waits at most so long."""
+"""At most so many rows are put together, up to which a promotion asks whether samples see one another (MLServer takes
+each request for a row); and the first of them waits at most so long."""
 FORMATS = ("onnx", "onnx-int8-dynamic", "onnx-int8-static")
 """What is served: ONNX that `ship promote` loads before it goes live. What is called otherwise nobody has tried."""
 DATATYPES = {
@@ -36,8 +37,7 @@ def write_model(
     Args:
         repository: MLServer's folder of models.
         release: verified, on this machine.
-        batch_size: requests computed together; 1 turns batching off, which is also off for models whose first dimension
-            is not the batch.
+        batch_size: requests computed together, as far as `rows_together` lets them; 1 turns batching off.
         batch_seconds: how long a request waits for others at most.
 
     Raises:
@@ -99,16 +99,20 @@ def can_batch(signature: Mapping[str, Any]) -> bool:
     return len(first) == 1 and isinstance(first.pop(), str) and not any(isinstance(size, str) for size in others)
 
 
-def rows_together(signature: Mapping[str, Any], most: int) -> int:
-    """How many rows may be computed together, at most `most`; 1 where each request is computed by itself.
+def rows_together(signature: Mapping[str, Any], most: int = BATCH_SIZE) -> int:
+    """How many rows of several requests may be computed together, at most `most`; 1 where each is computed by itself.
 
-    Never more than the release says of its batch: a larger one was not proven, and is refused of a single request.
+    Never more than BATCH_SIZE, which is what was proven, nor than the release says of its batch; none where that has no
+    room for two requests. The promotion asks by the same number.
     """
     if not can_batch(signature):
         return 1
     batch = signature["inputs"][0]["shape"][0]
-    largest = next((dim["max"] for dim in signature.get("dims", ()) if dim["name"] == batch), None)
-    return most if largest is None else min(most, largest)
+    least, largest = next(
+        ((dim["min"], dim["max"]) for dim in signature.get("dims", ()) if dim["name"] == batch), (1, None)
+    )
+    rows = min(most, BATCH_SIZE, BATCH_SIZE if largest is None else largest)
+    return rows if rows >= 2 * max(least, 1) else 1
 
 
 def require_datatypes(signature: Mapping[str, Any]) -> None:

@@ -297,6 +297,8 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
         low, high = dim["min"], dim["max"]
         if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
             raise ValueError("dims: expected name, min and max of each")
+    if len({dim["name"] for dim in dims}) != len(dims):
+        raise ValueError("dims: expected one range of each name")
     if "labels" in signature and (wrong := wrong_labels(signature["labels"])):
         raise ValueError(f"labels: expected {wrong}")
     if "labels" in signature and (outputs := signature.get("outputs")):

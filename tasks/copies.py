@@ -170,7 +170,7 @@ def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
         inputs=inputs,
         outputs=_specs(manifest.signature, "outputs"),
         dims=_dims(manifest.signature, inputs),
-        joined=manifest.joined,
+        rows_together=manifest.rows_together,
         serve=manifest.serve,
     )
 

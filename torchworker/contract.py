@@ -1229,8 +1229,8 @@ class RehearsedRelease(Artifacts):
     outputs: Sequence[TensorSpec]
     dims: Sequence[DynamicDim] = ()
     """Ranges of the dynamic dimensions of its inputs, as its manifest says."""
-    joined: bool = False
-    """Whether servers compute samples of different requests together, as its manifest says."""
+    rows_together: int = 1
+    """How many rows of different requests servers compute together at most, as its manifest says; 1 for none."""
     serve: Mapping[str, str] = field(default_factory=dict)
     """`latency` and `throughput` to the format that it recommends; empty when it recommends none."""
 

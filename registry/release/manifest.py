@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shipreader.mlserver import can_batch
+from shipreader.mlserver import rows_together
 from shipreader.records import (
     FILES,
     FORMAT,
@@ -99,9 +99,9 @@ class Manifest:
         return {name: entry for name, entry in self.files.items() if name.startswith(f"{SHIPPED}/")}
 
     @property
-    def joined(self) -> bool:
-        """Whether servers compute samples of different requests together."""
-        return {"inputs", "outputs"} <= self.signature.keys() and can_batch(self.signature)
+    def rows_together(self) -> int:
+        """How many rows of different requests servers compute together at most; 1 where each is computed by itself."""
+        return rows_together(self.signature) if {"inputs", "outputs"} <= self.signature.keys() else 1
 
     @property
     def libraries(self) -> list[str]:

@@ -28,7 +28,7 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shipreader.mlserver import DATATYPES, can_batch
+from shipreader.mlserver import DATATYPES, rows_together
 from shipreader.records import FILES, Release, decode_pointer
 from torchworker.contract import read_with
 from train_and_ship.infra.errors import PreconditionFailedError, ReleaseError, ServiceError, SettingsError
@@ -38,8 +38,8 @@ from train_and_ship.registry.bucket.transfer import SMALL_UPLOADS_AT_ONCE, in_pa
 from train_and_ship.registry.release.onnx_header import require_one_model
 
 ARTIFACT = "model.onnx"
-BATCH_SIZE, QUEUE_MICROSECONDS = 64, 2000
-"""What Triton puts together at most, and how long the first request waits for others."""
+QUEUE_MICROSECONDS = 2000
+"""How long the first request waits for others that Triton puts together with it."""
 BACKENDS = ("onnxruntime", "python")
 KEPT = 2
 """Versions that stay in a view: the one that is named, and the one before, which is still being served."""
@@ -130,12 +130,13 @@ def triton_config(release: Release, backend: str, version: int) -> str:
     signature = release.manifest.signature
     if not {"inputs", "outputs"} <= signature.keys():
         raise ReleaseError(f"{release.model} {release.id}: expected its inputs and outputs in the manifest, got none")
-    batches = can_batch(signature)
+    together = rows_together(signature)
+    batches = together > 1
     lines = [
         f"# {release.model} release {release.id}",
         f"name: {json.dumps(release.model)}",
         f"backend: {json.dumps(backend)}",
-        f"max_batch_size: {BATCH_SIZE if batches else 0}",
+        f"max_batch_size: {together if batches else 0}",
         *_tensors("input", signature["inputs"], batches),
         *_tensors("output", signature["outputs"], batches),
         f"version_policy {{ specific {{ versions: [ {version} ] }} }}",

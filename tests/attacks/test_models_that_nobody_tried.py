@@ -391,7 +391,7 @@ def joined(
     (tmp_path / ARTIFACT).write_bytes(model.SerializeToString())
     save_file(golden, tmp_path / GOLDEN)
     release = RehearsedRelease(
-        folder=str(tmp_path), files={}, formats={"onnx": ARTIFACT}, joined=True,
+        folder=str(tmp_path), files={}, formats={"onnx": ARTIFACT}, rows_together=64,
         inputs=[TensorSpec(name="x", dtype="float32", shape=["batch", FEATURES])],
         outputs=[TensorSpec(name="output", dtype="float32", shape=["batch", FEATURES])],
         dims=[DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})],

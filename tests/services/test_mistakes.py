@@ -89,7 +89,7 @@ WRONG: dict[str, Sequence[str]] = {
     "max_requests": [*NUMBERS, "0"],
     "allow_host": ["http://models.example.com", "models.example.com:443", ""],
     "max_stale": [*NUMBERS, "0", "nan"],
-    "batch_size": [*NUMBERS, "0"],
+    "batch_size": [*NUMBERS, "0", "65"],
     "last": [*NUMBERS, "0"],
     "keep": [*NUMBERS, "0", "1"],
     "slowest_reader": ["soon", "-1d", "7", ""],

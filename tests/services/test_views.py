@@ -268,6 +268,12 @@ def test_the_configuration_is_what_triton_calls_one(go_live: Callable[[float], R
     signature = {"inputs": [tensors[1]], "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch"]}]}
     config = parsed(replace(release, manifest=replace(release.manifest, signature=signature)))
     assert config["maxBatchSize"] == 64 and config["output"][0]["reshape"] == {}
+    # What the release has room for, and none where two requests have none, or samples see one another.
+    for said, rows in (({"max": 8}, 8), ({"max": 500}, 64), ({"max": 1}, 0), ({"min": 8, "max": 8}, 0), (None, 0)):
+        more = {"dims": [{"name": "batch", "min": 1, **said}]} if said is not None else {"coupled": True}
+        config = parsed(replace(release, manifest=replace(release.manifest, signature={**signature, **more})))
+        assert config.get("maxBatchSize", 0) == rows and ("dynamicBatching" in config) == (rows > 0)
+        assert config["input"][0]["dims"] == (["3"] if rows else ["-1", "3"])
     with pytest.raises(ReleaseError, match="Triton has no complex64"):
         odd = {**signature, "inputs": [{"name": "z", "dtype": "complex64", "shape": ["batch", 1]}]}
         triton_config(replace(release, manifest=replace(release.manifest, signature=odd)), "python", 1)

@@ -331,8 +331,14 @@ def test_a_signature_of_one_sample_is_asked_one_by_one_and_never_batched() -> No
     assert can_batch(both)
     assert rows_together(both, 64) == 64
     assert rows_together({**both, "dims": [{"name": "batch", "min": 1, "max": None}]}, 64) == 64
-    # Of ExecuTorch, for instance: more were not proven.
+    # More were not proven, whatever is asked for.
+    assert rows_together(both, 500) == 64
+    assert rows_together(both, 1) == 1
     assert rows_together({**both, "dims": [{"name": "batch", "min": 1, "max": 20}]}, 64) == 20
+    # Two requests have no room there, so nothing is put together and nothing was asked.
+    for least, most in ((1, 1), (8, 8), (5, 9), (40, None)):
+        assert rows_together({**both, "dims": [{"name": "batch", "min": least, "max": most}]}, 64) == 1
+    assert rows_together({**both, "dims": [{"name": "batch", "min": 5, "max": 10}]}, 64) == 10
     assert rows_together({**both, "coupled": True}, 64) == 1
     # An auxiliary loss is of a whole request.
     number = {"name": "balance", "dtype": "float32", "shape": []}

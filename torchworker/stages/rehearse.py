@@ -85,7 +85,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
         else:
             verdicts += [_again(kind, call, probe, usual) for probe in golden]
         # What gives no golden output says nothing of whether samples see one another.
-        if candidate.joined and all(verdict.passed for verdict in verdicts if verdict.format == kind):
+        if candidate.rows_together > 1 and all(verdict.passed for verdict in verdicts if verdict.format == kind):
             verdicts += _joined(kind, call, golden, usual, request)
         if validation:
             try:
