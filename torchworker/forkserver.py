@@ -44,6 +44,7 @@ def _preload() -> None:
 
     # DistributedDataParallel and torch.export both import it, in every process that uses them: 1.4 s of CPU.
     import torch._dynamo
+
     # Of which every rank writes a checkpoint at its end.
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.launcher.api
