@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -139,18 +140,22 @@ def look_at(path: str) -> Interpreter:
     said = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
     try:
         found: dict[str, Any] = json.loads(said[-1])
+        # Whatever has said it may have said anything.
+        if not re.match(r"\d+\.\d+(\.|$)", found["version"]):
+            raise ValueError(found["version"])
+        protocol = found.get("protocol")
         return Interpreter(
             path=path,
             version=found["version"],
-            machine=found["machine"],
-            prefix=found.get("prefix", ""),
-            sites=tuple(found.get("sites", ())),
-            places=tuple(found.get("path", ())),
-            torch=found.get("torch", ""),
-            workers=found.get("workers", {}),
-            protocol=found.get("protocol"),
+            machine=str(found["machine"]),
+            prefix=str(found.get("prefix", "")),
+            sites=tuple(map(str, found.get("sites", ()))),
+            places=tuple(map(str, found.get("path", ()))),
+            torch=str(found.get("torch", "")),
+            workers={str(folder): str(version) for folder, version in found.get("workers", {}).items()},
+            protocol=None if protocol is None else int(protocol),
         )
-    except (IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         told = (done.stderr or done.stdout).strip().splitlines()
         last = f": {told[-1]}" if told else ""
         raise JobError(f"expected a Python, got {path}, which ended with {done.returncode} and is none{last}") from None
