@@ -316,8 +316,8 @@ def write_wheel(folder: Path, name: str, version: str) -> None:
 
 
 MESSAGES = "50f309d38cb25e1c"
-"""Digest of the messages of PROTOCOL. When they change, write the new one here; and raise PROTOCOL, unless no release has
-gone out with it: an older torchworker in somebody's environment is then refused before a run, and not in the middle."""
+"""Digest of the messages of PROTOCOL. When they change, write the new one here; and raise PROTOCOL, unless no release
+has gone out with it: an older torchworker in somebody's environment is then refused before a run, and not in it."""
 
 
 def test_the_protocols_number_is_raised_when_a_message_changes() -> None:
