@@ -87,6 +87,7 @@ bench-store: $(READY)
 # The recommended artifact beside eager, torch.compile and ONNX Runtime by hand; export and validate beside by hand.
 bench-inference: $(READY)
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/large.py
 
 # LSTM and GRU in ONNX Runtime beside eager, with the guards of the exporter and without.
 bench-recurrent: $(READY)

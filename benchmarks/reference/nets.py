@@ -57,10 +57,10 @@ def build_model(net: str) -> nn.Module:
 
 def build_dataset(split: str, net: str) -> TensorDataset:
     """Noise with a pattern for each of ten classes, 256 to train on and 128 held out; of the large one noise, 32 and
-    256."""
+    128."""
     if net == "large":
         generator = torch.Generator().manual_seed(1 if split == "train" else 2)
-        size = 32 if split == "train" else 256
+        size = 32 if split == "train" else 128
         tokens = torch.randn(size, LENGTH // 2, 768, generator=generator)
         return TensorDataset(tokens, torch.randint(10, (size,), generator=generator))
     if net != "transformer":

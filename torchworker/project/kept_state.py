@@ -24,9 +24,9 @@ from torchworker.contract import Project
 from torchworker.process.failure import UserError, is_theirs
 from torchworker.project.answers import same_values
 from torchworker.project.watch import watched
-from torchworker.project.weights import values_of
+from torchworker.project.weights import LARGE_BYTES, values_of
 
-LARGEST_COPY = 2**30
+LARGEST_COPY = LARGE_BYTES
 """Bytes of a state of which a copy is made; of a larger one hashes do."""
 
 
