@@ -53,11 +53,11 @@ def _preload() -> None:
 
     from torchworker.stage import STAGES
 
-    # A private name, which the first checkpoint of a process imports.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch.distributed.checkpoint._fsspec_filesystem")
-    for stage in STAGES:
-        importlib.import_module(f"torchworker.stages.{stage}")
+    checkpoint = "torch.distributed.checkpoint._fsspec_filesystem"
+    for name in (checkpoint, *(f"torchworker.stages.{stage}" for stage in STAGES)):
+        # The one is a private name. Of a stage whose packages this environment lacks, its own process says so.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     gc.freeze()
 
 

@@ -267,16 +267,23 @@ def test_the_contract_needs_no_torch() -> None:
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "False"
 
 
-def test_a_rank_process_never_loads_prefect_mlflow_or_boto3() -> None:
+def test_what_the_fork_server_holds_is_neither_prefect_nor_mlflow_nor_boto3_and_registers_no_operator() -> None:
     script = (
         "import sys, json\n"
         "import torchworker.forkserver, torchworker.stages.train, torchworker.stages.export, torchworker.stages.check\n"
-        "import torchworker.stages.validate\n"
-        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+        "import torch, torch._dynamo, torchworker.stages.validate\n"
+        "from torchworker.runtimes.load import import_onnx_exporter\n"
+        "operators = lambda: {*torch._C._dispatch_get_all_op_names(), *torch._library.custom_ops.OPDEFS}\n"
+        "before = operators()\n"
+        "import_onnx_exporter()\n"
+        "new = sorted(operators() - before)\n"
+        "print(json.dumps([sorted({name.partition('.')[0] for name in sys.modules}), new]))"
     )
-    loaded = set(json.loads(subprocess.check_output([sys.executable, "-P", "-c", script], text=True)))
-    assert "torch" in loaded
-    assert not loaded & {"prefect", "mlflow", "boto3", "botocore", "pydantic", "train_and_ship"}
+    loaded, registered = json.loads(subprocess.check_output([sys.executable, "-P", "-c", script], text=True))
+    assert {"torch", "onnxscript"} <= set(loaded)
+    assert not set(loaded) & {"prefect", "mlflow", "boto3", "botocore", "pydantic", "train_and_ship"}
+    # Otherwise an artifact could load in the clean room because of them.
+    assert registered == []
 
 
 def test_the_rank_package_brings_itself_and_safetensors_beside_bare_torch() -> None:

@@ -15,7 +15,7 @@ from torchworker.exporters.onnx_export import onnx_model
 from torchworker.exporters.subject import Subject
 from torchworker.parity.compare import same_weights
 from torchworker.process.failure import UserError
-from torchworker.runtimes.load import Call, load_artifact, load_with_weights
+from torchworker.runtimes.load import Call, import_onnx_exporter, load_artifact, load_with_weights
 
 Kind = type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]
 
@@ -84,6 +84,7 @@ def loaded(model: nn.Module, folder: Path, outputs: list[str], **axes: int) -> C
             name="plain", folder="/nowhere", model=nothing, data=nothing, collate=None, loss="mse_loss", metrics=[]
         ),
     )  # fmt: skip
+    import_onnx_exporter()
     onnx_model(subject, folder / "model.onnx")
     return load_artifact("onnx", folder / "model.onnx", 1)
 
