@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from torchworker.contract import IN_CPP, PARITY, RehearseResult, ValidateResult, Verdict, fewest_groups
+from torchworker.contract import IN_CPP, MIN_SAMPLES, PARITY, RehearseResult, ValidateResult, Verdict, fewest_groups
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.live_score import LiveScore
@@ -126,7 +126,8 @@ def headline(verdicts: Sequence[Verdict]) -> str:
         of = sorted({item.format for item in items})
         where = f"in all {len(of)} formats" if len(of) == len(formats) > 1 else f"in {', '.join(of)}"
         cases = f" ({items[0].case})" if len(items) == 1 else f" ({len(items)} times)" if len(items) > len(of) else ""
-        parts.append(f"{gate} {number(worst)}, expected {limit}, {where}{cases}")
+        advice = f": {items[0].note}" if gate == MIN_SAMPLES else ""
+        parts.append(f"{gate} {number(worst)}, expected {limit}, {where}{cases}{advice}")
     return "; ".join(parts)
 
 

@@ -1046,6 +1046,8 @@ class ErrorCounts:
 
 PARITY = "parity"
 """The gate that holds an artifact against the model that was trained."""
+MIN_SAMPLES = "parity.min_samples"
+"""The gate on how many held-out samples the model was asked about; its note says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from torchworker.project.metrics import MetricSums
 from torchworker.stages.score import _as_in_the_dataset
 from torchworker.stages.validate import _quality, too_few_asked
 from train_and_ship.registry.cost import LEDGER
-from train_and_ship.registry.gates import asked_words
+from train_and_ship.registry.gates import asked_words, headline
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.tasks.export import seconds_of_parity
 
@@ -189,6 +189,13 @@ def test_too_few_samples_are_a_failed_gate_that_names_the_keys(
         limit,
     )
     assert verdict.case == f"{asked} of {samples} samples asked" and verdict.note.startswith(said)
+
+
+def test_a_refusal_says_how_long_would_be_enough() -> None:
+    told = (
+        "parity.min_samples 64, expected >= 256, in the model (64 of 10000 samples asked): the model was asked for 60 s"
+    )
+    assert headline(too_few_asked(64, 10_000, 256, 60.0)).startswith(f"{told}: parity.seconds: 300 would do")
 
 
 def test_where_all_samples_were_asked_there_are_never_too_few() -> None:

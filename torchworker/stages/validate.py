@@ -17,6 +17,7 @@ from torchworker.contract import (
     EVENTS,
     IN_CPP,
     INT8_OF,
+    MIN_SAMPLES,
     PARITY,
     RUN_IN_CPP,
     VALIDATION,
@@ -194,7 +195,7 @@ def too_few_asked(asked: int, samples: int, least: int, seconds: float) -> list[
         note += f": parity.seconds: {enough} would do for {least}; parity.min_samples says how few are enough"
     return [
         Verdict(
-            format="the model", gate="parity.min_samples", case=f"{asked} of {samples} samples asked",
+            format="the model", gate=MIN_SAMPLES, case=f"{asked} of {samples} samples asked",
             measured=float(asked), limit=f">= {least}", passed=asked >= least, note=note,
         )
     ]  # fmt: skip
