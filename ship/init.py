@@ -14,11 +14,13 @@ from typing import Any
 
 import typer
 
-from train_and_ship.infra.errors import RequestError
+from train_and_ship.infra.errors import JobError, RequestError
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import job_of, set_key
 from train_and_ship.ship import init_files
 from train_and_ship.ship.candidates import Candidate, Found, find_candidates
+from train_and_ship.tasks.interpreters import IN_PROJECT, choose_interpreter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 """A folder each: what the wheel has of them is in pyproject.toml."""
@@ -72,15 +74,11 @@ def init(folder: Path, wanted: Wanted, ask: Ask | None) -> None:
     data = _data(found, wanted.data, ask, model)
     document = _document(folder, found, model, data, wanted, ask)
     text = init_files.job_text(document, SCHEMA)
-    job_of(text, folder / JOB)
-    _write(folder, repository, {places[JOB]: text.encode()})
+    job = job_of(text, folder / JOB)
+    _write(folder, repository, {places[JOB]: text.encode()}, job.python)
     typer.echo(f"  model    {_shown(model)}\n  data     {_shown(data)}")
-    if environment := _environment(folder):
-        # A key of the job that names the environment of its code goes into the document here.
-        typer.echo(
-            f"  python   this project has an environment of its own, {environment}; jobs run in {sys.prefix}, where "
-            "what your code imports has to be installed too"
-        )
+    for line in _python_lines(job, folder):
+        typer.echo(f"  python   {line}")
     _say_next(folder)
 
 
@@ -99,7 +97,7 @@ def init_example(folder: Path, kind: str) -> None:
     files = {path.name: path.read_bytes() for path in sorted((EXAMPLES / kind).iterdir()) if path.is_file()}
     places = _places(folder, repository, [*files])
     files[JOB] = f"{init_files.schema_line(SCHEMA)}\n".encode() + files[JOB]
-    _write(folder, repository, {places[name]: content for name, content in files.items()})
+    _write(folder, repository, {places[name]: content for name, content in files.items()}, None)
     _say_next(folder)
 
 
@@ -152,12 +150,12 @@ def _places(folder: Path, repository: Path, more: Sequence[str]) -> dict[str, Pa
     return names
 
 
-def _write(folder: Path, repository: Path, files: Mapping[Path, bytes]) -> None:
+def _write(folder: Path, repository: Path, files: Mapping[Path, bytes], python: str | None) -> None:
     """Write these, the schema, the workflow and the entry of .gitignore: all of them, or none. Raises RequestError."""
     wanted = {
         **files,
         folder / SCHEMA: init_files.schema_text().encode(),
-        repository / WORKFLOW: init_files.workflow_text(folder.resolve(), repository).encode(),
+        repository / WORKFLOW: init_files.workflow_text(folder.resolve(), repository, python).encode(),
     }
     made: list[Path] = []
     try:
@@ -193,12 +191,29 @@ def _ignore(path: Path) -> bool:
     return True
 
 
-def _environment(folder: Path) -> Path | None:
-    """The project's `.venv`, or what the shell has activated, where it is not the one that this runs in."""
-    active = [os.environ[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(name)]
-    places = [folder / ".venv", *map(Path, active)]
-    there = (place for place in places if (place / "bin" / "python").exists())
-    return next((place for place in there if place.resolve() != Path(sys.prefix).resolve()), None)
+# ---- the environment of the code
+
+
+def _activated(folder: Path) -> Path | None:
+    """The Python of the environment that is activated; None where that is ours, or the project has its own `.venv`."""
+    if (folder / IN_PROJECT).exists():
+        return None
+    active = [Path(os.environ[name]) for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if os.environ.get(name)]
+    others = (place for place in active if place.resolve() != Path(sys.prefix).resolve())
+    return next((place / "bin" / "python" for place in others if (place / "bin" / "python").exists()), None)
+
+
+def _python_lines(job: Job, folder: Path) -> Iterator[str]:
+    """What runs the code, and what it still needs; nothing where that is the environment of this process."""
+    try:
+        chosen = choose_interpreter(job, folder / JOB, (folder / job.project).resolve())
+    except JobError as error:
+        yield str(error)
+        return
+    if chosen.hint or not chosen.interpreter.ours:
+        yield chosen.hint or f"{chosen.interpreter.path}, torch {chosen.interpreter.torch}"
+    if job.python is None and (active := _activated(folder)):
+        yield f"not the environment that is activated here; --set python={active} would write it into the job"
 
 
 # ---- what is asked
@@ -264,6 +279,7 @@ def _document(
     document: dict[str, Any] = {
         "name": name,
         **({"project": model.root} if model.root != "." else {}),
+        **_python(folder, wanted, ask),
         "model": {"factory": model.reference},
         "data": {"factory": data.reference},
         **init_files.training(found.loss),
@@ -285,6 +301,18 @@ def _document(
         said = "expected a value for each parameter that has no default, got none for:"
         raise RequestError("\n".join([said, *missing]))
     return document
+
+
+def _python(folder: Path, wanted: Wanted, ask: Ask | None) -> dict[str, str]:
+    """The key `python`, where a person wants the environment that is activated."""
+    active = _activated(folder)
+    if active is None or ask is None or any(change.startswith("python=") for change in wanted.changes):
+        return {}
+    question = f"Run the code in the environment that is activated here, {active.parent.parent}?"
+    if ask(question, ["yes", "no"], "yes") != "yes":
+        return {}
+    inside = active.absolute().is_relative_to(folder.resolve())
+    return {"python": str(active.absolute().relative_to(folder.resolve()) if inside else active)}
 
 
 def _suggested_name(folder: Path) -> str:

@@ -17,6 +17,7 @@ IGNORED = ".ship/"
 _ABOVE = {
     "name": "Of the model, wherever it is listed.",
     "project": "The folder that the code is imported from.",
+    "python": "The environment that the code runs in; it has torch and torchworker.",
     "model": "Called in every process; returns the torch.nn.Module.",
     "data": 'Called with split="train" and with split="validation"; returns a dataset of (inputs, target).',
     "train": "Loss, optimizer, metrics and schedule are names, or functions of yours.",
@@ -53,10 +54,18 @@ def schema_text() -> str:
     return json.dumps(job_schema(), indent=2) + "\n"
 
 
-def workflow_text(folder: Path, repository: Path) -> str:
-    """A workflow of GitHub Actions that runs `ship check`. Both absolute; the folder has the job file."""
+def workflow_text(folder: Path, repository: Path, interpreter: str | None) -> str:
+    """A workflow of GitHub Actions that runs `ship check`, with the project in an environment of its own.
+
+    Args:
+        folder: of the job file, absolute.
+        repository: its root, absolute.
+        interpreter: that the job names; None where it names none.
+    """
     below = folder.relative_to(repository.resolve()).as_posix()
     installs = _installs(folder)
+    # Of another machine's environment.
+    other = " --set python=.venv/bin/python" if installs and interpreter not in (None, ".venv/bin/python") else ""
     where = f"    defaults: {{run: {{working-directory: {json.dumps(below)}}}}}\n" if below != "." else ""
     python = ".".join(platform.python_version_tuple()[:2])
     return f"""\
@@ -75,14 +84,18 @@ jobs:
       # A variable of the repository (settings, actions, variables): address or path of the wheel that has `ship`.
       - run: python -m pip install "${{SHIP_WHEEL:?set the variable SHIP_WHEEL of the repository}}"
         env: {{SHIP_WHEEL: "${{{{ vars.SHIP_WHEEL }}}}"}}
-{installs}      - run: ship check job.yaml
+{installs}      - run: ship check job.yaml{other}
 """
 
 
 def _installs(folder: Path) -> str:
-    """The step that installs what the project itself needs; empty when nothing says what that is."""
+    """The step that makes the project's environment; empty when nothing says what it needs."""
+    project = folder / "pyproject.toml"
     if (folder / "requirements.txt").is_file():
-        return "      - run: python -m pip install -r requirements.txt\n"
-    if (folder / "pyproject.toml").is_file() and "[project]" in (folder / "pyproject.toml").read_text(errors="replace"):
-        return "      - run: python -m pip install .\n"
-    return ""
+        needs = "-r requirements.txt"
+    elif project.is_file() and "[project]" in project.read_text(errors="replace"):
+        needs = "."
+    else:
+        return ""
+    steps = ("python -m venv .venv", f".venv/bin/python -m pip install {needs}", "ship worker install")
+    return "".join(["      - run: |\n", *(f"          {step}\n" for step in steps)])

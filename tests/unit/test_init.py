@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import textwrap
+import venv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_code_below_src_is_imported_from_there_and_the_name_is_the_projects(tmp_
     init(folder, Wanted(), None)
     job, project = load_job(folder / "job.yaml")
     assert (job.name, job.model.factory, project) == ("shop.models", "shop.net:Net", folder / "src")
-    assert "run: python -m pip install .\n" in (folder / ".github/workflows/ship.yaml").read_text()
+    assert ".venv/bin/python -m pip install .\n" in (folder / ".github/workflows/ship.yaml").read_text()
 
 
 def test_a_project_in_a_folder_of_a_repository_is_checked_in_its_folder(tmp_path: Path) -> None:
@@ -288,18 +289,45 @@ def test_a_folder_of_somebody_else_is_refused() -> None:
             os.seteuid(0)
 
 
-def test_the_projects_own_environment_is_named(
+def bare_environment(folder: Path) -> Path:
+    """An environment without torch."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def test_the_projects_own_environment_needs_no_key_and_what_it_lacks_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = repository(tmp_path, net=NET, data=DATA)
+    (folder / "requirements.txt").write_text("torch")
+    python = bare_environment(folder / ".venv")
+    init(folder, Wanted(), None)
+    assert f"`ship worker install --python {python}` puts it there" in capsys.readouterr().out
+    assert "python" not in job_in(folder)
+    (check,) = yaml.safe_load((folder / ".github/workflows/ship.yaml").read_text())["jobs"].values()
+    made, checked = check["steps"][-2:]
+    assert made["run"].splitlines() == [
+        "python -m venv .venv", ".venv/bin/python -m pip install -r requirements.txt", "ship worker install",
+    ]  # fmt: skip
+    assert checked == {"run": "ship check job.yaml"}
+
+
+def test_the_environment_that_is_activated_is_offered_and_never_taken_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = repository(tmp_path / "with", net=NET, data=DATA)
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    (folder / ".venv" / "bin" / "python").write_text("")
+    python = bare_environment(tmp_path / "env")
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "env"))
+    folder = repository(tmp_path / "unasked", net=NET, data=DATA)
     init(folder, Wanted(), None)
-    assert f"an environment of its own, {folder / '.venv'}" in capsys.readouterr().out
-    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
-    monkeypatch.delenv("CONDA_PREFIX", raising=False)
-    init(repository(tmp_path / "without", net=NET, data=DATA), Wanted(), None)
-    assert "environment" not in capsys.readouterr().out
+    assert "python" not in job_in(folder) and f"--set python={python} would write it" in capsys.readouterr().out
+    for answer, expected in (("yes", str(python)), ("no", None)):
+        folder = repository(tmp_path / answer, net=NET, data=DATA)
+        (folder / "requirements.txt").write_text("torch")
+        init(folder, Wanted(name="x"), lambda question, choices, default, answer=answer: answer)
+        assert job_in(folder).get("python") == expected
+        other = " --set python=.venv/bin/python" if expected else ""
+        assert f"run: ship check job.yaml{other}\n" in (folder / ".github/workflows/ship.yaml").read_text()
+    assert "cannot run the code of the job: it has no torch" in capsys.readouterr().out
 
 
 # ---- examples
