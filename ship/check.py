@@ -123,7 +123,7 @@ async def _build(
 
 
 def _say(console: Console, what: str) -> None:
-    console.print(escape(f"{what} …"), style="dim")
+    console.print(escape(what), style="dim")
 
 
 def _count(samples: int | None) -> str:

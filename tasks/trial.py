@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torchworker import situations
 from torchworker.contract import ExportResult, Project, ScoreResult, Verdict
@@ -40,7 +41,7 @@ async def try_export(rooms: Rooms, job: Job, project: Project, folder: Path, say
         job: whose formats.
         project: the user's code.
         folder: an existing one, for what is made.
-        say: called with each thing that begins.
+        say: called with each thing that begins, and with each format that is ready.
 
     Raises:
         JobError: the model cannot be captured, or no release can have one of the files that the job ships.
@@ -49,13 +50,18 @@ async def try_export(rooms: Rooms, job: Job, project: Project, folder: Path, say
     """
     work = folder / "export"
     limit = min(BATCHES * job.export.batch, job.export.validation_samples)
-    say(f"capturing the untrained model: {', '.join(job.export.wanted)}")
+    say(f"capturing the untrained model: {', '.join(job.export.wanted)} …")
+
+    def ready(event: dict[str, Any]) -> None:
+        if "seconds" in event:
+            say(f"{event['format']}: {event['event']} in {event['seconds']:.1f} s")
+
     request = replace(export_request(job, project, work, weights=""), validation_limit=limit, int8=())
-    exported = await ask_worker(rooms.project, "export", request, ExportResult, work)
+    exported = await ask_worker(rooms.project, "export", request, ExportResult, work, ready)
     await asyncio.to_thread(shipped_files, job, Path(project.folder), work)
-    say(f"asking the artifacts without your code: {', '.join(exported.artifacts)}")
+    say(f"asking the artifacts without your code: {', '.join(exported.artifacts)} …")
     asked = replace(validate_request(job, project, work, exported, folder / "validate"), gates=(), int8=None)
-    result = await ask_clean_room(rooms, asked, folder / "validate")
+    result = await ask_clean_room(rooms, asked, folder / "validate", on_event=ready)
     verdicts = list(result.verdicts)
     if job.train.custom_metrics and result.passed:
         scored = await ask_worker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def test_check_captures_every_format_and_asks_the_artifacts(ship: Ship, tmp_path
     shown = ship("check", str(write_project(tmp_path / "sound", **QUICK, **formats)), COLUMNS="200")
     assert shown.status == 0, shown.text
     assert "capturing the untrained model: torchscript, onnx …" in shown.output
+    for kind in ("torchscript", "onnx"):
+        assert re.search(rf"{kind}: made in \d.*{kind}: asked in \d", shown.output, re.DOTALL), kind
     assert "onnx: model.onnx, torch.export" in shown.output and "torchscript: model.torchscript" in shown.output
 
     # It trains, and is another model where it is exported: a run would say so when its training is over.
