@@ -6,6 +6,7 @@ unknown differs from nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Self
 from train_and_ship.infra.errors import GateError, RequestError
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE, VERDICTS, Manifest
+from train_and_ship.registry.release.told import MOST_COUNT, told_samples
 from train_and_ship.registry.text import Cell, Mark, Table
 
 SIGNATURE, LABELS, FORMATS = "signature", "labels", "formats"
@@ -27,8 +29,8 @@ BY_CHANCE = 10
 """A class that one data set has and the other lacks counts when the other would hold about so many samples of it: that
 it holds none by chance has a probability of e^-10."""
 NONE = "none"
-LONGEST_TEXT, MOST_TEXTS = 200, 20
-"""Characters that are shown of one value, and how many differences of a kind."""
+LONGEST_TEXT, MOST_TEXTS, MOST_ROWS = 200, 20, 100
+"""Characters that are shown of one value, how many differences of a kind, and rows of a table."""
 BATCH_AXIS = 0
 
 
@@ -82,8 +84,11 @@ class Kind:
             model["export.serving"] = _mapping(job, "export").get("serving", NONE)
         place = _mapping(lineage, "project")
         model |= {"repository": place.get("repository"), "project folder": place.get("folder")}
-        classes, samples = data.get("classes"), document(VERDICTS).get("validation_samples")
-        # Whoever made the release wrote these: what has another shape tells nothing.
+        classes = data.get("classes")
+        # Whoever made the release wrote these: what has another shape, or cannot be, tells nothing.
+        samples = 0
+        with contextlib.suppress(ValueError):
+            samples = told_samples(document(VERDICTS))
         return cls(
             signature=manifest.signature,
             formats=manifest.formats,
@@ -92,7 +97,7 @@ class Kind:
             model={name: said for name, said in model.items() if isinstance(said, str) and said},
             onnx=_counts(_mapping(lineage, "onnx")),
             metrics=manifest.metrics,
-            samples=samples if type(samples) is int else 0,
+            samples=samples,
         )
 
 
@@ -156,11 +161,12 @@ def kind_table(changes: Sequence[KindChange], allowed: Mapping[str, str] | None 
     """A row for each thing that differs. allowed: kind to how it is allowed; None where that is not the question."""
     header = ("differs in", "what", "live", "candidate", *(["allowed"] if allowed is not None else []))
     rows: list[Sequence[Cell]] = []
-    for change in changes:
+    for change in changes[:MOST_ROWS]:
         how = (allowed or {}).get(change.kind)
         mark = [Mark(text=how or "no", good=how is not None)] if allowed is not None else []
         rows.append((change.kind, *map(_short, (change.of, change.live, change.candidate)), *mark))
-    return Table(header=header, rows=rows)
+    more = len(changes) - MOST_ROWS
+    return Table(header=header, rows=rows, notes=[f"and {more:,} more differences"] if more > 0 else ())
 
 
 def refusal(
@@ -312,8 +318,9 @@ def _range_text(low: int, high: float) -> str:
 def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
     shown, next_shown = (kind.signature.get("labels") or () for kind in (live, candidate))
     if shown and next_shown:
-        # What the job says counts, whatever the data calls its classes.
-        yield from _names(shown, next_shown)
+        found = list(_names(shown, next_shown))
+        # Columns keep their labels where the data's classes changed places: then the labels are wrong.
+        yield from found or _names(live.classes, candidate.classes, " of the data")
         return
     if shown:
         # Whoever serves it shows them, and nothing that the data has stands in for them.
@@ -329,14 +336,16 @@ def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
         yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
 
 
-def _names(live: Sequence[str], candidate: Sequence[str]) -> Iterator[KindChange]:
-    """One change for all: where the names differ first, and how many there are."""
+def _names(live: Sequence[str], candidate: Sequence[str], whose: str = "") -> Iterator[KindChange]:
+    """One change for all: where the names differ first, and how many there are. Nothing where one side has none."""
+    if not live or not candidate:
+        return
     longest = range(max(len(live), len(candidate)))
     texts = [[names[index] if index < len(names) else NONE for index in longest] for names in (live, candidate)]
     first = next((index for index in longest if texts[0][index] != texts[1][index]), None)
     if first is not None:
         said = [f"{text[first]} of {len(names)}" for names, text in zip((live, candidate), texts, strict=True)]
-        yield KindChange(kind=LABELS, of=f"class {first}", live=said[0], candidate=said[1])
+        yield KindChange(kind=LABELS, of=f"class {first}{whose}", live=said[0], candidate=said[1])
 
 
 def _classes_of(kind: Kind) -> dict[int, int]:
@@ -364,8 +373,11 @@ _LABEL = re.compile(r"-?[0-9]{1,18}")
 
 
 def _counts(found: Mapping[str, Any], names: re.Pattern[str] | None = None) -> Mapping[str, int]:
-    """Whole numbers by name; nothing where one is something else. names: how they have to be written."""
-    sound = all(type(value) is int and (names is None or names.fullmatch(name)) for name, value in found.items())
+    """Counts by name; nothing where one is something else. names: how they have to be written."""
+    sound = all(
+        type(value) is int and 0 <= value <= MOST_COUNT and (names is None or names.fullmatch(name))
+        for name, value in found.items()
+    )
     return found if sound else {}
 
 
