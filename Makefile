@@ -60,7 +60,7 @@ wheel: $(READY)
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	cd dist && ../$(BIN)/python -m zipfile --extract train_and_ship-*.whl unpacked
-	mv dist/unpacked/train_and_ship/ship/wheels/*.whl dist && rm -r dist/unpacked
+	mv dist/unpacked/train_and_ship/ship/wheels/*.whl dist && rm -r dist/unpacked build/lib build/bdist.*
 
 # The core of the tests with every version that is promised, in environments of their own below build/matrix (some 6 GB
 # each; with uv on PATH they share files). `make matrix ARGS="--row 3.13"` asks one. Writes docs/versions.md's table.
