@@ -103,7 +103,7 @@ def test_a_format_without_its_file_and_a_release_without_files_are_refused(manif
         ({"dims": 0}, "dims: expected a list, got int"),
         ({"dims": {}}, "dims: expected a list, got dict"),
         ({"dims": [3]}, "expected a manifest"),
-        ({"dims": [{"name": "batch", "min": 1, "max": most} for most in (1, 8)]}, "expected one range of each name"),
+        ({"dims": [{"name": "x", "min": 1, "max": most} for most in (1, 8)]}, "dims: expected one range of each name"),
         ({"note": json.loads("[" * 21 + "]" * 21)}, "lists within lists to a depth of 20, got more"),
         ({"inputs": []}, "inputs: expected at least one tensor, got none"),
         ({"inputs": None}, "expected a manifest"),
