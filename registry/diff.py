@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shipreader.records import LONGEST_PATH
-from torchworker.contract import IN_CPP, PARITY
+from torchworker.contract import IN_CPP, PARITY, InspectResult, MeasureResult
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import (
     TOLD,
@@ -25,6 +27,7 @@ from train_and_ship.registry.bucket.releases import (
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.kind import Kind, changes_in_kind
 from train_and_ship.registry.release.manifest import (
+    DATA,
     ENVIRONMENT,
     JOB,
     LINEAGE,
@@ -33,12 +36,16 @@ from train_and_ship.registry.release.manifest import (
     Manifest,
     decode_manifest,
 )
+from train_and_ship.registry.release.told import PURPOSES, told_data, told_samples, told_speed
 from train_and_ship.registry.text import file_size, number
 
 NONE = "–"
 """A value that one of the two does not have."""
 CODE = ("git_commit", "shipping_git_commit")
-DATA = ("data_fingerprint", "train_samples", "validation_samples")
+FROM_DATA = ("data_fingerprint", "train_samples", "validation_samples")
+LONGEST_SAID = 500
+"""Characters of what cannot be understood, in words."""
+Told = TypeVar("Told")
 KIND = "kind"
 """The group of what makes a release another kind of thing than the other; a channel does not move over it by itself."""
 
@@ -82,13 +89,56 @@ class ReleaseRecord:
         except ReleaseError:
             return {}
 
+    @property
+    def data(self) -> InspectResult | None:
+        """What its data was like; None where it does not say. Raises ReleaseError for what cannot be."""
+        return self._told(DATA, told_data)
+
+    @property
+    def speed(self) -> MeasureResult | None:
+        """How fast it was when it was made; None where it does not say. Raises ReleaseError for what cannot be."""
+        return self._told(VERDICTS, told_speed)
+
     def require_understood(self) -> None:
         """Raises ReleaseError for a file that nobody understands: what it does not tell is compared with nothing."""
-        packages_of(self)
-        for name in self.files.keys() - {ENVIRONMENT}:
-            with self.understood():
-                if not isinstance(told_document(self.files[name].encode()), dict):
-                    raise ValueError(f"{name}: expected a JSON object")
+        for question in self._questions():
+            question()
+
+    def not_understood(self) -> list[str]:
+        """In words, what it says of itself and what cannot be: that tells nothing, and the rest is compared."""
+        found = []
+        for question in self._questions():
+            try:
+                question()
+            except ReleaseError as error:
+                found.append(on_one_line(str(error), LONGEST_SAID))
+        return list(dict.fromkeys(found))
+
+    def _questions(self) -> Iterator[Callable[[], object]]:
+        """What is asked of a record before anything is made of its numbers."""
+        yield lambda: packages_of(self)
+        for name in sorted(self.files.keys() - {ENVIRONMENT}):
+            yield functools.partial(self._told, name, lambda _: None)
+        yield lambda: self.data
+        yield lambda: self.speed
+        yield lambda: self._told(VERDICTS, told_samples)
+        yield self._require_purposes
+
+    def _require_purposes(self) -> None:
+        with self.understood():
+            if unknown := self.manifest.serve.keys() - PURPOSES:
+                raise ValueError(f"{MANIFEST}: serve: expected {' and '.join(PURPOSES)}, got {', '.join(unknown)}")
+
+    def _told(self, name: str, read: Callable[[Any], Told]) -> Told:
+        """What one of its JSON files tells. Raises ReleaseError, which names the file."""
+        with self.understood():
+            try:
+                document = told_document(self.files.get(name, "{}").encode())
+                if not isinstance(document, dict):
+                    raise ValueError(f"expected a JSON object, got {type(document).__name__}")
+                return read(document)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name}: {error or type(error).__name__}") from error
 
     @contextlib.contextmanager
     def understood(self) -> Iterator[None]:
@@ -329,7 +379,7 @@ GROUPS: Mapping[str, Callable[[ReleaseRecord], Mapping[str, Any]]] = {
     "files": lambda record: {name: entry.sha256[:12] for name, entry in record.manifest.shipped.items()},
     "signature": _signature,
     "code": lambda record: {**_lineage(record, CODE), **_inputs(record, "code")},
-    "data": lambda record: {**_lineage(record, DATA), **_inputs(record, "data")},
+    "data": lambda record: {**_lineage(record, FROM_DATA), **_inputs(record, "data")},
     "training": lambda record: flat(record.document(LINEAGE).get("training_environment", {})),
     "packages": packages_of,
     "job": lambda record: flat(record.document(JOB)),

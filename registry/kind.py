@@ -6,6 +6,7 @@ unknown differs from nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Self
 from train_and_ship.infra.errors import GateError, RequestError
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE, VERDICTS, Manifest
+from train_and_ship.registry.release.told import MOST_COUNT, told_samples
 from train_and_ship.registry.text import Cell, Mark, Table
 
 SIGNATURE, LABELS, FORMATS = "signature", "labels", "formats"
@@ -27,8 +29,8 @@ BY_CHANCE = 10
 """A class that one data set has and the other lacks counts when the other would hold about so many samples of it: that
 it holds none by chance has a probability of e^-10."""
 NONE = "none"
-LONGEST_TEXT, MOST_TEXTS = 200, 20
-"""Characters that are shown of one value, and how many differences of a kind."""
+LONGEST_TEXT, MOST_TEXTS, MOST_ROWS = 200, 20, 100
+"""Characters that are shown of one value, how many differences of a kind, and rows of a table."""
 BATCH_AXIS = 0
 
 
@@ -82,8 +84,11 @@ class Kind:
             model["export.serving"] = _mapping(job, "export").get("serving", NONE)
         place = _mapping(lineage, "project")
         model |= {"repository": place.get("repository"), "project folder": place.get("folder")}
-        classes, samples = data.get("classes"), document(VERDICTS).get("validation_samples")
-        # Whoever made the release wrote these: what has another shape tells nothing.
+        classes = data.get("classes")
+        # Whoever made the release wrote these: what has another shape, or cannot be, tells nothing.
+        samples = 0
+        with contextlib.suppress(ValueError):
+            samples = told_samples(document(VERDICTS))
         return cls(
             signature=manifest.signature,
             formats=manifest.formats,
@@ -92,7 +97,7 @@ class Kind:
             model={name: said for name, said in model.items() if isinstance(said, str) and said},
             onnx=_counts(_mapping(lineage, "onnx")),
             metrics=manifest.metrics,
-            samples=samples if type(samples) is int else 0,
+            samples=samples,
         )
 
 
@@ -156,11 +161,12 @@ def kind_table(changes: Sequence[KindChange], allowed: Mapping[str, str] | None 
     """A row for each thing that differs. allowed: kind to how it is allowed; None where that is not the question."""
     header = ("differs in", "what", "live", "candidate", *(["allowed"] if allowed is not None else []))
     rows: list[Sequence[Cell]] = []
-    for change in changes:
+    for change in changes[:MOST_ROWS]:
         how = (allowed or {}).get(change.kind)
         mark = [Mark(text=how or "no", good=how is not None)] if allowed is not None else []
         rows.append((change.kind, *map(_short, (change.of, change.live, change.candidate)), *mark))
-    return Table(header=header, rows=rows)
+    more = len(changes) - MOST_ROWS
+    return Table(header=header, rows=rows, notes=[f"and {more:,} more differences"] if more > 0 else ())
 
 
 def refusal(
@@ -364,8 +370,11 @@ _LABEL = re.compile(r"-?[0-9]{1,18}")
 
 
 def _counts(found: Mapping[str, Any], names: re.Pattern[str] | None = None) -> Mapping[str, int]:
-    """Whole numbers by name; nothing where one is something else. names: how they have to be written."""
-    sound = all(type(value) is int and (names is None or names.fullmatch(name)) for name, value in found.items())
+    """Counts by name; nothing where one is something else. names: how they have to be written."""
+    sound = all(
+        type(value) is int and 0 <= value <= MOST_COUNT and (names is None or names.fullmatch(name))
+        for name, value in found.items()
+    )
     return found if sound else {}
 
 

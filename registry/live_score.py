@@ -62,9 +62,10 @@ class LiveScore:
         if name in self.constant and name in self.spread:
             nothing = self.constant[name]
             knew = said - nothing if better == "higher" else nothing - said
-            # As if both were drawn from one distribution, which is what is doubted.
-            variance = self.spread[name] ** 2 + loss**2 / 4
-            error = math.sqrt(variance * (1 / self.samples + 1 / samples))
+            # As if both were drawn from one distribution, which is what is doubted. A record may say 1e200, whose
+            # square is no number.
+            spread = math.hypot(self.spread[name], loss / 2)
+            error = spread * math.sqrt(1 / self.samples + 1 / samples)
             return 0 < PART_LOST * knew < loss and loss > SURE * error
         width = self.widths.get(name)
         if said <= 0 or width is None or min(self.samples, samples) < FEW:

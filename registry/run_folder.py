@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torchworker.contract import (
     EVENTS,
@@ -25,7 +25,6 @@ from torchworker.contract import (
     ShownWarning,
     TrainResult,
     ValidateResult,
-    decode,
 )
 from torchworker.durable import write_durably
 from train_and_ship.infra.json_lines import all_objects
@@ -37,6 +36,7 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange
 from train_and_ship.registry.made_of import Files
 from train_and_ship.registry.release.manifest import LINEAGE
+from train_and_ship.registry.release.told import Kind, recall
 from train_and_ship.registry.tracking.curves import Point, file_points, history_points
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ FILES = "files"
 """Folder of the release's files in the folder of its stage."""
 ABOUT, CHECKS, REGISTERED, AGAINST = "run.json", "data_checks.json", "registered.json", "against.json"
 """Written for this: About, registry.data.checks.Report, Registration and Against."""
-Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +106,8 @@ class Against:
     """What it recorded of itself when it was made."""
     changes: Sequence[KindChange] = ()
     """What makes the candidate another kind of thing than it."""
+    not_understood: Sequence[str] = ()
+    """What it says of itself that cannot be, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,23 +171,6 @@ def add_fact(work: Path, name: str, value: DataclassInstance) -> None:
 
 def _encoded(value: DataclassInstance) -> bytes:
     return json.dumps(dataclasses.asdict(value), indent=1).encode()
-
-
-def recall(kind: type[Kind], value: Any) -> Kind | None:
-    """What some version of this application wrote down, which may be another one.
-
-    Args:
-        kind: A dataclass.
-        value: Plain values, as JSON gives them.
-
-    Returns:
-        Without the fields that this version does not know; None when one is missing that it needs.
-    """
-    try:
-        found: Kind = decode(kind, value, lenient=True)
-        return found
-    except (TypeError, AttributeError):
-        return None
 
 
 def recorded_job(folder: Path) -> Job | None:

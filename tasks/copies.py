@@ -34,6 +34,7 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.release.archives import require_sound
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.release.onnx_header import ENDING, require_one_model
+from train_and_ship.registry.release.told import told_serve
 
 KEEP_SECONDS = 24 * 3600
 """Releases that nobody asked for in this time are dropped from the local copies."""
@@ -171,7 +172,7 @@ def _rehearsed(manifest: Manifest, folder: Path) -> RehearsedRelease:
         outputs=_specs(manifest.signature, "outputs"),
         dims=_dims(manifest.signature, inputs),
         rows_together=manifest.rows_together,
-        serve=manifest.serve,
+        serve=told_serve(manifest.serve),
     )
 
 

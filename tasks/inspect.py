@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,15 +13,15 @@ from torchworker.contract import InspectResult, Project
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.data.checks import Report, check_data, require_good_data
 from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.job.data import Checks
 from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.job import Job
-from train_and_ship.registry.release.manifest import DATA
 from train_and_ship.registry.report.data_sections import data_page
-from train_and_ship.registry.run_folder import CHECKS, FACTS, INSPECT, recall, stage_inputs, write_fact
+from train_and_ship.registry.run_folder import CHECKS, FACTS, INSPECT, stage_inputs, write_fact
 from train_and_ship.tasks.policy import show
 from train_and_ship.tasks.requests import inspect_request
 from train_and_ship.tasks.results import Inspected, Run
@@ -57,7 +58,10 @@ def _checked(checks: Checks, facts: InspectResult, before: InspectResult | None,
     """As `check_data`. What the live release says may be somebody else's: what cannot be compared tells nothing."""
     if before is not None:
         try:
-            return check_data(checks, facts, before, live)
+            report = check_data(checks, facts, before, live)
+            # What it says may be sound and what comes of it no number.
+            json.dumps(dataclasses.asdict(report), allow_nan=False)
+            return report
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             said = f"{type(error).__name__}: {error}"
             get_run_logger().warning("no drift is asked: what release %s says of its data is absurd: %s", live, said)
@@ -71,9 +75,10 @@ def _live_facts(run: Run) -> tuple[str, InspectResult | None]:
         return "", None
     try:
         record = read_release_record(run.store, run.job.name, live.release, sha256=live.manifest_sha256)
-        return live.release, recall(InspectResult, record.lenient_document(DATA))
-    except ReleaseError:
-        # It is broken, which the comparison with it says when it comes to that.
+        return live.release, record.data
+    except ReleaseError as error:
+        # Where it is broken, the comparison with it says so when it comes to that.
+        get_run_logger().warning("%s", on_one_line(str(error)))
         return live.release, None
 
 

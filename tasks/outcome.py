@@ -93,15 +93,25 @@ async def report_abandoned(model: str, own: str, settings: Settings) -> None:
     try:
         async with get_client() as client:
             found = await client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(silent))))
-        for flow_run in found:
-            # Prefect may not have noticed that it died.
-            known = flow_run.state if flow_run.state and flow_run.state.is_final() else Crashed(message=CUT_OFF)
-            if not known.is_completed():
-                folder = silent[flow_run.id]
-                await _report(flow_run, known, model, folder, settings)
-                await _end_from_outside(model, folder, *_ended(known), settings)
     except Exception as error:
         _warn_of_report(error)
+        return
+    for flow_run in found:
+        # Prefect may not have noticed that it died.
+        known = flow_run.state if flow_run.state and flow_run.state.is_final() else Crashed(message=CUT_OFF)
+        if known.is_completed():
+            continue
+        folder = silent[flow_run.id]
+        # One that cannot be reported keeps neither its own end nor that of another from being told.
+        for told in (_report(flow_run, known, model, folder, settings), _end(model, folder, known, settings)):
+            try:
+                await told
+            except Exception as error:
+                _warn_of_report(error)
+
+
+async def _end(model: str, folder: Path, state: State[Any], settings: Settings) -> None:
+    await _end_from_outside(model, folder, *_ended(state), settings)
 
 
 async def _report(flow_run: FlowRun, state: State[Any], model: str, folder: Path | None, settings: Settings) -> None:

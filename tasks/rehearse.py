@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from torchworker.contract import (
     Timed,
     read_with,
 )
-from train_and_ship.infra.errors import WorkerError
+from train_and_ship.infra.errors import ReleaseError, WorkerError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.rundir import StageFolder
@@ -37,7 +38,6 @@ from train_and_ship.registry.diff import read_copied_record
 from train_and_ship.registry.gates import how_drawn, live_score, require_rehearsed
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange, changes_in_kind
-from train_and_ship.registry.release.manifest import VERDICTS
 from train_and_ship.registry.run_folder import (
     AGAINST,
     COMPARED,
@@ -45,7 +45,6 @@ from train_and_ship.registry.run_folder import (
     Against,
     add_fact,
     read_against,
-    recall,
     stage_inputs,
 )
 from train_and_ship.registry.text import file_size
@@ -121,7 +120,8 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         if any(gate.times_live is not None for gate in run.job.gates.values()):
             result = await _measured(run, request, result, work)
         changes = await asyncio.to_thread(_in_kind, run.job, candidate, current, result)
-        add_fact(work, AGAINST, Against(live=against, speed=_recorded_speed(current), changes=changes))
+        told = await asyncio.to_thread(_told, current)
+        add_fact(work, AGAINST, replace(told, live=against, changes=changes))
         return result
 
     result = await run_stage(stage, RehearseResult, make, COMPARED)
@@ -134,6 +134,8 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         changes=recorded.changes if recorded is not None else (),
         allowed=run.allowed,
     )
+    for said in recorded.not_understood if recorded is not None else ():
+        get_run_logger().warning("the live release tells nothing by it: %s", said)
     get_run_logger().info("rehearsed from the bucket: %d checks passed%s", len(result.verdicts), _beside(rehearsed))
     if result.live_inputs:
         get_run_logger().warning("the live release %s: %s", against, result.live_inputs)
@@ -150,12 +152,15 @@ def _in_kind(
     return [*changes_in_kind(before, after), *live_score(job, result).contradictions(before, job.direction)]
 
 
-def _recorded_speed(live: RehearsedRelease | None) -> MeasureResult | None:
-    """How fast the live release was when it was made, as its own validation wrote it down; None when it did not."""
+def _told(live: RehearsedRelease | None) -> Against:
+    """How fast the live release was when it was made, as its validation wrote it down, and what nobody understands."""
     if live is None:
-        return None
-    verdicts = read_copied_record(Path(live.folder)).lenient_document(VERDICTS)
-    return recall(MeasureResult, verdicts.get("speed"))
+        return Against(live="")
+    record = read_copied_record(Path(live.folder))
+    speed = None
+    with contextlib.suppress(ReleaseError):
+        speed = record.speed
+    return Against(live="", speed=speed, not_understood=record.not_understood())
 
 
 async def _scored(
@@ -274,7 +279,8 @@ def _values(speed: MeasureResult, side: str, release: RehearsedRelease, gates: S
     values: dict[str, float] = {}
     for gate in gates:
         if release.serve and gate in ("p50_ms", "p99_ms"):
-            kinds = [release.serve[LATENCY]]
+            # A release that recommends nothing for latency has what it recommends at all.
+            kinds = [release.serve.get(LATENCY, next(iter(release.serve.values())))]
         else:
             kinds = list(dict.fromkeys(release.serve.values() or release.formats))
         found = [speed.measured[f"{side} {kind}"].value(gate) for kind in kinds]

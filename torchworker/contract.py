@@ -8,6 +8,7 @@ both sides can afford it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -175,7 +176,7 @@ def decode(kind: Any, value: Any, *, lenient: bool = False) -> Any:
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(typing.cast(Any, kind))
         fields: dict[str, Any] = {
             name: decode(hints.get(name, Any), item, lenient=lenient)
             for name, item in value.items()
@@ -201,6 +202,12 @@ def decode(kind: Any, value: Any, *, lenient: bool = False) -> Any:
     if lenient and kind in _PLAIN and not isinstance(value, _PLAIN[kind]):
         raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+@functools.cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    """Types of the fields of a dataclass: to find them takes longer than all else."""
+    return typing.get_type_hints(kind)
 
 
 _PLAIN: Mapping[Any, tuple[type, ...]] = {int: (int, float), float: (int, float), str: (str,), bool: (bool,)}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torchworker import situations
 from torchworker.contract import InspectResult, SplitFacts, TensorFacts
 from train_and_ship.infra.errors import GateError
-from train_and_ship.registry.data.drift import Bins, Shift, bins_of_columns, bins_of_labels, ks, psi
+from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.data.drift import Bins, Shift, bins_of_columns, bins_of_labels, ks, most_frequent, psi
 from train_and_ship.registry.job.data import Checks, Drift, TensorCheck
 from train_and_ship.registry.text import Table, number, passed_or_failed
 
@@ -16,6 +17,12 @@ SPLITS = ("train", "validation")
 TARGET = "target"
 MOST_SHARED = 0.5
 """Part of the validation samples that may be training samples where the job gives no limit of its own."""
+MOST_ROWS, MOST_GONE = 200, 100
+"""Of a table of findings; of tensors that the live release has and the data lacks, the others are counted."""
+LABELS = 20
+"""Most labels that are drawn: the most frequent ones."""
+LONGEST_NAME, LONGEST_TEXT = 60, 200
+"""Characters of a label, and of what else the live release says of its data."""
 DRAWN = 6
 """Columns whose distributions are drawn: those that moved most."""
 
@@ -39,9 +46,14 @@ class Finding:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """A row for each thing that was asked."""
-    rows = [(item.check, item.where, item.measured, item.limit, passed_or_failed(item.passed)) for item in findings]
-    return Table(header=("check", "where", "measured", "limit", "verdict"), rows=rows)
+    """A row for each thing that was asked, up to MOST_ROWS."""
+    rows = [
+        (item.check, item.where, item.measured, item.limit, passed_or_failed(item.passed))
+        for item in findings[:MOST_ROWS]
+    ]
+    more = len(findings) - MOST_ROWS
+    notes = [f"and {more:,} more, which data_checks.json of the run has"] if more > 0 else []
+    return Table(header=("check", "where", "measured", "limit", "verdict"), rows=rows, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,10 +257,20 @@ def _against(checks: Checks, facts: InspectResult, live: InspectResult) -> Itera
         yield _share("shrinks", "train, against the live release", max(0, before - now), before, checks.shrinks)
     if checks.drift is None:
         return
+    gone = [name for name in live.train.tensors if name not in facts.train.tensors]
+    left_out = set(gone[MOST_GONE:])
     for name in dict.fromkeys([*live.train.tensors, *facts.train.tensors]):
+        if name in left_out:
+            continue
         was, measured = (_form(side.train.tensors.get(name)) for side in (live, facts))
-        where = f"train {name}, against the live release"
-        yield Finding(check="schema", where=where, measured=measured, limit=was, passed=was == measured)
+        where = f"train {on_one_line(name, LONGEST_TEXT)}, against the live release"
+        yield Finding(
+            check="schema", where=where, measured=on_one_line(measured, LONGEST_TEXT),
+            limit=on_one_line(was, LONGEST_TEXT), passed=was == measured,
+        )  # fmt: skip
+    if (more := len(gone) - MOST_GONE) > 0:
+        where = f"train, {more:,} more tensors of the live release"
+        yield Finding(check="schema", where=where, measured="none", limit="there", passed=False)
 
 
 def _form(tensor: TensorFacts | None) -> str:
@@ -273,7 +295,9 @@ def _distributions(now: SplitFacts, before: SplitFacts) -> list[Distribution]:
         bins = bins_of_labels(before.labels, now.labels)
         # Labels are counted, not estimated: an empty one is half a sample.
         sizes = (before.samples, now.samples)
-        found.append(Distribution(column=TARGET, bins=bins, psi=psi(bins, *sizes, least=0.5 / max(sizes)), ks=None))
+        distance = psi(bins, *sizes, least=0.5 / max(sizes))
+        shown = most_frequent(bins, LABELS, LONGEST_NAME)
+        found.append(Distribution(column=TARGET, bins=shown, psi=distance, ks=None))
     return found
 
 

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from train_and_ship.infra.shown import on_one_line
+
 SURE = 0.999
 """A statistic below what two samples of one distribution reach with this probability is no drift."""
 LEAST_SHARE = 0.005
@@ -65,6 +67,27 @@ def bins_of_labels(before: Mapping[str, int], now: Mapping[str, int]) -> Bins:
         names=names,
         before=[before.get(name, 0) / all_before for name in names],
         now=[now.get(name, 0) / all_now for name in names],
+    )
+
+
+def most_frequent(bins: Bins, most: int, longest: int) -> Bins:
+    """The same with the most frequent bins alone, in their order, and one for all others: what is kept and drawn.
+
+    Args:
+        bins: One a label.
+        most: How many stay.
+        longest: Characters of a name.
+    """
+    rows = list(zip(bins.names, bins.before, bins.now, strict=True))
+    kept = set(sorted(range(len(rows)), key=lambda place: -max(rows[place][1:]))[:most])
+    shown = [row for place, row in enumerate(rows) if place in kept]
+    others = [row for place, row in enumerate(rows) if place not in kept]
+    if others:
+        shown.append((f"{len(others):,} others", sum(row[1] for row in others), sum(row[2] for row in others)))
+    return Bins(
+        names=[on_one_line(name, longest) for name, _, _ in shown],
+        before=[before for _, before, _ in shown],
+        now=[now for _, _, now in shown],
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torchworker.contract import InspectResult
 from train_and_ship.registry.data.checks import (
     DRAWN,
+    LABELS,
     SPLITS,
     Distribution,
     Report,
@@ -21,8 +22,6 @@ from train_and_ship.registry.text import Table
 BINS = 12
 LEAST = 0.0005
 """Smallest population stability index that is drawn: below it the bars look the same."""
-LABELS = 20
-"""Most labels that are drawn: the most frequent ones."""
 BAR = 24
 """Characters of a share of 1, where there are no pictures."""
 

@@ -5,12 +5,13 @@ What a run did not come to is left out; sections stand in the order in which peo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from torchworker import situations
 from torchworker.contract import MeasureResult
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.cost import Rates, Spent
 from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, how_drawn, unproven_in_cpp
 from train_and_ship.registry.kind import kind_table
@@ -24,6 +25,9 @@ from train_and_ship.registry.report.training_sections import curves_section, tra
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Cell, Link, Table, interval_text, number
 from train_and_ship.registry.tracking.runs import page_of_report
+
+LONGEST_SAID, LONGEST_MACHINE = 2000, 200
+"""Characters of why something is not shown, and of a processor: the live release may be another's."""
 
 
 class Ending(StrEnum):
@@ -78,18 +82,27 @@ def run_page(outcome: Outcome, files: RunFiles | None, rates: Rates, bucket: str
         sections.append(cost_section(costs, rates))
     else:
         sections += [
-            _versus_live(files),
-            _speed(files),
-            parity_section(files),
-            gates_section(files),
-            curves_section(files),
-            data_section(files.facts, files.checks),
-            cost_section(costs or files.costs, rates),
-            training_section(files),
-            warnings_section(files),
-            _lineage(files),
+            _sound("Beside the live release", lambda: _versus_live(files)),
+            _sound("Speed", lambda: _speed(files)),
+            _sound("Parity", lambda: parity_section(files)),
+            _sound("Gates and metrics", lambda: gates_section(files)),
+            _sound("Learning curves", lambda: curves_section(files)),
+            _sound("Data", lambda: data_section(files.facts, files.checks)),
+            _sound("Cost", lambda: cost_section(costs or files.costs, rates)),
+            _sound("What was trained", lambda: training_section(files)),
+            _sound("Warnings", lambda: warnings_section(files)),
+            _sound("Lineage", lambda: _lineage(files)),
         ]
     return outcome_page(outcome, sections, _places(files, bucket) if files else [], _intro(files))
+
+
+def _sound(title: str, make: Callable[[], Section]) -> Section:
+    """The section; in its place what is wrong with its numbers: a run is asked about, and ends, with a report."""
+    try:
+        return make()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = on_one_line(f"{type(error).__name__}: {error}", LONGEST_SAID)
+        return Section(title=title, blocks=[Text(text=f"It cannot be shown: {said}")])
 
 
 def outcome_page(
@@ -152,11 +165,12 @@ def _versus_live(files: RunFiles) -> Section:
     if not against.live:
         return Section(title="Beside the live release", blocks=[Text(text="Nothing was live to hold it against.")])
     title = f"Beside the live release {against.live}"
-    kinds: list[Block] = []
+    kinds: list[Block] = [Text(text=f"It tells nothing by it: {said}") for said in against.not_understood]
     if against.changes:
-        kinds = [Text(text=f"It is {situations.OTHER_KIND}:"), kind_table(against.changes)]
+        kinds += [Text(text=f"It is {situations.OTHER_KIND}:"), kind_table(against.changes)]
     if result.live_problem:
-        return Section(title=title, blocks=[*kinds, Text(text=f"It could not be scored: {result.live_problem}")])
+        said = on_one_line(result.live_problem, LONGEST_SAID)
+        return Section(title=title, blocks=[*kinds, Text(text=f"It could not be scored: {said}")])
     job, versus = files.job, VersusLive.of(files.job, result, against.live)
     asked = compare(job, versus)
     decisive = next((item.metric for item in asked if item.asked is Asked.POLICY), None)
@@ -205,8 +219,9 @@ def _speed(files: RunFiles) -> Section:
     said = how_measured(speed)
     if recorded and paired:
         said += (
-            f" The live release's times are what it recorded when it was made, on {recorded.machine}: not measured "
-            "beside these. A gate with times_live has both measured by turns."
+            " The live release's times are what it recorded when it was made, on "
+            f"{on_one_line(recorded.machine, LONGEST_MACHINE)}: not measured beside these. A gate with times_live has "
+            "both measured by turns."
         )
     blocks: list[Block] = [Text(text=said)]
     for batch in dict.fromkeys(batches[:1] + batches[-1:]):
