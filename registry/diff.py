@@ -246,6 +246,9 @@ def _differences(group: str, one: ReleaseRecord, two: ReleaseRecord) -> Iterator
         right = GROUPS[group](two)
     # In the order in which they stand; what only the second has comes last.
     for name in dict.fromkeys([*left, *right]):
+        with (one if name in left else two).understood():
+            if not isinstance(name, str):
+                raise TypeError(f"{group}: expected a name, got {type(name).__name__}")
         before, after = left.get(name), right.get(name)
         # Lists that are too deep to be compared or shown.
         with two.understood():
@@ -319,14 +322,19 @@ def _sizes(record: ReleaseRecord) -> dict[str, int]:
 
 
 def _signature(record: ReleaseRecord) -> dict[str, str]:
-    """Each tensor's dtype and shape, what the columns of the first output are called, and the file of each format."""
+    """Each tensor's dtype and shape, sizes, what the first output's columns are called, and the file of each format."""
     tensors = {
         f"{side[:-1]} {tensor['name']}": f"{tensor['dtype']} {tensor['shape']}"
         for side, listed in record.manifest.signature.items()
         if side in ("inputs", "outputs")
         for tensor in listed
     }
-    labels = record.manifest.signature.get("labels")
+    signature = record.manifest.signature
+    for dim in signature.get("dims", []):
+        more = "or more" if dim["max"] is None else f"to {dim['max']}"
+        tensors[f"sizes of {dim['name']}"] = f"{dim['min']} {more}"
+    tensors |= {"samples": "each by itself"} if signature.get("coupled") else {}
+    labels = signature.get("labels")
     tensors |= {"labels": ", ".join(labels)} if labels else {}
     return {**tensors, **{f"format {kind}": path for kind, path in record.manifest.formats.items()}}
 
@@ -376,7 +384,7 @@ GROUPS: Mapping[str, Callable[[ReleaseRecord], Mapping[str, Any]]] = {
     "parity": _parity,
     "latency": _latencies,
     "size": _sizes,
-    "files": lambda record: {name: entry.sha256[:12] for name, entry in record.manifest.shipped.items()},
+    "files": lambda record: {name: entry.sha256 for name, entry in record.manifest.files.items()},
     "signature": _signature,
     "code": lambda record: {**_lineage(record, CODE), **_inputs(record, "code")},
     "data": lambda record: {**_lineage(record, FROM_DATA), **_inputs(record, "data")},

@@ -21,6 +21,8 @@ from train_and_ship.ship.named import named_channel
 
 LONGEST = 60
 """Characters shown of one value; --json has all of it."""
+HASH = 13
+"""The same of a file's hash."""
 MOST_LINES = 200
 """Of one group; --json has all of them."""
 
@@ -59,11 +61,10 @@ def _table(found: Sequence[Difference]) -> str:
     rows: list[tuple[str, ...]] = []
     for group, same in itertools.groupby(found, lambda one: one.group):
         ones = list(same)
-        rows += [(group, *map(_short, (one.name, one.before, one.after, one.change))) for one in ones[:MOST_LINES]]
+        longest = HASH if group == "files" else LONGEST
+        for one in ones[:MOST_LINES]:
+            values = (on_one_line(value, longest) for value in (one.before, one.after))
+            rows.append((group, on_one_line(one.name, LONGEST), *values, on_one_line(one.change, LONGEST)))
         if len(ones) > MOST_LINES:
             rows.append((group, f"and {len(ones) - MOST_LINES:,} more", "", "", ""))
     return Table(header=("", "", "before", "after", "change"), rows=rows).text()
-
-
-def _short(text: str) -> str:
-    return on_one_line(text, LONGEST)

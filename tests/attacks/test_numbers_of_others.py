@@ -22,7 +22,7 @@ from torchworker.contract import MeasureResult, RehearsedRelease, RehearseResult
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.data.checks import check_data, findings_table
-from train_and_ship.registry.diff import ReleaseRecord
+from train_and_ship.registry.diff import ReleaseRecord, _differences
 from train_and_ship.registry.gates import live_score
 from train_and_ship.registry.job.data import Checks
 from train_and_ship.registry.job.job import Job
@@ -168,6 +168,14 @@ def test_what_a_release_recommends_for_a_purpose_of_its_own_is_not_asked_for(ser
     assert ["MANIFEST.json: serve: expected latency and throughput, got fastest" in one for one in words] == (
         [True] if "fastest" in serve else []
     )
+
+
+def test_a_verdict_of_no_format_ends_a_comparison_in_words() -> None:
+    verdict = {"gate": "parity", "measured": 0.5, "format": None}
+    one, two = record({VERDICTS: {"verdicts": []}}), record({VERDICTS: {"verdicts": [verdict]}})
+    for sides in ((one, two), (two, one)):
+        with pytest.raises(ReleaseError, match="cannot be read: TypeError: parity: expected a name, got NoneType"):
+            list(_differences("parity", *sides))
 
 
 # ---- in reports

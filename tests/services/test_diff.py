@@ -17,7 +17,7 @@ from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.diff import KIND, NONE, Difference, compare
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
-from train_and_ship.ship.diff import diff
+from train_and_ship.ship.diff import _table, diff
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +35,12 @@ def told(
     commit: str,
     torch: str,
     factory: str = "net:Net",
+    weights: bytes = b"x",
     **more: Any,
 ) -> Manifest:
     """A release that tells how it came to be, as the register stage writes it."""
     folder.mkdir()
-    (folder / "model.onnx").write_bytes(b"x" * (1000 * epochs))
+    (folder / "model.onnx").write_bytes(weights * (1000 * epochs))
     verdict = {"format": "onnx", "gate": "parity", "case": "batch 1", "measured": parity, "limit": "<= 1"}
     verdicts = [{**verdict, "measured": parity / 2}, verdict, {**verdict, "gate": "accuracy", "measured": accuracy}]
     metrics = {"onnx": {"accuracy": accuracy, "p50_ms.batch_1": 0.5 * epochs}}
@@ -81,6 +82,8 @@ def test_every_kind_of_change_is_told_and_nothing_else(object_store: ObjectStore
     assert (by_name["code", "git_commit"].before, by_name["code", "git_commit"].after) == ("aaa", "bbb")
     assert by_name["packages", "torch"].after == "2.13"
     assert by_name["job", "train.epochs"].change == "+1 (+100.0%)"
+    hashes = [manifest.files["model.onnx"].sha256 for manifest in two]
+    assert [by_name["files", "model.onnx"].before, by_name["files", "model.onnx"].after] == hashes
     assert not {"data", "signature", "training"} & {one.group for one in found}
     assert compare(object_store, MODEL, Named(two[0].release), Named(two[0].release)) == []
 
@@ -101,6 +104,18 @@ def test_what_only_one_of_them_tells_is_a_difference_too(
     bare = published(object_store, tmp_path / "bare")
     found = compare(object_store, MODEL, Named(two[0].release), Named(bare.release))
     assert {one.after for one in found if one.group in ("packages", "code", "job")} == {NONE}
+
+
+def test_other_weights_of_the_same_size_are_a_difference(object_store: ObjectStore, tmp_path: Path) -> None:
+    asked = {"epochs": 1, "accuracy": 0.9, "parity": 0.1, "commit": "ccc", "torch": "2.13"}
+    both = []
+    for weights in (b"a", b"b"):
+        folder = tmp_path / weights.decode()
+        both.append(told(object_store, folder, weights=weights, **asked))  # type: ignore[arg-type]
+    (only,) = compare(object_store, MODEL, *(Named(manifest.release) for manifest in both))
+    assert (only.group, only.name, only.before) == ("files", "model.onnx", both[0].files["model.onnx"].sha256)
+    (line,) = _table([only]).splitlines()[2:]
+    assert line.split() == ["files", "model.onnx", f"{only.before[:12]}…", f"{only.after[:12]}…"]
 
 
 def test_a_description_that_was_altered_is_no_answer(object_store: ObjectStore, two: list[Manifest]) -> None:
