@@ -318,8 +318,9 @@ def _range_text(low: int, high: float) -> str:
 def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
     shown, next_shown = (kind.signature.get("labels") or () for kind in (live, candidate))
     if shown and next_shown:
-        # What the job says counts, whatever the data calls its classes.
-        yield from _names(shown, next_shown)
+        found = list(_names(shown, next_shown))
+        # Columns keep their labels where the data's classes changed places: then the labels are wrong.
+        yield from found or _names(live.classes, candidate.classes, " of the data")
         return
     if shown:
         # Whoever serves it shows them, and nothing that the data has stands in for them.
@@ -335,14 +336,16 @@ def _labels(live: Kind, candidate: Kind) -> Iterator[KindChange]:
         yield KindChange(kind=LABELS, of="trained on", live=counts[0], candidate=counts[1])
 
 
-def _names(live: Sequence[str], candidate: Sequence[str]) -> Iterator[KindChange]:
-    """One change for all: where the names differ first, and how many there are."""
+def _names(live: Sequence[str], candidate: Sequence[str], whose: str = "") -> Iterator[KindChange]:
+    """One change for all: where the names differ first, and how many there are. Nothing where one side has none."""
+    if not live or not candidate:
+        return
     longest = range(max(len(live), len(candidate)))
     texts = [[names[index] if index < len(names) else NONE for index in longest] for names in (live, candidate)]
     first = next((index for index in longest if texts[0][index] != texts[1][index]), None)
     if first is not None:
         said = [f"{text[first]} of {len(names)}" for names, text in zip((live, candidate), texts, strict=True)]
-        yield KindChange(kind=LABELS, of=f"class {first}", live=said[0], candidate=said[1])
+        yield KindChange(kind=LABELS, of=f"class {first}{whose}", live=said[0], candidate=said[1])
 
 
 def _classes_of(kind: Kind) -> dict[int, int]:

@@ -18,8 +18,8 @@ from torch.utils.data import Subset, TensorDataset
 
 from tests.support.projects import write_project
 from torchworker.contract import Interval, RehearseResult
+from torchworker.project.labels import class_names
 from torchworker.project.metrics import constant_score
-from torchworker.stages.inspect import _class_names
 from train_and_ship.infra.errors import GateError, JobError, RequestError
 from train_and_ship.infra.provenance import project_place
 from train_and_ship.registry.bucket.releases import Published
@@ -437,9 +437,9 @@ def test_the_names_of_classes_are_those_of_the_dataset() -> None:
 
     pictures = Pictures(torch.zeros(4))
     pictures.classes = ["cat", "dog"]
-    assert _class_names(pictures) == _class_names(Subset(Subset(pictures, [0, 1]), [0])) == ["cat", "dog"]
-    assert _class_names(TensorDataset(torch.zeros(4))) == []
+    assert class_names(pictures) == class_names(Subset(Subset(pictures, [0, 1]), [0])) == ["cat", "dog"]
+    assert class_names(TensorDataset(torch.zeros(4))) == []
     for other in ({"cat": 0}, [("tench", "Tinca tinca")], 3, None, lambda: ["cat"]):
         pictures.classes = other
-        assert _class_names(pictures) == []
-    assert json.dumps(_class_names(pictures)) == "[]"
+        assert class_names(pictures) == []
+    assert json.dumps(class_names(pictures)) == "[]"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
 from shipreader import records
 from shipreader.inference_limits import Limits
@@ -21,7 +22,7 @@ from tests.support.projects import write_project
 from torchworker.contract import Project, Reference, TensorSpec, label_counts
 from torchworker.process.failure import UserError
 from torchworker.project.first_batch import try_batch
-from torchworker.project.labels import require_labels
+from torchworker.project.labels import other_order, require_labels
 from train_and_ship.infra.errors import JobError
 from train_and_ship.registry.diff import ReleaseRecord, _signature
 from train_and_ship.registry.job.load import load_job
@@ -121,6 +122,19 @@ def test_what_the_job_says_goes_before_what_the_data_says() -> None:
     assert labels_of(("a", "b", "c"), ["x", "y", "z"], SCORES, "plain:data") == (["a", "b", "c"], "")
     assert labels_of((), ["x", "y", "z"], SCORES, "plain:data") == (["x", "y", "z"], "")
     assert labels_of((), [], SCORES, "plain:data") == ([], "")
+    # Names of its own are its own; the same in another order is a mistake, or a model that knows why.
+    labels, why = labels_of(("x", "z", "y"), ["x", "y", "z"], SCORES, "plain:data")
+    assert labels == ["x", "z", "y"] and "column 1 is labelled 'z', and label 1 of the data is 'y'" in why
+    assert labels_of(("x", "y", "z"), ["x", "y", "z"], SCORES, "plain:data") == (["x", "y", "z"], "")
+
+
+def test_a_check_tells_of_labels_that_are_the_classes_of_the_data_in_another_order() -> None:
+    pictures = TensorDataset(torch.zeros(4))
+    pictures.classes = ["cat", "dog", "bird"]  # type: ignore[attr-defined]
+    (said,) = other_order(project("bird", "cat", "dog"), Subset(pictures, [0]))
+    assert "column 0 is labelled 'bird', and label 0 of the data is 'cat'" in said
+    for labels in (("cat", "dog", "bird"), ("Katze", "Hund", "Vogel"), ()):
+        assert other_order(project(*labels), pictures) == []
 
 
 @pytest.mark.parametrize(
@@ -153,8 +167,15 @@ def test_labels_that_changed_or_changed_places_are_of_another_kind() -> None:
     assert said(kind(classes=("bird", "dog", "cat")), live) == ["labels: class 1: dog of 3 → cat of 3"]
     assert said(live, kind()) == ["labels: labels: bird, cat, dog → none"]
     assert said(kind(), live) == []
-    # What the job says counts, whatever the data calls them.
-    assert said(kind("a", "b", "c", classes=("x", "y", "z")), kind("a", "b", "c", classes=("z", "y", "x"))) == []
+    # Labels that stay where the classes of the data changed places are wrong.
+    turned = said(kind("a", "b", "c", classes=("x", "y", "z")), kind("a", "b", "c", classes=("z", "y", "x")))
+    assert turned == ["labels: class 0 of the data: x of 3 → z of 3"]
+    # One change is told once, and classes that one side does not have are no change.
+    names = ("bird", "cat", "dog")
+    assert said(kind(*names, classes=names), kind(*names[::-1], classes=names[::-1])) == [
+        "labels: class 0: bird of 3 → dog of 3"
+    ]
+    assert said(kind(*names, classes=names), kind(*names)) == said(kind(*names), kind(*names, classes=names)) == []
 
 
 def test_labels_that_nobody_shows_any_more_are_missed_whatever_the_data_has() -> None:

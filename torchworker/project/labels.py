@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch.utils.data import Subset
+
 from torchworker.contract import Project, label_counts
 from torchworker.process.failure import UserError
 
@@ -27,3 +29,24 @@ def require_labels(project: Project, output: str, shape: Sequence[int | str]) ->
             f"export.labels: expected {' or '.join(map(str, counts))} texts, one for each column of {shown}, got "
             f"{given} ({', '.join(project.labels[:5])}{', …' if given > 5 else ''})"
         )
+
+
+def class_names(dataset: object) -> list[str]:
+    """What a dataset calls its classes, as torchvision's do: `classes`, a list of names; empty where it has none."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else []
+
+
+def other_order(project: Project, dataset: object) -> list[str]:
+    """A note where the job's labels are the classes of the training data in another order; none otherwise."""
+    labels, classes = list(project.labels), class_names(dataset)
+    if labels == classes or sorted(labels) != sorted(classes):
+        return []
+    place = next(place for place, label in enumerate(labels) if label != classes[place])
+    return [
+        f"export.labels has the `classes` of {project.data.target} in another order: column {place} is labelled "
+        f"{labels[place]!r}, and label {place} of the data is {classes[place]!r}; unless the model itself changes "
+        "their order, what it answers has the wrong labels"
+    ]

@@ -21,6 +21,7 @@ from torchworker.process.failure import UserError
 from torchworker.project import user_code
 from torchworker.project.first_batch import Shipped, try_batch, try_served
 from torchworker.project.independence import require_independent
+from torchworker.project.labels import other_order
 from torchworker.project.parameters import freeze, set_training
 from torchworker.project.randomness import seed_everything
 from torchworker.project.signature import require_batches_alike
@@ -104,7 +105,7 @@ def check(request: CheckRequest) -> CheckResult:
     facts = facts_of(
         shipped, request.dynamic, model.eval(), train_samples=sizes["train"],
         validation_samples=sizes["validation"], loss=value, max_batch=request.max_batch,
-        notes=[*frozen, *data.last_batch_notes, *notes],
+        notes=[*frozen, *data.last_batch_notes, *notes, *other_order(project, datasets["train"])],
     )  # fmt: skip
     return replace(facts, shared=_shared(request, datasets))
 

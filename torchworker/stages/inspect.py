@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchworker.contract import Column, InspectRequest, InspectResult, Project, SplitFacts, TensorFacts, TrainSettings
 from torchworker.data.drawing import drawn_places
@@ -24,6 +24,7 @@ from torchworker.data.groups import build_group
 from torchworker.data.loading import reading, whole_stream
 from torchworker.data.sharding import Collate, Read, SeededDataset, first_keys, places_all_over, sample_seed
 from torchworker.project import user_code
+from torchworker.project.labels import class_names
 from torchworker.project.randomness import seed_everything
 
 KEPT = 10_000
@@ -114,15 +115,7 @@ def _split(split: str, model: nn.Module, request: InspectRequest) -> tuple[Split
         labels={str(label): count for label, count in sorted((labels or {}).items())},
         repeated=position - len(inputs_seen),
         varies=varies,
-    ), _Seen(inputs_seen, each, _class_names(dataset), groups)
-
-
-def _class_names(dataset: object) -> list[str]:
-    """What a dataset calls its classes, as torchvision's do: `classes`, a list of names; empty where it has none."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", None)
-    return list(names) if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else []
+    ), _Seen(inputs_seen, each, class_names(dataset), groups)
 
 
 def _is_of(column: str, tensor: str) -> bool:
