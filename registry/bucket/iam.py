@@ -86,7 +86,8 @@ def policy(
         listing = {**_allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{bucket}"])}
         listing["Condition"] = {"StringLike": {"s3:prefix": [views]}}
         return _document([listing, _allow("Load", ["s3:GetObject"], keys(views))], kms_key, writes=False)
-    # Listing tells names. It cannot be held to a prefix, because looking for the bucket itself has none.
+    # Listing tells names. It cannot be held to a prefix: looking for the bucket has none, nor has reading an object
+    # that is not there, which is refused (403) instead of not found (404) for whoever may list below a prefix alone.
     statements = [
         _allow("See", ["s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketVersioning"], [f"arn:aws:s3:::{bucket}"]),
         _allow("Read", ["s3:GetObject", "s3:GetObjectVersion"], keys(f"{own}/*", f"{PROBE_PREFIX}/*")),

@@ -275,6 +275,28 @@ def test_a_collector_drops_uploads_of_views_and_claims_too(
     assert other == "models/faces/releases/x" and "403 AccessDenied" in why
 
 
+def test_a_right_to_list_below_a_prefix_alone_takes_what_is_not_there_for_what_is_forbidden(
+    object_store: ObjectStore, rgw_server: RgwServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why a role of one model may list the bucket: a channel that was never moved could not be told from a refusal."""
+    bucket, own = object_store.bucket, f"models/{MODEL}/*"
+    held = {
+        "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": [f"arn:aws:s3:::{bucket}"],
+        "Condition": {"StringLike": {"s3:prefix": [own]}},
+    }  # fmt: skip
+    read = {"Effect": "Allow", "Action": ["s3:GetObject"], "Resource": [f"arn:aws:s3:::{bucket}/{own}"]}
+    rgw_server.create_user("held", "key-held", "secret-held")
+    rgw_server.put_user_policy("held", "p", json.dumps({"Version": "2012-10-17", "Statement": [held, read]}))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-held")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-held")
+    store = connect(bucket)
+    assert store.list_keys(f"models/{MODEL}/") == {}
+    denied(lambda: store.list_keys("models/faces/"))
+    denied(lambda: read_pointer(Channel(store, MODEL, CHANNEL)))
+    with pytest.raises(SettingsError, match="cannot look for the bucket"):
+        store.check()
+
+
 def test_a_user_without_a_policy_may_do_nothing(object_store: ObjectStore, as_role: AsRole, tmp_path: Path) -> None:
     move(object_store, published(object_store, tmp_path / "release"))
     nobody = as_role()
