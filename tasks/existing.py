@@ -23,6 +23,7 @@ from train_and_ship.infra.interpreter import our_interpreter
 from train_and_ship.infra.rundir import MANIFEST as STAGE
 from train_and_ship.infra.rundir import TORN, file_sha256
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.signing import SIGNATURE
 from train_and_ship.registry.channels.moves import Mover, OtherLiveError, promote_existing, release_job
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
@@ -273,7 +274,7 @@ def _scored(
         samples=result.samples,
         candidate=worst(job, result.candidate),
         against=worst(job, result.live),
-        problem=problem or result.live_problem,
+        problem=on_one_line(problem or result.live_problem),
         contradictions=live_score(job, result).contradictions(record, job.direction),
     )
 

@@ -63,7 +63,7 @@ def _checked(checks: Checks, facts: InspectResult, before: InspectResult | None,
             json.dumps(dataclasses.asdict(report), allow_nan=False)
             return report
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            said = f"{type(error).__name__}: {error}"
+            said = on_one_line(f"{type(error).__name__}: {error}")
             get_run_logger().warning("no drift is asked: what release %s says of its data is absurd: %s", live, said)
     return check_data(checks, facts, None, live)
 

@@ -32,6 +32,7 @@ from train_and_ship.infra.errors import ReleaseError, WorkerError
 from train_and_ship.infra.fork_server import ForkServer
 from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.rundir import StageFolder
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.releases import Published, publish
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.diff import read_copied_record
@@ -114,7 +115,9 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         request = replace(request, live_validation=prepared.file)
         request, result = await worker.rehearse(_room(run, request), request, work, limits)
         require_rehearsed(f"{job.name}: release {manifest.release}", result, "It was not made live.")
-        result = replace(result, live_problem=problem or result.live_problem, live_inputs=prepared.said)
+        # It may quote what the live release's files say.
+        problem = on_one_line(problem or result.live_problem)
+        result = replace(result, live_problem=problem, live_inputs=prepared.said)
         if run.job.train.custom_metrics:
             result = await _scored(run, request, result, exported, work)
         if any(gate.times_live is not None for gate in run.job.gates.values()):
@@ -204,7 +207,11 @@ async def _scored(
         return replace(result, candidate=mine)
     if scored.live_problem:
         return replace(
-            result, candidate=mine, live={}, live_own={}, live_problem=f"its own metrics failed: {scored.live_problem}"
+            result,
+            candidate=mine,
+            live={},
+            live_own={},
+            live_problem=on_one_line(f"its own metrics failed: {scored.live_problem}"),
         )
     intervals = {**result.intervals, **scored.intervals}
     return replace(result, candidate=mine, live=_joined(result.live, scored.live), intervals=intervals)
@@ -249,7 +256,7 @@ async def _measured(run: Run, request: RehearseRequest, result: RehearseResult, 
         result,
         candidate_speed=_values(speed, "candidate", candidate, timed),
         live_speed=_values(speed, "live", live, timed),
-        speed_problem="; ".join(problems),
+        speed_problem=on_one_line("; ".join(problems)),
     )
 
 

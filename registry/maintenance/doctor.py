@@ -26,6 +26,7 @@ from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import choose_rollback
 from train_and_ship.registry.channels.timeline import numbers
+from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
@@ -104,6 +105,11 @@ def _channel(channel: Channel, dry_run: bool) -> Iterator[Finding]:
     if problem := _broken(channel, live.release, live.manifest_sha256):
         way_out = f"`ship rollback {channel.model} --channel {channel.name} --why …`, or publish it again"
         yield Finding(what=f"{channel}: the live release is broken: {problem}; {way_out}", can_mend=False)
+    else:
+        record = read_release_record(channel.store, channel.model, live.release, sha256=live.manifest_sha256)
+        for said in record.not_understood():
+            told = f"the live release tells nothing by it, and the next one is compared without: {said}"
+            yield Finding(what=f"{channel}: {told}", can_mend=False)
     try:
         before = choose_rollback(channel, "")
     except (ReleaseError, RequestError):

@@ -16,6 +16,7 @@ from tests.support.stack_servers import MlflowServer, S3Server
 from train_and_ship.infra.errors import SettingsError
 from train_and_ship.infra.objectstore import ObjectStore, StoredObject
 from train_and_ship.registry.bucket.keys import pointer_key
+from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import read_history, record_key
 from train_and_ship.registry.channels.moves import roll_back
@@ -23,7 +24,7 @@ from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import choose_rollback, verify_target
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.history_repair import REBUILT, UNPINNED, Repaired, repair_history
-from train_and_ship.registry.release.manifest import MANIFEST, Manifest
+from train_and_ship.registry.release.manifest import MANIFEST, VERDICTS, Manifest, build_manifest
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +112,16 @@ def test_the_release_that_a_rollback_goes_back_to_is_looked_at_too(
     object_store.put(key_of(moves[3], MANIFEST), replace(moves[3], metrics={"accuracy": 0.99}).encode())
     (broken,) = findings(object_store)
     assert "altered after it went live; publish it again, or name another one with --to" in broken
+
+
+def test_what_the_live_release_says_of_itself_and_cannot_be_is_named(object_store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / VERDICTS).write_text('{"validation_samples": -1}')
+    manifest = build_manifest(tmp_path, model=MODEL, formats={}, signature={}, metrics={})
+    publish(object_store, tmp_path, manifest)
+    move(object_store, manifest)
+    (said,) = findings(object_store)
+    assert "digits prod: the live release tells nothing by it, and the next one is compared without: digits" in said
+    assert "verdicts.json: validation_samples: expected a whole number from 0, got -1" in said
 
 
 def test_one_object_that_is_forbidden_ends_the_examination_of_nothing_else(
