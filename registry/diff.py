@@ -26,6 +26,7 @@ from train_and_ship.registry.bucket.releases import (
 )
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.kind import Kind, changes_in_kind
+from train_and_ship.registry.release.documents import PURPOSES, told_data, told_samples, told_speed
 from train_and_ship.registry.release.manifest import (
     DATA,
     ENVIRONMENT,
@@ -36,7 +37,6 @@ from train_and_ship.registry.release.manifest import (
     Manifest,
     decode_manifest,
 )
-from train_and_ship.registry.release.told import PURPOSES, told_data, told_samples, told_speed
 from train_and_ship.registry.text import file_size, number
 
 NONE = "–"
@@ -45,7 +45,7 @@ CODE = ("git_commit", "shipping_git_commit")
 FROM_DATA = ("data_fingerprint", "train_samples", "validation_samples")
 LONGEST_SAID = 500
 """Characters of what cannot be understood, in words."""
-Told = TypeVar("Told")
+Said = TypeVar("Said")
 KIND = "kind"
 """The group of what makes a release another kind of thing than the other; a channel does not move over it by itself."""
 
@@ -92,12 +92,12 @@ class ReleaseRecord:
     @property
     def data(self) -> InspectResult | None:
         """What its data was like; None where it does not say. Raises ReleaseError for what cannot be."""
-        return self._told(DATA, told_data)
+        return self._read(DATA, told_data)
 
     @property
     def speed(self) -> MeasureResult | None:
         """How fast it was when it was made; None where it does not say. Raises ReleaseError for what cannot be."""
-        return self._told(VERDICTS, told_speed)
+        return self._read(VERDICTS, told_speed)
 
     def require_understood(self) -> None:
         """Raises ReleaseError for a file that nobody understands: what it does not tell is compared with nothing."""
@@ -118,10 +118,10 @@ class ReleaseRecord:
         """What is asked of a record before anything is made of its numbers."""
         yield lambda: packages_of(self)
         for name in sorted(self.files.keys() - {ENVIRONMENT}):
-            yield functools.partial(self._told, name, lambda _: None)
+            yield functools.partial(self._read, name, lambda _: None)
         yield lambda: self.data
         yield lambda: self.speed
-        yield lambda: self._told(VERDICTS, told_samples)
+        yield lambda: self._read(VERDICTS, told_samples)
         yield self._require_purposes
 
     def _require_purposes(self) -> None:
@@ -129,14 +129,14 @@ class ReleaseRecord:
             if unknown := self.manifest.serve.keys() - PURPOSES:
                 raise ValueError(f"{MANIFEST}: serve: expected {' and '.join(PURPOSES)}, got {', '.join(unknown)}")
 
-    def _told(self, name: str, read: Callable[[Any], Told]) -> Told:
+    def _read(self, name: str, of: Callable[[Any], Said]) -> Said:
         """What one of its JSON files tells. Raises ReleaseError, which names the file."""
         with self.understood():
             try:
                 document = told_document(self.files.get(name, "{}").encode())
                 if not isinstance(document, dict):
                     raise ValueError(f"expected a JSON object, got {type(document).__name__}")
-                return read(document)
+                return of(document)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{name}: {error or type(error).__name__}") from error
 

@@ -15,8 +15,8 @@ from typing import Any, Self
 
 from train_and_ship.infra.errors import GateError, RequestError
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.release.documents import MOST_COUNT, told_samples
 from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE, VERDICTS, Manifest
-from train_and_ship.registry.release.told import MOST_COUNT, told_samples
 from train_and_ship.registry.text import Cell, Mark, Table
 
 SIGNATURE, LABELS, FORMATS = "signature", "labels", "formats"

@@ -35,8 +35,8 @@ from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange
 from train_and_ship.registry.made_of import Files
+from train_and_ship.registry.release.documents import Kind, recall
 from train_and_ship.registry.release.manifest import LINEAGE
-from train_and_ship.registry.release.told import Kind, recall
 from train_and_ship.registry.tracking.curves import Point, file_points, history_points
 
 if TYPE_CHECKING:

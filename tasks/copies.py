@@ -32,9 +32,9 @@ from train_and_ship.registry.bucket.releases import fetch_release, read_manifest
 from train_and_ship.registry.bucket.signing import load_public_key, require_signature
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.release.archives import require_sound
+from train_and_ship.registry.release.documents import told_serve
 from train_and_ship.registry.release.manifest import Manifest
 from train_and_ship.registry.release.onnx_header import ENDING, require_one_model
-from train_and_ship.registry.release.told import told_serve
 
 KEEP_SECONDS = 24 * 3600
 """Releases that nobody asked for in this time are dropped from the local copies."""

@@ -123,7 +123,7 @@ async def hold_against(run: Run, registered: Registered, published: Published, l
         if any(gate.times_live is not None for gate in run.job.gates.values()):
             result = await _measured(run, request, result, work)
         changes = await asyncio.to_thread(_in_kind, run.job, candidate, current, result)
-        told = await asyncio.to_thread(_told, current)
+        told = await asyncio.to_thread(_recorded, current)
         add_fact(work, AGAINST, replace(told, live=against, changes=changes))
         return result
 
@@ -155,7 +155,7 @@ def _in_kind(
     return [*changes_in_kind(before, after), *live_score(job, result).contradictions(before, job.direction)]
 
 
-def _told(live: RehearsedRelease | None) -> Against:
+def _recorded(live: RehearsedRelease | None) -> Against:
     """How fast the live release was when it was made, as its validation wrote it down, and what nobody understands."""
     if live is None:
         return Against(live="")

@@ -27,8 +27,8 @@ from train_and_ship.registry.gates import live_score
 from train_and_ship.registry.job.data import Checks
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import MOST_ROWS, SIGNATURE, Kind, KindChange, kind_table
+from train_and_ship.registry.release.documents import told_data, told_serve, told_speed
 from train_and_ship.registry.release.manifest import DATA, VERDICTS, Manifest
-from train_and_ship.registry.release.told import told_data, told_serve, told_speed
 from train_and_ship.registry.report.data_sections import data_page
 from train_and_ship.registry.report.html import html
 from train_and_ship.registry.report.page import markdown

@@ -60,7 +60,7 @@ from train_and_ship.ship.rollback import rollback
 from train_and_ship.ship.sign import sign
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.move_report import what_changes
-from train_and_ship.tasks.rehearse import _told
+from train_and_ship.tasks.rehearse import _recorded
 
 TENSOR = {"name": "x", "dtype": "float32", "shape": ["batch", 4]}
 JOB_SAYS = {
@@ -309,7 +309,7 @@ def test_what_nobody_understands_in_what_is_live_ends_no_run_and_hides_no_differ
     assert here is not None and not problem
     kinds = [read_copied_record(Path(one.folder)).kind for one in (here, there)]
     assert {one.kind for one in changes_in_kind(*kinds)} == {SIGNATURE}
-    said = _told(here)
+    said = _recorded(here)
     assert said.speed is None and all(f"{MODEL} {live.release}: what it says" in words for words in said.not_understood)
 
 

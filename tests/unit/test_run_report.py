@@ -13,7 +13,7 @@ import pytest
 from tests.support.html_pages import checked
 from tests.support.run_report_files import EVIL, EVIL_IMAGE, EVIL_MARKDOWN, page_of, run_files, speed
 from train_and_ship.registry.cost import FLOW, LEDGER, Ledger, Rates, Spent, read_costs
-from train_and_ship.registry.release.told import recall
+from train_and_ship.registry.release.documents import recall
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section
 from train_and_ship.registry.report.html import html
