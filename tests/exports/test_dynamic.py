@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.worker_stages import EACH_FORMATS, ONE, OpenStages, WorkerStages
-from torchworker.contract import FORMAT_FILES, VALIDATION, DynamicDim, TensorSpec
+from torchworker.contract import FORMAT_FILES, PLACES, VALIDATION, DynamicDim, TensorSpec
 from train_and_ship.infra.errors import JobError
 
 SEQUENCES = """
@@ -72,9 +72,11 @@ def test_validation_batches_are_padded_one_by_one_where_the_job_declares_their_l
     )  # fmt: skip
     opened.export("onnx", "pt2")
     kept = load_file(opened.folder / "export" / VALIDATION)
-    # Batches of eight, as long as their longest sample: six, and then one more from batch to batch.
-    assert kept["size.input.tokens"][::8].tolist() == [[6], [2], [3], [4], [5]]
-    assert kept["eager.hidden_0/8"].shape == (8, 2, 4)
+    # Batches of eight in the drawn order, each as long as its longest sample.
+    lengths = [1 + place % 6 if place < 8 else 1 + place // 8 for place in kept[PLACES].tolist()]
+    longest = [max(lengths[start : start + 8]) for start in range(0, 40, 8)]
+    assert kept["size.input.tokens"][::8, 0].tolist() == longest == [6, 4, 5, 5, 5]
+    assert kept["eager.hidden_0/8"].shape == (8, 4, 4)
     found = opened.validate()
     assert found.passed, [item for item in found.verdicts if not item.passed]
     right = sum(
