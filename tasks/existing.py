@@ -33,8 +33,8 @@ from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.gates import live_score, require_rehearsed, worst
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import Kind
+from train_and_ship.registry.release.documents import recall
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest
-from train_and_ship.registry.run_folder import recall
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.live_inputs import changed_files
 from train_and_ship.tasks.requests import rehearse_request
