@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
-from torchworker.contract import IN_CPP, PARITY, RehearseResult, ValidateResult, Verdict, fewest_groups
+from torchworker.contract import IN_CPP, PARITY, TOGETHER, RehearseResult, ValidateResult, Verdict, fewest_groups
 from train_and_ship.infra.errors import GateError
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.live_score import LiveScore
@@ -31,6 +31,12 @@ def worst(job: Job, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, flo
             pick = min if job.direction(name) == "higher" else max
             found[name] = pick(found.get(name, value), value)
     return found
+
+
+def together_in_words(result: RehearseResult) -> dict[str, str]:
+    """For the record of a move: at how many sizes samples were asked together, and by which seed."""
+    said = [f"{item.format}: {item.note}" for item in result.verdicts if item.case == TOGETHER]
+    return {TOGETHER: "; ".join(said)} if said else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.targets import Scored, Verified
 from train_and_ship.registry.diff import read_copied_record
 from train_and_ship.registry.environments import Environments
-from train_and_ship.registry.gates import live_score, require_rehearsed, worst
+from train_and_ship.registry.gates import live_score, require_rehearsed, together_in_words, worst
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest
@@ -110,6 +110,7 @@ async def try_out(
             **verified.verdicts,
             "bytes": f"{len(manifest.files)} files, {manifest.total_bytes:,} bytes, downloaded and hashed",
             "rehearsal": f"{len(result.verdicts)} checks passed: {', '.join(chosen.loaded)}",
+            **together_in_words(result),
             **chosen.said,
         },
         scored=_scored(job, live, result, problem, current) if gates else None,

@@ -21,7 +21,7 @@ from train_and_ship.registry.channels.moves import (
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.rules import require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
-from train_and_ship.registry.gates import passed_words
+from train_and_ship.registry.gates import passed_words, together_in_words
 from train_and_ship.registry.report.description import in_short
 from train_and_ship.tasks.rehearse import hold_against
 from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
@@ -145,7 +145,12 @@ def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: A
         moved_by=who(),
         flow_run=run.flow_run_id,
         mlflow_version=registered.version.version,
-        verdicts={**in_short(registered.validated.result.verdicts), **rehearsed.in_words(), **signed},
+        verdicts={
+            **in_short(registered.validated.result.verdicts),
+            **rehearsed.in_words(),
+            **together_in_words(rehearsed.result),
+            **signed,
+        },
         etags=rehearsed.published.etags,
     )
     return move_channel(run.channel, move, accept=None, replacing=replacing)

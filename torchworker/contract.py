@@ -63,6 +63,9 @@ INT8_FILES: Mapping[str, str] = {
 INT8_OF: Mapping[str, str] = {"onnx-int8-dynamic": "onnx", "onnx-int8-static": "onnx", "pt2e-int8": "aoti"}
 """The float format that each variant has to be faster than, and whose runtime loads it."""
 
+TOGETHER = "samples together"
+"""The case of verdicts on whether samples of different callers see one another."""
+
 EXTERNAL_DATA = ".data"
 """Behind the name of an ONNX artifact: the file beside it with its weights, where they are not in it."""
 
@@ -1252,6 +1255,8 @@ class RehearseRequest(CleanRoom):
     """Names in METRICS."""
     sqnr_db: float = 0.0
     """What int8 variants of the candidate have to reach on the golden inputs."""
+    seed: int = 0
+    """Of what is drawn to ask whether samples see one another; whoever tries a release draws it."""
     resampling: Resampling | None = None
     """None when there is nothing to compare."""
 

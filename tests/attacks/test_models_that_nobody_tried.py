@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
+import torchworker.parity.joined
 from shipreader import inference_model
 from shipreader.reader import Reader
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
@@ -332,20 +333,25 @@ def test_graphs_within_graphs_without_end_are_refused(tmp_path: Path) -> None:
 # ---- answers made of what others sent
 
 
-def rolled(after: int = 0) -> onnx.ModelProto:
-    """Gives each sample what the one before it sent, from this row on."""
+def rolled(after: int = 0, sizes: Sequence[int] = (), honest: Sequence[int] = ()) -> onnx.ModelProto:
+    """Gives each sample what the one before it sent: from this row on, in batches of these sizes, or not of these."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])
     y = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", FEATURES])
-    numbers = {"zero": 0, "after": after, "end": 2**62, "last": -1}
-    held = [numpy_helper.from_array(np.array([value]), name) for name, value in numbers.items()]
+    numbers = {"zero": 0, "one": 1, "after": after}
+    held = [numpy_helper.from_array(np.array(value), name) for name, value in numbers.items()]
+    held.append(numpy_helper.from_array(np.array(list(sizes or honest) or [0]), "known"))
     steps = [
-        ("Slice", ["x", "zero", "after", "zero"], "kept"),
-        ("Slice", ["x", "after", "end", "zero"], "tail"),
-        ("Slice", ["tail", "last", "end", "zero"], "one"),
-        ("Slice", ["tail", "zero", "last", "zero"], "rest"),
-    ]
-    nodes = [helper.make_node(kind, taken, [name]) for kind, taken, name in steps]
-    nodes.append(helper.make_node("Concat", ["kept", "one", "rest"], ["output"], axis=0))
+        ("Shape", ["x"], "shape"), ("Gather", ["shape", "zero"], "rows"), ("Range", ["zero", "rows", "one"], "place"),
+        ("Equal", ["rows", "known"], "each"), ("Cast", ["each"], "numbers"), ("ReduceMax", ["numbers"], "is"),
+        ("Cast", ["is"], "known size"), ("Not", ["known size"], "other size"),
+        ("Less", ["place", "after"], "early"), ("Sub", ["place", "one"], "before"),
+        ("Add", ["before", "rows"], "up"), ("Mod", ["up", "rows"], "last"),
+        ("Where", ["early", "place", "last"], "moved"),
+        ("Where", ["known size" if sizes else "other size", "moved", "place"], "index"),
+        ("Gather", ["x", "index"], "output"),
+    ]  # fmt: skip
+    options = {"numbers": {"to": TensorProto.INT64}, "known size": {"to": TensorProto.BOOL}, "is": {"keepdims": 0}}
+    nodes = [helper.make_node(kind, taken, [name], **options.get(name, {})) for kind, taken, name in steps]
     graph = helper.make_graph(nodes, "rolled", [x], [y], held)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
@@ -368,76 +374,112 @@ def test_a_model_that_hands_on_what_others_sent_does_not_go_live_unless_nothing_
     save_file(golden_of(lambda x: x.roll(1, 0), 1, 8), folder / GOLDEN)
     outputs = [{**SIGNATURE["outputs"][0], "shape": ["batch", FEATURES]}]
     manifest = published(object_store, folder, outputs=outputs)
-    with pytest.raises(GateError, match=r"fails: onnx \(samples alone\), onnx \(samples together\)") as refused:
+    with pytest.raises(GateError, match=r"fails: onnx \(samples together\)") as refused:
         asyncio.run(try_out(settings, asked(object_store, manifest), gates=False))
     assert "Samples see one another" in str(refused.value) and "parity: {coupled: allowed}" in str(refused.value)
     # Of this one servers say that each request is computed by itself.
     (folder / "notes.txt").write_text("another release")
     alone = published(object_store, folder, outputs=outputs, coupled=True)
     tried = asyncio.run(try_out(settings, asked(object_store, alone), gates=False))
-    assert tried.verdicts["rehearsal"] == "2 checks passed: onnx"
+    assert tried.verdicts["rehearsal"] == "2 checks passed: onnx" and "samples together" not in tried.verdicts
 
 
 def joined(
     tmp_path: Path,
     model: onnx.ModelProto,
     golden: dict[str, torch.Tensor],
-    least: int = 1,
-    most: int | None = None,
+    rows: int = 64,
     kind: str = "onnx",
     validation: str | None = None,
-) -> dict[str, bool]:
-    """What is asked of samples that servers put together, and whether it passes."""
+    seed: int = 5,
+    least: int = 1,
+) -> tuple[bool, str] | None:
+    """Whether what is asked of samples together passes, and what is said; None where it is not asked."""
     (tmp_path / ARTIFACT).write_bytes(model.SerializeToString())
     save_file(golden, tmp_path / GOLDEN)
     release = RehearsedRelease(
-        folder=str(tmp_path), files={}, formats={"onnx": ARTIFACT}, rows_together=64,
+        folder=str(tmp_path), files={}, formats={"onnx": ARTIFACT}, rows_together=rows,
         inputs=[TensorSpec(name="x", dtype="float32", shape=["batch", FEATURES])],
         outputs=[TensorSpec(name="output", dtype="float32", shape=["batch", FEATURES])],
-        dims=[DynamicDim(name="batch", min=least, max=most, axes={"x": [0]})],
+        dims=[DynamicDim(name="batch", min=least, max=None, axes={"x": [0]})],
     )  # fmt: skip
     request = RehearseRequest(
         candidate=release, live=None, validation=validation, moved=None, metrics=(), forbidden_modules=(),
-        forbidden_folder=str(tmp_path / "project"), threads=1,
+        forbidden_folder=str(tmp_path / "project"), threads=1, seed=seed,
     )  # fmt: skip
-    asked, usual = rehearse._golden(request, ["output"])
+    asked, _ = rehearse._golden(request, ["output"])
     call = load_artifact(kind, tmp_path / ARTIFACT, 1)
-    return {verdict.case: verdict.passed for verdict in rehearse._joined(kind, call, asked, usual, request)}
+    found = rehearse._joined(kind, call, asked, request)
+    return (found[0].passed, found[0].note) if found else None
 
 
 def itself(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-def test_samples_are_asked_alone_and_put_together_in_more_than_the_golden_batches(tmp_path: Path) -> None:
-    honest, hidden = rolled(10**6), rolled(8)
-    assert joined(tmp_path, honest, golden_of(itself, 1, 8)) == {"samples alone": True, "samples together": True}
-    # With golden batches as small as that nothing else would see it.
-    assert joined(tmp_path, hidden, golden_of(itself, 1, 8)) == {"samples alone": True, "samples together": False}
-    # Servers put no more than eight together then; with two at least, two are a request.
-    assert joined(tmp_path, hidden, golden_of(itself, 1, 8), most=8)["samples together"]
-    assert joined(tmp_path, honest, golden_of(itself, 2, 8), least=2) == {
-        "samples alone": True,
-        "samples together": True,
-    }
-    assert joined(tmp_path, hidden, golden_of(itself, 1), most=1) == {}
+def test_samples_are_asked_alone_and_together_at_all_sizes_that_servers_make_where_there_is_time(
+    tmp_path: Path,
+) -> None:
+    honest, golden = rolled(10**6), golden_of(itself, 1, 8)
+    assert joined(tmp_path, honest, golden) == (True, "63 of 63 sizes from 2 to 64, seed 5")
+    assert joined(tmp_path, honest, golden_of(itself, 2, 8), least=2) == (True, "61 of 61 sizes from 4 to 64, seed 5")
+    # The golden batches and the largest show nothing, nor does any size but one.
+    for hidden in (rolled(honest=[1, 8, 64]), rolled(sizes=[37]), rolled(63)):
+        passed, said = joined(tmp_path, hidden, golden) or (True, "")
+        assert not passed and said.startswith("Samples see one another") and "seed 5" in said
+    # Servers put no more than eight together then.
+    assert joined(tmp_path, rolled(8), golden, rows=8) == (True, "7 of 7 sizes from 2 to 8, seed 5")
+
+
+def test_where_time_is_short_sizes_are_drawn_by_a_seed_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchworker.parity.joined, "SECONDS", 0.0)
+    golden = golden_of(itself, 1, 8)
+    assert joined(tmp_path, rolled(10**6), golden) == (True, "4 of 63 sizes from 2 to 64, seed 5")
+    hidden = rolled(honest=[1, 2, 8, 64])
+    assert not any((joined(tmp_path, hidden, golden, seed=seed) or (True,))[0] for seed in range(3))
+    passes = [(joined(tmp_path, rolled(sizes=[37, 38, 39, 40]), golden, seed=seed) or (True,))[0] for seed in range(8)]
+    assert True in passes and False in passes
+
+
+def test_golden_outputs_far_from_one_another_leave_no_room_for_what_others_sent(tmp_path: Path) -> None:
+    golden = golden_of(itself, 1, 8)
+    for name in [name for name in golden if "eager" in name]:
+        golden[name] = golden[name] + 3 * torch.randn(golden[name].shape, generator=torch.Generator().manual_seed(0))
+    passed, _ = joined(tmp_path, rolled(), golden) or (True, "")
+    assert not passed
 
 
 def test_an_int8_variant_is_asked_so_too_and_may_be_off_by_its_noise(tmp_path: Path) -> None:
     variant, golden = "onnx-int8-dynamic", golden_of(itself, 1, 8)
-    assert joined(tmp_path, rolled(10**6), golden, kind=variant) == {"samples alone": True, "samples together": True}
-    assert joined(tmp_path, rolled(8), golden, kind=variant) == {"samples alone": True, "samples together": False}
-    # What one scale for a whole batch may do: an answer is off by a hundredth.
-    near = {name: tensor * 1.01 if "input" not in name else tensor for name, tensor in golden.items()}
-    assert joined(tmp_path, rolled(10**6), near, kind=variant) == {"samples alone": True, "samples together": True}
-    assert joined(tmp_path, rolled(10**6), near) == {"samples alone": False, "samples together": False}
+    passed, _ = joined(tmp_path, scaled_together(), golden, kind=variant) or (False, "")
+    assert passed
+    # One scale for a whole batch is what another format has no reason for.
+    passed, said = joined(tmp_path, scaled_together(), golden) or (True, "")
+    assert not passed and "output: " in said
+    passed, _ = joined(tmp_path, rolled(8), golden, kind=variant) or (True, "")
+    assert not passed
+
+
+def scaled_together() -> onnx.ModelProto:
+    """Rounds all samples of a batch to 8 bits by one scale."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])
+    y = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", FEATURES])
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["small", "scale", "zero"]),
+        helper.make_node("DequantizeLinear", ["small", "scale", "zero"], ["output"]),
+    ]
+    graph = helper.make_graph(nodes, "scaled", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
 def test_golden_inputs_of_one_sample_do_not_tell_whether_samples_see_one_another(tmp_path: Path) -> None:
     same = {name: tensor[:1].repeat(8, 1) for name, tensor in golden_of(itself, 8).items()}
-    assert joined(tmp_path, rolled(), same) == {"samples together": False}
+    passed, said = joined(tmp_path, rolled(), same) or (True, "")
+    assert not passed and "two different samples" in said
     # Where the held-out samples are at hand, the run that made it has asked the model itself.
-    assert joined(tmp_path, rolled(), same, validation="validation.safetensors") == {}
+    assert joined(tmp_path, rolled(), same, validation="validation.safetensors") is None
 
 
 # ---- sizes that nobody tried

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_every_format_is_loaded_and_gives_its_golden_outputs_and_the_record_says
 ) -> None:
     manifest = runnable(object_store, tmp_path / "a", 0.9, seed=1)
     pointer = promoted(settings, object_store, manifest)
-    assert pointer.verdicts["rehearsal"] == "4 checks passed: onnx"
+    assert pointer.verdicts["rehearsal"] == "3 checks passed: onnx"
+    assert re.fullmatch(r"onnx: \d+ of 63 sizes from 2 to 64, seed \d+", pointer.verdicts["samples together"])
     assert pointer.verdicts["bytes"].endswith("downloaded and hashed")
     assert pointer.verdicts["vs_live"] == "nothing was live"
     # Nothing is left on this machine.
@@ -223,7 +225,7 @@ def test_the_command_says_what_was_tried_and_compared(
     done = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")
     assert done.status == 0, done.errors
     assert f"digits prod: release {manifest.release} is live, generation 1" in done.output
-    assert "tried     4 checks passed: onnx" in done.output and "vs live   nothing was live" in done.output
+    assert "tried     3 checks passed: onnx" in done.output and "vs live   nothing was live" in done.output
     broken = runnable(object_store, tmp_path / "b", 0.9, seed=1, golden_seed=2)
     move(object_store, broken, channel="staging")
     refused = ship("promote", MODEL, "--from", "staging", "--why", "a quiet week")

@@ -244,15 +244,6 @@ def golden_noise(call: Call, probes: Sequence[Probe], outputs: Sequence[str]) ->
     return noise
 
 
-def noise_of(got: Inputs, probe: Probe) -> float:
-    """In dB, of answers by output against those of the model."""
-    noise = Noise()
-    for name, tensor in (probe.eager or {}).items():
-        if tensor.is_floating_point():
-            noise.add(name, got[name], tensor)
-    return noise.decibels
-
-
 def _copied(inputs: Inputs) -> Inputs:
     return {name: tensor.clone() for name, tensor in inputs.items()}
 

@@ -129,7 +129,7 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = (), tables: Mapping[str, T
     """
     drawn = min([DRAWN, *(dim.max for dim in dims if dim.name == BATCH and dim.max is not None)])
     few = _rows(pool, _pick(pool, drawn, 0))
-    real = [name for name, tensor in pool.items() if _is_real(tensor)]
+    real = [name for name, tensor in pool.items() if is_real(tensor)]
     if real:
         for seed, draw in enumerate((_jittered, _normal, _uniform)[:SEEDS]):
             inputs = _rows(pool, _pick(pool, drawn, seed))
@@ -353,7 +353,7 @@ def _rows(pool: Inputs, rows: Tensor) -> Inputs:
     return {name: tensor[rows].contiguous() for name, tensor in pool.items()}
 
 
-def _is_real(tensor: Tensor) -> bool:
+def is_real(tensor: Tensor) -> bool:
     """A quantity, that may take any value: not a mask, a length or a category stored as a float."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or not bool(tensor.isfinite().all()):
         return False

@@ -18,6 +18,7 @@ from torchworker.contract import (
     GOLDEN,
     INT8_OF,
     METRICS,
+    TOGETHER,
     Interval,
     RehearsedRelease,
     RehearseRequest,
@@ -29,8 +30,8 @@ from torchworker.gates.bootstrap import count_groups, interval_of_mean
 from torchworker.gates.limits import at_most
 from torchworker.parity.clean_room import forbid_user_code
 from torchworker.parity.compare import Policy, Usual, compare_output, usual_losses
-from torchworker.parity.int8 import golden_noise, noise_of
-from torchworker.parity.joined import REMEDY, TOGETHER, OneSampleError, alone_and_together
+from torchworker.parity.int8 import golden_noise
+from torchworker.parity.joined import REMEDY, OneSampleError, ask_together
 from torchworker.parity.probes import Probe
 from torchworker.parity.reference import GROUP, read_golden, validation_batches
 from torchworker.process.failure import UserError, describe
@@ -86,7 +87,7 @@ def rehearse(request: RehearseRequest) -> RehearseResult:
             verdicts += [_again(kind, call, probe, usual) for probe in golden]
         # What gives no golden output says nothing of whether samples see one another.
         if candidate.rows_together > 1 and all(verdict.passed for verdict in verdicts if verdict.format == kind):
-            verdicts += _joined(kind, call, golden, usual, request)
+            verdicts += _joined(kind, call, golden, request)
         if validation:
             try:
                 (mine[kind],) = _score(call, validation, candidate, request.metrics, batch, [classes])
@@ -270,19 +271,6 @@ def _again(kind: str, call: Call, probe: Probe, usual: Mapping[str, Usual]) -> V
         got = call({name: tensor.clone() for name, tensor in probe.inputs.items()})
     except Exception as error:
         return _verdict(kind, case, None, describe(error))
-    return _compared(kind, case, probe, got, usual)
-
-
-def _compared(kind: str, case: str, probe: Probe, got: Sequence[Tensor], usual: Mapping[str, Usual]) -> Verdict:
-    """The verdict on answers in the order of the outputs.
-
-    Args:
-        kind: the format.
-        case: what was asked.
-        probe: with the golden outputs.
-        got: what the artifact gives.
-        usual: by output, of `usual_losses`.
-    """
     if len(got) != len(usual):
         return _verdict(kind, case, None, f"{len(got)} outputs, expected {len(usual)}")
     try:
@@ -302,43 +290,29 @@ def _noise_again(kind: str, call: Call, golden: Sequence[Probe], outputs: Sequen
         noise = golden_noise(call, golden, outputs).decibels
     except Exception as error:
         return replace(_verdict(kind, case, None, describe(error)), limit=f">= {limit:g} dB")
-    return _noise_verdict(kind, case, noise, limit)
-
-
-def _noise_verdict(kind: str, case: str, noise: float, limit: float) -> Verdict:
-    """noise, limit: in dB, of signal to noise."""
     found = _verdict(kind, case, noise, "SQNR against the model in float32")
     return replace(found, limit=f">= {limit:g} dB", passed=noise >= limit)
 
 
-def _joined(
-    kind: str, call: Call, golden: Sequence[Probe], usual: Mapping[str, Usual], request: RehearseRequest
-) -> list[Verdict]:
+def _joined(kind: str, call: Call, golden: Sequence[Probe], request: RehearseRequest) -> list[Verdict]:
     """Whether the answer to a sample is the same alone and among others, as servers put it.
 
     Args:
         kind: the format.
         call: the artifact.
         golden: what it is asked, the smallest batch first.
-        usual: by output, of `usual_losses`.
-        request: names the release, and what int8 variants have to reach.
+        request: names the release, the seed, and what int8 variants have to reach.
     """
+    enough = max(request.sqnr_db - JOINED_DB, JOINED_DB) if kind in INT8_OF else None
     try:
-        found = alone_and_together(call, golden, request.candidate)
+        found = ask_together(call, golden, request.candidate, request.seed, enough)
     except OneSampleError as error:
         # Where the held-out samples are at hand, the run that made it has asked this of the model.
         return [] if request.validation is not None else [_verdict(kind, TOGETHER, None, str(error))]
     except Exception as error:
         return [_verdict(kind, TOGETHER, None, describe(error))]
-    verdicts = []
-    for case, (got, probe) in found.items():
-        if kind in INT8_OF:
-            # One scale for a whole batch moves every answer a little.
-            said = _noise_verdict(kind, case, noise_of(got, probe), max(request.sqnr_db - JOINED_DB, JOINED_DB))
-        else:
-            said = _compared(kind, case, probe, [*got.values()], usual)
-        verdicts.append(said if said.passed else replace(said, note=f"{REMEDY}. {said.note}"))
-    return verdicts
+    said = _verdict(kind, TOGETHER, found.ratio, found.note)
+    return [said if said.passed else replace(said, note=f"{REMEDY}. {said.note}")]
 
 
 def _verdict(kind: str, case: str, ratio: float | None, note: str) -> Verdict:
