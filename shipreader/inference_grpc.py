@@ -1,16 +1,24 @@
 """The Open Inference Protocol over gRPC. An answer has bytes if the request had, and typed contents otherwise.
 
-It imports grpc and the messages of NVIDIA's client.
+gRPC keeps an answer for as long as its stream is open, however long nobody takes it, and ends no stream by itself: who
+does not take what was said has its connection ended here. It imports grpc and the messages of NVIDIA's client.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+from grpc._cython import cygrpc
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as services
 
@@ -40,6 +48,14 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 """By HTTP's status; INVALID_ARGUMENT for every other one."""
+LOOK_SECONDS = 1.0
+"""After an answer was made it is looked for the first time whether it was taken: almost all are."""
+LEAST_TAKEN = 2**14
+"""Bytes that a connection has to take between two looks: pings that are answered are no reading."""
+COPIES = 2
+"""In which an answer is kept until it is taken: Python's and gRPC's own."""
+ACKED = 120
+"""Where the kernel's struct tcp_info has the bytes that the other side has taken, 64 bits (Linux 4.2 and newer)."""
 # The protocol's typed contents; FP16 has none and comes as bytes.
 _CONTENTS = {
     "BOOL": "bool_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
@@ -63,16 +79,91 @@ def grpc_server(served: Served, port: int, limits: Limits) -> Any:
         ("grpc.server_handshake_timeout_ms", int(1000 * limits.head_seconds)),
     ]
     # Health and metadata have room above the requests that are counted.
-    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * limits.requests)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_not_about_clients)
+    hooks = [_Answering(port, limits)]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * limits.requests, interceptors=hooks)
     service = Service(served)
     services.add_GRPCInferenceServiceServicer_to_server(service, server)
     # As bytes: their number is held against the release before anything is made of them.
-    infer = grpc.unary_unary_rpc_method_handler(
-        service.infer, response_serializer=messages.ModelInferResponse.SerializeToString
-    )
+    infer = grpc.unary_unary_rpc_method_handler(service.infer)
     server.add_registered_method_handlers(SERVICE, {"ModelInfer": infer})
     server.add_insecure_port(f"{LOOPBACK}:{port}")
     return server
+
+
+def _not_about_clients(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC's is not that somebody went, or was cut off, before the answer was taken."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], cygrpc.ExecuteBatchError)
+
+
+class _Answering(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ends calls with what is wrong about the request, and the connection of who does not take what is said."""
+
+    def __init__(self, port: int, limits: Limits) -> None:
+        self._port, self._limits = port, limits
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """gRPC's hook: the handler of a call, with both."""
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        answer = handler.unary_unary
+
+        async def answered(request: Any, context: Any) -> Any:
+            found: Any = None
+            refusal: tuple[Any, str] | None = None
+            try:
+                found = await answer(request, context)
+            except RequestError as error:
+                # Not itself: what it was raised in would stay until it is taken.
+                refusal = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+            _end_unless_taken(context, self._port, self._limits)
+            if refusal is not None:
+                await context.abort(*refusal)
+            return found
+
+        return grpc.unary_unary_rpc_method_handler(
+            answered, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+        )
+
+
+def _end_unless_taken(context: Any, port: int, limits: Limits) -> None:
+    """Look again and again until the call is done; end its connection when that takes nothing, or takes too long."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+
+    def look(before: int | None, waited: float) -> None:
+        nonlocal timer
+        connection = _connection(context.peer(), port)
+        if connection is None:
+            return
+        with connection:
+            (taken,) = struct.unpack_from("Q", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), ACKED)
+            if before is not None and (taken < before + LEAST_TAKEN or waited >= limits.body_seconds):
+                connection.shutdown(socket.SHUT_RDWR)
+                return
+        timer = loop.call_later(limits.silence_seconds, look, taken, waited + limits.silence_seconds)
+
+    timer = loop.call_later(min(LOOK_SECONDS, limits.silence_seconds), look, None, 0.0)
+    context.add_done_callback(lambda _: timer.cancel())
+
+
+def _connection(peer: str, port: int) -> socket.socket | None:
+    """The connection with whoever gRPC calls so, such as ipv4:127.0.0.1:51234, again; None where it is gone.
+
+    gRPC tells nobody which one it is, but they are this process's own. Seldom looked for: each descriptor is asked.
+    """
+    ends = port, int(peer.rpartition(":")[2])
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError), ExitStack() as stack:
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            found = stack.enter_context(socket.socket(fileno=os.dup(int(entry.name))))
+            internet = found.family in (socket.AF_INET, socket.AF_INET6)
+            if internet and (found.getsockname()[1], found.getpeername()[1]) == ends:
+                stack.pop_all()
+                return found
+    return None
 
 
 class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -95,64 +186,54 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
         """Protocol."""
-        async with _refusals(context):
-            self._served.named(request.name, request.version)
-            return messages.ModelReadyResponse(ready=self._served.ready)
+        self._served.named(request.name, request.version)
+        return messages.ModelReadyResponse(ready=self._served.ready)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         """Protocol."""
-        async with _refusals(context):
-            document = self._served.metadata(self._served.named(request.name, request.version))
-            for output in document["outputs"]:
-                # Over gRPC metadata have none: a request asks for them.
-                output.pop("parameters", None)
-            return messages.ModelMetadataResponse(**document)
+        document = self._served.metadata(self._served.named(request.name, request.version))
+        for output in document["outputs"]:
+            # Over gRPC metadata have none: a request asks for them.
+            output.pop("parameters", None)
+        return messages.ModelMetadataResponse(**document)
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         """Protocol."""
-        async with _refusals(context):
-            model = self._served.named(self._served.name)
-            item = messages.RepositoryIndexResponse.ModelIndex(name=model.name, version=model.version, state="READY")
-            return messages.RepositoryIndexResponse(models=[item])
+        model = self._served.named(self._served.name)
+        item = messages.RepositoryIndexResponse.ModelIndex(name=model.name, version=model.version, state="READY")
+        return messages.RepositoryIndexResponse(models=[item])
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         """Protocol."""
-        async with _refusals(context):
-            raise RequestError("the channel decides what is served: move it (ship promote, ship rollback)", 403)
+        raise RequestError("the channel decides what is served: move it (ship promote, ship rollback)", 403)
 
     RepositoryModelUnload = RepositoryModelLoad
 
     async def infer(self, encoded: bytes, context: Any) -> Any:
         """ModelInfer, of an encoded ModelInferRequest."""
-        async with _refusals(context):
-            with self._served.visit() as visit:
-                self._served.require_room()
-                visit.hold(len(encoded))
-                if self._served.model is not None:
-                    most = self._served.model.signature.largest_request
-                    if len(encoded) > most:
-                        raise RequestError(too_long(most), 413)
-                try:
-                    request = messages.ModelInferRequest.FromString(encoded)
-                except DecodeError:
-                    raise RequestError("expected a ModelInferRequest, got other bytes") from None
-                model = self._served.named(request.model_name, request.model_version)
-                with counted(model):
-                    visit.enter()
-                    asked = _asked(request, model)
-                    visit.hold(sum(len(text) for said in asked.said.values() for text in said.values()))
-                    outputs = await model.infer(asked.inputs, asked.outputs)
-                    model.signature.require_declared(asked.outputs, outputs, asked.sizes)
-                    return _reply(asked, outputs, model)
-
-
-@asynccontextmanager
-async def _refusals(context: Any) -> AsyncIterator[None]:
-    """Ends a call with what is wrong about the request."""
-    try:
-        yield
-    except RequestError as error:
-        await context.abort(_CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
+        with self._served.visit() as visit:
+            self._served.require_room()
+            visit.hold(len(encoded))
+            if self._served.model is not None:
+                most = self._served.model.signature.largest_request
+                if len(encoded) > most:
+                    raise RequestError(too_long(most), 413)
+            try:
+                request = messages.ModelInferRequest.FromString(encoded)
+            except DecodeError:
+                raise RequestError("expected a ModelInferRequest, got other bytes") from None
+            model = self._served.named(request.model_name, request.model_version)
+            with counted(model):
+                visit.enter()
+                asked = _asked(request, model)
+                # Until the answer is taken, or nobody is there to take it.
+                kept = self._served.visit()
+                context.add_done_callback(lambda _: kept.end())
+                kept.hold(COPIES * sum(len(text) for said in asked.said.values() for text in said.values()))
+                outputs = await model.infer(asked.inputs, asked.outputs)
+                model.signature.require_declared(asked.outputs, outputs, asked.sizes)
+                kept.hold(COPIES * sum(array.nbytes for array in outputs))
+                return _reply(asked, outputs, model).SerializeToString()
 
 
 def _asked(request: Any, model: Model) -> Request:

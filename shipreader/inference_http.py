@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -69,10 +68,9 @@ def application(served: Served) -> App:
             outputs = await model.infer(asked.inputs, asked.outputs)
             model.signature.require_declared(asked.outputs, outputs, asked.sizes)
             data, length = answer(asked, outputs, model.name, model.version)
-        kind = partial(_Taken, served) if asked.said else Response
         if length is None:
-            return kind(data, media_type="application/json")
-        return kind(data, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})
+            return _Taken(served, data, media_type="application/json")
+        return _Taken(served, data, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})
 
     one = "/v2/models/{model}"
     routes = [
@@ -177,7 +175,7 @@ def host_name(text: str) -> str:
 
 
 class _Taken(Response):
-    """An answer with labels: longer than what was asked, so it counts as a request does until it is taken."""
+    """An answer that may be longer than what was asked: it counts as a request does until it is taken."""
 
     def __init__(self, served: Served, content: bytes, **options: Any) -> None:
         super().__init__(content, **options)

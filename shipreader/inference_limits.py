@@ -16,7 +16,7 @@ class Limits:
     requests: int = 256
     """Computed or waiting, HTTP and gRPC together; one more is refused."""
     bytes_at_once: int = 2**30
-    """Of all requests together, as they came."""
+    """Of all requests together, as they came, and of all answers that are not taken yet."""
     connections: int = 512
     """For each protocol; one more is refused."""
     head_bytes: int = 32 * 2**10

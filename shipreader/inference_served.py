@@ -33,7 +33,7 @@ class Served:
         self._spinning: Spinning | None = None
         self._metadata: WeakKeyDictionary[Model, bytes] = WeakKeyDictionary()
         self.requests = self.bytes = 0
-        """Computed or waiting; of all that are here, as they came."""
+        """Computed or waiting; of all that are here, as they came, and of answers until they are taken."""
         _AT_ONCE.set_function(lambda: self.requests)
 
     def load(self, document: ModelDocument) -> str:
@@ -95,7 +95,7 @@ class Served:
 
 
 class Visit:
-    """One request's part of the room, given back at the end of the block."""
+    """One request's part of the room, given back at the end of the block, or by `end`."""
 
     __slots__ = ("_bytes", "_placed", "_served")
 
@@ -103,12 +103,12 @@ class Visit:
         self._served, self._bytes, self._placed = served, 0, False
 
     def hold(self, size: int) -> None:
-        """So many bytes more have come. Raises RequestError, 429, when those of all requests are too many."""
+        """So many bytes more are here. Raises RequestError, 429, when those of all requests are too many."""
         served = self._served
         if served.bytes + size > served.limits.bytes_at_once:
             raise RequestError(
-                f"requests of {served.bytes:,} bytes are here already, and at most {served.limits.bytes_at_once:,} may "
-                "be; try again",
+                f"requests and answers of {served.bytes:,} bytes are here already, and at most "
+                f"{served.limits.bytes_at_once:,} may be; try again",
                 429,
             )
         self._bytes += size
@@ -124,8 +124,13 @@ class Visit:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Give it back, once."""
         self._served.bytes -= self._bytes
         self._served.requests -= self._placed
+        self._bytes, self._placed = 0, False
 
 
 @contextmanager

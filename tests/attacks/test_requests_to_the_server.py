@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import select
 import socket
@@ -17,6 +18,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.settings
 import httpx
 import numpy as np
 import pytest
@@ -460,7 +464,7 @@ def server(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     port = next(port for port in free_ports(50) if all(map(port_is_free, range(port, port + 3))))
     limits = Limits(
         requests=4, connections=8, head_seconds=1.5, silence_seconds=1.5, body_seconds=2.0, linger_seconds=0.3,
-        url_bytes=1000, head_bytes=2000,
+        url_bytes=1000, head_bytes=2000, bytes_at_once=2**26 + 2**20,
     )  # fmt: skip
     found = Server(folder=tmp_path_factory.mktemp("server"), model="digits", port=port, limits=limits)
     with contextlib.closing(found):
@@ -527,7 +531,7 @@ def test_who_asks_for_labels_and_does_not_take_them_is_ended(server: Server, rel
     try:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(b"GET /v2/models/digits HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            time.sleep(5)
+            time.sleep(3)
             taken = 0
             with contextlib.suppress(ConnectionError):
                 while part := connection.recv(65536):
@@ -597,6 +601,107 @@ def test_grpc_has_the_same_limits(server: Server) -> None:
         "PERMISSION_DENIED", "PERMISSION_DENIED", "OK",
     ]  # fmt: skip
     assert together in (["OK", "RESOURCE_EXHAUSTED"], ["OK"])
+
+
+def varint(number: int) -> bytes:
+    return b"" if not number else bytes([number & 127 | (128 if number > 127 else 0)]) + varint(number >> 7)
+
+
+def field(key: int, content: bytes) -> bytes:
+    return bytes([key << 3 | 2]) + (varint(len(content)) or b"\0") + content
+
+
+KINDS_OF_INPUTS = {"x": ("FP32", 4, ()), "half": ("FP16", 2, (2,)), "id": ("INT64", 8, ()), "flag": ("BOOL", 1, ())}
+
+
+def infer_message(labels: bool) -> bytes:
+    """A ModelInferRequest of one row, as it goes over a stream."""
+    body = field(1, b"digits")
+    for name, (kind, _, more) in KINDS_OF_INPUTS.items():
+        shape = b"".join(map(varint, (1, *more)))
+        body += field(5, field(1, name.encode()) + field(2, kind.encode()) + field(3, shape))
+    if labels:
+        said = field(2, field(1, b"labels") + field(2, b"\x08\x01"))
+        body += field(6, field(1, next(iter(KINDS["outputs"]))["name"].encode()) + said)
+    for _, size, more in KINDS_OF_INPUTS.values():
+        body += field(7, b"\0" * size * (2 if more else 1))
+    return b"\0" + len(body).to_bytes(4, "big") + body
+
+
+class Unreading:
+    """A client of gRPC that takes nothing: the window of each stream is 0."""
+
+    def __init__(self, server: Server, window: int = 0) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", server.port + 1), timeout=15)
+        self.http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        codes = h2.settings.SettingCodes
+        self.http2.local_settings = h2.settings.Settings(
+            client=True, initial_values={codes.INITIAL_WINDOW_SIZE: window}
+        )
+        self.http2.initiate_connection()
+
+    def ask(self, method: str, message: bytes) -> None:
+        stream = self.http2.get_next_available_stream_id()
+        path = f"/inference.GRPCInferenceService/{method}"
+        head = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost", "te": "trailers"}
+        self.http2.send_headers(stream, [*head.items(), ("content-type", "application/grpc")])
+        self.http2.send_data(stream, message, end_stream=True)
+        self.socket.sendall(self.http2.data_to_send())
+
+    def until_closed(self) -> float:
+        """Seconds until the server closes it, with all that it asks of HTTP/2 answered."""
+        began = time.monotonic()
+        with self.socket, contextlib.suppress(ConnectionError):
+            while data := self.socket.recv(65536):
+                self.http2.receive_data(data)
+                self.socket.sendall(self.http2.data_to_send())
+        return time.monotonic() - began
+
+
+@pytest.mark.timeout(300)
+def test_answers_over_grpc_that_nobody_takes_are_counted_and_end_their_connection(
+    server: Server, release: Release
+) -> None:
+    labels = {**KINDS, "labels": ["x" * 2**24]}
+    server.load(replace(release, generation=10, manifest=replace(release.manifest, signature=labels)))
+    try:
+        clients = [Unreading(server) for _ in range(4)]
+        for client in clients[:2]:
+            client.ask("ModelInfer", infer_message(labels=True))
+        # Small ones, of any call: they hold a place.
+        clients[2].ask("ServerLive", b"\0\0\0\0\0")
+        clients[3].ask("ModelInfer", infer_message(labels=False))
+        ask = functools.partial(httpx.get, f"{server.url}/v2/models/digits", timeout=30)
+        deadline = time.monotonic() + 10
+        while (reply := ask()).status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert reply.status_code == 429 and "requests and answers of 67,1" in reply.text
+        assert all(client.until_closed() < 10 for client in clients)
+        assert ask().status_code == 200
+    finally:
+        server.load(replace(release, generation=11))
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_answers_over_http_count_until_they_are_taken(served: Served, labels: bool) -> None:
+    counted: list[int] = []
+
+    async def send(message: Any) -> None:
+        counted.append(served.bytes)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    body = {**GOOD, "outputs": [{"name": next(iter(KINDS["outputs"]))["name"], "parameters": {"labels": labels}}]}
+    head = {"type": "http", "method": "POST", "path": INFER, "headers": [], "query_string": b"", "http_version": "1.1"}
+    asyncio.run(
+        application(served)({**head, "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}, receive, send)
+    )
+    assert min(counted) > 50 and served.bytes == 0
+    # With no room left for it, it is not sent.
+    served.bytes = 49_900
+    assert post(served, {"inputs": GOOD["inputs"]}, headers={}).status_code == 429
 
 
 def test_a_folder_of_a_release_needs_no_path_from_a_request(served: Served) -> None:
