@@ -127,7 +127,7 @@ def _exported(program: ExportedProgram, subject: Subject) -> tuple[Any, int]:
 
 
 def _at(opset: int, program: ExportedProgram, subject: Subject) -> Any:
-    more = attention.attention_translation() if opset == attention.OPSET else {}
+    more = {**attention.attention_translation(), **_group_norm()} if opset == attention.OPSET else {}
     return torch.onnx.export(
         program,
         (),
@@ -138,6 +138,17 @@ def _at(opset: int, program: ExportedProgram, subject: Subject) -> Any:
         dynamo=True,
         verbose=False,
     )
+
+
+def _group_norm() -> dict[Any, Any]:
+    """For torch's exporter at an operator set that has GroupNormalization: the operators that it writes below 21.
+
+    ONNX Runtime 1.31 takes that one's variance as the difference of two means: of a flat picture it may be negative,
+    and its root is NaN.
+    """
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_group_norm
+
+    return {torch.ops.aten.group_norm.default: aten_group_norm}
 
 
 def _cause(error: BaseException) -> str:
