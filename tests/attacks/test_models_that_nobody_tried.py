@@ -15,7 +15,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
-import torchworker.parity.joined
 from shipreader import inference_model
 from shipreader.reader import Reader
 from tests.support.releases import CHANNEL, MODEL, NOWHERE, move
@@ -434,7 +433,7 @@ def test_samples_are_asked_alone_and_together_at_all_sizes_that_servers_make_whe
 def test_where_time_is_short_sizes_are_drawn_by_a_seed_that_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchworker.parity.joined, "SECONDS", 0.0)
+    monkeypatch.setattr(rehearse, "JOINED_SECONDS", 0.0)
     golden = golden_of(itself, 1, 8)
     assert joined(tmp_path, rolled(10**6), golden) == (True, "4 of 63 sizes from 2 to 64, seed 5")
     hidden = rolled(honest=[1, 2, 8, 64])

@@ -31,8 +31,6 @@ GOLDEN_ROWS, MADE_ROWS = 16, 8
 """Golden samples that are asked, all different; and samples made of two of them each, which no file can know."""
 LEAST_SIZES = 4
 """Sizes that are asked in any case: the smallest, the largest, and drawn ones."""
-SECONDS = 5.0
-"""More of them are asked until all are, or so long."""
 FAR = 0.5
 """An int8 variant may be off by so much of what is usual between two samples: its noise, and nobody's values."""
 COUPLED = "parity: {coupled: allowed} in the job, with which each request is computed by itself"
@@ -68,7 +66,12 @@ class Together:
 
 
 def ask_together(
-    call: Call, golden: Sequence[Probe], release: RehearsedRelease, seed: int, decibels: float | None = None
+    call: Call,
+    golden: Sequence[Probe],
+    release: RehearsedRelease,
+    seed: int,
+    seconds: float,
+    decibels: float | None = None,
 ) -> Together:
     """Ask samples alone, and together at sizes that servers make.
 
@@ -77,6 +80,7 @@ def ask_together(
         golden: the batches of capture, the smallest first, each with a sample in each row.
         release: whose inputs and dims these are; servers put its samples together.
         seed: of what is drawn.
+        seconds: for sizes beyond LEAST_SIZES.
         decibels: of an int8 variant, the ratio of signal to noise that is enough: one scale for a whole batch moves
             every answer a little. None for formats of which rounding alone may move an answer.
 
@@ -102,7 +106,7 @@ def ask_together(
     asking = _Asking(call, pool, {name: torch.cat([one[name] for one in alone]) for name in names}, decibels)
     inner = found.sizes[1:-1]
     drawn = [inner[place] for place in torch.randperm(len(inner), generator=generator).tolist()]
-    ends = time.monotonic() + SECONDS
+    ends = time.monotonic() + seconds
     for size in dict.fromkeys([found.sizes[0], found.sizes[-1], *drawn]):
         if found.asked >= LEAST_SIZES and time.monotonic() > ends:
             break

@@ -41,6 +41,9 @@ from torchworker.runtimes.load import Call, load_artifact, load_libraries, requi
 
 REHEARSAL = "rehearsal"
 """The gate of these verdicts."""
+JOINED_SECONDS = 5.0
+"""So long an ONNX artifact is asked samples together at sizes beyond the least number; no server of ours puts those of
+other formats together, which may compile anew for each."""
 JOINED_DB = 10.0
 """An int8 variant asked of samples alone and together reaches at least this, and so much less than over all of them."""
 
@@ -305,7 +308,8 @@ def _joined(kind: str, call: Call, golden: Sequence[Probe], request: RehearseReq
     """
     enough = max(request.sqnr_db - JOINED_DB, JOINED_DB) if kind in INT8_OF else None
     try:
-        found = ask_together(call, golden, request.candidate, request.seed, enough)
+        seconds = JOINED_SECONDS if kind.startswith("onnx") else 0.0
+        found = ask_together(call, golden, request.candidate, request.seed, seconds, enough)
     except OneSampleError as error:
         # Where the held-out samples are at hand, the run that made it has asked this of the model.
         return [] if request.validation is not None else [_verdict(kind, TOGETHER, None, str(error))]
