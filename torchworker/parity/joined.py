@@ -94,10 +94,10 @@ def ask_together(
     generator = torch.Generator().manual_seed(seed)
     pool = _golden_rows(golden[-1])
     names = [spec.name for spec in release.outputs]
-    alone = [_alone(call, pool, row, least, names) for row in range(len(next(iter(pool.values()))))]
+    alone = [_single(call, pool, row, least, names) for row in range(len(next(iter(pool.values()))))]
     for made in _made(pool, generator):
         try:
-            answer = _alone(call, made, 0, least, names)
+            answer = _single(call, made, 0, least, names)
         except Exception:
             # Not every mixture is an input: it is not asked among others either.
             continue
@@ -212,7 +212,7 @@ def _nearest(got: Tensor, wanted: Tensor) -> float:
     return float("inf") if outcome.reason else outcome.ratio
 
 
-def _alone(call: Call, pool: Inputs, row: int, least: int, names: Sequence[str]) -> Inputs:
+def _single(call: Call, pool: Inputs, row: int, least: int, names: Sequence[str]) -> Inputs:
     """Its answer to one sample, as often as a batch has rows at least; [1, …] by output."""
     given = {name: tensor[[row] * least] for name, tensor in pool.items()}
     return {name: tensor[:1] for name, tensor in _answers(call, given, names).items()}
