@@ -81,9 +81,10 @@ jobs:
       - uses: actions/checkout@v5
       - uses: actions/setup-python@v6
         with: {{python-version: "{python}"}}
-      # A variable of the repository (settings, actions, variables): address or path of the wheel that has `ship`.
-      - run: python -m pip install "${{SHIP_WHEEL:?set the variable SHIP_WHEEL of the repository}}"
-        env: {{SHIP_WHEEL: "${{{{ vars.SHIP_WHEEL }}}}"}}
+      # A variable of the repository (settings, actions, variables): addresses or paths of the three wheels with `ship`,
+      # in one line, so that no package index is asked for one of their names.
+      - run: python -m pip install ${{SHIP_WHEELS:?set the variable SHIP_WHEELS of the repository}}
+        env: {{SHIP_WHEELS: "${{{{ vars.SHIP_WHEELS }}}}"}}
 {installs}      - run: ship check job.yaml{other}
 """
 

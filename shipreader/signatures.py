@@ -53,9 +53,8 @@ def load_keys(paths: Iterable[str | Path]) -> list[EllipticCurvePublicKey]:
             from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
             from cryptography.hazmat.primitives.serialization import load_pem_public_key
         except ImportError:
-            raise ReaderError(
-                "checking signatures needs the package cryptography: pip install 'shipreader[signatures]'"
-            ) from None
+            needs = "checking signatures needs a package: pip install 'cryptography>=42'"
+            raise ReaderError(needs) from None
         try:
             key = load_pem_public_key(Path(path).read_bytes())
         except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ from torchworker.runtimes.load import load_artifact
 from train_and_ship.infra.errors import JobError
 
 if importlib.util.find_spec("executorch") is None:
-    pytest.skip("ExecuTorch is not installed: pip install 'train-and-ship[edge]'", allow_module_level=True)
+    pytest.skip("ExecuTorch is not installed: pip install executorch==1.5.1", allow_module_level=True)
 
 IMAGES = """
     class Images(torch.utils.data.Dataset):

@@ -18,7 +18,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 
 if importlib.util.find_spec("executorch") is None:
-    pytest.skip("ExecuTorch is not installed: pip install 'train-and-ship[edge]'", allow_module_level=True)
+    pytest.skip("ExecuTorch is not installed: pip install executorch==1.5.1", allow_module_level=True)
 
 ON_THE_DEVICE = """
 import json, sys, warnings

@@ -35,7 +35,7 @@ def _root() -> bool:
 
 OPTIONAL: dict[str, tuple[_Here, str]] = {
     "a C++ compiler": (_command(os.environ.get("CXX", "c++"), "g++"), "the C++ runner and AOTInductor"),
-    "ExecuTorch (pip install 'train-and-ship[edge]')": (
+    "ExecuTorch (pip install executorch==1.5.1)": (
         lambda: importlib.util.find_spec("executorch") is not None,
         "programs for devices",
     ),

@@ -96,6 +96,9 @@ def test_code_below_src_is_imported_from_there_and_the_name_is_the_projects(tmp_
     job, project = load_job(folder / "job.yaml")
     assert (job.name, job.model.factory, project) == ("shop.models", "shop.net:Net", folder / "src")
     assert ".venv/bin/python -m pip install .\n" in (folder / ".github/workflows/ship.yaml").read_text()
+    assert "pip install ${SHIP_WHEELS:?" in (folder / ".github/workflows/ship.yaml").read_text(), (
+        "three words, if need be"
+    )
 
 
 def test_a_project_in_a_folder_of_a_repository_is_checked_in_its_folder(tmp_path: Path) -> None:

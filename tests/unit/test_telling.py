@@ -55,7 +55,7 @@ def test_what_ci_has_to_run_is_named_by_its_reason_and_a_skip_that_nobody_knows_
     reasons = {
         "no Slurm: slurmctld not installed (Debian: apt-get …)": "slurm",
         "no chromium on this machine (Debian: apt-get install chromium)": "chromium",
-        "ExecuTorch is not installed: pip install 'train-and-ship[edge]'": "executorch",
+        "ExecuTorch is not installed: pip install executorch==1.5.1": "executorch",
         "could not import 'executorch': No module named 'executorch'": "executorch",
         "there is no C++ runner here: no C++ compiler on this machine": "gcc",
         "Ceph RGW comes from Debian's packages, and this machine has no apt-get": "rgw",

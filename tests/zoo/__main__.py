@@ -16,7 +16,7 @@ from tests.support.zoo.export_page import EDGE, USUAL, page, visit
 
 def main() -> None:
     if importlib.util.find_spec("executorch") is None:
-        raise SystemExit("the page is written with every format: pip install 'train-and-ship[edge]'")
+        raise SystemExit("the page is written with every format: pip install executorch==1.5.1")
     chosen = [animal for animal in ZOO if not sys.argv[1:] or animal.name in sys.argv[1:]]
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         usual, edge = (visit(Path(folder) / kinds[0], kinds, chosen) for kinds in (USUAL, EDGE))

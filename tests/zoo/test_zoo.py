@@ -60,5 +60,5 @@ def test_every_model_is_exported_faithfully_or_refused_as_the_page_says(tmp_path
 @pytest.mark.timeout(900)
 def test_every_model_is_lowered_to_executorch_faithfully_or_refused_as_the_page_says(tmp_path: Path) -> None:
     if importlib.util.find_spec("executorch") is None:
-        pytest.skip("ExecuTorch is not installed: pip install 'train-and-ship[edge]'")
+        pytest.skip("ExecuTorch is not installed: pip install executorch==1.5.1")
     _is_as_written(visit(tmp_path, EDGE), EDGE)
