@@ -58,7 +58,8 @@ def test_a_metric_sees_decoded_lengths_that_differ_from_batch_to_batch(
     )
     trained: TrainResult = decode(TrainResult, Reply.read(opened.folder / "train" / RESULT).result)
     opened.export("torchscript")
-    assert opened.validate().passed
+    proven = opened.validate()
+    assert proven.passed, [item for item in proven.verdicts if not item.passed]
     assert opened.result is not None
     folder = opened.folder / "score"
     folder.mkdir()

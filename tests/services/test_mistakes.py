@@ -34,6 +34,9 @@ def _commands() -> dict[str, click.Command]:
 COMMANDS = _commands()
 
 SOUND: dict[str, list[str]] = {
+    "init": ["{folder}", "--example", "digits"],
+    "env": [],
+    "worker install": [],
     "up": [],
     "down": [],
     "status": [],
@@ -103,6 +106,13 @@ WRONG: dict[str, Sequence[str]] = {
 }
 """What a person may type instead, by the name of the parameter."""
 OF_COMMAND: dict[tuple[str, str], Sequence[str]] = {
+    ("init", "folder"): ["{folder}/none", "{job}"],
+    ("init", "model"): ["net", "net:Net"],
+    ("init", "data"): ["net"],
+    ("init", "name"): ["Digits"],
+    ("init", "changes"): ["=1"],
+    ("init", "example"): ["tensorrt"],
+    ("worker install", "python"): ["{folder}/none", "{folder}", "{job}"],
     ("doctor", "model"): [*NAMES, "nobody"],
     ("iam", "model"): ["Digits", "../digits"],
     ("iam", "channel"): ["Prod", "../prod"],
@@ -141,7 +151,7 @@ MORE: dict[str, list[list[str]]] = {
 }
 """Whole lines that are wrong."""
 
-NO_SETTINGS = {"schema", "snapshot"}
+NO_SETTINGS = {"init", "schema", "snapshot", "worker install"}
 SETTINGS = {
     "SHIP_S3_PORT": ["many", "0", "70000"],
     "SHIP_RUNS_AT_ONCE": ["0"],

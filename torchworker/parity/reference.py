@@ -417,15 +417,18 @@ def other_batches(samples: Sequence[Probe], taken: Sequence[int], largest: int |
         taken: sizes that are asked anyway.
         largest: batch that the signature allows; None for no limit.
     """
+    shapes = [{name: tensor.shape[1:] for name, tensor in probe.inputs.items()} for probe in samples]
+    alike = [probe for probe, shape in zip(samples, shapes, strict=True) if shape == shapes[0]]
+    if not alike or not all(_in_rows(probe, like=samples[0]) for probe in alike):
+        # How large an answer is depends on who else is in the batch, as the length that a decoder stops at does.
+        return
     joined: list[Probe] = []
     rows = 0
-    for probe in samples:
-        if rows >= BATCH_SIZES[-1] or not _in_rows(probe, like=samples[0]):
+    for probe in alike:
+        if rows >= BATCH_SIZES[-1]:
             break
         joined.append(probe)
         rows += _count(probe)
-    if not rows:
-        return
     start = 0
     for size in BATCH_SIZES:
         if size in taken or (largest is not None and size > largest):
