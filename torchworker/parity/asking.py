@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
-from torchworker.parity.probes import Inputs, Probe
+from torchworker.parity.probes import SCALES, Inputs, Probe
 from torchworker.process.failure import UserError
+from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.answers import Answers, roundoff_of, same_values
+
+NOISY_SECONDS = 30.0
+"""Of a model that takes longer among noise, eager's own rounding is the measure."""
 
 
 def complete(answers: Answers, probe: Probe) -> Probe:
@@ -23,10 +29,14 @@ def complete(answers: Answers, probe: Probe) -> Probe:
 
 
 def complete_or_flat(answers: Answers, probe: Probe) -> Probe:
-    """As `complete`; of flat samples also how far rounding moves the model: there eager is no measure of it."""
+    """As `complete`; where scaling made samples flat, also how far rounding moves the model: eager is no measure then."""
     asked = complete(answers, probe)
-    if asked.exact and any(_is_flat(tensor) for tensor in probe.inputs.values()):
-        return replace(asked, perturbed=answers.noisy(probe.inputs))
+    if probe.group != SCALES or not asked.exact or not any(map(_is_flat, probe.inputs.values())):
+        return asked
+    # In a fork: what a model compiles when called, as torch.cond does, fails among noise, and ever after.
+    with suppress(ChildDiedError, ChildTimeoutError):
+        noisy = run_in_fork(partial(answers.noisy, probe.inputs), CrashNote(), NOISY_SECONDS)
+        return replace(asked, perturbed=noisy)
     return asked
 
 

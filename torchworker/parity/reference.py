@@ -157,7 +157,7 @@ def write_reference(
     save_tensors(stored, folder / GOLDEN, metadata={ROUNDOFF: repr(roundoff)} if roundoff else None)
     pool, read = _write_validation(request, answers, dataset, raw)
     asked = [replace(probe, inputs={}, eager={}, exact={}) for probe in golden]
-    asked += [complete_or_flat(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
+    asked += [complete(answers, probe) for probe in singles(pool, answers.eager, project.folder)]
     dims = dims_of(named, request.dynamic, project, request.max_batch)
     unasked: dict[str, str] = {}
     for probe in probes(pool, dims, tables_of(answers, pool)):
