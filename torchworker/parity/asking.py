@@ -6,9 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
-
-from torchworker.parity.probes import SCALES, Inputs, Probe
+from torchworker.parity.probes import ZERO, Inputs, Probe
 from torchworker.process.failure import UserError
 from torchworker.process.fork import ChildDiedError, ChildTimeoutError, CrashNote, run_in_fork
 from torchworker.project.answers import Answers, roundoff_of, same_values
@@ -28,24 +26,16 @@ def complete(answers: Answers, probe: Probe) -> Probe:
     return replace(probe, eager=eager, exact=exact, perturbed=perturbed, tied=tied, roundoff=roundoff)
 
 
-def complete_or_flat(answers: Answers, probe: Probe) -> Probe:
-    """As `complete`; where scaling made samples flat, also how far rounding moves the model: eager is no measure then."""
+def complete_among_noise(answers: Answers, probe: Probe) -> Probe:
+    """As `complete`; of samples of zeros also how far rounding moves the model: eager is no measure of it there."""
     asked = complete(answers, probe)
-    if probe.group != SCALES or not asked.exact or not any(map(_is_flat, probe.inputs.values())):
+    if probe.name != ZERO or not asked.exact:
         return asked
     # In a fork: what a model compiles when called, as torch.cond does, fails among noise, and ever after.
     with suppress(ChildDiedError, ChildTimeoutError):
         noisy = run_in_fork(partial(answers.noisy, probe.inputs), CrashNote(), NOISY_SECONDS)
         return replace(asked, perturbed=noisy)
     return asked
-
-
-def _is_flat(tensor: Tensor) -> bool:
-    """Whether some sample of real numbers is the same everywhere. tensor: [batch, …]."""
-    if not tensor.is_floating_point() or tensor.dim() < 2 or not tensor.numel():
-        return False
-    rows = tensor.flatten(1)
-    return rows.shape[1] > 1 and bool((rows == rows[:, :1]).all(1).any())
 
 
 def require_repeatable(answers: Answers, probe: Probe) -> None:

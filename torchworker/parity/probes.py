@@ -65,6 +65,8 @@ SIZES = "batch sizes"
 MASKS = "masks of all and of nothing"
 ROWS = "rows of embeddings"
 SCALES = "scaled and zero"
+ZERO = "zero"
+"""The probe of samples of zeros."""
 LARGEST = "largest whole numbers"
 NOT_FINITE = "NaN and infinity"
 EMPTY = "empty batch"
@@ -88,7 +90,7 @@ class Probe:
     """Outputs in float64; empty where the model does not run in it."""
     perturbed: Inputs = field(default_factory=dict)
     """Outputs with weights and inputs perturbed by their rounding, where there is no `exact`; with everything that is
-    computed perturbed, where a sample is flat; else empty."""
+    computed perturbed, where samples are zeros; else empty."""
     tied: Inputs = field(default_factory=dict)
     """Outputs of whole numbers when equal values are sorted in another order; empty where nothing is sorted."""
     roundoff: float = 0.0
@@ -143,7 +145,7 @@ def probes(pool: Inputs, dims: Sequence[DynamicDim] = (), tables: Mapping[str, T
         yield Probe(name=name, group=LENGTHS, inputs=resized(_rows(pool, _pick(pool, 2, 0)), dims, sizes))
     for factor in (3.0, 10.0, 30.0, 1000.0, -1.0, 0.0):
         if real:
-            name = {-1.0: "negated", 0.0: "zero"}.get(factor, f"times{factor:g}")
+            name = {-1.0: "negated", 0.0: ZERO}.get(factor, f"times{factor:g}")
             yield Probe(name=name, group=SCALES, inputs={**few, **{key: few[key] * factor for key in real}})
     if real:
         shifted = {key: (few[key].double() + SHIFT * pool[key].double().std()).to(pool[key].dtype) for key in real}

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchworker.contract import GOLDEN, PLACES, PROBES, VALIDATION, ExportRequest, Project, Reading, TensorSpec
 from torchworker.data.fingerprint import Fingerprint
 from torchworker.data.groups import SampleGroups
-from torchworker.parity.asking import complete, complete_or_flat, require_no_memory, require_repeatable
+from torchworker.parity.asking import complete, complete_among_noise, require_no_memory, require_repeatable
 from torchworker.parity.probes import (
     BATCH_SIZES,
     BATCHES,
@@ -162,7 +162,7 @@ def write_reference(
     unasked: dict[str, str] = {}
     for probe in probes(pool, dims, tables_of(answers, pool)):
         try:
-            asked.append(complete_or_flat(answers, probe))
+            asked.append(complete_among_noise(answers, probe))
         except UserError as mistake:
             # Out of the model's domain (a negative length, an empty batch): no artifact is asked either.
             if probe.group == LENGTHS:

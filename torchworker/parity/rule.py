@@ -25,7 +25,7 @@ Where the model does not run in float64, z is the eager output and e_ref is how 
 weight and input is perturbed by its own rounding; the least units, 4u and 2u, are widened by FALLBACK: less sharp, and
 said so.
 
-Of flat samples (a picture of zeros) eager may be exact where nothing else is: all numbers of a channel are rounded the
+Of samples of zeros (a black picture) eager may be exact where nothing else is: all numbers of a channel are rounded the
 same way, and a normalisation that divides by almost nothing has no difference to enlarge. There e_ref is the larger of
 |eager − z| and of how far z moves when the result of every operation is off by up to u, at random (Parker, "Monte
 Carlo arithmetic", UCLA, 1997).
@@ -161,7 +161,7 @@ def compare_tensors(
         got, eager: [batch, …]; another dtype or shape fails. Whole numbers and booleans have to be equal.
         exact: the same in float64; None where the model does not run in it.
         perturbed: the eager output after weights and inputs were perturbed by their rounding, where there is no float64
-            output; where there is, of flat samples, the float64 output after all that is computed was perturbed.
+            output; where there is, of samples of zeros, the float64 output after all that is computed was perturbed.
         tied: whole numbers when equal values are sorted in another order.
         usual: of `usual_loss`, in the output's own units; read where there are few elements.
         roundoff: unit roundoff of the model, where that is coarser than its outputs'.
