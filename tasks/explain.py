@@ -63,6 +63,8 @@ async def _where(run: Run, exported: Exported, result: ValidateResult) -> dict[s
 
 
 def _question(item: Mismatch, batch: int) -> str:
-    """The probe to look at: the one that failed, or a batch of capture when that was a batch of real samples."""
+    """The probe to look at: the one that failed, or a batch of capture when that was a batch of real samples, of which
+    there is no probe (`samples 64 to 127`, `3 samples`)."""
     name = item.probe.partition(",")[0]
-    return f"batch_{batch}" if name.startswith("samples ") or not item.output else name
+    of_samples = name.startswith("samples ") or name.endswith(" samples")
+    return f"batch_{batch}" if of_samples or not item.output else name

@@ -27,7 +27,7 @@ class Whistles(nn.Module):
 
     def forward(self, sound: Tensor) -> Tensor:
         spectrum = torch.stft(sound, FRAME, HOP, window=self.window, return_complex=True).abs().square()
-        loudness = (self.bands @ spectrum).add(1e-3).log()
+        loudness = (self.bands @ spectrum).add(1).log()
         return self.classify(self.see(loudness.unsqueeze(1)).flatten(1))
 
 
