@@ -1156,6 +1156,24 @@ def fewest_groups(confidence: float) -> int:
     return math.ceil(1 - math.log2(1 - confidence) - 1e-9)
 
 
+def in_other_order(labels: Sequence[str], classes: Sequence[str], data: str) -> str:
+    """In words, where labels are the classes of the data in another order; empty otherwise.
+
+    Args:
+        labels: `export.labels` of the job.
+        classes: what the training data has as `classes`.
+        data: `data.factory` of the job.
+    """
+    if list(labels) == list(classes) or sorted(labels) != sorted(classes):
+        return ""
+    place = next(place for place, label in enumerate(labels) if label != classes[place])
+    return (
+        f"export.labels has the `classes` of {data} in another order: column {place} is labelled {labels[place]!r}, "
+        f"and label {place} of the data is {classes[place]!r}; unless the model itself changes their order, what it "
+        "answers has the wrong labels: leave export.labels out, or write them in the order of the data's"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interval:
     """What the improvement over the live release may be, were other validation samples drawn."""

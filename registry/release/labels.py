@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shipreader.records import label_counts, wrong_labels
-from torchworker.contract import TensorSpec
+from torchworker.contract import TensorSpec, in_other_order
 
 
 def labels_of(said: Sequence[str], classes: Sequence[str], output: TensorSpec, data: str) -> tuple[list[str], str]:
@@ -17,13 +17,8 @@ def labels_of(said: Sequence[str], classes: Sequence[str], output: TensorSpec, d
         output: the first one of the model.
         data: `data.factory` of the job, for the words.
     """
-    if said and list(said) != list(classes) and sorted(said) == sorted(classes):
-        place = next(place for place, label in enumerate(said) if label != classes[place])
-        return list(said), (
-            f"export.labels has the `classes` of {data} in another order: column {place} is labelled {said[place]!r}, "
-            f"and label {place} of the data is {classes[place]!r}; unless the model itself changes their order, what "
-            "it answers has the wrong labels: leave export.labels out, or write them in the order of the data's"
-        )
+    if other := in_other_order(said, classes, data):
+        return list(said), other
     if said or not classes:
         return list(said), ""
     not_taken = f"the release has no labels: {data} has `classes`, and"

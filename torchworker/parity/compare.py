@@ -405,8 +405,8 @@ class ParityCheck:
         return self._compare(probe, got)
 
     def behaviour(self, probe: Probe, smallest: Probe) -> tuple[float, list[Finding], str]:
-        """The same question after all the others, twice, and one until there were CALLS; with other strides; and
-        whether inputs, and answers that were given, were left alone.
+        """The same question after all the others, twice, and once more when there were CALLS; another one until then;
+        with other strides; and whether inputs, and answers that were given, were left alone.
 
         Args:
             probe: a batch of capture.
@@ -417,7 +417,8 @@ class ParityCheck:
         if probe.name not in self.first or smallest.name not in self.first:
             return self._failed(probe, "gave no outputs to compare the first time")
         turns = [("after the other probes", probe), ("and once more", probe)]
-        turns += [(f"as call {number}", smallest) for number in range(self.calls + 3, CALLS + 1)]
+        turns += [(f"as call {number}", smallest) for number in range(self.calls + 3, CALLS)]
+        turns += [(f"as call {self.calls + len(turns) + 1}", probe)]
         for turn, asked in turns:
             try:
                 again = self._ask(asked.name, asked.inputs)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.utils.data import Subset
 
-from torchworker.contract import Project, label_counts
+from torchworker.contract import Project, in_other_order, label_counts
 from torchworker.process.failure import UserError
 
 
@@ -41,12 +41,5 @@ def class_names(dataset: object) -> list[str]:
 
 def other_order(project: Project, dataset: object) -> list[str]:
     """A note where the job's labels are the classes of the training data in another order; none otherwise."""
-    labels, classes = list(project.labels), class_names(dataset)
-    if labels == classes or sorted(labels) != sorted(classes):
-        return []
-    place = next(place for place, label in enumerate(labels) if label != classes[place])
-    return [
-        f"export.labels has the `classes` of {project.data.target} in another order: column {place} is labelled "
-        f"{labels[place]!r}, and label {place} of the data is {classes[place]!r}; unless the model itself changes "
-        "their order, what it answers has the wrong labels"
-    ]
+    other = in_other_order(project.labels, class_names(dataset), project.data.target)
+    return [other] if other else []
