@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from torchworker import situations
 from torchworker.contract import INT8_OF, TrainResult, ValidateResult, Verdict
 from train_and_ship.infra.errors import GateError
-from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.text import Table, number, passed_or_failed
+from train_and_ship.registry.verdicts import verdict_table
 
 T_999 = 3.883
 """Student's t with 19 degrees of freedom, two-sided 99.9 %: standard errors are of 20 groups of samples."""

@@ -30,11 +30,12 @@ from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.targets import Scored, Verified
 from train_and_ship.registry.diff import read_copied_record
 from train_and_ship.registry.environments import Environments
-from train_and_ship.registry.gates import live_score, require_rehearsed, together_in_words, worst
+from train_and_ship.registry.gates import live_score, require_rehearsed, worst
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.documents import recall
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest
+from train_and_ship.registry.verdicts import together_in_words
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.live_inputs import changed_files
 from train_and_ship.tasks.requests import rehearse_request

@@ -21,8 +21,8 @@ from train_and_ship.registry.channels.moves import (
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.rules import require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
-from train_and_ship.registry.gates import passed_words, together_in_words
 from train_and_ship.registry.report.description import in_short
+from train_and_ship.registry.verdicts import passed_words, together_in_words
 from train_and_ship.tasks.rehearse import hold_against
 from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import stage_task

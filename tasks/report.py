@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from train_and_ship.infra.prefect_events import PROMOTED
 from train_and_ship.registry.bucket.keys import pointer_key, release_prefix
 from train_and_ship.registry.channels.rules import APPROVAL, APPROVED, APPROVED_FROM, ASKED_FROM
-from train_and_ship.registry.gates import NOT_RUN
 from train_and_ship.registry.kind import kinds_in
 from train_and_ship.registry.report.run import Ending, Outcome
 from train_and_ship.registry.text import Cell
+from train_and_ship.registry.verdicts import NOT_RUN
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.publish import places, publish, replaced
 from train_and_ship.tasks.results import Kept, Promoted, Registered, Rehearsed, Run, Shipped

@@ -11,8 +11,8 @@ from typing import Any
 from torchworker import situations
 from torchworker.contract import ExportResult, Project, ScoreResult, Verdict
 from train_and_ship.infra.errors import GateError
-from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.verdicts import verdict_table
 from train_and_ship.tasks.clean_room import ask_clean_room
 from train_and_ship.tasks.requests import export_request, score_request, validate_request
 from train_and_ship.tasks.rooms import Rooms

@@ -19,9 +19,9 @@ from torchworker.contract import (
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.rundir import StageFolder
 from train_and_ship.registry.agreement import require_agreement, served_otherwise
-from train_and_ship.registry.gates import asked_words, headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.run_folder import VALIDATE, VERDICTS, stage_inputs
+from train_and_ship.registry.verdicts import asked_words, headline, passed_words, unproven_in_cpp, verdict_table
 from train_and_ship.tasks.at_work import now_at
 from train_and_ship.tasks.clean_room import ask_clean_room
 from train_and_ship.tasks.explain import explain

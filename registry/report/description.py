@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ValidateResult, Verdict
-from train_and_ship.registry.gates import (
+from train_and_ship.registry.report.proof_sections import capture_table, metric_table
+from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
+from train_and_ship.registry.text import Table, escaped, file_size, number, one_line
+from train_and_ship.registry.verdicts import (
     NOT_RUN,
     asked_words,
     not_run,
@@ -17,9 +20,6 @@ from train_and_ship.registry.gates import (
     unproven_in_cpp,
     verdicts_by_format,
 )
-from train_and_ship.registry.report.proof_sections import capture_table, metric_table
-from train_and_ship.registry.report.speed import how_measured, int8_table, speed_table
-from train_and_ship.registry.text import Table, escaped, file_size, number, one_line
 
 
 def describe(

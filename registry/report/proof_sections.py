@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torchworker.contract import PARITY, ErrorCounts
 from train_and_ship.registry.agreement import agreement_table, agreements
-from train_and_ship.registry.gates import asked_words, not_run, verdicts_by_format
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.page import Block, Chart, Section, Text
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Table, number
+from train_and_ship.registry.verdicts import asked_words, not_run, verdicts_by_format
 
 
 def parity_section(files: RunFiles) -> Section:

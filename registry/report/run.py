@@ -13,7 +13,7 @@ from torchworker import situations
 from torchworker.contract import MeasureResult
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.cost import Rates, Spent
-from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, how_drawn, unproven_in_cpp
+from train_and_ship.registry.gates import Asked, VersusLive, compare, comparison_table, how_drawn
 from train_and_ship.registry.kind import kind_table
 from train_and_ship.registry.report import charts
 from train_and_ship.registry.report.cost_section import cost_section
@@ -25,6 +25,7 @@ from train_and_ship.registry.report.training_sections import curves_section, tra
 from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Cell, Link, Table, interval_text, number
 from train_and_ship.registry.tracking.runs import page_of_report
+from train_and_ship.registry.verdicts import unproven_in_cpp
 
 LONGEST_SAID, LONGEST_MACHINE = 2000, 200
 """Characters of why something is not shown, and of a processor: the live release may be another's."""

@@ -55,8 +55,9 @@ ROOMS = {
         "tracking": {"text"},
         "kind": {"release", "text"},
         "live_score": {"kind", "text"},
-        "gates": {"job", "live_score", "text"},
-        "agreement": {"gates", "job", "text"},
+        "verdicts": {"text"},
+        "gates": {"job", "live_score", "text", "verdicts"},
+        "agreement": {"job", "text", "verdicts"},
         "bucket": {"release", "identity"},
         "data": {"identity", "job", "text", "release", "bucket"},
         "diff": {"bucket", "kind", "release", "text"},
@@ -67,7 +68,7 @@ ROOMS = {
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff", "kind"},
         "serving": {"bucket", "release"},
         "report": {
-            *("identity", "text", "cost", "job", "kind", "release", "tracking", "gates", "bucket"),
+            *("identity", "text", "cost", "job", "kind", "release", "tracking", "gates", "verdicts", "bucket"),
             *("data", "diff", "lineage", "run_folder", "channels", "agreement"),
         },
         "maintenance": {

@@ -22,8 +22,8 @@ from tests.support.projects import write_project
 from tests.support.worker_stages import EACH_FORMATS, FORMATS, ONE, OpenStages
 from torchworker.contract import FORMAT_FILES
 from train_and_ship.infra.errors import JobError
-from train_and_ship.registry.gates import verdict_table
 from train_and_ship.registry.release.archives import ARCHIVES, find_fault
+from train_and_ship.registry.verdicts import verdict_table
 
 
 def test_every_format_agrees_with_the_model_at_batch_one_the_captured_and_a_larger_one(stages: OpenStages) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torchworker.contract import Measured, MeasureResult, ValidateResult, Verdict
-from train_and_ship.registry.gates import unproven_in_cpp
 from train_and_ship.registry.report import description
 from train_and_ship.registry.report.speed import speed_table
 from train_and_ship.registry.text import shorten
+from train_and_ship.registry.verdicts import unproven_in_cpp
 
 
 def verdict(format: str, gate: str, case: str, measured: float | None, limit: str, **more: Any) -> Verdict:

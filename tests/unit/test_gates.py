@@ -14,16 +14,15 @@ from train_and_ship.registry.bucket.releases import Published
 from train_and_ship.registry.gates import (
     VersusLive,
     compare,
-    headline,
     how_drawn,
     require_good_enough,
     require_not_slower,
     require_rehearsed,
-    verdict_table,
     worst,
 )
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.registry.verdicts import headline, verdict_table
 from train_and_ship.tasks.results import Rehearsed
 
 

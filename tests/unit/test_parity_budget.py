@@ -38,8 +38,8 @@ from torchworker.project.metrics import MetricSums
 from torchworker.stages.score import _as_in_the_dataset
 from torchworker.stages.validate import _quality, too_few_asked
 from train_and_ship.registry.cost import LEDGER
-from train_and_ship.registry.gates import asked_words, headline
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.registry.verdicts import asked_words, headline
 from train_and_ship.tasks.export import seconds_of_parity
 
 SAMPLES, BATCH = 40, 4
