@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak public check wheel matrix month bench bench-store bench-parity bench-inference bench-recurrent bench-size pins up down clean
+.PHONY: ship test soak public check wheel matrix month bench bench-store bench-parity bench-inference bench-recurrent bench-size bench-stranger pins up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -96,6 +96,10 @@ bench-recurrent: $(READY)
 # Models of 100, 400 and 1,200 million parameters through every stage: peak memory and disk. Look at `free -m` before.
 bench-size: $(READY)
 	$(BIN)/python benchmarks/size.py
+
+# From an empty folder to the first promoted model beside the installation alone; an environment of the project's own.
+bench-stranger: $(READY)
+	$(BIN)/python benchmarks/stranger.py
 
 # Seeds defects into small models and counts what our gate and four common rules notice.
 bench-parity: $(READY)

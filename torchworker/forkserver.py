@@ -75,6 +75,16 @@ def _preload_exporters(request: str) -> None:
     gc.freeze()
 
 
+def _preload_reader(request: str) -> None:
+    """What artifacts are read with, where none is written."""
+    from torchworker.runtimes.load import import_archive_reader
+
+    with contextlib.suppress(Exception):
+        if any(kind.startswith("pt2") for kind in json.loads(Path(request).read_bytes())["formats"]):
+            import_archive_reader()
+    gc.freeze()
+
+
 def _preload_packages(request: str) -> None:
     """What the project's modules begin with, where it is safe to share: each stage and each rank would import it."""
     # The stage that reads or imports it says what is wrong with it.
@@ -212,6 +222,9 @@ def main() -> None:
                     if job.get("stage") == "export":
                         # Without a training before it: each of its forks, and the clean room's, would import it.
                         _preload_exporters(job["request"])
+                    if job.get("stage") == "validate":
+                        # A clean room of its own: else this stage, the next two and each of their forks would.
+                        _preload_reader(job["request"])
                     server.kill(job["kill"]) if "kill" in job else server.start(job)
                     if job.get("stage") == "train":
                         # Ranks do not wait for it, and the six processes that come after them have it.
