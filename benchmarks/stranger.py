@@ -131,7 +131,7 @@ def from_an_empty_folder(work: Path) -> str:
     return "\n".join(
         [
             "| command | seconds |", "|---|---|", *rows, "",
-            f"**All four ÷ the first: {sum(took.values()) / first:.2f}**; at most 2 was wanted, in at most four commands.",
+            f"**All four ÷ the first: {sum(took.values()) / first:.2f}**; wanted: at most 2, in at most four commands.",
         ]
     )  # fmt: skip
 
