@@ -1,6 +1,7 @@
-"""The wheel of train-and-ship carries the wheels of `torchworker` and `shipreader` (train_and_ship/ship/wheels).
+"""The wheel of train-and-ship carries prefect.yaml and the wheels of `torchworker` and `shipreader`.
 
-`ship worker install` puts the first into the environment of a project. All else about the build is in pyproject.toml.
+`ship worker install` puts the first of the two (train_and_ship/ship/wheels) into the environment of a project. All else
+about the build is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class BuildWithWheels(build_py):
         super().run()
         if self.editable_mode:
             return
+        # What `ship up` deploys where there is no clone.
+        shutil.copy("prefect.yaml", Path(self.build_lib, "train_and_ship"))
         wheels = Path(self.build_lib, "train_and_ship", "ship", "wheels").resolve()
         shutil.rmtree(wheels, ignore_errors=True)
         wheels.mkdir(parents=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.job_environment import without_signing
 from train_and_ship.infra.job_folders import WORKER
 from train_and_ship.infra.password import read_password
@@ -25,6 +25,14 @@ WORKER_NAME = "local"
 NAMES = (LOOPBACK, "localhost")
 PASSWORD = "password"
 """In the configuration of a process: what its password is known by."""
+INSTALLATION = "installation"
+"""The same: the environment of Python that it runs in, which is shared with other clones and may be deleted."""
+PARTS = {
+    "s3": ("SHIP_BUCKET", "the bucket, and AWS_ENDPOINT_URL where it is not at AWS"),
+    "mlflow": ("MLFLOW_TRACKING_URI", "the address of the MLflow server"),
+    "prefect": ("PREFECT_API_URL", "the address of the Prefect server, with /api at its end"),
+}
+"""What `ship up --only` names, to the variable that names somebody else's, and what that holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,27 @@ def components(settings: Settings) -> list[Component]:
     if settings.prefect_is_local:
         found += [prefect_component(settings), _worker(settings)]
     return found
+
+
+def require_only(settings: Settings, only: str) -> None:
+    """Raises SettingsError unless the parts of the stack are those: the others are somebody else's.
+
+    only: names of PARTS, with commas; Prefect's worker belongs to it.
+    """
+    wanted = [name.strip() for name in only.split(",")]
+    if unknown := [name for name in wanted if name not in PARTS]:
+        raise SettingsError(f"--only: expected some of {', '.join(PARTS)}, with commas, got {', '.join(unknown)!r}")
+    ours = {component.name for component in components(settings)}
+    for name, (variable, what) in PARTS.items():
+        if name in wanted and name not in ours:
+            raise SettingsError(
+                f"--only: {name} is asked for, and the environment names somebody else's: unset {variable}"
+                + (" and AWS_ENDPOINT_URL" if name == "s3" else "")
+            )
+        if name not in wanted and name in ours:
+            raise SettingsError(
+                f"--only {only}: {name} is not started here, and nothing says where it is: set {variable} to {what}"
+            )
 
 
 def s3_component(settings: Settings) -> Component:
@@ -79,7 +108,7 @@ def s3_component(settings: Settings) -> Component:
         folder=folder,
         port=settings.s3_port,
         port_variable="SHIP_S3_PORT",
-        configuration={"SHIP_S3_PORT": str(settings.s3_port), **_password(settings)},
+        configuration={"SHIP_S3_PORT": str(settings.s3_port), **_known_by(settings)},
         ready=lambda _: answers(f"http://{LOOPBACK}:{settings.s3_port}/_ministack/health"),
     )
 
@@ -110,7 +139,7 @@ def mlflow_component(settings: Settings) -> Component:
         folder=folder,
         port=settings.mlflow_port,
         port_variable="SHIP_MLFLOW_PORT",
-        configuration={"SHIP_MLFLOW_PORT": str(settings.mlflow_port), **_password(settings)},
+        configuration={"SHIP_MLFLOW_PORT": str(settings.mlflow_port), **_known_by(settings)},
         ready=lambda _: answers(f"{settings.mlflow_url}/health"),
     )
 
@@ -132,7 +161,7 @@ def prefect_component(settings: Settings) -> Component:
         folder=settings.home / "prefect",
         port=settings.prefect_port,
         port_variable="SHIP_PREFECT_PORT",
-        configuration={"SHIP_PREFECT_PORT": str(settings.prefect_port), **_password(settings)},
+        configuration={"SHIP_PREFECT_PORT": str(settings.prefect_port), **_known_by(settings)},
         ready=lambda _: answers(f"{settings.prefect_api_url}/health"),
     )
 
@@ -157,7 +186,7 @@ def _worker(settings: Settings) -> Component:
         # Ten seconds, the default, is most of the time between a click and the first line of a short run.
         environment={**prefect_environment(settings), "PREFECT_WORKER_QUERY_SECONDS": "2", WORKER: "local"},
         folder=settings.home / "prefect",
-        configuration={**addresses, **_password(settings)},
+        configuration={**addresses, **_known_by(settings)},
         ready=lambda record: _worker_is_online(settings, record),
     )
 
@@ -167,10 +196,11 @@ def python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module, *arguments)
 
 
-def _password(settings: Settings) -> dict[str, str]:
-    """By what a process is known to have the password of today: nothing from which it could be found."""
+def _known_by(settings: Settings) -> dict[str, str]:
+    """Where a process runs, and by what it has the password of today: nothing from which that could be found."""
     password = read_password(settings.home)
-    return {PASSWORD: hashlib.sha256(password.encode()).hexdigest()[:8]} if password else {}
+    known = {INSTALLATION: sys.prefix}
+    return {**known, PASSWORD: hashlib.sha256(password.encode()).hexdigest()[:8]} if password else known
 
 
 def _environment(settings: Settings) -> dict[str, str]:

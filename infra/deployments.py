@@ -1,4 +1,8 @@
-"""Deploy what prefect.yaml lists, when it or the code it names has changed."""
+"""Deploy the flows as prefect.yaml lists them, when it or the code it names has changed.
+
+In a clone it is the file there, which names a job of the clone. Elsewhere it is the installed one, without what only a
+clone has.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,20 @@ from typing import Any
 import httpx
 import yaml
 
+from torchworker.durable import write_durably
 from train_and_ship.infra.errors import SettingsError
-from train_and_ship.infra.settings import project_folder
+from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.settings import clone_folder
 
 TIMEOUT_SECONDS = 180.0
 PAGE = 200
 """As many as Prefect's API gives at once."""
 BEFORE = "flows."
 """What the names of our flows began with before the packages were called `train_and_ship.…`."""
+INSTALLED = Path(__file__).parents[1] / "prefect.yaml"
+"""In a wheel beside the packages, in a clone at its top."""
+ELSEWHERE = "elsewhere "
+"""What the fingerprint of a deployment begins with that no clone has made."""
 FLOWS = ("retrain.retrain", "train_and_ship.train_and_ship", "rollback.rollback", "promote.promote")
 Api = Callable[[str, str, Mapping[str, Any]], httpx.Response]
 
@@ -32,10 +42,10 @@ def deploy(
     state: Path,
     report: Callable[[str], None],
 ) -> None:
-    """Run a command in the project's folder, unless that would change nothing.
+    """Run a command in the folder of prefect.yaml, unless that would change nothing.
 
-    Without a prefect.yaml above the current folder there is nothing to deploy. What `ship deploy` stored with an
-    earlier version gets the name of its flow of today.
+    Outside of a clone the flows that a clone has deployed stay as they are. What `ship deploy` stored with an earlier
+    version gets the name of its flow of today.
 
     Args:
         api: asks Prefect: method, path and body to its reply.
@@ -47,30 +57,45 @@ def deploy(
     Raises:
         SettingsError: prefect.yaml cannot be read, or the command failed; with its last lines.
     """
-    project = project_folder()
-    if project is None:
-        report("deployments: none, no prefect.yaml in this folder or above it")
-        return
     began = time.monotonic()
-    fingerprint = _fingerprint(project)
-    names = _names(project / "prefect.yaml")
+    clone = clone_folder()
+    folder = clone or _without_clone(state.parent)
+    file = folder / "prefect.yaml"
+    names = _names(file)
+    fingerprint = _fingerprint(clone or INSTALLED.parent, file)
     found = _deployed(api)
     _rename_flows(api, found)
-    if state.exists() and state.read_text() == fingerprint and names <= {item["name"] for item in found}:
+    there = names <= {item["name"] for item in found}
+    before = state.read_text() if state.exists() else ""
+    if there and (before == fingerprint or (clone is None and before and not before.startswith(ELSEWHERE))):
         report(f"deployments: {', '.join(sorted(names))} (unchanged)")
         return
-    output, failed = run_to_its_end(command, environment, TIMEOUT_SECONDS, project)
+    output, failed = run_to_its_end(command, environment, TIMEOUT_SECONDS, folder)
     # One invalid entry makes the command skip the others, so its word is not enough.
     missing = names - {item["name"] for item in _deployed(api)}
     if failed or missing:
         last = "\n".join(output.splitlines()[-20:])
         raise SettingsError(
-            f"{project / 'prefect.yaml'} could not be deployed"
+            f"{file} could not be deployed"
             + (f" (missing: {', '.join(sorted(missing))})" if missing else "")
             + f". The end of `prefect deploy --all`:\n{last}"
         )
     state.write_text(fingerprint)
     report(f"deployments: {', '.join(sorted(names))} ({time.monotonic() - began:.1f} s)")
+
+
+def _without_clone(folder: Path) -> Path:
+    """A folder with the installed prefect.yaml, without jobs that only a clone has, and without their schedules.
+
+    folder: of this stack, where it is made.
+    """
+    content = yaml.safe_load(INSTALLED.read_text())
+    for deployment in content["deployments"]:
+        if deployment.get("parameters", {}).pop("job", None) is not None:
+            deployment.pop("schedules", None)
+    made = make_folder(folder / "installed")
+    write_durably(made / "prefect.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+    return made
 
 
 def run_to_its_end(
@@ -131,12 +156,17 @@ def _rename_flows(api: Api, deployments: Sequence[Mapping[str, Any]]) -> None:
             api("PATCH", f"/deployments/{deployment['id']}", {"entrypoint": entrypoint})
 
 
-def _fingerprint(project: Path) -> str:
-    """Changes with prefect.yaml and the Python packages beside it: a deployment holds its flow's parameter schema."""
-    digest = hashlib.sha256((project / "prefect.yaml").read_bytes())
-    digest.update(str(project).encode())
-    for source in sorted(project.glob("*/*.py")):
+def _fingerprint(packages: Path, file: Path) -> str:
+    """Changes with prefect.yaml and our packages: a deployment holds its flow's parameter schema.
+
+    Args:
+        packages: the folder whose subfolders they are.
+        file: that is deployed.
+    """
+    digest = hashlib.sha256(file.read_bytes())
+    digest.update(str(file.parent).encode())
+    for source in sorted(packages.glob("*/*.py")):
         if (source.parent / "__init__.py").exists():
             stat = source.stat()
-            digest.update(f"{source.relative_to(project)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+            digest.update(f"{source.relative_to(packages)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return (ELSEWHERE if file.parent != packages else "") + digest.hexdigest()

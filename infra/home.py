@@ -1,15 +1,52 @@
-"""The folder of all local state, `.ship`: its owner's alone from its first file on."""
+"""The folder of all local state: its owner's alone from its first file on.
+
+One for all projects of a user, below XDG_STATE_HOME; or one of a project's own, `.ship` in its folder or above it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
 
 from torchworker.durable import make_folders, sync
+from train_and_ship.infra.errors import SettingsError
 
 NAME = ".ship"
-"""Of the folder, unless SHIP_HOME names another one."""
+"""Of the folder of a project that has one of its own."""
+USERS = "train-and-ship"
+"""Of the one that all other projects share."""
+
+
+def find_home() -> Path:
+    """The nearest `.ship` in the current folder or above it, as git looks for `.git`; else the user's own.
+
+    One that belongs to somebody else is not theirs to say where this user's runs go, so it is passed over. Raises
+    SettingsError where there is no such folder and nobody says where this user is at home.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        # A folder that may not be looked into holds none of ours.
+        with contextlib.suppress(OSError):
+            place = folder / NAME
+            if place.is_dir() and place.stat().st_uid == os.geteuid():
+                return place
+    return users_home()
+
+
+def users_home() -> Path:
+    """`train-and-ship` below XDG_STATE_HOME, by default `~/.local/state` (XDG Base Directory Specification 0.8)."""
+    # A relative one has to be ignored, says the specification.
+    if (state := Path(os.environ.get("XDG_STATE_HOME", ""))).is_absolute():
+        return state / USERS
+    try:
+        return Path.home() / ".local/state" / USERS
+    except RuntimeError:
+        raise SettingsError(
+            "HOME: expected the folder of this user, and neither the environment nor the system names one; set "
+            "SHIP_HOME to a folder for the state of the local stack"
+        ) from None
 
 
 def make_folder(folder: Path) -> Path:
@@ -29,8 +66,11 @@ def make_folder(folder: Path) -> Path:
 
 
 def _is_home(folder: Path) -> bool:
-    named = os.environ.get("SHIP_HOME")
-    return folder.name == NAME or (bool(named) and folder.absolute() == Path(str(named)).expanduser().absolute())
+    if folder.name == NAME:
+        return True
+    if named := os.environ.get("SHIP_HOME"):
+        return folder.absolute() == Path(named).expanduser().absolute()
+    return folder.name == USERS and folder.absolute() == users_home()
 
 
 def open_to_others(home: Path) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import resource
-import socket
 import subprocess
 import time
 import uuid
@@ -221,29 +220,6 @@ def _alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen on the port now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As servers do: connections that are merely winding down do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def port_holder(port: int) -> str:
-    """Who listens on the port, for an error message: "pid 42 (nginx)", or "another program" when we may not see it."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections(kind="tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
-                if connection.pid is None:
-                    break
-                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
-    return "another program"
 
 
 def last_lines(log: Path, count: int = 20) -> str:

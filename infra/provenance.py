@@ -45,6 +45,11 @@ def project_place(folder: Path) -> dict[str, str]:
     return {name: said for name, said in found.items() if said}
 
 
+def git_folder(folder: Path) -> str:
+    """The absolute folder in which git keeps the repository, which all its worktrees share; empty outside of one."""
+    return _git(folder, "rev-parse", "--path-format=absolute", "--git-common-dir")
+
+
 def _git(folder: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(

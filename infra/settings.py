@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.home import find_home
 from train_and_ship.infra.password import USER, read_password
 
 LOOPBACK = "127.0.0.1"
@@ -29,15 +30,16 @@ HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect takes no less."""
 
 
-def project_folder() -> Path | None:
-    """The folder of the nearest `prefect.yaml`: the current one or one above it."""
+def clone_folder() -> Path | None:
+    """The nearest folder with our `prefect.yaml`, the current one or one above it; other people's are not asked."""
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "prefect.yaml").is_file()), None)
+    return next((folder for folder in (here, *here.parents) if _is_ours(folder / "prefect.yaml")), None)
 
 
-def _default_home() -> Path:
-    """`.ship` in the project's folder, else in the current one."""
-    return (project_folder() or Path.cwd()) / ".ship"
+def _is_ours(file: Path) -> bool:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return re.search(r"^name: *train-and-ship *$", file.read_text(), re.MULTILINE) is not None
+    return False
 
 
 def without_proxy() -> dict[str, str]:
@@ -54,7 +56,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    home: Path = Field(default_factory=_default_home, validation_alias="SHIP_HOME")
+    home: Path = Field(default_factory=find_home, validation_alias="SHIP_HOME")
     """Folder for all local state: service data, logs, pids and run directories."""
     prefect_port: int = Field(4200, validation_alias="SHIP_PREFECT_PORT", ge=1, le=65535)
     """Port of the local Prefect server."""

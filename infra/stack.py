@@ -3,7 +3,7 @@
     S3 ───────── bucket
     MLflow
     Prefect ──── work pool ──┬── worker
-                             └── deployments (prefect.yaml)
+                             └── deployments of the flows
 
 The three servers start at the same time. All state is in one folder (`settings.home`): s3, mlflow, prefect, logs and
 pids. A part whose address is given in the environment is somebody else's: it is used, never started or stopped.
@@ -12,7 +12,9 @@ pids. A part whose address is given in the environment is somebody else's: it is
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ import httpx
 from train_and_ship.infra import automations, deployments, janitor
 from train_and_ship.infra.addresses import recognisable, without_password
 from train_and_ship.infra.components import (
+    INSTALLATION,
     PASSWORD,
     WORK_POOL,
     Component,
@@ -35,6 +38,7 @@ from train_and_ship.infra.components import (
     components,
     prefect_environment,
     python,
+    require_only,
 )
 from train_and_ship.infra.doors.sigv4 import signed_get
 from train_and_ship.infra.errors import ServiceError, SettingsError
@@ -43,9 +47,10 @@ from train_and_ship.infra.job_environment import without_signing
 from train_and_ship.infra.job_folders import add_job_folder
 from train_and_ship.infra.locks import locked
 from train_and_ship.infra.password import FILE, USER, make_password, read_password
+from train_and_ship.infra.ports import free_ports, port_holder, port_is_free
 from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
-from train_and_ship.infra.processes import PidFile, last_lines, port_holder, port_is_free, start, stop
-from train_and_ship.infra.settings import Settings, project_folder
+from train_and_ship.infra.processes import PidFile, last_lines, start, stop
+from train_and_ship.infra.settings import Settings, clone_folder
 
 START_SECONDS = 90.0
 """How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
@@ -94,22 +99,27 @@ def status(settings: Settings) -> list[Status]:
     return rows
 
 
-def up(settings: Settings, report: Report = lambda line: None) -> None:
-    """Start what is not running, wait until everything answers, deploy what prefect.yaml lists.
+def up(settings: Settings, report: Report = lambda line: None, only: str = "") -> None:
+    """Start what is not running, wait until everything answers, deploy the flows.
+
+    only: names of PARTS that are started, with commas; the environment says where the others are. Empty for those that
+    the environment does not say.
 
     Idempotent. Raises SettingsError before anything is started when a port is taken or the running stack has other
     settings; ServiceError when a component does not come up, after stopping what this call started.
     """
+    if only:
+        require_only(settings, only)
     with _exclusive(settings, report), _default_interrupt():
         if components(settings):
             make_password(settings.home)
         ours = components(settings)
         if any(component.name == "worker" for component in ours):
-            add_job_folder(settings.home, project_folder() or Path.cwd())
+            add_job_folder(settings.home, clone_folder() or Path.cwd())
         for name in _external_names(ours):
             report(f"{name}: external, not started here")
         running = _running(settings, ours, report)
-        _check_ports(ours, running)
+        _check_ports(settings, ours, running)
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="stack") as pool:
             # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
             for declared in _start_all(settings, ours, running, pool, report):
@@ -182,6 +192,7 @@ def _running(settings: Settings, ours: list[Component], report: Report) -> dict[
     wanted = {component.name: component for component in ours}
     running: dict[str, PidFile] = {}
     open_to_all = []
+    elsewhere = set()
     for name in ("s3", "mlflow", "prefect", "worker"):
         record = PidFile.read(_pid_file(settings, name))
         if record is None:
@@ -195,8 +206,17 @@ def _running(settings: Settings, ours: list[Component], report: Report) -> dict[
                 f"{name} of this stack is running (pid {record.pid}) although the environment now names another one: "
                 "run `ship down` first"
             )
+        where = record.configuration.get(INSTALLATION, "")
+        if where and not Path(where).exists():
+            report(f"{wanted[name].title}: ran in {where}, which is gone; it starts again in {sys.prefix}")
+            stop([_pid_file(settings, name)])
+            continue
+        if where not in ("", sys.prefix):
+            elsewhere.add(where)
         for variable, value in wanted[name].configuration.items():
             was = record.configuration.get(variable)
+            if variable == INSTALLATION:
+                continue
             if variable == PASSWORD and was != value:
                 if was is None:
                     open_to_all.append(name)
@@ -217,12 +237,17 @@ def _running(settings: Settings, ours: list[Component], report: Report) -> dict[
             # Those that are started now would ask, or be asked.
             raise SettingsError(f"{who}: run `ship down` first")
         report(f"{who}; `ship down` and `ship up` when no run is at work")
+    for where in sorted(elsewhere):
+        report(
+            f"this stack runs in {where}, and its worker with the version there; `ship down` and `ship up` move it here"
+        )
     return running
 
 
-def _check_ports(ours: list[Component], running: Mapping[str, PidFile]) -> None:
-    """Raises SettingsError when a port is asked for twice or held by somebody else."""
+def _check_ports(settings: Settings, ours: list[Component], running: Mapping[str, PidFile]) -> None:
+    """Raises SettingsError when a port is asked for twice or held by somebody else, another stack of this user too."""
     owners: dict[int, Component] = {}
+    taken: list[Component] = []
     for component in ours:
         if component.port is None:
             continue
@@ -232,10 +257,23 @@ def _check_ports(ours: list[Component], running: Mapping[str, PidFile]) -> None:
                 "every server needs its own port"
             )
         if component.name not in running and not port_is_free(component.port):
-            raise SettingsError(
-                f"port {component.port}, needed for {component.title}, is taken by {port_holder(component.port)}: "
-                f"stop that, or set {component.port_variable} to a free port"
-            )
+            taken.append(component)
+    if not taken:
+        return
+    holders = {component.title: port_holder(component.port or 0) for component in taken}
+    ports = ", ".join(f"{component.port} for {component.title}" for component in taken)
+    free = zip(taken, free_ports(len(taken)), strict=True)
+    variables = " ".join(f"{component.port_variable}={port}" for component, port in free)
+    ways = [f"export {variables}, which are free, wherever this stack is used"]
+    if shared := {holder.home for holder in holders.values()} - {"", str(settings.home)}:
+        home = shlex.quote(min(shared))
+        ways = [f"share it: export SHIP_HOME={home}", f"end it: SHIP_HOME={home} ship down", *ways]
+    raise SettingsError(
+        f"this stack ({settings.home}) cannot start, its ports are taken ({ports}) by "
+        + ", ".join(dict.fromkeys(str(holder) for holder in holders.values()))
+        + "; "
+        + "; or ".join(ways)
+    )
 
 
 def _start_all(

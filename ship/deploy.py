@@ -11,6 +11,7 @@ import typer
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.job_folders import add_job_folder
 from train_and_ship.infra.prefect_rest import require_prefect
+from train_and_ship.infra.projects import claim
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.job.load import load_job
 
@@ -22,17 +23,19 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
     """
     jobs: dict[str, Path] = {}
     schedules: dict[str, tuple[str | None, str | None]] = {}
+    projects: dict[str, Path] = {}
     mistakes = []
     warnings: set[str] = set()
     for path in job_files:
         try:
-            job, _ = load_job(path)
+            job, folder = load_job(path)
         except JobError as error:
             mistakes.append(str(error))
             continue
         if job.name in jobs:
             mistakes.append(f"{path}: name: {job.name} is the model of {jobs[job.name]} too; one job file a model")
         jobs[job.name] = path.absolute()
+        projects[job.name] = folder
         schedules[job.name] = (cron or job.retrain.cron, timezone or job.retrain.timezone)
         if missing := [variable for variable in job.env if variable not in os.environ]:
             warnings.add(
@@ -49,6 +52,8 @@ def deploy(job_files: Sequence[Path], cron: str | None, timezone: str | None) ->
     for name, schedule in schedules.items():
         require_schedule(*schedule, where=f"{name}: ")
     require_prefect(settings)
+    for name, folder in projects.items():
+        claim(settings.home, name, folder)
     if settings.prefect_is_local:
         for path in jobs.values():
             add_job_folder(settings.home, path.resolve().parent)

@@ -69,7 +69,11 @@ def init(
 
 
 @app.command(rich_help_panel=STACK)
-def up() -> None:
+def up(
+    only: Annotated[
+        str, typer.Option(help="Which of s3, mlflow, prefect, with commas; where the others are the environment says.")
+    ] = "",
+) -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
     from train_and_ship.infra import stack
     from train_and_ship.infra.addresses import without_password
@@ -81,7 +85,7 @@ def up() -> None:
 
     began = time.monotonic()
     settings = Settings.load()
-    stack.up(settings, typer.echo)
+    stack.up(settings, typer.echo, only)
     bucket = f"s3://{settings.bucket}" + (
         f" at {without_password(settings.s3_endpoint)}" if settings.s3_endpoint else ""
     )
@@ -90,7 +94,7 @@ def up() -> None:
         f"  Prefect  {settings.prefect_ui_url}\n"
         f"  MLflow   {without_password(settings.mlflow_url)}\n"
         f"  bucket   {bucket}\n"
-        f"  logs     {settings.home / 'logs'}"
+        f"  state    {settings.home}, logs in {settings.home / 'logs'}"
     )
     for line in how_to_get_in(settings):
         typer.echo(line)

@@ -17,6 +17,7 @@ from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.job_folders import leave_worker
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import require_prefect
+from train_and_ship.infra.projects import claim
 from train_and_ship.infra.rundir import run_folder
 from train_and_ship.infra.settings import HEARTBEAT_SECONDS, Settings
 from train_and_ship.registry.bucket.keys import release_prefix
@@ -105,6 +106,7 @@ def _prepare(job: Job, project: Path, resume: str, interpreter: Interpreter, *, 
     if resume:
         run_folder(settings.runs / job.name, "", resume)
     require_prefect(settings)
+    claim(settings.home, job.name, project)
     if reads_data:
         # Workers import torch while this process imports Prefect.
         fork_server(settings.runs / job.name / "host.log", interpreter)

@@ -19,7 +19,8 @@ from shipreader.inference_limits import LOOPBACK, Limits
 from shipreader.mlserver import BATCH_SIZE, require_datatypes, rows_together, served
 from shipreader.records import Release
 from train_and_ship.infra.errors import ServiceError, SettingsError
-from train_and_ship.infra.processes import last_lines, port_holder, port_is_free
+from train_and_ship.infra.ports import port_holder, port_is_free
+from train_and_ship.infra.processes import last_lines
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.ship.server_process import GoneError, ServerProcess
 

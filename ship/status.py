@@ -20,7 +20,7 @@ from train_and_ship.infra import janitor, stack
 from train_and_ship.infra.errors import JobError, ReleaseError, ServiceError, SettingsError, ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.prefect_rest import prefect_api
-from train_and_ship.infra.settings import Settings, project_folder
+from train_and_ship.infra.settings import Settings, clone_folder
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels, models
 from train_and_ship.registry.bucket.transfer import in_parallel
@@ -266,7 +266,7 @@ def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:
     except ShipError as error:
         typer.echo(f"When retraining is asked next is not known: {error}", err=True)
         return {}
-    return soonest(reply.json() if reply.is_success else [], project_folder() or Path.cwd())
+    return soonest(reply.json() if reply.is_success else [], clone_folder() or Path.cwd())
 
 
 def soonest(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[tuple[str, str], datetime]:

@@ -41,7 +41,7 @@ from shipreader.records import Manifest, Release
 from tests.support.onnx_releases import KINDS, kinds_release
 from tests.support.ports import free_ports
 from train_and_ship.infra.errors import ServiceError
-from train_and_ship.infra.processes import port_is_free
+from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.ship.server import Server, requirements
 

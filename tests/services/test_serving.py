@@ -30,7 +30,7 @@ from tests.support.releases import move, published
 from tests.support.tool_environments import tool_python
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.processes import port_is_free
+from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.toolenv import environment

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def tiny(seconds: int = 0):
         subprocess.run([sys.executable, "-c", f"import time; time.sleep({seconds})"], start_new_session=True)
 """
 PREFECT_YAML = """
-name: tiny
+name: train-and-ship
 deployments:
 - {name: tiny, entrypoint: "tiny.py:tiny", work_pool: {name: local}}
 """
@@ -116,6 +116,8 @@ class Stack:
 
 def make_stack(folder: Path) -> Stack:
     folder.mkdir()
+    # A project with a stack of its own.
+    (folder / ".ship").mkdir(mode=0o700)
     shutil.copy(ROOT / "prefect.toml", folder)
     (folder / "tiny.py").write_text(FLOW)
     (folder / "prefect.yaml").write_text(PREFECT_YAML)
@@ -188,6 +190,27 @@ def test_a_second_up_starts_nothing(running: Stack) -> None:
     assert running.pids() == before
     assert done.stdout.count("already up") == 4
     assert "tiny (unchanged)" in done.stdout
+
+
+def test_a_second_stack_on_the_same_ports_is_offered_the_first(running: Stack, tmp_path: Path) -> None:
+    second = replace(running, project=tmp_path)
+    second.home.mkdir()
+    done = second.ship("up")
+    assert done.returncode == 2
+    for part in (f"by your stack in {running.home}", f"share it: export SHIP_HOME={running.home}", "SHIP_S3_PORT="):
+        assert part in done.stderr
+    assert second.pids() == {}
+
+
+def test_a_stack_whose_environment_was_deleted_starts_again_in_this_one(running: Stack) -> None:
+    file = running.home / "pids" / "s3.json"
+    record = json.loads(file.read_text())
+    gone = {**record["configuration"], "installation": "/nowhere/.venv"}
+    file.write_text(json.dumps({**record, "configuration": gone}))
+    done = running.ship("up")
+    assert done.returncode == 0, done.stderr
+    assert "S3: ran in /nowhere/.venv, which is gone" in done.stdout
+    assert running.pids()["s3"] != record["pid"]
 
 
 def test_two_ups_at_once_end_with_one_stack(running: Stack) -> None:
@@ -282,7 +305,7 @@ def test_a_taken_port_is_named_before_anything_starts(idle: Stack) -> None:
         done = idle.ship("up")
         assert "port taken" in idle.ship("status", COLUMNS="160").stdout
     assert done.returncode == 2
-    for part in (idle.environment["SHIP_MLFLOW_PORT"], "SHIP_MLFLOW_PORT", f"pid {os.getpid()}"):
+    for part in (idle.environment["SHIP_MLFLOW_PORT"], "export SHIP_MLFLOW_PORT=", f"pid {os.getpid()}"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert idle.processes() == [] and idle.pids() == {}

@@ -32,7 +32,7 @@ from tests.support.tool_environments import tool_environment, tool_python
 from tests.support.triton import TritonServer
 from train_and_ship.infra.errors import ReleaseError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.processes import port_is_free
+from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.keys import pointer_key
