@@ -85,14 +85,15 @@ def deploy(
 
 
 def _without_clone(folder: Path) -> Path:
-    """A folder with the installed prefect.yaml, without jobs that only a clone has, and without their schedules.
+    """A folder with the installed prefect.yaml, without jobs that only a clone has; their schedules are switched off.
 
     folder: of this stack, where it is made.
     """
     content = yaml.safe_load(INSTALLED.read_text())
     for deployment in content["deployments"]:
         if deployment.get("parameters", {}).pop("job", None) is not None:
-            deployment.pop("schedules", None)
+            for schedule in deployment.get("schedules", []):
+                schedule["active"] = False
     made = make_folder(folder / "installed")
     write_durably(made / "prefect.yaml", yaml.safe_dump(content, sort_keys=False).encode())
     return made

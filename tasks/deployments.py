@@ -10,7 +10,7 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import DeploymentSchedule
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule
 from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
 
@@ -58,7 +58,7 @@ def deploy_jobs(jobs: Mapping[str, Path], wanted: Mapping[str, tuple[str | None,
         now = datetime.now(UTC)
         made_for: dict[tuple[str | None, str | None], tuple[list[DeploymentScheduleCreate], Scheduled]] = {}
         for when in dict.fromkeys(wanted.values()):
-            schedules = [_nightly(schedule, *when) for schedule in pattern.schedules]
+            schedules = schedules_like(pattern.schedules, "job" in pattern.parameters, *when)
             crons = [item.schedule for item in schedules if isinstance(item.schedule, CronSchedule)]
             scheduled = Scheduled(
                 schedule=", ".join(_in_words(item) for item in schedules),
@@ -105,15 +105,34 @@ def require_schedule(cron: str | None, timezone: str | None, where: str = "") ->
         ) from None
 
 
-def _nightly(pattern: DeploymentSchedule, cron: str | None, timezone: str | None) -> DeploymentScheduleCreate:
-    """The pattern's schedule, with what is not None instead."""
-    schedule = pattern.schedule
-    if cron is not None or timezone is not None:
+def schedules_like(
+    pattern: Sequence[DeploymentSchedule], has_job: bool, cron: str | None, timezone: str | None
+) -> list[DeploymentScheduleCreate]:
+    """The schedules of the pattern, with what is not None instead.
+
+    Args:
+        pattern: its own; where there is none, one is made if it is given.
+        has_job: whether the pattern has one: outside of a clone it has not, and its schedule is off for that reason.
+        cron: as crontab has it.
+        timezone: name of a time zone.
+    """
+
+    def with_changes(schedule: SCHEDULE_TYPES | None) -> SCHEDULE_TYPES:
+        if schedule is not None and cron is None and timezone is None:
+            return schedule
         known = schedule if isinstance(schedule, CronSchedule) else None
-        schedule = require_schedule(
+        return require_schedule(
             cron or (known.cron if known else None), timezone or (known.timezone if known else None)
         )
-    return DeploymentScheduleCreate(slug=pattern.slug, schedule=schedule, active=pattern.active)
+
+    if not pattern and (cron or timezone):
+        return [DeploymentScheduleCreate(slug="nightly", schedule=with_changes(None), active=True)]
+    return [
+        DeploymentScheduleCreate(
+            slug=item.slug, schedule=with_changes(item.schedule), active=item.active or not has_job
+        )
+        for item in pattern
+    ]
 
 
 def _in_words(schedule: DeploymentScheduleCreate) -> str:
