@@ -118,11 +118,11 @@ up: $(READY)
 down: $(READY)
 	$(BIN)/ship down
 
-# Stops the stack and deletes the environment and every local run, version and release: it asks first, and scripts say
-# CLEAN=yes.
+# Stops the stack and deletes the environment, and the state of a stack of this folder's own: it asks first, and scripts
+# say CLEAN=yes. What all projects of a user share (docs/several-projects.md) stays.
 clean:
 	@if [ "$(CLEAN)" != yes ]; then \
-	  what="$(VENV), build and .ship, with the models, MLflow and runs of the local stack"; \
+	  what="$(VENV), build and, where it is, .ship with the models, MLflow and runs in it, and stops the local stack"; \
 	  if [ ! -t 0 ]; then echo "make clean deletes $$what: say make clean CLEAN=yes" >&2; exit 2; fi; \
 	  printf "This deletes %s. Type yes: " "$$what"; read -r answer; \
 	  if [ "$$answer" != yes ]; then echo "Nothing was deleted." >&2; exit 2; fi; \

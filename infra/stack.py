@@ -42,7 +42,7 @@ from train_and_ship.infra.components import (
 )
 from train_and_ship.infra.doors.sigv4 import signed_get
 from train_and_ship.infra.errors import ServiceError, SettingsError
-from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.home import make_folder, users_home
 from train_and_ship.infra.job_environment import without_signing
 from train_and_ship.infra.job_folders import add_job_folder
 from train_and_ship.infra.locks import locked
@@ -115,7 +115,10 @@ def up(settings: Settings, report: Report = lambda line: None, only: str = "") -
             make_password(settings.home)
         ours = components(settings)
         if any(component.name == "worker" for component in ours):
-            add_job_folder(settings.home, clone_folder() or Path.cwd())
+            named = clone_folder() or Path.cwd()
+            # The shared stack may be started from anywhere, and a user's whole folder is no project.
+            if not users_home().is_relative_to(named):
+                add_job_folder(settings.home, named)
         for name in _external_names(ours):
             report(f"{name}: external, not started here")
         running = _running(settings, ours, report)

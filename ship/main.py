@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from gc import freeze, set_threshold
 from pathlib import Path
 from typing import Annotated
@@ -75,35 +74,9 @@ def up(
     ] = "",
 ) -> None:
     """Start the local stack (S3, MLflow, Prefect with a worker) and deploy the flows; safe to repeat."""
-    from train_and_ship.infra import stack
-    from train_and_ship.infra.addresses import without_password
-    from train_and_ship.infra.home import open_to_others
-    from train_and_ship.infra.password import password_is_open
-    from train_and_ship.infra.settings import Settings
-    from train_and_ship.ship.doctor import mlflow_caught_up
-    from train_and_ship.ship.password import how_to_get_in
+    from train_and_ship.ship.up import up
 
-    began = time.monotonic()
-    settings = Settings.load()
-    stack.up(settings, typer.echo, only)
-    bucket = f"s3://{settings.bucket}" + (
-        f" at {without_password(settings.s3_endpoint)}" if settings.s3_endpoint else ""
-    )
-    typer.echo(
-        f"\nReady in {time.monotonic() - began:.1f} s\n"
-        f"  Prefect  {settings.prefect_ui_url}\n"
-        f"  MLflow   {without_password(settings.mlflow_url)}\n"
-        f"  bucket   {bucket}\n"
-        f"  state    {settings.home}, logs in {settings.home / 'logs'}"
-    )
-    for line in how_to_get_in(settings):
-        typer.echo(line)
-    for unsafe in (open_to_others(settings.home), password_is_open(settings.home)):
-        if unsafe:
-            typer.echo(unsafe, err=True)
-    # What moved while MLflow was away.
-    for line in mlflow_caught_up(settings):
-        typer.echo(line)
+    up(only)
 
 
 @app.command(rich_help_panel=STACK)

@@ -325,7 +325,7 @@ def test_each_file_is_in_one_wheel_and_the_tools_carries_the_wheels_of_the_other
     # A copy: building in place leaves a build folder behind.
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "prefect.yaml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     for folder in FOLDERS:
         shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))

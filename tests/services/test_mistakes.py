@@ -112,6 +112,7 @@ OF_COMMAND: dict[tuple[str, str], Sequence[str]] = {
     ("init", "name"): ["Digits"],
     ("init", "changes"): ["=1"],
     ("init", "example"): ["tensorrt"],
+    ("up", "only"): ["worker", "s3,tensorboard", ","],
     ("worker install", "python"): ["{folder}/none", "{folder}", "{job}"],
     ("doctor", "model"): [*NAMES, "nobody"],
     ("iam", "model"): ["Digits", "../digits"],
