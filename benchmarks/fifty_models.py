@@ -172,7 +172,7 @@ def tick(settings: Settings, jobs: list[Path]) -> tuple[float, list[Ran], dict[s
     Returns the seconds that deploying took, the runs in the order in which the worker took them, and what it cost.
     """
     began = time.perf_counter()
-    argv = [str(SHIP), "deploy", *map(str, jobs), "--cron", NEVER]
+    argv = [str(SHIP), "deploy", "--in-place", *map(str, jobs), "--cron", NEVER]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)

@@ -180,7 +180,7 @@ def _worker(settings: Settings) -> Component:
         url=f"{settings.prefect_ui_url}/work-pools/work-pool/{WORK_POOL}",
         # It hands on to its flow runs what it holds, and the code of their jobs runs as the same user.
         argv=(
-            *python("train_and_ship.infra.private", "prefect", "worker", "start"),
+            *python("train_and_ship.infra.doors.worker", "worker", "start"),
             *("--pool", WORK_POOL, "--type", "process", "--name", WORKER_NAME),
         ),
         # Ten seconds, the default, is most of the time between a click and the first line of a short run.

@@ -1,7 +1,8 @@
 """Keeps what runs leave on this machine to an age and a size: the oldest goes first, and never what is needed.
 
 What goes by age: what a run has left half done (a week after its last word), copies of releases and rehearsals of those
-that were refused (unused for a week), copies of data (unused for a month). What goes when there is more than SHIP_DISK:
+that were refused (unused for a week), copies of data, projects that were deployed and their environments (unused for a
+month). What goes when there is more than SHIP_DISK:
 complete stages of runs (a week after the last word, an hour when the run came to its end; the newest of these stays),
 copies of releases (the latest of each model stays), of data, and rehearsals.
 
@@ -204,6 +205,11 @@ def _copies(home: Path, moment: float) -> Iterator[_Item]:
     for copy in _folders(home / "data"):
         used = copy.stat().st_mtime
         yield _copy("data", copy, used, too_old=moment - used > SNAPSHOT_SECONDS)
+    # By age alone: to look through an environment takes longer than most stages, and who needs it makes it again.
+    for kind in ("projects", "environments"):
+        for folder in _folders(home / kind):
+            if moment - (used := folder.stat().st_mtime) > SNAPSHOT_SECONDS:
+                yield _copy(kind, folder, used, too_old=True)
 
 
 def _part(

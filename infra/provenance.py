@@ -22,11 +22,17 @@ from urllib.parse import unquote, urlsplit
 
 from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.job_environment import for_git
+from train_and_ship.infra.project_archive import archive_of
 from train_and_ship.infra.rundir import file_sha256
 
 
 def git_commit(folder: Path) -> str:
-    """The commit of the folder's repository, with `-dirty` when it has changes; `none` outside a repository."""
+    """The commit of the folder's repository, with `-dirty` when it has changes; `none` outside a repository.
+
+    Of a project that was deployed, as it was where that was done.
+    """
+    if (about := archive_of(folder)) is not None:
+        return about.commit
     head = _git(folder, "rev-parse", "HEAD")
     if not head:
         return "none"
@@ -36,8 +42,11 @@ def git_commit(folder: Path) -> str:
 def project_place(folder: Path) -> dict[str, str]:
     """`repository`, by the last part of its origin's address, and `folder`, the path below its root; what git tells.
 
-    Forks, mirrors and clones have both in common, and two projects of one repository differ in the folder.
+    Forks, mirrors and clones have both in common, and two projects of one repository differ in the folder. Of a project
+    that was deployed, as it was where that was done.
     """
+    if (about := archive_of(folder)) is not None:
+        return about.place
     origin = without_password(_git(folder, "config", "--get", "remote.origin.url"))
     found = {"repository": origin.rstrip("/").replace(":", "/").rpartition("/")[2].removesuffix(".git")}
     if _git(folder, "rev-parse", "--is-inside-work-tree") == "true":
@@ -83,6 +92,16 @@ def _installed(sites: tuple[str, ...]) -> dict[str, metadata.Distribution]:
     for item in metadata.distributions(path=[*modules, *(sites or site_folders())]):
         if name := (item.metadata["Name"] or "").lower().replace("_", "-"):
             found.setdefault(name, item)
+    return found
+
+
+def installed_from(sites: tuple[str, ...] = ()) -> dict[str, str]:
+    """`folder` or `file`, by name, of what came from this machine and no index. sites: as of `environment_lock`."""
+    found = {}
+    for name, item in _installed(sites).items():
+        origin = json.loads(item.read_text("direct_url.json") or "{}")
+        if origin.get("url", "").startswith("file:"):
+            found[name] = "folder" if "dir_info" in origin else "file"
     return found
 
 

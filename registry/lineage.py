@@ -19,7 +19,7 @@ from train_and_ship.registry.release.manifest import DATA, JOB, LINEAGE
 _SILENT = "the live release does not say what it was trained on"
 SHOWN, LONGEST_TEXT = 3, 200
 """Differences that are named, of the others it is said how many; and characters that are shown of one."""
-NOT_TRAINED_ON = ("gates", "release", "retrain", "env", "python")
+NOT_TRAINED_ON = ("gates", "release", "retrain", "env", "python", "deploy")
 """Parts of a job that change what is done with a release, not what is in it; names without their values; and where an
 environment is, whose packages tell what it is."""
 

@@ -250,11 +250,14 @@ def deploy(
         str | None, typer.Option(help='when, such as "0 2 * * *"; retrain.cron of each job when absent')
     ] = None,
     timezone: Annotated[str | None, typer.Option(help="such as Europe/Berlin")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Run the files where they are, on this machine, as they are then.")
+    ] = False,
 ) -> None:
     """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
     from train_and_ship.ship.deploy import deploy
 
-    deploy(jobs, cron, timezone)
+    deploy(jobs, cron, timezone, in_place=in_place)
 
 
 @app.command(rich_help_panel=TRAINING)

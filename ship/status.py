@@ -238,10 +238,8 @@ def newest(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], LastRun]:
     """The first run of each model and channel, by its tags. runs: the newest first."""
     found: dict[tuple[str, str], LastRun] = {}
     for run in runs:
-        tags = dict(tag.split(":", 1) for tag in run["tags"] if ":" in tag)
-        state = run.get("state") or {}
-        # Whoever may write to Prefect chooses tags.
-        if all(NAME.fullmatch(tags.get(kind, "")) for kind in ("model", "channel")) and state:
+        named, state = named_by(run["tags"]), run.get("state") or {}
+        if named is not None and state:
             last = LastRun(
                 id=str(run["id"]),
                 name=str(run["name"]),
@@ -249,8 +247,15 @@ def newest(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], LastRun]:
                 at=datetime.fromisoformat(state["timestamp"]),
                 message=str(state.get("message") or ""),
             )
-            found.setdefault((tags["model"], tags["channel"]), last)
+            found.setdefault(named, last)
     return found
+
+
+def named_by(tags: Sequence[str]) -> tuple[str, str] | None:
+    """Model and channel by the tags of a run, which whoever may write to Prefect chooses; None where they name none."""
+    said = dict(tag.split(":", 1) for tag in tags if ":" in tag)
+    model, channel = said.get("model", ""), said.get("channel", "")
+    return (model, channel) if NAME.fullmatch(model) and NAME.fullmatch(channel) else None
 
 
 def next_runs(settings: Settings) -> dict[tuple[str, str], datetime]:
@@ -273,12 +278,14 @@ def soonest(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[tuple[str, 
     """The first run of each model and channel. runs: in order of time; folder: to which job files are relative."""
     found: dict[tuple[str, str], datetime] = {}
     for run in runs:
-        try:
-            job, _ = load_job(folder / str(run["parameters"].get("job", "")))
-        except JobError:
-            # A file that only the worker has.
-            continue
-        found.setdefault((job.name, job.release.channel), datetime.fromisoformat(run["expected_start_time"]))
+        if (named := named_by(run["tags"])) is None:
+            try:
+                job, _ = load_job(folder / str(run["parameters"].get("job", "")))
+            except JobError:
+                # A file that only the worker has.
+                continue
+            named = job.name, job.release.channel
+        found.setdefault(named, datetime.fromisoformat(run["expected_start_time"]))
     return found
 
 

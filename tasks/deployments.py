@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -31,13 +30,26 @@ class Scheduled:
     """What becomes of it when clocks are put forward, in the year to come."""
 
 
-def deploy_jobs(jobs: Mapping[str, Path], wanted: Mapping[str, tuple[str | None, str | None]]) -> dict[str, Scheduled]:
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a deployment runs, and when."""
+
+    job: str
+    """What the flow takes as `job`: a project in the bucket, or a file of this machine."""
+    channel: str
+    cron: str | None
+    """As crontab has it; None as in prefect.yaml."""
+    timezone: str | None
+    """Its name; None as in prefect.yaml."""
+
+
+def deploy_jobs(wanted: Mapping[str, Wanted]) -> dict[str, Scheduled]:
     """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
 
+    No deployment says a folder of this machine, besides the job that it may name: the flows are in the package.
+
     Args:
-        jobs: model to job file.
-        wanted: model to its schedule, as crontab has it, and the name of its time zone; None leaves either as in
-            prefect.yaml.
+        wanted: by model.
 
     Returns:
         Name of each, as in `prefect deployment run <name>`, to when it is run.
@@ -57,7 +69,7 @@ def deploy_jobs(jobs: Mapping[str, Path], wanted: Mapping[str, tuple[str | None,
             ) from None
         now = datetime.now(UTC)
         made_for: dict[tuple[str | None, str | None], tuple[list[DeploymentScheduleCreate], Scheduled]] = {}
-        for when in dict.fromkeys(wanted.values()):
+        for when in dict.fromkeys((one.cron, one.timezone) for one in wanted.values()):
             schedules = schedules_like(pattern.schedules, "job" in pattern.parameters, *when)
             crons = [item.schedule for item in schedules if isinstance(item.schedule, CronSchedule)]
             scheduled = Scheduled(
@@ -65,21 +77,19 @@ def deploy_jobs(jobs: Mapping[str, Path], wanted: Mapping[str, tuple[str | None,
                 skipped=[skipped for schedule in crons for skipped in skipped_times(schedule, now)],
             )
             made_for[when] = (schedules, scheduled)
-        for model, path in jobs.items():
-            schedules, scheduled = made_for[wanted[model]]
+        for model, one in wanted.items():
+            schedules, scheduled = made_for[one.cron, one.timezone]
             client.create_deployment(
                 flow_id=pattern.flow_id,
                 name=model,
                 description=f"Train {model} again if anything changed, and put live what is better.",
                 entrypoint=pattern.entrypoint,
-                path=pattern.path,
-                pull_steps=pattern.pull_steps,
                 parameter_openapi_schema=pattern.parameter_openapi_schema,
                 enforce_parameter_schema=pattern.enforce_parameter_schema,
-                parameters={**pattern.parameters, "job": str(path)},
+                parameters={**pattern.parameters, "job": one.job},
                 work_pool_name=pattern.work_pool_name,
                 concurrency_limit=1,
-                tags=[model],
+                tags=[model, f"model:{model}", f"channel:{one.channel}"],
                 schedules=schedules,
             )
             made[f"retrain/{model}"] = scheduled

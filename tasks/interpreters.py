@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.interpreter import Interpreter, look_at, our_interpreter, problem_of
+from train_and_ship.infra.locked_environment import python_for
+from train_and_ship.infra.project_archive import LOCK, read_about, unpacked_at
+from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.job.job import Job
 
 IN_PROJECT = Path(".venv", "bin", "python")
@@ -54,6 +58,20 @@ def choose_interpreter(job: Job, job_file: Path, project: Path) -> Chosen:
             return Chosen(interpreter=our_interpreter(), hint=hint)
         return Chosen(interpreter=_usable(path, f"{job_file}: the project's own environment"))
     return Chosen(interpreter=our_interpreter())
+
+
+def locked_interpreter(job_file: Path) -> Chosen | None:
+    """The interpreter of a project that was deployed with the packages of its environment; None for every other.
+
+    Raises JobError when that environment cannot be made here.
+    """
+    folder = unpacked_at(job_file)
+    about = read_about(folder) if folder is not None else None
+    if folder is None or about is None or not about.python:
+        return None
+    home = Settings.load().home
+    path = Path(python_for(home, about.python, (folder / LOCK).read_text(), partial(print, flush=True)))
+    return Chosen(interpreter=_usable(path, f"{about.model}: the environment of its lock"))
 
 
 def _absolute(path: Path) -> Path:

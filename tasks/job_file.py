@@ -7,10 +7,14 @@ from pathlib import Path
 
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.job_folders import require_job_folder
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.project_archive import TREE
+from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.projects import Reference, bring_project
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.run_folder import recorded_job
-from train_and_ship.tasks.interpreters import choose_interpreter
+from train_and_ship.tasks.interpreters import choose_interpreter, locked_interpreter
 from train_and_ship.tasks.results import JobFile
 
 _read: dict[str, JobFile] = {}
@@ -33,8 +37,8 @@ def read_job_file(path: str, flow_run_id: str) -> JobFile:
     Raises JobError, also for one outside the folders whose jobs a worker runs.
     """
     if (known := _read.get(flow_run_id)) is None:
-        job, project = _read_allowed(path)
-        chosen = choose_interpreter(job, Path(path), project)
+        job, project, file = _read_allowed(path)
+        chosen = locked_interpreter(file) or choose_interpreter(job, file, project)
         known = _read[flow_run_id] = JobFile(job=job, project=project, interpreter=chosen.interpreter, hint=chosen.hint)
     return known
 
@@ -77,6 +81,15 @@ def job_of(path: str, flow_run_id: str, folder: Path | None) -> Job:
     return recorded or _read_allowed(path)[0]
 
 
-def _read_allowed(path: str) -> tuple[Job, Path]:
-    require_job_folder(Path(path))
-    return load_job(Path(path), _changes)
+def _read_allowed(path: str) -> tuple[Job, Path, Path]:
+    """The job, the folder of its project and the file; a project that was deployed is brought here first."""
+    file, reference = Path(path), Reference.parse(path)
+    if reference is not None:
+        settings = Settings.load()
+        # Before it is brought: by its place a worker knows what its owner has named.
+        require_job_folder(reference.folder(settings.home) / TREE / reference.job)
+        file = bring_project(ObjectStore.from_settings(settings), reference, settings.home, settings.public_key)
+    else:
+        require_job_folder(file)
+    job, project = load_job(file, _changes)
+    return job, project, file

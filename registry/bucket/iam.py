@@ -101,7 +101,9 @@ def policy(
     if role not in (Role.COLLECTOR, Role.OWNER):
         statements.append(_allow("Claim", ["s3:PutObject"], keys(claims)))
     if role is Role.TRAINER:
-        statements.append(_allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases)))
+        statements.append(
+            _allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases, f"{own}/projects/*"))
+        )
     elif role is Role.PROMOTER:
         statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions)))
         if write_once:

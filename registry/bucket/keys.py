@@ -10,6 +10,7 @@ models/<model>/history/<channel>/<generation>.json     one copy of the pointer f
 models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
 models/<model>/claims/<release>.json                   who needed a release last, whatever `ship gc` has marked
+models/<model>/projects/<sha256>/…                     sent to workers by `ship deploy`; see bucket/projects.py
 models/<model>/views/<channel>/…                       copies for other servers; see registry/serving/layouts.py
 """
 
@@ -50,6 +51,11 @@ def tombstones_prefix(model: str) -> str:
 def claims_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"models/{require_name('model', model)}/claims/"
+
+
+def projects_prefix(model: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"models/{require_name('model', model)}/projects/"
 
 
 def views_prefix(model: str) -> str:

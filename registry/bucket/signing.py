@@ -13,6 +13,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,12 +66,22 @@ def load_public_key(path: Path) -> EllipticCurvePublicKey:
 
 def sign(manifest: Manifest, private_key: Path) -> bytes:
     """A key's signature of a release: the bundle. Raises SettingsError when the key cannot be used."""
+    return sign_digests(manifest.model, _signed(manifest).digests, private_key)
+
+
+def sign_digests(subject: str, digests: Mapping[str, str], private_key: Path) -> bytes:
+    """A key's signature of files. Raises SettingsError when the key cannot be used.
+
+    Args:
+        subject: what they make: the name of a model.
+        digests: file to hexadecimal SHA-256.
+        private_key: file in PEM.
+    """
     key = load_private_key(private_key)
-    digests = _signed(manifest).digests
     root = hashlib.sha256(b"".join(bytes.fromhex(digests[name]) for name in sorted(digests))).hexdigest()
     statement = {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": manifest.model, "digest": {"sha256": root}}],
+        "subject": [{"name": subject, "digest": {"sha256": root}}],
         "predicateType": signatures.PREDICATE,
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []},

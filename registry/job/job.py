@@ -105,6 +105,16 @@ class Retrain(Part):
     in front, files that are none although the code opens them"""
 
 
+class Deploy(Part):
+    """What `ship deploy` sends to workers, beside the files that git knows."""
+
+    files: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """files and folders that git does not know, relative to the job file; all that is sent where there is no git"""
+    lock: str | None = None
+    """file in pip's requirements format with the packages of the environment of python, relative to the job file; when
+    absent, what is installed there, by version"""
+
+
 class Data(Factory):
     """The dataset's factory, and how its items become batches."""
 
@@ -160,7 +170,7 @@ def _is_variable(name: str) -> str:
 class Job(Part):
     """One model, from code to serving bucket."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"env", "python"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"deploy", "env", "python"})
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """model name in MLflow and in the bucket"""
@@ -184,6 +194,7 @@ class Job(Part):
     """limits by metric name, or by p50_ms, p99_ms, load_ms, size_mb, memory_mb"""
     release: Release = Release()
     retrain: Retrain = Retrain()
+    deploy: Deploy = Deploy()
 
     @model_validator(mode="after")
     def _policy_has_a_metric(self) -> Self:

@@ -252,7 +252,7 @@ def test_of_the_local_stack_only_what_starts_runs_has_the_key(tmp_path: Path, mo
     assert {name for name, part in parts.items() if SIGNING_PASSWORD in part.environment} == {"worker"}
     assert {name for name, part in parts.items() if "SHIP_NOTIFY" in part.environment} == {"worker"}
     # And that one shows it to nobody.
-    assert "train_and_ship.infra.private" in parts["worker"].argv
+    assert "train_and_ship.infra.doors.worker" in parts["worker"].argv
 
 
 SPEC = Spec(

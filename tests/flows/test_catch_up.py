@@ -134,7 +134,7 @@ def test_after_a_weekend_without_a_worker_a_model_is_retrained_once(
     job = write_project(tmp_path, name="weekend", train=short, export={"formats": ["torchscript"]})
     api.ask("PATCH", pool, {"is_paused": True})
     try:
-        done = ship("deploy", str(job), "--cron", "0 2 * * *", "--timezone", "UTC")
+        done = ship("deploy", "--in-place", str(job), "--cron", "0 2 * * *", "--timezone", "UTC")
         assert done.status == 0, done.text
         deployment = api.ask("GET", "/deployments/name/retrain/weekend")["id"]
         schedule_past(api, deployment)

@@ -71,6 +71,15 @@ def stages(run: Path) -> set[str]:
 # ---- age
 
 
+def test_projects_and_environments_that_no_run_has_used_for_a_month_go(home: Path) -> None:
+    kept = [fill(home / kind / "kept", age=29 * DAY) for kind in ("projects", "environments")]
+    for kind in ("projects", "environments"):
+        fill(home / kind / "old", age=31 * DAY)
+    assert cleaned(home, 1).freed == 2 * SIZE
+    assert all(folder.is_dir() for folder in kept)
+    assert not (home / "projects/old").exists() and not (home / "environments/old").exists()
+
+
 def test_half_done_stages_of_runs_that_nobody_came_back_for_go_and_all_else_stays(home: Path) -> None:
     run = half_done(run_of(home, "a-b"))
     assert cleaned(home).freed == 0 and (run / "export.work").is_dir()

@@ -44,12 +44,19 @@ def test_a_model_of_which_little_is_known_has_dashes() -> None:
 def test_the_next_run_is_the_soonest_of_each_model_and_a_job_file_elsewhere_is_left_out(tmp_path: Path) -> None:
     job = write_project(tmp_path, name="one", release={"channel": "staging"})
     runs = [
-        {"parameters": {"job": str(job)}, "expected_start_time": "2026-11-25T02:00:00Z"},
-        {"parameters": {"job": "/nowhere/job.yaml"}, "expected_start_time": "2026-11-25T02:00:00Z"},
-        {"parameters": {}, "expected_start_time": "2026-11-25T02:00:00Z"},
-        {"parameters": {"job": "job.yaml"}, "expected_start_time": "2026-11-26T02:00:00Z"},
+        {"parameters": {"job": str(job)}, "tags": ["auto-scheduled"], "expected_start_time": "2026-11-25T02:00:00Z"},
+        {"parameters": {"job": "/nowhere/job.yaml"}, "tags": [], "expected_start_time": "2026-11-25T02:00:00Z"},
+        {"parameters": {}, "tags": [], "expected_start_time": "2026-11-25T02:00:00Z"},
+        {"parameters": {"job": "job.yaml"}, "tags": [], "expected_start_time": "2026-11-26T02:00:00Z"},
     ]
     assert soonest(runs, tmp_path) == {("one", "staging"): datetime(2026, 11, 25, 2, tzinfo=UTC)}
+
+
+def test_the_next_run_of_a_project_that_was_deployed_is_known_by_its_tags(tmp_path: Path) -> None:
+    sent = {"parameters": {"job": f"project:two/{'0' * 64}/job.yaml"}, "expected_start_time": "2026-11-25T02:00:00Z"}
+    tags = ["two", "model:two", "channel:prod"]
+    assert soonest([{**sent, "tags": tags}], tmp_path) == {("two", "prod"): datetime(2026, 11, 25, 2, tzinfo=UTC)}
+    assert soonest([{**sent, "tags": ["model:../x", "channel:prod"]}], tmp_path) == {}
 
 
 def flow_run(state: str, minutes: int, tags: list[str], message: str | None = None) -> dict[str, Any]:

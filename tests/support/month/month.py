@@ -88,7 +88,7 @@ class Month:
 
     def live_through(self, nights: list[Night], report: Callable[[Lived], None] = lambda lived: None) -> None:
         """Deploy the job, and let the nights follow each other."""
-        done = self.ship("deploy", str(self.project.job), "--cron", NEVER)
+        done = self.ship("deploy", "--in-place", str(self.project.job), "--cron", NEVER)
         assert done.status == 0, done.text
         for night in nights:
             lived = self._night(night)

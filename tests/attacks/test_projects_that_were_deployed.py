@@ -1,0 +1,154 @@
+"""Whoever may write to the bucket puts a project there that is another, or that reaches out of its folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.projects import write_project
+from tests.support.repositories import repository
+from tests.support.signing_keys import key_pair
+from train_and_ship.infra import project_archive
+from train_and_ship.infra.errors import JobError
+from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.project_archive import unpack
+from train_and_ship.registry.bucket.projects import Reference, bring_project, publish_project
+from train_and_ship.registry.job.load import load_job
+from train_and_ship.ship.packing import pack_project
+
+ABOUT = json.dumps({"model": "plain", "job": "job.yaml", "commit": "none", "place": {}, "python": "", "format": 1})
+
+
+def member(name: str, text: str = "", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    found = tarfile.TarInfo(name)
+    found.size = len(text)
+    for field, value in fields.items():
+        setattr(found, field, value)
+    return found, text.encode()
+
+
+def packed(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    """An archive with a sound project and more."""
+    with tarfile.open(path, "w:gz") as archive:
+        for one, content in (member("project.json", ABOUT), member("tree/job.yaml", "name: x\n"), *members):
+            archive.addfile(one, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        member("tree/../../outside.py", "x"),
+        member("/outside.py", "x"),
+        member("outside.py", "x"),
+        member("COMPLETE", ""),
+        member("tree/link", type=tarfile.SYMTYPE, linkname="/etc/hosts"),
+        member("tree/link", type=tarfile.SYMTYPE, linkname="../../outside"),
+        member("tree/hard", type=tarfile.LNKTYPE, linkname="tree/job.yaml"),
+        member("tree/pipe", type=tarfile.FIFOTYPE),
+        member("tree/device", type=tarfile.CHRTYPE),
+        member("tree/job.yaml", "name: y\n"),
+        member("lock.txt", type=tarfile.SYMTYPE, linkname="tree/job.yaml"),
+    ],
+    ids=lambda one: f"{one[0].name}-{one[0].type.decode()}",
+)
+def test_an_archive_with_something_else_than_files_of_its_own_is_refused(
+    tmp_path: Path, attack: tuple[tarfile.TarInfo, bytes]
+) -> None:
+    place = tmp_path / "place/here"
+    place.mkdir(parents=True)
+    with pytest.raises(JobError):
+        unpack(packed(tmp_path / "project.tar.gz", attack), place)
+    assert not (tmp_path / "place/outside.py").exists() and not (tmp_path / "outside.py").exists()
+
+
+def test_an_archive_that_grows_beyond_its_limit_is_refused_before_the_rest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(project_archive, "MOST_BYTES", 1000)
+    large = [member(f"tree/{number}", "0" * 400) for number in range(5)]
+    with pytest.raises(JobError, match="expected at most"):
+        unpack(packed(tmp_path / "project.tar.gz", *large), tmp_path)
+    assert not (tmp_path / "tree/3").exists()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> bytes:
+    job_file = write_project(tmp_path / "shop")
+    repository(job_file.parent)
+    job, folder = load_job(job_file)
+    return pack_project(job, job_file, folder).archive
+
+
+def test_a_project_is_brought_once_and_is_the_one_that_was_deployed(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path
+) -> None:
+    reference = publish_project(object_store, "plain", "job.yaml", archive, None)
+    assert publish_project(object_store, "plain", "job.yaml", archive, None) == reference
+    assert Reference.parse(str(reference)) == reference
+    job = bring_project(object_store, reference, tmp_path / "home", None)
+    assert load_job(job)[0].name == "plain"
+    object_store.delete(reference.key)
+    assert bring_project(object_store, reference, tmp_path / "home", None) == job
+    with pytest.raises(JobError, match="found none; `ship deploy` again"):
+        bring_project(object_store, reference, tmp_path / "another", None)
+
+
+def test_a_project_that_was_changed_in_the_bucket_is_refused(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path
+) -> None:
+    reference = publish_project(object_store, "plain", "job.yaml", archive, None)
+    object_store.put(reference.key, packed(tmp_path / "other.tar.gz").read_bytes())
+    with pytest.raises(JobError, match="it was changed"):
+        bring_project(object_store, reference, tmp_path / "home", None)
+    assert list((tmp_path / "home/projects").iterdir()) == []
+    object_store.delete(reference.key)
+
+
+def test_with_a_public_key_only_what_that_key_has_signed_is_run(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path
+) -> None:
+    ours, theirs = key_pair(tmp_path, "ours"), key_pair(tmp_path, "theirs")
+    public, home = ours.with_suffix(".pub"), tmp_path / "home"
+    unsigned = publish_project(object_store, "plain", "job.yaml", archive, None)
+    for key in (None, theirs):
+        publish_project(object_store, "plain", "job.yaml", archive, key)
+        with pytest.raises(JobError, match=r"expected a signature by key .*`ship deploy` with SHIP_SIGNING_KEY signs"):
+            bring_project(object_store, unsigned, home, public)
+    # Unpacked already, it still has to be signed.
+    bring_project(object_store, unsigned, home, None)
+    with pytest.raises(JobError, match="expected a signature"):
+        bring_project(object_store, unsigned, home, public)
+    signed = publish_project(object_store, "plain", "job.yaml", archive, ours)
+    assert bring_project(object_store, signed, home, public).is_file()
+    # The same signature is of this model's project and of no other's.
+    copied = replace(signed, model="other")
+    for name in object_store.list_keys(f"models/plain/projects/{signed.sha256}/"):
+        found = object_store.get(name, 10**7)
+        assert found is not None
+        object_store.put(name.replace("models/plain/", "models/other/"), found[0])
+    with pytest.raises(JobError):
+        bring_project(object_store, copied, tmp_path / "another", public)
+
+
+@pytest.mark.parametrize(
+    "text", ["project:", "project:plain/00/job.yaml", f"project:../x/{'0' * 64}/j.yaml", "project:x"]
+)
+def test_a_deployment_names_a_project_in_one_way(text: str) -> None:
+    with pytest.raises(JobError, match="as `ship deploy` writes it"):
+        Reference.parse(text)
+    assert Reference.parse("jobs/project.yaml") is None
+
+
+def test_a_deployment_cannot_name_another_job_file_of_a_project(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path
+) -> None:
+    reference = publish_project(object_store, "plain", "job.yaml", archive, None)
+    for job in ("plain.py", "../../../etc/hosts"):
+        with pytest.raises(JobError, match=r"expected job\.yaml of model plain"):
+            bring_project(object_store, replace(reference, job=job), tmp_path / "home", None)
