@@ -42,7 +42,7 @@ SOUND: dict[str, list[str]] = {
     "status": [],
     "open": ["mlflow", "--print"],
     "logs": [MODEL],
-    "deploy": ["{job}"],
+    "deploy": ["--in-place", "{job}"],
     "approve": ["7d1c6f1e-6f4b-4c3e-9d1f-3f0d3a1f6c11"],
     "channel set": [MODEL, "prod", "--approval", "required"],
     "channel show": [MODEL, "prod"],
