@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from torchworker.contract import (
     FORMAT_FILES,
@@ -33,6 +32,7 @@ from train_and_ship.registry.data.checks import (
 )
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.ship.results import Checked
 from train_and_ship.tasks.extras import not_passed_on, require_extras, require_variables
 from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
 from train_and_ship.tasks.requests import (
@@ -54,22 +54,37 @@ def check(job_file: Path, export: bool = True, changes: Sequence[str] = ()) -> N
 
     Args:
         job_file: of the job.
-        export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+        export: as of `check_job`.
         changes: what the job says otherwise than its file, as `load_job` takes it.
+
+    Raises what `check_job` does, and JobError with one message a mistake.
+    """
+    console = Console()
+    job, project = load_job(job_file, changes)
+    console.print(asyncio.run(check_job(job, job_file, project, export, console)))
+
+
+async def check_job(job: Job, job_file: Path, folder: Path, export: bool, console: Console) -> Checked:
+    """Build everything a job refers to, and try it once.
+
+    Args:
+        job: what is asked about.
+        job_file: what it was read from; paths are relative to its folder.
+        folder: of the project, absolute.
+        export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+        console: what is being done is told there.
 
     Raises:
         JobError: one message a mistake.
         GateError: the data fails its checks, or an artifact is not the model.
     """
-    job, folder = load_job(job_file, changes)
     chosen = choose_interpreter(job, job_file, folder)
     require_extras(job, chosen.interpreter)
     require_variables(job)
     require_files(job, folder)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
-    console = Console()
-    found = asyncio.run(_build(job, folder, snapshot, chosen, export, console))
-    _print(job, folder, found, chosen, console)
+    found = await _build(job, folder, snapshot, chosen, export, console)
+    return _all_of(job, folder, found, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +223,10 @@ def _environment(interpreter: Interpreter) -> str:
     return f"{interpreter.path}: Python {interpreter.version}, torch {interpreter.torch}; the clean room is ours"
 
 
-def _print(job: Job, folder: Path, found: _Found, chosen: Chosen, console: Console) -> None:
-    result, data = found.result, found.report
-    columns = Column(style="bold"), Column(overflow="fold")
-    facts = Table(*columns, title=job.name, show_header=False, title_justify="left")
-    for name, value in (
+def _all_of(job: Job, folder: Path, found: _Found, chosen: Chosen) -> Checked:
+    result, data, trial = found.result, found.report, found.trial
+    notes = [note for note in _notes(job, folder, result, chosen) if note]
+    facts = (
         ("project", str(folder)),
         *([("python", _environment(chosen.interpreter))] if not chosen.interpreter.ours else []),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
@@ -236,13 +250,24 @@ def _print(job: Job, folder: Path, found: _Found, chosen: Chosen, console: Conso
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
         *([("env", ", ".join(job.env))] if job.env else []),
-        *(("note", note) for note in _notes(job, folder, result, chosen) if note),
-    ):
-        facts.add_row(name, escape(value))
-    console.print(facts)
-    gates = Table("measured", "min", "max", "against live", "times live", title="gates", title_justify="left")
-    gates.add_row("parity of every format", "", "1 (× its own rounding)", "", "")
+        *(("note", note) for note in notes),
+    )
+    gates: list[tuple[str, ...]] = [("parity of every format", "", "1 (× its own rounding)", "", "")]
     for name, gate in job.gates.items():
         limits = (gate.min, gate.max, gate.vs_live, gate.times_live)
-        gates.add_row(name, *("" if limit is None else f"{limit:g}" for limit in limits))
-    console.print(gates)
+        gates.append((name, *("" if limit is None else f"{limit:g}" for limit in limits)))
+    return Checked(
+        model=job.name,
+        project=folder,
+        python=chosen.interpreter.path,
+        parameters=result.parameters,
+        train_samples=result.train_samples,
+        validation_samples=result.validation_samples,
+        inputs=tuple(_tensor(spec) for spec in result.inputs),
+        outputs=tuple(_tensor(spec) for spec in result.outputs),
+        exports={kind: item.file for kind, item in trial.exported.artifacts.items()} if trial else {},
+        left_out=dict(trial.exported.left_out) if trial else {},
+        notes=tuple(notes),
+        facts=facts,
+        gates=tuple(gates),
+    )

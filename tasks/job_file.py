@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from train_and_ship.infra.errors import ShipError
@@ -15,16 +14,21 @@ from train_and_ship.tasks.results import JobFile
 
 _read: dict[str, JobFile] = {}
 """By the flow run that was asked for it, in this process."""
-_changes: tuple[str, ...] = ()
+_given: dict[str, tuple[Job, Path]] = {}
+"""Path of a job file, or of what is in its place, to the job and its project, in this process."""
 
 
-def read_with(changes: Sequence[str]) -> None:
-    """Say what job files of this process say otherwise than they are written, as `load_job` takes it.
+def give_job(path: Path, job: Job, project: Path) -> None:
+    """Have the runs that this process begins take this job for what is at the path: the file is not read again.
 
     It is no parameter of a flow: whoever may start a run on a worker says which job, and not what is in it.
+
+    Args:
+        path: as the flow is given it.
+        job: read from there, or made in Python.
+        project: its absolute folder.
     """
-    global _changes
-    _changes = tuple(changes)
+    _given[str(path)] = job, project
 
 
 def read_job_file(path: str, flow_run_id: str) -> JobFile:
@@ -78,5 +82,7 @@ def job_of(path: str, flow_run_id: str, folder: Path | None) -> Job:
 
 
 def _read_allowed(path: str) -> tuple[Job, Path]:
+    if (given := _given.get(path)) is not None:
+        return given
     require_job_folder(Path(path))
-    return load_job(Path(path), _changes)
+    return load_job(Path(path))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from prefect import Task, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import Abort, TerminationSignal
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.text import escaped
 from train_and_ship.tasks.away import is_away
 
@@ -60,6 +64,17 @@ def quiet_mistakes() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(present, _QuietMistakes) for present in logger.filters):
             logger.addFilter(_QuietMistakes())
+
+
+@contextlib.contextmanager
+def prefect_of(settings: Settings) -> Iterator[None]:
+    """Meanwhile Prefect is the one of these settings, also where it was imported before and had read others."""
+    if get_current_settings().api.url == settings.prefect_api_url:
+        yield
+        return
+    updates = {PREFECT_API_URL: settings.prefect_api_url, PREFECT_API_AUTH_STRING: settings.prefect_account or None}
+    with temporary_settings(updates):
+        yield
 
 
 def artifact_key(kind: str, model: str) -> str:

@@ -42,7 +42,8 @@ ALLOWED = {
     # Installed alone on serving machines.
     "shipreader": {"shipreader"},
     # The command line sits above everything.
-    "ship": set(FOLDERS) - {"torchworker"} | {"torchworker.contract"},
+    "ship": set(FOLDERS) - {"torchworker", "api"} | {"torchworker.contract"},
+    "api": {"api", "ship", "registry", "infra", "tasks"},
 }
 ROOMS = {
     "registry": {
