@@ -39,8 +39,8 @@ def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
 
     # As daemon: a process that is ended meanwhile does not wait for it.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="ship", daemon=True)
-    thread.start()
     try:
+        thread.start()
         return result.result()
     except KeyboardInterrupt:
         loop, task = begun.result()

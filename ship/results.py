@@ -257,7 +257,9 @@ class History(tuple[Move, ...], Shown):
     @property
     def title(self) -> str:
         """Which channel, and how often it was moved."""
-        return f"{self[-1].model} {self[-1].channel}: {len(self)} moves" if self else "never moved"
+        if not self:
+            return "never moved"
+        return f"{self[-1].model} {self[-1].channel}: {len(self)} {'moves' if len(self) > 1 else 'move'}"
 
     @property
     def rows(self) -> Iterable[tuple[str, str]]:

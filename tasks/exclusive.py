@@ -75,11 +75,21 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
             await take_slot(stack, limit, TRY_SECONDS)
         except AcquireConcurrencySlotTimeoutError:
             if not resume and (flow_run.get_run_count() or 1) == 1:
-                get_run_logger().warning(waiting)
+                # A server that has just started may only be slow.
+                if await _is_taken(limit):
+                    get_run_logger().warning(waiting)
                 await take_slot(stack, limit, None)
         await report_abandoned(model, resume or flow_run_id, settings)
         await stack.enter_async_context(never_silent(get_run_logger().info))
         yield read
+
+
+async def _is_taken(limit: str) -> bool:
+    async def ask() -> bool:
+        async with get_client() as client:
+            return bool((await client.read_global_concurrency_limit_by_name(limit)).active_slots)
+
+    return await patiently(ask, "this run asks whether another one is at work")
 
 
 def _lock_file(folder: Path) -> TextIO:

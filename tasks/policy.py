@@ -22,6 +22,8 @@ from train_and_ship.tasks.away import is_away
 __all__ = ["Abort", "TerminationSignal", "quiet_mistakes", "worth_retrying"]
 
 _FLOWS, _TASKS = "prefect.flow_runs", "prefect.task_runs"
+_SERVICES = "prefect._internal.concurrency"
+"""Threads of Prefect's client."""
 
 
 def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -49,6 +51,9 @@ class _QuietMistakes(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(record.msg, str) and _STRAY.fullmatch(record.msg):
             return False
+        if record.name == _SERVICES and "ConcurrencySlotAcquisition" in record.getMessage():
+            # Whoever asked for the slot is told, and asks again.
+            return False
         if record.name == _TASKS and str(record.msg).startswith(_TASK_FAILED):
             record.msg = "failed"
         if isinstance(error, ShipError):
@@ -59,8 +64,8 @@ class _QuietMistakes(logging.Filter):
 
 
 def quiet_mistakes() -> None:
-    """Install the filter on Prefect's run loggers; calling it again changes nothing."""
-    for name in (_FLOWS, _TASKS):
+    """Install the filter on Prefect's loggers; calling it again changes nothing."""
+    for name in (_FLOWS, _TASKS, _SERVICES):
         logger = logging.getLogger(name)
         if not any(isinstance(present, _QuietMistakes) for present in logger.filters):
             logger.addFilter(_QuietMistakes())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import (
     AfterValidator,
     Field,
-    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -186,31 +184,6 @@ class Job(Part):
     """limits by metric name, or by p50_ms, p99_ms, load_ms, size_mb, memory_mb"""
     release: Release = Release()
     retrain: Retrain = Retrain()
-    _file: Path | None = PrivateAttr(None)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *changes: str) -> Job:
-        """Read a job file; the job knows from then on where it is from.
-
-        Args:
-            path: of the file.
-            changes: what is said otherwise than in the file, each `KEY=VALUE` as in `Job.load("job.yaml",
-                "train.epochs=1")`: dots between keys, and a value in YAML.
-
-        Raises:
-            JobError: one line a mistake: where, what was expected, what was given.
-        """
-        # It reads files into what stands here.
-        from train_and_ship.registry.job.load import load_job
-
-        job = load_job(Path(path), changes)[0].model_copy()
-        job._file = Path(path)
-        return job
-
-    @property
-    def file(self) -> Path | None:
-        """What it was loaded from; None when it was made in Python."""
-        return self._file
 
     @model_validator(mode="after")
     def _policy_has_a_metric(self) -> Self:

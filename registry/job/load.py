@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from torchworker import situations
 from train_and_ship.infra.addresses import has_password, without_password
@@ -56,7 +56,7 @@ def validated(job: Job, path: Path) -> Job:
 
     path: for messages.
     """
-    document = job.model_dump(mode="json", warnings=False)
+    document = _plain(job)
     try:
         found = Job.model_validate(document)
     except ValidationError as error:
@@ -64,6 +64,18 @@ def validated(job: Job, path: Path) -> Job:
         raise JobError("\n".join(said)) from None
     _require_no_password(document, path)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Keys that were given, and values, as a file has them; `model_copy` gives some without a check."""
+    match value:
+        case BaseModel():
+            return {name: _plain(inner) for name, inner in vars(value).items() if name in value.model_fields_set}
+        case dict():
+            return {name: _plain(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+    return value
 
 
 def job_of(text: str, path: Path, changes: Sequence[str] = ()) -> Job:

@@ -322,6 +322,28 @@ def test_a_rollback_has_a_client_of_the_store_and_no_heavy_library() -> None:
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
 
 
+def test_nothing_imports_the_python_api_and_a_rollback_loads_no_part_of_it() -> None:
+    for package in FOLDERS:
+        for file, tree in modules(package):
+            if package != "api":
+                assert not [name for name in imports(tree) if name.startswith("train_and_ship.api")], file
+    script = (
+        "import sys, train_and_ship.ship.rollback\n"
+        "print([name for name in sys.modules if name in ('train_and_ship.api', 'train_and_ship.ship.results')])"
+    )
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
+
+
+def test_the_python_api_loads_as_fast_as_the_models_of_the_job_file() -> None:
+    script = (
+        "import sys, train_and_ship.registry.job.load\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import train_and_ship.api\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} - before - sys.stdlib_module_names))"
+    )
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
+
+
 def test_each_file_is_in_one_wheel_and_the_tools_carries_the_wheels_of_the_other_two(tmp_path: Path) -> None:
     # A copy: building in place leaves a build folder behind.
     source = tmp_path / "source"
