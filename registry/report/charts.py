@@ -190,11 +190,12 @@ def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
     row, foot = 58, 26
     wide = WIDTH / len(ERROR_BINS)
     svg = _svg(row * len(rows) + foot, f"counts by {', '.join(ERROR_BINS)} of {', '.join(label for label, *_ in rows)}")
+    # One scale for all of them.
+    most = math.log1p(max((count for _, counts, _ in rows for count in counts), default=0)) or 1.0
     for place, (label, counts, failed) in enumerate(rows):
         floor, label = row * (place + 1), label + (" ✗" if failed else "")
         _text(svg, 0, floor - 44, label, css="bad" if failed else "", longest=44)
         _line(svg, 0, floor, WIDTH, floor, "axis")
-        most = math.log1p(max(counts, default=0)) or 1.0
         for bin_, count in enumerate(counts):
             if not count:
                 continue
