@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
+from train_and_ship.tasks.bars import Bar, bars
+
 EARLY_SECONDS, LATE_SECONDS = 4.0, 30.0
 """Of silence, after which it is said what is at work: in the first minute of a stage, and later."""
 MINUTE = 60.0
@@ -22,6 +24,7 @@ _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 class _Stage:
     began: float
     parts: list[str] = field(default_factory=list)
+    done: float | None = None
 
 
 _stages: dict[str, _Stage] = {}
@@ -37,22 +40,32 @@ def at_work(stage: str) -> Iterator[None]:
         _stages.pop(stage, None)
 
 
-def now_at(stage: str, parts: Collection[str]) -> None:
-    """Name what the stage is at; parts: such as the formats that are not ready, none for the stage as a whole."""
+def now_at(stage: str, parts: Collection[str], done: float | None = None) -> None:
+    """Name what the stage is at.
+
+    Args:
+        stage: which.
+        parts: such as the formats that are not ready; none for the stage as a whole.
+        done: share of the stage, or of what is named, 0 to 1; None where nobody knows.
+    """
     if stage in _stages:
-        _stages[stage].parts = list(parts)
+        _stages[stage].parts, _stages[stage].done = list(parts), done
 
 
 @contextlib.asynccontextmanager
 async def never_silent(say: Callable[[str], None]) -> AsyncIterator[None]:
-    """Around a flow: whenever its log was silent, `say` is called with what has been at work for how long."""
+    """Around a flow: whenever its log was silent, `say` is called with what has been at work for how long.
+
+    On a terminal there are bars besides.
+    """
     heard = _Heard()
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
         logger.addHandler(heard)
     speaker = asyncio.create_task(_speak(heard, say))
     try:
-        yield
+        with bars(_bars):
+            yield
     finally:
         speaker.cancel()
         for logger in loggers:
@@ -81,6 +94,16 @@ async def _speak(heard: _Heard, say: Callable[[str], None]) -> None:
             heard.last = now
 
 
+def _bars() -> list[Bar]:
+    now = time.monotonic()
+    return [
+        Bar(name=name, seconds=now - stage.began, said=", ".join(stage.parts), done=stage.done)
+        for name, stage in [*_stages.items()]
+        if name != WAITS
+    ]
+
+
 def _line(name: str, stage: _Stage, now: float) -> str:
     parts = f": {', '.join(stage.parts)}" if stage.parts else ""
-    return f"{name} is at work{parts}, {now - stage.began:.0f} s so far"
+    share = f", {stage.done:.0%}" if stage.done is not None else ""
+    return f"{name} is at work{parts}{share}, {now - stage.began:.0f} s so far"

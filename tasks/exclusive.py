@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +21,7 @@ from train_and_ship.infra.rundir import require_run_id
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.at_work import never_silent
 from train_and_ship.tasks.away import patiently
+from train_and_ship.tasks.bars import ABOUT_SILENCE
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.naming import tag_run
@@ -80,7 +82,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
                     get_run_logger().warning(waiting)
                 await take_slot(stack, limit, None)
         await report_abandoned(model, resume or flow_run_id, settings)
-        await stack.enter_async_context(never_silent(get_run_logger().info))
+        await stack.enter_async_context(never_silent(partial(get_run_logger().info, extra={ABOUT_SILENCE: True})))
         yield read
 
 
