@@ -21,7 +21,7 @@ from torchworker.contract import (
     InspectResult,
     TensorSpec,
 )
-from train_and_ship.infra.interpreter import Interpreter
+from train_and_ship.infra.interpreter import Interpreter, our_interpreter
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.data.checks import (
     Report,
@@ -42,7 +42,7 @@ from train_and_ship.tasks.requests import (
     required_formats,
     train_settings,
 )
-from train_and_ship.tasks.rooms import Rooms
+from train_and_ship.tasks.rooms import Rooms, bound
 from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.trial import TrialExport, try_export
@@ -219,8 +219,18 @@ def _notes(job: Job, folder: Path, result: CheckResult, chosen: Chosen) -> list[
     return [chosen.hint, shared_samples(*result.shared), *result.notes, not_passed_on(job, folder)]
 
 
-def _environment(interpreter: Interpreter) -> str:
-    return f"{interpreter.path}: Python {interpreter.version}, torch {interpreter.torch}; the clean room is ours"
+def _environment(job: Job, found: Interpreter) -> str:
+    """What runs the code, and where artifacts are proven: another torch, or its C++ ABI, binds what is compiled."""
+    ours = our_interpreter().torch
+    clean = "the clean room is ours" + (f", with torch {ours}" if found.torch != ours else "")
+    compiled = bound([*job.export.wanted, *(job.export.int8.wanted if job.export.int8 else ())], job.export.libraries)
+    where = (
+        f"; proven where they are made, because they are compiled against that torch and its C++ ABI and load nowhere "
+        f"else: {', '.join(compiled)}"
+        if compiled
+        else ""
+    )
+    return f"{found.path}: Python {found.version}, torch {found.torch}; {clean}{where}"
 
 
 def _all_of(job: Job, folder: Path, found: _Found, chosen: Chosen) -> Checked:
@@ -228,7 +238,7 @@ def _all_of(job: Job, folder: Path, found: _Found, chosen: Chosen) -> Checked:
     notes = [note for note in _notes(job, folder, result, chosen) if note]
     facts = (
         ("project", str(folder)),
-        *([("python", _environment(chosen.interpreter))] if not chosen.interpreter.ours else []),
+        *([("python", _environment(job, chosen.interpreter))] if not chosen.interpreter.ours else []),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
         (
             "data",
