@@ -9,15 +9,28 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-from train_and_ship.tasks.bars import Bar, bars
-
 EARLY_SECONDS, LATE_SECONDS = 4.0, 30.0
 """Of silence, after which it is said what is at work: in the first minute of a stage, and later."""
 MINUTE = 60.0
 LOOK_SECONDS = 0.5
 WAITS = "wait for approval"
 """A stage that says itself what it waits for, for days perhaps."""
+ABOUT_SILENCE = "about_silence"
+"""Mark of a log record that says what the bars show: it goes to logs, and not to a terminal that has them."""
 _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtWork:
+    """A stage that is at work."""
+
+    name: str
+    seconds: float
+    """Since it began."""
+    said: str = ""
+    """What it is at."""
+    done: float | None = None
+    """Share of it, 0 to 1; None where nobody knows."""
 
 
 @dataclass
@@ -52,20 +65,26 @@ def now_at(stage: str, parts: Collection[str], done: float | None = None) -> Non
         _stages[stage].parts, _stages[stage].done = list(parts), done
 
 
+def at_work_now() -> list[AtWork]:
+    """The stages that are at work, but for those that wait for a person."""
+    now = time.monotonic()
+    return [
+        AtWork(name=name, seconds=now - stage.began, said=", ".join(stage.parts), done=stage.done)
+        for name, stage in [*_stages.items()]
+        if name != WAITS
+    ]
+
+
 @contextlib.asynccontextmanager
 async def never_silent(say: Callable[[str], None]) -> AsyncIterator[None]:
-    """Around a flow: whenever its log was silent, `say` is called with what has been at work for how long.
-
-    On a terminal there are bars besides.
-    """
+    """Around a flow: whenever its log was silent, `say` is called with what has been at work for how long."""
     heard = _Heard()
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
         logger.addHandler(heard)
     speaker = asyncio.create_task(_speak(heard, say))
     try:
-        with bars(_bars):
-            yield
+        yield
     finally:
         speaker.cancel()
         for logger in loggers:
@@ -92,15 +111,6 @@ async def _speak(heard: _Heard, say: Callable[[str], None]) -> None:
         if now - heard.last >= (EARLY_SECONDS if young else LATE_SECONDS):
             say("; ".join(_line(name, stage, now) for name, stage in stages.items()))
             heard.last = now
-
-
-def _bars() -> list[Bar]:
-    now = time.monotonic()
-    return [
-        Bar(name=name, seconds=now - stage.began, said=", ".join(stage.parts), done=stage.done)
-        for name, stage in [*_stages.items()]
-        if name != WAITS
-    ]
 
 
 def _line(name: str, stage: _Stage, now: float) -> str:

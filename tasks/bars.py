@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
@@ -15,30 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.tasks.at_work import ABOUT_SILENCE, AtWork
 
 FROM_SECONDS = 0.5
 """What is over sooner flickers."""
 A_SECOND = 4
 """Times that they are drawn."""
-ABOUT_SILENCE = "about_silence"
-"""Mark of a log record that says what the bars show: it goes to logs, and not to a terminal that has them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A stage that is at work."""
-
-    name: str
-    seconds: float
-    """Since it began."""
-    said: str = ""
-    """What it is at."""
-    done: float | None = None
-    """Share of it, 0 to 1; None where nobody knows."""
 
 
 @contextlib.contextmanager
-def bars(look: Callable[[], Sequence[Bar]]) -> Iterator[None]:
+def bars(look: Callable[[], Sequence[AtWork]]) -> Iterator[None]:
     """Draw them while the block runs, where Prefect's log goes to a terminal. look: what is at work now."""
     handler, console = _terminal()
     if handler is None or console is None:
@@ -54,7 +39,7 @@ def bars(look: Callable[[], Sequence[Bar]]) -> Iterator[None]:
         handler.removeFilter(_not_about_silence)
 
 
-def drawn(found: Sequence[Bar]) -> Table:
+def drawn(found: Sequence[AtWork]) -> Table:
     """A line each: name, bar, seconds so far, what it is at."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True, min_width=8)

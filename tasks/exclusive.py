@@ -19,9 +19,9 @@ from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.private import take_password
 from train_and_ship.infra.rundir import require_run_id
 from train_and_ship.infra.settings import Settings
-from train_and_ship.tasks.at_work import never_silent
+from train_and_ship.tasks.at_work import ABOUT_SILENCE, at_work_now, never_silent
 from train_and_ship.tasks.away import patiently
-from train_and_ship.tasks.bars import ABOUT_SILENCE
+from train_and_ship.tasks.bars import bars
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.naming import tag_run
@@ -82,6 +82,7 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
                     get_run_logger().warning(waiting)
                 await take_slot(stack, limit, None)
         await report_abandoned(model, resume or flow_run_id, settings)
+        stack.enter_context(bars(at_work_now))
         await stack.enter_async_context(never_silent(partial(get_run_logger().info, extra={ABOUT_SILENCE: True})))
         yield read
 

@@ -210,6 +210,61 @@ def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
     return _written(svg)
 
 
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """A confusion matrix: a row for each class that was right, a column for each answer.
+
+    Args:
+        counts: square.
+        names: of the classes.
+    """
+    left, top = 58, 38
+    cell = min(56.0, (WIDTH - left) / len(counts))
+    svg = _svg(top + cell * len(counts) + 4, f"right class by row, answer by column: {', '.join(names)}")
+    _text(svg, 0, 13, "right ↓  answered →", small=True, longest=44)
+    shown = cell >= 22
+    for row, found in enumerate(counts):
+        y, whole = top + cell * row, sum(found) or 1
+        if cell >= 11:
+            _text(svg, left - 5, y + cell / 2 + 4, names[row], anchor="end", small=True, longest=8)
+        for column, count in enumerate(found):
+            said = f"{names[row]}, answered {names[column]}: {count:,}, {count / whole:.1%}"
+            css, x = "a" if row == column else "bad", left + cell * column
+            deep = 0.12 + 0.5 * count / whole if count else 0.03
+            _shape(svg, "rect", css, said, x=x, y=y, width=cell - 1, height=cell - 1, fill_opacity=deep)
+            if count and shown:
+                _text(svg, x + cell / 2, y + cell / 2 + 4, f"{count}", anchor="middle")
+    if cell >= 22:
+        for column, name in enumerate(names):
+            _text(svg, left + cell * (column + 0.5), top - 6, name, anchor="middle", small=True, longest=int(cell / 6))
+    return _written(svg)
+
+
+def residuals(counts: Sequence[Sequence[int]], low: float, high: float, most: float) -> str:
+    """How far answers are from what was right, over what was right: darker where there are more.
+
+    Args:
+        counts: a row a bin of the distance, the most negative first, a column a bin of what was right.
+        low: the smallest that was right.
+        high: the largest.
+        most: the largest distance.
+    """
+    left, top, tall = 58, 6, 200
+    wide, high_ = (WIDTH - left) / len(counts[0]), tall / len(counts)
+    svg = _svg(top + tall + 24, f"answer less what was right, {-most:.4g} to {most:.4g}, over {low:.4g} to {high:.4g}")
+    largest = math.log1p(max(max(row) for row in counts)) or 1.0
+    for row, found in enumerate(reversed(counts)):
+        for column, count in enumerate(found):
+            if count:
+                place = {"x": left + wide * column, "y": top + high_ * row, "width": wide, "height": high_}
+                _shape(svg, "rect", "a", f"{count:,}", **place, fill_opacity=0.15 + 0.85 * math.log1p(count) / largest)
+    _line(svg, left, top + tall / 2, WIDTH, top + tall / 2, "axis")
+    for value, y in ((f"{most:+.3g}", top + 10), ("0", top + tall / 2 + 4), (f"{-most:+.3g}", top + tall)):
+        _text(svg, left - 5, y, value, anchor="end", small=True)
+    _text(svg, left, top + tall + 16, f"{low:.4g}", small=True)
+    _text(svg, WIDTH, top + tall + 16, f"{high:.4g}", anchor="end", small=True)
+    return _written(svg)
+
+
 def image(titled: Mapping[str, str]) -> str:
     """Charts under each other as one SVG document, for pages that do not have the styles of ours. titled: by title."""
     document, y = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "width": f"{WIDTH}"}), 0.0
@@ -255,7 +310,7 @@ def _text(
 
 def _shape(svg: Element, tag: str, css: str, said: str, **place: float) -> None:
     """said: in its tooltip; place: attributes of an SVG element, such as `cx`."""
-    attributes = {name: f"{value:.1f}" for name, value in place.items()}
+    attributes = {name.replace("_", "-"): f"{value:.4g}" for name, value in place.items()}
     _title(SubElement(svg, tag, attributes | {"class": css}), said)
 
 

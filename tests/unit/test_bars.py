@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +14,8 @@ from rich.theme import Theme
 
 from train_and_ship.tasks import at_work
 from train_and_ship.tasks import bars as bars_of_a_run
-from train_and_ship.tasks.at_work import WAITS, never_silent, now_at
-from train_and_ship.tasks.bars import ABOUT_SILENCE, Bar, drawn
+from train_and_ship.tasks.at_work import ABOUT_SILENCE, WAITS, AtWork, at_work_now, never_silent, now_at
+from train_and_ship.tasks.bars import bars, drawn
 
 
 class Handler(logging.Handler):
@@ -46,11 +47,12 @@ def shown(logger: logging.Logger, *, terminal: bool) -> str:
     log = logging.getLogger("prefect.task_runs.test")
 
     async def run() -> None:
-        async with never_silent(lambda line: log.warning(line, extra={ABOUT_SILENCE: True})):
-            with at_work.at_work("train"), at_work.at_work(WAITS):
-                now_at("train", ["epoch 1/4"], 0.25)
-                log.warning("a line of the log")
-                await asyncio.sleep(0.1)
+        with bars(at_work_now):
+            async with never_silent(lambda line: log.warning(line, extra={ABOUT_SILENCE: True})):
+                with at_work.at_work("train"), at_work.at_work(WAITS):
+                    now_at("train", ["epoch 1/4"], 0.25)
+                    log.warning("a line of the log")
+                    await asyncio.sleep(0.1)
 
     asyncio.run(run())
     assert handler.filters == []
@@ -71,8 +73,7 @@ def test_a_log_has_plain_lines(logger: logging.Logger) -> None:
 
 def test_a_bar_has_the_share_that_is_done_and_words_of_others_steer_no_terminal() -> None:
     console = Console(file=io.StringIO(), width=60, color_system=None, legacy_windows=False)
-    console.print(
-        drawn([Bar(name="rehearse", seconds=7.0, said="resampling\x1b[2J f1", done=0.5), Bar(name="a", seconds=0)])
-    )
-    text = console.file.getvalue()
-    assert "\x1b" not in text and text.count("━") == 12 and "7 s" in text and len(text.splitlines()) == 1
+    long = AtWork(name="rehearse", seconds=7.0, said="resampling\x1b[2J f1", done=0.5)
+    console.print(drawn([long, AtWork(name="export", seconds=0.1)]))
+    (line,) = console.file.getvalue().splitlines()
+    assert re.fullmatch(r"rehearse  ━{12} +7 s  resampling\\x1b\[2J f1 *", line), line

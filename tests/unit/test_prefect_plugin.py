@@ -16,7 +16,7 @@ from train_and_ship.ship.prefect_plugin import _end_with_the_headline
 
 @pytest.mark.parametrize("message", ["digits: release [b] stays live on prod", "", None])
 def test_watching_a_run_ends_with_what_became_of_it(monkeypatch: pytest.MonkeyPatch, message: str | None) -> None:
-    ended = SimpleNamespace(state=SimpleNamespace(message=message))
+    ended: Any = SimpleNamespace(state=SimpleNamespace(message=message))
 
     async def watch(flow_run_id: Any, console: Any, **_: Any) -> Any:
         console.print("events")

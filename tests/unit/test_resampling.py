@@ -18,7 +18,7 @@ from torchworker.gates.bootstrap import interval_of, interval_of_mean
 from torchworker.project.metrics import mean_of
 from torchworker.stages import score
 from torchworker.stages.rehearse import _influence
-from train_and_ship.tasks.at_work import _bars, at_work
+from train_and_ship.tasks.at_work import at_work, at_work_now
 from train_and_ship.tasks.rehearse import SHOWN, _resampling
 
 ASKED = Resampling(resamples=4000, confidence=0.95, seed=0)
@@ -186,6 +186,6 @@ def test_resampling_by_a_metric_of_ones_own_tells_how_far_it_is(
 def test_what_the_code_of_a_job_writes_among_the_events_stops_nothing(event: dict[str, Any]) -> None:
     with at_work("rehearse"):
         _resampling(event)
-        assert _bars()[0].done is None
+        assert at_work_now()[0].done is None
         _resampling({"metric": "own\n" * 99, "done": 0.5})
-        assert (_bars()[0].done, len(_bars()[0].said)) == (0.5, len("resampling ") + SHOWN)
+        assert (at_work_now()[0].done, len(at_work_now()[0].said)) == (0.5, len("resampling ") + SHOWN)
