@@ -72,7 +72,7 @@ def test_a_log_has_plain_lines(logger: logging.Logger) -> None:
 
 
 def test_a_bar_has_the_share_that_is_done_and_words_of_others_steer_no_terminal() -> None:
-    console = Console(file=io.StringIO(), width=60, color_system=None, legacy_windows=False)
+    console = Console(file=io.StringIO(), width=90, color_system=None, legacy_windows=False)
     long = AtWork(name="rehearse", seconds=7.0, said="resampling\x1b[2J f1", done=0.5)
     console.print(drawn([long, AtWork(name="export", seconds=0.1)]))
     (line,) = console.file.getvalue().splitlines()
