@@ -33,6 +33,7 @@ from train_and_ship.registry.data.checks import (
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.results import Checked
+from train_and_ship.tasks.at_work import at_work, never_silent
 from train_and_ship.tasks.extras import not_passed_on, require_extras, require_variables
 from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
 from train_and_ship.tasks.requests import (
@@ -83,7 +84,9 @@ async def check_job(job: Job, job_file: Path, folder: Path, export: bool, consol
     require_variables(job)
     require_files(job, folder)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
-    found = await _build(job, folder, snapshot, chosen, export, console)
+    with at_work("check"):
+        async with never_silent(partial(_say, console)):
+            found = await _build(job, folder, snapshot, chosen, export, console)
     return _all_of(job, folder, found, chosen)
 
 

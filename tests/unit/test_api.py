@@ -16,6 +16,7 @@ from train_and_ship import api
 from train_and_ship.api import Factory, Gate, History, Job, JobError, Move, Train, UserError, check, run
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.event_loop import to_its_end
+from train_and_ship.tasks import at_work
 
 MADE: dict[str, Any] = {
     "name": "plain",
@@ -144,6 +145,22 @@ def test_what_a_check_found_prints_as_the_command_does(capsys: pytest.CaptureFix
     Console(width=120).print(found)
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert printed == str(found).splitlines() and any("67 parameters" in line for line in printed)
+
+
+def test_a_check_that_takes_long_says_that_it_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(at_work, "EARLY_SECONDS", 0.02)
+    monkeypatch.setattr(at_work, "LOOK_SECONDS", 0.005)
+
+    async def build(*_: object) -> None:
+        await asyncio.sleep(0.1)
+        raise JobError("enough")
+
+    monkeypatch.setattr("train_and_ship.ship.check._build", build)
+    with pytest.raises(JobError, match="enough"):
+        check(Job.load(write_project(tmp_path)))
+    assert "check is at work, 0 s so far" in capsys.readouterr().err
 
 
 def test_work_goes_to_its_end_also_where_a_loop_runs_as_in_a_notebook() -> None:
