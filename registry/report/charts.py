@@ -175,10 +175,18 @@ def intervals(spans: Sequence[Span]) -> str:
             said = f"{span.name}: {span.middle:+.4g}"
             _shape(svg, "circle", f"{css} dot", said, cx=x_of(span.middle), cy=y, r=6)
         _text(svg, x_of(0), y + 24, "0", anchor=_anchor(x_of(0)), small=True)
-        for value in dict.fromkeys((span.low, span.high)):
-            if abs(x_of(value) - x_of(0)) > 24:
-                _text(svg, x_of(value), y + 24, f"{value:+.3g}", anchor=_anchor(x_of(value)), small=True)
+        for value in _apart(span, x_of):
+            _text(svg, x_of(value), y + 24, f"{value:+.3g}", anchor=_anchor(x_of(value)), small=True)
     return _written(svg)
+
+
+def _apart(span: Span, x_of: Callable[[float], float]) -> list[float]:
+    """Those ends whose numbers overprint neither the zero mark nor each other: the outer one first."""
+    kept: list[float] = []
+    for value in sorted({span.low, span.high}, key=lambda end: -abs(end)):
+        if abs(x_of(value) - x_of(0)) > 24 and all(abs(x_of(value) - x_of(other)) > 60 for other in kept):
+            kept.append(value)
+    return kept
 
 
 def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -94,6 +95,22 @@ def test_a_run_that_never_began_has_its_reason_alone() -> None:
     found = checked(html(page_of(None, verdict=Ending.FAILED, why="job file x.yaml: found none")))
     assert found.headings == ["Decision"] and "job file x.yaml: found none" in found.text
     assert "x.yaml: found none" in markdown(page_of(None, why="job file x.yaml: found none"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-0.01, 0.2), (0.1, 0.105), (-0.105, -0.1), (-1e-4, 0.2), (0.0, 0.0), (-1.0, 1.0)]
+)
+def test_no_number_of_an_interval_stands_on_another(low: float, high: float) -> None:
+    svg = charts.intervals([charts.Span(name="m", low=low, high=high, middle=low, limit=0.0, passed=True)])
+    below = re.findall(r'<text x="([\d.]+)" y="58.0" text-anchor="(\w+)" class="small">([^<]+)<', svg)
+    spans = []
+    for x, anchor, text in below:
+        wide = 6.5 * len(text)
+        left = float(x) - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+        spans.append((left, left + wide, text))
+    spans.sort()
+    assert "0" in [text for *_, text in spans]
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans)), spans
 
 
 def test_markdown_and_html_say_the_same_numbers() -> None:
