@@ -162,7 +162,11 @@ def _places(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tup
 
 def _describe_key(root: type[BaseModel], keys: Keys) -> str:
     model = _model_at(root, keys)
-    return descriptions(model).get(str(keys[-1]), "a value") if model else "a value"
+    if model is None:
+        return "a value"
+    parts = [option for option in _options(model.model_fields[str(keys[-1])].annotation) if _is_model(option)]
+    below = f"keys below it, such as {', '.join([*parts[0].model_fields][:3])}" if parts else "a value"
+    return descriptions(model).get(str(keys[-1]), below)
 
 
 @functools.cache

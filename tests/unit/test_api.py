@@ -49,6 +49,7 @@ def test_a_job_made_in_python_is_the_one_of_its_file(tmp_path: Path) -> None:
     ("keys", "said"),
     [
         ({"train": {"epoch": 3}}, "train.epoch: unknown key; did you mean epochs?"),
+        ({"train": None}, "train: missing; expected keys below it, such as epochs,"),
         ({"name": "A b"}, "name: expected lower-case letters, digits, dots, dashes or underscores, got"),
         ({"train": {**MADE["train"], "loss": 3}}, "train.loss: expected"),
         (
@@ -59,7 +60,7 @@ def test_a_job_made_in_python_is_the_one_of_its_file(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_told_as_in_a_job_file(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(JobError) as here:
-        Job(**dict(sorted({**MADE, **keys}.items())))
+        Job(**{name: value for name, value in sorted({**MADE, **keys}.items()) if value is not None})
     with pytest.raises(JobError) as there:
         Job.load(write_project(tmp_path, **keys))
     # A file has lines.
