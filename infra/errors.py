@@ -38,6 +38,10 @@ class ShipError(Exception):
 class UserError(ShipError):
     """Something the user can mend; shown as one message without a traceback."""
 
+    def _render_traceback_(self) -> list[str]:
+        """For IPython and notebooks, which ask for it."""
+        return [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
+
 
 class JobError(UserError):
     """The job file, or code or data that it refers to, is not usable."""

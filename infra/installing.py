@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torchworker
@@ -35,8 +36,9 @@ def installer(python: str) -> list[str]:
 @contextlib.contextmanager
 def torchworker_wheel() -> Iterator[Path]:
     """The wheel of torchworker: the one that was carried here, or of a clone one that is built now."""
-    if carried := sorted(WHEELS.glob("torchworker-*.whl")):
-        yield carried[-1]
+    # Of several, the one that this version of the tool was released with.
+    if carried := sorted(WHEELS.glob(f"torchworker-{metadata.version('torchworker')}-*.whl")):
+        yield carried[0]
         return
     with tempfile.TemporaryDirectory() as folder:
         # A copy: building in place leaves a build folder behind.

@@ -43,6 +43,8 @@ NONE = "–"
 """A value that one of the two does not have."""
 CODE = ("git_commit", "shipping_git_commit")
 FROM_DATA = ("data_fingerprint", "train_samples", "validation_samples")
+SIZE_NOISE = 0.001
+"""Part of a file that the digits of times in it, and the like, make up."""
 LONGEST_SAID = 500
 """Characters of what cannot be understood, in words."""
 Said = TypeVar("Said")
@@ -61,6 +63,8 @@ class Difference:
     after: str
     change: str = ""
     """How much, where both are numbers."""
+    noise: bool = False
+    """Whether two releases of the same model differ by as much: people are shown the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +264,34 @@ def _differences(group: str, one: ReleaseRecord, two: ReleaseRecord) -> Iterator
                 before=_shown(group, before),
                 after=_shown(group, after),
                 change=_change(before, after),
+                noise=_is_noise(group, name, left, right),
             )
+
+
+def _is_noise(group: str, name: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether a size, or a time that was measured with each release, differs by no more than chance makes of it.
+
+    A median is noise while each lies among the other's calls (below its p99); p99 and the time to load, of few calls or
+    of one, up to twice.
+    """
+    before, after = _number(left.get(name)), _number(right.get(name))
+    if before is None or after is None:
+        return False
+    if group == "size":
+        return abs(after - before) <= SIZE_NOISE * before
+    if group != "latency" or min(before, after) <= 0:
+        return False
+    if " p50_ms" not in name:
+        return max(before, after) <= 2 * min(before, after)
+    most, theirs = (_number(side.get(name.replace(" p50_ms", " p99_ms"))) for side in (left, right))
+    return most is not None and theirs is not None and before <= theirs and after <= most
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 def _change(before: Any, after: Any) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 from torchworker.contract import (
     FORMAT_FILES,
@@ -22,7 +21,7 @@ from torchworker.contract import (
     InspectResult,
     TensorSpec,
 )
-from train_and_ship.infra.interpreter import Interpreter
+from train_and_ship.infra.interpreter import Interpreter, our_interpreter
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.data.checks import (
     Report,
@@ -33,6 +32,8 @@ from train_and_ship.registry.data.checks import (
 )
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.ship.results import Checked
+from train_and_ship.tasks.at_work import at_work, never_silent
 from train_and_ship.tasks.extras import not_passed_on, require_extras, require_variables
 from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
 from train_and_ship.tasks.requests import (
@@ -42,7 +43,7 @@ from train_and_ship.tasks.requests import (
     required_formats,
     train_settings,
 )
-from train_and_ship.tasks.rooms import Rooms
+from train_and_ship.tasks.rooms import Rooms, bound
 from train_and_ship.tasks.shipped import require_files
 from train_and_ship.tasks.snapshot import verified_snapshot
 from train_and_ship.tasks.trial import TrialExport, try_export
@@ -54,22 +55,39 @@ def check(job_file: Path, export: bool = True, changes: Sequence[str] = ()) -> N
 
     Args:
         job_file: of the job.
-        export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+        export: as of `check_job`.
         changes: what the job says otherwise than its file, as `load_job` takes it.
+
+    Raises what `check_job` does, and JobError with one message a mistake.
+    """
+    console = Console()
+    job, project = load_job(job_file, changes)
+    console.print(asyncio.run(check_job(job, job_file, project, export, console)))
+
+
+async def check_job(job: Job, job_file: Path, folder: Path, export: bool, console: Console) -> Checked:
+    """Build everything a job refers to, and try it once.
+
+    Args:
+        job: what is asked about.
+        job_file: what it was read from; paths are relative to its folder.
+        folder: of the project, absolute.
+        export: whether the untrained model is exported and the artifacts are asked, as a run does after training.
+        console: what is being done is told there.
 
     Raises:
         JobError: one message a mistake.
         GateError: the data fails its checks, or an artifact is not the model.
     """
-    job, folder = load_job(job_file, changes)
     chosen = choose_interpreter(job, job_file, folder)
     require_extras(job, chosen.interpreter)
     require_variables(job)
     require_files(job, folder)
     snapshot, _ = verified_snapshot(Settings.load(), job, folder)
-    console = Console()
-    found = asyncio.run(_build(job, folder, snapshot, chosen, export, console))
-    _print(job, folder, found, chosen, console)
+    with at_work("check"):
+        async with never_silent(partial(_say, console)):
+            found = await _build(job, folder, snapshot, chosen, export, console)
+    return _all_of(job, folder, found, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,17 +222,26 @@ def _notes(job: Job, folder: Path, result: CheckResult, chosen: Chosen) -> list[
     return [chosen.hint, shared_samples(*result.shared), *result.notes, not_passed_on(job, folder)]
 
 
-def _environment(interpreter: Interpreter) -> str:
-    return f"{interpreter.path}: Python {interpreter.version}, torch {interpreter.torch}; the clean room is ours"
+def _environment(job: Job, found: Interpreter) -> str:
+    """What runs the code, and where artifacts are proven: another torch, or its C++ ABI, binds what is compiled."""
+    ours = our_interpreter().torch
+    clean = "the clean room is ours" + (f", with torch {ours}" if found.torch != ours else "")
+    compiled = bound([*job.export.wanted, *(job.export.int8.wanted if job.export.int8 else ())], job.export.libraries)
+    where = (
+        f"; proven where they are made, because they are compiled against that torch and its C++ ABI and load nowhere "
+        f"else: {', '.join(compiled)}"
+        if compiled
+        else ""
+    )
+    return f"{found.path}: Python {found.version}, torch {found.torch}; {clean}{where}"
 
 
-def _print(job: Job, folder: Path, found: _Found, chosen: Chosen, console: Console) -> None:
-    result, data = found.result, found.report
-    columns = Column(style="bold"), Column(overflow="fold")
-    facts = Table(*columns, title=job.name, show_header=False, title_justify="left")
-    for name, value in (
+def _all_of(job: Job, folder: Path, found: _Found, chosen: Chosen) -> Checked:
+    result, data, trial = found.result, found.report, found.trial
+    notes = [note for note in _notes(job, folder, result, chosen) if note]
+    facts = (
         ("project", str(folder)),
-        *([("python", _environment(chosen.interpreter))] if not chosen.interpreter.ours else []),
+        *([("python", _environment(job, chosen.interpreter))] if not chosen.interpreter.ours else []),
         ("model", f"{job.model.factory}, {result.parameters:,} parameters, {result.parameter_bytes / 1e6:.2f} MB"),
         (
             "data",
@@ -236,13 +263,24 @@ def _print(job: Job, folder: Path, found: _Found, chosen: Chosen, console: Conso
         ("to serve", _served(job)),
         ("release", f"channel {job.release.channel}"),
         *([("env", ", ".join(job.env))] if job.env else []),
-        *(("note", note) for note in _notes(job, folder, result, chosen) if note),
-    ):
-        facts.add_row(name, escape(value))
-    console.print(facts)
-    gates = Table("measured", "min", "max", "against live", "times live", title="gates", title_justify="left")
-    gates.add_row("parity of every format", "", "1 (× its own rounding)", "", "")
+        *(("note", note) for note in notes),
+    )
+    gates: list[tuple[str, ...]] = [("parity of every format", "", "1 (× its own rounding)", "", "")]
     for name, gate in job.gates.items():
         limits = (gate.min, gate.max, gate.vs_live, gate.times_live)
-        gates.add_row(name, *("" if limit is None else f"{limit:g}" for limit in limits))
-    console.print(gates)
+        gates.append((name, *("" if limit is None else f"{limit:g}" for limit in limits)))
+    return Checked(
+        model=job.name,
+        project=folder,
+        python=chosen.interpreter.path,
+        parameters=result.parameters,
+        train_samples=result.train_samples,
+        validation_samples=result.validation_samples,
+        inputs=tuple(_tensor(spec) for spec in result.inputs),
+        outputs=tuple(_tensor(spec) for spec in result.outputs),
+        exports={kind: item.file for kind, item in trial.exported.artifacts.items()} if trial else {},
+        left_out=dict(trial.exported.left_out) if trial else {},
+        notes=tuple(notes),
+        facts=facts,
+        gates=tuple(gates),
+    )

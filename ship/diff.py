@@ -42,7 +42,10 @@ def diff(words: Sequence[str], as_json: bool) -> None:
         )
         return
     typer.echo(f"{model}: {before} = {one.release}, {after} = {two.release}\n")
-    typer.echo(_table(found) if found else "no difference")
+    shown = [one for one in found if not one.noise]
+    typer.echo(_table(shown) if shown else "no difference" if not found else "no difference but noise")
+    if left := len(found) - len(shown):
+        typer.echo(f"\nnot shown: {left} within noise (times of like calls, sizes by less than 0.1%); --json has them")
 
 
 def _named(store: ObjectStore, words: Sequence[str]) -> tuple[str, str, str]:

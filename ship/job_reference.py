@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from train_and_ship.registry.job.base import Factory, descriptions
+from train_and_ship.registry.job.base import Factory
 from train_and_ship.registry.job.data import Checks, Drift, Labels, Snapshot, TensorCheck
 from train_and_ship.registry.job.export import Dynamic, Export, Quantize
 from train_and_ship.registry.job.gates import Gate
 from train_and_ship.registry.job.job import Data, Job, Release, Retrain
 from train_and_ship.registry.job.launcher import LOCAL, Kubernetes, Slurm, Torchrun
+from train_and_ship.registry.job.mistakes import descriptions
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import CustomMetric, Group, Train
 
@@ -76,7 +77,7 @@ def _type(kind: Any) -> str:
     if origin is dict:
         return "mapping"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        named = {
+        named: dict[type[BaseModel], str] = {
             Factory: "`{factory, args}`",
             Data: "`{factory, args, collate, …}`",
             CustomMetric: "`{factory, args, better, name}`",

@@ -47,6 +47,8 @@ def variables_of(settings: Settings, found: str) -> dict[str, str]:
     variables: dict[str, str] = {}
     if settings.prefect_is_local:
         variables |= {"PREFECT_API_URL": settings.prefect_api_url, "PREFECT_API_AUTH_STRING": settings.prefect_account}
+        # ship/prefect_plugin.py, where the tool is installed.
+        variables |= {"PREFECT_PLUGINS_ENABLED": "true", "PREFECT_PLUGINS_ALLOW": "train_and_ship"}
     if settings.mlflow_is_local:
         variables |= {"MLFLOW_TRACKING_URI": settings.mlflow_url}
         variables |= {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": found}

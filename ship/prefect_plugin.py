@@ -1,16 +1,19 @@
-"""Small comforts for the prefect command when it runs in this project's folder (see prefect.toml).
+"""Small comforts for the prefect command in this project's folder (see prefect.toml), or after `eval "$(ship env)"`.
 
 - `prefect deployment run train-and-ship`: a name without a slash means the deployment and the flow of that name.
 - SHIP_PREFECT_PORT alone is enough for the command to find a local server on another port.
 - The command knows the password of the local server; no other one is sent it.
+- `--watch` ends with what became of the run, in words, and not with the name of its state alone.
 
 Prefect loads this while it is being imported, so it prints nothing and imports Prefect only inside functions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -34,6 +37,8 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
         pass
     else:
         _accept_bare_names(DeploymentAsyncClient)
+    if "--watch" in sys.argv:
+        _end_with_the_headline()
     found = {}
     port = os.environ.get("SHIP_PREFECT_PORT")
     if port and not os.environ.get("PREFECT_API_URL"):
@@ -70,3 +75,23 @@ def _accept_bare_names(client_class: Any) -> None:
         return await read(self, name if "/" in name else f"{name}/{name}")
 
     client_class.read_deployment_by_name = read_deployment_by_name
+
+
+def _end_with_the_headline() -> None:
+    """Make `--watch` print the message of the run's last state. Without the private module below, it does not."""
+    with contextlib.suppress(ImportError):
+        from prefect.cli import flow_runs_watching as watching
+
+        watch = watching.watch_flow_run
+        if hasattr(watch, "__wrapped__"):
+            return
+
+        @functools.wraps(watch)
+        async def watch_flow_run(flow_run_id: Any, console: Any, *more: Any, **named: Any) -> Any:
+            run = await watch(flow_run_id, console, *more, **named)
+            if run.state is not None and run.state.message:
+                console.print(f"\n{run.state.message}", markup=False, highlight=False, soft_wrap=True)
+            return run
+
+        # The commands are imported later, and take it from there.
+        watching.watch_flow_run = watch_flow_run

@@ -6,6 +6,9 @@ release in a process of its own first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import typer
 
 from train_and_ship.infra.errors import ServiceError
@@ -22,8 +25,24 @@ from train_and_ship.ship.named import named_channel, named_kinds
 _LOADED = ("unsigned", "loaded unsigned", "not loaded")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """A move that is made."""
+
+    pointer: Pointer
+    verified: Verified
+    """What was proven before."""
+    warnings: Sequence[str]
+    """What did not follow it."""
+
+
 def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
-    """Go back to what was live before, or to the release that `to` names."""
+    """Go back to what was live before, or to the release that `to` names, and print it."""
+    _print(go_back(model, channel, to, why, quick))
+
+
+def go_back(model: str, channel: str, to: str, why: str, quick: bool) -> Moved:
+    """The same without a word; raises ShipError."""
     mover = Mover(by=who(), why=why)
     settings = Settings.load()
     target = choose_rollback(named_channel(settings, model, channel), to)
@@ -31,7 +50,7 @@ def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
         # Before every byte is read.
         require_asked(target, "", Flow.ROLLBACK)
     verified = verify_target(target, read_back=not quick, public_key=settings.public_key)
-    _finish(settings, verified, roll_back(verified, mover))
+    return _followed(settings, verified, roll_back(verified, mover))
 
 
 def promote(
@@ -44,9 +63,22 @@ def promote(
     allow: list[str] | None,
     load_unsigned: bool,
 ) -> None:
-    """Put the release that `source` names live on a channel."""
-    import asyncio
+    """Put the release that `source` names live on a channel, and print it."""
+    _print(go_forward(model, source, channel, why, gates, again, allow, load_unsigned))
 
+
+def go_forward(
+    model: str,
+    source: str,
+    channel: str,
+    why: str,
+    gates: bool,
+    again: bool,
+    allow: list[str] | None,
+    load_unsigned: bool,
+) -> Moved:
+    """The same without a word; raises ShipError."""
+    from train_and_ship.ship.event_loop import to_its_end
     from train_and_ship.tasks.existing import promote_tried, try_out
 
     mover, allow = Mover(by=who(), why=why), named_kinds(allow)
@@ -61,15 +93,20 @@ def promote(
             settings, tried, mover, gates=gates, again=again, allow=allow, load_unsigned=load_unsigned
         )
 
-    _finish(settings, *asyncio.run(tried()))
+    return _followed(settings, *to_its_end(tried()))
 
 
-def _finish(settings: Settings, verified: Verified, pointer: Pointer) -> None:
-    """Let MLflow follow, tell whoever wants to be told, and say what happened."""
+def _followed(settings: Settings, verified: Verified, pointer: Pointer) -> Moved:
+    """Let MLflow follow, and tell whoever wants to be told."""
     channel = verified.target.channel
     warnings = [*sync_after_move(channel), *_untold(settings, f"{channel}: {described(pointer)}", pointer)]
+    return Moved(pointer=pointer, verified=verified, warnings=warnings)
+
+
+def _print(moved: Moved) -> None:
+    pointer, verified = moved.pointer, moved.verified
     typer.echo(
-        f"{channel}: release {pointer.release} is live, generation {pointer.generation}\n"
+        f"{verified.target.channel}: release {pointer.release} is live, generation {pointer.generation}\n"
         f"  replaced  {pointer.previous or 'nothing'}\n"
         f"  by        {on_one_line(pointer.moved_by)}: {on_one_line(pointer.reason)}\n"
         f"  bytes     {verified.verdicts['bytes']}"
@@ -82,7 +119,7 @@ def _finish(settings: Settings, verified: Verified, pointer: Pointer) -> None:
             if gate.endswith(" vs live")
         )
     )
-    for warning in warnings:
+    for warning in moved.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
 

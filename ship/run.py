@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import Coroutine, Iterator, Sequence
@@ -26,67 +25,120 @@ from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.registry.run_folder import registration
+from train_and_ship.ship.event_loop import to_its_end
 from train_and_ship.ship.named import named_kinds
 from train_and_ship.ship.pages import REPORT
+from train_and_ship.ship.results import Retrained, Shipped
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.interpreters import choose_interpreter
 from train_and_ship.tasks.shipped import require_files
 
 if TYPE_CHECKING:
-    from train_and_ship.tasks.results import RetrainResult, Shipped
+    from train_and_ship.tasks import results as tasks
 
 _T = TypeVar("_T")
 
 
 def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[str]) -> None:
-    """Run train-and-ship once, going on with an earlier run when `resume` names one.
+    """Run train-and-ship once, and print where to look.
 
     Args:
         job_file: what is to be done.
-        resume: id of the earlier run; empty for a new one.
-        allow: kinds in which the release may be another than what is live.
+        resume: as of `run_job`.
+        allow: as of `run_job`.
         changes: what is to be done otherwise than the file says, as `load_job` takes it.
 
     Raises ShipError with one message when it does not end with a promotion.
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, project = load_job(job_file, changes)
+    with _exit_by_signal():
+        typer.echo(f"\n{run_job(job, job_file, project, resume, allow)}")
+
+
+def run_job(job: Job, job_file: Path, project: Path, resume: str, allow: list[str] | None) -> Shipped:
+    """Run train-and-ship once, going on with an earlier run when `resume` names one.
+
+    Args:
+        job: what is to be done.
+        job_file: what it was read from; paths are relative to its folder.
+        project: absolute folder.
+        resume: id of the earlier run; empty for a new one.
+        allow: kinds in which the release may be another than what is live.
+
+    Raises ShipError with one message when it does not end with a promotion.
+    """
     interpreter = choose_interpreter(job, job_file, project).interpreter
     kinds = named_kinds(allow)
     _prepare(job, project, resume, interpreter, reads_data=True)
     from train_and_ship.flows.train_and_ship import train_and_ship
-    from train_and_ship.tasks.job_file import read_with
+    from train_and_ship.tasks.job_file import give_job
+    from train_and_ship.tasks.policy import prefect_of
 
-    read_with(changes)
-
+    give_job(job_file, job, project)
     # Called, a flow that ends with a state of its own gives that state's result.
-    with _saying_where(job, resume):
-        shipped = cast("Shipped", _ended(train_and_ship(job=str(job_file), resume=resume, allow=kinds)))
-    typer.echo(
-        f"\n{shipped.title}\n"
-        f"  run      {shipped.run_url}\n"
-        f"  version  {shipped.version_url}\n"
-        f"  release  {shipped.release_uri}\n"
-        f"  report   {shipped.report}"
+    with prefect_of(Settings.load()), _saying_where(job, resume):
+        flow = train_and_ship(job=str(job_file), resume=resume, allow=kinds)
+        done = cast("tasks.Shipped", _ended(flow))
+    return Shipped(
+        model=job.name,
+        channel=job.release.channel,
+        release=done.release,
+        headline=done.title,
+        run_url=done.run_url,
+        version_url=done.version_url,
+        release_uri=done.release_uri,
+        report=done.report,
     )
 
 
 def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str] | None) -> None:
     """Run retrain once. Raises ShipError with one message when there is no candidate, or no gate lets it through."""
     job, project = load_job(job_file)
+    with _exit_by_signal():
+        typer.echo(f"\n{retrain_job(job, job_file, project, why, force, resume, allow)}")
+
+
+def retrain_job(
+    job: Job, job_file: Path, project: Path, why: str, force: bool, resume: str, allow: list[str] | None
+) -> Retrained:
+    """Run retrain once.
+
+    Args:
+        job: what is asked about.
+        job_file: what it was read from; paths are relative to its folder.
+        project: absolute folder.
+        why: what is new, for the record.
+        force: train although nothing has changed.
+        resume: id of the earlier run; empty for a new one.
+        allow: kinds in which the release may be another than what is live.
+
+    Raises ShipError with one message when there is no candidate, or no gate lets it through.
+    """
     interpreter = choose_interpreter(job, job_file, project).interpreter
     job.unattended()
     kinds = named_kinds(allow)
     # What the manifest of a snapshot says may be the answer, and nobody needs torch.
     _prepare(job, project, resume, interpreter, reads_data=job.data.snapshot is None)
     from train_and_ship.flows.retrain import retrain
+    from train_and_ship.tasks.job_file import give_job
+    from train_and_ship.tasks.policy import prefect_of
 
-    with _saying_where(job, resume):
-        ended = _ended(retrain(job=str(job_file), why=why, force=force, resume=resume, allow=kinds))
-    result = cast("RetrainResult", ended)
-    places = {"run": result.run_url, "version": result.version_url, "report": result.report, "why": result.decision.why}
-    lines = [f"  {name:<8} {value}" for name, value in places.items() if value]
-    typer.echo("\n".join(["", result.title, *lines]))
+    give_job(job_file, job, project)
+    with prefect_of(Settings.load()), _saying_where(job, resume):
+        flow = retrain(job=str(job_file), why=why, force=force, resume=resume, allow=kinds)
+        done = cast("tasks.RetrainResult", _ended(flow))
+    return Retrained(
+        model=job.name,
+        channel=job.release.channel,
+        decision=str(done.decision.decision),
+        why=done.decision.why,
+        headline=done.title,
+        candidate=done.decision.candidate,
+        run_url=done.run_url,
+        version_url=done.version_url,
+        report=done.report,
+    )
 
 
 def _prepare(job: Job, project: Path, resume: str, interpreter: Interpreter, *, reads_data: bool) -> None:
@@ -117,18 +169,21 @@ def _prepare(job: Job, project: Path, resume: str, interpreter: Interpreter, *, 
 @contextlib.contextmanager
 def _saying_where(job: Job, resume: str) -> Iterator[None]:
     """An error says besides what is live meanwhile, and where to look; the table of the gates is in the report."""
+    from train_and_ship.tasks.job_file import newest_run
+
+    before = newest_run()
     try:
         yield
     except ShipError as error:
         if isinstance(error, GateError):
             error = GateError(error.message)
-        for line in _places(job, resume):
+        run = newest_run()
+        for line in _places(job, "" if run == before else run, resume):
             error.add_note(line)
         raise error from None
 
 
-def _places(job: Job, resume: str) -> Iterator[str]:
-    from train_and_ship.tasks.job_file import newest_run
+def _places(job: Job, run: str, resume: str) -> Iterator[str]:
     from train_and_ship.tasks.results import flow_run_page
 
     settings = Settings.load()
@@ -136,7 +191,7 @@ def _places(job: Job, resume: str) -> Iterator[str]:
         live = read_pointer(Channel(ObjectStore.from_settings(settings), job.name, job.release.channel))
         said = f"unchanged: release {live.release} is live, since {live.moved_at}" if live else "nothing is live"
         yield f"  {job.release.channel:<8} {said}"
-    if not (run := newest_run()):
+    if not run:
         return
     yield f"  run      {flow_run_page(settings, run)}"
     folder = settings.runs / job.name / (resume or run)
@@ -148,13 +203,23 @@ def _places(job: Job, resume: str) -> Iterator[str]:
 
 
 def _ended(flow: Coroutine[Any, Any, _T]) -> _T:
-    """Run a flow; a signal that ended it is the exit status. Raises StoppedError when a person has stopped the run."""
-    from train_and_ship.tasks.policy import Abort, TerminationSignal
+    """Run a flow to its end. Raises StoppedError when a person has stopped the run."""
+    from train_and_ship.tasks.policy import Abort
     from train_and_ship.tasks.stopping import StoppedError
 
     try:
-        return asyncio.run(flow)
+        return to_its_end(flow)
     except Abort as stopped:
         raise StoppedError(str(stopped)) from None
-    except TerminationSignal as stop:
-        raise typer.Exit(128 + stop.signal) from None
+
+
+@contextlib.contextmanager
+def _exit_by_signal() -> Iterator[None]:
+    """A signal that ended a flow is the exit status."""
+    try:
+        yield
+    except BaseException as stop:
+        # Its class is Prefect's, which a mistake in the job file does not import.
+        if type(stop).__name__ == "TerminationSignal":
+            raise typer.Exit(128 + stop.signal) from None  # type: ignore[attr-defined]
+        raise

@@ -15,13 +15,29 @@ MINUTE = 60.0
 LOOK_SECONDS = 0.5
 WAITS = "wait for approval"
 """A stage that says itself what it waits for, for days perhaps."""
+ABOUT_SILENCE = "about_silence"
+"""Mark of a log record that says what the bars show: it goes to logs, and not to a terminal that has them."""
 _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtWork:
+    """A stage that is at work."""
+
+    name: str
+    seconds: float
+    """Since it began."""
+    said: str = ""
+    """What it is at."""
+    done: float | None = None
+    """Share of it, 0 to 1; None where nobody knows."""
 
 
 @dataclass
 class _Stage:
     began: float
     parts: list[str] = field(default_factory=list)
+    done: float | None = None
 
 
 _stages: dict[str, _Stage] = {}
@@ -37,10 +53,26 @@ def at_work(stage: str) -> Iterator[None]:
         _stages.pop(stage, None)
 
 
-def now_at(stage: str, parts: Collection[str]) -> None:
-    """Name what the stage is at; parts: such as the formats that are not ready, none for the stage as a whole."""
+def now_at(stage: str, parts: Collection[str], done: float | None = None) -> None:
+    """Name what the stage is at.
+
+    Args:
+        stage: which.
+        parts: such as the formats that are not ready; none for the stage as a whole.
+        done: share of the stage, or of what is named, 0 to 1; None where nobody knows.
+    """
     if stage in _stages:
-        _stages[stage].parts = list(parts)
+        _stages[stage].parts, _stages[stage].done = list(parts), done
+
+
+def at_work_now() -> list[AtWork]:
+    """The stages that are at work, but for those that wait for a person."""
+    now = time.monotonic()
+    return [
+        AtWork(name=name, seconds=now - stage.began, said=", ".join(stage.parts), done=stage.done)
+        for name, stage in [*_stages.items()]
+        if name != WAITS
+    ]
 
 
 @contextlib.asynccontextmanager
@@ -83,4 +115,5 @@ async def _speak(heard: _Heard, say: Callable[[str], None]) -> None:
 
 def _line(name: str, stage: _Stage, now: float) -> str:
     parts = f": {', '.join(stage.parts)}" if stage.parts else ""
-    return f"{name} is at work{parts}, {now - stage.began:.0f} s so far"
+    share = f", {stage.done:.0%}" if stage.done is not None else ""
+    return f"{name} is at work{parts}{share}, {now - stage.began:.0f} s so far"

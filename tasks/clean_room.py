@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torchworker.contract import RUN_IN_CPP, CppResult, ValidateRequest, ValidateResult
 from train_and_ship.infra.fork_server import Events, ForkServer
+from train_and_ship.tasks.at_work import now_at
 from train_and_ship.tasks.rooms import Rooms
 from train_and_ship.tasks.worker import ask_worker
 
@@ -66,7 +67,10 @@ async def _ask(
 ) -> ValidateResult:
     if runners is not None:
         built = runners.get(server.interpreter.path)
+        if built is not None and not built.done():
+            now_at("validate", ["the C++ runner is compiled, once on this machine"])
         runner = await asyncio.wrap_future(built) if built is not None else CppResult(runner="")
+        now_at("validate", [*request.formats])
         request = replace(request, runner=runner.runner, no_runner=runner.reason)
     return await ask_worker(server, "validate", replace(request, log=str(folder)), ValidateResult, folder, on_event)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -18,8 +19,9 @@ from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.private import take_password
 from train_and_ship.infra.rundir import require_run_id
 from train_and_ship.infra.settings import Settings
-from train_and_ship.tasks.at_work import never_silent
+from train_and_ship.tasks.at_work import ABOUT_SILENCE, at_work_now, never_silent
 from train_and_ship.tasks.away import patiently
+from train_and_ship.tasks.bars import bars
 from train_and_ship.tasks.extras import require_variables
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.naming import tag_run
@@ -75,11 +77,22 @@ async def exclusive(job_file: str, resume: str = "") -> AsyncIterator[JobFile]:
             await take_slot(stack, limit, TRY_SECONDS)
         except AcquireConcurrencySlotTimeoutError:
             if not resume and (flow_run.get_run_count() or 1) == 1:
-                get_run_logger().warning(waiting)
+                # A server that has just started may only be slow.
+                if await _is_taken(limit):
+                    get_run_logger().warning(waiting)
                 await take_slot(stack, limit, None)
         await report_abandoned(model, resume or flow_run_id, settings)
-        await stack.enter_async_context(never_silent(get_run_logger().info))
+        stack.enter_context(bars(at_work_now))
+        await stack.enter_async_context(never_silent(partial(get_run_logger().info, extra={ABOUT_SILENCE: True})))
         yield read
+
+
+async def _is_taken(limit: str) -> bool:
+    async def ask() -> bool:
+        async with get_client() as client:
+            return bool((await client.read_global_concurrency_limit_by_name(limit)).active_slots)
+
+    return await patiently(ask, "this run asks whether another one is at work")
 
 
 def _lock_file(folder: Path) -> TextIO:

@@ -70,11 +70,12 @@ async def export(run: Run, inspected: Inspected, trained: Trained) -> Exported:
             parity_seconds=seconds_of_parity(run.job, run.folder),
         )
         left = dict.fromkeys([*run.job.export.wanted, *request.int8])
+        total = len(left)
         now_at("export", left)
 
         def on_event(event: dict[str, Any]) -> None:
             left.pop(event["format"], None)
-            now_at("export", left)
+            now_at("export", left, 1 - len(left) / total)
             if event["event"] == "made":
                 told.add(event["format"])
                 get_run_logger().info("%s: %s in %.1f s", event["format"], event["method"], event["seconds"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from train_and_ship.infra.errors import ShipError
@@ -19,16 +18,21 @@ from train_and_ship.tasks.results import JobFile
 
 _read: dict[str, JobFile] = {}
 """By the flow run that was asked for it, in this process."""
-_changes: tuple[str, ...] = ()
+_given: dict[str, tuple[Job, Path]] = {}
+"""Path of a job file, or of what is in its place, to the job and its project, in this process."""
 
 
-def read_with(changes: Sequence[str]) -> None:
-    """Say what job files of this process say otherwise than they are written, as `load_job` takes it.
+def give_job(path: Path, job: Job, project: Path) -> None:
+    """Have the runs that this process begins take this job for what is at the path: the file is not read again.
 
     It is no parameter of a flow: whoever may start a run on a worker says which job, and not what is in it.
+
+    Args:
+        path: as the flow is given it.
+        job: read from there, or made in Python.
+        project: its absolute folder.
     """
-    global _changes
-    _changes = tuple(changes)
+    _given[str(path)] = job, project
 
 
 def read_job_file(path: str, flow_run_id: str) -> JobFile:
@@ -84,6 +88,8 @@ def job_of(path: str, flow_run_id: str, folder: Path | None) -> Job:
 def _read_allowed(path: str) -> tuple[Job, Path, Path]:
     """The job, the folder of its project and the file; a project that was deployed is brought here first."""
     file, reference = Path(path), Reference.parse(path)
+    if (given := _given.get(path)) is not None:
+        return *given, file
     if reference is not None:
         settings = Settings.load()
         # Before it is brought: by its place a worker knows what its owner has named.
@@ -91,5 +97,5 @@ def _read_allowed(path: str) -> tuple[Job, Path, Path]:
         file = bring_project(ObjectStore.from_settings(settings), reference, settings.home, settings.public_key)
     else:
         require_job_folder(file)
-    job, project = load_job(file, _changes)
+    job, project = load_job(file)
     return job, project, file

@@ -115,7 +115,8 @@ async def _end(model: str, folder: Path, state: State[Any], settings: Settings) 
 
 
 async def _report(flow_run: FlowRun, state: State[Any], model: str, folder: Path | None, settings: Settings) -> None:
-    outcome = _outcome(flow_run, state, model, settings)
+    meanwhile = await asyncio.to_thread(_meanwhile, flow_run, state, model, folder, settings)
+    outcome = replace(_outcome(flow_run, state, model, settings), meanwhile=meanwhile)
     written = await asyncio.to_thread(write_report, outcome, folder, settings)
     await show_in_prefect(written, model, flow_run.id)
     if written.files is not None and written.files.against is not None:
@@ -159,6 +160,28 @@ def _outcome(flow_run: FlowRun, state: State[Any], model: str, settings: Setting
         facts=[("asked by", str(asked))] if asked else [],
         places=[flow_run_place(settings, str(flow_run.name), str(flow_run.id))],
     )
+
+
+def _meanwhile(
+    flow_run: FlowRun, state: State[Any], model: str, folder: Path | None, settings: Settings
+) -> list[tuple[str, str]]:
+    """What is live while this run did not come to its end, and what can be done; nothing where nobody knows."""
+    rows: list[tuple[str, str]] = []
+    if not model:
+        return rows
+    with contextlib.suppress(ShipError, OSError):
+        job = str(flow_run.parameters.get("job", ""))
+        channel = str(flow_run.parameters.get("channel", ""))
+        name = channel or job_of(job, str(flow_run.id), folder).release.channel
+        live = read_pointer(Channel(ObjectStore.from_settings(settings), model, name))
+        said = f"{name}: release {live.release}, since {live.moved_at[:16].replace('T', ' ')} UTC" if live else ""
+        rows.append(("live meanwhile", said or f"{name}: nothing"))
+        if isinstance(_error(state), GateError) and job:
+            what = "train better, or change the gate in the job, and run again" + (
+                "; nothing has to be undone" if live else ""
+            )
+            rows.append(("what to do", what))
+    return rows
 
 
 async def record_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from prefect import Task, get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import Abort, TerminationSignal
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 
 from train_and_ship.infra.errors import ShipError
+from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.text import escaped
 from train_and_ship.tasks.away import is_away
 
 __all__ = ["Abort", "TerminationSignal", "quiet_mistakes", "worth_retrying"]
 
 _FLOWS, _TASKS = "prefect.flow_runs", "prefect.task_runs"
+_SERVICES = "prefect._internal.concurrency"
+"""Threads of Prefect's client."""
 
 
 def worth_retrying(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -45,6 +51,9 @@ class _QuietMistakes(logging.Filter):
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(record.msg, str) and _STRAY.fullmatch(record.msg):
             return False
+        if record.name == _SERVICES and "ConcurrencySlotAcquisition" in record.getMessage():
+            # Whoever asked for the slot is told, and asks again.
+            return False
         if record.name == _TASKS and str(record.msg).startswith(_TASK_FAILED):
             record.msg = "failed"
         if isinstance(error, ShipError):
@@ -55,11 +64,22 @@ class _QuietMistakes(logging.Filter):
 
 
 def quiet_mistakes() -> None:
-    """Install the filter on Prefect's run loggers; calling it again changes nothing."""
-    for name in (_FLOWS, _TASKS):
+    """Install the filter on Prefect's loggers; calling it again changes nothing."""
+    for name in (_FLOWS, _TASKS, _SERVICES):
         logger = logging.getLogger(name)
         if not any(isinstance(present, _QuietMistakes) for present in logger.filters):
             logger.addFilter(_QuietMistakes())
+
+
+@contextlib.contextmanager
+def prefect_of(settings: Settings) -> Iterator[None]:
+    """Meanwhile Prefect is the one of these settings, also where it was imported before and had read others."""
+    if get_current_settings().api.url == settings.prefect_api_url:
+        yield
+        return
+    updates = {PREFECT_API_URL: settings.prefect_api_url, PREFECT_API_AUTH_STRING: settings.prefect_account or None}
+    with temporary_settings(updates):
+        yield
 
 
 def artifact_key(kind: str, model: str) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger
 
@@ -50,6 +51,7 @@ from train_and_ship.registry.run_folder import (
 )
 from train_and_ship.registry.text import file_size
 from train_and_ship.tasks import worker
+from train_and_ship.tasks.at_work import now_at
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.live_inputs import live_inputs
 from train_and_ship.tasks.requests import measure_request, rehearse_request, timed_artifacts
@@ -57,6 +59,8 @@ from train_and_ship.tasks.results import Registered, Rehearsed, Run
 from train_and_ship.tasks.stage import run_stage, stage_task
 from train_and_ship.tasks.worker import Limits, ask_worker
 
+SHOWN = 60
+"""Characters of a metric's name beside a bar."""
 REPORT_SECONDS = 5.0
 """Between two lines of progress of one upload."""
 
@@ -166,6 +170,13 @@ def _recorded(live: RehearsedRelease | None) -> Against:
     return Against(live="", speed=speed, not_understood=record.not_understood())
 
 
+def _resampling(event: dict[str, Any]) -> None:
+    """The code of the job writes to the same file: whatever stands there only tells how far it is."""
+    done = event.get("done")
+    if isinstance(done, float) and 0 <= done <= 1:
+        now_at("rehearse", [f"resampling {on_one_line(str(event.get('metric')), SHOWN)}"], done)
+
+
 async def _scored(
     run: Run, request: RehearseRequest, result: RehearseResult, exported: Path, work: Path
 ) -> RehearseResult:
@@ -193,7 +204,7 @@ async def _scored(
     )
     limits = Limits.of(run.settings)
     try:
-        scored = await ask_worker(run.rooms.project, "score", asked, ScoreResult, folder, limits=limits)
+        scored = await ask_worker(run.rooms.project, "score", asked, ScoreResult, folder, _resampling, limits)
     except WorkerError as error:
         if live is None:
             raise

@@ -35,7 +35,7 @@ from train_and_ship.registry.report.training_sections import shipped_words
 from train_and_ship.registry.run_folder import ATTEMPTS, MADE_FROM, TRAIN, MadeFrom, add_fact, stage_inputs
 from train_and_ship.registry.text import Table, escaped, file_size
 from train_and_ship.registry.tracking.curves import RankTimes, rank_times
-from train_and_ship.tasks.at_work import MINUTE
+from train_and_ship.tasks.at_work import MINUTE, now_at
 from train_and_ship.tasks.copies import live_weights
 from train_and_ship.tasks.fingerprints import code_and_packages, project_hashes
 from train_and_ship.tasks.launched import train_launched
@@ -247,6 +247,7 @@ class _Progress:
             self._logger.warning(note)
 
     def _show(self, line: str, event: dict[str, Any]) -> None:
+        now_at("train", [line], self._percent / 100)
         self._description = describe_progress(line, event)
         times = rank_times(event)
         if times is not None and times.straggler != self._straggler:

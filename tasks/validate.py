@@ -51,11 +51,12 @@ async def validate(run: Run, trained: Trained, exported: Exported) -> Validated:
     async def make(work: Path) -> ValidateResult:
         request = _request(run, exported, work)
         left = dict.fromkeys(request.formats)
+        total = len(left)
         now_at("validate", left)
 
         def on_event(event: dict[str, Any]) -> None:
             left.pop(event["format"], None)
-            now_at("validate", left)
+            now_at("validate", left, 1 - len(left) / total)
             get_run_logger().info("%s: held against the model in %.1f s", event["format"], event["seconds"])
 
         result = await ask_clean_room(run.rooms, request, work, run.cpp, on_event)

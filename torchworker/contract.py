@@ -1054,6 +1054,18 @@ class ErrorCounts:
     """The same for differences in units of the output's root mean square."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerCounts:
+    """What one format answered on the held-out samples, beside what was right, counted."""
+
+    format: str
+    counts: Sequence[Sequence[int]]
+    """Of classes: a row for each that was right, a column for each answer. Of numbers: a row for each bin of the
+    distance of the answer from what was right, the most negative first, a column for each bin of what was right."""
+    numbers: Sequence[float] = ()
+    """The smallest and the largest that was right, and the largest distance; empty for classes."""
+
+
 PARITY = "parity"
 """The gate that holds an artifact against the model that was trained."""
 MIN_SAMPLES = "parity.min_samples"
@@ -1106,6 +1118,8 @@ class ValidateResult(Message):
     independence: str = ""
     """Whether the model's answers depend on the other samples of a batch, in words; empty where an older version
     exported it, which did not ask."""
+    answers: AnswerCounts | None = None
+    """Of one format, as the others answer alike; None where nothing is measured that tells, or classes are many."""
 
     @property
     def passed(self) -> bool:

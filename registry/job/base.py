@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
-import inspect
-import itertools
 import json
-import textwrap
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
     JsonValue,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema
+
+from train_and_ship.infra.errors import JobError
+from train_and_ship.registry.job.mistakes import descriptions, key_name, mistakes
 
 MOST_ENTRIES = 10_000
 """Of a list, or of keys with values, in a job."""
@@ -37,7 +37,35 @@ def _is_reference(value: str) -> str:
     return value
 
 
-class Part(BaseModel):
+def _is_named(value: Any) -> Any:
+    """What runs in other processes is named, and not handed over."""
+    if callable(value):
+        name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None)
+        known = name.isidentifier() and module not in (None, "__main__")
+        such = f"{module}:{name}" if known else "digits:build_model, with the code in a file beside the job"
+        raise ValueError(f"a reference module:attribute, which the processes that run your code import, such as {such}")
+    return value
+
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _InWords(ModelMetaclass):
+    """Of what is made in Python, where a mistake is told as one in a job file is; parsing is left as it is."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*args, **values)
+        except ValidationError as error:
+            found = mistakes(cast("type[BaseModel]", cls), error, written=False)
+            lines = [": ".join(filter(None, [cls.__name__, key_name(keys), said])) for keys, said in found]
+            raise JobError("\n".join(lines)) from None
+
+
+class Part(BaseModel, metaclass=_InWords):
     """A mapping of a job file: unknown keys and near types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -78,32 +106,12 @@ class Part(BaseModel):
         return schema
 
 
-@functools.cache
-def descriptions(part: type[BaseModel]) -> dict[str, str]:
-    """The sentence under each field of a part, by its name. Read from the source when somebody asks.
-
-    pydantic's `use_attribute_docstrings` does the same for every process that imports the models, and takes 50 ms.
-    """
-    found: dict[str, str] = {}
-    for kind in reversed(part.__mro__):
-        if issubclass(kind, Part):
-            (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-            assert isinstance(node, ast.ClassDef)
-            for field, below in itertools.pairwise(node.body):
-                match field, below:
-                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))) if (
-                        name in part.model_fields
-                    ):
-                        found[name] = " ".join(text.split())
-    return found
-
-
 def digest(value: Any) -> str:
     """16 hexadecimal digits of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-Target = Annotated[str, AfterValidator(_is_reference)]
+Target = Annotated[str, BeforeValidator(_is_named), AfterValidator(_is_reference)]
 
 
 class Factory(Part):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from torchworker import situations
 from train_and_ship.infra.addresses import has_password, without_password
 from train_and_ship.infra.errors import JobError
-from train_and_ship.registry.job.base import descriptions
 from train_and_ship.registry.job.job import Job
+from train_and_ship.registry.job.mistakes import Keys, key_name, mistakes, shown
 
 
 def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
@@ -40,11 +36,46 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> tuple[Job, Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"job file {path}: expected UTF-8 text that can be read, got {error}") from None
     job = job_of(text, path, changes)
+    return job, project_folder(job, path)
+
+
+def project_folder(job: Job, path: Path) -> Path:
+    """The absolute folder of a job's project. Raises JobError when it, or what `retrain` names in it, is not there.
+
+    path: of the file, which paths in the job are relative to.
+    """
     folder = (path.parent / job.project).resolve()
     if not folder.is_dir():
         raise JobError(f"{path}: project: expected a folder, got {folder}, which does not exist")
     _require_files(job, folder, path)
-    return job, folder
+    return folder
+
+
+def validated(job: Job, path: Path) -> Job:
+    """A job that was made, or changed, in Python, asked what a job file is asked. Raises JobError.
+
+    path: for messages.
+    """
+    document = _plain(job)
+    try:
+        found = Job.model_validate(document)
+    except ValidationError as error:
+        said = [f"{path}: {key_name(keys)}: {what}" for keys, what in mistakes(Job, error, written=False)]
+        raise JobError("\n".join(said)) from None
+    _require_no_password(document, path)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Keys that were given, and values, as a file has them; `model_copy` gives some without a check."""
+    match value:
+        case BaseModel():
+            return {name: _plain(inner) for name, inner in vars(value).items() if name in value.model_fields_set}
+        case dict():
+            return {name: _plain(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+    return value
 
 
 def job_of(text: str, path: Path, changes: Sequence[str] = ()) -> Job:
@@ -62,13 +93,13 @@ def job_of(text: str, path: Path, changes: Sequence[str] = ()) -> Job:
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise JobError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(document, dict):
-        raise JobError(f"{path}: expected keys such as name, model, data, train; got {_shown(document)}")
+        raise JobError(f"{path}: expected keys such as name, model, data, train; got {shown(document)}")
     for change in changes:
         set_key(document, change)
     try:
         job = Job.model_validate(document)
     except ValidationError as error:
-        lines = [*twice, *(line for _, line in sorted(_explain(error, path, text), key=itemgetter(0)))]
+        lines = [*twice, *_explained(error, path, text)]
         raise JobError("\n".join(lines)) from None
     if twice:
         raise JobError("\n".join(twice))
@@ -92,7 +123,7 @@ def set_key(document: dict[Any, Any], change: str) -> None:
         document = document[key]
         if not isinstance(document, dict):
             above = ".".join(keys[: place + 1])
-            raise JobError(f"--set {change}: expected keys below {above}, which is {_shown(document)} in the job file")
+            raise JobError(f"--set {change}: expected keys below {above}, which is {shown(document)} in the job file")
     document[keys[-1]] = value
 
 
@@ -167,138 +198,16 @@ def _given_twice(root: yaml.Node | None, path: Path) -> list[str]:
     return [told for _, told in sorted(found)]
 
 
-def _explain(error: ValidationError, path: Path, text: str) -> Iterator[tuple[int, str]]:
-    """A message for each key, with its line."""
-    # Unions add the name of the alternative that was tried; only the user's keys are shown.
-    found = [([part for part in item["loc"] if _in_document(part)], item) for item in error.errors()]
-    seen: set[str] = set()
-    for keys, item in found:
-        key = ".".join(str(part) for part in keys)
-        deeper = any(len(other) > len(keys) and other[: len(keys)] == keys for other, _ in found)
-        if key in seen or deeper:
-            continue
-        seen.add(key)
-        line = _line_of(text, keys)
-        place = f"{path}:{line}: {key}" if keys else f"{path}"
-        alternatives = [other for same, other in found if same == keys]
-        yield line, f"{place}: {_mistake(keys, item, alternatives)}"
+def _explained(error: ValidationError, path: Path, text: str) -> list[str]:
+    """A message for each key, in the order of their lines."""
+    found = [(_line_of(text, keys), key_name(keys), said) for keys, said in mistakes(Job, error, written=True)]
+    return [
+        f"{path}:{line}: {key}: {said}" if key else f"{path}: {said}"
+        for line, key, said in sorted(found, key=itemgetter(0))
+    ]
 
 
-def _mistake(keys: list[int | str], item: ErrorDetails, alternatives: Sequence[ErrorDetails]) -> str:
-    """What is wrong with one key.
-
-    Args:
-        keys: the way to it.
-        item: what pydantic says.
-        alternatives: the same for each kind of value that it may have, this one among them.
-    """
-    given = _shown(item["input"])
-    match item["type"]:
-        case "extra_forbidden":
-            return f"unknown key{_did_you_mean(keys)}"
-        case "missing":
-            return f"missing; expected {_describe_key(keys)}"
-        case "value_error":
-            return f"expected {item['ctx']['error']}, got {given}"
-        case "string_pattern_mismatch":
-            return f"expected lower-case letters, digits, dots, dashes or underscores, got {given}"
-        case "literal_error" if keys[-1] in ("loss", "optimizer", "schedule"):
-            return f"expected {item['ctx']['expected']} or {{factory: module:attribute}}, got {given}"
-        case "float_type" if isinstance(item["input"], str) and _is_number(item["input"]):
-            return f"YAML reads {item['input']} as text; write it with a point, such as 1.0e-3 or 0.001"
-        case _:
-            return f"expected {' or '.join(dict.fromkeys(map(_expected, alternatives)))}, got {given}"
-
-
-def _expected(item: ErrorDetails) -> str:
-    match item["type"]:
-        case "tuple_type" | "list_type":
-            return "a list, such as [a, b]"
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return "keys with values, such as {key: value}"
-        case _:
-            return item["msg"].removeprefix("Input should be ").removeprefix("String should ")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _in_document(part: int | str) -> bool:
-    return isinstance(part, int) or (
-        part.isidentifier() and part not in ("Factory", "Quantize") and not part.startswith("literal")
-    )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
-
-
-def _model_at(keys: list[int | str]) -> type[BaseModel] | None:
-    """The part of the job that holds the last key."""
-    kinds: list[Any] = [Job]
-    for key in keys[:-1]:
-        kinds = [inner for kind in kinds for inner in _inside(kind, key)]
-    models = [option for kind in kinds for option in _options(kind) if _is_model(option)]
-    return models[0] if models else None
-
-
-def _options(kind: Any) -> Iterator[Any]:
-    """What a field may be: the alternatives of its annotation."""
-    if get_origin(kind) in (Union, UnionType):
-        for option in get_args(kind):
-            yield from _options(option)
-    else:
-        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
-
-
-def _inside(kind: Any, key: int | str) -> Iterator[Any]:
-    """What lies below a key of something of this kind."""
-    for option in _options(kind):
-        if _is_model(option):
-            field = option.model_fields.get(str(key))
-            yield from [field.annotation] if field else []
-        elif get_origin(option) in (dict, tuple, list):
-            yield get_args(option)[1 if get_origin(option) is dict else 0]
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _did_you_mean(keys: list[int | str]) -> str:
-    model = _model_at(keys)
-    if model is None:
-        return ""
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-    # A key that there is, in another part.
-    elsewhere = [".".join(place) for place in _places(Job) if place[-1] == str(keys[-1])]
-    if close or elsewhere:
-        return f"; did you mean {' or '.join(elsewhere[:3] if elsewhere and keys[-1] not in close else close)}?"
-    return f"; expected one of {', '.join(known)}"
-
-
-def _places(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The way to each key of a model and of the parts below it."""
-    for name, field in model.model_fields.items():
-        yield (*above, name)
-        for option in _options(field.annotation):
-            if _is_model(option):
-                yield from _places(option, (*above, name))
-
-
-def _describe_key(keys: list[int | str]) -> str:
-    model = _model_at(keys)
-    return descriptions(model).get(str(keys[-1]), "a value") if model else "a value"
-
-
-def _line_of(text: str, keys: list[int | str]) -> int:
+def _line_of(text: str, keys: Keys) -> int:
     """1-based line of the deepest key that is in the file."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     assert node is not None, "the document was validated, so it is not empty"

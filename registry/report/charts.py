@@ -175,10 +175,18 @@ def intervals(spans: Sequence[Span]) -> str:
             said = f"{span.name}: {span.middle:+.4g}"
             _shape(svg, "circle", f"{css} dot", said, cx=x_of(span.middle), cy=y, r=6)
         _text(svg, x_of(0), y + 24, "0", anchor=_anchor(x_of(0)), small=True)
-        for value in dict.fromkeys((span.low, span.high)):
-            if abs(x_of(value) - x_of(0)) > 24:
-                _text(svg, x_of(value), y + 24, f"{value:+.3g}", anchor=_anchor(x_of(value)), small=True)
+        for value in _apart(span, x_of):
+            _text(svg, x_of(value), y + 24, f"{value:+.3g}", anchor=_anchor(x_of(value)), small=True)
     return _written(svg)
+
+
+def _apart(span: Span, x_of: Callable[[float], float]) -> list[float]:
+    """Those ends whose numbers overprint neither the zero mark nor each other: the outer one first."""
+    kept: list[float] = []
+    for value in sorted({span.low, span.high}, key=lambda end: -abs(end)):
+        if abs(x_of(value) - x_of(0)) > 24 and all(abs(x_of(value) - x_of(other)) > 60 for other in kept):
+            kept.append(value)
+    return kept
 
 
 def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
@@ -190,11 +198,12 @@ def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
     row, foot = 58, 26
     wide = WIDTH / len(ERROR_BINS)
     svg = _svg(row * len(rows) + foot, f"counts by {', '.join(ERROR_BINS)} of {', '.join(label for label, *_ in rows)}")
+    # One scale for all of them.
+    most = math.log1p(max((count for _, counts, _ in rows for count in counts), default=0)) or 1.0
     for place, (label, counts, failed) in enumerate(rows):
         floor, label = row * (place + 1), label + (" ✗" if failed else "")
         _text(svg, 0, floor - 44, label, css="bad" if failed else "", longest=44)
         _line(svg, 0, floor, WIDTH, floor, "axis")
-        most = math.log1p(max(counts, default=0)) or 1.0
         for bin_, count in enumerate(counts):
             if not count:
                 continue
@@ -206,6 +215,61 @@ def error_histogram(rows: Sequence[tuple[str, Sequence[int], bool]]) -> str:
         if bin_ in (0, last) or bin_ % 3 == 2:
             x = 0 if bin_ == 0 else WIDTH if bin_ == last else wide * (bin_ + 0.5)
             _text(svg, x, row * len(rows) + 17, name, anchor=_anchor(x), small=True)
+    return _written(svg)
+
+
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """A confusion matrix: a row for each class that was right, a column for each answer.
+
+    Args:
+        counts: square.
+        names: of the classes.
+    """
+    left, top = 58, 38
+    cell = min(56.0, (WIDTH - left) / len(counts))
+    svg = _svg(top + cell * len(counts) + 4, f"right class by row, answer by column: {', '.join(names)}")
+    _text(svg, 0, 13, "right ↓  answered →", small=True, longest=44)
+    shown = cell >= 22
+    for row, found in enumerate(counts):
+        y, whole = top + cell * row, sum(found) or 1
+        if cell >= 11:
+            _text(svg, left - 5, y + cell / 2 + 4, names[row], anchor="end", small=True, longest=8)
+        for column, count in enumerate(found):
+            said = f"{names[row]}, answered {names[column]}: {count:,}, {count / whole:.1%}"
+            css, x = "a" if row == column else "bad", left + cell * column
+            deep = 0.12 + 0.5 * count / whole if count else 0.03
+            _shape(svg, "rect", css, said, x=x, y=y, width=cell - 1, height=cell - 1, fill_opacity=deep)
+            if count and shown:
+                _text(svg, x + cell / 2, y + cell / 2 + 4, f"{count}", anchor="middle")
+    if cell >= 22:
+        for column, name in enumerate(names):
+            _text(svg, left + cell * (column + 0.5), top - 6, name, anchor="middle", small=True, longest=int(cell / 6))
+    return _written(svg)
+
+
+def residuals(counts: Sequence[Sequence[int]], low: float, high: float, most: float) -> str:
+    """How far answers are from what was right, over what was right: darker where there are more.
+
+    Args:
+        counts: a row a bin of the distance, the most negative first, a column a bin of what was right.
+        low: the smallest that was right.
+        high: the largest.
+        most: the largest distance.
+    """
+    left, top, tall = 58, 6, 200
+    wide, high_ = (WIDTH - left) / len(counts[0]), tall / len(counts)
+    svg = _svg(top + tall + 24, f"answer less what was right, {-most:.4g} to {most:.4g}, over {low:.4g} to {high:.4g}")
+    largest = math.log1p(max(max(row) for row in counts)) or 1.0
+    for row, found in enumerate(reversed(counts)):
+        for column, count in enumerate(found):
+            if count:
+                place = {"x": left + wide * column, "y": top + high_ * row, "width": wide, "height": high_}
+                _shape(svg, "rect", "a", f"{count:,}", **place, fill_opacity=0.15 + 0.85 * math.log1p(count) / largest)
+    _line(svg, left, top + tall / 2, WIDTH, top + tall / 2, "axis")
+    for value, y in ((f"{most:+.3g}", top + 10), ("0", top + tall / 2 + 4), (f"{-most:+.3g}", top + tall)):
+        _text(svg, left - 5, y, value, anchor="end", small=True)
+    _text(svg, left, top + tall + 16, f"{low:.4g}", small=True)
+    _text(svg, WIDTH, top + tall + 16, f"{high:.4g}", anchor="end", small=True)
     return _written(svg)
 
 
@@ -254,7 +318,7 @@ def _text(
 
 def _shape(svg: Element, tag: str, css: str, said: str, **place: float) -> None:
     """said: in its tooltip; place: attributes of an SVG element, such as `cx`."""
-    attributes = {name: f"{value:.1f}" for name, value in place.items()}
+    attributes = {name.replace("_", "-"): f"{value:.4g}" for name, value in place.items()}
     _title(SubElement(svg, tag, attributes | {"class": css}), said)
 
 

@@ -43,7 +43,7 @@ def move_page(
 
 def noticed(changes: Sequence[Difference]) -> Table:
     """What whoever calls the model notices."""
-    return _table([one for one in changes if one.group in NOTICED])
+    return _table([one for one in changes if one.group in NOTICED and not one.noise])
 
 
 def _changes(title: str, changes: Sequence[Difference]) -> Section:

@@ -66,6 +66,10 @@ class Page:
     """One word: promoted, kept, refused, failed, skipped …"""
     good: bool
     """Whether the verdict is one that nobody has to look after."""
+    moved: bool = True
+    """Whether something is live that was not before."""
+    lead: str = ""
+    """What went wrong, before anything else."""
     intro: str = ""
     facts: Table = field(default_factory=lambda: Table(rows=()))
     sections: Sequence[Section] = field(default_factory=tuple)
@@ -73,7 +77,7 @@ class Page:
 
 def markdown(page: Page) -> str:
     """The page as markdown: tables in the place of its charts."""
-    parts = [f"# {escaped(page.title)}", escaped(page.intro), page.facts.markdown()]
+    parts = [f"# {escaped(page.title)}", escaped(page.lead), escaped(page.intro), page.facts.markdown()]
     for section in page.sections:
         shown = [_block(block) for block in (*section.blocks, *section.more)]
         parts.append("\n\n".join([f"## {escaped(section.title)}", *(text for text in shown if text)]))

@@ -12,6 +12,11 @@ from train_and_ship.registry.run_folder import RunFiles
 from train_and_ship.registry.text import Table, number
 from train_and_ship.registry.verdicts import asked_words, not_run, verdicts_by_format
 
+CLASSES_DRAWN = 20
+"""Of more, nobody reads a matrix on a phone."""
+MISTAKES = 10
+"""Pairs of classes that are named."""
+
 
 def parity_section(files: RunFiles) -> Section:
     """How far each format is from the model."""
@@ -68,6 +73,7 @@ def gates_section(files: RunFiles) -> Section:
     if metrics.rows:
         said = f"Of each artifact's own outputs on {files.validated.validation_samples:,} held-out samples:"
         blocks += [Text(text=said), metrics]
+    blocks += _answers(files)
     more = []
     if files.trained is not None and (compared := agreements(files.job, files.trained, files.validated)):
         more.append(agreement_table(compared))
@@ -78,6 +84,34 @@ def gates_section(files: RunFiles) -> Section:
     return Section(
         title="Gates and metrics", blocks=blocks, more=more, more_title="Held against training, and how it was captured"
     )
+
+
+def _answers(files: RunFiles) -> list[Block]:
+    """A confusion matrix, or residuals; of many classes the most frequent mistakes alone."""
+    found = files.validated.answers if files.validated else None
+    if found is None:
+        return []
+    if found.numbers:
+        drawn = charts.residuals(found.counts, *found.numbers)
+        return [Chart(title="Residuals", note=f"answer − right over what was right; {found.format}", svg=drawn)]
+    labels = files.job.export.labels or ()
+    names = [labels[place] if place < len(labels) else str(place) for place in range(len(found.counts))]
+    wrong = [
+        (count, names[right], names[answer], count / sum(row))
+        for right, row in enumerate(found.counts)
+        for answer, count in enumerate(row)
+        if count and answer != right
+    ]
+    wrong.sort(key=lambda item: -item[0])
+    rows = [(right, answer, f"{count:,}", f"{share:.1%}") for count, right, answer, share in wrong[:MISTAKES]]
+    mistakes = Table(header=("right", "answered", "times", "of that class"), rows=rows)
+    if len(names) > CLASSES_DRAWN:
+        return [Text(text=f"The most frequent mistakes of {found.format}:"), mistakes] if rows else []
+    drawn = charts.confusion(found.counts, names)
+    instead = mistakes if rows else Table(rows=[("mistakes", "none")])
+    return [
+        Chart(title="Confusion matrix", note=f"{found.format}; shades are shares of a row", svg=drawn, instead=instead)
+    ]
 
 
 def metric_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:

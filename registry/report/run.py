@@ -52,6 +52,11 @@ class Ending(StrEnum):
         """Whether nobody has to look after it."""
         return self not in (Ending.REFUSED, Ending.FAILED, Ending.CRASHED, Ending.CANCELLED)
 
+    @property
+    def moved(self) -> bool:
+        """Whether something went live."""
+        return self in (Ending.PROMOTED, Ending.ROLLED_BACK)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -64,6 +69,8 @@ class Outcome:
     """Numbers behind the reason, as aligned text."""
     facts: Sequence[Sequence[Cell]] = field(default_factory=tuple)
     """Name and value of what else there is to say about the decision."""
+    meanwhile: Sequence[Sequence[Cell]] = field(default_factory=tuple)
+    """Name and value of what stays so, and what to do, where it did not go well."""
     places: Sequence[Sequence[Cell]] = field(default_factory=tuple)
     """Name and value of where to look."""
 
@@ -121,19 +128,23 @@ def outcome_page(
         title=outcome.title,
         verdict=outcome.verdict,
         good=outcome.verdict.good,
+        moved=outcome.verdict.moved,
+        lead="" if outcome.verdict.good else outcome.why,
         intro=intro,
-        facts=Table(rows=[*outcome.places, *places]),
+        facts=Table(rows=[*outcome.meanwhile, *outcome.places, *places]),
         sections=[section for section in sections if not section.empty],
     )
 
 
 def decision_section(outcome: Outcome) -> Section:
-    """What was decided, and why."""
-    blocks: list[Block] = [
-        Lines(text=f"{outcome.why}\n\n{outcome.table}") if outcome.table else Text(text=outcome.why),
-        *([Table(rows=outcome.facts)] if outcome.facts else []),
-    ]
-    return Section(title="Decision", blocks=blocks)
+    """What was decided, and why; where it did not go well, the page begins with the reason."""
+    facts = [Table(rows=outcome.facts)] if outcome.facts else []
+    table = [Lines(text=outcome.table)] if outcome.table else []
+    if outcome.verdict == Ending.REFUSED:
+        return Section(title="Decision", blocks=facts, more=table, more_title="All gates")
+    return Section(
+        title="Decision", blocks=[*([Text(text=outcome.why)] if outcome.verdict.good else []), *table, *facts]
+    )
 
 
 def _intro(files: RunFiles | None) -> str:

@@ -29,6 +29,7 @@ RULES = {
     "torchworker": Rule(arguments=4),
     # The arguments of commands are explained to those who type them.
     "ship": Rule(sentences=False),
+    "api": Rule(arguments=4),
     "shipreader": Rule(arguments=4),
 }
 """Packages that keep a rule."""

@@ -42,7 +42,8 @@ ALLOWED = {
     # Installed alone on serving machines.
     "shipreader": {"shipreader"},
     # The command line sits above everything.
-    "ship": set(FOLDERS) - {"torchworker"} | {"torchworker.contract"},
+    "ship": set(FOLDERS) - {"torchworker", "api"} | {"torchworker.contract"},
+    "api": {"api", "ship", "registry", "infra", "tasks"},
 }
 ROOMS = {
     "registry": {
@@ -307,7 +308,7 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
 
 
-def test_a_rollback_has_a_client_of_the_store_and_no_heavy_library() -> None:
+def test_a_rollback_has_a_client_of_the_store_and_neither_a_heavy_library_nor_a_part_of_the_python_api() -> None:
     script = (
         "import sys, train_and_ship.ship.rollback\n"
         "from train_and_ship.infra.objectstore import ObjectStore\n"
@@ -315,8 +316,25 @@ def test_a_rollback_has_a_client_of_the_store_and_no_heavy_library() -> None:
         "ObjectStore.from_settings(Settings.load())\n"
         "assert 'botocore' in sys.modules\n"
         # Settings of other libraries and the manager of large transfers take a fifth of a rollback to load.
-        "heavy = {'torch', 'prefect', 'mlflow', 'numpy', 'pydantic_settings', 'boto3', 's3transfer'}\n"
+        "heavy = {'torch', 'prefect', 'mlflow', 'numpy', 'pydantic_settings', 'boto3', 's3transfer', 'rich'}\n"
+        "heavy |= {'train_and_ship.api', 'train_and_ship.ship.results'}\n"
         "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
+
+
+def test_nothing_imports_the_python_api() -> None:
+    for package in FOLDERS.keys() - {"api"}:
+        for file, tree in modules(package):
+            assert not [name for name in imports(tree) if name.startswith("train_and_ship.api")], file
+
+
+def test_the_python_api_loads_as_fast_as_the_models_of_the_job_file() -> None:
+    script = (
+        "import sys, train_and_ship.registry.job.load\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import train_and_ship.api\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} - before - sys.stdlib_module_names))"
     )
     assert subprocess.check_output([sys.executable, "-P", "-c", script], text=True).strip() == "[]"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from tests.support.projects import write_project
 from tests.support.retraining import POOR
+from train_and_ship.api import Job, Shipped, live, run
 from train_and_ship.flows.retrain import retrain
-from train_and_ship.flows.train_and_ship import train_and_ship
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
+from train_and_ship.registry.bucket.keys import release_prefix
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.decisions import FAILED, PROMOTED, read_decisions
 from train_and_ship.registry.tracking.runs import REPORT
@@ -54,9 +56,21 @@ def job_file(folder: Path, reads: Reads, **job: Any) -> str:
     return str(path)
 
 
-def test_train_and_ship_reads_it_once(stack: Settings, tmp_path: Path, reads: Reads) -> None:
-    shipped = asyncio.run(train_and_ship(job=job_file(tmp_path, reads)))
-    assert shipped.release and reads.count == 1
+def test_train_and_ship_reads_it_once_also_from_a_notebook_which_has_a_loop_that_runs(
+    stack: Settings, store: ObjectStore, tmp_path: Path, reads: Reads
+) -> None:
+    job = Job.load(job_file(tmp_path, reads))
+
+    async def cell() -> Shipped:
+        return run(job)
+
+    shipped = asyncio.run(cell())
+    assert reads.count == 1 and live(MODEL).release == shipped.release
+    # As `ship run` leaves it: folder, report and record.
+    folder = stack.runs / MODEL / shipped.run_url.rpartition("/")[2]
+    assert shipped.report == folder / REPORT and shipped.report.is_file()
+    recorded, _ = store.get(f"{release_prefix(MODEL, shipped.release)}job.json")
+    assert Job.from_record(json.loads(recorded)).digest() == job.digest()
 
 
 def test_retrain_reads_it_once(stack: Settings, store: ObjectStore, tmp_path: Path, reads: Reads) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.fault_proxy import DropRequest, FaultProxy, Rule
@@ -69,10 +70,13 @@ def test_the_rollback_deployment_puts_back_what_was_live(
         assert said in shown and said in checked(document[0].decode()).text
 
 
-def test_a_rollback_without_a_reason_is_not_started(command: Command) -> None:
-    ended = command("prefect", "deployment", "run", "rollback")
-    assert ended.status != 0
-    assert "why" in ended.text
+@pytest.mark.parametrize("flow", ["rollback", "promote"])
+@pytest.mark.parametrize(("given", "missing"), [("model", "why"), ("why", "model")])
+def test_a_move_without_a_model_or_a_reason_is_not_started(api: Api, flow: str, given: str, missing: str) -> None:
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        api.start(flow, **{given: "digits"})
+    assert refused.value.response.status_code == 409
+    assert f"'{missing}' is a required property" in refused.value.response.text
 
 
 def test_an_approved_promotion_goes_live_with_the_name_of_who_approved(

@@ -98,6 +98,7 @@ def test_a_failed_gate_shows_the_table_and_registers_and_promotes_nothing(
     assert "Beside the live release" not in report.headings
     for text in (report.text, str(page.data)):
         assert "hopeless: refused" in text and ">= 0.9999" in text and "1 of " in text
+        assert re.search(r"live meanwhile\W+prod: nothing", text) and re.search(r"what to do\W+train better", text)
     assert re.search(r"the trained model\s+accuracy\s+96 samples\s+0\.\d+\s+>= 0.9999\s+FAILED", report.text)
 
 

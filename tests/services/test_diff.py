@@ -15,7 +15,7 @@ from train_and_ship.infra.errors import ReleaseError, RequestError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.catalog import Named
 from train_and_ship.registry.bucket.releases import publish
-from train_and_ship.registry.diff import KIND, NONE, Difference, compare
+from train_and_ship.registry.diff import KIND, NONE, Difference, _is_noise, compare
 from train_and_ship.registry.release.manifest import ENVIRONMENT, JOB, LINEAGE, VERDICTS, Manifest, build_manifest
 from train_and_ship.ship.diff import _table, diff
 
@@ -86,6 +86,50 @@ def test_every_kind_of_change_is_told_and_nothing_else(object_store: ObjectStore
     assert [by_name["files", "model.onnx"].before, by_name["files", "model.onnx"].after] == hashes
     assert not {"data", "signature", "training"} & {one.group for one in found}
     assert compare(object_store, MODEL, Named(two[0].release), Named(two[0].release)) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "noise"),
+    [
+        ({"p50_ms": 0.9}, True),
+        ({"p50_ms": 1.2}, False),
+        # Of few calls, or of one.
+        ({"p99_ms": 1.9}, True),
+        ({"p99_ms": 2.1}, False),
+        ({"load_ms": 9.0}, True),
+        ({"load_ms": 11.0}, False),
+        # Whatever somebody else's release says.
+        ({"p50_ms": "fast"}, False),
+        ({"p50_ms": 10**400}, False),
+    ],
+)
+def test_a_time_is_noise_while_it_lies_among_the_others_calls(changed: dict[str, object], noise: bool) -> None:
+    (name,) = changed
+    before = {"onnx p50_ms.batch_1": 0.5, "onnx p99_ms.batch_1": 1.0, "onnx load_ms": 5.0}
+    found = next(key for key in before if name in key)
+    after = {**before, **dict.fromkeys([found], changed[name])}
+    assert _is_noise("latency", found, before, after) is noise
+    assert _is_noise("latency", found, after, before) is noise
+
+
+def test_a_size_is_noise_below_a_thousandth_and_nothing_else_is() -> None:
+    assert _is_noise("size", "a", {"a": 10_000}, {"a": 10_010}) and not _is_noise("size", "a", {"a": 1000}, {"a": 1002})
+    assert not _is_noise("metrics", "a", {"a": 0.9}, {"a": 0.9001}) and not _is_noise("size", "a", {"a": 1}, {})
+
+
+def test_what_is_noise_is_counted_and_not_shown(
+    object_store: ObjectStore, two: list[Manifest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train_and_ship.ship.diff.compare", lambda *_: [
+        Difference(group="latency", name="onnx load_ms", before="5", after="6", noise=True),
+        Difference(group="metrics", name="accuracy", before="0.9", after="0.8"),
+    ])  # fmt: skip
+    monkeypatch.setattr(ObjectStore, "from_settings", lambda *_, **__: object_store)
+    diff([MODEL, "prod~1", "prod"], as_json=False)
+    said = capsys.readouterr().out
+    assert "accuracy" in said and "load_ms" not in said and "not shown: 1 within noise" in said
+    diff([MODEL, "prod~1", "prod"], as_json=True)
+    assert [one["noise"] for one in json.loads(capsys.readouterr().out)["differences"]] == [True, False]
 
 
 def test_what_makes_it_another_kind_of_thing_is_told_first(

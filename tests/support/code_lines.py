@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
-PRODUCT = ("flows", "tasks", "registry", "infra", "ship", "torchworker", "shipreader")
+PRODUCT = ("flows", "tasks", "registry", "infra", "ship", "api", "torchworker", "shipreader")
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
     tokenize.ENDMARKER,

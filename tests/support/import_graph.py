@@ -23,6 +23,7 @@ FOLDERS = {
     "registry": "train_and_ship.registry",
     "infra": "train_and_ship.infra",
     "ship": "train_and_ship.ship",
+    "api": "train_and_ship.api",
     "torchworker": "torchworker",
     "shipreader": "shipreader",
 }

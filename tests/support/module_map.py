@@ -47,6 +47,7 @@ FOLDERS = {
     "infra/launchers": "Training on several machines: each engine as a value.",
     "infra/doors": "What stands in front of the servers of the local stack: who may ask them.",
     "ship": "The command line and the Prefect plugin.",
+    "api": "What is imported in Python beside the command line; nothing of the rest imports it.",
     "shipreader": "What follows a channel on a serving machine; installed alone.",
 }
 """Folder to what is in it, in the order of reading."""

@@ -11,6 +11,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support.projects import REPOSITORY, write_project
 from tests.support.second_environment import make_environment
 from torchworker import contract
 from torchworker.protocol import PROTOCOL, TORCH
+from train_and_ship.infra import installing
 from train_and_ship.infra import interpreter as interpreters
 from train_and_ship.infra.errors import GateError, JobError, RequestError
 from train_and_ship.infra.interpreter import look_at, our_interpreter
@@ -26,6 +28,7 @@ from train_and_ship.registry.environments import Environments
 from train_and_ship.registry.job.base import digest
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship import worker
+from train_and_ship.ship.check import _environment
 from train_and_ship.tasks.existing import _Chosen, _loads_here
 from train_and_ship.tasks.extras import require_extras
 from train_and_ship.tasks.interpreters import Chosen, choose_interpreter
@@ -236,6 +239,28 @@ def test_what_only_loads_where_it_was_made_is_proven_there_and_nowhere_else(envi
     assert Rooms(our_interpreter(), tmp_path / "log").environments(["aoti"]).in_words() == ""
 
 
+def test_a_check_says_that_torch_is_another_one_and_what_is_proven_with_it(environment: Make, tmp_path: Path) -> None:
+    other = look_at(str(environment(torch="2.14.0+cu130") / "bin/python"))
+    both, _ = load_job(write_project(tmp_path / "a", export={"formats": ["onnx", "aoti"]}))
+    said = _environment(both, other)
+    assert f"torch 2.14.0+cu130; the clean room is ours, with torch {our_interpreter().torch}" in said
+    assert said.endswith("compiled against that torch and its C++ ABI and load nowhere else: aoti")
+    onnx, _ = load_job(write_project(tmp_path / "b", export={"formats": ["onnx"]}))
+    assert _environment(onnx, dataclasses.replace(other, torch=our_interpreter().torch)).endswith("clean room is ours")
+
+
+def test_of_several_wheels_of_torchworker_the_one_of_this_version_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installing, "WHEELS", tmp_path)
+    version = metadata.version("torchworker")
+    # In the order of text 9 comes behind 10.
+    for number in ("0.0.9", version, "99.0.0", "9.0.0"):
+        (tmp_path / f"torchworker-{number}-py3-none-any.whl").touch()
+    with installing.torchworker_wheel() as wheel:
+        assert wheel.name == f"torchworker-{version}-py3-none-any.whl"
+
+
 @pytest.mark.parametrize(
     ("torch", "loaded", "left"),
     [
@@ -315,7 +340,7 @@ def write_wheel(folder: Path, name: str, version: str) -> None:
 # ---- what the two sides say to each other
 
 
-MESSAGES = "acead8d31f69b437"
+MESSAGES = "10af6b36fffa24c7"
 """Digest of the messages of PROTOCOL. When they change, write the new one here; and raise PROTOCOL, unless no release
 has gone out with it: an older torchworker in somebody's environment is then refused before a run, and not in it."""
 

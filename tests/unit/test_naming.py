@@ -67,16 +67,18 @@ def test_a_gate_that_refuses_ends_the_run_as_refused_with_its_headline() -> None
         ("task_runs", "Finished in state Failed('exception GateError: a\\n\\ntable')", "failed"),
         ("flow_runs", REFUSED, REFUSED),
         ("task_runs", "View at the end of the page", "View at the end of the page"),
+        ("_internal.concurrency", ("Service %r failed", "ConcurrencySlotAcquisitionWithLeaseService"), None),
+        ("_internal.concurrency", ("Service %r failed", "EventsWorker"), "Service 'EventsWorker' failed"),
     ],
 )  # fmt: skip
 def test_lines_of_prefect_that_nobody_asked_for_are_left_out(
-    logger: str, said: str, shown: str | None, caplog: pytest.LogCaptureFixture
+    logger: str, said: str | tuple[str, str], shown: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     quiet_mistakes()
     prefect = logging.getLogger(f"prefect.{logger}")
     prefect.addHandler(caplog.handler)
     try:
-        prefect.warning(said)
+        prefect.error(*([said] if isinstance(said, str) else said))
     finally:
         prefect.removeHandler(caplog.handler)
     assert {record.getMessage() for record in caplog.records} == ({shown} if shown else set())

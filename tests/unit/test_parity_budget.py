@@ -107,7 +107,7 @@ def quality(kept: Mapping[str, Tensor], call: Any, *metrics: str) -> tuple[Metri
         folder="", formats={}, inputs=SPECS, outputs=[TensorSpec(name="output", dtype="float32", shape=["batch", 2])],
         metrics=metrics, gates=(), forbidden_modules=(), forbidden_folder="", threads=1,
     )  # fmt: skip
-    sums, result = _quality("pt2", call, kept, request, BATCH)
+    sums, _, result = _quality("pt2", call, kept, request, BATCH)
     return sums, result.verdicts
 
 

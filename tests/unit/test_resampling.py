@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from torchworker.contract import Interval, Resampling, fewest_groups
+from torchworker.contract import EVENTS, Interval, Resampling, fewest_groups
 from torchworker.gates import bootstrap
 from torchworker.gates.bootstrap import interval_of, interval_of_mean
 from torchworker.project.metrics import mean_of
+from torchworker.stages import score
 from torchworker.stages.rehearse import _influence
+from train_and_ship.tasks.at_work import at_work, at_work_now
+from train_and_ship.tasks.rehearse import SHOWN, _resampling
 
 ASKED = Resampling(resamples=4000, confidence=0.95, seed=0)
 
@@ -157,3 +165,27 @@ def test_of_too_few_groups_there_is_no_interval() -> None:
 def test_student_s_t_is_scipy_s(freedom: int) -> None:
     expected = stats.t.ppf((1 + 0.95) / 2, freedom)
     assert bootstrap._student_t(0.95, freedom) == pytest.approx(expected, rel=1e-9 if freedom < 1000 else 2e-3)
+
+
+def test_resampling_by_a_metric_of_ones_own_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(score, "can_fork", lambda: False)
+    monkeypatch.setattr(score, "call_metric", lambda metric, outputs, target, project: float(outputs.mean()))
+    asked = Resampling(resamples=100, confidence=0.95, seed=0)
+    request = SimpleNamespace(folder=str(tmp_path), resampling=asked, project=None)
+    metric = SimpleNamespace(name="own", better="higher")
+    found = score._interval(metric, (gains(50), gains(50)), torch.zeros(50), None, request)
+    assert found["own"] == Interval(low=0.0, high=0.0)
+    events = [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()]
+    assert [event["done"] for event in events] == [number / 100 for number in range(1, 101)]
+
+
+@pytest.mark.parametrize("event", [{}, {"done": "half"}, {"done": float("nan")}, {"done": 7.0}, {"done": None}])
+def test_what_the_code_of_a_job_writes_among_the_events_stops_nothing(event: dict[str, Any]) -> None:
+    with at_work("rehearse"):
+        _resampling(event)
+        assert at_work_now()[0].done is None
+        _resampling({"metric": "own\n" * 99, "done": 0.5})
+        assert (at_work_now()[0].done, len(at_work_now()[0].said)) == (0.5, len("resampling ") + SHOWN)

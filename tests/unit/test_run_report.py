@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -68,10 +69,48 @@ def test_a_run_that_stopped_tells_what_it_came_to(stopped: list[str], left: int)
     assert found.headings[0] == "Decision" and "it broke" in found.text and found.headings[-1] == "Lineage"
 
 
+def test_a_refused_run_begins_with_what_failed_what_is_live_and_what_to_do_and_folds_the_gates() -> None:
+    said = [("live meanwhile", "prod: release r0"), ("what to do", "train better")]
+    table, why = "format  gate\nonnx    accuracy", "plain: 1 of 9 gates failed: accuracy 0.1, expected >= 0.2, in onnx."
+    page = page_of(run_files(), verdict=Ending.REFUSED, why=why, table=table, meanwhile=said, facts=[])
+    document = html(page)
+    places = [document.index(text) for text in ("1 of 9 gates", "prod: release r0", "train better", "Decision", table)]
+    assert places == sorted(places) and document.count("1 of 9 gates failed") == 1
+    assert re.search(r"<summary>All gates</summary>\s*<pre>format  gate\nonnx", document)
+    assert '<span class="verdict bad">refused</span>' in document
+    text = markdown(page)
+    assert text.index("1 of 9 gates") < text.index("live meanwhile") < text.index("## Decision") < text.index(table)
+
+
+@pytest.mark.parametrize(
+    ("ending", "badge"), [(Ending.PROMOTED, "verdict"), (Ending.KEPT, "verdict still"), (Ending.FAILED, "verdict bad")]
+)
+def test_a_badge_is_green_where_something_went_live_grey_where_not_and_red_where_it_went_wrong(
+    ending: Ending, badge: str
+) -> None:
+    assert f'<span class="{badge}">{ending}</span>' in html(page_of(None, verdict=ending))
+
+
 def test_a_run_that_never_began_has_its_reason_alone() -> None:
     found = checked(html(page_of(None, verdict=Ending.FAILED, why="job file x.yaml: found none")))
     assert found.headings == ["Decision"] and "job file x.yaml: found none" in found.text
     assert "x.yaml: found none" in markdown(page_of(None, why="job file x.yaml: found none"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(-0.01, 0.2), (0.1, 0.105), (-0.105, -0.1), (-1e-4, 0.2), (0.0, 0.0), (-1.0, 1.0)]
+)
+def test_no_number_of_an_interval_stands_on_another(low: float, high: float) -> None:
+    svg = charts.intervals([charts.Span(name="m", low=low, high=high, middle=low, limit=0.0, passed=True)])
+    below = re.findall(r'<text x="([\d.]+)" y="58.0" text-anchor="(\w+)" class="small">([^<]+)<', svg)
+    spans = []
+    for x, anchor, text in below:
+        wide = 6.5 * len(text)
+        left = float(x) - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+        spans.append((left, left + wide, text))
+    spans.sort()
+    assert "0" in [text for *_, text in spans]
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans)), spans
 
 
 def test_markdown_and_html_say_the_same_numbers() -> None:

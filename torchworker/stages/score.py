@@ -6,6 +6,7 @@ It runs after the clean room has shown that the artifacts stand alone.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from torchworker.contract import (
+    EVENTS,
     PLACES,
     VALIDATION,
     CustomMetric,
@@ -26,6 +28,7 @@ from torchworker.contract import (
 from torchworker.gates.bootstrap import interval_of
 from torchworker.gates.limits import apply_limits
 from torchworker.parity.reference import GROUP, validation_batches
+from torchworker.process.events import EventLog
 from torchworker.process.failure import UserError, describe
 from torchworker.process.fork import CORES, ChildDiedError, can_fork
 from torchworker.project.metrics import joined, standard_error
@@ -33,6 +36,8 @@ from torchworker.project.signature import samples_of_a_call
 from torchworker.project.user_code import call_metric, enter
 from torchworker.runtimes.load import load_artifact, load_libraries, require_hashes
 
+TOLD_SECONDS = 1.0
+"""Between two words of one process on how far it is."""
 Outputs = dict[str, Tensor]
 """Format to the first output on all samples, [samples, …]."""
 
@@ -142,16 +147,24 @@ def _interval(
 ) -> dict[str, Interval]:
     """What the improvement may be; nothing with too few groups, or when the metric cannot be computed on drawn samples,
     which is printed."""
-    assert request.resampling is not None, "asked before"
+    resampling = request.resampling
+    assert resampling is not None, "asked before"
     sign = 1.0 if metric.better == "higher" else -1.0
+    processes = CORES if can_fork() else 1
+    log, calls, told = EventLog(Path(request.folder) / EVENTS), 0, time.monotonic()
 
     def gain(index: Tensor) -> float:
+        nonlocal calls, told
+        calls += 1
+        # Of the share of this process; the others are about as far.
+        if time.monotonic() - told >= TOLD_SECONDS:
+            told = time.monotonic()
+            log.write("resampling", metric=metric.name, done=min(1.0, calls * processes / resampling.resamples))
         mine, theirs = (call_metric(metric, given[index], target[index], request.project) for given in outputs)
         return sign * (mine - theirs)
 
     try:
-        processes = CORES if can_fork() else 1
-        interval = interval_of(gain, len(target), request.resampling, groups, processes)
+        interval = interval_of(gain, len(target), resampling, groups, processes)
         return {} if interval is None else {metric.name: interval}
     except (UserError, ChildDiedError) as mistake:
         print(f"{metric.name} cannot be computed on drawn samples, so there is no interval: {mistake}")

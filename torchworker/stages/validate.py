@@ -21,6 +21,7 @@ from torchworker.contract import (
     PARITY,
     RUN_IN_CPP,
     VALIDATION,
+    AnswerCounts,
     ErrorCounts,
     Int8,
     Mismatch,
@@ -57,6 +58,7 @@ from torchworker.parity.reference import (
 from torchworker.process.events import EventLog
 from torchworker.process.failure import describe
 from torchworker.process.fork import CORES, ChildDiedError, CrashNote, ForkedCall, run_parallel
+from torchworker.project.answer_counts import CountedAnswers
 from torchworker.project.metrics import MetricSums
 from torchworker.project.signature import samples_of_a_call
 from torchworker.project.weights import LARGE_BYTES
@@ -87,6 +89,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
     errors: list[ErrorCounts] = []
     metrics: dict[str, dict[str, float]] = {}
     standard_errors: dict[str, dict[str, float]] = {}
+    answers: AnswerCounts | None = None
 
     def quantized(kind: str, file: str, note: CrashNote) -> tuple[Int8, dict[str, float]]:
         assert request.int8 is not None, "whoever makes a variant says what is asked of it"
@@ -103,14 +106,20 @@ def validate(request: ValidateRequest) -> ValidateResult:
 
     def examined(
         kind: str, file: str, note: CrashNote, outside: Outside
-    ) -> tuple[list[Verdict], list[Mismatch], MetricSums | None, list[ErrorCounts]]:
+    ) -> tuple[list[Verdict], list[Mismatch], MetricSums | None, AnswerCounts | None, list[ErrorCounts]]:
         try:
             loaded = load_with_weights(kind, folder / file, request.threads)
             call = _noted(loaded.call, note)
             same = same_weights(kind, loaded, Path(request.weights), request.weight_names) if request.weights else []
         except Exception as error:
-            return [not_measured(kind, PARITY, "load", "loads without training code", describe(error))], [], None, []
-        sums, result = _checked(kind, call, probes, validation, request, outside)
+            return (
+                [not_measured(kind, PARITY, "load", "loads without training code", describe(error))],
+                [],
+                None,
+                None,
+                [],
+            )
+        sums, answers, result = _checked(kind, call, probes, validation, request, outside)
         outside.asking.write("")
         cpp = _without_python(kind, folder / file, probes, validation, request)
         found = sorted([*result.findings, *cpp.findings], key=lambda item: -item.outcome.ratio)
@@ -118,7 +127,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         missing = [replace(not_measured(kind, PARITY, "not asked", "<= 1", unasked), ran=False)] if unasked else []
         told = [*result.verdicts, *same, *missing, *gates, *cpp.verdicts]
         errors = [*result.errors(kind), *cpp.errors(f"{kind} {IN_CPP}")]
-        return told, [item.mismatch() for item in found[:MISMATCHES]], sums, errors
+        return told, [item.mismatch() for item in found[:MISMATCHES]], sums, answers, errors
 
     if request.cpp == "required" and not any(kind in RUN_IN_CPP for kind in request.formats):
         why = f"not run: neither of {', '.join(RUN_IN_CPP)} is among the artifacts"
@@ -147,13 +156,14 @@ def validate(request: ValidateRequest) -> ValidateResult:
                 verdicts += apply_limits(kind, values, request.gates, samples, {})
             continue
         try:
-            told, found, sums, counts = outliving(begun, works[kind], notes[kind], outside[kind])
+            told, found, sums, answered, counts = outliving(begun, works[kind], notes[kind], outside[kind])
         except ChildDiedError as death:
             ended = not_measured(kind, PARITY, "probes", "survives them", str(death))
-            told, found, sums, counts = [ended], [], None, []
+            told, found, sums, answered, counts = [ended], [], None, None, []
         verdicts += told
         mismatches += found
         errors += counts
+        answers = answers or answered
         if sums is not None:
             metrics[kind], standard_errors[kind] = sums.means(), sums.standard_errors()
     asked = asked_of(validation)
@@ -169,6 +179,7 @@ def validate(request: ValidateRequest) -> ValidateResult:
         mismatches=sorted(mismatches, key=lambda item: -item.ratio)[:MISMATCHES],
         errors=errors,
         independence=read_independence(folder),
+        answers=answers,
     )
 
 
@@ -244,7 +255,7 @@ def _checked(
     validation: Mapping[str, Tensor],
     request: ValidateRequest,
     outside: Outside | None = None,
-) -> tuple[MetricSums, ParityResult]:
+) -> tuple[MetricSums, AnswerCounts | None, ParityResult]:
     """Metrics of one artifact, and its parity on all probes and on the validation samples."""
     policy = _policy(request)
     outputs = [spec.name for spec in request.outputs]
@@ -254,8 +265,8 @@ def _checked(
     # Where samples are coupled, an answer is one of its batch.
     other = other_batches(samples, golden, request.max_batch) if batch > 1 else ()
     result = compare(kind, call, [*probes, *other], outputs, policy, outside)
-    sums, on_samples = _quality(kind, call, validation, request, batch)
-    return sums, result + on_samples
+    sums, answers, on_samples = _quality(kind, call, validation, request, batch)
+    return sums, answers, result + on_samples
 
 
 def _without_python(
@@ -275,7 +286,7 @@ def _without_python(
         with cpp_runner.running(Path(request.runner), kind, artifact, request.threads, log) as answer:
             # The runner takes what it is given; whoever calls compiled code checks first.
             call = checked(answer, artifact) if kind == "aoti" else answer
-            return _checked(name, call, probes, validation, replace(request, metrics=()))[1]
+            return _checked(name, call, probes, validation, replace(request, metrics=()))[-1]
     except cpp_runner.RunnerEndedError as error:
         failed = not_measured(name, PARITY, "without Python", "loads and answers", describe(error))
         return ParityResult(verdicts=[failed])
@@ -297,7 +308,7 @@ def _noted(call: Call, note: CrashNote) -> Call:
 
 def _quality(
     kind: str, call: Call, validation: Mapping[str, Tensor], request: ValidateRequest, batch: int
-) -> tuple[MetricSums, ParityResult]:
+) -> tuple[MetricSums, AnswerCounts | None, ParityResult]:
     """Each metric over the whole validation set from the artifact's own outputs, and parity on those samples that the
     model was asked about; where no metric is wanted, the others are left out.
 
@@ -308,6 +319,7 @@ def _quality(
     samples = of_samples(asked_of(validation), len(validation["target"]))
     usual = usual_losses([probe for probe, _ in given if probe.eager], outputs, _policy(request))
     decisions, histogram, sums = Decisions(), ErrorHistogram(), MetricSums(request.metrics)
+    answers = CountedAnswers(request.metrics)
     ratio, notes, findings = 0.0, {}, []
     try:
         for probe, target in given:
@@ -329,11 +341,12 @@ def _quality(
                 if position == 0 and "accuracy" in request.metrics:
                     decisions.add(tensor, eager, target, outcome.allowed)
             sums.add(got[0], target)
+            answers.add(got[0], target)
     except Exception as error:
         failed = not_measured(kind, "quality", samples, "runs", describe(error))
-        return MetricSums(()), ParityResult(verdicts=[failed], findings=findings, histogram=histogram)
+        return MetricSums(()), None, ParityResult(verdicts=[failed], findings=findings, histogram=histogram)
     note = "; ".join(f"{name}: {note}" for name, note in notes.items())
     verdicts = [verdict(kind, samples, ratio, note)]
     if "accuracy" in request.metrics and request.outputs[0].dtype.startswith(("float", "bfloat")):
         verdicts.append(decisions.verdict(kind))
-    return sums, ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)
+    return sums, answers.counted(kind), ParityResult(verdicts=verdicts, findings=findings, histogram=histogram)
