@@ -253,11 +253,16 @@ def deploy(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Run the files where they are, on this machine, as they are then.")
     ] = False,
+    pool: Annotated[str, typer.Option(help="work pool whose workers run it; the local one when absent")] = "",
+    image: Annotated[str, typer.Option(help="of the containers, for pools of type docker or kubernetes")] = "",
+    variables: Annotated[
+        list[str] | None, typer.Option("--job-variable", help="NAME=VALUE, as the pool's template has it; repeatable")
+    ] = None,
 ) -> None:
     """Retrain the models of these job files on a schedule, each as a deployment of its own; safe to repeat."""
-    from train_and_ship.ship.deploy import deploy
+    from train_and_ship.ship.deploy import Where, deploy
 
-    deploy(jobs, cron, timezone, in_place=in_place)
+    deploy(jobs, cron, timezone, Where(in_place=in_place, pool=pool, image=image, variables=variables or ()))
 
 
 @app.command(rich_help_panel=TRAINING)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.tasks.clock_changes import SkippedTime, skipped_times
+from train_and_ship.tasks.pools import Pool
 
 PATTERN = "retrain/retrain"
 """The deployment that the others are made like."""
@@ -43,13 +44,14 @@ class Wanted:
     """Its name; None as in prefect.yaml."""
 
 
-def deploy_jobs(wanted: Mapping[str, Wanted]) -> dict[str, Scheduled]:
+def deploy_jobs(wanted: Mapping[str, Wanted], pool: Pool | None = None) -> dict[str, Scheduled]:
     """Make or replace one deployment for each model. Writes to Prefect; can be repeated.
 
     No deployment says a folder of this machine, besides the job that it may name: the flows are in the package.
 
     Args:
         wanted: by model.
+        pool: where runs are started; None for the pool of the deployment that they are made like.
 
     Returns:
         Name of each, as in `prefect deployment run <name>`, to when it is run.
@@ -87,7 +89,8 @@ def deploy_jobs(wanted: Mapping[str, Wanted]) -> dict[str, Scheduled]:
                 parameter_openapi_schema=pattern.parameter_openapi_schema,
                 enforce_parameter_schema=pattern.enforce_parameter_schema,
                 parameters={**pattern.parameters, "job": one.job},
-                work_pool_name=pattern.work_pool_name,
+                work_pool_name=pool.name if pool is not None else pattern.work_pool_name,
+                job_variables=dict(pool.variables) if pool is not None else {},
                 concurrency_limit=1,
                 tags=[model, f"model:{model}", f"channel:{one.channel}"],
                 schedules=schedules,

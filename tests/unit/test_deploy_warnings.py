@@ -21,7 +21,7 @@ def test_a_variable_that_is_not_set_here_is_named_and_nothing_is_held_up(
     shown = SimpleNamespace(schedule="0 2 * * *", skipped=())
     monkeypatch.setattr(deployments, "deploy_jobs", lambda jobs, *_: dict.fromkeys(jobs, shown))
     job = write_project(tmp_path / "mine", name="reviews", env=["REVIEW_PAGES", "REVIEW_LANGUAGE"])
-    deploy.deploy([job], None, None, in_place=True)
+    deploy.deploy([job], None, None, deploy.Where(in_place=True))
     said = capsys.readouterr()
     assert "reviews  0 2 * * *" in said.out
     assert "warning: reviews: env: REVIEW_LANGUAGE is not set here" in said.err and "REVIEW_PAGES" not in said.err
