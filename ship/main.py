@@ -180,6 +180,7 @@ def channel_show(names: Named, as_json: Annotated[bool, typer.Option("--json", h
     show_channel(names, as_json)
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -195,11 +196,12 @@ def check(
     job: Path,
     no_export: Annotated[bool, typer.Option("--no-export", help="Do not export the untrained model.")] = False,
     changes: Set = None,
+    as_json: Json = False,
 ) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
     from train_and_ship.ship.check import check
 
-    check(job, not no_export, changes or ())
+    check(job, not no_export, changes or (), as_json)
 
 
 Allow = Annotated[
@@ -218,11 +220,12 @@ def run(
     allow: Allow = None,
     changes: Set = None,
     channel: Annotated[str, typer.Option(help="Put it live on this channel, whatever the job says.")] = "",
+    as_json: Json = False,
 ) -> None:
     """Train, export, validate, register and promote one job, here and now."""
     from train_and_ship.ship.run import run
 
-    run(job, resume, allow, [*(changes or ()), *([f"release.channel={channel}"] if channel else ())])
+    run(job, resume, allow, [*(changes or ()), *([f"release.channel={channel}"] if channel else ())], as_json)
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -232,11 +235,12 @@ def retrain(
     force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
     allow: Allow = None,
+    as_json: Json = False,
 ) -> None:
     """Train again if code, data, job or environment changed, and put live what is better than what is there."""
     from train_and_ship.ship.run import retrain
 
-    retrain(job, why, force, resume, allow)
+    retrain(job, why, force, resume, allow, as_json)
 
 
 worker_app = typer.Typer(help="What runs the code of a job in an environment of its own.", no_args_is_help=True)
@@ -305,7 +309,6 @@ def snapshot(
 
 Channel = Annotated[str, typer.Option(help="The channel: prod, staging, or any name.")]
 Why = Annotated[str, typer.Option(help="The reason, for the record.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(rich_help_panel=SERVING)
