@@ -517,12 +517,9 @@ def gc(
 @app.command(rich_help_panel=CARE)
 def schema(markdown: bool = False) -> None:
     """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""
-    import json
+    from train_and_ship.ship.job_reference import schema
 
-    from train_and_ship.registry.job.load import job_schema
-    from train_and_ship.ship.job_reference import job_reference
-
-    typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
+    schema(markdown)
 
 
 for group, words in ((app, ""), (channel_app, "channel "), (worker_app, "worker ")):
