@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -50,19 +51,24 @@ from train_and_ship.tasks.trial import TrialExport, try_export
 from train_and_ship.tasks.worker import ask_worker
 
 
-def check(job_file: Path, export: bool = True, changes: Sequence[str] = ()) -> None:
+def check(job_file: Path, export: bool = True, changes: Sequence[str] = (), as_json: bool = False) -> None:
     """Print the job's facts.
 
     Args:
         job_file: of the job.
         export: as of `check_job`.
         changes: what the job says otherwise than its file, as `load_job` takes it.
+        as_json: print them as JSON, and what is being done to standard error.
 
     Raises what `check_job` does, and JobError with one message a mistake.
     """
-    console = Console()
+    console = Console(stderr=as_json)
     job, project = load_job(job_file, changes)
-    console.print(asyncio.run(check_job(job, job_file, project, export, console)))
+    found = asyncio.run(check_job(job, job_file, project, export, console))
+    if as_json:
+        typer.echo(found.json())
+    else:
+        console.print(found)
 
 
 async def check_job(job: Job, job_file: Path, folder: Path, export: bool, console: Console) -> Checked:

@@ -17,7 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "password": ("ship password",),
     "env": ('eval "$(ship env)"',),
     "check": (f"ship check {JOB}", f"ship check {JOB} --no-export --set train.processes=1"),
-    "run": (f"ship run {JOB}", f"ship run {JOB} --set train.epochs=1 --channel staging"),
+    "run": (f"ship run {JOB}", f"ship run {JOB} --set train.epochs=1 --channel staging", f"ship run {JOB} --json"),
     "retrain": (f"ship retrain {JOB} --why 'new scans'",),
     "deploy": (f'ship deploy {JOB} --cron "0 2 * * *" --timezone Europe/Berlin',),
     "worker install": ("ship worker install --python .venv/bin/python",),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -15,9 +17,15 @@ from train_and_ship.registry.job.export import Dynamic, Export, Quantize
 from train_and_ship.registry.job.gates import Gate
 from train_and_ship.registry.job.job import Data, Job, Release, Retrain
 from train_and_ship.registry.job.launcher import LOCAL, Kubernetes, Slurm, Torchrun
+from train_and_ship.registry.job.load import job_schema
 from train_and_ship.registry.job.mistakes import descriptions
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import CustomMetric, Group, Train
+
+
+def schema(markdown: bool) -> None:
+    """Print the JSON schema, or the page."""
+    typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
 
 
 def job_reference() -> str:

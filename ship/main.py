@@ -157,6 +157,7 @@ def channel_show(names: Named, as_json: Annotated[bool, typer.Option("--json", h
     show_channel(names, as_json)
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -172,11 +173,12 @@ def check(
     job: Path,
     no_export: Annotated[bool, typer.Option("--no-export", help="Do not export the untrained model.")] = False,
     changes: Set = None,
+    as_json: Json = False,
 ) -> None:
     """Build everything a job file refers to, try it once, and say what would be trained and shipped."""
     from train_and_ship.ship.check import check
 
-    check(job, not no_export, changes or ())
+    check(job, not no_export, changes or (), as_json)
 
 
 Allow = Annotated[
@@ -195,11 +197,12 @@ def run(
     allow: Allow = None,
     changes: Set = None,
     channel: Annotated[str, typer.Option(help="Put it live on this channel, whatever the job says.")] = "",
+    as_json: Json = False,
 ) -> None:
     """Train, export, validate, register and promote one job, here and now."""
     from train_and_ship.ship.run import run
 
-    run(job, resume, allow, [*(changes or ()), *([f"release.channel={channel}"] if channel else ())])
+    run(job, resume, allow, [*(changes or ()), *([f"release.channel={channel}"] if channel else ())], as_json)
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -209,11 +212,12 @@ def retrain(
     force: Annotated[bool, typer.Option("--force", help="Train although nothing has changed.")] = False,
     resume: Annotated[str, typer.Option(help="Go on with this run: the name of its folder, its flow run id.")] = "",
     allow: Allow = None,
+    as_json: Json = False,
 ) -> None:
     """Train again if code, data, job or environment changed, and put live what is better than what is there."""
     from train_and_ship.ship.run import retrain
 
-    retrain(job, why, force, resume, allow)
+    retrain(job, why, force, resume, allow, as_json)
 
 
 worker_app = typer.Typer(help="What runs the code of a job in an environment of its own.", no_args_is_help=True)
@@ -290,7 +294,6 @@ def snapshot(
 
 Channel = Annotated[str, typer.Option(help="The channel: prod, staging, or any name.")]
 Why = Annotated[str, typer.Option(help="The reason, for the record.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(rich_help_panel=SERVING)
@@ -499,12 +502,9 @@ def gc(
 @app.command(rich_help_panel=CARE)
 def schema(markdown: bool = False) -> None:
     """Print the JSON schema of job files, for editors; --markdown prints docs/job-file.md instead."""
-    import json
+    from train_and_ship.ship.job_reference import schema
 
-    from train_and_ship.registry.job.load import job_schema
-    from train_and_ship.ship.job_reference import job_reference
-
-    typer.echo(job_reference() if markdown else json.dumps(job_schema(), indent=2), nl=not markdown)
+    schema(markdown)
 
 
 for group, words in ((app, ""), (channel_app, "channel "), (worker_app, "worker ")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,13 @@ class Shown:
 
     def __str__(self) -> str:
         return "\n".join([self.title, *(f"  {name:<8} {on_one_line(value)}" for name, value in self.rows)])
+
+    def json(self) -> str:
+        """All fields by name, as `--json` prints them."""
+        import json
+
+        fields: Any = [asdict(item) for item in self] if isinstance(self, tuple) else asdict(self)  # type: ignore[call-overload]
+        return json.dumps(fields, default=str, indent=1)
 
     def __rich__(self) -> RenderableType:
         from rich.table import Column, Table

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[str]) -> None:
+def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[str], as_json: bool) -> None:
     """Run train-and-ship once, and print where to look.
 
     Args:
@@ -47,13 +47,14 @@ def run(job_file: Path, resume: str, allow: list[str] | None, changes: Sequence[
         resume: as of `run_job`.
         allow: as of `run_job`.
         changes: what is to be done otherwise than the file says, as `load_job` takes it.
+        as_json: print the same as JSON; the log is on standard error either way.
 
     Raises ShipError with one message when it does not end with a promotion.
     """
     # Before Prefect is imported: a mistake in the job file is answered at once.
     job, project = load_job(job_file, changes)
     with _exit_by_signal():
-        typer.echo(f"\n{run_job(job, job_file, project, resume, allow)}")
+        _print(run_job(job, job_file, project, resume, allow), as_json)
 
 
 def run_job(job: Job, job_file: Path, project: Path, resume: str, allow: list[str] | None) -> Shipped:
@@ -92,11 +93,22 @@ def run_job(job: Job, job_file: Path, project: Path, resume: str, allow: list[st
     )
 
 
-def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str] | None) -> None:
-    """Run retrain once. Raises ShipError with one message when there is no candidate, or no gate lets it through."""
+def retrain(job_file: Path, why: str, force: bool, resume: str, allow: list[str] | None, as_json: bool) -> None:
+    """Run retrain once, and print what came of it.
+
+    Args:
+        job_file: what is asked about.
+        why: as of `retrain_job`.
+        force: as of `retrain_job`.
+        resume: as of `retrain_job`.
+        allow: as of `retrain_job`.
+        as_json: as of `run`.
+
+    Raises ShipError with one message when there is no candidate, or no gate lets it through.
+    """
     job, project = load_job(job_file)
     with _exit_by_signal():
-        typer.echo(f"\n{retrain_job(job, job_file, project, why, force, resume, allow)}")
+        _print(retrain_job(job, job_file, project, why, force, resume, allow), as_json)
 
 
 def retrain_job(
@@ -139,6 +151,10 @@ def retrain_job(
         version_url=done.version_url,
         report=done.report,
     )
+
+
+def _print(done: Shipped | Retrained, as_json: bool) -> None:
+    typer.echo(done.json() if as_json else f"\n{done}")
 
 
 def _prepare(job: Job, project: Path, resume: str, interpreter: Interpreter, *, reads_data: bool) -> None:

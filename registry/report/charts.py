@@ -175,12 +175,12 @@ def intervals(spans: Sequence[Span]) -> str:
             said = f"{span.name}: {span.middle:+.4g}"
             _shape(svg, "circle", f"{css} dot", said, cx=x_of(span.middle), cy=y, r=6)
         _text(svg, x_of(0), y + 24, "0", anchor=_anchor(x_of(0)), small=True)
-        for value in _apart(span, x_of):
+        for value in _ends_shown(span, x_of):
             _text(svg, x_of(value), y + 24, f"{value:+.3g}", anchor=_anchor(x_of(value)), small=True)
     return _written(svg)
 
 
-def _apart(span: Span, x_of: Callable[[float], float]) -> list[float]:
+def _ends_shown(span: Span, x_of: Callable[[float], float]) -> list[float]:
     """Those ends whose numbers overprint neither the zero mark nor each other: the outer one first."""
     kept: list[float] = []
     for value in sorted({span.low, span.high}, key=lambda end: -abs(end)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import signal
 import threading
 from pathlib import Path
@@ -16,6 +18,7 @@ from train_and_ship import api
 from train_and_ship.api import Factory, Gate, History, Job, JobError, Move, Train, UserError, check, run
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.event_loop import to_its_end
+from train_and_ship.ship.run import run as run_command
 from train_and_ship.tasks import at_work
 
 MADE: dict[str, Any] = {
@@ -135,6 +138,22 @@ def test_what_comes_back_prints_as_lines_in_a_terminal_and_as_a_table_in_a_noteb
     moves = History([move, moved(2, rollback=True)])
     assert str(moves).startswith("plain prod: 2 moves\n  2 ") and "back to 00000000000000000002" in str(moves)
     assert moves[0] is move and "never moved" in History()._repr_mimebundle_()["text/plain"]
+
+
+def test_commands_print_the_fields_of_what_the_api_gives_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = api.Shipped(
+        model="plain", channel="prod", release="a" * 20, headline="live", run_url="http://p", version_url="http://m",
+        release_uri="s3://models/x", report=tmp_path / "report.html",
+    )  # fmt: skip
+    monkeypatch.setattr("train_and_ship.ship.run.run_job", lambda *_: shipped)
+    run_command(write_project(tmp_path), "", None, (), as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert said == {**dataclasses.asdict(shipped), "report": str(tmp_path / "report.html")}
+    run_command(tmp_path / "job.yaml", "", None, (), as_json=False)
+    assert capsys.readouterr().out.splitlines()[:3] == ["", "live", "  run      http://p"]
+    assert json.loads(History([moved()]).json())[0]["by"] == "ada"
 
 
 def test_what_a_check_found_prints_as_the_command_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
