@@ -96,7 +96,9 @@ def init_example(folder: Path, kind: str) -> None:
     repository = _repository(folder) or folder
     files = {path.name: path.read_bytes() for path in sorted((EXAMPLES / kind).iterdir()) if path.is_file()}
     places = _places(folder, repository, [*files])
-    files[JOB] = f"{init_files.schema_line(SCHEMA)}\n".encode() + files[JOB]
+    # The clone's own example may be on the same stack under the name that is written there.
+    named = re.sub(rb"^name: .*$", f"name: {_suggested_name(folder)}".encode(), files[JOB], count=1, flags=re.MULTILINE)
+    files[JOB] = f"{init_files.schema_line(SCHEMA)}\n".encode() + named
     _write(folder, repository, {places[name]: content for name, content in files.items()}, None)
     _say_next(folder)
 

@@ -27,8 +27,8 @@ def test_the_script_works_beside_the_example_and_without_a_guard(stack: Settings
         [sys.executable, "ship_digits.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    assert re.search(r"digits release \w{20} is live on prod\n  run +http", ended.stdout), ended.stdout
-    assert re.search(r"digits prod: \d+ moves?\n", ended.stdout)
+    assert re.search(r"numerals release \w{20} is live on prod\n  run +http", ended.stdout), ended.stdout
+    assert re.search(r"numerals prod: \d+ moves?\n", ended.stdout)
 
 
 def test_each_call_and_each_exception_of_the_tables_is_public() -> None:

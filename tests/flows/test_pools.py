@@ -106,7 +106,7 @@ def test_a_pool_with_the_template_of_the_newest_package_takes_what_is_deployed(
     versions = ["--constraint", str(REPOSITORY / "constraints.txt")]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tmp_path), *versions]
     # Beside the Prefect that is here, which the package would bring along once more.
-    needs = {"docker": ["docker"], "kubernetes": ["kubernetes-asyncio", "kopf", "pyopenssl"]}[kind]
+    needs = {"docker": ["docker"], "kubernetes": ["kubernetes-asyncio", "kopf", "pyopenssl", "tenacity"]}[kind]
     for words in (["--no-deps", package], needs):
         subprocess.run([*install, *words], check=True)
     module = package.replace("-", "_")

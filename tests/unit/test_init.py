@@ -338,10 +338,14 @@ def test_the_environment_that_is_activated_is_offered_and_never_taken_by_itself(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_example_is_written_anywhere_with_what_a_project_gets(tmp_path: Path, kind: str) -> None:
+    tmp_path = tmp_path / "My shop"
+    tmp_path.mkdir()
     init_example(tmp_path, kind)
     own = {path.name for path in (EXAMPLES / kind).iterdir() if path.is_file()}
     assert files_in(tmp_path) == own | WRITTEN
     job, project = load_job(tmp_path / "job.yaml")
+    # Not the clone's, which may be on the same stack.
+    assert job.name == "my-shop"
     assert project == tmp_path and (project / f"{job.model.factory.partition(':')[0]}.py").is_file()
     # Of itself it would make the same choice of a model.
     shutil.rmtree(tmp_path / ".github")
