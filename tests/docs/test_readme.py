@@ -24,7 +24,9 @@ from train_and_ship.ship.main import app
 
 README = (REPOSITORY / "README.md").read_text()
 DOCS = REPOSITORY / "docs"
-RUN = "\n".join([README, *((DOCS / f"{name}.md").read_text() for name in ("every-day", "your-model", "where-things-are"))])
+RUN = "\n".join(
+    [README, *((DOCS / f"{name}.md").read_text() for name in ("every-day", "your-model", "where-things-are"))]
+)
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 

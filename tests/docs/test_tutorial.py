@@ -56,7 +56,19 @@ def test_every_command_of_the_tutorial_is_one_with_these_words_and_options() -> 
             # Parses them as the command would, and runs nothing; what does not fit is raised.
             ours[words[1]].make_context(words[1], words[2:])
             understood.add(words[1])
-    assert understood >= {"init", "check", "up", "run", "live", "diff", "retrain", "serve", "rollback", "history", "down"}
+    assert understood >= {
+        "init",
+        "check",
+        "up",
+        "run",
+        "live",
+        "diff",
+        "retrain",
+        "serve",
+        "rollback",
+        "history",
+        "down",
+    }
 
 
 def test_what_the_tutorial_shows_is_saved_printed_or_typed() -> None:

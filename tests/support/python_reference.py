@@ -60,7 +60,10 @@ def _described(name: str, item: Any, depth: int) -> list[str]:
         if "__init__" in vars(called) and not dataclasses.is_dataclass(called):
             lines += [*_text(called.__init__.__doc__ or ""), ""]
         if dataclasses.is_dataclass(called):
-            lines += [*(f"- `{field.name}`: {str(field.type).strip(chr(39))}" for field in dataclasses.fields(called)), ""]
+            lines += [
+                *(f"- `{field.name}`: {str(field.type).strip(chr(39))}" for field in dataclasses.fields(called)),
+                "",
+            ]
     return lines
 
 
