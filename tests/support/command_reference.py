@@ -1,4 +1,7 @@
-"""docs/commands.md, from the commands as they are parsed: `python -m tests.support.command_reference > docs/commands.md`."""
+"""docs/commands.md, from the commands as they are parsed.
+
+python -m tests.support.command_reference > docs/commands.md
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from train_and_ship.ship.main import CARE, RELEASES, SERVING, STACK, START, TRAI
 
 TITLE = """# Commands
 
-What `ship COMMAND --help` says, made of the same definitions. All exit with 0 when it is done, 2 for something that you can mend, 1
-for anything else ([more](when-it-goes-wrong.md)).
+What `ship COMMAND --help` says, made of the same definitions. All exit with 0 when it is done, 2 for something that you
+can mend, 1 for anything else ([more](when-it-goes-wrong.md)).
 """
 
 
@@ -37,7 +40,7 @@ def _command(name: str, command: Any) -> str:
     context = command.context_class(command, info_name=f"ship {name}")
     usage = " ".join([f"ship {name}", *command.collect_usage_pieces(context)])
     lines = [f"### ship {name}", "", (command.help or "").replace("\f", "").strip(), "", "```text", usage, "```", ""]
-    rows = [_row(parameter) for parameter in command.params if not parameter.name == "help"]
+    rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
     if rows:
         lines += ["| option or argument | meaning | default |", "|---|---|---|", *rows, ""]
     if examples := EXAMPLES.get(name):

@@ -14,7 +14,8 @@ from shipreader import errors, reader, records
 
 TITLE = """# Python
 
-What can be imported, from its docstrings: `python -m tests.support.python_reference > docs/python-reference.md` writes this page.
+What can be imported, from its docstrings. `python -m tests.support.python_reference > docs/python-reference.md` writes
+this page.
 """
 API = "train_and_ship.api"
 READERS = {
