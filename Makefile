@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak public check wheel matrix month bench bench-store bench-parity bench-inference bench-recurrent bench-size bench-stranger pins up down clean
+.PHONY: ship test soak public check wheel matrix month docs bench bench-store bench-parity bench-inference bench-recurrent bench-size bench-stranger pins docs-pins up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -55,12 +55,24 @@ check: $(READY)
 	$(BIN)/mypy --explicit-package-bases tests benchmarks
 	$(MAKE) test soak
 
-# Three wheels in dist/, which are installed together: docs/installing.md.
+# Three wheels in dist/, which are installed together: docs/your-environment.md.
 wheel: $(READY)
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	cd dist && ../$(BIN)/python -m zipfile --extract train_and_ship-*.whl unpacked
 	mv dist/unpacked/train_and_ship/ship/wheels/*.whl dist && rm -r dist/unpacked build/lib build/bdist.*
+
+# The pages in docs/ as a site in build/site, which opens without a server: build/site/index.html. Fails on a link or an
+# anchor that leads nowhere, and on a page that docs/index.md does not list.
+docs: build/docs/.ready
+	build/docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env --doctree-dir build/docs/doctrees \
+	  docs build/site
+
+build/docs/.ready: docs/site/requirements.txt
+	rm -rf build/docs
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	touch $@
 
 # The core of the tests with every version that is promised, in environments of their own below build/matrix (some 6 GB
 # each; with uv on PATH they share files). `make matrix ARGS="--row 3.13"` asks one. Writes docs/versions.md's table.
@@ -111,6 +123,14 @@ pins:
 	uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header build/serving.in --output-file build/serving.txt
 	{ grep '^#' ship/serving-requirements.txt; cat build/serving.txt; } > build/serving-requirements.txt
 	mv build/serving-requirements.txt ship/serving-requirements.txt
+
+# What `make docs` installs, in the same way.
+docs-pins:
+	sed -n 's/^\([A-Za-z][^ ]*==[^ ]*\).*/\1/p' docs/site/requirements.txt > build/docs.in
+	uv pip compile --quiet --universal --python-version 3.11 --no-deps --generate-hashes --no-annotate --no-header build/docs.in \
+	  --output-file build/docs.txt
+	{ grep '^#' docs/site/requirements.txt; cat build/docs.txt; } > build/docs-requirements.txt
+	mv build/docs-requirements.txt docs/site/requirements.txt
 
 up: $(READY)
 	$(BIN)/ship up

@@ -1,4 +1,4 @@
-"""Where the services are. Everything comes from environment variables; see the table in README.md.
+"""Where the services are. Everything comes from environment variables; see the table in docs/services.md.
 
 A part whose address is given is somebody else's: it is used, never started or stopped.
 """

@@ -1,4 +1,4 @@
-"""What the README says is run: its commands, its example project and its Python."""
+"""What the README and the pages that go on from it say is run: commands, an example project, Python."""
 
 from __future__ import annotations
 
@@ -23,20 +23,25 @@ from train_and_ship.infra.settings import Settings
 from train_and_ship.ship.main import app
 
 README = (REPOSITORY / "README.md").read_text()
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCS = REPOSITORY / "docs"
+RUN = "\n".join(
+    [README, *((DOCS / f"{name}.md").read_text() for name in ("every-day", "your-model", "where-things-are"))]
+)
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", RUN, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
+    """Each once; the README has some of the page for every day."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [list(words) for words in dict.fromkeys(tuple(words) for words in lines) if words]
 
 
 def write_example(folder: Path) -> None:
-    """The project of the section `Bring your own model`."""
+    """The project of docs/your-model.md."""
     for block in (*blocks("python"), *blocks("yaml")):
         named = re.match(r"# (mine/\S+)\n", block)
         if named:
@@ -115,4 +120,9 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 def test_every_setting_is_in_the_table() -> None:
     for field in Settings.model_fields.values():
-        assert f"`{field.validation_alias}`" in README
+        assert f"`{field.validation_alias}`" in (DOCS / "services.md").read_text()
+
+
+def test_the_readme_fits_two_screens_and_lists_what_is_not_protected() -> None:
+    assert len(README.splitlines()) <= 90
+    assert "does not protect from root" in " ".join(README.split())

@@ -24,6 +24,7 @@ GROUPS: dict[str, str] = {
     "openssl": r"openssl",
     "postgresql": r"PostgreSQL",
     "packages": r"pip cannot",
+    "nginx": r"nginx",
 }
 """Name, as `.ci/run` writes it, to what the reason of a skipped test says where the tool is not to be had."""
 ELSEWHERE = re.compile(r"Ceph RGW 16 is refused|Python below|has another way there|no IPv6|unconditional skip")
