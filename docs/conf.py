@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ PAGES = Path(__file__).parent
 REPOSITORY = PAGES.parent
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?:\.\./)+[^)#\s]+)(#[^)]*)?\)")
 """One that leaves a page's folder upwards."""
+DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ITEM = re.compile(r"^- \[([^\]]+)\]\(([^)#:]+)\.md\)", re.MULTILINE)
 
 project = "train-and-ship"
@@ -32,11 +34,17 @@ html_show_sphinx = False
 def read(app: Any, name: str, text: list[str]) -> None:
     """Make a page that GitHub shows into one of the site: links out of docs/, diagrams, and the navigation."""
     page = PAGES / f"{name}.md"
-    text[0] = LINK.sub(lambda found: _link(page, *found.groups()), text[0]).replace("```mermaid", "```text")
+    text[0] = LINK.sub(lambda found: _link(page, *found.groups()), DIAGRAM.sub(_picture, text[0]))
     if name == "index":
         text[0] += "".join(_navigation(section) for section in re.split(r"^## ", text[0], flags=re.MULTILINE)[1:])
     elif name == "decisions/index":
         text[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n0*\n```\n"
+
+
+def _picture(found: re.Match[str]) -> str:
+    """What tests.support.diagrams has drawn of it; a path from the folder of all pages. It opens, as large as it is."""
+    picture = f"/site/diagram-{hashlib.sha256(found[1].encode()).hexdigest()[:12]}.svg"
+    return f"[![diagram]({picture})](path:{picture})"
 
 
 def _link(page: Path, words: str, target: str, place: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import command_reference, python_reference
+from tests.support import command_reference, diagrams, python_reference
 from tests.support.projects import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -30,6 +30,11 @@ def test_every_page_is_in_the_navigation_once() -> None:
     listed = re.findall(r"^- \[[^\]]+\]\(([^)#]+)\)", (DOCS / "index.md").read_text(), re.MULTILINE)
     pages = [path.name for path in DOCS.glob("*.md") if path.name != "index.md"]
     assert sorted(listed) == sorted([*pages, "decisions/index.md"])
+
+
+def test_every_diagram_is_drawn() -> None:
+    drawn = {path.name for path in diagrams.DRAWN.glob("diagram-*.svg")}
+    assert drawn == set(diagrams.diagrams()), "python -m tests.support.diagrams"
 
 
 def test_what_makes_the_site_is_pinned_with_hashes() -> None:
