@@ -18,7 +18,7 @@ from tests.support.fixture_types import Command, Ship
 from tests.support.local_stack import HOME, enter_local_stack
 from tests.support.must_run import MustRun, asked
 from tests.support.new_databases import put_databases
-from tests.support.processes import Ended, run_command
+from tests.support.processes import Ended, forget_projects, run_command
 from tests.support.scheduling import ByFile, longest_first, shuffled
 from tests.support.ship_here import ship_here
 from tests.support.telling import keep_files, told_before
@@ -86,6 +86,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def _environment_stays() -> Iterator[None]:
     """What a test does to the environment ends with it; MLflow exports the address that it is given."""
     before = dict(os.environ)
+    forget_projects()
     yield
     current = os.environ.pop("PYTEST_CURRENT_TEST", "")
     before.pop("PYTEST_CURRENT_TEST", None)

@@ -15,6 +15,7 @@ import psutil
 
 from tests.support.projects import REPOSITORY
 from train_and_ship.infra.fork_server import running_fork_servers
+from train_and_ship.infra.projects import FILE
 from train_and_ship.infra.settings import Settings
 
 
@@ -31,11 +32,18 @@ class Ended:
         return self.output + self.errors
 
 
+def forget_projects() -> None:
+    """Tests write the project of one model into a folder each, which would be others on the same stack."""
+    if home := os.environ.get("SHIP_HOME"):
+        Path(home, FILE).unlink(missing_ok=True)
+
+
 def run_command(name: str, *words: str, **variables: str) -> Ended:
     """Run an installed command from the repository; variables given by name are added to the environment.
 
     One that hangs fails the test. How long one that does not hang may take, no test says: machines differ.
     """
+    forget_projects()
     done = subprocess.run(
         [Path(sys.executable).with_name(name), *words],
         cwd=REPOSITORY,

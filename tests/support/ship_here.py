@@ -15,7 +15,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from tests.support.processes import Ended
+from tests.support.processes import Ended, forget_projects
 from tests.support.projects import REPOSITORY
 from train_and_ship.ship import main
 
@@ -29,6 +29,7 @@ def ship_here(capsys: pytest.CaptureFixture[str], *words: str, **variables: str)
     argv, environment, collects = sys.argv, dict(os.environ), gc.get_threshold()
     freeze, app = main.freeze, main.app
     capsys.readouterr()
+    forget_projects()
     try:
         sys.argv = ["ship", *words]
         # A command that ends lets its garbage lie; this process goes on.
