@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.services.test_team_server import ACCOUNT, answers, at, process
 from tests.support.ports import free_ports
 from tests.support.projects import REPOSITORY
+from tests.support.team_servers import ACCOUNT, answers, at, process
 from train_and_ship.infra.settings import LOOPBACK
 
 pytestmark = [

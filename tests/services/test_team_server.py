@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,13 +17,13 @@ from tests.support.channels import live
 from tests.support.fixture_types import Command
 from tests.support.ports import free_ports
 from tests.support.postgres import Postgres, binaries, postgres
-from tests.support.projects import REPOSITORY, write_project
+from tests.support.projects import write_project
+from tests.support.team_servers import ACCOUNT, answers, at, process
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
 
 pytestmark = pytest.mark.timeout(600)
 
-ACCOUNT = ("team", "a long password")
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 DATABASES = ("prefect", "mlflow", "mlflow_accounts")
 
@@ -86,44 +83,6 @@ class Team:
             answers(f"{self.prefect_url}/health", self.folder / "prefect.log")
             answers(f"{self.mlflow_url}/health", self.folder / "mlflow.log")
             yield
-
-
-def at(port: int) -> tuple[str, ...]:
-    return ("--host", LOOPBACK, "--port", str(port))
-
-
-@contextmanager
-def process(folder: Path, name: str, variables: Mapping[str, str], module: str, *arguments: str) -> Iterator[None]:
-    """One server or worker, until the end of the block."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL", "PREFECT_HOME")}
-    with (folder / f"{name}.log").open("w") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *arguments],
-            cwd=REPOSITORY,
-            env={**environment, **variables},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield
-    finally:
-        running.terminate()
-        try:
-            running.wait(30)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.wait()
-
-
-def answers(url: str, log: Path) -> None:
-    deadline = time.monotonic() + 150
-    while True:
-        try:
-            if httpx.get(url, timeout=5, auth=ACCOUNT).is_success:
-                return
-        except httpx.HTTPError:
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
