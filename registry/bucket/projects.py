@@ -13,7 +13,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import shipreader.signatures as signatures
 from shipreader.errors import RefusedError
@@ -25,6 +25,9 @@ from train_and_ship.infra.project_archive import MOST_BYTES, TREE, is_complete, 
 from train_and_ship.infra.rundir import file_sha256
 from train_and_ship.registry.bucket.keys import projects_prefix
 from train_and_ship.registry.bucket.signing import load_private_key, load_public_key, sign_digests
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 ARCHIVE = "project.tar.gz"
 SCHEME = "project:"
@@ -83,10 +86,7 @@ def publish_project(store: ObjectStore, model: str, job: str, archive: bytes, si
     """
     reference = Reference(model, sha256_of(archive), job)
     if signing_key is not None:
-        public = load_private_key(signing_key).public_key()
-        with contextlib.suppress(PreconditionFailedError):
-            bundle = sign_digests(model, {ARCHIVE: reference.sha256}, signing_key)
-            store.put_new(_signature_key(reference, signatures.file_name(public)), bundle)
+        _sign(store, reference, signing_key)
     try:
         store.put_new(reference.key, archive)
     except PreconditionFailedError:
@@ -142,17 +142,34 @@ def _fetch(store: ObjectStore, reference: Reference, work: Path) -> None:
     packed.unlink()
 
 
+def _sign(store: ObjectStore, reference: Reference, private_key: Path) -> None:
+    key = load_private_key(private_key).public_key()
+    where = _signature_key(reference, signatures.file_name(key))
+    bundle = sign_digests(reference.model, reference.signed().digests, private_key)
+    try:
+        store.put_new(where, bundle)
+    except PreconditionFailedError:
+        # No two signatures are alike. What is none lies there of somebody who would keep this key from signing.
+        if _unsigned(store, reference, key):
+            store.put(where, bundle)
+
+
 def _require_signed(store: ObjectStore, reference: Reference, public_key: Path) -> None:
-    key = load_public_key(public_key)
+    if why := _unsigned(store, reference, load_public_key(public_key)):
+        raise JobError(f"{why}; SHIP_PUBLIC_KEY={public_key} asks for it; `ship deploy` with SHIP_SIGNING_KEY signs")
+
+
+def _unsigned(store: ObjectStore, reference: Reference, key: EllipticCurvePublicKey) -> str:
+    """Why an archive has no signature by this key; empty where it has one."""
     where = _signature_key(reference, signatures.file_name(key))
     found = store.get(where, signatures.largest(b""))
-    way = f"SHIP_PUBLIC_KEY={public_key} asks for it; `ship deploy` with SHIP_SIGNING_KEY signs"
     if found is None:
-        raise JobError(f"{reference.key}: expected a signature by key {signatures.key_id(key)[:16]}, found none; {way}")
+        return f"{reference.key}: expected a signature by key {signatures.key_id(key)[:16]}, found none"
     try:
         signatures.require_signed(found[0], reference.signed(), key, where)
     except RefusedError as error:
-        raise JobError(f"{error}; {way}") from None
+        return str(error)
+    return ""
 
 
 def _signature_key(reference: Reference, name: str) -> str:

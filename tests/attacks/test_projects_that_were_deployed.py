@@ -126,6 +126,12 @@ def test_with_a_public_key_only_what_that_key_has_signed_is_run(
         bring_project(object_store, unsigned, home, public)
     signed = publish_project(object_store, "plain", "job.yaml", archive, ours)
     assert bring_project(object_store, signed, home, public).is_file()
+    # What lies under the name of a signature and is none keeps nobody from signing.
+    for name in object_store.list_keys(f"models/plain/projects/{signed.sha256}/"):
+        if name.endswith(".json"):
+            object_store.put(name, b"{}")
+    publish_project(object_store, "plain", "job.yaml", archive, ours)
+    assert bring_project(object_store, signed, home, public).is_file()
     # The same signature is of this model's project and of no other's.
     copied = replace(signed, model="other")
     for name in object_store.list_keys(f"models/plain/projects/{signed.sha256}/"):
