@@ -138,6 +138,7 @@ def unpack(archive: Path, folder: Path) -> About:
                 else:
                     # Before Python 3.11.4; what it would refuse is refused above.
                     packed.extract(member, folder)
+        _require_inside(folder / TREE)
         said = json.loads((folder / PROJECT).read_text())
         if said.get("format") != 1:
             raise JobError(f"{archive.name}: expected format 1, got {said.get('format')!r}; update train-and-ship here")
@@ -189,7 +190,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes, *, executable: boo
 
 
 def _sound(packed: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    size, seen = 0, set()
+    size, seen, links = 0, set(), set()
     for number, member in enumerate(packed, 1):
         size += member.size
         if number > MOST_FILES + 2 or size > MOST_BYTES:
@@ -202,7 +203,10 @@ def _sound(packed: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise JobError(f"expected {PROJECT}, {LOCK} and files of {TREE}/ in the archive, got {member.name!r}")
         if not (member.isreg() or (member.issym() and not own)):
             raise JobError(f"{member.name}: expected a file or a link in the archive, got something else")
+        if any(above in links for above in path.parents):
+            raise JobError(f"{member.name}: expected a file of the archive, got one behind a link")
         if member.issym():
+            links.add(path)
             target = os.path.normpath(path.parent / member.linkname)
             if member.linkname.startswith("/") or not Path(target).is_relative_to(TREE):
                 raise JobError(f"{member.name}: expected a link that stays inside, got one to {member.linkname!r}")
@@ -210,6 +214,16 @@ def _sound(packed: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise JobError(f"{member.name}: expected each file once in the archive, got it twice")
         seen.add(member.name)
         yield member
+
+
+def _require_inside(tree: Path) -> None:
+    """Raises JobError for a link that leads out, as it may through others, whatever its words say."""
+    top = Path(os.path.realpath(tree))
+    for folder, folders, files in os.walk(tree):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(top):
+                raise JobError(f"{path.relative_to(tree)}: expected a link that stays inside, got {path.readlink()}")
 
 
 def _files_of(place: Path) -> Iterator[Path]:
@@ -227,8 +241,9 @@ def _require_sound(job_file: Path, root: Path, names: Iterable[str]) -> None:
     for name in names:
         path = root / name
         if path.is_symlink():
-            target = Path(os.path.normpath(path.parent / path.readlink()))
-            if path.readlink().is_absolute() or not target.is_relative_to(root):
+            # Through other links, which the words of this one do not say.
+            target = Path(os.path.realpath(path))
+            if path.readlink().is_absolute() or not target.is_relative_to(os.path.realpath(root)):
                 raise JobError(f"{job_file}: {path} is a link that leads out of {root}, where no worker can follow it")
         else:
             sizes[name] = path.stat().st_size

@@ -67,6 +67,26 @@ def test_an_archive_with_something_else_than_files_of_its_own_is_refused(
     assert not (tmp_path / "place/outside.py").exists() and not (tmp_path / "outside.py").exists()
 
 
+def test_links_that_lead_out_through_each_other_are_refused_in_either_order(tmp_path: Path) -> None:
+    links = [
+        member("tree/way", type=tarfile.SYMTYPE, linkname="a/b/up/../../beside"),
+        member("tree/a/b/up", type=tarfile.SYMTYPE, linkname="../.."),
+    ]
+    for number, order in enumerate((links, links[::-1])):
+        place = tmp_path / f"place-{number}"
+        place.mkdir()
+        with pytest.raises(JobError):
+            unpack(packed(tmp_path / "project.tar.gz", *order), place)
+
+
+def test_a_file_behind_a_link_is_refused_although_the_link_stays_inside(tmp_path: Path) -> None:
+    behind = [member("tree/real/file", "x"), member("tree/way", type=tarfile.SYMTYPE, linkname="real")]
+    unpack(packed(tmp_path / "sound.tar.gz", *behind), tmp_path)
+    (tmp_path / "place").mkdir()
+    with pytest.raises(JobError, match="behind a link"):
+        unpack(packed(tmp_path / "project.tar.gz", *behind, member("tree/way/more", "x")), tmp_path / "place")
+
+
 def test_an_archive_that_grows_beyond_its_limit_is_refused_before_the_rest_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
