@@ -180,11 +180,12 @@ def test_two_releases_can_be_compared_and_the_newer_rolled_back(
         assert ship("run", "examples/digits/job.yaml").status == 0
         newer = read_pointer(Channel(store, "digits", "prod"))
         assert newer is not None
-    told = ship("diff", "digits", "prod~1", "prod")
+    told = ship("diff", "digits", "prod~1", "prod", "--json")
     assert told.status == 0, told.text
-    groups = {line.split()[0] for line in told.output.splitlines()[4:]}
+    groups = {one["group"] for one in json.loads(told.output)["differences"]}
     # The same job, data and code twice: what is left is what was measured, and the run.
     assert "latency" in groups and not groups & {"job", "packages", "data", "signature", "metrics"}
+    assert "within noise" in ship("diff", "digits", "prod~1", "prod").output
 
     back = ship("rollback", "digits", "--why", "worse in the field")
     assert back.status == 0 and "warning" not in back.text, back.text

@@ -80,10 +80,10 @@ def test_a_table_with_categories_that_init_has_written_ships_them_and_live_is_as
 def test_messages_are_sorted_by_tokens_of_a_tokenizer_that_the_release_has(
     ship: Ship, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine").mkdir()
-    assert ship("init", str(tmp_path / "mine"), "--example", "text").status == 0
-    manifest = shipped_by(ship, store, tmp_path / "mine" / "job.yaml", tmp_path / "release")
-    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    (tmp_path / "mail").mkdir()
+    assert ship("init", str(tmp_path / "mail"), "--example", "text").status == 0
+    manifest = shipped_by(ship, store, tmp_path / "mail" / "job.yaml", tmp_path / "release")
+    monkeypatch.syspath_prepend(str(tmp_path / "mail"))
     messages = __import__("messages")
     monkeypatch.delitem(sys.modules, "messages")
     tokens = messages.Tokenizer.load(tmp_path / "release" / "files" / "tokenizer.json").encode
