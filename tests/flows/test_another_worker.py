@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -65,16 +66,17 @@ def test_a_worker_of_another_user_ships_what_was_deployed_and_nothing_else_is_th
     deployment = api.ask("GET", "/deployments/name/retrain/away")
     api.ask("PATCH", f"/deployments/{deployment['id']}", {"work_pool_name": POOL})
     worker = [sys.executable, "-P", "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-    with (
-        (tmp_path / "worker.log").open("w") as log,
-        subprocess.Popen(
-            [*AS_NOBODY, "--ambient-caps=+dac_read_search", *worker], cwd=home, env=environment, stdout=log, stderr=log
-        ) as process,
-    ):
+    as_another = [*AS_NOBODY, "--ambient-caps=+dac_read_search", *worker]
+    with (tmp_path / "worker.log").open("w") as log:
+        process = subprocess.Popen(as_another, cwd=home, env=environment, stdout=log, stderr=log)
         try:
             api.wait(api.start("retrain", "away"), "Promoted")
         finally:
             process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
     pointer = live(store, "away")
     assert pointer is not None
     lineage = store.get(f"models/away/releases/{pointer[1]}/lineage.json")

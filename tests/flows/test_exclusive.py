@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from tests.support.channels import live
 from tests.support.flow_runs import reports_in_prefect
 from tests.support.prefect_api import Api
-from tests.support.processes import PATIENCE, eventually
+from tests.support.processes import PATIENCE, eventually, forget_projects
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
@@ -58,6 +58,7 @@ def test_a_second_run_of_a_model_waits_for_the_first_even_if_that_dies_and_other
         )
 
     def start(how: str, job: Path, log: str) -> subprocess.Popen[str]:
+        forget_projects()
         with (tmp_path / log).open("w") as output:
             argv = [Path(sys.executable).with_name("ship"), how, str(job)]
             return subprocess.Popen(argv, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, text=True)
