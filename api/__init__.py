@@ -32,7 +32,7 @@ from train_and_ship.registry.job.base import Factory
 from train_and_ship.registry.job.data import Checks, Snapshot
 from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.gates import Gate
-from train_and_ship.registry.job.job import Data, Release, Retrain
+from train_and_ship.registry.job.job import Data, Deploy, Release, Retrain
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import Train
 from train_and_ship.ship.results import Checked, History, Move, Retrained, Shipped
@@ -41,6 +41,7 @@ __all__ = [
     "Checked",
     "Checks",
     "Data",
+    "Deploy",
     "Export",
     "Factory",
     "Gate",

@@ -14,8 +14,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import subprocess
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +21,13 @@ from pathlib import Path, PurePosixPath
 
 from torchworker.durable import write_durably
 from train_and_ship.infra.errors import JobError
-from train_and_ship.infra.job_environment import for_git
+from train_and_ship.infra.git import ask_git
 
 PROJECT, LOCK, TREE = "project.json", "lock.txt", "tree"
 MOST_BYTES, MOST_FILES = 2 * 10**9, 100_000
 """Of the files of a project; data belongs into a snapshot."""
-PIECE = 1 << 20
+GIT_SECONDS = 60.0
+"""To list the files of a large repository."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def find_files(job_file: Path, project: Path, listed: Sequence[str]) -> Found:
         JobError: there is no git and nothing is listed, or something is outside, missing, too many or too large.
     """
     named = [Path(os.path.normpath(job_file.parent / name)) for name in listed]
-    top = _git(project, "rev-parse", "--show-toplevel").strip("\n")
+    top = ask_git(project, "rev-parse", "--show-toplevel").strip("\n")
     if not top and not named:
         raise JobError(
             f"{job_file}: expected a repository of git around {project}, whose files a worker is sent, found none; "
@@ -80,7 +79,11 @@ def find_files(job_file: Path, project: Path, listed: Sequence[str]) -> Found:
         )
     folders = [job_file.parent, project, *(place.parent for place in named)]
     root = Path(top) if top else Path(os.path.commonpath(folders))
-    known = set(_git(root, "ls-files", "-z", "--recurse-submodules").split("\0")) - {""} if top else set()
+    known = (
+        set(ask_git(root, "ls-files", "-z", "--recurse-submodules", seconds=GIT_SECONDS).split("\0")) - {""}
+        if top
+        else set()
+    )
     known = {name for name in known if (root / name).is_symlink() or (root / name).is_file()}
     for name, place in zip(listed, named, strict=True):
         if not place.is_relative_to(root):
@@ -94,7 +97,11 @@ def find_files(job_file: Path, project: Path, listed: Sequence[str]) -> Found:
     if job_file.relative_to(root).as_posix() not in known:
         raise JobError(f"{job_file}: git does not know this file, so no worker would get it; `git add` it")
     _require_sound(job_file, root, known)
-    others = _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0") if top else []
+    others = (
+        ask_git(root, "ls-files", "-z", "--others", "--exclude-standard", seconds=GIT_SECONDS).split("\0")
+        if top
+        else []
+    )
     return Found(root, sorted(known), sorted(name for name in others if name and name not in known))
 
 
@@ -254,13 +261,3 @@ def _require_sound(job_file: Path, root: Path, names: Iterable[str]) -> None:
             f"{len(sizes):,} files and {sum(sizes.values()) / 1e9:.1f} GB ({', '.join(largest)}, …); data goes into a "
             "snapshot (`ship snapshot`)"
         )
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    if shutil.which("git") is None:
-        return ""
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False,
-        env=for_git(os.environ),
-    )  # fmt: skip
-    return done.stdout if done.returncode == 0 else ""

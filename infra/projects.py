@@ -40,8 +40,8 @@ def claim(home: Path, model: str, project: Path) -> None:
         raise JobError(
             f"name: {model} is the model of the project in {other['at']} on this stack ({home}), got the job of "
             f"another in {project}; they would share runs, deployment and releases. Give this one another `name`, or "
-            "this project a stack of its own (`mkdir .ship`, then `ship up`); where it has moved here for good, take "
-            f"{model} out of {home / FILE}"
+            "this project a stack of its own (`mkdir -m 700 .ship`, then `ship up`); where it has moved here for good, "
+            f"take {model} out of {home / FILE}"
         )
     make_folder(home)
     write_durably(home / FILE, json.dumps({**known, model: mine}, indent=1).encode())

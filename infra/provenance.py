@@ -10,7 +10,6 @@ import os
 import platform
 import site
 import socket
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from train_and_ship.infra.addresses import without_password
-from train_and_ship.infra.job_environment import for_git
+from train_and_ship.infra.git import ask_git
 from train_and_ship.infra.project_archive import archive_of
 from train_and_ship.infra.rundir import file_sha256
 
@@ -60,14 +59,7 @@ def git_folder(folder: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False,
-            env=for_git(os.environ),
-        )  # fmt: skip
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return ask_git(folder, *arguments).strip()
 
 
 def environment_lock(sites: tuple[str, ...] = (), python: str = "") -> list[str]:

@@ -12,12 +12,10 @@ pids. A part whose address is given in the environment is somebody else's: it is
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,10 +26,8 @@ from typing import Any, Literal
 import httpx
 
 from train_and_ship.infra import automations, deployments, janitor
-from train_and_ship.infra.addresses import recognisable, without_password
+from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.components import (
-    INSTALLATION,
-    PASSWORD,
     WORK_POOL,
     Component,
     answers,
@@ -41,16 +37,17 @@ from train_and_ship.infra.components import (
     require_only,
 )
 from train_and_ship.infra.doors.sigv4 import signed_get
-from train_and_ship.infra.errors import ServiceError, SettingsError
+from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.home import make_folder, users_home
 from train_and_ship.infra.job_environment import without_signing
 from train_and_ship.infra.job_folders import add_job_folder
 from train_and_ship.infra.locks import locked
-from train_and_ship.infra.password import FILE, USER, make_password, read_password
-from train_and_ship.infra.ports import free_ports, port_holder, port_is_free
+from train_and_ship.infra.password import USER, make_password, read_password
+from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.prefect_rest import ANSWER_SECONDS, prefect_api
 from train_and_ship.infra.processes import PidFile, last_lines, start, stop
 from train_and_ship.infra.settings import Settings, clone_folder
+from train_and_ship.infra.stack_checks import Report, already_running, pid_file, require_ports
 
 START_SECONDS = 90.0
 """How long a component may take until it answers. The slowest is MLflow: 15 s for a new database on a busy laptop."""
@@ -61,7 +58,6 @@ TRIES = round(START_SECONDS / ANSWER_SECONDS)
 POLL_SECONDS = 0.2
 
 State = Literal["up", "down", "not answering", "external", "port taken"]
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +84,7 @@ def status(settings: Settings) -> list[Status]:
         if component is None:
             rows.append(Status(title=title, url=without_password(address), pid=None, state="external"))
             continue
-        record = PidFile.read(_pid_file(settings, name))
+        record = PidFile.read(pid_file(settings, name))
         process = record.process() if record else None
         if record is not None and process is not None:
             state: State = "up" if component.ready(record) else "not answering"
@@ -121,8 +117,8 @@ def up(settings: Settings, report: Report = lambda line: None, only: str = "") -
                 add_job_folder(settings.home, named)
         for name in _external_names(ours):
             report(f"{name}: external, not started here")
-        running = _running(settings, ours, report)
-        _check_ports(settings, ours, running)
+        running = already_running(settings, ours, report)
+        require_ports(settings, ours, running)
         with ThreadPoolExecutor(max_workers=6, thread_name_prefix="stack") as pool:
             # A mistake in prefect.yaml is shown, but is no reason to stop servers that are fine.
             for declared in _start_all(settings, ours, running, pool, report):
@@ -138,13 +134,13 @@ def down(settings: Settings, report: Report = lambda line: None) -> None:
         return
     with _exclusive(settings, report):
         # The worker first, so that its runs end while the server can still write that down.
-        stopped = stop([_pid_file(settings, "worker")])
-        server = PidFile.read(_pid_file(settings, "prefect"))
+        stopped = stop([pid_file(settings, "worker")])
+        server = PidFile.read(pid_file(settings, "prefect"))
         # Never on a server that merely has the same address.
         if server is not None and server.process() is not None and server.port == settings.prefect_port:
             with contextlib.suppress(ServiceError):
                 _end_lost_runs(settings)
-        stopped += stop([_pid_file(settings, name) for name in ("prefect", "mlflow", "s3")])
+        stopped += stop([pid_file(settings, name) for name in ("prefect", "mlflow", "s3")])
         for name in stopped:
             report(f"{name}: stopped")
 
@@ -182,101 +178,8 @@ def _default_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _pid_file(settings: Settings, name: str) -> Path:
-    return settings.home / "pids" / f"{name}.json"
-
-
 def _log(settings: Settings, name: str) -> Path:
     return settings.home / "logs" / f"{name}.log"
-
-
-def _running(settings: Settings, ours: list[Component], report: Report) -> dict[str, PidFile]:
-    """Components that are alive. Raises SettingsError when they were started with other settings."""
-    wanted = {component.name: component for component in ours}
-    running: dict[str, PidFile] = {}
-    open_to_all = []
-    elsewhere = set()
-    for name in ("s3", "mlflow", "prefect", "worker"):
-        record = PidFile.read(_pid_file(settings, name))
-        if record is None:
-            continue
-        if record.process() is None:
-            # Killed from outside. Its children may still hold the port or, worse, train on.
-            stop([_pid_file(settings, name)])
-            continue
-        if name not in wanted:
-            raise SettingsError(
-                f"{name} of this stack is running (pid {record.pid}) although the environment now names another one: "
-                "run `ship down` first"
-            )
-        where = record.configuration.get(INSTALLATION, "")
-        if where and not Path(where).exists():
-            report(f"{wanted[name].title}: ran in {where}, which is gone; it starts again in {sys.prefix}")
-            stop([_pid_file(settings, name)])
-            continue
-        if where not in ("", sys.prefix):
-            elsewhere.add(where)
-        for variable, value in wanted[name].configuration.items():
-            was = record.configuration.get(variable)
-            if variable == INSTALLATION:
-                continue
-            if variable == PASSWORD and was != value:
-                if was is None:
-                    open_to_all.append(name)
-                    continue
-                raise SettingsError(
-                    f"{name} is running (pid {record.pid}) with another password than {settings.home / FILE}: "
-                    "run `ship down` first"
-                )
-            if was != (now := recognisable(value)):
-                raise SettingsError(
-                    f"{name} is running (pid {record.pid}) with {variable}={was}, expected {now}: "
-                    "run `ship down` first, or set the variable as it was"
-                )
-        running[name] = record
-    if open_to_all:
-        who = f"{', '.join(open_to_all)}: started by an earlier version, and ask for no password"
-        if set(running) != set(wanted):
-            # Those that are started now would ask, or be asked.
-            raise SettingsError(f"{who}: run `ship down` first")
-        report(f"{who}; `ship down` and `ship up` when no run is at work")
-    for where in sorted(elsewhere):
-        report(
-            f"this stack runs in {where}, and its worker with the version there; `ship down` and `ship up` move it here"
-        )
-    return running
-
-
-def _check_ports(settings: Settings, ours: list[Component], running: Mapping[str, PidFile]) -> None:
-    """Raises SettingsError when a port is asked for twice or held by somebody else, another stack of this user too."""
-    owners: dict[int, Component] = {}
-    taken: list[Component] = []
-    for component in ours:
-        if component.port is None:
-            continue
-        if (other := owners.setdefault(component.port, component)) is not component:
-            raise SettingsError(
-                f"{other.port_variable} and {component.port_variable} are both {component.port}: "
-                "every server needs its own port"
-            )
-        if component.name not in running and not port_is_free(component.port):
-            taken.append(component)
-    if not taken:
-        return
-    holders = {component.title: port_holder(component.port or 0) for component in taken}
-    ports = ", ".join(f"{component.port} for {component.title}" for component in taken)
-    free = zip(taken, free_ports(len(taken)), strict=True)
-    variables = " ".join(f"{component.port_variable}={port}" for component, port in free)
-    ways = [f"export {variables}, which are free, wherever this stack is used"]
-    if shared := {holder.home for holder in holders.values()} - {"", str(settings.home)}:
-        home = shlex.quote(min(shared))
-        ways = [f"share it: export SHIP_HOME={home}", f"end it: SHIP_HOME={home} ship down", *ways]
-    raise SettingsError(
-        f"this stack ({settings.home}) cannot start, its ports are taken ({ports}) by "
-        + ", ".join(dict.fromkeys(str(holder) for holder in holders.values()))
-        + "; "
-        + "; or ".join(ways)
-    )
 
 
 def _start_all(
@@ -307,11 +210,11 @@ def _start_all(
             return
         if record is not None and not _wait(settings, component, record, cancelled):
             # Alive but mute for so long: hung.
-            stop([_pid_file(settings, name)])
+            stop([pid_file(settings, name)])
             record = None
         if record is None:
             begun.append(component)
-            record = start(component, _log(settings, name), _pid_file(settings, name))
+            record = start(component, _log(settings, name), pid_file(settings, name))
             if not _wait(settings, component, record, cancelled):
                 raise ServiceError(
                     f"{component.title} did not answer within {START_SECONDS:.0f} s. "
@@ -368,7 +271,7 @@ def _start_all(
         # The other chains must not start more behind our back.
         cancelled.set()
         wait(chains)
-        stop([_pid_file(settings, component.name) for component in begun])
+        stop([pid_file(settings, component.name) for component in begun])
         raise
     return [*deploying, *automating]
 

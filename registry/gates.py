@@ -297,6 +297,3 @@ def _comparison(
         interval=versus.intervals.get(metric), needs=needs, passed=passed,
         why="" if passed else why,
     )  # fmt: skip
-
-
-# ---- verdicts

@@ -41,9 +41,11 @@ def pack_project(job: Job, job_file: Path, folder: Path) -> Packed:
 
     Raises JobError for what cannot be sent; nothing is written.
     """
+    # git tells real paths; the folder of the project is one already.
+    job_file = job_file.parent.resolve() / job_file.name
     found = find_files(job_file, folder, job.deploy.files)
-    interpreter = choose_interpreter(job, job_file, folder).interpreter
-    python, lock = "", ""
+    chosen = choose_interpreter(job, job_file, folder)
+    interpreter, python, lock = chosen.interpreter, "", ""
     if not interpreter.ours:
         python = ".".join(interpreter.version.split(".")[:2])
         lock = _lock_file(job, job_file) or lock_of(interpreter, str(job_file))
@@ -55,7 +57,7 @@ def pack_project(job: Job, job_file: Path, folder: Path) -> Packed:
         place=project_place(folder),
         python=python,
     )
-    warnings = []
+    warnings = [f"{job.name}: {chosen.hint}"] if chosen.hint else []
     if found.unknown:
         some = ", ".join(found.unknown[:NAMED]) + (", …" if len(found.unknown) > NAMED else "")
         warnings.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,18 +18,18 @@ if TYPE_CHECKING:
 # rich is imported when something is shown: in a terminal `print(value)` needs none of it.
 
 
-class Shown:
+class Shown(ABC):
     """A value with a title and a line for each fact: `print` shows the lines, rich and notebooks a table."""
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """A sentence on all of it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def rows(self) -> Iterable[tuple[str, str]]:
         """Name and value of each line."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n".join([self.title, *(f"  {name:<8} {on_one_line(value)}" for name, value in self.rows)])

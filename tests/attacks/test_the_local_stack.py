@@ -43,7 +43,7 @@ from train_and_ship.infra.password import FILE, USER, make_password, password_is
 from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.processes import PidFile
 from train_and_ship.infra.settings import MLFLOW_ACCOUNT, PREFECT_ACCOUNT, Settings
-from train_and_ship.infra.stack import _running
+from train_and_ship.infra.stack_checks import already_running
 from train_and_ship.registry.tracking import connection
 from train_and_ship.registry.tracking.rest import RestRegistry
 from train_and_ship.ship.prefect_plugin import setup_environment
@@ -275,15 +275,15 @@ def test_a_stack_of_before_goes_on_and_is_restarted_only_where_it_must(
 
     said: list[str] = []
     started(*names)
-    assert set(_running(settings, ours, said.append)) == set(names)
+    assert set(already_running(settings, ours, said.append)) == set(names)
     assert len(said) == 1 and "ask for no password" in said[0] and "ship down" in said[0]
     started("worker")
     with pytest.raises(SettingsError, match=r"worker: .* no password: run `ship down` first"):
-        _running(settings, ours, said.append)
+        already_running(settings, ours, said.append)
     # The file was deleted for a new password, and the servers have the old one.
     started(*names, password="00000000")
     with pytest.raises(SettingsError, match=r"another password than .*password: run `ship down` first"):
-        _running(settings, ours, said.append)
+        already_running(settings, ours, said.append)
 
 
 # Jobs of others.

@@ -56,6 +56,24 @@ def test_what_git_knows_travels_as_it_is_in_the_folder_now_and_the_rest_is_named
     assert not (place / "tree/vision/table.csv").exists() and not (place / "tree/vision/new.py").exists()
 
 
+def test_a_repository_may_be_reached_over_a_link(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "over").symlink_to(project.parent.parent)
+    linked = tmp_path / "over/vision/job.yaml"
+    job, folder = load_job(linked)
+    assert pack_project(job, linked, folder).archive == pack_project(job, project, folder).archive
+
+
+def test_an_environment_that_no_worker_is_told_of_is_a_warning(project: Path) -> None:
+    # A Python without torchworker.
+    (project.parent / ".venv/bin").mkdir(parents=True)
+    (project.parent / ".venv/bin/python").symlink_to("/usr/bin/env")
+    job, folder = load_job(project)
+    assert any(
+        "the code runs under the Python of train-and-ship" in said
+        for said in pack_project(job, project, folder).warnings
+    )
+
+
 def test_listed_files_travel_although_git_does_not_know_them(project: Path, tmp_path: Path) -> None:
     found = find_files(project, project.parent, ["table.csv", "../vision"])
     assert {"vision/table.csv", "vision/new.py", ".gitignore"} <= set(found.files) and found.unknown == []

@@ -30,7 +30,7 @@ def test_the_name_of_another_projects_model_is_refused_with_three_ways_out(tmp_p
     claim(home, "prices", second)
     with pytest.raises(JobError) as refused:
         claim(home, "digits", second)
-    for part in (str(first), str(second), "another `name`", "mkdir .ship", str(home / FILE)):
+    for part in (str(first), str(second), "another `name`", "mkdir -m 700 .ship", str(home / FILE)):
         assert part in str(refused.value)
     assert json.loads((home / FILE).read_text())["digits"]["at"] == str(first)
 
