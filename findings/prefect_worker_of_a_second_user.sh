@@ -1,13 +1,15 @@
 #!/bin/bash
 # Prefect 3.8.8, `prefect worker start --type process`: the worker of a second user of a machine cannot start.
 #
-# The runner makes a folder "runner_storage" in the machine's folder for temporary files (tempfile.gettempdir(), so
-# /tmp). It belongs to the user whose worker came first. The worker of anybody else ends with
-# "PermissionError: ... /tmp/runner_storage/...", whatever its own PREFECT_HOME is, which is where one would look for
-# state of Prefect.
+# The runner makes a folder "runner_storage" in the machine's folder for temporary files (tempfile.gettempdir()). It
+# belongs to the user whose worker came first. The worker of anybody else ends with a PermissionError that names that
+# folder, whatever its own PREFECT_HOME is, which is where one would look for state of Prefect.
 #
 # Why it matters: on a shared training machine, where each person or service has a user of their own, the second worker
 # dies at its start, and runs stay "Late" without a reason in Prefect's pages. A TMPDIR of its own for each worker helps.
+#
+# seen: 2026-12-01: first: started; second: PermissionError: [Errno 13] Permission denied: '…/runner_storage/…'; the folder
+# belongs to the first
 #
 # Needs root, to be two users. Exits with 1 when this is no longer so.
 set -euo pipefail
