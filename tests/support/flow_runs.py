@@ -40,8 +40,13 @@ def read_run(flow_run_id: str) -> tuple[FlowRun, list[Artifact]]:
 
 
 def reports_in_prefect(api: Api, run: str) -> list[str]:
-    """As markdown, the oldest first."""
-    return [str(item["data"]) for item in api.artifacts(run) if str(item["key"]).startswith("report-")]
+    """As markdown, the oldest first.
+
+    Each document once: Prefect's client sends a request again that was not answered in time, and a busy server may have
+    kept the first.
+    """
+    found = (str(item["data"]) for item in api.artifacts(run) if str(item["key"]).startswith("report-"))
+    return list(dict.fromkeys(found))
 
 
 def report_in_mlflow(stack: Settings, model: str, version: str) -> str:
