@@ -5,12 +5,15 @@ VENV := .venv
 PROJECTS := pyproject.toml torchworker/pyproject.toml shipreader/pyproject.toml
 OURS := --editable ./torchworker --editable ./shipreader --editable
 BIN := $(VENV)/bin
+# What `make ship` needs, and all that tests, types and benchmarks need besides.
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Hundreds of interpreters start; without this each compiles the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: ship test soak public check wheel matrix month docs bench bench-store bench-parity bench-inference bench-recurrent bench-size bench-stranger pins docs-pins up down clean
+.PHONY: ship test soak public check wheel matrix month docs bench bench-store bench-parity bench-inference bench-recurrent bench-size bench-stranger pins docs-pins team-image up down clean
 
 ship: up
 	$(BIN)/ship run examples/digits/job.yaml
@@ -83,7 +86,7 @@ matrix:
 month: $(READY)
 	$(BIN)/python -m tests.month
 
-bench: up
+bench: $(READY) up
 	$(BIN)/python benchmarks/ship_vs_by_hand.py
 	$(BIN)/python benchmarks/observation.py
 	$(BIN)/python benchmarks/training.py
@@ -132,10 +135,14 @@ docs-pins:
 	{ grep '^#' docs/site/requirements.txt; cat build/docs.txt; } > build/docs-requirements.txt
 	mv build/docs-requirements.txt docs/site/requirements.txt
 
-up: $(READY)
+# Every step of infra/team/Dockerfile in a chroot: as root, on Debian 12 with debootstrap, some minutes and 4 GB.
+team-image: $(READY)
+	$(BIN)/python -m tests.support.team_image
+
+up: $(INSTALLED)
 	$(BIN)/ship up
 
-down: $(READY)
+down: $(INSTALLED)
 	$(BIN)/ship down
 
 # Stops the stack and deletes the environment, and the state of a stack of this folder's own: it asks first, and scripts
@@ -150,12 +157,21 @@ clean:
 	if [ -x $(BIN)/ship ]; then $(BIN)/ship down; fi
 	rm -rf $(VENV) .ship build dist *.egg-info */*.egg-info
 
+# One of the two installs at a time, and all at once: the second would resolve what the first has.
+$(INSTALLED): $(PROJECTS) constraints.txt
+	$(call environment)
+	$(PIP) $(OURS) '.[local,examples]'
+	touch $@
+
 $(READY): $(PROJECTS) constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "train-and-ship needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
-	# What an earlier version wrote here names modules of then, and Prefect would load them.
-	rm -rf *.egg-info */*.egg-info
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  $(OURS) '.[local,examples,dev]'
-	touch $(READY)
+	$(call environment)
+	$(PIP) $(OURS) '.[local,examples,lightning,dev]'
+	touch $(INSTALLED) $@
+
+# What an earlier version wrote into *.egg-info names modules of then, and Prefect would load them.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "train-and-ship needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 2; }
+rm -rf *.egg-info */*.egg-info
+$(PYTHON) -m venv $(VENV)
+endef

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import uvicorn
+from prefect.server.database.configurations import AioSqliteConfiguration
 
 from train_and_ship.infra.doors.guard import OwnPages
 
@@ -30,7 +31,23 @@ def main() -> None:
         run(OwnPages(app), **options)
 
     uvicorn.run = guarded
+    write_at_once()
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+
+
+def write_at_once() -> None:
+    """Have every transaction of Prefect that may write wait for SQLite's lock at its beginning.
+
+    Prefect begins most of them as readers (BEGIN DEFERRED). One that has read what somebody else has written since may
+    not write any more, and SQLite says "database is locked" without waiting, whatever the timeout. Requests that only
+    read begin no transaction.
+    """
+    begin = AioSqliteConfiguration.begin_transaction
+
+    def immediate(self: AioSqliteConfiguration, session: Any, with_for_update: bool = True) -> Any:
+        return begin(self, session, with_for_update=True)
+
+    AioSqliteConfiguration.begin_transaction = immediate  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
