@@ -26,15 +26,15 @@ def hide_client_warnings() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def s3_client(endpoint_url: str | None = None) -> Any:
+def s3_client(endpoint_url: str | None = None, *, read_seconds: float = READ_SECONDS, attempts: int = 2) -> Any:
     """A boto3 client with the standard chains for address, region and credentials."""
     import boto3
     from botocore.config import Config
 
     config = Config(
         connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
-        retries={"mode": "standard", "total_max_attempts": 2},
+        read_timeout=read_seconds,
+        retries={"mode": "standard", "total_max_attempts": attempts},
         # Older stores know neither; every byte is held against the manifest anyway.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

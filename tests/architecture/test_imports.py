@@ -36,6 +36,7 @@ ALLOWED = {
         "shipreader.errors",
         "shipreader.records",
         "shipreader.mlserver",
+        "shipreader.observation_files",
     },
     "infra": {"infra", "torchworker.durable", "torchworker.protocol"},
     "torchworker": {"torchworker"},
@@ -113,6 +114,8 @@ ONLY_IN = {
     # For one kind of request, of which there may be thousands.
     "obstore": ["infra/small_files.py"],
     "onnx": [],
+    # Of the reader only where it is installed.
+    "pyarrow": ["shipreader/observation_files.py", "registry/observations/"],
     "onnxruntime": [
         "torchworker/runtimes/load.py",
         "torchworker/exporters/quantize.py",
@@ -259,6 +262,8 @@ def test_the_reader_imports_the_standard_library_boto3_and_what_checks_signature
         for name in imports(tree):
             top = name.partition(".")[0]
             allowed = sys.stdlib_module_names | {"shipreader", "boto3", "botocore", "urllib3", "cryptography"}
+            if file == "shipreader/observation_files.py":
+                allowed |= {"pyarrow"}
             if file in SERVERS:
                 # Run by servers, in environments that have only these.
                 allowed = sys.stdlib_module_names | SERVERS[file]
