@@ -33,6 +33,7 @@ from train_and_ship.registry.job.data import Checks, Snapshot
 from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.gates import Gate
 from train_and_ship.registry.job.job import Data, Deploy, Release, Retrain
+from train_and_ship.registry.job.observe import Observe
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import Train
 from train_and_ship.ship.results import Checked, History, Move, Retrained, Shipped
@@ -50,6 +51,7 @@ __all__ = [
     "Job",
     "JobError",
     "Move",
+    "Observe",
     "Parity",
     "Release",
     "ReleaseError",

@@ -19,6 +19,7 @@ from train_and_ship.registry.job.job import Data, Job, Release, Retrain
 from train_and_ship.registry.job.launcher import LOCAL, Kubernetes, Slurm, Torchrun
 from train_and_ship.registry.job.load import job_schema
 from train_and_ship.registry.job.mistakes import descriptions
+from train_and_ship.registry.job.observe import Columns, Observe
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import CustomMetric, Group, Train
 
@@ -51,6 +52,8 @@ def job_reference() -> str:
         ("gates.<metric>", Gate),
         ("release", Release),
         ("retrain", Retrain),
+        ("observe", Observe),
+        ("observe.columns", Columns),
     ]
     tables = [_table(prefix, part) for prefix, part in sections]
     factory = "\n".join(["## A reference with arguments", "", *_rows("", Factory)])

@@ -23,6 +23,7 @@ from train_and_ship.registry.job.base import Factory, Part, Target, digest
 from train_and_ship.registry.job.data import Checks, Snapshot
 from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.gates import Gate, require_fitting
+from train_and_ship.registry.job.observe import Observe
 from train_and_ship.registry.job.parity import Parity
 from train_and_ship.registry.job.train import Train
 
@@ -170,7 +171,7 @@ def _is_variable(name: str) -> str:
 class Job(Part):
     """One model, from code to serving bucket."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"deploy", "env", "python"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"deploy", "env", "observe", "python"})
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """model name in MLflow and in the bucket"""
@@ -195,6 +196,8 @@ class Job(Part):
     release: Release = Release()
     retrain: Retrain = Retrain()
     deploy: Deploy = Deploy()
+    observe: Observe | None = None
+    """what servers write down of requests; see observations.md. Nothing when absent"""
 
     @model_validator(mode="after")
     def _policy_has_a_metric(self) -> Self:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from shipreader import errors, reader, records
+from shipreader import errors, observations, reader, records
 
 TITLE = """# Python
 
@@ -20,6 +20,7 @@ this page.
 API = "train_and_ship.api"
 READERS = {
     "shipreader.reader": (reader.Reader, reader.Status),
+    "shipreader.observations": (observations.Observer, observations.Observed),
     "shipreader.records": (records.Release,),
     "shipreader.errors": (errors.ReaderError, errors.NothingLiveError, errors.RefusedError, errors.UnavailableError),
 }

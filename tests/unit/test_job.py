@@ -375,3 +375,27 @@ def test_what_a_command_says_otherwise_counts_and_its_mistakes_are_told_as_those
         with pytest.raises(JobError) as caught:
             load_job(path, [change])
         assert said in str(caught.value), str(caught.value)
+
+
+def test_what_servers_keep_is_named_in_the_job_and_a_job_without_it_is_recorded_as_before(tmp_path: Path) -> None:
+    text = DIGITS.read_text()
+    assert load(tmp_path, text).observe is None and "observe" not in load(tmp_path, text).model_dump(mode="json")
+    job = load(tmp_path, text + "observe: {columns: {inputs: [age]}, sample: 0.1}\n")
+    assert job.model_dump(mode="json")["observe"] == {
+        "columns": {"inputs": ["age"], "outputs": []}, "sample": 0.1, "keep_days": 30,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("{columns: [age]}", "observe.columns: expected keys with values"),
+        ("{columns: {inputs: [age, age]}}", "each of inputs once, and age is there twice"),
+        ("{columns: {outputs: ['']}}", "observe.columns.outputs"),
+        ("{sample: 0}", "observe.sample"),
+        ("{sample: 10%}", "observe.sample"),
+        ("{keep_days: 0}", "observe.keep_days"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_with_its_key(tmp_path: Path, said: str, expected: str) -> None:
+    assert expected in refused(tmp_path, DIGITS.read_text() + f"observe: {said}\n")
