@@ -62,6 +62,7 @@ ROOMS = {
         "agreement": {"job", "text", "verdicts"},
         "bucket": {"release", "identity"},
         "data": {"identity", "job", "text", "release", "bucket"},
+        "observations": {"identity"},
         "diff": {"bucket", "kind", "release", "text"},
         "made_of": {"job"},
         "lineage": {"diff", "job", "release", "made_of"},
@@ -75,7 +76,7 @@ ROOMS = {
         },
         "maintenance": {
             *("identity", "text", "cost", "job", "release", "tracking", "gates", "bucket"),
-            *("data", "diff", "lineage", "run_folder", "channels"),
+            *("data", "diff", "lineage", "run_folder", "channels", "observations"),
         },
     },
     # `training` never sees `parity` or `exporters`: what trains cannot know how it will be judged.
@@ -115,7 +116,7 @@ ONLY_IN = {
     "obstore": ["infra/small_files.py"],
     "onnx": [],
     # Of the reader only where it is installed.
-    "pyarrow": ["shipreader/observation_files.py", "registry/observations/"],
+    "pyarrow": ["shipreader/observation_files.py", "registry/observations.py"],
     "onnxruntime": [
         "torchworker/runtimes/load.py",
         "torchworker/exporters/quantize.py",
