@@ -12,6 +12,7 @@ from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
+from train_and_ship.registry.maintenance.observed import delete_expired
 from train_and_ship.registry.maintenance.retention import Decision, Policy, Step, carry_out, decide, notify_mlflow
 from train_and_ship.registry.text import file_size
 from train_and_ship.ship.named import named_models
@@ -50,7 +51,12 @@ def gc(model: str, policy: Policy, apply: bool, delete_versions: bool) -> None:
             failed = True
             continue
         try:
-            for key, stays in store.drop_uploads(f"models/{name}/", policy.slowest_reader, dry_run=not apply):
+            failed |= _observations(store, name, apply)
+            for key, stays in (
+                found
+                for place in ("models", "observations")
+                for found in store.drop_uploads(f"{place}/{name}/", policy.slowest_reader, dry_run=not apply)
+            ):
                 if stays:
                     typer.echo(f"{name}: an upload is not dropped: {on_one_line(key)}: {stays}", err=True)
                     failed = True
@@ -89,6 +95,22 @@ def _model(store: ObjectStore, model: str, policy: Policy, apply: bool) -> bool:
     said = ", ".join(f"{count} {word} ({file_size(sizes[word])})" for word, count in counted.items())
     typer.echo(f"{model}: {said or 'no releases'}")
     return counted["not done"] > 0
+
+
+def _observations(store: ObjectStore, model: str, apply: bool) -> bool:
+    """Print how many observations are too old, and with `apply` delete them. Returns whether that failed."""
+    try:
+        found = delete_expired(store, model, apply=apply)
+    except ReleaseError as error:
+        typer.echo(f"{model}: no observation was deleted: {error}", err=True)
+        return True
+    if found.files:
+        word = "deleted" if apply else "would be deleted"
+        typer.echo(
+            f"{model}: {found.files:,} files of observations ({file_size(found.bytes)}) {word}: older than "
+            f"{found.days} days"
+        )
+    return False
 
 
 def _word(decision: Decision, apply: bool) -> str:

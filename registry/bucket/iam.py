@@ -2,7 +2,8 @@
 
 Each policy allows what its role does and nothing else; whoever does two things gets two policies. None of them may
 replace or delete the bytes of a release except the collector, and none may move a channel except the promoter. Nobody
-may delete what a channel's owner says of it, and only the owner may write it.
+may delete what a channel's owner says of it, and only the owner may write it. What servers have observed is read by who
+trains and who promotes, and deleted by the collector.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class Role(StrEnum):
     OWNER = "owner"
     """Says what a move of a channel takes (`ship channel set`). May not move one."""
     READER = "reader"
-    """Follows a channel: reads, and does not list."""
+    """Follows a channel: reads, and does not list; writes what it has observed, and cannot read that."""
     COLLECTOR = "gc"
     """Marks and deletes releases. May not move any channel."""
     VIEWER = "viewer"
     """Follows a channel and writes its views for other servers. May not touch releases or channels."""
     SERVER = "server"
-    """A Triton or KServe that reads the channel's views, which it has to list."""
+    """A Triton or KServe that reads the channel's views, which it has to list; writes what it has observed."""
 
 
 def policy(
@@ -75,28 +76,30 @@ def policy(
     def keys(*patterns: str) -> list[str]:
         return [f"arn:aws:s3:::{bucket}/{pattern}" for pattern in patterns]
 
-    own = f"models/{model}"
+    own, observations = f"models/{model}", f"observations/{model}/*"
     pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
     decisions = f"{own}/decisions/{channel}/*"
     releases, claims, views = f"{own}/releases/*", f"{own}/claims/*", f"{own}/views/{channel}/*"
+    observe = _allow("Observe", ["s3:PutObject"], keys(observations))
     if role is Role.READER:
-        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases))]
-        return _document(statements, kms_key, writes=False)
+        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases)), observe]
+        return _document(statements, kms_key)
     if role is Role.SERVER:
         listing = {**_allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{bucket}"])}
         listing["Condition"] = {"StringLike": {"s3:prefix": [views]}}
-        return _document([listing, _allow("Load", ["s3:GetObject"], keys(views))], kms_key, writes=False)
+        return _document([listing, _allow("Load", ["s3:GetObject"], keys(views)), observe], kms_key)
     # Listing tells names. It cannot be held to a prefix: looking for the bucket has none, nor has reading an object
     # that is not there, which is refused (403) instead of not found (404) for whoever may list below a prefix alone.
+    observed = [observations] if role in (Role.TRAINER, Role.PROMOTER) else []
     statements = [
         _allow("See", ["s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketVersioning"], [f"arn:aws:s3:::{bucket}"]),
-        _allow("Read", ["s3:GetObject", "s3:GetObjectVersion"], keys(f"{own}/*", f"{PROBE_PREFIX}/*")),
+        _allow("Read", ["s3:GetObject", "s3:GetObjectVersion"], keys(f"{own}/*", f"{PROBE_PREFIX}/*", *observed)),
         # Before the first write, the store is tried for the conditions that promotion stands on.
         _allow("Probe", ["s3:PutObject", "s3:DeleteObject"], keys(f"{PROBE_PREFIX}/*")),
     ]
     if role is Role.VIEWER:
         writing = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
-        return _document([*statements, _allow("View", writing, keys(views))], kms_key, writes=True)
+        return _document([*statements, _allow("View", writing, keys(views))], kms_key)
     # Whoever publishes or promotes says that a release is needed; only the collector marks one.
     if role not in (Role.COLLECTOR, Role.OWNER):
         statements.append(_allow("Claim", ["s3:PutObject"], keys(claims)))
@@ -114,20 +117,19 @@ def policy(
         statements.append(_allow("Rule", ["s3:PutObject"], keys(f"{own}/rules/{channel}.json")))
     else:
         statements.append(_allow("Mark", ["s3:PutObject"], keys(f"{own}/tombstones/*")))
-        statements.append(_allow("Collect", ["s3:DeleteObject"], keys(releases)))
+        statements.append(_allow("Collect", ["s3:DeleteObject"], keys(releases, observations)))
         # Whoever may put an object may leave an upload, also of a view or a claim. To drop one alters no object.
-        statements.append(_allow("DropUploads", ["s3:AbortMultipartUpload"], keys(f"{own}/*")))
+        statements.append(_allow("DropUploads", ["s3:AbortMultipartUpload"], keys(f"{own}/*", observations)))
         statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))
-    return _document(statements, kms_key, writes=True)
+    return _document(statements, kms_key)
 
 
 def _allow(sid: str, actions: Iterable[str], resources: Iterable[str]) -> dict[str, Any]:
     return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": list(resources)}
 
 
-def _document(statements: list[dict[str, Any]], kms_key: str, *, writes: bool) -> Policy:
+def _document(statements: list[dict[str, Any]], kms_key: str) -> Policy:
     if kms_key:
-        # Uploads in parts need to decrypt as well.
-        actions = ["kms:Decrypt", *(["kms:GenerateDataKey"] if writes else [])]
-        statements = [*statements, _allow("Encrypt" if writes else "Decrypt", actions, [kms_key])]
+        # Every role reads and writes something.
+        statements = [*statements, _allow("Encrypt", ["kms:Decrypt", "kms:GenerateDataKey"], [kms_key])]
     return {"Version": "2012-10-17", "Statement": statements}

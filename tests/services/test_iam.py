@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from shipreader.errors import UnavailableError
+from shipreader.observations import Observer
 from shipreader.reader import Reader
 from tests.support.ceph_rgw import RgwServer
 from tests.support.fixture_types import Connect
@@ -175,6 +176,35 @@ def test_a_reader_follows_its_channel_and_can_do_nothing_else(
     denied(lambda: reader_store.put_new(".probe/x", b""))
     denied(lambda: reader_store.delete(pointer_key(MODEL, CHANNEL)))
     denied(lambda: reader_store.get(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))
+
+
+@pytest.mark.parametrize("role", [Role.READER, Role.SERVER])
+def test_a_server_writes_what_it_has_observed_of_its_model_and_reads_and_lists_nothing_of_it(
+    object_store: ObjectStore, as_role: AsRole, role: Role
+) -> None:
+    server = as_role(role, model=MODEL)
+    observer = Observer(MODEL, bucket=object_store.bucket, client=s3_client(Settings.load()), parquet=False)
+    observer.observe(request_id="r-1")
+    assert observer.flush(), observer.status()
+    observer.close()
+    ((key, _),) = object_store.list_keys("observations/").items()
+    denied(lambda: server.get(key))
+    denied(lambda: server.list_keys(f"observations/{MODEL}/"))
+    denied(lambda: server.delete(key))
+    for other in (key.replace(MODEL, "faces"), f"models/{MODEL}/observations/x", pointer_key(MODEL, CHANNEL)):
+        denied(lambda other=other: server.put(other, b""))  # type: ignore[misc]
+    # The same model's trainer and promoter read it, another's do not; only the collector deletes.
+    for reads in (Role.TRAINER, Role.PROMOTER):
+        # The owner of an RGW bucket writes it anew: other users' objects are not in its policies.
+        object_store.put(key, b"seen")
+        store = as_role(reads)
+        assert store.get(key) is not None and list(store.list_keys("observations/")) == [key]
+        denied(lambda store=store: store.put(key, b""))  # type: ignore[misc]
+        denied(lambda store=store: store.delete(key))  # type: ignore[misc]
+    denied(lambda: as_role(Role.TRAINER, model="faces").get(key))
+    denied(lambda: as_role(Role.OWNER).get(key))
+    as_role(Role.COLLECTOR).delete(key)
+    assert object_store.list_keys("observations/") == {}
 
 
 def test_a_collector_deletes_releases_but_moves_and_replaces_nothing(

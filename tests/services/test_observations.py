@@ -7,12 +7,14 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
@@ -21,12 +23,17 @@ import pytest
 from shipreader.observation_files import encode
 from shipreader.observations import Observer
 from tests.support.fault_proxy import Answer, DropReply, DropRequest, FaultProxy, Rule
-from tests.support.fixture_types import Connect
+from tests.support.fixture_types import Connect, Ship
+from tests.support.releases import MODEL, move
+from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry import observations
+from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.maintenance.observed import kept_days
 from train_and_ship.registry.observations import Cursor, Found, labelled, read_between, read_new
+from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 PREFIX = "observations/digits/"
 RELEASE = "0123456789abcdef0123"
@@ -268,3 +275,60 @@ def test_a_process_that_is_killed_loses_what_was_in_memory_and_no_file_is_torn(o
     read = sorted(map(int, ids(found)))
     # 0.5 s are ten rows; the client is made meanwhile.
     assert read == list(range(len(read))) and len(read) >= 10
+
+
+def release_keeping(store: ObjectStore, folder: Path, job: str) -> Manifest:
+    """Published, with such a job."""
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"weights")
+    (folder / "job.json").write_text(job)
+    manifest = build_manifest(folder, model=MODEL, formats={"onnx": "model.onnx"}, signature={}, metrics={})
+    publish(store, folder, manifest)
+    return manifest
+
+
+def test_gc_deletes_what_is_older_than_the_live_jobs_say_and_without_apply_only_says_so(
+    object_store: ObjectStore, tmp_path: Path, ship: Ship, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(object_store, [row()])
+    object_store.put(f"{PREFIX}no-date/x", b"other")
+    # Of a server whose clock is wrong.
+    future = put(object_store, [row()], at=datetime.now(UTC) + timedelta(days=400))
+    others = "observations/faces/2026-01-01/00-00000000-0123456789abcdef.parquet"
+    object_store.put(others, b"")
+    before = object_store.list_keys("observations/")
+    move(
+        object_store, release_keeping(object_store, tmp_path / "a", '{"observe": {"keep_days": 3}}'), channel="staging"
+    )
+    move(object_store, release_keeping(object_store, tmp_path / "b", '{"observe": {"keep_days": 5}}'))
+    now = ObjectStore.now
+
+    def days_later(days: float) -> None:
+        monkeypatch.setattr(ObjectStore, "now", lambda self: now(self) + timedelta(days=days))
+
+    assert kept_days(object_store, MODEL) == 5
+    days_later(4.9)
+    assert "observations" not in ship("gc", MODEL, "--apply").output
+    days_later(5.1)
+    assert f"{MODEL}: 3 files of observations" in ship("gc", MODEL).output
+    assert object_store.list_keys("observations/") == before
+    assert re.search(
+        rf"{MODEL}: 3 files of observations .* deleted: older than 5 days", ship("gc", MODEL, "--apply").output
+    )
+    assert list(object_store.list_keys("observations/")) == [others] and future in before
+
+
+@pytest.mark.parametrize(
+    ("job", "days"),
+    [('{"name": "x"}', 30), ('{"observe": {}}', 30), ('{"observe": {"keep_days": 0}}', None), ("{", None), ("[]", 30)],
+)
+def test_how_long_is_as_the_job_says_a_month_where_none_does_and_unknown_where_it_cannot_be_read(
+    object_store: ObjectStore, tmp_path: Path, job: str, days: int | None
+) -> None:
+    assert kept_days(object_store, MODEL) == 30
+    move(object_store, release_keeping(object_store, tmp_path / "a", job))
+    if days is not None:
+        assert kept_days(object_store, MODEL) == days
+    else:
+        with pytest.raises(ReleaseError, match="the job of release"):
+            kept_days(object_store, MODEL)

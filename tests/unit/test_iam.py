@@ -17,6 +17,8 @@ CLAIM = "models/digits/claims/r.json"
 DECISION = "models/digits/decisions/prod/2026-11-17T02:00:00.000+00:00-r.json"
 VIEW = "models/digits/views/prod/triton/digits/7/model.onnx"
 
+OBSERVED = "observations/digits/2026-12-01/04-00000000-0123456789abcdef.parquet"
+
 
 def allowed(role: Role, action: str, key: str, model: str = "digits", channel: str = "*") -> bool:
     arn = f"arn:aws:s3:::models-bucket/{key}"
@@ -46,6 +48,9 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
         ("GetObject", RELEASE): set(Role) - {Role.SERVER},
         ("GetObject", POINTER): set(Role) - {Role.SERVER},
         ("GetObject", HISTORY): set(Role) - {Role.READER, Role.SERVER},
+        ("PutObject", OBSERVED): {Role.READER, Role.SERVER},
+        ("GetObject", OBSERVED): {Role.TRAINER, Role.PROMOTER},
+        ("DeleteObject", OBSERVED): {Role.COLLECTOR},
     }
     for (action, key), roles in expected.items():
         assert {role for role in Role if allowed(role, action, key)} == roles, (action, key)
@@ -53,7 +58,7 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
 
 def test_a_policy_for_one_model_and_channel_reaches_no_other() -> None:
     for role, action in itertools.product(Role, ("GetObject", "PutObject", "DeleteObject")):
-        for key in (RELEASE, POINTER, HISTORY, TOMBSTONE):
+        for key in (RELEASE, POINTER, HISTORY, TOMBSTONE, OBSERVED):
             assert not allowed(role, action, key, model="faces")
         assert not allowed(role, action, "models/digits2/releases/r/model.onnx", model="digits")
     assert allowed(Role.PROMOTER, "PutObject", POINTER, channel="prod")
@@ -79,8 +84,8 @@ def test_a_bucket_with_a_key_of_its_own_needs_the_key_too() -> None:
         statements = policy(role, "models-bucket", model="digits", kms_key="arn:aws:kms:eu-west-1:1:key/k")["Statement"]
         return [action for one in statements for action in one["Action"] if action.startswith("kms:")]
 
-    assert actions(Role.READER) == ["kms:Decrypt"]
-    assert actions(Role.TRAINER) == ["kms:Decrypt", "kms:GenerateDataKey"]
+    for role in Role:
+        assert actions(role) == ["kms:Decrypt", "kms:GenerateDataKey"]
 
 
 @pytest.mark.parametrize("role", [role for role in Role if role not in (Role.READER, Role.SERVER)])
@@ -107,6 +112,7 @@ def test_no_role_writes_below_what_is_anothers_although_a_star_crosses_slashes(c
 
 
 def test_a_collector_drops_uploads_of_its_model_wherever_somebody_may_have_left_one() -> None:
+    assert allowed(Role.COLLECTOR, "AbortMultipartUpload", OBSERVED)
     for place in ("releases", "claims", "views/prod", "tombstones"):
         assert allowed(Role.COLLECTOR, "AbortMultipartUpload", f"models/digits/{place}/x")
         assert not allowed(Role.COLLECTOR, "AbortMultipartUpload", f"models/faces/{place}/x")
