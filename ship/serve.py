@@ -18,7 +18,9 @@ import typer
 
 from shipreader.errors import ReaderError
 from shipreader.inference_limits import LOOPBACK, Limits
+from shipreader.observation_sending import OBSERVATIONS, Forwarder
 from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.ship.pull import current, folder_for, make_reader, reader_errors, wait_for_signal
 from train_and_ship.ship.sample_request import write_sample_request
@@ -53,7 +55,13 @@ def serve(
     folder = folder_for(settings, model, channel, to)
     server = Server(folder=folder / "server", model=model, port=port, batch_size=batch_size, limits=limits or Limits())
     server.require_ports()
-    with contextlib.closing(server), reader_errors(settings, model):
+    with (
+        reader_errors(settings, model),
+        contextlib.closing(_forwarder(settings, server)) as forwarder,
+        # The first to end: what it leaves is brought away after it.
+        contextlib.closing(server),
+    ):
+        forwarder.start()
         # Also when it has become current: nobody here accepted what another process brought, or what lay there before.
         reader = make_reader(
             settings, model, channel, folder, accept=server.load, on_change=server.load, interval=interval
@@ -77,3 +85,9 @@ def serve(
                 typer.echo(f"  try      curl -s {server.url}/v2/models/{model}/infer -d @{shlex.quote(str(request))}")
             server.keep(reader.note_fault, lambda: reader.status().ready(max_stale))
             wait_for_signal(server.require_alive)
+
+
+def _forwarder(settings: Settings, server: Server) -> Forwarder:
+    """Brings away what the server observes."""
+    folder = server.folder / OBSERVATIONS
+    return Forwarder(server.model, bucket=settings.bucket, client=s3_client(settings), folder=folder)

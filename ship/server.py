@@ -16,6 +16,7 @@ import typer
 
 from shipreader.errors import ReaderError, RefusedError
 from shipreader.inference_limits import LOOPBACK, Limits
+from shipreader.kept import kept_by_job
 from shipreader.mlserver import BATCH_SIZE, require_datatypes, rows_together, served
 from shipreader.records import Release
 from train_and_ship.infra.errors import ServiceError, SettingsError
@@ -141,12 +142,15 @@ class Server:
     def _document(self, release: Release) -> dict[str, object]:
         signature = release.manifest.signature
         require_datatypes(signature)
+        kept = kept_by_job(release)
         return {
             "model": release.model,
             "generation": release.generation,
             "artifact": str(release.artifact(served(release))),
             "signature": dict(signature),
             "batch_size": rows_together(signature, self.batch_size),
+            "release": release.id,
+            "observe": asdict(kept) if kept is not None else None,
         }
 
     def _take(self, release: Release, reply: dict[str, Any]) -> None:

@@ -230,8 +230,9 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 kept = self._served.visit()
                 context.add_done_callback(lambda _: kept.end())
                 kept.hold(COPIES * sum(len(text) for said in asked.said.values() for text in said.values()))
-                outputs = await model.infer(asked.inputs, asked.outputs)
-                model.signature.require_declared(asked.outputs, outputs, asked.sizes)
+                with self._served.observing.request(model, asked) as seen:
+                    outputs = seen.outputs = await model.infer(asked.inputs, asked.outputs)
+                    model.signature.require_declared(asked.outputs, outputs, asked.sizes)
                 kept.hold(COPIES * sum(array.nbytes for array in outputs))
                 return _reply(asked, outputs, model).SerializeToString()
 

@@ -65,8 +65,9 @@ def application(served: Served) -> App:
             body = await _body(request, most, visit)
             visit.enter()
             asked = parse(body, length, model.signature)
-            outputs = await model.infer(asked.inputs, asked.outputs)
-            model.signature.require_declared(asked.outputs, outputs, asked.sizes)
+            with served.observing.request(model, asked) as seen:
+                outputs = seen.outputs = await model.infer(asked.inputs, asked.outputs)
+                model.signature.require_declared(asked.outputs, outputs, asked.sizes)
             data, length = answer(asked, outputs, model.name, model.version)
         if length is None:
             return _Taken(served, data, media_type="application/json")

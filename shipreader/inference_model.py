@@ -47,6 +47,10 @@ class ModelDocument:
     """The manifest's."""
     batch_size: int
     """At most so many rows are computed together; 1 for each request alone."""
+    release: str = ""
+    """Its id."""
+    observe: Mapping[str, Any] | None = None
+    """What of requests is kept while it is live: the fields of shipreader/kept.py; None: they are not observed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,7 @@ class Model:
     def __init__(self, document: ModelDocument, *, spin: bool) -> None:
         """Raises onnxruntime's errors for a file that it cannot load."""
         self.name, self.version = document.model, str(document.generation)
+        self.generation, self.release = document.generation, document.release
         self.signature = Signature.of(document.signature)
         self._batch_size = document.batch_size
         self._session = session(document.artifact, spin=spin)

@@ -13,6 +13,7 @@ from prometheus_client import Counter, Gauge, Summary
 
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument, Spinning, choose_spinning
+from shipreader.inference_observed import Observing
 from shipreader.inference_tensors import RequestError
 
 # Names and labels that MLServer's users have on their dashboards.
@@ -28,6 +29,7 @@ class Served:
     def __init__(self, name: str, limits: Limits) -> None:
         self.name, self.limits = name, limits
         self.model: Model | None = None
+        self.observing = Observing(name)
         self.fresh = True
         """Whether who follows the channel says that this is what is live."""
         self._spinning: Spinning | None = None
@@ -42,6 +44,7 @@ class Served:
             # Once: a release that follows does not wait for it.
             self._spinning = choose_spinning(document)
         self.model = Model(document, spin=self._spinning.spin)
+        self.observing.use(document.observe)
         return self._spinning.words
 
     def named(self, name: str, version: str = "") -> Model:

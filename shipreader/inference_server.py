@@ -108,6 +108,7 @@ async def serve(model: str, port: int, limits: Limits) -> None:
         server.should_exit = True
     # All at once: whoever started us waits for 20 s.
     await asyncio.gather(rpc.stop(STOP_SECONDS), *running)
+    served.observing.close()
 
 
 def main() -> None:

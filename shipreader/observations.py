@@ -155,6 +155,10 @@ class Observer:
         """From now on this is what is live: its job says what is kept. For `on_change` of a Reader."""
         self._release, self._kept = release, kept_by_job(release) or Kept(sample=self._kept.sample)
 
+    def keep(self, kept: Kept) -> None:
+        """From now on this is kept, whatever is live."""
+        self._kept = kept
+
     def observe(
         self,
         *,

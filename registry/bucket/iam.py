@@ -80,14 +80,18 @@ def policy(
     pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
     decisions = f"{own}/decisions/{channel}/*"
     releases, claims, views = f"{own}/releases/*", f"{own}/claims/*", f"{own}/views/{channel}/*"
-    observe = _allow("Observe", ["s3:PutObject"], keys(observations))
+    observe = [
+        _allow("Observe", ["s3:PutObject"], keys(observations)),
+        # In some stores whoever has written an object may read it (Ceph RGW), unless that is denied.
+        {**_allow("NeverSee", ["s3:GetObject", "s3:GetObjectVersion"], keys(observations)), "Effect": "Deny"},
+    ]
     if role is Role.READER:
-        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases)), observe]
+        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases)), *observe]
         return _document(statements, kms_key)
     if role is Role.SERVER:
         listing = {**_allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{bucket}"])}
         listing["Condition"] = {"StringLike": {"s3:prefix": [views]}}
-        return _document([listing, _allow("Load", ["s3:GetObject"], keys(views)), observe], kms_key)
+        return _document([listing, _allow("Load", ["s3:GetObject"], keys(views)), *observe], kms_key)
     # Listing tells names. It cannot be held to a prefix: looking for the bucket has none, nor has reading an object
     # that is not there, which is refused (403) instead of not found (404) for whoever may list below a prefix alone.
     observed = [observations] if role in (Role.TRAINER, Role.PROMOTER) else []

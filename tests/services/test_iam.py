@@ -195,8 +195,6 @@ def test_a_server_writes_what_it_has_observed_of_its_model_and_reads_and_lists_n
         denied(lambda other=other: server.put(other, b""))  # type: ignore[misc]
     # The same model's trainer and promoter read it, another's do not; only the collector deletes.
     for reads in (Role.TRAINER, Role.PROMOTER):
-        # The owner of an RGW bucket writes it anew: other users' objects are not in its policies.
-        object_store.put(key, b"seen")
         store = as_role(reads)
         assert store.get(key) is not None and list(store.list_keys("observations/")) == [key]
         denied(lambda store=store: store.put(key, b""))  # type: ignore[misc]

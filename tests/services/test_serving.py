@@ -25,7 +25,7 @@ from shipreader.report import read_reports
 from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, kinds_release, onnx_release
 from tests.support.ports import free_ports
-from tests.support.processes import PATIENCE
+from tests.support.processes import PATIENCE, eventually
 from tests.support.releases import move, published
 from tests.support.tool_environments import tool_python
 from train_and_ship.infra.errors import ServiceError
@@ -35,6 +35,7 @@ from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.bucket.releases import publish
+from train_and_ship.registry.observations import read_new
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 from train_and_ship.ship.server import requirements
 
@@ -409,3 +410,33 @@ def test_a_first_release_that_cannot_be_loaded_ends_the_command_with_the_reason(
     done = subprocess.run(argv, env=variables, capture_output=True, text=True)
     assert done.returncode == 1 and "Protobuf parsing failed" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_requests_are_observed_as_the_job_of_what_is_live_says_and_nothing_is_lost_at_the_end(
+    object_store: ObjectStore, serve: Serve, started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "observed"
+    onnx_release(folder, 2.0)
+    (folder / "job.json").write_text(json.dumps({"observe": {"columns": {"inputs": ["x"], "outputs": ["y"]}}}))
+    signed = build_manifest(folder, model="digits", formats={"onnx": "model.onnx"}, signature=SIGNATURE, metrics={})
+    (plain,) = publish_factors(object_store, tmp_path, 1.0)
+    publish(object_store, folder, signed)
+    move(object_store, signed)
+    url = serve()
+    body = {"id": "r-1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "data": list(range(8))}]}
+    assert httpx.post(f"{url}/infer", json=body).status_code == 200
+    # What does not reach a model is no request to it.
+    assert httpx.post(f"{url}/infer", json={"inputs": []}).status_code == 400
+    move(object_store, plain)
+    asked = {**body, "id": "r-2"}
+    eventually(lambda: httpx.post(f"{url}/infer", json=asked).json()["model_version"] == "2", "the second release")
+    before = read_new(object_store, "digits").rows
+    started[0].terminate()
+    assert started[0].wait(timeout=PATIENCE) == 0
+    rows = before + read_new(object_store, "digits", columns={"inputs": ["x"], "outputs": ["y"]}).rows
+    assert rows[0].request_id == "r-1" and all(row.generation == 1 for row in rows)
+    (row,) = [row for row in rows if row.request_id == "r-1"]
+    assert (row.inputs, row.outputs) == ({"x": [0, 1, 2, 3]}, {"y": [0, 2, 4, 6]})
+    assert (row.release, row.arm, row.error) == (signed.release, "live", "") and 0 < (row.latency_ms or 0) < 60_000
+    # All of it is away.
+    assert not list((tmp_path / "served" / "server" / "observations").iterdir())

@@ -22,10 +22,15 @@ OBSERVED = "observations/digits/2026-12-01/04-00000000-0123456789abcdef.parquet"
 
 def allowed(role: Role, action: str, key: str, model: str = "digits", channel: str = "*") -> bool:
     arn = f"arn:aws:s3:::models-bucket/{key}"
-    return any(
-        f"s3:{action}" in statement["Action"] and any(fnmatch.fnmatchcase(arn, one) for one in statement["Resource"])
+    effects = {
+        statement["Effect"]
         for statement in policy(role, "models-bucket", model=model, channel=channel)["Statement"]
-    )
+        if f"s3:{action}" in statement["Action"]
+        and any(fnmatch.fnmatchcase(arn, one) for one in statement["Resource"])
+        # Denied to nobody who asks as it says.
+        and not (statement["Effect"] == "Deny" and "Condition" in statement)
+    }
+    return effects == {"Allow"}
 
 
 def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 
 from shipreader.errors import ReaderError
 from shipreader.kept import Kept, kept_by_job
 from shipreader.observation_files import FILE_NAME, encode
+from shipreader.observation_sending import Folder, Forwarder, put_once
 from shipreader.observations import Observer
 from shipreader.split import slot_of
 
@@ -283,6 +286,7 @@ def test_mistakes_are_told_where_it_is_made(options: dict[str, Any], said: str) 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
+from shipreader.observation_sending import Folder, Forwarder, put_once
 from shipreader.observations import Observer
 folder = Path(sys.argv[1])
 def put(name, body):
@@ -341,3 +345,67 @@ def wait_until(happened: Any) -> None:
     while not happened():
         assert time.monotonic() < ends
         time.sleep(0.01)
+
+
+class Store:
+    """In place of a boto3 client: what was put, by key."""
+
+    exceptions = SimpleNamespace(ClientError=ClientError)
+
+    def __init__(self) -> None:
+        self.put: dict[str, bytes] = {}
+        self.status = 200
+        self.asked: list[dict[str, Any]] = []
+
+    def put_object(self, *, Bucket: str, Key: str, Body: bytes, **condition: str) -> None:
+        self.asked.append(condition)
+        if self.status != 200 and (self.status != 501 or condition):
+            raise ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": self.status}}, "PutObject")
+        self.put[f"{Bucket}/{Key}"] = Body
+
+
+NAMES = [f"2026-12-01/04-00000000-{number:016x}.jsonl.gz" for number in range(4)]
+
+
+def test_what_another_process_leaves_in_a_folder_is_brought_away_once_the_bucket_takes_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, folder = Store(), Folder(tmp_path / "observations")
+    forwarder = Forwarder("digits", bucket="models", client=store, folder=folder.path)
+    assert forwarder.send()
+    for name in NAMES:
+        folder.put(name, name.encode())
+    (folder.path / "other").write_bytes(b"stays")
+    (folder.path / "2026-12-01_..").write_bytes(b"stays")
+    store.status = 403
+    assert not forwarder.send() and not forwarder.send() and forwarder.problem
+    # Not each of them, while the store refuses one.
+    assert len(store.asked) == 2 and len([one for one in caplog.messages if "wait in" in one]) == 1
+    store.status = 200
+    assert forwarder.send() and not forwarder.problem and len(folder.waiting()) == 0
+    assert store.put == {f"models/observations/digits/{name}": name.encode() for name in NAMES}
+    assert {path.name for path in folder.path.iterdir()} == {"other", "2026-12-01_.."}
+
+
+def test_what_waits_in_a_folder_is_bounded_and_the_oldest_goes_first(tmp_path: Path) -> None:
+    store, folder = Store(), Folder(tmp_path)
+    store.status = 503
+    for index, name in enumerate(NAMES):
+        folder.put(name, b"x" * 10)
+        os.utime(tmp_path / name.replace("/", "_"), (index, index))
+    forwarder = Forwarder("digits", bucket="models", client=store, folder=tmp_path, limit=25)
+    assert not forwarder.send()
+    assert [name for _, name, _ in folder.waiting()] == NAMES[2:] and forwarder.dropped == 2
+    store.status = 200
+    forwarder.close()
+    assert len(store.put) == 2
+
+
+@pytest.mark.parametrize(("status", "known"), [(412, True), (501, False)])
+def test_a_file_that_is_there_already_is_written_and_a_store_without_conditions_is_asked_without(
+    status: int, known: bool
+) -> None:
+    store = Store()
+    store.status = status
+    assert put_once(store, "models", "k", b"") is known
+    assert store.asked == [{"IfNoneMatch": "*"}, *([] if known else [{}])]
