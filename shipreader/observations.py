@@ -23,7 +23,6 @@ import threading
 import time
 import uuid
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -43,9 +42,9 @@ from shipreader.observation_files import (
     has_pyarrow,
     observations_prefix,
 )
+from shipreader.observation_rows import LabelRow, ObservedRow, flattened, sampled
 from shipreader.observation_sending import Put, put_once
 from shipreader.records import Release
-from shipreader.split import slot_of
 
 CLOSE_SECONDS = 8.0
 """What `close` takes at most to bring away what there is: who is ended by SIGTERM has ten, usually."""
@@ -138,7 +137,7 @@ class Observer:
     def _start_anew(self) -> None:
         """Also in a process that was forked: it has neither the thread nor a right to the rows."""
         self._writer = uuid.uuid4().hex[:8]
-        self._rows: deque[_Row | _Label] = deque()
+        self._rows: deque[ObservedRow | LabelRow] = deque()
         self._bytes = 0
         self._counting = threading.Lock()
         # Its put may be called by a handler of a signal, whatever this thread was at.
@@ -196,9 +195,9 @@ class Observer:
         try:
             kept, live = self._kept, self._release
             request_id = str(request_id)[:LONGEST_ID]
-            if kept.sample < 1 and not _sampled(request_id, kept.sample):
+            if kept.sample < 1 and not sampled(request_id, kept.sample):
                 return ""
-            row = _Row(
+            row = ObservedRow(
                 at=time.time(),
                 request_id=request_id or uuid.uuid4().hex,
                 key=key if isinstance(key, str | int) else None,
@@ -225,6 +224,13 @@ class Observer:
             self._drop(1, f"{type(error).__name__}: {error}")
             return ""
 
+    def request(self, **said: Any) -> Observation:
+        """One request, for as long as a block runs: its latency and what it raises are taken by themselves.
+
+        said: as `observe` takes it, without `latency_ms`, `error` and `outputs`.
+        """
+        return Observation(self, said)
+
     def label(self, request_id: str, value: bool | int | float | str, *, name: str = "label") -> None:
         """What has turned out to be true of a request, also long after it and from another process.
 
@@ -241,7 +247,7 @@ class Observer:
         found = self._value(value)
         if found is None or isinstance(found, list):
             raise ReaderError(f"label of {request_id}: expected a finite number or a text, got {value!r:.200}")
-        self._take(_Label(time.time(), request_id, str(name)[:LONGEST_ID], found), ROW_BYTES)
+        self._take(LabelRow(time.time(), request_id, str(name)[:LONGEST_ID], found), ROW_BYTES)
 
     def status(self) -> Observed:
         """What was written, and what is wrong."""
@@ -269,9 +275,9 @@ class Observer:
     def close_on_sigterm(self) -> None:
         """Have SIGTERM write what there is, before the process ends as it would have. To be called in the main thread.
 
-        A handler that is set already is called as before, and what is written is then left to it: to the end of the
-        interpreter, or to its call of `close`. Servers that handle SIGTERM themselves (uvicorn, gunicorn, Triton's
-        backends by `finalize`) need none of this.
+        A handler that is set already is called as before; what it leaves is written at the end of the interpreter. A
+        server that handles SIGTERM itself has a place for `close`: uvicorn, which ends the process by the signal in the
+        end, FastAPI's lifespan; KServe `stop`; Triton `finalize`.
         """
         before = signal.getsignal(signal.SIGTERM)
 
@@ -311,11 +317,12 @@ class Observer:
             count = value.numel() if hasattr(value, "numel") else value.size
             if count > LONGEST_VECTOR:
                 return self._none()
+            if count == 1:
+                # Also of shape [1, 1]: one number is a number.
+                return self._value(value.item())
             value = value.tolist()
-            if not isinstance(value, list):
-                return self._value(value)
         if isinstance(value, list | tuple):
-            flat = _flat(value)
+            flat = flattened(value)
             if flat is None:
                 return self._none()
             return [self._value(number) for number in flat]
@@ -324,7 +331,7 @@ class Observer:
     def _none(self) -> None:
         self._left_out += 1
 
-    def _take(self, row: _Row | _Label, size: int) -> bool:
+    def _take(self, row: ObservedRow | LabelRow, size: int) -> bool:
         with self._counting:
             full = self._closed or self._bytes + size > self._most_bytes
             if not full:
@@ -388,7 +395,7 @@ class Observer:
     def _pack(self) -> None:
         """Make files of the rows, and drop the oldest files while they are too many."""
         while self._rows:
-            taken: list[_Row | _Label] = []
+            taken: list[ObservedRow | LabelRow] = []
             while self._rows and len(taken) < self._most_rows:
                 taken.append(self._rows.popleft())
             size = sum(row.size for row in taken)
@@ -397,7 +404,7 @@ class Observer:
                 self._bytes -= size
                 self._counting.release()
             for labels in (False, True):
-                rows = [row.document(self.model) for row in taken if isinstance(row, _Label) == labels]
+                rows = [row.document(self.model) for row in taken if isinstance(row, LabelRow) == labels]
                 if rows:
                     self._add(rows, labels=labels)
 
@@ -456,6 +463,25 @@ class Observer:
         self._conditional = put_once(self._client, self._bucket, self._prefix + name, body, self._conditional)
 
 
+class Observation:
+    """One request. Whoever answers it says so by `outputs`."""
+
+    def __init__(self, observer: Observer, said: Mapping[str, Any]) -> None:
+        self._observer, self._said = observer, said
+        self.id = str(said.get("request_id") or uuid.uuid4().hex)
+        """By which a label will find it."""
+        self.outputs: Mapping[str, Any] | None = None
+
+    def __enter__(self) -> Observation:
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        took = 1000 * (time.perf_counter() - self._began)
+        said = {**self._said, "request_id": self.id, "error": error if error is not None else ""}
+        self._observer.observe(latency_ms=took, outputs=self.outputs, **said)
+
+
 @dataclass
 class _Asked:
     """Somebody who waits until all is written, or until this time on the monotonic clock."""
@@ -464,86 +490,6 @@ class _Asked:
     last: bool = False
     """Whether the thread ends with it."""
     done: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(slots=True)
-class _Row:
-    at: float
-    request_id: str
-    key: str | int | None
-    latency_ms: float | None
-    error: str
-    release: str
-    generation: int
-    rollout: str
-    arm: str
-    fell_back: bool
-    inputs: dict[str, Any] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
-    size: int = 0
-
-    def document(self, model: str) -> dict[str, Any]:
-        """As it is written."""
-        return {
-            "request_id": self.request_id,
-            "key_slot": slot_of(model, self.key),
-            "time": _iso(self.at),
-            "release": self.release,
-            "generation": self.generation,
-            "rollout": self.rollout,
-            "arm": self.arm,
-            "latency_ms": self.latency_ms,
-            "error": self.error,
-            "fell_back": self.fell_back,
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-        }
-
-
-@dataclass(slots=True)
-class _Label:
-    at: float
-    request_id: str
-    name: str
-    value: Any
-    size: int = 0
-
-    def document(self, model: str) -> dict[str, Any]:
-        """As it is written."""
-        return {"request_id": self.request_id, "time": _iso(self.at), "name": self.name, "value": self.value}
-
-
-def _iso(at: float) -> str:
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
-
-
-def _sampled(request_id: str, share: float) -> bool:
-    """By the id, so that the live answer and a shadow's to one request are both kept, or neither."""
-    if not request_id:
-        return random.random() < share
-    return zlib.crc32(request_id.encode(errors="replace")) < share * 2**32
-
-
-def _flat(value: Any) -> list[Any] | None:
-    """The numbers of lists within lists; None for more than a vector may have, or anything else in it."""
-    flat: list[Any] = []
-    pending = [value]
-    # Whatever lists hold one another: each step takes a list or a number.
-    for _ in range(4 * LONGEST_VECTOR):
-        if not pending:
-            return flat
-        one = pending.pop()
-        if isinstance(one, list | tuple):
-            if len(one) > LONGEST_VECTOR or len(pending) > LONGEST_VECTOR:
-                return None
-            pending += reversed(one)
-        elif type(one) in (bool, int, float):
-            flat.append(one)
-        else:
-            return None
-        if len(flat) > LONGEST_VECTOR:
-            return None
-    return None
 
 
 _all: weakref.WeakSet[Observer] = weakref.WeakSet()

@@ -90,10 +90,13 @@ def test_a_row_says_who_was_answered_by_what_and_keeps_the_columns_that_are_name
         (b"bytes", None),
         (np.float32(0.5), 0.5),
         (np.array(7), 7),
+        (np.array([[0.25]]), 0.25),
+        (np.array([]), []),
         (np.ones((1, 64), np.float32), [1.0] * 64),
         (np.zeros((3, 224, 224)), None),
         (np.array([1, np.inf]), [1, None]),
-        (np.array(["a"]), None),
+        (np.array(["a"]), "a"),
+        (np.array(["a", "b"]), None),
     ],
 )
 def test_numbers_texts_and_short_vectors_are_kept_and_nothing_longer(files: Files, value: Any, kept: Any) -> None:
