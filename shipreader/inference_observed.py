@@ -60,6 +60,14 @@ class Observation:
     __slots__ = ("_asked", "_began", "_model", "_observer", "_said", "fell_back", "outputs")
 
     def __init__(self, observer: Observer | None, model: Model, asked: Request, said: Mapping[str, Any]) -> None:
+        """What is known before it is answered.
+
+        Args:
+            observer: None where requests are not observed.
+            model: that is asked.
+            asked: what.
+            said: further words of `Observer.observe`.
+        """
         self._observer, self._model, self._asked, self._said = observer, model, asked, said
         self.outputs: Sequence[Any] = ()
         """Arrays, in the order in which they are asked for."""

@@ -363,7 +363,8 @@ class Store:
     def put_object(self, *, Bucket: str, Key: str, Body: bytes, **condition: str) -> None:
         self.asked.append(condition)
         if self.status != 200 and (self.status != 501 or condition):
-            raise ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": self.status}}, "PutObject")
+            answer: Any = {"Error": {}, "ResponseMetadata": {"HTTPStatusCode": self.status}}
+            raise ClientError(answer, "PutObject")
         self.put[f"{Bucket}/{Key}"] = Body
 
 
