@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from shipreader.inference_model import Model
 from shipreader.inference_tensors import Request
 from shipreader.kept import Kept
-from shipreader.observation_files import LIVE
 from shipreader.observation_sending import OBSERVATIONS, Folder
 from shipreader.observations import Observer
 
@@ -32,21 +32,16 @@ class Observing:
                 self._observer = Observer(self._model, put=Folder(self._folder).put, parquet=False)
             self._observer.keep(Kept(tuple(said["inputs"]), tuple(said["outputs"]), said["sample"]))
 
-    def request(
-        self, model: Model, asked: Request, *, key: object = None, arm: str = LIVE, rollout: str = ""
-    ) -> Observation:
+    def request(self, model: Model, asked: Request, **said: Any) -> Observation:
         """What one model is asked, for as long as the block runs.
 
         Args:
             model: that is asked.
             asked: what.
-            key: of who asks.
-            arm: live, candidate or shadow.
-            rollout: its id, where one runs.
+            said: further words of `Observer.observe`: request_id (that of a live release's answer and of a shadow's are
+                the same), key, arm, rollout, fell_back.
         """
-        return Observation(
-            self._observer if self._on else None, model, asked, {"key": key, "arm": arm, "rollout": rollout}
-        )
+        return Observation(self._observer if self._on else None, model, asked, {"request_id": asked.id, **said})
 
     def close(self) -> None:
         """Leave what there is in the folder."""
@@ -57,7 +52,7 @@ class Observing:
 class Observation:
     """One request to one model. Whoever computes the outputs says so by `outputs`."""
 
-    __slots__ = ("_asked", "_began", "_model", "_observer", "_said", "fell_back", "outputs")
+    __slots__ = ("_asked", "_began", "_model", "_observer", "_said", "outputs")
 
     def __init__(self, observer: Observer | None, model: Model, asked: Request, said: Mapping[str, Any]) -> None:
         """What is known before it is answered.
@@ -71,25 +66,22 @@ class Observation:
         self._observer, self._model, self._asked, self._said = observer, model, asked, said
         self.outputs: Sequence[Any] = ()
         """Arrays, in the order in which they are asked for."""
-        self.fell_back = False
-        """Whether a candidate was asked before, and did not answer."""
 
     def __enter__(self) -> Observation:
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._observer is None:
+        # Whoever hung up has learnt nothing of the model.
+        if self._observer is None or isinstance(error, asyncio.CancelledError):
             return
         self._observer.observe(
-            request_id=self._asked.id,
             latency_ms=1000 * (time.perf_counter() - self._began),
             error=error if error is not None else "",
             inputs={name: _first(array) for name, array in self._asked.inputs.items()},
             outputs={name: _first(array) for name, array in zip(self._asked.outputs, self.outputs, strict=False)},
             release=self._model.release,
             generation=self._model.generation,
-            fell_back=self.fell_back,
             **self._said,
         )
 
