@@ -3,8 +3,8 @@
 Prefect's runner makes a folder `runner_storage` below the machine's folder for temporary files, of whoever comes first:
 the worker of a second user cannot start (3.8.8). This one has a folder of its own; its runs have the machine's.
 
-For a run whose deployment names no command, Prefect starts three interpreters one after the other, each of which imports
-Prefect: one finds out where the code lies, one watches, one runs. The code of these flows is installed, so here it is one.
+For a run whose deployment names no command, Prefect starts two interpreters, each of which imports Prefect: one finds
+out where the code lies, and then starts the other. The code of these flows is installed, so here it is one.
 """
 
 from __future__ import annotations

@@ -105,8 +105,11 @@ ROOMS = {
 }
 """Package to room (a folder, or a file that stands beside the folders) to the rooms that it may import."""
 ONLY_IN = {
-    # The last is Prefect's own server.
-    "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py", "infra/doors/prefect_server.py"],
+    # The last two are Prefect's own server and worker.
+    "prefect": [
+        *("flows/", "tasks/", "ship/prefect_plugin.py"),
+        *("infra/doors/prefect_server.py", "infra/doors/worker.py"),
+    ],
     "mlflow": ["registry/tracking/", "infra/doors/mlflow_server.py"],
     "boto3": ["infra/s3.py", "shipreader/bucket.py"],
     "botocore": ["infra/s3.py", "shipreader/bucket.py"],
