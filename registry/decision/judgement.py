@@ -24,8 +24,8 @@ FALSE_ALARMS = 0.05
 """Of a whole rollout. It is shared out evenly (Bonferroni) among the limits; where a column is named, half of it is the
 limits' on everybody, and half is shared out among limits and segments. Steps and looks cost nothing."""
 FALSE_CLEARANCES = 0.05
-"""Of saying of a candidate beyond a limit that it is shown to be within all of them: each has to be shown at this level,
-so they all are (Berger, Technometrics 24, 1982)."""
+"""Of saying of a candidate beyond a limit that it is shown to be within all: each has to be shown at this level, so
+they all are (Berger, Technometrics 24, 1982)."""
 SHOWN = 0.05
 """One minus the coverage of intervals of a single arm, at all looks together."""
 LEAST_REQUESTS = 100
@@ -80,10 +80,11 @@ class Verdict:
 def judge(statistics: Statistics, *, step: int, dwell_passed: bool) -> Verdict:
     """What follows from what is known now.
 
-    Rolled back: for one limit it is shown that the candidate is beyond it. Next: the step has stood for its time, and it
-    is shown of every limit that the candidate is within it. Where that is not shown the step goes on as well if nothing
-    speaks against the candidate: no estimate is beyond its limit, and it answered enough requests that one just beyond it
-    would have shown something (`needed`). A metric for which no label has come yet holds nobody up.
+    Rolled back: for one limit it is shown that the candidate is beyond it. Next: the step has stood for its time, the
+    candidate answered LEAST_REQUESTS in it, and it is shown to be within every limit. Where that is not shown it goes
+    on as well if nothing speaks against it: no estimate is beyond its limit, and so many requests were answered that
+    one beyond it would have shown something (`needed`). A metric for which no label has come yet holds nobody up. In
+    the last step no request is live's, and nothing is compared: it stands for its time and its requests.
 
     Args:
         statistics: Everything counted since the rollout began.
@@ -106,8 +107,8 @@ def judge(statistics: Statistics, *, step: int, dwell_passed: bool) -> Verdict:
 
 
 def needed(statistics: Statistics, limit: Limit) -> int:
-    """Requests of the candidate after which one just beyond the limit has shown something with 95 %: three times one in
-    so many (the rule of three: Hanley and Lippman-Hand, JAMA 249, 1983). At least LEAST_REQUESTS, at most MOST_NEEDED."""
+    """Requests of the candidate among which one just beyond the limit has failed one with 95 %: three over the limit
+    (the rule of three: Hanley and Lippman-Hand, JAMA 249, 1983). At least LEAST_REQUESTS, at most MOST_NEEDED."""
     match limit.kind:
         case "latency":
             rate = 1 - limit.quantile
@@ -219,9 +220,10 @@ def _words(statistics: Statistics, limit: Limit, segment: str, outcome: str) -> 
         mine = f"{_ms(now)} against {_ms(before)}, {mine} above {_ms(limit.times * at)}"
         theirs = f"{theirs} above {_ms(at)}"
     said = {"beyond": "beyond", "within": "within"}.get(outcome, "not shown to be within or beyond")
-    requests, people = f"{int(candidate[:, 0].sum()):,} requests", statistics.people(limit.name, segment)
-    # Several people may share a slot.
-    return f"{limit.name}{where} {mine}{theirs} after {requests}, of {people:,} people at least in both: {said} {limit.text}"
+    # Several people may share a slot: there are at least so many.
+    people = f"at least {statistics.people(limit.name, segment):,} people in both"
+    after = f"{int(candidate[:, 0].sum()):,} requests, of {people}"
+    return f"{limit.name}{where} {mine}{theirs} after {after}: {said} {limit.text}"
 
 
 def _interval(limit: Limit, arm: Array, other: Array, spread: Array | None) -> str:

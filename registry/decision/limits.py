@@ -95,9 +95,7 @@ def parse_limit(name: str, value: object) -> Limit:
         raise ValueError(f"a percentile of latency such as p50_ms, p99_ms or p99.9_ms in stop_if, not {name}")
     kind = name if name in ("errors", "disagreement") else "latency" if quantile else "metric"
     if name in TORCHMETRICS and name != "mean_absolute_percentage_error":
-        raise ValueError(
-            f"a metric that is a mean over requests in stop_if, such as accuracy; {name} is of all at once"
-        )
+        raise ValueError(f"a mean over requests in stop_if, such as accuracy; {name} is of all requests at once")
     sign, number, unit = _read(name, kind, value)
     text = f"{'-' if sign < 0 else '+' if sign > 0 else ''}{number * (100 if unit == '%' else 1):.12g}{unit}"
     match kind, sign, unit:

@@ -1,23 +1,23 @@
 """A difference of two arms whose requests come in clusters, and bounds on it that hold at every look. NumPy.
 
-What is estimated: in each step of a rollout the share of people who get the candidate is constant, so within a step both
-arms see the same hours; over steps they do not (Crook, Frasca, Kohavi and Longbotham, "Seven Pitfalls to Avoid when
-Running Controlled Experiments on the Web", KDD 2009, on ramp-up). The difference is therefore taken in each step and
-averaged with the weights of Mantel and Haenszel, n_c n_l / (n_c + n_l), as Greenland and Robins (Biometrics 41, 1985) do
-for differences of risks.
+What is estimated: in each step of a rollout the share of people who get the candidate is constant, so within a step
+both arms see the same hours; over steps they do not (Crook, Frasca, Kohavi and Longbotham, "Seven Pitfalls to Avoid
+when Running Controlled Experiments on the Web", KDD 2009, on ramp-up). The difference is therefore taken in each step
+and averaged with the weights of Mantel and Haenszel, n_c n_l / (n_c + n_l), as Greenland and Robins (Biometrics 41,
+1985) do for differences of risks.
 
 Its variance: requests of one person are alike, and a person who comes back is no new one. All that a cluster adds over
-all steps is one term; the variance is the sum of their squares (Liang and Zeger, Biometrika 73, 1986), with as many degrees
-of freedom as clusters count (Carter, Schnepel and Steigerwald, Review of Economics and Statistics 99, 2017;
+all steps is one term; the variance is the sum of their squares (Liang and Zeger, Biometrika 73, 1986), with as many
+degrees of freedom as clusters count (Carter, Schnepel and Steigerwald, Review of Economics and Statistics 99, 2017;
 Satterthwaite, Biometrics Bulletin 2, 1946), and never less than independent requests at the limit itself would have.
 
 Its bounds: the mixture sequential probability ratio test of Robbins (Annals of Mathematical Statistics 41, 1970) with a
 half-normal mixture, in the closed form of Howard, Ramdas, McAuliffe and Sekhon ("Time-uniform, nonparametric,
 nonasymptotic confidence sequences", Annals of Statistics 49, 2021), on an estimate that is normal in large samples
-(Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, "Time-uniform central limit theory and asymptotic confidence sequences",
-Annals of Statistics 52, 2024). The clock is the information, 1 / variance: in it an estimate from people who keep coming
-back has independent increments too (Scharfstein, Tsiatis and Robins, Journal of the American Statistical Association 92,
-1997). How often it is wrong is measured: docs/rollout-decisions.md.
+(Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, "Time-uniform central limit theory and asymptotic confidence
+sequences", Annals of Statistics 52, 2024). The clock is the information, 1 / variance: in it an efficient estimate has
+independent increments, also from people who keep coming back (Scharfstein, Tsiatis and Robins, Journal of the American
+Statistical Association 92, 1997). How often it is wrong is measured: docs/rollout-decisions.md.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ class Contrast:
 
         Args:
             alpha: Of one side.
-            scale: The difference that matters, in the unit of the estimate: bounds are tightest where it would just
-                be shown, and valid everywhere.
+            scale: The difference that matters, in the unit of the estimate. Bounds are tightest where the standard
+                error is still twice as large, and valid everywhere: they lose little with more, and much with less
+                information, of which a few people never bring more.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             information = 1 / self.variance
-            z = threshold(information, alpha, (3 / scale) ** 2)
+            z = threshold(information, alpha, (0.5 / scale) ** 2)
             margin = student(z, self.freedom) * np.sqrt(self.variance)
         return np.where(np.isfinite(self.variance), margin, np.inf)
 
@@ -62,8 +63,8 @@ def threshold(information: Array, alpha: float, tuned_for: float) -> Array:
     """Standard errors that a process of mean zero is never above, at any time, but with probability alpha.
 
     The mixture over drifts is half-normal with variance 1 / rho: its martingale at z standard errors is
-    2 sqrt(rho / (v + rho)) exp(x^2 / 2) Phi(x) with x = z sqrt(v / (v + rho)), and Phi(x) >= 1 - exp(-x^2 / 2) / 2. Where
-    it reaches 1 / alpha is at most at x^2 = 2 log(1 + sqrt((v + rho) / rho) / (2 alpha)).
+    2 sqrt(rho / (v + rho)) exp(x^2 / 2) Phi(x) with x = z sqrt(v / (v + rho)), and Phi(x) >= 1 - exp(-x^2 / 2) / 2.
+    It reaches 1 / alpha at x^2 = 2 log(1 + sqrt((v + rho) / rho) / (2 alpha)) or before.
 
     Args:
         information: v, of any shape: 1 / variance of the estimate.

@@ -15,7 +15,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -38,6 +38,7 @@ FORMAT = 1
 _ARMS = ("candidate", "live")
 
 Array = NDArray[np.float64]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -67,10 +68,12 @@ class Statistics:
         self.segments: list[str] = []
         self.apart: Counter[str] = Counter()
         """Rows that are not compared, by the reason."""
+        self._is_part = False
 
     def like(self) -> Statistics:
-        """Empty, with the same thresholds and segments: for a part of the rows, to be merged."""
+        """Empty, with the same thresholds and segments, which it keeps: for a part of the rows, to be merged."""
         part = type(self)(self.stop_if)
+        part._is_part = True
         part.thresholds, part.segments = dict(self.thresholds), list(self.segments)
         return part
 
@@ -84,6 +87,7 @@ class Statistics:
         for arm, counts in other.latencies.items():
             self.latencies[arm] = self.latencies[arm] + counts
         self.apart.update(other.apart)
+        self._fix_thresholds()
 
     def add(
         self, rows: Iterable[Mapping[str, Any]], *, rollout: str, step: int, share: int, shadow: bool = False
@@ -93,8 +97,8 @@ class Statistics:
         A row is compared when its arm is what the split says of its slot: a reader that stays with live does so for
         reasons that have to do with the candidate, and requests without a key are never given to it. In shadow what is
         compared are pairs, two answers to one request that are among the same rows: what the candidate was not asked
-        under load is missing from both arms. `metrics`, a mapping of a
-        row, has the values that labels have told, by the limit's name; a row with `labelled: true` brings only those.
+        under load is missing from both arms. `metrics`, a mapping of a row, has the values that labels have told, by
+        the limit's name; a row with `labelled: true` brings only those.
 
         Args:
             rows: As `observe` writes them; what is not as it should be is counted apart.
@@ -117,12 +121,12 @@ class Statistics:
         for arm, chosen in (("candidate", candidate), ("live", ~candidate)):
             chosen_bins = bins[chosen & measured].astype(np.int64)
             self.latencies[arm] += np.bincount(chosen_bins, minlength=BINS)
-            self._count("requests", arm, step, slots, segments, np.where(chosen & ~_only_labels(kept), 1.0, np.nan))
+            cell = Cell(measure="requests", segment="", step=step, arm=arm)
+            self._count(cell, slots, segments, np.where(chosen & ~_only_labels(kept), 1.0, np.nan))
             for limit in self.stop_if.limits:
                 values = self._values(limit, kept, latencies, candidate)
-                self._count(limit.name, arm, step, slots, segments, np.where(chosen, values, np.nan))
-        for limit in self.stop_if.limits:
-            self._fix_threshold(limit)
+                self._count(replace(cell, measure=limit.name), slots, segments, np.where(chosen, values, np.nan))
+        self._fix_thresholds()
 
     def arrays(self, measure: str, segment: str = "") -> tuple[Array, Array]:
         """The candidate's and live's requests and sums of all steps, each of shape (steps, 2, SLOTS)."""
@@ -217,9 +221,9 @@ class Statistics:
         found = self.sums.get(cell)
         return np.zeros((3, SLOTS)) if found is None else found
 
-    def _kept(self, rows: Iterable[Mapping[str, Any]], rollout: str, share: int, shadow: bool) -> list[dict[str, Any]]:
+    def _kept(self, rows: Iterable[Mapping[str, Any]], rollout: str, share: int, shadow: bool) -> list[Row]:
         """Rows that are compared, with values that are what they should be."""
-        sound: list[dict[str, Any]] = []
+        sound: list[Row] = []
         for row in rows:
             slot, latency = row.get("key_slot"), row.get("latency_ms")
             if row.get("rollout") != rollout:
@@ -244,18 +248,16 @@ class Statistics:
         if count:
             self.apart[reason] += count
 
-    def _segments_of(self, rows: list[dict[str, Any]]) -> NDArray[np.str_] | None:
+    def _segments_of(self, rows: list[Row]) -> NDArray[np.str_] | None:
         """Each row's value of the column of `by`, of which the most frequent of the first rows are told apart."""
         if not self.stop_if.by:
             return None
         found = [_segment(row, self.stop_if.by) for row in rows]
-        if not self.segments:
+        if not self.segments and not self._is_part:
             self.segments = [name for name, _ in Counter(found).most_common(MOST_SEGMENTS - 1)] + [OTHERS]
         return np.array([name if name in self.segments else OTHERS for name in found])
 
-    def _values(
-        self, limit: Limit, rows: list[dict[str, Any]], latencies: Array, candidate: NDArray[np.bool_]
-    ) -> Array:
+    def _values(self, limit: Limit, rows: list[Row], latencies: Array, candidate: NDArray[np.bool_]) -> Array:
         """What a limit is about, by row; NaN where a row says nothing of it."""
         match limit.kind:
             case "errors":
@@ -272,29 +274,21 @@ class Statistics:
             case "metric":
                 return np.array([_metric(row, limit.name) for row in rows])
 
-    def _count(
-        self,
-        measure: str,
-        arm: str,
-        step: int,
-        slots: NDArray[np.int64],
-        segments: NDArray[np.str_] | None,
-        values: Array,
-    ) -> None:
+    def _count(self, cell: Cell, slots: NDArray[np.int64], segments: NDArray[np.str_] | None, values: Array) -> None:
         chosen = ~np.isnan(values)
         for segment in ("", *(self.segments if segments is not None else ())):
             among = chosen if not segment else chosen & (segments == segment)
             if among.any():
-                cell = Cell(measure=measure, segment=segment, step=step, arm=arm)
-                array = self.sums.setdefault(cell, np.zeros((3, SLOTS)))
+                array = self.sums.setdefault(replace(cell, segment=segment), np.zeros((3, SLOTS)))
                 for place, power in enumerate((np.ones(len(values)), values, values**2)):
                     array[place] += np.bincount(slots[among], weights=power[among], minlength=SLOTS)
 
-    def _fix_threshold(self, limit: Limit) -> None:
-        if limit.kind == "latency" and limit.name not in self.thresholds:
-            needed = max(200, 10 / (1 - limit.quantile))
-            if self.latencies["live"].sum() >= needed:
-                self.thresholds[limit.name] = self.latency("live", limit.quantile)
+    def _fix_thresholds(self) -> None:
+        for limit in self.stop_if.limits:
+            if limit.kind == "latency" and limit.name not in self.thresholds and not self._is_part:
+                needed = max(200, 10 / (1 - limit.quantile))
+                if self.latencies["live"].sum() >= needed:
+                    self.thresholds[limit.name] = self.latency("live", limit.quantile)
 
 
 def disagree(live: object, other: object) -> float:
@@ -319,7 +313,7 @@ def _differs(one: Any, two: Any) -> bool:
     return bool(one != two)
 
 
-def _pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pairs(rows: list[Row]) -> list[Row]:
     """Both answers to each request that has two."""
     live = {str(row.get("request_id")): row for row in rows if row["arm"] == "live"}
     shadow = {str(row.get("request_id")): row for row in rows if row["arm"] == "shadow"}
@@ -336,14 +330,14 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _only_labels(rows: list[dict[str, Any]]) -> NDArray[np.bool_]:
+def _only_labels(rows: list[Row]) -> NDArray[np.bool_]:
     return np.array([bool(row.get("labelled")) for row in rows])
 
 
 def _metric(row: Mapping[str, Any], name: str) -> float:
     values = row.get("metrics")
     value = values.get(name) if isinstance(values, Mapping) else None
-    return float(value) if _is_number(value) and abs(value) < 1e100 else math.nan  # type: ignore[operator, arg-type]
+    return float(value) if _is_number(value) and abs(value) < 1e100 else math.nan  # type: ignore[arg-type]
 
 
 def _segment(row: Mapping[str, Any], column: str) -> str:
