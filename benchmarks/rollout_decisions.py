@@ -198,9 +198,8 @@ def look(scenario: Scenario, streams: Streams) -> tuple[NDArray[np.bool_], NDArr
         needed = min(MOST_NEEDED, max(LEAST_REQUESTS, math.ceil(3 / rate))) if rate else LEAST_REQUESTS
         passes &= (high < 0) | ((arms[0][:, :, 0].sum((1, 2)) >= needed) & (against.estimate <= 0))
         for part in (slice(0, cut), slice(cut, None)) if scenario.stop_if.by else ():
-            low, _ = bounds(
-                scenario.stop_if, limit, excess(limit, *(arm[..., part] for arm in arms), None), segment=True
-            )
+            against = excess(limit, arms[0][..., part], arms[1][..., part], None)
+            low, _ = bounds(scenario.stop_if, limit, against, segment=True)
             beyond |= low > 0
     return beyond, passes
 

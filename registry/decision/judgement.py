@@ -19,6 +19,7 @@ import numpy as np
 from train_and_ship.registry.decision.limits import Limit, StopIf
 from train_and_ship.registry.decision.sequential import Contrast, contrast
 from train_and_ship.registry.decision.statistics import MOST_SEGMENTS, Array, Statistics
+from train_and_ship.registry.text import number
 
 FALSE_ALARMS = 0.05
 """Of a whole rollout. It is shared out evenly (Bonferroni) among the limits; where a column is named, half of it is the
@@ -231,7 +232,8 @@ def _interval(limit: Limit, arm: Array, other: Array, spread: Array | None) -> s
     found = contrast(arm, other, times=0, spread=spread, margin=0.0 if spread is None else None)
     mean, wide = float(found.estimate), float(found.bound(SHOWN / 2, limit.scale))
     if not limit.is_share:
-        return f"{mean:.4g} [{mean - wide:.4g}, {mean + wide:.4g}]" if math.isfinite(wide) else f"{mean:.4g}"
+        between = f" [{number(mean - wide)}, {number(mean + wide)}]" if math.isfinite(wide) else ""
+        return f"{number(mean)}{between}"
     if not math.isfinite(wide):
         return f"{_percent(mean)} %"
     return f"{_percent(mean)} % [{_percent(max(0.0, mean - wide))}, {_percent(min(1.0, mean + wide))}]"

@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.decision.limits import Limit, StopIf
 
 SLOTS = 10_000
@@ -343,8 +344,9 @@ def _metric(row: Mapping[str, Any], name: str) -> float:
 def _segment(row: Mapping[str, Any], column: str) -> str:
     for side in ("inputs", "outputs"):
         values = row.get(side)
-        if isinstance(values, Mapping) and values.get(column) is not None:
-            return str(values[column])[:LONGEST_SEGMENT]
+        value = values.get(column) if isinstance(values, Mapping) else None
+        if isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63):
+            return on_one_line(str(value), LONGEST_SEGMENT)
     return "(none)"
 
 

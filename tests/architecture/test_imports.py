@@ -63,6 +63,8 @@ ROOMS = {
         "data": {"identity", "job", "text", "release", "bucket"},
         "diff": {"bucket", "kind", "release", "text"},
         "made_of": {"job"},
+        # Numbers in, a verdict out.
+        "decision": {"text"},
         "lineage": {"diff", "job", "release", "made_of"},
         "run_folder": {"job", "cost", "environments", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.

@@ -419,6 +419,16 @@ def test_a_candidate_that_is_bad_for_one_segment_is_caught_where_the_column_is_n
     assert unnamed.outcome == "wait"
 
 
+def test_values_of_a_column_are_text_of_others() -> None:
+    (row,) = rows(1)
+    statistics = counted(
+        StopIf.parse({"errors": "+0.5%", "by": "country"}),
+        [row | {"inputs": {"country": value}} for value in ("a\n\x1b[31mb", 10**5000, ["x"], None, 3)],
+    )
+    assert sorted(statistics.segments) == ["(none)", "(others)", "3", "a \\x1b[31mb"]
+    assert statistics.requests(row["arm"], segment="(none)") == 3
+
+
 def test_more_values_than_are_told_apart_are_one_segment() -> None:
     part = [row | {"inputs": {"country": f"c{min(row['key_slot'] % 40, 11)}"}} for row in rows(3000)]
     statistics = counted(StopIf.parse({"errors": "+0.5%", "by": "country"}), part)
