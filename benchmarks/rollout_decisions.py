@@ -26,7 +26,7 @@ DWELL, DEADLINE = 20, 120
 """Minutes: of a step, and of the whole."""
 ERRORS, SLOW = 0.004, 0.01
 """Shares of live's requests; a person's own are these times a number of mean 1 and variance 3 (1 for slow),
-and what the candidate adds has one of its own, of variance 1."""
+and what the candidate adds has one of its own."""
 CHUNK = 50
 SEGMENT = 0.1
 """Share of people in it."""
@@ -34,7 +34,8 @@ MEASURES = {"errors": 1, "latency": 2}
 
 SETTING = (
     f"{PEOPLE:,} people who send {PER_MINUTE} requests a minute on average (exponential), {ERRORS:.1%} of them failing "
-    "(per person: gamma, variance 3), steps of 5, 25, 50 and 100 %, where nothing else is said, of "
+    "(per person: gamma, variance 3; what the candidate adds: variance 1, mostly for a few people: 3), steps of 5, 25, "
+    "50 and 100 %, where nothing else is said, of "
     f"{DWELL} minutes each; undecided after {DEADLINE // 60} hours, which is rolled back then. "
     "`stop_if: {errors: +0.5%, p99_ms: 1.3x}`, where nothing else is said; looked at every minute. Requests: of both "
     "arms until it was rolled back, median. Exposed: share of people who were given the candidate by the decision, "
@@ -54,6 +55,8 @@ class Scenario:
     """Its latency divided by live's."""
     only_segment: bool = False
     """Whether it is like that for one person in ten, and like live for the others."""
+    uneven: float = 1.0
+    """Variance over people of what the candidate adds to the errors, whose mean is 1: 3 is mostly a few of them."""
     streams: int = 200
     shares: tuple[float, ...] = (0.05, 0.25, 0.5)
     """Steps before the last, at which nothing is left to compare with."""
@@ -84,6 +87,8 @@ SCENARIOS = (
     Scenario("1 point worse", USUAL, ERRORS + 0.01),
     Scenario("2 points worse", USUAL, ERRORS + 0.02),
     Scenario("5 points worse", USUAL, ERRORS + 0.05),
+    Scenario("5 points worse, 1, 5, 25 and 100 %", USUAL, ERRORS + 0.05, shares=(0.01, 0.05, 0.25)),
+    Scenario("5 points worse, mostly for a few people", USUAL, ERRORS + 0.05, uneven=3),
     Scenario("1.5 times as slow", USUAL, slower=1.5),
     Scenario("twice as slow", USUAL, slower=2.0),
     Scenario("fails one in 1,000 more", USUAL, ERRORS + 0.001),
@@ -115,7 +120,7 @@ class Streams:
         size = (count, PEOPLE)
         self.rates = random.gamma(1, PER_MINUTE, size)
         own = random.gamma(1 / 3, 3, size), random.gamma(1, 1, size)
-        added = random.gamma(1, 1, size)
+        added = random.gamma(1 / scenario.uneven, scenario.uneven, size)
         self.place = random.random(size)
         bad = np.arange(PEOPLE) < (SEGMENT if scenario.only_segment else 1) * PEOPLE
         failed = ERRORS * own[0] + np.where(bad, (scenario.errors - ERRORS) * added, 0)
@@ -244,7 +249,7 @@ def main() -> None:
     lines, began = [], time.process_time()
     for number, scenario in enumerate(SCENARIOS):
         chosen = replace(scenario, streams=min(scenario.streams, given.streams or scenario.streams))
-        lines.append(row(chosen, simulate(chosen, np.random.default_rng([2026, number]))))
+        lines.append(row(chosen, simulate(chosen, np.random.default_rng([2027, number]))))
         print(lines[-1], f"{time.process_time() - began:.0f} s", file=sys.stderr, flush=True)
     seconds = time.process_time() - began
     text = f"""## Decisions of rollouts, simulated

@@ -30,6 +30,8 @@ MOST_SEGMENTS = 8
 OTHERS = "(others)"
 LONGEST_SEGMENT = 64
 MOST_STEPS = 100
+FIELDS = ("request_id", "key_slot", "rollout", "arm", "latency_ms", "error", "fell_back", "inputs", "outputs")
+"""Of a row that is an object; what else a mapping may have, `add` says."""
 BIN = 1.02
 """Ratio of two neighboring latencies of the histogram: a quantile is known to 2 %."""
 LEAST_MS, BINS = 0.01, 1024
@@ -90,9 +92,7 @@ class Statistics:
         self.apart.update(other.apart)
         self._fix_thresholds()
 
-    def add(
-        self, rows: Iterable[Mapping[str, Any]], *, rollout: str, step: int, share: int, shadow: bool = False
-    ) -> None:
+    def add(self, rows: Iterable[Any], *, rollout: str, step: int, share: int, shadow: bool = False) -> None:
         """Counts observations, each of them once; whoever calls remembers what was counted.
 
         A row is compared when its arm is what the split says of its slot: a reader that stays with live does so for
@@ -102,7 +102,7 @@ class Statistics:
         the limit's name; a row with `labelled: true` brings only those.
 
         Args:
-            rows: As `observe` writes them; what is not as it should be is counted apart.
+            rows: As `observe` writes them, mappings or objects; what is not as it should be is counted apart.
             rollout: Its id; rows of others are not compared.
             step: Index of the step at which they were served; late ones may be given with that of their reading.
             share: Of that step, in hundredths of a percent.
@@ -222,10 +222,11 @@ class Statistics:
         found = self.sums.get(cell)
         return np.zeros((3, SLOTS)) if found is None else found
 
-    def _kept(self, rows: Iterable[Mapping[str, Any]], rollout: str, share: int, shadow: bool) -> list[Row]:
+    def _kept(self, rows: Iterable[Any], rollout: str, share: int, shadow: bool) -> list[Row]:
         """Rows that are compared, with values that are what they should be."""
         sound: list[Row] = []
-        for row in rows:
+        for given in rows:
+            row = given if isinstance(given, Mapping) else {name: getattr(given, name, None) for name in FIELDS}
             slot, latency = row.get("key_slot"), row.get("latency_ms")
             if row.get("rollout") != rollout:
                 self.apart["of another rollout, or of a reader that follows none"] += 1
@@ -235,7 +236,10 @@ class Statistics:
                 self.apart["malformed"] += 1
             else:
                 measured = _is_number(latency) and 0 <= latency < 1e12  # type: ignore[operator]
-                sound.append({**row, "latency_ms": float(latency) if measured else math.nan})  # type: ignore[arg-type]
+                # Who answered in the candidate's place is live, and whose failure it was the candidate.
+                arm = "candidate" if row.get("fell_back") and row["arm"] == "live" else row["arm"]
+                found = {"arm": arm, "latency_ms": float(latency) if measured else math.nan}  # type: ignore[arg-type]
+                sound.append({**row, **found})
         if shadow:
             kept = _pairs(sound)
             self._set_apart("in shadow, without the other answer", len(sound) - len(kept))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def rows(
     return found
 
 
-def counted(stop_if: StopIf, *parts: list[dict[str, Any]]) -> Statistics:
+def counted(stop_if: StopIf, *parts: Sequence[Any]) -> Statistics:
     statistics = Statistics(stop_if)
     for part in parts:
         statistics.add(part, rollout="r", step=0, share=SHARE)
@@ -268,8 +269,16 @@ def test_rows_that_cannot_be_compared_are_counted_apart() -> None:
 
 def test_a_request_that_fell_back_to_live_is_an_error_of_the_candidate() -> None:
     good = {"key_slot": 10, "rollout": "r", "arm": "candidate", "latency_ms": 3.0, "error": "", "fell_back": False}
-    statistics = counted(USUAL, [good, good | {"fell_back": True}, good | {"error": "ValueError"}])
-    assert statistics.arrays("errors")[0].sum((0, 2)).tolist() == [3, 2]
+    answered_by_live = good | {"arm": "live", "fell_back": True}
+    statistics = counted(USUAL, [good, good | {"fell_back": True}, answered_by_live, good | {"error": "ValueError"}])
+    assert statistics.arrays("errors")[0].sum((0, 2)).tolist() == [4, 3]
+    assert not statistics.apart
+
+
+def test_rows_may_be_objects() -> None:
+    part = rows(300)
+    objects = [SimpleNamespace(**row) for row in part]
+    assert counted(USUAL, part).document() == counted(USUAL, objects).document()
 
 
 def test_latencies_that_are_no_numbers_are_left_out_of_latency_alone() -> None:
