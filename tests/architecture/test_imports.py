@@ -63,6 +63,8 @@ ROOMS = {
         "data": {"identity", "job", "text", "release", "bucket"},
         "diff": {"bucket", "kind", "release", "text"},
         "made_of": {"job"},
+        # Numbers in, a verdict out.
+        "decision": {"text"},
         "lineage": {"diff", "job", "release", "made_of"},
         "run_folder": {"job", "cost", "environments", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
@@ -416,4 +418,4 @@ def test_the_picture_of_the_rooms_shows_what_the_rules_allow() -> None:
                     shown |= {room, other}
                     assert other in ROOMS[package][room], f"{package}: {room} --> {other} is drawn and not allowed"
         # Standing alone, or below everything, some are left out.
-        assert shown >= set(ROOMS[package]) - {"torchrun_controller", "lease"}
+        assert shown >= set(ROOMS[package]) - {"decision", "torchrun_controller", "lease"}
