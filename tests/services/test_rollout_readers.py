@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from shipreader.bucket import Bucket
+from shipreader.canary import Split
 from shipreader.errors import ReaderError, RefusedError
 from shipreader.reader import Reader
 from shipreader.records import Release
@@ -355,6 +356,25 @@ def test_a_move_does_not_wait_for_the_files_of_a_candidate(
         # All of it would have taken 2 s and more.
         assert time.monotonic() - started < 10
         assert tried.candidate.release not in kept(tmp_path)
+
+
+def test_both_releases_answer_in_one_process_until_the_channel_moves(tried: Tried, make_reader: MakeReader) -> None:
+    def load(release: Release) -> Callable[[str], bytes]:
+        return lambda name: (release.folder / name).read_bytes()
+
+    reader = make_reader(interval=0.02)
+    split = Split(reader, load)
+    old, new = (content(tried.folder / str(seed))["file2.bin"] for seed in range(2))
+    inside, outside = "user-3863", "user-7248"
+    with reader:
+        assert split.call(inside, "file2.bin").value == old
+        tried.roll_out()
+        until(lambda: split.call(inside, "file2.bin").value == new)
+        assert split.call(outside, "file2.bin").value == split.call(None, "file2.bin").value == old
+        # A move by any version ends it; that candidate is here already.
+        move(tried.store, tried.candidate)
+        until(lambda: split.call(outside, "file2.bin").value == new)
+        assert split.call(inside, "file2.bin").release.generation == 2
 
 
 def test_callbacks_are_handed_over_before_the_start_and_once(tried: Tried, make_reader: MakeReader) -> None:
