@@ -431,6 +431,9 @@ class Reader:
         if state == self._state and current is not None:
             return current
         self._state = state
+        if self._rollouts is not None:
+            # Another process of this folder saw the channel move.
+            self._rollouts.void_unless(pointer)
         try:
             manifest = self._releases.kept(pointer)
         except RefusedError as error:

@@ -27,7 +27,7 @@ from shipreader.records import (
 )
 from shipreader.releases import Releases
 from shipreader.retries import Failure
-from shipreader.split import SLOTS
+from shipreader.split import LONGEST_KEY, SLOTS
 
 ROLLOUT_BYTES = 64 * 2**10
 """A longer one is not read."""
@@ -123,7 +123,7 @@ def decode_rollout(encoded: bytes, model: str, channel: str) -> Rollout:
         rollout=text("rollout", "the id of a rollout"),
         state=text("state", " or ".join(STATES), STATES.__contains__),
         share=whole("share", 1, SLOTS),
-        key=text("key", "the name of a parameter"),
+        key=take("key", "the name of a parameter", _is_name_of_key),
         fallback_ms=whole("fallback_ms", 0, LONGEST_FALLBACK_MS),
         shadow=bool(take("shadow", "true or false", lambda value: isinstance(value, bool))),
         moved_at=text("moved_at", "a time"),
@@ -272,6 +272,10 @@ class Rollouts:
 
 def _is_of(candidate: Candidate, found: Rollout) -> bool:
     return (candidate.rollout, candidate.release.id) == (found.rollout, found.release)
+
+
+def _is_name_of_key(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_KEY and value.isprintable()
 
 
 def _extends(found: Rollout, pointer: Pointer) -> bool:

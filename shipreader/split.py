@@ -23,9 +23,11 @@ def slot_of(model: str, key: object) -> int | None:
     A key is a text of 1 to 1,024 bytes in UTF-8, as it stands: nothing is trimmed, folded or normalised. An integer is
     its decimal digits. Everything else is no key: None, a boolean, a fraction, half a surrogate pair.
     """
-    if isinstance(key, Integral) and not isinstance(key, bool) and int(key).bit_length() <= 4 * LONGEST_KEY:
+    if not isinstance(key, str):
+        if not isinstance(key, Integral) or isinstance(key, bool) or int(key).bit_length() > 4 * LONGEST_KEY:
+            return None
         key = str(int(key))
-    if not isinstance(key, str) or not 0 < len(key) <= LONGEST_KEY:
+    if not 0 < len(key) <= LONGEST_KEY:
         return None
     try:
         encoded = key.encode()

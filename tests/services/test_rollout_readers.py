@@ -175,6 +175,18 @@ def test_a_process_that_restarts_and_another_one_in_the_folder_take_the_candidat
     assert kept(tmp_path) == {tried.live.release, third.id}
 
 
+def test_a_move_that_another_process_of_the_folder_saw_ends_it_also_while_the_rollout_cannot_be_asked_for(
+    tried: Tried, make_reader: MakeReader, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    tried.roll_out()
+    reader = make_reader(rollouts=True)
+    assert trying(reader) is not None
+    move(tried.store, published(tried.store, tmp_path / "2", 2))
+    make_reader().pull()
+    proxy.add(Rule(DropRequest(), "GET", ROLLOUTS))
+    assert trying(reader) is None and reader.current is not None and reader.current.generation == 2
+
+
 def test_the_next_candidate_takes_the_place_of_the_one_before(
     tried: Tried, make_reader: MakeReader, tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ def test_what_a_reader_needs_is_read_and_what_it_does_not_know_is_not() -> None:
         ({"share": 0}, "share: expected"),
         ({"share": "5%"}, "share: expected"),
         ({"key": "a\x1b[2J"}, "key: expected the name of a parameter"),
-        ({"key": "k" * 1000}, "key: expected"),
+        ({"key": "k" * 1025}, "key: expected"),
         ({"fallback_ms": -1}, "fallback_ms: expected 0 to 3,600,000"),
         ({"fallback_ms": 1e300}, "fallback_ms: expected"),
         ({"shadow": 1}, "shadow: expected true or false, got 1"),
