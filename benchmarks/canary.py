@@ -105,9 +105,8 @@ def main() -> None:
             def ask(side: str, clients: int, seconds: float, servers: dict[str, Server] = servers) -> dict[str, float]:
                 url = f"{servers[side].url}/v2/models/mlp/infer"
                 argv = [sys.executable, "-c", ASK, url, str(clients), str(seconds), str(IN)]
-                process = servers[side]._process
-                assert process is not None
-                server = psutil.Process(process._process.pid)
+                port = str(servers[side].port)
+                (server,) = [process for process in psutil.Process().children() if port in process.cmdline()]
                 before = sum(server.cpu_times()[:2])
                 answer = dict(json.loads(subprocess.check_output(argv, text=True)))
                 return {**answer, "cpu": (sum(server.cpu_times()[:2]) - before) / answer["count"]}
