@@ -77,5 +77,10 @@ def serve(
             request = server.folder / "request.json"
             if write_sample_request(release, request):
                 typer.echo(f"  try      curl -s {server.url}/v2/models/{model}/infer -d @{shlex.quote(str(request))}")
-            server.keep(reader.note_fault, lambda: reader.status().ready(max_stale), reader.note_rollout_fault)
+            server.keep(
+                reader.note_fault,
+                lambda: reader.status().ready(max_stale),
+                reader.note_rollout_fault,
+                lambda: reader.candidate is not None,
+            )
             wait_for_signal(server.require_alive)

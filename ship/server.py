@@ -69,6 +69,7 @@ class Server:
     _tried_deadly: set[str] = field(default_factory=set)
     """Rollouts during which it ended: a crash takes requests along, so their candidates are not tried again."""
     _note_candidate: Callable[[str], None] = lambda problem: None
+    _is_tried: Callable[[], bool] = lambda: True
     _candidate_problem: str = ""
     """What was said of the candidate last."""
     _failure: ServiceError | None = None
@@ -202,6 +203,7 @@ class Server:
         note: Callable[[str], None],
         fresh: Callable[[], bool],
         note_candidate: Callable[[str], None] = lambda problem: None,
+        tried: Callable[[], bool] = lambda: True,
     ) -> None:
         """Watch the process in a thread from now on, and start it again when it ended or hangs.
 
@@ -209,8 +211,10 @@ class Server:
             note: told what is wrong, and an empty text when it serves again.
             fresh: whether what is served is known to be live; the process is told, and is ready only then.
             note_candidate: told why a candidate gets no requests, and an empty text when it does again.
+            tried: whether a rollout runs still; the process is told, and lets go of the candidate when none does: the
+                release that ended it may take long to come.
         """
-        self._note_candidate = note_candidate
+        self._note_candidate, self._is_tried = note_candidate, tried
         self._keeper = threading.Thread(target=self._keep, args=(note, fresh), name="ship-serve-keeper", daemon=True)
         self._keeper.start()
 
@@ -263,7 +267,7 @@ class Server:
             self._process.require_runs()
             if fresh is None:
                 return
-            reply = self._process.ask({"fresh": fresh()}, ANSWER_SECONDS)
+            reply = self._process.ask({"fresh": fresh(), "tried": self._is_tried()}, ANSWER_SECONDS)
             if self._trying:
                 self._say_of_candidate(reply["canary"])
             computing = reply["computing"]

@@ -5,7 +5,8 @@ with the last of them: nobody else can change what is served, and it does not ou
 
     {"model": "digits", "generation": 7, "artifact": "/…/model.onnx", "signature": {…}, "batch_size": 64}
     {"loaded": 7, "threads": "2 threads, which sleep when idle: …"}       or {"error": "…"}, and the one before stays
-    {"fresh": true}         every few seconds: whether what is served is known to be live, or readiness ends
+    {"fresh": true, "tried": true}      every few seconds: whether what is served is known to be live, or readiness
+                                        ends; whether a rollout runs still, or its candidate gets no more requests
     {"computing": 0.0, "canary": ""}    seconds for which it has computed what it computes now; what is wrong with
                                         the candidate
     {"candidate": {"model": {…}, "share": 500, …}}     what a rollout tries beside it from now on, or null
@@ -90,6 +91,8 @@ async def serve(model: str, port: int, limits: Limits) -> None:
         said = json.loads(line)
         if "fresh" in said:
             served.fresh = said["fresh"]
+            if not said["tried"]:
+                served.follow(None)
             working = served.model.seconds_at_work() if served.model is not None else 0.0
             print(json.dumps({"computing": working, "canary": served.said_of_canary}), file=answers)
             continue
