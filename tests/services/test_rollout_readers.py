@@ -13,7 +13,7 @@ import pytest
 
 from shipreader.bucket import Bucket
 from shipreader.canary import Split
-from shipreader.errors import ReaderError, RefusedError
+from shipreader.errors import RefusedError
 from shipreader.reader import Reader
 from shipreader.records import Release
 from shipreader.report import metrics, read_reports
@@ -387,10 +387,3 @@ def test_both_releases_answer_in_one_process_until_the_channel_moves(tried: Trie
         move(tried.store, tried.candidate)
         until(lambda: split.call(outside, "file2.bin").value == new)
         assert split.call(inside, "file2.bin").release.generation == 2
-
-
-def test_callbacks_are_handed_over_before_the_start_and_once(tried: Tried, make_reader: MakeReader) -> None:
-    reader = make_reader()
-    reader.hand_over(lambda _: None, lambda _: None)
-    with pytest.raises(ReaderError, match="without on_change and on_rollout"):
-        reader.hand_over(lambda _: None, lambda _: None)
