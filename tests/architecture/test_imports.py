@@ -130,6 +130,7 @@ ONLY_IN = {
 }
 STARTED_ALONE = {
     "shipreader/onnx_model.py",
+    "shipreader/inference_canary.py",
     "shipreader/inference_connections.py",
     "shipreader/inference_grpc.py",
     "shipreader/inference_http.py",
@@ -146,6 +147,7 @@ SERVERS = {
     "shipreader/onnx_model.py": {"mlserver", "numpy", "onnxruntime", "inference_tensors"},
     "shipreader/inference_tensors.py": {"numpy", "orjson"},
     "shipreader/inference_model.py": {"shipreader", "numpy", "onnxruntime"},
+    "shipreader/inference_canary.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_served.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_http.py": {"shipreader", "prometheus_client", "starlette"},
     "shipreader/inference_connections.py": {"shipreader", "uvicorn"},

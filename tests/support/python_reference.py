@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from shipreader import errors, reader, records
+from shipreader import canary, errors, reader, records, rollouts, split
 
 TITLE = """# Python
 
@@ -21,6 +21,9 @@ API = "train_and_ship.api"
 READERS = {
     "shipreader.reader": (reader.Reader, reader.Status),
     "shipreader.records": (records.Release,),
+    "shipreader.rollouts": (rollouts.Candidate,),
+    "shipreader.canary": (canary.Split, canary.Chosen, canary.Answer, canary.Shadow),
+    "shipreader.split": (split.slot_of,),
     "shipreader.errors": (errors.ReaderError, errors.NothingLiveError, errors.RefusedError, errors.UnavailableError),
 }
 
