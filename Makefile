@@ -91,6 +91,7 @@ bench: $(READY) up
 	$(BIN)/python benchmarks/observation.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/canary.py
 	$(BIN)/python benchmarks/rollback.py
 	$(BIN)/python benchmarks/no_change.py
 

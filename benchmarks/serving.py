@@ -27,7 +27,7 @@ from report import PAGE, machine, write
 from servers import KServe, MLServer
 
 from shipreader.records import Manifest, Release
-from train_and_ship.infra.processes import port_is_free
+from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.release.manifest import build_manifest
 from train_and_ship.ship.server import Server
@@ -62,10 +62,10 @@ print(json.dumps({"rate": len(times) / (time.perf_counter() - began), "p50": tim
 """
 
 
-def release(folder: Path) -> Release:
+def release(folder: Path, hidden: int = HIDDEN, seed: int = 0) -> Release:
     folder.mkdir()
-    generator = np.random.default_rng(0)
-    widths = [IN, HIDDEN, HIDDEN, OUT]
+    generator = np.random.default_rng(seed)
+    widths = [IN, hidden, hidden, OUT]
     weights = [generator.normal(0, a**-0.5, (a, b)).astype(np.float32) for a, b in itertools.pairwise(widths)]
     nodes, value = [], "x"
     for number in range(len(weights)):

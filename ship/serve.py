@@ -64,8 +64,10 @@ def serve(
         forwarder.start()
         # Also when it has become current: nobody here accepted what another process brought, or what lay there before.
         reader = make_reader(
-            settings, model, channel, folder, accept=server.load, on_change=server.load, interval=interval
-        )
+            settings, model, channel, folder,
+            accept=lambda release: (server.require_servable if release.rollout else server.load)(release),
+            on_change=server.load, on_rollout=server.try_candidate, interval=interval,
+        )  # fmt: skip
         with contextlib.closing(reader):
             try:
                 release = reader.start()
@@ -83,7 +85,12 @@ def serve(
             request = server.folder / "request.json"
             if write_sample_request(release, request):
                 typer.echo(f"  try      curl -s {server.url}/v2/models/{model}/infer -d @{shlex.quote(str(request))}")
-            server.keep(reader.note_fault, lambda: reader.status().ready(max_stale))
+            server.keep(
+                reader.note_fault,
+                lambda: reader.status().ready(max_stale),
+                reader.note_rollout_fault,
+                lambda: reader.candidate is not None,
+            )
             wait_for_signal(server.require_alive)
 
 

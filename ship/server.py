@@ -19,6 +19,7 @@ from shipreader.inference_limits import LOOPBACK, Limits
 from shipreader.kept import kept_by_job
 from shipreader.mlserver import BATCH_SIZE, require_datatypes, rows_together, served
 from shipreader.records import Release
+from shipreader.rollouts import Candidate
 from train_and_ship.infra.errors import ServiceError, SettingsError
 from train_and_ship.infra.ports import port_holder, port_is_free
 from train_and_ship.infra.processes import last_lines
@@ -64,6 +65,14 @@ class Server:
     """Whether the process that runs serves that."""
     _deadly: Counter[tuple[str, int]] = field(default_factory=Counter)
     """How often it ended when it was to load a release."""
+    _trying: str = ""
+    """The rollout whose candidate the process was told to try."""
+    _tried_deadly: set[str] = field(default_factory=set)
+    """Rollouts during which it ended: a crash takes requests along, so their candidates are not tried again."""
+    _note_candidate: Callable[[str], None] = lambda problem: None
+    _is_tried: Callable[[], bool] = lambda: True
+    _candidate_problem: str = ""
+    """What was said of the candidate last."""
     _failure: ServiceError | None = None
     _loading: threading.Lock = field(default_factory=threading.Lock)
     """One question to the process at a time, or one start of it."""
@@ -139,6 +148,38 @@ class Server:
             self._take(release, reply)
             self._failure = None
 
+    def try_candidate(self, candidate: Candidate | None) -> None:
+        """Have a part of the requests answered by a candidate, or all by what is live again.
+
+        It returns before the candidate is loaded; `keep` tells what is wrong with it. Raises ReaderError where the
+        process is not to load it: it ended with one of this rollout, or is being started again.
+        """
+        with self._loading:
+            if candidate is None:
+                self._say_of_candidate("")
+                if not self._trying:
+                    return
+            elif candidate.rollout in self._tried_deadly:
+                raise RefusedError(f"the server ended while it tried this candidate; its log is {self.log}")
+            elif not self._loaded:
+                raise ReaderError("the server is being started again")
+            self._trying = candidate.rollout if candidate is not None else ""
+            try:
+                self._ask({"candidate": self._candidate_document(candidate) if candidate is not None else None})
+            except GoneError as error:
+                raise ReaderError(f"the server is gone: {error}") from error
+
+    def _candidate_document(self, candidate: Candidate) -> dict[str, object]:
+        release = candidate.release
+        version = f"{release.generation}-{release.id}"
+        names = ("share", "key", "fallback_ms", "shadow", "rollout", "number")
+        said = {name: getattr(candidate, name) for name in names}
+        return {"model": {**self._document(release), "version": version}, **said}
+
+    def require_servable(self, release: Release) -> None:
+        """Raises ReaderError for a release that no server of this kind can load, as far as its manifest says."""
+        self._document(release)
+
     def _document(self, release: Release) -> dict[str, object]:
         signature = release.manifest.signature
         require_datatypes(signature)
@@ -156,17 +197,28 @@ class Server:
     def _take(self, release: Release, reply: dict[str, Any]) -> None:
         if "error" in reply:
             raise RefusedError(f"the server did not load it ({reply['error']}); its log is {self.log}")
-        self._release, self._loaded, self.threads = release, True, reply["threads"]
+        # It tries nothing beside a release that it has just loaded.
+        self._release, self._loaded, self.threads, self._trying = release, True, reply["threads"], ""
 
     # ---- whether it does
 
-    def keep(self, note: Callable[[str], None], fresh: Callable[[], bool]) -> None:
+    def keep(
+        self,
+        note: Callable[[str], None],
+        fresh: Callable[[], bool],
+        note_candidate: Callable[[str], None] = lambda problem: None,
+        tried: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Watch the process in a thread from now on, and start it again when it ended or hangs.
 
         Args:
             note: told what is wrong, and an empty text when it serves again.
             fresh: whether what is served is known to be live; the process is told, and is ready only then.
+            note_candidate: told why a candidate gets no requests, and an empty text when it does again.
+            tried: whether a rollout runs still; the process is told, and lets go of the candidate when none does: the
+                release that ended it may take long to come.
         """
+        self._note_candidate, self._is_tried = note_candidate, tried
         self._keeper = threading.Thread(target=self._keep, args=(note, fresh), name="ship-serve-keeper", daemon=True)
         self._keeper.start()
 
@@ -219,12 +271,20 @@ class Server:
             self._process.require_runs()
             if fresh is None:
                 return
-            computing = self._process.ask({"fresh": fresh()}, ANSWER_SECONDS)["computing"]
+            reply = self._process.ask({"fresh": fresh(), "tried": self._is_tried()}, ANSWER_SECONDS)
+            if self._trying:
+                self._say_of_candidate(reply["canary"])
+            computing = reply["computing"]
             if computing > self.limits.compute_seconds:
                 raise GoneError(f"it computes one batch for {computing:.0f} s already")
         except GoneError:
             self._let_go()
             raise
+
+    def _say_of_candidate(self, problem: str) -> None:
+        if problem != self._candidate_problem:
+            self._candidate_problem = problem
+            self._note_candidate(problem)
 
     def _brought_back(self) -> bool:
         """Start it with what it served; False when that was not needed any more. Raises what the last try raised."""
@@ -271,7 +331,11 @@ class Server:
 
     def _let_go(self) -> None:
         """Take away what is left of the process."""
-        process, self._process, self._loaded = self._process, None, False
+        if self._trying:
+            # It may have been that: what is live comes back without it.
+            self._tried_deadly.add(self._trying)
+            self._say_of_candidate("the server ended while it tried the candidate, and is started again without it")
+        process, self._process, self._loaded, self._trying = self._process, None, False, ""
         if process is not None:
             process.end()
 

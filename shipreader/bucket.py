@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,20 @@ class Bucket:
             raise RefusedError(f"{key}: expected at most {limit:,} bytes, got more")
         return content, str(reply["ETag"])
 
-    def download(self, key: str, path: Path, entry: FileEntry) -> None:
+    def download(self, key: str, path: Path, entry: FileEntry, interrupt: Callable[[], None] = lambda: None) -> None:
         """Write an object to the new file `path`, while it is no longer than the entry says.
 
-        A transfer that breaks off goes on from there. Raises RefusedError for more, fewer or other bytes.
+        A transfer that breaks off goes on from there.
+
+        Args:
+            key: of the object.
+            path: of the file; its folder exists.
+            entry: what it has to be.
+            interrupt: called for each piece; what it raises, other than UnavailableError, ends the transfer.
+
+        Raises:
+            RefusedError: more, fewer or other bytes.
+            UnavailableError: the store gives no usable answer.
         """
         digest, size, fruitless = hashlib.sha256(), 0, 0
         # x: a file or a link that is there already is an error, never followed.
@@ -100,6 +110,7 @@ class Bucket:
                 try:
                     # As stored: a content encoding is not undone, so nothing can unpack to more than it is.
                     for piece in self._pieces(key, size):
+                        interrupt()
                         size += len(piece)
                         if size > entry.bytes:
                             raise RefusedError(
@@ -168,6 +179,15 @@ class Bucket:
 
 class NotModifiedError(Exception):
     """The object still has the ETag that was asked about."""
+
+
+def is_forbidden(error: UnavailableError) -> bool:
+    """Whether the store refused an object, and not all that these credentials ask for: they had the pointer.
+
+    It will refuse it again, and the other files would be downloaded each time.
+    """
+    response = getattr(error.__cause__, "response", None)
+    return isinstance(response, dict) and response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 403
 
 
 def _forbids_to_all(error: Any) -> bool:

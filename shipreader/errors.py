@@ -3,6 +3,7 @@
 ReaderError
 ├── UnavailableError      the bucket did not answer, or did not let us in: the same call can succeed later
 │   └── NothingLiveError  it answered, and nothing is live on this channel
+├── StoppedError          a download was given up for something that cannot wait
 └── RefusedError          what the bucket holds is not to be used: altered, unsigned, too big, or older than ours
 """
 
@@ -27,6 +28,10 @@ class UnavailableError(ReaderError):
 
 class NothingLiveError(UnavailableError):
     """The channel has no pointer: it was never moved, or somebody deleted it."""
+
+
+class StoppedError(ReaderError):
+    """A candidate's files are not brought to the end now: the channel moved, or the reader is being closed."""
 
 
 class RefusedError(ReaderError):

@@ -22,6 +22,7 @@ from grpc._cython import cygrpc
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as services
 
+from shipreader.inference_canary import Canary
 from shipreader.inference_http import EXTENSIONS, NAME, VERSION
 from shipreader.inference_limits import LOOPBACK, Limits
 from shipreader.inference_model import Model
@@ -199,9 +200,10 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
         """Protocol."""
-        model = self._served.named(self._served.name)
-        item = messages.RepositoryIndexResponse.ModelIndex(name=model.name, version=model.version, state="READY")
-        return messages.RepositoryIndexResponse(models=[item])
+        self._served.named(self._served.name)
+        index = messages.RepositoryIndexResponse.ModelIndex
+        items = [index(name=model.name, version=model.version, state="READY") for model in self._served.models]
+        return messages.RepositoryIndexResponse(models=items)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
         """Protocol."""
@@ -223,21 +225,26 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
             except DecodeError:
                 raise RequestError("expected a ModelInferRequest, got other bytes") from None
             model = self._served.named(request.model_name, request.model_version)
-            with counted(model):
+            with counted(model) as request_of:
                 visit.enter()
-                asked = _asked(request, model)
+                asked = _asked(request, model, self._served.canary)
                 # Until the answer is taken, or nobody is there to take it.
                 kept = self._served.visit()
                 context.add_done_callback(lambda _: kept.end())
                 kept.hold(COPIES * sum(len(text) for said in asked.said.values() for text in said.values()))
-                with self._served.observing.request(model, asked) as seen:
-                    outputs = seen.outputs = await model.infer(asked.inputs, asked.outputs)
-                    model.signature.require_declared(asked.outputs, outputs, asked.sizes)
-                kept.hold(COPIES * sum(array.nbytes for array in outputs))
-                return _reply(asked, outputs, model).SerializeToString()
+
+                def render(model: Model, asked: Request, outputs: list[Any]) -> bytes:
+                    kept.hold(COPIES * sum(array.nbytes for array in outputs))
+                    encoded: bytes = _reply(asked, outputs, model).SerializeToString()
+                    return encoded
+
+                request_of.model, encoded = await self._served.answer(
+                    model, asked, render, version=request.model_version
+                )
+                return encoded
 
 
-def _asked(request: Any, model: Model) -> Request:
+def _asked(request: Any, model: Model, canary: Canary | None) -> Request:
     signature = model.signature
     signature.require_names([item.name for item in request.inputs])
     raw = request.raw_input_contents
@@ -262,7 +269,11 @@ def _asked(request: Any, model: Model) -> Request:
         for item in request.outputs
         if "labels" in item.parameters and item.parameters["labels"].bool_param
     }
-    return Request(called, inputs, outputs, sizes, frozenset(outputs if raw else ()), said)
+    parameters = {}
+    if canary is not None and (key := canary.document.key) in request.parameters:
+        value = request.parameters[key]
+        parameters[key] = getattr(value, value.WhichOneof("parameter_choice") or "", None)
+    return Request(called, inputs, outputs, sizes, frozenset(outputs if raw else ()), said, parameters)
 
 
 def _typed(tensor: Tensor, shape: list[int], item: Any) -> Any:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from shipreader.inference_limits import OWN_HOSTS, Limits
 from shipreader.inference_model import Model
 from shipreader.inference_served import Served, Visit, counted
-from shipreader.inference_tensors import MOST_JSON_BYTES, RequestError, answer, parse, too_long
+from shipreader.inference_tensors import MOST_JSON_BYTES, Request, RequestError, answer, parse, too_long
 
 NAME = "train-and-ship"
 VERSION = "1"
@@ -51,24 +51,23 @@ def application(served: Served) -> App:
         return _json({"name": model.name, "ready": served.ready}, 200 if served.ready else 503)
 
     async def index(request: HttpRequest) -> Response:
-        model = served.named(served.name)
-        return _json([{"name": model.name, "version": model.version, "state": "READY", "reason": ""}])
+        served.named(served.name)
+        return _json(
+            [{"name": model.name, "version": model.version, "state": "READY", "reason": ""} for model in served.models]
+        )
 
     async def change(request: HttpRequest) -> Response:
         raise RequestError("the channel decides what is served: move it (ship promote, ship rollback)", 403)
 
     async def infer(request: HttpRequest) -> Response:
-        model = model_of(request)
-        with counted(model), served.visit() as visit:
+        model, version = model_of(request), request.path_params.get("version", "")
+        with counted(model) as request_of, served.visit() as visit:
             served.require_room()
             length, most = _lengths(request, model)
             body = await _body(request, most, visit)
             visit.enter()
             asked = parse(body, length, model.signature)
-            with served.observing.request(model, asked) as seen:
-                outputs = seen.outputs = await model.infer(asked.inputs, asked.outputs)
-                model.signature.require_declared(asked.outputs, outputs, asked.sizes)
-            data, length = answer(asked, outputs, model.name, model.version)
+            request_of.model, (data, length) = await served.answer(model, asked, _rendered, version=version)
         if length is None:
             return _Taken(served, data, media_type="application/json")
         return _Taken(served, data, media_type="application/octet-stream", headers={JSON_LENGTH: str(length)})
@@ -88,6 +87,10 @@ def application(served: Served) -> App:
             Route(path, metadata),
         ]
     return from_own_hosts(_starlette(routes), served.limits)
+
+
+def _rendered(model: Model, asked: Request, outputs: list[Any]) -> tuple[bytes, int | None]:
+    return answer(asked, outputs, model.name, model.version)
 
 
 def watching(served: Served) -> App:

@@ -47,6 +47,8 @@ class ModelDocument:
     """The manifest's."""
     batch_size: int
     """At most so many rows are computed together; 1 for each request alone."""
+    version: str = ""
+    """In answers; empty for the generation."""
     release: str = ""
     """Its id."""
     observe: Mapping[str, Any] | None = None
@@ -65,7 +67,7 @@ class Model:
 
     def __init__(self, document: ModelDocument, *, spin: bool) -> None:
         """Raises onnxruntime's errors for a file that it cannot load."""
-        self.name, self.version = document.model, str(document.generation)
+        self.name, self.version = document.model, document.version or str(document.generation)
         self.generation, self.release = document.generation, document.release
         self.signature = Signature.of(document.signature)
         self._batch_size = document.batch_size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +13,11 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import Counter, Gauge, Summary
 
+from shipreader.inference_canary import Answer, Canary, CanaryDocument, Render, computed
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument, Spinning, choose_spinning
 from shipreader.inference_observed import Observing
-from shipreader.inference_tensors import RequestError
+from shipreader.inference_tensors import Request, RequestError
 
 # Names and labels that MLServer's users have on their dashboards.
 _SUCCESS = Counter("model_infer_request_success", "Requests that got an answer", ["model", "version"])
@@ -30,6 +33,11 @@ class Served:
         self.name, self.limits = name, limits
         self.model: Model | None = None
         self.observing = Observing(name)
+        self.canary: Canary | None = None
+        self.canary_words = ""
+        """Why a candidate that was wanted is not tried."""
+        self._wanted: CanaryDocument | None = None
+        self._loading: asyncio.Task[None] | None = None
         self.fresh = True
         """Whether who follows the channel says that this is what is live."""
         self._spinning: Spinning | None = None
@@ -39,13 +47,87 @@ class Served:
         _AT_ONCE.set_function(lambda: self.requests)
 
     def load(self, document: ModelDocument) -> str:
-        """In a thread: open it beside what is served, and then serve it; words about its threads."""
+        """In a thread: open it beside what is served, and then serve it; words about its threads.
+
+        A candidate that is tried beside another one gets no requests any more.
+        """
         if self._spinning is None:
             # Once: a release that follows does not wait for it.
             self._spinning = choose_spinning(document)
         self.model = Model(document, spin=self._spinning.spin)
         self.observing.use(document.observe)
         return self._spinning.words
+
+    def follow(self, wanted: CanaryDocument | None) -> None:
+        """In the event loop: try this candidate from now on, or none. One that is loaded already is not loaded again.
+
+        Loading it holds up nothing else; `canary_words` says why it cannot be had.
+        """
+        now, self._wanted, self.canary_words = self.canary, wanted, ""
+        self._end_canary()
+        if wanted is None:
+            return
+        if now is not None and now.live is self.model and now.document.model == wanted.model:
+            self._begin_canary(now.model, wanted)
+        elif self._loading is None:
+            self._loading = asyncio.get_running_loop().create_task(self._load_canary())
+
+    async def _load_canary(self) -> None:
+        while (wanted := self._wanted) is not None and self.canary is None and not self.canary_words:
+            assert self._spinning is not None
+            try:
+                model = await asyncio.to_thread(Model, wanted.model, spin=self._spinning.spin)
+                if (now := self._wanted) is not None and now.model == wanted.model:
+                    self._begin_canary(model, now)
+            except Exception as error:
+                if self._wanted is wanted:
+                    self.canary_words = f"the server cannot load the candidate: {type(error).__name__}: {error}"[:1000]
+                    logging.error("%s", self.canary_words)
+        self._loading = None
+
+    def _begin_canary(self, model: Model, wanted: CanaryDocument) -> None:
+        live = self.model
+        if live is None or live.generation != wanted.model.generation:
+            raise ValueError(f"expected one beside the generation that is served, got {wanted.model.generation}")
+        self.canary = Canary(live, model, wanted, self.visit, self.limits.compute_seconds, self.observing)
+        self._metadata.clear()
+        logging.info("version %s is tried on %g %% of %s", model.version, wanted.share / 100, wanted.key)
+
+    def _end_canary(self) -> None:
+        canary, self.canary = self.canary, None
+        if canary is not None:
+            canary.close()
+            self._metadata.clear()
+
+    async def answer(
+        self, model: Model, asked: Request, render: Render[Answer], *, version: str
+    ) -> tuple[Model, Answer]:
+        """Who answered, and what: the model, or the candidate that is tried beside it.
+
+        Args:
+            model: what `named` gave.
+            asked: what is asked of it.
+            render: makes the answer of the arrays that a model gives.
+            version: that was asked for; with one it is that, or none.
+
+        Raises:
+            RequestError: the model does not take it, or made more than declared.
+        """
+        canary = self.canary
+        if canary is None or version or model is not canary.live:
+            with self.observing.request(model, asked) as seen:
+                return model, await computed(model, asked, render, seen)
+        return await canary.answer(asked, render)
+
+    @property
+    def said_of_canary(self) -> str:
+        """Why a candidate gets no requests here; empty where it does, or there is none."""
+        return self.canary_words or (self.canary.words if self.canary is not None else "")
+
+    @property
+    def models(self) -> list[Model]:
+        """What is served, and the candidate that is tried beside it."""
+        return [model for model in (self.model, self.canary.model if self.canary else None) if model is not None]
 
     def named(self, name: str, version: str = "") -> Model:
         """Raises RequestError, 404, for another model or version than is served."""
@@ -54,6 +136,8 @@ class Served:
             raise RequestError("no release is loaded yet", 503)
         if name != model.name:
             raise RequestError(f"expected the model {model.name}, got {name}", 404)
+        if (canary := self.canary) is not None and version == canary.model.version:
+            return canary.model
         if version not in ("", model.version):
             raise RequestError(
                 f"expected version {model.version} of {name}, the channel's generation; got {version}", 404
@@ -70,7 +154,7 @@ class Served:
         """As the protocol has it."""
         return {
             "name": model.name,
-            "versions": [model.version],
+            "versions": [one.version for one in (self.models if model in self.models else [model])],
             "platform": "onnxruntime_onnx",
             "inputs": [tensor.metadata() for tensor in model.signature.inputs.values()],
             "outputs": [
@@ -136,14 +220,25 @@ class Visit:
         self._bytes, self._placed = 0, False
 
 
+class Counted:
+    """A request that is counted: to which model."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+
 @contextmanager
-def counted(model: Model) -> Iterator[None]:
-    """A request to this model, for Prometheus."""
+def counted(asked: Model) -> Iterator[Counted]:
+    """A request to this model, for Prometheus; who answered may be told instead."""
     began = time.perf_counter()
+    request = Counted(asked)
     try:
-        yield
+        yield request
     except BaseException:
-        _FAILURE.labels(model.name, model.version).inc()
+        _FAILURE.labels(asked.name, asked.version).inc()
         raise
+    model = request.model
     _SUCCESS.labels(model.name, model.version).inc()
     _SECONDS.labels(model.name, model.version).observe(time.perf_counter() - began)

@@ -5,8 +5,12 @@ with the last of them: nobody else can change what is served, and it does not ou
 
     {"model": "digits", "generation": 7, "artifact": "/…/model.onnx", "signature": {…}, "batch_size": 64}
     {"loaded": 7, "threads": "2 threads, which sleep when idle: …"}       or {"error": "…"}, and the one before stays
-    {"fresh": true}         every few seconds: whether what is served is known to be live, or readiness ends
-    {"computing": 0.0}      seconds for which it has computed what it computes now
+    {"fresh": true, "tried": true}      every few seconds: whether what is served is known to be live, or readiness
+                                        ends; whether a rollout runs still, or its candidate gets no more requests
+    {"computing": 0.0, "canary": ""}    seconds for which it has computed what it computes now; what is wrong with
+                                        the candidate
+    {"candidate": {"model": {…}, "share": 500, …}}     what a rollout tries beside it from now on, or null
+    {"candidate": "7-3f2a9c01d4e5b6a7c8d9"}            heard; loading it holds up nothing else
 
 The new release is loaded before requests go to it; those that are with the old one are answered by it. It imports
 uvicorn and uvloop, and what the files that it puts together import, from an environment of its own.
@@ -27,6 +31,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from shipreader.inference_canary import CanaryDocument
 from shipreader.inference_connections import bounded
 from shipreader.inference_grpc import grpc_server
 from shipreader.inference_http import application, watching
@@ -86,8 +91,15 @@ async def serve(model: str, port: int, limits: Limits) -> None:
         said = json.loads(line)
         if "fresh" in said:
             served.fresh = said["fresh"]
+            if not said["tried"]:
+                served.follow(None)
             working = served.model.seconds_at_work() if served.model is not None else 0.0
-            print(json.dumps({"computing": working}), file=answers)
+            print(json.dumps({"computing": working, "canary": served.said_of_canary}), file=answers)
+            continue
+        if "candidate" in said:
+            wanted = CanaryDocument.of(said["candidate"]) if said["candidate"] else None
+            served.follow(wanted)
+            print(json.dumps({"candidate": wanted.model.version if wanted else None}), file=answers)
             continue
         document = ModelDocument(**said)
         try:
@@ -96,6 +108,8 @@ async def serve(model: str, port: int, limits: Limits) -> None:
             logging.exception("generation %d", document.generation)
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
             continue
+        # Whatever was tried was tried beside another one.
+        served.follow(None)
         logging.info("generation %d; %s", document.generation, words)
         if not running:
             await rpc.start()

@@ -215,6 +215,8 @@ class Request:
     """Outputs to be answered as bytes."""
     said: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Output to what is asked to be said of it beside its numbers."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Of the request, as they came; over gRPC the one that a rollout goes by."""
 
 
 # ---- one tensor
@@ -395,7 +397,7 @@ def parse(body: bytes, json_length: int | None, signature: Signature) -> Request
         rest = rest[size:]
     if rest:
         raise RequestError(f"expected as many bytes behind the JSON as binary_data_size says; {len(rest)} are left")
-    return Request(called, inputs, outputs, sizes, binary, said)
+    return Request(called, inputs, outputs, sizes, binary, said, _parameters(document, "request"))
 
 
 def answer(

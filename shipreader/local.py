@@ -4,6 +4,7 @@
     <folder>/releases/<release>.sig.json    the signature that was checked, where one is required
     <folder>/current -> releases/<release>  what to serve; replaced by one rename
     <folder>/state.json                     the pointer that `current` follows, so that a restart goes on from there
+    <folder>/candidate.json                 which release a rollout tries beside it: it stays here too
 
 One process at a time changes it, under a lock that the kernel frees when the process dies.
 """
@@ -182,6 +183,29 @@ class LocalFolder:
         draft.symlink_to(target)
         draft.replace(current)
         sync(self.folder)
+
+    def note_candidate(self, release: str, generation: int) -> None:
+        """Keep a release that is tried beside what this generation has live.
+
+        It stays, also when its rollout is over, until another one is noted or the channel has moved twice: other
+        processes read it until they look.
+        """
+        if self._candidate() != (release, generation):
+            document = {"release": release, "generation": generation}
+            write_durably(self.folder / "candidate.json", json.dumps(document).encode())
+
+    def kept_candidate(self, generation: int) -> set[str]:
+        """The id of the candidate that stays here while this generation is live, or nothing."""
+        release, extended = self._candidate()
+        return {release} if release and generation <= extended + 1 else set()
+
+    def _candidate(self) -> tuple[str, int]:
+        try:
+            document = json.loads((self.folder / "candidate.json").read_bytes())
+            return str(document["release"]), int(document["generation"])
+        except (OSError, ValueError, TypeError, KeyError):
+            # Whichever it was, it can be brought again.
+            return "", 0
 
     def prune(self, keep: set[str]) -> None:
         """Delete every other release, and what dead readers left behind."""

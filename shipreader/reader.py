@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shipreader.bucket import Bucket, NotModifiedError, s3_client
-from shipreader.errors import NothingLiveError, ReaderError, RefusedError, UnavailableError
+from shipreader.bucket import Bucket, NotModifiedError, is_forbidden, s3_client
+from shipreader.errors import NothingLiveError, ReaderError, RefusedError, StoppedError, UnavailableError
 from shipreader.local import LocalFolder, State
 from shipreader.records import POINTER_BYTES, Manifest, Pointer, Release, decode_pointer, pointer_key
 from shipreader.releases import Releases
 from shipreader.report import Report, is_ready, stale_seconds
+from shipreader.retries import Failure
+from shipreader.rollouts import Candidate, Rollouts
 from shipreader.signatures import load_keys
-
-LONGEST_PAUSE_SECONDS = 300.0
-"""Between two downloads of a release that was refused, and two calls of `on_change` that failed with one; another move
-of the channel is tried at once."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +45,10 @@ class Status:
     """The channel's generation when it was last read; None before that."""
     checked_clock: float | None = None
     """`checked_at` on this machine's monotonic clock, which nobody sets."""
+    candidate: Candidate | None = None
+    """What is tried beside it: the last candidate with which `on_rollout` has succeeded; None while nothing is."""
+    rollout_problem: str = ""
+    """Why a rollout that runs is not followed; what is live is served all the same."""
 
     def stale_seconds(self) -> float | None:
         """For how long nobody has known whether what is served is live; None when that was never known."""
@@ -67,6 +69,10 @@ class Reader:
     A release becomes current only after its manifest and every file have the hashes that the pointer and the manifest
     say, the signature (where keys are given) holds, and `accept` did not object. Generations never go back: a rollback
     has a higher one. The current release and the one before stay on disk.
+
+    With `rollouts` or `on_rollout` it follows rollouts too, with one more conditional GET a look: a candidate is
+    brought beside what is live when it is verified in the same way, has the same inputs and outputs, and `accept` did
+    not object. Whatever is wrong with it, what is live is followed and served.
     """
 
     def __init__(
@@ -83,6 +89,8 @@ class Reader:
         max_bytes: int | None = None,
         accept: Callable[[Release], None] | None = None,
         on_change: Callable[[Release], None] | None = None,
+        on_rollout: Callable[[Candidate | None], None] | None = None,
+        rollouts: bool = False,
     ) -> None:
         """What to follow, and where it goes.
 
@@ -96,9 +104,14 @@ class Reader:
             interval: seconds between looks at the channel.
             jitter: the part of it that is random, 0 to 1.
             max_bytes: releases that take more, with 4 KiB for each file and folder, are refused; None: no limit.
-            accept: called with a verified release before it becomes current; whatever it raises keeps it out.
+            accept: called with a verified release before it becomes current, or a candidate (`release.rollout` says
+                which it is); whatever it raises keeps it out.
             on_change: called after a release became current, and again, ever more seldom, until it has succeeded with
                 it: the release before is what `status` says is served until then, and stays on disk.
+            on_rollout: called with the candidate when there is another one, or its share or how it is asked changed,
+                and with None when there is none any more; again, ever more seldom, until it has succeeded. Makes the
+                reader follow rollouts.
+            rollouts: follow them also without `on_rollout`, for who asks `candidate`.
 
         Raises:
             ReaderError: an interval, a jitter or a name that cannot be.
@@ -112,7 +125,8 @@ class Reader:
         self._local = LocalFolder(Path(folder))
         self._releases = Releases(self._bucket, self._local, keys, max_bytes)
         self._interval, self._jitter = interval, jitter
-        self._accept, self._on_change = accept, on_change
+        self._accept, self._on_change, self._on_rollout = accept, on_change, on_rollout
+        self._rollouts: Rollouts | None = None
         self._working, self._stopping = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._state: State | None = None
@@ -125,8 +139,14 @@ class Reader:
         self._look_problem = self._change_problem = self._fault = ""
         self._changing = threading.RLock()
         self._inside_change = False
-        self._refused: _Failure | None = None
-        self._failed: _Failure | None = None
+        self._refused: Failure | None = None
+        self._failed: Failure | None = None
+        self._tried: Candidate | None = None
+        self._rollout_failed: Failure | None = None
+        self._rollout_fault = self._rollout_said = ""
+        self._peeking, self._peeked = threading.Lock(), 0.0
+        if rollouts or on_rollout is not None:
+            self._follow_rollouts()
         self._report: Report | None = None
 
     # ---- what there is
@@ -136,11 +156,33 @@ class Reader:
         """The release to serve; None before the first one is here."""
         return self._current
 
+    @property
+    def candidate(self) -> Candidate | None:
+        """What is tried beside `current`; None while nothing is, or it cannot be had."""
+        return self._rollouts.candidate if self._rollouts is not None else None
+
     def status(self) -> Status:
         """What is served, and what is wrong."""
         problem = self._fault or self._look_problem or self._change_problem
         at, clock = self._checked or (None, None)
-        return Status(None if self._fault else self._served, at, problem, self._seen, clock)
+        served, tried = (self._served, self._tried if self.candidate else None) if not self._fault else (None, None)
+        return Status(served, at, problem, self._seen, clock, tried, self._rollout_problem())
+
+    def hand_over(self, on_change: Callable[[Release], None], on_rollout: Callable[[Candidate | None], None]) -> None:
+        """For who serves both releases (shipreader/canary.py): the callbacks of a reader that was given none.
+
+        Raises ReaderError for one that has callbacks already, or was started.
+        """
+        if self._on_change is not None or self._on_rollout is not None or self._current is not None:
+            raise ReaderError("expected a reader without on_change and on_rollout that was not started yet")
+        self._on_change, self._on_rollout = on_change, on_rollout
+        self._follow_rollouts()
+
+    def note_rollout_fault(self, problem: str) -> None:
+        """For who serves the candidate: why it gets no requests here any more, or an empty text when it does again."""
+        self._rollout_fault = problem
+        self._say_rollout()
+        self._say()
 
     def note_fault(self, problem: str) -> None:
         """For who serves what `on_change` was given: why it is not served any more, or an empty text when it is again.
@@ -158,6 +200,7 @@ class Reader:
         with self._working:
             release = self._observed(lambda: self._follow(None))
         self._announce()
+        self._look_at_rollout()
         return release
 
     # ---- in the background
@@ -211,7 +254,10 @@ class Reader:
 
     def _run(self) -> None:
         said = self.status().problem
-        while not self._stopping.wait(self._interval * random.uniform(1 - self._jitter, 1 + self._jitter)):
+        # The candidate is not waited for before anything is served.
+        pause = 0.0 if self._rollouts is not None else self._pause()
+        while not self._stopping.wait(pause):
+            pause = self._pause()
             try:
                 with self._working:
                     self._observed(lambda: self._follow(self._refused))
@@ -224,6 +270,8 @@ class Reader:
             # Also while the bucket is away: what is here may not be served yet.
             self._announce()
             self._say()
+            # Last: a candidate may take long to come, and nothing of it holds up what is live.
+            self._look_at_rollout(ask=not problem)
             problem = problem or self._change_problem
             # Each thing once: a bucket that is down for a night is one line.
             if problem != said:
@@ -233,6 +281,9 @@ class Reader:
                 else:
                     _log.warning("%s %s: following the channel again", self.model, self.channel)
             said = problem
+
+    def _pause(self) -> float:
+        return self._interval * random.uniform(1 - self._jitter, 1 + self._jitter)
 
     def _announce(self) -> None:
         """Give what is current to `on_change`, unless it has it already. Raises what that raises, but in our thread."""
@@ -252,7 +303,7 @@ class Reader:
                 if self._on_change is not None:
                     self._on_change(release)
             except (Exception, SystemExit) as error:
-                self._failed = _Failure.after(failed, release, error, self._interval)
+                self._failed = Failure.after(failed, release, error, self._interval)
                 self._change_problem = f"on_change failed for release {release.id}: {type(error).__name__}: {error}"
                 if not ours:
                     raise
@@ -265,6 +316,45 @@ class Reader:
             if not self._look_problem:
                 # Not now: what it did may have taken long.
                 self._checked = self._looked
+
+    def _announce_rollout(self) -> None:
+        """Give the candidate to `on_rollout`, unless it has it already. What that raises is said, and tried again."""
+        with self._changing:
+            candidate, failed = self.candidate, self._rollout_failed
+            # Beside a release that is not served yet nothing is tried.
+            if candidate is not None and self._current != self._served:
+                candidate = None
+            if candidate == self._tried or self._inside_change:
+                if candidate is None:
+                    self._rollout_failed = None
+            elif failed is None or not failed.rests(candidate):
+                self._inside_change = True
+                try:
+                    if self._on_rollout is not None:
+                        self._on_rollout(candidate)
+                    self._tried, self._rollout_failed = candidate, None
+                    said = f"{candidate}" if candidate is not None else "no candidate any more"
+                    _log.info("%s %s: %s", self.model, self.channel, said)
+                except (Exception, SystemExit) as error:
+                    self._tried = None
+                    self._rollout_failed = Failure.after(failed, candidate, error, self._interval)
+                finally:
+                    self._inside_change = False
+        self._say_rollout()
+
+    def _rollout_problem(self) -> str:
+        failed = self._rollout_failed
+        failure = f"on_rollout failed: {type(failed.error).__name__}: {failed.error}" if failed is not None else ""
+        return (self._rollouts.problem if self._rollouts is not None else "") or failure or self._rollout_fault
+
+    def _say_rollout(self) -> None:
+        """Each thing once, in the log."""
+        if self._rollouts is None:
+            return
+        said = self._rollout_problem() or self._rollouts.unseen
+        if said and said != self._rollout_said:
+            _log.warning("%s %s: the live release answers all: %s", self.model, self.channel, said)
+        self._rollout_said = said
 
     def _observed(self, follow: Callable[[], Release]) -> Release:
         """Call it and keep the status."""
@@ -294,7 +384,7 @@ class Reader:
 
     # ---- one look, under the lock
 
-    def _follow(self, refused: _Failure | None) -> Release:
+    def _follow(self, refused: Failure | None) -> Release:
         with self._local.locked(self._waits, self._stopped):
             held = self._held()
             known = self._state.etag if held is not None and self._state is not None else None
@@ -308,6 +398,9 @@ class Reader:
                 raise NothingLiveError(f"s3://{self._bucket.name}/{self._key}: nothing is live on {self.channel}")
             pointer, etag = decode_pointer(found[0], self.model, self.channel), found[1]
             self._seen, self._looked = pointer.generation, _now()
+            if self._rollouts is not None:
+                # Whoever moved the channel has ended it, whether or not that release can be had.
+                self._rollouts.void_unless(pointer)
             if refused is not None and refused.rests(etag):
                 raise refused.error
             try:
@@ -316,8 +409,8 @@ class Reader:
                 if self._accept is not None:
                     self._require_accepted(release)
             except (RefusedError, UnavailableError) as error:
-                if isinstance(error, RefusedError) or _forbidden(error):
-                    self._refused = _Failure.after(self._refused, etag, error, self._interval * 2)
+                if isinstance(error, RefusedError) or is_forbidden(error):
+                    self._refused = Failure.after(self._refused, etag, error, self._interval * 2)
                 raise
             self._refused = None
             return self._switch(release, State(self._bucket.name, pointer, etag, self._previous(pointer)))
@@ -338,6 +431,9 @@ class Reader:
         if state == self._state and current is not None:
             return current
         self._state = state
+        if self._rollouts is not None:
+            # Another process of this folder saw the channel move.
+            self._rollouts.void_unless(pointer)
         try:
             manifest = self._releases.kept(pointer)
         except RefusedError as error:
@@ -359,6 +455,51 @@ class Reader:
                 f"{self._local.folder} to follow it"
             )
 
+    def _follow_rollouts(self) -> None:
+        if self._rollouts is None:
+            self._rollouts = Rollouts(
+                self._bucket, self._local, self._releases, self.model, self.channel, self._interval * 2
+            )
+
+    def _look_at_rollout(self, *, ask: bool = True) -> None:
+        """Follow it and say so. Never raises. ask: whether the channel was read, and the rollout may be asked for."""
+        if self._rollouts is None:
+            return
+        try:
+            if ask:
+                with self._working, self._local.locked(stopped=self._stopped):
+                    self._ask_for_rollout(self._rollouts)
+        except (Exception, SystemExit) as error:
+            self._rollouts.problem = str(error) if isinstance(error, (ReaderError, OSError)) else repr(error)
+        self._announce_rollout()
+        self._say()
+
+    def _ask_for_rollout(self, rollouts: Rollouts) -> None:
+        live, served, state = self._current, self._served, self._state
+        # Another process may have moved the folder on meanwhile: the next look goes by that.
+        if live is None or state is None or self._local.state() != state:
+            return
+        stays = {name for name in (live.id, state.previous, served.id if served else None) if name is not None}
+        accept = self._require_accepted if self._accept is not None else _nothing
+        rollouts.look(state.pointer, live, stays, accept, self._interrupt)
+
+    def _interrupt(self) -> None:
+        """Raises StoppedError when a candidate that is being downloaded has to wait: from the threads that do that."""
+        with self._peeking:
+            if self._stopping.is_set() and self._thread is not None:
+                raise StoppedError("the reader is being closed")
+            if time.monotonic() < self._peeked + self._interval or self._state is None:
+                return
+            self._peeked = time.monotonic()
+            try:
+                self._bucket.changed(self._key, self._state.etag, POINTER_BYTES)
+            except NotModifiedError:
+                return
+            except ReaderError:
+                # Whatever it is, the next look says it.
+                return
+        raise StoppedError("the channel moved while the candidate was brought")
+
     def _require_accepted(self, release: Release) -> None:
         assert self._accept is not None
         try:
@@ -376,7 +517,8 @@ class Reader:
         self._local.switch(state)
         self._state = state
         served = self._served.id if self._served is not None else None
-        self._local.prune({name for name in (release.id, state.previous, served) if name is not None})
+        keep = {name for name in (release.id, state.previous, served) if name is not None}
+        self._local.prune(keep | self._local.kept_candidate(release.generation))
         return release
 
     def _release(self, manifest: Manifest, pointer: Pointer) -> Release:
@@ -384,38 +526,9 @@ class Reader:
         return Release(self.channel, pointer.generation, folder, manifest, pointer.moved_at)
 
 
-def _forbidden(error: UnavailableError) -> bool:
-    """Whether the store refused an object, and not all that these credentials ask for: they had the pointer.
-
-    It will refuse it again, and the other files would be downloaded each time.
-    """
-    response = getattr(error.__cause__, "response", None)
-    return isinstance(response, dict) and response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 403
+def _nothing(release: Release) -> None:
+    """Accept it."""
 
 
 def _now() -> tuple[float, float]:
     return time.time(), time.monotonic()
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Something that is tried again, ever more seldom."""
-
-    with_what: object
-    """The ETag of a pointer that led to something bad, or the release with which `on_change` failed."""
-    error: BaseException
-    pause: float
-    until: float
-    """On the monotonic clock: not tried again before."""
-
-    @staticmethod
-    def after(earlier: _Failure | None, with_what: object, error: BaseException, first: float) -> _Failure:
-        """first: seconds to the second try; twice as many to each that follows."""
-        if earlier is not None and earlier.with_what == with_what:
-            first = earlier.pause * 2
-        pause = min(LONGEST_PAUSE_SECONDS, first)
-        return _Failure(with_what, error, pause, time.monotonic() + pause)
-
-    def rests(self, with_what: object) -> bool:
-        """Whether it is too early to try this again."""
-        return self.with_what == with_what and time.monotonic() < self.until

@@ -128,11 +128,14 @@ class Release:
     """Its own folder, not the link `current`: it stays the same release while you read it."""
     manifest: Manifest
     moved_at: str
-    """When it went live. UTC, ISO 8601."""
+    """When it went live, or its rollout took the step at which it is. UTC, ISO 8601."""
+    rollout: str = ""
+    """Of a candidate: the rollout that tries it beside what this generation has live. Empty for what is live."""
 
     def __str__(self) -> str:
         """Which one it is, and where, on one line."""
-        return f"{self.model} {self.channel}: generation {self.generation}, release {self.id}, in {self.folder}"
+        what = "candidate" if self.rollout else "release"
+        return f"{self.model} {self.channel}: generation {self.generation}, {what} {self.id}, in {self.folder}"
 
     @property
     def model(self) -> str:
@@ -178,6 +181,12 @@ def pointer_key(model: str, channel: str) -> str:
     return f"models/{model}/channels/{channel}.json"
 
 
+def rollout_key(model: str, channel: str) -> str:
+    """Of the candidate that is tried beside what is live. Raises ReaderError as `pointer_key` does."""
+    pointer_key(model, channel)
+    return f"models/{model}/rollouts/{channel}.json"
+
+
 def release_prefix(model: str, release: str) -> str:
     """Where a release lies in the bucket; with the slash at its end."""
     return f"models/{model}/releases/{release}/"
@@ -186,7 +195,7 @@ def release_prefix(model: str, release: str) -> str:
 def decode_pointer(encoded: bytes, model: str, channel: str) -> Pointer:
     """Raises RefusedError unless it is the pointer of this model's channel."""
     key = pointer_key(model, channel)
-    document = _json_object(encoded, key)
+    document = json_object(encoded, key)
     values: dict[str, Any] = {name: document.get(name) for name in Pointer.__dataclass_fields__}
     generation = values.pop("generation")
     wrong = [name for name, value in values.items() if not isinstance(value, str)]
@@ -216,7 +225,7 @@ def decode_manifest(encoded: bytes, pointer: Pointer) -> Manifest:
     got = hashlib.sha256(encoded).hexdigest()
     if got != pointer.manifest_sha256:
         raise RefusedError(f"{key}: expected SHA-256 {pointer.manifest_sha256}, got {got}: altered after it went live")
-    document = _json_object(encoded, key)
+    document = json_object(encoded, key)
     try:
         files = {str(name): FileEntry(item["sha256"], item["bytes"]) for name, item in document["files"].items()}
         manifest = Manifest(
@@ -277,7 +286,7 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
             raise ValueError(f"format {kind[:80]!r}: expected a name and a file")
     for name, value in metrics.items():
         # Not a bool, which is a number to Python.
-        if not _is_word(name) or type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        if not is_word(name) or type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"metric {name[:80]!r}: expected a finite number")
     _require_shallow(signature)
     for side in ("inputs", "outputs"):
@@ -286,8 +295,8 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
             raise ValueError("inputs: expected at least one tensor, got none")
         for tensor in tensors:
             sizes = tensor["shape"]
-            sound = _is_word(tensor["name"]) and DTYPE.fullmatch(tensor["dtype"]) and isinstance(sizes, list)
-            if not sound or not all(_is_word(size) or _is_size(size) for size in sizes):
+            sound = is_word(tensor["name"]) and DTYPE.fullmatch(tensor["dtype"]) and isinstance(sizes, list)
+            if not sound or not all(is_word(size) or _is_size(size) for size in sizes):
                 raise ValueError(f"{side}: expected tensors with name, dtype and shape")
         if len({tensor["name"] for tensor in tensors}) != len(tensors):
             raise ValueError(f"{side}: expected one tensor of each name")
@@ -295,7 +304,7 @@ def require_description(formats: Any, signature: Any, metrics: Any) -> None:
         raise ValueError(f"dims: expected a list, got {type(dims).__name__}")
     for dim in dims:
         low, high = dim["min"], dim["max"]
-        if not _is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
+        if not is_word(dim["name"]) or not _is_size(low) or not (high is None or (_is_size(high) and low <= high)):
             raise ValueError("dims: expected name, min and max of each")
     if len({dim["name"] for dim in dims}) != len(dims):
         raise ValueError("dims: expected one range of each name")
@@ -328,7 +337,7 @@ def wrong_labels(labels: Any) -> str:
     for place, label in enumerate(labels):
         if not isinstance(label, str):
             return f"texts, and number {place} is {str(label)[:80]}, which YAML reads as text in quotes only"
-        if not _is_word(label) or len(label.encode()) > LABEL_BYTES:
+        if not is_word(label) or len(label.encode()) > LABEL_BYTES:
             return f"printable texts of 1 to {LABEL_BYTES} bytes in UTF-8, and number {place} is {label[:80]!r}"
         if label in seen:
             return f"each text once, and number {place} is {label[:80]!r} again"
@@ -363,7 +372,8 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_FILE
 
 
-def _is_word(value: Any) -> bool:
+def is_word(value: Any) -> bool:
+    """Whether it is a short text without signs that steer a terminal."""
     return isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and value.isprintable()
 
 
@@ -462,7 +472,8 @@ def values_in(encoded: bytes) -> int:
     return sum(map(encoded.count, (b",", b"[", b"{")))
 
 
-def _json_object(encoded: bytes, key: str) -> dict[str, Any]:
+def json_object(encoded: bytes, key: str) -> dict[str, Any]:
+    """A document of this reader's format. Raises RefusedError for anything else. key: where it lies."""
     try:
         require_sparse(encoded)
         document = json.loads(encoded)

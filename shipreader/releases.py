@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +63,18 @@ class Releases:
             require_signed_by_any(path.read_bytes(), _signed(manifest), self._keys, str(path))
         return manifest
 
-    def bring(self, pointer: Pointer) -> Manifest:
+    def bring(
+        self,
+        pointer: Pointer,
+        require: Callable[[Manifest], None] = lambda manifest: None,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> Manifest:
         """The release that a pointer names, downloaded unless it is here.
+
+        Args:
+            pointer: it names the release and its manifest.
+            require: called before any file is asked for; what it raises keeps the release out.
+            interrupt: called again and again while files come; what it raises ends that.
 
         Raises:
             RefusedError: it is not what the pointer, its manifest or a signature says, or larger than allowed.
@@ -74,8 +84,9 @@ class Releases:
         prefix = release_prefix(pointer.model, pointer.release)
         encoded = self._bucket.small(prefix + MANIFEST, MANIFEST_BYTES)
         if encoded is None:
-            raise RefusedError(f"{prefix}{MANIFEST}: expected the manifest of the live release, got none")
+            raise RefusedError(f"{prefix}{MANIFEST}: expected the manifest of a release, got none")
         manifest = decode_manifest(encoded, pointer)
+        require(manifest)
         if self._keys:
             # Before any file is asked for.
             write_durably(self._local.signature(pointer.release), self._signature(manifest, prefix))
@@ -84,14 +95,16 @@ class Releases:
         try:
             self._local.verified(pointer)
         except RefusedError:
-            self._local.add(manifest, lambda draft, files: self._download(prefix, draft, files))
+            self._local.add(manifest, lambda draft, files: self._download(prefix, draft, files, interrupt))
         return manifest
 
-    def _download(self, prefix: str, draft: Path, files: Mapping[str, FileEntry]) -> None:
+    def _download(
+        self, prefix: str, draft: Path, files: Mapping[str, FileEntry], interrupt: Callable[[], None]
+    ) -> None:
         pool = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="shipreader")
         try:
             jobs = [
-                pool.submit(self._bucket.download, prefix + name, draft / name, entry)
+                pool.submit(self._bucket.download, prefix + name, draft / name, entry, interrupt)
                 for name, entry in sorted(files.items(), key=lambda item: -item[1].bytes)
             ]
             done, _ = wait(jobs, return_when=FIRST_EXCEPTION)

@@ -74,7 +74,17 @@ def described(model: str, channel: str, status: Status) -> dict[str, Any]:
         "seen": status.seen,
         "checked_at": status.checked_at,
         "problem": status.problem,
+        **_candidate(status),
     }
+
+
+def _candidate(status: Status) -> dict[str, Any]:
+    """What a rollout tries, where there is one, or why it is not tried here."""
+    tried, said = status.candidate, dict[str, Any]()
+    if tried is not None:
+        said = {"candidate": tried.release.id, "share": tried.share / 10_000, "shadow": tried.shadow}
+        said["rollout"] = tried.rollout
+    return {**said, **({"rollout_problem": status.rollout_problem} if status.rollout_problem else {})}
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
@@ -131,11 +141,15 @@ def metrics(model: str, channel: str, status: Status, max_stale: float | None = 
     values: list[tuple[str, str, str, float]] = [
         ("ready", "Whether requests may come.", "", int(status.ready(max_stale))),
         ("problem", "Whether what is live is not served, or could not be looked for.", "", int(bool(status.problem))),
+        ("rollout_problem", "Whether a rollout is not followed.", "", int(bool(status.rollout_problem))),
     ]
     if status.release is not None:
         values.append(("generation", "Of the channel.", ',what="served"', status.release.generation))
     if status.seen is not None:
         values.append(("generation", "Of the channel.", ',what="seen"', status.seen))
+    if (tried := status.candidate) is not None:
+        what = f',release="{tried.release.id}",shadow="{str(tried.shadow).lower()}"'
+        values.append(("candidate_share", "Of requests, by their key.", what, tried.share / 10_000))
     # A number also when it never was: an alert on a value that is not there stays silent.
     unknown = float("inf") if stale is None else stale
     values.append(("seconds_since_check", "Since what is served was last known to be live.", "", unknown))

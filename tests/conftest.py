@@ -75,7 +75,8 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seed = config.getoption("--shuffle")
-    items.sort(key=longest_first() if seed is None else shuffled(seed))
+    soak = config.option.markexpr == "soak"
+    items.sort(key=longest_first(soak) if seed is None else shuffled(seed))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

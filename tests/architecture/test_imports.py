@@ -65,6 +65,8 @@ ROOMS = {
         "observations": {"identity"},
         "diff": {"bucket", "kind", "release", "text"},
         "made_of": {"job"},
+        # Numbers in, a verdict out.
+        "decision": {"text"},
         "lineage": {"diff", "job", "release", "made_of"},
         "run_folder": {"job", "cost", "environments", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
@@ -107,8 +109,11 @@ ROOMS = {
 }
 """Package to room (a folder, or a file that stands beside the folders) to the rooms that it may import."""
 ONLY_IN = {
-    # The last is Prefect's own server.
-    "prefect": ["flows/", "tasks/", "ship/prefect_plugin.py", "infra/doors/prefect_server.py"],
+    # The last two are Prefect's own server and worker.
+    "prefect": [
+        *("flows/", "tasks/", "ship/prefect_plugin.py"),
+        *("infra/doors/prefect_server.py", "infra/doors/worker.py"),
+    ],
     "mlflow": ["registry/tracking/", "infra/doors/mlflow_server.py"],
     "boto3": ["infra/s3.py", "shipreader/bucket.py"],
     "botocore": ["infra/s3.py", "shipreader/bucket.py"],
@@ -129,6 +134,7 @@ ONLY_IN = {
 }
 STARTED_ALONE = {
     "shipreader/onnx_model.py",
+    "shipreader/inference_canary.py",
     "shipreader/inference_connections.py",
     "shipreader/inference_grpc.py",
     "shipreader/inference_http.py",
@@ -145,6 +151,7 @@ SERVERS = {
     "shipreader/onnx_model.py": {"mlserver", "numpy", "onnxruntime", "inference_tensors"},
     "shipreader/inference_tensors.py": {"numpy", "orjson"},
     "shipreader/inference_model.py": {"shipreader", "numpy", "onnxruntime"},
+    "shipreader/inference_canary.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_served.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_http.py": {"shipreader", "prometheus_client", "starlette"},
     "shipreader/inference_connections.py": {"shipreader", "uvicorn"},
@@ -419,4 +426,4 @@ def test_the_picture_of_the_rooms_shows_what_the_rules_allow() -> None:
                     shown |= {room, other}
                     assert other in ROOMS[package][room], f"{package}: {room} --> {other} is drawn and not allowed"
         # Standing alone, or below everything, some are left out.
-        assert shown >= set(ROOMS[package]) - {"torchrun_controller", "lease"}
+        assert shown >= set(ROOMS[package]) - {"decision", "torchrun_controller", "lease"}

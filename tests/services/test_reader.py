@@ -181,9 +181,9 @@ def test_a_file_that_is_longer_than_the_manifest_says_is_not_downloaded_to_its_e
     written: list[int] = []
 
     class Watched(Releases):
-        def _download(self, prefix: str, draft: Path, files: Any) -> None:
+        def _download(self, prefix: str, draft: Path, *rest: Any) -> None:
             try:
-                super()._download(prefix, draft, files)
+                super()._download(prefix, draft, *rest)
             finally:
                 written.append((draft / "file0.bin").stat().st_size)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import pytest
 from shipreader.bucket import Bucket
 from shipreader.reader import Reader
 from shipreader.report import read_reports
+from shipreader.split import slot_of
 from tests.support.inference_traffic import Traffic, request_body
 from tests.support.onnx_releases import SIGNATURE, kinds_release, onnx_release
 from tests.support.ports import free_ports
 from tests.support.processes import PATIENCE, eventually
 from tests.support.releases import move, published
+from tests.support.rollout_objects import roll_out
 from tests.support.tool_environments import tool_python
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.objectstore import ObjectStore
@@ -343,6 +346,89 @@ def test_the_server_ends_with_the_command_even_when_that_is_killed(
             break
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+# Both of Triton's stock clients, with the key as a parameter of the request: (version, factor) of each.
+KEYED = """
+import json, sys
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+
+port, found = int(sys.argv[1]), []
+for library, at in ((tritonclient.http, port), (tritonclient.grpc, port + 1)):
+    client = library.InferenceServerClient(f"127.0.0.1:{at}")
+    for key in ("user-3863", "user-7248", 42, None):
+        inputs = [library.InferInput("x", (1, 4), "FP32")]
+        inputs[0].set_data_from_numpy(np.ones((1, 4), np.float32))
+        answer = client.infer("digits", inputs, parameters={"user_id": key} if key is not None else None)
+        reply = answer.get_response()
+        version = reply["model_version"] if library is tritonclient.http else reply.model_version
+        found.append([version, float(answer.as_numpy("y")[0, 0])])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.soak
+def test_no_request_fails_while_a_candidate_raises_and_the_same_person_gets_the_same_release(
+    object_store: ObjectStore, serve: Serve, tmp_path: Path
+) -> None:
+    python = tool_python("nvidia-pytriton==0.7.0", "onnxruntime==1.31.1", "numpy==1.26.4")
+    (old,) = publish_factors(object_store, tmp_path, 2.0)
+    # It raises for three of four.
+    new = onnx_release(tmp_path / "new", 3.0, breaks_at=2)
+    publish(object_store, tmp_path / "new", new)
+    pointer = move(object_store, old)
+    url = serve()
+    port = httpx.URL(url).port
+    roll_out(object_store, pointer, new)
+    candidate, client = f"1-{new.release}", httpx.Client(trust_env=False, timeout=30)
+
+    def until_tried(share: float) -> None:
+        deadline = time.monotonic() + PATIENCE
+        wanted = f'model_rollout_share{{model="digits",version="{candidate}"}} {share}'
+        while wanted not in client.get(f"http://127.0.0.1:{port + 2}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    until_tried(0.05)
+    done = subprocess.run([python, "-c", KEYED, str(port)], capture_output=True, text=True)  # type: ignore[list-item]
+    assert done.returncode == 0, done.stderr
+    each = [[candidate, 3.0], ["1", 2.0], ["1", 2.0], ["1", 2.0]]
+    assert json.loads(done.stdout) == each * 2
+
+    def ask(number: int) -> tuple[str, float, str]:
+        key, value = f"user-{number % 50}", 1.0 + number % 4
+        answer = client.post(f"{url}/infer", json=request_body(value, user_id=key))
+        assert answer.status_code == 200, answer.text
+        document = answer.json()
+        return key, document["outputs"][0]["data"][0] / value, document["model_version"]
+
+    roll_out(object_store, pointer, new, number=2, share=2500)
+    until_tried(0.25)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(200)))
+    for number, (key, factor, version) in enumerate(found):
+        slot = slot_of("digits", key)
+        assert slot is not None
+        expected = (3.0, candidate) if slot < 2500 and number % 4 == 0 else (2.0, "1")
+        assert (factor, version) == expected
+    inside = sum((slot_of("digits", key) or 0) < 2500 for key, _, _ in found)
+    fell_back = inside - sum(factor == 3.0 for _, factor, _ in found)
+    text = httpx.get(f"http://127.0.0.1:{port + 2}/metrics").text
+    assert f'model_rollout_fallback_total{{model="digits",version="{candidate}"}} {float(fell_back)}' in text
+    assert 0 < fell_back <= 50 and 'arm="live"' in text and 'arm="candidate"' in text
+    # Other processes on the machine are told what is tried.
+    (said,) = read_reports(tmp_path / "served")
+    assert (said["release"], said["candidate"], said["share"]) == (old.release, new.release, 0.25)
+    # Whoever moves the channel ends it.
+    (third,) = publish_factors(object_store, tmp_path, 5.0)
+    move(object_store, third)
+    deadline = time.monotonic() + PATIENCE
+    while ask(0)[1] != 5.0:
+        assert time.monotonic() < deadline
+    assert httpx.get(url).json()["versions"] == ["2"]
+    assert httpx.post(f"{url}/versions/{candidate}/infer", json=request_body(1.0)).status_code == 404
 
 
 @pytest.mark.soak

@@ -73,6 +73,7 @@ rgw data = {folder}/rgw
 ms mon client mode = crc
 rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw thread pool size = 64
+rgw multipart min part size = 65536
 rgw gc obj min wait = 5
 rgw gc processor period = 5
 rgw gc processor max time = 5

@@ -14,9 +14,10 @@ from tests.support.onnx_releases import WIDTH
 from tests.support.processes import PATIENCE
 
 
-def request_body(value: float, rows: int = 1) -> dict[str, Any]:
+def request_body(value: float, rows: int = 1, **parameters: Any) -> dict[str, Any]:
     data = [value] * (rows * WIDTH)
-    return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, WIDTH], "data": data}]}
+    body: dict[str, Any] = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [rows, WIDTH], "data": data}]}
+    return {**body, "parameters": parameters} if parameters else body
 
 
 @dataclass

@@ -29,6 +29,7 @@ FOLDERS = {
     "registry/channels": "What is live, what was, and how it moves.",
     "registry/tracking": "MLflow: the only room that imports it.",
     "registry/data": "Checks, drift and snapshots of data.",
+    "registry/decision": "What decides a rollout: rows in, a verdict out.",
     "registry/report": "Pages, charts and their sections.",
     "registry/serving": "Copies of a release in the layouts of other servers.",
     "registry/maintenance": "What `ship doctor` and `ship gc` do.",

@@ -17,12 +17,22 @@ SIGNATURE = {
 }
 
 
-def onnx_release(folder: Path, factor: float, model: str = "digits") -> Manifest:
-    """A release in a new folder."""
+def onnx_release(folder: Path, factor: float, model: str = "digits", breaks_at: int | None = None) -> Manifest:
+    """A release in a new folder. breaks_at: it raises where the largest value of `x` is this or more."""
     folder.mkdir(parents=True)
-    weight = numpy_helper.from_array(np.eye(WIDTH, dtype=np.float32) * factor, "weight")
+    tensors = [numpy_helper.from_array(np.eye(WIDTH, dtype=np.float32) * factor, "weight")]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", WIDTH]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "weight"], ["y"])], model, [x], [y], [weight])
+    nodes = [helper.make_node("MatMul", ["x", "weight"], ["y"])]
+    if breaks_at is not None:
+        tensors.append(numpy_helper.from_array(np.zeros(breaks_at, np.float32), "table"))
+        nodes = [
+            helper.make_node("MatMul", ["x", "weight"], ["scaled"]),
+            helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            helper.make_node("Cast", ["most"], ["place"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["table", "place"], ["zero"]),
+            helper.make_node("Add", ["scaled", "zero"], ["y"]),
+        ]
+    graph = helper.make_graph(nodes, model, [x], [y], tensors)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(proto, full_check=True)
     (folder / "model.onnx").write_bytes(proto.SerializeToString())

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from shipreader import errors, observations, reader, records
+from shipreader import canary, errors, observations, reader, records, rollouts, split
 
 TITLE = """# Python
 
@@ -22,6 +22,9 @@ READERS = {
     "shipreader.reader": (reader.Reader, reader.Status),
     "shipreader.observations": (observations.Observer, observations.Observed),
     "shipreader.records": (records.Release,),
+    "shipreader.rollouts": (rollouts.Candidate,),
+    "shipreader.canary": (canary.Split, canary.Chosen, canary.Answer, canary.Shadow),
+    "shipreader.split": (split.slot_of,),
     "shipreader.errors": (errors.ReaderError, errors.NothingLiveError, errors.RefusedError, errors.UnavailableError),
 }
 

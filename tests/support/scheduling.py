@@ -15,6 +15,7 @@ from xdist.workermanage import WorkerController
 from tests.support.projects import REPOSITORY
 
 TABLE = REPOSITORY / "docs" / "testing.md"
+SOAK_TABLE = "## Soak by file"
 TOGETHER = {
     "one machine": ("distributed/test_several_hosts.py", "distributed/test_slurm.py"),
     "one run of digits": ("flows/test_digits.py", "flows/test_pulling.py", "docs/test_readme.py"),
@@ -41,9 +42,12 @@ EACH_STORE = re.compile(r"\[(ministack|rgw)\b")
 """In the id of a test that runs against both stores (`each_store_url`)."""
 
 
-def longest_first() -> Callable[[pytest.Item], float]:
-    """A key to sort tests by: files that took long when docs/testing.md was written come first."""
-    seconds = known_seconds()
+def longest_first(soak: bool = False) -> Callable[[pytest.Item], float]:
+    """A key to sort tests by: files that took long when docs/testing.md was written come first.
+
+    soak: whether `make soak` is asked for, which has a table of its own.
+    """
+    seconds = known_seconds(soak)
 
     def key(item: pytest.Item) -> float:
         return -seconds[_scope(item.nodeid.partition("::")[0].removeprefix("tests/"))]
@@ -51,12 +55,13 @@ def longest_first() -> Callable[[pytest.Item], float]:
     return key
 
 
-def known_seconds() -> Counter[str]:
-    """By file, or by files that stay together: how long they took when docs/testing.md was written."""
-    rows = re.findall(r"^\| (\S+/test_\w+\.py) \| \d+ \| (\d+) \|", TABLE.read_text(), re.MULTILINE)
+def known_seconds(soak: bool) -> Counter[str]:
+    """By file, or by what stays together: how long it took when docs/testing.md was written."""
+    of_test, _, of_soak = TABLE.read_text().partition(SOAK_TABLE)
+    rows = re.findall(r"^\| (\S+/test_\w+\.py) \| (\d+) \| (\d+) \|", of_soak if soak else of_test, re.MULTILINE)
     seconds: Counter[str] = Counter()
-    for file, value in rows:
-        seconds[_scope(file)] += int(value)
+    for file, tests, value in rows:
+        seconds[_scope(file)] += int(value) // (int(tests) if file in BY_TEST else 1)
     return seconds
 
 
@@ -108,15 +113,17 @@ class ByFile(LoadScopeScheduling):
             super()._reschedule(node)
 
     def _has_stack(self, node: WorkerController) -> bool:
-        soak = self.config.option.markexpr == "soak"
-        return node.gateway.id in (WITH_STACK_IN_SOAK if soak else WITH_STACK)
+        return node.gateway.id in (WITH_STACK_IN_SOAK if self._is_soak() else WITH_STACK)
+
+    def _is_soak(self) -> bool:
+        return bool(self.config.option.markexpr == "soak")
 
     def _is_worth(self, node: WorkerController) -> bool:
         """Whether what is left needs no stack, or enough of it does that the process may start one."""
         if not all(_any_needs_stack(tests) for tests in self.workqueue.values()):
             return True
         began = any(_any_needs_stack(tests) for tests in self.assigned_work[node].values())
-        seconds = known_seconds()
+        seconds = known_seconds(self._is_soak())
         return began or sum(seconds[scope] or UNKNOWN_SECONDS for scope in self.workqueue) >= WORTH_A_STACK
 
     def _split_scope(self, nodeid: str) -> str:

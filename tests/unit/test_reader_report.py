@@ -97,6 +97,7 @@ def test_prometheus_gets_the_generation_served_and_seen_and_how_old_that_is() ->
     assert values == {
         f"shipreader_ready{{{labels}}}": "0",
         f"shipreader_problem{{{labels}}}": "1",
+        f"shipreader_rollout_problem{{{labels}}}": "0",
         f'shipreader_generation{{{labels},what="served"}}': "7",
         f'shipreader_generation{{{labels},what="seen"}}': "8",
     }

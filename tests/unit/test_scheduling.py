@@ -41,6 +41,22 @@ def test_files_that_took_long_come_first_and_those_of_one_machine_count_as_one(
     ]  # fmt: skip
 
 
+def test_soak_has_a_table_of_its_own_and_files_that_are_divided_count_by_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "testing.md"
+    rows = {"services/test_chaos.py": 90, "unit/test_long.py": 80, "unit/test_short.py": 10}
+    lines = "".join(f"| {file} | 3 | {seconds} |\n" for file, seconds in rows.items())
+    table.write_text(f"| unit/test_short.py | 3 | 99 | 5 |\n{scheduling.SOAK_TABLE}\n{lines}")
+    monkeypatch.setattr(scheduling, "TABLE", table)
+    items = [Item(f"tests/{file}::test_one") for file in rows]
+    soak = ids(sorted(items, key=scheduling.longest_first(soak=True)))  # type: ignore[arg-type]
+    assert [name.rpartition("/")[2] for name in soak] == [
+        "test_long.py::test_one", "test_chaos.py::test_one", "test_short.py::test_one",
+    ]  # fmt: skip
+    assert "test_short" in ids(sorted(items, key=scheduling.longest_first()))[0]  # type: ignore[arg-type]
+
+
 def test_a_drawn_order_keeps_files_together_and_tests_in_order_that_say_so() -> None:
     files = ("a", "b", "c", "d")
     items = [

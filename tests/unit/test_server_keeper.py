@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from shipreader.errors import RefusedError
+from shipreader.errors import ReaderError, RefusedError
 from shipreader.inference_limits import Limits
 from shipreader.records import FileEntry, Manifest, Release
+from shipreader.rollouts import Candidate
 from tests.support.onnx_releases import SIGNATURE
 from tests.support.processes import PATIENCE
 from train_and_ship.infra.errors import ServiceError
@@ -41,12 +43,19 @@ for line in sys.stdin:
     wanted = mode.read_text() if mode.exists() else ""
     if "fresh" in said:
         Path("fresh").write_text(str(said["fresh"]))
+        Path("tried").write_text(str(said["tried"]))
         if wanted == "hangs":
             mode.unlink()
             time.sleep(600)
         if wanted == "computes":
             mode.unlink()
-        print(json.dumps({"computing": 1000.0 * (wanted == "computes")}), flush=True)
+        canary = "it raises" if wanted == "raises" else ""
+        print(json.dumps({"computing": 1000.0 * (wanted == "computes"), "canary": canary}), flush=True)
+    elif "candidate" in said:
+        if wanted == "dies of it":
+            os._exit(4)
+        Path("candidate").write_text(json.dumps(said["candidate"]))
+        print(json.dumps({"candidate": True}), flush=True)
     else:
         if said["generation"] == 13 or wanted == "dies":
             os._exit(3)
@@ -160,6 +169,53 @@ def test_a_first_release_that_ends_the_process_is_a_fault_of_the_start(server: S
         server.require_alive()
     # What was kept from before is served all the same.
     server.load(RELEASE)
+    server.require_alive()
+
+
+def tried(**changes: object) -> Candidate:
+    release = replace(RELEASE, manifest=replace(RELEASE.manifest, release="b" * 20), rollout="r")
+    return replace(Candidate(release, 500, "user_id", 250, False, "r", 1), **changes)  # type: ignore[arg-type]
+
+
+def test_the_process_hears_what_a_rollout_tries_and_says_what_is_wrong_with_it(server: Server) -> None:
+    server.load(RELEASE)
+    said: list[str] = []
+    running = [True]
+    server.keep(lambda _: None, lambda: True, said.append, lambda: running[0])
+    server.try_candidate(tried())
+    document = json.loads((server.folder / "candidate").read_text())
+    assert document.pop("model") == {
+        "model": "digits", "generation": 7, "version": "7-" + "b" * 20, "artifact": "/srv/model.onnx",
+        "signature": SIGNATURE, "batch_size": 64,
+    }  # fmt: skip
+    assert document == {
+        "share": 500, "key": "user_id", "fallback_ms": 250, "shadow": False, "rollout": "r", "number": 1
+    }  # fmt: skip
+    mode(server, "raises")
+    until(lambda: said == ["it raises"])
+    # Whoever moved the channel has ended it, before the release that follows is here.
+    running[0] = False
+    until(lambda: (server.folder / "tried").read_text() == "False")
+    server.try_candidate(None)
+    assert said == ["it raises", ""] and (server.folder / "candidate").read_text() == "null"
+    server.require_alive()
+
+
+def test_a_process_that_ends_with_a_candidate_comes_back_without_it_and_is_not_asked_again(
+    server: Server, notes: list[str]
+) -> None:
+    said: list[str] = []
+    server._note_candidate = said.append
+    mode(server, "dies of it")
+    with pytest.raises(ReaderError, match="the server is gone: it ended with 4"):
+        server.try_candidate(tried())
+    (server.folder / "mode").unlink()
+    until(lambda: notes[-1:] == [""])
+    assert said == ["the server ended while it tried the candidate, and is started again without it"]
+    with pytest.raises(RefusedError, match="ended while it tried this candidate"):
+        server.try_candidate(tried(number=2))
+    server.try_candidate(tried(rollout="another"))
+    assert (server.folder / "candidate").exists() and starts(server) == 2
     server.require_alive()
 
 
