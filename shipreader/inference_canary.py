@@ -129,8 +129,8 @@ class Canary:
             if isinstance(error, TimeoutError):
                 why = f"more than {1000 * self._seconds:g} ms"
                 self._measures["candidate"][1].inc()
-        with self._observed(self.live, "live", asked, request_id, fell_back=True) as seen:
-            answer = await self._timed(self.live, "live", asked, render, seen)
+        # Its row is the candidate's, which fell back.
+        answer = await self._timed(self.live, "live", asked, render, Observation(None, self.live, asked, {}))
         # The live release answers it, so it was not the request.
         _FALLBACKS.labels(self.model.name, self.model.version).inc()
         if self._allowance.fall_back():
@@ -146,10 +146,8 @@ class Canary:
             return asked
         return replace(asked, said={name: signature.parameters_of(name) for name in asked.said})
 
-    def _observed(
-        self, model: Model, arm: str, asked: Request, request_id: str, *, fell_back: bool = False
-    ) -> Observation:
-        said = {"arm": arm, "request_id": request_id, "rollout": self.document.rollout, "fell_back": fell_back}
+    def _observed(self, model: Model, arm: str, asked: Request, request_id: str) -> Observation:
+        said = {"arm": arm, "request_id": request_id, "rollout": self.document.rollout}
         return self._observing.request(model, asked, key=asked.parameters.get(self.document.key), **said)
 
     async def _timed(self, model: Model, arm: str, asked: Request, render: Render[Answer], seen: Observation) -> Answer:

@@ -12,6 +12,7 @@ from typing import Any
 from shipreader.inference_model import Model
 from shipreader.inference_tensors import Request
 from shipreader.kept import Kept
+from shipreader.observation_files import CANDIDATE
 from shipreader.observation_sending import OBSERVATIONS, Folder
 from shipreader.observations import Observer
 
@@ -39,7 +40,7 @@ class Observing:
             model: that is asked.
             asked: what.
             said: further words of `Observer.observe`: request_id (that of a live release's answer and of a shadow's are
-                the same), key, arm, rollout, fell_back.
+                the same), key, arm, rollout.
         """
         return Observation(self._observer if self._on else None, model, asked, {"request_id": asked.id, **said})
 
@@ -82,6 +83,8 @@ class Observation:
             outputs={name: _first(array) for name, array in zip(self._asked.outputs, self.outputs, strict=False)},
             release=self._model.release,
             generation=self._model.generation,
+            # One row a request: who answers in the candidate's place is not observed.
+            fell_back=error is not None and self._said.get("arm") == CANDIDATE,
             **self._said,
         )
 
