@@ -20,6 +20,7 @@ from train_and_ship.registry.job.launcher import LOCAL, Kubernetes, Slurm, Torch
 from train_and_ship.registry.job.load import job_schema
 from train_and_ship.registry.job.mistakes import descriptions
 from train_and_ship.registry.job.parity import Parity
+from train_and_ship.registry.job.rollout import Rollout
 from train_and_ship.registry.job.train import CustomMetric, Group, Train
 
 
@@ -50,6 +51,7 @@ def job_reference() -> str:
         ("parity", Parity),
         ("gates.<metric>", Gate),
         ("release", Release),
+        ("release.rollout", Rollout),
         ("retrain", Retrain),
     ]
     tables = [_table(prefix, part) for prefix, part in sections]
