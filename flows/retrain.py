@@ -44,7 +44,8 @@ async def retrain(
     `job` is the path of a job file, `why` is for the record, `force` trains although nothing changed, `resume` is the
     id of an earlier run to go on with, and `allow` says in what the candidate may be of another kind than what is live,
     this once: signature, labels, formats, model, live_score, runtime. The run ends as Skipped, Promoted, Staged (on a
-    channel that is not `prod`), Kept, or as Refused when a gate fails, with the reason.
+    channel that is not `prod`), Kept, or as Refused when a gate fails, with the reason; where the job says
+    `release.rollout`, as Rolling out, or Staged while another rollout is running.
     """
     try:
         async with exclusive(job, resume) as job_file:

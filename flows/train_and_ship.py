@@ -37,7 +37,8 @@ async def train_and_ship(
 
     `job` is the path of a job file; `resume` the id of an earlier run of it to go on with; `allow` says in what the
     release may be of another kind than what is live, this once: signature, labels, formats, model, live_score, runtime.
-    The run ends as Promoted, or Staged on a channel that is not `prod`, or as Refused when a gate fails.
+    The run ends as Promoted, or Staged on a channel that is not `prod`, or as Refused when a gate fails; where the job
+    says `release.rollout`, as Rolling out, or Staged while another rollout is running.
     """
     try:
         async with exclusive(job, resume) as job_file:
@@ -49,8 +50,8 @@ async def train_and_ship(
             registered = await register(run, inspected, trained, validated)
             rehearsed = await rehearse(run, registered)
             answer = await candidate_approval(run, registered, rehearsed)
-            promoted = await promote(run, registered, rehearsed, answer)
-            shipped = await report(run, registered, promoted)
-            return went_live(shipped, shipped.title, run.job.release.channel)
+            concluded = await promote(run, registered, rehearsed, answer)
+            shipped = await report(run, registered, concluded)
+            return went_live(shipped, shipped.title, run.job.release.channel, shipped.state)
     except GateError as error:
         return refused(error)

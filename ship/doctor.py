@@ -10,8 +10,10 @@ from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import harmless
+from train_and_ship.infra.watching import watch_rollouts
 from train_and_ship.registry.channels.aliases import sync_all_aliases
 from train_and_ship.registry.maintenance.doctor import examine
+from train_and_ship.registry.rollouts.watch import with_rollouts
 from train_and_ship.registry.tracking.pending_reports import send_reports
 from train_and_ship.ship.named import named_models
 
@@ -43,8 +45,8 @@ def doctor(model: str, dry_run: bool) -> None:
         raise typer.Exit(1)
 
 
-def mlflow_caught_up(settings: Settings) -> Iterator[str]:
-    """After `ship up`: aliases as the pointers have them, and the reports that MLflow missed, in words.
+def caught_up(settings: Settings) -> Iterator[str]:
+    """After `ship up`: aliases as the pointers have them, rollouts watched again, the reports that MLflow missed.
 
     What is in the way is told too, and no reason to fail.
     """
@@ -54,6 +56,12 @@ def mlflow_caught_up(settings: Settings) -> Iterator[str]:
         yield from done.failed
     except ShipError as error:
         yield f"the MLflow aliases were not compared with the channels: {error}"
+    try:
+        left = next(with_rollouts(ObjectStore.from_settings(settings)), None)
+        if left is not None and (problem := watch_rollouts(settings)):
+            yield f"{left}: {problem}"
+    except ShipError as error:
+        yield f"whether there are rollouts to watch is not known: {error}"
     for runs in sorted(path for path in settings.runs.glob("*") if path.is_dir()):
         try:
             yield from (f"mended: {told}" for told in send_reports(runs, settings.mlflow_url))

@@ -27,7 +27,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "pull": ("ship pull digits --to /srv/digits --follow",),
     "serve": ("ship serve digits --port 8080",),
     "view": ("ship view triton digits", "ship view mlserver digits --to /srv/digits --follow"),
-    "history": ("ship history digits", "ship history digits --decisions --last 7"),
+    "history": ("ship history digits", "ship history digits --decisions --last 7", "ship history digits --rollouts"),
     "live": ("ship live digits", 'ship live digits --at "2026-11-17 14:00"'),
     "diff": ("ship diff digits prod~1 prod", "ship diff digits v3 v7 --json"),
     "rollback": (
@@ -35,6 +35,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ship rollback digits --to prod~2 --why 'wrong labels'",
     ),
     "promote": ("ship promote digits --from staging --why 'a week without complaints'",),
+    "rollout": (
+        "ship rollout digits staging --why 'new scans'",
+        "ship rollout digits 3f2a9c --steps 1,10,100 --every 30m --key patient_id --why 'new scans'",
+        "ship rollout digits",
+        "ship rollout digits --next --why 'no complaints'",
+        "ship rollout digits --stop --why 'errors since 14:00'",
+    ),
     "sign": ("ship sign digits 3f2a9c",),
     "channel set": ("ship channel set digits prod --approval required",),
     "channel show": ("ship channel show digits prod",),

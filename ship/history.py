@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import islice
 
 import typer
 
@@ -16,6 +17,9 @@ from train_and_ship.registry.channels.decisions import decided_at, read_decision
 from train_and_ship.registry.channels.history import read_history
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import disordered, doubts, holes, live_at, moved_at, numbers, parse_time
+from train_and_ship.registry.identity import moment
+from train_and_ship.registry.rollouts.record import percent
+from train_and_ship.registry.rollouts.versions import read_versions
 from train_and_ship.ship.named import named_channel
 
 UNKNOWN = "unknown"
@@ -59,6 +63,26 @@ def show_decisions(model: str, channel: str, as_json: bool, last: int) -> None:
                     typer.echo(f"    {name}: {on_one_line(said)}")
     else:
         typer.echo(f"{model}: retraining was never asked about {channel}; `ship retrain` asks", err=True)
+        raise typer.Exit(1)
+
+
+def show_rollouts(model: str, channel: str, as_json: bool, last: int) -> None:
+    """Print every version of the channel's rollouts, the newest first. Exits with 1 when there never was one."""
+    versions = list(islice(read_versions(named_channel(Settings.load(), model, channel), last), last))
+    if as_json:
+        typer.echo(json.dumps([json.loads(version.encode()) for version in reversed(versions)], indent=1))
+    for version in versions if not as_json else ():
+        when = f"{moment(version.moved_at).astimezone():%Y-%m-%d %H:%M:%S %z}"
+        what = version.outcome.value or f"{percent(version.share)}, step {version.step + 1} of {len(version.steps)}"
+        typer.echo(f"{when}  {version.release}  {what}  {on_one_line(version.moved_by)}")
+        said = {"why": version.reason, "flow run": version.flow_run, "beside": f"generation {version.generation}"}
+        # What was asked, once: before the first step.
+        first = {**version.verdicts, "deadline": version.deadline, "key": version.key}
+        for name, text in {**said, **(first if version.why == version.reason and version.step == 0 else {})}.items():
+            if text:
+                typer.echo(f"    {on_one_line(name)}: {on_one_line(text)}")
+    if not versions:
+        typer.echo(f"{model}: nothing was ever rolled out on {channel}; `ship rollout` begins one", err=True)
         raise typer.Exit(1)
 
 

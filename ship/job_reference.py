@@ -21,6 +21,7 @@ from train_and_ship.registry.job.load import job_schema
 from train_and_ship.registry.job.mistakes import descriptions
 from train_and_ship.registry.job.observe import Columns, Observe
 from train_and_ship.registry.job.parity import Parity
+from train_and_ship.registry.job.rollout import Rollout
 from train_and_ship.registry.job.train import CustomMetric, Group, Train
 
 
@@ -51,6 +52,7 @@ def job_reference() -> str:
         ("parity", Parity),
         ("gates.<metric>", Gate),
         ("release", Release),
+        ("release.rollout", Rollout),
         ("retrain", Retrain),
         ("observe", Observe),
         ("observe.columns", Columns),

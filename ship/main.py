@@ -12,6 +12,7 @@ import typer
 
 from train_and_ship.ship.command import Command
 from train_and_ship.ship.examples import examples_of
+from train_and_ship.ship.rollout_command import rollout
 
 # Only light imports here: `ship --help` must be instant. Each command imports what it needs.
 app = typer.Typer(
@@ -392,12 +393,15 @@ def history(
     channel: Channel = "prod",
     as_json: Json = False,
     decisions: Annotated[bool, typer.Option("--decisions", help="What retraining decided instead.")] = False,
-    last: Annotated[int, typer.Option(help="How many decisions.", min=1)] = 30,
+    rollouts: Annotated[bool, typer.Option("--rollouts", help="Every step of every rollout instead.")] = False,
+    last: Annotated[int, typer.Option(help="How many decisions, or versions of rollouts.", min=1)] = 30,
 ) -> None:
     """Show every move of a channel: when, who, from what to what, why, by which flow run, with which verdicts."""
-    from train_and_ship.ship.history import history, show_decisions
+    from train_and_ship.ship.history import history, show_decisions, show_rollouts
 
-    if decisions:
+    if rollouts:
+        show_rollouts(model, channel, as_json, last)
+    elif decisions:
         show_decisions(model, channel, as_json, last)
     else:
         history(model, channel, as_json)
@@ -465,6 +469,9 @@ def promote(
     from train_and_ship.ship.rollback import promote
 
     promote(model, source, to, why, not no_gates, again, allow, load_unsigned)
+
+
+app.command(rich_help_panel=RELEASES)(rollout)
 
 
 @app.command(rich_help_panel=CARE)

@@ -125,14 +125,14 @@ class Checked(Shown):
 
 @dataclass(frozen=True, kw_only=True)
 class Shipped(Shown):
-    """A run that ended with a release that is live."""
+    """A run whose release no gate refused: it is live, is being rolled out, or waits for another rollout."""
 
     model: str
     channel: str
     release: str
     """Id of the release."""
     headline: str
-    """A sentence: what is live now."""
+    """A sentence: what became of it."""
     run_url: str
     """Its page in Prefect."""
     version_url: str
@@ -165,7 +165,7 @@ class Retrained(Shown):
     model: str
     channel: str
     decision: str
-    """skipped, promoted or kept."""
+    """skipped, promoted, kept, rolling out or staged."""
     why: str
     """The reason, in words."""
     headline: str

@@ -20,6 +20,7 @@ from train_and_ship.registry.channels.aliases import sync_after_move
 from train_and_ship.registry.channels.moves import Flow, Mover, require_asked, roll_back
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.targets import Verified, ask_promotion, choose_rollback, described, verify_target
+from train_and_ship.registry.rollouts.moves import settle_if_possible
 from train_and_ship.ship.named import named_channel, named_kinds
 
 _LOADED = ("unsigned", "loaded unsigned", "not loaded")
@@ -34,6 +35,8 @@ class Moved:
     """What was proven before."""
     warnings: Sequence[str]
     """What did not follow it."""
+    ended: str = ""
+    """The rollout that ended by it, in words; empty where there was none."""
 
 
 def rollback(model: str, channel: str, to: str, why: str, quick: bool) -> None:
@@ -100,7 +103,9 @@ def _followed(settings: Settings, verified: Verified, pointer: Pointer) -> Moved
     """Let MLflow follow, and tell whoever wants to be told."""
     channel = verified.target.channel
     warnings = [*sync_after_move(channel), *_untold(settings, f"{channel}: {described(pointer)}", pointer)]
-    return Moved(pointer=pointer, verified=verified, warnings=warnings)
+    ended, problem = settle_if_possible(channel, pointer.moved_by)
+    warnings += [problem] if problem else []
+    return Moved(pointer=pointer, verified=verified, warnings=warnings, ended=ended)
 
 
 def _print(moved: Moved) -> None:
@@ -119,6 +124,8 @@ def _print(moved: Moved) -> None:
             if gate.endswith(" vs live")
         )
     )
+    if moved.ended:
+        typer.echo(f"  {moved.ended}")
     for warning in moved.warnings:
         typer.echo(f"warning: {warning}", err=True)
 

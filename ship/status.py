@@ -29,6 +29,7 @@ from train_and_ship.registry.channels.decisions import Decision, decided_at, rea
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
 from train_and_ship.registry.job.load import load_job
+from train_and_ship.registry.rollouts.record import Rollout, read_rollout
 from train_and_ship.registry.text import file_size
 from train_and_ship.ship.password import how_to_get_in
 
@@ -66,6 +67,8 @@ class ChannelStatus:
     """When it is asked again; None when nothing is scheduled, or nobody could tell."""
     run: LastRun | None = None
     """The newest run; None when there was none, or nobody could tell."""
+    rollout: Rollout | None = None
+    """Of which the candidate gets requests now."""
     unreadable: str = ""
     """Why the bucket's records of it cannot be read; the other fields are empty then."""
 
@@ -82,8 +85,24 @@ class ChannelStatus:
             else None,
             "run": {**asdict(self.run), "at": self.run.at.isoformat()} if self.run else None,
             "next": self.next.isoformat() if self.next else None,
+            "rollout": self._rollout_as_json(),
             **({"unreadable": self.unreadable} if self.unreadable else {}),
         }
+
+    def _rollout_as_json(self) -> dict[str, Any] | None:
+        rollout = self.rollout
+        if rollout is None:
+            return None
+        names = ("release", "share", "step", "steps", "key", "shadow", "started_at", "moved_at", "deadline")
+        return {name: getattr(rollout, name) for name in names}
+
+    @property
+    def rolling(self) -> str:
+        """The rollout in a line; empty where there is none."""
+        if (rollout := self.rollout) is None:
+            return ""
+        then = f"{rollout.next_at.astimezone():%Y-%m-%d %H:%M %z}"
+        return f"{self.model} {self.channel}: {rollout}; goes on not before {then}"
 
     def row(self, now: datetime) -> tuple[str, ...]:
         """The cells of the table: model, channel, release, its age, how the last run ended, why, and the next run."""
@@ -115,6 +134,7 @@ class ChannelStatus:
         told = [f"{model} {channel}: {live}"]
         if self.last or self.run:
             told.append(f"  {decided}: {why}" if why else f"  {decided}")
+        told += [f"  rolled out: {self.rollout}"] if self.rollout else []
         return (*told, f"  next run {then}") if self.next else tuple(told)
 
 
@@ -206,6 +226,12 @@ def channel_statuses(
             return ChannelStatus(
                 model=model, channel=channel, live=None, last=None, next=scheduled.get(name), unreadable=str(error)
             )
+        rollout, unreadable = None, ""
+        try:
+            rollout = read_rollout(asked)
+        except (ReleaseError, SettingsError, ServiceError) as error:
+            # What is live is shown all the same.
+            unreadable = str(error)
         return ChannelStatus(
             model=model,
             channel=channel,
@@ -213,6 +239,8 @@ def channel_statuses(
             last=last[-1] if last else None,
             next=scheduled.get(name),
             run=ran.get(name),
+            rollout=rollout if rollout is not None and rollout.stands_under(live) else None,
+            unreadable=unreadable,
         )
 
     return [*in_parallel(look, sorted(names | scheduled.keys() | ran.keys())), *unlisted]
@@ -305,6 +333,9 @@ def _print_models(found: Sequence[ChannelStatus], console: Console) -> None:
     for row in found:
         table.add_row(*(escape(on_one_line(cell)) for cell in row.row(now)))
     console.print(table)
+    for row in found:
+        if row.rolling:
+            console.print(f"rolled out: {row.rolling}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _ago(then: datetime, now: datetime) -> str:

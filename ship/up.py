@@ -11,7 +11,7 @@ from train_and_ship.infra.addresses import without_password
 from train_and_ship.infra.home import open_to_others
 from train_and_ship.infra.password import password_is_open
 from train_and_ship.infra.settings import Settings
-from train_and_ship.ship.doctor import mlflow_caught_up
+from train_and_ship.ship.doctor import caught_up
 from train_and_ship.ship.password import how_to_get_in
 
 
@@ -35,6 +35,6 @@ def up(only: str) -> None:
     for unsafe in (open_to_others(settings.home), password_is_open(settings.home)):
         if unsafe:
             typer.echo(unsafe, err=True)
-    # What moved while MLflow was away.
-    for line in mlflow_caught_up(settings):
+    # What moved while MLflow was away; and a new deployment does not watch.
+    for line in caught_up(settings):
         typer.echo(line)

@@ -23,11 +23,11 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 
 from train_and_ship.infra.errors import SettingsError, ShipError
-from train_and_ship.infra.prefect_events import ASKED, KEPT, PROMOTED, UNCHANGED
+from train_and_ship.infra.prefect_events import ASKED, KEPT, PROMOTED, ROLLOUT, UNCHANGED
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.notification import NotificationAddress
 
-FLOWS = ("train-and-ship", "retrain", "rollback", "promote")
+FLOWS = ("train-and-ship", "retrain", "rollback", "promote", "watch")
 RUNS = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 BAD_ENDS = ResourceSpecification(
     {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-type": ["FAILED", "CRASHED"]}
@@ -55,6 +55,7 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     )
     for title, event in (
         ("a release went live", PROMOTED),
+        ("a rollout began or was given up", ROLLOUT),
         ("a candidate was not better", KEPT),
         ("a person is asked", ASKED),
         ("nothing new for long", UNCHANGED),

@@ -6,24 +6,33 @@ import asyncio
 from collections.abc import Sequence
 
 from train_and_ship.infra import prefect_events
-from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, Decision, record_decision
+from train_and_ship.registry.channels.decisions import KEPT, PROMOTED, ROLLING_OUT, STAGED, Decision, record_decision
 from train_and_ship.registry.text import Cell
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.publish import publish
-from train_and_ship.tasks.report import decided, in_short, why_promoted
-from train_and_ship.tasks.results import Kept, Promoted, Registered, RetrainPlan, RetrainResult, Run
+from train_and_ship.tasks.report import decided, headline, in_short, why_promoted
+from train_and_ship.tasks.results import (
+    Concluded,
+    Kept,
+    Promoted,
+    Registered,
+    RetrainPlan,
+    RetrainResult,
+    RollingOut,
+    Run,
+)
 from train_and_ship.tasks.stage import stage_task
 
 
 @stage_task("conclude")
-async def conclude(plan: RetrainPlan, run: Run, registered: Registered, outcome: Promoted | Kept) -> RetrainResult:
+async def conclude(plan: RetrainPlan, run: Run, registered: Registered, outcome: Concluded | Kept) -> RetrainResult:
     """Record the decision and write the report: for Prefect, for MLflow, beside the release and as files of the run.
 
     Args:
         plan: what was to be done, and why.
         run: the run that did it.
         registered: its release and its version in MLflow.
-        outcome: whether it went live.
+        outcome: what became of it.
     """
     made = {"candidate": registered.manifest.release, "version": registered.version.version}
     if isinstance(outcome, Kept):
@@ -33,8 +42,14 @@ async def conclude(plan: RetrainPlan, run: Run, registered: Registered, outcome:
             f"is the challenger (version {decision.mlflow_version})"
         )
     else:
-        event, decision = prefect_events.PROMOTED, plan.decided(PROMOTED, why_promoted(outcome.rehearsed), **made)
-        title = f"{plan.job.name} release {decision.candidate} is live on {decision.channel}"
+        title = headline(run, registered, outcome)
+        if isinstance(outcome, Promoted):
+            event, verdict, why = prefect_events.PROMOTED, PROMOTED, why_promoted(outcome.rehearsed)
+        elif isinstance(outcome, RollingOut):
+            event, verdict, why = prefect_events.ROLLOUT, ROLLING_OUT, why_promoted(outcome.rehearsed)
+        else:
+            event, verdict, why = prefect_events.ROLLOUT, STAGED, outcome.why
+        decision = plan.decided(verdict, why, **made)
     await asyncio.to_thread(record_decision, plan.channel.store, decision, run.folder)
     ended = decided(run, outcome, title=title, why=decision.why, asked=_asked(plan, decision))
     path = await publish(run, registered, ended)

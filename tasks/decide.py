@@ -31,7 +31,9 @@ from train_and_ship.registry.channels.decisions import (
     FAILED,
     KEPT,
     PROMOTED,
+    ROLLING_OUT,
     SKIPPED,
+    STAGED,
     Decision,
     decided_at,
     keep_until_recorded,
@@ -47,6 +49,9 @@ from train_and_ship.registry.kind import require_kinds
 from train_and_ship.registry.lineage import Inputs, changes, recorded_files
 from train_and_ship.registry.made_of import files_now
 from train_and_ship.registry.report.run import Ending, Outcome
+from train_and_ship.registry.rollouts.moves import running
+from train_and_ship.registry.rollouts.record import percent
+from train_and_ship.registry.rollouts.versions import read_versions
 from train_and_ship.registry.text import Cell
 from train_and_ship.tasks.events import emit
 from train_and_ship.tasks.fingerprints import data_fingerprint, inputs_of, project_hashes, snapshot_fingerprint
@@ -191,7 +196,11 @@ def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str],
     if not changed:
         return f"nothing has changed since release {live.release}: code, data, config and environment are the same"
     for decision in reversed(read_decisions(now.channel, LOOK_BACK)):
-        if decision.decision == KEPT and (decision.inputs, decision.live) == (inputs, live.release):
+        known = decision.decision in (KEPT, ROLLING_OUT, STAGED)
+        if known and (decision.inputs, decision.live) == (inputs, live.release):
+            if decision.decision == STAGED and running(now.channel) is None:
+                # It waited for another one's rollout, which is over.
+                return ""
             # It may have opened other files than the live release. One that is gone or broken tells nothing.
             # It was not live, and no record says how it was described.
             since, _ = now.changes(Named(decision.candidate))
@@ -199,9 +208,20 @@ def _reason_to_skip(now: _Now, live: Pointer | None, changed: Mapping[str, str],
                 return ""
             return (
                 f"the same code, data, config and environment were tried at {decided_at(decision):%Y-%m-%d %H:%M} UTC "
-                f"(release {decision.candidate}), and release {live.release} stayed: {on_one_line(decision.why)}"
+                f"(release {decision.candidate}), and {_came_of(now.channel, decision)}"
             )
     return ""
+
+
+def _came_of(channel: Channel, decision: Decision) -> str:
+    """What became of a candidate that is not live."""
+    if decision.decision == ROLLING_OUT:
+        rollout = next((one for one in read_versions(channel, LOOK_BACK) if one.release == decision.candidate), None)
+        if rollout is not None and rollout.is_running:
+            return f"it is being rolled out: {percent(rollout.share)} of the requests"
+        if rollout is not None:
+            return f"its rollout has ended, {rollout.outcome.value}: {on_one_line(rollout.reason)}"
+    return f"release {decision.live} stayed: {on_one_line(decision.why)}"
 
 
 def _read_plan(folder: Path) -> tuple[Pointer | None, Pointer | None] | None:

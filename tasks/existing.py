@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torchworker.contract import GOLDEN, PROBES, VALIDATION, WITHOUT_CODE, RehearsedRelease, RehearseResult
 from train_and_ship.infra.errors import GateError, JobError
@@ -25,7 +26,13 @@ from train_and_ship.infra.rundir import TORN, file_sha256
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.signing import SIGNATURE
-from train_and_ship.registry.channels.moves import Mover, OtherLiveError, promote_existing, release_job
+from train_and_ship.registry.channels.moves import (
+    Mover,
+    OtherLiveError,
+    promote_existing,
+    promotion_of,
+    release_job,
+)
 from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.targets import Scored, Verified
 from train_and_ship.registry.diff import read_copied_record
@@ -35,12 +42,16 @@ from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import Kind
 from train_and_ship.registry.release.documents import recall
 from train_and_ship.registry.release.manifest import LINEAGE, Manifest
+from train_and_ship.registry.rollouts.moves import Plan, start
+from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.registry.verdicts import together_in_words
 from train_and_ship.tasks.copies import download_anew, live_copy
 from train_and_ship.tasks.live_inputs import changed_files
 from train_and_ship.tasks.requests import rehearse_request
 from train_and_ship.tasks.rooms import bound
 from train_and_ship.tasks.worker import Limits, rehearse
+
+_T = TypeVar("_T")
 
 
 async def try_out(
@@ -142,16 +153,64 @@ async def promote_tried(
         load_unsigned: as in `try_out`.
         move: what does it in a thread.
     """
-    while True:
-        try:
-            return await move(
-                functools.partial(promote_existing, verified, mover, gates=gates, again=again, allow=allow)
-            )
-        except OtherLiveError:
-            verified = await try_out(settings, verified, gates=gates, load_unsigned=load_unsigned)
+
+    def moved(tried: Verified) -> Awaitable[Pointer]:
+        return move(functools.partial(promote_existing, tried, mover, gates=gates, again=again, allow=allow))
+
+    return await _beside_what_is_live(settings, verified, moved, gates=gates, load_unsigned=load_unsigned)
+
+
+async def roll_out_tried(
+    settings: Settings,
+    verified: Verified,
+    mover: Mover,
+    plan: Plan,
+    *,
+    gates: bool = True,
+    again: bool = False,
+    allow: Sequence[str] = (),
+    load_unsigned: bool = False,
+) -> Rollout:
+    """Begin a rollout of the target: asked is what `promote_tried` asks, once, before the first step.
+
+    Args:
+        settings: as of `promote_tried`, as are the others but for the plan.
+        verified: the target, tried.
+        mover: who starts it, and why.
+        plan: its steps.
+        gates: as in `promote_existing`.
+        again: also a release that a rollback has just left, or whose rollout was given up.
+        allow: as in `promote_existing`.
+        load_unsigned: as in `try_out`.
+    """
+
+    def started(tried: Verified) -> Awaitable[Rollout]:
+        asked = promotion_of(tried, mover, gates=gates, again=again, allow=allow)
+        return asyncio.to_thread(
+            start, tried.target.channel, asked.move, plan,
+            accept=asked.accept, replacing=asked.replacing, again=again,
+        )  # fmt: skip
+
+    return await _beside_what_is_live(settings, verified, started, gates=gates, load_unsigned=load_unsigned)
 
 
 # ---- below
+
+
+async def _beside_what_is_live(
+    settings: Settings,
+    verified: Verified,
+    act: Callable[[Verified], Awaitable[_T]],
+    *,
+    gates: bool,
+    load_unsigned: bool,
+) -> _T:
+    """What `act` makes of the target as it was tried beside what is live by then."""
+    while True:
+        try:
+            return await act(verified)
+        except OtherLiveError:
+            verified = await try_out(settings, verified, gates=gates, load_unsigned=load_unsigned)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

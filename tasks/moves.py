@@ -12,18 +12,22 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
 from train_and_ship.infra.objectstore import ObjectStore
-from train_and_ship.infra.prefect_events import PROMOTED
+from train_and_ship.infra.prefect_events import PROMOTED, ROLLOUT
 from train_and_ship.infra.provenance import who
 from train_and_ship.infra.settings import Settings
+from train_and_ship.infra.watching import watch_rollouts
 from train_and_ship.registry.bucket.catalog import require_model
 from train_and_ship.registry.channels.aliases import sync_after_move
 from train_and_ship.registry.channels.channel import Channel
-from train_and_ship.registry.channels.moves import Mover, roll_back
+from train_and_ship.registry.channels.moves import Mover, release_job, roll_back
 from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.targets import Verified, ask_promotion, ask_rollback, described
+from train_and_ship.registry.job.rollout import Rollout as Steps
 from train_and_ship.registry.kind import kinds_in, require_kinds
+from train_and_ship.registry.rollouts.moves import Plan, RunningError, settle_if_possible
+from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.tasks.events import emit
-from train_and_ship.tasks.existing import promote_tried, try_out
+from train_and_ship.tasks.existing import promote_tried, roll_out_tried, try_out
 from train_and_ship.tasks.naming import tag_run
 from train_and_ship.tasks.policy import quiet_mistakes
 from train_and_ship.tasks.results import Moved, Request
@@ -110,6 +114,34 @@ async def move_forward(
     return await _notify(request, pointer)
 
 
+@stage_task("roll-out", "start")
+async def roll_out(request: Request, verified: Verified, again: bool, load_unsigned: bool = False) -> Rollout:
+    """Begin a rollout in place of the move, with the steps that the release's own job says, or the usual ones.
+
+    Args:
+        request: who asks for what.
+        verified: the target, tried and perhaps approved.
+        again: as in `move_forward`; also one whose rollout was given up.
+        load_unsigned: as in `rehearse_existing`.
+    """
+    job = await asyncio.to_thread(release_job, verified.target, verified.manifest)
+    try:
+        rollout = await roll_out_tried(
+            request.settings, verified, request.mover, Plan.of(job.release.rollout or Steps()),
+            again=again, allow=request.allow, load_unsigned=load_unsigned,
+        )  # fmt: skip
+    except RunningError as error:
+        # This run's own, before it was tried again.
+        if (error.rollout.release, error.rollout.flow_run) != (verified.target.release, request.mover.flow_run):
+            raise
+        rollout = error.rollout
+    emit(ROLLOUT, rollout.model, f"{request.channel}: {rollout} has begun", f"{request.mover.by}: {request.mover.why}")
+    if problem := await asyncio.to_thread(watch_rollouts, request.settings):
+        get_run_logger().warning(problem)
+    # As of `_notify`.
+    return dataclasses.replace(rollout, etag="")
+
+
 async def _notify(request: Request, pointer: Pointer) -> Moved:
     log = get_run_logger()
     title = f"{request.channel}: {described(pointer)}"
@@ -118,5 +150,8 @@ async def _notify(request: Request, pointer: Pointer) -> Moved:
     emit(PROMOTED, pointer.model, title, "\n".join([f"{request.mover.by}: {request.mover.why}", *differs]))
     for warning in await asyncio.to_thread(sync_after_move, request.channel):
         log.warning(warning)
+    for said in await asyncio.to_thread(settle_if_possible, request.channel, pointer.moved_by):
+        if said:
+            log.warning(said)
     # Results hold no ETag: it belongs to the moment it was read.
     return dataclasses.replace(pointer, etag="")

@@ -14,10 +14,11 @@ from prefect.states import Completed, Failed
 
 from train_and_ship.infra.errors import GateError, ShipError
 from train_and_ship.registry.channels.channel import PRODUCTION
+from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.tasks.job_file import read_job_file
 from train_and_ship.tasks.policy import quiet_mistakes
 
-__all__ = ["GateError", "refused", "run_name", "tag_run", "went_live"]
+__all__ = ["GateError", "refused", "rolling_out", "run_name", "tag_run", "went_live"]
 
 _DRAWN = re.compile(r"[a-z]+(-[a-z]+){1,2}")
 """Names that Prefect draws; any other was chosen by somebody."""
@@ -49,9 +50,21 @@ async def tag_run(client: PrefectClient, model: str, channel: str) -> None:
     await client.update_flow_run(context.flow_run.id, tags=sorted(tags))
 
 
-def went_live(result: Any, title: str, channel: str) -> State[Any]:
-    """Completed, under the name Promoted, or Staged on a channel that is not `prod`; `title` is its message."""
-    return Completed(name="Promoted" if channel == PRODUCTION else "Staged", message=title, data=result)
+def went_live(result: Any, title: str, channel: str, instead: str = "") -> State[Any]:
+    """Completed, under the name Promoted, or Staged on a channel that is not `prod`.
+
+    Args:
+        result: of the flow.
+        title: the message.
+        channel: where it went.
+        instead: the name, where it did not go live: Rolling out, or Staged while it waits for another rollout.
+    """
+    return Completed(name=instead or ("Promoted" if channel == PRODUCTION else "Staged"), message=title, data=result)
+
+
+def rolling_out(rollout: Rollout) -> State[Rollout]:
+    """Completed, under the name Rolling out."""
+    return Completed(name="Rolling out", message=f"{rollout.model} {rollout.channel}: {rollout}", data=rollout)
 
 
 def refused(error: GateError) -> State[Any]:

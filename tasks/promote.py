@@ -1,4 +1,4 @@
-"""Stage: the release goes to the bucket and the channel's pointer moves to it, once, atomically."""
+"""Stage: the channel's pointer moves to the release, once, atomically; or its rollout beside what is live begins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from prefect import get_run_logger
 
 from train_and_ship.infra.errors import GateError
 from train_and_ship.infra.provenance import who
+from train_and_ship.infra.watching import watch_rollouts
 from train_and_ship.registry.bucket.signing import require_signer
 from train_and_ship.registry.channels.aliases import set_challenger, sync_after_move
 from train_and_ship.registry.channels.moves import (
@@ -22,19 +23,34 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.rules import require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.report.description import in_short
+from train_and_ship.registry.rollouts.moves import Plan, RunningError, settle_if_possible, start
+from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.registry.verdicts import passed_words, together_in_words
 from train_and_ship.tasks.rehearse import hold_against
-from train_and_ship.tasks.results import Answer, Kept, Promoted, Registered, Rehearsed, Run
+from train_and_ship.tasks.results import (
+    Answer,
+    Concluded,
+    Kept,
+    Promoted,
+    Registered,
+    Rehearsed,
+    RollingOut,
+    Run,
+    Waiting,
+)
 from train_and_ship.tasks.stage import stage_task
 from train_and_ship.tasks.stopping import require_not_stopped, unless_stopped
 
 
 @stage_task("promote")
-async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:
+async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Concluded:
     """Move the pointer, then let the MLflow alias follow it; every step can be repeated.
 
     The version of a refused candidate stays in MLflow as the challenger. MLflow decides nothing here: when it does not
     answer, the release is live all the same and the alias follows later.
+
+    Where the job says `release.rollout` and something is live, a rollout begins in place of the move: all that is asked
+    before a move is asked then. While another one is running the candidate waits.
 
     Args:
         run: the run that made the candidate.
@@ -54,7 +70,7 @@ async def promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer
 @stage_task("promote", "promote if better")
 async def promote_if_better(
     run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None
-) -> Promoted | Kept:
+) -> Concluded | Kept:
     """As `promote`; a candidate that is not good enough is an answer, not a failure.
 
     Args:
@@ -71,30 +87,48 @@ async def promote_if_better(
             return Kept(why=refusal.message, rehearsed=rehearsed)
 
 
-async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Promoted:
+async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Concluded:
     channel = run.channel
     log = get_run_logger()
     try:
         if answer is not None and not answer.approved:
             raise GateError(f"{channel}: release {registered.manifest.release} was not approved {answer.said}")
-        pointer, rehearsed = await _move(run, registered, rehearsed, answer)
+        moved, rehearsed = await _move(run, registered, rehearsed, answer)
     except GateError:
-        for warning in await asyncio.to_thread(set_challenger, channel, registered.version.version):
-            log.warning(warning)
+        await _challenges(run, registered)
         raise
+    except RunningError as error:
+        await _challenges(run, registered)
+        log.warning("release %s waits: %s", registered.manifest.release, error)
+        return Waiting(why=str(error), rehearsed=rehearsed)
+    if isinstance(moved, Rollout):
+        await _challenges(run, registered)
+        if problem := await asyncio.to_thread(watch_rollouts, run.settings):
+            log.warning("%s; `ship rollout %s --to %s --next` goes on", problem, channel.model, channel.name)
+        log.info("%s: %s, beside release %s", channel, moved, rehearsed.live)
+        return RollingOut(rollout=moved, rehearsed=rehearsed)
+    for said in await asyncio.to_thread(settle_if_possible, channel, moved.moved_by):
+        if said:
+            log.warning(said)
     for warning in await asyncio.to_thread(sync_after_move, channel):
         log.warning(warning)
     log.info(
         "%s is live on %s: generation %d, release %s, %s bytes sent",
-        channel.model, channel.name, pointer.generation, pointer.release, f"{rehearsed.published.sent_bytes:,}",
+        channel.model, channel.name, moved.generation, moved.release, f"{rehearsed.published.sent_bytes:,}",
     )  # fmt: skip
-    return Promoted(pointer=pointer, rehearsed=rehearsed)
+    return Promoted(pointer=moved, rehearsed=rehearsed)
+
+
+async def _challenges(run: Run, registered: Registered) -> None:
+    """MLflow names the candidate, which is not live."""
+    for warning in await asyncio.to_thread(set_challenger, run.channel, registered.version.version):
+        get_run_logger().warning(warning)
 
 
 async def _move(
     run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None
-) -> tuple[Pointer, Rehearsed]:
-    """Move the pointer; when another release went live meanwhile, rehearse beside that one first.
+) -> tuple[Pointer | Rollout, Rehearsed]:
+    """Move the pointer, or begin the rollout; when another release went live meanwhile, rehearse beside that one first.
 
     What a person approved replaces what was live when it was asked, and nothing else: GateError.
     """
@@ -124,8 +158,8 @@ async def _require_same_kind(run: Run, rehearsed: Rehearsed, answer: Answer | No
     return replace(rehearsed, allowed=await asyncio.to_thread(allowances, *told))
 
 
-def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Pointer:
-    """Move the pointer from the release it was held against. Raises OtherLiveError when another is live."""
+def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: Answer | None) -> Pointer | Rollout:
+    """Move the pointer, or begin the rollout, beside what it was held against. OtherLiveError: another is live."""
 
     def replacing(live: Pointer | None) -> dict[str, str]:
         require_not_stopped()
@@ -153,4 +187,13 @@ def _move_from(run: Run, registered: Registered, rehearsed: Rehearsed, answer: A
         },
         etags=rehearsed.published.etags,
     )
-    return move_channel(run.channel, move, accept=None, replacing=replacing)
+    steps = run.job.release.rollout
+    # The first release has nothing to be tried beside. One that is live is: a run that goes on finds it so.
+    if steps is None or rehearsed.live in ("", registered.manifest.release):
+        return move_channel(run.channel, move, accept=None, replacing=replacing)
+    try:
+        return start(run.channel, move, Plan.of(steps), replacing=replacing)
+    except RunningError as error:
+        if error.rollout.release == registered.manifest.release:
+            return error.rollout
+        raise

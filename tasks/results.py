@@ -38,6 +38,7 @@ from train_and_ship.registry.gates import VersusLive, require_good_enough, requi
 from train_and_ship.registry.job.job import Job
 from train_and_ship.registry.kind import KindChange, in_words, not_allowed
 from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.registry.run_folder import MadeFrom
 from train_and_ship.registry.text import Cell, Link, interval_text, number
 from train_and_ship.registry.tracking.live_run import LiveRun
@@ -330,10 +331,34 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RollingOut:
+    """A candidate that answers a share of the requests beside what is live."""
+
+    rollout: Rollout
+    rehearsed: Rehearsed
+    """Beside the release that is live."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """A candidate that was good enough, while another one is being rolled out."""
+
+    why: str
+    rehearsed: Rehearsed
+    """Beside the release that is live."""
+
+
+Concluded = Promoted | RollingOut | Waiting
+"""What becomes of a candidate that no gate refuses."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shipped:
     """Where to look at what a run made."""
 
     title: str
+    state: str
+    """In which the run ends, where the release did not go live; empty where it did."""
     release: str
     run_url: str
     version_url: str
@@ -422,3 +447,5 @@ class Request:
 
 Moved = Pointer
 """What a move leaves behind: the pointer it wrote."""
+Started = Rollout
+"""What the begin of a rollout leaves behind: its first version."""

@@ -28,7 +28,7 @@ class Role(StrEnum):
     TRAINER = "trainer"
     """Publishes releases and their signatures. May not move any channel."""
     PROMOTER = "promoter"
-    """Moves channels, rollbacks included. May not add to a release."""
+    """Moves channels and rollouts, rollbacks included. May not add to a release."""
     OWNER = "owner"
     """Says what a move of a channel takes (`ship channel set`). May not move one."""
     READER = "reader"
@@ -52,8 +52,9 @@ def policy(
         model: one model, or all for a role that only reads.
         channel: one channel, or all.
         kms_key: ARN of the key that encrypts the bucket (SSE-KMS); empty for buckets with the store's own keys.
-        write_once: whether records (`history/`, `decisions/`) may be made and never replaced, by the condition key
-            `s3:if-none-match`. AWS knows it; a store that does not would deny every record (Ceph RGW 16).
+        write_once: whether records (`history/`, `decisions/`, versions of `rollouts/`) may be made and never replaced,
+            by the condition key `s3:if-none-match`. AWS knows it; a store that does not would deny every record (Ceph
+            RGW 16).
 
     Raises:
         SettingsError: a name that no model or channel has, or all models for a role that writes.
@@ -78,6 +79,7 @@ def policy(
 
     own, observations = f"models/{model}", f"observations/{model}/*"
     pointer, history = f"{own}/channels/{channel}.json", f"{own}/history/{channel}/*"
+    rollout, versions = f"{own}/rollouts/{channel}.json", f"{own}/rollouts/{channel}/*"
     decisions = f"{own}/decisions/{channel}/*"
     releases, claims, views = f"{own}/releases/*", f"{own}/claims/*", f"{own}/views/{channel}/*"
     observe = [
@@ -86,7 +88,7 @@ def policy(
         {**_allow("NeverSee", ["s3:GetObject", "s3:GetObjectVersion"], keys(observations)), "Effect": "Deny"},
     ]
     if role is Role.READER:
-        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, releases)), *observe]
+        statements = [_allow("Follow", ["s3:GetObject"], keys(pointer, rollout, releases)), *observe]
         return _document(statements, kms_key)
     if role is Role.SERVER:
         listing = {**_allow("List", ["s3:ListBucket"], [f"arn:aws:s3:::{bucket}"])}
@@ -112,10 +114,10 @@ def policy(
             _allow("Publish", ["s3:PutObject", "s3:AbortMultipartUpload"], keys(releases, f"{own}/projects/*"))
         )
     elif role is Role.PROMOTER:
-        statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions)))
+        statements.append(_allow("Move", ["s3:PutObject"], keys(pointer, history, decisions, rollout, versions)))
         if write_once:
             # Whatever else is allowed to whoever has this policy: a denial wins.
-            once = {**_allow("WriteOnce", ["s3:PutObject"], keys(history, decisions)), "Effect": "Deny"}
+            once = {**_allow("WriteOnce", ["s3:PutObject"], keys(history, decisions, versions)), "Effect": "Deny"}
             statements.append({**once, "Condition": {"Null": {"s3:if-none-match": "true"}}})
     elif role is Role.OWNER:
         statements.append(_allow("Rule", ["s3:PutObject"], keys(f"{own}/rules/{channel}.json")))

@@ -7,6 +7,8 @@ models/<model>/releases/<release>/reports/<time>-<flow run>.html   what a run th
 models/<model>/channels/<channel>.json                 the pointer, what a reader follows
 models/<model>/rules/<channel>.json                    what a move of it takes; see channels/rules.py
 models/<model>/history/<channel>/<generation>.json     one copy of the pointer for each move, immutable
+models/<model>/rollouts/<channel>.json                 the rollout beside the pointer; see registry/rollouts/
+models/<model>/rollouts/<channel>/<generation>-<number>.json   one copy of it for each version, immutable
 models/<model>/decisions/<channel>/<time>-<flow run>.json   what retraining decided, and why; immutable
 models/<model>/tombstones/<release>.json               whether `ship gc` has marked or deleted a release
 models/<model>/claims/<release>.json                   who needed a release last, whatever `ship gc` has marked
@@ -41,6 +43,11 @@ def channels_prefix(model: str) -> str:
 def histories_prefix(model: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"models/{require_name('model', model)}/history/"
+
+
+def rollouts_prefix(model: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"models/{require_name('model', model)}/rollouts/"
 
 
 def tombstones_prefix(model: str) -> str:
@@ -116,3 +123,13 @@ def history_prefix(model: str, channel: str) -> str:
 def decisions_prefix(model: str, channel: str) -> str:
     """Raises RequestError for names that cannot be part of a key."""
     return f"models/{require_name('model', model)}/decisions/{require_name('channel', channel)}/"
+
+
+def rollout_key(model: str, channel: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"{rollouts_prefix(model)}{require_name('channel', channel)}.json"
+
+
+def rollout_versions_prefix(model: str, channel: str) -> str:
+    """Raises RequestError for names that cannot be part of a key."""
+    return f"{rollouts_prefix(model)}{require_name('channel', channel)}/"

@@ -40,11 +40,15 @@ class Verdict(StrEnum):
     """The candidate went live."""
     KEPT = "kept"
     """The candidate did not, and is the challenger."""
+    ROLLING_OUT = "rolling out"
+    """The candidate answers a share of the requests beside what is live."""
+    STAGED = "staged"
+    """The candidate waits: another one is being rolled out."""
     FAILED = "failed"
     """There is no candidate, or a bad one."""
 
 
-SKIPPED, PROMOTED, KEPT, FAILED = Verdict
+SKIPPED, PROMOTED, KEPT, ROLLING_OUT, STAGED, FAILED = Verdict
 CLOCKS_DIFFER = timedelta(days=1)
 """By how much the clock of a machine that decides may be ahead of the store's."""
 LONGEST_TEXT = 10_000

@@ -22,7 +22,7 @@ from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.history import last_move
 from train_and_ship.registry.channels.pointer import ROLLBACK, Pointer
 from train_and_ship.registry.channels.rules import not_asked, require_approved
-from train_and_ship.registry.channels.swap import Move, move_channel
+from train_and_ship.registry.channels.swap import Accept, Move, Replacing, move_channel
 from train_and_ship.registry.channels.targets import Target, Verified, described
 from train_and_ship.registry.identity import moment
 from train_and_ship.registry.release.manifest import JOB, LINEAGE, Manifest
@@ -84,6 +84,15 @@ def roll_back(verified: Verified, mover: Mover) -> Pointer:
     return move_channel(target.channel, move, accept=None, replacing=replacing)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """A move to an existing release, and what is asked before it: as `move_channel` takes them."""
+
+    move: Move
+    accept: Accept | None
+    replacing: Replacing
+
+
 def promote_existing(
     verified: Verified, mover: Mover, *, gates: bool = True, again: bool = False, allow: Sequence[str] = ()
 ) -> Pointer:
@@ -100,6 +109,22 @@ def promote_existing(
         GateError: it is worse, differs in kind in a way that nobody has allowed, or the channel's rules require that a
             person is asked, and nobody was.
         OtherLiveError: the target was measured beside a release that is not live.
+    """
+    asked = promotion_of(verified, mover, gates=gates, again=again, allow=allow)
+    return move_channel(verified.target.channel, asked.move, accept=asked.accept, replacing=asked.replacing)
+
+
+def promotion_of(
+    verified: Verified, mover: Mover, *, gates: bool = True, again: bool = False, allow: Sequence[str] = ()
+) -> Promotion:
+    """What `promote_existing` moves, and what it asks: a rollout asks it before its first step. Moves nothing.
+
+    Args:
+        verified: as of `promote_existing`, as are the others.
+        mover: who moves it.
+        gates: whether `vs_live` is asked.
+        again: whether a rollback of it matters.
+        allow: kinds.
     """
     target = verified.target
     job = release_job(target, verified.manifest) if gates else None
@@ -121,7 +146,7 @@ def promote_existing(
     move = _move_of(verified, mover)
     if not gates:
         move = replace(move, verdicts={**move.verdicts, "vs_live": "not asked"})
-    return move_channel(target.channel, move, accept=accept if gates else None, replacing=replacing)
+    return Promotion(move=move, accept=accept if gates else None, replacing=replacing)
 
 
 def require_asked(target: Target, approved: str, flow: Flow) -> dict[str, str]:

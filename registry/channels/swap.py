@@ -126,9 +126,36 @@ def move_channel(channel: Channel, move: Move, *, accept: Accept | None, replaci
         if outcome is Outcome.FAULT and times[outcome] >= MOVE_FAULTS:
             raise mover.error
         if outcome is not Outcome.WRITTEN:
-            _pause(times[outcome])
+            pause(times[outcome])
     assert mover.live is not None
     return mover.live
+
+
+def asked(
+    channel: Channel, live: Pointer | None, accept: Accept | None, replacing: Replacing | None
+) -> Mapping[str, str]:
+    """What both say about what is live, for the record; whatever they raise keeps it.
+
+    Args:
+        channel: what is to move.
+        live: what is live there.
+        accept: as of `move_channel`.
+        replacing: as of `move_channel`.
+    """
+    found = (replacing(live) if replacing is not None else None) or {}
+    if accept is not None:
+        found = {**found, **(accept(live, _live_manifest(channel, live)) or {})}
+    return found
+
+
+def pause(times: int) -> None:
+    """Wait a random while, longer each time: racers that pause alike meet again."""
+    time.sleep(random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.01 * 2**times)))
+
+
+def shortened(verdicts: Mapping[str, str]) -> dict[str, str]:
+    """As a record has them: some of it are words of a release, which may be anybody's."""
+    return {on_one_line(name, LONGEST_VERDICT): on_one_line(said, LONGEST_VERDICT) for name, said in verdicts.items()}
 
 
 # ---- below
@@ -226,10 +253,7 @@ class _Mover:
         version = live.nonce if live else ""
         if self._asked == version:
             return
-        found = (self._replacing(live) if self._replacing is not None else None) or {}
-        if self._accept is not None:
-            found = {**found, **(self._accept(live, _live_manifest(self._channel, live)) or {})}
-        self._found = found
+        self._found = asked(self._channel, live, self._accept, self._replacing)
         self._asked = version
 
     def _put(self, live: Pointer | None) -> None:
@@ -248,11 +272,7 @@ class _Mover:
             flow_run=move.flow_run,
             mlflow_version=move.mlflow_version,
             kind=move.kind,
-            # Some of it are words of a release, which may be anybody's.
-            verdicts={
-                on_one_line(name, LONGEST_VERDICT): on_one_line(said, LONGEST_VERDICT)
-                for name, said in {**move.verdicts, **self._found}.items()
-            },
+            verdicts=shortened({**move.verdicts, **self._found}),
         )
         if boot_seconds() - self._claimed > CLAIM_FRESH_SECONDS:
             self._claim()
@@ -338,8 +358,3 @@ def _live_manifest(channel: Channel, live: Pointer | None) -> Manifest | None:
         raise ReleaseError(
             f"the live release of {channel} is broken; no candidate can be held against it: {error}"
         ) from error
-
-
-def _pause(times: int) -> None:
-    """Wait a random while, longer each time: racers that pause alike meet again."""
-    time.sleep(random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.01 * 2**times)))

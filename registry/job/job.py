@@ -25,6 +25,7 @@ from train_and_ship.registry.job.export import Export
 from train_and_ship.registry.job.gates import Gate, require_fitting
 from train_and_ship.registry.job.observe import Observe
 from train_and_ship.registry.job.parity import Parity
+from train_and_ship.registry.job.rollout import Rollout
 from train_and_ship.registry.job.train import Train
 
 Policy = Literal["better", "not_worse", "always"]
@@ -49,7 +50,7 @@ def _is_channel(value: str, info: ValidationInfo) -> str:
 class Release(Part):
     """Where a release goes, and what it takes to replace the one that is there."""
 
-    came_later: ClassVar[frozenset[str]] = frozenset({"allow"})
+    came_later: ClassVar[frozenset[str]] = frozenset({"allow", "rollout"})
 
     channel: Annotated[str, AfterValidator(_is_channel)] = Field("prod", pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     """the pointer that is moved"""
@@ -69,6 +70,9 @@ class Release(Part):
     """of the interval of the improvement"""
     resamples: int = Field(1000, ge=100, le=100_000)
     """how often the validation samples are drawn anew for the interval"""
+    rollout: Rollout | None = None
+    """the release answers a growing share of the requests before it goes live, beside what is live; see rollouts.md.
+    It goes live at once when absent, and where nothing is live yet"""
 
 
 def _is_cron(value: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 from train_and_ship.infra.errors import ReleaseError, RequestError, ServiceError, SettingsError
 from train_and_ship.infra.objectstore import ObjectStore
+from train_and_ship.infra.provenance import who
 from train_and_ship.infra.shown import on_one_line
 from train_and_ship.registry.bucket.catalog import channels
 from train_and_ship.registry.bucket.keys import (
@@ -30,7 +32,12 @@ from train_and_ship.registry.diff import read_release_record
 from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.maintenance.history_repair import broken_links, repair_history
 from train_and_ship.registry.release.manifest import MANIFEST
+from train_and_ship.registry.rollouts.moves import settle, went_live_though_given_up
+from train_and_ship.registry.rollouts.record import read_rollout
 from train_and_ship.registry.tracking.pending_reports import send_reports
+
+NOBODY_WATCHES = timedelta(minutes=10)
+"""After so long beyond its time a rollout that did not go on is seen by nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,7 @@ def examine(
     for channel in known:
         try:
             yield from _channel(channel, dry_run)
+            yield from _rollout(channel, dry_run)
         except (ReleaseError, SettingsError) as error:
             # Credentials that the bucket does not know would have ended the listing of channels.
             yield Finding(what=f"{channel}: not examined to the end: {error}", can_mend=False)
@@ -118,6 +126,34 @@ def _channel(channel: Channel, dry_run: bool) -> Iterator[Finding]:
     if problem := _broken(channel, before.release, before.manifest_sha256):
         told = f"release {before.release}, to which `ship rollback` goes back, is broken: {problem}"
         way_out = "publish it again, or name another one with --to when it comes to that"
+        yield Finding(what=f"{channel}: {told}; {way_out}", can_mend=False)
+
+
+def _rollout(channel: Channel, dry_run: bool) -> Iterator[Finding]:
+    rollout, live = read_rollout(channel), read_pointer(channel)
+    if rollout is None or live is None:
+        return
+    if went_live_though_given_up(rollout, live):
+        what = (
+            f"{channel}: release {live.release} went live in the moment in which its rollout was ended "
+            f"({rollout.outcome.value}); `ship rollback {channel.model} --channel {channel.name} --why …` takes it off"
+        )
+        yield Finding(what=what, can_mend=False)
+    if not rollout.is_running:
+        return
+    if not rollout.extends_pointer(live):
+        if not dry_run:
+            settle(channel, who())
+        what = f"{channel}: another pointer has ended the rollout of release {rollout.release}, which did not say so"
+        yield Finding(what=what, can_mend=True)
+        return
+    asked = f"`ship rollout {channel.model} --to {channel.name}"
+    if problem := _broken(channel, rollout.release, rollout.manifest_sha256):
+        told = f"the release that is rolled out is broken: {problem}; {asked} --stop --why …` ends it"
+        yield Finding(what=f"{channel}: {told}", can_mend=False)
+    if channel.store.now() > rollout.next_at + NOBODY_WATCHES:
+        told = f"nobody watches the rollout of {rollout}, which could have gone on at {rollout.next_at.isoformat()}"
+        way_out = f"the flow `watch` does, where `ship up` has deployed it; {asked} --next --why …` goes on by hand"
         yield Finding(what=f"{channel}: {told}; {way_out}", can_mend=False)
 
 

@@ -1,8 +1,9 @@
 """Which releases may go, and their deletion in two phases: marked first, deleted after a grace.
 
-A release is kept while it is live on any channel, was among the last ones of a channel, is named by a view, or was
-live, published or claimed less than the slowest reader takes. Of a mark only that is believed which the store bears
-out, and no mark deletes a release that is needed. Safe beside promotions: see registry/bucket/tombstones.py.
+A release is kept while it is live or being rolled out on any channel, was among the last ones of a channel, is named by
+a view, or was live, published or claimed less than the slowest reader takes. Of a mark only that is believed which the
+store bears out, and no mark deletes a release that is needed. Safe beside promotions: see
+registry/bucket/tombstones.py.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from train_and_ship.registry.channels.pointer import Pointer, read_pointer
 from train_and_ship.registry.channels.timeline import moved_at
 from train_and_ship.registry.identity import is_release_id
 from train_and_ship.registry.release.manifest import MANIFEST
+from train_and_ship.registry.rollouts.moves import running
 from train_and_ship.registry.tracking.rest import model_registry
 
 TAG_DELETED = "deleted_from_bucket"
@@ -187,6 +189,8 @@ def _needed(store: ObjectStore, model: str, policy: Policy, now: datetime) -> di
             else:
                 break
             later = move
+        if (rollout := running(channel)) is not None:
+            needed.setdefault(rollout.release, f"being rolled out on {channel.name}")
     for release, view in _in_views(store, model):
         needed.setdefault(release, f"named by {view}")
     return needed

@@ -71,6 +71,7 @@ ROOMS = {
         "run_folder": {"job", "cost", "environments", "kind", "release", "tracking", "data", "made_of"},
         # A rollback reads no job, and has no time to load what reads one: `moves` imports these where it needs them.
         "channels": {"bucket", "release", "identity", "tracking", "job", "gates", "diff", "kind"},
+        "rollouts": {"bucket", "release", "identity", "job", "channels"},
         "serving": {"bucket", "release"},
         "report": {
             *("identity", "text", "cost", "job", "kind", "release", "tracking", "gates", "verdicts", "bucket"),
@@ -78,7 +79,7 @@ ROOMS = {
         },
         "maintenance": {
             *("identity", "text", "cost", "job", "release", "tracking", "gates", "bucket"),
-            *("data", "diff", "lineage", "run_folder", "channels", "observations"),
+            *("data", "diff", "lineage", "run_folder", "channels", "observations", "rollouts"),
         },
     },
     # `training` never sees `parity` or `exporters`: what trains cannot know how it will be judged.

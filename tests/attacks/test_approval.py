@@ -206,6 +206,8 @@ def test_only_an_owner_may_write_the_rules_and_an_owner_moves_nothing() -> None:
 def test_records_are_written_once_by_policy() -> None:
     (denial,) = [one for one in policy(Role.PROMOTER, "models", model=MODEL)["Statement"] if one["Effect"] == "Deny"]
     assert denial["Condition"] == {"Null": {"s3:if-none-match": "true"}} and denial["Action"] == ["s3:PutObject"]
-    assert denial["Resource"] == [f"arn:aws:s3:::models/models/{MODEL}/{kind}/*/*" for kind in ("history", "decisions")]
+    assert denial["Resource"] == [
+        f"arn:aws:s3:::models/models/{MODEL}/{kind}/*/*" for kind in ("history", "decisions", "rollouts")
+    ]
     allowing = policy(Role.PROMOTER, "models", model=MODEL, write_once=False)["Statement"]
     assert all(one["Effect"] == "Allow" for one in allowing)

@@ -19,6 +19,7 @@ from tests.support.ceph_rgw import RgwServer
 from tests.support.fixture_types import Connect
 from tests.support.onnx_releases import onnx_release
 from tests.support.releases import CHANNEL, MODEL, make_release, move, published, rolled_back
+from tests.support.rollouts import WATCHER, begun, channel_of
 from tests.support.signing_keys import key_pair
 from tests.support.tool_environments import tool_python
 from train_and_ship.infra.errors import ReleaseError, SettingsError
@@ -26,7 +27,7 @@ from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.registry.bucket.iam import Role, policy
-from train_and_ship.registry.bucket.keys import pointer_key, release_prefix, rules_key
+from train_and_ship.registry.bucket.keys import pointer_key, release_prefix, rollout_key, rules_key
 from train_and_ship.registry.bucket.releases import publish, verify_release
 from train_and_ship.registry.bucket.tombstones import hold, tombstone_key
 from train_and_ship.registry.channels.channel import Channel
@@ -36,6 +37,9 @@ from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.rules import Approval, read_rules, set_rules
 from train_and_ship.registry.maintenance.retention import Policy, carry_out, decide
 from train_and_ship.registry.release.manifest import MANIFEST
+from train_and_ship.registry.rollouts.moves import stop
+from train_and_ship.registry.rollouts.record import Outcome, read_rollout
+from train_and_ship.registry.rollouts.versions import read_versions
 from train_and_ship.registry.serving.layouts import write_triton
 
 # A first run may install the judge of policies, and fetches Ceph.
@@ -108,6 +112,13 @@ def test_a_promoter_moves_its_channel_and_no_other_and_adds_to_no_release(
         move(promoter, manifest)
     assert [record.generation for record in read_history(Channel(promoter, MODEL, CHANNEL))] == [1, 2, 3]
     denied(lambda: move(promoter, releases[0], channel="staging"))
+    # Likewise a rollout, whose copies it writes.
+    rollout = begun(promoter, releases[1])
+    stop(channel_of(promoter), rollout, Outcome.ROLLED_BACK, WATCHER)
+    assert [one.number for one in read_versions(channel_of(promoter))] == [2, 1]
+    for other in (as_role(Role.TRAINER), as_role(Role.VIEWER), as_role(Role.PROMOTER, channel="staging")):
+        denied(lambda other=other: begun(other, releases[1], again=True))  # type: ignore[misc]
+        denied(lambda other=other: other.put(rollout_key(MODEL, CHANNEL), b"{}"))  # type: ignore[misc]
     denied(lambda: publish(promoter, tmp_path / "new", make_release(tmp_path / "new", seed=2)))
     denied(lambda: promoter.delete(release_prefix(MODEL, releases[1].release) + "file0.bin"))
 
@@ -175,6 +186,10 @@ def test_a_reader_follows_its_channel_and_can_do_nothing_else(
     denied(lambda: reader_store.put_new("models/digits/releases/x", b""))
     denied(lambda: reader_store.put_new(".probe/x", b""))
     denied(lambda: reader_store.delete(pointer_key(MODEL, CHANNEL)))
+    begun(object_store, second)
+    assert read_rollout(channel_of(reader_store)) == read_rollout(channel_of(object_store))
+    denied(lambda: reader_store.get(f"models/{MODEL}/rollouts/{CHANNEL}/00000004-0001.json"))
+    denied(lambda: reader_store.put(rollout_key(MODEL, CHANNEL), b"{}"))
     denied(lambda: reader_store.get(f"models/{MODEL}/history/{CHANNEL}/00000001.json"))
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from train_and_ship.infra.deployments import INSTALLED, deploy
 
-OURS = {"retrain", "train-and-ship", "rollback", "promote"}
+OURS = {"retrain", "train-and-ship", "rollback", "promote", "watch"}
 COMMAND = [sys.executable, "-c", "import pathlib; pathlib.Path('asked').touch()"]
 """In place of `prefect deploy --all`: leaves a file where it was run."""
 
@@ -53,7 +53,7 @@ def test_outside_a_clone_the_flows_are_deployed_without_the_job_of_the_clone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "promote, retrain, rollback, train-and-ship (" in up(tmp_path)
+    assert "promote, retrain, rollback, train-and-ship, watch (" in up(tmp_path)
     assert asked(tmp_path / "installed")
     made = yaml.safe_load((tmp_path / "installed/prefect.yaml").read_text())["deployments"]
     assert {deployment["name"] for deployment in made} == OURS
@@ -61,6 +61,9 @@ def test_outside_a_clone_the_flows_are_deployed_without_the_job_of_the_clone(
     retrain = next(deployment for deployment in made if deployment["name"] == "retrain")
     # For `ship deploy` to copy; the pattern itself has nothing to do.
     assert retrain["schedules"] == [{"slug": "nightly", "cron": "0 2 * * *", "timezone": "UTC", "active": False}]
+    # Whoever begins a rollout switches it on.
+    (each_minute,) = next(deployment for deployment in made if deployment["name"] == "watch")["schedules"]
+    assert (each_minute["cron"], each_minute["active"]) == ("* * * * *", False)
     assert retrain["triggers"][0]["parameters"]["job"] == "{{ event.payload.job }}"
     assert "(unchanged)" in up(tmp_path)
     assert not asked(tmp_path / "installed")

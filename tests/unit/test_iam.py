@@ -15,6 +15,7 @@ RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channel
 HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"
 CLAIM = "models/digits/claims/r.json"
 DECISION = "models/digits/decisions/prod/2026-11-17T02:00:00.000+00:00-r.json"
+ROLLOUT, VERSION = "models/digits/rollouts/prod.json", "models/digits/rollouts/prod/00000001-0001.json"
 VIEW = "models/digits/views/prod/triton/digits/7/model.onnx"
 
 OBSERVED = "observations/digits/2026-12-01/04-00000000-0123456789abcdef.parquet"
@@ -40,6 +41,12 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
         ("PutObject", HISTORY): {Role.PROMOTER},
         ("PutObject", DECISION): {Role.PROMOTER},
         ("DeleteObject", DECISION): set(),
+        ("PutObject", ROLLOUT): {Role.PROMOTER},
+        ("PutObject", VERSION): {Role.PROMOTER},
+        ("DeleteObject", ROLLOUT): set(),
+        ("GetObject", ROLLOUT): set(Role) - {Role.SERVER},
+        # For all channels a reader also reads the copies: in a policy * matches / too.
+        ("GetObject", VERSION): set(Role) - {Role.SERVER},
         ("PutObject", VIEW): {Role.VIEWER},
         ("DeleteObject", VIEW): {Role.VIEWER},
         ("GetObject", VIEW): set(Role) - {Role.READER},
@@ -68,6 +75,7 @@ def test_a_policy_for_one_model_and_channel_reaches_no_other() -> None:
         assert not allowed(role, action, "models/digits2/releases/r/model.onnx", model="digits")
     assert allowed(Role.PROMOTER, "PutObject", POINTER, channel="prod")
     assert not allowed(Role.PROMOTER, "PutObject", POINTER, channel="staging")
+    assert not allowed(Role.PROMOTER, "PutObject", ROLLOUT, channel="staging")
     assert not allowed(Role.READER, "GetObject", POINTER, channel="staging")
 
 

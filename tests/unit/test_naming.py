@@ -52,6 +52,11 @@ def test_what_went_live_elsewhere_than_on_prod_is_staged(channel: str, name: str
     assert (state.name, state.is_completed(), state.message) == (name, True, "digits is live")
 
 
+@pytest.mark.parametrize("instead", ["Rolling out", "Staged"])
+def test_what_did_not_go_live_though_no_gate_refused_it_is_called_what_became_of_it(instead: str) -> None:
+    assert naming.went_live("the result", "digits waits", "prod", instead).name == instead
+
+
 def test_a_gate_that_refuses_ends_the_run_as_refused_with_its_headline() -> None:
     state = naming.refused(GateError("accuracy 0.9, expected >= 0.97", "a table"))
     assert (state.name, state.is_failed(), state.message) == ("Refused", True, "accuracy 0.9, expected >= 0.97")
