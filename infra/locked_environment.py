@@ -16,7 +16,7 @@ from torchworker.durable import write_durably
 from torchworker.protocol import PROTOCOL
 from train_and_ship.infra.errors import JobError, RequestError
 from train_and_ship.infra.home import make_folder
-from train_and_ship.infra.installing import MAY_CHANGE, installer, torchworker_wheel
+from train_and_ship.infra.installing import MAY_CHANGE, installer, installing_environment, torchworker_wheel
 from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.locks import locked
 from train_and_ship.infra.processes import last_lines
@@ -107,8 +107,10 @@ def _base(version: str) -> str:
         return os.path.realpath(sys.executable)
     found = shutil.which(f"python{version}")
     # What only stands for versions that may be installed (pyenv) is no Python yet.
-    if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
-        return found
+    if found:
+        tried = subprocess.run([found, "-c", ""], env=installing_environment(), capture_output=True, check=False)
+        if tried.returncode == 0:
+            return found
     raise JobError(
         f"python: the project was deployed with Python {version}, and this worker has none: expected python{version} "
         "on PATH; install it, or deploy from an environment of a version that is here"
@@ -121,8 +123,9 @@ def _run(command: Iterable[str], log: Path) -> None:
         file.write(f"$ {' '.join(words)}\n")
         file.flush()
         status = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+            words, env=installing_environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode  # fmt: skip
     if status:
         said = last_lines(log)
         missing = list(dict.fromkeys(_MISSING.findall(said)))
