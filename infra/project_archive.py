@@ -90,6 +90,10 @@ def find_files(job_file: Path, project: Path, listed: Sequence[str]) -> Found:
             raise JobError(f"{job_file}: deploy.files: expected a file or folder below {root}, got {name}")
         if not place.exists():
             raise JobError(f"{job_file}: deploy.files: expected a file or folder at {place}, found none")
+        # Whoever reads a pipe waits for somebody to write.
+        for one in (place, *_files_of(place)):
+            if not (one.is_file() or one.is_dir() or one.is_symlink()):
+                raise JobError(f"{job_file}: deploy.files: expected files and folders, got {one}, which is neither")
         known |= {file.relative_to(root).as_posix() for file in _files_of(place)}
     for place, what in ((job_file, "the job file"), (project, "the folder of the project")):
         if not place.is_relative_to(root):
