@@ -176,7 +176,7 @@ def bring_project(store: ObjectStore, reference: Reference, home: Path, public_k
     if public_key is not None:
         _require_signed(store, reference, public_key)
     folder = reference.folder(home)
-    if not is_complete(folder):
+    if not _is_sound(folder):
         make_folder(folder.parent)
         # Two runs may bring it at once: the first to end has it.
         work = folder.with_name(f".{uuid.uuid4().hex}")
@@ -184,16 +184,27 @@ def bring_project(store: ObjectStore, reference: Reference, home: Path, public_k
         try:
             _fetch(store, reference, work)
             mark(work)
+            if folder.exists() and not _is_sound(folder):
+                # What has become of it is nobody's to keep.
+                folder.rename(work.with_name(f"{work.name}.damaged"))
             with contextlib.suppress(OSError):
                 work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work.with_name(f"{work.name}.damaged"), ignore_errors=True)
     # By which the janitor knows what is used.
     os.utime(folder)
     about = read_about(folder)
     if (about.model, about.job) != (reference.model, reference.job):
         raise JobError(f"job: expected {about.job} of model {about.model} in that archive, got {reference}")
     return folder / TREE / reference.job
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        return is_complete(folder) and bool(read_about(folder))
+    except JobError:
+        return False
 
 
 def _fetch(store: ObjectStore, reference: Reference, work: Path) -> None:

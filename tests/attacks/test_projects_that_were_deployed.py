@@ -18,6 +18,7 @@ from train_and_ship.infra import project_archive
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.project_archive import unpack
+from train_and_ship.infra.provenance import git_commit
 from train_and_ship.registry.bucket import projects
 from train_and_ship.registry.bucket.projects import ARCHIVE, Reference, bring_project, broken_projects, publish_project
 from train_and_ship.registry.job.load import load_job
@@ -162,6 +163,36 @@ def test_with_a_public_key_only_what_that_key_has_signed_is_run(
         object_store.put(name.replace("models/plain/", "models/other/"), found[0])
     with pytest.raises(JobError):
         bring_project(object_store, copied, tmp_path / "another", public)
+
+
+@pytest.mark.parametrize("damage", ["[" * 50_000, "{}", "[]", "", None, ABOUT.replace('"none"', "7"), "\0"])
+def test_a_project_that_was_damaged_where_it_was_unpacked_is_unpacked_again(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path, damage: str | None
+) -> None:
+    reference = publish_project(object_store, "plain", "job.yaml", archive, None)
+    job = bring_project(object_store, reference, tmp_path / "home", None)
+    about = job.parents[1] / "project.json"
+    sound = about.read_bytes()
+    about.unlink() if damage is None else about.write_text(damage)
+    # Before it is brought again: where it came from, of whatever lies in it.
+    with pytest.raises(JobError, match=r"delete the folder|expected format 1"):
+        git_commit(job.parent)
+    assert bring_project(object_store, reference, tmp_path / "home", None) == job
+    assert about.read_bytes() == sound and load_job(job)[0].name == "plain"
+    job.unlink()
+    assert bring_project(object_store, reference, tmp_path / "home", None).is_file()
+    assert [place.name for place in (tmp_path / "home/projects").iterdir()] == [reference.sha256]
+
+
+def test_an_archive_that_says_nothing_of_itself_that_anybody_understands_is_refused(tmp_path: Path) -> None:
+    for number, said in enumerate(("[" * 50_000, "[]", ABOUT.replace("{}", "[]"), ABOUT.replace('""', '"3.11"'))):
+        place = tmp_path / str(number)
+        place.mkdir()
+        with tarfile.open(tmp_path / "project.tar.gz", "w:gz") as written:
+            for one, content in (member("project.json", said), member("tree/job.yaml", "name: x\n")):
+                written.addfile(one, io.BytesIO(content))
+        with pytest.raises(JobError, match=r"as `ship deploy` packs it|expected lock"):
+            unpack(tmp_path / "project.tar.gz", place)
 
 
 def test_what_a_trainer_puts_in_place_of_a_project_is_told_and_its_owner_deploys_over_it(
