@@ -16,6 +16,7 @@ from torchworker.durable import write_durably
 from torchworker.protocol import PROTOCOL
 from train_and_ship.infra.errors import JobError, RequestError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.installing import MAY_CHANGE, installer, installing_environment, torchworker_wheel
 from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.locks import locked
@@ -24,6 +25,8 @@ from train_and_ship.infra.provenance import environment_lock, installed_from
 
 WAIT_SECONDS = 3600.0
 """For another run that makes the same environment."""
+ENVIRONMENT_BYTES = "BYTES"
+"""File in an environment: how much it takes on the disk, once it is complete."""
 _MISSING = re.compile(r"^ERROR: (?:No matching distribution found for|.* satisfies the requirement) ([^\s(;]+)", re.M)
 """As pip says it."""
 
@@ -66,6 +69,7 @@ def python_for(home: Path, version: str, lock: str, say: Callable[[str], None]) 
     digest = hashlib.sha256(f"{version}\n{PROTOCOL}\n{lock}".encode()).hexdigest()[:20]
     folder = home / "environments" / digest
     python = folder / "bin" / "python"
+    hold(folder)
     if (folder / "COMPLETE").is_file():
         # By which the janitor knows what is used.
         os.utime(folder)
@@ -91,6 +95,8 @@ def _make(folder: Path, version: str, lock: str) -> None:
     with torchworker_wheel() as wheel:
         asked = f"torchworker[exports] @ {wheel.as_uri()}"
         _run([*_installer(str(python)), "--constraint", str(requirements), asked], log)
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    write_durably(folder / ENVIRONMENT_BYTES, str(size).encode())
     write_durably(folder / "COMPLETE", uuid.uuid4().hex.encode())
 
 

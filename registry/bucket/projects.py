@@ -23,6 +23,7 @@ from shipreader.errors import RefusedError
 from shipreader.records import NAME, require_sparse
 from train_and_ship.infra.errors import JobError, PreconditionFailedError, ReleaseError, SettingsError
 from train_and_ship.infra.home import make_folder
+from train_and_ship.infra.in_use import hold
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.project_archive import MOST_BYTES, TREE, is_complete, mark, read_about, sha256_of, unpack
 from train_and_ship.infra.rundir import file_sha256
@@ -176,6 +177,7 @@ def bring_project(store: ObjectStore, reference: Reference, home: Path, public_k
     if public_key is not None:
         _require_signed(store, reference, public_key)
     folder = reference.folder(home)
+    hold(folder)
     if not _is_sound(folder):
         make_folder(folder.parent)
         # Two runs may bring it at once: the first to end has it.
