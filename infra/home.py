@@ -6,12 +6,14 @@ One for all projects of a user, below XDG_STATE_HOME; or one of a project's own,
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from pathlib import Path
 
 from torchworker.durable import make_folders, sync
 from train_and_ship.infra.errors import SettingsError
+from train_and_ship.infra.git import ask_git
 
 NAME = ".ship"
 """Of the folder of a project that has one of its own."""
@@ -23,7 +25,8 @@ def find_home() -> Path:
     """The nearest `.ship` in the current folder or above it, as git looks for `.git`; else the user's own.
 
     One that belongs to somebody else is not theirs to say where this user's runs go, so it is passed over. Raises
-    SettingsError where there is no such folder and nobody says where this user is at home.
+    SettingsError for one that came with a repository, and where there is no such folder and nobody says where this user
+    is at home.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -31,8 +34,19 @@ def find_home() -> Path:
         with contextlib.suppress(OSError):
             place = folder / NAME
             if place.is_dir() and place.stat().st_uid == os.geteuid():
+                _require_made_here(place)
                 return place
     return users_home()
+
+
+@functools.cache
+def _require_made_here(place: Path) -> None:
+    """Raises SettingsError for one whose files git tracks: whoever clones it owns it, and somebody else wrote it."""
+    if tracked := ask_git(place.parent, "ls-files", "--", NAME).split("\n")[0]:
+        raise SettingsError(
+            f"{place}: expected a folder that was made on this machine, got one that git tracks ({tracked}), which "
+            "could say what is run here; `git rm -r --cached .ship` where it is yours, else delete it, or set SHIP_HOME"
+        )
 
 
 def users_home() -> Path:

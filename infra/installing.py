@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torchworker
 from train_and_ship.infra.errors import RequestError
+from train_and_ship.infra.job_environment import for_installing
+from train_and_ship.infra.private import take_password
 
 WHEELS = Path(__file__).parents[1] / "ship" / "wheels"
 """Carried by the tool's own wheel."""
@@ -21,9 +24,19 @@ MAY_CHANGE = ("torchworker", "python", "pip", "setuptools", "wheel")
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 
+def installing_environment() -> dict[str, str]:
+    """Variables of a process that installs packages, which may run their code: it is kept from this process's secrets.
+
+    Of Python's own what is for ours alone is left out.
+    """
+    take_password()
+    return {name: value for name, value in for_installing(os.environ).items() if name != "PYTHONHOME"}
+
+
 def installer(python: str) -> list[str]:
     """What installs packages for a Python: its own pip, else uv, which makes environments without one."""
-    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+    asked = [python, "-m", "pip", "--version"]
+    if subprocess.run(asked, env=installing_environment(), capture_output=True, check=False).returncode == 0:
         return [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", python]
@@ -45,8 +58,9 @@ def torchworker_wheel() -> Iterator[Path]:
         left_out = shutil.ignore_patterns("__pycache__", "build")
         source = shutil.copytree(Path(torchworker.__file__).parent, Path(folder, "torchworker"), ignore=left_out)
         done = subprocess.run(
-            [sys.executable, "-c", BUILD, folder], cwd=source, capture_output=True, text=True, check=False
-        )
+            [sys.executable, "-c", BUILD, folder], cwd=source, env=installing_environment(), capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason"])[-1]
             raise RequestError(f"torchworker cannot be built from {torchworker.__file__}: expected setuptools: {last}")

@@ -4,7 +4,8 @@ What goes by age: what a run has left half done (a week after its last word), co
 that were refused (unused for a week), copies of data, projects that were deployed and their environments (unused for a
 month). What goes when there is more than SHIP_DISK:
 complete stages of runs (a week after the last word, an hour when the run came to its end; the newest of these stays),
-copies of releases (the latest of each model stays), of data, and rehearsals.
+copies of releases (the latest of each model stays), of data, rehearsals, and of deployed projects and environments
+what was unused for a week.
 
 What a running process uses stays (`in_use.py`), and so does a run that waits for Prefect or in the queue of an engine.
 Reports, decisions that wait for the bucket, and all else that lies in a run's folder beside its stages is
@@ -29,6 +30,7 @@ from torchworker.durable import DAMAGED
 from train_and_ship.infra.errors import ShipError
 from train_and_ship.infra.home import make_folder
 from train_and_ship.infra.in_use import LOCKS, forget_gone, unused
+from train_and_ship.infra.locked_environment import ENVIRONMENT_BYTES
 from train_and_ship.infra.prefect_rest import prefect_api
 from train_and_ship.infra.rundir import COMPLETED
 from train_and_ship.infra.settings import Settings
@@ -56,13 +58,17 @@ class Usage:
     releases: int
     rehearsals: int
     snapshots: int
+    projects: int
+    """That were deployed, as they were unpacked here."""
+    environments: int
+    """Of those, one for each lock."""
     limit: int
     """SHIP_DISK."""
 
     @property
     def total(self) -> int:
-        """Of all four."""
-        return self.runs + self.releases + self.rehearsals + self.snapshots
+        """Of all six."""
+        return self.runs + self.releases + self.rehearsals + self.snapshots + self.projects + self.environments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +104,12 @@ def usage(settings: Settings) -> Usage:
     """How much is there. Reads only; links are not followed, and what vanishes meanwhile is not there."""
     seen: set[tuple[int, int]] = set()
     sizes = {}
-    for kind in ("runs", "releases", "rehearsals", "data"):
-        found = _files(settings.home / kind)[0]
+    for kind in ("runs", "releases", "rehearsals", "data", "projects", "environments"):
+        if kind == "environments":
+            trees = [_environment(folder) for folder in _folders(settings.home / kind)]
+            found = {file: size for tree in trees for file, size in tree.items()}
+        else:
+            found = _files(settings.home / kind)[0]
         sizes[kind] = sum(size for file, size in found.items() if file not in seen)
         seen |= found.keys()
     return Usage(
@@ -107,6 +117,8 @@ def usage(settings: Settings) -> Usage:
         releases=sizes["releases"],
         rehearsals=sizes["rehearsals"],
         snapshots=sizes["data"],
+        projects=sizes["projects"],
+        environments=sizes["environments"],
         limit=settings.disk_limit(),
     )
 
@@ -205,11 +217,16 @@ def _copies(home: Path, moment: float) -> Iterator[_Item]:
     for copy in _folders(home / "data"):
         used = copy.stat().st_mtime
         yield _copy("data", copy, used, too_old=moment - used > SNAPSHOT_SECONDS)
-    # By age alone: to look through an environment takes longer than most stages, and who needs it makes it again.
     for kind in ("projects", "environments"):
         for folder in _folders(home / kind):
-            if moment - (used := folder.stat().st_mtime) > SNAPSHOT_SECONDS:
-                yield _copy(kind, folder, used, too_old=True)
+            age = moment - (used := folder.stat().st_mtime)
+            # A job of an engine may be at work with it when no process here holds it any more.
+            stays = age <= KEEP_SECONDS
+            files = _environment(folder) if kind == "environments" else _files(folder)[0]
+            yield _Item(
+                kind=kind, folder=folder, parts=[folder], used=used, files=files, too_old=age > SNAPSHOT_SECONDS,
+                can_go=not stays,
+            )  # fmt: skip
 
 
 def _part(
@@ -222,6 +239,14 @@ def _part(
 def _copy(kind: str, folder: Path, used: float, *, too_old: bool, can_go: bool = True) -> _Item:
     files, _ = _files(folder)
     return _Item(kind=kind, folder=folder, parts=[folder], used=used, files=files, too_old=too_old, can_go=can_go)
+
+
+def _environment(folder: Path) -> _Sizes:
+    """As whoever made it says, in one number: to look through an environment takes longer than most stages."""
+    with contextlib.suppress(OSError, ValueError):
+        seen = folder.stat()
+        return {(seen.st_dev, seen.st_ino): int((folder / ENVIRONMENT_BYTES).read_text())}
+    return _files(folder)[0]
 
 
 def _keep_waiting(items: list[_Item], waiting: set[str] | None) -> None:

@@ -53,6 +53,9 @@ _LAUNCHER = ("SSH_AUTH_SOCK", "SSH_AGENT_PID", "SSH_ASKPASS", "KRB5CCNAME", "KRB
 """What ssh, or a command in its place, needs to reach another machine."""
 _LAUNCHER_FAMILIES = ("CLOUDSDK_", STORE)
 
+_INSTALLERS = ("PIP_", "UV_")
+"""How pip and uv are told where packages are."""
+
 _OURS = re.compile(
     r"SHIP_(SIGNING_KEY|NOTIFY)\w*"
     r"|(PREFECT|MLFLOW)_\w*(KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|HEADERS|CONNECTION_URL|BACKEND_STORE)\w*"
@@ -107,6 +110,19 @@ def for_launcher(environment: Mapping[str, str]) -> dict[str, str]:
 def for_git(environment: Mapping[str, str]) -> dict[str, str]:
     """What git gets in the folder of a project, whose own configuration may have it run commands."""
     own = {name: value for name, value in environment.items() if name.startswith("GIT_") and not _SECRET.search(name)}
+    return inherited(environment) | own
+
+
+def for_installing(environment: Mapping[str, str]) -> dict[str, str]:
+    """What an installer of packages gets: building one of them runs its code. environment: name to value.
+
+    With PIP_* and UV_*, the passwords of a package index among them, without which nothing could be had from it.
+    """
+    own = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_INSTALLERS) and not name.startswith("UV_PUBLISH_")
+    }
     return inherited(environment) | own
 
 

@@ -16,7 +16,8 @@ from torchworker.durable import write_durably
 from torchworker.protocol import PROTOCOL
 from train_and_ship.infra.errors import JobError, RequestError
 from train_and_ship.infra.home import make_folder
-from train_and_ship.infra.installing import MAY_CHANGE, installer, torchworker_wheel
+from train_and_ship.infra.in_use import hold
+from train_and_ship.infra.installing import MAY_CHANGE, installer, installing_environment, torchworker_wheel
 from train_and_ship.infra.interpreter import Interpreter
 from train_and_ship.infra.locks import locked
 from train_and_ship.infra.processes import last_lines
@@ -24,6 +25,8 @@ from train_and_ship.infra.provenance import environment_lock, installed_from
 
 WAIT_SECONDS = 3600.0
 """For another run that makes the same environment."""
+ENVIRONMENT_BYTES = "BYTES"
+"""File in an environment: how much it takes on the disk, once it is complete."""
 _MISSING = re.compile(r"^ERROR: (?:No matching distribution found for|.* satisfies the requirement) ([^\s(;]+)", re.M)
 """As pip says it."""
 
@@ -66,6 +69,7 @@ def python_for(home: Path, version: str, lock: str, say: Callable[[str], None]) 
     digest = hashlib.sha256(f"{version}\n{PROTOCOL}\n{lock}".encode()).hexdigest()[:20]
     folder = home / "environments" / digest
     python = folder / "bin" / "python"
+    hold(folder)
     if (folder / "COMPLETE").is_file():
         # By which the janitor knows what is used.
         os.utime(folder)
@@ -91,6 +95,8 @@ def _make(folder: Path, version: str, lock: str) -> None:
     with torchworker_wheel() as wheel:
         asked = f"torchworker[exports] @ {wheel.as_uri()}"
         _run([*_installer(str(python)), "--constraint", str(requirements), asked], log)
+    size = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    write_durably(folder / ENVIRONMENT_BYTES, str(size).encode())
     write_durably(folder / "COMPLETE", uuid.uuid4().hex.encode())
 
 
@@ -107,8 +113,10 @@ def _base(version: str) -> str:
         return os.path.realpath(sys.executable)
     found = shutil.which(f"python{version}")
     # What only stands for versions that may be installed (pyenv) is no Python yet.
-    if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
-        return found
+    if found:
+        tried = subprocess.run([found, "-c", ""], env=installing_environment(), capture_output=True, check=False)
+        if tried.returncode == 0:
+            return found
     raise JobError(
         f"python: the project was deployed with Python {version}, and this worker has none: expected python{version} "
         "on PATH; install it, or deploy from an environment of a version that is here"
@@ -121,8 +129,9 @@ def _run(command: Iterable[str], log: Path) -> None:
         file.write(f"$ {' '.join(words)}\n")
         file.flush()
         status = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+            words, env=installing_environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode  # fmt: skip
     if status:
         said = last_lines(log)
         missing = list(dict.fromkeys(_MISSING.findall(said)))

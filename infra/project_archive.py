@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from torchworker.durable import write_durably
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.git import ask_git
@@ -44,6 +46,10 @@ class About:
     python: str = ""
     """Version of the Python whose packages the lock has, such as 3.11; empty without a lock."""
     format: int = 1
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+_ABOUT = TypeAdapter(About)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,10 @@ def find_files(job_file: Path, project: Path, listed: Sequence[str]) -> Found:
             raise JobError(f"{job_file}: deploy.files: expected a file or folder below {root}, got {name}")
         if not place.exists():
             raise JobError(f"{job_file}: deploy.files: expected a file or folder at {place}, found none")
+        # Whoever reads a pipe waits for somebody to write.
+        for one in (place, *_files_of(place)):
+            if not (one.is_file() or one.is_dir() or one.is_symlink()):
+                raise JobError(f"{job_file}: deploy.files: expected files and folders, got {one}, which is neither")
         known |= {file.relative_to(root).as_posix() for file in _files_of(place)}
     for place, what in ((job_file, "the job file"), (project, "the folder of the project")):
         if not place.is_relative_to(root):
@@ -146,21 +156,40 @@ def unpack(archive: Path, folder: Path) -> About:
                     # Before Python 3.11.4; what it would refuse is refused above.
                     packed.extract(member, folder)
         _require_inside(folder / TREE)
-        said = json.loads((folder / PROJECT).read_text())
-        if said.get("format") != 1:
-            raise JobError(f"{archive.name}: expected format 1, got {said.get('format')!r}; update train-and-ship here")
-        about = About(**said)
-        job = PurePosixPath(about.job)
-        if job.is_absolute() or ".." in job.parts or not (folder / TREE / job).is_file():
-            raise JobError(f"{archive.name}: expected a job file in it, got {about.job!r}")
+        return _about(folder, archive.name)
     except (tarfile.TarError, OSError, ValueError, TypeError, AttributeError, EOFError) as error:
         raise JobError(f"{archive.name}: expected a project as `ship deploy` packs it, got {error}") from None
-    return about
 
 
 def read_about(folder: Path) -> About:
-    """Of a project that was unpacked there. Raises OSError or ValueError where it was not."""
-    return About(**json.loads((folder / PROJECT).read_text()))
+    """Of a project that was unpacked there. Raises JobError where it was not, or has been damaged since."""
+    try:
+        return _about(folder, str(folder))
+    except (OSError, ValueError) as error:
+        said = f"{folder}: expected a project that was unpacked there, got {error}"
+        raise JobError(f"{said}; delete the folder") from None
+
+
+def _about(folder: Path, where: str) -> About:
+    """Raises OSError, ValueError or JobError where project.json is none, or what it names is not there."""
+    try:
+        text = (folder / PROJECT).read_text()
+        said = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{PROJECT} with lists in lists without end") from None
+    if isinstance(said, dict) and said.get("format") != 1:
+        raise JobError(f"{where}: expected format 1, got {said.get('format')!r}; update train-and-ship here")
+    try:
+        about = _ABOUT.validate_json(text, strict=True)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(f"{PROJECT} in which {place or 'all'} is wrong: {error.errors()[0]['msg']}") from None
+    job = PurePosixPath(about.job)
+    if job.is_absolute() or ".." in job.parts or not (folder / TREE / job).is_file():
+        raise JobError(f"{where}: expected a job file in it, got {about.job!r}")
+    if about.python and not (folder / LOCK).is_file():
+        raise JobError(f"{where}: expected {LOCK} in it, with the packages for Python {about.python}, found none")
+    return about
 
 
 def mark(folder: Path) -> None:

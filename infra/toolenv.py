@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from train_and_ship.infra.errors import ServiceError
+from train_and_ship.infra.installing import installing_environment
 from train_and_ship.infra.locks import locked
 
 LOCK_SECONDS = 1800.0
@@ -49,13 +50,15 @@ def environment(name: str, requirements: Sequence[str], report: Callable[[str], 
         if not (home / "complete").exists():
             report(f"setting up {name} in {home}, once")
             shutil.rmtree(home, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+            allowed = installing_environment()
+            subprocess.run([sys.executable, "-m", "venv", str(home)], env=allowed, check=True)
             # Hashes are taken from a file only.
             asked = home / "requirements.txt"
             asked.write_text("\n".join(requirements) + "\n")
             hashes = ["--require-hashes"] if any("--hash" in line for line in requirements) else []
             install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *hashes]
-            done = subprocess.run([*install, "--requirement", str(asked)], capture_output=True, text=True)
+            command = [*install, "--requirement", str(asked)]
+            done = subprocess.run(command, env=allowed, capture_output=True, text=True)
             if done.returncode:
                 shutil.rmtree(home)
                 raise ServiceError(f"{name}: pip cannot install it here: {done.stderr.strip()[-1000:]}")

@@ -26,7 +26,10 @@ def doctor(model: str, dry_run: bool) -> None:
     mended = left = 0
     for name in names:
         try:
-            for finding in examine(store, name, settings.mlflow_url, runs=settings.runs / name, dry_run=dry_run):
+            for finding in examine(
+                store, name, settings.mlflow_url, runs=settings.runs / name, public_key=settings.public_key,
+                dry_run=dry_run,
+            ):  # fmt: skip
                 done = ("would mend" if dry_run else "mended") if finding.can_mend else "to do"
                 typer.echo(f"{done:<10}  {harmless(finding.what)}")
                 mended += finding.can_mend

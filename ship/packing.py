@@ -77,6 +77,9 @@ def _lock_file(job: Job, job_file: Path) -> str:
     if job.deploy.lock is None:
         return ""
     path = job_file.parent / job.deploy.lock
+    # Whoever reads a pipe waits for somebody to write.
+    if path.exists() and not path.is_file():
+        raise JobError(f"{job_file}: deploy.lock: expected a file of requirements at {path}, got something else")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

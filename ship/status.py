@@ -194,6 +194,8 @@ def disk_line(used: janitor.Usage) -> str:
         "copies of releases": used.releases,
         "failed rehearsals": used.rehearsals,
         "copies of snapshots": used.snapshots,
+        "deployed projects": used.projects,
+        "their environments": used.environments,
     }
     what = ", ".join(f"{name} {file_size(size)}" for name, size in parts.items() if size)
     over = "; the rest is in use or may be needed" if used.total > used.limit else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from train_and_ship.infra.errors import JobError, RequestError
-from train_and_ship.infra.installing import MAY_CHANGE, installer, torchworker_wheel
+from train_and_ship.infra.installing import MAY_CHANGE, installer, installing_environment, torchworker_wheel
 from train_and_ship.infra.interpreter import look_at, problem_of, too_old
 from train_and_ship.infra.provenance import environment_lock
 
@@ -57,7 +57,7 @@ def install(python: Path, exports: bool) -> None:
 
 def _run(command: list[str], *, exports: bool) -> None:
     typer.echo(f"$ {' '.join(command)}")
-    if status := subprocess.run(command, check=False).returncode:
+    if status := subprocess.run(command, env=installing_environment(), check=False).returncode:
         less = "; --no-exports asks for less, and jobs make no ONNX then" if exports else ""
         raise RequestError(
             f"the installer ended with {status}, and says why above. Packages that are there already keep their "

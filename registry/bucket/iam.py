@@ -34,7 +34,7 @@ class Role(StrEnum):
     READER = "reader"
     """Follows a channel: reads, and does not list; writes what it has observed, and cannot read that."""
     COLLECTOR = "gc"
-    """Marks and deletes releases. May not move any channel."""
+    """Marks and deletes releases, and may delete deployed projects. May not move any channel."""
     VIEWER = "viewer"
     """Follows a channel and writes its views for other servers. May not touch releases or channels."""
     SERVER = "server"
@@ -123,7 +123,8 @@ def policy(
         statements.append(_allow("Rule", ["s3:PutObject"], keys(f"{own}/rules/{channel}.json")))
     else:
         statements.append(_allow("Mark", ["s3:PutObject"], keys(f"{own}/tombstones/*")))
-        statements.append(_allow("Collect", ["s3:DeleteObject"], keys(releases, observations)))
+        # Of projects what somebody has put there in their place; `ship gc` deletes none.
+        statements.append(_allow("Collect", ["s3:DeleteObject"], keys(releases, observations, f"{own}/projects/*")))
         # Whoever may put an object may leave an upload, also of a view or a claim. To drop one alters no object.
         statements.append(_allow("DropUploads", ["s3:AbortMultipartUpload"], keys(f"{own}/*", observations)))
         statements.append(_allow("SeeUploads", ["s3:ListBucketMultipartUploads"], [f"arn:aws:s3:::{bucket}"]))

@@ -21,6 +21,7 @@ from train_and_ship.registry.bucket.keys import (
     releases_prefix,
     views_prefix,
 )
+from train_and_ship.registry.bucket.projects import broken_projects
 from train_and_ship.registry.bucket.releases import verify_release
 from train_and_ship.registry.channels.aliases import sync_aliases
 from train_and_ship.registry.channels.channel import Channel
@@ -50,15 +51,24 @@ class Finding:
 
 
 def examine(
-    store: ObjectStore, model: str, tracking_uri: str, *, runs: Path | None = None, dry_run: bool = False
+    store: ObjectStore,
+    model: str,
+    tracking_uri: str,
+    *,
+    runs: Path | None = None,
+    public_key: Path | None = None,
+    dry_run: bool = False,
 ) -> Iterator[Finding]:
-    """Look at pointers, histories, releases, MLflow's aliases and the reports that it lacks, and mend what can be.
+    """Look at pointers, histories, releases, deployed projects, MLflow's aliases and the reports that it lacks.
+
+    What can be mended is.
 
     Args:
         store: the bucket.
         model: the model to look at.
         tracking_uri: MLflow's.
         runs: folder of the model's runs on this machine, where reports wait.
+        public_key: whose signatures of deployed projects have to hold.
         dry_run: write nothing.
 
     Raises:
@@ -75,6 +85,8 @@ def examine(
             yield Finding(what=f"{channel}: not examined to the end: {error}", can_mend=False)
     yield from _incomplete(store, model)
     yield from _foreign(store, model)
+    for told in broken_projects(store, model, public_key):
+        yield Finding(what=told, can_mend=False)
     for channel in known:
         yield from _aliases(channel, dry_run)
     if runs is not None:

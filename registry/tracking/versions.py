@@ -378,7 +378,8 @@ def _signature(signature: Mapping[str, Any]) -> ModelSignature | None:
 def _snippet(signature: Mapping[str, Any], model_id: str) -> str:
     """Markdown: how to load the model, and to ask it with one sample of zeros."""
     inputs = ", ".join(
-        f'"{tensor["name"]}": numpy.zeros({tuple(1 if isinstance(dim, str) else dim for dim in tensor["shape"])}, '
+        # Whoever writes the code of a job names its inputs, and somebody else runs these lines.
+        f"{tensor['name']!r}: numpy.zeros({tuple(1 if isinstance(dim, str) else dim for dim in tensor['shape'])}, "
         f'"{tensor["dtype"]}")'
         for tensor in signature["inputs"]
     )

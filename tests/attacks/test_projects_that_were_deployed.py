@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from train_and_ship.infra import project_archive
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.project_archive import unpack
-from train_and_ship.registry.bucket.projects import Reference, bring_project, publish_project
+from train_and_ship.infra.provenance import git_commit
+from train_and_ship.registry.bucket import projects
+from train_and_ship.registry.bucket.projects import ARCHIVE, Reference, bring_project, broken_projects, publish_project
 from train_and_ship.registry.job.load import load_job
 from train_and_ship.ship.packing import pack_project
 
@@ -160,6 +163,82 @@ def test_with_a_public_key_only_what_that_key_has_signed_is_run(
         object_store.put(name.replace("models/plain/", "models/other/"), found[0])
     with pytest.raises(JobError):
         bring_project(object_store, copied, tmp_path / "another", public)
+
+
+@pytest.mark.parametrize("damage", ["[" * 50_000, "{}", "[]", "", None, ABOUT.replace('"none"', "7"), "\0"])
+def test_a_project_that_was_damaged_where_it_was_unpacked_is_unpacked_again(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path, damage: str | None
+) -> None:
+    reference = publish_project(object_store, "plain", "job.yaml", archive, None)
+    job = bring_project(object_store, reference, tmp_path / "home", None)
+    about = job.parents[1] / "project.json"
+    sound = about.read_bytes()
+    about.unlink() if damage is None else about.write_text(damage)
+    # Before it is brought again: where it came from, of whatever lies in it.
+    with pytest.raises(JobError, match=r"delete the folder|expected format 1"):
+        git_commit(job.parent)
+    assert bring_project(object_store, reference, tmp_path / "home", None) == job
+    assert about.read_bytes() == sound and load_job(job)[0].name == "plain"
+    job.unlink()
+    assert bring_project(object_store, reference, tmp_path / "home", None).is_file()
+    assert [place.name for place in (tmp_path / "home/projects").iterdir()] == [reference.sha256]
+
+
+def test_an_archive_that_says_nothing_of_itself_that_anybody_understands_is_refused(tmp_path: Path) -> None:
+    for number, said in enumerate(("[" * 50_000, "[]", ABOUT.replace("{}", "[]"), ABOUT.replace('""', '"3.11"'))):
+        place = tmp_path / str(number)
+        place.mkdir()
+        with tarfile.open(tmp_path / "project.tar.gz", "w:gz") as written:
+            for one, content in (member("project.json", said), member("tree/job.yaml", "name: x\n")):
+                written.addfile(one, io.BytesIO(content))
+        with pytest.raises(JobError, match=r"as `ship deploy` packs it|expected lock"):
+            unpack(tmp_path / "project.tar.gz", place)
+
+
+def test_what_a_trainer_puts_in_place_of_a_project_is_told_and_its_owner_deploys_over_it(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path
+) -> None:
+    ours = key_pair(tmp_path, "ours")
+    public, home = ours.with_suffix(".pub"), tmp_path / "home"
+    reference = publish_project(object_store, "plain", "job.yaml", archive, ours)
+    (signature,) = set(object_store.list_keys("models/plain/projects/")) - {reference.key}
+    wrong = {"sha256": "0" * 64}
+    for key in (signature, reference.key):
+        for body, told in ((b"x" * 300_000, {}), (b"{}", wrong), (b"{}", {f"m{at}": "x" * 20 for at in range(120)})):
+            object_store._client.put_object(Bucket=object_store.bucket, Key=key, Body=body, Metadata=told)
+            (said,) = broken_projects(object_store, "plain", public)
+            assert key in said and "`ship deploy`" in said
+            with pytest.raises(JobError):
+                bring_project(object_store, reference, home, public)
+            publish_project(object_store, "plain", "job.yaml", archive, ours)
+            assert list(broken_projects(object_store, "plain", public)) == []
+            assert bring_project(object_store, reference, home, public).is_file()
+            shutil.rmtree(home)
+
+
+def test_the_doctor_tells_without_a_key_what_is_no_signature_and_what_is_none_of_ours(
+    object_store: ObjectStore, archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = publish_project(object_store, "plain", "job.yaml", archive, key_pair(tmp_path, "ours"))
+    (signature,) = set(object_store.list_keys("models/plain/projects/")) - {reference.key}
+    assert list(broken_projects(object_store, "plain", None)) == []
+    deep = b"[" * 5_000
+    for junk in (b"", deep, b"\xff", b'{"verificationMaterial": {"publicKey": {"hint": 7}}}'):
+        object_store.put(signature, junk)
+        (said,) = broken_projects(object_store, "plain", None)
+        assert said.startswith("plain: signatures of deployed projects that are none: 1, first")
+    object_store.delete(signature)
+    for stray in ("projects/x", f"projects/{reference.sha256}/more", f"projects/{reference.sha256[1:]}/{ARCHIVE}"):
+        object_store.put(f"models/plain/{stray}", b"x")
+    (said,) = broken_projects(object_store, "plain", None)
+    assert said.startswith("plain: objects among deployed projects that train-and-ship does not write: 3, first")
+    for stray in object_store.list_keys("models/plain/projects/"):
+        object_store.delete(stray)
+    for job in ("a", "b"):
+        publish_project(object_store, "plain", job, job.encode() * 60, None)
+    monkeypatch.setattr(projects, "MOST_BYTES", 100)
+    (said,) = broken_projects(object_store, "plain", None)
+    assert said.startswith("plain: 1 deployed projects were not read back")
 
 
 @pytest.mark.parametrize(

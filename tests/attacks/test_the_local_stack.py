@@ -29,6 +29,7 @@ from tests.support.passwords import PASSWORD
 from tests.support.prefect_api import Api
 from tests.support.processes import processes_of
 from tests.support.projects import REPOSITORY
+from tests.support.repositories import repository
 from train_and_ship.infra import password as password_file
 from train_and_ship.infra.components import PASSWORD as IN_PID_FILES
 from train_and_ship.infra.components import components
@@ -37,6 +38,7 @@ from train_and_ship.infra.doors.mlflow_server import Asking
 from train_and_ship.infra.doors.s3_server import Signed
 from train_and_ship.infra.doors.sigv4 import signed_get
 from train_and_ship.infra.errors import JobError, SettingsError
+from train_and_ship.infra.home import find_home
 from train_and_ship.infra.job_folders import FILE as FOLDERS
 from train_and_ship.infra.job_folders import MORE, WORKER, add_job_folder, require_job_folder
 from train_and_ship.infra.password import FILE, USER, make_password, password_is_open, read_password, require_own_server
@@ -453,3 +455,19 @@ def test_a_run_of_a_job_outside_fails_in_the_worker_with_the_folders(stack: Sett
     said = run["state"]["message"]
     assert "folder whose jobs this worker runs" in said and str(REPOSITORY) in said
     assert Path("/etc/hostname").read_text().strip() not in said.replace(sys.prefix, "")
+
+
+def test_a_state_that_came_with_a_repository_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for place in (theirs, ours):
+        (place / ".ship").mkdir(parents=True)
+        (place / ".ship/job-folders.json").write_text('["/"]')
+    repository(theirs)
+    (ours / ".ship/.gitignore").write_text("*\n")
+    (ours / "job.yaml").write_text("name: x\n")
+    repository(ours)
+    monkeypatch.chdir(ours)
+    assert find_home() == ours / ".ship"
+    monkeypatch.chdir(theirs)
+    with pytest.raises(SettingsError, match=r"one that git tracks \(\.ship/job-folders\.json\), .* or set SHIP_HOME"):
+        find_home()

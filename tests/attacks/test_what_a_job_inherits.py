@@ -22,6 +22,7 @@ from train_and_ship.infra.fork_server import ForkServer, child_environment
 from train_and_ship.infra.job_environment import (
     SIGNING_PASSWORD,
     asked_for,
+    for_installing,
     for_launcher,
     given,
     inherited,
@@ -67,6 +68,8 @@ def test_workers_get_what_is_on_the_list_and_nothing_else() -> None:
     assert given(EVERYTHING, ["WANDB_API_KEY", *OURS]) == {**STORE, "WANDB_API_KEY": SECRET}
     # ssh asks an agent; no rank does.
     assert for_launcher(EVERYTHING) == {**USUAL, **STORE, "SSH_AUTH_SOCK": SECRET}
+    index = {"PIP_INDEX_URL": "https://ada:word@index.example/simple", "UV_INDEX_HOUSE_PASSWORD": SECRET}
+    assert for_installing({**EVERYTHING, **index, "UV_PUBLISH_TOKEN": SECRET}) == {**USUAL, **index}
 
 
 @pytest.mark.parametrize("name", OURS)

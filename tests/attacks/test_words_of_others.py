@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from dataclasses import replace
@@ -37,6 +38,7 @@ from train_and_ship.registry.channels.targets import described
 from train_and_ship.registry.identity import moment, require_channel
 from train_and_ship.registry.maintenance.retention import Policy
 from train_and_ship.registry.release.manifest import Manifest
+from train_and_ship.registry.tracking.versions import _snippet
 from train_and_ship.ship import status
 from train_and_ship.ship.doctor import doctor
 from train_and_ship.ship.gc import gc
@@ -210,3 +212,13 @@ def test_the_client_library_shows_no_header_of_an_object_as_it_is(
     assert got["ETag"] == '"e"' and not {"Expires", "ExpiresString"} & got.keys()
     logging.getLogger("botocore.handlers").warning("Failed to parse the header %s", STEERING)
     assert not caplog.records
+
+
+def test_the_name_of_an_input_is_a_text_in_the_lines_that_mlflow_shows() -> None:
+    name = 'x": 0}); began = True; ({"\'y'
+    signature = {"inputs": [{"name": name, "dtype": "float32", "shape": ["batch", 4]}]}
+    call = next(line for line in _snippet(signature, "m-1").splitlines() if line.startswith("model.predict("))
+    (expression,) = ast.parse(call).body
+    assert isinstance(expression, ast.Expr) and isinstance(expression.value, ast.Call)
+    (given,) = expression.value.args
+    assert isinstance(given, ast.Dict) and [ast.literal_eval(key) for key in given.keys if key] == [name]

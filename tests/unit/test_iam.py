@@ -13,6 +13,7 @@ from train_and_ship.registry.bucket.iam import Role, policy
 
 RELEASE, POINTER = "models/digits/releases/r/model.onnx", "models/digits/channels/prod.json"
 HISTORY, TOMBSTONE = "models/digits/history/prod/00000001.json", "models/digits/tombstones/r.json"
+PROJECT = f"models/digits/projects/{'0' * 64}/project.tar.gz"
 CLAIM = "models/digits/claims/r.json"
 DECISION = "models/digits/decisions/prod/2026-11-17T02:00:00.000+00:00-r.json"
 ROLLOUT, VERSION = "models/digits/rollouts/prod.json", "models/digits/rollouts/prod/00000001-0001.json"
@@ -54,6 +55,9 @@ def test_each_role_may_do_what_it_is_there_for_and_nothing_else() -> None:
         ("PutObject", CLAIM): {Role.TRAINER, Role.PROMOTER},
         ("DeleteObject", CLAIM): set(),
         ("DeleteObject", RELEASE): {Role.COLLECTOR},
+        ("PutObject", PROJECT): {Role.TRAINER},
+        ("DeleteObject", PROJECT): {Role.COLLECTOR},
+        ("GetObject", PROJECT): set(Role) - {Role.READER, Role.SERVER},
         ("DeleteObject", POINTER): set(),
         ("DeleteObject", HISTORY): set(),
         ("DeleteObject", TOMBSTONE): set(),
@@ -113,7 +117,7 @@ def test_no_role_writes_below_what_is_anothers_although_a_star_crosses_slashes(c
     own = {
         "releases": {Role.TRAINER, Role.COLLECTOR}, "claims": {Role.TRAINER, Role.PROMOTER}, "views": {Role.VIEWER},
         "channels": {Role.PROMOTER}, "history": {Role.PROMOTER}, "decisions": {Role.PROMOTER},
-        "rules": {Role.OWNER}, "tombstones": {Role.COLLECTOR},
+        "rules": {Role.OWNER}, "tombstones": {Role.COLLECTOR}, "projects": {Role.TRAINER, Role.COLLECTOR},
     }  # fmt: skip
     ends = [f"{place}/prod/{place}/1/model.py" for place in own] + [f"{place}/prod.json" for place in own]
     for (place, roles), end in itertools.product(own.items(), ends):

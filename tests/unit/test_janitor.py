@@ -75,7 +75,7 @@ def test_projects_and_environments_that_no_run_has_used_for_a_month_go(home: Pat
     kept = [fill(home / kind / "kept", age=29 * DAY) for kind in ("projects", "environments")]
     for kind in ("projects", "environments"):
         fill(home / kind / "old", age=31 * DAY)
-    assert cleaned(home, 1).freed == 2 * SIZE
+    assert cleaned(home).freed == 2 * SIZE
     assert all(folder.is_dir() for folder in kept)
     assert not (home / "projects/old").exists() and not (home / "environments/old").exists()
 
@@ -103,6 +103,20 @@ def test_copies_that_nobody_has_used_for_long_go(home: Path) -> None:
     assert cleaned(home, later=WEEK).freed == 2 * SIZE
     assert not copy.exists() and not failed.exists() and snapshot.is_dir()
     assert cleaned(home, later=SNAPSHOT_SECONDS + DAY).freed == SIZE and not snapshot.exists()
+
+
+def test_deployed_projects_and_their_environments_count_and_go_where_there_is_too_much(home: Path) -> None:
+    project, old = fill(home / "projects" / "one", 8 * DAY), fill(home / "environments" / "old", 9 * DAY)
+    used, fresh = fill(home / "environments" / "used", 10 * DAY), fill(home / "projects" / "fresh", 6 * DAY)
+    # What an environment says of itself is believed: it has too many files to look at.
+    (old / "BYTES").write_text("5000000000")
+    os.utime(old, (NOW - 9 * DAY, NOW - 9 * DAY))
+    said = disk_line(janitor.usage(settings(home, 200 * 10**9)))
+    assert said.startswith("Disk: 5.0 GB of") and "deployed projects 2.1 MB, their environments 5.0 GB" in said
+    hold(used)
+    assert cleaned(home, 4 * SIZE).freed == 5_000_000_000 and project.is_dir()
+    cleaned(home, 1)
+    assert used.is_dir() and fresh.is_dir() and not project.exists() and not old.exists()
 
 
 # ---- size

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from train_and_ship.infra import locked_environment
+from train_and_ship.infra import locked_environment, private
 from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.interpreter import our_interpreter
 from train_and_ship.infra.locked_environment import _run, lock_of, python_for
+from train_and_ship.ship import worker
 
 VERSION = ".".join(our_interpreter().version.split(".")[:2])
 
@@ -57,6 +58,30 @@ def test_what_pip_could_not_find_is_in_the_first_line(tmp_path: Path, words: str
     with pytest.raises(JobError) as refused:
         _run([sys.executable, "-c", f"print({words!r}); raise SystemExit(1)"], tmp_path / "log")
     assert told in str(refused.value).splitlines()[0] and words in str(refused.value)
+
+
+@pytest.mark.parametrize("through", ["worker", "deployment"])
+def test_what_a_package_runs_when_it_is_built_gets_what_an_installation_needs_and_no_secret(
+    through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = (
+        *("SHIP_SIGNING_KEY", "SHIP_SIGNING_KEY_PASSWORD", "SHIP_NOTIFY", "PREFECT_API_AUTH_STRING"),
+        *("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "SSH_AUTH_SOCK"),
+    )
+    needed = ("PATH", "HOME", "TMPDIR", "LANG", "PIP_INDEX_URL", "UV_INDEX_URL", "HTTPS_PROXY", "SSL_CERT_FILE")
+    monkeypatch.setattr(private, "_taken", {})
+    monkeypatch.setattr(private, "keep_private", lambda: None)
+    for name in (*secrets, *needed):
+        monkeypatch.setenv(name, str(tmp_path))
+    seen = tmp_path / "seen"
+    looks = [sys.executable, "-c", f"import os; open({str(seen)!r}, 'w').write(' '.join(os.environ))"]
+    if through == "worker":
+        worker._run(looks, exports=True)
+    else:
+        _run(looks, tmp_path / "log")
+    names = set(seen.read_text().split())
+    assert names >= set(needed) and not names & set(secrets)
+    assert private.signing_password() == str(tmp_path)
 
 
 def test_a_python_that_is_not_there_is_named_before_anything_is_made(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from train_and_ship.infra.errors import JobError
 from train_and_ship.infra.project_archive import About, archive_of, find_files, mark, pack, sha256_of, unpack
 from train_and_ship.infra.provenance import git_commit, project_place
 from train_and_ship.registry.job.load import load_job
-from train_and_ship.ship.packing import pack_project
+from train_and_ship.ship.packing import _lock_file, pack_project
 
 ABOUT = About(model="plain", job="job.yaml", commit="none", place={})
 
@@ -54,6 +54,16 @@ def test_what_git_knows_travels_as_it_is_in_the_folder_now_and_the_rest_is_named
     place = opened(packed.archive, tmp_path)
     assert (place / "tree/vision/plain.py").read_text() == "changed = True\n"
     assert not (place / "tree/vision/table.csv").exists() and not (place / "tree/vision/new.py").exists()
+
+
+@pytest.mark.parametrize("deploy", [{"files": ["."]}, {"files": ["pipe"]}, {"lock": "pipe"}], ids=str)
+def test_what_is_listed_and_is_no_file_is_refused_before_it_is_opened(project: Path, deploy: dict[str, object]) -> None:
+    os.mkfifo(project.parent / "pipe")
+    job = write_project(project.parent, deploy=deploy)
+    loaded, folder = load_job(job)
+    with pytest.raises(JobError, match=r"deploy\.(files|lock): expected .*/pipe"):
+        pack_project(loaded, job, folder)
+        _lock_file(loaded, job)
 
 
 def test_a_repository_may_be_reached_over_a_link(project: Path, tmp_path: Path) -> None:
