@@ -72,7 +72,7 @@ class Folder:
     def waiting(self) -> list[tuple[Path, str, int]]:
         """What is there, the oldest first: path, name and size in bytes. What has no such name is left alone."""
         found = []
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for path in self.path.iterdir():
                 name = path.name.replace("_", "/", 1)
                 with contextlib.suppress(FileNotFoundError):

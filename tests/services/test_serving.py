@@ -79,16 +79,29 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
 def serve(server: None, object_store: ObjectStore, started: list[subprocess.Popen[str]], tmp_path: Path) -> Serve:
     """Start `ship serve digits`; the model's address, once it answers."""
 
-    def start(*options: str) -> str:
-        port = next(port for port in free_ports(50) if all(map(port_is_free, range(port, port + 3))))
+    def begin(port: int, *options: str) -> list[str]:
+        """The first lines that it says."""
         argv = [Path(sys.executable).with_name("ship"), "serve", "digits", "--port", str(port)]
         argv += ["--interval", "0.1", "--to", str(tmp_path / "served"), *options]
         process = subprocess.Popen(
             argv, env={**os.environ, "SHIP_HOME": str(tmp_path / "home")}, stdout=subprocess.PIPE, text=True
         )
-        started.append(process)
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(5)]
+        if lines[0]:
+            started.append(process)
+        else:
+            process.wait(timeout=PATIENCE)
+        return lines
+
+    def start(*options: str) -> str:
+        free = (port for port in free_ports(50) if all(map(port_is_free, range(port, port + 3))))
+        port = next(free)
+        lines = begin(port, *options)
+        if not lines[0] and "Failed to bind" in (tmp_path / "served" / "server" / "server.log").read_text():
+            # The ports of another test, which were free a moment ago.
+            port = next(free)
+            lines = begin(port, *options)
         assert "generation" in lines[0] and f":{port}/" in lines[1], "".join(lines)
         # What idle threads do was measured.
         assert re.search(r"1 thread$|threads, which (sleep|spin) when idle: asleep a call takes", lines[4].rstrip())

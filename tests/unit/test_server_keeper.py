@@ -186,7 +186,7 @@ def test_the_process_hears_what_a_rollout_tries_and_says_what_is_wrong_with_it(s
     document = json.loads((server.folder / "candidate").read_text())
     assert document.pop("model") == {
         "model": "digits", "generation": 7, "version": "7-" + "b" * 20, "artifact": "/srv/model.onnx",
-        "signature": SIGNATURE, "batch_size": 64,
+        "signature": SIGNATURE, "batch_size": 64, "release": "b" * 20, "observe": None,
     }  # fmt: skip
     assert document == {
         "share": 500, "key": "user_id", "fallback_ms": 250, "shadow": False, "rollout": "r", "number": 1
