@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.fault_proxy import DropReply, FaultProxy, PassOn, Rule
-from tests.support.fixture_types import Ship
+from tests.support.fixture_types import MakeReader, Ship
 from tests.support.releases import MODEL, NOWHERE, ignore, make_release, move, published, rolled_back
 from tests.support.rollouts import PLAN, WATCHER, Clock, begun, channel_of, looked
 from tests.support.runnable_releases import runnable
@@ -89,6 +89,25 @@ def test_steps_stand_as_long_as_they_should_and_the_candidate_goes_live_after_th
     assert record.verdicts["accuracy"] == "0.98 against 0.97"
     assert record.verdicts["rollout"].startswith("1 %, 5 %, 100 % of the requests since 2026-12-01T12:00:00+00:00")
     assert versions(object_store) == [(1, 1, "", 100), (1, 2, "", 500), (1, 3, "", 10_000), (1, 4, "promoted", 10_000)]
+
+
+def test_a_reader_follows_every_step_and_then_what_went_live(
+    object_store: ObjectStore, two: tuple[Manifest, Manifest], clock: Clock, make_reader: MakeReader
+) -> None:
+    live, candidate = two
+    reader = make_reader(rollouts=True)
+    assert reader.pull().id == live.release and reader.candidate is None
+    begun(object_store, candidate)
+    seen = []
+    for _ in range(3):
+        looked(object_store)
+        assert reader.pull().id == live.release
+        assert reader.candidate is not None and reader.candidate.release.id == candidate.release
+        seen.append((reader.candidate.share, reader.candidate.key))
+        clock.turn(600)
+    assert seen == [(100, "user_id"), (500, "user_id"), (10_000, "user_id")]
+    looked(object_store)
+    assert reader.pull().id == candidate.release and reader.candidate is None
 
 
 def test_what_is_not_at_its_end_by_its_deadline_ends_undecided_and_what_was_live_stays(
