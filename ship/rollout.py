@@ -22,6 +22,7 @@ from train_and_ship.registry.channels.moves import Flow, Mover, release_job, req
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.channels.targets import Verified, ask_promotion
 from train_and_ship.registry.identity import moment
+from train_and_ship.registry.rollouts.live_job import not_observed
 from train_and_ship.registry.rollouts.moves import Plan, go_on, require_startable, running, stop
 from train_and_ship.registry.rollouts.record import Outcome, Rollout, percent, read_rollout
 from train_and_ship.ship.named import named_channel, named_kinds
@@ -90,6 +91,8 @@ def _start(
 
     started = to_its_end(tried())
     typer.echo(_described(channel, started))
+    if missing := not_observed(channel, started):
+        typer.echo(f"warning: {missing}", err=True)
     _notify(settings, ROLLOUT, channel, f"{channel}: {started} has begun", mover)
     if problem := watch_rollouts(settings):
         typer.echo(
@@ -112,20 +115,35 @@ def _steps(given: Mapping[str, Any]) -> Callable[[Verified], Steps]:
                 f"--steps: expected percentages with commas, such as 1,5,25,100, got {said['steps']!r}"
             ) from None
 
+    if "stop_if" in said:
+        limits = dict[str, str]()
+        for limit in said["stop_if"]:
+            name, equals, value = limit.partition("=")
+            if not equals or name in limits:
+                raise RequestError(f"--stop-if: expected each limit once, such as errors=+0.5%, got {limit!r}")
+            limits[name] = value
+        said["stop_if"] = limits
+
     def made(own: Steps | None) -> Steps:
         try:
             return Steps(**{**(own.model_dump() if own is not None else {}), **said})
         except JobError as error:
-            raise RequestError(str(error).replace("Rollout: ", "--")) from None
+            raise RequestError(str(error).replace("Rollout: ", "--").replace("--stop_if", "--stop-if")) from None
 
     # What is wrong in itself is told before the bucket is asked.
     made(None)
 
     def of(verified: Verified) -> Steps:
         try:
-            return made(release_job(verified.target, verified.manifest).release.rollout)
+            job = release_job(verified.target, verified.manifest)
         except GateError:
             return made(None)
+        steps = made(job.release.rollout)
+        try:
+            job.require_kept(steps.by)
+        except ValueError as error:
+            raise RequestError(f"--stop-if: expected {error}") from None
+        return steps
 
     return of
 

@@ -24,6 +24,10 @@ def rollout(
     shadow: Annotated[
         bool | None, typer.Option("--shadow/--no-shadow", help="Only ask the release beside the live one.")
     ] = None,
+    stop_if: Annotated[
+        list[str] | None,
+        typer.Option(help="A limit, such as errors=+0.5%, p99_ms=1.3x or by=country; can be repeated."),
+    ] = None,
     go_on: Annotated[bool, typer.Option("--next", help="Go to the next step now; after the last it is live.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End it: all requests go to what is live.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also a release that was rolled back before.")] = False,
@@ -43,7 +47,7 @@ def rollout(
     from train_and_ship.ship.rollout import Asked, rollout
 
     given = {"steps": steps, "every": every, "key": key}
-    more = {"max_hours": max_hours, "fallback_ms": fallback_ms, "shadow": shadow}
+    more = {"max_hours": max_hours, "fallback_ms": fallback_ms, "shadow": shadow, "stop_if": stop_if or None}
     plan = {name: said for name, said in given.items() if said} | {
         name: said for name, said in more.items() if said is not None
     }

@@ -24,6 +24,7 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.targets import Verified, ask_promotion, ask_rollback, described
 from train_and_ship.registry.job.rollout import Rollout as Steps
 from train_and_ship.registry.kind import kinds_in, require_kinds
+from train_and_ship.registry.rollouts.live_job import not_observed
 from train_and_ship.registry.rollouts.moves import Plan, RunningError, settle_if_possible
 from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.tasks.events import emit
@@ -136,6 +137,8 @@ async def roll_out(request: Request, verified: Verified, again: bool, load_unsig
             raise
         rollout = error.rollout
     emit(ROLLOUT, rollout.model, f"{request.channel}: {rollout} has begun", f"{request.mover.by}: {request.mover.why}")
+    if missing := await asyncio.to_thread(not_observed, request.channel, rollout):
+        get_run_logger().warning(missing)
     if problem := await asyncio.to_thread(watch_rollouts, request.settings):
         get_run_logger().warning(problem)
     # As of `_notify`.

@@ -23,6 +23,7 @@ from train_and_ship.registry.channels.pointer import Pointer
 from train_and_ship.registry.channels.rules import require_approved
 from train_and_ship.registry.channels.swap import Move, move_channel
 from train_and_ship.registry.report.description import in_short
+from train_and_ship.registry.rollouts.live_job import not_observed
 from train_and_ship.registry.rollouts.moves import Plan, RunningError, settle_if_possible, start
 from train_and_ship.registry.rollouts.record import Rollout
 from train_and_ship.registry.verdicts import passed_words, together_in_words
@@ -105,6 +106,8 @@ async def _promote(run: Run, registered: Registered, rehearsed: Rehearsed, answe
         await _challenges(run, registered)
         if problem := await asyncio.to_thread(watch_rollouts, run.settings):
             log.warning("%s; `ship rollout %s --to %s --next` goes on", problem, channel.model, channel.name)
+        if missing := await asyncio.to_thread(not_observed, channel, moved):
+            log.warning(missing)
         log.info("%s: %s, beside release %s", channel, moved, rehearsed.live)
         return RollingOut(rollout=moved, rehearsed=rehearsed)
     for said in await asyncio.to_thread(settle_if_possible, channel, moved.moved_by):

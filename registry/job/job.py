@@ -216,6 +216,22 @@ class Job(Part):
         return self
 
     @model_validator(mode="after")
+    def _segments_are_kept(self) -> Self:
+        if self.release.rollout is not None:
+            self.require_kept(self.release.rollout.by)
+        return self
+
+    def require_kept(self, by: str) -> None:
+        """Raises ValueError unless servers keep this column of requests, or there is none."""
+        columns = self.observe.columns if self.observe is not None else None
+        kept = (*columns.inputs, *columns.outputs) if columns is not None else ()
+        if by and by not in kept:
+            raise ValueError(
+                "release.rollout.stop_if.by: a column that observe.columns keeps "
+                f"({', '.join(kept) or 'it keeps none'}), not {by}"
+            )
+
+    @model_validator(mode="after")
     def _split_is_ours(self) -> Self:
         data = self.data
         for key, factory in (("data", data), ("data.raw", data.raw), ("data.for_live", data.for_live)):

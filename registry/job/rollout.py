@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from train_and_ship.registry.decision.limits import StopIf
 from train_and_ship.registry.job.base import Part
 
 MOST_STEPS = 100
@@ -49,6 +50,11 @@ def _is_key(text: str) -> str:
     return text
 
 
+def _are_limits(given: dict[str, str | float]) -> dict[str, str | float]:
+    StopIf.parse(given)
+    return given
+
+
 def seconds_of(duration: str) -> int:
     """Of `90s`, `10m`, `2h` or `1d`."""
     number, unit = duration[:-1], duration[-1]
@@ -70,10 +76,11 @@ class Rollout(Part):
     """milliseconds after which a request that the release has not answered is answered by the live one; 0: no limit"""
     shadow: bool = False
     """true: the live release answers all requests, and the new one is only asked beside it"""
-    stop_if: dict[Annotated[str, Field(min_length=1, max_length=200)], str | Finite] = Field(
-        default_factory=dict, max_length=100
-    )
-    """limits by what is measured, such as {errors: +0.5%}; kept with the rollout for whoever watches it"""
+    stop_if: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=200)], str | Finite], AfterValidator(_are_limits)
+    ] = Field(default_factory=dict, max_length=100)
+    """limits by what is measured, such as {errors: +0.5%}, kept with the rollout; by: a column of observe.columns; see
+    rollout-decisions.md"""
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +104,11 @@ class Rollout(Part):
     def seconds(self) -> int:
         """Of `every`."""
         return seconds_of(self.every)
+
+    @property
+    def by(self) -> str:
+        """The column of `stop_if` whose values are told apart; empty for none."""
+        return StopIf.parse(self.stop_if).by
 
     @property
     def shares(self) -> tuple[int, ...]:

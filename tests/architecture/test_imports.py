@@ -52,7 +52,7 @@ ROOMS = {
         "text": set(),
         "cost": set(),
         "environments": set(),
-        "job": {"identity"},
+        "job": {"identity", "decision"},
         "release": {"identity"},
         "tracking": {"text"},
         "kind": {"release", "text"},

@@ -391,6 +391,8 @@ MISTAKES = [
     (["x", "--why", "x", "--steps", "1,120"], "up to 100, of which 120 is none"),
     (["x", "--why", "x", "--steps", "a"], "--steps: expected percentages with commas"),
     (["x", "--why", "x", "--every", "soon"], "--every: expected a number and one of s, m, h, d"),
+    (["x", "--why", "x", "--stop-if", "errors"], "--stop-if: expected each limit once, such as errors=+0.5%"),
+    (["x", "--why", "x", "--stop-if", "errors=1%"], "--stop-if: expected +0.5% (half a point more than live)"),
     (["x", "--next"], "expected one of CANDIDATE, --next and --stop"),
     (["--next", "--steps", "1,100"], "expected CANDIDATE with --steps"),
     (["--next"], "expected a reason for the record"),

@@ -55,6 +55,9 @@ def test_percentages_are_kept_in_hundredths_and_times_in_seconds(tmp_path: Path)
         ("{key: ''}", "the name of what requests are split by"),
         ("{fallback_ms: -1}", "greater than or equal to 0"),
         ("{stop_if: {errors: [1]}}", "release.rollout.stop_if"),
+        ("{stop_if: {errors: 1%}}", "release.rollout.stop_if: expected +0.5% (half a point more than live)"),
+        ("{stop_if: {f1_score: -0.01}}", "f1_score is of all requests at once"),
+        ("{stop_if: {errors: +1%, by: age}}", "a column that observe.columns keeps (it keeps none), not age"),
         ("{step: [1, 100]}", "unknown key; did you mean steps?"),
     ],
     ids=str,
@@ -63,3 +66,15 @@ def test_mistakes_are_told_with_what_was_expected(tmp_path: Path, text: str, sai
     with pytest.raises(JobError) as refused:
         rollout_of(tmp_path, text)
     assert said in str(refused.value)
+
+
+def test_requests_are_told_apart_by_a_column_that_servers_keep(tmp_path: Path) -> None:
+    job = write_project(tmp_path, name="digits")
+    job.write_text(
+        job.read_text() + "\nobserve: {columns: {inputs: [age]}}\n"
+        "release: {rollout: {stop_if: {errors: +1%, by: age}}}\n"
+    )
+    found = load_job(job)[0]
+    assert found.release.rollout is not None and found.release.rollout.by == "age"
+    with pytest.raises(ValueError, match=r"keeps \(age\), not country"):
+        found.require_kept("country")
