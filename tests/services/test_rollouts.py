@@ -26,6 +26,7 @@ from train_and_ship.registry.channels.rules import Approval, set_rules
 from train_and_ship.registry.maintenance.doctor import examine
 from train_and_ship.registry.maintenance.retention import Policy, Step, decide
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
+from train_and_ship.registry.rollouts.live_job import not_observed
 from train_and_ship.registry.rollouts.moves import RunningError, finish, go_on, running, settle, stop
 from train_and_ship.registry.rollouts.record import Outcome, Rollout, read_rollout
 from train_and_ship.registry.rollouts.versions import read_versions
@@ -422,3 +423,12 @@ def test_the_doctor_writes_down_what_another_pointer_has_ended_and_tells_of_what
     move(object_store, two[1])
     (ended,) = [one for one in examine(object_store, MODEL, NOWHERE) if "rollout" in one.what]
     assert ended.can_mend and there(object_store).outcome is Outcome.PROMOTED
+
+
+def test_limits_beside_a_live_release_that_has_nothing_observed_are_told(
+    object_store: ObjectStore, two: tuple[Manifest, Manifest]
+) -> None:
+    rollout = begun(object_store, two[1], replace(PLAN, stop_if={"errors": "+0.5%"}))
+    said = not_observed(channel_of(object_store), rollout)
+    assert said.startswith("nothing will be observed: ") and said.endswith("stop_if (errors)")
+    assert not_observed(channel_of(object_store), replace(rollout, stop_if={})) == ""
