@@ -16,7 +16,7 @@ from prometheus_client import Counter, Gauge, Summary
 from shipreader.inference_canary import Answer, Canary, CanaryDocument, Render, computed
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument, Spinning, choose_spinning
-from shipreader.inference_tensors import Request, RequestError
+from shipreader.inference_tensors import LONGEST_ID, Request, RequestError
 
 # Names and labels that MLServer's users have on their dashboards.
 _SUCCESS = Counter("model_infer_request_success", "Requests that got an answer", ["model", "version"])
@@ -131,12 +131,13 @@ class Served:
         if model is None:
             raise RequestError("no release is loaded yet", 503)
         if name != model.name:
-            raise RequestError(f"expected the model {model.name}, got {name}", 404)
+            raise RequestError(f"expected the model {model.name}, got {name[:LONGEST_ID]}", 404)
         if (canary := self.canary) is not None and version == canary.model.version:
             return canary.model
         if version not in ("", model.version):
             raise RequestError(
-                f"expected version {model.version} of {name}, the channel's generation; got {version}", 404
+                f"expected version {model.version} of {name}, the channel's generation; got {version[:LONGEST_ID]}",
+                404,
             )
         return model
 

@@ -130,6 +130,7 @@ ONLY_IN = {
 }
 STARTED_ALONE = {
     "shipreader/onnx_model.py",
+    "shipreader/inference_calls.py",
     "shipreader/inference_canary.py",
     "shipreader/inference_connections.py",
     "shipreader/inference_grpc.py",
@@ -147,6 +148,7 @@ SERVERS = {
     "shipreader/onnx_model.py": {"mlserver", "numpy", "onnxruntime", "inference_tensors"},
     "shipreader/inference_tensors.py": {"numpy", "orjson"},
     "shipreader/inference_model.py": {"shipreader", "numpy", "onnxruntime"},
+    "shipreader/inference_calls.py": {"shipreader", "grpc"},
     "shipreader/inference_canary.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_served.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_http.py": {"shipreader", "prometheus_client", "starlette"},

@@ -20,6 +20,7 @@ from typing import Any
 
 import h2.config
 import h2.connection
+import h2.events
 import h2.settings
 import httpx
 import numpy as np
@@ -640,13 +641,43 @@ class Unreading:
         )
         self.http2.initiate_connection()
 
-    def ask(self, method: str, message: bytes) -> None:
+    def ask(self, method: str, message: bytes, end: bool = True) -> int:
         stream = self.http2.get_next_available_stream_id()
         path = f"/inference.GRPCInferenceService/{method}"
         head = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost", "te": "trailers"}
         self.http2.send_headers(stream, [*head.items(), ("content-type", "application/grpc")])
-        self.http2.send_data(stream, message, end_stream=True)
+        if message:
+            self.http2.send_data(stream, message, end_stream=end)
         self.socket.sendall(self.http2.data_to_send())
+        return stream
+
+    def status(self, stream: int) -> str:
+        """gRPC's number of how this call ended."""
+        while True:
+            data = self.socket.recv(65536)
+            assert data, "closed"
+            for event in self.http2.receive_data(data):
+                if isinstance(event, h2.events.TrailersReceived | h2.events.ResponseReceived):
+                    found = {bytes(name): bytes(value).decode() for name, value in event.headers}
+                    if event.stream_id == stream and b"grpc-status" in found:
+                        return found[b"grpc-status"]
+            self.socket.sendall(self.http2.data_to_send())
+
+    def send(self, stream: int, size: int) -> int:
+        """So many bytes of a message, as the windows allow, until the call is over; how many went."""
+        sent, piece = 0, b"x" * 16384
+        while sent < size:
+            room = min(self.http2.local_flow_control_window(stream), len(piece), size - sent)
+            if room > 0:
+                self.http2.send_data(stream, piece[:room])
+                self.socket.sendall(self.http2.data_to_send())
+                sent += room
+            if room <= 0 or select.select([self.socket], [], [], 0)[0]:
+                for event in self.http2.receive_data(self.socket.recv(65536)):
+                    if isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                        return sent
+                self.socket.sendall(self.http2.data_to_send())
+        return sent
 
     def until_closed(self) -> float:
         """Seconds until the server closes it, with all that it asks of HTTP/2 answered."""
@@ -684,6 +715,30 @@ def test_answers_over_grpc_that_nobody_takes_are_counted_and_end_their_connectio
         assert ask().status_code == 200
     finally:
         server.load(replace(release, generation=11))
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_what_is_not_wholly_received_over_grpc_is_counted_and_ended(server: Server) -> None:
+    # Half of 65 MiB may be here of messages that have not come to their end; twice 4 of them.
+    declared = b"\0" + (200 * 2**20).to_bytes(4, "big")
+    client = Unreading(server, 2**16)
+    assert client.send(client.ask("ModelInfer", declared, end=False), 190 * 2**20) < 150 * 2**20
+    client.socket.close()
+    # Headers and no more: an honest caller has a place, and who says nothing is ended in time.
+    silent = Unreading(server, 2**16)
+    streams = [silent.ask("ModelInfer", b"", end=False) for _ in range(20)]
+    honest = Unreading(server, 2**16)
+    assert honest.status(honest.ask("ModelInfer", infer_message(labels=False))) == "0"
+    assert silent.status(streams[-1]) == "4"
+    # A message of names has a length of names.
+    named = field(1, b"n" * 10_000)
+    stream = honest.ask("ModelReady", b"\0" + len(named).to_bytes(4, "big") + named)
+    assert honest.status(stream) == "8"
+    assert honest.status(honest.ask("ModelReady", b"\0\0\0\0\1\xff")) == "3"
+    assert honest.status(honest.ask("ModelInfer", infer_message(labels=False))) == "0"
+    for client in (silent, honest):
+        client.socket.close()
     assert "Traceback" not in server.log.read_text(), server.log.read_text()
 
 
