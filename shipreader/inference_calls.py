@@ -1,7 +1,7 @@
 """What gRPC leaves open on a connection: messages that do not come to their end, and answers that nobody takes.
 
-Its core receives a message whole, of whatever length it may have, and keeps an answer for as long as its stream is open;
-it tells nobody how far either is, and ends none by itself. The kernel knows what has come and gone, by connection. It
+Its core receives a message whole, of whatever length it may have, and keeps an answer while its stream is open; it
+tells nobody how far either is, and ends none by itself. The kernel knows what has come and gone, by connection. It
 imports grpc.
 """
 

@@ -6,10 +6,11 @@ What gRPC leaves open is bounded in shipreader/inference_calls.py. It imports gr
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 from google.protobuf.message import DecodeError
 from grpc._cython import cygrpc
 from tritonclient.grpc import service_pb2 as messages
@@ -38,6 +39,9 @@ MOST_NAMES = 2**13
 """Bytes of the message of any call but ModelInfer: there are names in it."""
 COPIES = 2
 """In which an answer is kept until it is taken: Python's and gRPC's own."""
+PIECE = 2**14
+"""Numbers that are made varints at once."""
+_SHIFTS = np.arange(0, 70, 7, dtype=np.uint64)
 # The protocol's typed contents; FP16 has none and comes as bytes.
 _CONTENTS = {
     "BOOL": "bool_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
@@ -195,9 +199,8 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 kept.hold(COPIES * sum(len(text) for said in asked.said.values() for text in said.values()))
 
                 def render(model: Model, asked: Request, outputs: list[Any]) -> bytes:
-                    kept.hold(COPIES * sum(array.nbytes for array in outputs))
-                    encoded: bytes = _reply(asked, outputs, model).SerializeToString()
-                    return encoded
+                    kept.hold(COPIES * reply_bytes(asked, outputs, model))
+                    return reply(asked, outputs, model)
 
                 request_of.model, encoded = await self._served.answer(
                     model, asked, render, version=request.model_version
@@ -249,17 +252,62 @@ def _typed(tensor: Tensor, shape: list[int], item: Any) -> Any:
     return from_values(tensor, shape, list(getattr(item.contents, field)))
 
 
-def _reply(asked: Request, outputs: list[Any], model: Model) -> Any:
-    reply = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=asked.id)
-    # Bytes for all or none: the protocol has no mixture.
-    raw = bool(asked.binary) or any(model.signature.outputs[name].datatype not in _CONTENTS for name in asked.outputs)
+def _is_raw(asked: Request, model: Model) -> bool:
+    """Bytes for all or none: the protocol has no mixture."""
+    return bool(asked.binary) or any(model.signature.outputs[name].datatype not in _CONTENTS for name in asked.outputs)
+
+
+def reply_bytes(asked: Request, outputs: list[Any], model: Model) -> int:
+    """How long the numbers of an answer are as they are sent, before anything is made of them."""
+    raw = _is_raw(asked, model)
+    return sum(array.nbytes if raw or array.dtype.kind in "fb" else _varint_bytes(array) for array in outputs)
+
+
+def _varint_bytes(array: Any) -> int:
+    """Seven bits of a whole number go into a byte; a negative one has 64 bits."""
+    most = int(np.iinfo(array.dtype).max)
+    more = sum(int(np.count_nonzero(array >= 2**bits)) for bits in range(7, 64, 7) if 2**bits <= most)
+    return int(array.size) + more + 9 * int(np.count_nonzero(array < 0))
+
+
+def _varints(array: Any) -> Iterator[bytes]:
+    flat = array.ravel()
+    for begin in range(0, flat.size, PIECE):
+        numbers = flat[begin : begin + PIECE]
+        wide = (numbers if numbers.dtype == np.uint64 else numbers.astype(np.int64).view(np.uint64))[:, None]
+        letters = ((wide >> _SHIFTS) & np.uint64(127)).astype(np.uint8)
+        # Those behind which there is something left.
+        goes_on = (wide >> _SHIFTS >> np.uint64(1) >> np.uint64(6)) != 0
+        goes_on[:, -1] = False
+        letters[goes_on] |= 128
+        used = np.ones_like(goes_on)
+        used[:, 1:] = goes_on[:, :-1]
+        yield letters[used].tobytes()
+
+
+def _field(key: int, *parts: bytes) -> list[bytes]:
+    """One of protobuf's, of bytes."""
+    size = sum(map(len, parts))
+    return [*_varints(np.array([key << 3 | 2, size], np.int64)), *parts]
+
+
+def reply(asked: Request, outputs: list[Any], model: Model) -> bytes:
+    """An encoded ModelInferResponse; its numbers go into it as they are sent, and never through Python's."""
+    head = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=asked.id)
+    parts, tail, raw = [head.SerializeToString()], [], _is_raw(asked, model)
     for name, array in zip(asked.outputs, outputs, strict=True):
         datatype = model.signature.outputs[name].datatype
-        item = reply.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        item = messages.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype, shape=array.shape)
         for key, text in asked.said.get(name, {}).items():
             item.parameters[key].string_param = text
+        said = [item.SerializeToString()]
         if raw:
-            reply.raw_output_contents.append(array.tobytes())
+            tail += _field(6, array.tobytes())
         else:
-            getattr(item.contents, _CONTENTS[datatype]).extend(array.ravel().tolist())
-    return reply
+            numbers = [array.tobytes()] if array.dtype.kind in "fb" else list(_varints(array))
+            if array.size:
+                key = messages.InferTensorContents.DESCRIPTOR.fields_by_name[_CONTENTS[datatype]].number
+                numbers = _field(key, *numbers)
+            said += _field(5, *numbers)
+        parts += _field(5, *said)
+    return b"".join([*parts, *tail])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ _SUCCESS = Counter("model_infer_request_success", "Requests that got an answer",
 _FAILURE = Counter("model_infer_request_failure", "Requests that got none", ["model", "version"])
 _SECONDS = Summary("model_infer_request_duration", "Seconds from a request to its answer", ["model", "version"])
 _AT_ONCE = Gauge("model_infer_requests_at_once", "Requests that are computed or wait")
+
+_COUNTING = threading.Lock()
+"""Large answers are written, and counted, in threads."""
 
 
 class Served:
@@ -112,7 +116,7 @@ class Served:
         """
         canary = self.canary
         if canary is None or version or model is not canary.live:
-            return model, await computed(model, asked, render)
+            return model, await computed(model, asked, render, self.visit)
         return await canary.answer(asked, render)
 
     @property
@@ -181,22 +185,28 @@ class Served:
 class Visit:
     """One request's part of the room, given back at the end of the block, or by `end`."""
 
-    __slots__ = ("_bytes", "_placed", "_served")
+    __slots__ = ("_bytes", "_ended", "_placed", "_served")
 
     def __init__(self, served: Served) -> None:
-        self._served, self._bytes, self._placed = served, 0, False
+        self._served, self._bytes, self._placed, self._ended = served, 0, False, False
 
     def hold(self, size: int) -> None:
-        """So many bytes more are here. Raises RequestError, 429, when those of all requests are too many."""
+        """So many bytes more are here; in any thread.
+
+        Raises RequestError, 429, when those of all requests are too many, or nobody waits for this one any more.
+        """
         served = self._served
-        if served.bytes + size > served.limits.bytes_at_once:
-            raise RequestError(
-                f"requests and answers of {served.bytes:,} bytes are here already, and at most "
-                f"{served.limits.bytes_at_once:,} may be; try again",
-                429,
-            )
-        self._bytes += size
-        served.bytes += size
+        with _COUNTING:
+            if self._ended:
+                raise RequestError("the client hung up", 429)
+            if served.bytes + size > served.limits.bytes_at_once:
+                raise RequestError(
+                    f"requests and answers of {served.bytes:,} bytes are here already, and at most "
+                    f"{served.limits.bytes_at_once:,} may be; try again",
+                    429,
+                )
+            self._bytes += size
+            served.bytes += size
 
     def enter(self) -> None:
         """Take a place among those that are computed or wait. Raises RequestError, 429, when there is none."""
@@ -212,9 +222,10 @@ class Visit:
 
     def end(self) -> None:
         """Give it back, once."""
-        self._served.bytes -= self._bytes
-        self._served.requests -= self._placed
-        self._bytes, self._placed = 0, False
+        with _COUNTING:
+            self._served.bytes -= self._bytes
+            self._served.requests -= self._placed
+            self._bytes, self._placed, self._ended = 0, False, True
 
 
 class Counted:

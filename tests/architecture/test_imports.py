@@ -153,7 +153,7 @@ SERVERS = {
     "shipreader/inference_served.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_http.py": {"shipreader", "prometheus_client", "starlette"},
     "shipreader/inference_connections.py": {"shipreader", "uvicorn"},
-    "shipreader/inference_grpc.py": {"shipreader", "google", "grpc", "tritonclient"},
+    "shipreader/inference_grpc.py": {"shipreader", "google", "grpc", "numpy", "tritonclient"},
     "shipreader/inference_server.py": {"shipreader", "uvicorn", "uvloop"},
 }
 """Files of shipreader/ to what they may import besides the standard library."""

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace as Of
 from typing import Any
 
 import h2.config
@@ -26,6 +27,7 @@ import httpx
 import numpy as np
 import pytest
 
+from shipreader.inference_canary import computed
 from shipreader.inference_http import application, watching
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument
@@ -41,6 +43,7 @@ from shipreader.inference_tensors import (
 from shipreader.records import Manifest, Release
 from tests.support.onnx_releases import KINDS, kinds_release
 from tests.support.ports import free_ports
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.toolenv import environment
@@ -740,6 +743,62 @@ def test_what_is_not_wholly_received_over_grpc_is_counted_and_ended(server: Serv
     for client in (silent, honest):
         client.socket.close()
     assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+# With the server's own packages: each number of each type comes back, and the length that is counted is the one sent.
+TYPED = """
+from types import SimpleNamespace as Of
+import numpy as np
+from shipreader import inference_grpc as served
+from shipreader.inference_tensors import DATATYPES
+for name in set(DATATYPES) - {"float16"}:
+    values = [0, 1, 1, 0]
+    if (kind := np.dtype(name)).kind in "iu":
+        most = np.iinfo(kind)
+        values += [x for bits in range(64) for x in (2**bits - 1, 2**bits, -2**bits) if most.min <= x <= most.max]
+    model = Of(name="m", version="7", signature=Of(outputs={"y": Of(datatype=DATATYPES[name])}))
+    for array in (np.array(values, kind), np.array([values], kind), np.zeros((0, 3), kind)):
+        for binary in ((), ("y",)):
+            asked = Of(id="a", binary=binary, outputs=["y"], said={"y": {"labels": "[]"}})
+            encoded = served.reply(asked, [array], model)
+            assert 0 <= len(encoded) - served.reply_bytes(asked, [array], model) < 80
+            read = served.messages.ModelInferResponse.FromString(encoded)
+            (item,), raw = read.outputs, list(read.raw_output_contents)
+            assert (item.shape, item.parameters["labels"].string_param, read.id) == (list(array.shape), "[]", "a")
+            found = getattr(item.contents, served._CONTENTS[DATATYPES[name]])
+            assert raw == [array.tobytes()] if binary else found == array.ravel().tolist(), (name, array)
+"""
+
+
+def test_answers_over_grpc_are_counted_as_long_as_they_are_sent() -> None:
+    try:
+        python = environment("serving", requirements())
+    except ServiceError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([python, "-c", TYPED], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_large_answers_are_written_beside_the_loop_and_count_while_they_wait(served: Served) -> None:
+    found: list[Any] = []
+    asked: Any = Of(inputs={}, outputs=[], sizes={})
+
+    async def infer(*_: object) -> list[Any]:
+        return [np.zeros(40_000, np.int8), np.zeros(next(sizes), np.int8)]
+
+    def render(*_: object) -> bytes:
+        found.extend((threading.current_thread() is threading.main_thread(), served.bytes))
+        return b""
+
+    model: Any = Of(infer=infer, signature=Of(require_declared=lambda *_: None))
+    served.limits = replace(served.limits, bytes_at_once=100_000)
+    sizes = iter([1, 30_000, 30_000])
+    for _ in range(2):
+        asyncio.run(computed(model, asked, render, served.visit))
+    served.bytes = 40_000
+    with pytest.raises(RequestError, match="at most 100,000 may be"):
+        asyncio.run(computed(model, asked, render, served.visit))
+    assert found == [True, 0, False, 70_000]
 
 
 @pytest.mark.parametrize("labels", [True, False])
