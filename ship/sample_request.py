@@ -13,7 +13,7 @@ from shipreader.records import Release
 from torchworker.contract import GOLDEN
 
 MOST_NUMBERS = 1_000_000
-"""Of a request that is written."""
+"""Of a request that is written: of all its inputs together."""
 _INPUT = re.compile(r"batch_(\d+)\.input\.(.+)")
 
 
@@ -37,7 +37,8 @@ def _inputs(golden: Path, release: Release) -> list[dict[str, Any]]:
     """Raises ValueError."""
     from safetensors import SafetensorError, safe_open
 
-    found = []
+    found: list[dict[str, Any]] = []
+    numbers = 0
     try:
         with safe_open(str(golden), framework="numpy") as tensors:
             batches: dict[int, set[str]] = {}
@@ -48,7 +49,9 @@ def _inputs(golden: Path, release: Release) -> list[dict[str, Any]]:
                 if tensor["name"] not in batches.get(size, ()):
                     raise ValueError(f"no golden {tensor['name']}")
                 stored = tensors.get_slice(f"batch_{size}.input.{tensor['name']}")
-                if math.prod(stored.get_shape()[1:]) > MOST_NUMBERS or tensor["dtype"] not in DATATYPES:
+                # Whoever published says how many inputs there are.
+                numbers += math.prod(stored.get_shape()[1:])
+                if numbers > MOST_NUMBERS or tensor["dtype"] not in DATATYPES:
                     raise ValueError(f"{tensor['name']} is no sample for JSON")
                 sample = stored[0:1]
                 datatype, shape = DATATYPES[tensor["dtype"]], list(sample.shape)

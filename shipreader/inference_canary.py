@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -50,18 +51,37 @@ class CanaryDocument:
         return cls(**{**said, "model": ModelDocument(**said["model"])})
 
 
-async def computed(model: Model, asked: Request, render: Render[Answer], seen: Observation) -> Answer:
-    """What a model answers. Raises RequestError, also where the model made more than its release declares.
+SHORT_BYTES = 2**16
+"""An answer of arrays of more is written in a thread: whoever asks for health does not wait for it."""
+_WRITERS = ThreadPoolExecutor(2, thread_name_prefix="answers")
+
+
+async def computed(
+    model: Model, asked: Request, render: Render[Answer], visit: Callable[[], Any], seen: Observation
+) -> Answer:
+    """What a model answers.
 
     Args:
-        model: that is asked.
-        asked: what.
-        render: makes the answer of the arrays.
+        model: to ask.
+        asked: what is asked of it.
+        render: makes the answer of the arrays; of large ones in a thread.
+        visit: a part of the server's room, for arrays that wait to be written.
         seen: told what the model made.
+
+    Raises:
+        RequestError: the model does not take it, or made more than its release declares; there is no room.
     """
     outputs = seen.outputs = await model.infer(asked.inputs, asked.outputs)
     model.signature.require_declared(asked.outputs, outputs, asked.sizes)
-    return render(model, asked, outputs)
+    size = sum(array.nbytes for array in outputs)
+    if size <= SHORT_BYTES:
+        return render(model, asked, outputs)
+    held = visit()
+    held.hold(size)
+    work = _WRITERS.submit(render, model, asked, outputs)
+    # Also of who hung up: the thread goes on.
+    work.add_done_callback(lambda _: held.end())
+    return await asyncio.wrap_future(work)
 
 
 class Canary:
@@ -154,7 +174,7 @@ class Canary:
         seconds, errors = self._measures[arm]
         began = time.perf_counter()
         try:
-            answer = await computed(model, asked, render, seen)
+            answer = await computed(model, asked, render, self._visit, seen)
         except Exception:
             errors.inc()
             raise

@@ -1,27 +1,22 @@
 """The Open Inference Protocol over gRPC. An answer has bytes if the request had, and typed contents otherwise.
 
-gRPC keeps an answer for as long as its stream is open, however long nobody takes it, and ends no stream by itself: who
-does not take what was said has its connection ended here. It imports grpc and the messages of NVIDIA's client.
+What gRPC leaves open is bounded in shipreader/inference_calls.py. It imports grpc and the messages of NVIDIA's client.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import socket
-import struct
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 from google.protobuf.message import DecodeError
 from grpc._cython import cygrpc
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc as services
 
+from shipreader.inference_calls import CODES, Connections, Receiving, end_unless_taken
 from shipreader.inference_canary import Canary
 from shipreader.inference_http import EXTENSIONS, NAME, VERSION
 from shipreader.inference_limits import LOOPBACK, Limits
@@ -40,23 +35,13 @@ from shipreader.inference_tensors import (
 )
 
 SERVICE = "inference.GRPCInferenceService"
-_CODES = {
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    500: grpc.StatusCode.INTERNAL,
-    503: grpc.StatusCode.UNAVAILABLE,
-}
-"""By HTTP's status; INVALID_ARGUMENT for every other one."""
-LOOK_SECONDS = 1.0
-"""After an answer was made it is looked for the first time whether it was taken: almost all are."""
-LEAST_TAKEN = 2**14
-"""Bytes that a connection has to take between two looks: pings that are answered are no reading."""
+MOST_NAMES = 2**13
+"""Bytes of the message of any call but ModelInfer: there are names in it."""
 COPIES = 2
 """In which an answer is kept until it is taken: Python's and gRPC's own."""
-ACKED = 120
-"""Where the kernel's struct tcp_info has the bytes that the other side has taken, 64 bits (Linux 4.2 and newer)."""
+PIECE = 2**14
+"""Numbers that are made varints at once."""
+_SHIFTS = np.arange(0, 70, 7, dtype=np.uint64)
 # The protocol's typed contents; FP16 has none and comes as bytes.
 _CONTENTS = {
     "BOOL": "bool_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
@@ -72,6 +57,10 @@ def grpc_server(served: Served, port: int, limits: Limits) -> Any:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MOST_BYTES),
         ("grpc.max_send_message_length", MOST_BYTES + 2**20),
+        # Packed messages, which are refused, as over HTTP: what comes is not what is held then.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        # What comes of a message before anybody reads it is 64 KiB then.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_metadata_size", limits.head_bytes),
         ("grpc.absolute_max_metadata_size", limits.head_bytes),
         # Above what is answered RESOURCE_EXHAUSTED: beyond it streams are reset, which clients take for a fault.
@@ -81,8 +70,9 @@ def grpc_server(served: Served, port: int, limits: Limits) -> Any:
     ]
     # Health and metadata have room above the requests that are counted.
     logging.getLogger("grpc._cython.cygrpc").addFilter(_not_about_clients)
-    hooks = [_Answering(port, limits)]
-    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=2 * limits.requests, interceptors=hooks)
+    hooks = [_Answering(port, served)]
+    # As many whose message is not here yet, of which one more ends another one.
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=4 * limits.requests, interceptors=hooks)
     service = Service(served)
     services.add_GRPCInferenceServiceServicer_to_server(service, server)
     # As bytes: their number is held against the release before anything is made of them.
@@ -98,73 +88,48 @@ def _not_about_clients(record: logging.LogRecord) -> bool:
 
 
 class _Answering(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Ends calls with what is wrong about the request, and the connection of who does not take what is said."""
+    """Receives the message of a call, and ends calls with what is wrong about it.
 
-    def __init__(self, port: int, limits: Limits) -> None:
-        self._port, self._limits = port, limits
+    To gRPC all of them are calls of many messages, of which one is read: of other ones it says nothing before the
+    message is here.
+    """
+
+    def __init__(self, port: int, served: Served) -> None:
+        self._served, self._connections = served, Connections(port)
+        self._receiving = Receiving(served, self._connections)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """gRPC's hook: the handler of a call, with both."""
         handler = await continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
-        answer = handler.unary_unary
+        answer, decode = handler.unary_unary, handler.request_deserializer
 
-        async def answered(request: Any, context: Any) -> Any:
+        async def answered(_: Any, context: Any) -> Any:
             found: Any = None
             refusal: tuple[Any, str] | None = None
             try:
-                found = await answer(request, context)
+                encoded = await self._receiving.message(context)
+                found = await answer(_decoded(encoded, decode) if decode is not None else encoded, context)
             except RequestError as error:
                 # Not itself: what it was raised in would stay until it is taken.
-                refusal = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
-            _end_unless_taken(context, self._port, self._limits)
+                refusal = CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+            end_unless_taken(context, self._connections, self._served)
             if refusal is not None:
                 await context.abort(*refusal)
             return found
 
-        return grpc.unary_unary_rpc_method_handler(
-            answered, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler(answered, response_serializer=handler.response_serializer)
 
 
-def _end_unless_taken(context: Any, port: int, limits: Limits) -> None:
-    """Look again and again until the call is done; end its connection when that takes nothing, or takes too long."""
-    loop = asyncio.get_running_loop()
-    timer: asyncio.TimerHandle
-
-    def look(before: int | None, waited: float) -> None:
-        nonlocal timer
-        connection = _connection(context.peer(), port)
-        if connection is None:
-            return
-        with connection:
-            (taken,) = struct.unpack_from("Q", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), ACKED)
-            if before is not None and (taken < before + LEAST_TAKEN or waited >= limits.body_seconds):
-                connection.shutdown(socket.SHUT_RDWR)
-                return
-        timer = loop.call_later(limits.silence_seconds, look, taken, waited + limits.silence_seconds)
-
-    timer = loop.call_later(min(LOOK_SECONDS, limits.silence_seconds), look, None, 0.0)
-    context.add_done_callback(lambda _: timer.cancel())
-
-
-def _connection(peer: str, port: int) -> socket.socket | None:
-    """The connection with whoever gRPC calls so, such as ipv4:127.0.0.1:51234, again; None where it is gone.
-
-    gRPC tells nobody which one it is, but they are this process's own. Seldom looked for: each descriptor is asked.
-    """
-    ends = port, int(peer.rpartition(":")[2])
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError), ExitStack() as stack:
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            found = stack.enter_context(socket.socket(fileno=os.dup(int(entry.name))))
-            internet = found.family in (socket.AF_INET, socket.AF_INET6)
-            if internet and (found.getsockname()[1], found.getpeername()[1]) == ends:
-                stack.pop_all()
-                return found
-    return None
+def _decoded(encoded: bytes, decode: Callable[[bytes], Any]) -> Any:
+    """The message of a call that has names in it, at most."""
+    if len(encoded) > MOST_NAMES:
+        raise RequestError(too_long(MOST_NAMES), 413)
+    try:
+        return decode(encoded)
+    except DecodeError:
+        raise RequestError("expected a message of this call, got other bytes") from None
 
 
 class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -234,9 +199,8 @@ class Service(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 kept.hold(COPIES * sum(len(text) for said in asked.said.values() for text in said.values()))
 
                 def render(model: Model, asked: Request, outputs: list[Any]) -> bytes:
-                    kept.hold(COPIES * sum(array.nbytes for array in outputs))
-                    encoded: bytes = _reply(asked, outputs, model).SerializeToString()
-                    return encoded
+                    kept.hold(COPIES * reply_bytes(asked, outputs, model))
+                    return reply(asked, outputs, model)
 
                 request_of.model, encoded = await self._served.answer(
                     model, asked, render, version=request.model_version
@@ -288,17 +252,62 @@ def _typed(tensor: Tensor, shape: list[int], item: Any) -> Any:
     return from_values(tensor, shape, list(getattr(item.contents, field)))
 
 
-def _reply(asked: Request, outputs: list[Any], model: Model) -> Any:
-    reply = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=asked.id)
-    # Bytes for all or none: the protocol has no mixture.
-    raw = bool(asked.binary) or any(model.signature.outputs[name].datatype not in _CONTENTS for name in asked.outputs)
+def _is_raw(asked: Request, model: Model) -> bool:
+    """Bytes for all or none: the protocol has no mixture."""
+    return bool(asked.binary) or any(model.signature.outputs[name].datatype not in _CONTENTS for name in asked.outputs)
+
+
+def reply_bytes(asked: Request, outputs: list[Any], model: Model) -> int:
+    """How long the numbers of an answer are as they are sent, before anything is made of them."""
+    raw = _is_raw(asked, model)
+    return sum(array.nbytes if raw or array.dtype.kind in "fb" else _varint_bytes(array) for array in outputs)
+
+
+def _varint_bytes(array: Any) -> int:
+    """Seven bits of a whole number go into a byte; a negative one has 64 bits."""
+    most = int(np.iinfo(array.dtype).max)
+    more = sum(int(np.count_nonzero(array >= 2**bits)) for bits in range(7, 64, 7) if 2**bits <= most)
+    return int(array.size) + more + 9 * int(np.count_nonzero(array < 0))
+
+
+def _varints(array: Any) -> Iterator[bytes]:
+    flat = array.ravel()
+    for begin in range(0, flat.size, PIECE):
+        numbers = flat[begin : begin + PIECE]
+        wide = (numbers if numbers.dtype == np.uint64 else numbers.astype(np.int64).view(np.uint64))[:, None]
+        letters = ((wide >> _SHIFTS) & np.uint64(127)).astype(np.uint8)
+        # Those behind which there is something left.
+        goes_on = (wide >> _SHIFTS >> np.uint64(1) >> np.uint64(6)) != 0
+        goes_on[:, -1] = False
+        letters[goes_on] |= 128
+        used = np.ones_like(goes_on)
+        used[:, 1:] = goes_on[:, :-1]
+        yield letters[used].tobytes()
+
+
+def _field(key: int, *parts: bytes) -> list[bytes]:
+    """One of protobuf's, of bytes."""
+    size = sum(map(len, parts))
+    return [*_varints(np.array([key << 3 | 2, size], np.int64)), *parts]
+
+
+def reply(asked: Request, outputs: list[Any], model: Model) -> bytes:
+    """An encoded ModelInferResponse; its numbers go into it as they are sent, and never through Python's."""
+    head = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=asked.id)
+    parts, tail, raw = [head.SerializeToString()], [], _is_raw(asked, model)
     for name, array in zip(asked.outputs, outputs, strict=True):
         datatype = model.signature.outputs[name].datatype
-        item = reply.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        item = messages.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype, shape=array.shape)
         for key, text in asked.said.get(name, {}).items():
             item.parameters[key].string_param = text
+        said = [item.SerializeToString()]
         if raw:
-            reply.raw_output_contents.append(array.tobytes())
+            tail += _field(6, array.tobytes())
         else:
-            getattr(item.contents, _CONTENTS[datatype]).extend(array.ravel().tolist())
-    return reply
+            numbers = [array.tobytes()] if array.dtype.kind in "fb" else list(_varints(array))
+            if array.size:
+                key = messages.InferTensorContents.DESCRIPTOR.fields_by_name[_CONTENTS[datatype]].number
+                numbers = _field(key, *numbers)
+            said += _field(5, *numbers)
+        parts += _field(5, *said)
+    return b"".join([*parts, *tail])

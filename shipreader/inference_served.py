@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,16 @@ from shipreader.inference_canary import Answer, Canary, CanaryDocument, Render, 
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument, Spinning, choose_spinning
 from shipreader.inference_observed import Observing
-from shipreader.inference_tensors import Request, RequestError
+from shipreader.inference_tensors import LONGEST_ID, Request, RequestError
 
 # Names and labels that MLServer's users have on their dashboards.
 _SUCCESS = Counter("model_infer_request_success", "Requests that got an answer", ["model", "version"])
 _FAILURE = Counter("model_infer_request_failure", "Requests that got none", ["model", "version"])
 _SECONDS = Summary("model_infer_request_duration", "Seconds from a request to its answer", ["model", "version"])
 _AT_ONCE = Gauge("model_infer_requests_at_once", "Requests that are computed or wait")
+
+_COUNTING = threading.Lock()
+"""Large answers are written, and counted, in threads."""
 
 
 class Served:
@@ -116,7 +120,7 @@ class Served:
         canary = self.canary
         if canary is None or version or model is not canary.live:
             with self.observing.request(model, asked) as seen:
-                return model, await computed(model, asked, render, seen)
+                return model, await computed(model, asked, render, self.visit, seen)
         return await canary.answer(asked, render)
 
     @property
@@ -135,12 +139,13 @@ class Served:
         if model is None:
             raise RequestError("no release is loaded yet", 503)
         if name != model.name:
-            raise RequestError(f"expected the model {model.name}, got {name}", 404)
+            raise RequestError(f"expected the model {model.name}, got {name[:LONGEST_ID]}", 404)
         if (canary := self.canary) is not None and version == canary.model.version:
             return canary.model
         if version not in ("", model.version):
             raise RequestError(
-                f"expected version {model.version} of {name}, the channel's generation; got {version}", 404
+                f"expected version {model.version} of {name}, the channel's generation; got {version[:LONGEST_ID]}",
+                404,
             )
         return model
 
@@ -184,22 +189,28 @@ class Served:
 class Visit:
     """One request's part of the room, given back at the end of the block, or by `end`."""
 
-    __slots__ = ("_bytes", "_placed", "_served")
+    __slots__ = ("_bytes", "_ended", "_placed", "_served")
 
     def __init__(self, served: Served) -> None:
-        self._served, self._bytes, self._placed = served, 0, False
+        self._served, self._bytes, self._placed, self._ended = served, 0, False, False
 
     def hold(self, size: int) -> None:
-        """So many bytes more are here. Raises RequestError, 429, when those of all requests are too many."""
+        """So many bytes more are here; in any thread.
+
+        Raises RequestError, 429, when those of all requests are too many, or nobody waits for this one any more.
+        """
         served = self._served
-        if served.bytes + size > served.limits.bytes_at_once:
-            raise RequestError(
-                f"requests and answers of {served.bytes:,} bytes are here already, and at most "
-                f"{served.limits.bytes_at_once:,} may be; try again",
-                429,
-            )
-        self._bytes += size
-        served.bytes += size
+        with _COUNTING:
+            if self._ended:
+                raise RequestError("the client hung up", 429)
+            if served.bytes + size > served.limits.bytes_at_once:
+                raise RequestError(
+                    f"requests and answers of {served.bytes:,} bytes are here already, and at most "
+                    f"{served.limits.bytes_at_once:,} may be; try again",
+                    429,
+                )
+            self._bytes += size
+            served.bytes += size
 
     def enter(self) -> None:
         """Take a place among those that are computed or wait. Raises RequestError, 429, when there is none."""
@@ -215,9 +226,10 @@ class Visit:
 
     def end(self) -> None:
         """Give it back, once."""
-        self._served.bytes -= self._bytes
-        self._served.requests -= self._placed
-        self._bytes, self._placed = 0, False
+        with _COUNTING:
+            self._served.bytes -= self._bytes
+            self._served.requests -= self._placed
+            self._bytes, self._placed, self._ended = 0, False, True
 
 
 class Counted:

@@ -135,6 +135,7 @@ ONLY_IN = {
 }
 STARTED_ALONE = {
     "shipreader/onnx_model.py",
+    "shipreader/inference_calls.py",
     "shipreader/inference_canary.py",
     "shipreader/inference_connections.py",
     "shipreader/inference_grpc.py",
@@ -152,11 +153,12 @@ SERVERS = {
     "shipreader/onnx_model.py": {"mlserver", "numpy", "onnxruntime", "inference_tensors"},
     "shipreader/inference_tensors.py": {"numpy", "orjson"},
     "shipreader/inference_model.py": {"shipreader", "numpy", "onnxruntime"},
+    "shipreader/inference_calls.py": {"shipreader", "grpc"},
     "shipreader/inference_canary.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_served.py": {"shipreader", "prometheus_client"},
     "shipreader/inference_http.py": {"shipreader", "prometheus_client", "starlette"},
     "shipreader/inference_connections.py": {"shipreader", "uvicorn"},
-    "shipreader/inference_grpc.py": {"shipreader", "google", "grpc", "tritonclient"},
+    "shipreader/inference_grpc.py": {"shipreader", "google", "grpc", "numpy", "tritonclient"},
     "shipreader/inference_server.py": {"shipreader", "uvicorn", "uvloop"},
 }
 """Files of shipreader/ to what they may import besides the standard library."""

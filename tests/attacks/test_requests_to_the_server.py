@@ -16,15 +16,18 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace as Of
 from typing import Any
 
 import h2.config
 import h2.connection
+import h2.events
 import h2.settings
 import httpx
 import numpy as np
 import pytest
 
+from shipreader.inference_canary import computed
 from shipreader.inference_http import application, watching
 from shipreader.inference_limits import Limits
 from shipreader.inference_model import Model, ModelDocument
@@ -40,6 +43,7 @@ from shipreader.inference_tensors import (
 from shipreader.records import Manifest, Release
 from tests.support.onnx_releases import KINDS, kinds_release
 from tests.support.ports import free_ports
+from tests.support.projects import REPOSITORY
 from train_and_ship.infra.errors import ServiceError
 from train_and_ship.infra.ports import port_is_free
 from train_and_ship.infra.toolenv import environment
@@ -640,13 +644,43 @@ class Unreading:
         )
         self.http2.initiate_connection()
 
-    def ask(self, method: str, message: bytes) -> None:
+    def ask(self, method: str, message: bytes, end: bool = True) -> int:
         stream = self.http2.get_next_available_stream_id()
         path = f"/inference.GRPCInferenceService/{method}"
         head = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost", "te": "trailers"}
         self.http2.send_headers(stream, [*head.items(), ("content-type", "application/grpc")])
-        self.http2.send_data(stream, message, end_stream=True)
+        if message:
+            self.http2.send_data(stream, message, end_stream=end)
         self.socket.sendall(self.http2.data_to_send())
+        return stream
+
+    def status(self, stream: int) -> str:
+        """gRPC's number of how this call ended."""
+        while True:
+            data = self.socket.recv(65536)
+            assert data, "closed"
+            for event in self.http2.receive_data(data):
+                if isinstance(event, h2.events.TrailersReceived | h2.events.ResponseReceived):
+                    found = {bytes(name): bytes(value).decode() for name, value in event.headers}
+                    if event.stream_id == stream and b"grpc-status" in found:
+                        return found[b"grpc-status"]
+            self.socket.sendall(self.http2.data_to_send())
+
+    def send(self, stream: int, size: int) -> int:
+        """So many bytes of a message, as the windows allow, until the call is over; how many went."""
+        sent, piece = 0, b"x" * 16384
+        while sent < size:
+            room = min(self.http2.local_flow_control_window(stream), len(piece), size - sent)
+            if room > 0:
+                self.http2.send_data(stream, piece[:room])
+                self.socket.sendall(self.http2.data_to_send())
+                sent += room
+            if room <= 0 or select.select([self.socket], [], [], 0)[0]:
+                for event in self.http2.receive_data(self.socket.recv(65536)):
+                    if isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                        return sent
+                self.socket.sendall(self.http2.data_to_send())
+        return sent
 
     def until_closed(self) -> float:
         """Seconds until the server closes it, with all that it asks of HTTP/2 answered."""
@@ -685,6 +719,86 @@ def test_answers_over_grpc_that_nobody_takes_are_counted_and_end_their_connectio
     finally:
         server.load(replace(release, generation=11))
     assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+@pytest.mark.timeout(300)
+def test_what_is_not_wholly_received_over_grpc_is_counted_and_ended(server: Server) -> None:
+    # Half of 65 MiB may be here of messages that have not come to their end; twice 4 of them.
+    declared = b"\0" + (200 * 2**20).to_bytes(4, "big")
+    client = Unreading(server, 2**16)
+    assert client.send(client.ask("ModelInfer", declared, end=False), 190 * 2**20) < 150 * 2**20
+    client.socket.close()
+    # Headers and no more: an honest caller has a place, and who says nothing is ended in time.
+    silent = Unreading(server, 2**16)
+    streams = [silent.ask("ModelInfer", b"", end=False) for _ in range(20)]
+    honest = Unreading(server, 2**16)
+    assert honest.status(honest.ask("ModelInfer", infer_message(labels=False))) == "0"
+    assert silent.status(streams[-1]) == "4"
+    # A message of names has a length of names.
+    named = field(1, b"n" * 10_000)
+    stream = honest.ask("ModelReady", b"\0" + len(named).to_bytes(4, "big") + named)
+    assert honest.status(stream) == "8"
+    assert honest.status(honest.ask("ModelReady", b"\0\0\0\0\1\xff")) == "3"
+    assert honest.status(honest.ask("ModelInfer", infer_message(labels=False))) == "0"
+    for client in (silent, honest):
+        client.socket.close()
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+# With the server's own packages: each number of each type comes back, and the length that is counted is the one sent.
+TYPED = """
+from types import SimpleNamespace as Of
+import numpy as np
+from shipreader import inference_grpc as served
+from shipreader.inference_tensors import DATATYPES
+for name in set(DATATYPES) - {"float16"}:
+    values = [0, 1, 1, 0]
+    if (kind := np.dtype(name)).kind in "iu":
+        most = np.iinfo(kind)
+        values += [x for bits in range(64) for x in (2**bits - 1, 2**bits, -2**bits) if most.min <= x <= most.max]
+    model = Of(name="m", version="7", signature=Of(outputs={"y": Of(datatype=DATATYPES[name])}))
+    for array in (np.array(values, kind), np.array([values], kind), np.zeros((0, 3), kind)):
+        for binary in ((), ("y",)):
+            asked = Of(id="a", binary=binary, outputs=["y"], said={"y": {"labels": "[]"}})
+            encoded = served.reply(asked, [array], model)
+            assert 0 <= len(encoded) - served.reply_bytes(asked, [array], model) < 80
+            read = served.messages.ModelInferResponse.FromString(encoded)
+            (item,), raw = read.outputs, list(read.raw_output_contents)
+            assert (item.shape, item.parameters["labels"].string_param, read.id) == (list(array.shape), "[]", "a")
+            found = getattr(item.contents, served._CONTENTS[DATATYPES[name]])
+            assert raw == [array.tobytes()] if binary else found == array.ravel().tolist(), (name, array)
+"""
+
+
+def test_answers_over_grpc_are_counted_as_long_as_they_are_sent() -> None:
+    try:
+        python = environment("serving", requirements())
+    except ServiceError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([python, "-c", TYPED], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_large_answers_are_written_beside_the_loop_and_count_while_they_wait(served: Served) -> None:
+    found: list[Any] = []
+    asked: Any = Of(inputs={}, outputs=[], sizes={})
+
+    async def infer(*_: object) -> list[Any]:
+        return [np.zeros(40_000, np.int8), np.zeros(next(sizes), np.int8)]
+
+    def render(*_: object) -> bytes:
+        found.extend((threading.current_thread() is threading.main_thread(), served.bytes))
+        return b""
+
+    model: Any = Of(infer=infer, signature=Of(require_declared=lambda *_: None))
+    served.limits = replace(served.limits, bytes_at_once=100_000)
+    sizes = iter([1, 30_000, 30_000])
+    for _ in range(2):
+        asyncio.run(computed(model, asked, render, served.visit, Of(outputs=None)))  # type: ignore[arg-type]
+    served.bytes = 40_000
+    with pytest.raises(RequestError, match="at most 100,000 may be"):
+        asyncio.run(computed(model, asked, render, served.visit, Of(outputs=None)))  # type: ignore[arg-type]
+    assert found == [True, 0, False, 70_000]
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -51,6 +51,8 @@ def test_it_is_the_first_sample_of_the_smallest_batch(tmp_path: Path) -> None:
         {"input.x": np.zeros(3)},
         batch(2, x=np.full((2, 2), np.nan, np.float32)),
         batch(1, x=np.zeros((1, 1_000_001), np.float32)),
+        # One too many of both inputs together.
+        batch(1, x=np.zeros((1, 600_000), np.float32), id=np.zeros((1, 400_001), np.int64)),
         {"batch_1.input.x": np.zeros((1, 2), np.float32)},
     ],
 )
