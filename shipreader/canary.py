@@ -20,12 +20,12 @@ from typing import Any
 
 from shipreader.errors import ReaderError
 from shipreader.fallbacks import SHADOW_SHARE, SHADOW_WAITING, Allowance, rest_after, words
+from shipreader.observation_files import CANDIDATE, LIVE
 from shipreader.reader import Reader
 from shipreader.records import Release
 from shipreader.rollouts import Candidate
 from shipreader.split import slot_of
 
-LIVE, CANDIDATE = "live", "candidate"
 MOST_LATE = 32
 """Candidates that compute beyond their deadline at once; beyond that, requests go to the live release."""
 

@@ -10,13 +10,12 @@ from shipreader.observation_files import observations_prefix
 from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.catalog import channels
-from train_and_ship.registry.bucket.releases import read_manifest, read_small_file, told_document
+from train_and_ship.registry.bucket.recorded_job import recorded_job
 from train_and_ship.registry.bucket.transfer import in_parallel
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
 from train_and_ship.registry.identity import require_name
 from train_and_ship.registry.job.observe import KEEP_DAYS
-from train_and_ship.registry.release.manifest import JOB
 
 LONGEST_DAYS = 3650
 
@@ -41,18 +40,12 @@ def kept_days(store: ObjectStore, model: str) -> int:
         pointer = read_pointer(Channel(store, model, name))
         if pointer is None:
             continue
-        manifest = read_manifest(store, model, pointer.release, sha256=pointer.manifest_sha256)
-        if JOB in manifest.files:
-            said.append(_days(read_small_file(store, manifest, JOB), pointer.release))
+        job = recorded_job(store, model, pointer.release, sha256=pointer.manifest_sha256)
+        said.append(_days(job.get("observe"), pointer.release))
     return max([days for days in said if days is not None], default=KEEP_DAYS)
 
 
-def _days(encoded: bytes, release: str) -> int | None:
-    try:
-        document: Any = told_document(encoded)
-    except (ValueError, RecursionError) as error:
-        raise ReleaseError(f"the job of release {release}: expected JSON, got: {error}") from None
-    observe = document.get("observe") if isinstance(document, dict) else None
+def _days(observe: Any, release: str) -> int | None:
     if observe is None:
         return None
     days = observe.get("keep_days", KEEP_DAYS) if isinstance(observe, dict) else None

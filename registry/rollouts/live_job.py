@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from train_and_ship.infra.errors import ReleaseError
-from train_and_ship.registry.bucket.releases import read_manifest, read_small_file, told_document
+from train_and_ship.registry.bucket.recorded_job import recorded_job
 from train_and_ship.registry.channels.channel import Channel
 from train_and_ship.registry.channels.pointer import read_pointer
-from train_and_ship.registry.release.manifest import JOB
 from train_and_ship.registry.rollouts.record import Rollout
 
 
@@ -21,14 +20,8 @@ def live_observe(channel: Channel) -> Mapping[str, Any] | None:
     live = read_pointer(channel)
     if live is None:
         return None
-    manifest = read_manifest(channel.store, live.model, live.release, sha256=live.manifest_sha256)
-    if JOB not in manifest.files:
-        return None
-    try:
-        document = told_document(read_small_file(channel.store, manifest, JOB))
-    except (ValueError, RecursionError) as error:
-        raise ReleaseError(f"the job of release {live.release}: expected JSON, got: {error}") from None
-    said = document.get("observe") if isinstance(document, dict) else None
+    job = recorded_job(channel.store, live.model, live.release, sha256=live.manifest_sha256)
+    said = job.get("observe")
     return said if isinstance(said, dict) else None
 
 

@@ -122,7 +122,7 @@ ONLY_IN = {
     "obstore": ["infra/small_files.py"],
     "onnx": [],
     # Of the reader only where it is installed.
-    "pyarrow": ["shipreader/observation_files.py", "registry/observations.py"],
+    "pyarrow": ["shipreader/observation_files.py", "registry/observations/rows.py"],
     "onnxruntime": [
         "torchworker/runtimes/load.py",
         "torchworker/exporters/quantize.py",

@@ -29,10 +29,10 @@ from train_and_ship.infra.errors import ReleaseError
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
-from train_and_ship.registry import observations
 from train_and_ship.registry.bucket.releases import publish
 from train_and_ship.registry.maintenance.observed import kept_days
-from train_and_ship.registry.observations import Cursor, Found, labelled, read_between, read_new
+from train_and_ship.registry.observations import reading, rows
+from train_and_ship.registry.observations.reading import Cursor, Found, labelled, read_between, read_new
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 PREFIX = "observations/digits/"
@@ -183,8 +183,8 @@ def parquet(columns: dict[str, Any]) -> bytes:
 def test_what_is_torn_altered_too_long_or_no_such_file_is_skipped_and_said_and_the_rest_is_read(
     object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observations, "FILE_BYTES", 2**16)
-    monkeypatch.setattr(observations, "TEXT_BYTES", 2**17)
+    monkeypatch.setattr(reading, "FILE_BYTES", 2**16)
+    monkeypatch.setattr(rows, "TEXT_BYTES", 2**17)
     good = gzip.compress(json.dumps(row()).encode())
     put_raw(object_store, good)
     bad = {
@@ -320,7 +320,13 @@ def test_gc_deletes_what_is_older_than_the_live_jobs_say_and_without_apply_only_
 
 @pytest.mark.parametrize(
     ("job", "days"),
-    [('{"name": "x"}', 30), ('{"observe": {}}', 30), ('{"observe": {"keep_days": 0}}', None), ("{", None), ("[]", 30)],
+    [
+        ('{"name": "x"}', 30),
+        ('{"observe": {}}', 30),
+        ('{"observe": {"keep_days": 0}}', None),
+        ("{", None),
+        ("[]", None),
+    ],
 )
 def test_how_long_is_as_the_job_says_a_month_where_none_does_and_unknown_where_it_cannot_be_read(
     object_store: ObjectStore, tmp_path: Path, job: str, days: int | None

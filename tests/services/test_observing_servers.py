@@ -24,7 +24,8 @@ from tests.support.tool_environments import tool_python
 from tests.support.triton import TritonServer
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.registry.bucket.releases import publish
-from train_and_ship.registry.observations import Row, read_new
+from train_and_ship.registry.observations.reading import read_new
+from train_and_ship.registry.observations.rows import Row
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 
 # A first run installs the servers.

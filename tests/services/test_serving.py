@@ -38,7 +38,7 @@ from train_and_ship.infra.s3 import s3_client
 from train_and_ship.infra.settings import Settings
 from train_and_ship.infra.toolenv import environment
 from train_and_ship.registry.bucket.releases import publish
-from train_and_ship.registry.observations import read_new
+from train_and_ship.registry.observations.reading import read_new
 from train_and_ship.registry.release.manifest import Manifest, build_manifest
 from train_and_ship.ship.server import requirements
 

@@ -27,6 +27,7 @@ FOLDERS = {
     "registry/release": "What a release is, on disk; nothing here talks to a store.",
     "registry/bucket": "What lies in the bucket, and how it gets there.",
     "registry/channels": "What is live, what was, and how it moves.",
+    "registry/observations": "What servers say of the requests that they have answered, read from the bucket.",
     "registry/rollouts": "A release that answers a share of the requests before it is live.",
     "registry/tracking": "MLflow: the only room that imports it.",
     "registry/data": "Checks, drift and snapshots of data.",
