@@ -158,7 +158,7 @@ clean:
 	if [ -x $(BIN)/ship ]; then $(BIN)/ship down; fi
 	rm -rf $(VENV) .ship build dist *.egg-info */*.egg-info
 
-# One of the two installs at a time, and all at once: the second would resolve what the first has.
+# Each is one installation of all that it needs: two, one after the other, would resolve the same twice.
 $(INSTALLED): $(PROJECTS) constraints.txt
 	$(call environment)
 	$(PIP) $(OURS) '.[local,examples]'

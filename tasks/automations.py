@@ -8,9 +8,11 @@ by its name.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -27,16 +29,22 @@ from train_and_ship.infra.prefect_events import ASKED, KEPT, PROMOTED, ROLLOUT, 
 from train_and_ship.infra.settings import Settings
 from train_and_ship.tasks.notification import NotificationAddress
 
-FLOWS = ("train-and-ship", "retrain", "rollback", "promote", "watch")
+MOVING, WATCHING = ("train-and-ship", "retrain", "rollback", "promote"), ("watch",)
+UNWATCHED, UNWATCHED_WITHIN = 10, timedelta(minutes=15)
+"""Runs of the flow that watches rollouts may fail so often before people are told: there is one each minute, each does
+what the one before did not, and all of them fail while the bucket is away."""
 RUNS = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 BAD_ENDS = ResourceSpecification(
     {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-type": ["FAILED", "CRASHED"]}
 )
 """By type: Prefect calls events after a state's name, which may be another one."""
-OURS = ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)})
-"""A server may have other people's flows too."""
 BLOCK = "train-and-ship"
 PREFIX = "train-and-ship: "
+
+
+def _flows(names: Sequence[str]) -> ResourceSpecification:
+    """A server may have other people's flows too."""
+    return ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(names)})
 
 
 def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCore]:
@@ -46,12 +54,17 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
         return
     yield _notify(
         "a run failed",
-        EventTrigger(
-            expect={"prefect.flow-run.*"}, match=BAD_ENDS, match_related=OURS, posture=Posture.Reactive, threshold=1
-        ),
+        _ends_badly(MOVING),
         block,
         "{{ flow.name }} {{ flow_run.parameters.job or flow_run.parameters.model }}: {{ flow_run.state.name }}",
-        f"{{{{ flow_run.state.message }}}}\n\n{settings.prefect_ui_url}/runs/flow-run/{{{{ flow_run.id }}}}",
+        last := f"{{{{ flow_run.state.message }}}}\n\n{settings.prefect_ui_url}/runs/flow-run/{{{{ flow_run.id }}}}",
+    )
+    yield _notify(
+        "nobody watches rollouts",
+        _ends_badly(WATCHING, UNWATCHED, UNWATCHED_WITHIN),
+        block,
+        f"watch: {UNWATCHED} runs failed, and rollouts stay as they are",
+        last,
     )
     for title, event in (
         ("a release went live", PROMOTED),
@@ -62,6 +75,13 @@ def automations(settings: Settings, block: UUID | None) -> Iterator[AutomationCo
     ):
         trigger = EventTrigger(expect={event}, posture=Posture.Reactive, threshold=1)
         yield _notify(title, trigger, block, "{{ event.payload.subject }}", "{{ event.payload.body }}")
+
+
+def _ends_badly(names: Sequence[str], times: int = 1, within: timedelta = timedelta(0)) -> EventTrigger:
+    return EventTrigger(
+        expect={"prefect.flow-run.*"}, match=BAD_ENDS, match_related=_flows(names), posture=Posture.Reactive,
+        threshold=times, within=within,
+    )  # fmt: skip
 
 
 def _notify(title: str, trigger: EventTrigger, block: UUID, subject: str, body: str) -> AutomationCore:
@@ -79,7 +99,7 @@ def _crash_the_silent(seconds: int) -> AutomationCore:
             # Any word of the run will do: the events of its end have the names of states, Skipped and Kept among them.
             expect={"prefect.flow-run.*"},
             match=RUNS,
-            match_related=OURS,
+            match_related=_flows((*MOVING, *WATCHING)),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -115,13 +135,26 @@ def apply(settings: Settings) -> list[str]:
 
 def _require_known(addresses: str) -> None:
     for number, address in enumerate(addresses.split(), start=1):
-        if Apprise.instantiate(address) is None:
+        with _silent("apprise"):
+            known = Apprise.instantiate(address)
+        if known is None:
             # The rest of it is often a secret.
             kind = address.partition("://")[0] if "://" in address else "no scheme"
             raise SettingsError(
                 "SHIP_NOTIFY: expected addresses for Apprise, separated by spaces (slack://…, mailtos://…), got "
                 f"{kind} as number {number}, which it cannot read; see https://appriseit.com"
             )
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Apprise writes an address that it does not know into its log, with the password."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from tests.support.processes import PATIENCE, eventually
 from tests.support.projects import REPOSITORY, SLOW, write_project
 from train_and_ship.infra.objectstore import ObjectStore
 from train_and_ship.infra.settings import LOOPBACK, Settings
-from train_and_ship.tasks.automations import apply, main
+from train_and_ship.tasks.automations import UNWATCHED, apply, main
 
 SHORT = {"epochs": 1, "processes": 1, "batch_size": 32}
 SILENT_SECONDS = 35
@@ -111,6 +111,21 @@ def test_people_are_told_why_a_candidate_was_refused(receiver: Receiver, ship: S
     assert "accuracy" in told["message"] and "0.999" in told["message"] and "/runs/flow-run/" in told["message"]
 
 
+def test_people_are_told_of_a_watch_that_fails_each_minute_once_in_ten_and_not_each_time(
+    receiver: Receiver, stack: Settings
+) -> None:
+    api = Api(stack)
+    flow = api.ask("POST", "/flows/", {"name": "watch"})["id"]
+    for number in range(UNWATCHED + 1):
+        assert not [message for message in receiver.messages if message["title"].startswith("watch")] or number > 9
+        run = api.ask("POST", "/flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]
+        failed = {"type": "FAILED", "message": "the bucket does not answer"}
+        api.ask("POST", f"/flow_runs/{run}/set_state", {"state": failed, "force": True})
+    told = receiver.wait_for("watch: 10 runs failed, and rollouts stay as they are", PATIENCE)
+    assert "the bucket does not answer" in told["message"]
+    assert len([message for message in receiver.messages if "watch" in message["title"]]) == 1
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_run_that_fell_silent_is_crashed_and_told(receiver: Receiver, stack: Settings, tmp_path: Path) -> None:
@@ -161,11 +176,11 @@ def test_an_automation_that_was_paused_by_hand_stays_paused(receiver: Receiver, 
     }
 
 
-@pytest.mark.parametrize("address", ["carrier-pigeon://secret@home", "somewhere"])
+@pytest.mark.parametrize("address", ["carrier-pigeon://hunter2@home", "somewhere"])
 def test_an_address_that_nobody_can_write_to_is_refused_without_showing_it(
     address: str, stack: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SHIP_NOTIFY", address)
     assert main() == 2
     said = capsys.readouterr()
-    assert "SHIP_NOTIFY: expected addresses for Apprise" in said.err and "secret" not in said.out + said.err
+    assert "SHIP_NOTIFY: expected addresses for Apprise" in said.err and "hunter2" not in said.out + said.err

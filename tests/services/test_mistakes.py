@@ -106,6 +106,7 @@ WRONG: dict[str, Sequence[str]] = {
     "steps": ["5,1,100", "1,5", "1,200", "half", ""],
     "every": ["soon", "0s", "-1m", ""],
     "key": ["", "a\nb"],
+    "stop_if": ["errors", "errors=much", "=1", "p99_ms=1.3"],
     "max_hours": [*NUMBERS, "0", "nan"],
     "fallback_ms": ["many", "-1", ""],
     "changes": ["train.epochs", "=1", "train.epochs=many", "trian.epochs=1", "name.first=x", "train.epochs={{"],
